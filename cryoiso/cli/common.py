@@ -1,0 +1,88 @@
+"""What all commands share: how they start, how they fail, how they log."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from cryoiso.core.errors import CryoisoError
+from cryoiso.parallel.launcher import speaks
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Voice:
+    """Of many ranks with the same command line, one prints its help and its usage errors.
+
+    The ranks do not know of each other while the command line is read, so the launcher's word is taken for who is first.
+    """
+
+    muted = False
+    _streams = (sys.stdout, sys.stderr)
+
+    @classmethod
+    @contextmanager
+    def while_parsing(cls) -> Iterator[None]:
+        cls._streams = (sys.stdout, sys.stderr)
+        if cls.muted:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (lives as long as the process)
+        try:
+            yield
+        finally:
+            cls.restore()
+
+    @classmethod
+    def restore(cls) -> None:
+        """From here on every rank may speak."""
+        sys.stdout, sys.stderr = cls._streams
+
+
+def as_command(function: F, collective: bool) -> F:
+    """The command as typer calls it: one clear message and the right exit code whatever happens.
+
+    Args:
+        collective: all ranks run it together; otherwise rank 0 runs it and the others have nothing to do.
+    """
+
+    @functools.wraps(function)
+    def command(*args: Any, **options: Any) -> None:
+        Voice.restore()
+        if not collective and not speaks():
+            return
+        from cryoiso.parallel.abort import guard
+        from cryoiso.parallel.context import Context, get_context
+
+        try:
+            ctx = get_context() if collective else Context()
+        except CryoisoError as error:
+            if speaks():
+                print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        log_to_stderr(ctx.rank)
+        with guard(ctx):
+            function(*args, **options)
+
+    return command  # type: ignore[return-value]
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {mark}{record.getMessage()}"
+
+
+def log_to_stderr(rank: int) -> None:
+    """Rank 0 tells what it does on stderr, one line with the time each; warnings of other ranks are shown too."""
+    logger = logging.getLogger("cryoiso")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handler.setFormatter(_Formatter())
+    logger.handlers = [handler]

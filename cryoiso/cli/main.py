@@ -1,0 +1,86 @@
+"""The program ``cryoiso``.
+
+Nothing heavy is imported here or by the command modules: ``cryoiso --help`` answers at once, and what a command needs is
+imported when it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cryoiso.cli.common import Voice, as_command
+from cryoiso.core.errors import EXIT_OTHER
+from cryoiso.parallel.launcher import limit_threads_early, speaks
+
+# name, module, function, works on all ranks together (the others run on rank 0 alone)
+COMMANDS = (
+    ("init", "init_cmd", "init", False),
+    ("doctor", "doctor_cmd", "doctor", True),
+    ("simulate", "simulate_cmd", "simulate", False),
+    ("ingest", "ingest_cmd", "ingest", True),
+    ("reference", "reference_cmd", "reference", False),
+    ("refine", "refine_cmd", "refine", True),
+    ("reconstruct", "reconstruct_cmd", "reconstruct", True),
+    ("diagnose", "diagnose_cmd", "diagnose", False),
+    ("report", "report_cmd", "report", False),
+    ("run", "run_cmd", "run", True),
+    ("resume", "run_cmd", "resume", True),
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from cryoiso import __version__
+
+        typer.echo(f"cryoiso {__version__}")
+        raise typer.Exit
+
+
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Correct poses, independent half-maps and an isotropic map from cryo-EM particles with preferred orientation.
+
+    Start with 'cryoiso init particles.star', then 'cryoiso run job.toml', alone or under mpirun or srun.
+    """
+
+
+def build_app() -> typer.Typer:
+    """The typer application with all commands."""
+    app = typer.Typer(
+        name="cryoiso",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    app.callback()(_top)
+    for name, module, function, collective in COMMANDS:
+        body = getattr(importlib.import_module(f"cryoiso.cli.{module}"), function)
+        app.command(name)(as_command(body, collective))
+    return app
+
+
+def main() -> None:
+    """Runs the command line of this process; exit codes as in ``core.errors``."""
+    limit_threads_early()
+    Voice.muted = not speaks()
+    with Voice.while_parsing():
+        app = build_app()
+        try:
+            app(prog_name="cryoiso")
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_OTHER)
+
+
+if __name__ == "__main__":
+    main()

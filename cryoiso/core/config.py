@@ -1,0 +1,131 @@
+"""The job file's schema. Every key has a default but the particles and the reference; an unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cryoiso.core.errors import UsageError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ParticlesSection(_Section):
+    file: str = Field(description="particles: a RELION STAR file or a cryoSPARC .cs file")
+    project: str = Field("", description="folder that relative image paths start from (empty: found as RELION does)")
+    invert: Literal["auto", "yes", "no"] = Field(
+        "auto", description="multiply images by -1: yes if protein is dark in them, auto decides by the data"
+    )
+    normalise: bool = Field(True, description="scale every image to mean 0 and standard deviation 1 in its background")
+    storage: Literal["float16", "float32"] = Field("float16", description="number format of the images in the shards")
+    shard_mib: int = Field(256, ge=1, description="size of one shard file in MiB")
+
+
+class ReferenceSection(_Section):
+    file: str = Field(description="reference: an atomic model (PDB, mmCIF) or a map (MRC)")
+    pixel_size_A: float | None = Field(None, gt=0, description="pixel size of the reference map, if its header is wrong")
+    lowpass_A: float = Field(30.0, gt=0, description="the refinement starts from the reference low-passed to this resolution")
+
+
+class SampleSection(_Section):
+    symmetry: str = Field("C1", description="point group: Cn, Dn, T, O or I")
+    diameter_A: float | None = Field(None, gt=0, description="particle diameter (default: measured from the reference)")
+    mask: str = Field("", description="solvent mask (MRC); empty: made from the half-maps themselves")
+
+
+class RefineSection(_Section):
+    engine: Literal["native"] = Field("native", description="refinement engine")
+    max_iterations: int = Field(25, ge=1, description="upper bound; the engine stops by itself when nothing improves")
+    healpix_order: int = Field(2, ge=1, le=5, description="global search grid: 1 = 30, 2 = 15, 3 = 7.5 degrees")
+    shift_range_A: float | None = Field(None, gt=0, description="largest shift searched (default: a tenth of the box)")
+    shift_step_A: float | None = Field(None, gt=0, description="coarsest step of the shift search (default: by resolution)")
+    finest_step_deg: float = Field(0.5, gt=0, description="the local search never gets finer than this")
+    padding: int = Field(2, ge=1, le=4, description="Fourier padding of references and reconstructions")
+    join_halves_A: float = Field(40.0, ge=0, description="halves share information coarser than this, to keep one frame")
+    solvent_mask: bool = Field(True, description="set the solvent of the references to zero")
+    max_resolution_A: float | None = Field(None, gt=0, description="never use information finer than this")
+
+
+class ReconstructSection(_Section):
+    padding: int = Field(2, ge=1, le=4, description="Fourier padding of the final reconstruction")
+
+
+class TruthSection(_Section):
+    particles: str = Field("", description="STAR file with the true poses of simulated particles, to measure errors against")
+    map: str = Field("", description="the true map of simulated particles")
+
+
+class RunSection(_Section):
+    workflow: Literal["refine"] = Field("refine", description="which stages run")
+    seed: int = Field(1, ge=0, description="every random number follows from it")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    title: str = Field("", description="a name for the report")
+
+
+class Job(_Section):
+    """A whole job file."""
+
+    particles: ParticlesSection
+    reference: ReferenceSection
+    sample: SampleSection = Field(default_factory=SampleSection)
+    refine: RefineSection = Field(default_factory=RefineSection)
+    reconstruct: ReconstructSection = Field(default_factory=ReconstructSection)
+    truth: TruthSection = Field(default_factory=TruthSection)
+    run: RunSection = Field(default_factory=RunSection)
+
+
+def parse_job(data: dict[str, Any], file: object = "job.toml") -> Job:
+    """Checks a decoded job file.
+
+    Raises:
+        UsageError: names every bad key with what was expected, what was found and the nearest known key.
+    """
+    try:
+        return Job.model_validate(data)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(file, e) for e in error.errors())) from None
+
+
+def _explain(file: object, e: Any) -> str:
+    where = ".".join(str(part) for part in e["loc"])
+    if e["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(e["loc"][-1]), _known_keys(e["loc"][:-1]), n=1)
+        known = ", ".join(_known_keys(e["loc"][:-1]))
+        return f"{file}: unknown key '{where}'" + (f", did you mean '{near[0]}'?" if near else f" (known here: {known})")
+    if e["type"] == "missing":
+        return f"{file}: '{where}' is missing"
+    return f"{file}: '{where}': {e['msg']} (found {e.get('input')!r})"
+
+
+def _known_keys(path: tuple) -> list[str]:
+    model: Any = Job
+    for part in path:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def job_to_toml(job: Job) -> str:
+    """The job with every default written out and every key explained by a comment."""
+    lines: list[str] = []
+    for name in Job.model_fields:
+        section = getattr(job, name)
+        lines.append(f"[{name}]")
+        for key, info in type(section).model_fields.items():
+            value = getattr(section, key)
+            lines.append(f"# {info.description}")
+            lines.append(f"{key} = {_toml(value)}" if value is not None else f"# {key} =")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return repr(value)

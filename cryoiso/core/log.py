@@ -1,0 +1,66 @@
+"""Progress with an ETA: a live line on a terminal, plain lines in a batch log; silent on ranks other than 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger("cryoiso")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them.
+
+    >>> duration(42), duration(184), duration(7300)
+    ('42 s', '3 min 04 s', '2 h 01 min')
+    """
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+class ProgressLine:
+    """Shows how far a loop is. ``update(done)`` is cheap: it prints at most once a second (terminal) or every 30 s (log)."""
+
+    def __init__(self, label: str, total: int, *, active: bool = True, stream=None) -> None:
+        self.label, self.total, self.active = label, max(int(total), 1), active
+        self.stream = stream or sys.stderr
+        self.live = bool(getattr(self.stream, "isatty", lambda: False)())
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: int) -> None:
+        if not self.active:
+            return
+        now = time.monotonic()
+        if now - self.last < (0.5 if self.live else 30.0):
+            return
+        self.last = now
+        elapsed = now - self.start
+        left = elapsed * (self.total - done) / max(done, 1)
+        text = f"{self.label}: {done:,} of {self.total:,} ({100 * done / self.total:.0f} %), about {duration(left)} left"
+        if self.live:
+            self.stream.write("\r\x1b[2K" + text)
+            self.stream.flush()
+        else:
+            logger.info(text)
+
+    def close(self, summary: str = "") -> None:
+        if not self.active:
+            return
+        if self.live:
+            self.stream.write("\r\x1b[2K")
+            self.stream.flush()
+        if summary:
+            logger.info("%s: %s (%s)", self.label, summary, duration(time.monotonic() - self.start))
+
+    def callback(self) -> Callable[[int, int], None]:
+        def on_progress(done: int, total: int) -> None:
+            self.total = max(total, 1)
+            self.update(done)
+
+        return on_progress

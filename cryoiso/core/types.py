@@ -1,0 +1,120 @@
+"""What a particle set is, in memory: optics groups, CTF and pose columns, and where each image lies.
+
+Conventions (the whole package): lengths in Å, angles in degrees in files and rotation matrices inside. A rotation A maps
+map coordinates (x, y, z) to image coordinates; the image is the projection along the rotated z. ``shift_A`` is RELION's
+origin: shifting the image content by it centres the content. The centre is pixel D//2; arrays are (z, y, x) and (y, x).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class OpticsGroup:
+    """One optics group: everything about the microscope that its particles share."""
+
+    number: int
+    name: str
+    pixel_size_A: float
+    box_px: int
+    voltage_kV: float
+    spherical_aberration_mm: float
+    amplitude_contrast: float
+    beam_tilt_mrad: tuple[float, float] = (0.0, 0.0)
+    magnification: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 1.0)
+    """Row-major 2x2 anisotropic magnification (RELION's rlnMagMat00, 01, 10, 11)."""
+    odd_zernike: tuple[float, ...] = ()
+    even_zernike: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Particles:
+    """Metadata of n particles, in the order of the source. All arrays have length n; ``take`` selects rows of all of them.
+
+    ``shift_A`` and ``rotation`` are None where the source has no poses; ``half`` is 0 where it names no half-set.
+    """
+
+    uid: np.ndarray
+    """(n,) uint64: kept from .cs, else a hash of the image's name."""
+    optics: np.ndarray
+    """(n,) int32: index into ``groups`` (not RELION's group number)."""
+    groups: tuple[OpticsGroup, ...]
+    stack: np.ndarray
+    """(n,) str: path of the image stack, as resolved by the reader."""
+    index: np.ndarray
+    """(n,) int64: image within the stack, from 0."""
+    defocus_u_A: np.ndarray
+    defocus_v_A: np.ndarray
+    defocus_angle_deg: np.ndarray
+    phase_shift_deg: np.ndarray
+    ctf_bfactor_A2: np.ndarray
+    ctf_scale: np.ndarray
+    rotation: np.ndarray | None = None
+    """(n, 3, 3) float64."""
+    shift_A: np.ndarray | None = None
+    """(n, 2) float64: RELION's (rlnOriginXAngst, rlnOriginYAngst)."""
+    half: np.ndarray | None = None
+    """(n,) int8: 1 or 2, 0 where unknown."""
+    table: Any = None
+    """pandas.DataFrame of the source's particle rows, every column kept, in the same order; None if made in memory."""
+    optics_table: Any = None
+    """pandas.DataFrame of the source's optics groups, every column kept."""
+    results: dict[str, np.ndarray] = field(default_factory=dict)
+    """Columns that this program computed, by STAR name without underscore; written over those of ``table``."""
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+    def take(self, rows: Any) -> Particles:
+        """The particles of these rows (slice, index array or boolean mask), every column alike."""
+        new: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, np.ndarray):
+                new[f.name] = value[rows]
+        if self.table is not None:
+            new["table"] = self.table.iloc[rows].reset_index(drop=True)
+        new["results"] = {k: v[rows] for k, v in self.results.items()}
+        return replace(self, **new)
+
+    def with_poses(self, rotation: np.ndarray, shift_A: np.ndarray) -> Particles:
+        """A copy with these poses: rotation (n,3,3), shift_A (n,2)."""
+        return replace(self, rotation=np.asarray(rotation, np.float64), shift_A=np.asarray(shift_A, np.float64))
+
+    def with_results(self, **columns: np.ndarray) -> Particles:
+        """A copy with these result columns added, e.g. rlnLogLikeliContribution."""
+        return replace(self, results={**self.results, **columns})
+
+    def group_values(self, name: str) -> np.ndarray:
+        """(n,) float64: a scalar attribute of each particle's optics group, e.g. ``pixel_size_A``."""
+        return np.array([getattr(g, name) for g in self.groups], np.float64)[self.optics]
+
+    def require_poses(self, file: object = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rotation and shift, or one clear error where the source has none."""
+        if self.rotation is None or self.shift_A is None:
+            raise InputError(
+                "the particles have no poses",
+                file=file,
+                expected="rlnAngleRot, rlnAngleTilt, rlnAnglePsi, rlnOriginXAngst, rlnOriginYAngst",
+                hint="Give the output of a refinement, or run 'cryoiso refine' first.",
+            )
+        return self.rotation, self.shift_A
+
+
+@dataclass(frozen=True)
+class DensityMap:
+    """A cubic density map: data (D, D, D) float32 in (z, y, x), centre at voxel D//2, pixel size in Å."""
+
+    data: np.ndarray
+    pixel_size_A: float
+    origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def box_px(self) -> int:
+        return int(self.data.shape[0])

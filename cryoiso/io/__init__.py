@@ -1,0 +1,35 @@
+"""The only opener of scientific files: STAR, cryoSPARC .cs, MRC, atomic models, HDF5 shards; and the unit conversions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cryoiso.core.types import Particles
+
+
+def read_particle_file(path: object, project: str = "", require: tuple[str, ...] = ("image", "ctf")) -> Particles:
+    """Particles of a RELION STAR file or a cryoSPARC .cs file, told apart by the file's suffix.
+
+    Args:
+        path: ``*.star`` or ``*.cs``.
+        project: folder that relative image paths start from (empty: found as RELION does).
+        require: what must be there: any of "image", "ctf", "pose".
+
+    Raises:
+        InputError: unknown suffix, or whatever the reader finds wrong.
+    """
+    from pathlib import Path
+
+    from cryoiso.core.errors import InputError
+
+    suffix = Path(str(path)).suffix.lower()
+    if suffix == ".cs":
+        from cryoiso.io.cs import read_cs
+
+        return read_cs(path, project, require)
+    if suffix == ".star":
+        from cryoiso.io.star import read_particles
+
+        return read_particles(path, project, require)
+    raise InputError("unknown kind of particle file", file=path, expected="a name that ends in .star or .cs")

@@ -1,0 +1,128 @@
+"""Files appear whole or not at all: written to a temporary name in the same folder, fsynced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from cryoiso.core.errors import CryoisoError, InputError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFullError(CryoisoError):
+    """No room (or quota) left for a file; nothing half-written stays behind."""
+
+
+def temporary_name(path: Path) -> Path:
+    """The name a file has until it is complete."""
+    return path.with_name(path.name + ".part")
+
+
+def fsync_dir(folder: object) -> None:
+    """Makes a rename in this folder survive a power cut (silently skipped where the file system cannot)."""
+    with suppress(OSError):
+        handle = os.open(str(folder), os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error means that the disk, the quota or a size limit is exhausted (HDF5 hides errno in its text)."""
+    number = getattr(error, "errno", None)
+    return number in _FULL or any(os.strerror(n) in str(error) for n in _FULL)
+
+
+def disk_full(path: object, need_bytes: int | None = None) -> DiskFullError:
+    """The one error a full disk makes: which file, how much is needed, how much there is, what to do."""
+    folder = Path(str(path)).parent
+    facts = f"needs {_size(need_bytes)}, " if need_bytes is not None else ""
+    try:
+        facts += f"{_size(shutil.disk_usage(folder).free)} free in {folder}"
+    except OSError:
+        facts += f"folder {folder}"
+    return DiskFullError(
+        f"{path}: no space left on the disk, or over the quota or size limit ({facts}). "
+        "Free some space or choose another folder, then run the same command again."
+    )
+
+
+def require_space(path: object, need_bytes: int) -> None:
+    """Stops before a file is begun that cannot fit.
+
+    Raises:
+        DiskFullError: fewer than ``need_bytes`` are free in the file's folder.
+    """
+    if shutil.disk_usage(Path(str(path)).parent).free < need_bytes:
+        raise disk_full(path, need_bytes)
+
+
+@contextmanager
+def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
+    """Gives a temporary name in the same folder; on success it is fsynced and renamed to ``path``, on error removed.
+
+    Args:
+        path: the final name. Its folder must exist.
+        need_bytes: size of the finished file if known, for the error message and an early check.
+
+    Raises:
+        DiskFullError: the disk is full.
+        InputError: the folder is missing or not writable.
+    """
+    final = Path(str(path))
+    if not final.parent.is_dir():
+        raise InputError("the folder to write into does not exist", file=final, hint=f"Create {final.parent} first.")
+    if need_bytes is not None:
+        require_space(final, need_bytes)
+    part = temporary_name(final)
+    try:
+        yield part
+        handle = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(part, final)
+        fsync_dir(final.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        if isinstance(error, PermissionError):
+            raise InputError("not allowed to write this file", file=final) from error
+        if isinstance(error, OSError) and is_full(error):
+            raise disk_full(final, need_bytes) from error
+        raise
+
+
+@contextmanager
+def atomic_write(path: object, mode: str = "wb", need_bytes: int | None = None) -> Iterator[IO[Any]]:
+    """Like ``open(path, mode)`` for writing, but the file appears under its name only when the block ends without error.
+
+    Raises:
+        DiskFullError, InputError: as ``atomic_path``.
+    """
+    with atomic_path(path, need_bytes) as part:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as stream:
+            yield stream
+
+
+def write_text(path: object, text: str) -> None:
+    """Writes a whole text file atomically."""
+    with atomic_write(path, "w") as stream:
+        stream.write(text)
+
+
+def _size(n: int | None) -> str:
+    value = float(n or 0)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

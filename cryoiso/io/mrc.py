@@ -1,0 +1,396 @@
+"""MRC maps and image stacks (MRC2014, Cheng et al., J. Struct. Biol. 192 (2015) 146).
+
+Maps come in as (z, y, x) whatever the axis order of the file. Stacks are read image by image with plain reads: headers and open
+files are cached, so reading 256 images from many micrograph stacks costs little more than the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from cryoiso import __version__
+from cryoiso.core.errors import InputError
+from cryoiso.core.types import DensityMap
+from cryoiso.io.atomic import atomic_write
+
+MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
+HEADER_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class MrcHeader:
+    """What a file's header says, with spatial quantities in the order x, y, z."""
+
+    shape: tuple[int, int, int]
+    """(sections, rows, columns) as stored."""
+    dtype: np.dtype
+    offset: int
+    voxel_A: tuple[float, float, float]
+    origin_A: tuple[float, float, float]
+    """Position of the first voxel: the ORIGIN record, else start index times voxel size."""
+    axes: tuple[int, int, int]
+    """Spatial axis (0 = x, 1 = y, 2 = z) of sections, rows and columns."""
+
+    @property
+    def image_bytes(self) -> int:
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+
+def parse_header(raw: bytes, path: object = None) -> MrcHeader:
+    """Reads the 1024 bytes of an MRC header of either byte order, with old or missing machine stamps.
+
+    Raises:
+        InputError: not an MRC file, or a data mode that is no real density.
+    """
+    from mrcfile.dtypes import HEADER_DTYPE
+
+    for order in "<>":
+        h = np.frombuffer(raw[:HEADER_BYTES], HEADER_DTYPE.newbyteorder(order))[0] if len(raw) >= HEADER_BYTES else None
+        if h is not None and 0 <= int(h["mode"]) <= 101 and all(0 < int(h[k]) < 2**24 for k in ("nx", "ny", "nz")):
+            break
+    else:
+        raise InputError("not an MRC file", file=path, expected="an MRC header of 1024 bytes with sizes and a mode")
+    mode = int(h["mode"])
+    if mode not in MODES:
+        raise InputError("cannot use this kind of MRC data", file=path, expected=f"mode {sorted(MODES)}", found=f"mode {mode}")
+    axes = [int(h[k]) - 1 for k in ("maps", "mapr", "mapc")]
+    if sorted(axes) != [0, 1, 2]:
+        axes = [2, 1, 0]
+    cell = [float(h["cella"][k]) for k in "xyz"]
+    samples = [int(h[k]) for k in ("mx", "my", "mz")]
+    voxel = [c / m if m > 0 else 0.0 for c, m in zip(cell, samples)]
+    starts = dict(zip(axes, (int(h[k]) for k in ("nzstart", "nystart", "nxstart"))))
+    origin = [float(h["origin"][k]) for k in "xyz"]
+    if not any(origin) or not all(map(math.isfinite, origin)):
+        origin = [starts[i] * voxel[i] for i in range(3)]
+    extra = max(int(h["nsymbt"]), 0)
+    return MrcHeader(
+        shape=(int(h["nz"]), int(h["ny"]), int(h["nx"])),
+        dtype=np.dtype(MODES[mode]).newbyteorder(order),
+        offset=HEADER_BYTES + extra,
+        voxel_A=(voxel[0], voxel[1], voxel[2]),
+        origin_A=(origin[0], origin[1], origin[2]),
+        axes=(axes[0], axes[1], axes[2]),
+    )
+
+
+def read_header(path: object) -> MrcHeader:
+    """The header of an MRC file.
+
+    Raises:
+        InputError: missing, not MRC, or shorter than its header says.
+    """
+    name = Path(str(path))
+    try:
+        with open(name, "rb") as stream:
+            header = parse_header(stream.read(HEADER_BYTES), path)
+            size = os.fstat(stream.fileno()).st_size
+    except FileNotFoundError:
+        raise InputError("no such file", file=path) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=path) from None
+    expected = header.offset + header.image_bytes * header.shape[0]
+    if size < expected:
+        raise InputError(
+            "the file is truncated",
+            file=path,
+            expected=f"{expected} bytes for {header.shape[0]} sections",
+            found=f"{size} bytes, {max(size - header.offset, 0) // header.image_bytes} whole sections",
+            hint="Copy it again.",
+        )
+    return header
+
+
+def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
+    """A map of any shape, memory-mapped, with axes brought to (z, y, x) and the number type of the file.
+
+    Returns:
+        array (nz, ny, nx), read-only, and the header. Files ending in .gz or .bz2 are unpacked into memory.
+    """
+    if str(path).endswith((".gz", ".bz2")):
+        return _read_packed(path)
+    header = read_header(path)
+    data = np.memmap(str(path), header.dtype, "r", header.offset, header.shape)
+    return _to_zyx(data, header), header
+
+
+def _read_packed(path: object) -> tuple[np.ndarray, MrcHeader]:
+    import bz2
+    import gzip
+
+    opener: Any = gzip.open if str(path).endswith(".gz") else bz2.open
+    try:
+        with opener(str(path), "rb") as stream:
+            raw = stream.read()
+    except FileNotFoundError:
+        raise InputError("no such file", file=path) from None
+    except (OSError, EOFError) as error:
+        raise InputError(f"cannot be unpacked: {error}", file=path) from None
+    header = parse_header(raw, path)
+    count = int(np.prod(header.shape))
+    if len(raw) < header.offset + count * header.dtype.itemsize:
+        raise InputError("the file is truncated", file=path, expected=f"{count} voxels", hint="Copy it again.")
+    data = np.frombuffer(raw, header.dtype, count, header.offset).reshape(header.shape)
+    return _to_zyx(data, header), header
+
+
+def _to_zyx(data: np.ndarray, header: MrcHeader) -> np.ndarray:
+    return np.transpose(data, [header.axes.index(axis) for axis in (2, 1, 0)])
+
+
+def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
+    """A cubic density map.
+
+    Args:
+        path: MRC or CCP4 map, possibly packed with gzip or bzip2.
+        pixel_size_A: overrides the header's.
+
+    Returns:
+        DensityMap: (D, D, D) float32 in (z, y, x).
+
+    Raises:
+        InputError: no such file, truncated, not cubic, NaN or Inf inside, no pixel size, different pixel sizes along the axes.
+    """
+    raw, header = read_raw_map(path)
+    if len(set(raw.shape)) != 1:
+        nz, ny, nx = raw.shape
+        hint = "Pad it to a cube first (for example relion_image_handler --new_box)."
+        raise InputError("the map is not a cube", file=path, found=f"{nx} x {ny} x {nz} voxels (x, y, z)", hint=hint)
+    pixel = float(pixel_size_A) if pixel_size_A is not None else _header_pixel_size(header, path)
+    if not (math.isfinite(pixel) and pixel > 0):
+        raise InputError("the pixel size must be a positive number", file=path, found=pixel)
+    data = np.array(raw, np.float32, order="C")
+    if not np.isfinite(data).all():
+        bad = int(np.size(data) - np.isfinite(data).sum())
+        raise InputError("the map has voxels that are NaN or infinite", file=path, found=f"{bad} of them")
+    scale = [pixel / v if v > 0 and pixel_size_A is not None else 1.0 for v in header.voxel_A]
+    origin = [o * s if math.isfinite(o * s) else 0.0 for o, s in zip(header.origin_A, scale)]
+    return DensityMap(data, pixel, (origin[0], origin[1], origin[2]))
+
+
+def _header_pixel_size(header: MrcHeader, path: object) -> float:
+    voxel = header.voxel_A
+    if not all(math.isfinite(v) and v > 0 for v in voxel):
+        raise InputError(
+            "the map has no pixel size in its header",
+            file=path,
+            expected="a voxel size in Å",
+            found=" x ".join(f"{v:g}" for v in voxel),
+            hint="Give it: pixel_size_A under [reference] in the job file, or --pixel-size on the command line.",
+        )
+    if max(voxel) - min(voxel) > 1e-3 * max(voxel):
+        raise InputError(
+            "the voxels are not cubes",
+            file=path,
+            expected="one pixel size",
+            found=" x ".join(f"{v:g}" for v in voxel) + " Å",
+            hint="Resample the map, or give its pixel size if the header is wrong.",
+        )
+    return voxel[0]
+
+
+def build_header(
+    shape: tuple[int, int, int],
+    mode: int,
+    pixel_size_A: float,
+    origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    *,
+    stack: bool = False,
+    stats: tuple[float, float, float, float] | None = None,
+) -> bytes:
+    """A valid MRC2014 header, little-endian.
+
+    Args:
+        shape: (sections, rows, columns).
+        mode: 2 (float32) or 12 (float16).
+        pixel_size_A: of all axes.
+        origin_A: (x, y, z) of the first voxel.
+        stack: images (space group 0, one section a unit cell) rather than a volume.
+        stats: (min, max, mean, rms); None is written as "not determined" in the standard's way.
+    """
+    from mrcfile.dtypes import HEADER_DTYPE
+
+    h = np.zeros((), HEADER_DTYPE.newbyteorder("<"))
+    nz, ny, nx = shape
+    h["nx"], h["ny"], h["nz"], h["mode"] = nx, ny, nz, mode
+    h["mx"], h["my"], h["mz"] = nx, ny, 1 if stack else nz
+    h["cella"] = (nx * pixel_size_A, ny * pixel_size_A, (1 if stack else nz) * pixel_size_A)
+    h["cellb"] = (90.0, 90.0, 90.0)
+    h["mapc"], h["mapr"], h["maps"] = 1, 2, 3
+    h["dmin"], h["dmax"], h["dmean"], h["rms"] = stats or (0.0, -1.0, -2.0, -1.0)
+    h["ispg"] = 0 if stack else 1
+    h["nversion"] = 20141
+    h["origin"] = origin_A
+    h["map"] = b"MAP "
+    h["machst"] = [0x44, 0x44, 0, 0]
+    h["nlabl"] = 1
+    h["label"][0] = f"cryoiso {__version__}".encode()
+    return h.tobytes()
+
+
+def write_map(
+    path: object, data: np.ndarray, pixel_size_A: float, origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0)
+) -> None:
+    """Writes a volume (or one image) as float32, atomically.
+
+    Args:
+        data: (nz, ny, nx), or (ny, nx).
+        pixel_size_A: Å a voxel.
+        origin_A: (x, y, z) of the first voxel.
+    """
+    volume = np.ascontiguousarray(data, "<f4")
+    volume = volume[None] if volume.ndim == 2 else volume
+    mean = float(volume.mean(dtype=np.float64))
+    rms = math.sqrt(max(float(np.square(volume, dtype=np.float64).mean()) - mean * mean, 0.0))
+    stats = (float(volume.min()), float(volume.max()), mean, rms)
+    header = build_header((volume.shape[0], volume.shape[1], volume.shape[2]), 2, pixel_size_A, origin_A, stats=stats)
+    with atomic_write(path, need_bytes=HEADER_BYTES + volume.nbytes) as stream:
+        stream.write(header)
+        stream.write(memoryview(volume).cast("B"))
+
+
+class StackWriter:
+    """Takes images block by block; made by ``write_stack``."""
+
+    def __init__(self, stream: IO[Any], path: object, box_px: int, pixel_size_A: float, mode: int) -> None:
+        self._stream, self._path, self._box, self._pixel, self._mode = stream, path, box_px, pixel_size_A, mode
+        self.count = 0
+        stream.write(bytes(HEADER_BYTES))
+
+    def append(self, images: np.ndarray) -> None:
+        """Appends (n, D, D) or (D, D) images."""
+        block = np.ascontiguousarray(images, "<" + MODES[self._mode])
+        block = block[None] if block.ndim == 2 else block
+        if block.shape[1:] != (self._box, self._box):
+            raise ValueError(f"images of {block.shape[1:]} do not fit a stack of {self._box} px")
+        self._stream.write(memoryview(block).cast("B"))
+        self.count += len(block)
+
+    def finish(self) -> None:
+        """Writes the header now that the number of images is known."""
+        self._stream.seek(0)
+        self._stream.write(build_header((self.count, self._box, self._box), self._mode, self._pixel, stack=True))
+
+
+@contextmanager
+def write_stack(path: object, box_px: int, pixel_size_A: float, mode: int = 2) -> Iterator[StackWriter]:
+    """A streaming writer of an image stack (.mrcs): ``with write_stack(...) as stack: stack.append(images)``.
+
+    Args:
+        box_px: image side.
+        pixel_size_A: goes into the header.
+        mode: 2 (float32) or 12 (float16).
+    """
+    if mode not in (2, 12):
+        raise ValueError(f"cannot write stacks of mode {mode}")
+    with atomic_write(path) as stream:
+        writer = StackWriter(stream, path, box_px, pixel_size_A, mode)
+        yield writer
+        writer.finish()
+
+
+class StackReader:
+    """Reads images of many stacks with few system calls. Keeps at most ``max_open`` files open; close it, or use ``with``."""
+
+    def __init__(self, max_open: int = 64) -> None:
+        self._headers: dict[str, MrcHeader] = {}
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._max_open = max_open
+
+    def __enter__(self) -> StackReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for handle in self._open.values():
+            os.close(handle)
+        self._open.clear()
+
+    def header(self, path: str, file: object = None, row: int | None = None) -> MrcHeader:
+        """The stack's header, cached. ``file`` and ``row`` say in an error who asked for the stack.
+
+        Raises:
+            InputError: missing or truncated stack.
+        """
+        if path not in self._headers:
+            try:
+                self._headers[path] = read_header(path)
+            except InputError as error:
+                if file is None:
+                    raise
+                problem = f"image stack {path}: {error.problem}"
+                hint = error.hint or "Relative paths start from the project folder; give it if it is not the current one."
+                raise InputError(
+                    problem, file=file, row=row, expected=error.expected, found=error.found, hint=hint
+                ) from None
+        return self._headers[path]
+
+    def check(self, path: str, index: np.ndarray, file: object = None, rows: np.ndarray | None = None) -> MrcHeader:
+        """Header of a stack after making sure that it holds these images (0-based).
+
+        Raises:
+            InputError: names file, row, how many images there are and which one was asked for.
+        """
+        index = np.asarray(index)
+        first = None if rows is None or not len(rows) else int(rows[0]) + 1
+        header = self.header(path, file, first)
+        bad = np.flatnonzero((index < 0) | (index >= header.shape[0]))
+        if len(bad):
+            row = None if rows is None else int(np.asarray(rows)[bad[0]]) + 1
+            raise InputError(
+                f"the image is beyond the end of its stack {path}" if file is not None else "no such image in the stack",
+                file=file if file is not None else path,
+                row=row,
+                expected=f"an image from 1 to {header.shape[0]}",
+                found=f"image {int(index[bad[0]]) + 1}",
+            )
+        return header
+
+    def read(self, path: str, index: np.ndarray, file: object = None, rows: np.ndarray | None = None) -> np.ndarray:
+        """Images of one stack: (n, ny, nx) float32, in the order of ``index`` (0-based)."""
+        index = np.asarray(index, np.int64)
+        header = self.check(path, index, file, rows)
+        handle = self._handle(path)
+        raw = np.empty((len(index), header.image_bytes), np.uint8)
+        for start, stop in runs(index):
+            view = memoryview(raw[start:stop]).cast("B")
+            _read_fully(handle, view, header.offset + int(index[start]) * header.image_bytes, path)
+        return raw.view(header.dtype).reshape(-1, *header.shape[1:]).astype(np.float32, copy=False)
+
+    def _handle(self, path: str) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if len(self._open) >= self._max_open:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[path] = os.open(path, os.O_RDONLY)
+        return self._open[path]
+
+
+def runs(index: np.ndarray) -> list[tuple[int, int]]:
+    """Cuts an index array into stretches of consecutive numbers: [(start, stop), ...] positions in ``index``."""
+    if not len(index):
+        return []
+    cuts = np.flatnonzero(np.diff(index) != 1) + 1
+    edges = [0, *cuts.tolist(), len(index)]
+    return list(zip(edges[:-1], edges[1:]))
+
+
+def _read_fully(handle: int, view: memoryview, offset: int, path: object) -> None:
+    done = 0
+    while done < len(view):
+        got = os.preadv(handle, [view[done:]], offset + done)
+        if got <= 0:
+            raise InputError("the file ended while it was read", file=path, hint="Copy it again.")
+        done += got

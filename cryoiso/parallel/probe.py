@@ -1,0 +1,43 @@
+"""What MPI this environment has, found out without touching MPI in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_ASK = """
+import json, warnings
+warnings.simplefilter("ignore")
+import mpi4py
+from mpi4py import MPI
+paths = sorted({line.split()[-1] for line in open("/proc/self/maps") if "libmpi" in line and "/" in line})
+print(json.dumps({"mpi4py": mpi4py.__version__, "library": MPI.Get_library_version().split(chr(10))[0].strip(chr(0) + " "),
+                  "path": paths[0] if paths else ""}))
+"""
+_LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_STEP", "SLURM_PROCID", "MPI_LOCAL", "HYDRA_", "PALS_")
+
+
+def outside_launcher() -> dict[str, str]:
+    """This environment without what an MPI launcher put there, for starting programs of their own."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_PREFIXES)}
+
+
+def probe_mpi(timeout: float = 60.0) -> dict[str, Any]:
+    """Which MPI library mpi4py loads and which mpirun belongs to it; ``error`` says why there is none."""
+    beside = Path(sys.executable).parent / "mpirun"
+    found: dict[str, Any] = {"mpirun": str(beside) if beside.exists() else shutil.which("mpirun") or ""}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=timeout, env=outside_launcher()
+        )
+    except subprocess.TimeoutExpired:
+        return {**found, "error": f"loading MPI took more than {timeout:.0f} s"}
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        return {**found, "error": lines[-1] if lines else f"exit status {done.returncode}"}
+    return {**found, **json.loads(done.stdout.strip().splitlines()[-1])}

@@ -1,0 +1,31 @@
+"""SIGTERM and SIGUSR1 mean: write a checkpoint at the next step boundary and leave (exit 75), on all ranks together."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType
+
+logger = logging.getLogger("cryoiso")
+_received: list[str] = []
+
+
+def install_signal_handlers() -> None:
+    """Notes SIGTERM and SIGUSR1 for ``stop_requested``; a second SIGTERM ends the process at once as usual."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _note)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _received.append(signal.Signals(number).name)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if number == signal.SIGTERM else _note)
+
+
+def stop_signal() -> str:
+    """Name of the signal that this process was told to stop with; empty if none."""
+    return _received[0] if _received else ""
+
+
+def clear() -> None:
+    """Forgets what was received (for a new run in the same process)."""
+    _received.clear()

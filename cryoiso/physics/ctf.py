@@ -1,0 +1,253 @@
+"""Contrast transfer function, beam tilt and higher-order aberrations.
+
+CTF = scale exp(-B s^2 / 4) (sqrt(1 - w^2) sin g + w cos g), g = pi lambda df s^2 - pi/2 Cs lambda^3 s^4 + phase shift, with
+df > 0 for underfocus and astigmatism df = (dU + dV)/2 + (dU - dV)/2 cos 2(theta - theta_ast): RELION's formula, positive at
+zero frequency for white protein. Phases are computed in float64, whatever the type of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.types import OpticsGroup, Particles
+
+_BLOCK = 2**20
+"""Values of a CTF computed at once: the intermediate float64 phases stay in the cache."""
+
+
+def wavelength_A(voltage_kV: float) -> float:
+    """Relativistic electron wavelength in Å: 12.2643247 / sqrt(V (1 + 0.978466e-6 V)) with V in volts.
+
+    >>> round(wavelength_A(300.0), 7)
+    0.0196876
+    """
+    volts = voltage_kV * 1e3
+    return 12.2643247 / math.sqrt(volts * (1 + 0.978466e-6 * volts))
+
+
+def frequency_grid(box_px: int, pixel_size_A: float, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Frequencies of the half-plane in 1/Å: (freq_y (D, 1), freq_x (1, D//2+1)), float64, y in FFT order."""
+    fy = torch.fft.fftfreq(box_px, pixel_size_A, dtype=torch.float64, device=device)
+    fx = torch.arange(box_px // 2 + 1, dtype=torch.float64, device=device) / (box_px * pixel_size_A)
+    return fy[:, None], fx[None, :]
+
+
+def ctf(
+    freq_y_invA: torch.Tensor,
+    freq_x_invA: torch.Tensor,
+    *,
+    defocus_u_A,
+    defocus_v_A,
+    defocus_angle_deg,
+    voltage_kV: float,
+    spherical_aberration_mm: float,
+    amplitude_contrast: float,
+    phase_shift_deg=0.0,
+    bfactor_A2=0.0,
+    scale=1.0,
+) -> torch.Tensor:
+    """The contrast transfer function at any frequencies; differentiable in every tensor given.
+
+    Args:
+        freq_y_invA, freq_x_invA: frequencies, shapes that broadcast with the parameters.
+        defocus_u_A, defocus_v_A, defocus_angle_deg: floats or tensors, e.g. (n, 1, 1).
+        voltage_kV, spherical_aberration_mm, amplitude_contrast: of the microscope.
+        phase_shift_deg, bfactor_A2, scale: floats or tensors.
+
+    Returns:
+        Real tensor of the broadcast shape in the frequencies' dtype.
+    """
+    dtype = torch.promote_types(freq_y_invA.dtype, freq_x_invA.dtype)
+    fy, fx = freq_y_invA.double(), freq_x_invA.double()
+    du, dv, axis, phase, bfactor, factor = (
+        _f64(v, fy.device) for v in (defocus_u_A, defocus_v_A, defocus_angle_deg, phase_shift_deg, bfactor_A2, scale)
+    )
+    lam = wavelength_A(voltage_kV)
+    axis, phase = torch.deg2rad(axis), torch.deg2rad(phase)
+    s2 = fx * fx + fy * fy
+    # half the difference times s^2 cos 2(theta - axis), written without an arctangent
+    astigmatism = torch.cos(2 * axis) * (fx * fx - fy * fy) + torch.sin(2 * axis) * (2 * fx * fy)
+    defocus_s2 = 0.5 * (du + dv) * s2 + 0.5 * (du - dv) * astigmatism
+    gamma = math.pi * lam * defocus_s2 - _cs_term(lam, spherical_aberration_mm) * s2 * s2 + phase
+    # w = sin(asin w) turns the two terms into one sine
+    value = torch.sin(gamma + math.asin(amplitude_contrast))
+    return (factor * torch.exp(-0.25 * bfactor * s2) * value).to(dtype)
+
+
+def _f64(value, device) -> torch.Tensor:
+    return torch.as_tensor(value, device=device).to(torch.float64)
+
+
+def _cs_term(lam: float, spherical_aberration_mm: float) -> float:
+    return 0.5 * math.pi * spherical_aberration_mm * 1e7 * lam**3
+
+
+def ctf_for(
+    particles: Particles,
+    rows=None,
+    box_px: int | None = None,
+    *,
+    pixel_size_A: float | None = None,
+    freq_invA: tuple[torch.Tensor, torch.Tensor] | None = None,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """CTFs of particles with everything their optics groups say (magnification anisotropy, even Zernike terms).
+
+    Args:
+        particles: the set.
+        rows: which of them (None: all).
+        box_px: image size D (default: the optics group's box).
+        pixel_size_A: pixel size (default: each group's own). For Fourier-cropped images give extent / box_px.
+        freq_invA: (freq_y, freq_x) to use instead of the half-plane; any shapes that broadcast to one shape P.
+        device, dtype: of the result.
+
+    Returns:
+        (n, D, D//2+1), or (n, *P).
+
+    Raises:
+        InputError: the groups of these rows have different boxes and none was given.
+    """
+    rows = np.arange(len(particles)) if rows is None else np.arange(len(particles))[rows]
+    groups = np.asarray(particles.optics)[rows]
+    if freq_invA is None and box_px is None:
+        boxes = {particles.groups[g].box_px for g in np.unique(groups)}
+        if len(boxes) != 1:
+            raise InputError("the optics groups have different box sizes", expected="one", found=sorted(boxes))
+        box_px = boxes.pop()
+    shape = np.broadcast_shapes(*(f.shape for f in freq_invA)) if freq_invA else (box_px, box_px // 2 + 1)
+    out = torch.empty((len(rows), *shape), dtype=dtype, device=device)
+    for g in np.unique(groups):
+        where = np.flatnonzero(groups == g)
+        group = particles.groups[g]
+        freq = freq_invA or frequency_grid(box_px, pixel_size_A or group.pixel_size_A, device)
+        _group_ctf(out, where, particles, rows[where], group, freq)
+    return out
+
+
+def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq) -> None:
+    """Writes the CTFs of one optics group's particles into ``out[where]``.
+
+    Within a group the phase is linear in six numbers per particle, so all phases are one matrix product.
+    """
+    device = out.device
+    fy, fx = magnify(*(f.to(device, torch.float64) for f in freq), group.magnification)
+    fy, fx = fy.reshape(-1), fx.reshape(-1)
+    lam = wavelength_A(group.voltage_kV)
+    s2 = fx * fx + fy * fy
+    fixed = -_cs_term(lam, group.spherical_aberration_mm) * s2 * s2 + math.asin(group.amplitude_contrast)
+    if any(group.even_zernike):
+        fixed = fixed - zernike_sum(fy, fx, group.even_zernike, odd=False)
+    basis = torch.stack([s2, fx * fx - fy * fy, 2 * fx * fy, torch.ones_like(s2), fixed])
+    coefficients = torch.from_numpy(_phase_coefficients(particles, rows, lam)).to(device)
+    bfactor = torch.from_numpy(np.asarray(particles.ctf_bfactor_A2, np.float64)[rows]).to(device)
+    scale = torch.from_numpy(np.asarray(particles.ctf_scale, np.float64)[rows]).to(device, out.dtype)
+    block = max(1, _BLOCK // len(s2))
+    for i in range(0, len(rows), block):
+        part = slice(i, i + block)
+        turns = (coefficients[part] @ basis) / (2 * math.pi)
+        value = torch.sin(((turns - turns.round()) * (2 * math.pi)).to(out.dtype)) * scale[part, None]
+        if bool((bfactor[part] != 0).any()):
+            value = value * torch.exp(-0.25 * bfactor[part, None] * s2).to(out.dtype)
+        out[torch.from_numpy(where[part]).to(device)] = value.reshape(-1, *out.shape[1:])
+
+
+def _phase_coefficients(particles: Particles, rows, lam: float) -> np.ndarray:
+    du, dv, axis, phase = (
+        np.asarray(getattr(particles, name), np.float64)[rows]
+        for name in ("defocus_u_A", "defocus_v_A", "defocus_angle_deg", "phase_shift_deg")
+    )
+    mean, half = np.pi * lam * (du + dv) / 2, np.pi * lam * (du - dv) / 2
+    axis = np.radians(axis)
+    one = np.ones_like(mean)
+    return np.stack([mean, half * np.cos(2 * axis), half * np.sin(2 * axis), np.radians(phase), one], 1)
+
+
+def magnify(
+    freq_y: torch.Tensor, freq_x: torch.Tensor, magnification: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frequencies at which an anisotropically magnified image sees the undistorted one: M (x, y), broadcast.
+
+    Args:
+        freq_y, freq_x: frequencies of the image.
+        magnification: row-major 2x2 matrix (rlnMagMat00, 01, 10, 11).
+
+    Returns:
+        (freq_y, freq_x) of the common shape.
+    """
+    fy, fx = torch.broadcast_tensors(freq_y, freq_x)
+    m00, m01, m10, m11 = magnification
+    if (m00, m01, m10, m11) == (1.0, 0.0, 0.0, 1.0):
+        return fy, fx
+    return m10 * fx + m11 * fy, m00 * fx + m01 * fy
+
+
+def beam_tilt_phase(freq_y_invA: torch.Tensor, freq_x_invA: torch.Tensor, group: OpticsGroup) -> torch.Tensor:
+    """Phase factors that a group's beam tilt and odd Zernike terms (coma, trefoil) put on its images.
+
+    Beam tilt gives the phase -2 pi Cs lambda^2 s^2 (tilt . s), Cs in Å and tilt in radians, RELION's sign. An image is the
+    true one times these factors; multiply by the conjugate to correct it.
+
+    Args:
+        freq_y_invA, freq_x_invA: frequencies that broadcast to one shape P, before magnification.
+        group: the optics group.
+
+    Returns:
+        complex128 of shape P, modulus 1.
+    """
+    fy, fx = magnify(freq_y_invA.double(), freq_x_invA.double(), group.magnification)
+    lam = wavelength_A(group.voltage_kV)
+    tilt_x, tilt_y = group.beam_tilt_mrad
+    factor = -2 * math.pi * group.spherical_aberration_mm * 1e7 * 1e-3 * lam * lam
+    phase = factor * (fx * fx + fy * fy) * (tilt_x * fx + tilt_y * fy)
+    if any(group.odd_zernike):
+        phase = phase + zernike_sum(fy, fx, group.odd_zernike, odd=True)
+    return torch.polar(torch.ones_like(phase), phase)
+
+
+def zernike_sum(freq_y: torch.Tensor, freq_x: torch.Tensor, coefficients: Sequence[float], *, odd: bool) -> torch.Tensor:
+    """Sum of Zernike polynomials Z(m, n) times coefficients, in RELION's order, with the frequency in 1/Å as the radius.
+
+    Args:
+        freq_y, freq_x: same shape.
+        coefficients: radians; even: (m, n) = (0,0); (-2,2), (0,2), (2,2); (-4,4) ...; odd: (-1,1), (1,1); (-3,3) ...
+        odd: which of both series.
+
+    Returns:
+        The phase in radians, same shape.
+    """
+    rho, phi = torch.hypot(freq_x, freq_y), torch.atan2(freq_y, freq_x)
+    total = torch.zeros_like(rho)
+    for i, c in enumerate(coefficients):
+        m, n = zernike_index(i, odd)
+        if c:
+            angular = torch.cos(m * phi) if m >= 0 else torch.sin(-m * phi)
+            total = total + c * zernike_radial(abs(m), n, rho) * angular
+    return total
+
+
+def zernike_index(i: int, odd: bool) -> tuple[int, int]:
+    """(m, n) of the i-th coefficient of the odd or even series: n = 1, 3, ... or 0, 2, ..., and m = -n, -n + 2, ..., n.
+
+    >>> [zernike_index(i, True) for i in range(3)], [zernike_index(i, False) for i in range(3)]
+    ([(-1, 1), (1, 1), (-3, 3)], [(0, 0), (-2, 2), (0, 2)])
+    """
+    n = 1 if odd else 0
+    while i > n:
+        i -= n + 1
+        n += 2
+    return 2 * i - n, n
+
+
+def zernike_radial(m: int, n: int, rho: torch.Tensor) -> torch.Tensor:
+    """Radial Zernike polynomial R(m, n) at ``rho``, for m >= 0 and n - m even (Born and Wolf)."""
+    total = torch.zeros_like(rho)
+    for k in range((n - m) // 2 + 1):
+        bottom = math.factorial(k) * math.factorial((n + m) // 2 - k) * math.factorial((n - m) // 2 - k)
+        total = total + (-1) ** k * math.factorial(n - k) / bottom * rho ** (n - 2 * k)
+    return total

@@ -1,0 +1,126 @@
+"""Centred Fourier transforms and the set of Fourier coefficients that an image is worth.
+
+Layout: half-plane of ``rfft`` (ky in FFT order, kx = 0..D//2), centre of images and volumes at pixel D//2 (odd and even).
+Images use the orthonormal transform, so that white noise of standard deviation 1 has E|X|^2 = 1 at every coefficient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def images_to_fourier(images: Tensor) -> Tensor:
+    """Orthonormal centred transform: (n, D, D) real -> (n, D, D//2+1) complex."""
+    return torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho")
+
+
+def fourier_to_images(coefficients: Tensor, box_px: int) -> Tensor:
+    """Inverse of :func:`images_to_fourier`: (n, D, D//2+1) complex -> (n, D, D) real."""
+    images = torch.fft.irfft2(coefficients, s=(box_px, box_px), norm="ortho")
+    return torch.fft.fftshift(images, dim=(-2, -1))
+
+
+def volume_to_fourier(volume: Tensor) -> Tensor:
+    """Centred transform without a factor: (D, D, D) real -> (D, D, D//2+1) complex."""
+    return torch.fft.rfftn(torch.fft.ifftshift(volume), dim=(0, 1, 2))
+
+
+def fourier_to_volume(coefficients: Tensor, box_px: int) -> Tensor:
+    """Inverse of :func:`volume_to_fourier`."""
+    return torch.fft.fftshift(torch.fft.irfftn(coefficients, s=(box_px,) * 3, dim=(0, 1, 2)))
+
+
+def pad_volume(volume: Tensor, box_px: int) -> Tensor:
+    """Zero-pads (or crops) a cube about its centre pixel D//2 to box_px."""
+    old = volume.shape[0]
+    lo = box_px // 2 - old // 2
+    hi = box_px - old - lo
+    return torch.nn.functional.pad(volume, (lo, hi, lo, hi, lo, hi))
+
+
+@dataclass(frozen=True)
+class Disc:
+    """The coefficients of a half-plane inside a radius, each Friedel pair once (kx > 0, or kx = 0 and ky > 0; DC on request)."""
+
+    box_px: int
+    radius_px: float
+    ky: np.ndarray
+    """(K,) float32, signed."""
+    kx: np.ndarray
+    """(K,) float32."""
+    flat: np.ndarray
+    """(K,) int64: index into the flattened (D, D//2+1) half-plane."""
+    shell: np.ndarray
+    """(K,) int64: nint of the radius."""
+
+    @property
+    def size(self) -> int:
+        return len(self.flat)
+
+    def gather(self, coefficients: Tensor) -> Tensor:
+        """(..., D, D//2+1) -> (..., K)."""
+        index = torch.as_tensor(self.flat, device=coefficients.device)
+        return coefficients.flatten(-2)[..., index]
+
+    def frequencies(self, pixel_size_A: float) -> tuple[Tensor, Tensor]:
+        """(ky, kx) in 1/Å, float64, each (K,)."""
+        scale = 1.0 / (self.box_px * pixel_size_A)
+        return torch.as_tensor(self.ky, dtype=torch.float64) * scale, torch.as_tensor(self.kx, dtype=torch.float64) * scale
+
+
+@lru_cache(maxsize=64)
+def disc(box_px: int, radius_px: float, with_dc: bool = False) -> Disc:
+    """Coefficients with |k| <= radius_px, ordered by shell so that a smaller radius is a prefix of a larger one.
+
+    The Nyquist column of an even box is left out: its Friedel mate is itself and interpolation has nothing to say about it.
+    """
+    ky = np.fft.fftfreq(box_px) * box_px
+    kx = np.arange(box_px // 2 + 1, dtype=np.float64)
+    yy, xx = np.meshgrid(ky, kx, indexing="ij")
+    radius = np.hypot(yy, xx)
+    limit = min(radius_px, (box_px - 1) // 2)
+    keep = (radius <= limit + 1e-6) & ((xx > 0) | (yy > 0))
+    if with_dc:
+        keep |= radius == 0
+    flat = np.flatnonzero(keep)
+    flat = flat[np.argsort(radius.ravel()[flat], kind="stable")]
+    r = radius.ravel()[flat]
+    return Disc(
+        box_px,
+        radius_px,
+        yy.ravel()[flat].astype(np.float32),
+        xx.ravel()[flat].astype(np.float32),
+        flat,
+        np.rint(r).astype(np.int64),
+    )
+
+
+def shift_phases(ky: Tensor, kx: Tensor, shift_px: Tensor) -> Tensor:
+    """Factors that move the content by ``shift_px``: exp(-2 pi i k.shift / D).
+
+    Args:
+        ky, kx: (K,) frequencies in cycles per pixel.
+        shift_px: (..., 2) as (x, y).
+
+    Returns:
+        (..., K) complex.
+    """
+    angle = -2 * torch.pi * (shift_px[..., :1] * kx + shift_px[..., 1:] * ky)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def sinc2_profile(box_px: int, padding: int, device=None, dtype=torch.float32) -> Tensor:
+    """(D,) envelope that trilinear interpolation on a grid padded by ``padding`` multiplies a volume with, per axis."""
+    x = (torch.arange(box_px, device=device, dtype=torch.float64) - box_px // 2) / (padding * box_px)
+    return torch.sinc(x).square().to(dtype)
+
+
+def divide_by_gridding(volume: Tensor, padding: int) -> Tensor:
+    """Undoes the separable sinc^2 envelope of trilinear interpolation (before projecting, after back-projecting)."""
+    s = sinc2_profile(volume.shape[0], padding, volume.device, volume.dtype)
+    return volume / (s[:, None, None] * s[None, :, None] * s[None, None, :])

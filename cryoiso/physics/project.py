@@ -1,0 +1,151 @@
+"""Central-slice projection: an image's transform is a plane through the volume's transform (Fourier slice theorem).
+
+Trilinear interpolation on a grid padded by 2; the volume is divided by the interpolation's sinc^2 envelope beforehand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
+
+
+@dataclass(frozen=True)
+class FourierVolume:
+    """Half-space transform of a volume inside a radius, scaled so that its slices match orthonormal image transforms."""
+
+    grid: Tensor
+    """(2h+1, 2h+1, h+1) complex (z, y, x), origin at (h, h, 0), h = padding * radius + 2."""
+    box_px: int
+    padding: int
+    radius_px: int
+
+    @classmethod
+    def from_volume(cls, volume: Tensor, padding: int = 2, radius_px: int | None = None) -> FourierVolume:
+        """Prepares a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist)."""
+        box = volume.shape[0]
+        radius = min(radius_px or (box - 1) // 2, (box - 1) // 2)
+        padded = pad_volume(divide_by_gridding(volume, padding), box * padding)
+        transform = torch.fft.rfftn(torch.fft.ifftshift(padded), dim=(0, 1, 2)) / box
+        return cls(_crop_half_space(transform, padding * radius + 2), box, padding, radius)
+
+    def slices(self, rotation: Tensor, where: Disc) -> Tensor:
+        """Central slices at the coefficients of ``where``.
+
+        Args:
+            rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in
+                beforehand, see :func:`magnified`).
+
+        Returns:
+            (J, K) complex, before CTF and shift.
+        """
+        needs_grad = torch.is_grad_enabled() and (rotation.requires_grad or self.grid.requires_grad)
+        if self.grid.device.type == "cpu" and self.grid.dtype == torch.complex64 and not needs_grad:
+            return self._slices_numba(rotation, where)
+        return self.slices_torch(rotation, where)
+
+    def _slices_numba(self, rotation: Tensor, where: Disc) -> Tensor:
+        from cryoiso.physics import _kernels
+
+        rot = np.ascontiguousarray(rotation.detach().numpy(), np.float32)
+        out = torch.empty(len(rot), where.size, dtype=torch.complex64)
+        _kernels.extract_slices(self.grid.numpy(), rot, where.ky, where.kx, np.float32(self.padding), out.numpy())
+        return out
+
+    def slices_torch(self, rotation: Tensor, where: Disc) -> Tensor:
+        """The plain torch twin of the CPU kernel: any device and precision, differentiable in grid and rotation."""
+        corner, fraction, flip = slice_corners(rotation.to(self.grid.real.dtype), where, self.padding, self.grid.shape[0])
+        value = torch.zeros(flip.shape, dtype=self.grid.dtype, device=self.grid.device)
+        flat = self.grid.reshape(-1)
+        for offset, share in corner_shares(fraction, self.grid.shape):
+            value = value + flat[corner + offset] * share
+        return torch.where(flip, value.conj(), value)
+
+
+def _crop_half_space(transform: Tensor, h: int) -> Tensor:
+    """rfft layout (P, P, P//2+1) -> centred half-space (2h+1, 2h+1, h+1), zero beyond the transform."""
+    size = transform.shape[0]
+    h_in = min(h, (size - 1) // 2)
+    index = torch.arange(-h_in, h_in + 1, device=transform.device) % size
+    inner = transform[index][:, index][:, :, : h_in + 1]
+    e = h - h_in
+    return torch.nn.functional.pad(inner, (0, e, e, e, e, e)).contiguous() if e else inner.contiguous()
+
+
+def slice_corners(rotation: Tensor, where: Disc, padding: int, grid_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower corner (flat index), fractions (3, J, K) as (x, y, z) and the Friedel flag of each sample of each slice."""
+    device, dtype = rotation.device, rotation.dtype
+    ky = torch.as_tensor(where.ky, device=device, dtype=dtype)
+    kx = torch.as_tensor(where.kx, device=device, dtype=dtype)
+    h = (grid_rows - 1) // 2
+    # (3, J, K): k3 = A^T (kx, ky, 0), so component a is kx * A[0, a] + ky * A[1, a]
+    k3 = padding * (rotation[:, 0, :].T[:, :, None] * kx + rotation[:, 1, :].T[:, :, None] * ky)
+    flip = k3[0] < 0
+    k3 = torch.where(flip, -k3, k3)
+    origin = torch.tensor([0.0, h, h], device=device, dtype=dtype)[:, None, None]
+    k3 = k3 + origin
+    low = k3.detach().floor()
+    x0, y0, z0 = low.long()
+    return (z0 * grid_rows + y0) * (h + 1) + x0, k3 - low, flip
+
+
+def corner_shares(fraction: Tensor, shape: torch.Size | tuple[int, ...]):
+    """Yields (flat offset, trilinear share) of the eight corners."""
+    fx, fy, fz = fraction
+    row = shape[2]
+    for dz, wz in ((0, 1 - fz), (1, fz)):
+        for dy, wy in ((0, 1 - fy), (1, fy)):
+            for dx, wx in ((0, 1 - fx), (1, fx)):
+                yield (dz * shape[1] + dy) * row + dx, wz * wy * wx
+
+
+def magnified(rotation: Tensor, matrix: Tensor) -> Tensor:
+    """Rotations that sample a slice at frequencies M k (2x2 M: anisotropic magnification or a ratio of pixel sizes).
+
+    A^T (M k, 0) = (M^T A[:2])^T k, so the first two rows are replaced by M^T A[:2].
+    """
+    top = torch.einsum("ba,jbc->jac", matrix.to(rotation), rotation[:, :2])
+    return torch.cat([top, rotation[:, 2:]], dim=1)
+
+
+def project(
+    volume: Tensor,
+    rotation: Tensor,
+    shift_A: Tensor | None = None,
+    pixel_size_A: float = 1.0,
+    padding: int = 2,
+) -> Tensor:
+    """Real-space projections of a map.
+
+    Args:
+        volume: (D, D, D) real.
+        rotation: (n, 3, 3), map -> image coordinates.
+        shift_A: (n, 2) RELION origins (the content lands at minus this from pixel D//2), or None.
+
+    Returns:
+        (n, D, D) real, band-limited to the Nyquist circle, differentiable in volume, rotation and shift.
+    """
+    box = volume.shape[0]
+    where = disc(box, (box - 1) // 2, with_dc=True)
+    slices = FourierVolume.from_volume(volume, padding).slices(rotation.to(volume.dtype), where)
+    if shift_A is not None:
+        ky, kx = where.frequencies(1.0)
+        phases = shift_phases(ky.to(shift_A), kx.to(shift_A), -shift_A / pixel_size_A)
+        slices = slices * phases.to(slices.dtype)
+    return fourier_to_images(scatter_to_half_plane(slices, where), box)
+
+
+def scatter_to_half_plane(values: Tensor, where: Disc) -> Tensor:
+    """(n, K) -> (n, D, D//2+1), the Friedel mates of the kx = 0 column filled in, zero elsewhere."""
+    n, box = values.shape[0], where.box_px
+    columns = box // 2 + 1
+    index = torch.as_tensor(where.flat, device=values.device)
+    plane = torch.zeros(n, box * columns, dtype=values.dtype, device=values.device)
+    plane = plane.index_copy(1, index, values)
+    on_axis = torch.as_tensor((where.kx == 0) & (where.ky > 0), device=values.device)
+    mates = (box - index[on_axis] // columns) * columns
+    return plane.index_copy(1, mates, values[:, on_axis].conj()).reshape(n, box, columns)

@@ -1,0 +1,123 @@
+"""Particle images as the likelihood sees them: Fourier coefficients inside a radius with their CTF, in fixed batches.
+
+The batches are cut from the source's row order alone, never from the number of ranks, so that every matrix product has the
+same shape wherever it is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.core.protocols import ImageSource
+from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.fourier import Disc, disc, images_to_fourier
+
+BATCH_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images of one half-set and one sampling geometry."""
+
+    rows: np.ndarray
+    """(B,) rows of the particle table."""
+    group: np.ndarray
+    """(B,) optics group indices."""
+    coefficients: Tensor
+    """(B, K) complex64: centred transform, beam tilt removed."""
+    ctf: Tensor
+    """(B, K) float32."""
+    where: Disc
+    magnification: np.ndarray | None
+    """(2, 2): image frequency -> frequency on the reference's grid; None for the identity."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass
+class BatchReader:
+    """Makes batches, and keeps them in memory while they fit, since every iteration needs them again."""
+
+    source: ImageSource
+    particles: Particles
+    pixel_size_A: float
+    """Of the reference's grid."""
+    device: str = "cpu"
+    with_dc: bool = False
+    memory_bytes: int = 1 << 30
+    _kept: dict = field(default_factory=dict)
+    _used: int = 0
+
+    def plan(self, halves: tuple[int, ...] = (1, 2)) -> list[np.ndarray]:
+        """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of a half and a geometry."""
+        half = self.particles.half if self.particles.half is not None else np.zeros(len(self.particles), np.int8)
+        geometry = self._geometry_of_groups()[self.particles.optics]
+        batches = []
+        for h in halves:
+            for g in np.unique(geometry):
+                rows = np.flatnonzero((half == h) & (geometry == g))
+                batches += [rows[i : i + BATCH_IMAGES] for i in range(0, len(rows), BATCH_IMAGES)]
+        return batches
+
+    def _geometry_of_groups(self) -> np.ndarray:
+        keys = [(g.pixel_size_A, g.magnification) for g in self.particles.groups]
+        distinct = list(dict.fromkeys(keys))
+        return np.array([distinct.index(k) for k in keys])
+
+    def matrix(self, group: OpticsGroup) -> np.ndarray | None:
+        """(2, 2) from the image's frequency index to the reference's: magnification times the ratio of pixel sizes."""
+        m = np.array(group.magnification, float).reshape(2, 2) * (self.pixel_size_A / group.pixel_size_A)
+        return None if np.allclose(m, np.eye(2), atol=1e-6) else m
+
+    def read(self, rows: np.ndarray, radius_px: int) -> Batch:
+        """The batch of these rows with all coefficients up to radius_px of the reference's grid."""
+        key = (int(rows[0]), int(rows[-1]), len(rows))
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] >= radius_px:
+            return self._cut(kept[1], radius_px)
+        batch = self._prepare(rows, radius_px)
+        size = batch.coefficients.numel() * 12
+        if kept is None and self._used + size <= self.memory_bytes:
+            self._used += size
+            self._kept[key] = (radius_px, batch)
+        return batch
+
+    def preload_radius(self, radius_px: int, rows: list[np.ndarray]) -> int:
+        """The radius to read at first, so that later iterations find more than they need: all of it if it fits."""
+        box = self.source.box_px
+        full = (box - 1) // 2
+        return full if sum(map(len, rows)) * box * box * 5 <= self.memory_bytes else radius_px
+
+    def _disc(self, radius_px: int, matrix: np.ndarray | None) -> Disc:
+        largest = 1.0 if matrix is None else float(np.linalg.norm(matrix, 2))
+        return disc(self.source.box_px, radius_px / largest, self.with_dc)
+
+    def _cut(self, batch: Batch, radius_px: int) -> Batch:
+        where = self._disc(radius_px, batch.magnification)
+        k = where.size
+        return Batch(
+            batch.rows, batch.group, batch.coefficients[:, :k], batch.ctf[:, :k], where, batch.magnification
+        )
+
+    def _prepare(self, rows: np.ndarray, radius_px: int) -> Batch:
+        particles = self.particles
+        groups = particles.optics[rows]
+        first = particles.groups[groups[0]]
+        matrix = self.matrix(first)
+        where = self._disc(radius_px, matrix)
+        images = torch.from_numpy(np.ascontiguousarray(self.source.read(rows), np.float32)).to(self.device)
+        x = where.gather(images_to_fourier(images)).to(torch.complex64)
+        freq = where.frequencies(first.pixel_size_A)
+        c = ctf_for(particles, rows, self.source.box_px, freq_invA=freq, device=self.device)
+        for g in np.unique(groups):
+            group = particles.groups[g]
+            if any(group.beam_tilt_mrad) or any(group.odd_zernike):
+                mine = torch.as_tensor(np.flatnonzero(groups == g), device=self.device)
+                x[mine] *= beam_tilt_phase(*freq, group).conj().to(x)
+        return Batch(rows, groups, x, c, where, matrix)

@@ -1,0 +1,196 @@
+"""The refinement loop: gold-standard halves, expectation and maximisation, resolution grown by the half-map FSC."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryoiso.core.errors import Interrupted
+from cryoiso.core.log import ProgressLine, logger
+from cryoiso.core.protocols import Communicator, RefineRequest
+from cryoiso.core.types import Particles
+from cryoiso.metrics.fsc import resolution_at
+from cryoiso.parallel.partition import owned_chunks, root_of_half
+from cryoiso.physics.backproject import FourierSums, SliceAccumulator
+from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.so3 import angular_distance_deg
+from cryoiso.physics.symmetry import point_group
+from cryoiso.refine import references, schedule
+from cryoiso.refine.batches import Batch, BatchReader
+from cryoiso.refine.likelihood import whiten
+from cryoiso.refine.maximise import NoiseSums, accumulate
+from cryoiso.refine.schedule import State
+from cryoiso.refine.search import Searcher
+
+HALVES = (1, 2)
+
+
+@dataclass
+class Model:
+    """Everything an iteration starts from; a checkpoint is exactly this."""
+
+    state: State
+    references: dict[int, np.ndarray]
+    """Half -> (D, D, D) float32 reference."""
+    sigma2: np.ndarray
+    """(G, S) noise variance by optics group and shell."""
+    rotation: np.ndarray
+    """(N, 3, 3)."""
+    shift_A: np.ndarray
+    """(N, 2) RELION origins."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Per-particle results by STAR name."""
+    half_maps: dict[int, np.ndarray] = field(default_factory=dict)
+    """Half -> unregularised map of the last iteration."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Refinement:
+    """One refinement on all ranks; ``step`` is one iteration."""
+
+    def __init__(self, request: RefineRequest, comm: Communicator, device: str, diameter_A: float) -> None:
+        self.request, self.comm, self.device = request, comm, device
+        self.settings = request.settings
+        self.particles: Particles = request.source.particles
+        self.box = request.source.box_px
+        self.pixel = request.reference.pixel_size_A
+        self.diameter = diameter_A
+        self.reader = BatchReader(request.source, self.particles, self.pixel, device)
+        self.operations = point_group(request.symmetry)
+        self.rotations = schedule.global_grid(self.settings.healpix_order, request.symmetry).to(device)
+        limit = (self.box - 1) // 2
+        if self.settings.max_resolution_A:
+            limit = min(limit, int(self.box * self.pixel / self.settings.max_resolution_A))
+        self.limit = limit
+        self.sphere = references.spherical(self.box, self.pixel, self.diameter)
+
+    def owned(self, half: int) -> tuple[list[np.ndarray], int]:
+        """This rank's batches of a half, and the largest number that any rank has."""
+        plan = self.reader.plan((half,))
+        mine = owned_chunks(len(plan), self.comm.rank, self.comm.size)
+        most = max(len(owned_chunks(len(plan), r, self.comm.size)) for r in range(self.comm.size))
+        return [plan[i] for i in mine], most
+
+    def insertion_radius(self, state: State) -> int:
+        """Data are back-projected beyond the search radius, so that the FSC can be seen to extend."""
+        return min(self.limit, int(1.5 * state.radius_px) + 6)
+
+    def step(self, model: Model) -> Model:
+        """One iteration: expectation and sums of each half, reduction, new references."""
+        started = time.monotonic()
+        state = model.state
+        plan = schedule.search_plan(state, self.settings, self.rotations, self.box, self.pixel, self.diameter)
+        plan = replace(plan, shifts_px=plan.shifts_px.to(self.device))
+        radius = self.insertion_radius(state)
+        noise = NoiseSums.empty(*model.sigma2.shape)
+        found: list[tuple] = []
+        sums: dict[int, FourierSums] = {}
+        for half in HALVES:
+            volume = FourierVolume.from_volume(
+                torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
+            )
+            searcher = Searcher(plan, volume)
+            accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
+            for batch in self._batches(half, radius, state.iteration):
+                white = whiten(batch, model.sigma2)
+                posterior = searcher.search(batch, white)
+                accumulate(batch, white, posterior, volume, accumulator, noise)
+                found.append((batch.rows, posterior))
+            self._reduce(half, accumulator, sums)
+        rotation, shift_px, columns = self._gather(found, len(self.particles))
+        noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
+        return self._maximise(model, sums, noise, rotation, shift_px, columns, plan, time.monotonic() - started)
+
+    def _batches(self, half: int, radius: int, iteration: int):
+        batches, most = self.owned(half)
+        keep = self.reader.preload_radius(radius, batches)
+        line = ProgressLine(f"iteration {iteration + 1}, half {half}", most, active=self.comm.rank == 0)
+        for i in range(most):
+            if self.comm.stop_requested():
+                raise Interrupted("stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'.")
+            if i < len(batches):
+                whole: Batch = self.reader.read(batches[i], max(keep, radius))
+                yield self.reader._cut(whole, radius)
+            line.update(i + 1)
+        line.close()
+
+    def _reduce(self, half: int, accumulator: SliceAccumulator, sums: dict[int, FourierSums]) -> None:
+        root = root_of_half(half, self.comm.size)
+        bound = sum(self.comm.allgather(accumulator.bound))
+        total = self.comm.sum_to(accumulator.grid.cpu().numpy(), root)
+        if total is not None:
+            accumulator.grid = torch.as_tensor(total).to(self.device)
+            accumulator.bound = bound
+            sums[half] = accumulator.finish().symmetrised(self.operations)
+
+    def _gather(self, found: list[tuple], n: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Poses and per-particle numbers of all ranks, on all ranks, in row order."""
+        mine = [
+            (rows, p.best_rotation.cpu().numpy(), p.best_shift_px.cpu().numpy(), p.log_evidence.cpu().numpy(),
+             p.entropy.cpu().numpy(), p.max_weight.cpu().numpy())
+            for rows, p in found
+        ]
+        everything = [item for part in self.comm.allgather(mine) for item in part]
+        rotation, shift = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))
+        columns = {k: np.zeros(n) for k in ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")}
+        for rows, r, s, *values in everything:
+            rotation[rows], shift[rows] = r, s
+            for name, value in zip(columns, values, strict=True):
+                columns[name][rows] = value
+        return rotation, shift, columns
+
+    def _maximise(self, model, sums, noise, rotation, shift_px, columns, plan, seconds) -> Model:
+        comm, state = self.comm, model.state
+        raw = {}
+        for half in HALVES:
+            mine = sums[half].reconstruct().cpu().numpy() if half in sums else None
+            raw[half] = comm.bcast(mine, root_of_half(half, comm.size))
+        curve = references.half_map_fsc(raw, None)
+        tight = references.half_map_fsc(raw, self.sphere)
+        if self.settings.join_halves_A:
+            joined = int(self.box * self.pixel / self.settings.join_halves_A)
+            if joined >= 1:
+                references.exchange_low_resolution(sums, min(joined, self.limit, self.insertion_radius(state)), comm)
+        new = {}
+        for half in HALVES:
+            mine = None
+            if half in sums:
+                mine = sums[half].reconstruct(references.inverse_ssnr(tight)).cpu().numpy() * self.sphere
+            new[half] = comm.bcast(mine, root_of_half(half, comm.size))
+        shell = schedule.agreement_shell(tight)
+        moved = angular_distance_deg(model.rotation, rotation, self.operations)
+        spread = float(np.sqrt(np.mean(np.square(shift_px)) + 1e-12))
+        advanced = schedule.advance(state, shell, float(np.median(moved)), spread, self.settings, self.box, self.limit)
+        record = {
+            "iteration": advanced.iteration,
+            "resolution_A": resolution_at(tight, 0.143, self.box, self.pixel),
+            "resolution_unmasked_A": resolution_at(curve, 0.143, self.box, self.pixel),
+            "search_resolution_A": self.box * self.pixel / state.radius_px,
+            "step_deg": plan.levels[-1].cell_deg / 2,
+            "changes_deg": float(np.median(moved)),
+            "shift_sd_A": spread * self.pixel,
+            "max_probability_mean": float(columns["rlnMaxValueProbDistribution"].mean()),
+            "log_likelihood": float(columns["rlnLogLikeliContribution"].sum()),
+            "seconds": seconds,
+        }
+        if comm.rank == 0:
+            logger.info(
+                "iteration %d: resolution %.2f Å (unmasked %.2f), step %.2f°, particles moved %.2f°, max. probability %.2f",
+                record["iteration"], record["resolution_A"], record["resolution_unmasked_A"], record["step_deg"],
+                record["changes_deg"], record["max_probability_mean"],
+            )
+        return Model(
+            advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns, raw,
+            [*model.history, record],
+        )
+
+    def _pixel_sizes(self) -> np.ndarray:
+        return self.particles.group_values("pixel_size_A")
+
+
+def state_to_dict(state: State) -> dict[str, Any]:
+    return asdict(state)

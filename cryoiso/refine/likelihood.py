@@ -1,0 +1,156 @@
+"""The likelihood of an image at a view and a shift, in the two forms the search needs.
+
+With x = c exp(-2 pi i k.s / D) P + n and Gaussian noise of variance sigma^2 = E|n|^2 per coefficient, up to a constant of
+the image, log p(x | view, s) = sum_k [2 Re conj(c P) x exp(2 pi i k.s / D) - |c P|^2] / sigma^2, the sum over Friedel pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.physics.fourier import Disc
+from cryoiso.physics.project import FourierVolume, magnified
+from cryoiso.refine.batches import Batch
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """A batch with the noise divided out: what the likelihood needs of it."""
+
+    data: Tensor
+    """(B, K) complex64: 2 x c / sigma^2."""
+    weight: Tensor
+    """(B, K) float32: 2 c^2 / sigma^2."""
+    where: Disc
+    magnification: np.ndarray | None
+
+    def cut(self, size: int, where: Disc) -> Whitened:
+        """The first ``size`` coefficients: a smaller radius."""
+        return Whitened(self.data[:, :size], self.weight[:, :size], where, self.magnification)
+
+
+def whiten(batch: Batch, sigma2: np.ndarray) -> Whitened:
+    """Divides by the noise spectra sigma2 (G, S), variance E|n|^2 of a coefficient by optics group and shell."""
+    shell = np.minimum(batch.where.shell, sigma2.shape[1] - 1)
+    inverse = torch.as_tensor(2.0 / sigma2[batch.group][:, shell], dtype=torch.float32, device=batch.ctf.device)
+    weighted = batch.ctf * inverse
+    return Whitened(batch.coefficients * weighted, batch.ctf * weighted, batch.where, batch.magnification)
+
+
+def shift_factors(where: Disc, shift_px: Tensor) -> Tensor:
+    """exp(2 pi i k.s / D): takes content at ``shift_px`` (..., 2) back to the centre; (..., K) complex64."""
+    kx = torch.as_tensor(where.kx, device=shift_px.device)
+    ky = torch.as_tensor(where.ky, device=shift_px.device)
+    angle = (2 * np.pi / where.box_px) * (shift_px[..., :1] * kx + shift_px[..., 1:] * ky)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def as_real(x: Tensor) -> Tensor:
+    """(..., K) complex -> (..., 2K) real, so that a real product is Re conj(a) b."""
+    return torch.cat([x.real, x.imag], dim=-1)
+
+
+@dataclass(frozen=True)
+class ReferenceSlices:
+    """All views of the global grid, as matrices."""
+
+    real: Tensor
+    """(2K, J) float32."""
+    power: Tensor
+    """(K, J) float32: |P|^2."""
+    where: Disc
+
+    @classmethod
+    def of(cls, volume: FourierVolume, rotations: Tensor, where: Disc, magnification: np.ndarray | None):
+        """Slices of every rotation (J, 3, 3) at the coefficients of ``where``."""
+        slices = volume.slices(with_magnification(rotations, magnification), where)
+        return cls(as_real(slices).T.contiguous(), slices.abs().square().T.contiguous(), where)
+
+
+def with_magnification(rotations: Tensor, magnification: np.ndarray | None) -> Tensor:
+    return rotations if magnification is None else magnified(rotations, torch.as_tensor(magnification))
+
+
+def global_scores(white: Whitened, slices: ReferenceSlices, shift_px: Tensor, log_prior: Tensor) -> Tensor:
+    """Log-likelihood plus the log prior of the shift, of every image at every view and every shift.
+
+    Two matrix products: tensor cores on a GPU, BLAS on a CPU.
+
+    Args:
+        shift_px: (S, 2) shifts (x, y) of the content.
+        log_prior: (S,).
+
+    Returns:
+        (B, S, J) float32.
+    """
+    moved = white.data[:, None, :] * shift_factors(white.where, shift_px)
+    b, s, k = moved.shape
+    cross = as_real(moved).reshape(b * s, 2 * k) @ slices.real
+    norm = white.weight @ slices.power
+    return cross.reshape(b, s, -1) - 0.5 * norm[:, None, :] + log_prior[:, None]
+
+
+def local_scores(
+    white: Whitened, volume: FourierVolume, particle: Tensor, rotation: Tensor, shift_px: Tensor, spacing_px: float
+) -> Tensor:
+    """Log-likelihood of R views, each with a 3 x 3 lattice of shifts.
+
+    Args:
+        particle: (R,) row of the batch.
+        rotation: (R, 3, 3).
+        shift_px: (R, 2) centre of the lattice (x, y).
+        spacing_px: of the lattice.
+
+    Returns:
+        (R, 9) float32, y slow and x fast.
+    """
+    rotation = with_magnification(rotation, white.magnification)
+    if white.data.device.type == "cpu":
+        return _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
+    return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
+
+
+def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px) -> Tensor:
+    from cryoiso.physics import _kernels
+
+    out = torch.empty(len(particle), 9)
+    unit = 2 * np.pi / white.where.box_px
+    _kernels.score_local(
+        volume.grid.numpy(),
+        np.ascontiguousarray(rotation.numpy(), np.float32),
+        white.where.ky,
+        white.where.kx,
+        np.float32(volume.padding),
+        particle.numpy(),
+        white.data.contiguous().numpy(),
+        white.weight.contiguous().numpy(),
+        (shift_px.numpy() * unit).astype(np.float32),
+        np.float32(spacing_px * unit),
+        out.numpy(),
+    )
+    return out
+
+
+def lattice(spacing_px: float, device="cpu") -> Tensor:
+    """(9, 2) offsets (x, y), y slow."""
+    axis = torch.tensor([-1.0, 0.0, 1.0], device=device) * spacing_px
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return torch.stack([x.reshape(-1), y.reshape(-1)], 1)
+
+
+def local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px, block: int = 1 << 22) -> Tensor:
+    """The plain torch twin of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
+    offsets = shift_factors(white.where, lattice(spacing_px, shift_px.device))
+    step = max(1, block // white.where.size)
+    out = []
+    for i in range(0, len(particle), step):
+        part = slice(i, i + step)
+        slices = volume.slices(rotation[part], white.where)
+        t = slices.conj() * white.data[particle[part]] * shift_factors(white.where, shift_px[part])
+        norm = (white.weight[particle[part]] * slices.abs().square()).sum(1)
+        out.append(as_real(t) @ as_real(offsets.conj()).T - 0.5 * norm[:, None])
+    return torch.cat(out) if out else torch.zeros(0, 9, device=shift_px.device)

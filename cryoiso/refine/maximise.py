@@ -1,0 +1,87 @@
+"""The maximisation step's sums: back-projection of the posterior and residual power. Partial sums only; nobody reduces here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.project import FourierVolume
+from cryoiso.refine.batches import Batch
+from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
+from cryoiso.refine.search import Posterior
+
+NOISE_UNIT = 2.0**24
+"""Residual power is summed in fixed point of this unit, exact in any order."""
+
+
+@dataclass
+class NoiseSums:
+    """Sums for the noise spectra: (G, S) int64 of power and of coefficient counts."""
+
+    power: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def empty(cls, n_groups: int, n_shells: int) -> NoiseSums:
+        return cls(np.zeros((n_groups, n_shells), np.int64), np.zeros((n_groups, n_shells), np.int64))
+
+    def add(self, batch: Batch, residual: Tensor) -> None:
+        """residual (B, K): |x - model|^2 of every coefficient."""
+        shell = torch.as_tensor(batch.where.shell, device=residual.device)
+        size = self.power.shape[1]
+        per_image = torch.zeros(len(residual), size, dtype=torch.float64, device=residual.device)
+        per_image.index_add_(1, shell.clamp(max=size - 1), residual.double())
+        fixed = (per_image * NOISE_UNIT).round().to(torch.int64).cpu().numpy()
+        np.add.at(self.power, batch.group, fixed)
+        np.add.at(self.count, batch.group, np.bincount(batch.where.shell, minlength=size)[:size])
+
+    def spectra(self, previous: np.ndarray) -> np.ndarray:
+        """(G, S) variances; shells that nothing was measured in keep the previous value."""
+        value = self.power / NOISE_UNIT / np.maximum(self.count, 1)
+        return np.where((self.count > 0) & (value > 0), value, previous)
+
+
+def accumulate(
+    batch: Batch,
+    white: Whitened,
+    posterior: Posterior,
+    volume: FourierVolume,
+    accumulator: SliceAccumulator,
+    noise: NoiseSums,
+) -> None:
+    """Adds a batch's posterior to the half-set's sums.
+
+    Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to both).
+    """
+    rows, weight = posterior.particle, posterior.weight[:, None]
+    back = shift_factors(batch.where, posterior.shift_px)
+    rotation = with_magnification(posterior.rotation, batch.magnification)
+    accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
+    noise.add(batch, _residual_power(batch, posterior, volume, back, rotation))
+
+
+def _residual_power(batch: Batch, posterior: Posterior, volume: FourierVolume, back: Tensor, rotation: Tensor) -> Tensor:
+    """Posterior mean of |x - c P exp(-2 pi i k.s/D)|^2, (B, K); the plain power |x|^2 beyond the reference's radius."""
+    power = batch.coefficients.abs().square()
+    inner = _inside(batch, volume)
+    rows, w = posterior.particle, posterior.weight[:, None]
+    slices = volume.slices(rotation, inner)
+    k = inner.size
+    model = slices * batch.ctf[rows, :k]
+    cross = (model.conj() * batch.coefficients[rows, :k] * back[:, :k]).real
+    change = torch.zeros(len(batch), k, device=power.device)
+    change.index_add_(0, rows, w * (model.abs().square() - 2 * cross))
+    power[:, :k] += change
+    return power.clamp_(min=0)
+
+
+def _inside(batch: Batch, volume: FourierVolume):
+    from cryoiso.physics.fourier import disc
+
+    ratio = 1.0 if batch.magnification is None else float(np.linalg.norm(batch.magnification, 2))
+    radius = min(volume.radius_px / ratio, batch.where.radius_px)
+    return disc(batch.where.box_px, radius)

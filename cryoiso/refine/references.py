@@ -1,0 +1,54 @@
+"""From a half-set's Fourier sums to its next reference, and the first reference of all."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.core.protocols import Communicator
+from cryoiso.metrics.fsc import fsc
+from cryoiso.parallel.partition import root_of_half
+from cryoiso.physics.backproject import FourierSums
+from cryoiso.physics.masks import sphere_mask
+
+
+def exchange_low_resolution(sums: dict[int, FourierSums], radius_px: int, comm: Communicator) -> None:
+    """Replaces both half-sets' sums inside radius_px by their common sum, in place (collective).
+
+    The only place where information of one half reaches the other: coarser than 40 Å by default, so that the two maps
+    keep one frame. ``sums`` holds the halves this rank is root of.
+    """
+    parts = {h: comm.bcast(_inner(sums[h], radius_px) if h in sums else None, root_of_half(h, comm.size)) for h in (1, 2)}
+    for s in sums.values():
+        edge = s.padding * radius_px
+        h = (s.weight.shape[0] - 1) // 2
+        box = (slice(h - edge, h + edge + 1), slice(h - edge, h + edge + 1), slice(0, edge + 1))
+        inside = s.shells()[box] <= radius_px
+        for target, i in ((s.numerator, 0), (s.weight, 1)):
+            both = (torch.as_tensor(parts[1][i]) + torch.as_tensor(parts[2][i])).to(target) / 2
+            target[box] = torch.where(inside, both, target[box])
+
+
+def _inner(s: FourierSums, radius_px: int) -> tuple[np.ndarray, np.ndarray]:
+    edge = s.padding * radius_px
+    h = (s.weight.shape[0] - 1) // 2
+    box = (slice(h - edge, h + edge + 1), slice(h - edge, h + edge + 1), slice(0, edge + 1))
+    return s.numerator[box].cpu().numpy().copy(), s.weight[box].cpu().numpy().copy()
+
+
+def inverse_ssnr(curve: np.ndarray) -> Tensor:
+    """1/SSNR = (1 - FSC) / FSC of a half-map, shell by shell, FSC kept within (0.001, 0.999)."""
+    f = np.clip(curve, 0.001, 0.999)
+    return torch.as_tensor((1 - f) / f, dtype=torch.float32)
+
+
+def half_map_fsc(maps_of_both_halves: dict[int, np.ndarray], mask: np.ndarray | None) -> np.ndarray:
+    """FSC between the two half-maps (D//2+1,)."""
+    return fsc(maps_of_both_halves[1], maps_of_both_halves[2], mask)
+
+
+def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> np.ndarray:
+    """Soft sphere of the particle's diameter (D, D, D)."""
+    radius = min(diameter_A / 2 / pixel_size_A, box_px / 2 - 3)
+    return np.asarray(sphere_mask(box_px, radius, 3.0), np.float32)

@@ -1,0 +1,114 @@
+"""Decisions between iterations: which resolution to use next, how finely to search, when to stop. Pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from cryoiso.core.config import RefineSection
+from cryoiso.physics.so3 import grid_step_deg, so3_grid
+from cryoiso.refine.search import Level, SearchPlan
+
+
+@dataclass(frozen=True)
+class State:
+    """What the schedule remembers; plain numbers, the same on every rank."""
+
+    iteration: int = 0
+    radius_px: int = 1
+    """Radius of the references used in the search."""
+    shift_sd_px: float = 3.0
+    best_shell: int = 0
+    """Highest shell the half-maps ever agreed at."""
+    stalled: int = 0
+    """Iterations without a better shell and without better likelihood."""
+    last_change_deg: float = 180.0
+    done: bool = False
+
+
+def global_grid(order: int, symmetry: str) -> torch.Tensor:
+    """(J, 3, 3) float32 rotations of the global search."""
+    return torch.as_tensor(so3_grid(order, symmetry), dtype=torch.float32)
+
+
+def disc_of_shifts(range_px: float, step_px: float) -> torch.Tensor:
+    """(S, 2) square lattice of shifts inside a circle, the centre first."""
+    reach = int(np.floor(range_px / step_px + 1e-6))
+    axis = np.arange(-reach, reach + 1) * step_px
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    points = np.stack([x.ravel(), y.ravel()], 1)
+    r = np.hypot(*points.T)
+    order = np.argsort(r, kind="stable")
+    return torch.as_tensor(points[order][r[order] <= range_px + 1e-6], dtype=torch.float32)
+
+
+def search_plan(
+    state: State,
+    settings: RefineSection,
+    rotations: torch.Tensor,
+    box_px: int,
+    pixel_size_A: float,
+    diameter_A: float,
+) -> SearchPlan:
+    """How to search in this iteration.
+
+    The global grid of step d sees detail down to about d * diameter / 2 / 1.2 (RELION's rule): finer detail would vanish
+    between its views, so it is left out there. Levels halve the cell until it turns the particle's edge by no more than
+    half the resolution.
+    """
+    extent = box_px * pixel_size_A
+    cell = grid_step_deg(settings.healpix_order)
+    resolution = extent / state.radius_px
+
+    def radius_for(cell_deg: float) -> int:
+        detail = np.radians(cell_deg) * diameter_A / 2 / 1.2
+        return int(np.clip(round(extent / detail), 2, state.radius_px))
+
+    coarse_detail = max(resolution, extent / radius_for(cell))
+    spacing = (settings.shift_step_A or coarse_detail / 4) / pixel_size_A
+    span = min((settings.shift_range_A or extent / 10) / pixel_size_A, 3.5 * state.shift_sd_px + 0.5 * spacing)
+    span = max(span, 1.01 * spacing)
+    finest = max(settings.finest_step_deg, np.degrees(0.5 * resolution / diameter_A))
+    levels: list[Level] = []
+    step, beam = spacing, 24
+    while not levels or cell > finest * 1.42:
+        cell, step = cell / 2, step / 2
+        threshold = 12.0 if not levels else 8.0
+        levels.append(Level(2 * cell, step, radius_for(cell), beam, threshold))
+        beam = max(6, beam // 2)
+    levels[-1] = replace(levels[-1], radius_px=state.radius_px)
+    return SearchPlan(rotations, disc_of_shifts(span, spacing), radius_for(2 ** len(levels) * cell), tuple(levels), state.shift_sd_px)
+
+
+def agreement_shell(fsc: np.ndarray, threshold: float = 0.143) -> int:
+    """Last shell before the curve first falls below the threshold."""
+    below = np.flatnonzero(fsc[1:] < threshold)
+    return int(below[0]) if len(below) else len(fsc) - 1
+
+
+def advance(
+    state: State, shell: int, change_deg: float, shift_sd_px: float, settings: RefineSection, box_px: int, limit_px: int
+) -> State:
+    """The next iteration's state.
+
+    Args:
+        shell: where the half-maps agree now.
+        change_deg: median angle that the particles moved in this iteration.
+        limit_px: no radius beyond this.
+    """
+    better = shell > state.best_shell
+    settled = change_deg > 0.8 * state.last_change_deg
+    stalled = 0 if better or not settled else state.stalled + 1
+    radius = int(np.clip(round(1.15 * shell) + 2, 3, limit_px))
+    iteration = state.iteration + 1
+    return State(
+        iteration=iteration,
+        radius_px=radius,
+        shift_sd_px=float(np.clip(shift_sd_px, 0.3, box_px / 10)),
+        best_shell=max(shell, state.best_shell),
+        stalled=stalled,
+        last_change_deg=change_deg,
+        done=stalled >= 2 or iteration >= settings.max_iterations,
+    )

@@ -1,0 +1,209 @@
+"""Search over views and shifts: a global grid nominates, finer levels around the nominees decide.
+
+At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation, and a
+shift by the 3 x 3 lattice at half the spacing. Only nominees within ``threshold`` of the best log-likelihood go on, at most
+``beam`` an image. The last level's samples are the posterior.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.physics.fourier import disc
+from cryoiso.physics.project import FourierVolume
+from cryoiso.refine.batches import Batch
+from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, lattice, local_scores
+
+
+@dataclass(frozen=True)
+class Level:
+    """One step of refinement."""
+
+    cell_deg: float
+    """Size of the cells it starts from; children lie cell/4 from their parent along each axis."""
+    spacing_px: float
+    """Of the 3 x 3 lattice of shifts."""
+    radius_px: int
+    beam: int
+    """Nominees an image that enter the level."""
+    threshold: float
+    """Nominees worse than the best by more than this (in log-likelihood) are left out."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What the search does in one iteration; the same for all images."""
+
+    rotations: Tensor
+    """(J, 3, 3) global grid."""
+    shifts_px: Tensor
+    """(S, 2) coarse shifts."""
+    coarse_radius_px: int
+    levels: tuple[Level, ...]
+    shift_sd_px: float
+    """Of the Gaussian prior on shifts."""
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What is left of the search for a batch: weighted samples, best poses, evidence."""
+
+    particle: Tensor
+    """(R,) row of the batch, sorted."""
+    rotation: Tensor
+    """(R, 3, 3)."""
+    shift_px: Tensor
+    """(R, 2): posterior mean of the shift at that view."""
+    weight: Tensor
+    """(R,) sums to 1 an image."""
+    best_rotation: Tensor
+    """(B, 3, 3): posterior mean of the leading mode."""
+    best_shift_px: Tensor
+    log_evidence: Tensor
+    """(B,) log of the marginal likelihood over the samples, up to the image's own constant."""
+    entropy: Tensor
+    """(B,) nats, over the last level's samples."""
+    max_weight: Tensor
+    """(B,) posterior probability of the best sample's view."""
+
+
+@lru_cache(maxsize=32)
+def _children(cell_deg: float) -> Tensor:
+    """(8, 3, 3) rotations by +-cell/4 along each axis."""
+    from cryoiso.physics.so3 import rotvec_to_matrix
+
+    signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)
+    return torch.as_tensor(rotvec_to_matrix(np.radians(cell_deg / 4) * signs), dtype=torch.float32)
+
+
+@dataclass
+class Searcher:
+    """The search against one half-set's reference."""
+
+    plan: SearchPlan
+    volume: FourierVolume
+    block: int = 1 << 24
+    """Scores (image x shift x view) held at once."""
+
+    def __post_init__(self) -> None:
+        self._slices: dict = {}
+
+    def _reference(self, white: Whitened) -> ReferenceSlices:
+        key = None if white.magnification is None else white.magnification.tobytes()
+        if key not in self._slices:
+            self._slices[key] = ReferenceSlices.of(self.volume, self.plan.rotations, white.where, white.magnification)
+        return self._slices[key]
+
+    def search(self, batch: Batch, white: Whitened) -> Posterior:
+        """Posterior over poses of every image of the batch."""
+        candidates, shifts, score = self._nominate(self._narrow(white, self.plan.coarse_radius_px))
+        for i, level in enumerate(self.plan.levels):
+            narrowed = self._narrow(white, level.radius_px)
+            last = i == len(self.plan.levels) - 1
+            candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, keep_lattice=last)
+        return summarise(candidates, shifts, score, self.plan.levels[-1])
+
+    def _narrow(self, white: Whitened, radius_px: int) -> Whitened:
+        ratio = 1.0 if white.magnification is None else float(np.linalg.norm(white.magnification, 2))
+        where = disc(white.where.box_px, radius_px / ratio)
+        return white.cut(where.size, where) if where.size < white.where.size else white
+
+    def _nominate(self, white: Whitened) -> tuple[Tensor, Tensor, Tensor]:
+        """Best views of the global grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M)."""
+        plan, reference = self.plan, self._reference(white)
+        log_prior = -plan.shifts_px.square().sum(1) / (2 * plan.shift_sd_px**2)
+        beam = min(plan.levels[0].beam, len(plan.rotations))
+        step = max(1, self.block // (len(plan.shifts_px) * len(plan.rotations)))
+        scores, indices, shift_indices = [], [], []
+        for i in range(0, len(white.data), step):
+            part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.where, white.magnification)
+            best, at = global_scores(part, reference, plan.shifts_px, log_prior).max(dim=1)
+            top, j = best.topk(beam, dim=1)
+            scores.append(top)
+            indices.append(j)
+            shift_indices.append(at.gather(1, j))
+        return plan.rotations[torch.cat(indices)], plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
+
+    def _level(self, white, level: Level, rotation, shift, score, keep_lattice: bool):
+        """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""
+        if score.shape[1] > level.beam:
+            score, order = score.topk(level.beam, dim=1)
+            rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
+            shift = shift.gather(1, order[..., None].expand(-1, -1, 2))
+        alive = score > score.amax(1, keepdim=True) - level.threshold
+        particle, slot = alive.nonzero(as_tuple=True)
+        children = _children(level.cell_deg).to(rotation.device)
+        kids = torch.einsum("cij,rjk->rcik", children, rotation[particle, slot])
+        centre = shift[particle, slot][:, None].expand(-1, 8, 2)
+        rows = particle[:, None].expand(-1, 8).reshape(-1)
+        values = local_scores(
+            white, self.volume, rows, kids.reshape(-1, 3, 3), centre.reshape(-1, 2), level.spacing_px
+        ).reshape(-1, 8, 9)
+        places = centre[:, :, None] + lattice(level.spacing_px, rotation.device)
+        values = values - places.square().sum(-1) / (2 * self.plan.shift_sd_px**2)
+        b, m = score.shape
+        out_rotation = rotation[:, :, None].repeat(1, 1, 8, 1, 1)
+        out_rotation[particle, slot] = kids
+        out_shift = torch.zeros(b, m, 8, 9, 2, device=rotation.device)
+        out_shift[particle, slot] = places
+        out_score = torch.full((b, m, 8, 9), -torch.inf, device=rotation.device)
+        out_score[particle, slot] = values
+        out_rotation = out_rotation.reshape(b, m * 8, 3, 3)
+        out_shift, out_score = out_shift.reshape(b, m * 8, 9, 2), out_score.reshape(b, m * 8, 9)
+        if keep_lattice:
+            return out_rotation, out_shift, out_score
+        best, at = out_score.max(2)
+        return out_rotation, out_shift.gather(2, at[..., None, None].expand(-1, -1, 1, 2))[:, :, 0], best
+
+
+def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep: int = 16) -> Posterior:
+    """Normalises the last level's samples.
+
+    Args:
+        rotation: (B, M, 3, 3); shift: (B, M, 9, 2); score: (B, M, 9).
+        keep: views an image that back-projection gets, at most; those below a hundredth of the best are left out.
+    """
+    log_evidence = score.flatten(1).logsumexp(1)
+    p = (score - log_evidence[:, None, None]).exp()
+    entropy = -(p * torch.where(p > 0, p, 1.0).log()).flatten(1).sum(1)
+    view = p.sum(2)
+    mean_shift = (p[..., None] * shift).sum(2) / view.clamp(min=1e-30)[..., None]
+    top, order = view.topk(min(keep, view.shape[1]), dim=1)
+    top = torch.where(top >= 0.01 * top[:, :1], top, 0.0)
+    top = top / top.sum(1, keepdim=True)
+    chosen_rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
+    chosen_shift = mean_shift.gather(1, order[..., None].expand(-1, -1, 2))
+    best_rotation, best_shift = leading_mode(chosen_rotation, chosen_shift, top, level.cell_deg)
+    particle, slot = (top > 0).nonzero(as_tuple=True)
+    return Posterior(
+        particle,
+        chosen_rotation[particle, slot],
+        chosen_shift[particle, slot],
+        top[particle, slot],
+        best_rotation,
+        best_shift,
+        log_evidence,
+        entropy,
+        view.amax(1),
+    )
+
+
+def leading_mode(rotation: Tensor, shift: Tensor, weight: Tensor, cell_deg: float) -> tuple[Tensor, Tensor]:
+    """Posterior mean over the samples within two cells of the best: rotation (B, 3, 3), shift (B, 2).
+
+    The mean of a mode is nearer to the truth than its best sample, which lies on a grid.
+    """
+    trace = torch.einsum("bij,bmij->bm", rotation[:, 0], rotation)
+    near = trace >= 1 + 2 * np.cos(np.radians(min(2 * cell_deg, 30.0)))
+    w = torch.where(near, weight, 0.0)
+    w = w / w.sum(1, keepdim=True)
+    mean = torch.einsum("bm,bmij->bij", w, rotation).double()
+    u, _, vh = torch.linalg.svd(mean)
+    sign = torch.det(u @ vh)
+    u = torch.cat([u[:, :, :2], u[:, :, 2:] * sign[:, None, None]], 2)
+    return u @ vh, (w[..., None] * shift).sum(1)

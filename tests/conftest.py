@@ -1,0 +1,89 @@
+"""Fixtures and switches for all tests.
+
+Tests that need something of the outside (RELION, a GPU, mpirun, the folder of shared reference data) are skipped where
+it is missing, and the end of the run says so in a box: a missing oracle must never look like a pass.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+LOUD = "LOUD: "
+
+
+def shared_folder() -> Path:
+    """Where the reference data lies: CRYOISO_SHARED, else the folder ``shared`` beside this repository."""
+    return Path(os.environ.get("CRYOISO_SHARED") or ROOT.parent / "shared")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared reference data, or a loud skip."""
+    folder = shared_folder()
+    if not (folder / "data").is_dir():
+        pytest.skip(f"{LOUD}no reference data at {folder}; set CRYOISO_SHARED to its folder")
+    return folder
+
+
+@pytest.fixture
+def shared_data(shared: Path) -> Path:
+    """Its sub-folder ``data``: particles, poses, maps, models and what other programs made of them."""
+    return shared / "data"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _missing(item: pytest.Item) -> str:
+    """Why this test cannot run here; empty if it can."""
+    if item.get_closest_marker("relion") and shutil.which("relion_refine") is None:
+        return "RELION is not on the PATH (apt-get install relion)"
+    if item.get_closest_marker("mpi"):
+        from mpi_helper import why_no_mpi
+
+        if why := why_no_mpi():
+            return why
+    if item.get_closest_marker("gpu") and not _has_cuda():
+        return "no CUDA device"
+    return ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if why := _missing(item):
+        pytest.skip(LOUD + why)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config) -> None:
+    loud: dict[str, int] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if LOUD in reason:
+            reason = reason.split(LOUD, 1)[1]
+            loud[reason] = loud.get(reason, 0) + 1
+    if loud:
+        terminalreporter.section("NOT CHECKED HERE: something was missing", sep="!", red=True)
+        for reason, count in sorted(loud.items()):
+            terminalreporter.write_line(f"{count} test(s): {reason}")

@@ -1,0 +1,100 @@
+"""Runs a small Python script under mpirun, from tests: ``run_mpi(3, "print(...)")``."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find_mpirun() -> str | None:
+    """mpirun beside this Python first (an MPI wheel lives there), else the one on the PATH."""
+    beside = Path(sys.executable).parent / "mpirun"
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def mpi_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """One thread a rank; Open MPI is told that root and more ranks than cores are meant (MPICH needs nothing)."""
+    env = dict(os.environ)
+    env.update(
+        OMP_NUM_THREADS="1",
+        NUMBA_NUM_THREADS="1",
+        OMPI_ALLOW_RUN_AS_ROOT="1",
+        OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1",
+        OMPI_MCA_rmaps_base_oversubscribe="1",
+        PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe",
+        OMPI_MCA_hwloc_base_binding_policy="none",
+        PRTE_MCA_hwloc_default_binding_policy="none",
+        OMPI_MCA_mpi_yield_when_idle="1",
+        PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    )
+    env.pop("PYTHONUNBUFFERED", None)  # a print() of one rank stays one line among those of the others
+    env.update(extra or {})
+    return env
+
+
+def start_mpi(
+    n: int, script: str | Sequence[str | Path], env: Mapping[str, str] | None = None, **popen
+) -> subprocess.Popen[str]:
+    """Starts ``script`` on n ranks and returns at once; see ``run_mpi``. The job has a process group of its own."""
+    command = ["-c", script] if isinstance(script, str) else [str(part) for part in script]
+    mpirun = find_mpirun()
+    if mpirun is None:
+        raise RuntimeError("no mpirun: mark the test with pytest.mark.mpi")
+    return subprocess.Popen(
+        [mpirun, "-n", str(n), sys.executable, *command],
+        env=mpi_environment(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, **popen,
+    )  # fmt: skip
+
+
+def run_mpi(
+    n: int,
+    script: str | Sequence[str | Path],
+    timeout: float = 120.0,
+    env: Mapping[str, str] | None = None,
+    *,
+    check: bool = True,
+    **popen,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script on n ranks.
+
+    Args:
+        script: Python source, or the arguments of the Python interpreter, e.g. ["-m", "cryoiso.cli.main", "doctor"].
+        timeout: seconds after which all ranks are killed and TimeoutExpired is raised.
+        env: variables added to the environment.
+        check: raise AssertionError, with what the ranks printed, unless the exit status is 0.
+        popen: further arguments of subprocess.Popen, e.g. cwd.
+    """
+    process = start_mpi(n, script, env, **popen)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if check and process.returncode != 0:
+        raise AssertionError(f"exit status {process.returncode} on {n} ranks\n--- stdout\n{out}\n--- stderr\n{err}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@functools.cache
+def why_no_mpi() -> str:
+    """Empty if mpirun starts two ranks that see each other, else the reason why not."""
+    if find_mpirun() is None:
+        return "no mpirun: pip install '.[mpich]'"
+    try:
+        done = run_mpi(2, "from mpi4py import MPI; print('ranks', MPI.COMM_WORLD.size)", 60, check=False)
+    except subprocess.TimeoutExpired:
+        return f"{find_mpirun()} hangs"
+    if done.returncode != 0 or done.stdout.count("ranks 2") != 2:
+        tail = (done.stdout + done.stderr)[-200:].strip()
+        return f"{find_mpirun()} and mpi4py's MPI library do not fit together: {tail}"
+    return ""
