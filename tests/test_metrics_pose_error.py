@@ -128,6 +128,32 @@ def test_result_does_not_depend_on_chance_and_can_be_written_down():
     assert json.loads(json.dumps(first.summary()))["n"] == 300
 
 
+def test_same_definitions_as_the_benchmark_script(shared, monkeypatch):
+    """Errors and kinds of views as the script defines them that scored RELION on the same sets, on their true poses."""
+    monkeypatch.syspath_prepend(str(shared / "relion_bench"))
+    common = pytest.importorskip("common")
+    table = common.table(str(shared / "relion_bench/sets/f1_pref/truth.star"))
+    angles = [np.array(table[f"rlnAngle{name}"], float) for name in ("Rot", "Tilt", "Psi")]
+    true = common.euler(*angles)
+    rng = np.random.default_rng(2)
+    estimated = common.euler(*(a + rng.normal(0, 25, len(a)) for a in angles)) @ common.euler(14.0, 0, 0).T
+    result = pose_errors(estimated, true, "C3", align="axis")
+    theirs = common.ang_err(estimated @ result.frame_rotation, true, "C3")
+    np.testing.assert_allclose(result.errors_deg, theirs, atol=1e-4)
+    spins = [
+        np.mean(np.minimum(common.ang_err(estimated @ common.euler(x, 0, 0), true, "C3"), 60)) for x in range(-60, 60)
+    ]
+    assert np.mean(np.minimum(theirs, 60)) < min(spins) + 0.3  # no spin on the script's kind of grid is much better
+    polar = np.degrees(np.arccos(np.clip(true[:, 2, 2], -1, 1)))
+    top = np.minimum(polar, 180 - polar) < 36
+    moved = np.degrees(np.arccos(np.clip(estimated[:, 2, 2], -1, 1)))
+    views = result.by_view()
+    assert views["top_n"] == top.sum()
+    assert views["top_to_side"] == np.mean(np.minimum(moved, 180 - moved)[top] >= 36)
+    assert views["side_to_top"] == np.mean(np.minimum(moved, 180 - moved)[~top] < 36)
+    assert views["side_over_20"] == pytest.approx(np.mean(theirs[~top] > 20))
+
+
 def test_bad_input_is_named():
     with pytest.raises(InputError, match="do not fit"):
         pose_errors(np.zeros((3, 3, 3)), np.zeros((4, 3, 3)))

@@ -20,7 +20,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Voice:
     """Of many ranks with the same command line, one prints its help and its usage errors.
 
-    The ranks do not know of each other while the command line is read, so the launcher's word is taken for who is first.
+    The ranks do not know of each other while the command line is read, so the launcher's word is taken for which is
+    the first.
     """
 
     muted = False

@@ -12,16 +12,19 @@ from typing import Annotated, Any
 
 import typer
 
-PACKAGES = ("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib")
+PACKAGES = (
+    "torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib"
+)  # fmt: skip
 
 
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Folder that runs would be written to.")] = Path("."),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
-    """Check the machine: versions, MPI, GPUs, RELION, memory and free space.
+    """Check the machine and the installation.
 
-    Under mpirun or srun it also checks that all ranks see each other.
+    Tells versions, MPI library, GPUs, RELION, memory and free space. Under mpirun or srun it also checks that all ranks
+    see each other.
     """
     from cryoiso.parallel.context import get_context
 
@@ -115,7 +118,8 @@ def _lines(facts: dict[str, Any], folder: Path) -> list[str]:
         lines.append(f"MPI          {mpi['library']} ({mpi['path'] or 'path unknown'}), mpi4py {mpi['mpi4py']}")
     lines.append(f"mpirun       {mpi['mpirun'] or 'none found'}")
     hosts = ", ".join(f"{host} x {count}" for host, count in mpi["hosts"].items())
-    lines.append(f"ranks        {mpi['ranks']} on {hosts}" + (f", started by {mpi['launcher']}" if mpi["launcher"] else ""))
+    launcher = f", started by {mpi['launcher']}" if mpi["launcher"] else ""
+    lines.append(f"ranks        {mpi['ranks']} on {hosts}{launcher}")
     gpus = sorted({gpu for rank in ranks for gpu in rank["gpus"]})
     lines.append(f"threads      {', '.join(sorted({str(rank['threads']) for rank in ranks}))} a rank")
     lines.append(f"GPU          {'; '.join(gpus) if gpus else 'none: the CPU is used'}")

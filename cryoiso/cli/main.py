@@ -1,7 +1,7 @@
 """The program ``cryoiso``.
 
-Nothing heavy is imported here or by the command modules: ``cryoiso --help`` answers at once, and what a command needs is
-imported when it runs.
+Nothing heavy is imported here or by the command modules: ``cryoiso --help`` answers at once, and what a command needs
+is imported when it runs.
 """
 
 from __future__ import annotations

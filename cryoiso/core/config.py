@@ -28,6 +28,7 @@ class ParticlesSection(_Section):
 class ReferenceSection(_Section):
     file: str = Field(description="reference: an atomic model (PDB, mmCIF) or a map (MRC)")
     pixel_size_A: float | None = Field(None, gt=0, description="pixel size of the reference map, if its header is wrong")
+    resample: bool = Field(False, description="accept a map of another box or pixel size and bring it onto the data's grid")
     lowpass_A: float = Field(30.0, gt=0, description="the refinement starts from the reference low-passed to this resolution")
 
 

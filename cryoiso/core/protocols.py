@@ -61,6 +61,10 @@ class RefineRequest:
     diameter_A: float | None = None
     mask: DensityMap | None = None
     resume: bool = False
+    lowpass_A: float = 30.0
+    """The reference is low-passed to this resolution before the first iteration."""
+    on_checkpoint: Callable[[dict[str, Any]], None] | None = None
+    """Called on rank 0 after each checkpoint with that iteration's record."""
 
 
 @dataclass(frozen=True)

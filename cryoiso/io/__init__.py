@@ -1,4 +1,4 @@
-"""The only opener of scientific files: STAR, cryoSPARC .cs, MRC, atomic models, HDF5 shards; and the unit conversions."""
+"""The only opener of scientific files: STAR, cryoSPARC .cs, MRC, models, HDF5 shards; and the unit conversions."""
 
 from __future__ import annotations
 

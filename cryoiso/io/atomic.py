@@ -103,14 +103,14 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: object, mode: str = "wb", need_bytes: int | None = None) -> Iterator[IO[Any]]:
-    """Like ``open(path, mode)`` for writing, but the file appears under its name only when the block ends without error.
+    """Like ``open(path, mode)`` for writing, but the file appears under its name only if the block succeeds.
 
     Raises:
         DiskFullError, InputError: as ``atomic_path``.
     """
-    with atomic_path(path, need_bytes) as part:
-        with open(part, mode, encoding=None if "b" in mode else "utf-8") as stream:
-            yield stream
+    encoding = None if "b" in mode else "utf-8"
+    with atomic_path(path, need_bytes) as part, open(part, mode, encoding=encoding) as stream:
+        yield stream
 
 
 def write_text(path: object, text: str) -> None:

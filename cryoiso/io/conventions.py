@@ -1,7 +1,8 @@
 """The only home of conversions between other programs' conventions and ours.
 
-Ours are RELION's: a rotation A maps map coordinates (x, y, z) to image coordinates, A = Rz(-psi) Ry(-tilt) Rz(-rot), which is
-the transpose of the intrinsic ZYZ rotation (rot, tilt, psi); ``shift_A`` moves the image content into the centre.
+Ours are RELION's: a rotation A maps map coordinates (x, y, z) to image coordinates, A = Rz(-psi) Ry(-tilt) Rz(-rot),
+which is the transpose of the intrinsic ZYZ rotation (rot, tilt, psi); ``shift_A`` moves the image content into the
+centre.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ def detector_pixel_size_A(detector_pixel_um: np.ndarray, magnification: np.ndarr
 def join_two_level(subtomogram: np.ndarray, particle: np.ndarray) -> np.ndarray:
     """One rotation from RELION's two-level subtomogram angles.
 
-    RELION 4 and 5 may store the orientation of a subtomogram in its tomogram (rlnTomoSubtomogramRot, Tilt, Psi) and the refined
-    angles relative to it (rlnAngleRot, Tilt, Psi). A_particle maps the reference into the subtomogram and A_sub the subtomogram
-    into the tomogram, so the reference comes into the tomogram by A_sub A_particle (checked on a real virus: only in this order
-    do the particles' z axes stand upright on the surface that their coordinates form).
+    RELION 4 and 5 may store the orientation of a subtomogram in its tomogram (rlnTomoSubtomogramRot, Tilt, Psi) and
+    the refined angles relative to it (rlnAngleRot, Tilt, Psi). A_particle maps the reference into the subtomogram and
+    A_sub the subtomogram into the tomogram, so the reference comes into the tomogram by A_sub A_particle (checked on
+    a real virus: only in this order do the particles' z axes stand upright on the surface that their coordinates form).
 
     Args:
         subtomogram, particle: (n, 3, 3), our rotations of the two sets of angles.
@@ -76,7 +77,7 @@ def join_two_level(subtomogram: np.ndarray, particle: np.ndarray) -> np.ndarray:
 
 
 def split_two_level(subtomogram: np.ndarray, joined: np.ndarray) -> np.ndarray:
-    """The rotation of rlnAngle* that together with ``subtomogram`` gives ``joined``; the inverse of ``join_two_level``."""
+    """The rotation of rlnAngle* that with ``subtomogram`` gives ``joined``; inverse of ``join_two_level``."""
     return np.swapaxes(np.asarray(subtomogram, np.float64), 1, 2) @ np.asarray(joined, np.float64)
 
 

@@ -1,7 +1,7 @@
 """MRC maps and image stacks (MRC2014, Cheng et al., J. Struct. Biol. 192 (2015) 146).
 
-Maps come in as (z, y, x) whatever the axis order of the file. Stacks are read image by image with plain reads: headers and open
-files are cached, so reading 256 images from many micrograph stacks costs little more than the bytes.
+Maps come in as (z, y, x) whatever the axis order of the file. Stacks are read image by image with plain reads:
+headers and open files are cached, so reading 256 images from many micrograph stacks costs little more than the bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,6 +54,7 @@ def parse_header(raw: bytes, path: object = None) -> MrcHeader:
     """
     from mrcfile.dtypes import HEADER_DTYPE
 
+    order: Any
     for order in "<>":
         h = np.frombuffer(raw[:HEADER_BYTES], HEADER_DTYPE.newbyteorder(order))[0] if len(raw) >= HEADER_BYTES else None
         if h is not None and 0 <= int(h["mode"]) <= 101 and all(0 < int(h[k]) < 2**24 for k in ("nx", "ny", "nz")):
@@ -61,7 +63,9 @@ def parse_header(raw: bytes, path: object = None) -> MrcHeader:
         raise InputError("not an MRC file", file=path, expected="an MRC header of 1024 bytes with sizes and a mode")
     mode = int(h["mode"])
     if mode not in MODES:
-        raise InputError("cannot use this kind of MRC data", file=path, expected=f"mode {sorted(MODES)}", found=f"mode {mode}")
+        raise InputError(
+            "cannot use this kind of MRC data", file=path, expected=f"mode {sorted(MODES)}", found=f"mode {mode}"
+        )
     axes = [int(h[k]) - 1 for k in ("maps", "mapr", "mapc")]
     if sorted(axes) != [0, 1, 2]:
         axes = [2, 1, 0]
@@ -158,7 +162,8 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
         DensityMap: (D, D, D) float32 in (z, y, x).
 
     Raises:
-        InputError: no such file, truncated, not cubic, NaN or Inf inside, no pixel size, different pixel sizes along the axes.
+        InputError: no such file, truncated, not cubic, NaN or Inf inside, no pixel size, different pixel sizes along
+            the axes.
     """
     raw, header = read_raw_map(path)
     if len(set(raw.shape)) != 1:
@@ -255,7 +260,7 @@ def write_map(
     header = build_header((volume.shape[0], volume.shape[1], volume.shape[2]), 2, pixel_size_A, origin_A, stats=stats)
     with atomic_write(path, need_bytes=HEADER_BYTES + volume.nbytes) as stream:
         stream.write(header)
-        stream.write(memoryview(volume).cast("B"))
+        stream.write(volume.data.cast("B"))
 
 
 class StackWriter:
@@ -272,7 +277,7 @@ class StackWriter:
         block = block[None] if block.ndim == 2 else block
         if block.shape[1:] != (self._box, self._box):
             raise ValueError(f"images of {block.shape[1:]} do not fit a stack of {self._box} px")
-        self._stream.write(memoryview(block).cast("B"))
+        self._stream.write(block.data.cast("B"))
         self.count += len(block)
 
     def finish(self) -> None:
@@ -299,7 +304,7 @@ def write_stack(path: object, box_px: int, pixel_size_A: float, mode: int = 2) -
 
 
 class StackReader:
-    """Reads images of many stacks with few system calls. Keeps at most ``max_open`` files open; close it, or use ``with``."""
+    """Reads images of many stacks with few system calls; keeps at most ``max_open`` of them open."""
 
     def __init__(self, max_open: int = 64) -> None:
         self._headers: dict[str, MrcHeader] = {}
@@ -330,7 +335,9 @@ class StackReader:
                 if file is None:
                     raise
                 problem = f"image stack {path}: {error.problem}"
-                hint = error.hint or "Relative paths start from the project folder; give it if it is not the current one."
+                hint = (
+                    error.hint or "Relative paths start from the project folder; give it if it is not the current one."
+                )
                 raise InputError(
                     problem, file=file, row=row, expected=error.expected, found=error.found, hint=hint
                 ) from None
@@ -349,7 +356,9 @@ class StackReader:
         if len(bad):
             row = None if rows is None else int(np.asarray(rows)[bad[0]]) + 1
             raise InputError(
-                f"the image is beyond the end of its stack {path}" if file is not None else "no such image in the stack",
+                f"the image is beyond the end of its stack {path}"
+                if file is not None
+                else "no such image in the stack",
                 file=file if file is not None else path,
                 row=row,
                 expected=f"an image from 1 to {header.shape[0]}",
@@ -364,7 +373,7 @@ class StackReader:
         handle = self._handle(path)
         raw = np.empty((len(index), header.image_bytes), np.uint8)
         for start, stop in runs(index):
-            view = memoryview(raw[start:stop]).cast("B")
+            view = raw[start:stop].data.cast("B")
             _read_fully(handle, view, header.offset + int(index[start]) * header.image_bytes, path)
         return raw.view(header.dtype).reshape(-1, *header.shape[1:]).astype(np.float32, copy=False)
 
@@ -384,7 +393,7 @@ def runs(index: np.ndarray) -> list[tuple[int, int]]:
         return []
     cuts = np.flatnonzero(np.diff(index) != 1) + 1
     edges = [0, *cuts.tolist(), len(index)]
-    return list(zip(edges[:-1], edges[1:]))
+    return list(pairwise(edges))
 
 
 def _read_fully(handle: int, view: memoryview, offset: int, path: object) -> None:

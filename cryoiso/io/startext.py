@@ -75,7 +75,9 @@ def parse_blocks(text: str, path: object = None) -> list[StarBlock]:
             blocks.append(StarBlock(stripped[5:], False, {}))
             at += 1
         elif not blocks:
-            raise InputError("not a STAR file", file=path, expected="a line 'data_...' first", found=repr(stripped[:40]))
+            raise InputError(
+                "not a STAR file", file=path, expected="a line 'data_...' first", found=repr(stripped[:40])
+            )
         elif stripped.lower() == "loop_":
             at = _read_loop(lines, at + 1, blocks[-1], path)
         elif stripped.startswith("_"):
@@ -109,7 +111,11 @@ def _read_loop(lines: list[str], at: int, block: StarBlock, path: object) -> int
         line = lines[at]
         stripped = line.lstrip()
         first = stripped[:1]
-        if first in ("_", "d", "D", "l", "L") and _STRUCTURE.match(stripped.rstrip()) and (len(names) > 1 or first == "_"):
+        if (
+            first in ("_", "d", "D", "l", "L")
+            and _STRUCTURE.match(stripped.rstrip())
+            and (len(names) > 1 or first == "_")
+        ):
             break
         if first and first != "#":
             if "'" in line or '"' in line or "#" in line:

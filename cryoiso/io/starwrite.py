@@ -1,17 +1,17 @@
 """Writes ``Particles`` as RELION 3.1 STAR files: optics groups and particles, with every column of the source kept.
 
-A value whose number has not changed keeps the source's text, so reading and writing back loses nothing. 100,000 rows take about
+A value whose number has not changed keeps the source's text, so reading and writing back loses nothing. 100,000 rows
+take about
 a second: columns are formatted whole.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
+from cryoiso.io.startable import Columns, rotation_of_table, shift_of_table, subtomogram_rotation
 from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
 
 MOVED_TO_OPTICS = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast", "rlnBeamTiltX", "rlnBeamTiltY")
@@ -20,9 +20,9 @@ MOVED_TO_OPTICS = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast
 def write_particles(path: object, particles: Particles, names: list[str] | None = None) -> None:
     """Writes particles atomically in RELION 3.1 style (read by RELION 3.1, 4 and 5).
 
-    Columns of the source stay in their order and with their text; pose, half-set, CTF and result columns are overwritten where
-    their numbers differ, or appended. Origins are in Å. A RELION 3.0 source gets a table of optics groups; its microscope
-    columns move there and rlnOriginX, Y become rlnOriginXAngst, YAngst.
+    Columns of the source stay in their order and with their text; pose, half-set, CTF and result columns are
+    overwritten where their numbers differ, or appended. Origins are in Å. A RELION 3.0 source gets a table of optics
+    groups; its microscope columns move there and rlnOriginX, Y become rlnOriginXAngst, YAngst.
 
     Args:
         path: the file to write.
@@ -88,8 +88,6 @@ def _write_optics_column(columns: dict[str, list[str]], particles: Particles) ->
 
 
 def _write_poses(columns: dict[str, list[str]], particles: Particles) -> None:
-    from cryoiso.io.star import Columns, rotation_of_table, shift_of_table, subtomogram_rotation
-
     source = None if particles.table is None else Columns(particles.table, None)
     if particles.rotation is not None:
         outer = subtomogram_rotation(source) if source else None
@@ -114,7 +112,9 @@ def _rename(columns: dict[str, list[str]], old: str, new: str) -> None:
     """Renames a column in its place; if the new name is there already, the old column goes."""
     if old not in columns:
         return
-    items = [(new if k == old and new not in columns else k, v) for k, v in columns.items() if k != old or new not in columns]
+    items = [
+        (new if k == old and new not in columns else k, v) for k, v in columns.items() if k != old or new not in columns
+    ]
     columns.clear()
     columns.update(items)
 
@@ -169,16 +169,16 @@ def _optics_block(particles: Particles) -> StarBlock:
     fresh = not columns
     scalars: list[tuple[str, list[float], str, float | None]] = [
         ("rlnOpticsGroup", [g.number for g in groups], "%d", None),
-        ("rlnVoltage", [g.voltage_kV for g in groups], "%.12g", np.nan),
-        ("rlnSphericalAberration", [g.spherical_aberration_mm for g in groups], "%.12g", np.nan),
-        ("rlnAmplitudeContrast", [g.amplitude_contrast for g in groups], "%.12g", np.nan if fresh else 0.1),
-        ("rlnImagePixelSize", [g.pixel_size_A for g in groups], "%.17g", np.nan),
+        ("rlnVoltage", [g.voltage_kV for g in groups], "%r", np.nan),
+        ("rlnSphericalAberration", [g.spherical_aberration_mm for g in groups], "%r", np.nan),
+        ("rlnAmplitudeContrast", [g.amplitude_contrast for g in groups], "%r", np.nan if fresh else 0.1),
+        ("rlnImagePixelSize", [g.pixel_size_A for g in groups], "%r", np.nan),
         ("rlnImageSize", [g.box_px for g in groups], "%d", 0),
-        ("rlnBeamTiltX", [g.beam_tilt_mrad[0] for g in groups], "%.12g", 0.0),
-        ("rlnBeamTiltY", [g.beam_tilt_mrad[1] for g in groups], "%.12g", 0.0),
+        ("rlnBeamTiltX", [g.beam_tilt_mrad[0] for g in groups], "%r", 0.0),
+        ("rlnBeamTiltY", [g.beam_tilt_mrad[1] for g in groups], "%r", 0.0),
     ]
     for k, (name, unit) in enumerate((("00", 1.0), ("01", 0.0), ("10", 0.0), ("11", 1.0))):
-        scalars.append((f"rlnMagMat{name}", [g.magnification[k] for g in groups], "%.12g", unit))
+        scalars.append((f"rlnMagMat{name}", [g.magnification[k] for g in groups], "%r", unit))
     for name, values, form, default in scalars:
         numbers = np.array(values, np.float64)
         if name in columns or default is None or not ((numbers == default) | np.isnan(numbers)).all():

@@ -99,7 +99,8 @@ def to_frame(volume: np.ndarray, rotation: np.ndarray, shift_A: np.ndarray, pixe
         volume: (D, D, D), array (z, y, x), centre D//2. rotation: (3, 3) G on (x, y, z). shift_A: (3,) d.
 
     Returns:
-        (D, D, D) float32. The shift is exact (phase ramp); the rotation a cubic spline on a grid of half the spacing.
+        (D, D, D) float32. The shift is exact (phase ramp); the rotation a cubic spline on a grid of half the spacing
+        (of the same spacing in boxes above 320 pixels).
     """
     from scipy import fft, ndimage
 
@@ -112,12 +113,13 @@ def to_frame(volume: np.ndarray, rotation: np.ndarray, shift_A: np.ndarray, pixe
         spectrum *= np.exp(2j * np.pi * ramp * shift_px).astype(np.complex64)
     if np.allclose(rotation, np.eye(3), atol=1e-5):
         return fft.irfftn(spectrum, s=volume.shape)
-    fine = _upsampled(spectrum, box_px)
+    times = 2 if box_px <= 320 else 1  # a finer grid of a large box would take many gigabytes
+    fine = _upsampled(spectrum, box_px) if times == 2 else fft.irfftn(spectrum, s=volume.shape)
     matrix = rotation[::-1, ::-1]  # on (z, y, x)
     centre = float(box_px // 2)
-    offset = 2 * centre - 2 * matrix @ np.full(3, centre)
+    offset = times * centre - times * matrix @ np.full(3, centre)
     shape = (box_px,) * 3
-    return ndimage.affine_transform(fine, 2 * matrix, offset, shape, np.float32, 3, "constant")
+    return ndimage.affine_transform(fine, times * matrix, offset, shape, np.float32, 3, "constant")
 
 
 def _upsampled(spectrum: np.ndarray, box_px: int) -> np.ndarray:

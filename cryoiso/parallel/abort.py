@@ -27,8 +27,8 @@ _COMMON = "common_to_all_ranks"
 def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any) -> T:
     """Calls ``function`` on rank 0 and gives its result to every rank; a CryoisoError is raised on every rank as well.
 
-    Use it for everything that only one rank should read, check or write. Collective. An unexpected exception is raised
-    on rank 0 alone, where ``guard`` ends all.
+    Use it for everything that only one rank should read, check or write; the others sleep meanwhile. Collective. An
+    unexpected exception is raised on rank 0 alone, where ``guard`` ends all.
     """
     result: Any = None
     error: CryoisoError | None = None
@@ -37,6 +37,7 @@ def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any
             result = function(*args, **options)
         except CryoisoError as caught:
             error = caught
+    ctx.wait_for_all()
     message = ctx.bcast(None if error is None else (error.exit_code, str(error)))
     if message is not None:
         if error is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import warnings
 from typing import Any
 
@@ -28,6 +29,8 @@ class Context:
     size = 1
     local_rank = 0
     local_size = 1
+    device_preference = "auto"
+    """What ``device()`` goes by where it is not told: "auto", "cpu" or "cuda"."""
 
     def __init__(self) -> None:
         self.hostname = socket.gethostname()
@@ -40,6 +43,9 @@ class Context:
 
     def barrier(self) -> None:
         """Waits for all ranks."""
+
+    def wait_for_all(self) -> None:
+        """As ``barrier``, but asleep: for waits of more than a moment, while others need the cores."""
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         """``root``'s value on every rank; arrays of any size."""
@@ -73,15 +79,16 @@ class Context:
         """From now on SIGTERM and SIGUSR1 are noted instead of ending the process."""
         signals.install_signal_handlers()
 
-    def device(self, preference: str = "auto") -> str:
+    def device(self, preference: str | None = None) -> str:
         """The torch device of this rank: GPUs of a node go round among its ranks.
 
         Args:
-            preference: "auto" (a GPU where there is one), "cpu" or "cuda".
+            preference: "auto" (a GPU where there is one), "cpu" or "cuda"; None: ``device_preference``.
 
         Raises:
             MissingError: "cuda" was asked for and this rank sees no GPU.
         """
+        preference = preference or self.device_preference
         if preference == "cpu":
             return "cpu"
         import torch
@@ -124,6 +131,13 @@ class MpiContext(Context):
 
     def barrier(self) -> None:
         self.comm.Barrier()
+
+    def wait_for_all(self) -> None:
+        request = self.comm.Ibarrier()
+        pause = 1e-4
+        while not request.Test():
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         is_array = self.rank == root and isinstance(value, np.ndarray) and not value.dtype.hasobject

@@ -16,8 +16,8 @@ warnings.simplefilter("ignore")
 import mpi4py
 from mpi4py import MPI
 paths = sorted({line.split()[-1] for line in open("/proc/self/maps") if "libmpi" in line and "/" in line})
-print(json.dumps({"mpi4py": mpi4py.__version__, "library": MPI.Get_library_version().split(chr(10))[0].strip(chr(0) + " "),
-                  "path": paths[0] if paths else ""}))
+library = MPI.Get_library_version().split(chr(10))[0].strip(chr(0) + " ")
+print(json.dumps({"mpi4py": mpi4py.__version__, "library": library, "path": paths[0] if paths else ""}))
 """
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_STEP", "SLURM_PROCID", "MPI_LOCAL", "HYDRA_", "PALS_")
 

@@ -1,1 +1,1 @@
-"""Every formula of image formation, in torch and numpy. No files, no ranks. See docs/formulas.md for sources and tests."""
+"""Every formula of image formation, in torch and numpy. No files, no ranks. Sources and tests: docs/formulas.md."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc, divide_by_gridding, pad_volume
-from cryoiso.physics.project import corner_shares, slice_corners
+from cryoiso.physics.project import corner_shares, pairs, slice_corners
 
 UNIT = float(2**32)
 
@@ -60,12 +60,13 @@ class SliceAccumulator:
         from cryoiso.physics import _kernels
 
         _kernels.insert_slices(
-            self.grid.numpy(),
+            self.grid.view(-1).numpy(),
+            self.grid.shape[0],
             np.ascontiguousarray(rotation.numpy(), np.float32),
             where.ky,
             where.kx,
             np.float32(self.padding),
-            np.ascontiguousarray(data.numpy(), np.complex64),
+            pairs(data.to(torch.complex64)),
             np.ascontiguousarray(weight.numpy(), np.float32),
             np.float32(UNIT),
             numba.get_num_threads(),

@@ -1,7 +1,7 @@
 """Contrast transfer function, beam tilt and higher-order aberrations.
 
-CTF = scale exp(-B s^2 / 4) (sqrt(1 - w^2) sin g + w cos g), g = pi lambda df s^2 - pi/2 Cs lambda^3 s^4 + phase shift, with
-df > 0 for underfocus and astigmatism df = (dU + dV)/2 + (dU - dV)/2 cos 2(theta - theta_ast): RELION's formula, positive at
+CTF = scale exp(-B s^2 / 4) (sqrt(1 - w^2) sin g + w cos g), g = pi lambda df s^2 - pi/2 Cs lambda^3 s^4 + phase shift,
+with df > 0 for underfocus and df = (dU + dV)/2 + (dU - dV)/2 cos 2(theta - theta_ast): RELION's formula, positive at
 zero frequency for white protein. Phases are computed in float64, whatever the type of the result.
 """
 
@@ -80,7 +80,8 @@ def ctf(
 
 
 def _f64(value, device) -> torch.Tensor:
-    return torch.as_tensor(value, device=device).to(torch.float64)
+    # a Python float would become float32 on the way, which costs 1e-5 of the CTF
+    return torch.as_tensor(value, dtype=torch.float64, device=device)
 
 
 def _cs_term(lam: float, spherical_aberration_mm: float) -> float:
@@ -115,19 +116,26 @@ def ctf_for(
     """
     rows = np.arange(len(particles)) if rows is None else np.arange(len(particles))[rows]
     groups = np.asarray(particles.optics)[rows]
-    if freq_invA is None and box_px is None:
-        boxes = {particles.groups[g].box_px for g in np.unique(groups)}
-        if len(boxes) != 1:
-            raise InputError("the optics groups have different box sizes", expected="one", found=sorted(boxes))
-        box_px = boxes.pop()
-    shape = np.broadcast_shapes(*(f.shape for f in freq_invA)) if freq_invA else (box_px, box_px // 2 + 1)
+    shape: tuple[int, ...]
+    if freq_invA is None:
+        box_px = box_px or _common_box(particles, groups)
+        shape = (box_px, box_px // 2 + 1)
+    else:
+        shape = np.broadcast_shapes(*(f.shape for f in freq_invA))
     out = torch.empty((len(rows), *shape), dtype=dtype, device=device)
     for g in np.unique(groups):
         where = np.flatnonzero(groups == g)
         group = particles.groups[g]
-        freq = freq_invA or frequency_grid(box_px, pixel_size_A or group.pixel_size_A, device)
+        freq = freq_invA or frequency_grid(shape[0], pixel_size_A or group.pixel_size_A, device)
         _group_ctf(out, where, particles, rows[where], group, freq)
     return out
+
+
+def _common_box(particles: Particles, groups: np.ndarray) -> int:
+    boxes = {particles.groups[g].box_px for g in np.unique(groups)}
+    if len(boxes) != 1:
+        raise InputError("the optics groups have different box sizes", expected="one", found=sorted(boxes))
+    return boxes.pop()
 
 
 def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq) -> None:
@@ -136,7 +144,7 @@ def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq)
     Within a group the phase is linear in six numbers per particle, so all phases are one matrix product.
     """
     device = out.device
-    fy, fx = magnify(*(f.to(device, torch.float64) for f in freq), group.magnification)
+    fy, fx = magnify(freq[0].to(device, torch.float64), freq[1].to(device, torch.float64), group.magnification)
     fy, fx = fy.reshape(-1), fx.reshape(-1)
     lam = wavelength_A(group.voltage_kV)
     s2 = fx * fx + fy * fy
@@ -190,8 +198,9 @@ def magnify(
 def beam_tilt_phase(freq_y_invA: torch.Tensor, freq_x_invA: torch.Tensor, group: OpticsGroup) -> torch.Tensor:
     """Phase factors that a group's beam tilt and odd Zernike terms (coma, trefoil) put on its images.
 
-    Beam tilt gives the phase -2 pi Cs lambda^2 s^2 (tilt . s), Cs in Å and tilt in radians, RELION's sign. An image is the
-    true one times these factors; multiply by the conjugate to correct it.
+    Beam tilt gives the phase -2 pi Cs lambda^2 s^2 (tilt . s), Cs in Å and tilt in radians, RELION's sign. An image is
+    the true one times these factors; multiply by the conjugate to correct it. (RELION 3.1 overwrites the third-order
+    terms of a group that has both beam tilt and odd Zernike terms; here, as in RELION 5, they add up.)
 
     Args:
         freq_y_invA, freq_x_invA: frequencies that broadcast to one shape P, before magnification.
@@ -210,8 +219,10 @@ def beam_tilt_phase(freq_y_invA: torch.Tensor, freq_x_invA: torch.Tensor, group:
     return torch.polar(torch.ones_like(phase), phase)
 
 
-def zernike_sum(freq_y: torch.Tensor, freq_x: torch.Tensor, coefficients: Sequence[float], *, odd: bool) -> torch.Tensor:
-    """Sum of Zernike polynomials Z(m, n) times coefficients, in RELION's order, with the frequency in 1/Å as the radius.
+def zernike_sum(
+    freq_y: torch.Tensor, freq_x: torch.Tensor, coefficients: Sequence[float], *, odd: bool
+) -> torch.Tensor:
+    """Sum of Zernike polynomials Z(m, n) times coefficients, in RELION's order; the radius is the frequency in 1/Å.
 
     Args:
         freq_y, freq_x: same shape.

@@ -5,7 +5,6 @@ Functions take torch tensors or numpy arrays and give back the same kind. Half-p
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -26,24 +25,18 @@ def like(tensor: Tensor, array: Array) -> Array:
     return tensor if isinstance(array, Tensor) else tensor.detach().cpu().numpy()
 
 
-@lru_cache(maxsize=16)
-def _radius(box_px: int, dims: int) -> Tensor:
-    full = torch.fft.fftfreq(box_px, dtype=torch.float64) * box_px
-    half = torch.arange(box_px // 2 + 1, dtype=torch.float64)
-    r2 = half**2
+def radius_grid(box_px: int, dims: int, device="cpu") -> Tensor:
+    """Distance from zero frequency in Fourier pixels: (D, [D,] D//2+1) float64 for dims 2 or 3."""
+    full = torch.fft.fftfreq(box_px, dtype=torch.float64, device=device) * box_px
+    r2 = torch.arange(box_px // 2 + 1, dtype=torch.float64, device=device) ** 2
     for _ in range(dims - 1):
         r2 = full.reshape(-1, *[1] * r2.dim()) ** 2 + r2
     return r2.sqrt()
 
 
-def radius_grid(box_px: int, dims: int, device="cpu") -> Tensor:
-    """Distance from zero frequency in Fourier pixels: (D, [D,] D//2+1) float64 for dims 2 or 3."""
-    return _radius(box_px, dims).to(device)
-
-
 def shell_index(box_px: int, dims: int, device="cpu") -> Tensor:
     """Nearest radial shell of every coefficient: (D, [D,] D//2+1) int64; corners lie beyond shell D//2."""
-    return _radius(box_px, dims).round().long().to(device)
+    return radius_grid(box_px, dims, device).round().long()
 
 
 def friedel_weights(box_px: int, device="cpu") -> Tensor:
@@ -123,7 +116,7 @@ def apply_transfer(array: Array, factor: Tensor, dims: int = 3) -> Array:
 
 
 def lowpass_curve(box_px: int, pixel_size_A: float, resolution_A: float, edge_shells: float = 3.0) -> Tensor:
-    """(D//2+1,) float64: 1 up to a resolution and a raised cosine of this many shells to 0, centred on the resolution."""
+    """(D//2+1,) float64: 1, then a raised cosine of this many shells to 0, centred on the resolution."""
     shells = torch.arange(box_px // 2 + 1, dtype=torch.float64)
     return _raised_cosine(shells, box_px * pixel_size_A / resolution_A, edge_shells)
 

@@ -46,8 +46,8 @@ def _soft_edge(distance_px: Tensor, soft_px: float) -> Tensor:
 def density_threshold(volume: Array) -> float:
     """A level that separates a (low-passed) particle from its solvent.
 
-    Five robust standard deviations above the solvent, at least 15 % of the particle's density: most of the sphere inside
-    the box is solvent, so its median and median deviation are the solvent's.
+    Five robust standard deviations above the solvent, at least 15 % of the particle's density: most of the sphere
+    inside the box is solvent, so its median and median deviation are the solvent's.
 
     Args:
         volume: (D, D, D), protein positive.
@@ -116,7 +116,7 @@ def soft_mask_from_map(
 
 
 def _distance_px(binary: np.ndarray, reach_px: float) -> np.ndarray:
-    """Distance to the binary region in pixels, exact within ``reach_px``; only the part of the box near it is computed."""
+    """Distance to the binary region in pixels, exact within ``reach_px``; the rest of the box is not computed."""
     from scipy import ndimage
 
     margin = int(np.ceil(reach_px)) + 1

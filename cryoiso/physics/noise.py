@@ -56,8 +56,8 @@ def _outside(box_px: int, radius_px: float, device) -> Tensor:
 def background_spectrum(images: Array, radius_px: float, soft_px: float = 4.0) -> Array:
     """Radial noise spectrum of images from what lies outside a circle, averaged over the images.
 
-    The image inside a soft circle is set to zero and the power divided by the mean square of the window, which makes the
-    result right for white noise and smooths other spectra over about D / (D - radius) shells.
+    The image inside a soft circle is set to zero and the power divided by the mean square of the window, which makes
+    the result right for white noise and smooths other spectra over about D / (D - radius) shells.
 
     Args:
         images: (n, D, D).

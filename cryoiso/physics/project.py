@@ -53,7 +53,9 @@ class FourierVolume:
 
         rot = np.ascontiguousarray(rotation.detach().numpy(), np.float32)
         out = torch.empty(len(rot), where.size, dtype=torch.complex64)
-        _kernels.extract_slices(self.grid.numpy(), rot, where.ky, where.kx, np.float32(self.padding), out.numpy())
+        _kernels.extract_slices(
+            flat_pairs(self.grid), self.grid.shape[0], rot, where.ky, where.kx, np.float32(self.padding), pairs(out)
+        )
         return out
 
     def slices_torch(self, rotation: Tensor, where: Disc) -> Tensor:
@@ -64,6 +66,16 @@ class FourierVolume:
         for offset, share in corner_shares(fraction, self.grid.shape):
             value = value + flat[corner + offset] * share
         return torch.where(flip, value.conj(), value)
+
+
+def pairs(values: Tensor) -> np.ndarray:
+    """(J, K) complex64 on the CPU -> (J, 2K) float32 view, as the kernels take it."""
+    return torch.view_as_real(values.contiguous()).numpy().reshape(len(values), -1)
+
+
+def flat_pairs(grid: Tensor) -> np.ndarray:
+    """Any complex64 tensor on the CPU -> flat float32 view."""
+    return torch.view_as_real(grid.contiguous()).numpy().reshape(-1)
 
 
 def _crop_half_space(transform: Tensor, h: int) -> Tensor:

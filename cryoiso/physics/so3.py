@@ -1,7 +1,7 @@
 """Rotations: Euler angles, grids on the sphere and on SO(3), distances modulo symmetry.
 
-A rotation A maps map coordinates to image coordinates; its third row is the view direction in the map's frame. Angles are
-RELION's (rot, tilt, psi), intrinsic ZYZ: A = Rz(-psi) Ry(-tilt) Rz(-rot) acting on column vectors (x, y, z).
+A rotation A maps map coordinates to image coordinates; its third row is the view direction in the map's frame. Angles
+are RELION's (rot, tilt, psi), intrinsic ZYZ: A = Rz(-psi) Ry(-tilt) Rz(-rot) acting on column vectors (x, y, z).
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def angular_distance_deg(a: np.ndarray, b: np.ndarray, ops: np.ndarray | None = 
 def healpix_directions(order: int) -> np.ndarray:
     """Centres of the HEALPix pixels in nested order.
 
-    Each of the 12 base pixels is a square in the plane of the HEALPix projection (H=4, K=3; Calabretta and Roukema 2007);
-    the pixel centres form a regular grid in it and are projected back. Equal areas, Gorski et al. 2005.
+    Each of the 12 base pixels is a square in the plane of the HEALPix projection (H=4, K=3; Calabretta and Roukema
+    2007); the pixel centres form a regular grid in it and are projected back. Equal areas, Gorski et al. 2005.
 
     Args:
         order: 0 or more; there are 12 * 4**order pixels about 58.6 / 2**order degrees apart.
@@ -177,6 +177,10 @@ def so3_directions(order: int, symmetry: str = "C1") -> np.ndarray:
     return _so3_directions(order, normalise_name(symmetry)).copy()
 
 
+GAP = 0.85
+"""A direction outside the asymmetric unit is added where it is farther than this from all copies, in grid spacings."""
+
+
 @lru_cache(maxsize=16)
 def _so3_directions(order: int, symmetry: str) -> np.ndarray:
     directions = healpix_directions(order)
@@ -188,7 +192,7 @@ def _so3_directions(order: int, symmetry: str) -> np.ndarray:
     kept = list(directions[inside])
     copies = np.concatenate([directions[inside] @ op.T for op in ops])
     for d in directions[~inside]:
-        if ((copies - d) ** 2).sum(1).min() > (0.75 * spacing) ** 2:
+        if not len(copies) or ((copies - d) ** 2).sum(1).min() > (GAP * spacing) ** 2:
             kept.append(d)
             copies = np.concatenate([copies, ops @ d])
     return np.array(kept)
@@ -197,8 +201,8 @@ def _so3_directions(order: int, symmetry: str) -> np.ndarray:
 def so3_grid(order: int, symmetry: str = "C1") -> np.ndarray:
     """An even grid of rotations modulo a point group: HEALPix directions times in-plane angles.
 
-    The in-plane step is 60 / 2**order degrees, so that 72 * 8**order rotations cover SO(3): 30 degrees apart at order 1,
-    15 at order 2, 7.5 at order 3.
+    The in-plane step is 60 / 2**order degrees, so that 72 * 8**order rotations cover SO(3): 30 degrees apart at order
+    1, 15 at order 2, 7.5 at order 3.
 
     Args:
         order: HEALPix order of the directions.

@@ -52,8 +52,8 @@ def point_group(name: str) -> np.ndarray:
 
     Axes as in RELION: Cn about z; Dn with a 2-fold axis on x besides; T with a 3-fold axis on z and a 2-fold one on
     (0, 0.816, 0.577); O with its 4-fold axes on x, y, z; I2 (= I) with 2-fold axes on x, y, z and a 5-fold one on
-    (0.526, 0, 0.851); I1 likewise but 5-fold on (0.851, 0, 0.526); I3 and I4 with a 5-fold axis on z and a 2-fold one on
-    (-0.526, 0, 0.851) and (0.526, 0, 0.851).
+    (0.526, 0, 0.851); I1 likewise but 5-fold on (0.851, 0, 0.526); I3 and I4 with a 5-fold axis on z and a 2-fold one
+    on (-0.526, 0, 0.851) and (0.526, 0, 0.851).
 
     Args:
         name: C1, C3, D7, T, O, I, I1 ... in any case of letters.
@@ -99,8 +99,8 @@ def _closure(generators: list[np.ndarray]) -> np.ndarray:
 def in_asymmetric_unit(directions: np.ndarray, name: str) -> np.ndarray:
     """Which view directions lie in the asymmetric unit: of every orbit under the group exactly one.
 
-    The representative is the one with the largest z, then x, then y; for Cn that is the wedge of 360/n degrees around x,
-    for T, O and I a wedge of the cell around the axis on z. Directions that differ by less than 1e-9 count as equal.
+    The representative is the one with the largest z, then x, then y; for Cn that is the wedge of 360/n degrees around
+    x, for T, O and I a wedge of the cell around the axis on z. Directions that differ by less than 1e-9 count as equal.
 
     Args:
         directions: (n, 3) unit vectors.

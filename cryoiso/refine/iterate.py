@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -155,19 +155,22 @@ class Refinement:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:
                 references.exchange_low_resolution(sums, min(joined, self.limit, self.insertion_radius(state)), comm)
+        inverse, resolution = references.inverse_ssnr(tight), resolution_at(tight, 0.143, self.box, self.pixel)
         new = {}
         for half in HALVES:
             mine = None
             if half in sums:
-                mine = sums[half].reconstruct(references.inverse_ssnr(tight)).cpu().numpy() * self.sphere
+                mine = self._flatten(sums[half].reconstruct(inverse).cpu().numpy(), resolution)
             new[half] = comm.bcast(mine, root_of_half(half, comm.size))
         shell = schedule.agreement_shell(tight)
         moved = angular_distance_deg(model.rotation, rotation, self.operations)
         spread = float(np.sqrt(np.mean(np.square(shift_px)) + 1e-12))
-        advanced = schedule.advance(state, shell, float(np.median(moved)), spread, self.settings, self.box, self.limit)
+        advanced = schedule.advance(
+            state, shell, float(np.median(moved)), plan.levels[-1].cell_deg / 2, spread, self.settings, self.box, self.limit
+        )
         record = {
             "iteration": advanced.iteration,
-            "resolution_A": resolution_at(tight, 0.143, self.box, self.pixel),
+            "resolution_A": resolution,
             "resolution_unmasked_A": resolution_at(curve, 0.143, self.box, self.pixel),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
             "step_deg": plan.levels[-1].cell_deg / 2,
@@ -188,9 +191,14 @@ class Refinement:
             [*model.history, record],
         )
 
+    def _flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
+        """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""
+        volume = volume * self.sphere
+        if self.request.mask is not None:
+            return (volume * self.request.mask.data).astype(np.float32)
+        if not self.settings.solvent_mask:
+            return volume
+        return references.without_solvent(volume, self.pixel, resolution_A)
+
     def _pixel_sizes(self) -> np.ndarray:
         return self.particles.group_values("pixel_size_A")
-
-
-def state_to_dict(state: State) -> dict[str, Any]:
-    return asdict(state)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics.fourier import Disc
-from cryoiso.physics.project import FourierVolume, magnified
+from cryoiso.physics.project import FourierVolume, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
 
 
@@ -120,13 +120,14 @@ def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
     out = torch.empty(len(particle), 9)
     unit = 2 * np.pi / white.where.box_px
     _kernels.score_local(
-        volume.grid.numpy(),
+        flat_pairs(volume.grid),
+        volume.grid.shape[0],
         np.ascontiguousarray(rotation.numpy(), np.float32),
         white.where.ky,
         white.where.kx,
         np.float32(volume.padding),
         particle.numpy(),
-        white.data.contiguous().numpy(),
+        pairs(white.data),
         white.weight.contiguous().numpy(),
         (shift_px.numpy() * unit).astype(np.float32),
         np.float32(spacing_px * unit),

@@ -10,7 +10,7 @@ from cryoiso.core.protocols import Communicator
 from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.backproject import FourierSums
-from cryoiso.physics.masks import sphere_mask
+from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
 
 
 def exchange_low_resolution(sums: dict[int, FourierSums], radius_px: int, comm: Communicator) -> None:
@@ -52,3 +52,10 @@ def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> np.ndarray
     """Soft sphere of the particle's diameter (D, D, D)."""
     radius = min(diameter_A / 2 / pixel_size_A, box_px / 2 - 3)
     return np.asarray(sphere_mask(box_px, radius, 3.0), np.float32)
+
+
+def without_solvent(volume: np.ndarray, pixel_size_A: float, resolution_A: float) -> np.ndarray:
+    """The map inside a soft mask made from itself, low-passed at 15 Å or one and a half times the resolution."""
+    lowpass_A = max(15.0, 1.5 * resolution_A)
+    mask = soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0)
+    return (volume * np.asarray(mask)).astype(np.float32)

@@ -12,6 +12,10 @@ from cryoiso.physics.so3 import grid_step_deg, so3_grid
 from cryoiso.refine.search import Level, SearchPlan
 
 
+FIRST_BEAM, LAST_BEAM = 16, 4
+"""Nominees an image at the first level of the local search, and at least at every later one."""
+
+
 @dataclass(frozen=True)
 class State:
     """What the schedule remembers; plain numbers, the same on every rank."""
@@ -72,14 +76,14 @@ def search_plan(
     span = max(span, 1.01 * spacing)
     finest = max(settings.finest_step_deg, np.degrees(0.5 * resolution / diameter_A))
     levels: list[Level] = []
-    step, beam = spacing, 24
+    step, beam, threshold = spacing, FIRST_BEAM, 10.0
     while not levels or cell > finest * 1.42:
         cell, step = cell / 2, step / 2
-        threshold = 12.0 if not levels else 8.0
-        levels.append(Level(2 * cell, step, radius_for(cell), beam, threshold))
-        beam = max(6, beam // 2)
+        levels.append(Level(2 * cell, step, radius_for(1.25 * cell), beam, threshold))
+        beam, threshold = max(LAST_BEAM, beam // 2), 6.0
     levels[-1] = replace(levels[-1], radius_px=state.radius_px)
-    return SearchPlan(rotations, disc_of_shifts(span, spacing), radius_for(2 ** len(levels) * cell), tuple(levels), state.shift_sd_px)
+    coarse = radius_for(2 ** len(levels) * cell)
+    return SearchPlan(rotations, disc_of_shifts(span, spacing), coarse, tuple(levels), state.shift_sd_px)
 
 
 def agreement_shell(fsc: np.ndarray, threshold: float = 0.143) -> int:
@@ -89,17 +93,25 @@ def agreement_shell(fsc: np.ndarray, threshold: float = 0.143) -> int:
 
 
 def advance(
-    state: State, shell: int, change_deg: float, shift_sd_px: float, settings: RefineSection, box_px: int, limit_px: int
+    state: State,
+    shell: int,
+    change_deg: float,
+    step_deg: float,
+    shift_sd_px: float,
+    settings: RefineSection,
+    box_px: int,
+    limit_px: int,
 ) -> State:
     """The next iteration's state.
 
     Args:
         shell: where the half-maps agree now.
         change_deg: median angle that the particles moved in this iteration.
+        step_deg: size of the finest cells of its search.
         limit_px: no radius beyond this.
     """
     better = shell > state.best_shell
-    settled = change_deg > 0.8 * state.last_change_deg
+    settled = change_deg < 0.5 * step_deg or change_deg > 0.8 * state.last_change_deg
     stalled = 0 if better or not settled else state.stalled + 1
     radius = int(np.clip(round(1.15 * shell) + 2, 3, limit_px))
     iteration = state.iteration + 1
@@ -110,5 +122,5 @@ def advance(
         best_shell=max(shell, state.best_shell),
         stalled=stalled,
         last_change_deg=change_deg,
-        done=stalled >= 2 or iteration >= settings.max_iterations,
+        done=stalled >= 1 or iteration >= settings.max_iterations,
     )

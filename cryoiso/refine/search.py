@@ -20,6 +20,9 @@ from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, lattice, local_scores
 
 
+NEGLIGIBLE = 0.03
+
+
 @dataclass(frozen=True)
 class Level:
     """One step of refinement."""
@@ -161,12 +164,12 @@ class Searcher:
         return out_rotation, out_shift.gather(2, at[..., None, None].expand(-1, -1, 1, 2))[:, :, 0], best
 
 
-def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep: int = 16) -> Posterior:
+def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep: int = 12) -> Posterior:
     """Normalises the last level's samples.
 
     Args:
         rotation: (B, M, 3, 3); shift: (B, M, 9, 2); score: (B, M, 9).
-        keep: views an image that back-projection gets, at most; those below a hundredth of the best are left out.
+        keep: views an image that back-projection gets, at most; those below NEGLIGIBLE times the best are left out.
     """
     log_evidence = score.flatten(1).logsumexp(1)
     p = (score - log_evidence[:, None, None]).exp()
@@ -174,7 +177,7 @@ def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep
     view = p.sum(2)
     mean_shift = (p[..., None] * shift).sum(2) / view.clamp(min=1e-30)[..., None]
     top, order = view.topk(min(keep, view.shape[1]), dim=1)
-    top = torch.where(top >= 0.01 * top[:, :1], top, 0.0)
+    top = torch.where(top >= NEGLIGIBLE * top[:, :1], top, 0.0)
     top = top / top.sum(1, keepdim=True)
     chosen_rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
     chosen_shift = mean_shift.gather(1, order[..., None].expand(-1, -1, 2))

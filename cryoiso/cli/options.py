@@ -1,0 +1,37 @@
+"""Command-line options that are keys of the job file: one help text and one default for both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+
+from cryoiso.core.config import Job, parse_job
+
+UNITS = {"_A": " In Å.", "_deg": " In degrees.", "_mib": " In MiB."}
+
+
+def option(section: type[BaseModel], key: str, *names: str) -> Any:
+    """A typer option with the help text of a key of the job file, and its unit."""
+    unit = next((unit for suffix, unit in UNITS.items() if key.endswith(suffix)), "")
+    return typer.Option(*names, help=_sentence(str(section.model_fields[key].description)) + unit)
+
+
+def default(section: type[BaseModel], key: str) -> Any:
+    """The default of a key of the job file."""
+    return section.model_fields[key].default
+
+
+def job_of(**sections: dict[str, Any]) -> Job:
+    """A job from options, checked like a job file; options that were not given (None) keep their defaults.
+
+    Raises:
+        UsageError: a bad value.
+    """
+    data = {name: {k: v for k, v in keys.items() if v is not None} for name, keys in sections.items()}
+    return parse_job(data, "options")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")

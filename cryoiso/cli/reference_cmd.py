@@ -1,0 +1,45 @@
+"""``cryoiso reference``: an atomic model or a map on the particles' grid, low-passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PHANTOMS = {"phantom": 0, "phantom-homologue": 1}
+
+
+def reference(
+    file: Annotated[
+        str, typer.Argument(help="Atomic model (PDB, mmCIF), map (MRC), or 'phantom' or 'phantom-homologue'.")
+    ],
+    out: Annotated[Path, typer.Argument(help="MRC file to write.")],
+    box: Annotated[int, typer.Option(min=8, help="Box of the particles in pixels.")],
+    pixel_size: Annotated[float, typer.Option(min=0.01, help="Pixel size of the particles in Å.")],
+    lowpass: Annotated[float, typer.Option(min=0.0, help="Resolution of the result in Å; 0 does not filter.")] = 30.0,
+    map_pixel_size: Annotated[
+        float | None, typer.Option(help="Pixel size of the given map in Å, if its header is wrong.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the phantom.")] = 1,
+) -> None:
+    """Make a reference from a model or a map.
+
+    Writes it on the given grid, low-passed, and prints the particle's diameter measured in it. A map of another box or
+    pixel size is interpolated exactly, in Fourier space.
+    """
+    from cryoiso.io.mrc import write_map
+    from cryoiso.pipeline.reference import finish_reference, prepare_reference
+
+    if file in PHANTOMS:
+        from cryoiso.physics.phantom import phantom_map
+
+        resolution = max(2.5 * pixel_size, 0.5 * lowpass)
+        full = phantom_map(box, pixel_size, resolution, seed=seed, variant=PHANTOMS[file])
+        made = finish_reference(full, lowpass, f"built-in {file}")
+    else:
+        made = prepare_reference(
+            Path(file), box, pixel_size, lowpass, map_pixel_size_A=map_pixel_size, resample=True
+        )  # fmt: skip
+    write_map(out, made.initial.data, pixel_size)
+    typer.echo(f"{out}: {made.source}, {box} px of {pixel_size:g} Å, diameter {made.diameter_A:.0f} Å")

@@ -1,0 +1,15 @@
+"""``cryoiso report``: (re)build the report of a run folder from its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(run_folder: Annotated[Path, typer.Argument(help="Folder that 'cryoiso run' wrote.")]) -> None:
+    """Write report.html and report.json into a run folder, from the files that are there."""
+    from cryoiso.report import build
+
+    print(build(run_folder))

@@ -1,0 +1,50 @@
+"""``cryoiso run`` and ``cryoiso resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file; 'cryoiso init' writes one.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder, without a run in it (default: beside JOB, as JOB-run).")
+    ] = None,
+) -> None:
+    """Run a job from particles to report.
+
+    The stages are ingest, reference, refine, reconstruct, diagnose and report. Under mpirun or srun all ranks work
+    together. The run folder holds everything: the result in result/, the report in
+    report.html, logs, and what is needed to go on after an interruption with 'cryoiso resume'.
+
+    Exit status: 0 done, 2 usage, 65 bad input, 69 missing program or device, 75 stopped by a signal after a checkpoint
+    (SIGTERM, SIGUSR1; resume goes on), 1 anything else.
+    """
+    from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.run import run_job
+    from cryoiso.report import build
+
+    comm = get_context()
+    folder = out if out is not None else job.with_name(f"{job.stem}-run")
+    finished = run_job(job, folder, comm, report=build)
+    if comm.rank == 0:
+        typer.echo(finished.report)
+
+
+def resume(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an interrupted run.")]) -> None:
+    """Go on with an interrupted run.
+
+    The result is the same as without the interruption. Stages whose files are all there, unchanged, are not done again.
+    Any number of ranks will do.
+    """
+    from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.run import resume_run
+    from cryoiso.report import build
+
+    comm = get_context()
+    finished = resume_run(folder, comm, report=build)
+    if comm.rank == 0:
+        typer.echo(finished.report)

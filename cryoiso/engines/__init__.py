@@ -1,0 +1,1 @@
+"""Refinement programs behind one protocol (core.protocols.Engine)."""

@@ -1,0 +1,128 @@
+"""The embedded refinement engine: checkpoints and files around ``refine.iterate``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.log import logger
+from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
+from cryoiso.io import checkpoint
+from cryoiso.io.atomic import write_text
+from cryoiso.io.mrc import write_map
+from cryoiso.io.starwrite import write_particles
+from cryoiso.refine.iterate import HALVES, Model, Refinement
+from cryoiso.refine.schedule import State
+from cryoiso.refine.start import initial_model
+
+
+class NativeEngine:
+    """Gold-standard maximum-likelihood refinement on all ranks; needs no other program."""
+
+    name = "native"
+
+    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult:
+        """Refines until nothing improves, a checkpoint after every iteration (collective).
+
+        Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised, untouched), refine.json,
+        timing.json and checkpoint/.
+
+        Raises:
+            InputError: a half-set is empty, or box and pixel size of reference and particles differ.
+            Interrupted: stopped by a signal; the last iteration's checkpoint is there.
+        """
+        _check(request)
+        device = comm.device() if hasattr(comm, "device") else "cpu"
+        run = Refinement(request, comm, device, request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A)
+        file = request.folder / "checkpoint" / "state.npz"
+        model = _resume(file, comm) if request.resume else None
+        model = model or initial_model(run, request.lowpass_A)
+        while not model.state.done:
+            model = run.step(model)
+            if comm.rank == 0:
+                _save(file, model)
+                if request.on_checkpoint:
+                    request.on_checkpoint(model.history[-1])
+        result = _result(request, model)
+        if comm.rank == 0:
+            _write(request, run, model, result)
+        comm.barrier()
+        return result
+
+
+def _check(request: RefineRequest) -> None:
+    source, reference = request.source, request.reference
+    if reference.box_px != source.box_px:
+        raise InputError(
+            "the reference's box differs from the particles'",
+            expected=f"{source.box_px} px",
+            found=f"{reference.box_px} px",
+            hint="Use 'cryoiso reference' to bring it to the particles' grid.",
+        )
+    half = source.particles.half
+    for h in HALVES:
+        if half is None or not (half == h).any():
+            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+
+
+def _save(file: Path, model: Model) -> None:
+    arrays = {"sigma2": model.sigma2, "rotation": model.rotation, "shift_A": model.shift_A}
+    arrays |= {f"reference{h}": model.references[h] for h in HALVES}
+    arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
+    arrays |= {f"column {name}": values for name, values in model.columns.items()}
+    checkpoint.save(file, arrays, {"state": asdict(model.state), "history": _without_times(model.history)})
+
+
+def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files that are compared bit by bit hold no timings."""
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+
+
+def _resume(file: Path, comm: Communicator) -> Model | None:
+    """The checkpointed model, read by rank 0 and given to all; None where there is none."""
+    found = comm.bcast(checkpoint.load(file) if comm.rank == 0 else None)
+    if found is None:
+        return None
+    arrays, values = found
+    state = State(**values["state"])
+    if comm.rank == 0:
+        logger.info("refinement goes on after iteration %d", state.iteration)
+    return Model(
+        state,
+        {h: arrays[f"reference{h}"] for h in HALVES},
+        arrays["sigma2"],
+        arrays["rotation"],
+        arrays["shift_A"],
+        {k.removeprefix("column "): v for k, v in arrays.items() if k.startswith("column ")},
+        {h: arrays[f"half{h}"] for h in HALVES},
+        values["history"],
+    )
+
+
+def _result(request: RefineRequest, model: Model) -> RefineResult:
+    particles = request.source.particles.with_poses(model.rotation, model.shift_A).with_results(**model.columns)
+    maps = {h: request.folder / f"half{h}.mrc" for h in HALVES}
+    return RefineResult(particles, maps, model.history, float(model.history[-1]["resolution_A"]))
+
+
+def _write(request: RefineRequest, run: Refinement, model: Model, result: RefineResult) -> None:
+    for half, path in result.half_maps.items():
+        write_map(path, model.half_maps[half], run.pixel)
+    write_particles(request.folder / "particles.star", result.particles)
+    summary: dict[str, Any] = {
+        "engine": "native",
+        "symmetry": request.symmetry,
+        "diameter_A": run.diameter,
+        "resolution_A": result.resolution_A,
+        "particles": len(result.particles),
+        "iterations": _without_times(result.iterations),
+        "noise_variance": np.round(model.sigma2, 6).tolist(),
+    }
+    write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
+    seconds = {"seconds": [record.get("seconds") for record in result.iterations]}
+    write_text(request.folder / "timing.json", json.dumps(seconds, indent=1) + "\n")

@@ -1,0 +1,121 @@
+"""Is protein white or dark in these images? Decided by the data, with a measure of how sure that is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from cryoiso.core.types import Particles
+from cryoiso.io.imageprep import IngestSettings, check_images, normalise
+from cryoiso.io.mrc import StackReader
+
+logger = logging.getLogger("cryoiso")
+
+SURE = 4.0
+"""Standard errors that a contrast must reach to be believed."""
+
+
+@dataclass(frozen=True)
+class SignDecision:
+    """(n,) multiplier of each image, and what it rests on."""
+
+    sign: np.ndarray
+    reason: str
+    z: float
+    """Contrast of the sample in standard errors; positive = protein white as stored."""
+
+    @property
+    def inverted(self) -> bool:
+        return bool((self.sign < 0).any())
+
+
+def source_sign(particles: Particles) -> np.ndarray | None:
+    """blob/sign of a .cs file (+1 light protein, -1 dark protein) as the reader kept it, or None."""
+    values = particles.results.get("cryoisoSign")
+    if values is None and particles.table is not None and "cryoisoSign" in particles.table:
+        values = particles.table["cryoisoSign"].to_numpy(dtype=str).astype(float)
+    return None if values is None else np.where(np.asarray(values, float) < 0, -1, 1).astype(np.int8)
+
+
+def decide_sign(particles: Particles, settings: IngestSettings, file: object = None, sample: int = 300) -> SignDecision:
+    """The sign of every image.
+
+    "yes" and "no" of ``settings.invert`` win; then blob/sign of the source; then the data: the mean of the centre
+    against the background, after weighting the Fourier transform by the CTF where that is known (so that the low
+    frequencies all count with the right sign). Where neither tells, the images are taken as they are, with a warning:
+    RELION's own extraction stores white protein.
+
+    Args:
+        sample: number of images looked at, spread evenly over the set; five times as many if they leave a doubt.
+    """
+    n = len(particles)
+    z = 0.0
+    for count in (sample, 5 * sample):
+        rows = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))
+        z = contrast(particles, rows, settings, file)
+        if abs(z) > 2 * SURE or count >= n or settings.invert != "auto":
+            break
+    ones = np.ones(n, np.int8)
+    if settings.invert in ("yes", "no"):
+        factor = -1 if settings.invert == "yes" else 1
+        if z * factor < -SURE:
+            logger.warning(
+                "invert = %s was given, but protein then seems dark (contrast %.1f)", settings.invert, z * factor
+            )
+        return SignDecision(ones * np.int8(factor), f"invert = {settings.invert}", z)
+    known = source_sign(particles)
+    if known is not None:
+        if z * float(np.sign(known.mean(dtype=float))) < -SURE:
+            logger.warning("%s: blob/sign contradicts the images (contrast %.1f); blob/sign is believed", file, z)
+        return SignDecision(known, "blob/sign of the .cs file", z)
+    if abs(z) < SURE:
+        logger.warning(
+            "the images do not tell whether protein is white or dark (contrast %.1f); taken as white. "
+            "Set invert under [particles] if that is wrong.",
+            z,
+        )
+        return SignDecision(ones, "undecided by the data, taken as white", z)
+    return SignDecision(ones * np.int8(1 if z > 0 else -1), "decided by the data", z)
+
+
+def contrast(particles: Particles, rows: np.ndarray, settings: IngestSettings, file: object = None) -> float:
+    """How much brighter the centre is than the background: mean over images divided by its standard error.
+
+    Positive where protein is white. Images are normalised first, in blocks, so memory stays small.
+    """
+    values: list[np.ndarray] = []
+    with StackReader() as reader:
+        for row in np.split(rows, range(64, len(rows), 64)):
+            for stack in np.unique(particles.stack[row]):
+                these = row[particles.stack[row] == stack]
+                images = reader.read(str(stack), particles.index[these], file, these)
+                check_images(images, these, particles, file)
+                images, _ = normalise(images, settings.background_fraction)
+                values.append(_centre_minus_rim(_ctf_weighted(images, particles, these)))
+    d = np.concatenate(values)
+    if len(d) < 2:
+        return 0.0
+    error = d.std(ddof=1) / np.sqrt(len(d))
+    return float(d.mean() / error) if error > 0 else float(np.sign(d.mean()) * 1e3)
+
+
+def _centre_minus_rim(images: np.ndarray) -> np.ndarray:
+    box = images.shape[-1]
+    axis = np.arange(box) - box // 2
+    radius = np.hypot(axis[:, None], axis[None, :])
+    return images[:, radius <= 0.2 * box].mean(1, dtype=np.float64) - images[:, radius > 0.45 * box].mean(
+        1, dtype=np.float64
+    )
+
+
+def _ctf_weighted(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
+    """Images filtered by their CTF; unchanged where defocus or pixel size are unknown."""
+    pixel = particles.group_values("pixel_size_A")[rows]
+    if not np.isfinite(particles.defocus_u_A[rows] + particles.defocus_v_A[rows] + pixel).all():
+        return images
+    from cryoiso.physics.ctf import ctf_for
+
+    weights = ctf_for(particles, rows, images.shape[-1]).numpy()
+    return np.fft.irfft2(np.fft.rfft2(images) * weights, s=images.shape[-2:])

@@ -1,0 +1,374 @@
+"""Particle stacks into shards: plan, write (each rank its own files), index. Memory does not grow with the set.
+
+The plan is a pure function of the input and the settings, never of the number of ranks, so that any number of ranks
+writes the same bytes. A shard that is complete and belongs to the same plan is left alone, which makes a rerun
+continue where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso import __version__
+from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.protocols import Communicator, Progress
+from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.io import read_particle_file
+from cryoiso.io.atomic import temporary_name, write_text
+from cryoiso.io.contrast import SignDecision, decide_sign
+from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
+from cryoiso.io.mrc import StackReader
+from cryoiso.io.shards import (
+    COLUMNS,
+    FORMAT,
+    VERSION,
+    ShardSource,
+    groups_to_json,
+    hdf5_chunk,
+    read_attributes,
+    shard_name,
+    write_shard_file,
+)
+
+logger = logging.getLogger("cryoiso")
+
+BLOCK_IMAGES = 256
+BLOCK_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class IngestPlan:
+    """Everything that decides what the shards will contain. Small, picklable, equal on every rank."""
+
+    particles: Particles
+    """As read, but with the box of the shards in every optics group."""
+    settings: IngestSettings
+    box_px: int
+    decision: SignDecision
+    shards: tuple[tuple[int, int], ...]
+    digest: str
+    source: str
+    source_sha256: str
+    newest_stack_s: float
+    """Modification time of the youngest stack; older shards are written again."""
+
+
+def check_stacks(particles: Particles, file: object = None) -> tuple[OpticsGroup, ...]:
+    """Makes sure that every image exists, once, and has its optics group's size; reads headers only.
+
+    Returns:
+        the optics groups, with box sizes filled in where the particle file had none.
+
+    Raises:
+        InputError: missing or truncated stack, image beyond its stack, the same image twice, wrong or non-square size.
+    """
+    if not len(particles) or (particles.index < 0).any():
+        raise InputError("the particles have no images", file=file, expected="_rlnImageName in every row")
+    groups = list(particles.groups)
+    with StackReader() as reader:
+        for rows in by_stack(particles.stack):
+            index = particles.index[rows]
+            header = reader.check(str(particles.stack[rows[0]]), index, file, rows)
+            values, counts = np.unique(index, return_counts=True)
+            if counts.max() > 1:
+                twice = rows[index == values[counts.argmax()]]
+                raise InputError(
+                    f"the same image stands in two rows: {twice[0] + 1} and {twice[1] + 1}",
+                    file=file,
+                    row=int(twice[1]) + 1,
+                )
+            for number in np.unique(particles.optics[rows]):
+                groups[number] = _check_box(groups[number], header.shape, particles, rows, number, file)
+    return tuple(groups)
+
+
+def _check_box(
+    group: OpticsGroup, shape: tuple[int, int, int], particles: Particles, rows: np.ndarray, number: int, file: object
+) -> OpticsGroup:
+    row = int(rows[particles.optics[rows] == number][0])
+    stack = particles.stack[row]
+    if shape[1] != shape[2]:
+        raise InputError(
+            f"the images of {stack} are not square", file=file, row=row + 1, found=f"{shape[2]} x {shape[1]} px"
+        )
+    if group.box_px not in (0, shape[2]):
+        raise InputError(
+            f"the images of {stack} have another size than optics group {group.number}",
+            file=file,
+            row=row + 1,
+            expected=f"{group.box_px} px",
+            found=f"{shape[2]} px",
+        )
+    return replace(group, box_px=shape[2])
+
+
+def plan(particles: Particles, settings: Any = None, source: object = "") -> IngestPlan:
+    """Decides everything before the first image is written. Reads headers and, for the sign, a sample of images.
+
+    Args:
+        particles: with image stacks.
+        settings: IngestSettings, or the job's [particles] section.
+        source: the particle file, for messages and provenance.
+
+    Raises:
+        InputError: whatever ``check_stacks`` finds.
+    """
+    settings = IngestSettings.of(settings) if settings is not None else IngestSettings()
+    file = source or None
+    groups = check_stacks(particles, file)
+    particles = replace(particles, groups=groups)
+    decision = decide_sign(particles, settings, file)
+    logger.info(
+        "protein is %s in the images (%s, contrast %+.1f standard errors)",
+        "dark; they are inverted" if decision.inverted else "white",
+        decision.reason,
+        decision.z,
+    )
+    box = groups[int(particles.optics[0])].box_px
+    others = sorted({g.box_px for i, g in enumerate(groups) if g.box_px != box and (particles.optics == i).any()})
+    if others:
+        logger.warning(
+            "optics groups have different boxes: images of %s px are cropped or padded to %d px", others, box
+        )
+    per_shard = _images_per_shard(box, settings)
+    n = len(particles)
+    shards = tuple((start, min(start + per_shard, n)) for start in range(0, n, per_shard))
+    sha = hashlib.sha256(Path(str(source)).read_bytes()).hexdigest() if source else ""
+    newest = max(os.stat(s).st_mtime for s in np.unique(particles.stack).tolist())
+    unhashed = IngestPlan(particles, settings, box, decision, shards, "", str(source), sha, newest)
+    return replace(unhashed, digest=_digest(unhashed))
+
+
+def _images_per_shard(box_px: int, settings: IngestSettings) -> int:
+    chunk = hdf5_chunk(box_px, settings.storage)
+    whole = settings.shard_mib * 2**20 // (box_px * box_px * np.dtype(settings.storage).itemsize)
+    return max(chunk, whole // chunk * chunk)
+
+
+def _digest(p: IngestPlan) -> str:
+    h = hashlib.sha256()
+    settings = replace(p.settings, project="")
+    facts = [FORMAT, VERSION, repr(settings), p.box_px, p.shards, groups_to_json(p.particles.groups), p.source_sha256]
+    h.update(json.dumps(facts, default=str).encode())
+    for name in COLUMNS:
+        values = getattr(p.particles, name)
+        h.update(b"none" if values is None else np.ascontiguousarray(values).tobytes())
+    stacks, inverse = np.unique(p.particles.stack, return_inverse=True)
+    h.update(json.dumps([(s, os.stat(s).st_size) for s in stacks.tolist()]).encode())
+    h.update(inverse.tobytes())
+    h.update(p.decision.sign.tobytes())
+    return h.hexdigest()
+
+
+def shard_is_complete(plan: IngestPlan, folder: Path, number: int) -> bool:
+    """Whether this shard is there and of this plan (a shard under its final name is always complete)."""
+    found = read_attributes(folder / shard_name(number))
+    return (found.get("plan"), found.get("start"), found.get("stop")) == (plan.digest, *plan.shards[number])
+
+
+def shard_is_done(plan: IngestPlan, folder: Path, number: int) -> bool:
+    """Whether this shard need not be written: complete, and not older than the images."""
+    path = folder / shard_name(number)
+    fresh = path.is_file() and path.stat().st_mtime >= plan.newest_stack_s
+    return fresh and shard_is_complete(plan, folder, number)
+
+
+def write_shard(plan: IngestPlan, folder: object, number: int, progress: Progress | None = None) -> Path:
+    """Writes one shard, or leaves it if it is done.
+
+    Raises:
+        InputError: an image is bad. DiskFullError: no space. In both cases nothing half-written stays.
+    """
+    path = Path(str(folder)) / shard_name(number)
+    start, stop = plan.shards[number]
+    if shard_is_done(plan, path.parent, number):
+        if progress:
+            progress(stop, len(plan.particles))
+        return path
+    columns = {}
+    for name in COLUMNS:
+        values = getattr(plan.particles, name)
+        columns[name] = np.full(stop - start, -1, np.int8) if values is None else np.asarray(values)[start:stop]
+    stacks, inverse = np.unique(plan.particles.stack[start:stop], return_inverse=True)
+    columns["stacks"] = np.char.encode(stacks.astype(str), "utf-8")
+    columns["stack"] = inverse.astype(np.int32)
+    attributes = {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": plan.digest,
+        "start": start,
+        "stop": stop,
+        "box_px": plan.box_px,
+        "pixel_size_A": np.array([g.pixel_size_A for g in plan.particles.groups]),
+        "groups": json.dumps(groups_to_json(plan.particles.groups)),
+        "normalisation": plan.settings.describe(),
+        "inverted": int(plan.decision.inverted),
+        "source": Path(plan.source).name,
+        "source_sha256": plan.source_sha256,
+    }
+    blocks = _blocks(plan, start, stop, progress)
+    write_shard_file(path, blocks, stop - start, plan.box_px, plan.settings.storage, columns, attributes)
+    return path
+
+
+def _blocks(plan: IngestPlan, start: int, stop: int, progress: Progress | None) -> Iterator[np.ndarray]:
+    chunk = hdf5_chunk(plan.box_px, plan.settings.storage)
+    step = min(BLOCK_IMAGES, BLOCK_BYTES // (4 * plan.box_px**2))
+    step = max(step // chunk, 1) * chunk if chunk <= BLOCK_IMAGES else BLOCK_IMAGES
+    file = plan.source or None
+    limit = float(np.finfo(plan.settings.storage).max)
+    empty = 0
+    with StackReader() as reader:
+        for first in range(start, stop, step):
+            rows = np.arange(first, min(first + step, stop))
+            images, empty_now = read_prepared(
+                reader, plan.particles, rows, plan.decision.sign, plan.settings, plan.box_px, file
+            )
+            empty += empty_now
+            peaks = np.abs(images).max((1, 2))
+            if peaks.max() > limit:
+                raise InputError(
+                    f"pixel values do not fit {plan.settings.storage}",
+                    file=file,
+                    row=int(rows[peaks.argmax()]) + 1,
+                    expected=f"at most {limit:g}",
+                    found=f"{peaks.max():g}",
+                    hint="Set storage = 'float32', or leave normalise on.",
+                )
+            yield images.astype(plan.settings.storage)
+            if progress:
+                progress(int(rows[-1]) + 1, len(plan.particles))
+    if empty:
+        logger.warning("%d images have an empty background; only their mean was normalised", empty)
+
+
+def finish_index(plan: IngestPlan, folder: object) -> Path:
+    """Writes index.json after all ranks have written their shards; removes what an earlier plan left behind.
+
+    Raises:
+        CryoisoError: a shard is missing.
+    """
+    folder = Path(str(folder))
+    missing = [shard_name(k) for k in range(len(plan.shards)) if not shard_is_complete(plan, folder, k)]
+    if missing:
+        raise CryoisoError(
+            f"{folder}: {len(missing)} shards are not there, first {missing[0]}; run the same command again"
+        )
+    for stale in folder.glob("shard-*.h5*"):
+        if stale.name not in {shard_name(k) for k in range(len(plan.shards))}:
+            stale.unlink()
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "writer": f"cryoiso {__version__}",
+        "plan": plan.digest,
+        "images": len(plan.particles),
+        "box_px": plan.box_px,
+        "storage": plan.settings.storage,
+        "normalisation": plan.settings.describe(),
+        "inverted": plan.decision.inverted,
+        "sign": plan.decision.reason,
+        "contrast_standard_errors": round(plan.decision.z, 3),
+        "source": plan.source,
+        "source_sha256": plan.source_sha256,
+        "groups": groups_to_json(plan.particles.groups),
+        "shards": [
+            {"file": shard_name(k), "start": a, "stop": b, "bytes": (folder / shard_name(k)).stat().st_size}
+            for k, (a, b) in enumerate(plan.shards)
+        ],
+    }
+    path = folder / "index.json"
+    write_text(path, json.dumps(index, indent=1) + "\n")
+    return path
+
+
+def write_own_shards(
+    plan: IngestPlan, folder: object, rank: int = 0, size: int = 1, progress: Progress | None = None
+) -> None:
+    """Writes the shards of one rank: those whose number is ``rank`` modulo ``size``."""
+    own = range(rank, len(plan.shards), size)
+    total = sum(plan.shards[k][1] - plan.shards[k][0] for k in own)
+    before = 0
+    for k in own:
+        start, stop = plan.shards[k]
+        seen = None
+        if progress:
+
+            def seen(done: int, _total: int, start: int = start, before: int = before) -> None:
+                progress(before + done - start, total)
+
+        write_shard(plan, folder, k, seen)
+        before += stop - start
+
+
+def ingest(
+    particles_file: object,
+    folder: object,
+    settings: Any = None,
+    rank: int = 0,
+    size: int = 1,
+    progress: Progress | None = None,
+    comm: Communicator | None = None,
+) -> Path:
+    """A particle file into a folder of shards.
+
+    With a communicator every rank calls this; rank 0 plans and writes the index. With ``rank`` and ``size`` alone,
+    each process plans for itself and, if there are several, the caller runs ``finish_index`` after all are done.
+
+    Args:
+        particles_file: STAR or .cs.
+        folder: made if it is not there.
+        settings: IngestSettings, or the job's [particles] section.
+        progress: called with (done, total) images of this rank.
+
+    Returns:
+        path of index.json.
+
+    Raises:
+        InputError, DiskFullError: see ``check_stacks`` and ``write_shard``.
+    """
+    settings = IngestSettings.of(settings) if settings is not None else IngestSettings()
+    folder = Path(str(folder))
+    rank, size = (comm.rank, comm.size) if comm is not None else (rank, size)
+    plan_: Any = None
+    if comm is None or rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        particles = read_particle_file(particles_file, settings.project)
+        plan_ = plan(replace(particles, table=_sign_column(particles)), settings, particles_file)
+    if comm is not None:
+        plan_ = comm.bcast(plan_)
+    write_own_shards(plan_, folder, rank, size, progress)
+    if comm is not None:
+        comm.barrier()
+    if rank == 0 and (comm is not None or size == 1):
+        finish_index(plan_, folder)
+    if comm is not None:
+        comm.barrier()
+    return folder / "index.json"
+
+
+def _sign_column(particles: Particles) -> Any:
+    """The plan needs no source table but the sign; dropping the rest keeps it small."""
+    if particles.table is not None and "cryoisoSign" in particles.table:
+        return particles.table[["cryoisoSign"]]
+    return None
+
+
+def is_ingested(folder: object) -> bool:
+    """Whether a folder holds a finished set of shards."""
+    path = Path(str(folder)) / "index.json"
+    return path.is_file() and not temporary_name(path).exists()
+
+
+def open_shards(folder: object) -> ShardSource:
+    """The images of an ingested folder."""
+    return ShardSource(folder)

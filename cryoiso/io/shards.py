@@ -1,0 +1,300 @@
+"""HDF5 shards: particle images written once, with uid, optics and CTF, read in large blocks by any number of processes.
+
+``index.json`` names the files ``shard-NNNNN.h5``. Each holds ``images`` (n, D, D) in float16 or float32,
+uncompressed, in HDF5 chunks of about 1 MiB of whole images, and one dataset a metadata column. Poses are not here:
+they change, images do not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.io.atomic import atomic_path, is_full
+from cryoiso.io.mrc import runs
+
+FORMAT = "cryoiso-shard"
+VERSION = 1
+CHUNK_IMAGES = 128
+"""Images of a chunk, the smallest amount that ranks share out; it never depends on the number of ranks."""
+HDF5_CHUNK_BYTES = 2**20
+LIBVER = ("v110", "v110")
+
+COLUMNS = (
+    "uid",
+    "optics",
+    "index",
+    "defocus_u_A",
+    "defocus_v_A",
+    "defocus_angle_deg",
+    "phase_shift_deg",
+    "ctf_bfactor_A2",
+    "ctf_scale",
+    "half",
+)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:05d}.h5"
+
+
+def hdf5_chunk(box_px: int, storage: str) -> int:
+    """Whole images in an HDF5 chunk of about 1 MiB."""
+    return max(1, HDF5_CHUNK_BYTES // (box_px * box_px * np.dtype(storage).itemsize))
+
+
+class _Sink(io.RawIOBase):
+    """A file for HDF5 to write into that never fails under it: the first error is kept for the caller to raise.
+
+    HDF5 cannot close a file after a failed write (it leaks it and may crash at exit); so it is told that all is well.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while self.error is None and done < len(view):
+            try:
+                done += self._file.write(view[done:]) or 0
+            except OSError as error:
+                self.error = error
+        if self.error is not None:
+            self._file.seek(len(view) - done, os.SEEK_CUR)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def readinto(self, buffer: Any) -> int:
+        return self._file.readinto(buffer) or 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def write_shard_file(
+    path: Path,
+    blocks: Any,
+    n: int,
+    box_px: int,
+    storage: str,
+    columns: dict[str, np.ndarray],
+    attributes: dict[str, Any],
+) -> None:
+    """Writes one shard atomically; the same input gives the same bytes.
+
+    Args:
+        path: final name.
+        blocks: iterator of (m, D, D) float arrays, n images in all.
+        columns: arrays of length n (and ``stacks``, the list of stack names).
+        attributes: scalars, texts and arrays of the root group.
+
+    Raises:
+        DiskFullError: nothing is left behind.
+    """
+    import h5py
+
+    need = n * box_px * box_px * np.dtype(storage).itemsize + n * 128 + 2**16
+    with atomic_path(path, need) as part:
+        sink = _Sink(part)
+        try:
+            with h5py.File(sink, "w", libver=LIBVER) as file:
+                for name, value in attributes.items():
+                    file.attrs[name] = value
+                for name, values in columns.items():
+                    file.create_dataset(name, data=values, track_times=False)
+                chunk = (min(hdf5_chunk(box_px, storage), n), box_px, box_px)
+                images = file.create_dataset("images", (n, box_px, box_px), storage, chunks=chunk, track_times=False)
+                done = 0
+                for block in blocks:
+                    images[done : done + len(block)] = block
+                    done += len(block)
+                    sink.check()
+            sink.check()
+        except Exception as error:
+            if sink.error is not None and not is_full(sink.error):
+                raise CryoisoError(f"{path}: cannot be written: {sink.error.strerror}") from error
+            raise (sink.error or error) from None
+        finally:
+            with suppress(OSError):
+                sink.close()
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """Root attributes of a shard, or an empty dict if it cannot be read."""
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
+    except (OSError, KeyError):
+        return {}
+
+
+def groups_to_json(groups: tuple[OpticsGroup, ...]) -> list[dict[str, Any]]:
+    return [asdict(g) for g in groups]
+
+
+def groups_from_json(items: list[dict[str, Any]]) -> tuple[OpticsGroup, ...]:
+    def group(values: dict[str, Any]) -> OpticsGroup:
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return OpticsGroup(**plain)
+
+    return tuple(group(g) for g in items)
+
+
+class ShardSource:
+    """Images and metadata of a folder of shards (an ``ImageSource``).
+
+    Attributes:
+        particles: uid, optics, CTF and half-sets in the order of the source; no poses.
+        box_px: image side.
+        chunks: [(start, stop), ...] of at most ``CHUNK_IMAGES`` rows, none across two shards.
+        index: contents of index.json.
+    """
+
+    def __init__(self, folder: object, max_open: int = 32) -> None:
+        self.folder = Path(str(folder))
+        self.index = _read_index(self.folder)
+        self.box_px = int(self.index["box_px"])
+        self._edges = np.array([s["start"] for s in self.index["shards"]] + [self.index["images"]], np.int64)
+        self._open: OrderedDict[int, Any] = OrderedDict()
+        self._max_open = max_open
+        self.chunks = [
+            (start, min(start + CHUNK_IMAGES, s["stop"]))
+            for s in self.index["shards"]
+            for start in range(s["start"], s["stop"], CHUNK_IMAGES)
+        ]
+        self.particles = self._read_particles()
+
+    def __len__(self) -> int:
+        return int(self.index["images"])
+
+    def __enter__(self) -> ShardSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images of these rows in their order: (n, D, D) float32, protein white, normalised.
+
+        Neighbouring rows are read in one go, whatever the order they are asked for.
+
+        Raises:
+            InputError: a row that does not exist, or a shard that is missing or damaged.
+        """
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise InputError(
+                "no such image in the shards", file=self.folder, found=f"rows {rows.min()} to {rows.max()}"
+            )
+        out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
+        order = np.argsort(rows, kind="stable")
+        ordered = rows[order]
+        shard = np.searchsorted(self._edges, ordered, side="right") - 1
+        for start, stop in runs(ordered + shard):  # adding the shard's number makes a gap between two shards
+            number = int(shard[start])
+            images = self._images(number)
+            first = int(ordered[start] - self._edges[number])
+            try:
+                block = images[first : first + stop - start]
+            except OSError as error:
+                raise InputError(f"cannot be read: {error}", file=self._path(number)) from None
+            if start == 0 and stop == len(rows) and (order[1:] > order[:-1]).all():
+                return block.astype(np.float32)
+            out[order[start:stop]] = block
+        return out
+
+    def _path(self, number: int) -> Path:
+        return self.folder / self.index["shards"][number]["file"]
+
+    def _file(self, number: int) -> Any:
+        import h5py
+
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        if len(self._open) >= self._max_open:
+            self._open.popitem(last=False)[1].close()
+        try:
+            self._open[number] = h5py.File(self._path(number), "r", locking=False)
+        except OSError as error:
+            raise InputError(
+                f"cannot open the shard: {error}", file=self._path(number), hint="Run ingest again."
+            ) from None
+        return self._open[number]
+
+    def _images(self, number: int) -> Any:
+        return self._file(number)["images"]
+
+    def _read_particles(self) -> Particles:
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "stack")}
+        for number, shard in enumerate(self.index["shards"]):
+            file = self._file(number)
+            if len(file["uid"]) != shard["stop"] - shard["start"] or file.attrs.get("plan") != self.index["plan"]:
+                raise InputError(
+                    "the shard does not belong to this index", file=self._path(number), hint="Run ingest again."
+                )
+            for name in COLUMNS:
+                parts[name].append(file[name][()])
+            parts["stack"].append(file["stacks"][()].astype(str)[file["stack"][()]])
+        columns: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
+        if (columns["half"] < 0).all():
+            columns["half"] = None
+        return Particles(groups=groups_from_json(self.index["groups"]), **columns)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot be read: {error}", file=path, hint="Run ingest again.") from None
+    if index.get("format") != FORMAT or index.get("version") != VERSION:
+        raise InputError("not an index of shards of this version", file=path, expected=f"{FORMAT} {VERSION}")
+    return index

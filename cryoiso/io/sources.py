@@ -1,0 +1,82 @@
+"""Image sources other than shards: stacks read in place, and images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.types import Particles
+from cryoiso.io.contrast import decide_sign
+from cryoiso.io.imageprep import IngestSettings, read_prepared
+from cryoiso.io.ingest import check_stacks
+from cryoiso.io.mrc import StackReader
+from cryoiso.io.shards import CHUNK_IMAGES
+
+
+def fixed_chunks(n: int) -> list[tuple[int, int]]:
+    """(start, stop) of chunks of ``CHUNK_IMAGES`` rows."""
+    return [(start, min(start + CHUNK_IMAGES, n)) for start in range(0, n, CHUNK_IMAGES)]
+
+
+class StackSource:
+    """Images straight from their stacks, prepared on every read as ``ingest`` does it once (an ``ImageSource``)."""
+
+    def __init__(self, particles: Particles, settings: Any = None, file: object = None) -> None:
+        """
+        Args:
+            particles: with image stacks.
+            settings: IngestSettings, or the job's [particles] section.
+            file: the particle file, for messages.
+
+        Raises:
+            InputError: see ``ingest.check_stacks``.
+        """
+        self._settings = IngestSettings.of(settings) if settings is not None else IngestSettings()
+        self._file = file
+        self.particles = replace(particles, groups=check_stacks(particles, file))
+        self.decision = decide_sign(self.particles, self._settings, file)
+        self.box_px = self.particles.groups[int(self.particles.optics[0])].box_px
+        self.chunks = fixed_chunks(len(particles))
+        self._reader = StackReader()
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images of these rows: (n, D, D) float32, protein white, normalised."""
+        images, _ = read_prepared(
+            self._reader,
+            self.particles,
+            np.arange(len(self.particles))[rows],
+            self.decision.sign,
+            self._settings,
+            self.box_px,
+            self._file,
+        )
+        return images
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class ArraySource:
+    """Images that are in memory already, taken as they are (an ``ImageSource``)."""
+
+    def __init__(self, images: np.ndarray, particles: Particles) -> None:
+        """
+        Args:
+            images: (n, D, D), protein white, normalised.
+            particles: n rows.
+        """
+        if images.ndim != 3 or images.shape[1] != images.shape[2] or len(images) != len(particles):
+            raise InputError(
+                "images and particles do not fit", expected=f"({len(particles)}, D, D)", found=tuple(images.shape)
+            )
+        self._images = images
+        self.particles = particles
+        self.box_px = int(images.shape[1])
+        self.chunks = fixed_chunks(len(particles))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images of these rows: (n, D, D) float32."""
+        return np.asarray(self._images[rows], np.float32)

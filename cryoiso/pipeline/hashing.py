@@ -1,0 +1,75 @@
+"""What a stage left behind: every file with its size and SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline.layout import TIMING
+
+_BLOCK = 4 << 20
+Outputs = dict[str, dict[str, Any]]
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(*texts: str) -> str:
+    """SHA-256 of some texts, each kept apart from the next."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)}:{text}".encode())
+    return digest.hexdigest()
+
+
+def list_outputs(folder: Path, places: tuple[str, ...]) -> list[str]:
+    """Files under some places (files or folders) of a run folder, but temporary ones and timings; sorted, relative."""
+    found: list[Path] = []
+    for place in places:
+        path = folder / place
+        found += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sorted(str(p.relative_to(folder)) for p in found if p.suffix != ".part" and p.name != TIMING)
+
+
+def hash_outputs(folder: Path, places: tuple[str, ...], comm: Context) -> Outputs:
+    """Size and hash of every file under some places; ranks share the reading. Collective, the same on every rank."""
+    names = comm.bcast(list_outputs(folder, places) if comm.rank == 0 else None)
+    return _hash_shared(folder, names, comm)
+
+
+def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
+    """Empty if the recorded files are there with the recorded hashes, else what is wrong with one. Collective."""
+    wrong = ""
+    if comm.rank == 0:
+        for name, facts in recorded.items():
+            path = folder / name
+            if not path.is_file():
+                wrong = f"{path} is gone"
+            elif path.stat().st_size != facts["bytes"]:
+                wrong = f"{path} has another size"
+    wrong = comm.bcast(wrong)
+    if wrong:
+        return wrong
+    for name, facts in _hash_shared(folder, list(recorded), comm).items():
+        if facts["sha256"] != recorded[name]["sha256"]:
+            return f"{folder / name} has changed"
+    return ""
+
+
+def _hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
+    mine = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in names[comm.rank :: comm.size]
+    }
+    merged: Outputs = {}
+    for part in comm.allgather(mine):
+        merged.update(part)
+    return {name: merged[name] for name in names}

@@ -1,0 +1,76 @@
+"""The journal of a run: one JSON line for every thing that happened, each on disk before the run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import InputError
+
+
+class Journal:
+    """Appends lines to ``journal.jsonl``; only one process writes.
+
+    A line torn by a crash is cut off when the journal is opened again, so that the next line does not run into it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = read_journal(path)
+        _cut_torn_line(path)
+
+    def append(self, event: str, **facts: Any) -> None:
+        """Writes a line and waits until the disk has it.
+
+        Args:
+            event: run, resume, start, checkpoint, end, skip, stop, error or done.
+            facts: what belongs to it, e.g. stage, key, seconds, outputs; anything JSON can hold.
+        """
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
+        with open(self.path, "ab") as stream:
+            stream.write(json.dumps(line).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.lines.append(line)
+
+    def last(self, event: str, stage: str) -> dict[str, Any] | None:
+        """The latest line of this event and stage."""
+        for line in reversed(self.lines):
+            if line["event"] == event and line.get("stage") == stage:
+                return line
+        return None
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a journal; empty where there is none. A torn last line is left out.
+
+    Raises:
+        InputError: a line before the last one is not JSON.
+    """
+    if not path.exists():
+        return []
+    rows = path.read_bytes().split(b"\n")
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        if not row.strip():
+            continue
+        try:
+            lines.append(json.loads(row))
+        except ValueError:
+            if number == len(rows):
+                break
+            raise InputError("the journal is damaged", file=path, row=number, hint="Start a new run.") from None
+    return lines
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with open(path, "r+b") as stream:
+        data = stream.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            stream.truncate(whole)

@@ -1,0 +1,118 @@
+"""One run at a time in a folder.
+
+The lock names its holder (host, process, batch job) and is touched every few seconds while the run lives. A lock is
+stale when its process is gone (same host), when the same batch job was requeued, or when nobody touched it for long.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import UsageError
+
+BEAT_S = 20.0
+STALE_AFTER_S = 300.0
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock file while the block runs; the lock of a dead run is taken over.
+
+    Raises:
+        UsageError: another run works in this folder.
+    """
+    _acquire(path)
+    done = threading.Event()
+    beat = threading.Thread(target=_keep_touching, args=(path, done), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beat.join()
+        with suppress(OSError):
+            path.unlink()
+
+
+def _acquire(path: Path) -> None:
+    for _ in range(3):
+        try:
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            holder = _read(path)
+            if holder is not None and not _is_stale(holder, path):
+                raise UsageError(_busy(path, holder)) from None
+            with suppress(FileNotFoundError):
+                path.unlink()
+            continue
+        with os.fdopen(handle, "w") as stream:
+            json.dump(_self(), stream)
+        return
+    raise UsageError(f"{path}: several runs want this folder at the same time; start one")
+
+
+def _self() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {"host": "", "pid": 0}  # written by a run that died while taking the lock, or that takes it right now
+
+
+def _is_stale(holder: dict[str, Any], path: Path) -> bool:
+    own = _self()
+    if holder["host"] == own["host"]:
+        return _start_of(int(holder["pid"])) != holder.get("started") or holder["pid"] == own["pid"]
+    requeued = bool(own["job"]) and holder.get("job") == own["job"] and holder.get("restart") != own["restart"]
+    return requeued or _age_s(path) > (STALE_AFTER_S if holder["host"] else 5.0)
+
+
+def _start_of(pid: int) -> str:
+    """When a process of this host started, so that a later process with the same number is not taken for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the lock was touched, by the clock of the file server."""
+    probe = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _keep_touching(path: Path, done: threading.Event) -> None:
+    while not done.wait(BEAT_S):
+        with suppress(OSError):
+            os.utime(path)
+
+
+def _busy(path: Path, holder: dict[str, Any]) -> str:
+    return (
+        f"another run works in {path.parent} (process {holder['pid']} on {holder['host'] or 'an unknown host'}). "
+        f"Wait for it, or stop it. If it is certainly gone, remove {path}."
+    )

@@ -1,0 +1,110 @@
+"""Where a run's numbers come from: inputs with their hashes, seed, and every start with versions, ranks and devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryoiso import __version__
+from cryoiso.core.config import Job
+from cryoiso.core.errors import InputError
+from cryoiso.io.atomic import write_text
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline.hashing import sha256_of
+from cryoiso.pipeline.layout import RunFolder
+
+PACKAGES = ("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py")
+HASH_LIMIT = 1 << 30
+"""Stacks up to this size are hashed here; of larger ones the size is noted, and the shards have hashes of their own."""
+
+
+def input_files(job: Job) -> list[Path]:
+    """The small files a job names, in the order of the job file."""
+    names = (
+        job.particles.file, job.reference.file, job.sample.mask, job.truth.particles, job.truth.map,
+    )  # fmt: skip
+    return [Path(name) for name in names if name]
+
+
+def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
+    """What is known when a run begins.
+
+    Args:
+        job: with absolute paths.
+        stacks: the image stacks that the particles lie in.
+    """
+    return {
+        "cryoiso": __version__,
+        "seed": job.run.seed,
+        "title": job.run.title,
+        "inputs": {str(path): _facts(path) for path in [*input_files(job), *stacks]},
+        "starts": [],
+    }
+
+
+def note_start(folder: RunFolder, manifest: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Adds this start (command, versions, machine) and writes the manifest."""
+    manifest["starts"].append(
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "packages": _versions(),
+            **machine,
+        }
+    )
+    write_text(folder.manifest, json.dumps(manifest, indent=2) + "\n")
+
+
+def describe_machine(comm: Context, device: str) -> dict[str, Any]:
+    """Number of ranks, ranks a host, ranks a device, threads a rank and MPI library. Collective."""
+    devices = Counter(comm.allgather(device.split(":")[0]))
+    return {
+        "ranks": comm.size,
+        "hosts": {host: len(ranks) for host, ranks in comm.nodes.items()},
+        "devices": dict(devices),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        "mpi": comm.library(),
+    }
+
+
+def check_inputs(manifest: dict[str, Any], job: Job) -> None:
+    """Stops if an input is not what it was when the run started.
+
+    Raises:
+        InputError: names the file.
+    """
+    for path in input_files(job):
+        facts = manifest["inputs"].get(str(path))
+        if facts is None:
+            continue
+        if not path.is_file():
+            raise InputError("an input of this run is gone", file=path, hint="Put it back, or start a new run.")
+        if facts["sha256"] and sha256_of(path) != facts["sha256"]:
+            raise InputError(
+                "an input of this run has changed since it started", file=path, expected=f"sha256 {facts['sha256']}",
+                hint="Put the old file back, or start a new run.",
+            )  # fmt: skip
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {"bytes": size, "sha256": sha256_of(path) if size <= HASH_LIMIT else ""}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found

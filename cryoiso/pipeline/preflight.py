@@ -1,0 +1,91 @@
+"""Everything that can be found wrong with a job before anything is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core.config import Job
+from cryoiso.core.errors import InputError, UsageError
+from cryoiso.io.atomic import disk_full
+from cryoiso.pipeline.plan import stages_of
+from cryoiso.pipeline.work import Work
+
+PATHS = (
+    ("particles", "file"),
+    ("particles", "project"),
+    ("reference", "file"),
+    ("sample", "mask"),
+    ("truth", "particles"),
+    ("truth", "map"),
+)
+
+
+def with_absolute_paths(job: Job, folder: Path) -> Job:
+    """A copy of the job whose relative paths start from ``folder`` (that of the job file) and are absolute."""
+    copy = job.model_copy(deep=True)
+    for section, key in PATHS:
+        value = getattr(getattr(copy, section), key)
+        if value:
+            setattr(getattr(copy, section), key, os.path.abspath(folder / Path(value).expanduser()))
+    return copy
+
+
+def check_job(work: Work) -> None:
+    """Reads all inputs of a job (of the images only the headers and a sample) and checks that they fit together.
+
+    Raises:
+        InputError: the first thing that is wrong.
+        UsageError: an unknown workflow, or a stage's settings contradict each other.
+    """
+    from cryoiso.physics.symmetry import point_group
+
+    job = work.job
+    stages_of(job.run.workflow)
+    point_group(job.sample.symmetry)
+    work.particles()
+    work.reference()
+    work.mask()
+    work.truth()
+    work.truth_map()
+    _check_diameter(work)
+
+
+def _check_diameter(work: Work) -> None:
+    box, pixel = work.grid()
+    diameter = work.job.sample.diameter_A
+    if diameter is not None and diameter > box * pixel:
+        raise UsageError(f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g})")
+
+
+def check_space(work: Work) -> None:
+    """Makes sure that the shards and maps of a run will fit onto the disk.
+
+    Raises:
+        DiskFullError: they will not.
+        InputError: the folder cannot be written to.
+    """
+    folder = existing_parent(work.folder.path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError("not allowed to write here", file=folder, hint="Choose another folder with --out.")
+    box, _ = work.grid()
+    images = len(work.particles()) * box * box * np.dtype(work.job.particles.storage).itemsize
+    need = int(1.02 * images) + 60 * 4 * box**3
+    if shutil.disk_usage(folder).free < need:
+        raise disk_full(work.folder.path / "01_ingest", need)
+
+
+def existing_parent(path: Path) -> Path:
+    """The folder itself, or the nearest one above that exists."""
+    for folder in (path, *path.absolute().parents):
+        if folder.is_dir():
+            return folder
+    return Path("/")
+
+
+def stacks_of(work: Work) -> list[Path]:
+    """The image stacks that the particles lie in."""
+    return [Path(name) for name in np.unique(work.particles().stack).tolist()]

@@ -1,0 +1,118 @@
+"""Single stages on plain files, without a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.config import Job, ParticlesSection
+from cryoiso.core.errors import CryoisoError
+from cryoiso.core.types import Particles
+from cryoiso.io import ingest as io_ingest
+from cryoiso.io import read_particle_file
+from cryoiso.io.mrc import read_map
+from cryoiso.io.sources import StackSource
+from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline import stages
+from cryoiso.pipeline.halves import assign_halves
+from cryoiso.pipeline.layout import RunFolder
+from cryoiso.pipeline.maps import make_mask, write_reconstruction
+from cryoiso.pipeline.preflight import check_job
+from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
+
+
+@dataclass(frozen=True)
+class _Flat(RunFolder):
+    """The folder of a single command: the files of its last stage lie in it directly."""
+
+    def stage(self, name: str) -> Path:
+        return {"ingest": self.path / "shards", "reference": self.path / "reference"}.get(name, self.path)
+
+
+def ingest_files(section: ParticlesSection, out: Path, comm: Context) -> None:
+    """Particles of a STAR or .cs file into shards. Collective; errors as ``io.ingest``."""
+
+    def prepare() -> Any:
+        particles = read_particle_file(section.file, section.project)
+        plan = io_ingest.plan(particles, section, section.file)
+        out.mkdir(parents=True, exist_ok=True)
+        return stages.bare_plan(plan)
+
+    comm.install_signal_handlers()
+    stages.write_shards(on_root(comm, prepare), out, comm)
+
+
+def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) -> None:
+    """Refines the particles of a job into a folder: shards and reference in sub-folders, the result beside them.
+
+    Args:
+        resume: go on with an interrupted refinement in the same folder.
+    """
+    work = Work(job, _Flat(out.absolute()), comm, resume=resume)
+    comm.device_preference = job.run.device
+    comm.install_signal_handlers()
+    on_root(comm, check_job, work)
+    for name in ("refine", "ingest", "reference"):
+        on_root(comm, work.folder.stage(name).mkdir, parents=True, exist_ok=True)
+    if on_root(comm, lambda: work.shards == work.folder.stage("ingest")):
+        stages.ingest(work)
+    stages.reference(work)
+    stages.refine(work)
+
+
+def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
+    """Half-maps and their mean from the poses of a particle file, its images read in place. Collective."""
+
+    def read() -> Particles:
+        from cryoiso.physics.symmetry import point_group
+
+        section = job.particles
+        point_group(job.sample.symmetry)
+        found = read_particle_file(section.file, section.project, ("image", "ctf", "pose"))
+        found = replace(found, groups=io_ingest.check_stacks(found, section.file))
+        out.mkdir(parents=True, exist_ok=True)
+        return bare(assign_halves(found, job.run.seed, section.file))
+
+    comm.device_preference = job.run.device
+    particles = on_root(comm, read)
+    source, error = None, None
+    try:
+        source = StackSource(particles, job.particles, job.particles.file)
+    except CryoisoError as caught:
+        error = caught
+    agree(comm, error)
+    write_reconstruction(
+        source, particles, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding
+    )  # fmt: skip
+
+
+def diagnose_files(
+    half1: Path, half2: Path, mask: Path | None, particles: Path | None, symmetry: str,
+    truth_particles: Path | None, truth_map: Path | None, *, pixel_size_A: float | None = None, seed: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """The numbers of ``pipeline.diagnose`` from files.
+
+    Raises:
+        InputError: unreadable files, or maps on different grids.
+    """
+    from cryoiso.physics.symmetry import point_group
+    from cryoiso.pipeline.diagnose import diagnose
+
+    point_group(symmetry)
+    one, two = read_map(half1, pixel_size_A), read_map(half2, pixel_size_A)
+    require_grid(two, one.box_px, one.pixel_size_A, half2, "the first half-map")
+    truth = read_map(truth_map, pixel_size_A) if truth_map else None
+    if truth is not None:
+        require_grid(truth, one.box_px, one.pixel_size_A, truth_map, "the half-maps")
+    full = replace(one, data=(one.data + two.data) / 2)
+    inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
+    return diagnose(
+        one.data, two.data, inside, one.pixel_size_A,
+        read_particle_file(particles, "", ("pose",)) if particles else None,
+        symmetry,
+        truth_particles=read_particle_file(truth_particles, "", ("pose",)) if truth_particles else None,
+        truth_map=None if truth is None else truth.data,
+        seed=seed,
+    )  # fmt: skip

@@ -1,0 +1,29 @@
+"""The one place where the pipeline meets the parts that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cryoiso.core.errors import UsageError
+from cryoiso.core.protocols import Engine
+
+
+def engine(name: str) -> Engine:
+    """The refinement engine of this name.
+
+    Raises:
+        UsageError: no such engine.
+    """
+    if name == "native":
+        from cryoiso.engines.native import NativeEngine
+
+        return NativeEngine()
+    raise UsageError(f"unknown engine '{name}' (known: native)")
+
+
+def reconstructor() -> Callable[..., Any]:
+    """``refine.reconstruct.reconstruct_halves``."""
+    from cryoiso.refine.reconstruct import reconstruct_halves
+
+    return reconstruct_halves

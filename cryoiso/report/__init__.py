@@ -1,0 +1,31 @@
+"""The report of a run, made from the files of its folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def build(run_folder: Path | str) -> Path:
+    """Writes ``report.html`` (one self-contained file) and ``report.json`` (the same numbers) into a run folder.
+
+    Whatever the run has not made (yet) is left out, so a report can be built of an unfinished run.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        InputError: the folder is not a run folder, or one of its files cannot be read.
+    """
+    import json
+
+    from cryoiso.io.atomic import write_text
+    from cryoiso.report.collect import collect, collect_maps
+    from cryoiso.report.html import page
+    from cryoiso.report.pages import figures
+
+    folder = Path(run_folder)
+    data = collect(folder)
+    html = page(data, figures(data, collect_maps(folder, data)))
+    write_text(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "report.html", html)
+    return folder / "report.html"

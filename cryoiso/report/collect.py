@@ -1,0 +1,258 @@
+"""Gathers what a run folder says about its run into one dictionary; every file may be absent."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.types import DensityMap
+
+INGEST = "01_ingest/ingest.json"
+REFERENCE = "02_reference/reference.json"
+REFINE = "03_refine/refine.json"
+RECONSTRUCT = "04_reconstruct/reconstruct.json"
+DIAGNOSE = "05_diagnose/diagnose.json"
+MAPS = (
+    ("run", "this run", "04_reconstruct/map.mrc"),
+    ("true_poses", "same images, true poses", "04_reconstruct/truth_poses/map.mrc"),
+)
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Everything that the report shows.
+
+    Returns:
+        ``title``, ``summary`` (sentences), ``numbers`` (rows of label, value, unit, and ``true_poses`` beside it where
+        known), ``iterations``, ``diagnose`` (as in `cryoiso.pipeline.diagnose`), ``stages`` (name, seconds),
+        ``provenance`` (label, text), ``job`` (the resolved job).
+
+    Raises:
+        InputError: no run in this folder, or a file that is not what its name says.
+    """
+    job = _toml(folder / "resolved.toml")
+    manifest, diagnose = _json(folder / "manifest.json"), _json(folder / DIAGNOSE)
+    journal = _journal(folder / "journal.jsonl")
+    if not (job or manifest or diagnose or journal):
+        hint = "Give the folder that 'cryoiso run' wrote."
+        raise InputError(
+            "there is no run in this folder", file=folder, expected="resolved.toml or journal.jsonl", hint=hint
+        )
+    refine = _json(folder / REFINE)
+    data: dict[str, Any] = {
+        "schema": 1,
+        "title": job.get("run", {}).get("title") or folder.resolve().name,
+        "summary": [],
+        "numbers": [],
+        "iterations": refine.get("iterations") or [],
+        "diagnose": diagnose,
+        "ingest": _json(folder / INGEST),
+        "reference": _json(folder / REFERENCE),
+        "refine": {k: v for k, v in refine.items() if k != "iterations"},
+        "reconstruct": _json(folder / RECONSTRUCT),
+        "stages": stage_times(journal),
+        "job": job,
+    }
+    data["provenance"] = provenance(manifest, job)
+    data["summary"] = summary(data)
+    data["numbers"] = numbers(data)
+    return data
+
+
+def collect_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, str, DensityMap]]:
+    """(key, label, map) of the run's map, the map from true poses and the true map: those that exist on one grid."""
+    from cryoiso.io.mrc import read_map
+
+    truth = data["job"].get("truth", {}).get("map") or ""
+    sources = [(key, label, folder / name) for key, label, name in MAPS]
+    if truth:
+        sources.append(("truth", "the truth", folder / truth))
+    found = [(key, label, read_map(path)) for key, label, path in sources if path.exists()]
+    return [item for item in found if item[2].box_px == found[0][2].box_px]
+
+
+def stage_times(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Seconds of each finished stage in the order they ended; the last time counts if a stage ran again."""
+    times = {line["stage"]: line.get("seconds") for line in journal if line.get("event") == "end" and line.get("stage")}
+    return [{"stage": stage, "seconds": seconds} for stage, seconds in times.items()]
+
+
+def summary(data: dict[str, Any]) -> list[str]:
+    """The headline, in sentences made of numbers only."""
+    d = data["diagnose"]
+    sentences = []
+    n, resolution = d.get("particles"), d.get("resolution_0143_A")
+    if resolution is not None:
+        of = f" from {n:,} particles" if n else ""
+        symmetry = f" with {d['symmetry']} symmetry" if d.get("symmetry") else ""
+        sentences.append(
+            f"The two half-maps{of}{symmetry} agree to {_at(resolution, d)} (FSC 0.143, corrected for the mask)."
+        )
+    sentences += _truth_sentences(d)
+    views = d.get("views", {}).get("estimated") or {}
+    if views.get("top_fraction") is not None and not d.get("pose_errors"):
+        sentences.append(
+            f"{_percent(views['top_fraction'])} of the views lie within 36° of z (19.1 % if views were even); "
+            f"view entropy {views['entropy']:.2f} of 1."
+        )
+    return [*sentences, *d.get("notes", [])]
+
+
+def _truth_sentences(d: dict[str, Any]) -> list[str]:
+    sentences = []
+    mine, ideal, errors = d.get("map_to_truth") or {}, d.get("true_poses") or {}, d.get("pose_errors") or {}
+    if mine.get("resolution_05_A") is not None:
+        text = f"Against the known truth the map reaches {_at(mine['resolution_05_A'], d)} (FSC 0.5)"
+        if ideal.get("resolution_05_A") is not None:
+            text += f", where the same images with their true poses reach {_at(ideal['resolution_05_A'], d)}"
+        sentences.append(text + ".")
+        if mine.get("axial_A") is not None and mine.get("equatorial_A") is not None:
+            sentences.append(f"It is {mine['axial_A']:.1f} Å along z and {mine['equatorial_A']:.1f} Å across it.")
+    if errors.get("median_deg") is not None:
+        text = f"Poses are wrong by {errors['median_deg']:.1f}° (median)"
+        text += f", {_percent(errors['fraction_over_20'])} of them by more than 20°"
+        moved = [
+            f"{_percent(errors[key])} of the {kind}"
+            for key, kind in (
+                ("top_to_side", "top views were put to the side"),
+                ("side_to_top", "side views to the top"),
+            )
+            if errors.get(key) is not None
+        ]
+        sentences.append(text + ("; " + " and ".join(moved) if moved else "") + ".")
+    return sentences
+
+
+def _at(resolution_A: float, d: dict[str, Any]) -> str:
+    """A resolution in words; said to be the end of the curve where it is."""
+    at_end = bool(d.get("frequency_invA")) and resolution_A * d["frequency_invA"][-1] < 1.001
+    return f"{resolution_A:.1f} Å" + (" or better (the pixel size ends the curve)" if at_end else "")
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def numbers(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table: group, label, value, unit, and in ``true_poses`` the same number for the true poses."""
+    d = data["diagnose"]
+    mine, ideal = d.get("map_to_truth") or {}, d.get("true_poses") or {}
+    errors, views = d.get("pose_errors") or {}, d.get("views") or {}
+    seen, true = views.get("estimated") or {}, views.get("true") or {}
+    rows: list[tuple[str, str, Any, str, Any]] = [
+        ("Data", "particles", d.get("particles"), "", None),
+        ("Data", "particles in half 1 and half 2", _pair(d.get("half_counts")), "", None),
+        ("Data", "box", d.get("box_px"), "px", None),
+        ("Data", "pixel size", d.get("pixel_size_A"), "Å", None),
+        ("Half-maps", "resolution, FSC 0.143, corrected for the mask", d.get("resolution_0143_A"), "Å", None),
+        ("Half-maps", "resolution, FSC 0.143, masked", d.get("resolution_0143_masked_A"), "Å", None),
+        ("Half-maps", "resolution, FSC 0.143, unmasked", d.get("resolution_0143_unmasked_A"), "Å", None),
+        ("Half-maps", "resolution, FSC 0.5, corrected for the mask", d.get("resolution_05_A"), "Å", None),
+    ]
+    for key, label, unit in (
+        ("resolution_05_A", "resolution, FSC 0.5, all directions", "Å"),
+        ("axial_A", "resolution along z (cone of 20°)", "Å"),
+        ("equatorial_A", "resolution across z (belt of 20°)", "Å"),
+        ("correlation", "correlation inside the mask", ""),
+    ):
+        rows.append(("Map against truth", label, mine.get(key), unit, ideal.get(key)))
+    for key, label, unit in _ERROR_ROWS:
+        value = errors.get(key)
+        rows.append(("Pose errors", label, 100 * value if unit == "%" and value is not None else value, unit, None))
+    for key, label, scale, unit in _VIEW_ROWS:
+        pair = [None if v.get(key) is None else scale * v[key] for v in (seen, true)]
+        rows.append(("Views", label, pair[0], unit, pair[1]))
+    for key, label, unit in (
+        ("max_probability", "probability of the best pose, mean", ""),
+        ("entropy_nats", "entropy over poses, mean", "nats"),
+    ):
+        rows.append(("Posterior", label, (d.get("posterior") or {}).get(key, {}).get("mean"), unit, None))
+    names = ("group", "label", "value", "unit", "true_poses")
+    return [dict(zip(names, row, strict=True)) for row in rows if row[2] is not None]
+
+
+_ERROR_ROWS = (
+    ("median_deg", "median", "°"),
+    ("p90_deg", "90th percentile", "°"),
+    ("fraction_over_10", "above 10°", "%"),
+    ("fraction_over_20", "above 20°", "%"),
+    ("direction_median_deg", "direction of view, median", "°"),
+    ("inplane_median_deg", "in the image plane, median", "°"),
+    ("shift_median_A", "shift, median", "Å"),
+    ("top_n", "true top views (within 36° of z)", ""),
+    ("top_median_deg", "top views, median", "°"),
+    ("top_over_20", "top views above 20°", "%"),
+    ("top_to_side", "top views put to the side", "%"),
+    ("side_n", "true side views", ""),
+    ("side_median_deg", "side views, median", "°"),
+    ("side_over_20", "side views above 20°", "%"),
+    ("side_to_top", "side views put to the top", "%"),
+    ("mirrored_median_deg", "median if the map had the other hand", "°"),
+)
+_VIEW_ROWS = (
+    ("top_fraction", "top views (within 36° of z; 19.1 % if even)", 100, "%"),
+    ("entropy", "entropy of the view distribution (1 = even)", 1, ""),
+    ("peak_over_mean", "fullest direction over the mean", 1, "times"),
+    ("empty_fraction", "directions never seen", 100, "%"),
+)
+
+
+def _pair(counts: list[int] | None) -> str | None:
+    return None if not counts or not any(counts) else f"{counts[0]:,} and {counts[1]:,}"
+
+
+def provenance(manifest: dict[str, Any], job: dict[str, Any]) -> list[tuple[str, str]]:
+    """What made this, as (label, text): program, seed, inputs, and how it was started (the last time)."""
+    rows = [("cryoiso", str(manifest.get("cryoiso", ""))), ("seed", str(job.get("run", {}).get("seed", "")))]
+    starts = manifest.get("starts") or []
+    start = starts[-1] if starts else {}
+    rows.append(("started", start.get("time", "") + (f" ({len(starts)} starts)" if len(starts) > 1 else "")))
+    rows.append(("command", shlex.join(start.get("command", []))))
+    machine = start.get("machine") or []
+    places = Counter((str(m.get("host", "")), str(m.get("device", ""))) for m in machine)
+    where = "; ".join(f"{n} on {host} ({device})" for (host, device), n in sorted(places.items()))
+    rows.append(("ranks", f"{start.get('ranks', len(machine) or '')}" + (f": {where}" if where else "")))
+    rows.append(("MPI", str(start.get("mpi") or "")))
+    rows.append(("packages", ", ".join(f"{k} {v}" for k, v in (start.get("packages") or {}).items())))
+    for path, facts in (manifest.get("inputs") or {}).items():
+        digest = facts.get("sha256", "") if isinstance(facts, dict) else ""
+        rows.append(("input", f"{path}" + (f" (sha256 {digest[:16]}...)" if digest else "")))
+    return [row for row in rows if row[1]]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"not a JSON file: {error}", file=path) from None
+    if not isinstance(data, dict):
+        raise InputError("not a JSON object", file=path, expected="{...}", found=type(data).__name__)
+    return data
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"not a TOML file: {error}", file=path) from None
+
+
+def _journal(path: Path) -> list[dict[str, Any]]:
+    """Lines of the journal; one torn by a crash is passed over."""
+    lines = []
+    for row in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(row)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines

@@ -1,0 +1,339 @@
+"""The pictures of the report, each as a data: address. Line charts are SVG, everything with many cells is PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.types import DensityMap
+
+BLUE, GREEN, VERMILLION, ORANGE, SKY, GREY = "#0072B2", "#009E73", "#D55E00", "#E69F00", "#56B4E9", "#8A8A8A"
+"""Okabe and Ito's colours, which colour-blind people tell apart. Blue is this run, green the true poses."""
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.hashsalt": "cryoiso",
+    "svg.fonttype": "path",
+    "figure.facecolor": "white",
+}
+
+
+def _figure(width_in: float, height_in: float, **layout: Any):
+    """A figure with axes, made without pyplot, so that nothing global changes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(squeeze=False, **layout)
+
+
+def _styled():
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
+
+
+def _address(figure, kind: str = "svg", dpi: int = 150) -> str:
+    stream = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata)
+    mime = "image/svg+xml" if kind == "svg" else "image/png"
+    return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def maps(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -> str:
+    """Central slices and projections across z, y, x of each map (rows), scaled to the last one's densities."""
+    volumes = _on_one_scale(items, d)
+    names = [f"{what} {axis}" for what in ("slice across", "projection along") for axis in "zyx"]
+    with _styled():
+        figure, axes = _figure(10, 1.66 * len(items) + 0.3, nrows=len(items), ncols=6)
+        volumes = [_centre(v, _extent_px(volumes[-1])) for v in volumes]
+        limits = [np.percentile(picture, (1, 99.8)) for picture in _pictures(volumes[-1])]
+        for row, ((_, label, density), volume) in enumerate(zip(items, volumes, strict=True)):
+            for column, picture in enumerate(_pictures(volume)):
+                ax = axes[row, column]
+                low, high = limits[column]
+                ax.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high, interpolation="bilinear")
+                ax.set(xticks=[], yticks=[])
+                ax.grid(False)
+                for side in ax.spines.values():
+                    side.set_visible(False)
+                if row == 0:
+                    ax.set_title(names[column], fontsize=8.5, fontweight="normal")
+            axes[row, 0].set_ylabel(label.replace(", ", ",\n"), fontsize=9, fontweight="bold")
+            if row == 0:
+                _scale_bar(axes[0, 0], len(volume), density.pixel_size_A)
+        return _address(figure, "png", 160)
+
+
+def _pictures(volume: np.ndarray) -> list[np.ndarray]:
+    centre = len(volume) // 2
+    return [volume.take(centre, axis) for axis in range(3)] + [volume.sum(axis) for axis in range(3)]
+
+
+def _on_one_scale(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -> list[np.ndarray]:
+    """The maps in the truth's frame and on the last one's scale (units of density are arbitrary).
+
+    The scale is the slope of map over last map, which noise in the map does not change.
+    """
+    from cryoiso.metrics.mapmodel import to_frame
+
+    last = np.asarray(items[-1][2].data, np.float32)
+    result = []
+    for key, _, density in items:
+        volume = np.asarray(density.data, np.float32)
+        moved = (d.get("map_to_truth") or {}) if key == "run" and items[-1][0] == "truth" else {}
+        if moved.get("frame_rotation"):
+            rotation, shift_A = np.array(moved["frame_rotation"]), np.array(moved["frame_shift_A"])
+            if np.any(shift_A) or not np.allclose(rotation, np.eye(3)):
+                volume = to_frame(volume, rotation, shift_A, density.pixel_size_A)
+        a, b = volume - volume.mean(), last - last.mean()
+        slope = float((a * b).sum()) / max(float((b * b).sum()), 1e-30)
+        result.append(a / slope if slope > 0 else a)
+    return result
+
+
+def _extent_px(volume: np.ndarray) -> int:
+    """Half the side of a cube about the centre that holds what stands out in the projections; at most half the box."""
+    centre = len(volume) // 2
+    far = 0
+    for picture in _pictures(volume)[3:]:
+        where = np.argwhere(picture - np.median(picture) > 0.1 * float(picture.max() - np.median(picture)))
+        far = max(far, int(np.abs(where - centre).max(initial=0)))
+    return min(max(round(1.2 * far), len(volume) // 5), centre)
+
+
+def _centre(volume: np.ndarray, extent_px: int) -> np.ndarray:
+    keep = slice(len(volume) // 2 - extent_px, len(volume) // 2 + extent_px)
+    return volume[keep, keep, keep]
+
+
+def _scale_bar(ax, box_px: int, pixel_size_A: float) -> None:
+    box_A = box_px * pixel_size_A
+    length_A = next((n for n in (200, 100, 50, 20, 10, 5) if n < 0.4 * box_A), 2)
+    x0, y0 = 0.06 * box_px, 0.07 * box_px
+    ax.plot([x0, x0 + length_A / pixel_size_A], [y0, y0], color="white", linewidth=2.5, solid_capstyle="butt")
+    ax.text(x0, y0 + 0.04 * box_px, f"{length_A} Å", color="white", fontsize=7.5)
+
+
+def half_map_fsc(d: dict[str, Any]) -> str:
+    """FSC curves of the half-maps."""
+    curves = [
+        ("fsc_unmasked", "unmasked", SKY, "-", 1.4),
+        ("fsc_masked", "masked", BLUE, "--", 1.4),
+        ("fsc_randomised", "masked, phases randomised", GREY, ":", 1.6),
+        ("fsc_corrected", "corrected for the mask", "black", "-", 2.0),
+    ]
+    with _styled():
+        figure, axes = _figure(6.4, 3.7)
+        ax = axes[0, 0]
+        for key, label, colour, line, width in curves:
+            if d.get(key):
+                ax.plot(d["frequency_invA"], d[key], line, color=colour, label=label, linewidth=width)
+        _fsc_axes(ax, d["frequency_invA"], (0.143, 0.5))
+        _mark(ax, d.get("resolution_0143_A"), 0.143, "black")
+        ax.legend(loc="best")
+        return _address(figure)
+
+
+def truth_fsc(d: dict[str, Any]) -> str:
+    """FSC of the run's map, and of the map from true poses, against the truth; on the right along z and across it."""
+    with _styled():
+        figure, axes = _figure(9.2, 3.7, ncols=2, sharey=True)
+        axes[0, 0].set_xlim(0, d["frequency_invA"][-1])
+        for key, label, colour in (("map_to_truth", "this run", BLUE), ("true_poses", "true poses", GREEN)):
+            part = d.get(key) or {}
+            if not part.get("fsc"):
+                continue
+            resolution = part.get("resolution_05_A")
+            text = f"{label}: {resolution:.1f} Å" if resolution else label
+            axes[0, 0].plot(d["frequency_invA"], part["fsc"], color=colour, label=text)
+            _mark(axes[0, 0], resolution, 0.5, colour, text=False)
+            for kind, line, name in (("axial", "-", "along z"), ("equatorial", "--", "across z")):
+                if part.get(kind):
+                    text = f"{label}, {name}: {part[f'{kind}_A']:.1f} Å"
+                    axes[0, 1].plot(d["frequency_invA"], part[kind], line, color=colour, label=text)
+        for ax, title in zip(axes[0], ("all directions", "by direction"), strict=True):
+            _fsc_axes(ax, d["frequency_invA"], (0.5,))
+            ax.set_title(title, loc="left", pad=4)
+            ax.legend(loc="best")
+        axes[0, 1].set_ylabel("")
+        return _address(figure)
+
+
+def _fsc_axes(ax, frequency_invA: list[float], thresholds: tuple[float, ...]) -> None:
+    """Frequency below, resolution in Å above, thresholds as thin lines."""
+    last = frequency_invA[-1]
+    ax.set(xlim=(0, last), ylim=(-0.1, 1.04), xlabel="spatial frequency (1/Å)", ylabel="FSC")
+    ax.axhline(0, color="#555555", linewidth=0.7)
+    for value in thresholds:
+        ax.axhline(value, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.annotate(f"{value:g}", (0, value), (3, 2), textcoords="offset points", fontsize=7.5, color="#555555")
+    upper = ax.secondary_xaxis("top")
+    ticks = [
+        r
+        for r in (100, 50, 30, 20, 15, 12, 10, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.8, 2.6, 2.4, 2.2, 2, 1.8, 1.6, 1.4, 1.2, 1)
+    ]
+    kept: list[float] = []
+    for r in ticks:
+        if 1 / r <= last * 1.001 and (not kept or 1 / r - 1 / kept[-1] > 0.065 * last) and 1 / r > 0.05 * last:
+            kept.append(r)
+    upper.set_xticks([1 / r for r in kept], [f"{r:g}" for r in kept], fontsize=8)
+    upper.set_xlabel("resolution (Å)", fontsize=8.5)
+
+
+def _mark(ax, resolution_A: float | None, threshold: float, colour: str, text: bool = True) -> None:
+    if not resolution_A or 1 / resolution_A > 0.999 * ax.get_xlim()[1]:
+        return  # the curve never comes down to the threshold
+    ax.plot([1 / resolution_A], [threshold], "o", color=colour, markersize=5, clip_on=False, zorder=5)
+    if text:
+        ax.annotate(
+            f"{resolution_A:.1f} Å",
+            (1 / resolution_A, threshold),
+            (6, 6),
+            textcoords="offset points",
+            fontweight="bold",
+        )
+
+
+def views(d: dict[str, Any]) -> str:
+    """View densities on two equal-area discs each: looking from +z and from -z; estimated and, where known, true."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    part = d["views"]
+    kinds = [(key, label) for key, label in (("estimated", "estimated"), ("true", "true")) if part.get(key)]
+    density = {k: np.array(part[k]["counts"]) / max(float(np.mean(part[k]["counts"])), 1e-9) for k, _ in kinds}
+    top = max(4.0, *(float(np.percentile(v, 99.8)) for v in density.values()))
+    norm = LogNorm(0.1, top, clip=True)
+    cmap = colormaps["cividis"]
+    with _styled():
+        figure, axes = _figure(2.45 * 2 * len(kinds) + 0.6, 3.0, ncols=2 * len(kinds))
+        for i, (key, label) in enumerate(kinds):
+            for j, sign in enumerate((1, -1)):
+                ax = axes[0, 2 * i + j]
+                shown = _hemisphere(ax, part["cells_per_ring"], density[key], sign, norm, cmap)
+                ax.set_title(f"{label}, {'upper' if sign > 0 else 'lower'} half", fontsize=9)
+        bar = figure.colorbar(shown, ax=list(axes[0]), shrink=0.75, aspect=18, pad=0.01, extend="both")
+        ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if t <= top]
+        bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
+        bar.ax.minorticks_off()
+        bar.set_label("views over even spread", fontsize=8.5)
+        return _address(figure, "png", 160)
+
+
+def _hemisphere(ax, cells_per_ring: list[int], density: np.ndarray, sign: int, norm, cmap):
+    """One disc in Lambert's equal-area projection: radius sqrt(1 - |z|), 1 at the rim."""
+    from matplotlib.collections import PolyCollection
+
+    from cryoiso.metrics.orientation import ViewGrid
+
+    borders = ViewGrid(np.array(cells_per_ring)).borders()
+    low, high = (borders[:, 2], borders[:, 3]) if sign > 0 else (-borders[:, 3], -borders[:, 2])
+    here = high > 1e-9
+    turn = np.linspace(0, 1, 9)
+    azimuth = np.radians(borders[here, :1] + (borders[here, 1:2] - borders[here, :1]) * turn)
+    outer = np.sqrt(1 - np.maximum(low[here], 0))[:, None]
+    inner = np.sqrt(np.maximum(1 - high[here], 0))[:, None]
+    x = np.concatenate([outer * np.cos(azimuth), (inner * np.cos(azimuth))[:, ::-1]], axis=1)
+    y = np.concatenate([outer * np.sin(azimuth), (inner * np.sin(azimuth))[:, ::-1]], axis=1)
+    cells = PolyCollection(list(np.stack([x, y], axis=2)), array=density[here], norm=norm, cmap=cmap, edgecolors="face")
+    cells.set_linewidth(0.2)
+    ax.add_collection(cells)
+    circle = np.linspace(0, 2 * np.pi, 200)
+    cut = np.sqrt(1 - np.cos(np.radians(36)))
+    ax.plot(cut * np.cos(circle), cut * np.sin(circle), "--", color="white", linewidth=1)
+    ax.plot(np.cos(circle), np.sin(circle), color="#555555", linewidth=0.8)
+    ax.set(xlim=(-1.03, 1.03), ylim=(-1.03, 1.03), aspect="equal")
+    ax.axis("off")
+    return cells
+
+
+def pose_errors(d: dict[str, Any]) -> str:
+    """Histogram of pose errors on a logarithmic axis, top and side views apart."""
+    histogram = d["pose_errors"]["histogram"]
+    edges = np.array(histogram["edges_deg"])
+    edges[0] = edges[1] ** 2 / edges[2]
+    with _styled():
+        figure, axes = _figure(6.4, 3.3)
+        ax = axes[0, 0]
+        for key, label, colour in (("side", "side views", BLUE), ("top", "top views", ORANGE)):
+            counts = np.array(histogram.get(key) or [])
+            if counts.sum() == 0:
+                continue
+            median = d["pose_errors"].get(f"{key}_median_deg")
+            text = f"{label} (n = {counts.sum():,}" + (f", median {median:.1f}°)" if median is not None else ")")
+            ax.stairs(100 * counts / counts.sum(), edges, fill=True, color=colour, alpha=0.3)
+            ax.stairs(100 * counts / counts.sum(), edges, color=colour, label=text, linewidth=1.6)
+        ax.axvline(20, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
+        ax.set(xscale="log", xlim=(edges[0], 180), xlabel="pose error (degrees)", ylabel="share of the kind (%)")
+        ticks = [0.3, 1, 2, 5, 10, 20, 50, 180]
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+        ax.legend(loc="upper left")
+        return _address(figure)
+
+
+def iterations(rows: list[dict[str, Any]]) -> str:
+    """Resolution by iteration, and the angular step with the change of the poses."""
+    number = [row.get("iteration", i + 1) for i, row in enumerate(rows)]
+
+    def column(*names: str) -> np.ndarray:
+        values = [next((row[n] for n in names if isinstance(row.get(n), int | float)), np.nan) for row in rows]
+        return np.array(values, float)
+
+    with _styled():
+        figure, axes = _figure(9.2, 3.0, ncols=2)
+        left, right = axes[0]
+        left.plot(number, column("resolution_A"), "o-", color=BLUE, markersize=4)
+        left.set(xlabel="iteration", ylabel="resolution (Å)", ylim=(0, None), title="half-map resolution (FSC 0.143)")
+        series = [
+            (column("step_deg"), "step of the search", BLUE, "s-"),
+            (column("changes_deg", "change_deg"), "change of the poses", ORANGE, "o-"),
+        ]
+        for values, label, colour, style in series:
+            if np.isfinite(values).any():
+                right.plot(number, values, style, color=colour, markersize=4, label=label)
+        right.set(xlabel="iteration", ylabel="degrees", title="angles", ylim=(0, None))
+        if right.get_legend_handles_labels()[0]:
+            right.legend(loc="upper right")
+        for ax in (left, right):
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        return _address(figure)
+
+
+def posterior(d: dict[str, Any]) -> str:
+    """Histograms of the probability of the best pose and of the entropy over poses."""
+    names = {
+        "max_probability": "probability of the best pose",
+        "entropy_nats": "entropy over poses (nats)",
+    }
+    present = [k for k in names if k in d["posterior"]]
+    with _styled():
+        figure, axes = _figure(4.6 * len(present), 2.8, ncols=len(present))
+        for ax, key in zip(axes[0], present, strict=True):
+            part = d["posterior"][key]
+            ax.stairs(part["counts"], part["edges"], fill=True, color=BLUE, alpha=0.75)
+            ax.axvline(part["mean"], color="black", linewidth=1, linestyle=(0, (4, 3)))
+            ax.set(xlabel=names[key], ylabel="particles")
+            ax.annotate(
+                f"mean {part['mean']:.2f}", (part["mean"], 1), (4, -10), ("data", "axes fraction"), "offset points"
+            )
+        return _address(figure)

@@ -1,0 +1,196 @@
+"""The command line: quick, helpful, the right exit codes, one voice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpi_helper import run_mpi
+
+from cryoiso import __version__
+from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE
+
+COMMANDS = (
+    "init", "doctor", "simulate", "ingest", "reference", "refine", "reconstruct", "diagnose", "report", "run", "resume"
+)  # fmt: skip
+HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
+
+
+def cryoiso(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cryoiso.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env})
+
+
+def test_version():
+    done = cryoiso("--version")
+    assert done.returncode == 0 and done.stdout.strip() == f"cryoiso {__version__}"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["refine", "--help"], ["run", "--help"]])
+def test_help_loads_nothing_heavy(words):
+    code = f"""
+import sys
+sys.argv = ["cryoiso", *{words}]
+from cryoiso.cli.main import main
+try:
+    main()
+except SystemExit as leave:
+    assert not leave.code, leave.code
+print("HEAVY", sorted(set(sys.modules) & set("{HEAVY}".split())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "HEAVY []", done.stdout + done.stderr
+
+
+def test_importing_the_package_loads_nothing():
+    code = f"import sys, cryoiso; print(sorted(set(sys.modules) & set('{HEAVY} numpy typer'.split())))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_names_every_command():
+    words = cryoiso("--help").stdout.split()
+    assert [name for name in COMMANDS if name not in words] == []
+
+
+def test_every_option_of_every_command_has_help():
+    from typer.main import get_command
+
+    from cryoiso.cli.main import build_app
+
+    commands = get_command(build_app()).commands  # type: ignore[attr-defined]
+    assert set(commands) == set(COMMANDS)
+    for name, command in commands.items():
+        assert command.help, f"{name} has no help"
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
+
+
+def test_options_share_help_and_default_with_the_job_file():
+    done = cryoiso("refine", "--help", COLUMNS="200")
+    from cryoiso.core.config import RefineSection
+
+    assert str(RefineSection.model_fields["max_iterations"].default) in done.stdout
+    assert "In Å." in done.stdout and "In degrees." in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["nonsense"], ["refine", "a.star"], ["run"], ["run", "a.toml", "--nonsense"], ["refine", "a", "--padding", "x"]],
+)
+def test_wrong_usage_exits_2_without_a_traceback(words):
+    done = cryoiso(*words)
+    assert done.returncode == EXIT_USAGE and "Traceback" not in done.stderr and done.stderr.strip()
+
+
+@pytest.mark.mpi
+def test_wrong_usage_is_said_by_one_rank():
+    done = run_mpi(3, ["-m", "cryoiso.cli.main", "run", "--nonsense"], check=False)
+    assert done.returncode == EXIT_USAGE and done.stderr.count("nonsense") == 1
+    assert run_mpi(3, ["-m", "cryoiso.cli.main", "--version"]).stdout.count("cryoiso") == 1
+
+
+def test_known_errors_have_one_line_and_no_traceback(tmp_path):
+    done = cryoiso("reconstruct", tmp_path / "none.star", "--out", tmp_path / "out")
+    assert done.returncode == EXIT_INPUT and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1 and "none.star" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unexpected_errors_exit_1_with_a_traceback():
+    code = """
+import sys
+from cryoiso.cli import doctor_cmd, main
+def broken():
+    "Breaks."
+    raise ZeroDivisionError("boom")
+doctor_cmd.doctor = broken
+sys.argv = ["cryoiso", "doctor"]
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "error: unexpected ZeroDivisionError" in done.stderr
+
+
+def test_doctor_tells_what_is_there(tmp_path):
+    found = json.loads(cryoiso("doctor", tmp_path, "--json").stdout)
+    assert found["cryoiso"]["version"] == __version__ and found["mpi"]["ranks"] == 1
+    assert found["cryoiso"]["packages"]["numpy"] and found["free_space_GiB"] > 0
+    text = cryoiso("doctor", tmp_path).stdout
+    assert all(word in text for word in ("cryoiso", "MPI", "GPU", "RELION", "memory", "free space"))
+
+
+@pytest.mark.mpi
+def test_doctor_under_mpirun_counts_the_ranks():
+    done = run_mpi(2, ["-m", "cryoiso.cli.main", "doctor", "--json"])
+    found = json.loads(done.stdout)
+    assert found["mpi"]["ranks"] == 2 and len(found["ranks"]) == 2 and sum(found["mpi"]["hosts"].values()) == 2
+
+
+@pytest.mark.mpi
+def test_a_serial_command_is_done_once_under_mpirun(tmp_path):
+    words = ["-m", "cryoiso.cli.main", "reference", "phantom", tmp_path / "a.mrc", "--box", "24", "--pixel-size", "7"]
+    assert run_mpi(3, words).stdout.count("a.mrc") == 1
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    """Twelve simulated particles of 24 px."""
+    done = cryoiso("simulate", "phantom", tmp_path / "set", "--n", 12, "--box", 24, "--pixel-size", 7)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "set"
+
+
+def test_init_writes_a_job_file_that_parses(tiny):
+    import tomllib
+
+    from cryoiso.core.config import parse_job
+
+    done = cryoiso("init", "particles.star", "--symmetry", "C3", "--reference", "truth_map.mrc", cwd=tiny)
+    assert done.returncode == 0, done.stderr
+    text = (tiny / "job.toml").read_text()
+    job = parse_job(tomllib.loads(text))
+    assert (job.particles.file, job.reference.file, job.sample.symmetry) == ("particles.star", "truth_map.mrc", "C3")
+    assert "12 particles" in done.stdout and "# refinement engine" in text
+    again = cryoiso("init", "particles.star", cwd=tiny)
+    assert again.returncode == EXIT_USAGE and "--overwrite" in again.stderr
+    assert (tiny / "job.toml").read_text() == text
+
+
+def test_init_finds_bad_input_now(tiny):
+    assert cryoiso("init", "nothing.star", cwd=tiny).returncode == EXIT_INPUT
+    assert cryoiso("init", "particles.star", "--symmetry", "Q7", cwd=tiny).returncode == EXIT_INPUT
+    assert not (tiny / "job.toml").exists()
+
+
+@pytest.mark.mpi
+def test_ingest_on_any_number_of_ranks_writes_the_same_bytes(tiny, tmp_path):
+    folders = []
+    for n in (1, 2, 3):
+        words = ["-m", "cryoiso.cli.main", "ingest", tiny / "particles.star", tmp_path / f"shards{n}", "--shard-mib", 1]
+        assert run_mpi(n, words).stdout.count("index.json") == 1
+        folders.append({p.name: p.read_bytes() for p in (tmp_path / f"shards{n}").iterdir()})
+    assert folders[0] == folders[1] == folders[2] and "shard-00000.h5" in folders[0]
+
+
+def test_reference_of_a_map_is_brought_onto_another_grid(tiny, tmp_path):
+    from cryoiso.io.mrc import read_map
+
+    out = tmp_path / "small.mrc"
+    done = cryoiso("reference", tiny / "truth_map.mrc", out, "--box", 18, "--pixel-size", 8, "--lowpass", 20)
+    assert done.returncode == 0, done.stderr
+    found = read_map(out)
+    assert found.box_px == 18 and found.pixel_size_A == pytest.approx(8) and "diameter" in done.stdout
+
+
+def test_diagnose_prints_and_writes_numbers(tiny, tmp_path):
+    words = ["--half1", tiny / "truth_map.mrc", "--half2", tiny / "truth_map.mrc", "--particles", tiny / "truth.star"]
+    done = cryoiso("diagnose", *words, "--symmetry", "C3", "--out", tmp_path / "numbers.json")
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["resolution_0143_unmasked_A"] == pytest.approx(14.0, rel=0.1) and "resolution" in done.stdout
+    assert cryoiso("diagnose", *words, "--symmetry", "Z").returncode == EXIT_INPUT
