@@ -1,1 +1,2 @@
-"""Vocabulary of the project: types, units, errors, configuration, random numbers, logging, protocols. No files, no ranks."""
+"""Vocabulary of the project: types, units, errors, configuration, random numbers, logging, protocols. No files, no
+ranks."""

@@ -27,9 +27,15 @@ class ParticlesSection(_Section):
 
 class ReferenceSection(_Section):
     file: str = Field(description="reference: an atomic model (PDB, mmCIF) or a map (MRC)")
-    pixel_size_A: float | None = Field(None, gt=0, description="pixel size of the reference map, if its header is wrong")
-    resample: bool = Field(False, description="accept a map of another box or pixel size and bring it onto the data's grid")
-    lowpass_A: float = Field(30.0, gt=0, description="the refinement starts from the reference low-passed to this resolution")
+    pixel_size_A: float | None = Field(
+        None, gt=0, description="pixel size of the reference map, if its header is wrong"
+    )
+    resample: bool = Field(
+        False, description="accept a map of another box or pixel size and bring it onto the data's grid"
+    )
+    lowpass_A: float = Field(
+        30.0, gt=0, description="the refinement starts from the reference low-passed to this resolution"
+    )
 
 
 class SampleSection(_Section):
@@ -43,10 +49,14 @@ class RefineSection(_Section):
     max_iterations: int = Field(25, ge=1, description="upper bound; the engine stops by itself when nothing improves")
     healpix_order: int = Field(2, ge=1, le=5, description="global search grid: 1 = 30, 2 = 15, 3 = 7.5 degrees")
     shift_range_A: float | None = Field(None, gt=0, description="largest shift searched (default: a tenth of the box)")
-    shift_step_A: float | None = Field(None, gt=0, description="coarsest step of the shift search (default: by resolution)")
+    shift_step_A: float | None = Field(
+        None, gt=0, description="coarsest step of the shift search (default: by resolution)"
+    )
     finest_step_deg: float = Field(0.5, gt=0, description="the local search never gets finer than this")
     padding: int = Field(2, ge=1, le=4, description="Fourier padding of references and reconstructions")
-    join_halves_A: float = Field(40.0, ge=0, description="halves share information coarser than this, to keep one frame")
+    join_halves_A: float = Field(
+        40.0, ge=0, description="halves share information coarser than this, to keep one frame"
+    )
     solvent_mask: bool = Field(True, description="set the solvent of the references to zero")
     max_resolution_A: float | None = Field(None, gt=0, description="never use information finer than this")
 
@@ -56,7 +66,9 @@ class ReconstructSection(_Section):
 
 
 class TruthSection(_Section):
-    particles: str = Field("", description="STAR file with the true poses of simulated particles, to measure errors against")
+    particles: str = Field(
+        "", description="STAR file with the true poses of simulated particles, to measure errors against"
+    )
     map: str = Field("", description="the true map of simulated particles")
 
 
@@ -96,7 +108,9 @@ def _explain(file: object, e: Any) -> str:
     if e["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(e["loc"][-1]), _known_keys(e["loc"][:-1]), n=1)
         known = ", ".join(_known_keys(e["loc"][:-1]))
-        return f"{file}: unknown key '{where}'" + (f", did you mean '{near[0]}'?" if near else f" (known here: {known})")
+        return f"{file}: unknown key '{where}'" + (
+            f", did you mean '{near[0]}'?" if near else f" (known here: {known})"
+        )
     if e["type"] == "missing":
         return f"{file}: '{where}' is missing"
     return f"{file}: '{where}': {e['msg']} (found {e.get('input')!r})"

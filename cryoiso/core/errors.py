@@ -37,8 +37,8 @@ class Interrupted(CryoisoError):
 class InputError(CryoisoError):
     """Bad input: names the file, the row, what was expected, what was found and what to do.
 
-    >>> str(InputError("stack is too short", file="a.mrcs", row=7, expected="10 images", found="6", hint="copy it again"))
-    'a.mrcs, row 7: stack is too short (expected 10 images, found 6). copy it again'
+    >>> str(InputError("stack is too short", file="a.mrcs", row=7, expected="10 images", found="6", hint="Copy it."))
+    'a.mrcs, row 7: stack is too short (expected 10 images, found 6). Copy it.'
     """
 
     exit_code = EXIT_INPUT

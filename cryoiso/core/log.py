@@ -25,7 +25,8 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Shows how far a loop is. ``update(done)`` is cheap: it prints at most once a second (terminal) or every 30 s (log)."""
+    """Shows how far a loop is. ``update(done)`` is cheap: it prints at most once a second (terminal) or every 30 s
+    (log)."""
 
     def __init__(self, label: str, total: int, *, active: bool = True, stream=None) -> None:
         self.label, self.total, self.active = label, max(int(total), 1), active
@@ -42,7 +43,9 @@ class ProgressLine:
         self.last = now
         elapsed = now - self.start
         left = elapsed * (self.total - done) / max(done, 1)
-        text = f"{self.label}: {done:,} of {self.total:,} ({100 * done / self.total:.0f} %), about {duration(left)} left"
+        text = (
+            f"{self.label}: {done:,} of {self.total:,} ({100 * done / self.total:.0f} %), about {duration(left)} left"
+        )
         if self.live:
             self.stream.write("\r\x1b[2K" + text)
             self.stream.flush()

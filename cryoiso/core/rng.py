@@ -1,4 +1,5 @@
-"""Counter-based random numbers: a draw depends on (seed, purpose, uid) alone, never on rank count, order or restarts."""
+"""Counter-based random numbers: a draw depends on (seed, purpose, uid) alone, never on rank count, order or
+restarts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What a particle set is, in memory: optics groups, CTF and pose columns, and where each image lies.
 
-Conventions (the whole package): lengths in Å, angles in degrees in files and rotation matrices inside. A rotation A maps
-map coordinates (x, y, z) to image coordinates; the image is the projection along the rotated z. ``shift_A`` is RELION's
-origin: shifting the image content by it centres the content. The centre is pixel D//2; arrays are (z, y, x) and (y, x).
+Conventions (the whole package): lengths in Å, angles in degrees in files and rotation matrices inside. A rotation A
+maps map coordinates (x, y, z) to image coordinates; the image is the projection along the rotated z. ``shift_A`` is
+RELION's origin: shifting the image content by it centres the content. The centre is pixel D//2; arrays are (z, y, x)
+and (y, x).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class OpticsGroup:
 
 @dataclass(frozen=True)
 class Particles:
-    """Metadata of n particles, in the order of the source. All arrays have length n; ``take`` selects rows of all of them.
+    """Metadata of n particles, in the order of the source. All arrays have length n; ``take`` selects rows of all of
+    them.
 
     ``shift_A`` and ``rotation`` are None where the source has no poses; ``half`` is 0 where it names no half-set.
     """

@@ -38,7 +38,9 @@ class NativeEngine:
         """
         _check(request)
         device = comm.device() if hasattr(comm, "device") else "cpu"
-        run = Refinement(request, comm, device, request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A)
+        run = Refinement(
+            request, comm, device, request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
+        )
         file = request.folder / "checkpoint" / "state.npz"
         model = _resume(file, comm) if request.resume else None
         model = model or initial_model(run, request.lowpass_A)

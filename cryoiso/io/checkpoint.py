@@ -17,13 +17,14 @@ FORMAT = 1
 
 
 def save(path: Path, arrays: dict[str, np.ndarray], values: dict[str, Any]) -> None:
-    """Writes a checkpoint to ``path`` (.npz); the file that was there becomes ``path`` with .previous before the suffix."""
+    """Writes a checkpoint to ``path`` (.npz); the file that was there becomes ``path`` with .previous before the
+    suffix."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     meta = np.frombuffer(json.dumps({"format": FORMAT, **values}).encode(), np.uint8)
     temporary = path.with_name(f".{path.name}.new")
     with atomic_write(temporary) as stream:
-        np.savez(stream, meta=meta, **arrays)
+        np.savez(stream, **{"meta": meta, **arrays})  # type: ignore[arg-type]
     if path.exists():
         os.replace(path, previous(path))
     os.replace(temporary, path)

@@ -1,17 +1,19 @@
 """CPU kernels (numba) for slices: extraction, insertion, local scoring. ``project.py``, ``backproject.py`` and
 ``refine/likelihood.py`` hold their plain torch twins.
 
-The half-space grid has shape (2h+1, 2h+1, h+1) for (z, y, x) with the origin at (h, h, 0): x >= 0 only, the rest by Friedel.
-Here it is a flat array of float32 pairs (re, im). Indices are unsigned, which spares numba's test for negative ones; the four
-floats of two x neighbours lie together, which lets the compiler load them as one vector.
+The half-space grid has shape (2h+1, 2h+1, h+1) for (z, y, x) with the origin at (h, h, 0): x >= 0 only, the rest by
+Friedel. Here it is a flat array of float32 pairs (re, im). Indices are unsigned, which spares numba's test for
+negative ones; the four floats of two x neighbours lie together, which lets the compiler load them as one vector.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 
-_FAST = {"cache": True, "fastmath": True, "error_model": "numpy"}
+_FAST: Any = {"cache": True, "fastmath": True, "error_model": "numpy"}
 _U = np.uintp
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)
 
@@ -47,8 +49,8 @@ def _sample(grid, row, plane, h, x, y, z):
 def extract_slices(grid, rows, rotation, ky, kx, scale, out):
     """Trilinear central slices.
 
-    grid: flat float32 view of (rows, rows, (rows+1)/2) complex64; rotation (J, 3, 3) float32; ky, kx (K,) float32; scale: grid
-    units per frequency unit; out (J, 2K) float32, pairs.
+    grid: flat float32 view of (rows, rows, (rows+1)/2) complex64; rotation (J, 3, 3) float32; ky, kx (K,) float32;
+    scale: grid units per frequency unit; out (J, 2K) float32, pairs.
     """
     row = _U(rows + 1)
     plane = row * _U(rows)
@@ -111,8 +113,8 @@ def _insert_slab(grid, rows, rotation, ky, kx, scale, data, weight, unit, lowest
 
 @njit(parallel=True, cache=True)
 def insert_slices(grid, rows, rotation, ky, kx, scale, data, weight, unit, n_threads):
-    """Trilinear insertion into a fixed-point grid: flat int64 view of (rows, rows, (rows+1)/2, 3) holding (re, im, weight) in
-    multiples of 1/unit. data (J, 2K) float32 pairs, weight (J, K) float32.
+    """Trilinear insertion into a fixed-point grid: flat int64 view of (rows, rows, (rows+1)/2, 3) holding (re, im,
+    weight) in multiples of 1/unit. data (J, 2K) float32 pairs, weight (J, K) float32.
 
     Threads own slabs of z, so no two write to one voxel; integers make the sum independent of threads and order.
     """
@@ -143,11 +145,12 @@ def _lattice_sums(column, angle, spacing, norm, out, r):
 def score_local(grid, rows, rotation, ky, kx, scale, particle, data, weight, shift, spacing, out):
     """Log-likelihood (up to a constant of the particle) of R views with a 3 x 3 lattice of shifts each.
 
-    Re sum_k conj(P_k) y_k exp(i k.s) - sum_k w_k |P_k|^2 / 2; the shift factor is taken apart into x and y, so that nine shifts
-    cost little more than one.
+    Re sum_k conj(P_k) y_k exp(i k.s) - sum_k w_k |P_k|^2 / 2; the shift factor is taken apart into x and y, so that
+    nine shifts cost little more than one.
 
-    rotation (R, 3, 3); particle (R,) row of data (B, 2K) float32 pairs (2 x c / sigma^2) and weight (B, K) (2 c^2 / sigma^2);
-    shift (R, 2) centre of the lattice (x, y) in radians per frequency unit (2 pi s / D), spacing likewise; out (R, 9), y slow.
+    rotation (R, 3, 3); particle (R,) row of data (B, 2K) float32 pairs (2 x c / sigma^2) and weight (B, K) (2 c^2 /
+    sigma^2); shift (R, 2) centre of the lattice (x, y) in radians per frequency unit (2 pi s / D), spacing likewise;
+    out (R, 9), y slow.
     """
     stride = _U(rows + 1)
     plane = stride * _U(rows)
@@ -171,9 +174,9 @@ def score_local(grid, rows, rotation, ky, kx, scale, particle, data, weight, shi
             norm += weight[i, k] * (re * re + im * im)
             dr, di = data[i, _TWO * _U(k)], data[i, _TWO * _U(k) + _ONE]
             tr, ti = re * dr + im * di, re * di - im * dr
-            c, line = _U(np.int32(u)), _U(np.int32(v) + reach)
+            at, line = _U(np.int32(u)), _U(np.int32(v) + reach)
             for s in range(3):
-                p, q = phase[c, _U(s)], phase[c, _U(3 + s)]
+                p, q = phase[at, _U(s)], phase[at, _U(3 + s)]
                 column[line, _U(s)] += tr * p - ti * q
                 column[line, _U(3 + s)] += tr * q + ti * p
         _lattice_sums(column, shift[r, 1], spacing, norm, out, r)

@@ -35,7 +35,9 @@ class SliceAccumulator:
     def empty(cls, box_px: int, radius_px: int | None = None, padding: int = 2, device="cpu") -> SliceAccumulator:
         radius = min(radius_px or (box_px - 1) // 2, (box_px - 1) // 2)
         h = padding * radius + 2
-        return cls(torch.zeros(2 * h + 1, 2 * h + 1, h + 1, 3, dtype=torch.int64, device=device), box_px, padding, radius)
+        return cls(
+            torch.zeros(2 * h + 1, 2 * h + 1, h + 1, 3, dtype=torch.int64, device=device), box_px, padding, radius
+        )
 
     def insert(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
         """Adds slices.
@@ -89,8 +91,8 @@ class SliceAccumulator:
         """
         if self.bound * UNIT >= 2.0**63:
             raise CryoisoError(
-                f"the back-projection sums reach {self.bound:.3g}, beyond the fixed-point range of {2.0**63 / UNIT:.3g}. "
-                "The images are not normalised; ingest them with normalise = true."
+                f"the back-projection sums reach {self.bound:.3g}, beyond the fixed-point range of "
+                f"{2.0**63 / UNIT:.3g}. The images are not normalised; ingest them with normalise = true."
             )
         grid = self.grid
         plane = grid[:, :, 0, :]
@@ -141,7 +143,8 @@ class FourierSums:
         """The map (D, D, D) float32: numerator / (weight + Wiener term), inverse transform, gridding correction.
 
         Args:
-            inverse_ssnr: (>= radius+1,) 1/SSNR a shell; the Wiener term is the shell's mean weight times it. Without it,
+            inverse_ssnr: (>= radius+1,) 1/SSNR a shell; the Wiener term is the shell's mean weight times it. Without
+            it,
                 weights are only kept from vanishing (a thousandth of their shell's mean).
         """
         shell = self.shells()
@@ -172,7 +175,8 @@ def half_space_to_volume(half_space: Tensor, box_px: int, padding: int) -> Tenso
 
 
 def rotate_half_space(numerator: Tensor, weight: Tensor, operation: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Trilinear rotation of Hermitian sums: new(k) = old(S k), zero outside the grid. Works plane by plane to stay small."""
+    """Trilinear rotation of Hermitian sums: new(k) = old(S k), zero outside the grid. Works plane by plane to stay
+    small."""
     rows = numerator.shape[0]
     h = (rows - 1) // 2
     device = numerator.device

@@ -1,7 +1,8 @@
 """Centred Fourier transforms and the set of Fourier coefficients that an image is worth.
 
-Layout: half-plane of ``rfft`` (ky in FFT order, kx = 0..D//2), centre of images and volumes at pixel D//2 (odd and even).
-Images use the orthonormal transform, so that white noise of standard deviation 1 has E|X|^2 = 1 at every coefficient.
+Layout: half-plane of ``rfft`` (ky in FFT order, kx = 0..D//2), centre of images and volumes at pixel D//2 (odd and
+even). Images use the orthonormal transform, so that white noise of standard deviation 1 has E|X|^2 = 1 at every
+coefficient.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def pad_volume(volume: Tensor, box_px: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Disc:
-    """The coefficients of a half-plane inside a radius, each Friedel pair once (kx > 0, or kx = 0 and ky > 0; DC on request)."""
+    """The coefficients of a half-plane inside a radius, each Friedel pair once (kx > 0, or kx = 0 and ky > 0; DC on
+    request)."""
 
     box_px: int
     radius_px: float
@@ -70,14 +72,16 @@ class Disc:
     def frequencies(self, pixel_size_A: float) -> tuple[Tensor, Tensor]:
         """(ky, kx) in 1/Å, float64, each (K,)."""
         scale = 1.0 / (self.box_px * pixel_size_A)
-        return torch.as_tensor(self.ky, dtype=torch.float64) * scale, torch.as_tensor(self.kx, dtype=torch.float64) * scale
+        ky, kx = (torch.as_tensor(k, dtype=torch.float64) for k in (self.ky, self.kx))
+        return ky * scale, kx * scale
 
 
 @lru_cache(maxsize=64)
 def disc(box_px: int, radius_px: float, with_dc: bool = False) -> Disc:
     """Coefficients with |k| <= radius_px, ordered by shell so that a smaller radius is a prefix of a larger one.
 
-    The Nyquist column of an even box is left out: its Friedel mate is itself and interpolation has nothing to say about it.
+    The Nyquist column of an even box is left out: its Friedel mate is itself and interpolation has nothing to say
+    about it.
     """
     ky = np.fft.fftfreq(box_px) * box_px
     kx = np.arange(box_px // 2 + 1, dtype=np.float64)

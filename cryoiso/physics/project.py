@@ -16,7 +16,8 @@ from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_i
 
 @dataclass(frozen=True)
 class FourierVolume:
-    """Half-space transform of a volume inside a radius, scaled so that its slices match orthonormal image transforms."""
+    """Half-space transform of a volume inside a radius, scaled so that its slices match orthonormal image
+    transforms."""
 
     grid: Tensor
     """(2h+1, 2h+1, h+1) complex (z, y, x), origin at (h, h, 0), h = padding * radius + 2."""
@@ -60,7 +61,9 @@ class FourierVolume:
 
     def slices_torch(self, rotation: Tensor, where: Disc) -> Tensor:
         """The plain torch twin of the CPU kernel: any device and precision, differentiable in grid and rotation."""
-        corner, fraction, flip = slice_corners(rotation.to(self.grid.real.dtype), where, self.padding, self.grid.shape[0])
+        corner, fraction, flip = slice_corners(
+            rotation.to(self.grid.real.dtype), where, self.padding, self.grid.shape[0]
+        )
         value = torch.zeros(flip.shape, dtype=self.grid.dtype, device=self.grid.device)
         flat = self.grid.reshape(-1)
         for offset, share in corner_shares(fraction, self.grid.shape):

@@ -9,7 +9,8 @@ def resample_matrix(box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: f
     """(box_out, box_in) float64: samples on the old axis -> samples on the new one, both centred at pixel D//2.
 
     Row i is the trigonometric interpolation kernel of the old grid at the position of the new pixel i, with the
-    frequencies beyond the new grid's Nyquist limit left out, so nothing aliases. Positions outside the old box are zero.
+    frequencies beyond the new grid's Nyquist limit left out, so nothing aliases. Positions outside the old box are
+    zero.
     """
     x_out = (np.arange(box_out) - box_out // 2) * (pixel_out_A / pixel_in_A)
     x_in = np.arange(box_in) - box_in // 2

@@ -45,23 +45,18 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a journal; empty where there is none. A torn last line is left out.
+    """All whole lines of a journal; empty where there is none. What follows the last line's end is left out.
 
     Raises:
-        InputError: a line before the last one is not JSON.
+        InputError: a line is not JSON.
     """
     if not path.exists():
         return []
-    rows = path.read_bytes().split(b"\n")
     lines = []
-    for number, row in enumerate(rows, start=1):
-        if not row.strip():
-            continue
+    for number, row in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             lines.append(json.loads(row))
         except ValueError:
-            if number == len(rows):
-                break
             raise InputError("the journal is damaged", file=path, row=number, hint="Start a new run.") from None
     return lines
 

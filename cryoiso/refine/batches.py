@@ -1,7 +1,7 @@
 """Particle images as the likelihood sees them: Fourier coefficients inside a radius with their CTF, in fixed batches.
 
-The batches are cut from the source's row order alone, never from the number of ranks, so that every matrix product has the
-same shape wherever it is computed.
+The batches are cut from the source's row order alone, never from the number of ranks, so that every matrix product
+has the same shape wherever it is computed.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ class BatchReader:
     def _cut(self, batch: Batch, radius_px: int) -> Batch:
         where = self._disc(radius_px, batch.magnification)
         k = where.size
-        return Batch(
-            batch.rows, batch.group, batch.coefficients[:, :k], batch.ctf[:, :k], where, batch.magnification
-        )
+        return Batch(batch.rows, batch.group, batch.coefficients[:, :k], batch.ctf[:, :k], where, batch.magnification)
 
     def _prepare(self, rows: np.ndarray, radius_px: int) -> Batch:
         particles = self.particles

@@ -111,7 +111,9 @@ class Refinement:
         line = ProgressLine(f"iteration {iteration + 1}, half {half}", most, active=self.comm.rank == 0)
         for i in range(most):
             if self.comm.stop_requested():
-                raise Interrupted("stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'.")
+                raise Interrupted(
+                    "stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'."
+                )
             if i < len(batches):
                 whole: Batch = self.reader.read(batches[i], max(keep, radius))
                 yield self.reader._cut(whole, radius)
@@ -130,13 +132,21 @@ class Refinement:
     def _gather(self, found: list[tuple], n: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Poses and per-particle numbers of all ranks, on all ranks, in row order."""
         mine = [
-            (rows, p.best_rotation.cpu().numpy(), p.best_shift_px.cpu().numpy(), p.log_evidence.cpu().numpy(),
-             p.entropy.cpu().numpy(), p.max_weight.cpu().numpy())
+            (
+                rows,
+                p.best_rotation.cpu().numpy(),
+                p.best_shift_px.cpu().numpy(),
+                p.log_evidence.cpu().numpy(),
+                p.entropy.cpu().numpy(),
+                p.max_weight.cpu().numpy(),
+            )
             for rows, p in found
         ]
         everything = [item for part in self.comm.allgather(mine) for item in part]
         rotation, shift = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))
-        columns = {k: np.zeros(n) for k in ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")}
+        columns = {
+            k: np.zeros(n) for k in ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
+        }
         for rows, r, s, *values in everything:
             rotation[rows], shift[rows] = r, s
             for name, value in zip(columns, values, strict=True):
@@ -166,7 +176,14 @@ class Refinement:
         moved = angular_distance_deg(model.rotation, rotation, self.operations)
         spread = float(np.sqrt(np.mean(np.square(shift_px)) + 1e-12))
         advanced = schedule.advance(
-            state, shell, float(np.median(moved)), plan.levels[-1].cell_deg / 2, spread, self.settings, self.box, self.limit
+            state,
+            shell,
+            float(np.median(moved)),
+            plan.levels[-1].cell_deg / 2,
+            spread,
+            self.settings,
+            self.box,
+            self.limit,
         )
         record = {
             "iteration": advanced.iteration,
@@ -182,12 +199,22 @@ class Refinement:
         }
         if comm.rank == 0:
             logger.info(
-                "iteration %d: resolution %.2f Å (unmasked %.2f), step %.2f°, particles moved %.2f°, max. probability %.2f",
-                record["iteration"], record["resolution_A"], record["resolution_unmasked_A"], record["step_deg"],
-                record["changes_deg"], record["max_probability_mean"],
+                "iteration %d: resolution %.2f Å (unmasked %.2f), step %.2f°, moved by %.2f°, max. probability %.2f",
+                record["iteration"],
+                record["resolution_A"],
+                record["resolution_unmasked_A"],
+                record["step_deg"],
+                record["changes_deg"],
+                record["max_probability_mean"],
             )
         return Model(
-            advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns, raw,
+            advanced,
+            new,
+            noise.spectra(model.sigma2),
+            rotation,
+            -shift_px * self._pixel_sizes()[:, None],
+            columns,
+            raw,
             [*model.history, record],
         )
 

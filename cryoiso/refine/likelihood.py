@@ -1,7 +1,9 @@
 """The likelihood of an image at a view and a shift, in the two forms the search needs.
 
-With x = c exp(-2 pi i k.s / D) P + n and Gaussian noise of variance sigma^2 = E|n|^2 per coefficient, up to a constant of
-the image, log p(x | view, s) = sum_k [2 Re conj(c P) x exp(2 pi i k.s / D) - |c P|^2] / sigma^2, the sum over Friedel pairs.
+With x = c exp(-2 pi i k.s / D) P + n and Gaussian noise of variance sigma^2 = E|n|^2 per coefficient, up to a
+constant of
+the image, log p(x | view, s) = sum_k [2 Re conj(c P) x exp(2 pi i k.s / D) - |c P|^2] / sigma^2, the sum over Friedel
+pairs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The maximisation step's sums: back-projection of the posterior and residual power. Partial sums only; nobody reduces here."""
+"""The maximisation step's sums: back-projection of the posterior and residual power. Partial sums only; nobody
+reduces here."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def accumulate(
 ) -> None:
     """Adds a batch's posterior to the half-set's sums.
 
-    Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to both).
+    Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to
+    both).
     """
     rows, weight = posterior.particle, posterior.weight[:, None]
     back = shift_factors(batch.where, posterior.shift_px)
@@ -64,7 +66,9 @@ def accumulate(
     noise.add(batch, _residual_power(batch, posterior, volume, back, rotation))
 
 
-def _residual_power(batch: Batch, posterior: Posterior, volume: FourierVolume, back: Tensor, rotation: Tensor) -> Tensor:
+def _residual_power(
+    batch: Batch, posterior: Posterior, volume: FourierVolume, back: Tensor, rotation: Tensor
+) -> Tensor:
     """Posterior mean of |x - c P exp(-2 pi i k.s/D)|^2, (B, K); the plain power |x|^2 beyond the reference's radius."""
     power = batch.coefficients.abs().square()
     inner = _inside(batch, volume)

@@ -32,8 +32,8 @@ def reconstruct_halves(
 ) -> dict[int, DensityMap | None]:
     """CTF-corrected maps of the half-sets (collective).
 
-    Numerator sum x c, weight sum c^2, both with trilinear interpolation on a grid padded by ``padding``, symmetrised, divided,
-    corrected for the interpolation. One half after the other, so that one grid is in memory at a time.
+    Numerator sum x c, weight sum c^2, both with trilinear interpolation on a grid padded by ``padding``, symmetrised,
+    divided, corrected for the interpolation. One half after the other, so that one grid is in memory at a time.
 
     Args:
         source: images, row for row those of ``particles``.

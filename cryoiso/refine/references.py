@@ -19,7 +19,9 @@ def exchange_low_resolution(sums: dict[int, FourierSums], radius_px: int, comm: 
     The only place where information of one half reaches the other: coarser than 40 Å by default, so that the two maps
     keep one frame. ``sums`` holds the halves this rank is root of.
     """
-    parts = {h: comm.bcast(_inner(sums[h], radius_px) if h in sums else None, root_of_half(h, comm.size)) for h in (1, 2)}
+    parts = {
+        h: comm.bcast(_inner(sums[h], radius_px) if h in sums else None, root_of_half(h, comm.size)) for h in (1, 2)
+    }
     for s in sums.values():
         edge = s.padding * radius_px
         h = (s.weight.shape[0] - 1) // 2

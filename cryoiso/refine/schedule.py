@@ -11,7 +11,6 @@ from cryoiso.core.config import RefineSection
 from cryoiso.physics.so3 import grid_step_deg, so3_grid
 from cryoiso.refine.search import Level, SearchPlan
 
-
 FIRST_BEAM, LAST_BEAM = 16, 4
 """Nominees an image at the first level of the local search, and at least at every later one."""
 
@@ -58,9 +57,9 @@ def search_plan(
 ) -> SearchPlan:
     """How to search in this iteration.
 
-    The global grid of step d sees detail down to about d * diameter / 2 / 1.2 (RELION's rule): finer detail would vanish
-    between its views, so it is left out there. Levels halve the cell until it turns the particle's edge by no more than
-    half the resolution.
+    The global grid of step d sees detail down to about d * diameter / 2 / 1.2 (RELION's rule): finer detail would
+    vanish between its views, so it is left out there. Levels halve the cell until it turns the particle's edge by no
+    more than half the resolution.
     """
     extent = box_px * pixel_size_A
     cell = grid_step_deg(settings.healpix_order)

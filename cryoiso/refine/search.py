@@ -1,8 +1,8 @@
 """Search over views and shifts: a global grid nominates, finer levels around the nominees decide.
 
-At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation, and a
-shift by the 3 x 3 lattice at half the spacing. Only nominees within ``threshold`` of the best log-likelihood go on, at most
-``beam`` an image. The last level's samples are the posterior.
+At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation,
+and a shift by the 3 x 3 lattice at half the spacing. Only nominees within ``threshold`` of the best log-likelihood go
+on, at most ``beam`` an image. The last level's samples are the posterior.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from cryoiso.physics.fourier import disc
 from cryoiso.physics.project import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, lattice, local_scores
-
 
 NEGLIGIBLE = 0.03
 
@@ -133,7 +132,8 @@ class Searcher:
         return plan.rotations[torch.cat(indices)], plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
     def _level(self, white, level: Level, rotation, shift, score, keep_lattice: bool):
-        """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""
+        """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
+        level."""
         if score.shape[1] > level.beam:
             score, order = score.topk(level.beam, dim=1)
             rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))

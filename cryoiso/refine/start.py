@@ -25,7 +25,8 @@ SCALE_PARTICLES = 512
 
 
 def initial_model(run: Refinement, lowpass_A: float) -> Model:
-    """The same low-passed reference for both halves, scaled to the images; noise from the images' mean power (collective)."""
+    """The same low-passed reference for both halves, scaled to the images; noise from the images' mean power
+    (collective)."""
     from cryoiso.refine.iterate import Model
 
     radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
@@ -35,7 +36,9 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     reference = reference * run.sphere
     scale = grey_scale(run, reference, sigma2, state)
     if run.comm.rank == 0:
-        logger.info("reference low-passed at %.1f Å, grey scale multiplied by %.4g to match the images", lowpass_A, scale)
+        logger.info(
+            "reference low-passed at %.1f Å, grey scale multiplied by %.4g to match the images", lowpass_A, scale
+        )
     n = len(run.particles)
     scaled = (reference * scale).astype(np.float32)
     return Model(state, {1: scaled, 2: scaled}, sigma2, np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2)))
@@ -60,13 +63,15 @@ def mean_power(run: Refinement) -> np.ndarray:
 def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: State) -> float:
     """Least-squares factor between the reference's projections and the images.
 
-    The pose is chosen with one half of the coefficients (even ones) by normalised correlation and the factor fitted with
-    the other half, so that the noise which made a pose win does not inflate the factor.
+    The pose is chosen with one half of the coefficients (even ones) by normalised correlation and the factor fitted
+    with the other half, so that the noise which made a pose win does not inflate the factor.
 
     Raises:
         InputError: the reference does not correlate with the images at all.
     """
-    volume = FourierVolume.from_volume(torch.as_tensor(reference, device=run.device), run.settings.padding, state.radius_px)
+    volume = FourierVolume.from_volume(
+        torch.as_tensor(reference, device=run.device), run.settings.padding, state.radius_px
+    )
     plan = schedule.search_plan(state, run.settings, run.rotations, run.box, run.pixel, run.diameter)
     keys = shuffle_keys(run.request.seed, "grey scale", run.particles.uid)
     chosen = np.zeros(len(keys), bool)
@@ -84,7 +89,7 @@ def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state
     if not np.isfinite(factor) or factor <= 0:
         raise InputError(
             "the reference does not match the images: its projections do not correlate with them",
-            hint="Check the reference's hand-made sign, pixel size and identity, and whether the images need invert = 'yes'.",
+            hint="Check the reference's sign, pixel size and identity, and whether the images need invert = 'yes'.",
         )
     return factor
 

@@ -1,0 +1,438 @@
+"""Runs: order, records, and the promise that an interrupted run ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi_helper import run_mpi, start_mpi
+from pipeline_helper import cryoiso, hash_files, quick_report, simulate, use_quick_parts, write_cube, write_job
+
+from cryoiso.core.errors import EXIT_INPUT, EXIT_REQUEUE, EXIT_USAGE, InputError, Interrupted, UsageError
+from cryoiso.core.types import DensityMap
+from cryoiso.parallel import signals
+from cryoiso.parallel.context import Context
+from cryoiso.physics.resample import resample_map
+from cryoiso.pipeline import lock
+from cryoiso.pipeline.journal import Journal, read_journal
+from cryoiso.pipeline.layout import STAGE_FOLDERS
+from cryoiso.pipeline.reference import measure_diameter
+from cryoiso.pipeline.run import resume_run, run_job
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A simulated set of 40 particles with a job file; not written to."""
+    return simulate(tmp_path_factory.mktemp("data")).parent
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    use_quick_parts(monkeypatch)
+    yield
+    signals.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def events(folder: Path) -> list[tuple[str, str]]:
+    return [(line["event"], line.get("stage", "")) for line in read_journal(folder / "journal.jsonl")]
+
+
+# --- a whole run
+
+
+def test_run_folder_has_what_is_promised(data, tmp_path, quick):
+    run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
+    folder = tmp_path / "run"
+    for name in ("job.toml", "resolved.toml", "manifest.json", "journal.jsonl", "report.html", "logs/rank-0000.log"):
+        assert (folder / name).stat().st_size > 0, name
+    assert {p.name for p in (folder / "result").iterdir()} == {
+        "particles.star", "half1.mrc", "half2.mrc", "map.mrc", "mask.mrc"
+    }  # fmt: skip
+    assert (folder / "job.toml").read_bytes() == (data / "job.toml").read_bytes()
+    assert not (folder / "lock.json").exists() and not list(folder.rglob("*.part"))
+    ends = [stage for event, stage in events(folder) if event == "end"]
+    assert ends == [*STAGE_FOLDERS, "report"] and events(folder)[-1] == ("done", "")
+    assert (folder / "04_reconstruct/truth_poses/map.mrc").exists()
+    numbers = json.loads((folder / "05_diagnose/diagnose.json").read_text())
+    assert numbers["particles"] == 40 and numbers["half_counts"] == [20, 20] and "pose_errors" in numbers
+
+
+def test_manifest_traces_inputs_and_machine(data, tmp_path, quick):
+    import hashlib
+
+    run_job(data / "job.toml", tmp_path / "run", Context())
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    for name in ("particles.star", "particles.mrcs", "truth_map.mrc", "truth.star"):
+        expected = hashlib.sha256((data / name).read_bytes()).hexdigest()
+        assert manifest["inputs"][str(data / name)]["sha256"] == expected
+    (start,) = manifest["starts"]
+    assert start["ranks"] == 1 and start["devices"] and start["packages"]["numpy"] == np.__version__
+    assert manifest["seed"] == 1
+
+
+def test_resolved_job_has_every_default_and_runs_the_same(data, tmp_path, quick):
+    run_job(data / "job.toml", tmp_path / "a", Context())
+    text = (tmp_path / "a/resolved.toml").read_text()
+    assert "lowpass_A = 30.0" in text and "# refinement engine" in text and str(data) in text
+    shutil.copy(tmp_path / "a/resolved.toml", tmp_path / "again.toml")
+    run_job(tmp_path / "again.toml", tmp_path / "b", Context())
+    assert hash_files(tmp_path / "a") == hash_files(tmp_path / "b")
+
+
+def test_same_seed_same_bits_other_seed_other_halves(data, tmp_path, quick):
+    jobs = {"a": write_job(data, "a.toml"), "b": write_job(data, "b.toml"), "c": write_job(data, "c.toml", run_seed=5)}
+    found = {name: hash_files(run_job(job, tmp_path / name, Context()).path) for name, job in jobs.items()}
+    assert found["a"] == found["b"]
+    assert found["a"]["01_ingest/shard-00000.h5"] != found["c"]["01_ingest/shard-00000.h5"]
+
+
+# --- refusals
+
+
+def test_a_folder_with_a_run_is_refused(data, tmp_path, quick):
+    run_job(data / "job.toml", tmp_path / "run", Context())
+    before = hash_files(tmp_path / "run")
+    with pytest.raises(UsageError, match="holds a run already"):
+        run_job(data / "job.toml", tmp_path / "run", Context())
+    assert hash_files(tmp_path / "run") == before
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(UsageError, match="no run that could be resumed"):
+        resume_run(tmp_path, Context())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    with lock.locked(tmp_path / "lock.json"):
+        code = (
+            "from cryoiso.pipeline.lock import locked\nfrom pathlib import Path\n"
+            f"with locked(Path({str(tmp_path)!r}, 'lock.json')): pass"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another run works in" in done.stderr and str(os.getpid()) in done.stderr
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_lock_of_a_dead_process_is_taken_over(tmp_path):
+    code = (
+        "import os\nfrom cryoiso.pipeline.lock import locked\nfrom pathlib import Path\n"
+        f"with locked(Path({str(tmp_path)!r}, 'lock.json')): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code])
+    assert (tmp_path / "lock.json").exists()
+    with lock.locked(tmp_path / "lock.json"):
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_lock_of_another_host_is_stale_only_when_nobody_touches_it(tmp_path, monkeypatch):
+    path = tmp_path / "lock.json"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": "", "restart": "0"}))
+    with pytest.raises(UsageError, match="elsewhere"), lock.locked(path):
+        pass
+    old = time.time() - lock.STALE_AFTER_S - 60
+    os.utime(path, (old, old))
+    with lock.locked(path):
+        pass
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": "77", "restart": "0"}))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with lock.locked(path):
+        pass
+
+
+# --- the journal
+
+
+def test_journal_survives_a_torn_line(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.append("start", stage="ingest")
+    journal.append("end", stage="ingest", seconds=1.5)
+    whole = (tmp_path / "j").read_bytes()
+    for cut in range(whole.index(b"\n") + 1, len(whole)):
+        (tmp_path / "j").write_bytes(whole[:cut])
+        again = Journal(tmp_path / "j")
+        assert [line["event"] for line in again.lines] == ["start"]
+        again.append("resume")
+        assert [line["event"] for line in read_journal(tmp_path / "j")] == ["start", "resume"]
+        (tmp_path / "j").unlink()
+
+
+def test_damaged_journal_is_an_error(tmp_path):
+    (tmp_path / "j").write_text('{"event": "run"}\nrubbish\n{"event": "done"}\n')
+    with pytest.raises(InputError, match="damaged"):
+        read_journal(tmp_path / "j")
+
+
+# --- resume
+
+
+def in_child(action) -> int:
+    """Runs something in a forked process; its exit status, negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_at(place: str, count: int) -> None:
+    """From now on the ``count``-th rename or journal line of this process is its last act, or never happens."""
+    calls = {"n": 0}
+    real_replace, real_append = os.replace, Journal.append
+
+    def die_if_due(moment: str) -> None:
+        calls["n"] += moment == place
+        if moment == place and calls["n"] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace(*a, **k):
+        die_if_due("before rename")
+        real_replace(*a, **k)
+        die_if_due("after rename")
+
+    def append(self, *a, **k):
+        die_if_due("before line")
+        real_append(self, *a, **k)
+        die_if_due("after line")
+
+    os.replace, Journal.append = replace, append
+
+
+@pytest.mark.parametrize("place", ["before rename", "after rename", "before line", "after line"])
+def test_killed_at_any_instant_resume_ends_with_the_same_bits(place, data, tmp_path, quick):
+    job = write_job(data, "kill.toml", particles_shard_mib=1)
+    expected = hash_files(run_job(job, tmp_path / "whole", Context(), quick_report).path)
+    for count in range(1, 100):
+        folder = tmp_path / f"killed{count}"
+
+        def attempt(folder=folder, count=count):
+            kill_at(place, count)
+            run_job(job, folder, Context(), quick_report)
+
+        status = in_child(attempt)
+        if status == 0:
+            assert count > 8, "nothing was killed"
+            return
+        assert status == -signal.SIGKILL
+        if not (folder / "resolved.toml").exists():  # killed before there was anything to resume
+            shutil.rmtree(folder)
+            run_job(job, folder, Context(), quick_report)
+        else:
+            resume_run(folder, Context(), quick_report)
+        assert hash_files(folder) == expected, f"killed {place} {count}"
+        assert not list(folder.rglob("*.part")) and events(folder)[-1] == ("done", "")
+    raise AssertionError("never ran to its end")
+
+
+def test_resume_of_a_finished_run_does_nothing_again(data, tmp_path, quick):
+    run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.mrc")}
+    resume_run(tmp_path / "run", Context(), quick_report)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.mrc")} == before
+    assert sum(event == "start" for event, _ in events(tmp_path / "run")) == len(STAGE_FOLDERS) + 1
+
+
+@pytest.mark.parametrize(
+    "lost, again",
+    [
+        ("01_ingest/shard-00000.h5", ["ingest"]),
+        ("03_refine/half", []),
+        ("04_reconstruct/map.mrc", ["reconstruct"]),
+        ("result/map.mrc", ["report"]),
+    ],
+)
+def test_a_damaged_file_is_made_again_and_nothing_else(lost, again, data, tmp_path, quick):
+    run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
+    before, lines = hash_files(tmp_path / "run"), len(events(tmp_path / "run"))
+    if (tmp_path / "run" / lost).exists():
+        with open(tmp_path / "run" / lost, "r+b") as stream:
+            stream.seek(-3, os.SEEK_END)
+            stream.write(b"xyz")
+    resume_run(tmp_path / "run", Context(), quick_report)
+    assert hash_files(tmp_path / "run") == before
+    assert [stage for event, stage in events(tmp_path / "run")[lines:] if event == "start"] == again
+
+
+def test_an_edited_job_makes_its_stages_again(data, tmp_path, quick):
+    run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
+    resolved = tmp_path / "run/resolved.toml"
+    resolved.write_text(resolved.read_text().replace('title = ""', 'title = "new"'))
+    lines = len(events(tmp_path / "run"))
+    resume_run(tmp_path / "run", Context(), quick_report)
+    assert "start" not in [event for event, _ in events(tmp_path / "run")[lines:]], "a title changes no result"
+    resolved.write_text(resolved.read_text().replace("seed = 1", "seed = 2"))
+    resume_run(tmp_path / "run", Context(), quick_report)
+    other = run_job(write_job(data, "seed2.toml", run_seed=2), tmp_path / "fresh", Context(), quick_report)
+    assert hash_files(tmp_path / "run") == hash_files(other.path)
+
+
+def test_changed_input_stops_a_resume(data, tmp_path, quick):
+    folder = tmp_path / "copy"
+    shutil.copytree(data, folder)
+    run_job(folder / "job.toml", tmp_path / "run", Context())
+    write_cube(folder / "truth_map.mrc", 24, 7.0)
+    with pytest.raises(InputError, match="has changed since it started"):
+        resume_run(tmp_path / "run", Context())
+    (folder / "truth_map.mrc").unlink()
+    with pytest.raises(InputError, match="is gone"):
+        resume_run(tmp_path / "run", Context())
+
+
+def test_a_signal_stops_between_stages_and_is_noted(data, tmp_path, quick, monkeypatch):
+    from cryoiso.pipeline import stages
+
+    real = stages._write_reference
+
+    def then_signal(work):
+        real(work)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(stages, "_write_reference", then_signal)
+    with pytest.raises(Interrupted):
+        run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
+    assert events(tmp_path / "run")[-1] == ("stop", "") and not (tmp_path / "run/03_refine/particles.star").exists()
+    signals.clear()
+    monkeypatch.setattr(stages, "_write_reference", real)
+    resume_run(tmp_path / "run", Context(), quick_report)
+    whole = run_job(data / "job.toml", tmp_path / "whole", Context(), quick_report)
+    assert hash_files(tmp_path / "run") == hash_files(whole.path)
+
+
+# --- references on another grid
+
+
+def _blob(box: int, pixel: float, centre_A=(0.0, 0.0, 0.0), sigma_A: float = 12.0) -> np.ndarray:
+    axes = [(np.arange(box) - box // 2) * pixel - c for c in centre_A]
+    return np.exp(-sum(a**2 for a in np.meshgrid(*axes, indexing="ij")) / (2 * sigma_A**2)).astype(np.float32)
+
+
+@pytest.mark.parametrize("box_in, pixel_in", [(32, 4.0), (33, 4.0), (48, 2.7), (24, 5.0)])
+@pytest.mark.parametrize("box_out, pixel_out", [(32, 4.0), (31, 4.5), (40, 3.0)])
+def test_resampling_keeps_density_and_centre(box_in, pixel_in, box_out, pixel_out):
+    """A Gaussian sampled on one grid and interpolated onto another is the Gaussian sampled there."""
+    centre = (10.0, -6.0, 3.0)
+    found = resample_map(_blob(box_in, pixel_in, centre), pixel_in, box_out, pixel_out)
+    expected = _blob(box_out, pixel_out, centre)
+    inside = np.abs(np.indices([box_out] * 3) - box_out // 2).max(0) * pixel_out < box_in * pixel_in / 2 - 8
+    assert np.abs(found - expected)[inside].max() < 5e-3 and found.dtype == np.float32
+
+
+def test_resampling_onto_the_same_grid_changes_nothing():
+    noise = np.random.default_rng(0).standard_normal((15, 15, 15)).astype(np.float32)
+    assert np.allclose(resample_map(noise, 3.0, 15, 3.0), noise, atol=1e-5)
+    noise = np.random.default_rng(0).standard_normal((16, 16, 16)).astype(np.float32)
+    assert np.allclose(resample_map(noise, 3.0, 16, 3.0), noise, atol=1e-5)
+
+
+def test_coarser_grid_holds_no_alias():
+    """A wave beyond the new Nyquist limit vanishes instead of folding back."""
+    box = 48
+    wave = np.cos(2 * np.pi * 20 * (np.arange(box) - box // 2) / box)[None, None, :] * np.ones((box, box, 1))
+    assert np.abs(resample_map(wave, 1.0, 24, 2.0)).max() < 1e-5
+
+
+def test_diameter_is_measured_about_the_box_centre():
+    box, pixel = 64, 3.0
+    r = np.sqrt(((np.indices((box,) * 3) - box // 2) ** 2).sum(0)) * pixel
+    ball = DensityMap((r < 45).astype(np.float32), pixel)
+    assert measure_diameter(ball, margin_A=0) == pytest.approx(90, abs=8)
+    shifted = DensityMap(np.roll(ball.data, 10, axis=0), pixel)
+    assert measure_diameter(shifted, margin_A=0) == pytest.approx(2 * (45 + 30), abs=12)
+
+
+# --- the real engine, in processes of their own
+
+
+def test_whole_run_from_the_command_line(data, tmp_path):
+    done = cryoiso("run", data / "job.toml", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "run/report.html")
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<html" in page and len(page) > 50_000
+    again = cryoiso("run", data / "job.toml", "--out", tmp_path / "run")
+    assert again.returncode == EXIT_USAGE and "cryoiso resume" in again.stderr and "Traceback" not in again.stderr
+    assert cryoiso("resume", tmp_path / "run").returncode == 0
+
+
+@pytest.mark.mpi
+def test_any_number_of_ranks_and_a_kill_give_the_same_bits(data, tmp_path):
+    """Serial; on 3 ranks; on 2 ranks killed in the refinement and resumed on 3."""
+    job = data / "job.toml"
+    assert cryoiso("run", job, "--out", tmp_path / "serial").returncode == 0
+    expected = hash_files(tmp_path / "serial")
+    words = ["-m", "cryoiso.cli.main"]
+    run_mpi(3, [*words, "run", job, "--out", tmp_path / "three"], 600)
+    assert hash_files(tmp_path / "three") == expected
+
+    process = start_mpi(2, [*words, "run", job, "--out", tmp_path / "killed"])
+    _wait_for(tmp_path / "killed/journal.jsonl", '"checkpoint", "stage": "refine"', process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    _wait_until_unlocked(tmp_path / "killed/lock.json")
+    run_mpi(3, [*words, "resume", tmp_path / "killed"], 600)
+    assert hash_files(tmp_path / "killed") == expected
+    assert any(line.get("resumed") for line in read_journal(tmp_path / "killed/journal.jsonl"))
+
+
+@pytest.mark.mpi
+def test_sigterm_to_one_rank_checkpoints_and_exits_75(data, tmp_path):
+    job = write_job(data, "long.toml", refine_max_iterations=20)
+    words = ["-m", "cryoiso.cli.main"]
+    process = start_mpi(2, [*words, "run", job, "--out", tmp_path / "run"])
+    _wait_for(tmp_path / "run/journal.jsonl", '"checkpoint", "stage": "refine"', process)
+    holder = json.loads((tmp_path / "run/lock.json").read_text())["pid"]
+    os.kill(holder, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == EXIT_REQUEUE and err.count("error:") == 1 and "resume" in err
+    assert events(tmp_path / "run")[-1] == ("stop", "") and not (tmp_path / "run/lock.json").exists()
+
+
+def _wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if path.exists() and text in path.read_text():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"{text} never came")
+
+
+def _wait_until_unlocked(path: Path) -> None:
+    """Until the killed rank 0 is gone, so that its lock is stale."""
+    pid = json.loads(path.read_text())["pid"]
+    for _ in range(200):
+        if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("rank 0 survived its launcher")
+
+
+def test_refine_and_reconstruct_alone_on_plain_files(data, tmp_path):
+    options = ["--ref", data / "truth_map.mrc", "--symmetry", "C3", "--max-iterations", 1, "--healpix-order", 1]
+    done = cryoiso("refine", data / "particles.star", "--out", tmp_path / "refined", *options)
+    assert done.returncode == 0, done.stderr
+    star = tmp_path / "refined/particles.star"
+    assert star.exists() and (tmp_path / "refined/half2.mrc").exists()
+    done = cryoiso("refine", tmp_path / "refined/shards", "--out", tmp_path / "from_shards", *options)
+    assert done.returncode == 0, done.stderr
+    same = [(tmp_path / name / "half1.mrc").read_bytes() for name in ("refined", "from_shards")]
+    assert same[0] == same[1]
+    done = cryoiso("reconstruct", star, "--out", tmp_path / "maps", "--symmetry", "C3", "--project", data, cwd=data)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "maps").iterdir()} == {"half1.mrc", "half2.mrc", "map.mrc"}
+    assert cryoiso("reconstruct", data / "particles.star", "--out", tmp_path / "no").returncode == EXIT_INPUT
