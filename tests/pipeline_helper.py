@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -24,6 +27,24 @@ def cryoiso(*arguments: object, cwd: Path | None = None, **env: str) -> subproce
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "cryoiso.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**SERIAL, **env})
+
+
+def cryoiso_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line in this process: quicker, for commands that fail before they start to work."""
+    from cryoiso.cli.main import main
+
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["cryoiso", *map(str, arguments)]
+    code: Any = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as leave:
+        code = leave.code or 0
+    finally:
+        sys.argv = argv
+        logging.getLogger("cryoiso").handlers.clear()
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 def simulate(folder: Path, n: int = 40, box: int = 24, pixel_size: float = 7.0, seed: int = 1) -> Path:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cryoiso.core.errors import InputError
-from cryoiso.io.mrc import StackReader, build_header, read_header, read_map, read_raw_map, runs, write_map, write_stack
+from cryoiso.io.mrc import build_header, read_header, read_map, read_raw_map, write_map, write_stack
+from cryoiso.io.stack import StackReader, runs
 
 
 def theirs(path: Path) -> tuple[np.ndarray, list[float]]:

@@ -13,7 +13,7 @@ from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions, read_particle_file
 from cryoiso.io.star import read_particles, write_particles
 from cryoiso.io.startable import Columns
-from cryoiso.io.startext import StarBlock, format_blocks, parse_blocks, read_blocks, write_blocks
+from cryoiso.io.startext import read_blocks
 
 PARTICLE_STARS = [
     "particles/aspire_sample17/sample_particles_relion30.star",
@@ -82,30 +82,6 @@ def star(folder: Path, optics: str = OPTICS, rows: list[str] = ROWS, head: str =
     path = folder / "particles.star"
     path.write_text(optics + head + "\n".join(rows) + "\n")
     return path
-
-
-def test_every_real_star_file_comes_back_from_blocks_unchanged(shared, tmp_path):
-    files = sorted((shared / "data").rglob("*.star"))
-    assert len(files) > 25
-    for file in files:
-        blocks = read_blocks(file)
-        write_blocks(tmp_path / "again.star", blocks)
-        assert read_blocks(tmp_path / "again.star") == blocks, file
-
-
-def test_blocks_hold_what_the_starfile_library_reads(shared):
-    starfile = pytest.importorskip("starfile")
-    for name in ("relion5_sample.star", "relion31_6opticsgroups.star", "sta_hiv_relion5/R5_tutorial_run_data.star"):
-        path = shared / "data/poses" / name
-        theirs = starfile.read(path, always_dict=True)
-        ours = {b.name: b for b in read_blocks(path)}
-        assert list(theirs) == list(ours)
-        for key, table in theirs.items():
-            columns = {k: [v] for k, v in table.items()} if isinstance(table, dict) else table
-            assert list(columns) == list(ours[key].columns)
-            for column in columns:
-                for a, b in zip(list(columns[column]), ours[key].columns[column]):
-                    assert float(b) == a if isinstance(a, (int, float)) else b == str(a)
 
 
 @pytest.mark.parametrize("name", PARTICLE_STARS)
@@ -230,25 +206,6 @@ def test_relion_30_with_interleaved_microscopes(tmp_path):
     q = read_particles(tmp_path / "out.star")
     assert_same_particles(q, p)
     assert "rlnOriginX" not in q.table and q.optics_table is not None
-
-
-def test_text_that_looks_like_numbers_stays_text():
-    text = (
-        'data_a\n\n_one 007\n_two "x y"\n_empty ""\n\ndata_b\nloop_\n_k #1\n_v #2\n 0001 1.234567890123456789\n\n'
-        '# note\n a#b "it\'s"\n\ndata_c\nloop_\n_none\n'
-    )
-    blocks = parse_blocks(text)
-    assert blocks == [
-        StarBlock("a", False, {"one": ["007"], "two": ["x y"], "empty": [""]}),
-        StarBlock("b", True, {"k": ["0001", "a#b"], "v": ["1.234567890123456789", "it's"]}),
-        StarBlock("c", True, {"none": []}),
-    ]
-    assert parse_blocks(format_blocks(blocks)) == blocks
-
-
-def test_a_lone_column_of_awkward_values_survives():
-    block = StarBlock("x", True, {"k": ["data_a", "loop_", "_u", "#c", "'q", '"', "a b"]})
-    assert parse_blocks(format_blocks([block])) == [block]
 
 
 def test_only_changed_poses_are_written_anew(tmp_path):

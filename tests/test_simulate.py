@@ -233,7 +233,8 @@ def command(*arguments: object) -> None:
 
 def test_command_writes_a_set_that_reads_back(tmp_path):
     from cryoiso.io import read_particle_file
-    from cryoiso.io.mrc import StackReader, read_map
+    from cryoiso.io.mrc import read_map
+    from cryoiso.io.stack import StackReader
 
     out = tmp_path / "a" / "b"
     command("phantom", out, "--n", 60, "--box", 40, "--pixel-size", 4.5, "--mode", "preferred", "--seed", 3)

@@ -18,6 +18,9 @@ def reference(
     box: Annotated[int, typer.Option(min=8, help="Box of the particles in pixels.")],
     pixel_size: Annotated[float, typer.Option(min=0.01, help="Pixel size of the particles in Å.")],
     lowpass: Annotated[float, typer.Option(min=0.0, help="Resolution of the result in Å; 0 does not filter.")] = 30.0,
+    symmetry: Annotated[
+        str, typer.Option(help="Point group; a model is turned into its standard frame (Cn about z).")
+    ] = "C1",
     map_pixel_size: Annotated[
         float | None, typer.Option(help="Pixel size of the given map in Å, if its header is wrong.")
     ] = None,
@@ -39,7 +42,7 @@ def reference(
         made = finish_reference(full, lowpass, f"built-in {file}")
     else:
         made = prepare_reference(
-            Path(file), box, pixel_size, lowpass, map_pixel_size_A=map_pixel_size, resample=True
+            Path(file), box, pixel_size, lowpass, map_pixel_size_A=map_pixel_size, resample=True, symmetry=symmetry
         )  # fmt: skip
     write_map(out, made.initial.data, pixel_size)
     typer.echo(f"{out}: {made.source}, {box} px of {pixel_size:g} Å, diameter {made.diameter_A:.0f} Å")

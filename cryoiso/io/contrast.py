@@ -9,7 +9,7 @@ import numpy as np
 
 from cryoiso.core.types import Particles
 from cryoiso.io.imageprep import IngestSettings, check_images, normalise
-from cryoiso.io.mrc import StackReader
+from cryoiso.io.stack import StackReader
 
 logger = logging.getLogger("cryoiso")
 
@@ -97,17 +97,24 @@ def contrast(particles: Particles, rows: np.ndarray, settings: IngestSettings, f
     d = np.concatenate(values)
     if len(d) < 2:
         return 0.0
-    error = d.std(ddof=1) / np.sqrt(len(d))
-    return float(d.mean() / error) if error > 0 else float(np.sign(d.mean()) * 1e3)
+    error = d.std(axis=0, ddof=1) / np.sqrt(len(d))
+    mean = d.mean(axis=0)
+    z = np.where(error > 0, mean / np.where(error > 0, error, 1), np.sign(mean) * 1e3)
+    return float(z[np.abs(z).argmax()])
+
+
+CENTRES = (0.05, 0.1, 0.15, 0.2)
+"""Radii of the centre, in boxes: one that fits the particle tells most, a larger one takes in the dark fringe around it."""
 
 
 def _centre_minus_rim(images: np.ndarray) -> np.ndarray:
+    """(n, len(CENTRES)) mean of the centre minus that of the rim."""
     box = images.shape[-1]
     axis = np.arange(box) - box // 2
     radius = np.hypot(axis[:, None], axis[None, :])
-    return images[:, radius <= 0.2 * box].mean(1, dtype=np.float64) - images[:, radius > 0.45 * box].mean(
-        1, dtype=np.float64
-    )
+    rim = images[:, radius > 0.45 * box].mean(1, dtype=np.float64)
+    centres = [images[:, radius <= max(r * box, 1.0)].mean(1, dtype=np.float64) for r in CENTRES]
+    return np.stack(centres, 1) - rim[:, None]
 
 
 def _ctf_weighted(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:

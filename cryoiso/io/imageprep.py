@@ -10,7 +10,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import Particles
-from cryoiso.io.mrc import StackReader
+from cryoiso.io.stack import StackReader
 
 
 @dataclass(frozen=True)

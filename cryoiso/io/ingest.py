@@ -26,7 +26,6 @@ from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import temporary_name, write_text
 from cryoiso.io.contrast import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
-from cryoiso.io.mrc import StackReader
 from cryoiso.io.shards import (
     COLUMNS,
     FORMAT,
@@ -38,6 +37,7 @@ from cryoiso.io.shards import (
     shard_name,
     write_shard_file,
 )
+from cryoiso.io.stack import StackReader
 
 logger = logging.getLogger("cryoiso")
 

@@ -21,7 +21,7 @@ import numpy as np
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full
-from cryoiso.io.mrc import runs
+from cryoiso.io.stack import runs
 
 FORMAT = "cryoiso-shard"
 VERSION = 1

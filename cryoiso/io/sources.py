@@ -12,8 +12,8 @@ from cryoiso.core.types import Particles
 from cryoiso.io.contrast import decide_sign
 from cryoiso.io.imageprep import IngestSettings, read_prepared
 from cryoiso.io.ingest import check_stacks
-from cryoiso.io.mrc import StackReader
 from cryoiso.io.shards import CHUNK_IMAGES
+from cryoiso.io.stack import StackReader
 
 
 def fixed_chunks(n: int) -> list[tuple[int, int]]:

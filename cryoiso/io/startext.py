@@ -3,12 +3,19 @@
 Values stay strings, so nothing is lost: leading zeros, long decimals and text that looks like a number come back as
 they were. Only layout (padding, comments, ``#1`` column numbers) is not kept. Format: Hall, J. Chem. Inf. Comput. Sci.
 31 (1991) 326, in the dialect of RELION: one loop row a line.
+
+The ``starfile`` package reads the tables. What it may change (quoted or missing values, ``nan``, a ``#`` inside a
+value) is looked up in the line that it came from. Writing is done here, because ``starfile`` stamps the time into what
+it writes and the same results must give the same bytes.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,9 +23,11 @@ from typing import Any
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import atomic_write
 
-_TOKEN = re.compile(r"""'(?P<single>.*?)'(?=\s|$)|"(?P<double>.*?)"(?=\s|$)|(?P<bare>\S+)""")
-_BLOCK = re.compile(r"data_\S*$", re.IGNORECASE)
-_STRUCTURE = re.compile(r"(data_\S*|loop_|_\S+.*)$", re.IGNORECASE)
+logger = logging.getLogger("cryoiso")
+
+_TOKEN = re.compile(r"""'(?P<single>.*?)'(?=[ \t]|$)|"(?P<double>.*?)"(?=[ \t]|$)|(?P<bare>[^ \t]+)""")
+_SPACE = re.compile(r"[ \t]+")
+_STRUCTURE = re.compile(r"(data_\S*|loop_)(\s+#.*)?$|_\S", re.IGNORECASE)
 
 
 @dataclass
@@ -51,100 +60,156 @@ def read_blocks(path: object) -> list[StarBlock]:
     """All blocks of a STAR file in their order.
 
     Raises:
-        InputError: no such file, not a STAR file, or a row whose number of values is not that of the columns.
+        InputError: no such file, not a STAR file, two tables in one block, a column named twice, or a row whose number
+            of values is not that of the columns.
     """
-    try:
-        text = Path(str(path)).read_text(encoding="utf-8", errors="surrogateescape")
-    except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
-    except (OSError, IsADirectoryError) as error:
-        raise InputError(f"cannot be read: {error}", file=path) from None
-    return parse_blocks(text, path)
-
-
-def parse_blocks(text: str, path: object = None) -> list[StarBlock]:
-    """All blocks of a STAR text; ``path`` is for error messages only."""
-    lines = text.splitlines()
-    blocks: list[StarBlock] = []
-    at = 0
-    while at < len(lines):
-        stripped = lines[at].strip()
-        if not stripped or stripped.startswith("#"):
-            at += 1
-        elif _BLOCK.match(stripped):
-            blocks.append(StarBlock(stripped[5:], False, {}))
-            at += 1
-        elif not blocks:
-            raise InputError(
-                "not a STAR file", file=path, expected="a line 'data_...' first", found=repr(stripped[:40])
-            )
-        elif stripped.lower() == "loop_":
-            at = _read_loop(lines, at + 1, blocks[-1], path)
-        elif stripped.startswith("_"):
-            tokens = _tokens(stripped)
-            _add_column(blocks[-1], tokens[0][1:], tokens[1:2] or [""], path)
-            at += 1
-        else:
-            raise InputError(
-                "a value outside any loop", file=path, found=repr(stripped[:40]), hint=f"See line {at + 1} of the file."
-            )
-    if not blocks:
-        raise InputError("not a STAR file: it has no data block", file=path)
+    outlines = _outline(path)
+    tables = _tables(path, {name for o in outlines for name in o.columns})
+    count = Counter(o.name for o in outlines)
+    blocks = []
+    for outline in outlines:
+        table = tables.pop(outline.name, None) if count[outline.name] == 1 else None
+        values = _loop_values(outline, table, path) if outline.loop else _list_values(outline, table, path)
+        blocks.append(StarBlock(outline.name, outline.loop, dict(zip(outline.columns, values))))
     return blocks
 
 
-def _read_loop(lines: list[str], at: int, block: StarBlock, path: object) -> int:
-    if block.columns:
-        raise InputError(f"two tables in the block data_{block.name}", file=path)
-    block.loop = True
-    names: list[str] = []
-    while at < len(lines):
-        stripped = lines[at].strip()
-        if stripped.startswith("_"):
-            names.append(stripped.split()[0][1:])
-        elif stripped and not stripped.startswith("#"):
-            break
-        at += 1
-    start = at
-    rows: list[list[str]] = []
-    while at < len(lines):
-        line = lines[at]
-        stripped = line.lstrip()
-        first = stripped[:1]
-        if (
-            first in ("_", "d", "D", "l", "L")
-            and _STRUCTURE.match(stripped.rstrip())
-            and (len(names) > 1 or first == "_")
-        ):
-            break
-        if first and first != "#":
-            if "'" in line or '"' in line or "#" in line:
-                rows.append(_tokens(line))
-            else:
-                rows.append(line.split())
-            if len(rows[-1]) != len(names):
-                raise InputError(
-                    f"wrong number of values in the table data_{block.name}",
-                    file=path,
-                    row=len(rows),
-                    expected=f"{len(names)} values, one a column",
-                    found=len(rows[-1]),
-                    hint=f"See line {at + 1} of the file (the first row is on line {start + 1}).",
-                )
-        at += 1
-    values = [list(c) for c in zip(*rows)] if rows else [[] for _ in names]
-    for name, column in zip(names, values):
-        _add_column(block, name, column, path)
-    return at
+@dataclass
+class _Outline:
+    """Where a block's values stand: line number and text of every row (of every item if the block is no loop)."""
+
+    name: str
+    loop: bool = False
+    columns: list[str] = field(default_factory=list)
+    rows: list[tuple[int, str]] = field(default_factory=list)
 
 
-def _add_column(block: StarBlock, name: str, values: list[str], path: object) -> None:
-    if name in block.columns:
+def _outline(path: object) -> list[_Outline]:
+    """Blocks, their column names and the lines of their rows. The values are not looked at."""
+    found: list[_Outline] = []
+    try:
+        with open(Path(str(path)), encoding="utf-8-sig", errors="surrogateescape") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.strip()
+                if not text or text[0] == "#":
+                    continue
+                if text[0] in "_dDlL" and _STRUCTURE.match(text):
+                    _add_structure(found, number, text, path)
+                elif found and found[-1].loop and found[-1].columns:
+                    found[-1].rows.append((number, text))
+                else:
+                    raise _out_of_place(found, number, text, path)
+    except FileNotFoundError:
+        raise InputError("no such file", file=path) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}", file=path) from None
+    if not found:
+        raise InputError("not a STAR file: it has no data block", file=path)
+    return found
+
+
+def _add_structure(found: list[_Outline], number: int, text: str, path: object) -> None:
+    word = text.split()[0]
+    if word[0] in "dD":
+        found.append(_Outline(word[5:]))
+        return
+    if not found:
+        raise _out_of_place(found, number, text, path)
+    block = found[-1]
+    name = word[1:]
+    if word[0] != "_":
+        if block.loop or block.columns:
+            raise InputError(f"two tables in the block data_{block.name}", file=path, hint=f"See line {number}.")
+        block.loop = True
+    elif block.loop and block.rows:
+        hint = f"See line {number}. If it is a row whose first value starts with _, put that value in quotes."
+        raise InputError(f"a column name below the rows of the table data_{block.name}", file=path, hint=hint)
+    elif name in block.columns:
         raise InputError(f"the column _{name} stands twice in the block data_{block.name}", file=path)
-    block.columns[name] = values
+    else:
+        block.columns.append(name)
+        if not block.loop:
+            block.rows.append((number, text))
+
+
+def _out_of_place(found: list[_Outline], number: int, text: str, path: object) -> InputError:
+    shown = repr(text[:40])
+    if not found:
+        return InputError("not a STAR file", file=path, expected="a line 'data_...' first", found=shown)
+    return InputError("a value outside any loop", file=path, found=shown, hint=f"See line {number} of the file.")
+
+
+def _tables(path: object, names: Iterable[str]) -> dict[str, Any]:
+    """What starfile reads, as text: block name -> DataFrame of a loop, dict of a list. Empty where it gives up."""
+    import linecache
+
+    import starfile
+
+    linecache.clearcache()  # it reads through this cache, which does not notice that a file has changed
+    try:
+        return dict(starfile.read(str(path), always_dict=True, parse_as_string=sorted(names)))
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        logger.debug("%s: starfile gave up (%s); its tables are read line by line", path, error)
+        return {}
+    finally:
+        linecache.clearcache()
+
+
+def _loop_values(outline: _Outline, table: Any, path: object) -> list[list[str]]:
+    """The columns of a loop: starfile's values, with rows in doubt read again from their lines.
+
+    starfile takes an apostrophe for a quotation mark, ends a row at any #, reads "nan" as missing, fills up short
+    rows with empty text, ends a table at a value that starts with data_, and writes the block's name over a column
+    called "name".
+    """
+    rows = outline.rows
+    whole = table is not None and not isinstance(table, dict) and "name" not in outline.columns
+    if whole and list(table) == outline.columns and len(table) == len(rows):
+        values = [table[name].tolist() for name in outline.columns]
+        doubt = {i for i, (_, text) in enumerate(rows) if _marked(text)}
+        doubt.update(i for column in values for i, v in enumerate(column) if not (isinstance(v, str) and v))
+    else:
+        values = [[""] * len(rows) for _ in outline.columns]
+        doubt = set(range(len(rows)))
+    for i in sorted(doubt):
+        tokens = _tokens(rows[i][1])
+        if len(tokens) != len(values):
+            raise InputError(
+                f"wrong number of values in the table data_{outline.name}",
+                file=path,
+                row=i + 1,
+                expected=f"{len(values)} values, one a column",
+                found=len(tokens),
+                hint=f"See line {rows[i][0]} of the file (the first row is on line {rows[0][0]}).",
+            )
+        for column, token in zip(values, tokens):
+            column[i] = token
+    return values
+
+
+def _list_values(outline: _Outline, table: Any, path: object) -> list[list[str]]:
+    """The columns of a block that is no loop, one value each; starfile takes a backslash for an escape."""
+    values = []
+    for name, (number, text) in zip(outline.columns, outline.rows):
+        value = table.get(name) if isinstance(table, dict) else None
+        if not isinstance(value, str) or _marked(text) or "\\" in text:
+            tokens = _tokens(text)
+            if len(tokens) > 2:
+                hint = f"See line {number} of the file. A value with spaces must stand in quotes."
+                raise InputError(f"_{name} has more than one value", file=path, found=" ".join(tokens[1:]), hint=hint)
+            value = tokens[1] if len(tokens) == 2 else ""
+        values.append([value])
+    return values
+
+
+def _marked(text: str) -> bool:
+    return '"' in text or "'" in text or "#" in text
 
 
 def _tokens(line: str) -> list[str]:
+    """The values of a line: quotes taken off, a comment left out (# begins one only at the start of a word)."""
+    if not _marked(line):
+        return _SPACE.split(line)
     found = []
     for match in _TOKEN.finditer(line):
         bare = match["bare"]
@@ -182,7 +247,7 @@ def format_blocks(blocks: list[StarBlock]) -> str:
 
 def _quoted_column(values: list[str]) -> list[str]:
     joined = "\n".join(values)
-    plain = len(joined.split()) == len(values) and not any(map(str.startswith, values, repeat(("'", '"', "#", "_"))))
+    plain = joined.split() == values and not any(map(str.startswith, values, repeat(("'", '"', "#", "_"))))
     return values if plain else [_quoted(v) for v in values]
 
 

@@ -74,6 +74,10 @@ def guard(ctx: Context, say: Callable[[str], None] | None = None) -> Iterator[No
         _leave(ctx, str(error), error.exit_code, common, say)
     except KeyboardInterrupt:
         _leave(ctx, "interrupted from the keyboard", EXIT_KEYBOARD, ctx.size == 1, say)
+    except OSError as error:
+        logger.debug("the system refused something", exc_info=True)
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        _leave(ctx, what, EXIT_OTHER, ctx.size == 1, say)
     except Exception as error:
         logger.debug("unexpected error", exc_info=True)
         traceback.print_exc()

@@ -89,7 +89,14 @@ def set_threads(count: int) -> None:
 
 
 def limit_threads_early() -> None:
-    """Before numpy is loaded: a cautious share of the cores, so that R ranks of a node start no R x cores threads."""
+    """Before numpy is loaded: a cautious share of the cores, so that R ranks of a node start no R x cores threads.
+
+    Threads that wait sleep: OpenMP's default is to spin, which on a shared node takes the cores from those at work.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if user_set_threads():
+        os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+        return
     launcher = find_launcher()
     if launcher is not None and launcher.local_size:
         set_threads(max(1, len(os.sched_getaffinity(0)) // launcher.local_size))

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc, divide_by_gridding, pad_volume
-from cryoiso.physics.project import corner_shares, pairs, slice_corners
+from cryoiso.physics.masks import sphere_mask
+from cryoiso.physics.project import check_reach, corner_shares, pairs, slice_corners
 
 UNIT = float(2**32)
+EDGE_PX = 3.0
 
 
 @dataclass
@@ -61,10 +63,12 @@ class SliceAccumulator:
 
         from cryoiso.physics import _kernels
 
+        rot = np.ascontiguousarray(rotation.numpy(), np.float32)
+        check_reach(rot, where, self.padding, self.grid.shape[0])
         _kernels.insert_slices(
             self.grid.view(-1).numpy(),
             self.grid.shape[0],
-            np.ascontiguousarray(rotation.numpy(), np.float32),
+            rot,
             where.ky,
             where.kx,
             np.float32(self.padding),
@@ -142,6 +146,9 @@ class FourierSums:
     def reconstruct(self, inverse_ssnr: Tensor | None = None) -> Tensor:
         """The map (D, D, D) float32: numerator / (weight + Wiener term), inverse transform, gridding correction.
 
+        Zero outside the sphere of diameter D (soft edge of ``EDGE_PX``): what lies beyond leaves the image in some views,
+        and there the gridding correction amplifies the noise most.
+
         Args:
             inverse_ssnr: (>= radius+1,) 1/SSNR a shell; the Wiener term is the shell's mean weight times it. Without
             it,
@@ -158,7 +165,8 @@ class FourierSums:
             denominator = denominator + term[shell]
         quotient = self.numerator / torch.maximum(denominator, floor[shell])
         quotient = torch.where(inside & (self.weight > 0), quotient, torch.zeros_like(quotient))
-        return half_space_to_volume(quotient, self.box_px, self.padding)
+        volume = half_space_to_volume(quotient, self.box_px, self.padding)
+        return volume * sphere_mask(self.box_px, self.box_px / 2, EDGE_PX, device=volume.device, dtype=volume.dtype)
 
 
 def half_space_to_volume(half_space: Tensor, box_px: int, padding: int) -> Tensor:

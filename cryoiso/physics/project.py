@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
 
 
@@ -53,6 +54,7 @@ class FourierVolume:
         from cryoiso.physics import _kernels
 
         rot = np.ascontiguousarray(rotation.detach().numpy(), np.float32)
+        check_reach(rot, where, self.padding, self.grid.shape[0])
         out = torch.empty(len(rot), where.size, dtype=torch.complex64)
         _kernels.extract_slices(
             flat_pairs(self.grid), self.grid.shape[0], rot, where.ky, where.kx, np.float32(self.padding), pairs(out)
@@ -69,6 +71,28 @@ class FourierVolume:
         for offset, share in corner_shares(fraction, self.grid.shape):
             value = value + flat[corner + offset] * share
         return torch.where(flip, value.conj(), value)
+
+
+def check_reach(rotation: np.ndarray, where: Disc, padding: int, grid_rows: int) -> None:
+    """Refuses samples beyond the grid, and NaN: the CPU kernels would read and write memory that is not theirs.
+
+    Args:
+        rotation: (J, 3, 3), possibly magnified: the largest singular value of the upper two rows is the magnification.
+
+    Raises:
+        CryoisoError: magnification times radius exceeds the grid.
+    """
+    if not len(rotation) or not where.size:
+        return
+    x, y = rotation[:, 0].astype(np.float64), rotation[:, 1].astype(np.float64)
+    xx, yy, xy = (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)
+    largest = float(np.sqrt((xx + yy) / 2 + np.hypot((xx - yy) / 2, xy)).max())
+    radius = float(np.hypot(where.ky, where.kx).max())
+    if not padding * radius * largest < (grid_rows - 1) // 2:
+        raise CryoisoError(
+            f"slices reach to {radius * largest:.1f} Fourier pixels but the grid ends at "
+            f"{((grid_rows - 1) // 2 - 2) / padding:g}. The frequencies of magnified images must be cut before."
+        )
 
 
 def pairs(values: Tensor) -> np.ndarray:

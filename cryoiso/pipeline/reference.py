@@ -13,7 +13,6 @@ from cryoiso.core.types import DensityMap
 
 logger = logging.getLogger("cryoiso")
 
-MODEL_SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif", ".pdb1")
 PIXEL_TOLERANCE = 0.01
 """Pixel sizes that differ by less are the same (headers are rounded, microscopes recalibrated)."""
 LARGEST_RATIO = 2.0
@@ -34,12 +33,6 @@ class Reference:
     """what was done, in words"""
 
 
-def is_model(path: object) -> bool:
-    """Whether the file's name is that of an atomic model (PDB or mmCIF, packed or not)."""
-    name = str(path).lower()
-    return name.removesuffix(".gz").endswith(MODEL_SUFFIXES)
-
-
 def prepare_reference(
     file: Path,
     box_px: int,
@@ -48,10 +41,11 @@ def prepare_reference(
     *,
     map_pixel_size_A: float | None = None,
     resample: bool = False,
+    symmetry: str = "C1",
 ) -> Reference:
     """Reads a reference and brings it onto a grid.
 
-    A model is turned into density. A map must have this box and, within 1 %, this pixel size, unless ``resample`` is
+    A model is turned into the frame of its point group and into density. A map must have this box and, within 1 %, this pixel size, unless ``resample`` is
     set, which interpolates it exactly in Fourier space.
 
     Args:
@@ -61,16 +55,19 @@ def prepare_reference(
         lowpass_A: resolution of ``initial``; 0 leaves it as it is.
         map_pixel_size_A: replaces the pixel size in the map's header.
         resample: accept a map with another box or pixel size.
+        symmetry: point group of the particles, which a model must have.
 
     Raises:
-        InputError: unreadable file, a map without a pixel size, a map that does not fit the particles, a resolution
-            that the grid cannot hold.
+        InputError: unreadable file, a map without a pixel size, a map that does not fit the particles, a model without
+            the symmetry, a resolution that the grid cannot hold.
     """
+    from cryoiso.io.models import is_model
+
     if not file.is_file():
         raise InputError("no such reference", file=file, hint="Check reference.file in the job file.")
     _check_lowpass(lowpass_A, pixel_size_A, file)
     if is_model(file):
-        full, source = _from_model(file, box_px, pixel_size_A, lowpass_A)
+        full, source = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry)
     else:
         full, source = _from_map(file, box_px, pixel_size_A, map_pixel_size_A, resample)
     if float(full.data.max()) <= 0:
@@ -95,11 +92,13 @@ def _check_lowpass(lowpass_A: float, pixel_size_A: float, file: Path) -> None:
         )  # fmt: skip
 
 
-def _from_model(file: Path, box_px: int, pixel_size_A: float, lowpass_A: float) -> tuple[DensityMap, str]:
+def _from_model(
+    file: Path, box_px: int, pixel_size_A: float, lowpass_A: float, symmetry: str
+) -> tuple[DensityMap, str]:
     from cryoiso.io.models import model_to_map
 
     resolution = max(3 * pixel_size_A, 0.5 * lowpass_A)
-    full = model_to_map(file, box_px, pixel_size_A, resolution, centre=True)
+    full = model_to_map(file, box_px, pixel_size_A, resolution, align_symmetry_axis=symmetry)
     return full, f"density of the atomic model {file.name}"
 
 

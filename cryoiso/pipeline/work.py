@@ -86,7 +86,7 @@ class Work:
             section = self.job.reference
             self._reference = prepare_reference(
                 Path(section.file), *self.grid(), section.lowpass_A,
-                map_pixel_size_A=section.pixel_size_A, resample=section.resample,
+                map_pixel_size_A=section.pixel_size_A, resample=section.resample, symmetry=self.job.sample.symmetry,
             )  # fmt: skip
         return self._reference
 

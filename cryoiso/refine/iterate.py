@@ -159,8 +159,10 @@ class Refinement:
         for half in HALVES:
             mine = sums[half].reconstruct().cpu().numpy() if half in sums else None
             raw[half] = comm.bcast(mine, root_of_half(half, comm.size))
-        curve = references.half_map_fsc(raw, None)
-        tight = references.half_map_fsc(raw, self.sphere)
+        # beyond what was inserted the maps are empty, and a mask would correlate its own leakage there
+        seen = np.arange(self.box // 2 + 1) <= self.insertion_radius(state)
+        curve = np.where(seen, references.half_map_fsc(raw, None), 0.0)
+        tight = np.where(seen, references.half_map_fsc(raw, self.sphere), 0.0)
         if self.settings.join_halves_A:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:

@@ -17,6 +17,7 @@ from cryoiso.refine import schedule
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, as_real, shift_factors, whiten
 from cryoiso.refine.maximise import NoiseSums
 from cryoiso.refine.schedule import State
+from cryoiso.refine.search import SearchPlan
 
 if TYPE_CHECKING:
     from cryoiso.refine.iterate import Model, Refinement
@@ -67,7 +68,7 @@ def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state
     with the other half, so that the noise which made a pose win does not inflate the factor.
 
     Raises:
-        InputError: the reference does not correlate with the images at all.
+        InputError: the reference does not correlate with the images, or does so with the opposite sign.
     """
     volume = FourierVolume.from_volume(
         torch.as_tensor(reference, device=run.device), run.settings.padding, state.radius_px
@@ -76,43 +77,70 @@ def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state
     keys = shuffle_keys(run.request.seed, "grey scale", run.particles.uid)
     chosen = np.zeros(len(keys), bool)
     chosen[np.argsort(keys, kind="stable")[:SCALE_PARTICLES]] = True
-    cross = norm = 0.0
+    mine: list[tuple[np.ndarray, np.ndarray]] = []
     for half in (1, 2):
         for rows in run.owned(half)[0]:
-            mine = np.flatnonzero(chosen[rows])
-            if len(mine):
+            some = np.flatnonzero(chosen[rows])
+            if len(some):
                 batch = run.reader.read(rows, state.radius_px)
-                c, n = _fit(whiten(batch, sigma2), mine, volume, plan)
-                cross, norm = cross + c, norm + n
-    totals = np.array(run.comm.allgather((cross, norm))).sum(0)
-    factor = float(totals[0] / totals[1]) if totals[1] > 0 else 0.0
+                mine.append((rows[some], _fit(whiten(batch, sigma2), some, volume, plan)))
+    everything = [item for part in run.comm.allgather(mine) for item in part]
+    order = np.argsort(np.concatenate([rows for rows, _ in everything]), kind="stable")
+    # summed in row order, so that the factor has the same bits on any number of ranks
+    white, dark, norm, norm_dark = np.concatenate([values for _, values in everything])[order].sum(0)
+    factor = float(white / norm) if norm > 0 else 0.0
+    if dark > 0 and dark**2 * norm > max(white, 0.0) ** 2 * norm_dark:
+        raise InputError(
+            "the images match the reference's projections better with their sign changed",
+            expected="protein white in both",
+            found="opposite signs",
+            hint="Set invert = 'yes' under [particles] if protein is dark in the images, or invert the reference.",
+        )
     if not np.isfinite(factor) or factor <= 0:
         raise InputError(
             "the reference does not match the images: its projections do not correlate with them",
-            hint="Check the reference's sign, pixel size and identity, and whether the images need invert = 'yes'.",
+            hint="Check the reference's identity and pixel size.",
         )
     return factor
 
 
-def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan) -> tuple[float, float]:
-    index = torch.as_tensor(rows, device=white.data.device)
+def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan) -> np.ndarray:
+    """(n, 4) of each image: sum of cross terms and of squares at its best pose, as it is and with its sign changed.
+
+    Columns: cross, cross with changed sign, squares, squares at the pose for the changed sign.
+    """
     ratio = 1.0 if white.magnification is None else float(np.linalg.norm(white.magnification, 2))
     where = disc(white.where.box_px, volume.radius_px / ratio)
     halves = [_every_second(where, i) for i in (0, 1)]
+    slices = [ReferenceSlices.of(volume, plan.rotations, part, white.magnification) for part, _ in halves]
     shifts = plan.shifts_px.to(white.data.device)
-    scores = []
-    for part, keep in halves:
-        data, weight = white.data[index][:, keep], white.weight[index][:, keep]
-        slices = ReferenceSlices.of(volume, plan.rotations, part, white.magnification)
-        moved = data[:, None, :] * shift_factors(part, shifts)
-        b, s, k = moved.shape
-        scores.append(((as_real(moved).reshape(b * s, 2 * k) @ slices.real).reshape(b, s, -1), weight @ slices.power))
-    (cross_a, norm_a), (cross_b, norm_b) = scores
-    best = (cross_a / norm_a.sqrt()[:, None, :]).flatten(1).argmax(1)
-    views = norm_a.shape[1]
-    cross = cross_b.flatten(1).gather(1, best[:, None]).double().sum()
-    norm = norm_b.gather(1, (best % views)[:, None]).double().sum()
-    return float(cross), float(norm)
+    step = max(1, (1 << 24) // (len(shifts) * len(plan.rotations)))
+    found = []
+    for i in range(0, len(rows), step):
+        index = torch.as_tensor(rows[i : i + step], device=white.data.device)
+        terms = [
+            _cross_and_norm(white.data[index][:, keep], white.weight[index][:, keep], part, reference, shifts)
+            for (part, keep), reference in zip(halves, slices, strict=True)
+        ]
+        found.append(_held_out(*terms))
+    return torch.cat(found).cpu().numpy()
+
+
+def _cross_and_norm(data, weight, where: Disc, slices: ReferenceSlices, shifts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross terms (B, S, J) and squares (B, J)."""
+    moved = data[:, None, :] * shift_factors(where, shifts)
+    b, s, k = moved.shape
+    return (as_real(moved).reshape(b * s, 2 * k) @ slices.real).reshape(b, s, -1), weight @ slices.power
+
+
+def _held_out(choose: tuple[torch.Tensor, torch.Tensor], fit: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Terms of the second half of the coefficients at the poses that the first half chose, (B, 4) float64."""
+    correlation = (choose[0] / choose[1].sqrt()[:, None, :]).flatten(1)
+    cross, views = fit[0].flatten(1), fit[1].shape[1]
+    best, worst = correlation.argmax(1, keepdim=True), correlation.argmin(1, keepdim=True)
+    columns = [cross.gather(1, best), -cross.gather(1, worst)]
+    columns += [fit[1].gather(1, best % views), fit[1].gather(1, worst % views)]
+    return torch.cat(columns, 1).double()
 
 
 def _every_second(where: Disc, first: int) -> tuple[Disc, np.ndarray]:

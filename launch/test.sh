@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs all checks: ruff, mypy, import-linter, pytest.
+#
+#   bash launch/test.sh                       everything but the slow tests
+#   bash launch/test.sh --slow                those too
+#   bash launch/test.sh tests/test_cli.py -x  arguments go to pytest
+#
+# Variables: CRYOISO_VENV, PYTHON; CRYOISO_SHARED, folder of reference data (default: ../shared).
+set -uo pipefail
+case "${1:-}" in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/environment.sh
+
+echo "environment"
+prepare_environment mpich,dev || exit 1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MPLBACKEND=Agg
+
+failed=
+check() {
+  echo
+  echo "== $*"
+  "$venv/bin/$1" "${@:2}" || failed="$failed $1"
+}
+check ruff check .
+check mypy
+check lint-imports
+check python -m pytest "$@"
+
+echo
+if [ -n "$failed" ]; then
+  echo "FAILED:$failed"
+  exit 1
+fi
+echo "all checks passed"
