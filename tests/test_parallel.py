@@ -216,12 +216,17 @@ def _guarded(n: int, body: str):
     return run_mpi(n, GUARDED.format(body=body.replace("\n", "\n    ")), 60, check=False)
 
 
+def said(done) -> list[str]:
+    """The error lines of the program itself; launchers add their own remarks."""
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("n", RANKS)
 def test_common_error_is_said_once(n):
     done = _guarded(n, "on_root(ctx, bad)")
     assert done.returncode == EXIT_INPUT
-    assert done.stderr.strip() == "error: a.mrcs: no such stack" and done.stdout == ""
+    assert said(done) == ["error: a.mrcs: no such stack"] and done.stdout == ""
 
 
 @pytest.mark.mpi
@@ -246,7 +251,7 @@ def test_same_error_on_every_rank_is_said_once():
 def test_agree_raises_the_lowest_ranks_error_everywhere():
     body = "agree(ctx, None)\nagree(ctx, InputError(f'row {ctx.rank}') if ctx.rank in (1, 2) else None)"
     done = _guarded(3, body)
-    assert done.returncode == EXIT_INPUT and done.stderr.strip() == "error: row 1"
+    assert done.returncode == EXIT_INPUT and said(done) == ["error: row 1"]
 
 
 @pytest.mark.mpi

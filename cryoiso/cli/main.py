@@ -72,6 +72,7 @@ def build_app() -> typer.Typer:
 def main() -> None:
     """Runs the command line of this process; exit codes as in ``core.errors``."""
     limit_threads_early()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: big arrays on huge pages, or page faults take a third
     Voice.muted = not speaks()
     with Voice.while_parsing():
         app = build_app()

@@ -74,6 +74,8 @@ def guard(ctx: Context, say: Callable[[str], None] | None = None) -> Iterator[No
         _leave(ctx, str(error), error.exit_code, common, say)
     except KeyboardInterrupt:
         _leave(ctx, "interrupted from the keyboard", EXIT_KEYBOARD, ctx.size == 1, say)
+    except BrokenPipeError:
+        raise  # whoever read our output has left; not ours to comment
     except OSError as error:
         logger.debug("the system refused something", exc_info=True)
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
@@ -89,6 +91,7 @@ def _leave(ctx: Context, message: str, code: int, common: bool, say: Callable[[s
         if ctx.rank == 0:
             say(message)
         _flush()
+        ctx.wait_for_all(limit_s=5.0)  # some launchers kill the others as soon as one has left
         raise SystemExit(code)
     # Several ranks often meet the same error at once: rank 0 speaks first, and has ended the others before they speak.
     if ctx.rank:

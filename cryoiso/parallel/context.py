@@ -44,8 +44,12 @@ class Context:
     def barrier(self) -> None:
         """Waits for all ranks."""
 
-    def wait_for_all(self) -> None:
-        """As ``barrier``, but asleep: for waits of more than a moment, while others need the cores."""
+    def wait_for_all(self, limit_s: float = float("inf")) -> None:
+        """As ``barrier``, but asleep: for waits of more than a moment, while others need the cores.
+
+        Args:
+            limit_s: wait no longer than this; where it may come to that, nothing collective must follow.
+        """
 
     def bcast(self, value: Any, root: int = 0) -> Any:
         """``root``'s value on every rank; arrays of any size."""
@@ -132,11 +136,12 @@ class MpiContext(Context):
     def barrier(self) -> None:
         self.comm.Barrier()
 
-    def wait_for_all(self) -> None:
+    def wait_for_all(self, limit_s: float = float("inf")) -> None:
         request = self.comm.Ibarrier()
-        pause = 1e-4
-        while not request.Test():
+        pause, waited = 1e-4, 0.0
+        while not request.Test() and waited < limit_s:
             time.sleep(pause)
+            waited += pause
             pause = min(2 * pause, 0.05)
 
     def bcast(self, value: Any, root: int = 0) -> Any:

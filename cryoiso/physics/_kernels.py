@@ -79,49 +79,142 @@ def _add_pair(grid, at, w, fx, re, im, weight):
     _add(grid, at + _THREE, w * fx, re, im, weight)
 
 
+TILE_BITS = 3
+"""Tiles of insertion are 2^TILE_BITS rows high and deep, and as long as a row of the grid."""
+
+
 @njit(**_FAST)
-def _insert_slab(grid, rows, rotation, ky, kx, scale, data, weight, unit, lowest, highest):
-    """Adds every sample's share of the planes lowest <= z < highest."""
-    row = _THREE * _U((rows + 1) // 2)
-    plane = row * _U(rows)
+def _find_tiles(rotation, ky, kx, scale, rows, first, last, tile, count):
+    """Writes the tile of every sample of the slices first..last and counts how many fall into each."""
+    n = kx.shape[0]
+    across = np.int32((rows >> TILE_BITS) + 1)
     h = np.float32((rows - 1) // 2)
-    for j in range(rotation.shape[0]):
+    for j in range(first, last):
         ax, ay, az = rotation[j, 0, 0] * scale, rotation[j, 0, 1] * scale, rotation[j, 0, 2] * scale
         bx, by, bz = rotation[j, 1, 0] * scale, rotation[j, 1, 1] * scale, rotation[j, 1, 2] * scale
-        for k in range(kx.shape[0]):
+        for k in range(n):
             u, v = kx[k], ky[k]
             x, y, z = u * ax + v * bx, u * ay + v * by, u * az + v * bz
-            re, im = data[j, _TWO * _U(k)] * unit, data[j, _TWO * _U(k) + _ONE] * unit
-            w = weight[j, k] * unit
+            if x < np.float32(0):
+                y, z = -y, -z
+            tile[j * n + k] = (np.int32(z + h) >> TILE_BITS) * across + (np.int32(y + h) >> TILE_BITS)
+    for i in range(first * n, last * n):
+        count[_U(tile[i])] += 1
+
+
+@njit(cache=True)
+def _to_places(count):
+    """Counts (threads, tiles) become the place of each thread's first sample in each tile; returns the tiles' ends."""
+    total = 0
+    ends = np.empty(count.shape[1], np.int64)
+    for i in range(count.shape[1]):
+        for t in range(count.shape[0]):
+            here = count[t, i]
+            count[t, i] = total
+            total += here
+        ends[i] = total
+    return ends
+
+
+@njit(**_FAST)
+def _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last, tile, place, sample):
+    """Writes each sample (x, y, z, re, im, weight) to its tile's place; returns the sum of the slices' largest."""
+    n = kx.shape[0]
+    h = np.float32((rows - 1) // 2)
+    bound = 0.0
+    for j in range(first, last):
+        ax, ay, az = rotation[j, 0, 0] * scale, rotation[j, 0, 1] * scale, rotation[j, 0, 2] * scale
+        bx, by, bz = rotation[j, 1, 0] * scale, rotation[j, 1, 1] * scale, rotation[j, 1, 2] * scale
+        largest = np.float32(0)
+        for k in range(n):
+            u, v = kx[k], ky[k]
+            x, y, z = u * ax + v * bx, u * ay + v * by, u * az + v * bz
+            re, im, w = data[j, _TWO * _U(k)], data[j, _TWO * _U(k) + _ONE], weight[j, k]
+            largest = max(largest, abs(re), abs(im), w)
             if x < np.float32(0):
                 x, y, z, im = -x, -y, -z, -im
-            y += h
-            z += h
-            x0, y0, z0 = np.int32(x), np.int32(y), np.int32(z)
-            if z0 + 1 < lowest or z0 >= highest:
-                continue
-            fx, fy, fz = x - np.float32(x0), y - np.float32(y0), z - np.float32(z0)
-            gy, gz = np.float32(1) - fy, np.float32(1) - fz
-            i = _U(z0) * plane + _U(y0) * row + _THREE * _U(x0)
-            if z0 >= lowest:
-                _add_pair(grid, i, gz * gy, fx, re, im, w)
-                _add_pair(grid, i + row, gz * fy, fx, re, im, w)
-            if z0 + 1 < highest:
-                _add_pair(grid, i + plane, fz * gy, fx, re, im, w)
-                _add_pair(grid, i + plane + row, fz * fy, fx, re, im, w)
+            t = _U(tile[j * n + k])
+            i = _U(place[t])
+            place[t] += 1
+            sample[i, _U(0)], sample[i, _ONE], sample[i, _TWO] = x, y + h, z + h
+            sample[i, _THREE], sample[i, _U(4)], sample[i, _U(5)] = re * unit, im * unit, w * unit
+        bound += largest
+    return bound
+
+
+@njit(**_FAST)
+def _add_samples(grid, rows, sample, first, last):
+    """Trilinear insertion of sorted samples."""
+    row = _THREE * _U((rows + 1) // 2)
+    plane = row * _U(rows)
+    for s in range(first, last):
+        i = _U(s)
+        x, y, z = sample[i, _U(0)], sample[i, _ONE], sample[i, _TWO]
+        re, im, w = sample[i, _THREE], sample[i, _U(4)], sample[i, _U(5)]
+        x0, y0, z0 = np.int32(x), np.int32(y), np.int32(z)
+        fx, fy, fz = x - np.float32(x0), y - np.float32(y0), z - np.float32(z0)
+        gy, gz = np.float32(1) - fy, np.float32(1) - fz
+        at = _U(z0) * plane + _U(y0) * row + _THREE * _U(x0)
+        _add_pair(grid, at, gz * gy, fx, re, im, w)
+        _add_pair(grid, at + row, gz * fy, fx, re, im, w)
+        _add_pair(grid, at + plane, fz * gy, fx, re, im, w)
+        _add_pair(grid, at + plane + row, fz * fy, fx, re, im, w)
 
 
 @njit(parallel=True, cache=True)
-def insert_slices(grid, rows, rotation, ky, kx, scale, data, weight, unit, n_threads):
+def insert_slices(grid, rows, rotation, ky, kx, scale, data, weight, unit, n_threads, tile, sample):
     """Trilinear insertion into a fixed-point grid: flat int64 view of (rows, rows, (rows+1)/2, 3) holding (re, im,
     weight) in multiples of 1/unit. data (J, 2K) float32 pairs, weight (J, K) float32.
 
-    Threads own slabs of z, so no two write to one voxel; integers make the sum independent of threads and order.
+    The samples are sorted by tiles of the grid first: inserted slice by slice, nearly every sample would wait for six
+    cache lines from memory. Threads own layers of tiles, every second one at a time, since a sample reaches into the
+    plane above its layer; integers make the sum independent of threads and order.
+
+    tile (J K,) int32 and sample (J K, 6) float32 are working space. Returns the sum of the slices' largest values.
     """
+    across = (rows >> TILE_BITS) + 1
+    slices = rotation.shape[0]
+    place = np.zeros((n_threads, across * across), np.int64)
     for t in prange(n_threads):
-        _insert_slab(
-            grid, rows, rotation, ky, kx, scale, data, weight, unit, rows * t // n_threads, rows * (t + 1) // n_threads
-        )
+        first, last = slices * t // n_threads, slices * (t + 1) // n_threads
+        _find_tiles(rotation, ky, kx, scale, rows, first, last, tile, place[t])
+    ends = _to_places(place)
+    bound = np.zeros(n_threads)
+    for t in prange(n_threads):
+        first, last = slices * t // n_threads, slices * (t + 1) // n_threads
+        bound[t] = _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last, tile, place[t], sample)
+    for parity in range(2):
+        for pair in prange((across + 1 - parity) // 2):
+            layer = 2 * pair + parity
+            _add_samples(grid, rows, sample, ends[layer * across - 1] if layer else 0, ends[(layer + 1) * across - 1])
+    return bound.sum()
+
+
+@njit(**_FAST)
+def centre_and_weigh(data, ctf, ky, kx, shift, out, out_weight):
+    """What back-projection takes of images: data times CTF times exp(i k.shift), and CTF squared.
+
+    data (B, 2K) float32 pairs; ctf (B, K); shift (B, 2) float64 (x, y) in radians per frequency unit (2 pi s / D);
+    out (B, 2K), out_weight (B, K). The shift factor is a product of one for x and one for y, of which there are few.
+    """
+    reach = int(np.max(np.abs(ky)))
+    reach_x = int(np.max(kx))
+    of_x = np.empty((reach_x + 1, 2), np.float32)
+    of_y = np.empty((2 * reach + 1, 2), np.float32)
+    for j in range(data.shape[0]):
+        for c in range(reach_x + 1):
+            of_x[c, 0], of_x[c, 1] = np.cos(shift[j, 0] * c), np.sin(shift[j, 0] * c)
+        for c in range(2 * reach + 1):
+            of_y[c, 0], of_y[c, 1] = np.cos(shift[j, 1] * (c - reach)), np.sin(shift[j, 1] * (c - reach))
+        for k in range(kx.shape[0]):
+            c, line = _U(np.int32(kx[k])), _U(np.int32(ky[k]) + reach)
+            p = of_x[c, 0] * of_y[line, 0] - of_x[c, 1] * of_y[line, 1]
+            q = of_x[c, 1] * of_y[line, 0] + of_x[c, 0] * of_y[line, 1]
+            w = ctf[j, k]
+            re, im = w * data[j, _TWO * _U(k)], w * data[j, _TWO * _U(k) + _ONE]
+            out[j, _TWO * _U(k)] = re * p - im * q
+            out[j, _TWO * _U(k) + _ONE] = re * q + im * p
+            out_weight[j, k] = w * w
 
 
 @njit(inline="always")

@@ -7,18 +7,20 @@ values that are inserted (order 1 a coefficient), and leaves room for sums up to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError
-from cryoiso.physics.fourier import Disc, divide_by_gridding, pad_volume
+from cryoiso.physics.fourier import Disc, divide_by_gridding
 from cryoiso.physics.masks import sphere_mask
-from cryoiso.physics.project import check_reach, corner_shares, pairs, slice_corners
+from cryoiso.physics.project import check_reach, corner_shares, flat_pairs, pairs, slice_corners
 
 UNIT = float(2**32)
+MOST_SAMPLES = 2**24
+"""Samples that are sorted at once: 28 B each."""
 EDGE_PX = 3.0
 
 
@@ -32,14 +34,25 @@ class SliceAccumulator:
     radius_px: int
     bound: float = 0.0
     """Upper bound of any voxel's sum, to detect overflow."""
+    _tile: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32), repr=False, compare=False)
+    _sample: np.ndarray = field(default_factory=lambda: np.empty((0, 6), np.float32), repr=False, compare=False)
 
     @classmethod
     def empty(cls, box_px: int, radius_px: int | None = None, padding: int = 2, device="cpu") -> SliceAccumulator:
         radius = min(radius_px or (box_px - 1) // 2, (box_px - 1) // 2)
         h = padding * radius + 2
-        return cls(
-            torch.zeros(2 * h + 1, 2 * h + 1, h + 1, 3, dtype=torch.int64, device=device), box_px, padding, radius
-        )
+        shape = (2 * h + 1, 2 * h + 1, h + 1, 3)
+        if torch.device(device).type == "cpu":
+            grid = torch.from_numpy(np.zeros(shape, np.int64))  # numpy asks the system for huge pages, torch does not
+        else:
+            grid = torch.zeros(shape, dtype=torch.int64, device=device)
+        return cls(grid, box_px, padding, radius)
+
+    def clear(self) -> None:
+        """Makes it empty again; its memory is there already, which new memory is not."""
+        if self.bound:
+            self.grid.zero_()
+            self.bound = 0.0
 
     def insert(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
         """Adds slices.
@@ -51,8 +64,6 @@ class SliceAccumulator:
         """
         if data.numel() == 0:
             return
-        largest = torch.maximum(data.abs(), weight).amax(dim=1).double().sum()
-        self.bound += 8 * float(largest)
         if self.grid.device.type == "cpu":
             self._insert_numba(data, weight, rotation, where)
         else:
@@ -65,21 +76,42 @@ class SliceAccumulator:
 
         rot = np.ascontiguousarray(rotation.numpy(), np.float32)
         check_reach(rot, where, self.padding, self.grid.shape[0])
-        _kernels.insert_slices(
-            self.grid.view(-1).numpy(),
-            self.grid.shape[0],
-            rot,
-            where.ky,
-            where.kx,
-            np.float32(self.padding),
-            pairs(data.to(torch.complex64)),
-            np.ascontiguousarray(weight.numpy(), np.float32),
-            np.float32(UNIT),
-            numba.get_num_threads(),
-        )
+        flat, values = self.grid.view(-1).numpy(), np.ascontiguousarray(weight.numpy(), np.float32)
+        step = self._working_space(len(rot), where.size)
+        for i in range(0, len(rot), step):
+            part = slice(i, i + step)
+            self.bound += 8 * _kernels.insert_slices(
+                flat,
+                self.grid.shape[0],
+                rot[part],
+                where.ky,
+                where.kx,
+                np.float32(self.padding),
+                pairs(data[part].to(torch.complex64)),
+                values[part],
+                np.float32(UNIT),
+                numba.get_num_threads(),
+                self._tile,
+                self._sample,
+            )
+
+    def _working_space(self, slices: int, size: int) -> int:
+        """Makes the room that samples are sorted in: 28 B for every second voxel of the grid at most.
+
+        Returns:
+            the number of slices that fit.
+        """
+        most = max(size, min(self.grid.numel() // 6, MOST_SAMPLES))
+        samples = min(slices * size, most // size * size)
+        if len(self._tile) < samples:
+            self._tile = np.empty(samples, np.int32)
+            self._sample = np.empty((samples, 6), np.float32)
+        return len(self._tile) // size
 
     def insert_torch(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
         """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
+        largest = torch.maximum(torch.maximum(data.real.abs(), data.imag.abs()), weight).amax(dim=1)
+        self.bound += 8 * float(largest.double().sum())
         corner, fraction, flip = slice_corners(rotation.float(), where, self.padding, self.grid.shape[0])
         data = torch.where(flip, data.conj(), data)
         rows = torch.stack([data.real, data.imag, weight.to(data.real.dtype)], dim=-1) * UNIT
@@ -98,6 +130,22 @@ class SliceAccumulator:
                 f"the back-projection sums reach {self.bound:.3g}, beyond the fixed-point range of "
                 f"{2.0**63 / UNIT:.3g}. The images are not normalised; ingest them with normalise = true."
             )
+        if self.grid.device.type == "cpu":
+            return self._finish_numba()
+        return self.finish_torch()
+
+    def _finish_numba(self) -> FourierSums:
+        from cryoiso.physics import _grid_kernels
+
+        shape = tuple(self.grid.shape[:3])
+        numerator, weight = np.empty(shape, np.complex64), np.empty(shape, np.float32)
+        _grid_kernels.to_float(self.grid.view(-1).numpy(), shape[0], UNIT, _flat(numerator), weight.reshape(-1))
+        return FourierSums(
+            torch.from_numpy(numerator), torch.from_numpy(weight), self.box_px, self.padding, self.radius_px
+        )
+
+    def finish_torch(self) -> FourierSums:
+        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
         grid = self.grid
         plane = grid[:, :, 0, :]
         mate = plane.flip(0, 1) * torch.tensor([1, -1, 1], dtype=torch.int64, device=grid.device)
@@ -128,6 +176,13 @@ class FourierSums:
 
     def shell_mean_weight(self) -> Tensor:
         """(R+2,) mean weight of each shell, over all voxels of the shell, measured or not."""
+        if self.weight.device.type == "cpu":
+            from cryoiso.physics import _grid_kernels
+
+            sums, voxels = np.zeros(self.radius_px + 2), np.zeros(self.radius_px + 2, np.int64)
+            flat = self.weight.contiguous().view(-1).numpy()
+            _grid_kernels.sum_shells(flat, self.weight.shape[0], self.padding, sums, voxels)
+            return torch.from_numpy(sums / np.maximum(voxels, 1))
         shell = self.shells().clamp(max=self.radius_px + 1).reshape(-1)
         total = torch.bincount(shell, self.weight.reshape(-1).double(), minlength=self.radius_px + 2)
         return total / torch.bincount(shell, minlength=self.radius_px + 2).clamp(min=1)
@@ -137,6 +192,15 @@ class FourierSums:
         if len(operations) == 1:
             return self
         numerator, weight = self.numerator.clone(), self.weight.clone()
+        if numerator.device.type == "cpu":
+            from cryoiso.physics import _grid_kernels
+
+            others = np.ascontiguousarray(operations[1:], np.float32)
+            old, old_weight = flat_pairs(self.numerator), self.weight.contiguous().view(-1).numpy()
+            _grid_kernels.add_rotated(
+                old, old_weight, len(weight), others, flat_pairs(numerator), weight.view(-1).numpy()
+            )
+            return FourierSums(numerator, weight, self.box_px, self.padding, self.radius_px)
         for operation in operations[1:]:
             rotated_n, rotated_w = rotate_half_space(self.numerator, self.weight, operation)
             numerator += rotated_n
@@ -146,40 +210,87 @@ class FourierSums:
     def reconstruct(self, inverse_ssnr: Tensor | None = None) -> Tensor:
         """The map (D, D, D) float32: numerator / (weight + Wiener term), inverse transform, gridding correction.
 
-        Zero outside the sphere of diameter D (soft edge of ``EDGE_PX``): what lies beyond leaves the image in some views,
-        and there the gridding correction amplifies the noise most.
+        Zero outside the sphere of diameter D (soft edge of ``EDGE_PX``): what lies beyond leaves the image in some
+        views, and there the gridding correction amplifies the noise most.
 
         Args:
             inverse_ssnr: (>= radius+1,) 1/SSNR a shell; the Wiener term is the shell's mean weight times it. Without
             it,
                 weights are only kept from vanishing (a thousandth of their shell's mean).
         """
-        shell = self.shells()
-        inside = shell <= self.radius_px
-        shell = shell.clamp(max=self.radius_px)
         mean = self.shell_mean_weight()[: self.radius_px + 1].float()
         floor = (mean * 1e-3).clamp(min=float(mean.max()) * 1e-9 + 1e-30)
-        denominator = self.weight
-        if inverse_ssnr is not None:
-            term = mean * inverse_ssnr[: self.radius_px + 1].to(mean)
-            denominator = denominator + term[shell]
-        quotient = self.numerator / torch.maximum(denominator, floor[shell])
-        quotient = torch.where(inside & (self.weight > 0), quotient, torch.zeros_like(quotient))
-        volume = half_space_to_volume(quotient, self.box_px, self.padding)
+        term = torch.zeros_like(mean) if inverse_ssnr is None else mean * inverse_ssnr[: self.radius_px + 1].to(mean)
+        if self.weight.device.type == "cpu":
+            transform = self._divide_numba(term, floor)
+        else:
+            transform = to_transform(self.divide_torch(term, floor), self.box_px * self.padding) * self.box_px
+        volume = transform_to_volume(transform, self.box_px, self.padding)
         return volume * sphere_mask(self.box_px, self.box_px / 2, EDGE_PX, device=volume.device, dtype=volume.dtype)
+
+    def _divide_numba(self, term: Tensor, floor: Tensor) -> Tensor:
+        from cryoiso.physics import _grid_kernels
+
+        size = self.box_px * self.padding
+        transform = np.zeros((size, size, size // 2 + 1), np.complex64)
+        _grid_kernels.divide(
+            flat_pairs(self.numerator),
+            self.weight.contiguous().view(-1).numpy(),
+            self.weight.shape[0],
+            self.padding,
+            term.numpy(),
+            floor.numpy(),
+            np.float32(self.box_px),
+            size,
+            _flat(transform),
+        )
+        return torch.from_numpy(transform)
+
+    def divide_torch(self, term: Tensor, floor: Tensor) -> Tensor:
+        """The plain torch twin of the CPU kernel: numerator / max(weight + term, floor) on the half-space grid.
+
+        Args:
+            term, floor: (radius+1,) a number a shell.
+        """
+        shell = self.shells()
+        inside = (shell <= self.radius_px) & (self.weight > 0)
+        shell = shell.clamp(max=self.radius_px)
+        quotient = self.numerator / torch.maximum(self.weight + term[shell], floor[shell])
+        return torch.where(inside, quotient, torch.zeros_like(quotient))
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """complex64 of any shape -> flat float32 view."""
+    return values.reshape(-1).view(np.float32)
 
 
 def half_space_to_volume(half_space: Tensor, box_px: int, padding: int) -> Tensor:
     """Inverse of what FourierVolume.from_volume does: centred half-space -> (D, D, D), gridding corrected."""
-    size = box_px * padding
+    return transform_to_volume(to_transform(half_space, box_px * padding) * box_px, box_px, padding)
+
+
+def to_transform(half_space: Tensor, size: int) -> Tensor:
+    """Centred half-space -> (size, size, size//2+1) with its origin at index 0, zero beyond."""
     h = min((half_space.shape[0] - 1) // 2, (size - 1) // 2)
     cut = (half_space.shape[0] - 1) // 2 - h
     inner = half_space[cut : cut + 2 * h + 1, cut : cut + 2 * h + 1, : h + 1]
     index = torch.arange(-h, h + 1, device=half_space.device) % size
     full = torch.zeros(size, size, size // 2 + 1, dtype=half_space.dtype, device=half_space.device)
     full[index[:, None], index[None, :], : h + 1] = inner
-    volume = torch.fft.fftshift(torch.fft.irfftn(full * box_px, s=(size,) * 3, dim=(0, 1, 2)))
-    return divide_by_gridding(pad_volume(volume, box_px), padding)
+    return full
+
+
+def transform_to_volume(transform: Tensor, box_px: int, padding: int) -> Tensor:
+    """(P, P, P//2+1) transform, P = padding D, origin at index 0 -> the inner (D, D, D), gridding corrected.
+
+    Axis by axis, keeping only what is inside: less than half the work of the whole transform.
+    """
+    size = box_px * padding
+    inner = (torch.arange(box_px, device=transform.device) - box_px // 2) % size
+    volume = torch.fft.ifft(transform, dim=0)[inner]
+    volume = torch.fft.ifft(volume, dim=1)[:, inner]
+    volume = torch.fft.irfft(volume, n=size, dim=2)[:, :, inner]
+    return divide_by_gridding(volume, padding)
 
 
 def rotate_half_space(numerator: Tensor, weight: Tensor, operation: np.ndarray) -> tuple[Tensor, Tensor]:

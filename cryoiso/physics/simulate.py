@@ -20,7 +20,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator, shuffle_keys
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
 from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
-from cryoiso.physics.fourier import disc, fourier_to_images, shift_phases
+from cryoiso.physics.fourier import Disc, disc, fourier_to_images, shift_phases
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.project import FourierVolume, magnified, scatter_to_half_plane
 from cryoiso.physics.views import Views, sample_rotations, uniforms
@@ -141,7 +141,6 @@ class Projector:
 
     def __init__(self, volume: DensityMap, *, with_ctf: bool = True) -> None:
         self.box_px, self.pixel_size_A, self.with_ctf = volume.box_px, volume.pixel_size_A, with_ctf
-        self._disc = disc(self.box_px, (self.box_px - 1) // 2, with_dc=True)
         self._volume = FourierVolume.from_volume(torch.from_numpy(np.ascontiguousarray(volume.data, np.float32)))
 
     def images(self, particles: Particles, rows: np.ndarray) -> Tensor:
@@ -151,22 +150,28 @@ class Projector:
         groups = np.asarray(particles.optics)[rows]
         for g in np.unique(groups):
             where = np.flatnonzero(groups == g)
-            values = self._group(particles, rows[where], particles.groups[g], rotation, shift)
-            plane = scatter_to_half_plane(values, self._disc)
+            group = particles.groups[g]
+            seen = self._frequencies(group)
+            plane = scatter_to_half_plane(self._group(particles, rows[where], group, seen, rotation, shift), seen)
             out[torch.from_numpy(where)] = fourier_to_images(plane, self.box_px)
         return out
 
-    def _group(self, particles: Particles, rows, group: OpticsGroup, rotation, shift) -> Tensor:
+    def _frequencies(self, group: OpticsGroup) -> Disc:
+        """The image frequencies at which the map has something to say: |M k| up to the map's Nyquist circle."""
+        largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
+        return disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
+
+    def _group(self, particles: Particles, rows, group: OpticsGroup, seen: Disc, rotation, shift) -> Tensor:
         """(n, K) Fourier coefficients of particles of one optics group."""
         poses = torch.from_numpy(np.ascontiguousarray(rotation[rows], np.float32))
         if group.magnification != (1.0, 0.0, 0.0, 1.0):
             poses = magnified(poses, torch.tensor(group.magnification, dtype=poses.dtype).reshape(2, 2))
-        values = self._volume.slices(poses, self._disc)
-        ky, kx = self._disc.frequencies(1.0)
+        values = self._volume.slices(poses, seen)
+        ky, kx = seen.frequencies(1.0)
         phases = shift_phases(ky, kx, torch.from_numpy(-shift[rows] / self.pixel_size_A))
         values = values * phases.to(values.dtype)
         if self.with_ctf:
-            freq = self._disc.frequencies(self.pixel_size_A)
+            freq = seen.frequencies(self.pixel_size_A)
             values = values * ctf_for(particles, rows, freq_invA=freq)
             if any(group.beam_tilt_mrad) or any(group.odd_zernike):
                 values = values * beam_tilt_phase(*freq, group).to(values.dtype)

@@ -16,12 +16,14 @@ from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.hashing import sha256_of
+from cryoiso.pipeline.hashing import digest_of, sha256_of
 from cryoiso.pipeline.layout import RunFolder
 
 PACKAGES = ("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py")
-HASH_LIMIT = 1 << 30
-"""Stacks up to this size are hashed here; of larger ones the size is noted, and the shards have hashes of their own."""
+HASH_LIMIT = 2 << 30
+"""Stacks that are no larger than this together are hashed; of more only the sizes are noted (the shards have hashes)."""
+LIST_LIMIT = 20
+"""More stacks than this are not listed one by one."""
 
 
 def input_files(job: Job) -> list[Path]:
@@ -39,11 +41,18 @@ def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
         job: with absolute paths.
         stacks: the image stacks that the particles lie in.
     """
+    sizes = {str(path): path.stat().st_size for path in stacks}
+    few = len(stacks) <= LIST_LIMIT and sum(sizes.values()) <= HASH_LIMIT
     return {
         "cryoiso": __version__,
         "seed": job.run.seed,
         "title": job.run.title,
-        "inputs": {str(path): _facts(path) for path in [*input_files(job), *stacks]},
+        "inputs": {str(path): _facts(path) for path in [*input_files(job), *(stacks if few else [])]},
+        "stacks": {
+            "number": len(sizes),
+            "bytes": sum(sizes.values()),
+            "sha256_of_names_and_sizes": digest_of(json.dumps(sizes, sort_keys=True)),
+        },
         "starts": [],
     }
 
@@ -86,7 +95,7 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
             continue
         if not path.is_file():
             raise InputError("an input of this run is gone", file=path, hint="Put it back, or start a new run.")
-        if facts["sha256"] and sha256_of(path) != facts["sha256"]:
+        if sha256_of(path) != facts["sha256"]:
             raise InputError(
                 "an input of this run has changed since it started", file=path, expected=f"sha256 {facts['sha256']}",
                 hint="Put the old file back, or start a new run.",
@@ -94,8 +103,7 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    return {"bytes": size, "sha256": sha256_of(path) if size <= HASH_LIMIT else ""}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _versions() -> dict[str, str]:

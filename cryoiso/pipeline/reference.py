@@ -45,8 +45,8 @@ def prepare_reference(
 ) -> Reference:
     """Reads a reference and brings it onto a grid.
 
-    A model is turned into the frame of its point group and into density. A map must have this box and, within 1 %, this pixel size, unless ``resample`` is
-    set, which interpolates it exactly in Fourier space.
+    A model is turned into the frame of its point group and into density. A map must have this box and, within 1 %, this
+    pixel size, unless ``resample`` is set, which interpolates it exactly in Fourier space.
 
     Args:
         file: PDB, mmCIF or MRC.

@@ -39,6 +39,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def alike(self, other: Batch) -> bool:
+        """Whether both sample the same frequencies."""
+        return self.where is other.where and np.array_equal(
+            np.eye(2) if self.magnification is None else self.magnification,
+            np.eye(2) if other.magnification is None else other.magnification,
+        )
+
 
 @dataclass
 class BatchReader:

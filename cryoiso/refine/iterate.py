@@ -181,7 +181,7 @@ class Refinement:
             state,
             shell,
             float(np.median(moved)),
-            plan.levels[-1].cell_deg / 2,
+            float(np.degrees(0.25 * resolution / self.diameter)),
             spread,
             self.settings,
             self.box,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics.fourier import Disc
-from cryoiso.physics.project import FourierVolume, flat_pairs, magnified, pairs
+from cryoiso.physics.project import FourierVolume, check_reach, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
 
 
@@ -121,10 +121,12 @@ def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
 
     out = torch.empty(len(particle), 9)
     unit = 2 * np.pi / white.where.box_px
+    rot = np.ascontiguousarray(rotation.numpy(), np.float32)
+    check_reach(rot, white.where, volume.padding, volume.grid.shape[0])
     _kernels.score_local(
         flat_pairs(volume.grid),
         volume.grid.shape[0],
-        np.ascontiguousarray(rotation.numpy(), np.float32),
+        rot,
         white.where.ky,
         white.where.kx,
         np.float32(volume.padding),

@@ -14,9 +14,15 @@ from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.project import pairs
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
+
+BLOCK_IMAGES = 32
+"""Images that are prepared at once: few enough to stay in the cache."""
+WAITING_COEFFICIENTS = 2**23
+"""Coefficients that wait for insertion at most, 12 B each."""
 
 
 def reconstruct_halves(
@@ -51,18 +57,19 @@ def reconstruct_halves(
     reader = BatchReader(source, particles, pixel, device, with_dc=True, memory_bytes=0)
     operations = point_group(symmetry)
     maps: dict[int, DensityMap | None] = {}
+    accumulator = SliceAccumulator.empty(source.box_px, padding=padding, device=device)
     for half in halves:
         plan = reader.plan((half,))
         if not plan:
             raise InputError(f"half-set {half} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
-        accumulator = SliceAccumulator.empty(source.box_px, padding=padding, device=device)
+        accumulator.clear()
         insert_batches(reader, plan, rotation, shift_A, accumulator, comm, f"half {half}")
         bound = sum(comm.allgather(accumulator.bound))
         total = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
         maps[half] = None
         if total is not None:
-            accumulator = replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound)
-            volume = accumulator.finish().symmetrised(operations).reconstruct()
+            whole = replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound)
+            volume = whole.finish().symmetrised(operations).reconstruct()
             maps[half] = DensityMap(volume.cpu().numpy().astype(np.float32), pixel)
     return maps
 
@@ -80,20 +87,67 @@ def insert_batches(
     mine = owned_chunks(len(plan), comm.rank, comm.size)
     most = max(len(owned_chunks(len(plan), r, comm.size)) for r in range(comm.size))
     radius = (reader.source.box_px - 1) // 2
+    pixel = reader.particles.group_values("pixel_size_A")
+    waiting = _Waiting(accumulator)
     line = ProgressLine(f"back-projecting {label}", most, active=comm.rank == 0)
     for i in range(most):
         if comm.stop_requested():
             raise Interrupted("stopped by a signal while reconstructing. Continue with 'cryoiso resume'.")
-        if i < len(mine):
-            _insert(reader.read(plan[mine[i]], radius), rotation, shift_A, reader, accumulator)
+        rows = plan[mine[i]] if i < len(mine) else np.zeros(0, np.int64)
+        for start in range(0, len(rows), BLOCK_IMAGES):
+            part = rows[start : start + BLOCK_IMAGES]
+            waiting.add(reader.read(part, radius), rotation[part], -shift_A[part] / pixel[part, None])
         line.update(i + 1)
+    waiting.insert()
     line.close()
 
 
-def _insert(batch: Batch, rotation: np.ndarray, shift_A: np.ndarray, reader: BatchReader, accumulator) -> None:
-    device = batch.ctf.device
-    pixel = reader.particles.group_values("pixel_size_A")[batch.rows]
-    content = torch.as_tensor(-shift_A[batch.rows] / pixel[:, None], dtype=torch.float32, device=device)
-    data = batch.coefficients * batch.ctf * shift_factors(batch.where, content)
-    rot = torch.as_tensor(rotation[batch.rows], dtype=torch.float32, device=device)
-    accumulator.insert(data, batch.ctf.square(), with_magnification(rot, batch.magnification), batch.where)
+class _Waiting:
+    """Weighted slices that wait for enough company: insertion is fastest for many at a time."""
+
+    def __init__(self, accumulator: SliceAccumulator) -> None:
+        self.accumulator = accumulator
+        self.first: Batch | None = None
+        self.count = 0
+
+    def add(self, batch: Batch, rotation: np.ndarray, content_px: np.ndarray) -> None:
+        """Takes a batch whose content sits at content_px (B, 2) from the centre."""
+        if self.first is None or not batch.alike(self.first) or self.count + len(batch) > len(self.weight):
+            self.insert()
+            self._make_room(batch)
+        here = slice(self.count, self.count + len(batch))
+        shift = torch.as_tensor(content_px, device=batch.ctf.device)
+        weigh(batch, shift, self.data[here], self.weight[here])
+        self.rotation[here] = torch.as_tensor(rotation, dtype=torch.float32)
+        self.count += len(batch)
+
+    def _make_room(self, batch: Batch) -> None:
+        size, device = batch.where.size, batch.ctf.device
+        room = max(len(batch), min(self.accumulator.grid.numel() // 6, WAITING_COEFFICIENTS) // size)
+        if self.first is None or (room, size) != self.weight.shape:
+            self.data = torch.empty(room, size, dtype=torch.complex64, device=device)
+            self.weight = torch.empty(room, size, device=device)
+            self.rotation = torch.empty(room, 3, 3, device=device)
+        self.first = batch
+
+    def insert(self) -> None:
+        """Inserts all that wait."""
+        if self.first is not None and self.count:
+            rotation = with_magnification(self.rotation[: self.count], self.first.magnification)
+            self.accumulator.insert(self.data[: self.count], self.weight[: self.count], rotation, self.first.where)
+        self.count = 0
+
+
+def weigh(batch: Batch, content_px: torch.Tensor, data: torch.Tensor, weight: torch.Tensor) -> None:
+    """Writes x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
+    where = batch.where
+    if data.device.type == "cpu":
+        from cryoiso.physics import _kernels
+
+        shift = (2 * np.pi / where.box_px) * content_px.double().numpy()
+        _kernels.centre_and_weigh(
+            pairs(batch.coefficients), batch.ctf.numpy(), where.ky, where.kx, shift, pairs(data), weight.numpy()
+        )
+    else:
+        data[:] = batch.coefficients * batch.ctf * shift_factors(where, content_px.float())
+        weight[:] = batch.ctf.square()

@@ -58,8 +58,8 @@ def search_plan(
     """How to search in this iteration.
 
     The global grid of step d sees detail down to about d * diameter / 2 / 1.2 (RELION's rule): finer detail would
-    vanish between its views, so it is left out there. Levels halve the cell until it turns the particle's edge by no
-    more than half the resolution.
+    vanish between its views, so it is left out there. Levels halve the cell until it is
+    no more than 0.3 of the resolution over the diameter.
     """
     extent = box_px * pixel_size_A
     cell = grid_step_deg(settings.healpix_order)
@@ -73,7 +73,7 @@ def search_plan(
     spacing = (settings.shift_step_A or coarse_detail / 4) / pixel_size_A
     span = min((settings.shift_range_A or extent / 10) / pixel_size_A, 3.5 * state.shift_sd_px + 0.5 * spacing)
     span = max(span, 1.01 * spacing)
-    finest = max(settings.finest_step_deg, np.degrees(0.5 * resolution / diameter_A))
+    finest = max(settings.finest_step_deg, np.degrees(0.3 * resolution / diameter_A))
     levels: list[Level] = []
     step, beam, threshold = spacing, FIRST_BEAM, 10.0
     while not levels or cell > finest * 1.42:
@@ -95,7 +95,7 @@ def advance(
     state: State,
     shell: int,
     change_deg: float,
-    step_deg: float,
+    tolerance_deg: float,
     shift_sd_px: float,
     settings: RefineSection,
     box_px: int,
@@ -106,11 +106,11 @@ def advance(
     Args:
         shell: where the half-maps agree now.
         change_deg: median angle that the particles moved in this iteration.
-        step_deg: size of the finest cells of its search.
+        tolerance_deg: smaller changes count as none.
         limit_px: no radius beyond this.
     """
     better = shell > state.best_shell
-    settled = change_deg < 0.5 * step_deg or change_deg > 0.8 * state.last_change_deg
+    settled = change_deg < tolerance_deg or change_deg > 0.8 * state.last_change_deg
     stalled = 0 if better or not settled else state.stalled + 1
     radius = int(np.clip(round(1.15 * shell) + 2, 3, limit_px))
     iteration = state.iteration + 1

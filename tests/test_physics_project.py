@@ -1,0 +1,336 @@
+"""Projection: against closed forms, against its own adjoint, and against relion_project."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from analytic_helper import Gaussians, correlations, displacements, relative, some_gaussians
+
+from cryoiso.core.errors import CryoisoError
+from cryoiso.core.types import DensityMap
+from cryoiso.physics.backproject import SliceAccumulator, half_space_to_volume
+from cryoiso.physics.fourier import disc, images_to_fourier, shift_phases
+from cryoiso.physics.project import FourierVolume, magnified, project, scatter_to_half_plane
+from cryoiso.physics.resample import resample_map
+from cryoiso.physics.simulate import Projector, make_particles
+from cryoiso.physics.so3 import euler_to_matrix, random_rotations
+from cryoiso.physics.symmetry import point_group
+
+RNG = np.random.default_rng(3)
+
+
+def tensor(a) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(a, np.float32))
+
+
+def generic_rotations(n: int) -> torch.Tensor:
+    """Random rotations and the axis-parallel ones, where samples lie on the grid and on its x = 0 plane."""
+    return tensor(np.concatenate([random_rotations(np.random.default_rng(1), n), point_group("O")]))
+
+
+# --- closed forms
+
+
+@pytest.mark.parametrize("box", [32, 33, 48, 49])
+def test_projections_of_gaussians(box):
+    """Trilinear at padding 2: relative error 0.019 to 0.026 (0.06 without the division by the sinc^2 envelope)."""
+    object_ = some_gaussians(box)
+    rotation, shift = random_rotations(RNG, 24), RNG.normal(0, 2, (24, 2))
+    truth = object_.images(box, rotation, shift)
+    volume = torch.as_tensor(object_.volume(box))
+    errors = {}
+    for padding in (1, 2, 3):
+        images = project(volume, torch.as_tensor(rotation), torch.as_tensor(shift) * 3.0, 3.0, padding).numpy()
+        errors[padding] = relative(images, truth)
+        if padding == 2:
+            assert correlations(images, truth).min() > 0.999
+            moved = displacements(truth, images)
+            assert np.abs(moved).max() < 0.04 and np.abs(moved.mean(0)).max() < 0.01
+    assert errors[2] < 0.03 and errors[3] < 0.016 and errors[3] < errors[2] < errors[1] < 0.15
+
+
+def test_slices_are_the_transform_of_the_line_integrals():
+    """Coefficient by coefficient, scale and phase included, at every frequency.
+
+    Zero frequency lies on a grid point, where the division by the envelope is too much of a good thing: 4 %.
+    """
+    box = 40
+    object_, rotation, where = some_gaussians(box, sigma=1.0), random_rotations(RNG, 20), disc(40, 19, with_dc=True)
+    volume = FourierVolume.from_volume(tensor(object_.volume(box)))
+    truth = object_.transform(rotation, where.ky / box, where.kx / box) / box
+    slices = volume.slices(tensor(rotation), where).numpy()
+    for shell in (0, 1, 4, 10, 16):  # beyond, the sampled Gaussians themselves are aliased
+        here = where.shell == shell
+        assert relative(slices[:, here], truth[:, here]) < (0.03 if shell else 0.05)
+
+
+@pytest.mark.parametrize("box", [32, 33])
+def test_centre_of_rotation_is_pixel_half_the_box(box):
+    """A blob at the centre stays at D//2 in 100 poses; one elsewhere lands at (A v)_xy - origin / pixel size."""
+    rotation = random_rotations(RNG, 100)
+    blob = Gaussians(np.zeros((1, 3)), np.ones(1), 2.0)
+    images = project(tensor(blob.volume(box)), tensor(rotation)).numpy()
+    assert all(np.unravel_index(i.argmax(), i.shape) == (box // 2, box // 2) for i in images)
+    assert np.abs(displacements(blob.images(box, rotation), images)).max() < 1e-3
+    aside = Gaussians(np.array([[6.0, -3.0, 4.5]]), np.ones(1), 2.0)
+    shift_A = RNG.normal(0, 8, (100, 2))
+    images = project(tensor(aside.volume(box)), tensor(rotation), tensor(shift_A), 4.0).numpy()
+    moved = displacements(aside.images(box, rotation, shift_A / 4), images)
+    assert np.abs(moved).max() < 0.05 and np.abs(moved.mean(0)).max() < 0.005
+
+
+@pytest.mark.parametrize("name", ["C4", "D2", "O", "C3"])
+def test_symmetric_copies_give_identical_projections(name):
+    """To rounding where the group maps the lattice onto itself, to the interpolation's error for C3."""
+    ops, box = point_group(name), 33
+    one = some_gaussians(box, 8)
+    object_ = Gaussians(np.concatenate([one.centres @ s.T for s in ops]), np.tile(one.weights, len(ops)), 1.5)
+    rotation, volume = random_rotations(RNG, 10), tensor(object_.volume(box))
+    first = project(volume, tensor(rotation)).numpy()
+    for s in ops[1:]:
+        copy = project(volume, tensor(rotation @ s)).numpy()
+        assert relative(copy, first) < (0.03 if name == "C3" else 2e-5)
+        assert correlations(copy, first).min() > 0.999
+    other = project(volume, tensor(rotation @ euler_to_matrix(37.0, 20.0, 0.0)[0])).numpy()
+    assert relative(other, first) > 0.08
+
+
+# --- magnified images
+
+
+def test_magnified_slices_sample_the_object_at_m_k():
+    """Anisotropic magnification with shear: image frequency k sees the object at M k."""
+    box, matrix = 40, np.array([[1.06, 0.03], [-0.02, 0.95]])
+    object_, rotation = some_gaussians(box), random_rotations(RNG, 20)
+    where = disc(box, 17)
+    volume = FourierVolume.from_volume(tensor(object_.volume(box)))
+    turned = magnified(tensor(rotation), torch.as_tensor(matrix))
+    kx, ky = matrix @ np.stack([where.kx, where.ky]).astype(float)
+    truth = object_.transform(rotation, ky / box, kx / box) / box
+    assert relative(volume.slices(turned, where), truth) < 0.03
+    assert relative(volume.slices(tensor(rotation), where), truth) > 0.1
+    np.testing.assert_array_equal(turned[:, 2], tensor(rotation)[:, 2])
+
+
+def test_a_ratio_of_pixel_sizes_is_a_magnification():
+    """Images of 4 Å pixels from a map of 5 Å pixels equal images of the map brought onto 4 Å pixels."""
+    coarse = some_gaussians(40, sigma=2.0).volume(40)
+    fine = resample_map(coarse, 5.0, 40, 4.0)
+    rotation, where = tensor(random_rotations(RNG, 10)), disc(40, 15)
+    ours = FourierVolume.from_volume(tensor(coarse)).slices(magnified(rotation, torch.eye(2) * 5.0 / 4.0), where)
+    truth = FourierVolume.from_volume(tensor(fine)).slices(rotation, where)
+    # a projection is a sum over voxels, of which the finer grid has (5/4)^3 times as many
+    assert relative(ours * (5 / 4) ** 3, truth) < 0.03
+
+
+def test_samples_beyond_the_grid_are_refused():
+    """Rather than read from and written to memory that belongs to somebody else."""
+    volume = FourierVolume.from_volume(tensor(some_gaussians(24).volume(24)))
+    rotation, where = tensor(random_rotations(RNG, 3)), disc(24, 11)
+    far = magnified(rotation, torch.eye(2) * 1.6)
+    values = torch.ones(3, where.size)
+    with pytest.raises(CryoisoError, match="grid ends at 11"):
+        volume.slices(far, where)
+    with pytest.raises(CryoisoError, match="grid ends at 11"):
+        SliceAccumulator.empty(24).insert(values.to(torch.complex64), values, far, where)
+    with pytest.raises(CryoisoError):
+        volume.slices(rotation * float("nan"), where)
+
+
+def test_simulated_images_of_a_large_magnification():
+    """The simulator leaves out what lies beyond the map's Nyquist circle."""
+    object_ = some_gaussians(32, sigma=2.0)
+    p = make_particles(6, 32, 3.0, seed=1)
+    p = replace(p, groups=(replace(p.groups[0], magnification=(1.4, 0.0, 0.0, 1.3)),))
+    images = Projector(DensityMap(object_.volume(32).astype(np.float32), 3.0), with_ctf=False).images(p, np.arange(6))
+    where = disc(32, 11)
+    truth = object_.transform(p.rotation, 1.3 * where.ky / 32, 1.4 * where.kx / 32) / 32
+    assert relative(where.gather(images_to_fourier(images)), truth) < 0.03
+
+
+# --- Friedel's law, twins, derivatives, adjoint
+
+
+@pytest.mark.parametrize("box", [24, 25])
+def test_friedel_symmetry(box):
+    volume = FourierVolume.from_volume(tensor(RNG.normal(size=(box,) * 3)))
+    plane = volume.grid[:, :, 0]
+    assert relative(plane.flip(0, 1).conj(), plane) < 1e-5
+    where, rotation = disc(box, (box - 1) // 2, with_dc=True), generic_rotations(20)
+    opposite = replace(where, ky=-where.ky, kx=-where.kx)
+    slices = volume.slices(rotation, where)
+    assert relative(volume.slices(rotation, opposite).conj(), slices) < 1e-5
+    # the whole plane, made of the half-plane, is the transform of a real image
+    half = scatter_to_half_plane(slices, where)
+    whole = torch.zeros(len(half), box, box, dtype=half.dtype)
+    whole[:, :, : box // 2 + 1] = half
+    index = -torch.arange(box) % box
+    whole[:, :, box // 2 + 1 :] = half[:, index][:, :, index[box // 2 + 1 :]].conj()
+    images = torch.fft.ifft2(whole)
+    assert images.imag.abs().max() < 1e-5 * images.real.abs().max()
+
+
+@pytest.mark.parametrize("padding", [1, 2, 3])
+def test_kernel_and_its_torch_twin_agree(padding):
+    volume = FourierVolume.from_volume(tensor(RNG.normal(size=(30,) * 3)), padding)
+    rotation, where = generic_rotations(60), disc(30, 14, with_dc=True)
+    fast, plain = volume.slices(rotation, where), volume.slices_torch(rotation, where)
+    assert relative(fast, plain) < 1e-5
+    exact = FourierVolume(volume.grid.to(torch.complex128), 30, padding, volume.radius_px)
+    assert relative(fast, exact.slices(rotation.double(), where)) < 1e-5
+
+
+@pytest.mark.gpu
+def test_slices_on_a_gpu_agree():
+    volume = FourierVolume.from_volume(tensor(RNG.normal(size=(30,) * 3)))
+    rotation, where = generic_rotations(60), disc(30, 14, with_dc=True)
+    there = FourierVolume(volume.grid.cuda(), 30, 2, volume.radius_px)
+    assert relative(there.slices(rotation.cuda(), where), volume.slices(rotation, where)) < 1e-5
+
+
+def test_gradients():
+    """Of the slices in volume and rotation, of whole images in the shift too (finite differences, float64)."""
+    volume = torch.as_tensor(RNG.normal(size=(6, 6, 6))).requires_grad_()
+    rotation = torch.as_tensor(random_rotations(np.random.default_rng(5), 2)).requires_grad_()
+    where = disc(6, 2, with_dc=True)
+
+    def slices(v, r):
+        return FourierVolume.from_volume(v).slices_torch(r, where)
+
+    assert torch.autograd.gradcheck(slices, (volume, rotation), fast_mode=True)
+    shift = torch.as_tensor(RNG.normal(0, 2, (2, 2))).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v, r, s: project(v, r, s, 1.5), (volume, rotation, shift), fast_mode=True)
+
+
+def test_gradients_reach_single_precision_too():
+    """The CPU kernel has no derivative: whoever asks for one gets the torch twin."""
+    volume, rotation = tensor(some_gaussians(16).volume(16)).requires_grad_(), tensor(random_rotations(RNG, 2))
+    project(volume, rotation.requires_grad_()).square().sum().backward()
+    assert volume.grad.abs().max() > 0 and rotation.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("box", [20, 21])
+def test_projection_and_its_automatic_adjoint(box):
+    """<P x, y> = <x, P* y> in float64, through half-planes, crops and paddings."""
+    x = torch.as_tensor(RNG.normal(size=(box,) * 3)).requires_grad_()
+    rotation, shift = torch.as_tensor(random_rotations(RNG, 12)), torch.as_tensor(RNG.normal(0, 2, (12, 2)))
+    images = project(x, rotation, shift)
+    y = torch.as_tensor(RNG.normal(size=images.shape))
+    forward = (images * y).sum()
+    (adjoint,) = torch.autograd.grad(forward, x)
+    other = torch.as_tensor(RNG.normal(size=x.shape))
+    left = (project(other, rotation, shift) * y).sum()
+    scale = float(images.detach().norm() * y.norm())
+    assert float(left - (other * adjoint).sum()) == pytest.approx(0, abs=1e-10 * scale)
+
+
+@pytest.mark.parametrize("box", [24, 25])
+@pytest.mark.parametrize("twin", ["numba", "torch"])
+def test_insertion_is_the_adjoint_of_slicing(box, twin):
+    """In Fourier space: insertion skips kx = 0, ky < 0 and mirrors the x = 0 plane, and so counts every voxel once.
+
+    The inner product of Hermitian grids runs over the whole space: twice the half-space, the x = 0 plane once.
+    """
+    where, rotation = disc(box, (box - 1) // 2), generic_rotations(20)
+    volume = FourierVolume.from_volume(tensor(RNG.normal(size=(box,) * 3)))
+    y = torch.as_tensor(RNG.normal(size=(2, len(rotation), where.size)), dtype=torch.float32)
+    y = torch.complex(*y)
+    accumulator = SliceAccumulator.empty(box)
+    insert = accumulator.insert if twin == "numba" else accumulator.insert_torch
+    insert(y, torch.ones(y.shape), rotation, where)
+    sums = accumulator.finish()
+    slices = volume.slices(rotation, where)
+    left = 2 * (slices.conj() * y).real.double().sum()
+    product = (volume.grid.conj() * sums.numerator).real.double()
+    right = product[:, :, 0].sum() + 2 * product[:, :, 1:].sum()
+    assert float(left - right) == pytest.approx(0, abs=1e-6 * 2 * float(slices.norm() * y.norm()))
+    plane = sums.numerator[:, :, 0]
+    assert relative(plane.flip(0, 1).conj(), plane) < 1e-6
+
+
+@pytest.mark.parametrize("box", [24, 25])
+def test_back_projection_is_the_adjoint_of_projection(box):
+    """<P x, y> = <x, P* y> for real maps and images with shifts: P* by insertion, inverse transform and cropping.
+
+    From P = S F G / D with G the division by the envelope: P* = G F* S* / D, and F* is (2 D)^3 times the inverse
+    transform that ``half_space_to_volume`` (which multiplies by D) takes.
+    """
+    rotation, shift = tensor(random_rotations(RNG, 16)), tensor(RNG.normal(0, 2, (16, 2)))
+    x, y = tensor(RNG.normal(size=(box,) * 3)), tensor(RNG.normal(size=(16, box, box)))
+    y = y - y.mean((1, 2), keepdim=True)  # insertion would mirror the zero frequency onto itself
+    where = disc(box, (box - 1) // 2)
+    ky, kx = where.frequencies(1.0)
+    data = where.gather(images_to_fourier(y)) * shift_phases(ky, kx, -shift.double()).conj().to(torch.complex64)
+    accumulator = SliceAccumulator.empty(box)
+    accumulator.insert(data, torch.ones(data.shape), rotation, where)
+    adjoint = half_space_to_volume(accumulator.finish().numerator, box, 2) * (2 * box) ** 3 / box**2
+    images = project(x, rotation, shift)
+    left, right = (images * y).double().sum(), (x * adjoint).double().sum()
+    assert float(left - right) == pytest.approx(0, abs=1e-6 * float(images.norm() * y.norm()))
+    assert abs(float(left)) > 100 * abs(float(left - right))
+
+
+# --- relion_project
+
+ODD_BOX_OFFSET_PX = (-1.0, -1.0)
+"""Ours minus relion_project's in odd boxes. There RELION 3.1 takes pixel D//2 + 1 for an image's centre, because its
+transforms are centred by moving pixels by D//2 both ways. (Its relion_reconstruct does not make a map of odd boxes, not
+even of relion_project's own images: FSC -0.9 near Nyquist. Real RELION data are even.) Ours is D//2 for all boxes."""
+
+
+def against_relion(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Same images but for the known offset in odd boxes."""
+    expected = (0.0, 0.0) if theirs.shape[-1] % 2 == 0 else ODD_BOX_OFFSET_PX
+    assert np.abs(displacements(theirs, ours) - expected).max() < 0.02
+    theirs = np.roll(theirs, (int(expected[1]), int(expected[0])), (1, 2))
+    assert correlations(theirs, ours).min() > 0.9999
+    assert float(np.vdot(theirs, ours) / np.vdot(theirs, theirs)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "box, kind", [(64, "_centered"), (64, "_shifted"), (65, ""), (65, "_centered"), (65, "_shifted")]
+)
+def test_stored_images_of_relion_project(shared, box, kind):
+    """Of the ribosome map of 65 px, and of that map Fourier-cropped to 64 px about its centre.
+
+    (The plain set of 64 px is left out: its map was cropped off centre by a fraction of a pixel.)
+    """
+    import mrcfile
+    import starfile
+
+    stem = shared / f"data/reference/relion_project_aspire/rln_proj_{box}{kind}"
+    table = starfile.read(f"{stem}.star", always_dict=True)["particles"]
+    theirs = mrcfile.read(f"{stem}.mrcs")
+    rotation = euler_to_matrix(*table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy().T)
+    origin = [f"rlnOrigin{a}" if "rlnOriginX" in table else f"rlnOrigin{a}Angst" for a in "XY"]
+    shift = table[origin].to_numpy(float)  # pixels and Å alike: the pixel size is 1
+    assert (np.abs(shift).max() > 5) == (kind == "_shifted")
+    volume = mrcfile.read(shared / "data/maps/aspire_clean70S_65.mrc")
+    if box == 64:
+        volume = resample_map(volume, 1.0, 64, 65 / 64)
+    against_relion(project(tensor(volume), tensor(rotation), tensor(shift)).numpy(), theirs)
+
+
+@pytest.mark.relion
+@pytest.mark.parametrize("with_ctf", [False, True])
+@pytest.mark.parametrize("box", [48, 47])
+def test_relion_project_makes_the_same_images(shared, tmp_path, box, with_ctf):
+    """Shifted, with and without CTF, even and odd boxes, from a real model's map."""
+    import mrcfile
+
+    from cryoiso.io.mrc import write_map
+    from cryoiso.io.starwrite import write_particles
+
+    volume = mrcfile.read(shared / "relion_bench/maps/ha_48.mrc").astype(np.float32)
+    volume = np.ascontiguousarray(volume[48 - box :, 48 - box :, 48 - box :])  # pixel 24 becomes pixel box // 2
+    particles = make_particles(20, box, 4.5, shift_sd_A=7.0, seed=3)
+    write_particles(tmp_path / "poses.star", particles)
+    write_map(tmp_path / "map.mrc", volume, 4.5)
+    command = ["relion_project", "--i", "map.mrc", "--ang", "poses.star", "--o", "theirs", "--angpix", "4.5"]
+    subprocess.run(command + ["--ctf"] * with_ctf, cwd=tmp_path, check=True, capture_output=True)
+    ours = Projector(DensityMap(volume, 4.5), with_ctf=with_ctf).images(particles, np.arange(20)).numpy()
+    against_relion(ours, mrcfile.read(tmp_path / "theirs.mrcs"))

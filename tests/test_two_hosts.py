@@ -1,0 +1,50 @@
+"""One program on two network hosts: two namespaces of this machine, each with an address, a name and shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpi_helper import find_mpirun, mpi_environment
+from pipeline_helper import cryoiso, hash_files, simulate
+
+VNODE = "/usr/local/bin/vnode"
+
+
+@pytest.fixture(scope="module")
+def hosts(shared: Path):
+    """Two such hosts, n1 and n2; taken down afterwards."""
+    script = shared / "tools" / "netns-nodes.sh"
+    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))) or not script.exists():
+        pytest.skip("LOUD: two network hosts need root, ip, unshare, nsenter and tools/netns-nodes.sh")
+    if Path("/run/vnodes").exists():
+        pytest.skip("LOUD: somebody else uses the network namespaces n1 and n2")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the hosts live on and would hold a pipe open
+    try:
+        if subprocess.run(["bash", str(script), "up", "2"], **quiet).returncode != 0:
+            pytest.skip("LOUD: this machine does not let network namespaces be made")
+        yield ["n1", "n2"]
+    finally:
+        subprocess.run(["bash", str(script), "down", "2"], **quiet)
+
+
+@pytest.mark.mpi
+def test_two_hosts_give_the_bits_of_one_process(hosts, tmp_path):
+    if "HYDRA" not in subprocess.run([str(find_mpirun()), "--version"], capture_output=True, text=True).stdout:
+        pytest.skip("LOUD: this test speaks to MPICH's mpirun")
+    job = simulate(tmp_path / "data")
+    assert cryoiso("run", job, "--out", tmp_path / "serial").returncode == 0
+    launcher = [str(find_mpirun()), "-launcher", "rsh", "-launcher-exec", VNODE, "-hosts", "n1:2,n2:2", "-n", "4"]
+    words = [sys.executable, "-m", "cryoiso.cli.main", "run", str(job), "--out", str(tmp_path / "two")]
+    done = subprocess.run(
+        [VNODE, "n1", *launcher, *words], env=mpi_environment(), capture_output=True, text=True, timeout=600
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (start,) = json.loads((tmp_path / "two/manifest.json").read_text())["starts"]
+    assert start["hosts"] == {"n1": 2, "n2": 2}
+    assert hash_files(tmp_path / "two") == hash_files(tmp_path / "serial")
