@@ -6,7 +6,7 @@
 #
 # Makes a virtual environment (.venv), simulates particles most of which are seen from the top, refines them on two MPI
 # ranks, and writes a report that compares the result with the truth.
-# Variables: RANKS (2), PARTICLES (1200), CRYOISO_VENV, PYTHON.
+# Variables: RANKS (2), PARTICLES (2000), CRYOISO_VENV, PYTHON.
 set -euo pipefail
 
 case "${1:-}" in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
@@ -16,7 +16,7 @@ if [ -n "${1:-}" ]; then
   model=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
 fi
 symmetry=${2:-}
-ranks=${RANKS:-2} particles=${PARTICLES:-1200}
+ranks=${RANKS:-2} particles=${PARTICLES:-2000}
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
@@ -53,7 +53,7 @@ if [ -n "$model" ]; then
   "$cryoiso" reference "$model" "$truth" --box "$box" --pixel-size "$pixel" --symmetry "$symmetry" --lowpass 0
 fi
 "$cryoiso" simulate "$truth" "$folder" --n "$particles" --box "$box" --pixel-size "$pixel" --symmetry "$symmetry" \
-  --mode preferred --fraction 0.9 --snr-db -12 --seed 1
+  --mode preferred --fraction 0.9 --snr-db -22 --seed 1
 "$cryoiso" reference "$reference" "$folder/reference.mrc" --box "$box" --pixel-size "$pixel" --symmetry "$symmetry" \
   --lowpass 0
 

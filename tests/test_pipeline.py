@@ -56,7 +56,7 @@ def test_run_folder_has_what_is_promised(data, tmp_path, quick):
     for name in ("job.toml", "resolved.toml", "manifest.json", "journal.jsonl", "report.html", "logs/rank-0000.log"):
         assert (folder / name).stat().st_size > 0, name
     assert {p.name for p in (folder / "result").iterdir()} == {
-        "particles.star", "half1.mrc", "half2.mrc", "map.mrc", "mask.mrc"
+        "particles.star", "half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc"
     }  # fmt: skip
     assert (folder / "job.toml").read_bytes() == (data / "job.toml").read_bytes()
     assert not (folder / "lock.json").exists() and not list(folder.rglob("*.part"))
@@ -76,7 +76,7 @@ def test_manifest_traces_inputs_and_machine(data, tmp_path, quick):
         expected = hashlib.sha256((data / name).read_bytes()).hexdigest()
         assert manifest["inputs"][str(data / name)]["sha256"] == expected
     (start,) = manifest["starts"]
-    assert start["ranks"] == 1 and start["devices"] and start["packages"]["numpy"] == np.__version__
+    assert start["ranks"] == 1 and start["machine"][0]["device"] and start["packages"]["numpy"] == np.__version__
     assert manifest["seed"] == 1
 
 

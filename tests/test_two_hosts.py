@@ -46,5 +46,5 @@ def test_two_hosts_give_the_bits_of_one_process(hosts, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (start,) = json.loads((tmp_path / "two/manifest.json").read_text())["starts"]
-    assert start["hosts"] == {"n1": 2, "n2": 2}
+    assert sorted(rank["host"] for rank in start["machine"]) == ["n1", "n1", "n2", "n2"]
     assert hash_files(tmp_path / "two") == hash_files(tmp_path / "serial")

@@ -37,7 +37,7 @@ class NativeEngine:
             Interrupted: stopped by a signal; the last iteration's checkpoint is there.
         """
         _check(request)
-        device = comm.device() if hasattr(comm, "device") else "cpu"
+        device = comm.device()
         run = Refinement(
             request, comm, device, request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
         )

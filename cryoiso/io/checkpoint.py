@@ -45,7 +45,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
             with np.load(candidate) as file:
                 arrays = {k: file[k] for k in file.files}
             values = json.loads(arrays.pop("meta").tobytes())
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             logger.warning("%s: checkpoint cannot be read (%s); trying the one before it", candidate, error)
             continue
         if values.pop("format", None) == FORMAT:

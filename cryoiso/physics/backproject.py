@@ -16,7 +16,14 @@ from torch import Tensor
 from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc, divide_by_gridding
 from cryoiso.physics.masks import sphere_mask
-from cryoiso.physics.project import check_reach, corner_shares, flat_pairs, pairs, slice_corners
+from cryoiso.physics.project import (
+    SAMPLES_AT_ONCE,
+    check_reach,
+    corner_shares,
+    flat_pairs,
+    pairs,
+    slice_corners,
+)
 
 UNIT = float(2**32)
 MOST_SAMPLES = 2**24
@@ -50,9 +57,8 @@ class SliceAccumulator:
 
     def clear(self) -> None:
         """Makes it empty again; its memory is there already, which new memory is not."""
-        if self.bound:
-            self.grid.zero_()
-            self.bound = 0.0
+        self.grid.zero_()
+        self.bound = 0.0
 
     def insert(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
         """Adds slices.
@@ -66,8 +72,10 @@ class SliceAccumulator:
             return
         if self.grid.device.type == "cpu":
             self._insert_numba(data, weight, rotation, where)
-        else:
-            self.insert_torch(data, weight, rotation, where)
+            return
+        step = max(1, SAMPLES_AT_ONCE // max(where.size, 1))
+        for part in zip(data.split(step), weight.split(step), rotation.split(step), strict=True):
+            self.insert_torch(*part, where)
 
     def _insert_numba(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
         import numba

@@ -15,6 +15,10 @@ from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
 
 
+SAMPLES_AT_ONCE = 1 << 23
+"""Samples that the torch path works on together: the eight corners' temporaries are some hundred bytes a sample."""
+
+
 @dataclass(frozen=True)
 class FourierVolume:
     """Half-space transform of a volume inside a radius, scaled so that its slices match orthonormal image
@@ -48,7 +52,10 @@ class FourierVolume:
         needs_grad = torch.is_grad_enabled() and (rotation.requires_grad or self.grid.requires_grad)
         if self.grid.device.type == "cpu" and self.grid.dtype == torch.complex64 and not needs_grad:
             return self._slices_numba(rotation, where)
-        return self.slices_torch(rotation, where)
+        if needs_grad:
+            return self.slices_torch(rotation, where)
+        step = max(1, SAMPLES_AT_ONCE // max(where.size, 1))
+        return torch.cat([self.slices_torch(part, where) for part in rotation.split(step)])
 
     def _slices_numba(self, rotation: Tensor, where: Disc) -> Tensor:
         from cryoiso.physics import _kernels

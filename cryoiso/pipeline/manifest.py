@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from cryoiso.pipeline.layout import RunFolder
 
 PACKAGES = ("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py")
 HASH_LIMIT = 2 << 30
-"""Stacks that are no larger than this together are hashed; of more only the sizes are noted (the shards have hashes)."""
+"""Stacks up to this size together are hashed; of more only the sizes are noted (the shards have hashes)."""
 LIST_LIMIT = 20
 """More stacks than this are not listed one by one."""
 
@@ -72,12 +71,10 @@ def note_start(folder: RunFolder, manifest: dict[str, Any], machine: dict[str, A
 
 
 def describe_machine(comm: Context, device: str) -> dict[str, Any]:
-    """Number of ranks, ranks a host, ranks a device, threads a rank and MPI library. Collective."""
-    devices = Counter(comm.allgather(device.split(":")[0]))
+    """Number of ranks, each one's host and device, threads a rank and MPI library. Collective."""
     return {
         "ranks": comm.size,
-        "hosts": {host: len(ranks) for host, ranks in comm.nodes.items()},
-        "devices": dict(devices),
+        "machine": comm.allgather({"host": comm.hostname, "device": device}),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
         "mpi": comm.library(),
     }

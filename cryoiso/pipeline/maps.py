@@ -10,7 +10,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
-from cryoiso.io.mrc import write_map
+from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
@@ -47,6 +47,23 @@ def write_half_maps(halves: dict[int, DensityMap], folder: Path) -> None:
         write_map(folder / f"half{half}.mrc", density.data, density.pixel_size_A)
     mean = 0.5 * (halves[1].data.astype(np.float64) + halves[2].data)
     write_map(folder / "map.mrc", mean.astype(np.float32), halves[1].pixel_size_A)
+
+
+def write_weighted_map(folder: Path, mask: np.ndarray, seed: int) -> None:
+    """map_weighted.mrc, for looking at: the mean map, each shell weighted by what the half-maps agree on.
+
+    C_ref = sqrt(2 FSC / (1 + FSC)) (Rosenthal and Henderson 2003, doi 10.1016/j.jmb.2003.07.013) with the FSC corrected
+    for the mask, nothing beyond the shell where that first falls below 0.143. The half-maps stay as they are.
+    """
+    from cryoiso.metrics.fsc import fsc_corrected
+    from cryoiso.physics.filters import apply_radial
+
+    one, two, mean = (read_map(folder / name) for name in ("half1.mrc", "half2.mrc", "map.mrc"))
+    curve = np.asarray(fsc_corrected(one.data, two.data, mask, seed)["corrected"])
+    below = np.flatnonzero(curve[1:] < 0.143)
+    curve = np.where(np.arange(len(curve)) <= (below[0] if len(below) else len(curve)), np.clip(curve, 0, 1), 0.0)
+    weighted = apply_radial(mean.data.astype(np.float32), np.sqrt(2 * curve / (1 + curve)))
+    write_map(folder / "map_weighted.mrc", np.asarray(weighted, np.float32), mean.pixel_size_A)
 
 
 def make_mask(full: DensityMap, diameter_A: float | None = None) -> np.ndarray:

@@ -170,7 +170,7 @@ def _start(work: Work, manifest: dict[str, Any], event: str) -> None:
     _log_to_file(run, comm.rank)
     on_root(comm, provenance.note_start, run, manifest, machine)
     if work.journal is not None:
-        work.journal.append(event, ranks=comm.size, hosts=machine["hosts"])
+        work.journal.append(event, ranks=comm.size, hosts={host: len(ranks) for host, ranks in comm.nodes.items()})
     logger.info("run folder %s, %d rank(s), %s", run.path, comm.size, comm.device())
 
 

@@ -21,7 +21,7 @@ from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
-from cryoiso.pipeline.maps import make_mask, write_reconstruction
+from cryoiso.pipeline.maps import make_mask, write_reconstruction, write_weighted_map
 from cryoiso.pipeline.work import Work, bare, write_json
 
 logger = logging.getLogger("cryoiso")
@@ -140,6 +140,8 @@ def reconstruct(work: Work) -> None:
         on_root(comm, (folder / "truth_poses").mkdir, exist_ok=True)
         write_reconstruction(source, truth, folder / "truth_poses", comm, symmetry=symmetry, padding=padding)
     on_root(comm, _write_mask, work, folder)
+    for maps in (folder, folder / "truth_poses"):
+        on_root(comm, _write_weighted, work, maps)
     on_root(comm, write_json, folder / "reconstruct.json", facts)
 
 
@@ -161,6 +163,12 @@ def _write_mask(work: Work, folder: Path) -> None:
     full, given = read_map(folder / "map.mrc"), work.mask()
     data = make_mask(full, work.diameter_A()) if given is None else given.data
     write_map(folder / "mask.mrc", data, full.pixel_size_A)
+
+
+def _write_weighted(work: Work, maps: Path) -> None:
+    if (maps / "map.mrc").exists():
+        mask = read_map(work.folder.stage("reconstruct") / "mask.mrc")
+        write_weighted_map(maps, mask.data, work.job.run.seed)
 
 
 def diagnose(work: Work) -> None:
@@ -196,7 +204,7 @@ def _publish(work: Work) -> None:
     result, maps = work.folder.result, work.folder.stage("reconstruct")
     result.mkdir(exist_ok=True)
     files = [work.folder.stage("refine") / "particles.star"]
-    files += [maps / name for name in ("half1.mrc", "half2.mrc", "map.mrc", "mask.mrc")]
+    files += [maps / name for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc")]
     for file in files:
         with atomic_path(result / file.name, file.stat().st_size) as part:
             shutil.copyfile(file, part)

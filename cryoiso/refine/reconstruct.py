@@ -62,7 +62,8 @@ def reconstruct_halves(
         plan = reader.plan((half,))
         if not plan:
             raise InputError(f"half-set {half} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
-        accumulator.clear()
+        if maps:
+            accumulator.clear()
         insert_batches(reader, plan, rotation, shift_A, accumulator, comm, f"half {half}")
         bound = sum(comm.allgather(accumulator.bound))
         total = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))

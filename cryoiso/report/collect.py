@@ -18,9 +18,11 @@ REFINE = "03_refine/refine.json"
 RECONSTRUCT = "04_reconstruct/reconstruct.json"
 DIAGNOSE = "05_diagnose/diagnose.json"
 MAPS = (
-    ("run", "this run", "04_reconstruct/map.mrc"),
-    ("true_poses", "same images, true poses", "04_reconstruct/truth_poses/map.mrc"),
+    ("run", "this run", "04_reconstruct"),
+    ("true_poses", "same images, true poses", "04_reconstruct/truth_poses"),
 )
+MAP_NAMES = ("map_weighted.mrc", "map.mrc")
+"""What is shown of a folder: the first of these that is there."""
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -68,7 +70,10 @@ def collect_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, str, Den
     from cryoiso.io.mrc import read_map
 
     truth = data["job"].get("truth", {}).get("map") or ""
-    sources = [(key, label, folder / name) for key, label, name in MAPS]
+    sources = [
+        (key, label, next((p for n in MAP_NAMES if (p := folder / name / n).exists()), folder / name / MAP_NAMES[0]))
+        for key, label, name in MAPS
+    ]
     if truth:
         sources.append(("truth", "the truth", folder / truth))
     found = [(key, label, read_map(path)) for key, label, path in sources if path.exists()]

@@ -75,7 +75,8 @@ def figures(data: dict[str, Any], maps: list[tuple[str, str, DensityMap]]) -> li
 
 
 def _maps_caption(maps: list[tuple[str, str, DensityMap]]) -> str:
-    text = "Central slices (left) and projections (right) across z, y and x, all rows on one grey scale."
+    text = "Central slices (left) and projections (right) across z, y and x, all rows on one grey scale; "
+    text += "each map is weighted by the agreement of its half-maps."
     if len(maps) > 1:
         text += " Compare the rows: smeared or stretched density in the first row only comes from wrong poses."
     return text

@@ -1,0 +1,483 @@
+"""The likelihood, the search, the noise and grey-scale estimates, and the decisions between iterations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from analytic_helper import relative
+
+from cryoiso.core.config import RefineSection
+from cryoiso.core.errors import InputError
+from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.types import DensityMap
+from cryoiso.io import checkpoint
+from cryoiso.io.sources import ArraySource
+from cryoiso.parallel.context import Context
+from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.filters import lowpass, power_spectrum
+from cryoiso.physics.fourier import disc
+from cryoiso.physics.noise import noise_spectrum
+from cryoiso.physics.phantom import phantom_map
+from cryoiso.physics.project import FourierVolume, project
+from cryoiso.physics.simulate import SimulatedSource, make_particles, simulate
+from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
+from cryoiso.physics.symmetry import point_group
+from cryoiso.refine import references
+from cryoiso.refine.batches import BatchReader
+from cryoiso.refine.iterate import Refinement
+from cryoiso.refine.likelihood import (
+    ReferenceSlices,
+    _local_scores_numba,
+    global_scores,
+    lattice,
+    local_scores,
+    local_scores_torch,
+    whiten,
+)
+from cryoiso.refine.maximise import NoiseSums, accumulate
+from cryoiso.refine.schedule import (
+    State,
+    advance,
+    agreement_shell,
+    disc_of_shifts,
+    global_grid,
+    search_plan,
+)
+from cryoiso.refine.search import Level, Posterior, Searcher, SearchPlan, summarise
+from cryoiso.refine.start import grey_scale, initial_model, mean_power
+
+BOX, PIXEL_A = 32, 6.0
+RNG = np.random.default_rng(6)
+GRID = global_grid(2, "C3")
+
+
+def tensor(a) -> torch.Tensor:
+    return torch.as_tensor(np.asarray(a, np.float32))
+
+
+@pytest.fixture(scope="module")
+def truth() -> DensityMap:
+    return phantom_map(BOX, PIXEL_A, 14.0)
+
+
+@pytest.fixture(scope="module")
+def source(truth) -> SimulatedSource:
+    return simulate(truth, 60, snr_db=0.0, shift_sd_A=8.0, seed=7)
+
+
+def the_batch(source, n: int = 12, radius: int = 15, pixel_A: float = PIXEL_A):
+    return BatchReader(source, source.particles, pixel_A)._prepare(np.arange(n), radius)
+
+
+def likelihood_by_hand(source, batch, volume: FourierVolume, row: int, rotation, shift_px, sigma2: float) -> float:
+    """log p(x | pose) - log p(x | 0) of white noise, by summing squares over the pixels of band-limited images."""
+    image = source.read(batch.rows[[row]])[0].astype(float)
+    model = np.fft.rfft2(np.fft.ifftshift(real_projection(volume, rotation)))
+    ky, kx = np.fft.fftfreq(BOX)[:, None], np.fft.rfftfreq(BOX)[None]
+    model = model * np.exp(-2j * np.pi * (kx * shift_px[0] + ky * shift_px[1]))
+    model = model * ctf_for(source.particles, batch.rows[[row]], BOX, dtype=torch.float64)[0].numpy()
+    inside = np.zeros(model.size, bool)
+    inside[batch.where.flat] = True
+    on_axis = batch.where.flat[(batch.where.kx == 0)]
+    columns = BOX // 2 + 1
+    inside[(BOX - on_axis // columns) % BOX * columns] = True  # the Friedel mates in the kx = 0 column
+    inside = inside.reshape(model.shape)
+    x, m = (np.fft.irfft2(np.where(inside, v, 0), s=(BOX, BOX)) for v in (np.fft.rfft2(np.fft.ifftshift(image)), model))
+    return float((x**2).sum() - ((x - m) ** 2).sum()) / (2 * sigma2)
+
+
+def real_projection(volume: FourierVolume, rotation) -> np.ndarray:
+    return project(volume.of, tensor(rotation)[None])[0].double().numpy()
+
+
+@pytest.fixture(scope="module")
+def reference(truth) -> FourierVolume:
+    """The truth as Fourier volume, which remembers the map it was made of."""
+    data = tensor(truth.data) * 1.3
+    volume = FourierVolume.from_volume(data)
+    object.__setattr__(volume, "of", data)
+    return volume
+
+
+# --- the likelihood
+
+
+def test_global_scores_are_the_gaussian_likelihood(source, reference):
+    """Equal to -|x - C P S|^2 / (2 sigma^2) up to the image's own constant, for every view and shift."""
+    sigma2 = 1.7
+    batch = the_batch(source, 3)
+    white = whiten(batch, np.full((1, BOX // 2 + 1), sigma2))
+    views = random_rotations(RNG, 5)
+    shifts = tensor([[0, 0], [2.5, -1.0], [-0.3, 4.0]])
+    log_prior = tensor([0.0, -0.5, -2.0])
+    slices = ReferenceSlices.of(reference, tensor(views), batch.where, None)
+    scores = global_scores(white, slices, shifts, log_prior)
+    assert scores.shape == (3, 3, 5)
+    for i in range(3):
+        for s in range(3):
+            for j in range(5):
+                by_hand = likelihood_by_hand(source, batch, reference, i, views[j], shifts[s].numpy(), sigma2)
+                assert float(scores[i, s, j] - log_prior[s]) == pytest.approx(by_hand, abs=2e-3 + 1e-4 * abs(by_hand))
+
+
+def test_a_smaller_radius_is_a_prefix(source, reference):
+    batch = the_batch(source)
+    sigma2 = np.linspace(1, 2, BOX // 2 + 1)[None]
+    small = disc(BOX, 7)
+    cut = whiten(batch, sigma2).cut(small.size, small)
+    direct = whiten(the_batch(source, radius=7), sigma2)
+    np.testing.assert_array_equal(cut.data.numpy(), direct.data.numpy())
+    np.testing.assert_array_equal(cut.weight.numpy(), direct.weight.numpy())
+
+
+@pytest.mark.parametrize("radius", [15, 6])
+@pytest.mark.parametrize("magnified_by", [None, 0.85])
+def test_local_scores_kernel_twin_and_global_scores_agree(source, reference, radius, magnified_by):
+    pixel_A = PIXEL_A if magnified_by is None else PIXEL_A * magnified_by
+    batch = the_batch(source, pixel_A=pixel_A, radius=radius if magnified_by is None else radius * 0.85)
+    assert (batch.magnification is None) == (magnified_by is None)
+    white = whiten(batch, RNG.uniform(0.5, 2, (1, BOX // 2 + 1)))
+    rows = torch.as_tensor(np.sort(RNG.integers(0, 12, 50)))
+    rotation, shift, spacing = tensor(random_rotations(RNG, 50)), tensor(RNG.normal(0, 3, (50, 2))), 0.75
+    fast = _local_scores_numba(white, reference, rows, with_m(rotation, batch), shift, spacing)
+    plain = local_scores_torch(white, reference, rows, with_m(rotation, batch), shift, spacing)
+    assert fast.shape == plain.shape == (50, 9)
+    scale = float(plain.abs().max())
+    assert float((fast - plain).abs().max()) < 2e-5 * scale
+    blocks = local_scores_torch(white, reference, rows, with_m(rotation, batch), shift, spacing, block=white.where.size)
+    assert float((blocks - plain).abs().max()) < 1e-5 * scale
+    assert float((local_scores(white, reference, rows, rotation, shift, spacing) - fast).abs().max()) < 1e-5 * scale
+    for r in (0, 23, 49):
+        slices = ReferenceSlices.of(reference, rotation[r : r + 1], batch.where, batch.magnification)
+        places = shift[r] + lattice(spacing)
+        whole = global_scores(white, slices, places, torch.zeros(9))[rows[r], :, 0]
+        assert float((whole - fast[r]).abs().max()) < 3e-5 * scale
+
+
+def with_m(rotation, batch):
+    from cryoiso.refine.likelihood import with_magnification
+
+    return with_magnification(rotation, batch.magnification)
+
+
+def test_the_lattice_runs_over_y_slowly():
+    np.testing.assert_allclose(lattice(0.5)[[0, 1, 3]], [[-0.5, -0.5], [0, -0.5], [-0.5, 0]])
+
+
+@pytest.mark.gpu
+def test_scores_on_a_gpu_agree(source, reference):
+    batch = the_batch(source)
+    white = whiten(batch, np.ones((1, BOX // 2 + 1)))
+    there = replace(white, data=white.data.cuda(), weight=white.weight.cuda())
+    volume = FourierVolume(reference.grid.cuda(), BOX, 2, reference.radius_px)
+    rows = torch.arange(12)
+    rotation, shift = tensor(random_rotations(RNG, 12)), tensor(RNG.normal(0, 3, (12, 2)))
+    here = local_scores(white, reference, rows, rotation, shift, 0.5)
+    gpu = local_scores(there, volume, rows.cuda(), rotation.cuda(), shift.cuda(), 0.5).cpu()
+    assert float((here - gpu).abs().max()) < 1e-4 * float(here.abs().max())
+
+
+# --- the search
+
+
+def a_plan(radius: int = 15) -> SearchPlan:
+    settings = RefineSection(healpix_order=2, finest_step_deg=1.0)
+    return search_plan(State(radius_px=radius, shift_sd_px=2.0), settings, GRID, BOX, PIXEL_A, 140.0)
+
+
+def test_the_search_finds_poses(truth):
+    """100 images of -3 dB against the truth: a median of 3 degrees, where a pixel is 5 degrees at the edge."""
+    source = simulate(truth, 100, snr_db=-3.0, shift_sd_A=6.0, seed=5)
+    batch = the_batch(source, 100)
+    volume = FourierVolume.from_volume(tensor(source.volume.data))
+    posterior = Searcher(a_plan(), volume).search(batch, whiten(batch, np.ones((1, BOX // 2 + 1))))
+    errors = angular_distance_deg(posterior.best_rotation.numpy(), source.particles.rotation, point_group("C3"))
+    assert np.median(errors) < 3.5 and np.mean(errors > 10) < 0.05
+    moved = posterior.best_shift_px.numpy() + source.particles.shift_A / PIXEL_A
+    assert np.median(np.hypot(*moved.T)) < 0.15
+    check_posterior(posterior, 100)
+
+
+def check_posterior(posterior: Posterior, n: int) -> None:
+    total = torch.zeros(n).index_add_(0, posterior.particle, posterior.weight)
+    np.testing.assert_allclose(total, 1, atol=1e-5)
+    assert (posterior.weight > 0).all() and (posterior.particle.diff() >= 0).all()
+    assert (
+        (posterior.entropy >= 0).all() and (posterior.max_weight > 0).all() and (posterior.max_weight <= 1.0001).all()
+    )
+    for r in (posterior.rotation, posterior.best_rotation):
+        identity = r @ r.transpose(1, 2)
+        assert float((identity - torch.eye(3)).abs().max()) < 1e-4 and float((torch.det(r) - 1).abs().max()) < 1e-4
+
+
+def test_noisier_images_have_wider_posteriors(truth):
+    entropy, probability = [], []
+    for snr_db in (0.0, -6.0, -12.0):
+        source = simulate(truth, 40, snr_db=snr_db, seed=5)
+        batch = the_batch(source, 40)
+        white = whiten(batch, np.ones((1, BOX // 2 + 1)))
+        posterior = Searcher(a_plan(), FourierVolume.from_volume(tensor(source.volume.data))).search(batch, white)
+        check_posterior(posterior, 40)
+        entropy.append(float(posterior.entropy.mean()))
+        probability.append(float(posterior.max_weight.mean()))
+    assert entropy[0] < entropy[1] < entropy[2] and probability[0] > probability[1] > probability[2]
+
+
+def test_blocks_of_the_search_change_nothing(source, reference):
+    batch = the_batch(source)
+    white = whiten(batch, np.ones((1, BOX // 2 + 1)))
+    whole = Searcher(a_plan(10), reference).search(batch, white)
+    parts = Searcher(a_plan(10), reference, block=1).search(batch, white)
+    np.testing.assert_allclose(whole.best_rotation, parts.best_rotation, atol=1e-4)
+    np.testing.assert_allclose(whole.log_evidence, parts.log_evidence, rtol=1e-5)
+
+
+def test_summary_of_samples():
+    """Evidence, entropy and means of a posterior that is known: two views of 3:1, each with one shift."""
+    axis = rotvec_to_matrix(np.radians([[0, 0, 0], [0, 0, 4], [90, 0, 0]]))
+    rotation = tensor(axis)[None]
+    score = torch.full((1, 3, 9), -torch.inf)
+    score[0, 0, 4], score[0, 1, 4], score[0, 2, 4] = np.log(3.0), 0.0, -50.0
+    shift = torch.zeros(1, 3, 9, 2)
+    shift[0, 1, 4] = torch.tensor([1.0, -2.0])
+    found = summarise(rotation, shift, score, Level(8.0, 1.0, 10, 8, 10.0))
+    assert float(found.log_evidence[0]) == pytest.approx(np.log(4), abs=1e-6)
+    assert float(found.entropy[0]) == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), abs=1e-6)
+    np.testing.assert_allclose(found.weight, [0.75, 0.25], atol=1e-6)
+    assert float(found.max_weight[0]) == pytest.approx(0.75)
+    # the mean of the leading mode lies a quarter of the way between both, and the far sample has no say
+    expected = rotvec_to_matrix(np.radians([[0, 0, 1.0]]))
+    assert angular_distance_deg(found.best_rotation.double().numpy(), expected)[0] < 0.01
+    np.testing.assert_allclose(found.best_shift_px[0], [0.25, -0.5], atol=1e-6)
+
+
+# --- noise and grey scale
+
+
+def true_posterior(source, rows: np.ndarray) -> Posterior:
+    n = len(rows)
+    rotation, shift = tensor(source.particles.rotation[rows]), tensor(-source.particles.shift_A[rows] / PIXEL_A)
+    one = torch.ones(n)
+    return Posterior(torch.arange(n), rotation, shift, one, rotation, shift, one, one, one)
+
+
+@pytest.mark.parametrize("kind", ["white", "coloured"])
+def test_noise_variance_is_recovered(truth, kind):
+    """From residuals at the true poses, shell by shell; the images' own power is far above it at low resolution."""
+    source = simulate(truth, 300, snr_db=0.0, shift_sd_A=8.0, noise=kind, seed=2)
+    batch = BatchReader(source, source.particles, PIXEL_A)._prepare(np.arange(300), 15)
+    noise = NoiseSums.empty(1, BOX // 2 + 1)
+    volume = FourierVolume.from_volume(tensor(source.volume.data))
+    white = whiten(batch, np.ones((1, BOX // 2 + 1)))
+    accumulator = SliceAccumulator.empty(BOX)
+    accumulate(batch, white, true_posterior(source, np.arange(300)), volume, accumulator, noise)
+    found = noise.spectra(np.full((1, BOX // 2 + 1), -1.0))[0]
+    expected = noise_spectrum(BOX, kind)
+    # the spectrum bends within a shell near the origin
+    np.testing.assert_allclose(found[3:16], expected[3:16], rtol=0.06)
+    np.testing.assert_allclose(found[1:3], expected[1:3], rtol=0.15)
+    assert found[0] == -1 and found[16] == -1, "shells without measurements keep the previous value"
+    images = power_spectrum(torch.from_numpy(source.read(np.arange(300))))
+    assert float(images.mean(0)[2]) > 1.5 * expected[2]
+
+
+def test_noise_of_optics_groups_is_kept_apart(truth):
+    particles = make_particles(200, BOX, PIXEL_A, seed=1)
+    groups = (particles.groups[0], replace(particles.groups[0], number=2, name="loud"))
+    particles = replace(particles, groups=groups, optics=(np.arange(200) % 2).astype(np.int32))
+    images = np.random.default_rng(0).normal(size=(200, BOX, BOX)).astype(np.float32)
+    images[1::2] *= 2
+    batch = BatchReader(ArraySource(images, particles), particles, PIXEL_A)._prepare(np.arange(200), 15)
+    noise = NoiseSums.empty(2, BOX // 2 + 1)
+    noise.add(batch, batch.coefficients.abs().square())
+    found = noise.spectra(np.ones((2, BOX // 2 + 1)))
+    np.testing.assert_allclose(found[0, 4:16], 1, rtol=0.1)
+    np.testing.assert_allclose(found[1, 4:16], 4, rtol=0.1)
+
+
+def a_refinement(source, reference: DensityMap, **settings) -> Refinement:
+    request = RefineRequest(source, reference, "C3", None, RefineSection(**settings), seed=1)
+    return Refinement(request, Context(), "cpu", 160.0)
+
+
+@pytest.mark.parametrize("snr_db, lowest", [(0.0, 0.93), (-4.0, 0.9), (-12.0, 0.65)])
+def test_grey_scale_of_the_first_reference(truth, snr_db, lowest):
+    """A reference on five times the scale, low-passed at 40 Å, is brought onto that of the images.
+
+    Within a tenth where most poses can be found. It gets too small, never too large, where noise hides them: what a
+    wrong pose explains is less than what there is (0.75 at -12 dB), which blurs the first iteration's posteriors.
+    """
+    source = simulate(truth, 400, snr_db=snr_db, shift_sd_A=5.0, seed=3)
+    run = a_refinement(source, replace(source.volume, data=5 * source.volume.data))
+    model = initial_model(run, 40.0)
+    expected = np.asarray(lowpass(source.volume.data, PIXEL_A, 40.0)) * run.sphere
+    factor = float(np.vdot(model.references[1], expected) / np.vdot(expected, expected))
+    assert lowest < factor < 1.07
+    assert relative(model.references[1], factor * expected) < 1e-5
+    np.testing.assert_array_equal(model.references[1], model.references[2])
+
+
+def test_images_of_the_wrong_sign_and_of_nothing_are_refused(truth):
+    source = simulate(truth, 200, snr_db=-2.0, seed=3)
+    images = source.read(np.arange(200))
+    dark = a_refinement(ArraySource(-images, source.particles), source.volume)
+    with pytest.raises(InputError, match="sign"):
+        grey_scale(dark, source.volume.data, mean_power(dark), State(radius_px=8))
+
+
+# --- from sums to references
+
+
+def test_exchange_of_low_resolution():
+    """Inside the radius both halves get the mean of their sums; outside each keeps its own."""
+    from cryoiso.physics.backproject import FourierSums
+
+    def some() -> FourierSums:
+        numerator = torch.complex(torch.randn(33, 33, 17), torch.randn(33, 33, 17))
+        return FourierSums(numerator, torch.rand(33, 33, 17), 15, 2, 7)
+
+    halves = {1: some(), 2: some()}
+    before = {h: (s.numerator.clone(), s.weight.clone()) for h, s in halves.items()}
+    references.exchange_low_resolution(halves, 3, Context())
+    inside = halves[1].shells() <= 3
+    for h in (1, 2):
+        for i, now in enumerate((halves[h].numerator, halves[h].weight)):
+            mean = (before[1][i] + before[2][i]) / 2
+            torch.testing.assert_close(now[inside], mean[inside])
+            assert torch.equal(now[~inside], before[h][i][~inside])
+
+
+def test_inverse_ssnr():
+    f = np.array([1.0, 0.9, 0.5, 0.1, -0.2])
+    np.testing.assert_allclose(references.inverse_ssnr(f)[1:4], [1 / 9, 1, 9], rtol=1e-5)
+    assert 0 < float(references.inverse_ssnr(f)[0]) < 0.01 and float(references.inverse_ssnr(f)[4]) == pytest.approx(
+        999
+    )
+
+
+# --- the schedule
+
+
+def test_agreement_shell():
+    assert agreement_shell(np.array([1, 0.9, 0.5, 0.2, 0.1, 0.5, 0.0])) == 3
+    assert agreement_shell(np.array([1, 0.9, 0.8])) == 2
+    assert agreement_shell(np.array([1, 0.1, 0.8])) == 0
+
+
+def step(state: State, shell: int, change: float, **settings) -> State:
+    return advance(state, shell, change, 2.0, 1.5, RefineSection(**settings), 64, 31)
+
+
+def test_resolution_grows_with_agreement_and_within_the_limit():
+    state = State(radius_px=5)
+    radii = [step(state, s, 30.0).radius_px for s in (4, 8, 15, 31)]
+    assert radii == sorted(radii) and radii[-1] == 31 and all(r > s for r, s in zip(radii[:3], (4, 8, 15)))
+    assert step(state, 0, 30.0).radius_px >= 3
+    assert step(state, 20, 30.0).best_shell == 20 and step(replace(state, best_shell=25), 20, 30.0).best_shell == 25
+
+
+def test_it_stops_when_nothing_improves_and_particles_are_still():
+    state = State(radius_px=10)
+    for shell, change in ((5, 90.0), (8, 20.0), (9, 5.0), (9, 2.0)):
+        state = step(state, shell, change)
+        assert not state.done
+    state = step(state, 9, 1.9)  # same shell, no better movement
+    assert state.done and state.iteration == 5
+    # better agreement keeps it going although nothing moves
+    assert not step(State(best_shell=9, last_change_deg=1.0), 10, 0.1).done
+    # and an upper bound ends it in any case
+    assert step(State(iteration=24), 30, 90.0, max_iterations=25).done
+
+
+def test_it_always_stops():
+    """Whatever the half-maps do, within max_iterations."""
+    for seed in range(20):
+        rng, state = np.random.default_rng(seed), State()
+        while not state.done:
+            state = step(state, int(rng.integers(0, 31)), float(rng.uniform(0, 180)), max_iterations=9)
+        assert state.iteration <= 9
+
+
+def test_shifts_cover_a_disc_evenly():
+    shifts = disc_of_shifts(3.0, 1.0).numpy()
+    assert len(shifts) == 29 and tuple(shifts[0]) == (0, 0) and np.hypot(*shifts.T).max() <= 3
+    np.testing.assert_allclose(shifts.mean(0), 0, atol=1e-6)
+    assert len(np.unique(shifts, axis=0)) == 29
+
+
+@pytest.mark.parametrize("radius", [4, 10, 25])
+def test_search_plans(radius):
+    """Finer levels for finer references, ending with the whole radius; coarse ones see no more than their grid can."""
+    settings = RefineSection(healpix_order=2)
+    plan = search_plan(State(radius_px=radius), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
+    cells = [level.cell_deg for level in plan.levels]
+    assert cells == [15.0 / 2**i for i in range(len(cells))]
+    assert plan.levels[-1].radius_px == radius
+    radii = [plan.coarse_radius_px, *(level.radius_px for level in plan.levels)]
+    assert radii == sorted(radii) and radii[0] <= 16
+    resolution = 64 * 4.0 / radius
+    finest = np.radians(cells[-1] / 2) * 150.0 / 2
+    assert finest < 0.75 * resolution, "the particle's edge moves by less than the resolution"
+    finer = search_plan(State(radius_px=31), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
+    assert len(finer.levels) >= len(plan.levels)
+    limited = RefineSection(healpix_order=2, finest_step_deg=4.0)
+    coarse = search_plan(State(radius_px=31), limited, global_grid(1, "C1"), 64, 4.0, 150.0)
+    assert coarse.levels[-1].cell_deg / 2 >= 4.0 / 1.5
+
+
+def test_shift_range_follows_the_settings_and_the_data():
+    grid = global_grid(1, "C1")
+
+    def plan(shift_sd_px: float, **settings) -> SearchPlan:
+        state = State(radius_px=12, shift_sd_px=shift_sd_px)
+        return search_plan(state, RefineSection(**settings), grid, 64, 4.0, 150.0)
+
+    narrow, wide, asked = plan(0.5), plan(9.0), plan(9.0, shift_range_A=12, shift_step_A=4)
+    reach = [float(p.shifts_px.norm(dim=1).max()) for p in (narrow, asked, wide)]
+    assert reach[1] == pytest.approx(3.0) and reach[2] <= 6.4
+    assert len(narrow.shifts_px) >= 5
+
+
+# --- checkpoints
+
+
+ARRAYS = {"a b": np.arange(6.0).reshape(2, 3), "half1": np.zeros((3, 3, 3), np.float32)}
+
+
+def test_checkpoints_come_back(tmp_path):
+    path = tmp_path / "deep" / "state.npz"
+    assert checkpoint.load(path) is None
+    checkpoint.save(path, ARRAYS, {"iteration": 1, "nested": {"x": [1, 2.5]}})
+    arrays, values = checkpoint.load(path)
+    assert values == {"iteration": 1, "nested": {"x": [1, 2.5]}} and set(arrays) == set(ARRAYS)
+    for k, v in ARRAYS.items():
+        np.testing.assert_array_equal(arrays[k], v)
+        assert arrays[k].dtype == v.dtype
+
+
+def test_the_generation_before_is_kept(tmp_path):
+    path = tmp_path / "state.npz"
+    for i in range(3):
+        checkpoint.save(path, ARRAYS, {"iteration": i})
+    assert checkpoint.load(path)[1]["iteration"] == 2
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["state.npz", "state.previous.npz"]
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:100] + b"x" * 200 + whole[300:]):
+        path.write_bytes(damaged)
+        assert checkpoint.load(path)[1]["iteration"] == 1
+    path.unlink()  # stopped between the two renames
+    assert checkpoint.load(path)[1]["iteration"] == 1
+    checkpoint.previous(path).write_bytes(b"nothing")
+    assert checkpoint.load(path) is None
+
+
+def test_checkpoints_of_another_format_are_not_taken(tmp_path, monkeypatch):
+    path = tmp_path / "state.npz"
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    checkpoint.save(path, ARRAYS, {"iteration": 0})
+    monkeypatch.undo()
+    assert checkpoint.load(path) is None
