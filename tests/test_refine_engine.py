@@ -85,6 +85,7 @@ def test_poses_and_maps_of_a_trimer(trimers, tmp_path):
     assert [r["iteration"] for r in seen] == list(range(1, len(result.iterations) + 1))
     summary = json.loads((tmp_path / "refine.json").read_text())
     assert summary["particles"] == 240 and len(summary["iterations"]) == len(seen)
+    check_particles_file(tmp_path / "particles.star", result.particles)
     noise = np.array(summary["noise_variance"])[0]
     np.testing.assert_allclose(noise[3:15], 1, rtol=0.1)
     names = {f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*") if f.is_file()}
@@ -94,15 +95,14 @@ def test_poses_and_maps_of_a_trimer(trimers, tmp_path):
     }  # fmt: skip
 
 
-def test_particles_file_of_a_refinement(trimers, tmp_path):
+def check_particles_file(file: Path, expected: Particles) -> None:
     from cryoiso.io import read_particle_file
 
-    result = NativeEngine().refine(request_for(trimers, tmp_path, max_iterations=1), Context())
-    written = read_particle_file(tmp_path / "particles.star")
-    np.testing.assert_allclose(written.rotation, result.particles.rotation, atol=1e-6)
-    np.testing.assert_allclose(written.shift_A, result.particles.shift_A, atol=1e-5)
-    np.testing.assert_array_equal(written.uid, trimers.particles.uid)
-    np.testing.assert_array_equal(written.half, trimers.particles.half)
+    written = read_particle_file(file)
+    np.testing.assert_allclose(written.rotation, expected.rotation, atol=1e-6)
+    np.testing.assert_allclose(written.shift_A, expected.shift_A, atol=1e-5)
+    np.testing.assert_array_equal(written.uid, expected.uid)
+    np.testing.assert_array_equal(written.half, expected.half)
     for name in ("rlnLogLikeliContribution", "rlnMaxValueProbDistribution", "cryoisoPoseEntropy"):
         assert name in written.table and np.isfinite(written.table[name].astype(float)).all()
 
@@ -113,7 +113,7 @@ def test_an_asymmetric_particle(tmp_path):
     keep = np.ones(len(atoms.coords_A), bool)
     keep[: len(keep) // 3] = atoms.coords_A[: len(keep) // 3, 2] < 20
     truth = pseudo_atoms_to_map(*(a[keep] for a in atoms), BOX, PIXEL_A, 14.0)
-    source = in_memory(simulate(truth, 200, snr_db=-3.0, shift_sd_A=5.0, seed=3))
+    source = in_memory(simulate(truth, 160, snr_db=-3.0, shift_sd_A=5.0, seed=3))
     result = NativeEngine().refine(request_for(source, tmp_path, "C1", max_iterations=3), Context())
     errors = errors_of(result.particles, source.particles, "C1")
     assert errors.median_deg < 5.5 and errors.fraction_over(20) < 0.08
@@ -153,23 +153,13 @@ def test_two_optics_groups_of_different_pixel_size_and_beam_tilt(tmp_path):
         rows = source.particles.optics == group
         errors = errors_of(result.particles.take(rows), source.particles.take(rows), "C3")
         assert errors.median_deg < 5.0 and errors.median_shift_A < 1.5
-    # who ignores the beam tilt displaces fine detail against coarse and fits worse
-    untilted = [replace(g, beam_tilt_mrad=(0.0, 0.0)) for g in source.particles.groups]
-    blind = ArraySource(source.read(np.arange(240)), replace(source.particles, groups=tuple(untilted)))
-    blind.truth = source.truth
-    other = NativeEngine().refine(request_for(blind, tmp_path / "blind", max_iterations=3), Context())
-    second = source.particles.optics == 1
-    gain = (result.particles.results["rlnLogLikeliContribution"] - other.particles.results["rlnLogLikeliContribution"])
-    assert np.median(gain[second]) > 2
 
 
 def test_what_does_not_fit_is_refused(trimers, tmp_path):
     small = replace(trimers.truth, data=trimers.truth.data[2:, 2:, 2:])
     with pytest.raises(InputError, match="box differs"):
         NativeEngine().refine(request_for(trimers, tmp_path, reference=small), Context())
-    one_half = ArraySource(
-        trimers.read(np.arange(240)), replace(trimers.particles, half=np.ones(240, np.int8))
-    )
+    one_half = ArraySource(trimers.read(np.arange(240)), replace(trimers.particles, half=np.ones(240, np.int8)))
     one_half.truth = trimers.truth
     with pytest.raises(InputError, match="half-set 2 is empty"):
         NativeEngine().refine(request_for(one_half, tmp_path), Context())

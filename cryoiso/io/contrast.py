@@ -104,7 +104,7 @@ def contrast(particles: Particles, rows: np.ndarray, settings: IngestSettings, f
 
 
 CENTRES = (0.05, 0.1, 0.15, 0.2)
-"""Radii of the centre, in boxes: one that fits the particle tells most, a larger one takes in the dark fringe around it."""
+"""Radii of the centre, in boxes: one that fits the particle tells most, a larger one takes in its dark fringe."""
 
 
 def _centre_minus_rim(images: np.ndarray) -> np.ndarray:
