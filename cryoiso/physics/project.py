@@ -14,7 +14,6 @@ from torch import Tensor
 from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
 
-
 SAMPLES_AT_ONCE = 1 << 23
 """Samples that the torch path works on together: the eight corners' temporaries are some hundred bytes a sample."""
 

@@ -106,6 +106,10 @@ def insert_batches(
 class _Waiting:
     """Weighted slices that wait for enough company: insertion is fastest for many at a time."""
 
+    data: torch.Tensor
+    weight: torch.Tensor
+    rotation: torch.Tensor
+
     def __init__(self, accumulator: SliceAccumulator) -> None:
         self.accumulator = accumulator
         self.first: Batch | None = None
