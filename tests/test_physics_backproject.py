@@ -20,16 +20,24 @@ from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io.sources import ArraySource
 from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.context import Context
-from cryoiso.physics.backproject import UNIT, FourierSums, SliceAccumulator
-from cryoiso.physics.fourier import disc
-from cryoiso.physics.masks import sphere_mask
+from cryoiso.physics.backproject import (
+    UNIT,
+    FourierSums,
+    SliceAccumulator,
+    rotate_half_space,
+    to_transform,
+    transform_to_volume,
+)
+from cryoiso.physics.fourier import disc, divide_by_gridding, pad_volume
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.project import FourierVolume, magnified
 from cryoiso.physics.simulate import Projector, SimulatedSource, make_particles
 from cryoiso.physics.so3 import random_rotations
 from cryoiso.physics.symmetry import point_group
 from cryoiso.physics.views import Views
-from cryoiso.refine.reconstruct import reconstruct_halves
+from cryoiso.refine.batches import BatchReader
+from cryoiso.refine.likelihood import shift_factors
+from cryoiso.refine.reconstruct import reconstruct_halves, weigh
 
 RNG = np.random.default_rng(4)
 phantom = lru_cache(phantom_map)
@@ -79,6 +87,57 @@ def test_kernel_and_its_torch_twin_agree(box, padding):
         assert relative(a, b) < 5e-6
         assert float((a - b).abs().max()) < 1e-5 * float(b.abs().max())
     assert fast.bound == pytest.approx(plain.bound, rel=1e-5)
+
+
+def some_sums(box: int, padding: int, n: int = 60) -> SliceAccumulator:
+    data, weight, rotation, where = slices_to_insert(box, n)
+    accumulator = SliceAccumulator.empty(box, padding=padding)
+    accumulator.insert(data, weight, rotation, where)
+    return accumulator
+
+
+@pytest.mark.parametrize("box, padding", [(24, 2), (25, 2), (24, 1), (21, 3)])
+def test_grid_kernels_and_their_torch_twins_agree(box, padding):
+    """Conversion, shell means, symmetrisation and division: all that is between the sums and the map."""
+    accumulator = some_sums(box, padding)
+    fast, plain = accumulator.finish(), accumulator.finish_torch()
+    assert relative(fast.numerator, plain.numerator) < 1e-6 and relative(fast.weight, plain.weight) < 1e-6
+    shells, radius = fast.shells(), fast.radius_px
+    for s in range(radius + 1):
+        by_hand = float(fast.weight[shells == s].double().mean())
+        assert float(fast.shell_mean_weight()[s]) == pytest.approx(by_hand, rel=1e-6)
+    ops = point_group("C3")
+    numerator, weight = fast.numerator.clone(), fast.weight.clone()
+    for s in ops[1:]:
+        rotated = rotate_half_space(fast.numerator, fast.weight, s)
+        numerator, weight = numerator + rotated[0], weight + rotated[1]
+    symmetrised = fast.symmetrised(ops)
+    assert relative(symmetrised.numerator, numerator) < 1e-5 and relative(symmetrised.weight, weight) < 1e-5
+    term, floor = torch.rand(radius + 1), torch.rand(radius + 1) * 0.5 * float(fast.weight.mean())
+    transform = to_transform(fast.divide_torch(term, floor), box * padding) * box
+    assert relative(fast._divide_numba(term, floor), transform) < 1e-5
+
+
+@pytest.mark.parametrize("box, padding", [(20, 2), (21, 2), (21, 1), (20, 3)])
+def test_the_inverse_transform_keeps_the_inner_cube(box, padding):
+    """Axis by axis with early cropping, against the whole transform cropped at the end."""
+    size = box * padding
+    half = torch.complex(*tensor(RNG.normal(size=(2, size, size, size // 2 + 1))))
+    whole = torch.fft.fftshift(torch.fft.irfftn(half, s=(size,) * 3))
+    expected = divide_by_gridding(pad_volume(whole, box), padding)
+    assert relative(transform_to_volume(half, box, padding), expected) < 1e-5
+
+
+def test_images_are_centred_and_weighted_alike_by_kernel_and_torch():
+    """x c exp(2 pi i k.s / D) and c^2, the CPU kernel against plain torch."""
+    particles = make_particles(20, 24, 4.0, seed=1)
+    source = ArraySource(RNG.normal(size=(20, 24, 24)).astype(np.float32), particles)
+    batch = BatchReader(source, particles, 4.0, with_dc=True).read(np.arange(20), 11)
+    shift = torch.as_tensor(RNG.normal(0, 3, (20, 2)))
+    data, weight = torch.empty_like(batch.coefficients), torch.empty_like(batch.ctf)
+    weigh(batch, shift, data, weight)
+    assert relative(data, batch.coefficients * batch.ctf * shift_factors(batch.where, shift.float())) < 1e-5
+    assert relative(weight, batch.ctf.square()) < 1e-6
 
 
 @pytest.mark.gpu
@@ -330,71 +389,3 @@ def test_halves_are_kept_apart_and_missing_ones_named():
         reconstruct_halves(source, replace(particles, half=np.ones(200, np.int8)), Context())
     with pytest.raises(InputError, match="no poses"):
         reconstruct_halves(source, replace(particles, rotation=None), Context())
-
-
-# --- relion_reconstruct
-
-
-def relion_map(folder, star, *options: str) -> np.ndarray:
-    import mrcfile
-
-    command = ["relion_reconstruct", "--i", str(star), "--o", "theirs.mrc", "--ctf", "--pad", "2", *options]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return mrcfile.read(folder / "theirs.mrc")
-
-
-@pytest.mark.relion
-def test_relion_reconstruct_makes_the_same_map(tmp_path):
-    """Of 1,500 noise-free images, astigmatic CTFs and shifts, half 1: FSC > 0.998 to 0.9 Nyquist, same grey values.
-
-    Odd boxes cannot be compared: relion_reconstruct 3.1 does not make a map of them (see test_physics_project.py).
-    """
-    import mrcfile
-
-    from cryoiso.io.starwrite import write_particles
-
-    truth = phantom(48, 4.0, 8.8)
-    particles = make_particles(1500, 48, 4.0, shift_sd_A=6.0, seed=3, stack="images.mrcs")
-    images = SimulatedSource(truth, particles, noise=False).read(np.arange(1500))
-    with mrcfile.new(tmp_path / "images.mrcs") as file:
-        file.set_data(images)
-        file.voxel_size = 4.0
-    write_particles(tmp_path / "particles.star", particles)
-    theirs = relion_map(tmp_path, "particles.star", "--subset", "1")
-    ours = reconstruct_halves(ArraySource(images, particles), particles, Context(), halves=(1,))[1].data
-    assert fsc(ours, theirs)[2:22].min() > 0.998
-    assert float(np.vdot(theirs, ours) / np.vdot(theirs, theirs)) == pytest.approx(1, abs=0.01)
-    with_truth = [fsc(v, truth.data)[1:22] for v in (ours, theirs)]
-    assert (with_truth[0] > with_truth[1] - 1e-3).all()
-
-
-@pytest.mark.relion
-@pytest.mark.parametrize("symmetry", ["C1", "C3"])
-def test_relion_reconstruct_on_noisy_particles(shared, tmp_path, symmetry):
-    """500 haemagglutinin particles of -12 dB with the true poses.
-
-    RELION sets voxels outside the sphere of radius D/2 to their mean; ours are zero there. Where a shell of the grid
-    holds several samples a voxel and signal prevails, both maps are the same; beyond, they weigh neighbouring voxels
-    differently (RELION iterates its gridding weights), and both are equally near to the truth.
-    """
-    import mrcfile
-
-    from cryoiso.io.star import read_particles
-
-    folder = tmp_path / "sets" / "c12_uniform"
-    folder.mkdir(parents=True)
-    for name in ("parts.mrcs", "truth.star"):
-        (folder / name).symlink_to(shared / "relion_bench/sets/c12_uniform" / name)
-    theirs = relion_map(tmp_path, "sets/c12_uniform/truth.star", "--subset", "1", "--sym", symmetry)
-    particles = read_particles(folder / "truth.star", project=str(tmp_path))
-    images = mrcfile.read(folder / "parts.mrcs")[particles.index]
-    source = ArraySource(images, particles)
-    ours = reconstruct_halves(source, particles, Context(), symmetry=symmetry, halves=(1,))[1].data
-    sphere = np.asarray(sphere_mask(48, 24.0, 3.0))
-    curve = fsc(ours, (theirs - np.median(theirs)) * sphere)
-    truth = mrcfile.read(shared / "relion_bench/sets/c12_uniform/signal_map.mrc")
-    ours_true, theirs_true = fsc(ours, truth)[1:22], fsc(theirs, truth)[1:22]
-    signal = int(np.flatnonzero(theirs_true < 0.5)[0])
-    assert curve[2:signal].min() > 0.98
-    assert curve[2:22].min() > (0.95 if symmetry == "C3" else 0.9)
-    assert abs(float(np.mean(ours_true - theirs_true))) < 0.005

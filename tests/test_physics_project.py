@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -272,65 +271,3 @@ def test_back_projection_is_the_adjoint_of_projection(box):
     left, right = (images * y).double().sum(), (x * adjoint).double().sum()
     assert float(left - right) == pytest.approx(0, abs=1e-6 * float(images.norm() * y.norm()))
     assert abs(float(left)) > 100 * abs(float(left - right))
-
-
-# --- relion_project
-
-ODD_BOX_OFFSET_PX = (-1.0, -1.0)
-"""Ours minus relion_project's in odd boxes. There RELION 3.1 takes pixel D//2 + 1 for an image's centre, because its
-transforms are centred by moving pixels by D//2 both ways. (Its relion_reconstruct does not make a map of odd boxes, not
-even of relion_project's own images: FSC -0.9 near Nyquist. Real RELION data are even.) Ours is D//2 for all boxes."""
-
-
-def against_relion(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Same images but for the known offset in odd boxes."""
-    expected = (0.0, 0.0) if theirs.shape[-1] % 2 == 0 else ODD_BOX_OFFSET_PX
-    assert np.abs(displacements(theirs, ours) - expected).max() < 0.02
-    theirs = np.roll(theirs, (int(expected[1]), int(expected[0])), (1, 2))
-    assert correlations(theirs, ours).min() > 0.9999
-    assert float(np.vdot(theirs, ours) / np.vdot(theirs, theirs)) == pytest.approx(1, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    "box, kind", [(64, "_centered"), (64, "_shifted"), (65, ""), (65, "_centered"), (65, "_shifted")]
-)
-def test_stored_images_of_relion_project(shared, box, kind):
-    """Of the ribosome map of 65 px, and of that map Fourier-cropped to 64 px about its centre.
-
-    (The plain set of 64 px is left out: its map was cropped off centre by a fraction of a pixel.)
-    """
-    import mrcfile
-    import starfile
-
-    stem = shared / f"data/reference/relion_project_aspire/rln_proj_{box}{kind}"
-    table = starfile.read(f"{stem}.star", always_dict=True)["particles"]
-    theirs = mrcfile.read(f"{stem}.mrcs")
-    rotation = euler_to_matrix(*table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy().T)
-    origin = [f"rlnOrigin{a}" if "rlnOriginX" in table else f"rlnOrigin{a}Angst" for a in "XY"]
-    shift = table[origin].to_numpy(float)  # pixels and Å alike: the pixel size is 1
-    assert (np.abs(shift).max() > 5) == (kind == "_shifted")
-    volume = mrcfile.read(shared / "data/maps/aspire_clean70S_65.mrc")
-    if box == 64:
-        volume = resample_map(volume, 1.0, 64, 65 / 64)
-    against_relion(project(tensor(volume), tensor(rotation), tensor(shift)).numpy(), theirs)
-
-
-@pytest.mark.relion
-@pytest.mark.parametrize("with_ctf", [False, True])
-@pytest.mark.parametrize("box", [48, 47])
-def test_relion_project_makes_the_same_images(shared, tmp_path, box, with_ctf):
-    """Shifted, with and without CTF, even and odd boxes, from a real model's map."""
-    import mrcfile
-
-    from cryoiso.io.mrc import write_map
-    from cryoiso.io.starwrite import write_particles
-
-    volume = mrcfile.read(shared / "relion_bench/maps/ha_48.mrc").astype(np.float32)
-    volume = np.ascontiguousarray(volume[48 - box :, 48 - box :, 48 - box :])  # pixel 24 becomes pixel box // 2
-    particles = make_particles(20, box, 4.5, shift_sd_A=7.0, seed=3)
-    write_particles(tmp_path / "poses.star", particles)
-    write_map(tmp_path / "map.mrc", volume, 4.5)
-    command = ["relion_project", "--i", "map.mrc", "--ang", "poses.star", "--o", "theirs", "--angpix", "4.5"]
-    subprocess.run(command + ["--ctf"] * with_ctf, cwd=tmp_path, check=True, capture_output=True)
-    ours = Projector(DensityMap(volume, 4.5), with_ctf=with_ctf).images(particles, np.arange(20)).numpy()
-    against_relion(ours, mrcfile.read(tmp_path / "theirs.mrcs"))

@@ -13,7 +13,6 @@ from cryoiso.core.config import RefineSection
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap
-from cryoiso.io import checkpoint
 from cryoiso.io.sources import ArraySource
 from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import SliceAccumulator
@@ -42,9 +41,6 @@ from cryoiso.refine.likelihood import (
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import (
     State,
-    advance,
-    agreement_shell,
-    disc_of_shifts,
     global_grid,
     search_plan,
 )
@@ -382,127 +378,3 @@ def test_inverse_ssnr():
     assert 0 < float(references.inverse_ssnr(f)[0]) < 0.01 and float(references.inverse_ssnr(f)[4]) == pytest.approx(
         999
     )
-
-
-# --- the schedule
-
-
-def test_agreement_shell():
-    assert agreement_shell(np.array([1, 0.9, 0.5, 0.2, 0.1, 0.5, 0.0])) == 3
-    assert agreement_shell(np.array([1, 0.9, 0.8])) == 2
-    assert agreement_shell(np.array([1, 0.1, 0.8])) == 0
-
-
-def step(state: State, shell: int, change: float, **settings) -> State:
-    return advance(state, shell, change, 2.0, 1.5, RefineSection(**settings), 64, 31)
-
-
-def test_resolution_grows_with_agreement_and_within_the_limit():
-    state = State(radius_px=5)
-    radii = [step(state, s, 30.0).radius_px for s in (4, 8, 15, 31)]
-    assert radii == sorted(radii) and radii[-1] == 31 and all(r > s for r, s in zip(radii[:3], (4, 8, 15)))
-    assert step(state, 0, 30.0).radius_px >= 3
-    assert step(state, 20, 30.0).best_shell == 20 and step(replace(state, best_shell=25), 20, 30.0).best_shell == 25
-
-
-def test_it_stops_when_nothing_improves_and_particles_are_still():
-    state = State(radius_px=10)
-    for shell, change in ((5, 90.0), (8, 20.0), (9, 5.0), (9, 2.0)):
-        state = step(state, shell, change)
-        assert not state.done
-    state = step(state, 9, 1.9)  # same shell, no better movement
-    assert state.done and state.iteration == 5
-    # better agreement keeps it going although nothing moves
-    assert not step(State(best_shell=9, last_change_deg=1.0), 10, 0.1).done
-    # and an upper bound ends it in any case
-    assert step(State(iteration=24), 30, 90.0, max_iterations=25).done
-
-
-def test_it_always_stops():
-    """Whatever the half-maps do, within max_iterations."""
-    for seed in range(20):
-        rng, state = np.random.default_rng(seed), State()
-        while not state.done:
-            state = step(state, int(rng.integers(0, 31)), float(rng.uniform(0, 180)), max_iterations=9)
-        assert state.iteration <= 9
-
-
-def test_shifts_cover_a_disc_evenly():
-    shifts = disc_of_shifts(3.0, 1.0).numpy()
-    assert len(shifts) == 29 and tuple(shifts[0]) == (0, 0) and np.hypot(*shifts.T).max() <= 3
-    np.testing.assert_allclose(shifts.mean(0), 0, atol=1e-6)
-    assert len(np.unique(shifts, axis=0)) == 29
-
-
-@pytest.mark.parametrize("radius", [4, 10, 25])
-def test_search_plans(radius):
-    """Finer levels for finer references, ending with the whole radius; coarse ones see no more than their grid can."""
-    settings = RefineSection(healpix_order=2)
-    plan = search_plan(State(radius_px=radius), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
-    cells = [level.cell_deg for level in plan.levels]
-    assert cells == [15.0 / 2**i for i in range(len(cells))]
-    assert plan.levels[-1].radius_px == radius
-    radii = [plan.coarse_radius_px, *(level.radius_px for level in plan.levels)]
-    assert radii == sorted(radii) and radii[0] <= 16
-    resolution = 64 * 4.0 / radius
-    finest = np.radians(cells[-1] / 2) * 150.0 / 2
-    assert finest < 0.75 * resolution, "the particle's edge moves by less than the resolution"
-    finer = search_plan(State(radius_px=31), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
-    assert len(finer.levels) >= len(plan.levels)
-    limited = RefineSection(healpix_order=2, finest_step_deg=4.0)
-    coarse = search_plan(State(radius_px=31), limited, global_grid(1, "C1"), 64, 4.0, 150.0)
-    assert coarse.levels[-1].cell_deg / 2 >= 4.0 / 1.5
-
-
-def test_shift_range_follows_the_settings_and_the_data():
-    grid = global_grid(1, "C1")
-
-    def plan(shift_sd_px: float, **settings) -> SearchPlan:
-        state = State(radius_px=12, shift_sd_px=shift_sd_px)
-        return search_plan(state, RefineSection(**settings), grid, 64, 4.0, 150.0)
-
-    narrow, wide, asked = plan(0.5), plan(9.0), plan(9.0, shift_range_A=12, shift_step_A=4)
-    reach = [float(p.shifts_px.norm(dim=1).max()) for p in (narrow, asked, wide)]
-    assert reach[1] == pytest.approx(3.0) and reach[2] <= 6.4
-    assert len(narrow.shifts_px) >= 5
-
-
-# --- checkpoints
-
-
-ARRAYS = {"a b": np.arange(6.0).reshape(2, 3), "half1": np.zeros((3, 3, 3), np.float32)}
-
-
-def test_checkpoints_come_back(tmp_path):
-    path = tmp_path / "deep" / "state.npz"
-    assert checkpoint.load(path) is None
-    checkpoint.save(path, ARRAYS, {"iteration": 1, "nested": {"x": [1, 2.5]}})
-    arrays, values = checkpoint.load(path)
-    assert values == {"iteration": 1, "nested": {"x": [1, 2.5]}} and set(arrays) == set(ARRAYS)
-    for k, v in ARRAYS.items():
-        np.testing.assert_array_equal(arrays[k], v)
-        assert arrays[k].dtype == v.dtype
-
-
-def test_the_generation_before_is_kept(tmp_path):
-    path = tmp_path / "state.npz"
-    for i in range(3):
-        checkpoint.save(path, ARRAYS, {"iteration": i})
-    assert checkpoint.load(path)[1]["iteration"] == 2
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["state.npz", "state.previous.npz"]
-    whole = path.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", whole[:100] + b"x" * 200 + whole[300:]):
-        path.write_bytes(damaged)
-        assert checkpoint.load(path)[1]["iteration"] == 1
-    path.unlink()  # stopped between the two renames
-    assert checkpoint.load(path)[1]["iteration"] == 1
-    checkpoint.previous(path).write_bytes(b"nothing")
-    assert checkpoint.load(path) is None
-
-
-def test_checkpoints_of_another_format_are_not_taken(tmp_path, monkeypatch):
-    path = tmp_path / "state.npz"
-    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-    checkpoint.save(path, ARRAYS, {"iteration": 0})
-    monkeypatch.undo()
-    assert checkpoint.load(path) is None

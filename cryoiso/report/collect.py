@@ -120,6 +120,8 @@ def _truth_sentences(d: dict[str, Any]) -> list[str]:
     if errors.get("median_deg") is not None:
         text = f"Poses are wrong by {errors['median_deg']:.1f}° (median)"
         text += f", {_percent(errors['fraction_over_20'])} of them by more than 20°"
+        if errors.get("side_n") and errors.get("side_over_20") is not None:
+            text += f", and {_percent(errors['side_over_20'])} of the {errors['side_n']:,} side views"
         moved = [
             f"{_percent(errors[key])} of the {kind}"
             for key, kind in (
