@@ -222,7 +222,7 @@ def stages(folder: Path, images: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs=2, default=(1000, 6000))
+    parser.add_argument("--sizes", type=int, nargs=2, default=(2000, 10000))
     parser.add_argument("--repeats", type=int, default=5, help="of cryoiso; the cheapest run counts")
     parser.add_argument("--skip-relion", action="store_true")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "backprojection.json")

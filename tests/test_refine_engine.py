@@ -43,6 +43,16 @@ def trimers() -> SimulatedSource:
     return in_memory(simulate(phantom_map(BOX, PIXEL_A, 14.0), 240, snr_db=-5.0, shift_sd_A=5.0, seed=3))
 
 
+def small_set() -> ArraySource:
+    return in_memory(simulate(phantom_map(BOX, PIXEL_A, 14.0), 120, snr_db=-3.0, shift_sd_A=4.0, seed=9))
+
+
+@pytest.fixture(scope="module")
+def few() -> ArraySource:
+    """120 images of -3 dB, for what needs no good poses."""
+    return small_set()
+
+
 def in_memory(source: SimulatedSource) -> ArraySource:
     held = ArraySource(source.read(np.arange(len(source))), source.particles)
     held.truth = source.volume
@@ -149,18 +159,18 @@ def test_what_does_not_fit_is_refused(trimers, tmp_path):
 
 
 @pytest.mark.parametrize("join_halves_A", [0.0, 40.0])
-def test_half_sets_are_independent(trimers, join_halves_A):
+def test_half_sets_are_independent(few, join_halves_A):
     """From one model, half 1's sums, raw map and poses have the same bits whatever the images of half 2 are.
 
     (Later iterations share the FSC, and below ``join_halves_A`` the sums.)
     """
-    half = trimers.particles.half
-    run = Refinement(request_for(trimers, None, join_halves_A=join_halves_A), Context(), "cpu", DIAMETER_A)
+    half = few.particles.half
+    run = Refinement(request_for(few, None, join_halves_A=join_halves_A), Context(), "cpu", DIAMETER_A)
     model = initial_model(run, 40.0)
-    images = trimers.read(np.arange(240))
+    images = few.read(np.arange(120))
     noise = np.random.default_rng(0).normal(size=images.shape).astype(np.float32)
-    changed = ArraySource(np.where((half == 2)[:, None, None], noise, images), trimers.particles)
-    changed.truth = trimers.truth
+    changed = ArraySource(np.where((half == 2)[:, None, None], noise, images), few.particles)
+    changed.truth = few.truth
     other_run = Refinement(request_for(changed, None, join_halves_A=join_halves_A), Context(), "cpu", DIAMETER_A)
     one, other = run.step(model), other_run.step(model)
     np.testing.assert_array_equal(one.half_maps[1], other.half_maps[1])
@@ -170,10 +180,10 @@ def test_half_sets_are_independent(trimers, join_halves_A):
     assert not np.array_equal(one.rotation[half == 2], other.rotation[half == 2])
 
 
-def test_each_half_searches_its_own_reference(trimers):
+def test_each_half_searches_its_own_reference(few):
     """Another reference of half 2 changes half 2 and leaves the bits of half 1; and the other way round."""
-    half = trimers.particles.half
-    run = Refinement(request_for(trimers, None), Context(), "cpu", DIAMETER_A)
+    half = few.particles.half
+    run = Refinement(request_for(few, None), Context(), "cpu", DIAMETER_A)
     model = initial_model(run, 40.0)
     before = run.step(model)
     for changed, same in ((1, 2), (2, 1)):
@@ -197,12 +207,8 @@ t.refine_in_small_batches(Path(sys.argv[2]), get_context(), int(sys.argv[3]))
 """
 
 
-def small_set() -> ArraySource:
-    return in_memory(simulate(phantom_map(BOX, PIXEL_A, 14.0), 150, snr_db=-3.0, shift_sd_A=4.0, seed=9))
-
-
 def refine_in_small_batches(folder: Path, comm, ranks: int) -> None:
-    """Three iterations with five batches a half-set, and a reconstruction from the final poses."""
+    """Three iterations with four batches a half-set, and a reconstruction from the final poses."""
     from cryoiso.io.mrc import write_map
     from cryoiso.refine.reconstruct import reconstruct_halves
 
@@ -257,10 +263,10 @@ class Stopped(Context):
         return self.left < 0
 
 
-def test_resuming_gives_the_same_bits(trimers, tmp_path):
+def test_resuming_gives_the_same_bits(few, tmp_path):
     """Killed right after a checkpoint, and stopped by a signal in the middle of the next iteration."""
     iterations = {"max_iterations": 3, "healpix_order": 1}
-    straight = NativeEngine().refine(request_for(trimers, tmp_path / "straight", **iterations), Context())
+    straight = NativeEngine().refine(request_for(few, tmp_path / "straight", **iterations), Context())
 
     class Killed(Exception):
         pass
@@ -269,7 +275,7 @@ def test_resuming_gives_the_same_bits(trimers, tmp_path):
         if record["iteration"] == 1:
             raise Killed
 
-    request = request_for(trimers, tmp_path / "resumed", **iterations)
+    request = request_for(few, tmp_path / "resumed", **iterations)
     with pytest.raises(Killed):
         NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
     with pytest.raises(Interrupted, match="resume"):
@@ -285,8 +291,8 @@ def test_resuming_gives_the_same_bits(trimers, tmp_path):
     np.testing.assert_array_equal(again.particles.rotation, straight.particles.rotation)
 
 
-def test_resuming_nothing_starts(trimers, tmp_path):
-    request = request_for(trimers, tmp_path, max_iterations=1, healpix_order=1)
+def test_resuming_nothing_starts(few, tmp_path):
+    request = request_for(few, tmp_path, max_iterations=1, healpix_order=1)
     result = NativeEngine().refine(replace(request, resume=True), Context())
     assert len(result.iterations) == 1
 
@@ -311,9 +317,9 @@ def agree(one, other, particles: Particles) -> None:
     assert len(particles) == len(moved)
 
 
-def test_an_iteration_in_plain_torch_is_the_same(trimers, monkeypatch):
+def test_an_iteration_in_plain_torch_is_the_same(few, monkeypatch):
     """What a GPU runs, here on the CPU: slices, scores and insertion without the numba kernels."""
-    run = Refinement(request_for(trimers, None), Context(), "cpu", DIAMETER_A)
+    run = Refinement(request_for(few, None), Context(), "cpu", DIAMETER_A)
     model = initial_model(run, 40.0)
     one = run.step(model)
     used = []
@@ -322,13 +328,13 @@ def test_an_iteration_in_plain_torch_is_the_same(trimers, monkeypatch):
     monkeypatch.setattr(search, "local_scores", lambda *a: used.append("scores") or torch_scores(*a))
     other = run.step(model)
     assert {"slices", "in", "scores"} <= set(used)
-    agree(one, other, trimers.particles)
+    agree(one, other, few.particles)
 
 
 @pytest.mark.gpu
-def test_an_iteration_on_a_gpu_is_the_same(trimers):
-    run = Refinement(request_for(trimers, None), Context(), "cpu", DIAMETER_A)
+def test_an_iteration_on_a_gpu_is_the_same(few):
+    run = Refinement(request_for(few, None), Context(), "cpu", DIAMETER_A)
     model = initial_model(run, 40.0)
-    there = Refinement(request_for(trimers, None), Context(), "cuda", DIAMETER_A)
-    agree(run.step(model), there.step(model), trimers.particles)
+    there = Refinement(request_for(few, None), Context(), "cuda", DIAMETER_A)
+    agree(run.step(model), there.step(model), few.particles)
     assert torch.cuda.is_available()

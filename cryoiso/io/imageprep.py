@@ -68,7 +68,7 @@ def normalise(images: np.ndarray, fraction: float = 0.9, ramp: bool = False) -> 
         was subtracted.
     """
     mask = background_mask(images.shape[-1], fraction)
-    background = images[:, mask].astype(np.float64)
+    background = np.take(images.reshape(len(images), -1), np.flatnonzero(mask), axis=1).astype(np.float64)
     if ramp:
         axis = (np.arange(images.shape[-1]) - images.shape[-1] // 2) / images.shape[-1]
         y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -79,8 +79,9 @@ def normalise(images: np.ndarray, fraction: float = 0.9, ramp: bool = False) -> 
         background = background - plane[:, mask]
     else:
         out = images - background.mean(1).astype(np.float32)[:, None, None]
-    sd = background.std(1)
-    empty = sd <= 1e-6 * np.abs(out).max((1, 2))
+    background -= background.mean(1, keepdims=True)
+    sd = np.sqrt(np.einsum("np,np->n", background, background) / background.shape[1])
+    empty = sd <= 1e-6 * np.maximum(out.max((1, 2)), -out.min((1, 2)))
     out /= np.where(empty, 1.0, sd).astype(np.float32)[:, None, None]
     return out, empty
 
@@ -147,7 +148,8 @@ def read_prepared(
         if settings.normalise:
             images, empty = normalise(images, settings.background_fraction, settings.ramp)
             empty_count += int(empty.sum())
-        images = images * sign[these].astype(np.float32)[:, None, None]
+        if (sign[these] != 1).any():
+            images = images * sign[these].astype(np.float32)[:, None, None]
         out[places] = fit_box(images, box_px)
     return out, empty_count
 

@@ -223,8 +223,7 @@ class FourierSums:
 
         Args:
             inverse_ssnr: (>= radius+1,) 1/SSNR a shell; the Wiener term is the shell's mean weight times it. Without
-            it,
-                weights are only kept from vanishing (a thousandth of their shell's mean).
+                it, weights are only kept from vanishing (a thousandth of their shell's mean).
         """
         mean = self.shell_mean_weight()[: self.radius_px + 1].float()
         floor = (mean * 1e-3).clamp(min=float(mean.max()) * 1e-9 + 1e-30)

@@ -67,7 +67,8 @@ class Disc:
     def gather(self, coefficients: Tensor) -> Tensor:
         """(..., D, D//2+1) -> (..., K)."""
         index = torch.as_tensor(self.flat, device=coefficients.device)
-        return coefficients.flatten(-2)[..., index]
+        plane = coefficients.flatten(-2)
+        return plane.gather(-1, index.expand(*plane.shape[:-1], -1))
 
     def frequencies(self, pixel_size_A: float) -> tuple[Tensor, Tensor]:
         """(ky, kx) in 1/Å, float64, each (K,)."""

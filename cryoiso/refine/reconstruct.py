@@ -19,7 +19,7 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
 
-BLOCK_IMAGES = 32
+BLOCK_IMAGES = 64
 """Images that are prepared at once: few enough to stay in the cache."""
 WAITING_COEFFICIENTS = 2**23
 """Coefficients that wait for insertion at most, 12 B each."""
