@@ -28,7 +28,7 @@ class Cost:
 
     cpu_s: float
     """User and system time of the whole process tree: the figure of merit, a loaded machine changes it least."""
-    system_s: float
+    of_which_system_s: float
     wall_s: float
     peak_mib: float
     """Largest resident size of any one process of the tree."""

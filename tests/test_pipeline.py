@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mpi_helper import run_mpi, start_mpi
 from pipeline_helper import cryoiso, hash_files, quick_report, simulate, use_quick_parts, write_cube, write_job
 
@@ -182,6 +183,7 @@ def in_child(action) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        torch.set_num_threads(1)  # the threads that earlier tests started were not forked along; do not wait for them
         try:
             action()
             code = 0

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import math
-
 import numpy as np
 from numba import njit, prange
 
@@ -211,31 +209,6 @@ def insert_slices(grid, rows, rotation, ky, kx, scale, data, weight, unit, n_thr
                     place[0, t] = _fetch_tile(grid, rows, t // across << TILE_BITS, t % across << TILE_BITS)
                 _add_samples(grid, rows, sample, first, ends[t])
     return bound.sum()
-
-
-_SINE = tuple((-1) ** n * (2 * math.pi) ** (2 * n + 1) / math.factorial(2 * n + 1) for n in range(8))
-"""Taylor series of sin 2 pi t; on a quarter of a turn its remainder is below 1e-11."""
-
-
-@njit(**_FAST)
-def sines(coefficients, basis, scale, out):
-    """out (n, P) float32 = scale (n,) times the sine of coefficients (n, 5) @ basis (5, P), phases in float64.
-
-    Plain arithmetic without a branch, which the compiler turns into vector instructions.
-    """
-    b0, b1, b2, b3, b4 = basis
-    for j in range(coefficients.shape[0]):
-        c = coefficients[j] * (0.5 / np.pi)
-        c0, c1, c2, c3, c4 = c[0], c[1], c[2], c[3], c[4]
-        s = scale[j]
-        for k in range(basis.shape[1]):
-            t = c0 * b0[k] + c1 * b1[k] + c2 * b2[k] + c3 * b3[k] + c4 * b4[k]
-            t -= np.floor(t + 0.5)
-            u = 0.25 - abs(abs(t) - 0.25)
-            q = u * u
-            p = _SINE[4] + q * (_SINE[5] + q * (_SINE[6] + q * _SINE[7]))
-            p = u * (_SINE[0] + q * (_SINE[1] + q * (_SINE[2] + q * (_SINE[3] + q * p))))
-            out[j, k] = s * np.float32(p if t > 0 else -p)
 
 
 @njit(inline="always")

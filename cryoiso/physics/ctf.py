@@ -97,7 +97,6 @@ def ctf_for(
     freq_invA: tuple[torch.Tensor, torch.Tensor] | None = None,
     device="cpu",
     dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
 ) -> torch.Tensor:
     """CTFs of particles with everything their optics groups say (magnification anisotropy, even Zernike terms).
 
@@ -108,7 +107,6 @@ def ctf_for(
         pixel_size_A: pixel size (default: each group's own). For Fourier-cropped images give extent / box_px.
         freq_invA: (freq_y, freq_x) to use instead of the half-plane; any shapes that broadcast to one shape P.
         device, dtype: of the result.
-        compiled: for float32 on the CPU, use the numba kernel: three times as fast, once numba is loaded.
 
     Returns:
         (n, D, D//2+1), or (n, *P).
@@ -129,7 +127,7 @@ def ctf_for(
         where = np.flatnonzero(groups == g)
         group = particles.groups[g]
         freq = freq_invA or frequency_grid(shape[0], pixel_size_A or group.pixel_size_A, device)
-        _group_ctf(out, where, particles, rows[where], group, freq, compiled)
+        _group_ctf(out, where, particles, rows[where], group, freq)
     return out
 
 
@@ -140,7 +138,7 @@ def _common_box(particles: Particles, groups: np.ndarray) -> int:
     return boxes.pop()
 
 
-def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq, compiled: bool) -> None:
+def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq) -> None:
     """Writes the CTFs of one optics group's particles into ``out[where]``.
 
     Within a group the phase is linear in six numbers per particle, so all phases are one matrix product.
@@ -160,22 +158,12 @@ def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq,
     block = max(1, _BLOCK // len(s2))
     for i in range(0, len(rows), block):
         part = slice(i, i + block)
-        value = _scaled_sines(coefficients[part], basis, scale[part], compiled)
+        turns = (coefficients[part] @ basis).div_(2 * math.pi)
+        value = turns.sub_(turns.round()).mul_(2 * math.pi).to(out.dtype).sin_().mul_(scale[part, None])
         if bool((bfactor[part] != 0).any()):
             value = value * torch.exp(-0.25 * bfactor[part, None] * s2).to(out.dtype)
-        out[torch.from_numpy(where[part]).to(device)] = value.reshape(-1, *out.shape[1:])
-
-
-def _scaled_sines(coefficients: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, compiled: bool) -> torch.Tensor:
-    """scale (n,) times the sine of coefficients (n, 5) @ basis (5, P), in the type of ``scale``."""
-    if compiled and scale.device.type == "cpu" and scale.dtype == torch.float32:
-        from cryoiso.physics import _kernels
-
-        out = torch.empty(len(coefficients), basis.shape[1])
-        _kernels.sines(coefficients.numpy(), basis.numpy(), scale.numpy(), out.numpy())
-        return out
-    turns = (coefficients @ basis).div_(2 * math.pi)
-    return turns.sub_(turns.round()).mul_(2 * math.pi).to(scale.dtype).sin_().mul_(scale[:, None])
+        place = part if len(where) == len(out) else torch.from_numpy(where[part]).to(device)
+        out[place] = value.reshape(-1, *out.shape[1:])
 
 
 def _phase_coefficients(particles: Particles, rows, lam: float) -> np.ndarray:

@@ -119,7 +119,7 @@ class BatchReader:
         images = torch.from_numpy(np.ascontiguousarray(self.source.read(rows), np.float32)).to(self.device)
         x = where.gather(images_to_fourier(images)).to(torch.complex64)
         freq = where.frequencies(first.pixel_size_A)
-        c = ctf_for(particles, rows, self.source.box_px, freq_invA=freq, device=self.device, compiled=True)
+        c = ctf_for(particles, rows, self.source.box_px, freq_invA=freq, device=self.device)
         for g in np.unique(groups):
             group = particles.groups[g]
             if any(group.beam_tilt_mrad) or any(group.odd_zernike):
