@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Shows what preferred orientation does, on data whose truth is known.
+# Shows what preferred orientation does and what auxiliary particles cure, on data whose truth is known.
 #
 #   bash launch/demo.sh                        a made-up protein
 #   bash launch/demo.sh MODEL.cif [SYMMETRY]   your own atomic model (PDB or mmCIF), e.g. C3
 #
 # Makes a virtual environment (.venv), simulates particles most of which are seen from the top, refines them on two MPI
-# ranks, and writes a report that compares the result with the truth.
+# ranks plainly and then with auxiliary particles, and writes a report that compares both with the truth.
 # Variables: RANKS (2), PARTICLES (2000), CRYOISO_VENV, PYTHON.
 set -euo pipefail
 
@@ -48,12 +48,12 @@ folder=demo/$name
 rm -rf "$folder"
 mkdir -p "$folder"
 
-echo "Step 2 of 4: $particles particles of $what, $box px of $pixel Å, 90 % of the views from the top"
+echo "Step 2 of 4: $particles particles of $what, $box px of $pixel Å, 97 % of the views from the top"
 if [ -n "$model" ]; then
   "$cryoiso" reference "$model" "$truth" --box "$box" --pixel-size "$pixel" --symmetry "$symmetry" --lowpass 0
 fi
 "$cryoiso" simulate "$truth" "$folder" --n "$particles" --box "$box" --pixel-size "$pixel" --symmetry "$symmetry" \
-  --mode preferred --fraction 0.9 --snr-db -22 --seed 1
+  --mode preferred --fraction 0.97 --snr-db -21 --seed 1
 "$cryoiso" reference "$reference" "$folder/reference.mrc" --box "$box" --pixel-size "$pixel" --symmetry "$symmetry" \
   --lowpass 0
 
@@ -73,6 +73,7 @@ particles = "truth.star"
 map = "truth_map.mrc"
 
 [run]
+workflow = "auxiliary"
 title = "Demo: $what, seen mostly from the top"
 TOML
 sed 's/^/    /' "$folder/job.toml"
@@ -95,9 +96,10 @@ print(f"""
 Open the report:  {(run / "report.html").resolve()}
 
 What to look at in it:
-  - Maps: this run's, the one that the same images give with their true poses, and the truth, on one grey scale.
-  - Numbers, "resolution along z": how much of the loss along the axis is the fault of wrong poses, not of the images.
-  - Half-map agreement beside Map against truth: the halves agree on what is wrong, so their FSC does not tell.
-  - Views and Pose errors: which views were taken for which.
+  - Maps: before and after the cure, what the same images give with their true poses, and the truth, on one grey scale.
+  - Numbers: the column "before" is the plain refinement; "resolution along z" and "side views" are the disease.
+  - Raw and auxiliary images side by side: can you tell which ones were made?
+  - Half-map agreement beside Map against truth: the halves can agree on what is wrong, so their FSC does not tell.
+  - Views and Pose errors, before and after: which views were taken for which.
 The maps and poses themselves are in {run}/result.""")
 PY

@@ -24,7 +24,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.resample import resample_map
 from cryoiso.pipeline import lock
 from cryoiso.pipeline.journal import Journal, read_journal
-from cryoiso.pipeline.layout import STAGE_FOLDERS
+from cryoiso.pipeline.layout import REFINE_STAGES
 from cryoiso.pipeline.reference import measure_diameter
 from cryoiso.pipeline.run import resume_run, run_job
 
@@ -62,7 +62,7 @@ def test_run_folder_has_what_is_promised(data, tmp_path, quick):
     assert (folder / "job.toml").read_bytes() == (data / "job.toml").read_bytes()
     assert not (folder / "lock.json").exists() and not list(folder.rglob("*.part"))
     ends = [stage for event, stage in events(folder) if event == "end"]
-    assert ends == [*STAGE_FOLDERS, "report"] and events(folder)[-1] == ("done", "")
+    assert ends == [*REFINE_STAGES, "report"] and events(folder)[-1] == ("done", "")
     assert (folder / "04_reconstruct/truth_poses/map.mrc").exists()
     numbers = json.loads((folder / "05_diagnose/diagnose.json").read_text())
     assert numbers["particles"] == 40 and numbers["half_counts"] == [20, 20] and "pose_errors" in numbers
@@ -246,7 +246,7 @@ def test_resume_of_a_finished_run_does_nothing_again(data, tmp_path, quick):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.mrc")}
     resume_run(tmp_path / "run", Context(), quick_report)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*.mrc")} == before
-    assert sum(event == "start" for event, _ in events(tmp_path / "run")) == len(STAGE_FOLDERS) + 1
+    assert sum(event == "start" for event, _ in events(tmp_path / "run")) == len(REFINE_STAGES) + 1
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,19 @@ COMMANDS = (
     ("reference", "reference_cmd", "reference", False),
     ("refine", "refine_cmd", "refine", True),
     ("reconstruct", "reconstruct_cmd", "reconstruct", True),
+    ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),
 )
+
+GROUPS = {
+    "auxiliary": (
+        "Train a generator of particle images; make auxiliary particles with it.",
+        (("train", "auxiliary_cmd", "train", True), ("generate", "auxiliary_cmd", "generate", True)),
+    ),
+}
 
 
 def _version(wanted: bool) -> None:
@@ -65,10 +73,18 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     app.callback()(_top)
-    for name, module, function, collective in COMMANDS:
+    _add(app, COMMANDS)
+    for group, (about, commands) in GROUPS.items():
+        inner = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None)
+        _add(inner, commands)
+        app.add_typer(inner, name=group)
+    return app
+
+
+def _add(app: typer.Typer, commands: tuple[tuple[str, str, str, bool], ...]) -> None:
+    for name, module, function, collective in commands:
         body = getattr(importlib.import_module(f"cryoiso.cli.{module}"), function)
         app.command(name)(as_command(body, collective))
-    return app
 
 
 def _save_overheads() -> None:

@@ -12,10 +12,10 @@ from cryoiso.core.config import Job, parse_job
 UNITS = {"_A": " In Å.", "_deg": " In degrees.", "_mib": " In MiB."}
 
 
-def option(section: type[BaseModel], key: str, *names: str) -> Any:
+def option(section: type[BaseModel], key: str, *names: str, metavar: str | None = None) -> Any:
     """A typer option with the help text of a key of the job file, and its unit."""
     unit = next((unit for suffix, unit in UNITS.items() if key.endswith(suffix)), "")
-    return typer.Option(*names, help=_sentence(str(section.model_fields[key].description)) + unit)
+    return typer.Option(*names, metavar=metavar, help=_sentence(str(section.model_fields[key].description)) + unit)
 
 
 def default(section: type[BaseModel], key: str) -> Any:

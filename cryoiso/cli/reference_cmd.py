@@ -24,16 +24,28 @@ def reference(
     map_pixel_size: Annotated[
         float | None, typer.Option(help="Pixel size of the given map in Å, if its header is wrong.")
     ] = None,
+    fit: Annotated[
+        Path | None, typer.Option(help="Map (MRC, any grid) into whose frame the result is turned and shifted.")
+    ] = None,
+    fit_resolution: Annotated[
+        float | None,
+        typer.Option(min=1.0, help="Finest information used for the fit in Å (default: 10, or 2.5 pixels)."),
+    ] = None,
+    mirror: Annotated[bool, typer.Option(help="With --fit: also compare the mirror image.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the phantom.")] = 1,
 ) -> None:
     """Make a reference from a model or a map.
 
     Writes it on the given grid, low-passed, and prints the particle's diameter measured in it. A map of another box or
-    pixel size is interpolated exactly, in Fourier space.
+    pixel size is interpolated exactly, in Fourier space. With --fit it is laid into the frame of another map: all
+    rotations and shifts are searched, both hands compared, and a sentence says how sure the answer is.
     """
+    from cryoiso.core.errors import UsageError
     from cryoiso.io.mrc import write_map
     from cryoiso.pipeline.reference import finish_reference, prepare_reference
 
+    if file in PHANTOMS and fit is not None:
+        raise UsageError("--fit takes a model or a map: write the phantom to a file first")
     if file in PHANTOMS:
         from cryoiso.physics.phantom import phantom_map
 
@@ -42,7 +54,10 @@ def reference(
         made = finish_reference(full, lowpass, f"built-in {file}")
     else:
         made = prepare_reference(
-            Path(file), box, pixel_size, lowpass, map_pixel_size_A=map_pixel_size, resample=True, symmetry=symmetry
+            Path(file), box, pixel_size, lowpass, map_pixel_size_A=map_pixel_size, resample=True, symmetry=symmetry,
+            fit=fit, fit_resolution_A=fit_resolution, mirror=mirror,
         )  # fmt: skip
     write_map(out, made.initial.data, pixel_size)
     typer.echo(f"{out}: {made.source}, {box} px of {pixel_size:g} Å, diameter {made.diameter_A:.0f} Å")
+    if made.fit is not None:
+        typer.echo(made.fit.verdict)

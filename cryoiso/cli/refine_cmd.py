@@ -27,6 +27,7 @@ def refine(
     resample: Annotated[bool, option(R, "resample", "--resample")] = default(R, "resample"),
     max_iterations: Annotated[int, option(E, "max_iterations")] = default(E, "max_iterations"),
     healpix_order: Annotated[int, option(E, "healpix_order")] = default(E, "healpix_order"),
+    local: Annotated[float | None, option(E, "local_deg", "--local", metavar="DEGREES")] = None,
     shift_range: Annotated[float | None, option(E, "shift_range_A")] = None,
     shift_step: Annotated[float | None, option(E, "shift_step_A")] = None,
     finest_step: Annotated[float, option(E, "finest_step_deg")] = default(E, "finest_step_deg"),
@@ -57,6 +58,7 @@ def refine(
         sample={"symmetry": symmetry, "diameter_A": diameter, "mask": mask},
         refine={
             "engine": engine, "max_iterations": max_iterations, "healpix_order": healpix_order, "padding": padding,
+            "local_deg": local,
             "shift_range_A": shift_range, "shift_step_A": shift_step, "finest_step_deg": finest_step,
             "join_halves_A": join_halves, "solvent_mask": solvent_mask, "max_resolution_A": max_resolution,
         },

@@ -36,6 +36,10 @@ class ReferenceSection(_Section):
     lowpass_A: float = Field(
         30.0, gt=0, description="the refinement starts from the reference low-passed to this resolution"
     )
+    fit: str = Field("", description="a map into whose frame the reference is turned and shifted (MRC, any grid)")
+    fit_resolution_A: float | None = Field(
+        None, gt=0, description="finest information that decides where it fits (default: 10, or 2.5 pixels if coarser)"
+    )
 
 
 class SampleSection(_Section):
@@ -48,6 +52,9 @@ class RefineSection(_Section):
     engine: Literal["native"] = Field("native", description="refinement engine")
     max_iterations: int = Field(25, ge=1, description="upper bound; the engine stops by itself when nothing improves")
     healpix_order: int = Field(2, ge=1, le=5, description="global search grid: 1 = 30, 2 = 15, 3 = 7.5 degrees")
+    local_deg: float | None = Field(
+        None, gt=0, le=90, description="search only within this angle of the particles' own poses (default: all views)"
+    )
     shift_range_A: float | None = Field(None, gt=0, description="largest shift searched (default: a tenth of the box)")
     shift_step_A: float | None = Field(
         None, gt=0, description="coarsest step of the shift search (default: by resolution)"
@@ -65,6 +72,55 @@ class ReconstructSection(_Section):
     padding: int = Field(2, ge=1, le=4, description="Fourier padding of the final reconstruction")
 
 
+class AuxiliarySection(_Section):
+    preset: Literal["auto", "paper", "small"] = Field(
+        "auto", description="size of the generator: paper (for GPUs), small (for CPUs), auto decides by the device"
+    )
+    generators: Literal["per-half", "shared", "white-noise"] = Field(
+        "per-half",
+        description="one generator a half-set keeps the halves independent; shared trains one on both; white-noise "
+        "trains none: projections with white noise, for comparison",
+    )
+    steps: int | None = Field(None, ge=1, description="training steps (default: paper 20,000, small 300)")
+    batch: int | None = Field(None, ge=1, description="images a step, all ranks together (default: paper 8, small 16)")
+    learning_rate: float | None = Field(None, gt=0, description="of Adam (default: paper 0.0001, small by preset)")
+    likelihood_sd: float | None = Field(
+        None, gt=0, description="noise left to the likelihood, in units of the images' noise (default by preset)"
+    )
+    kl_anneal_fraction: float = Field(
+        0.5, gt=0, le=1, description="share of the training in which the weight of the KL term grows from 0 to 1"
+    )
+    condition_lowpass_A: float = Field(
+        10.0, ge=0, description="the generator sees projections of the reference low-passed to this resolution"
+    )
+    poses: Literal["refine", "given"] = Field(
+        "refine", description="poses that the first round starts from: refined ones, or those of the particle file"
+    )
+    ratio: float = Field(1.0, gt=0, le=20, description="auxiliary particles per raw particle")
+    temperature: float = Field(
+        0.5, ge=0, le=2, description="factor on the noise of auxiliary particles; below 1 they guide the raw ones more"
+    )
+    rounds: int = Field(2, ge=1, le=9, description="rounds of training, generation and co-refinement at most")
+    settle_deg: float = Field(
+        1.0, ge=0, description="no further round once three quarters of the particles moved by less than this"
+    )
+    balance: bool = Field(True, description="end with a local refinement of a subset with balanced views")
+    balance_cap: float = Field(
+        3.0, gt=0, description="most particles of one direction, in multiples of the median direction that has any"
+    )
+    local_deg: float = Field(10.0, gt=0, le=90, description="range of that local refinement")
+    post_command: str = Field(
+        "", description="run on each half's map between rounds; {input}, {output}, {half}, {round}, {pixel_size}"
+    )
+    export: bool = Field(False, description="also write the auxiliary particles as MRCS and STAR")
+
+
+class MicelleSection(_Section):
+    enable: bool = Field(False, description="reconstruct the micelle around the reference before the first round")
+    threshold: float | None = Field(None, description="density of the reference that counts as protein (default: auto)")
+    lowpass_A: float = Field(20.0, ge=0, description="resolution of the micelle")
+
+
 class TruthSection(_Section):
     particles: str = Field(
         "", description="STAR file with the true poses of simulated particles, to measure errors against"
@@ -73,7 +129,9 @@ class TruthSection(_Section):
 
 
 class RunSection(_Section):
-    workflow: Literal["refine"] = Field("refine", description="which stages run")
+    workflow: Literal["refine", "auxiliary"] = Field(
+        "refine", description="refine, or auxiliary: with auxiliary particles from a generator, against preferred views"
+    )
     seed: int = Field(1, ge=0, description="every random number follows from it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     title: str = Field("", description="a name for the report")
@@ -87,6 +145,8 @@ class Job(_Section):
     sample: SampleSection = Field(default_factory=SampleSection)
     refine: RefineSection = Field(default_factory=RefineSection)
     reconstruct: ReconstructSection = Field(default_factory=ReconstructSection)
+    auxiliary: AuxiliarySection = Field(default_factory=AuxiliarySection)
+    micelle: MicelleSection = Field(default_factory=MicelleSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     run: RunSection = Field(default_factory=RunSection)
 

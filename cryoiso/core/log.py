@@ -34,7 +34,8 @@ class ProgressLine:
         self.live = bool(getattr(self.stream, "isatty", lambda: False)())
         self.start = self.last = time.monotonic()
 
-    def update(self, done: int) -> None:
+    def update(self, done: int, words: str = "") -> None:
+        """``words`` are shown behind the numbers."""
         if not self.active:
             return
         now = time.monotonic()
@@ -46,6 +47,7 @@ class ProgressLine:
         text = (
             f"{self.label}: {done:,} of {self.total:,} ({100 * done / self.total:.0f} %), about {duration(left)} left"
         )
+        text += f", {words}" if words else ""
         if self.live:
             self.stream.write("\r\x1b[2K" + text)
             self.stream.flush()

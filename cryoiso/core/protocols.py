@@ -69,6 +69,10 @@ class RefineRequest:
     """The reference is low-passed to this resolution before the first iteration."""
     on_checkpoint: Callable[[dict[str, Any]], None] | None = None
     """Called on rank 0 after each checkpoint with that iteration's record."""
+    local_deg: float | None = None
+    """Search only within this angle of the poses of ``source.particles``, and shifts only near theirs; None: all."""
+    half_references: dict[int, DensityMap] | None = None
+    """Half -> its own first reference, on the grid and grey scale of ``reference``; None: ``reference`` for both."""
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,29 @@ class Particles:
         return self.rotation, self.shift_A
 
 
+def concatenate(first: Particles, second: Particles) -> Particles:
+    """Both sets, one after the other; the second keeps optics groups of its own. Tables of the sources are dropped.
+
+    Raises:
+        InputError: one of them has poses or half-sets and the other has not.
+    """
+    columns: dict[str, Any] = {}
+    for f in fields(Particles):
+        one, two = getattr(first, f.name), getattr(second, f.name)
+        if f.name in ("groups", "table", "optics_table", "results", "optics"):
+            continue
+        if (one is None) != (two is None):
+            raise InputError(f"only one of both particle sets has a '{f.name}'", expected="both or none")
+        columns[f.name] = None if one is None else np.concatenate([one, two])
+    numbers = max((g.number for g in first.groups), default=0)
+    groups = first.groups + tuple(replace(g, number=numbers + i) for i, g in enumerate(second.groups, 1))
+    optics = np.concatenate([first.optics, second.optics + len(first.groups)]).astype(first.optics.dtype)
+    results = {
+        k: np.concatenate([first.results[k], second.results[k]]) for k in first.results if k in second.results
+    }
+    return Particles(groups=groups, optics=optics, results=results, **columns)
+
+
 @dataclass(frozen=True)
 class DensityMap:
     """A cubic density map: data (D, D, D) float32 in (z, y, x), centre at voxel D//2, pixel size in Å."""

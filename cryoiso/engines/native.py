@@ -12,6 +12,7 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
+from cryoiso.core.types import DensityMap
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
@@ -33,7 +34,8 @@ class NativeEngine:
         timing.json and checkpoint/.
 
         Raises:
-            InputError: a half-set is empty, or box and pixel size of reference and particles differ.
+            InputError: a half-set is empty, box and pixel size of references and particles differ, or a local search
+                has no poses to stay near.
             Interrupted: stopped by a signal; the last iteration's checkpoint is there.
         """
         _check(request)
@@ -66,10 +68,29 @@ def _check(request: RefineRequest) -> None:
             found=f"{reference.box_px} px",
             hint="Use 'cryoiso reference' to bring it to the particles' grid.",
         )
+    if request.half_references is not None:
+        _check_half_references(request.half_references, reference)
+    if request.local_deg is not None:
+        if not 0 < request.local_deg <= 90:
+            raise InputError("not an angle for a local search", expected="0 to 90 degrees", found=request.local_deg)
+        if not all(np.isfinite(poses).all() for poses in source.particles.require_poses()):
+            raise InputError("some of the poses that the local search starts from are not numbers")
     half = source.particles.half
     for h in HALVES:
         if half is None or not (half == h).any():
             raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+
+
+def _check_half_references(found: dict[int, DensityMap], reference: DensityMap) -> None:
+    if set(found) != set(HALVES):
+        raise InputError("each half-set needs a reference of its own", expected=HALVES, found=tuple(found))
+    for h, own in found.items():
+        if own.box_px != reference.box_px or abs(own.pixel_size_A / reference.pixel_size_A - 1) > 0.01:
+            raise InputError(
+                f"the reference of half-set {h} is on another grid than the common one",
+                expected=f"{reference.box_px} px of {reference.pixel_size_A:g} Å",
+                found=f"{own.box_px} px of {own.pixel_size_A:g} Å",
+            )
 
 
 def _save(file: Path, model: Model) -> None:
@@ -125,6 +146,8 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
         "iterations": _without_times(result.iterations),
         "noise_variance": np.round(model.sigma2, 6).tolist(),
     }
+    if request.local_deg is not None:
+        summary["local_deg"] = request.local_deg
     write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
     seconds = {"seconds": [record.get("seconds") for record in result.iterations]}
     write_text(request.folder / "timing.json", json.dumps(seconds, indent=1) + "\n")

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from cryoiso import __version__
-from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import Communicator, Progress
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import read_particle_file
-from cryoiso.io.atomic import temporary_name, write_text
+from cryoiso.io.atomic import temporary_name
 from cryoiso.io.contrast import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
 from cryoiso.io.shards import (
@@ -33,8 +32,11 @@ from cryoiso.io.shards import (
     ShardSource,
     groups_to_json,
     hdf5_chunk,
-    read_attributes,
+    row_columns,
+    shard_attributes,
+    shard_matches,
     shard_name,
+    write_index,
     write_shard_file,
 )
 from cryoiso.io.stack import StackReader
@@ -171,8 +173,7 @@ def _digest(p: IngestPlan) -> str:
 
 def shard_is_complete(plan: IngestPlan, folder: Path, number: int) -> bool:
     """Whether this shard is there and of this plan (a shard under its final name is always complete)."""
-    found = read_attributes(folder / shard_name(number))
-    return (found.get("plan"), found.get("start"), found.get("stop")) == (plan.digest, *plan.shards[number])
+    return shard_matches(folder, number, plan.digest, plan.shards[number])
 
 
 def shard_is_done(plan: IngestPlan, folder: Path, number: int) -> bool:
@@ -194,27 +195,12 @@ def write_shard(plan: IngestPlan, folder: object, number: int, progress: Progres
         if progress:
             progress(stop, len(plan.particles))
         return path
-    columns = {}
-    for name in COLUMNS:
-        values = getattr(plan.particles, name)
-        columns[name] = np.full(stop - start, -1, np.int8) if values is None else np.asarray(values)[start:stop]
-    stacks, inverse = np.unique(plan.particles.stack[start:stop], return_inverse=True)
-    columns["stacks"] = np.char.encode(stacks.astype(str), "utf-8")
-    columns["stack"] = inverse.astype(np.int32)
-    attributes = {
-        "format": FORMAT,
-        "version": VERSION,
-        "plan": plan.digest,
-        "start": start,
-        "stop": stop,
-        "box_px": plan.box_px,
-        "pixel_size_A": np.array([g.pixel_size_A for g in plan.particles.groups]),
-        "groups": json.dumps(groups_to_json(plan.particles.groups)),
-        "normalisation": plan.settings.describe(),
-        "inverted": int(plan.decision.inverted),
-        "source": Path(plan.source).name,
-        "source_sha256": plan.source_sha256,
-    }
+    attributes = shard_attributes(
+        plan.digest, (start, stop), plan.box_px, plan.particles.groups,
+        normalisation=plan.settings.describe(), inverted=int(plan.decision.inverted), source=Path(plan.source).name,
+        source_sha256=plan.source_sha256,
+    )  # fmt: skip
+    columns = row_columns(plan.particles, start, stop)
     blocks = _blocks(plan, start, stop, progress)
     write_shard_file(path, blocks, stop - start, plan.box_px, plan.settings.storage, columns, attributes)
     return path
@@ -257,38 +243,11 @@ def finish_index(plan: IngestPlan, folder: object) -> Path:
     Raises:
         CryoisoError: a shard is missing.
     """
-    folder = Path(str(folder))
-    missing = [shard_name(k) for k in range(len(plan.shards)) if not shard_is_complete(plan, folder, k)]
-    if missing:
-        raise CryoisoError(
-            f"{folder}: {len(missing)} shards are not there, first {missing[0]}; run the same command again"
-        )
-    for stale in folder.glob("shard-*.h5*"):
-        if stale.name not in {shard_name(k) for k in range(len(plan.shards))}:
-            stale.unlink()
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "writer": f"cryoiso {__version__}",
-        "plan": plan.digest,
-        "images": len(plan.particles),
-        "box_px": plan.box_px,
-        "storage": plan.settings.storage,
-        "normalisation": plan.settings.describe(),
-        "inverted": plan.decision.inverted,
-        "sign": plan.decision.reason,
-        "contrast_standard_errors": round(plan.decision.z, 3),
-        "source": plan.source,
-        "source_sha256": plan.source_sha256,
-        "groups": groups_to_json(plan.particles.groups),
-        "shards": [
-            {"file": shard_name(k), "start": a, "stop": b, "bytes": (folder / shard_name(k)).stat().st_size}
-            for k, (a, b) in enumerate(plan.shards)
-        ],
-    }
-    path = folder / "index.json"
-    write_text(path, json.dumps(index, indent=1) + "\n")
-    return path
+    return write_index(
+        Path(str(folder)), plan.digest, plan.particles, plan.box_px, plan.settings.storage, plan.shards,
+        normalisation=plan.settings.describe(), inverted=plan.decision.inverted, sign=plan.decision.reason,
+        contrast_standard_errors=round(plan.decision.z, 3), source=plan.source, source_sha256=plan.source_sha256,
+    )  # fmt: skip
 
 
 def write_own_shards(

@@ -103,6 +103,7 @@ def model_to_map(
     centre: bool = True,
     assembly: str = "auto",
     align_symmetry_axis: str = "",
+    placement: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> DensityMap:
     """Density of an atomic model.
 
@@ -113,6 +114,7 @@ def model_to_map(
         centre: put the centre of mass on voxel D//2; else coordinates are kept, with (0, 0, 0) on voxel D//2.
         assembly: see ``read_model``.
         align_symmetry_axis: a point group such as "C3": turn the model into that group's standard frame (Cn about z).
+        placement: rotation R (3, 3) and shift d (3,) in Å, applied after that: a point x goes to R x + d.
 
     Returns:
         DensityMap: float32 (z, y, x), in units of gemmi's electrostatic density per Å^3.
@@ -132,6 +134,9 @@ def model_to_map(
         offset = -rotation @ axis_point - keep * along
     elif centre:
         offset = -np.average(xyz, axis=0, weights=mass)
+    if placement is not None:
+        turn, shift_A = (np.asarray(part, np.float64) for part in placement)
+        rotation, offset = turn @ rotation, turn @ offset + shift_A
     reach = float(np.abs(xyz @ rotation.T + offset).max())
     side = box_px * pixel_size_A
     if reach > side / 2:

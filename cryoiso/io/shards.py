@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso import __version__
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
-from cryoiso.io.atomic import atomic_path, is_full
+from cryoiso.io.atomic import atomic_path, is_full, write_text
 from cryoiso.io.stack import runs
 
 FORMAT = "cryoiso-shard"
@@ -155,6 +156,86 @@ def write_shard_file(
         finally:
             with suppress(OSError):
                 sink.close()
+
+
+def row_columns(particles: Particles, start: int, stop: int) -> dict[str, np.ndarray]:
+    """The metadata of rows start..stop as a shard keeps it; -1 where the source says nothing."""
+    columns: dict[str, np.ndarray] = {}
+    for name in COLUMNS:
+        values = getattr(particles, name)
+        columns[name] = np.full(stop - start, -1, np.int8) if values is None else np.asarray(values)[start:stop]
+    stacks, inverse = np.unique(particles.stack[start:stop], return_inverse=True)
+    columns["stacks"] = np.char.encode(stacks.astype(str), "utf-8")
+    columns["stack"] = inverse.astype(np.int32)
+    return columns
+
+
+def shard_attributes(
+    digest: str, bounds: tuple[int, int], box_px: int, groups: tuple[OpticsGroup, ...], **origin: Any
+) -> dict[str, Any]:
+    """Root attributes of a shard of rows ``bounds`` of the set that ``digest`` names.
+
+    Args:
+        origin: normalisation, inverted, source, source_sha256.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "plan": digest,
+        "start": bounds[0],
+        "stop": bounds[1],
+        "box_px": box_px,
+        "pixel_size_A": np.array([g.pixel_size_A for g in groups]),
+        "groups": json.dumps(groups_to_json(groups)),
+        **origin,
+    }
+
+
+def shard_matches(folder: Path, number: int, digest: str, bounds: tuple[int, int]) -> bool:
+    """Whether this shard is there and of this set (a shard under its final name is always complete)."""
+    found = read_attributes(folder / shard_name(number))
+    return (found.get("plan"), found.get("start"), found.get("stop")) == (digest, *bounds)
+
+
+def write_index(
+    folder: Path, digest: str, particles: Particles, box_px: int, storage: str, shards: Any, **origin: Any
+) -> Path:
+    """Writes index.json when all shards are there; removes what an earlier set left behind.
+
+    Args:
+        shards: (start, stop) of each.
+        origin: normalisation, inverted, sign, contrast_standard_errors, source, source_sha256.
+
+    Raises:
+        CryoisoError: a shard is missing.
+    """
+    names = [shard_name(k) for k in range(len(shards))]
+    missing = [name for k, name in enumerate(names) if not shard_matches(folder, k, digest, shards[k])]
+    if missing:
+        raise CryoisoError(
+            f"{folder}: {len(missing)} shards are not there, first {missing[0]}; run the same command again"
+        )
+    for stale in folder.glob("shard-*.h5*"):
+        if stale.name not in names:
+            stale.unlink()
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "writer": f"cryoiso {__version__}",
+        "plan": digest,
+        "images": len(particles),
+        "box_px": box_px,
+        "storage": storage,
+        **origin,
+        "groups": groups_to_json(particles.groups),
+        "shards": [
+            {"file": name, "start": a, "stop": b, "bytes": (folder / name).stat().st_size}
+            for name, (a, b) in zip(names, shards, strict=True)
+        ],
+    }
+    path = folder / "index.json"
+    write_text(path, json.dumps(index, indent=1) + "\n")
+    return path
 
 
 def read_attributes(path: Path) -> dict[str, Any]:

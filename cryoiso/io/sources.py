@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.core.types import Particles
+from cryoiso.core.protocols import ImageSource
+from cryoiso.core.types import Particles, concatenate
 from cryoiso.io.contrast import decide_sign
 from cryoiso.io.imageprep import IngestSettings, read_prepared
 from cryoiso.io.ingest import check_stacks
@@ -80,3 +81,53 @@ class ArraySource:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Images of these rows: (n, D, D) float32."""
         return np.asarray(self._images[rows], np.float32)
+
+
+class JoinedSource:
+    """Two sources as one, the rows of the second after those of the first (an ``ImageSource``).
+
+    The second keeps optics groups of its own, so that a refinement estimates its noise apart.
+    """
+
+    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+        """
+        Raises:
+            InputError: different boxes, or a uid that is in both.
+        """
+        if first.box_px != second.box_px:
+            raise InputError("both particle sets need one box", expected=first.box_px, found=second.box_px)
+        if len(np.intersect1d(first.particles.uid, second.particles.uid)):
+            raise InputError("a particle is in both sets", expected="uids of their own in each")
+        self._parts = (first, second)
+        self._n = len(first.particles)
+        self.particles = concatenate(first.particles, second.particles)
+        self.box_px = first.box_px
+        self.chunks = fixed_chunks(len(self.particles))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images of these rows: (n, D, D) float32."""
+        rows = np.arange(len(self.particles))[rows]
+        out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
+        for part, mine, shift in ((0, rows < self._n, 0), (1, rows >= self._n, self._n)):
+            if mine.any():
+                out[mine] = self._parts[part].read(rows[mine] - shift)
+        return out
+
+
+class SubsetSource:
+    """Some rows of another source (an ``ImageSource``)."""
+
+    def __init__(self, source: ImageSource, rows: np.ndarray) -> None:
+        """
+        Args:
+            rows: indices or a boolean mask.
+        """
+        self._source = source
+        self._rows = np.arange(len(source.particles))[rows]
+        self.particles = source.particles.take(self._rows)
+        self.box_px = source.box_px
+        self.chunks = fixed_chunks(len(self._rows))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images of these rows: (n, D, D) float32."""
+        return self._source.read(self._rows[np.arange(len(self._rows))[rows]])

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError
-from cryoiso.physics.fourier import Disc, divide_by_gridding
+from cryoiso.physics.fourier import Disc, divide_by_gridding, sinc2_profile
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.project import (
     SAMPLES_AT_ONCE,
+    FourierVolume,
     check_reach,
     corner_shares,
     flat_pairs,
@@ -234,6 +235,27 @@ class FourierSums:
             transform = to_transform(self.divide_torch(term, floor), self.box_px * self.padding) * self.box_px
         volume = transform_to_volume(transform, self.box_px, self.padding)
         return volume * sphere_mask(self.box_px, self.box_px / 2, EDGE_PX, device=volume.device, dtype=volume.dtype)
+
+    def completed(self, prior: Tensor, inverse_ssnr: Tensor) -> FourierSums:
+        """These sums with a prior map added at the weight of the Wiener term: what was measured well is data, what was
+        not is prior (the posterior mean under a Gaussian prior about that map).
+
+        Args:
+            prior: (D, D, D) map on the data's grey scale.
+            inverse_ssnr: (>= radius+1,) 1/SSNR a shell.
+        """
+        mean = self.shell_mean_weight()[: self.radius_px + 1].to(self.weight)
+        term = (mean * inverse_ssnr[: self.radius_px + 1].to(mean))[self.shells().clamp(max=self.radius_px)]
+        numerator = self.numerator + term * self.sampled(prior)
+        return FourierSums(numerator, self.weight + term, self.box_px, self.padding, self.radius_px)
+
+    def sampled(self, volume: Tensor) -> Tensor:
+        """The transform of a map (D, D, D) where these sums have voxels, as insertion of its slices would see it."""
+        # insertion spreads by the interpolation kernel, whose envelope the reconstruction divides by in the end
+        profile = sinc2_profile(self.box_px, self.padding, volume.device, volume.dtype)
+        envelope = profile[:, None, None] * profile[None, :, None] * profile[None, None, :]
+        volume = volume * envelope.square()  # once for FourierVolume, which divides by it
+        return FourierVolume.from_volume(volume, self.padding, self.radius_px).grid.to(self.numerator)
 
     def _divide_numba(self, term: Tensor, floor: Tensor) -> Tensor:
         from cryoiso.physics import _grid_kernels

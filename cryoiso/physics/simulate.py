@@ -80,7 +80,7 @@ def make_particles(
     if n < 1:
         raise InputError("nothing to simulate", expected="at least 1 particle", found=n)
     uid = shuffle_keys(seed, "uid of simulated particle", np.arange(n, dtype=np.uint64))
-    groups, columns = _draw_ctf(ctf or CtfRanges(), uid, box_px, pixel_size_A, seed)
+    groups, columns = draw_ctf(ctf or CtfRanges(), uid, box_px, pixel_size_A, seed)
     half = np.empty(n, np.int8)
     half[np.argsort(shuffle_keys(seed, "half", uid), kind="stable")] = np.arange(n) % 2 + 1
     return Particles(
@@ -101,10 +101,10 @@ def _normals(seed: int, purpose: str, uid: np.ndarray) -> np.ndarray:
     return ndtri(uniforms(seed, purpose, uid))
 
 
-def _draw_ctf(
+def draw_ctf(
     ctf: CtfRanges | Particles, uid: np.ndarray, box_px: int, pixel_size_A: float, seed: int
 ) -> tuple[tuple[OpticsGroup, ...], dict[str, Any]]:
-    """Optics groups and per-particle CTF columns."""
+    """Optics groups and per-particle CTF columns (whole rows of given particles, or uniform in ranges), by uid."""
     if isinstance(ctf, CtfRanges):
         mean = np.interp(uniforms(seed, "defocus", uid), [0, 1], ctf.defocus_A)
         half = 0.5 * ctf.astigmatism_A * uniforms(seed, "astigmatism", uid)
@@ -139,21 +139,23 @@ def _draw_ctf(
 class Projector:
     """Noise-free images of a map: CTF, beam tilt, magnification and shift as the particles' metadata say."""
 
-    def __init__(self, volume: DensityMap, *, with_ctf: bool = True) -> None:
+    def __init__(self, volume: DensityMap, *, with_ctf: bool = True, device: str = "cpu") -> None:
         self.box_px, self.pixel_size_A, self.with_ctf = volume.box_px, volume.pixel_size_A, with_ctf
-        self._volume = FourierVolume.from_volume(torch.from_numpy(np.ascontiguousarray(volume.data, np.float32)))
+        self.device = device
+        data = torch.from_numpy(np.ascontiguousarray(volume.data, np.float32))
+        self._volume = FourierVolume.from_volume(data.to(device))
 
     def images(self, particles: Particles, rows: np.ndarray) -> Tensor:
         """Signals of these rows: (n, D, D) float32."""
         rotation, shift = particles.require_poses()
-        out = torch.empty(len(rows), self.box_px, self.box_px)
+        out = torch.empty(len(rows), self.box_px, self.box_px, device=self.device)
         groups = np.asarray(particles.optics)[rows]
         for g in np.unique(groups):
             where = np.flatnonzero(groups == g)
             group = particles.groups[g]
             seen = self._frequencies(group)
             plane = scatter_to_half_plane(self._group(particles, rows[where], group, seen, rotation, shift), seen)
-            out[torch.from_numpy(where)] = fourier_to_images(plane, self.box_px)
+            out[torch.from_numpy(where).to(self.device)] = fourier_to_images(plane, self.box_px)
         return out
 
     def _frequencies(self, group: OpticsGroup) -> Disc:
@@ -163,18 +165,18 @@ class Projector:
 
     def _group(self, particles: Particles, rows, group: OpticsGroup, seen: Disc, rotation, shift) -> Tensor:
         """(n, K) Fourier coefficients of particles of one optics group."""
-        poses = torch.from_numpy(np.ascontiguousarray(rotation[rows], np.float32))
+        poses = torch.from_numpy(np.ascontiguousarray(rotation[rows], np.float32)).to(self.device)
         if group.magnification != (1.0, 0.0, 0.0, 1.0):
             poses = magnified(poses, torch.tensor(group.magnification, dtype=poses.dtype).reshape(2, 2))
         values = self._volume.slices(poses, seen)
         ky, kx = seen.frequencies(1.0)
         phases = shift_phases(ky, kx, torch.from_numpy(-shift[rows] / self.pixel_size_A))
-        values = values * phases.to(values.dtype)
+        values = values * phases.to(values)
         if self.with_ctf:
             freq = seen.frequencies(self.pixel_size_A)
-            values = values * ctf_for(particles, rows, freq_invA=freq)
+            values = values * ctf_for(particles, rows, freq_invA=freq, device=self.device)
             if any(group.beam_tilt_mrad) or any(group.odd_zernike):
-                values = values * beam_tilt_phase(*freq, group).to(values.dtype)
+                values = values * beam_tilt_phase(*freq, group).to(values)
         return values
 
 

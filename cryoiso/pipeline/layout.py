@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGE_FOLDERS = {
-    "ingest": "01_ingest",
-    "reference": "02_reference",
-    "refine": "03_refine",
-    "reconstruct": "04_reconstruct",
-    "diagnose": "05_diagnose",
-}
+REFINE_STAGES = ("ingest", "reference", "refine", "reconstruct", "diagnose")
+"""Stages that have a folder, in the order of the workflow ``refine``."""
 TIMING = "timing.json"
 """How long the parts of a stage took: the one file of a stage that differs between two runs of the same job."""
 
@@ -21,6 +16,8 @@ class RunFolder:
     """A run folder; every path in it has its name here and nowhere else."""
 
     path: Path
+    stages: tuple[str, ...] = REFINE_STAGES
+    """The stages with a folder of the run's workflow, in order; the folders are numbered by it."""
 
     @property
     def job(self) -> Path:
@@ -57,7 +54,20 @@ class RunFolder:
         return self.path / "report.html"
 
     def stage(self, name: str) -> Path:
-        return self.path / STAGE_FOLDERS[name]
+        """Folder of a stage.
+
+        Raises:
+            KeyError: the workflow has no such stage.
+        """
+        return self.path / self.folder_name(name)
+
+    def folder_name(self, name: str) -> str:
+        if name not in self.stages:
+            raise KeyError(name)
+        return f"{self.stages.index(name) + 1:02d}_{name}"
+
+    def has(self, name: str) -> bool:
+        return name in self.stages
 
     def holds_a_run(self) -> bool:
         return self.journal.exists() or self.resolved.exists() or self.manifest.exists()

@@ -28,7 +28,7 @@ LIST_LIMIT = 20
 def input_files(job: Job) -> list[Path]:
     """The small files a job names, in the order of the job file."""
     names = (
-        job.particles.file, job.reference.file, job.sample.mask, job.truth.particles, job.truth.map,
+        job.particles.file, job.reference.file, job.reference.fit, job.sample.mask, job.truth.particles, job.truth.map,
     )  # fmt: skip
     return [Path(name) for name in names if name]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
-from cryoiso.pipeline import stages
-from cryoiso.pipeline.layout import STAGE_FOLDERS
+from cryoiso.pipeline import auxiliary, stages
+from cryoiso.pipeline.layout import REFINE_STAGES, RunFolder
 from cryoiso.pipeline.work import Work
 
 
@@ -24,28 +25,39 @@ class Stage:
     """whether it can go on from what an interrupted attempt left; otherwise it starts afresh"""
 
 
-def _stage(name: str, do: Callable[[Work], None], continues: bool = False) -> Stage:
-    return Stage(name, do, (STAGE_FOLDERS[name],), continues)
+def _stage(folder: RunFolder, name: str, do: Callable[[Work], None], continues: bool = False) -> Stage:
+    return Stage(name, do, (folder.folder_name(name),), continues)
 
 
-WORKFLOWS: dict[str, tuple[Stage, ...]] = {
-    "refine": (
-        _stage("ingest", stages.ingest, continues=True),
-        _stage("reference", stages.reference),
-        _stage("refine", stages.refine, continues=True),
-        _stage("reconstruct", stages.reconstruct),
-        _stage("diagnose", stages.diagnose),
-        Stage("report", stages.report, ("result", "report.html", "report.json")),
-    ),
-}
-
-
-def stages_of(workflow: str) -> tuple[Stage, ...]:
-    """The stages of a workflow, in order.
+def folder_stages(job: Job) -> tuple[str, ...]:
+    """Names of the stages that have a folder, in order.
 
     Raises:
         UsageError: no such workflow.
     """
-    if workflow not in WORKFLOWS:
-        raise UsageError(f"unknown workflow '{workflow}' (known: {', '.join(WORKFLOWS)})")
-    return WORKFLOWS[workflow]
+    if job.run.workflow == "refine":
+        return REFINE_STAGES
+    if job.run.workflow == "auxiliary":
+        return auxiliary.stage_names(job)
+    raise UsageError(f"unknown workflow '{job.run.workflow}' (known: refine, auxiliary)")
+
+
+def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
+    """The stages of a job, in order."""
+    first: tuple[Stage, ...] = (
+        _stage(folder, "ingest", stages.ingest, continues=True),
+        _stage(folder, "reference", stages.reference),
+        _stage(folder, "refine", stages.refine, continues=True),
+    )
+    if job.run.workflow == "auxiliary":
+        middle = tuple(_stage(folder, name, do, goes_on) for name, do, goes_on in auxiliary.stages_between(job))
+        if not folder.has("refine"):
+            first = first[:2]
+    else:
+        middle = ()
+    last = (
+        _stage(folder, "reconstruct", stages.reconstruct),
+        _stage(folder, "diagnose", stages.diagnose),
+        Stage("report", stages.report, ("result", "report.html", "report.json")),
+    )
+    return first + middle + last

@@ -11,13 +11,15 @@ import numpy as np
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import disk_full
-from cryoiso.pipeline.plan import stages_of
+from cryoiso.pipeline.plan import folder_stages
+from cryoiso.pipeline.postprocess import check_template
 from cryoiso.pipeline.work import Work
 
 PATHS = (
     ("particles", "file"),
     ("particles", "project"),
     ("reference", "file"),
+    ("reference", "fit"),
     ("sample", "mask"),
     ("truth", "particles"),
     ("truth", "map"),
@@ -44,14 +46,18 @@ def check_job(work: Work) -> None:
     from cryoiso.physics.symmetry import point_group
 
     job = work.job
-    stages_of(job.run.workflow)
+    folder_stages(job)
     point_group(job.sample.symmetry)
-    work.particles()
+    particles = work.particles()
+    if job.refine.local_deg is not None or (job.run.workflow == "auxiliary" and job.auxiliary.poses == "given"):
+        particles.require_poses(job.particles.file)
     work.reference()
     work.mask()
     work.truth()
     work.truth_map()
     _check_diameter(work)
+    if job.run.workflow == "auxiliary" and job.auxiliary.post_command:
+        check_template(job.auxiliary.post_command)
 
 
 def _check_diameter(work: Work) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
+
+if TYPE_CHECKING:
+    from cryoiso.physics.fit import Fit
 
 logger = logging.getLogger("cryoiso")
 
@@ -31,6 +35,8 @@ class Reference:
     """measured, with a margin"""
     source: str
     """what was done, in words"""
+    fit: Fit | None = None
+    """how it was laid into another map's frame"""
 
 
 def prepare_reference(
@@ -42,6 +48,9 @@ def prepare_reference(
     map_pixel_size_A: float | None = None,
     resample: bool = False,
     symmetry: str = "C1",
+    fit: Path | None = None,
+    fit_resolution_A: float | None = None,
+    mirror: bool = True,
 ) -> Reference:
     """Reads a reference and brings it onto a grid.
 
@@ -56,6 +65,9 @@ def prepare_reference(
         map_pixel_size_A: replaces the pixel size in the map's header.
         resample: accept a map with another box or pixel size.
         symmetry: point group of the particles, which a model must have.
+        fit: a map on any grid; the reference is laid into its frame (``pipeline.fitting``).
+        fit_resolution_A: finest information that decides where; by default 10 Å, or what both grids hold.
+        mirror: also see whether the mirror image fits better.
 
     Raises:
         InputError: unreadable file, a map without a pixel size, a map that does not fit the particles, a model without
@@ -72,16 +84,28 @@ def prepare_reference(
         full, source = _from_map(file, box_px, pixel_size_A, map_pixel_size_A, resample)
     if float(full.data.max()) <= 0:
         raise InputError("the reference holds no positive density", file=file, hint="Protein must be white in it.")
-    return finish_reference(DensityMap(full.data, pixel_size_A), lowpass_A, source)
+    full, found = DensityMap(full.data, pixel_size_A), None
+    if fit is not None:
+        from cryoiso.physics.fit import apply_fit
+        from cryoiso.pipeline.fitting import fit_to_file
+
+        found = fit_to_file(full, fit, symmetry, fit_resolution_A, mirror)
+        if is_model(file):
+            again = (found.rotation, found.shift_A)
+            full, source = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry, again)
+        else:
+            full = apply_fit(full, found)
+        source += f", fitted into {fit.name}"
+    return finish_reference(full, lowpass_A, source, found)
 
 
-def finish_reference(full: DensityMap, lowpass_A: float, source: str) -> Reference:
+def finish_reference(full: DensityMap, lowpass_A: float, source: str, fit: Fit | None = None) -> Reference:
     """Low-passes a map that is on the particles' grid (0: leaves it) and measures the particle's diameter in it."""
     from cryoiso.physics.filters import lowpass
 
     data = lowpass(full.data, full.pixel_size_A, lowpass_A) if lowpass_A else full.data
     initial = DensityMap(np.asarray(data, np.float32), full.pixel_size_A)
-    return Reference(full, initial, measure_diameter(full), source)
+    return Reference(full, initial, measure_diameter(full), source, fit)
 
 
 def _check_lowpass(lowpass_A: float, pixel_size_A: float, file: Path) -> None:
@@ -93,12 +117,14 @@ def _check_lowpass(lowpass_A: float, pixel_size_A: float, file: Path) -> None:
 
 
 def _from_model(
-    file: Path, box_px: int, pixel_size_A: float, lowpass_A: float, symmetry: str
+    file: Path, box_px: int, pixel_size_A: float, lowpass_A: float, symmetry: str, placement: Any = None
 ) -> tuple[DensityMap, str]:
     from cryoiso.io.models import model_to_map
 
-    resolution = max(3 * pixel_size_A, 0.5 * lowpass_A)
-    full = model_to_map(file, box_px, pixel_size_A, resolution, align_symmetry_axis=symmetry)
+    resolution = max(2.2 * pixel_size_A, 0.5 * lowpass_A)
+    full = model_to_map(
+        file, box_px, pixel_size_A, resolution, align_symmetry_axis=symmetry, placement=placement
+    )  # fmt: skip
     return full, f"density of the atomic model {file.name}"
 
 

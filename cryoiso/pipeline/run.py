@@ -26,9 +26,9 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
 from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
 from cryoiso.pipeline.journal import Journal
-from cryoiso.pipeline.layout import STAGE_FOLDERS, RunFolder
+from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.lock import locked
-from cryoiso.pipeline.plan import Stage, stages_of
+from cryoiso.pipeline.plan import Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
 from cryoiso.pipeline.stages import STOPPED
 from cryoiso.pipeline.work import Work
@@ -57,6 +57,7 @@ def run_job(job_file: Path, folder: Path, comm: Context, report: Report | None =
     run = RunFolder(folder.absolute())
     on_root(comm, _refuse_old_run, run)
     text, job = on_root(comm, read_job, job_file)
+    run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
     _prepare_device(work)
     on_root(comm, _preflight, work)
@@ -77,6 +78,7 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None) -> Run
     """
     run = RunFolder(folder.absolute())
     _, job = on_root(comm, _read_resolved, run)
+    run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
     _prepare_device(work)
     with ExitStack() as stack:
@@ -205,7 +207,7 @@ def _work_through(work: Work) -> None:
 
 def _all_stages(work: Work) -> None:
     comm = work.comm
-    stages = stages_of(work.job.run.workflow)
+    stages = stages_of(work.job, work.folder)
     key = _job_key(work.job)
     for number, stage in enumerate(stages, start=1):
         recorded, work.resume = on_root(comm, _what_is_there, work, stage, key)
@@ -259,7 +261,7 @@ def _do(work: Work, stage: Stage, key: str) -> dict[str, Any]:
 
 def _open_stage(work: Work, stage: Stage, key: str) -> None:
     """Makes the stage's folder, empty or, if the stage goes on, rid of unfinished files."""
-    if stage.name in STAGE_FOLDERS:
+    if work.folder.has(stage.name):
         folder = work.folder.stage(stage.name)
         if not work.resume and folder.exists():
             shutil.rmtree(folder)

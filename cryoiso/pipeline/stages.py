@@ -18,10 +18,13 @@ from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import atomic_path
 from cryoiso.io.mrc import read_map, write_map
+from cryoiso.io.sources import SubsetSource
+from cryoiso.io.starwrite import write_particles
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
 from cryoiso.pipeline.maps import make_mask, write_reconstruction, write_weighted_map
+from cryoiso.pipeline.rounds import last_round, pose_file, poses_after
 from cryoiso.pipeline.work import Work, bare, write_json
 
 logger = logging.getLogger("cryoiso")
@@ -102,13 +105,17 @@ def _write_reference(work: Work) -> None:
         "box_px": made.map.box_px,
         "pixel_size_A": made.map.pixel_size_A,
     }
+    if made.fit is not None:
+        facts["fit"] = made.fit.facts()
     write_json(folder / "reference.json", facts)
     logger.info("reference: %s, low-passed at %g Å, diameter %.0f Å", made.source, lowpass_A, made.diameter_A)
 
 
 def refine(work: Work) -> None:
-    """Poses and half-maps by the engine."""
+    """Poses and half-maps by the engine, or, where the job says so, from the particle file."""
     comm, job = work.comm, work.job
+    if job.run.workflow == "auxiliary" and job.auxiliary.poses == "given":
+        return _take_given_poses(work)
     source = work.source()
     _, pixel_size_A = on_root(comm, work.grid)
     start = on_root(comm, read_map, work.folder.stage("reference") / "reference.mrc", pixel_size_A)
@@ -123,9 +130,22 @@ def refine(work: Work) -> None:
         mask=on_root(comm, work.mask),
         resume=work.resume,
         lowpass_A=job.reference.lowpass_A,
+        local_deg=job.refine.local_deg,
         on_checkpoint=lambda record: work.note_checkpoint("refine", iteration=record.get("iteration")),
     )
     wire.engine(job.refine.engine).refine(request, comm)
+
+
+def _take_given_poses(work: Work) -> None:
+    """What the refinement would have left, from the poses of the particle file."""
+    comm, folder = work.comm, work.folder.stage("refine")
+    posed = on_root(comm, lambda: bare(work.particles()))
+    facts = write_reconstruction(
+        work.source(), posed, folder, comm,
+        symmetry=work.job.sample.symmetry, padding=work.job.reconstruct.padding,
+    )  # fmt: skip
+    on_root(comm, lambda: write_particles(folder / "particles.star", work.particles()))
+    on_root(comm, write_json, folder / "refine.json", {**facts, "engine": "given", "particles": len(posed)})
 
 
 def reconstruct(work: Work) -> None:
@@ -134,24 +154,45 @@ def reconstruct(work: Work) -> None:
     symmetry, padding = work.job.sample.symmetry, work.job.reconstruct.padding
     source = work.source()
     refined = on_root(comm, _refined, work)
-    facts = write_reconstruction(source, refined, folder, comm, symmetry=symmetry, padding=padding)
+    kept = refined.results.get("cryoisoBalanced")
+    some = np.flatnonzero(np.ones(len(refined)) if kept is None else kept)
+    facts = write_reconstruction(
+        SubsetSource(source, some) if len(some) < len(refined) else source, refined.take(some), folder, comm,
+        symmetry=symmetry, padding=padding,
+    )  # fmt: skip
+    if work.folder.has("train-1"):
+        before = poses_after(work, 0)
+        on_root(comm, (folder / "initial_poses").mkdir, exist_ok=True)
+        write_reconstruction(source, before, folder / "initial_poses", comm, symmetry=symmetry, padding=padding)
     truth = on_root(comm, _true, work)
     if truth is not None:
         on_root(comm, (folder / "truth_poses").mkdir, exist_ok=True)
         write_reconstruction(source, truth, folder / "truth_poses", comm, symmetry=symmetry, padding=padding)
     on_root(comm, _write_mask, work, folder)
-    for maps in (folder, folder / "truth_poses"):
+    for maps in (folder, folder / "truth_poses", folder / "initial_poses"):
         on_root(comm, _write_weighted, work, maps)
     on_root(comm, write_json, folder / "reconstruct.json", facts)
 
 
+def final_poses(work: Work) -> Path:
+    """The particle file with the run's last poses (rank 0)."""
+    if not work.folder.has("train-1"):
+        return work.folder.stage("refine") / "particles.star"
+    if work.folder.has("local"):
+        return work.folder.stage("local") / "particles.star"
+    return pose_file(work, last_round(work))
+
+
 def _refined(work: Work) -> Particles:
-    """The particles with the poses that the refinement wrote; its rows are in the order of the source."""
-    path = work.folder.stage("refine") / "particles.star"
+    """The particles with their last poses; rows in the order of the source."""
+    path = final_poses(work)
     refined = read_particle_file(path, work.job.particles.project, ("pose",))
     if not np.array_equal(refined.uid, work.particles().uid):
         raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.")
-    return bare(work.particles()).with_poses(*refined.require_poses(path))
+    posed = bare(work.particles()).with_poses(*refined.require_poses(path))
+    if refined.table is None or "cryoisoBalanced" not in refined.table:
+        return posed
+    return posed.with_results(cryoisoBalanced=refined.table["cryoisoBalanced"].astype(np.int64).to_numpy())
 
 
 def _true(work: Work) -> Particles | None:
@@ -181,17 +222,25 @@ def _diagnose(work: Work) -> None:
 
     maps = work.folder.stage("reconstruct")
     half1, half2, mask = (read_map(maps / name) for name in ("half1.mrc", "half2.mrc", "mask.mrc"))
-    star = work.folder.stage("refine") / "particles.star"
     with_true_poses = maps / "truth_poses" / "map.mrc"
-    numbers = measure(
-        half1.data, half2.data, mask.data, half1.pixel_size_A,
-        read_particle_file(star, work.job.particles.project, ("pose",)),
-        work.job.sample.symmetry,
-        truth_particles=work.truth(),
-        truth_map=work.truth_map(),
-        truth_pose_map=read_map(with_true_poses).data if with_true_poses.exists() else None,
-        seed=work.job.run.seed,
-    )  # fmt: skip
+
+    def numbers_of(one: np.ndarray, two: np.ndarray, star: Path, true_poses: Path | None) -> dict[str, Any]:
+        return measure(
+            one, two, mask.data, half1.pixel_size_A,
+            read_particle_file(star, work.job.particles.project, ("pose",)),
+            work.job.sample.symmetry,
+            truth_particles=work.truth(),
+            truth_map=work.truth_map(),
+            truth_pose_map=read_map(true_poses).data if true_poses and true_poses.exists() else None,
+            seed=work.job.run.seed,
+        )  # fmt: skip
+
+    numbers = numbers_of(half1.data, half2.data, final_poses(work), with_true_poses)
+    if work.folder.has("train-1"):
+        first = work.folder.stage("reconstruct") / "initial_poses"
+        earlier = [read_map(first / f"half{h}.mrc").data for h in (1, 2)]
+        before = work.folder.stage("refine") / "particles.star"
+        numbers["before"] = numbers_of(earlier[0], earlier[1], before, None)
     write_json(work.folder.stage("diagnose") / "diagnose.json", numbers)
 
 
@@ -203,7 +252,7 @@ def report(work: Work) -> None:
 def _publish(work: Work) -> None:
     result, maps = work.folder.result, work.folder.stage("reconstruct")
     result.mkdir(exist_ok=True)
-    files = [work.folder.stage("refine") / "particles.star"]
+    files = [final_poses(work)]
     files += [maps / name for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc")]
     for file in files:
         with atomic_path(result / file.name, file.stat().st_size) as part:

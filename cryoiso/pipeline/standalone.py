@@ -24,7 +24,7 @@ from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
 
 
 @dataclass(frozen=True)
-class _Flat(RunFolder):
+class FlatFolder(RunFolder):
     """The folder of a single command: the files of its last stage lie in it directly."""
 
     def stage(self, name: str) -> Path:
@@ -50,7 +50,7 @@ def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) ->
     Args:
         resume: go on with an interrupted refinement in the same folder.
     """
-    work = Work(job, _Flat(out.absolute()), comm, resume=resume)
+    work = Work(job, FlatFolder(out.absolute()), comm, resume=resume)
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
     on_root(comm, check_job, work)

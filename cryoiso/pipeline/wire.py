@@ -27,3 +27,10 @@ def reconstructor() -> Callable[..., Any]:
     from cryoiso.refine.reconstruct import reconstruct_halves
 
     return reconstruct_halves
+
+
+def reference_reconstructor() -> Callable[..., Any]:
+    """``refine.reconstruct.reconstruct_references``."""
+    from cryoiso.refine.reconstruct import reconstruct_references
+
+    return reconstruct_references

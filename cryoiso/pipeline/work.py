@@ -87,6 +87,7 @@ class Work:
             self._reference = prepare_reference(
                 Path(section.file), *self.grid(), section.lowpass_A,
                 map_pixel_size_A=section.pixel_size_A, resample=section.resample, symmetry=self.job.sample.symmetry,
+                fit=Path(section.fit) if section.fit else None, fit_resolution_A=section.fit_resolution_A,
             )  # fmt: skip
         return self._reference
 

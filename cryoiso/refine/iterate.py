@@ -24,7 +24,7 @@ from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import State
-from cryoiso.refine.search import Searcher
+from cryoiso.refine.search import Given, Searcher, SearchPlan
 
 HALVES = (1, 2)
 
@@ -61,7 +61,13 @@ class Refinement:
         self.diameter = diameter_A
         self.reader = BatchReader(request.source, self.particles, self.pixel, device)
         self.operations = point_group(request.symmetry)
-        self.rotations = schedule.global_grid(self.settings.healpix_order, request.symmetry).to(device)
+        order = self.settings.healpix_order
+        if request.local_deg is None:
+            self.rotations = schedule.global_grid(order, request.symmetry).to(device)
+            self.centre_px = np.zeros((len(self.particles), 2))
+        else:
+            self.rotations = schedule.local_grid(order, request.local_deg).to(device)
+            self.centre_px = -self.particles.require_poses()[1] / self._pixel_sizes()[:, None]
         limit = (self.box - 1) // 2
         if self.settings.max_resolution_A:
             limit = min(limit, int(self.box * self.pixel / self.settings.max_resolution_A))
@@ -75,6 +81,20 @@ class Refinement:
         most = max(len(owned_chunks(len(plan), r, self.comm.size)) for r in range(self.comm.size))
         return [plan[i] for i in mine], most
 
+    def plan(self, state: State) -> SearchPlan:
+        """How to search now, on this rank's device."""
+        plan = schedule.search_plan(
+            state, self.settings, self.rotations, self.box, self.pixel, self.diameter, self.request.local_deg
+        )
+        return replace(plan, shifts_px=plan.shifts_px.to(self.device))
+
+    def given(self, rows: np.ndarray) -> Given | None:
+        """The poses that a local search of these particles stays near; None in a global one."""
+        if self.request.local_deg is None:
+            return None
+        poses = (self.particles.require_poses()[0][rows], self.centre_px[rows])
+        return Given(*(torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in poses))
+
     def insertion_radius(self, state: State) -> int:
         """Data are back-projected beyond the search radius, so that the FSC can be seen to extend."""
         return min(self.limit, int(1.5 * state.radius_px) + 6)
@@ -83,8 +103,7 @@ class Refinement:
         """One iteration: expectation and sums of each half, reduction, new references."""
         started = time.monotonic()
         state = model.state
-        plan = schedule.search_plan(state, self.settings, self.rotations, self.box, self.pixel, self.diameter)
-        plan = replace(plan, shifts_px=plan.shifts_px.to(self.device))
+        plan = self.plan(state)
         radius = self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple] = []
@@ -97,7 +116,7 @@ class Refinement:
             accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
             for batch in self._batches(half, radius, state.iteration):
                 white = whiten(batch, model.sigma2)
-                posterior = searcher.search(batch, white)
+                posterior = searcher.search(batch, white, self.given(batch.rows))
                 accumulate(batch, white, posterior, volume, accumulator, noise)
                 found.append((batch.rows, posterior))
             self._reduce(half, accumulator, sums)
@@ -176,7 +195,7 @@ class Refinement:
             new[half] = comm.bcast(mine, root_of_half(half, comm.size))
         shell = schedule.agreement_shell(tight)
         moved = angular_distance_deg(model.rotation, rotation, self.operations)
-        spread = float(np.sqrt(np.mean(np.square(shift_px)) + 1e-12))
+        spread = float(np.sqrt(np.mean(np.square(shift_px - self.centre_px)) + 1e-12))
         advanced = schedule.advance(
             state,
             shell,

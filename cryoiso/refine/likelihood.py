@@ -58,29 +58,44 @@ def as_real(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReferenceSlices:
-    """All views of the global grid, as matrices."""
+    """Views as matrices: those of the global grid, the same for all images, or some of its own for each of B images."""
 
     real: Tensor
-    """(2K, J) float32."""
+    """(2K, J) float32, or (B, 2K, J)."""
     power: Tensor
-    """(K, J) float32: |P|^2."""
+    """(K, J) float32: |P|^2, or (B, K, J)."""
     where: Disc
 
     @classmethod
     def of(cls, volume: FourierVolume, rotations: Tensor, where: Disc, magnification: np.ndarray | None):
-        """Slices of every rotation (J, 3, 3) at the coefficients of ``where``."""
-        slices = volume.slices(with_magnification(rotations, magnification), where)
-        return cls(as_real(slices).T.contiguous(), slices.abs().square().T.contiguous(), where)
+        """Slices of every rotation (J, 3, 3) or (B, J, 3, 3) at the coefficients of ``where``."""
+        slices = volume.slices(with_magnification(rotations.reshape(-1, 3, 3), magnification), where)
+        slices = slices.reshape(*rotations.shape[:-2], where.size)
+        return cls(as_real(slices).mT.contiguous(), slices.abs().square().mT.contiguous(), where)
 
 
 def with_magnification(rotations: Tensor, magnification: np.ndarray | None) -> Tensor:
     return rotations if magnification is None else magnified(rotations, torch.as_tensor(magnification))
 
 
-def global_scores(white: Whitened, slices: ReferenceSlices, shift_px: Tensor, log_prior: Tensor) -> Tensor:
-    """Log-likelihood plus the log prior of the shift, of every image at every view and every shift.
+def cross_and_norm(white: Whitened, slices: ReferenceSlices, shift_px: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms 2 Re conj(c P) x / sigma^2 (B, S, J) and 2 |c P|^2 / sigma^2 (B, J), summed over Friedel pairs.
 
     Two matrix products: tensor cores on a GPU, BLAS on a CPU.
+
+    Args:
+        shift_px: (S, 2) shifts (x, y) of the content.
+    """
+    moved = white.data[:, None, :] * shift_factors(white.where, shift_px)
+    b, s, k = moved.shape
+    if slices.real.ndim == 3:
+        return as_real(moved) @ slices.real, (white.weight[:, None] @ slices.power)[:, 0]
+    cross = as_real(moved).reshape(b * s, 2 * k) @ slices.real
+    return cross.reshape(b, s, -1), white.weight @ slices.power
+
+
+def global_scores(white: Whitened, slices: ReferenceSlices, shift_px: Tensor, log_prior: Tensor) -> Tensor:
+    """Log-likelihood plus the log prior of the shift, of every image at every view and every shift.
 
     Args:
         shift_px: (S, 2) shifts (x, y) of the content.
@@ -89,11 +104,8 @@ def global_scores(white: Whitened, slices: ReferenceSlices, shift_px: Tensor, lo
     Returns:
         (B, S, J) float32.
     """
-    moved = white.data[:, None, :] * shift_factors(white.where, shift_px)
-    b, s, k = moved.shape
-    cross = as_real(moved).reshape(b * s, 2 * k) @ slices.real
-    norm = white.weight @ slices.power
-    return cross.reshape(b, s, -1) - 0.5 * norm[:, None, :] + log_prior[:, None]
+    cross, norm = cross_and_norm(white, slices, shift_px)
+    return cross - 0.5 * norm[:, None, :] + log_prior[:, None]
 
 
 def local_scores(

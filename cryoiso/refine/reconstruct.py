@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +13,10 @@ from cryoiso.core.log import ProgressLine
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.parallel.partition import owned_chunks, root_of_half
-from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.backproject import FourierSums, SliceAccumulator
 from cryoiso.physics.project import pairs
 from cryoiso.physics.symmetry import point_group
+from cryoiso.refine import references
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
 
@@ -52,27 +53,106 @@ def reconstruct_halves(
     Raises:
         InputError: no poses, or a half-set is empty.
     """
-    rotation, shift_A = particles.require_poses()
     pixel = pixel_size_A or particles.groups[0].pixel_size_A
-    reader = BatchReader(source, particles, pixel, device, with_dc=True, memory_bytes=0)
+    maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
+    for half, sums in half_sums(source, particles, comm, symmetry, padding, device, halves, pixel):
+        maps[half] = DensityMap(_as_map(sums.reconstruct()), pixel)
+    return maps
+
+
+def reconstruct_references(
+    source: ImageSource,
+    particles: Particles,
+    comm: Communicator,
+    *,
+    symmetry: str = "C1",
+    padding: int = 2,
+    device: str = "cpu",
+    diameter_A: float | None = None,
+    prior: dict[int, DensityMap] | None = None,
+) -> tuple[dict[int, DensityMap], dict[int, DensityMap], np.ndarray]:
+    """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
+
+    The regularised map of a half divides by weight + 1/SSNR (Wiener), so that directions which few images saw are
+    damped instead of noisy. Of the other half it knows the FSC curve, nothing else.
+
+    Args:
+        diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
+        prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
+            scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
+
+    Returns:
+        half -> plain map, half -> regularised map inside the sphere, both on every rank; FSC (D//2+1,).
+
+    Raises:
+        InputError: as ``reconstruct_halves``.
+    """
+    pixel, box = particles.groups[0].pixel_size_A, source.box_px
+    sums = dict(half_sums(source, particles, comm, symmetry, padding, device, (1, 2), pixel))
+    roots = {h: root_of_half(h, comm.size) for h in (1, 2)}
+    plain = {h: comm.bcast(_as_map(sums[h].reconstruct()) if h in sums else None, roots[h]) for h in (1, 2)}
+    sphere = references.spherical(box, pixel, diameter_A or 0.9 * box * pixel)
+    curve = references.half_map_fsc(plain, sphere)
+    inverse = references.inverse_ssnr(curve).to(device)
+    smooth = {}
+    for h in (1, 2):
+        given = None if prior is None else prior[h].data
+        smooth[h] = _regularised(sums[h], inverse, curve, given) * sphere if h in sums else None
+    damped = {h: comm.bcast(smooth[h], roots[h]) for h in (1, 2)}
+    as_maps = [{h: DensityMap(m[h], pixel) for h in (1, 2)} for m in (plain, damped)]
+    return as_maps[0], as_maps[1], curve
+
+
+def _regularised(sums: FourierSums, inverse: torch.Tensor, curve: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
+    if prior is None:
+        return _as_map(sums.reconstruct(inverse))
+    known = torch.from_numpy(np.ascontiguousarray(prior, np.float32)).to(sums.weight.device)
+    return _as_map(sums.completed(known * _prior_scale(sums, known, curve), inverse).reconstruct())
+
+
+def _prior_scale(sums: FourierSums, prior: torch.Tensor, curve: np.ndarray) -> float:
+    """Least-squares factor of a prior on the sums' grey scale, over the shells where the half-maps agree (FSC 0.5)."""
+    seen = sums.sampled(prior)
+    shell = sums.shells()
+    last = max(3, int(np.argmax(np.append(curve[1:], 0.0) < 0.5)))
+    where = (shell >= 1) & (shell <= min(last, sums.radius_px))
+    cross = (sums.numerator[where].conj() * seen[where]).real.double().sum()
+    square = (sums.weight[where] * seen[where].abs().square()).double().sum()
+    return max(float(cross / square.clamp(min=1e-30)), 0.0)
+
+
+def _as_map(volume: torch.Tensor) -> np.ndarray:
+    return volume.cpu().numpy().astype(np.float32)
+
+
+def half_sums(
+    source: ImageSource,
+    particles: Particles,
+    comm: Communicator,
+    symmetry: str,
+    padding: int,
+    device: str,
+    halves: Sequence[int],
+    pixel_size_A: float,
+) -> Iterator[tuple[int, FourierSums]]:
+    """Yields (half, symmetrised sums) for the halves that this rank is the root of; all ranks must exhaust it
+    together."""
+    rotation, shift_A = particles.require_poses()
+    reader = BatchReader(source, particles, pixel_size_A, device, with_dc=True, memory_bytes=0)
     operations = point_group(symmetry)
-    maps: dict[int, DensityMap | None] = {}
     accumulator = SliceAccumulator.empty(source.box_px, padding=padding, device=device)
     for half in halves:
         plan = reader.plan((half,))
         if not plan:
             raise InputError(f"half-set {half} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
-        if maps:
+        if half != halves[0]:
             accumulator.clear()
         insert_batches(reader, plan, rotation, shift_A, accumulator, comm, f"half {half}")
         bound = sum(comm.allgather(accumulator.bound))
         total = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
-        maps[half] = None
         if total is not None:
             whole = replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound)
-            volume = whole.finish().symmetrised(operations).reconstruct()
-            maps[half] = DensityMap(volume.cpu().numpy().astype(np.float32), pixel)
-    return maps
+            yield half, whole.finish().symmetrised(operations)
 
 
 def insert_batches(

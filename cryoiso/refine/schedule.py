@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cryoiso.core.config import RefineSection
-from cryoiso.physics.so3 import grid_step_deg, so3_grid
+from cryoiso.physics.so3 import grid_step_deg, local_rotations, so3_grid
 from cryoiso.refine.search import Level, SearchPlan
 
 FIRST_BEAM, LAST_BEAM = 16, 4
@@ -36,6 +36,18 @@ def global_grid(order: int, symmetry: str) -> torch.Tensor:
     return torch.as_tensor(so3_grid(order, symmetry), dtype=torch.float32)
 
 
+def first_cell_deg(order: int, local_deg: float | None = None) -> float:
+    """Step of the first grid of a search: in a local one at most half of its limit, 33 rotations or more."""
+    step = grid_step_deg(order)
+    return step if local_deg is None else min(step, local_deg / 2)
+
+
+def local_grid(order: int, local_deg: float) -> torch.Tensor:
+    """(J, 3, 3) float32 turns of a given pose by ``local_deg`` at most, none of it (the identity) first."""
+    step = first_cell_deg(order, local_deg)
+    return torch.as_tensor(local_rotations(step, local_deg / step), dtype=torch.float32)
+
+
 def disc_of_shifts(range_px: float, step_px: float) -> torch.Tensor:
     """(S, 2) square lattice of shifts inside a circle, the centre first."""
     reach = int(np.floor(range_px / step_px + 1e-6))
@@ -54,15 +66,19 @@ def search_plan(
     box_px: int,
     pixel_size_A: float,
     diameter_A: float,
+    local_deg: float | None = None,
 ) -> SearchPlan:
     """How to search in this iteration.
 
     The global grid of step d sees detail down to about d * diameter / 2 / 1.2 (RELION's rule): finer detail would
-    vanish between its views, so it is left out there. Levels halve the cell until it is
-    no more than 0.3 of the resolution over the diameter.
+    vanish between its views, so it is left out there. Levels halve the cell until it is no more than 0.3 of the
+    resolution over the diameter.
+
+    A local search's ``rotations`` are those of ``local_grid``; its shifts go as far from the given ones as its turns
+    move the particle's rim, unless the settings say how far.
     """
     extent = box_px * pixel_size_A
-    cell = grid_step_deg(settings.healpix_order)
+    cell = first_cell_deg(settings.healpix_order, local_deg)
     resolution = extent / state.radius_px
 
     def radius_for(cell_deg: float) -> int:
@@ -71,7 +87,10 @@ def search_plan(
 
     coarse_detail = max(resolution, extent / radius_for(cell))
     spacing = (settings.shift_step_A or coarse_detail / 4) / pixel_size_A
-    span = min((settings.shift_range_A or extent / 10) / pixel_size_A, 3.5 * state.shift_sd_px + 0.5 * spacing)
+    reach_A = extent / 10
+    if local_deg is not None:
+        reach_A = min(reach_A, np.radians(local_deg) * diameter_A / 2)
+    span = min((settings.shift_range_A or reach_A) / pixel_size_A, 3.5 * state.shift_sd_px + 0.5 * spacing)
     span = max(span, 1.01 * spacing)
     finest = max(settings.finest_step_deg, np.degrees(0.3 * resolution / diameter_A))
     levels: list[Level] = []
@@ -82,7 +101,7 @@ def search_plan(
         beam, threshold = max(LAST_BEAM, beam // 2), 6.0
     levels[-1] = replace(levels[-1], radius_px=state.radius_px)
     coarse = radius_for(2 ** len(levels) * cell)
-    return SearchPlan(rotations, disc_of_shifts(span, spacing), coarse, tuple(levels), state.shift_sd_px)
+    return SearchPlan(rotations, disc_of_shifts(span, spacing), coarse, tuple(levels), state.shift_sd_px, local_deg)
 
 
 def agreement_shell(fsc: np.ndarray, threshold: float = 0.143) -> int:

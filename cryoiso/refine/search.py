@@ -1,5 +1,8 @@
 """Search over views and shifts: a global grid nominates, finer levels around the nominees decide.
 
+A local search has another first step: the nominees are turns by less than a given angle from each image's given pose,
+and no level steps over that limit.
+
 At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation,
 and a shift by the 3 x 3 lattice at half the spacing. Only nominees within ``threshold`` of the best log-likelihood go
 on, at most ``beam`` an image. The last level's samples are the posterior.
@@ -7,7 +10,7 @@ on, at most ``beam`` an image. The last level's samples are the posterior.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,7 +20,14 @@ from torch import Tensor
 from cryoiso.physics.fourier import disc
 from cryoiso.physics.project import FourierVolume
 from cryoiso.refine.batches import Batch
-from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, lattice, local_scores
+from cryoiso.refine.likelihood import (
+    ReferenceSlices,
+    Whitened,
+    global_scores,
+    lattice,
+    local_scores,
+    shift_factors,
+)
 
 NEGLIGIBLE = 0.03
 
@@ -42,13 +52,42 @@ class SearchPlan:
     """What the search does in one iteration; the same for all images."""
 
     rotations: Tensor
-    """(J, 3, 3) global grid."""
+    """(J, 3, 3) global grid; in a local search the turns of the given pose, in the image's frame."""
     shifts_px: Tensor
-    """(S, 2) coarse shifts."""
+    """(S, 2) coarse shifts, in a local search from the given one."""
     coarse_radius_px: int
     levels: tuple[Level, ...]
     shift_sd_px: float
     """Of the Gaussian prior on shifts."""
+    local_deg: float | None = None
+    """A local search goes no farther than this from the given poses."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Poses that a local search stays near, row for row those of a batch."""
+
+    rotation: Tensor
+    """(B, 3, 3) float32."""
+    shift_px: Tensor
+    """(B, 2) float32, of the content."""
+
+    def take(self, rows) -> Given:
+        return Given(self.rotation[rows], self.shift_px[rows])
+
+    def centre(self, white: Whitened) -> Whitened:
+        """The images with their content moved back by the given shifts: a search of them finds what is left."""
+        return replace(white, data=white.data * shift_factors(white.where, self.shift_px))
+
+    def turned(self, turns: Tensor) -> Tensor:
+        """(B, J, 3, 3): every given rotation turned by every one of ``turns`` (J, 3, 3)."""
+        return torch.einsum("jik,bkl->bjil", turns, self.rotation)
+
+    def is_near(self, rotation: Tensor, particle: Tensor, limit_deg: float) -> Tensor:
+        """(R, C): which of ``rotation`` (R, C, 3, 3) are within an angle of those given for their ``particle`` (R,)."""
+        # |A - B|^2 = 8 sin^2(angle / 2), exact for small angles
+        distance2 = (rotation - self.rotation[particle][:, None]).square().sum((-2, -1))
+        return distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
 
 
 @dataclass(frozen=True)
@@ -101,37 +140,59 @@ class Searcher:
             self._slices[key] = ReferenceSlices.of(self.volume, self.plan.rotations, white.where, white.magnification)
         return self._slices[key]
 
-    def search(self, batch: Batch, white: Whitened) -> Posterior:
-        """Posterior over poses of every image of the batch."""
-        candidates, shifts, score = self._nominate(self._narrow(white, self.plan.coarse_radius_px))
+    def search(self, batch: Batch, white: Whitened, given: Given | None = None) -> Posterior:
+        """Posterior over poses of every image of the batch; near the given poses if the plan is that of a local search.
+
+        Args:
+            given: for a local search, row for row those of the batch.
+        """
+        if given is not None:
+            white = given.centre(white)
+        candidates, shifts, score = self._nominate(self._narrow(white, self.plan.coarse_radius_px), given)
         for i, level in enumerate(self.plan.levels):
             narrowed = self._narrow(white, level.radius_px)
             last = i == len(self.plan.levels) - 1
-            candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, keep_lattice=last)
-        return summarise(candidates, shifts, score, self.plan.levels[-1])
+            candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, given, last)
+        found = summarise(candidates, shifts, score, self.plan.levels[-1])
+        if given is None:
+            return found
+        return replace(
+            found,
+            shift_px=found.shift_px + given.shift_px[found.particle],
+            best_shift_px=found.best_shift_px + given.shift_px,
+        )
 
     def _narrow(self, white: Whitened, radius_px: int) -> Whitened:
         ratio = 1.0 if white.magnification is None else float(np.linalg.norm(white.magnification, 2))
         where = disc(white.where.box_px, radius_px / ratio)
         return white.cut(where.size, where) if where.size < white.where.size else white
 
-    def _nominate(self, white: Whitened) -> tuple[Tensor, Tensor, Tensor]:
-        """Best views of the global grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M)."""
-        plan, reference = self.plan, self._reference(white)
+    def _nominate(self, white: Whitened, given: Given | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Best views of the grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M)."""
+        plan = self.plan
         log_prior = -plan.shifts_px.square().sum(1) / (2 * plan.shift_sd_px**2)
         beam = min(plan.levels[0].beam, len(plan.rotations))
-        step = max(1, self.block // (len(plan.shifts_px) * len(plan.rotations)))
+        # in a local search the slices of every image are held too
+        width = len(plan.shifts_px) if given is None else max(len(plan.shifts_px), white.where.size)
+        step = max(1, self.block // (width * len(plan.rotations)))
         scores, indices, shift_indices = [], [], []
         for i in range(0, len(white.data), step):
             part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.where, white.magnification)
+            reference = self._reference(white) if given is None else self._near(part, given.take(slice(i, i + step)))
             best, at = global_scores(part, reference, plan.shifts_px, log_prior).max(dim=1)
             top, j = best.topk(beam, dim=1)
             scores.append(top)
             indices.append(j)
             shift_indices.append(at.gather(1, j))
-        return plan.rotations[torch.cat(indices)], plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
+        rotation = plan.rotations[torch.cat(indices)]
+        if given is not None:
+            rotation = rotation @ given.rotation[:, None]
+        return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
-    def _level(self, white, level: Level, rotation, shift, score, keep_lattice: bool):
+    def _near(self, white: Whitened, given: Given) -> ReferenceSlices:
+        return ReferenceSlices.of(self.volume, given.turned(self.plan.rotations), white.where, white.magnification)
+
+    def _level(self, white, level: Level, rotation, shift, score, given: Given | None, keep_lattice: bool):
         """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
         level."""
         if score.shape[1] > level.beam:
@@ -149,6 +210,9 @@ class Searcher:
         ).reshape(-1, 8, 9)
         places = centre[:, :, None] + lattice(level.spacing_px, rotation.device)
         values = values - places.square().sum(-1) / (2 * self.plan.shift_sd_px**2)
+        if given is not None and self.plan.local_deg is not None:
+            near = given.is_near(kids, particle, self.plan.local_deg)
+            values = torch.where(near[..., None], values, -torch.inf)
         b, m = score.shape
         out_rotation = rotation[:, :, None].repeat(1, 1, 8, 1, 1)
         out_rotation[particle, slot] = kids

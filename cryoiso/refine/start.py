@@ -10,14 +10,14 @@ import torch
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.rng import shuffle_keys
+from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.project import FourierVolume
-from cryoiso.refine import schedule
-from cryoiso.refine.likelihood import ReferenceSlices, Whitened, as_real, shift_factors, whiten
+from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NoiseSums
 from cryoiso.refine.schedule import State
-from cryoiso.refine.search import SearchPlan
+from cryoiso.refine.search import Given, SearchPlan
 
 if TYPE_CHECKING:
     from cryoiso.refine.iterate import Model, Refinement
@@ -26,23 +26,33 @@ SCALE_PARTICLES = 512
 
 
 def initial_model(run: Refinement, lowpass_A: float) -> Model:
-    """The same low-passed reference for both halves, scaled to the images; noise from the images' mean power
-    (collective)."""
+    """The low-passed reference, the same for both halves unless each was given its own, scaled to the images; noise
+    from the images' mean power; for a local search the given poses (collective)."""
     from cryoiso.refine.iterate import Model
 
     radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
     state = State(radius_px=radius, shift_sd_px=max(2.0, 0.03 * run.box))
-    reference = np.asarray(lowpass(torch.as_tensor(run.request.reference.data), run.pixel, lowpass_A), np.float32)
+    reference = first_reference(run, run.request.reference, lowpass_A)
     sigma2 = mean_power(run)
-    reference = reference * run.sphere
     scale = grey_scale(run, reference, sigma2, state)
     if run.comm.rank == 0:
         logger.info(
             "reference low-passed at %.1f Å, grey scale multiplied by %.4g to match the images", lowpass_A, scale
         )
+    references = {1: reference, 2: reference}
+    if run.request.half_references is not None:
+        references = {h: first_reference(run, run.request.half_references[h], lowpass_A) for h in (1, 2)}
+    scaled = {h: (r * scale).astype(np.float32) for h, r in references.items()}
     n = len(run.particles)
-    scaled = (reference * scale).astype(np.float32)
-    return Model(state, {1: scaled, 2: scaled}, sigma2, np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2)))
+    rotation, shift_A = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))
+    if run.request.local_deg is not None:
+        rotation, shift_A = run.particles.require_poses()
+    return Model(state, scaled, sigma2, rotation, shift_A)
+
+
+def first_reference(run: Refinement, given: DensityMap, lowpass_A: float) -> np.ndarray:
+    """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
+    return np.asarray(lowpass(torch.as_tensor(given.data), run.pixel, lowpass_A), np.float32) * run.sphere
 
 
 def mean_power(run: Refinement) -> np.ndarray:
@@ -73,7 +83,7 @@ def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state
     volume = FourierVolume.from_volume(
         torch.as_tensor(reference, device=run.device), run.settings.padding, state.radius_px
     )
-    plan = schedule.search_plan(state, run.settings, run.rotations, run.box, run.pixel, run.diameter)
+    plan = run.plan(state)
     keys = shuffle_keys(run.request.seed, "grey scale", run.particles.uid)
     chosen = np.zeros(len(keys), bool)
     chosen[np.argsort(keys, kind="stable")[:SCALE_PARTICLES]] = True
@@ -83,7 +93,7 @@ def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state
             some = np.flatnonzero(chosen[rows])
             if len(some):
                 batch = run.reader.read(rows, state.radius_px)
-                mine.append((rows[some], _fit(whiten(batch, sigma2), some, volume, plan)))
+                mine.append((rows[some], _fit(whiten(batch, sigma2), some, volume, plan, run.given(rows))))
     everything = [item for part in run.comm.allgather(mine) for item in part]
     order = np.argsort(np.concatenate([rows for rows, _ in everything]), kind="stable")
     # summed in row order, so that the factor has the same bits on any number of ranks
@@ -104,33 +114,35 @@ def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state
     return factor
 
 
-def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan) -> np.ndarray:
+def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, given: Given | None) -> np.ndarray:
     """(n, 4) of each image: sum of cross terms and of squares at its best pose, as it is and with its sign changed.
 
     Columns: cross, cross with changed sign, squares, squares at the pose for the changed sign.
     """
     ratio = 1.0 if white.magnification is None else float(np.linalg.norm(white.magnification, 2))
     where = disc(white.where.box_px, volume.radius_px / ratio)
+    if given is not None:
+        white = given.centre(white)
     halves = [_every_second(where, i) for i in (0, 1)]
-    slices = [ReferenceSlices.of(volume, plan.rotations, part, white.magnification) for part, _ in halves]
-    shifts = plan.shifts_px.to(white.data.device)
-    step = max(1, (1 << 24) // (len(shifts) * len(plan.rotations)))
+
+    def slices_of(rotations: torch.Tensor) -> list[ReferenceSlices]:
+        return [ReferenceSlices.of(volume, rotations, part, white.magnification) for part, _ in halves]
+
+    slices = slices_of(plan.rotations) if given is None else []
+    width = len(plan.shifts_px) if given is None else max(len(plan.shifts_px), where.size)
+    step = max(1, (1 << 24) // (width * len(plan.rotations)))
     found = []
     for i in range(0, len(rows), step):
         index = torch.as_tensor(rows[i : i + step], device=white.data.device)
-        terms = [
-            _cross_and_norm(white.data[index][:, keep], white.weight[index][:, keep], part, reference, shifts)
-            for (part, keep), reference in zip(halves, slices, strict=True)
+        if given is not None:
+            slices = slices_of(given.take(index).turned(plan.rotations))
+        parts = [
+            Whitened(white.data[index][:, keep], white.weight[index][:, keep], part, white.magnification)
+            for part, keep in halves
         ]
+        terms = [cross_and_norm(part, views, plan.shifts_px) for part, views in zip(parts, slices, strict=True)]
         found.append(_held_out(*terms))
     return torch.cat(found).cpu().numpy()
-
-
-def _cross_and_norm(data, weight, where: Disc, slices: ReferenceSlices, shifts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross terms (B, S, J) and squares (B, J)."""
-    moved = data[:, None, :] * shift_factors(where, shifts)
-    b, s, k = moved.shape
-    return (as_real(moved).reshape(b * s, 2 * k) @ slices.real).reshape(b, s, -1), weight @ slices.power
 
 
 def _held_out(choose: tuple[torch.Tensor, torch.Tensor], fit: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -19,13 +19,14 @@ def build(run_folder: Path | str) -> Path:
     import json
 
     from cryoiso.io.atomic import write_text
+    from cryoiso.report.auxiliary import collect_samples
     from cryoiso.report.collect import collect, collect_maps
     from cryoiso.report.html import page
     from cryoiso.report.pages import figures
 
     folder = Path(run_folder)
     data = collect(folder)
-    html = page(data, figures(data, collect_maps(folder, data)))
+    html = page(data, figures(data, collect_maps(folder, data), collect_samples(folder, data)))
     write_text(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "report.html", html)
     return folder / "report.html"

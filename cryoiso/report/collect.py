@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
+from cryoiso.report import auxiliary
+from cryoiso.report.files import read_journal, read_json, read_toml, stage_folder
 
-INGEST = "01_ingest/ingest.json"
-REFERENCE = "02_reference/reference.json"
-REFINE = "03_refine/refine.json"
-RECONSTRUCT = "04_reconstruct/reconstruct.json"
-DIAGNOSE = "05_diagnose/diagnose.json"
-MAPS = (
-    ("run", "this run", "04_reconstruct"),
-    ("true_poses", "same images, true poses", "04_reconstruct/truth_poses"),
-)
+MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
+"""Key, label, and folder beside the final reconstruction."""
 MAP_NAMES = ("map_weighted.mrc", "map.mrc")
 """What is shown of a folder: the first of these that is there."""
 
@@ -30,21 +23,24 @@ def collect(folder: Path) -> dict[str, Any]:
 
     Returns:
         ``title``, ``summary`` (sentences), ``numbers`` (rows of label, value, unit, and ``true_poses`` beside it where
-        known), ``iterations``, ``diagnose`` (as in `cryoiso.pipeline.diagnose`), ``stages`` (name, seconds),
+        known; in a run with auxiliary particles also ``before``), ``auxiliary`` (see `cryoiso.report.auxiliary`; only
+        in such a run), ``iterations``, ``diagnose`` (as in `cryoiso.pipeline.diagnose`), ``stages`` (name, seconds),
         ``provenance`` (label, text), ``job`` (the resolved job).
 
     Raises:
         InputError: no run in this folder, or a file that is not what its name says.
     """
-    job = _toml(folder / "resolved.toml")
-    manifest, diagnose = _json(folder / "manifest.json"), _json(folder / DIAGNOSE)
-    journal = _journal(folder / "journal.jsonl")
+    job, manifest = read_toml(folder / "resolved.toml"), read_json(folder / "manifest.json")
+    journal = read_journal(folder / "journal.jsonl")
+    diagnose, ingest, reference, refine, reconstruct = (
+        read_json(stage_folder(folder, name) / f"{name}.json")
+        for name in ("diagnose", "ingest", "reference", "refine", "reconstruct")
+    )
     if not (job or manifest or diagnose or journal):
         hint = "Give the folder that 'cryoiso run' wrote."
         raise InputError(
             "there is no run in this folder", file=folder, expected="resolved.toml or journal.jsonl", hint=hint
         )
-    refine = _json(folder / REFINE)
     data: dict[str, Any] = {
         "schema": 1,
         "title": job.get("run", {}).get("title") or folder.resolve().name,
@@ -52,13 +48,15 @@ def collect(folder: Path) -> dict[str, Any]:
         "numbers": [],
         "iterations": refine.get("iterations") or [],
         "diagnose": diagnose,
-        "ingest": _json(folder / INGEST),
-        "reference": _json(folder / REFERENCE),
+        "ingest": ingest,
+        "reference": reference,
         "refine": {k: v for k, v in refine.items() if k != "iterations"},
-        "reconstruct": _json(folder / RECONSTRUCT),
+        "reconstruct": reconstruct,
         "stages": stage_times(journal),
         "job": job,
     }
+    if rounds := auxiliary.collect_rounds(folder):
+        data["auxiliary"] = rounds
     data["provenance"] = provenance(manifest, job)
     data["summary"] = summary(data)
     data["numbers"] = numbers(data)
@@ -66,18 +64,24 @@ def collect(folder: Path) -> dict[str, Any]:
 
 
 def collect_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, str, DensityMap]]:
-    """(key, label, map) of the run's map, the map from true poses and the true map: those that exist on one grid."""
+    """(key, label, map) of the maps before the run's, the run's, the one from true poses and the true one.
+
+    Those that exist on one grid, the run's if it is there.
+    """
     from cryoiso.io.mrc import read_map
 
     truth = data["job"].get("truth", {}).get("map") or ""
+    made = stage_folder(folder, "reconstruct")
     sources = [
-        (key, label, next((p for n in MAP_NAMES if (p := folder / name / n).exists()), folder / name / MAP_NAMES[0]))
+        (key, label, next((p for n in MAP_NAMES if (p := made / name / n).exists()), made / name / MAP_NAMES[0]))
         for key, label, name in MAPS
     ]
     if truth:
         sources.append(("truth", "the truth", folder / truth))
     found = [(key, label, read_map(path)) for key, label, path in sources if path.exists()]
-    return [item for item in found if item[2].box_px == found[0][2].box_px]
+    found = [*auxiliary.collect_before_maps(folder, data), *found]
+    box_px = next((m.box_px for key, _, m in found if key == "run"), found[0][2].box_px if found else 0)
+    return [item for item in found if item[2].box_px == box_px]
 
 
 def stage_times(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -97,9 +101,10 @@ def summary(data: dict[str, Any]) -> list[str]:
         sentences.append(
             f"The two half-maps{of}{symmetry} agree to {_at(resolution, d)} (FSC 0.143, corrected for the mask)."
         )
-    sentences += _truth_sentences(d)
+    sentences += _truth_sentences(d) + auxiliary.sentences(data)
     views = d.get("views", {}).get("estimated") or {}
-    if views.get("top_fraction") is not None and not d.get("pose_errors"):
+    both = all(auxiliary.views_before_and_after(data))
+    if views.get("top_fraction") is not None and not d.get("pose_errors") and not both:
         sentences.append(
             f"{_percent(views['top_fraction'])} of the views lie within 36° of z (19.1 % if views were even); "
             f"view entropy {views['entropy']:.2f} of 1."
@@ -145,8 +150,22 @@ def _percent(fraction: float) -> str:
 
 
 def numbers(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table: group, label, value, unit, and in ``true_poses`` the same number for the true poses."""
-    d = data["diagnose"]
+    """Rows of the table: group, label, value, unit, and in ``true_poses`` the same number for the true poses.
+
+    In a run with auxiliary particles also ``before``: the same number before them.
+    """
+    names = ("group", "label", "value", "unit", "true_poses")
+    rows = [dict(zip(names, row, strict=True)) for row in _rows(data["diagnose"])]
+    if first := auxiliary.before(data):
+        for row, old in zip(rows, _rows(first), strict=True):
+            row["before"] = old[2]
+    if data.get("auxiliary"):
+        rows += [dict(zip(names, (*row, None), strict=True)) for row in auxiliary.number_rows(data)]
+    return [row for row in rows if row["value"] is not None or row.get("before") is not None]
+
+
+def _rows(d: dict[str, Any]) -> list[tuple[str, str, Any, str, Any]]:
+    """All rows of what `diagnose` measures, with None for what it did not."""
     mine, ideal = d.get("map_to_truth") or {}, d.get("true_poses") or {}
     errors, views = d.get("pose_errors") or {}, d.get("views") or {}
     seen, true = views.get("estimated") or {}, views.get("true") or {}
@@ -178,8 +197,7 @@ def numbers(data: dict[str, Any]) -> list[dict[str, Any]]:
         ("entropy_nats", "entropy over poses, mean", "nats"),
     ):
         rows.append(("Posterior", label, (d.get("posterior") or {}).get(key, {}).get("mean"), unit, None))
-    names = ("group", "label", "value", "unit", "true_poses")
-    return [dict(zip(names, row, strict=True)) for row in rows if row[2] is not None]
+    return rows
 
 
 _ERROR_ROWS = (
@@ -229,37 +247,3 @@ def provenance(manifest: dict[str, Any], job: dict[str, Any]) -> list[tuple[str,
         digest = facts.get("sha256", "") if isinstance(facts, dict) else ""
         rows.append(("input", f"{path}" + (f" (sha256 {digest[:16]}...)" if digest else "")))
     return [row for row in rows if row[1]]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"not a JSON file: {error}", file=path) from None
-    if not isinstance(data, dict):
-        raise InputError("not a JSON object", file=path, expected="{...}", found=type(data).__name__)
-    return data
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"not a TOML file: {error}", file=path) from None
-
-
-def _journal(path: Path) -> list[dict[str, Any]]:
-    """Lines of the journal; one torn by a crash is passed over."""
-    lines = []
-    for row in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(row)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines

@@ -2,85 +2,43 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
 
 from cryoiso.core.types import DensityMap
-
-BLUE, GREEN, VERMILLION, ORANGE, SKY, GREY = "#0072B2", "#009E73", "#D55E00", "#E69F00", "#56B4E9", "#8A8A8A"
-"""Okabe and Ito's colours, which colour-blind people tell apart. Blue is this run, green the true poses."""
-
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "svg.hashsalt": "cryoiso",
-    "svg.fonttype": "path",
-    "figure.facecolor": "white",
-}
-
-
-def _figure(width_in: float, height_in: float, **layout: Any):
-    """A figure with axes, made without pyplot, so that nothing global changes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(squeeze=False, **layout)
-
-
-def _styled():
-    from matplotlib import rc_context
-
-    return rc_context(_STYLE)
-
-
-def _address(figure, kind: str = "svg", dpi: int = 150) -> str:
-    stream = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata)
-    mime = "image/svg+xml" if kind == "svg" else "image/png"
-    return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}"
+from cryoiso.report.canvas import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    VERMILLION,
+    address,
+    new_figure,
+    picture,
+    resolution_axis,
+    styled,
+)
 
 
 def maps(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -> str:
     """Central slices and projections across z, y, x of each map (rows), scaled to the last one's densities."""
     volumes = _on_one_scale(items, d)
     names = [f"{what} {axis}" for what in ("slice across", "projection along") for axis in "zyx"]
-    with _styled():
-        figure, axes = _figure(10, 1.66 * len(items) + 0.3, nrows=len(items), ncols=6)
+    with styled():
+        figure, axes = new_figure(10, 1.66 * len(items) + 0.3, nrows=len(items), ncols=6)
         volumes = [_centre(v, _extent_px(volumes[-1])) for v in volumes]
-        limits = [np.percentile(picture, (1, 99.8)) for picture in _pictures(volumes[-1])]
+        limits = [np.percentile(image, (1, 99.8)) for image in _pictures(volumes[-1])]
         for row, ((_, label, density), volume) in enumerate(zip(items, volumes, strict=True)):
-            for column, picture in enumerate(_pictures(volume)):
-                ax = axes[row, column]
-                low, high = limits[column]
-                ax.imshow(picture, cmap="gray", origin="lower", vmin=low, vmax=high, interpolation="bilinear")
-                ax.set(xticks=[], yticks=[])
-                ax.grid(False)
-                for side in ax.spines.values():
-                    side.set_visible(False)
+            for column, image in enumerate(_pictures(volume)):
+                picture(axes[row, column], image, *limits[column])
                 if row == 0:
-                    ax.set_title(names[column], fontsize=8.5, fontweight="normal")
+                    axes[0, column].set_title(names[column], fontsize=8.5, fontweight="normal")
             axes[row, 0].set_ylabel(label.replace(", ", ",\n"), fontsize=9, fontweight="bold")
             if row == 0:
                 _scale_bar(axes[0, 0], len(volume), density.pixel_size_A)
-        return _address(figure, "png", 160)
+        return address(figure, "png", 160)
 
 
 def _pictures(volume: np.ndarray) -> list[np.ndarray]:
@@ -91,7 +49,8 @@ def _pictures(volume: np.ndarray) -> list[np.ndarray]:
 def _on_one_scale(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -> list[np.ndarray]:
     """The maps in the truth's frame and on the last one's scale (units of density are arbitrary).
 
-    The scale is the slope of map over last map, which noise in the map does not change.
+    The scale is the slope of map over last map, which noise in the map does not change; of maps before the run's, which
+    may be unlike it, it is the ratio of their standard deviations.
     """
     from cryoiso.metrics.mapmodel import to_frame
 
@@ -99,23 +58,31 @@ def _on_one_scale(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -
     result = []
     for key, _, density in items:
         volume = np.asarray(density.data, np.float32)
-        moved = (d.get("map_to_truth") or {}) if key == "run" and items[-1][0] == "truth" else {}
+        moved = _measured_frame(key, d) if items[-1][0] == "truth" else {}
         if moved.get("frame_rotation"):
             rotation, shift_A = np.array(moved["frame_rotation"]), np.array(moved["frame_shift_A"])
             if np.any(shift_A) or not np.allclose(rotation, np.eye(3)):
                 volume = to_frame(volume, rotation, shift_A, density.pixel_size_A)
         a, b = volume - volume.mean(), last - last.mean()
         slope = float((a * b).sum()) / max(float((b * b).sum()), 1e-30)
+        if key not in ("run", "true_poses", "truth"):
+            slope = float(a.std() / max(b.std(), 1e-15))
         result.append(a / slope if slope > 0 else a)
     return result
+
+
+def _measured_frame(key: str, d: dict[str, Any]) -> dict[str, Any]:
+    """Where `diagnose` found this map to lie against the truth: this run's (and its rounds') or the one before."""
+    part = (d.get("before") or {}) if key == "before" else d if key != "true_poses" and key != "truth" else {}
+    return part.get("map_to_truth") or {}
 
 
 def _extent_px(volume: np.ndarray) -> int:
     """Half the side of a cube about the centre that holds what stands out in the projections; at most half the box."""
     centre = len(volume) // 2
     far = 0
-    for picture in _pictures(volume)[3:]:
-        where = np.argwhere(picture - np.median(picture) > 0.1 * float(picture.max() - np.median(picture)))
+    for image in _pictures(volume)[3:]:
+        where = np.argwhere(image - np.median(image) > 0.1 * float(image.max() - np.median(image)))
         far = max(far, int(np.abs(where - centre).max(initial=0)))
     return min(max(round(1.2 * far), len(volume) // 5), centre)
 
@@ -141,8 +108,8 @@ def half_map_fsc(d: dict[str, Any]) -> str:
         ("fsc_randomised", "masked, phases randomised", GREY, ":", 1.6),
         ("fsc_corrected", "corrected for the mask", "black", "-", 2.0),
     ]
-    with _styled():
-        figure, axes = _figure(6.4, 3.7)
+    with styled():
+        figure, axes = new_figure(6.4, 3.7)
         ax = axes[0, 0]
         for key, label, colour, line, width in curves:
             if d.get(key):
@@ -150,17 +117,24 @@ def half_map_fsc(d: dict[str, Any]) -> str:
         _fsc_axes(ax, d["frequency_invA"], (0.143, 0.5))
         _mark(ax, d.get("resolution_0143_A"), 0.143, "black")
         ax.legend(loc="best")
-        return _address(figure)
+        return address(figure)
 
 
 def truth_fsc(d: dict[str, Any]) -> str:
-    """FSC of the run's map, and of the map from true poses, against the truth; on the right along z and across it."""
-    with _styled():
-        figure, axes = _figure(9.2, 3.7, ncols=2, sharey=True)
+    """FSC against the truth of the run's map, of the map before it and of the one from true poses, where known.
+
+    On the right along z and across it.
+    """
+    curves = (
+        ((d.get("before") or {}).get("map_to_truth"), "before", VERMILLION),
+        (d.get("map_to_truth"), "this run", BLUE),
+        (d.get("true_poses"), "true poses", GREEN),
+    )
+    with styled():
+        figure, axes = new_figure(9.2, 3.7, ncols=2, sharey=True)
         axes[0, 0].set_xlim(0, d["frequency_invA"][-1])
-        for key, label, colour in (("map_to_truth", "this run", BLUE), ("true_poses", "true poses", GREEN)):
-            part = d.get(key) or {}
-            if not part.get("fsc"):
+        for part, label, colour in curves:
+            if not part or not part.get("fsc"):
                 continue
             resolution = part.get("resolution_05_A")
             text = f"{label}: {resolution:.1f} Å" if resolution else label
@@ -174,8 +148,11 @@ def truth_fsc(d: dict[str, Any]) -> str:
             _fsc_axes(ax, d["frequency_invA"], (0.5,))
             ax.set_title(title, loc="left", pad=4)
             ax.legend(loc="best")
+        if len(lines := axes[0, 1].get_legend_handles_labels()[0]) > 4:  # no room among the curves
+            axes[0, 1].get_legend().remove()
+            figure.legend(handles=lines, loc="outside lower right", ncols=3)
         axes[0, 1].set_ylabel("")
-        return _address(figure)
+        return address(figure)
 
 
 def _fsc_axes(ax, frequency_invA: list[float], thresholds: tuple[float, ...]) -> None:
@@ -186,17 +163,7 @@ def _fsc_axes(ax, frequency_invA: list[float], thresholds: tuple[float, ...]) ->
     for value in thresholds:
         ax.axhline(value, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
         ax.annotate(f"{value:g}", (0, value), (3, 2), textcoords="offset points", fontsize=7.5, color="#555555")
-    upper = ax.secondary_xaxis("top")
-    ticks = [
-        r
-        for r in (100, 50, 30, 20, 15, 12, 10, 8, 7, 6, 5, 4.5, 4, 3.5, 3, 2.8, 2.6, 2.4, 2.2, 2, 1.8, 1.6, 1.4, 1.2, 1)
-    ]
-    kept: list[float] = []
-    for r in ticks:
-        if 1 / r <= last * 1.001 and (not kept or 1 / r - 1 / kept[-1] > 0.065 * last) and 1 / r > 0.05 * last:
-            kept.append(r)
-    upper.set_xticks([1 / r for r in kept], [f"{r:g}" for r in kept], fontsize=8)
-    upper.set_xlabel("resolution (Å)", fontsize=8.5)
+    resolution_axis(ax, last)
 
 
 def _mark(ax, resolution_A: float | None, threshold: float, colour: str, text: bool = True) -> None:
@@ -214,29 +181,38 @@ def _mark(ax, resolution_A: float | None, threshold: float, colour: str, text: b
 
 
 def views(d: dict[str, Any]) -> str:
-    """View densities on two equal-area discs each: looking from +z and from -z; estimated and, where known, true."""
+    """View densities, estimated and, where known, true."""
+    part = d["views"]
+    return view_discs([(k, part[k], part["cells_per_ring"]) for k in ("estimated", "true") if part.get(k)])
+
+
+def view_discs(kinds: list[tuple[str, dict[str, Any], list[int]]]) -> str:
+    """Densities of views on two equal-area discs each, looking from +z and from -z.
+
+    Args:
+        kinds: label, distribution (``counts`` of its cells), cells of each ring. Three and more stand in columns.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    part = d["views"]
-    kinds = [(key, label) for key, label in (("estimated", "estimated"), ("true", "true")) if part.get(key)]
-    density = {k: np.array(part[k]["counts"]) / max(float(np.mean(part[k]["counts"])), 1e-9) for k, _ in kinds}
-    top = max(4.0, *(float(np.percentile(v, 99.8)) for v in density.values()))
+    density = [np.array(part["counts"]) / max(float(np.mean(part["counts"])), 1e-9) for _, part, _ in kinds]
+    top = max(4.0, *(float(np.percentile(v, 99.8)) for v in density))
     norm = LogNorm(0.1, top, clip=True)
-    cmap = colormaps["cividis"]
-    with _styled():
-        figure, axes = _figure(2.45 * 2 * len(kinds) + 0.6, 3.0, ncols=2 * len(kinds))
-        for i, (key, label) in enumerate(kinds):
-            for j, sign in enumerate((1, -1)):
-                ax = axes[0, 2 * i + j]
-                shown = _hemisphere(ax, part["cells_per_ring"], density[key], sign, norm, cmap)
+    with styled():
+        rows = 1 if len(kinds) < 3 else 2
+        columns = 2 * len(kinds) // rows
+        figure, axes = new_figure(2.45 * columns + 0.6, 3.0 if rows == 1 else 5.2, nrows=rows, ncols=columns)
+        places = axes.reshape(-1, 2) if rows == 1 else axes.T
+        for (label, _, cells), values, pair in zip(kinds, density, places, strict=True):
+            for ax, sign in zip(pair, (1, -1), strict=True):
+                shown = _hemisphere(ax, cells, values, sign, norm, colormaps["cividis"])
                 ax.set_title(f"{label}, {'upper' if sign > 0 else 'lower'} half", fontsize=9)
-        bar = figure.colorbar(shown, ax=list(axes[0]), shrink=0.75, aspect=18, pad=0.01, extend="both")
+        bar = figure.colorbar(shown, ax=list(axes.flat), shrink=0.75 / rows, aspect=18, pad=0.01, extend="both")
         ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if t <= top]
         bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
         bar.ax.minorticks_off()
         bar.set_label("views over even spread", fontsize=8.5)
-        return _address(figure, "png", 160)
+        return address(figure, "png", 160)
 
 
 def _hemisphere(ax, cells_per_ring: list[int], density: np.ndarray, sign: int, norm, cmap):
@@ -271,8 +247,8 @@ def pose_errors(d: dict[str, Any]) -> str:
     histogram = d["pose_errors"]["histogram"]
     edges = np.array(histogram["edges_deg"])
     edges[0] = edges[1] ** 2 / edges[2]
-    with _styled():
-        figure, axes = _figure(6.4, 3.3)
+    with styled():
+        figure, axes = new_figure(6.4, 3.3)
         ax = axes[0, 0]
         for key, label, colour in (("side", "side views", BLUE), ("top", "top views", ORANGE)):
             counts = np.array(histogram.get(key) or [])
@@ -288,7 +264,7 @@ def pose_errors(d: dict[str, Any]) -> str:
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
         ax.legend(loc="upper left")
-        return _address(figure)
+        return address(figure)
 
 
 def iterations(rows: list[dict[str, Any]]) -> str:
@@ -299,8 +275,8 @@ def iterations(rows: list[dict[str, Any]]) -> str:
         values = [next((row[n] for n in names if isinstance(row.get(n), int | float)), np.nan) for row in rows]
         return np.array(values, float)
 
-    with _styled():
-        figure, axes = _figure(9.2, 3.0, ncols=2)
+    with styled():
+        figure, axes = new_figure(9.2, 3.0, ncols=2)
         left, right = axes[0]
         left.plot(number, column("resolution_A"), "o-", color=BLUE, markersize=4)
         left.set(xlabel="iteration", ylabel="resolution (Å)", ylim=(0, None), title="half-map resolution (FSC 0.143)")
@@ -316,7 +292,7 @@ def iterations(rows: list[dict[str, Any]]) -> str:
             right.legend(loc="upper right")
         for ax in (left, right):
             ax.xaxis.get_major_locator().set_params(integer=True)
-        return _address(figure)
+        return address(figure)
 
 
 def posterior(d: dict[str, Any]) -> str:
@@ -326,8 +302,8 @@ def posterior(d: dict[str, Any]) -> str:
         "entropy_nats": "entropy over poses (nats)",
     }
     present = [k for k in names if k in d["posterior"]]
-    with _styled():
-        figure, axes = _figure(4.6 * len(present), 2.8, ncols=len(present))
+    with styled():
+        figure, axes = new_figure(4.6 * len(present), 2.8, ncols=len(present))
         for ax, key in zip(axes[0], present, strict=True):
             part = d["posterior"][key]
             ax.stairs(part["counts"], part["edges"], fill=True, color=BLUE, alpha=0.75)
@@ -336,4 +312,4 @@ def posterior(d: dict[str, Any]) -> str:
             ax.annotate(
                 f"mean {part['mean']:.2f}", (part["mean"], 1), (4, -10), ("data", "axes fraction"), "offset points"
             )
-        return _address(figure)
+        return address(figure)

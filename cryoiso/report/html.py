@@ -43,7 +43,8 @@ main{max-width:none;padding:0}
 figure,.summary,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
-_NARROW = {"fsc", "errors"}
+_NARROW = {"fsc", "errors", "moved"}
+_COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true poses"))
 
 
 def page(data: dict[str, Any], figures: list[Figure]) -> str:
@@ -87,15 +88,14 @@ def _figure(figure: Figure) -> str:
 def _numbers(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    both = any(r["true_poses"] is not None for r in rows)
-    head = '<tr><th></th><th class="n">this run</th>' + ('<th class="n">true poses</th>' if both else "") + "</tr>"
+    columns = [(key, name) for key, name in _COLUMNS if key == "value" or any(r.get(key) is not None for r in rows)]
+    head = "<tr><th></th>" + "".join(f'<th class="n">{name}</th>' for _, name in columns) + "</tr>"
     lines, group = [head], None
     for row in rows:
         if row["group"] != group:
             group = row["group"]
-            lines.append(f'<tr class="group"><td colspan="{3 if both else 2}">{escape(group)}</td></tr>')
-        cells = [row["value"], row["true_poses"]][: 2 if both else 1]
-        values = "".join(f'<td class="n">{_number(v, row["unit"])}</td>' for v in cells)
+            lines.append(f'<tr class="group"><td colspan="{len(columns) + 1}">{escape(group)}</td></tr>')
+        values = "".join(f'<td class="n">{_number(row.get(key), row["unit"])}</td>' for key, _ in columns)
         lines.append(f"<tr><td>{escape(row['label'])}</td>{values}</tr>")
     return '<h2 id="numbers">Numbers</h2><div class="table"><table>' + "\n".join(lines) + "</table></div>"
 
@@ -112,7 +112,11 @@ def _number(value: Any, unit: str) -> str:
         text = f"{value:,}"
     elif isinstance(value, float):
         text = (
-            f"{value:.3f}" if unit in ("", "nats") else f"{value:.2f}" if unit == "Å" and value < 3 else f"{value:.1f}"
+            f"{value:.3f}"
+            if unit in ("", "nats", "dB")
+            else f"{value:.2f}"
+            if unit == "Å" and value < 3
+            else f"{value:.1f}"
         )
     else:
         text = str(value)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cryoiso.core.types import DensityMap
+from cryoiso.report.auxiliary import before, views_before_and_after
 
 FSC = (
     "Fourier shell correlation of the two half-maps, which share no particle. The resolution is read where the "
@@ -30,6 +34,31 @@ POSTERIOR = (
     "How sure the refinement is of each pose. Many particles at low probability, or of high entropy, mean noisy images "
     "or a reference that does not fit."
 )
+BEFORE = " Before: the refinement without auxiliary particles."
+BEFORE_ERRORS = (
+    "Angle between estimated and true pose, modulo symmetry and the frame of the map, before (refinement without "
+    "auxiliary particles) and after, for top and side views apart, each as a share of its own kind. What lies beyond "
+    "20° (dashed line) are particles that found a wrong view: that hump should be gone."
+)
+SAMPLES = (
+    "Raw particles, auxiliary ones on the same grey scale, and under each auxiliary image what it shows without noise. "
+    "The first two rows should look like one data set. They are shown at temperature 1; with a lower "
+    "auxiliary.temperature the particles that were refined had less noise."
+)
+SPECTRA = (
+    "Power spectra of raw and auxiliary images; their ratio (with two standard errors; the grey band is 10 % either "
+    "way, where it matters most); and their grey values. The raw curves are dotted. At low resolution the ratio "
+    "need not be one: raw particles are seen from the preferred side, auxiliary ones from all sides."
+)
+TRAINING = (
+    "Loss (with the weight of the KL term, which grows until the dashed line) and reconstruction error; below, the KL "
+    "divergence of each latent layer without its weight, from the coarsest layer on. A layer that is dark to the end "
+    "has collapsed: it carries nothing."
+)
+MOVED = (
+    "By how much each round turned the poses of the raw particles, modulo symmetry. Beyond the dashed line (20°) are "
+    "particles that found another view; in the last round there should be few."
+)
 
 
 @dataclass(frozen=True)
@@ -44,29 +73,37 @@ class Figure:
     """data: address of the picture."""
 
 
-def figures(data: dict[str, Any], maps: list[tuple[str, str, DensityMap]]) -> list[Figure]:
+Entry = tuple[str, str, Any, str, Callable[[], str]]
+"""Key, title, what must be there, caption, how it is drawn."""
+
+
+def figures(
+    data: dict[str, Any], maps: list[tuple[str, str, DensityMap]], samples: dict[str, np.ndarray] | None = None
+) -> list[Figure]:
     """All figures for which the run has the data, in the order of the report."""
     from cryoiso.report import figures as draw
 
     d = data["diagnose"]
-    views = d.get("views") or {}
-    known = [
+    first = before(data)
+    known: list[Entry] = [
         ("maps", "Maps", maps, _maps_caption(maps), lambda: draw.maps(maps, d)),
         ("fsc", "Half-map agreement", d.get("fsc_unmasked"), FSC, lambda: draw.half_map_fsc(d)),
-        ("truth", "Map against truth", d.get("map_to_truth"), TRUTH, lambda: draw.truth_fsc(d)),
-        ("views", "Views", views.get("estimated"), VIEWS + TRUE_VIEWS * bool(views.get("true")), lambda: draw.views(d)),
         (
-            "errors",
-            "Pose errors",
-            (d.get("pose_errors") or {}).get("histogram"),
-            ERRORS,
-            lambda: draw.pose_errors(d),
+            "truth",
+            "Map against truth",
+            d.get("map_to_truth"),
+            TRUTH + BEFORE * bool(first.get("map_to_truth")),
+            lambda: draw.truth_fsc(d),
         ),
+        _views(data, first),
+        _errors(d, first),
+        *_auxiliary(data, samples or {}),
         (
             "iterations",
             "Course of the refinement",
             data["iterations"],
-            "Resolution of the half-maps, and the angles of the search, iteration by iteration.",
+            "Resolution of the half-maps, and the angles of the search, iteration by iteration"
+            + (", in the refinement before there were auxiliary particles." if data.get("auxiliary") else "."),
             lambda: draw.iterations(data["iterations"]),
         ),
         ("posterior", "Certainty of the poses", d.get("posterior"), POSTERIOR, lambda: draw.posterior(d)),
@@ -74,9 +111,73 @@ def figures(data: dict[str, Any], maps: list[tuple[str, str, DensityMap]]) -> li
     return [Figure(key, title, caption, make()) for key, title, present, caption, make in known if present]
 
 
+def _views(data: dict[str, Any], first: dict[str, Any]) -> Entry:
+    """Views of this run and the true ones, with those before it where they are known."""
+    from cryoiso.report import figures as draw
+
+    part = data["diagnose"].get("views") or {}
+    caption = VIEWS + TRUE_VIEWS * bool(part.get("true"))
+    old, new = views_before_and_after(data)
+    if not (old.get("counts") and new.get("counts")):
+        return ("views", "Views", part.get("estimated"), caption, lambda: draw.views(data["diagnose"]))
+    kinds = [(label, v, v["cells_per_ring"]) for label, v in (("before", old), ("this run", new))]
+    kinds += [("true", part["true"], part["cells_per_ring"])] if part.get("true") else []
+    return ("views", "Views before and after", True, caption + BEFORE, lambda: draw.view_discs(kinds))
+
+
+def _errors(d: dict[str, Any], first: dict[str, Any]) -> Entry:
+    from cryoiso.report import figures as draw
+    from cryoiso.report import figures_auxiliary as draw_auxiliary
+
+    mine, old = d.get("pose_errors") or {}, first.get("pose_errors") or {}
+    if not (mine.get("histogram") and old.get("histogram")):
+        return ("errors", "Pose errors", mine.get("histogram"), ERRORS, lambda: draw.pose_errors(d))
+    title = "Pose errors before and after"
+    return ("errors-before", title, True, BEFORE_ERRORS, lambda: draw_auxiliary.pose_errors(old, mine))
+
+
+def _auxiliary(data: dict[str, Any], samples: dict[str, np.ndarray]) -> list[Entry]:
+    """Figures of the images, of their training and of what they did to the poses."""
+    from cryoiso.report import figures_auxiliary as draw
+
+    parts = data.get("auxiliary") or {}
+    rounds, local = parts.get("rounds") or [], parts.get("local") or {}
+    trained = any(part["train"].get("halves") for part in rounds)
+    moved = [p.get("moved") or {} for p in (*(r["corefine"] for r in rounds), local)]
+    histograms = any(sum((m.get("histogram") or {}).get("counts") or []) for m in moved)
+    return [
+        ("samples", "Raw and auxiliary images", samples, SAMPLES, lambda: draw.sample_images(samples)),
+        ("spectra", "How alike they are", draw.with_statistics(rounds), SPECTRA, lambda: draw.spectra(rounds)),
+        ("training", "Training", trained, TRAINING + _speeds(rounds), lambda: draw.training(rounds)),
+        ("moved", "How far particles moved", histograms, MOVED, lambda: draw.moved(rounds, local)),
+    ]
+
+
+def _speeds(rounds: list[dict[str, Any]]) -> str:
+    """Images per second, and restarts, as far as they are known."""
+    texts = []
+    for part in rounds:
+        for half, run in sorted((part["train"].get("halves") or {}).items()):
+            said = []
+            speed = (part["timing"].get(half) or {}).get("images_per_s")
+            if speed is not None:
+                said.append(f"{speed:,.0f} images/s" if speed >= 10 else f"{speed:.2g} images/s")
+            if (run.get("attempts") or 1) > 1:
+                said.append(f"attempt {run['attempts']}")
+            if said:
+                texts.append(f"round {part['round']}, half {half}: {', '.join(said)}")
+    return f" In this run: {'; '.join(texts)}." if texts else ""
+
+
 def _maps_caption(maps: list[tuple[str, str, DensityMap]]) -> str:
     text = "Central slices (left) and projections (right) across z, y and x, all rows on one grey scale; "
     text += "each map is weighted by the agreement of its half-maps."
-    if len(maps) > 1:
+    keys = {key for key, _, _ in maps}
+    if "before" in keys and "run" in keys:
+        text += BEFORE + " "
+        if any(key.startswith("round-") for key in keys):
+            text += "After a round: raw particles alone, in the poses that they found among auxiliary ones. "
+        text += "What was smeared or stretched before should be so no more."
+    elif len(maps) > 1:
         text += " Compare the rows: smeared or stretched density in the first row only comes from wrong poses."
     return text

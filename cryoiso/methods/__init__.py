@@ -1,0 +1,1 @@
+"""The ideas of the papers, each a method on top of refinement and training."""

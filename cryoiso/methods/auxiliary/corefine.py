@@ -1,0 +1,86 @@
+"""Raw and auxiliary particles refined together by any engine, and told apart again by uid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import CryoisoError
+from cryoiso.core.protocols import Communicator, Engine, ImageSource, RefineRequest, RefineResult
+from cryoiso.core.types import Particles
+from cryoiso.io.sources import JoinedSource
+from cryoiso.methods.auxiliary.particles import FLAG
+from cryoiso.physics.so3 import angular_distance_deg
+from cryoiso.physics.symmetry import point_group
+
+EDGES_DEG = np.concatenate([[0.0], np.geomspace(0.25, 180, 39)])
+
+
+@dataclass(frozen=True)
+class CoRefined:
+    """What a co-refinement gave; raw and auxiliary are row for row those that went in."""
+
+    raw: Particles
+    auxiliary: Particles
+    result: RefineResult
+
+
+def co_refine(engine: Engine, request: RefineRequest, auxiliary: ImageSource, comm: Communicator) -> CoRefined:
+    """Refines raw and auxiliary particles together (collective).
+
+    The engine sees one set: the auxiliaries' poses are forgotten, they are searched like everybody. They have optics
+    groups of their own, so that their noise is estimated apart.
+
+    Args:
+        engine: any.
+        request: as for the raw particles alone; ``source`` holds them.
+        auxiliary: its particles carry the true poses that the images were made with.
+
+    Raises:
+        CryoisoError: the engine lost or reordered particles.
+    """
+    raw = request.source
+    joined = JoinedSource(_without_poses(raw, False), _without_poses(auxiliary, True))
+    result = engine.refine(replace(request, source=joined), comm)
+    place = np.argsort(result.particles.uid, kind="stable")
+    found = result.particles.uid[place]
+    parts = []
+    for source in (raw, auxiliary):
+        where = np.searchsorted(found, source.particles.uid)
+        if (where >= len(found)).any() or (found[where] != source.particles.uid).any():
+            raise CryoisoError(f"the engine '{engine.name}' did not give back all particles")
+        mine = result.particles.take(place[where])
+        parts.append(_with_results(source.particles, mine))
+    return CoRefined(parts[0], parts[1], result)
+
+
+class _PoseFree:
+    """A source whose particles have no poses."""
+
+    def __init__(self, source: ImageSource, particles: Particles) -> None:
+        self.particles, self.box_px, self.read = particles, source.box_px, source.read
+
+
+def _without_poses(source: ImageSource, auxiliary: bool) -> ImageSource:
+    p = source.particles
+    flags = {FLAG: np.full(len(p), int(auxiliary), np.int64)}
+    return _PoseFree(source, replace(p, rotation=None, shift_A=None, results=flags))
+
+
+def _with_results(particles: Particles, refined: Particles) -> Particles:
+    rotation, shift_A = refined.require_poses()
+    columns = {k: v for k, v in refined.results.items() if k != FLAG}
+    return particles.with_poses(rotation, shift_A).with_results(**columns)
+
+
+def movement(before: Particles, after: Particles, symmetry: str) -> dict[str, Any]:
+    """How far particles moved between two sets of poses, row for row: median, quartile, shares, histogram."""
+    moved = angular_distance_deg(before.require_poses()[0], after.require_poses()[0], point_group(symmetry))
+    return {
+        "median_deg": float(np.median(moved)),
+        "upper_quartile_deg": float(np.quantile(moved, 0.75)),
+        **{f"over_{limit}": float((moved > limit).mean()) for limit in (10, 20, 30)},
+        "histogram": {"edges_deg": EDGES_DEG.tolist(), "counts": np.histogram(moved, EDGES_DEG)[0].tolist()},
+    }

@@ -1,0 +1,134 @@
+"""A trained generator: network, reference and grey scale in one file, and the images that it makes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso import __version__
+from cryoiso.core.errors import InputError
+from cryoiso.core.rng import stable_hash
+from cryoiso.core.types import DensityMap, Particles
+from cryoiso.io import checkpoint
+from cryoiso.methods.auxiliary.condition import Condition
+from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+
+KIND = "cryoiso generator"
+BATCH = 32
+"""Images made at once: always the same ones together, so that their bits do not depend on who makes them."""
+PIXEL_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Generator:
+    """p(image | reference, pose, CTF), ready to be sampled."""
+
+    network: ConditionalHvae | None
+    """None: no network, a projection and white noise (the baseline that a generator must beat)."""
+    reference: DensityMap
+    scale: np.ndarray
+    """(G,) grey scale of the reference by optics group."""
+    likelihood_sd: float
+    facts: dict[str, Any]
+    """half (0: both), round, seed, inverted, what it was trained with, versions"""
+
+    def save(self, path: Path) -> None:
+        """Writes everything that :meth:`load` needs; atomic, the same bytes for the same generator."""
+        state = {} if self.network is None else self.network.state_dict()
+        arrays = {f"parameter {k}": v.detach().cpu().numpy() for k, v in state.items()}
+        arrays |= {"reference": self.reference.data, "scale": self.scale}
+        config = None if self.network is None else asdict(self.network.config)
+        values = {
+            "kind": KIND,
+            "config": config,
+            "pixel_size_A": self.reference.pixel_size_A,
+            "likelihood_sd": self.likelihood_sd,
+            "facts": {**self.facts, "cryoiso": __version__},
+        }
+        checkpoint.save(path, arrays, values)
+        checkpoint.previous(path).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu") -> Generator:
+        """Reads a generator.
+
+        Raises:
+            InputError: no such file, or not a generator.
+        """
+        found = checkpoint.load(path)
+        if found is None or found[1].get("kind") != KIND:
+            raise InputError("not a trained generator", file=path, hint="'cryoiso auxiliary train' writes one.")
+        arrays, values = found
+        network = None if values["config"] is None else _network(values["config"], arrays).to(device).eval()
+        reference = DensityMap(arrays["reference"], values["pixel_size_A"])
+        return cls(network, reference, arrays["scale"], values["likelihood_sd"], values["facts"])
+
+    def check(self, box_px: int, pixel_size_A: float, inverted: bool, file: object, data: object) -> None:
+        """Refuses data that the generator was not trained for.
+
+        Raises:
+            InputError: box, pixel size or sign differ; names both.
+        """
+        mine, theirs = [
+            f"{box} px of {pixel:.5g} Å, protein {'dark' if dark else 'white'} in the stacks"
+            for box, pixel, dark in (
+                (self.reference.box_px, self.reference.pixel_size_A, bool(self.facts.get("inverted"))),
+                (box_px, pixel_size_A, inverted),
+            )
+        ]
+        same_pixel = abs(self.reference.pixel_size_A / pixel_size_A - 1) < PIXEL_TOLERANCE
+        if not (self.reference.box_px == box_px and same_pixel and bool(self.facts.get("inverted")) == inverted):
+            raise InputError(
+                f"the generator was trained on images that differ from those of {data}", file=file,
+                expected=theirs, found=mine, hint="Train a generator on these particles.",
+            )  # fmt: skip
+
+    def condition(self, device: str) -> Condition:
+        """Projections of its reference."""
+        return Condition(self.reference, self.scale, device)
+
+    @torch.no_grad()
+    def images(
+        self, condition: Condition, particles: Particles, rows: np.ndarray, temperature: float, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Generated images of these particles and the noise-free projections in them.
+
+        Args:
+            condition: from :meth:`condition`, on the device of the network.
+            particles: auxiliary particles with poses and CTFs.
+            rows: at most BATCH of them.
+            temperature: factor on the spread of the latents and of the pixel noise.
+            seed: the noise of an image follows from (seed, its uid).
+
+        Returns:
+            (n, D, D) float32 images and projections.
+        """
+        device = condition.device
+        seen, pose = condition.images(particles, rows), condition.poses(particles, rows)
+        size = 0 if self.network is None else self.network.config.latent_size
+        pixels = self.reference.box_px**2
+        uids = particles.uid[rows].tolist()
+        noise = normal_numbers([f"{seed}/auxiliary image/{uid}" for uid in uids], size + pixels, device)
+        mean = seen if self.network is None else self.network.sample(seen, pose, noise[:, :size], temperature)
+        grain = noise[:, size:].reshape(mean.shape)
+        return (mean + temperature * self.likelihood_sd * grain)[:, 0].float(), seen[:, 0]
+
+
+def _network(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> ConditionalHvae:
+    shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    network = ConditionalHvae(HvaeConfig(**shape))
+    state = {k.removeprefix("parameter "): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("param")}
+    network.load_state_dict(state)
+    return network
+
+
+def normal_numbers(keys: list[str], size: int, device: str) -> Tensor:
+    """(n, size) standard normal numbers, each row from its key alone (and the kind of device)."""
+    source = torch.Generator(device)
+    rows = [torch.randn(size, generator=source.manual_seed(stable_hash(k) >> 1), device=device) for k in keys]
+    return torch.stack(rows)

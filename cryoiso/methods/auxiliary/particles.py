@@ -1,0 +1,93 @@
+"""Who the auxiliary particles are: identities, even views, CTFs and shifts like those of the data. No images yet."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+from scipy.special import ndtri
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.rng import shuffle_keys, stable_hash
+from cryoiso.core.types import Particles
+from cryoiso.physics.simulate import draw_ctf
+from cryoiso.physics.symmetry import in_asymmetric_unit, point_group
+from cryoiso.physics.views import Views, sample_rotations, uniforms
+
+FLAG = "cryoisoAuxiliary"
+"""Column that is 1 for auxiliary particles."""
+MICROGRAPH = "cryoiso_auxiliary_round{round}.mrc"
+STACK = "cryoiso_auxiliary_round{round}_half{half}.mrcs"
+
+
+def auxiliary_particles(
+    raw: Particles, half: int, count: int, *, round_: int, seed: int, symmetry: str, box_px: int, pixel_size_A: float
+) -> Particles:
+    """Auxiliary particles of one half-set.
+
+    Views are uniform on the asymmetric unit, CTFs (whole rows, optics group included) drawn from the raw particles of
+    the same half, shifts normal with the raw shifts' spread. Everything of a particle follows from (seed, its uid).
+
+    Args:
+        raw: the data, with half-sets and poses.
+        half: 1 or 2.
+        count: how many; the first m of n are those of a set of m.
+        round_: of the workflow; other rounds have other particles.
+        seed: the run's seed.
+        symmetry: point group; poses are reduced to one asymmetric unit.
+        box_px, pixel_size_A: of the images.
+
+    Raises:
+        InputError: no raw particles in this half, or fewer than one particle wanted.
+    """
+    mine = np.flatnonzero(raw.half == half) if raw.half is not None else np.zeros(0, np.int64)
+    if len(mine) == 0 or count < 1:
+        expected = f"raw particles of half {half}"
+        raise InputError("no auxiliary particles can be made", expected=expected, found=len(mine))
+    base = stable_hash(f"{seed}/auxiliary/round {round_}/half {half}")
+    with np.errstate(over="ignore"):
+        uid = shuffle_keys(seed, "uid of auxiliary particle", np.arange(count, dtype=np.uint64) + np.uint64(base))
+    given = raw.take(mine)
+    groups, columns = draw_ctf(given, uid, box_px, pixel_size_A, seed)
+    spread = _shift_spread(given)
+    normals = [ndtri(uniforms(seed, f"auxiliary shift {axis}", uid)) for axis in "xy"]
+    return Particles(
+        uid=uid,
+        groups=groups,
+        stack=np.full(count, STACK.format(round=round_, half=half)),
+        index=np.arange(count, dtype=np.int64),
+        rotation=_in_unit(sample_rotations(Views(), uid, seed), symmetry),
+        shift_A=spread * np.stack(normals, 1),
+        half=np.full(count, half, np.int8),
+        results={
+            FLAG: np.ones(count, np.int64),
+            "rlnMicrographName": np.full(count, MICROGRAPH.format(round=round_)),
+        },
+        **columns,
+    )
+
+
+def both_halves(one: Particles, two: Particles) -> Particles:
+    """Half 1's particles and after them half 2's; their optics groups are the same, those of the data."""
+    arrays = [f.name for f in fields(one) if isinstance(getattr(one, f.name), np.ndarray)]
+    columns = {n: np.concatenate([getattr(one, n), getattr(two, n)]) for n in arrays}
+    results = {n: np.concatenate([one.results[n], two.results[n]]) for n in one.results}
+    return Particles(groups=one.groups, results=results, **columns)
+
+
+def _shift_spread(raw: Particles) -> float:
+    """Standard deviation along an axis, from the median absolute shift, so that failed particles do not count."""
+    if raw.shift_A is None:
+        return 0.0
+    centred = raw.shift_A - np.median(raw.shift_A, axis=0)
+    return float(1.4826 * np.median(np.abs(centred)))
+
+
+def _in_unit(rotation: np.ndarray, symmetry: str) -> np.ndarray:
+    """Equivalent poses whose views lie in the asymmetric unit (n, 3, 3): A S shows the same as A."""
+    operations = point_group(symmetry)
+    if len(operations) == 1:
+        return rotation
+    mates = np.einsum("nij,gjk->ngik", rotation, operations)
+    inside = in_asymmetric_unit(mates[:, :, 2].reshape(-1, 3), symmetry).reshape(len(rotation), -1)
+    return mates[np.arange(len(rotation)), inside.argmax(1)]

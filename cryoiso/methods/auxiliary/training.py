@@ -1,0 +1,154 @@
+"""Trains the generators of both half-sets: side by side where there are ranks enough, else one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryoiso.core.log import ProgressLine
+from cryoiso.core.protocols import ImageSource
+from cryoiso.core.types import DensityMap, Particles
+from cryoiso.methods.auxiliary.condition import Condition, fit_scale
+from cryoiso.methods.auxiliary.generator import Generator
+from cryoiso.methods.auxiliary.settings import Training, network
+from cryoiso.methods.auxiliary.task import GeneratorTask
+from cryoiso.parallel.bell import side_by_side
+from cryoiso.parallel.ddp import ranks_of_half, training_group
+from cryoiso.train.loop import LoopSettings, TrainOutcome, train
+
+RECORDS = 200
+"""Records of a training, for its curves."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """One generator to be trained: on which particles, with which reference."""
+
+    label: str
+    """"1", "2", or "both"."""
+    rows: np.ndarray
+    reference: DensityMap
+    folder: Path
+    """of its checkpoint; made by the caller"""
+    file: Path
+    """where the generator goes"""
+    facts: dict[str, Any]
+
+
+def train_generators(
+    courses: list[Course],
+    source: ImageSource,
+    particles: Particles,
+    settings: Training,
+    comm: Any,
+    *,
+    seed: int,
+    resume: bool,
+    on_checkpoint: Callable[[str, int], None] | None = None,
+) -> dict[str, TrainOutcome]:
+    """Trains and saves the generators of some courses (collective).
+
+    Two courses on two ranks or more are trained side by side by half of the ranks each; otherwise every course takes
+    all ranks.
+
+    Args:
+        courses: one, or one a half-set.
+        source: images, row for row those of ``particles``.
+        particles: with poses.
+
+    Returns:
+        label -> its history, on every rank.
+
+    Raises:
+        Interrupted, CryoisoError: as ``train.loop.train``.
+    """
+    scales = {c.label: fit_scale(source, particles, c.rows, c.reference, comm, seed) for c in courses}
+    apart = len(courses) == 2 and comm.size > 1
+    outcomes: dict[str, TrainOutcome] = {}
+    turns = [courses] if apart else [[c] for c in courses]
+    for turn in turns:
+        mine, ranks = turn[0], range(comm.size)
+        if apart:
+            which = 0 if comm.rank in ranks_of_half(1, comm.size) else 1
+            mine, ranks = turn[which], ranks_of_half(which + 1, comm.size)
+        with side_by_side(comm) as bell, training_group(comm, ranks) as group:
+            found = _train_one(mine, source, particles, scales[mine.label], settings, group, seed, resume, bell.heard)
+            if on_checkpoint and group.is_first:
+                on_checkpoint(mine.label, found.step)
+        for label, outcome in comm.allgather((mine.label, found)):
+            outcomes[label] = outcome
+    return outcomes
+
+
+def _train_one(
+    course: Course,
+    source: ImageSource,
+    particles: Particles,
+    scale: np.ndarray,
+    settings: Training,
+    group: Any,
+    seed: int,
+    resume: bool,
+    stop: Callable[[], bool],
+) -> TrainOutcome:
+    config = network(settings, source.box_px)
+    condition = Condition(course.reference, scale, group.device)
+    task = GeneratorTask(
+        source, particles, course.rows, condition, config, settings, seed,
+        index=group.index, size=group.size, label=course.file.stem,
+    )  # fmt: skip
+    on_gpu = group.device != "cpu"
+    loop = LoopSettings(
+        steps=settings.steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=seed,
+        log_every=max(1, settings.steps // RECORDS), clip_norm=settings.clip_norm, amp=on_gpu, compile=on_gpu,
+        channels_last=True,
+    )  # fmt: skip
+    name = "generator" if course.label == "both" else f"generator of half {course.label}"
+    line = ProgressLine(f"training the {name}", settings.steps, active=group.is_first)
+
+    def progress(done: int, words: str) -> None:
+        line.update(done, words)
+
+    with few_threads(settings.preset):
+        outcome = train(task, group, loop, course.folder, stop=stop, resume=resume, on_progress=progress)
+    if group.is_first:
+        generator = Generator(task.module, course.reference, scale, settings.likelihood_sd, course.facts)  # type: ignore[arg-type]
+        generator.save(course.file)
+        bound = outcome.history[-1].get("bound")
+        line.close(f"{outcome.step:,} steps, bound {bound:.4f} nats a pixel" if bound is not None else "")
+    group.barrier()
+    return outcome
+
+
+@contextmanager
+def few_threads(preset: str) -> Iterator[None]:
+    """One thread for small networks: more would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if preset == "small" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def curves(outcome: TrainOutcome) -> dict[str, Any]:
+    """The history of the last attempt as columns, for JSON."""
+    records = [r for r in outcome.history if r["attempt"] == outcome.attempts - 1]
+    names = {
+        "steps": "step", "loss": "loss", "reconstruction": "reconstruction", "bound": "bound",
+        "mean_square_error": "mean_square_error", "kl_weight": "kl_weight", "kl_per_layer": "kl_per_layer",
+    }  # fmt: skip
+    columns = {column: [_rounded(r.get(name)) for r in records] for column, name in names.items()}
+    return {**columns, "attempts": outcome.attempts}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,285 @@
+"""Micelle recovery on all ranks: pass over the images, conjugate gradients, checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import InputError, Interrupted
+from cryoiso.core.protocols import ImageSource
+from cryoiso.core.types import DensityMap, Particles
+from cryoiso.io import checkpoint
+from cryoiso.methods.micelle.normal import Grid, NormalEquations
+from cryoiso.methods.micelle.protein import ProteinMask
+from cryoiso.methods.micelle.solve import CgState, start, step
+from cryoiso.methods.micelle.sums import HALVES, HalfSums, ImagePass
+from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.context import Context
+from cryoiso.parallel.partition import root_of_half
+from cryoiso.physics.symmetry import point_group
+from cryoiso.refine.batches import BatchReader
+
+logger = logging.getLogger("cryoiso")
+FINEST_OF_LOWPASS = 0.5
+"""Data are used up to half the low-pass: what is finer hardly touches the micelle."""
+PARTIAL_ITERATIONS = 5
+"""Iterations on the sums so far where the pass over the images was interrupted: enough for a map to look at."""
+LEAST_SIGNIFICANCE = 5.0
+"""Grey scale of the homologue over its standard error, below which it is not in the images."""
+
+
+@dataclass(frozen=True)
+class MicelleSettings:
+    """What a user may choose."""
+
+    symmetry: str = "C1"
+    lowpass_A: float = 20.0
+    """Resolution of the micelle; 0: no filter, all frequencies of the images."""
+    diameter_A: float | None = None
+    """Sphere that holds the micelle (default: what the box holds)."""
+    prior_sd: float = 1.0
+    """Prior standard deviation of the micelle's voxels, over the root mean square of the homologue in its mask."""
+    max_iterations: int = 50
+    tolerance: float = 1e-3
+    """Relative residual at which it ends."""
+
+
+@dataclass(frozen=True)
+class HalfMicelle:
+    """What one half-set says."""
+
+    micelle: np.ndarray
+    """(D, D, D) float32 (1 - M) V_M, zero inside the mask."""
+    grey_scale: float
+    """g: factor on the homologue."""
+    grey_scale_error: float
+    noise_variance: float
+    """Of an image's coefficient."""
+    prior_sd: float
+    """tau, in the units of the images."""
+    converged: bool
+    history: list[dict[str, Any]]
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says about it."""
+        return {
+            "grey_scale": self.grey_scale, "grey_scale_error": self.grey_scale_error,
+            "noise_variance": self.noise_variance, "prior_sd": self.prior_sd, "converged": self.converged,
+            "iterations": len(self.history) - 1,
+            "history": [{k: v for k, v in record.items() if k != "product"} for record in self.history],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Both half-sets' micelles, never mixed."""
+
+    halves: dict[int, HalfMicelle]
+    """on every rank"""
+    stopped: str = ""
+    """Why it is not finished; empty if it is."""
+    grid: dict[str, float] = field(default_factory=dict)
+
+
+def recover_micelle_halves(
+    source: ImageSource,
+    particles: Particles,
+    homologue: DensityMap,
+    mask: ProteinMask,
+    comm: Context,
+    settings: MicelleSettings,
+    *,
+    device: str = "cpu",
+    checkpoint_file: Path | None = None,
+    resume: bool = False,
+    on_iteration: Callable[[int, dict[str, Any]], None] | None = None,
+) -> Recovery:
+    """The density outside a protein, of each half-set by itself (collective).
+
+    min over g, V_M of sum_i |C_i P_i (g M V_homo + (1 - M) V_M) - x_i|^2 / sigma^2 + |V_M|^2 / tau^2, with V_M
+    low-passed. One pass over the images, then conjugate gradients on volumes: half 1 on one rank, half 2 on another.
+    The result has the same bits on any number of ranks.
+
+    Args:
+        source: images, row for row those of ``particles``, normalised.
+        particles: with poses and half-set numbers.
+        homologue: protein, in the frame of the poses, on the images' grid, on any grey scale.
+        mask: of the protein, see ``protein.protein_mask``.
+        checkpoint_file: where a stop signal leaves its checkpoint.
+        resume: go on from there, if it is there.
+        on_iteration: called on the half's root as on_iteration(half, record).
+
+    Returns:
+        Recovery, the same on every rank. Where a signal stopped it, ``stopped`` says so and the micelles are those of
+        the last iteration (or of five iterations on the images read so far).
+
+    Raises:
+        InputError: no poses, an empty half-set, a homologue that is not in the images, a checkpoint of another job.
+        Interrupted: stopped by a signal before any image of either half was read.
+    """
+    run = _Run(source, particles, homologue, mask, comm, settings, device, on_iteration)
+    found = run.load(checkpoint_file) if resume and checkpoint_file else {}
+    before = {h: HalfSums.of_arrays(found, h) if f"grid{h}" in found else HalfSums() for h in HALVES}
+    sums, whole = run.images.run(before)
+    if not all(len(s.done) for s in sums.values()):
+        raise Interrupted("stopped by a signal before there was anything to keep")
+    equations, error = run.equations(sums)
+    agree(comm, error if whole else None)
+    states = {h: run.state(h, equations[h], found if whole else {}) for h in equations}
+    finished = run.solve(equations, states, settings.max_iterations if whole else PARTIAL_ITERATIONS, listen=whole)
+    stopped = "" if whole and finished else "solving" if whole else "reading images"
+    if checkpoint_file:
+        run.save(checkpoint_file, sums, states if whole else {}) if stopped else on_root(comm, _forget, checkpoint_file)
+    halves = {h: comm.bcast(run.result(h, equations, states), root_of_half(h, comm.size)) for h in HALVES}
+    return Recovery(halves, stopped, run.grid_facts())
+
+
+class _Run:
+    """The parts of :func:`recover_micelle_halves`."""
+
+    def __init__(self, source, particles, homologue, mask, comm, settings, device, on_iteration) -> None:
+        self.comm, self.settings, self.device, self.particles = comm, settings, device, particles
+        self.on_iteration = on_iteration or (lambda half, record: None)
+        half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
+        for h in HALVES:
+            if not (half == h).any():
+                raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+        pixel = homologue.pixel_size_A
+        finest = max(2 * pixel, FINEST_OF_LOWPASS * settings.lowpass_A)
+        self.grid = Grid.of(source.box_px, pixel, finest)
+        self.protein = np.asarray(mask.data * homologue.data, np.float32)
+        self.mask = mask
+        reader = BatchReader(source, particles, pixel, device, with_dc=True, memory_bytes=0)
+        self.images = ImagePass(
+            reader, point_group(settings.symmetry), self.grid.radius_px, self.grid.padding, comm
+        )  # fmt: skip
+
+    def grid_facts(self) -> dict[str, float]:
+        g = self.grid
+        return {
+            "box_px": g.size_px,
+            "voxel_A": g.voxel_A,
+            "finest_A": g.box_px * g.pixel_size_A / g.radius_px,
+            "padding": g.padding,
+        }
+
+    def equations(self, sums: dict[int, HalfSums]) -> tuple[dict[int, NormalEquations], InputError | None]:
+        """The normal equations of the halves that this rank is root of."""
+        result: dict[int, NormalEquations] = {}
+        protein, outside = self.grid.coarse(self.protein), self.grid.outside(self.mask.data, self.settings.diameter_A)
+        inside = self.grid.coarse(self.mask.data) > 0.5
+        error = None
+        for half, mine in sums.items():
+            if mine.grid is None:
+                continue
+            made = NormalEquations(
+                self.images.finished(mine, self.device), self.grid, protein, outside, self.settings.lowpass_A
+            )  # fmt: skip
+            grey = made.zero().grey
+            noise = max(mine.mean_power - self._explained(made, mine), 1e-12 * mine.mean_power)
+            made.set_prior(noise, self.settings.prior_sd * abs(grey) * float(np.sqrt((protein[inside] ** 2).mean())))
+            significance = grey * np.sqrt(made.homologue_power / noise)
+            if not significance > LEAST_SIGNIFICANCE:
+                error = InputError(
+                    "the homologue is not in the images",
+                    expected=f"a grey scale at least {LEAST_SIGNIFICANCE:g} times its error above zero",
+                    found=f"{significance:.1f} times in half-set {half}",
+                    hint="It must lie in the frame of the poses, with the right hand, protein white in map and images.",
+                )
+            result[half] = made
+        return result, error
+
+    @staticmethod
+    def _explained(made: NormalEquations, sums: HalfSums) -> float:
+        """Part of an image's mean power that the homologue alone explains."""
+        return made.rhs.grey**2 / made.homologue_power / max(float(sums.count.sum()), 1.0)
+
+    def state(self, half: int, equations: NormalEquations, found: dict[str, np.ndarray]) -> CgState:
+        if f"numbers{half}" in found:
+            return CgState.of_arrays(found, half, self.device)
+        return start(equations)
+
+    def solve(
+        self, equations: dict[int, NormalEquations], states: dict[int, CgState], most: int, *, listen: bool
+    ) -> bool:
+        """Iterates until all halves have converged or used up their iterations; in step, so that all can stop.
+
+        Returns:
+            False if a signal stopped it.
+        """
+        while self.comm.max_all(float(any(self._goes_on(s, most) for s in states.values()))):
+            if listen and self.comm.stop_requested():
+                return False
+            for half, state in states.items():
+                if self._goes_on(state, most):
+                    states[half] = step(equations[half], state)
+                    record = states[half].history[-1]
+                    self.on_iteration(half, record)
+                    logger.debug("half %d, iteration %d: residual %.2e", half, states[half].iteration,
+                                 record["residual"])  # fmt: skip
+        return True
+
+    def _goes_on(self, state: CgState, most: int) -> bool:
+        return state.iteration < most and state.relative_residual > self.settings.tolerance
+
+    def result(self, half: int, equations: dict[int, NormalEquations], states: dict[int, CgState]) -> Any:
+        """The half's micelle on the images' grid; None where this rank is not its root."""
+        if half not in states:
+            return None
+        made, state = equations[half], states[half]
+        smooth = self.grid.fine(made.smooth(state.z.u).cpu().numpy())
+        outside = self.grid.outside(self.mask.data, self.settings.diameter_A, self.grid.box_px)
+        pass_band = float(made.lowpass.square().mean())
+        tau = float(np.sqrt(made.noise * pass_band / made.precision)) if made.precision else float("inf")
+        return HalfMicelle(
+            (outside * smooth).astype(np.float32), state.z.grey, float(np.sqrt(made.noise / made.homologue_power)),
+            made.noise, tau, state.relative_residual <= self.settings.tolerance, state.history,
+        )  # fmt: skip
+
+    # --- checkpoints
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree in to be gone on with."""
+        s, p = self.settings, self.particles
+        columns = (p.uid, *p.require_poses(), p.half, p.defocus_u_A, p.defocus_v_A)
+        text = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
+        return {
+            "particles": hashlib.sha256(text).hexdigest(),
+            "grid": [self.grid.box_px, self.grid.radius_px, self.grid.size_px, self.grid.padding],
+            "settings": [s.symmetry, s.lowpass_A, s.diameter_A, s.prior_sd],
+            "protein": [float(np.abs(self.protein).sum(dtype=np.float64)), self.mask.volume_A3],
+        }
+
+    def load(self, file: Path) -> dict[str, np.ndarray]:
+        """The checkpoint's arrays on every rank; empty where there is none."""
+
+        def read() -> dict[str, np.ndarray]:
+            found = checkpoint.load(file)
+            if found is None:
+                return {}
+            if found[1] != self._fingerprint():
+                raise InputError("the checkpoint is of another job", file=file, hint="Run without --resume.")
+            return found[0]
+
+        return on_root(self.comm, read)
+
+    def save(self, file: Path, sums: dict[int, HalfSums], states: dict[int, CgState]) -> None:
+        """Brings all to rank 0, which writes it."""
+        arrays: dict[str, np.ndarray] = {}
+        for half in HALVES:
+            mine = sums[half].arrays(half) if sums[half].grid is not None else {}
+            mine |= states[half].arrays(half) if half in states else {}
+            arrays |= self.comm.bcast(mine, root_of_half(half, self.comm.size))
+        on_root(self.comm, checkpoint.save, file, arrays, self._fingerprint())
+
+
+def _forget(file: Path) -> None:
+    """Removes the checkpoint of what is finished."""
+    for path in (file, checkpoint.previous(file)):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,147 @@
+"""One pass over the images: all that least squares needs to know of them, for both half-sets apart.
+
+For poses A_i, CTFs c_i and centred coefficients y_i of the images: sum c_i y_i and sum c_i^2, inserted into a Fourier
+grid. The copies that the point group makes of every view are inserted as views of their own, which is exact, and
+divided by their number at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryoiso.core.log import ProgressLine
+from cryoiso.core.protocols import Communicator
+from cryoiso.parallel.partition import owned_chunks, root_of_half
+from cryoiso.physics.backproject import FourierSums, SliceAccumulator
+from cryoiso.refine.batches import BatchReader
+from cryoiso.refine.likelihood import with_magnification
+from cryoiso.refine.reconstruct import weigh
+
+HALVES = (1, 2)
+
+
+@dataclass
+class HalfSums:
+    """What has been read of one half-set so far, reduced over ranks; on the half's root, elsewhere ``grid`` is None."""
+
+    grid: np.ndarray | None = None
+    """(2h+1, 2h+1, h+1, 3) int64, see ``SliceAccumulator``."""
+    bound: float = 0.0
+    done: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """(b,) batches that are in the sums."""
+    power: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """(b,) sum of |y|^2 over a batch's coefficients."""
+    count: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """(b,) how many coefficients that are."""
+
+    @property
+    def mean_power(self) -> float:
+        """Mean |y|^2 of a coefficient, added in the order of batches."""
+        return float(self.power.sum() / max(self.count.sum(), 1.0))
+
+    def arrays(self, half: int) -> dict[str, np.ndarray]:
+        """For a checkpoint; needs the grid."""
+        named = {"grid": self.grid, "done": self.done, "power": self.power, "count": self.count}
+        return {f"{k}{half}": np.asarray(v) for k, v in named.items()} | {f"bound{half}": np.array(self.bound)}
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, np.ndarray], half: int) -> HalfSums:
+        """From :meth:`arrays`."""
+        values: dict[str, Any] = {k: arrays[f"{k}{half}"] for k in ("grid", "done", "power", "count")}
+        return cls(bound=float(arrays[f"bound{half}"]), **values)
+
+
+class ImagePass:
+    """Reads the images once, both halves at the same pace, so that both have a map whenever it is interrupted."""
+
+    def __init__(
+        self, reader: BatchReader, operations: np.ndarray, radius_px: int, padding: int, comm: Communicator
+    ) -> None:
+        """
+        Args:
+            reader: with the zero frequency.
+            operations: (g, 3, 3) of the point group.
+            radius_px: frequencies up to here, in pixels of the transform of the box.
+        """
+        self.reader, self.operations, self.comm = reader, operations, comm
+        self.radius, self.padding = radius_px, padding
+        self.plans = {half: reader.plan((half,)) for half in HALVES}
+        self.rotation, self.shift_A = reader.particles.require_poses()
+        self.pixel = reader.particles.group_values("pixel_size_A")
+
+    def run(self, before: dict[int, HalfSums]) -> tuple[dict[int, HalfSums], bool]:
+        """Adds what is not yet in ``before`` (collective).
+
+        Returns:
+            the sums of both halves, and whether all images are in them (False: stopped by a signal).
+        """
+        todo = sorted(
+            (i / len(plan), half, i)
+            for half, plan in self.plans.items()
+            for i in set(range(len(plan))) - set(before[half].done.tolist())
+        )
+        mine = owned_chunks(len(todo), self.comm.rank, self.comm.size)
+        most = max(len(owned_chunks(len(todo), r, self.comm.size)) for r in range(self.comm.size))
+        empty = SliceAccumulator.empty(self.reader.source.box_px, self.radius, self.padding, self.reader.device)
+        accumulators = {1: empty, 2: replace(empty, grid=torch.zeros_like(empty.grid))}
+        found: list[tuple[int, int, float, int]] = []
+        line = ProgressLine("reading images", most, active=self.comm.rank == 0)
+        stopped = False
+        for i in range(most):
+            stopped = self.comm.stop_requested()
+            if stopped:
+                break
+            if i < len(mine):
+                _, half, number = todo[mine[i]]
+                power, count = self._insert(self.plans[half][number], accumulators[half])
+                found.append((half, number, power, count))
+            line.update(i + 1)
+        line.close("" if stopped else f"{sum(len(rows) for plan in self.plans.values() for rows in plan):,} images")
+        return self._reduce(accumulators, found, before), not stopped
+
+    def _insert(self, rows: np.ndarray, accumulator: SliceAccumulator) -> tuple[float, int]:
+        """Back-projects a batch; its power and its number of coefficients."""
+        batch = self.reader.read(rows, self.radius)
+        content_px = torch.as_tensor(-self.shift_A[rows] / self.pixel[rows, None], device=batch.ctf.device)
+        data, weight = torch.empty_like(batch.coefficients), torch.empty_like(batch.ctf)
+        weigh(batch, content_px, data, weight)
+        for operation in self.operations:
+            pose = torch.as_tensor(self.rotation[rows] @ operation, dtype=torch.float32, device=batch.ctf.device)
+            accumulator.insert(data, weight, with_magnification(pose, batch.magnification), batch.where)
+        y = batch.coefficients.cpu().numpy()
+        return float(np.sum(y.real.astype(np.float64) ** 2 + y.imag.astype(np.float64) ** 2)), y.size
+
+    def _reduce(
+        self,
+        accumulators: dict[int, SliceAccumulator],
+        found: list[tuple[int, int, float, int]],
+        before: dict[int, HalfSums],
+    ) -> dict[int, HalfSums]:
+        """Sums over ranks, added to what was there before; every half on its root."""
+        everything = sorted(item for part in self.comm.allgather(found) for item in part)
+        result = {}
+        for half, accumulator in accumulators.items():
+            root = root_of_half(half, self.comm.size)
+            bound = before[half].bound + sum(self.comm.allgather(accumulator.bound))
+            grid = self.comm.sum_to(accumulator.grid.cpu().numpy(), root)
+            old = before[half]
+            if grid is not None and old.grid is not None:
+                grid = grid + old.grid
+            new = np.array([item[1:] for item in everything if item[0] == half]).reshape(-1, 3)
+            columns = np.concatenate([np.stack([old.done, old.power, old.count], 1), new])
+            columns = columns[np.argsort(columns[:, 0], kind="stable")]
+            result[half] = HalfSums(grid, bound, columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
+        return result
+
+    def finished(self, sums: HalfSums, device: str) -> FourierSums:
+        """The sums as numbers, on the half's root, a copy of the point group counted once."""
+        assert sums.grid is not None
+        empty = SliceAccumulator(
+            torch.as_tensor(sums.grid).to(device), self.reader.source.box_px, self.padding, self.radius, sums.bound
+        )
+        whole, share = empty.finish(), 1.0 / len(self.operations)
+        return replace(whole, numerator=whole.numerator * share, weight=whole.weight * share)

@@ -1,0 +1,1 @@
+"""Networks and their losses: pure torch, no files and no ranks."""

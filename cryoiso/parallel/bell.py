@@ -1,0 +1,111 @@
+"""How groups of ranks that work side by side, each at its own pace, stop together.
+
+A collective call at every step would make them wait for each other. So whoever has to stop sends every other rank a
+message, all look for messages between two steps, and all meet when each is done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cryoiso.core.errors import CryoisoError, Interrupted
+from cryoiso.core.protocols import Communicator
+from cryoiso.parallel import signals
+from cryoiso.parallel.abort import agree
+
+_TAG = 7
+_GROUP_WIDE = "known_to_its_group"
+
+
+def group_wide(error: CryoisoError) -> CryoisoError:
+    """Marks an error that every rank of its group raises at the same step."""
+    setattr(error, _GROUP_WIDE, True)
+    return error
+
+
+class StopBell:
+    """Rung by whoever must stop, heard by all; nothing here waits but ``meet``."""
+
+    def __init__(self, comm: Any) -> None:
+        """Collective.
+
+        Args:
+            comm: a ``Context``.
+        """
+        self._comm = comm
+        self._mpi: Any = comm.comm.Dup() if comm.size > 1 else None
+        self._rung = False
+        self._heard: set[int] = set()
+        self._sent: list[Any] = []
+
+    def ring(self) -> None:
+        """Tells all ranks to stop as soon as they can."""
+        if self._mpi is not None and not self._rung:
+            others = [rank for rank in range(self._comm.size) if rank != self._comm.rank]
+            self._sent = [self._mpi.isend(None, rank, _TAG) for rank in others]
+        self._rung = True
+
+    def heard(self) -> bool:
+        """Whether this rank got a stop signal or any rank rang. Passes a signal on to all ranks."""
+        if signals.stop_signal():
+            self.ring()
+        while self._mpi is not None and self._mpi.iprobe(tag=_TAG):
+            self._receive()
+        return self._rung or bool(self._heard)
+
+    def meet(self, error: CryoisoError | None = None) -> None:
+        """Waits, asleep, until every rank is here; then raises on all ranks the worst error that any brought.
+
+        An interruption gives way to anything else: groups are interrupted because another one failed. Collective.
+        """
+        self._wait()
+        rung = self._comm.allgather(self._rung)
+        while self._mpi is not None and len(self._heard) < sum(rung) - self._rung:
+            self._receive()  # every message finds its receiver before the channel goes
+        for request in self._sent:
+            request.wait()
+        if self._mpi is not None:
+            self._mpi.Free()
+            self._mpi = None
+        only_stopped = error is None or isinstance(error, Interrupted)
+        agree(self._comm, None if only_stopped else error)
+        agree(self._comm, error)
+
+    def _receive(self) -> None:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        self._mpi.recv(source=MPI.ANY_SOURCE, tag=_TAG, status=status)
+        self._heard.add(status.source)
+
+    def _wait(self) -> None:
+        if self._mpi is None:
+            return
+        arrived = self._mpi.Ibarrier()
+        pause = 1e-4
+        while not arrived.Test():
+            self.heard()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+
+
+@contextmanager
+def side_by_side(comm: Communicator) -> Iterator[StopBell]:
+    """Groups of ranks work inside without each other and meet at the end (collective).
+
+    If one is interrupted or fails as a group, the others are told to stop, and every rank raises the same error. An
+    error of one rank alone is passed on at once, for ``abort.guard`` to end all.
+    """
+    bell = StopBell(comm)
+    error: CryoisoError | None = None
+    try:
+        yield bell
+    except CryoisoError as caught:
+        if comm.size > 1 and not getattr(caught, _GROUP_WIDE, False):
+            raise
+        bell.ring()
+        error = caught
+    bell.meet(error)

@@ -1,0 +1,111 @@
+"""What the rounds of the workflow ``auxiliary`` leave for each other: poses, references, and whether they go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.types import DensityMap, Particles
+from cryoiso.io import read_particle_file
+from cryoiso.io.mrc import read_map
+from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.work import Work, bare, write_json
+
+logger = logging.getLogger("cryoiso")
+HALVES = (1, 2)
+CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy")
+
+
+def is_settled(work: Work, round_: int) -> bool:
+    """Whether an earlier round moved nothing any more, so that this one is left out (the same on every rank)."""
+
+    def read() -> bool:
+        for earlier in range(1, round_):
+            path = work.folder.stage(f"corefine-{earlier}") / "corefine.json"
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if facts.get("settled") or facts.get("skipped"):
+                return True
+        return False
+
+    return bool(on_root(work.comm, read))
+
+
+def skip(work: Work, name: str) -> None:
+    """Notes that a stage was left out because the poses had settled."""
+    facts = {"skipped": True, "reason": "the poses had settled in the round before"}
+    on_root(work.comm, write_json, work.folder.stage(name) / f"{name.split('-')[0]}.json", facts)
+    if work.comm.rank == 0:
+        logger.info("%s is left out: the poses have settled", name)
+
+
+def last_round(work: Work) -> int:
+    """The last round that was done; 0 if there is none yet (reads files, so call it on rank 0)."""
+    done = 0
+    for r in range(1, work.job.auxiliary.rounds + 1):
+        path = work.folder.stage(f"corefine-{r}") / "corefine.json"
+        if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("skipped"):
+            break
+        done = r
+    return done
+
+
+def engine_folder(work: Work, name: str) -> Path:
+    """Where the engine works inside a stage's folder."""
+    folder = work.folder.stage(name) / "engine"
+    on_root(work.comm, folder.mkdir, exist_ok=True)
+    return folder
+
+
+def pose_file(work: Work, round_: int) -> Path:
+    """The poses after a round; those of the initial refinement for round 0."""
+    return work.folder.stage(f"corefine-{round_}" if round_ else "refine") / "particles.star"
+
+
+def poses_after(work: Work, round_: int) -> Particles:
+    """The raw particles with the poses after a round and how certain they are, on every rank (collective)."""
+
+    def read() -> Particles:
+        path = pose_file(work, round_)
+        found = read_particle_file(path, work.job.particles.project, ("pose",))
+        particles = bare(work.particles())
+        if not np.array_equal(found.uid, particles.uid):
+            raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.")
+        columns = {
+            name: np.asarray(found.table[name], np.float64)
+            for name in CERTAINTY
+            if found.table is not None and name in found.table
+        }
+        return particles.with_poses(*found.require_poses(path)).with_results(**columns)
+
+    return on_root(work.comm, read)
+
+
+def references_after(work: Work, round_: int, *, with_micelle: bool = True) -> dict[int, DensityMap]:
+    """The reference of each half after a round (collective); one and the same map for both where nothing of the
+    data is in it."""
+    micelle = with_micelle and work.folder.has("micelle")
+
+    def read() -> dict[int, DensityMap]:
+        if round_:
+            folder = work.folder.stage(f"corefine-{round_}")
+            return {h: read_map(_post_processed(folder, h)) for h in HALVES}
+        if micelle:
+            folder = work.folder.stage("micelle")
+            return {h: read_map(folder / f"composite_half{h}.mrc") for h in HALVES}
+        both = read_map(work.folder.stage("reference") / "reference.mrc")
+        return {1: both, 2: both}
+
+    maps = on_root(work.comm, read)
+    if round_ == 0 and not micelle:
+        maps[2] = maps[1]  # what was one map is one map again after it travelled between ranks
+    return maps
+
+
+def _post_processed(folder: Path, half: int) -> Path:
+    """The map that the user's command made of this half's reference, if there is one."""
+    path = folder / f"post{half}.mrc"
+    return path if path.exists() else folder / f"reference{half}.mrc"

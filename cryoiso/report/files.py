@@ -1,0 +1,60 @@
+"""The files of a run folder, read for the report; every one may be absent."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import InputError
+
+
+def stage_folder(folder: Path, name: str) -> Path:
+    """The folder NN_name of a stage, whatever its number; the highest of several; 00_name where there is none."""
+    found = sorted(folder.glob(f"[0-9][0-9]_{name}"))
+    return found[-1] if found else folder / f"00_{name}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, with None for NaN and infinity; empty if there is no file.
+
+    Raises:
+        InputError: not JSON, or not an object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except ValueError as error:
+        raise InputError(f"not a JSON file: {error}", file=path) from None
+    if not isinstance(data, dict):
+        raise InputError("not a JSON object", file=path, expected="{...}", found=type(data).__name__)
+    return data
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says; empty if there is none.
+
+    Raises:
+        InputError: not TOML.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"not a TOML file: {error}", file=path) from None
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Lines of the journal; one torn by a crash is passed over."""
+    lines = []
+    for row in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(row)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines

@@ -1,0 +1,162 @@
+"""One optimisation step on a CPU or a GPU: autocast, compilation, clipping, and skipping what is not finite.
+
+A GPU is never waited for: whether a step is good is decided there, and its numbers are read one step later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cryoiso.core.log import logger
+from cryoiso.core.rng import stable_hash
+
+
+class Stepper:
+    """A module with its optimiser."""
+
+    def __init__(self, module: nn.Module, group: Any, learning_rate: float, clip_norm: float, amp: bool) -> None:
+        """
+        Args:
+            module: on the group's device.
+            group: parallel.ddp.TrainingGroup.
+            clip_norm: gradients longer than this are shortened to it; 0: never.
+            amp: the module's forward pass in bfloat16 where it is safe (on GPUs only).
+        """
+        self.module, self.group, self.clip_norm = module, group, clip_norm
+        self.on_gpu = torch.device(group.device).type == "cuda"
+        self.amp = amp and self.on_gpu
+        self.optimiser = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True)
+        self.wrapped = self.in_autocast(group.wrap(module))
+        self.layout: dict[str, tuple[int, ...]] = {}
+
+    def set_rate(self, learning_rate: float) -> None:
+        """Learning rate of the next steps."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
+
+    def __call__(self, loss_of: Callable[[nn.Module], Any], share: float, flags: Callable[[], list[float]]) -> Tensor:
+        """Makes one step, unless loss or gradient are not finite.
+
+        Args:
+            loss_of: module -> (loss, terms), means over this rank's images.
+            share: this rank's fraction of the images of the step.
+            flags: numbers to be added up over the group; asked for when the gradient is there.
+
+        Returns:
+            float64 vector, the same on every rank: flags, loss, terms (means over all images of the step; their
+            shapes are in ``layout``), norm of the gradient, 1 if the step was skipped.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        loss, terms = loss_of(self.wrapped)
+        (loss * (share * self.group.size)).backward()
+        told = flags()
+        numbers = self.group.all_sum(self._numbers(loss, terms, share, told))
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm or math.inf)
+        bad = ~(torch.isfinite(numbers[len(told)]) & torch.isfinite(norm))
+        if self.on_gpu:
+            self.optimiser.found_inf = bad.float()  # type: ignore[attr-defined]  # the fused kernel reads it
+            self.optimiser.step()
+        elif not bad:
+            self.optimiser.step()
+        return torch.cat([numbers, norm.detach().double().view(1), bad.double().view(1)])
+
+    def in_autocast(self, module: nn.Module) -> nn.Module:
+        """The module with autocast in its forward pass alone: projections and losses need all their digits."""
+        return _Autocast(module) if self.amp else module
+
+    def _numbers(self, loss: Tensor, terms: dict[str, Tensor], share: float, told: list[float]) -> Tensor:
+        self.layout = {name: tuple(value.shape) for name, value in terms.items()}
+        flags = _beside(torch.tensor(told, dtype=torch.float64), loss)
+        parts = [_beside(value.detach().double().reshape(-1), loss) for value in (loss, *terms.values())]
+        return torch.cat([flags, share * torch.cat(parts)])
+
+
+def _beside(values: Tensor, other: Tensor) -> Tensor:
+    """On the device of the other tensor, without waiting for that device."""
+    if values.device == other.device:
+        return values
+    return values.pin_memory().to(other.device, non_blocking=True)
+
+
+class _Autocast(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        with torch.autocast("cuda", torch.bfloat16):
+            return self.inner(*inputs, **options)
+
+
+class Readback:
+    """Numbers of steps on their way from the device, in order; those of a GPU arrive one step late."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._late = 1 if on_gpu else 0
+        self._waiting: deque[tuple[int, Tensor, Any]] = deque()
+
+    def push(self, step: int, numbers: Tensor) -> None:
+        if not self._late:
+            self._waiting.append((step, numbers, None))
+            return
+        there = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        there.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((step, there, event))
+
+    def pop(self, everything: bool = False) -> Iterator[tuple[int, list[float]]]:
+        """(step, numbers) of the steps that are due, or of all."""
+        while len(self._waiting) > (0 if everything else self._late):
+            step, numbers, event = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            yield step, numbers.tolist()
+
+
+def try_compiled(stepper: Stepper, loss_of: Callable[[nn.Module], Any]) -> bool:
+    """Compiles the module and tries it forward and backward; falls back to the plain one with a warning."""
+    module = stepper.module
+    buffers = {name: value.clone() for name, value in module.named_buffers()}
+    try:
+        module.compile()
+        loss, _ = loss_of(stepper.in_autocast(module))
+        loss.backward()
+        return True
+    except Exception as error:
+        module._compiled_call_impl = None
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("torch.compile does not work here (%s); training goes on without it", first)
+        return False
+    finally:
+        module.zero_grad(set_to_none=True)
+        for name, value in module.named_buffers():
+            value.copy_(buffers[name])
+
+
+def seed_torch(*what: Any) -> None:
+    """Seeds torch's generators from a few plain values."""
+    torch.manual_seed(stable_hash("/".join(map(str, what))))
+
+
+@contextmanager
+def training_mode(device: str) -> Iterator[None]:
+    """TF32 and tuned convolutions on GPUs inside; precision and random numbers are put back afterwards."""
+    on_gpu = torch.device(device).type == "cuda"
+    precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    try:
+        if on_gpu:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
+        with torch.random.fork_rng([torch.device(device)] if on_gpu else []):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,148 @@
+"""The generator is a variational autoencoder that learns what the images look like: trained for half a minute here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cryoiso.io.sources import ArraySource
+from cryoiso.methods.auxiliary.condition import Condition
+from cryoiso.methods.auxiliary.generate import Maker
+from cryoiso.methods.auxiliary.generator import Generator
+from cryoiso.methods.auxiliary.particles import auxiliary_particles
+from cryoiso.methods.auxiliary.settings import PRESETS, network
+from cryoiso.methods.auxiliary.task import GeneratorTask, collapsed_layers
+from cryoiso.methods.auxiliary.training import Course, curves, train_generators
+from cryoiso.metrics.imagestats import compare_images
+from cryoiso.nets.hvae import ConditionalHvae
+from cryoiso.nets.losses import negative_elbo
+from cryoiso.parallel.context import Context
+from cryoiso.physics.phantom import phantom_map
+from cryoiso.physics.simulate import simulate
+from cryoiso.physics.views import Views
+from cryoiso.train.watch import Verdict
+
+BOX, PIXEL, N, HELD_OUT = 48, 4.0, 600, 256
+SETTINGS = replace(PRESETS["small"], steps=200)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Particles with noise whose power falls eightfold, most seen from the top, and their homologue."""
+    volume = phantom_map(BOX, PIXEL, 12.0)
+    source = simulate(volume, N + HELD_OUT, snr_db=-14, views=Views("preferred", 0.9), shift_sd_A=4.0, noise="coloured")
+    images = source.read(np.arange(N + HELD_OUT))
+    homologue = phantom_map(BOX, PIXEL, 12.0, variant=1)
+    scale = np.linalg.norm(source.volume.data) / np.linalg.norm(homologue.data)
+    return source.particles, images, replace(homologue, data=homologue.data * np.float32(scale))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    particles, images, homologue = data
+    folder = tmp_path_factory.mktemp("generator")
+    course = Course("1", np.arange(N), homologue, folder / "half1", folder / "generator1.npz", {})
+    outcomes = train_generators(
+        [course], ArraySource(images, particles), particles, SETTINGS, Context(), seed=3, resume=False
+    )
+    return Generator.load(course.file), curves(outcomes["1"])
+
+
+def without_training(trained: Generator) -> Generator:
+    torch.manual_seed(1)
+    return replace(trained, network=ConditionalHvae(network(SETTINGS, BOX)).eval())
+
+
+def spectrum_error(generator: Generator, data) -> float:
+    """Largest |ln(power of made / power of held-out images)| of a shell finer than 20 Å."""
+    particles, images, _ = data
+    raw = particles.take(np.arange(N, N + HELD_OUT))
+    # views like the raw ones', so that only what the generator has learnt can differ
+    made = auxiliary_particles(
+        particles, 1, HELD_OUT, round_=1, seed=1, symmetry="C3", box_px=BOX, pixel_size_A=PIXEL
+    ).with_poses(raw.rotation, raw.shift_A)
+    maker = Maker(made, {1: generator}, 1.0, 1)
+    found = compare_images(images[N:], np.concatenate(list(maker.blocks(0, HELD_OUT))), PIXEL, 0.5 * BOX)
+    return abs(found["finer"]["largest"])
+
+
+def test_generated_images_have_the_raw_power_spectrum(trained, data):
+    assert spectrum_error(trained[0], data) < 0.10
+
+
+def test_an_untrained_or_collapsed_network_has_not(trained, data):
+    assert spectrum_error(without_training(trained[0]), data) > 0.2
+    silent = without_training(trained[0])
+    silent.network.load_state_dict(trained[0].network.state_dict())
+    for layer in silent.network.layers:
+        layer.inject.weight.data.zero_()
+    assert spectrum_error(silent, data) > 0.2
+
+
+def held_out(generator: Generator, data) -> tuple[float, np.ndarray]:
+    """Bound in nats a pixel, and KL a pixel by layer, of images that were not trained on."""
+    particles, images, _ = data
+    rows = np.arange(N, N + HELD_OUT)
+    condition = Condition(generator.reference, generator.scale)
+    noise = torch.randn(HELD_OUT, generator.network.config.latent_size, generator=torch.Generator().manual_seed(5))
+    x = torch.from_numpy(images[rows])[:, None]
+    with torch.no_grad():
+        out = generator.network(x, condition.images(particles, rows), condition.poses(particles, rows), noise)
+        terms = negative_elbo(out, x, generator.likelihood_sd, 1.0)
+    return float(terms.loss), terms.kl_per_layer.numpy()
+
+
+def test_the_bound_improves_on_held_out_images(trained, data):
+    before, after = held_out(without_training(trained[0]), data)[0], held_out(trained[0], data)[0]
+    assert after < before - 0.02
+    assert after == pytest.approx(trained[1]["bound"][-1], abs=0.02)
+
+
+def test_most_layers_tell_something(trained, data):
+    kl = held_out(trained[0], data)[1]
+    assert collapsed_layers(kl, BOX).sum() <= len(kl) // 4
+    assert kl.min() >= 0 and kl.sum() > 0.5
+
+
+def test_the_records_have_what_is_plotted(trained):
+    record = trained[1]
+    assert record["steps"][-1] == 200 and record["attempts"] == 1 and record["kl_weight"][-1] == 1.0
+    assert len(record["kl_per_layer"][0]) == network(SETTINGS, BOX).latent_layers
+    assert record["kl_weight"][0] < 0.1 and min(np.diff(record["kl_weight"])) >= 0
+
+
+def task(data, **changes) -> GeneratorTask:
+    particles, images, homologue = data
+    settings = replace(SETTINGS, **changes)
+    source = ArraySource(images, particles)
+    return GeneratorTask(
+        source, particles, np.arange(N), Condition(homologue, np.ones(1)), network(settings, BOX), settings, 1
+    )
+
+
+def test_annealing_always_fits_and_is_slower_in_every_attempt(data):
+    for fraction in (0.3, 0.5, 1.0):
+        t = task(data, kl_anneal_fraction=fraction)
+        ends = [t.annealed_at(attempt) for attempt in range(4)]
+        assert ends == sorted(ends) and ends[-1] < SETTINGS.steps
+        assert t.kl_weight(ends[0], 0) == 1.0 and t.kl_weight(0, 0) < 0.01
+    assert task(data).annealed_at(1) > task(data).annealed_at(0)
+
+
+def test_a_collapse_is_seen_when_the_annealing_is_over_and_not_before(data):
+    t = task(data)
+    layers = network(SETTINGS, BOX).latent_layers
+    dead, alive = [1e-9] * layers, [0.1] * layers
+
+    def after(step: int, kl: list[float]) -> Verdict:
+        return t.judge([{"step": step, "attempt": 0, "kl_per_layer": kl}])
+
+    end = t.annealed_at(0)
+    assert after(end, dead).action == "go on"
+    verdict = after(end + 1, dead)
+    assert verdict.action == "restart" and f"{layers} of {layers} layers" in verdict.reason
+    assert after(end + 1, alive).action == "go on"
+    assert after(end + 1, [1e-9, *alive[1:]]).action == "go on"
