@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -334,6 +337,28 @@ def test_one_two_and_three_ranks_give_the_same_bits(tmp_path, monkeypatch):
     one = contents(tmp_path / "1")
     assert {"half1.mrc", "half2.mrc", "particles.star", "checkpoint/state.npz"} <= set(one)
     assert contents(tmp_path / "2") == one and contents(tmp_path / "3") == one
+
+
+COMPILED_SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_refine_local as t
+from cryoiso.parallel.context import Context
+source = t.small_source()
+source = t.with_given(source, t.turned(source.particles, 4.0, 1.0))
+t.NativeEngine().refine(t.local_request(source, Path(sys.argv[2]), max_iterations=1), Context())
+"""
+
+
+def test_kernels_just_compiled_and_from_the_cache_give_the_same_bits(tmp_path):
+    """A resumed job finds the kernels in numba's cache that the first one had to compile."""
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for name in ("compiled", "cached"):
+        command = [sys.executable, "-c", COMPILED_SCRIPT, str(Path(__file__).parent), str(tmp_path / name)]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+    assert any((tmp_path / "cache").rglob("*.nbc"))
+    assert contents(tmp_path / "cached") == contents(tmp_path / "compiled")
 
 
 # --- the other implementation of the heavy steps

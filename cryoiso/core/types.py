@@ -126,9 +126,7 @@ def concatenate(first: Particles, second: Particles) -> Particles:
     numbers = max((g.number for g in first.groups), default=0)
     groups = first.groups + tuple(replace(g, number=numbers + i) for i, g in enumerate(second.groups, 1))
     optics = np.concatenate([first.optics, second.optics + len(first.groups)]).astype(first.optics.dtype)
-    results = {
-        k: np.concatenate([first.results[k], second.results[k]]) for k in first.results if k in second.results
-    }
+    results = {k: np.concatenate([first.results[k], second.results[k]]) for k in first.results if k in second.results}
     return Particles(groups=groups, optics=optics, results=results, **columns)
 
 

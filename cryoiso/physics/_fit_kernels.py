@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit, prange
 
-from cryoiso.physics._kernels import _sample
+from cryoiso.physics._kernels import EXACT, _sample
 
-_FAST: Any = {"cache": True, "fastmath": True, "error_model": "numpy"}
 _U = np.uintp
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **EXACT)
 def extract_points(grid, rows, rotation, points, scale, out):
     """Trilinear values at R^T k.
 
@@ -35,7 +32,7 @@ def extract_points(grid, rows, rotation, points, scale, out):
             out[j, 2 * i + 1] = im
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **EXACT)
 def normal_equations(grid, rows, rotation, cycles, points, scale, target, weight, conjugate, turn, sums, normal, slope):
     """What a least-squares step needs: target - factor * moving, linear in small rotations and shifts.
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-_FAST = {"cache": True, "fastmath": {"contract", "nsz", "arcp"}, "error_model": "numpy"}
+from cryoiso.physics._kernels import EXACT
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **EXACT)
 def to_float(grid, rows, unit, numerator, weight):
     """Fixed-point sums (re, im, weight) times 1/unit into numerator (float32 pairs) and weight (float32).
 
@@ -39,7 +39,7 @@ def _shell(z, y, x, padding):
     return np.int64(np.rint(np.sqrt(np.float32(z * z + y * y + x * x)) / np.float32(padding)))
 
 
-@njit(**_FAST)
+@njit(**EXACT)
 def sum_shells(weight, rows, padding, total, count):
     """Adds up weight and voxels of each shell, those beyond in the last one; in memory order: the same bits always."""
     h = (rows - 1) // 2
@@ -54,7 +54,7 @@ def sum_shells(weight, rows, padding, total, count):
                 i += 1
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **EXACT)
 def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
     """numerator / max(weight + term, floor) * factor; zero where nothing was measured or beyond the shells of floor.
 
@@ -79,7 +79,7 @@ def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
                     out[2 * (to + x) + 1] = numerator[2 * (first + x) + 1] * scale
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **EXACT)
 def add_rotated(numerator, weight, rows, operations, out, out_weight):
     """Adds sum_S old(S k) to every voxel k, by trilinear interpolation; nothing from beyond the grid.
 

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-_FAST: Any = {"cache": True, "fastmath": True, "error_model": "numpy"}
+# No fastmath, not even fused multiply-add: with it, a kernel that was just compiled and the same kernel from numba's
+# cache gave other last bits (the cached code is optimised once more), hence other results after a resume.
+EXACT: Any = {"cache": True, "fastmath": False, "error_model": "numpy"}
 _U = np.uintp
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)
 
@@ -45,7 +47,7 @@ def _sample(grid, row, plane, h, x, y, z):
     return re, im
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **EXACT)
 def extract_slices(grid, rows, rotation, ky, kx, scale, out):
     """Trilinear central slices.
 
@@ -83,7 +85,7 @@ TILE_BITS = 3
 """Tiles of insertion are 2^TILE_BITS rows high and deep, and as long as a row of the grid."""
 
 
-@njit(**_FAST)
+@njit(**EXACT)
 def _find_tiles(rotation, ky, kx, scale, rows, first, last, tile, count):
     """Writes the tile of every sample of the slices first..last and counts how many fall into each."""
     n = kx.shape[0]
@@ -116,7 +118,7 @@ def _to_places(count):
     return ends
 
 
-@njit(**_FAST)
+@njit(**EXACT)
 def _largest(values):
     found = np.float32(0)
     for i in range(values.shape[0]):
@@ -124,7 +126,7 @@ def _largest(values):
     return found
 
 
-@njit(**_FAST)
+@njit(**EXACT)
 def _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last, tile, place, sample):
     """Writes each sample (x, y, z, re, im, weight) to its tile's place; returns the sum of the slices' largest."""
     n = kx.shape[0]
@@ -148,7 +150,7 @@ def _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last
     return bound
 
 
-@njit(**_FAST)
+@njit(**EXACT)
 def _fetch_tile(grid, rows, z, y):
     """Reads a tile in the order of memory, so that it is in the cache when samples come in any order."""
     row = 3 * ((rows + 1) // 2)
@@ -160,7 +162,7 @@ def _fetch_tile(grid, rows, z, y):
     return seen
 
 
-@njit(**_FAST)
+@njit(**EXACT)
 def _add_samples(grid, rows, sample, first, last):
     """Trilinear insertion of sorted samples."""
     row = _THREE * _U((rows + 1) // 2)
@@ -222,7 +224,7 @@ def _powers(angle, reach, out):
         p, q = p * re - q * im, p * im + q * re
 
 
-@njit(**_FAST)
+@njit(**EXACT)
 def centre_and_weigh(data, ctf, ky, kx, shift, out, out_weight):
     """What back-projection takes of images: data times CTF times exp(i k.shift), and CTF squared.
 
@@ -264,7 +266,7 @@ def _lattice_sums(column, angle, spacing, norm, out, r):
         out[r, 3 * s + 2] = t2 - np.float32(0.5) * norm
 
 
-@njit(parallel=True, **_FAST)
+@njit(parallel=True, **EXACT)
 def score_local(grid, rows, rotation, ky, kx, scale, particle, data, weight, shift, spacing, out):
     """Log-likelihood (up to a constant of the particle) of R views with a 3 x 3 lattice of shifts each.
 

@@ -79,9 +79,7 @@ def planned_particles(work: Work, raw: Particles, round_: int) -> Particles:
     return both_halves(*sets)
 
 
-def load_maker(
-    files: dict[int, Path], particles: Particles, temperature: float, seed: int, comm: Context
-) -> Maker:
+def load_maker(files: dict[int, Path], particles: Particles, temperature: float, seed: int, comm: Context) -> Maker:
     """The generators on every rank, ready to make images."""
     device = comm.device()
     loaded: dict[Path, Generator] = {}
