@@ -49,7 +49,9 @@ class SampleSection(_Section):
 
 
 class RefineSection(_Section):
-    engine: Literal["native"] = Field("native", description="refinement engine")
+    engine: Literal["native", "relion"] = Field(
+        "native", description="refinement engine: the embedded one, or RELION's relion_refine_mpi"
+    )
     max_iterations: int = Field(25, ge=1, description="upper bound; the engine stops by itself when nothing improves")
     healpix_order: int = Field(2, ge=1, le=5, description="global search grid: 1 = 30, 2 = 15, 3 = 7.5 degrees")
     local_deg: float | None = Field(
@@ -115,6 +117,82 @@ class AuxiliarySection(_Section):
     export: bool = Field(False, description="also write the auxiliary particles as MRCS and STAR")
 
 
+class CorrectSection(_Section):
+    mode: Literal["paired", "independent"] = Field(
+        "paired",
+        description="paired: one network sees both half-maps, as published (its FSC is no resolution); independent: "
+        "one network a half-map, which never sees the other half",
+    )
+    preset: Literal["auto", "paper", "small"] = Field(
+        "auto",
+        description="size of network and training: paper (for GPUs), small (for CPUs), auto decides by the device",
+    )
+    epochs: int | None = Field(None, ge=1, description="passes over the sub-maps (default: paper 30, small 10)")
+    sub_maps: int | None = Field(None, ge=1, description="sub-maps an epoch, drawn inside the mask (default by preset)")
+    cube_px: int | None = Field(None, ge=16, description="edge of a sub-map, a multiple of 8 (default by preset)")
+    batch: int | None = Field(None, ge=1, description="sub-maps a step, all ranks together (default by preset)")
+    learning_rate: float | None = Field(None, gt=0, description="of Adam (default: 0.0004)")
+    alpha: float = Field(1.0, ge=0, description="weight of the equivariance loss")
+    beta: float = Field(0.5, ge=0, description="weight of the noise2noise losses (paired mode only)")
+    rotations: Literal["so3", "axes"] = Field(
+        "so3", description="rotations of the equivariance loss: any, or the 24 of the cube's axes as published"
+    )
+    cone_deg: float = Field(20.0, gt=0, le=60, description="half angle of the 3DFSC cones that measure the anisotropy")
+    resolution_A: float | None = Field(
+        None, gt=0, description="correct up to this resolution (default: where the half-map FSC drops below 0.143)"
+    )
+    keep_measured: bool = Field(
+        True, description="take what was measured from the data and only the rest from the network; false: all from it"
+    )
+
+
+class RealignSection(_Section):
+    start_step_deg: float = Field(
+        7.5, gt=0, description="the correction works in iterations with this angular sampling or a finer one"
+    )
+    start_resolution_A: float | None = Field(
+        None, gt=0, description="and only once the resolution is better than this (default: at any)"
+    )
+    keep_lowres_A: float = Field(
+        0.0, ge=0, description="keep the first reference's density coarser than this in all references; 0: do not"
+    )
+    whitening: bool = Field(True, description="flatten the spectrum from whitening_from_A to the resolution")
+    whitening_from_A: float = Field(10.0, gt=0, description="where the flattening begins")
+    fsc_weighting: bool = Field(True, description="weight every shell by the half-map FSC")
+    correct: bool = Field(True, description="correct the anisotropy with the network")
+    retrain: Literal["warm", "afresh", "never"] = Field(
+        "warm", description="at every iteration: train on from the last network, begin a new one, or use the first one"
+    )
+    epochs: int | None = Field(None, ge=1, description="passes over the sub-maps each time (default: paper 5, small 3)")
+    lowpass: bool = Field(True, description="low-pass the corrected references at the resolution")
+    match_scale: bool = Field(
+        True, description="bring every shell of the corrected reference to the grey scale of the measured directions"
+    )
+
+
+class RelionSection(_Section):
+    program: str = Field("relion_refine_mpi", description="RELION's refinement program, a name or a path")
+    launcher: str = Field(
+        "auto",
+        description="how the site starts it; {ranks} is replaced. auto: mpirun -n {ranks} (of RELION's own MPI) where "
+        "relion_refine_mpi is used",
+    )
+    ranks: int = Field(3, ge=3, description="processes of RELION: one leader and an even number of followers")
+    threads: int = Field(1, ge=1, description="threads of each of them (--j)")
+    images: Literal["auto", "original", "export"] = Field(
+        "auto",
+        description="images RELION reads: the original stacks, or stacks written from the shards; auto: the originals "
+        "if nothing was changed or added",
+    )
+    offset_range_px: float | None = Field(None, gt=0, description="shift search range (default: from shift_range_A)")
+    offset_step_px: float = Field(1.0, gt=0, description="shift search step")
+    auto_local_order: int = Field(4, ge=2, le=6, description="HEALPix order from which RELION searches locally")
+    extra: str = Field("", description="further arguments of relion_refine, as on a command line")
+    timeout_min: float = Field(
+        0.0, ge=0, description="stop with an error if RELION writes nothing for so long (minutes); 0: wait for ever"
+    )
+
+
 class MicelleSection(_Section):
     enable: bool = Field(False, description="reconstruct the micelle around the reference before the first round")
     threshold: float | None = Field(None, description="density of the reference that counts as protein (default: auto)")
@@ -129,8 +207,10 @@ class TruthSection(_Section):
 
 
 class RunSection(_Section):
-    workflow: Literal["refine", "auxiliary"] = Field(
-        "refine", description="refine, or auxiliary: with auxiliary particles from a generator, against preferred views"
+    workflow: Literal["refine", "auxiliary", "realign", "both"] = Field(
+        "refine",
+        description="refine; auxiliary: with auxiliary particles from a generator, against preferred views; realign: "
+        "with anisotropy correction in the loop; both: auxiliary particles and the correction",
     )
     seed: int = Field(1, ge=0, description="every random number follows from it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
@@ -147,6 +227,9 @@ class Job(_Section):
     reconstruct: ReconstructSection = Field(default_factory=ReconstructSection)
     auxiliary: AuxiliarySection = Field(default_factory=AuxiliarySection)
     micelle: MicelleSection = Field(default_factory=MicelleSection)
+    correct: CorrectSection = Field(default_factory=CorrectSection)
+    realign: RealignSection = Field(default_factory=RealignSection)
+    relion: RelionSection = Field(default_factory=RelionSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     run: RunSection = Field(default_factory=RunSection)
 

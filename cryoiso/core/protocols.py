@@ -52,6 +52,48 @@ class Communicator(Protocol):
 
 
 @dataclass(frozen=True)
+class HalfMaps:
+    """What a refinement knows at the end of an iteration, offered to a correction of its next references."""
+
+    iteration: int
+    """Number of the iteration that has just ended, from 1."""
+    maps: dict[int, np.ndarray]
+    """Half -> (D, D, D) float32 map without regularisation, on the engine's grey scale."""
+    references: dict[int, np.ndarray]
+    """Half -> (D, D, D) float32 regularised map: what the engine would search with next."""
+    pixel_size_A: float
+    fsc: np.ndarray
+    """(D//2+1,) of the two maps as the engine measured it, before any correction."""
+    resolution_A: float
+    """Where that curve drops below 0.143."""
+    step_deg: float
+    """Angular sampling of the iteration that has just ended, HEALPix-like (order 3 = 7.5)."""
+    folder: Path
+    """For files of the correction; exists on every rank's file system."""
+    mask: np.ndarray | None = None
+    """(D, D, D) solvent mask in [0, 1]; None: none was given."""
+    initial: dict[int, np.ndarray] | None = None
+    """Half -> reference that the refinement began with, on any grey scale; for keeping its low resolution."""
+
+
+class ReferenceCorrection(Protocol):
+    """What may change references between two iterations of any engine (anisotropy correction in the loop)."""
+
+    def wants(self, state: HalfMaps) -> bool:
+        """Whether it changes anything this time; the same on every rank."""
+        ...
+
+    def __call__(self, state: HalfMaps, comm: Communicator) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+        """Half -> next reference (D, D, D) float32 on the grey scale of ``state.references``, and a few numbers for
+        the record of the iteration; the same on every rank. Collective.
+
+        The same state gives the same bits, also after a resume: what it carries from one iteration to the next lies in
+        ``state.folder`` under the iteration's number.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class RefineRequest:
     """What an engine is asked to do."""
 
@@ -73,6 +115,10 @@ class RefineRequest:
     """Search only within this angle of the poses of ``source.particles``, and shifts only near theirs; None: all."""
     half_references: dict[int, DensityMap] | None = None
     """Half -> its own first reference, on the grid and grey scale of ``reference``; None: ``reference`` for both."""
+    correction: ReferenceCorrection | None = None
+    """Called after every iteration; None: references stay as the engine makes them."""
+    program: Any = None
+    """cryoiso.core.config.RelionSection for engines that start somebody's program."""
 
 
 @dataclass(frozen=True)
