@@ -27,6 +27,7 @@ COMMANDS = (
     ("ingest", "ingest_cmd", "ingest", True),
     ("reference", "reference_cmd", "reference", False),
     ("refine", "refine_cmd", "refine", True),
+    ("realign", "realign_cmd", "realign", True),
     ("reconstruct", "reconstruct_cmd", "reconstruct", True),
     ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),

@@ -147,6 +147,14 @@ class CorrectSection(_Section):
 
 
 class RealignSection(_Section):
+    mode: Literal["independent", "paired"] = Field(
+        "independent",
+        description="independent: one network a half-set, so that the half-map FSC stays a gold standard; paired: one "
+        "network for both, as published, which ends their independence",
+    )
+    source: Literal["maps", "references"] = Field(
+        "maps", description="correct the unregularised half-maps, as published, or the regularised references"
+    )
     start_step_deg: float = Field(
         7.5, gt=0, description="the correction works in iterations with this angular sampling or a finer one"
     )

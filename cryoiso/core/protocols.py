@@ -83,6 +83,14 @@ class ReferenceCorrection(Protocol):
         """Whether it changes anything this time; the same on every rank."""
         ...
 
+    def why_not(self, state: HalfMaps) -> str:
+        """Why ``wants`` says no, for log and record; empty if it says yes."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Its settings as plain values, for the engine's summary; ``halves_share_a_network`` among them."""
+        ...
+
     def __call__(self, state: HalfMaps, comm: Communicator) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
         """Half -> next reference (D, D, D) float32 on the grey scale of ``state.references``, and a few numbers for
         the record of the iteration; the same on every rank. Collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class NativeEngine:
         """Refines until nothing improves, a checkpoint after every iteration (collective).
 
         Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised, untouched), refine.json,
-        timing.json and checkpoint/.
+        timing.json, checkpoint/ and, for the correction if there is one, correction/.
 
         Raises:
             InputError: a half-set is empty, box and pixel size of references and particles differ, or a local search
@@ -45,6 +46,10 @@ class NativeEngine:
         )
         file = request.folder / "checkpoint" / "state.npz"
         model = _resume(file, comm) if request.resume else None
+        if request.correction is not None:
+            if comm.rank == 0:
+                _make_room(request.folder / "correction", model is None)
+            comm.barrier()
         model = model or initial_model(run, request.lowpass_A)
         while not model.state.done:
             model = run.step(model)
@@ -91,6 +96,13 @@ def _check_half_references(found: dict[int, DensityMap], reference: DensityMap) 
                 expected=f"{reference.box_px} px of {reference.pixel_size_A:g} Å",
                 found=f"{own.box_px} px of {own.pixel_size_A:g} Å",
             )
+
+
+def _make_room(folder: Path, afresh: bool) -> None:
+    """The folder of the correction, without what another refinement left there."""
+    if afresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _save(file: Path, model: Model) -> None:
@@ -148,6 +160,8 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
     }
     if request.local_deg is not None:
         summary["local_deg"] = request.local_deg
+    if request.correction is not None:
+        summary["correction"] = request.correction.facts()
     write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
     seconds = {"seconds": [record.get("seconds") for record in result.iterations]}
     write_text(request.folder / "timing.json", json.dumps(seconds, indent=1) + "\n")

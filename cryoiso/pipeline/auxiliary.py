@@ -1,4 +1,5 @@
-"""The stages of the workflow ``auxiliary``: rounds of training, generation and co-refinement, then a local refinement.
+"""The stages of the workflows ``auxiliary`` and ``both``: rounds of training, generation and co-refinement, then a
+local refinement; in ``both`` references are also corrected between the iterations of every co-refinement.
 
 In every round r: ``train-r`` trains a generator for each half-set on its own particles, conditioned on projections of
 that half's reference; ``generate-r`` makes auxiliary particles with even views; ``corefine-r`` refines raw and
@@ -42,6 +43,7 @@ from cryoiso.pipeline.rounds import (
 from cryoiso.pipeline.work import Work, bare, write_json
 
 logger = logging.getLogger("cryoiso")
+WORKFLOWS = ("auxiliary", "both")
 
 
 def stage_names(job: Job) -> tuple[str, ...]:
@@ -49,7 +51,8 @@ def stage_names(job: Job) -> tuple[str, ...]:
     rounds = [f"{name}-{r}" for r in range(1, job.auxiliary.rounds + 1) for name in ("train", "generate", "corefine")]
     micelle = ["micelle"] if job.micelle.enable else []
     local = ["local"] if job.auxiliary.balance else []
-    return ("ingest", "reference", "refine", *micelle, *rounds, *local, "reconstruct", "diagnose")
+    correct = ["correct"] if job.run.workflow == "both" else []
+    return ("ingest", "reference", "refine", *micelle, *rounds, *local, "reconstruct", *correct, "diagnose")
 
 
 def stages_between(job: Job) -> list[tuple[str, Callable[[Work], None], bool]]:
@@ -118,6 +121,7 @@ def corefine(round_: int, work: Work) -> None:
     folder = engine_folder(work, name)
     request = request_for(
         work, folder, source, references, lowpass_A=work.job.reference.lowpass_A,
+        correction=wire.correction(work.job),
         on_checkpoint=lambda record: work.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
     found = co_refine(wire.engine(work.job.refine.engine), request, auxiliary, comm)

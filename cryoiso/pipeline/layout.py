@@ -7,6 +7,8 @@ from pathlib import Path
 
 REFINE_STAGES = ("ingest", "reference", "refine", "reconstruct", "diagnose")
 """Stages that have a folder, in the order of the workflow ``refine``."""
+REALIGN_STAGES = ("ingest", "reference", "refine", "reconstruct", "correct", "diagnose")
+"""Those of the workflow ``realign``: the correction in the loop is part of ``refine``."""
 TIMING = "timing.json"
 """How long the parts of a stage took: the one file of a stage that differs between two runs of the same job."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
 from cryoiso.pipeline import auxiliary, stages
-from cryoiso.pipeline.layout import REFINE_STAGES, RunFolder
+from cryoiso.pipeline.layout import REALIGN_STAGES, REFINE_STAGES, RunFolder
 from cryoiso.pipeline.work import Work
 
 
@@ -29,6 +29,12 @@ def _stage(folder: RunFolder, name: str, do: Callable[[Work], None], continues: 
     return Stage(name, do, (folder.folder_name(name),), continues)
 
 
+def _correct(work: Work) -> None:
+    from cryoiso.pipeline.correct import correct
+
+    correct(work)
+
+
 def folder_stages(job: Job) -> tuple[str, ...]:
     """Names of the stages that have a folder, in order.
 
@@ -37,9 +43,11 @@ def folder_stages(job: Job) -> tuple[str, ...]:
     """
     if job.run.workflow == "refine":
         return REFINE_STAGES
-    if job.run.workflow == "auxiliary":
+    if job.run.workflow == "realign":
+        return REALIGN_STAGES
+    if job.run.workflow in auxiliary.WORKFLOWS:
         return auxiliary.stage_names(job)
-    raise UsageError(f"unknown workflow '{job.run.workflow}' (known: refine, auxiliary)")
+    raise UsageError(f"unknown workflow '{job.run.workflow}' (known: refine, auxiliary, realign, both)")
 
 
 def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
@@ -49,14 +57,16 @@ def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
         _stage(folder, "reference", stages.reference),
         _stage(folder, "refine", stages.refine, continues=True),
     )
-    if job.run.workflow == "auxiliary":
+    if job.run.workflow in auxiliary.WORKFLOWS:
         middle = tuple(_stage(folder, name, do, goes_on) for name, do, goes_on in auxiliary.stages_between(job))
         if not folder.has("refine"):
             first = first[:2]
     else:
         middle = ()
+    corrected = (_stage(folder, "correct", _correct, continues=True),) if folder.has("correct") else ()
     last = (
         _stage(folder, "reconstruct", stages.reconstruct),
+        *corrected,
         _stage(folder, "diagnose", stages.diagnose),
         Stage("report", stages.report, ("result", "report.html", "report.json")),
     )

@@ -48,16 +48,18 @@ def check_job(work: Work) -> None:
     job = work.job
     folder_stages(job)
     point_group(job.sample.symmetry)
-    particles = work.particles()
-    if job.refine.local_deg is not None or (job.run.workflow == "auxiliary" and job.auxiliary.poses == "given"):
+    particles, with_auxiliary = work.particles(), job.run.workflow in ("auxiliary", "both")
+    if job.refine.local_deg is not None or (with_auxiliary and job.auxiliary.poses == "given"):
         particles.require_poses(job.particles.file)
     work.reference()
     work.mask()
     work.truth()
     work.truth_map()
     _check_diameter(work)
-    if job.run.workflow == "auxiliary" and job.auxiliary.post_command:
+    if with_auxiliary and job.auxiliary.post_command:
         check_template(job.auxiliary.post_command)
+    if job.run.workflow in ("realign", "both"):
+        _check_realign(job)
 
 
 def _check_diameter(work: Work) -> None:
@@ -65,6 +67,15 @@ def _check_diameter(work: Work) -> None:
     diameter = work.job.sample.diameter_A
     if diameter is not None and diameter > box * pixel:
         raise UsageError(f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g})")
+
+
+def _check_realign(job: Job) -> None:
+    kept_A, lowpass_A = job.realign.keep_lowres_A, job.reference.lowpass_A
+    if 0 < kept_A < lowpass_A:
+        raise UsageError(
+            f"realign.keep_lowres_A = {kept_A:g}: the reference is low-passed at {lowpass_A:g} Å "
+            "(reference.lowpass_A), and has nothing finer to keep"
+        )
 
 
 def check_space(work: Work) -> None:

@@ -28,6 +28,10 @@ from cryoiso.pipeline.rounds import last_round, pose_file, poses_after
 from cryoiso.pipeline.work import Work, bare, write_json
 
 logger = logging.getLogger("cryoiso")
+SHARED_NETWORK = (
+    "The poses were found with references made by one network that saw both half-sets (realign.mode = paired): the "
+    "half-map FSC is no gold standard."
+)
 STOPPED = "stopped by a signal; what is finished is kept. 'cryoiso resume' goes on from there."
 
 
@@ -114,12 +118,18 @@ def _write_reference(work: Work) -> None:
 def refine(work: Work) -> None:
     """Poses and half-maps by the engine, or, where the job says so, from the particle file."""
     comm, job = work.comm, work.job
-    if job.run.workflow == "auxiliary" and job.auxiliary.poses == "given":
+    if work.folder.has("train-1") and job.auxiliary.poses == "given":
         return _take_given_poses(work)
+    wire.engine(job.refine.engine).refine(refine_request(work), comm)
+
+
+def refine_request(work: Work) -> RefineRequest:
+    """What the stage ``refine`` asks an engine for. Collective."""
+    comm, job = work.comm, work.job
     source = work.source()
     _, pixel_size_A = on_root(comm, work.grid)
     start = on_root(comm, read_map, work.folder.stage("reference") / "reference.mrc", pixel_size_A)
-    request = RefineRequest(
+    return RefineRequest(
         source=source,
         reference=start,
         symmetry=job.sample.symmetry,
@@ -131,9 +141,9 @@ def refine(work: Work) -> None:
         resume=work.resume,
         lowpass_A=job.reference.lowpass_A,
         local_deg=job.refine.local_deg,
+        correction=wire.correction(job) if job.run.workflow == "realign" else None,
         on_checkpoint=lambda record: work.note_checkpoint("refine", iteration=record.get("iteration")),
     )
-    wire.engine(job.refine.engine).refine(request, comm)
 
 
 def _take_given_poses(work: Work) -> None:
@@ -220,7 +230,7 @@ def diagnose(work: Work) -> None:
 def _diagnose(work: Work) -> None:
     from cryoiso.pipeline.diagnose import diagnose as measure
 
-    maps = work.folder.stage("reconstruct")
+    maps, job = work.folder.stage("reconstruct"), work.job
     half1, half2, mask = (read_map(maps / name) for name in ("half1.mrc", "half2.mrc", "mask.mrc"))
     with_true_poses = maps / "truth_poses" / "map.mrc"
 
@@ -241,6 +251,8 @@ def _diagnose(work: Work) -> None:
         earlier = [read_map(first / f"half{h}.mrc").data for h in (1, 2)]
         before = work.folder.stage("refine") / "particles.star"
         numbers["before"] = numbers_of(earlier[0], earlier[1], before, None)
+    if work.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
+        numbers["notes"].append(SHARED_NETWORK)
     write_json(work.folder.stage("diagnose") / "diagnose.json", numbers)
 
 

@@ -50,6 +50,11 @@ def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) ->
     Args:
         resume: go on with an interrupted refinement in the same folder.
     """
+    stages.refine(begin_refinement(job, out, comm, resume=resume))
+
+
+def begin_refinement(job: Job, out: Path, comm: Context, *, resume: bool) -> Work:
+    """Checks a job, and makes the shards and the reference that its refinement begins with. Collective."""
     work = Work(job, FlatFolder(out.absolute()), comm, resume=resume)
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
@@ -59,7 +64,7 @@ def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) ->
     if on_root(comm, lambda: work.shards == work.folder.stage("ingest")):
         stages.ingest(work)
     stages.reference(work)
-    stages.refine(work)
+    return work
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:

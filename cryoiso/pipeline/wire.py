@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
-from cryoiso.core.protocols import Engine
+from cryoiso.core.protocols import Engine, ReferenceCorrection
 
 
 def engine(name: str) -> Engine:
@@ -20,6 +21,15 @@ def engine(name: str) -> Engine:
 
         return NativeEngine()
     raise UsageError(f"unknown engine '{name}' (known: native)")
+
+
+def correction(job: Job) -> ReferenceCorrection | None:
+    """What corrects the references between the iterations of this job's workflow; None: nothing does."""
+    if job.run.workflow not in ("realign", "both"):
+        return None
+    from cryoiso.methods.misalignment.correction import MapCorrection
+
+    return MapCorrection(job.realign, job.correct, job.run.seed)
 
 
 def reconstructor() -> Callable[..., Any]:

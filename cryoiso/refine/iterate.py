@@ -11,7 +11,7 @@ import torch
 
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine, logger
-from cryoiso.core.protocols import Communicator, RefineRequest
+from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
 from cryoiso.core.types import Particles
 from cryoiso.metrics.fsc import resolution_at
 from cryoiso.parallel.partition import owned_chunks, root_of_half
@@ -206,7 +206,7 @@ class Refinement:
             self.box,
             self.limit,
         )
-        record = {
+        record: dict[str, Any] = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
             "resolution_unmasked_A": resolution_at(curve, 0.143, self.box, self.pixel),
@@ -228,6 +228,10 @@ class Refinement:
                 record["changes_deg"],
                 record["max_probability_mean"],
             )
+        if self.request.correction is not None:
+            began = time.monotonic()
+            new, record["correction"] = self._corrected(advanced, raw, new, tight, resolution, plan)
+            record["seconds"] += time.monotonic() - began
         return Model(
             advanced,
             new,
@@ -238,6 +242,51 @@ class Refinement:
             raw,
             [*model.history, record],
         )
+
+    def _corrected(
+        self,
+        state: State,
+        raw: dict[int, np.ndarray],
+        new: dict[int, np.ndarray],
+        curve: np.ndarray,
+        resolution_A: float,
+        plan: SearchPlan,
+    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+        """The references as the correction leaves them, without solvent again, and its record (collective).
+
+        The last level halves the cells that it begins with, as one step of oversampling does, so the size of those is
+        what others call the sampling of the search.
+        """
+        correction, request = self.request.correction, self.request
+        assert correction is not None
+        seen = HalfMaps(
+            iteration=state.iteration,
+            maps=raw,
+            references=new,
+            pixel_size_A=self.pixel,
+            fsc=curve,
+            resolution_A=resolution_A,
+            step_deg=plan.levels[-1].cell_deg,
+            folder=request.folder / "correction",
+            mask=None if request.mask is None else request.mask.data,
+            initial=self._first_references(),
+        )
+        if state.done or not correction.wants(seen):
+            why_not = "no further iteration needs references" if state.done else correction.why_not(seen)
+            if self.comm.rank == 0:
+                logger.info("iteration %d: references not corrected: %s", state.iteration, why_not)
+            return new, {"applied": False, "why_not": why_not}
+        made, facts = correction(seen, self.comm)
+        return {half: self._flatten(made[half], resolution_A) for half in HALVES}, facts
+
+    def _first_references(self) -> dict[int, np.ndarray]:
+        """Half -> the reference that the refinement began with, on its own grey scale."""
+        from cryoiso.refine.start import first_reference
+
+        given, lowpass_A = self.request.half_references, self.request.lowpass_A
+        if given is None:
+            return dict.fromkeys(HALVES, first_reference(self, self.request.reference, lowpass_A))
+        return {half: first_reference(self, given[half], lowpass_A) for half in HALVES}
 
     def _flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
         """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""

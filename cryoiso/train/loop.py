@@ -26,7 +26,7 @@ from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.train import state as states
 from cryoiso.train.prefetch import Prefetcher
-from cryoiso.train.step import Readback, Stepper, seed_torch, training_mode, try_compiled
+from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, training_mode, try_compiled
 from cryoiso.train.watch import Verdict, flat_loss
 
 CHECKPOINT = Path("checkpoint") / "state.npz"
@@ -46,7 +46,7 @@ class LoopSettings:
     clip_norm: float = 0.0
     """Longest gradient; 0: any."""
     amp: bool = False
-    """bfloat16 autocast; GPUs only."""
+    """bfloat16 autocast: on GPUs, and on CPUs with matrix units for it."""
     compile: bool = False
     channels_last: bool = False
     checkpoint_s: float = 120.0
@@ -235,7 +235,7 @@ class _Run:
         self.task.start(p.attempt)
         module = self.task.module.to(self.group.device)
         if settings.channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module = module.to(memory_format=channels_last_of(module))  # type: ignore[call-overload]
         module.train()
         stepper = Stepper(module, self.group, settings.learning_rate, settings.clip_norm, settings.amp)
         if arrays is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 _PATIENCE_S = 30.0
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Prefetcher:
@@ -30,7 +31,7 @@ class Prefetcher:
             prepare: makes the batch of a step: tensors, or tuples, lists, dicts or dataclasses of them.
             start, stop: first step, and the one after the last.
             device: where the tensors of a batch go.
-            channels_last: store 4-d tensors with the channels last.
+            channels_last: store 4-d and 5-d tensors with the channels last.
         """
         self._prepare, self._steps, self._channels_last = prepare, range(start, stop), channels_last
         self._device = torch.device(device)
@@ -93,9 +94,8 @@ class Prefetcher:
         return _each_tensor(batch, self._to_device)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        layout = torch.channels_last if self._channels_last and tensor.ndim == 4 else torch.preserve_format
-        if layout is torch.channels_last:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        if self._channels_last and tensor.ndim in _LAYOUTS:
+            tensor = tensor.contiguous(memory_format=_LAYOUTS[tensor.ndim])
         if self._device.type == "cuda" and not tensor.is_cuda:
             tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=True)

@@ -27,11 +27,11 @@ class Stepper:
             module: on the group's device.
             group: parallel.ddp.TrainingGroup.
             clip_norm: gradients longer than this are shortened to it; 0: never.
-            amp: the module's forward pass in bfloat16 where it is safe (on GPUs only).
+            amp: the module's forward pass in bfloat16 where it is safe.
         """
         self.module, self.group, self.clip_norm = module, group, clip_norm
         self.on_gpu = torch.device(group.device).type == "cuda"
-        self.amp = amp and self.on_gpu
+        self.amp = amp
         self.optimiser = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True)
         self.wrapped = self.in_autocast(group.wrap(module))
         self.layout: dict[str, tuple[int, ...]] = {}
@@ -69,7 +69,7 @@ class Stepper:
 
     def in_autocast(self, module: nn.Module) -> nn.Module:
         """The module with autocast in its forward pass alone: projections and losses need all their digits."""
-        return _Autocast(module) if self.amp else module
+        return _Autocast(module, torch.device(self.group.device).type) if self.amp else module
 
     def _numbers(self, loss: Tensor, terms: dict[str, Tensor], share: float, told: list[float]) -> Tensor:
         self.layout = {name: tuple(value.shape) for name, value in terms.items()}
@@ -86,12 +86,12 @@ def _beside(values: Tensor, other: Tensor) -> Tensor:
 
 
 class _Autocast(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, kind: str) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.kind = inner, kind
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(self.kind, torch.bfloat16):
             return self.inner(*inputs, **options)
 
 
@@ -139,6 +139,12 @@ def try_compiled(stepper: Stepper, loss_of: Callable[[nn.Module], Any]) -> bool:
         module.zero_grad(set_to_none=True)
         for name, value in module.named_buffers():
             value.copy_(buffers[name])
+
+
+def channels_last_of(module: nn.Module) -> torch.memory_format:
+    """The layout with the channels last for the weights of this module: of volumes if it has any, else of images."""
+    volumes = any(parameter.ndim == 5 for parameter in module.parameters())
+    return torch.channels_last_3d if volumes else torch.channels_last
 
 
 def seed_torch(*what: Any) -> None:

@@ -1,0 +1,82 @@
+"""What RELION tells about its progress, read from its output as it grows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_PATTERNS = {
+    "iteration": re.compile(r"Auto-refine: Iteration=\s*(\d+)"),
+    "resolution_A": re.compile(r"Auto-refine: Resolution=\s*([\d.]+)"),
+    "step_deg": re.compile(r"OrientationalSampling=\s*([\d.]+)"),
+    "expectation": re.compile(r"Expectation iteration\s+(\d+)"),
+    "error": re.compile(r"\bERROR:?\s*(.*)"),
+}
+_BAR = re.compile(r"([\d.]+)/\s*([\d.]+)\s*(sec|min|hrs)\s*[.~]")
+_UNIT_S = {"sec": 1.0, "min": 60.0, "hrs": 3600.0}
+
+
+@dataclass
+class Progress:
+    """How far RELION is; ``feed`` it with its output."""
+
+    iteration: int = 0
+    """that it works on"""
+    resolution_A: float | None = None
+    """after the iteration before"""
+    step_deg: float | None = None
+    """angular sampling of this iteration before oversampling; None: not told yet"""
+    left_s: float | None = None
+    """until the end of this expectation step"""
+    error: str = ""
+    """the first error that it printed"""
+    last: bool = False
+    """this is its last iteration, with both halves joined"""
+    _rest: str = ""
+    _oversampling: str = ""
+    _wants_error: bool = False
+
+    def feed(self, text: str) -> list[int]:
+        """Takes what came last; returns the iterations that began in it."""
+        began = []
+        lines = re.split(r"[\r\n]", self._rest + text)
+        self._rest = lines.pop()[-4096:]
+        for line in lines:
+            began += self._line(line)
+        if (bar := _BAR.search(self._rest)) is not None:
+            self._see_bar(bar)
+        return began
+
+    def _line(self, line: str) -> list[int]:
+        if (bar := _BAR.search(line)) is not None:
+            self._see_bar(bar)
+            return []
+        if self._wants_error and line.strip():
+            self.error, self._wants_error = line.strip(), False
+        if "has converged, entering last iteration" in line:
+            self.last = True
+        if (match := re.search(r"Oversampling=\s*(\d+)", line)) is not None:
+            self._oversampling = match[1]
+        for name, pattern in _PATTERNS.items():
+            match = pattern.search(line)
+            if match is not None:
+                return self._note(name, match[1].strip())
+        return []
+
+    def _note(self, name: str, value: str) -> list[int]:
+        if name == "error":
+            if not self.error:
+                self.error, self._wants_error = value, not value
+        elif name == "resolution_A":
+            self.resolution_A = float(value)
+        elif name == "step_deg":
+            if self._oversampling == "0":
+                self.step_deg = float(value)
+        elif int(value) != self.iteration:
+            self.iteration, self.left_s, self.step_deg = int(value), None, None
+            return [self.iteration]
+        return []
+
+    def _see_bar(self, bar: re.Match[str]) -> None:
+        done, total = float(bar[1]), float(bar[2])
+        self.left_s = max(total - done, 0.0) * _UNIT_S[bar[3]]

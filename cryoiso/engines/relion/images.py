@@ -1,0 +1,228 @@
+"""What RELION gets to read: a particle STAR file, and image stacks where the originals will not do.
+
+A row of what RELION writes is known by its image's name, so the order in which RELION writes rows, and columns that it
+may leave out, do not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core.errors import CryoisoError, InputError, Interrupted
+from cryoiso.core.log import ProgressLine
+from cryoiso.core.protocols import ImageSource
+from cryoiso.core.types import Particles
+from cryoiso.io.atomic import write_text
+from cryoiso.io.mrc import write_stack
+from cryoiso.io.stack import StackReader
+from cryoiso.io.starwrite import write_particles
+from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.context import Context
+from cryoiso.parallel.partition import chunk_bounds, owned_chunks
+
+logger = logging.getLogger("cryoiso")
+
+STACK_BYTES, MOST_STACKS = 2**28, 40
+"""Exported images come in stacks of 256 MiB, or larger ones where there would be too many."""
+SAMPLE = 32
+SUFFIXES = (".mrcs", ".mrc", ".st")
+KEPT_RESULTS = ("cryoisoAuxiliary", "rlnMicrographName")
+
+
+def image_names(source: ImageSource, folder: Path, which: str, comm: Context, *, resume: bool = False) -> list[str]:
+    """(n,) names ``000001@/path/stack.mrcs`` of the images that RELION reads for each particle (collective).
+
+    Args:
+        source: as the request has it.
+        folder: exported stacks go into its sub-folder ``images``.
+        which: RelionSection.images.
+        resume: stacks of the same particles that are there already are taken.
+
+    Raises:
+        InputError: "original" was asked for and an original image is not to be had.
+    """
+    kept = on_root(comm, _usable_originals, source, which)
+    rows = np.flatnonzero(~kept)
+    names = np.empty(len(kept), dtype=object)
+    particles = source.particles
+    for row in np.flatnonzero(kept).tolist():
+        names[row] = f"{int(particles.index[row]) + 1:06d}@{os.path.abspath(str(particles.stack[row]))}"
+    if len(rows):
+        for row, name in zip(rows.tolist(), _export(source, rows, folder / "images", comm, resume), strict=True):
+            names[row] = name
+    return [str(name) for name in names]
+
+
+def _usable_originals(source: ImageSource, which: str) -> np.ndarray:
+    """(n,) bool: whose original image shows what the source gives, so that RELION may read it."""
+    particles = source.particles
+    if which == "export":
+        return np.zeros(len(particles), bool)
+    stacks, place = np.unique(np.asarray(particles.stack, dtype=str), return_inverse=True)
+    there = np.array([name.endswith(SUFFIXES) and os.path.isfile(name) for name in stacks.tolist()])
+    kept = there[place] & (particles.group_values("box_px") == source.box_px)
+    why = "" if kept.any() else "they are not there, or of another box or file type"
+    why = why or _difference(source, np.flatnonzero(kept))
+    if which == "original":
+        if why or not kept.all():
+            raise InputError(
+                f"RELION cannot read the original images: {why or 'some of them are not there'}",
+                expected="relion.images = 'auto' or 'export'",
+            )
+        return kept
+    if why:
+        logger.info("RELION gets its own copy of the images: the originals will not do: %s", why)
+        kept[:] = False
+    return kept
+
+
+def _difference(source: ImageSource, rows: np.ndarray) -> str:
+    """Why the originals of these rows are no substitute for the source's images; empty if they are.
+
+    RELION wants protein white and background of mean 0 and standard deviation 1; so does the source. A few hundredths
+    of difference come from another choice of what is background.
+    """
+    particles = source.particles
+    some = rows[np.unique(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(int))]
+    images = source.read(some).reshape(len(some), -1).astype(np.float64)
+    with StackReader() as reader:
+        for row, image in zip(some.tolist(), images, strict=True):
+            try:
+                original = reader.read(str(particles.stack[row]), particles.index[row : row + 1])[0]
+            except InputError as error:
+                return str(error)
+            if original.size != image.size:
+                return "another box"
+            slope, offset = np.polyfit(image, original.reshape(-1).astype(np.float64), 1)
+            if slope < 0:
+                return "protein is dark in them"
+            if not (0.9 < slope < 1.1 and abs(offset) < 0.1):
+                return "they are not normalised"
+            if np.abs(original.reshape(-1) - slope * image - offset).max() > 0.05:
+                return "they were changed"
+    return ""
+
+
+def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, resume: bool) -> list[str]:
+    """Writes the source's images into stacks, ranks side by side, and returns their names (collective)."""
+    image_bytes = 4 * source.box_px**2
+    per_stack = max(1, STACK_BYTES // image_bytes, -(-len(rows) // MOST_STACKS))
+    bounds = chunk_bounds(len(rows), per_stack)
+    note = {"digest": _digest(source, rows), "stacks": len(bounds)}
+    there = on_root(comm, _prepare_folder, folder, note, resume)
+    if not there:
+        line = ProgressLine("images for RELION", len(rows), active=comm.rank == 0)
+        error: CryoisoError | None = None
+        try:
+            for k in owned_chunks(len(bounds), comm.rank, comm.size):
+                _write_stack(source, rows[slice(*bounds[k])], folder / _stack_name(k), line)
+        except CryoisoError as caught:
+            error = caught
+        agree(comm, error)
+        if comm.stop_requested():
+            raise Interrupted("stopped by a signal while images were written for RELION")
+        line.close(f"{len(rows):,} images of {source.box_px} px")
+        on_root(comm, write_text, folder / "images.json", json.dumps(note) + "\n")
+    return [
+        f"{i + 1:06d}@{folder.absolute() / _stack_name(k)}"
+        for k, (start, stop) in enumerate(bounds)
+        for i in range(stop - start)
+    ]
+
+
+def _stack_name(number: int) -> str:
+    return f"particles-{number + 1:03d}.mrcs"
+
+
+def _digest(source: ImageSource, rows: np.ndarray) -> str:
+    h = hashlib.sha256(np.ascontiguousarray(source.particles.uid[rows]).tobytes())
+    first = source.read(rows[:1])
+    h.update(f"{source.box_px}".encode() + np.ascontiguousarray(first).tobytes())
+    return h.hexdigest()
+
+
+def _prepare_folder(folder: Path, note: dict[str, object], resume: bool) -> bool:
+    """Whether the stacks are there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "images.json"
+    if resume and file.exists():
+        try:
+            return bool(json.loads(file.read_text()) == note)
+        except ValueError:
+            pass
+    for old in folder.iterdir():
+        old.unlink()
+    return False
+
+
+def _write_stack(source: ImageSource, rows: np.ndarray, path: Path, line: ProgressLine) -> None:
+    pixel = float(source.particles.group_values("pixel_size_A")[rows[0]])
+    with write_stack(path, source.box_px, pixel) as stack:
+        for start, stop in chunk_bounds(len(rows), 256):
+            stack.append(source.read(rows[start:stop]))
+            line.update(int(rows[stop - 1]) + 1)
+
+
+def relion_particles(particles: Particles, *, with_poses: bool) -> Particles:
+    """The particles as RELION should see them: nothing but what it needs.
+
+    Old poses go unless the search is to start from them: RELION would take their shifts for the centre of its search.
+    Optics groups without a particle go as well, and the others are counted from 1.
+    """
+    used = np.unique(particles.optics)
+    place = np.searchsorted(used, particles.optics)
+    groups = tuple(replace(particles.groups[k], number=i) for i, k in enumerate(used.tolist(), 1))
+    results = {name: particles.results[name] for name in KEPT_RESULTS if name in particles.results}
+    if "rlnMicrographName" not in results:
+        results["rlnMicrographName"] = _micrographs(particles)
+    return replace(
+        particles,
+        optics=place.astype(particles.optics.dtype),
+        groups=groups,
+        table=None,
+        optics_table=None,
+        rotation=particles.rotation if with_poses else None,
+        shift_A=particles.shift_A if with_poses else None,
+        results=results,
+    )
+
+
+def _micrographs(particles: Particles) -> np.ndarray:
+    """Names by which RELION groups images for their scale: of the micrograph, else of the stack."""
+    table = particles.table
+    if table is not None and "rlnMicrographName" in table:
+        return np.asarray(table["rlnMicrographName"], dtype=str)
+    return np.array([os.path.basename(name) or "unknown" for name in particles.stack.tolist()], dtype=str)
+
+
+def write_input(path: Path, particles: Particles, names: list[str], *, with_poses: bool) -> None:
+    """The STAR file that RELION starts from."""
+    write_particles(path, relion_particles(particles, with_poses=with_poses), names)
+
+
+def rows_of_names(found: list[str], names: list[str], file: object) -> np.ndarray:
+    """(n,) position in ``found`` (what RELION wrote) of every particle.
+
+    Raises:
+        CryoisoError: RELION lost, added or doubled particles.
+    """
+    place = {_key(name): i for i, name in enumerate(found)}
+    rows = np.array([place.get(_key(name), -1) for name in names], np.int64)
+    if len(place) != len(found) or len(found) != len(names) or (rows < 0).any():
+        raise CryoisoError(
+            f"{file}: RELION did not give back all particles once ({len(names)} were given, {len(found)} came back, "
+            f"{int((rows < 0).sum())} are missing)"
+        )
+    return rows
+
+
+def _key(name: str) -> tuple[int, str]:
+    number, _, stack = name.rpartition("@")
+    return int(number) if number.isdigit() else 0, stack

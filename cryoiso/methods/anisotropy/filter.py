@@ -1,0 +1,128 @@
+"""The filter A that says how well each Fourier coefficient was measured: from a missing cone, and on other grids.
+
+A is (D, D, D) float32 in [0, 1], centre D//2, A(-k) = A(k). Planes at Nyquist of an even box, which have no mate in the
+array, are their own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.core.errors import InputError
+
+
+def coordinates(box_px: int) -> np.ndarray:
+    """(D,) Fourier coordinates in cycles a box, centre D//2."""
+    return np.arange(box_px) - box_px // 2
+
+
+def radii(box_px: int) -> np.ndarray:
+    """(D, D, D) float32 distance from zero frequency."""
+    k2 = coordinates(box_px).astype(np.float32) ** 2
+    return np.sqrt(k2[:, None, None] + k2[None, :, None] + k2)
+
+
+def missing_cone(box_px: int, half_angle_deg: float, axis: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> np.ndarray:
+    """1 where a double cone about an axis leaves something, 0 inside; an edge of one Fourier pixel; 1 at zero.
+
+    Args:
+        box_px: D.
+        half_angle_deg: from the axis: no coefficient closer to it was measured (as ``physics.views``' missing-cone).
+        axis: (x, y, z), any length.
+
+    Returns:
+        (D, D, D) float32.
+
+    Raises:
+        InputError: an angle outside 0 to 90 degrees, or no axis.
+    """
+    length = float(np.linalg.norm(axis))
+    if not 0 < half_angle_deg < 90 or length == 0:
+        raise InputError("no such missing cone", expected="0 < half angle < 90 degrees and an axis that is not zero",
+                         found=f"{half_angle_deg:g} degrees about {axis}")  # fmt: skip
+    x, y, z = np.asarray(axis, np.float64) / length
+    k = coordinates(box_px)
+    radius = radii(box_px)
+    along = np.abs(z * k[:, None, None] + y * k[None, :, None] + x * k)
+    across = np.sqrt(np.maximum(radius**2 - along**2, 0))
+    angle = np.radians(half_angle_deg)
+    outside_px = across * np.cos(angle) - along * np.sin(angle)  # signed distance from the cone's surface
+    cone = np.clip(outside_px + 0.5, 0, 1)
+    cone[(box_px // 2,) * 3] = 1.0
+    return cone.astype(np.float32)
+
+
+def checked(transfer: np.ndarray, box_px: int, file: object = None) -> np.ndarray:
+    """The filter, clipped to [0, 1] and made exactly Friedel-symmetric.
+
+    Raises:
+        InputError: another box, not finite, far outside [0, 1], not symmetric, or empty.
+    """
+    a = np.asarray(transfer, np.float32)
+    if a.shape != (box_px,) * 3:
+        raise InputError("the filter has another box than the map", file=file, expected=(box_px,) * 3, found=a.shape)
+    if not np.isfinite(a).all() or a.max() > 1.01 or a.max() <= 0:
+        raise InputError("the filter is no weight of Fourier coefficients", file=file, expected="values from 0 to 1",
+                         found=f"{a.min():g} to {a.max():g}")  # fmt: skip
+    mate = friedel_mate(a)
+    if float(np.abs(a - mate).mean()) > 0.02:
+        raise InputError("the filter is not symmetric about zero frequency", file=file,
+                         expected=f"A(-k) = A(k) about voxel {box_px // 2}", hint="Centre it at voxel D//2.")  # fmt: skip
+    return np.clip(0.5 * (a + mate), 0, 1)
+
+
+def friedel_mate(a: np.ndarray) -> np.ndarray:
+    """A(-k) on the same grid; in even boxes plane 0 (Nyquist) is its own mirror plane."""
+    mate = a[::-1, ::-1, ::-1]
+    return np.roll(mate, 1, (0, 1, 2)) if a.shape[0] % 2 == 0 else mate
+
+
+def on_grid(transfer: np.ndarray, box_px: int) -> np.ndarray:
+    """The filter at the frequencies of another box of the same pixel size.
+
+    Its point-spread function is cut to the new box with a triangular window, which is a convolution of the filter with
+    a positive kernel (Fejér): it stays within [0, 1], centred and symmetric. In a larger box the point-spread function
+    is surrounded by zeros.
+
+    Args:
+        transfer: (D, D, D).
+        box_px: C.
+
+    Returns:
+        (C, C, C) float32.
+    """
+    box, new = transfer.shape[0], box_px
+    if new == box:
+        return np.asarray(transfer, np.float32)
+    spread = np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(transfer)).real)
+    window = np.clip(1 - np.abs(coordinates(box)) / (min(new, box) / 2 + 0.5), 0, 1)
+    spread *= window[:, None, None] * window[None, :, None] * window
+    keep = np.arange(-(min(new, box) // 2), (min(new, box) - 1) // 2 + 1)
+    small = np.zeros((new,) * 3)
+    small[np.ix_(*[keep + new // 2] * 3)] = spread[np.ix_(*[keep + box // 2] * 3)]
+    out = np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(small)).real)
+    return np.clip(0.5 * (out + friedel_mate(out)), 0, 1).astype(np.float32)
+
+
+def half_layout(transfer: np.ndarray) -> Tensor:
+    """(D, D, D) centred -> (D, D, D//2+1) float32 in the layout of ``rfftn``."""
+    box = transfer.shape[0]
+    return torch.from_numpy(np.ascontiguousarray(np.fft.ifftshift(transfer)[..., : box // 2 + 1], np.float32))
+
+
+def band(box_px: int, pixel_size_A: float, resolution_A: float | None) -> np.ndarray:
+    """(D, D, D) float32: 1 up to a resolution, a raised cosine of three shells centred on it, 0 beyond; None: all 1."""
+    if resolution_A is None:
+        return np.ones((box_px,) * 3, np.float32)
+    t = np.clip((radii(box_px) - box_px * pixel_size_A / resolution_A) / 3.0 + 0.5, 0, 1)
+    return (0.5 * (1 + np.cos(np.pi * t))).astype(np.float32)
+
+
+def filtered(data: np.ndarray, transfer: np.ndarray) -> np.ndarray:
+    """The map with its Fourier coefficients multiplied by a centred filter of the same box: (D, D, D) float32."""
+    from scipy import fft
+
+    half = np.fft.ifftshift(transfer)[..., : data.shape[-1] // 2 + 1]
+    return fft.irfftn(fft.rfftn(np.asarray(data, np.float32)) * half, s=data.shape).astype(np.float32)

@@ -1,0 +1,143 @@
+"""Sub-maps to train on: drawn inside the mask as a function of (seed, place in the sequence), normalised, turned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.rng import generator
+from cryoiso.physics.masks import sphere_mask
+from cryoiso.physics.so3 import random_rotations
+
+
+@dataclass(frozen=True)
+class GreyScale:
+    """Fixed statistics of whole maps: x -> (x - level) / spread and back."""
+
+    level: float
+    """Of the solvent, so that empty space is 0, as it is beyond the box."""
+    spread: float
+    """Standard deviation inside the mask."""
+
+    @classmethod
+    def of(cls, maps: list[np.ndarray], inside: np.ndarray) -> GreyScale:
+        """The common scale of some maps.
+
+        Args:
+            inside: (D, D, D) bool, the particle.
+
+        Raises:
+            InputError: constant maps.
+        """
+        values = np.concatenate([m[inside] for m in maps]).astype(np.float64)
+        outside = [m[~inside] for m in maps]
+        level = float(np.mean(np.concatenate(outside), dtype=np.float64)) if (~inside).any() else float(values.mean())
+        spread = float(values.std())
+        if not spread > 0:
+            raise InputError("the map is constant inside the mask: there is nothing to correct")
+        return cls(level, spread)
+
+    def normalised(self, data: np.ndarray) -> np.ndarray:
+        return ((data - self.level) / self.spread).astype(np.float32)
+
+    def restored(self, data: np.ndarray) -> np.ndarray:
+        return (data * self.spread + self.level).astype(np.float32)
+
+
+def particle_region(mask: np.ndarray | None, box_px: int) -> np.ndarray:
+    """(D, D, D) bool: where centres of sub-maps may lie; without a mask the sphere in the box.
+
+    Raises:
+        InputError: a mask of another box, or an empty one.
+    """
+    if mask is None:
+        return np.asarray(sphere_mask(box_px, box_px / 2 - 1)) > 0.5
+    if mask.shape != (box_px,) * 3:
+        raise InputError("the mask has another box than the map", expected=(box_px,) * 3, found=mask.shape)
+    inside = np.asarray(mask) > 0.5
+    if not inside.any():
+        raise InputError("the mask is empty: no voxel above 0.5")
+    return inside
+
+
+class SubMaps:
+    """Where the sub-maps of a training lie, and how each is turned."""
+
+    def __init__(self, inside: np.ndarray, cube_px: int, seed: int, label: str, rotations: str) -> None:
+        """
+        Args:
+            inside: (D, D, D) bool, centres are drawn from it.
+            cube_px: C; a box smaller than this is surrounded by solvent.
+            label: names the training in the random numbers.
+            rotations: "so3" or "axes".
+        """
+        self.places = np.argwhere(inside)
+        self.box, self.cube, self.seed, self.label, self.rotations = inside.shape[0], cube_px, seed, label, rotations
+
+    def draw(self, number: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """The sub-map of this number in the endless sequence.
+
+        Returns:
+            first voxel (z, y, x) of the cube, rotation (3, 3) on (x, y, z), and whether the halves change places.
+        """
+        rng = generator(self.seed, f"sub-map of network {self.label}", number)
+        centre = self.places[rng.integers(len(self.places))]
+        corner = np.clip(centre - self.cube // 2, 0, self.box - self.cube)
+        if self.box < self.cube:
+            corner[:] = self.box // 2 - self.cube // 2  # the box as a whole, in the middle
+        rotation = random_rotations(rng, 1)[0] if self.rotations == "so3" else axis_rotations()[rng.integers(24)]
+        return corner, rotation, bool(rng.integers(2))
+
+    def cut(self, data: np.ndarray, corner: np.ndarray) -> np.ndarray:
+        """(C, C, C) of a (D, D, D) map; 0 outside."""
+        out = np.zeros((self.cube,) * 3, np.float32)
+        low, high = np.maximum(corner, 0), np.minimum(corner + self.cube, self.box)
+        there = tuple(slice(a - c, b - c) for a, b, c in zip(low, high, corner, strict=True))
+        out[there] = data[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+        return out
+
+
+@lru_cache(maxsize=1)
+def axis_rotations() -> np.ndarray:
+    """(24, 3, 3): the rotations of a cube onto itself."""
+    found = []
+    for order in ((0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1), (1, 0, 2), (2, 1, 0)):
+        for signs in np.ndindex(2, 2, 2):
+            m = np.zeros((3, 3))
+            m[range(3), order] = 1 - 2 * np.array(signs)
+            if np.linalg.det(m) > 0:
+                found.append(m)
+    return np.array(found)
+
+
+def turned(cubes: Tensor, rotation: Tensor) -> Tensor:
+    """Cubes turned about their centre voxel C//2, trilinear; 0 where the corners of the cube would be needed.
+
+    out(x) = in(R^T x): content at x goes to R x.
+
+    Args:
+        cubes: (B, 1, C, C, C).
+        rotation: (B, 3, 3) on (x, y, z).
+
+    Returns:
+        (B, 1, C, C, C).
+    """
+    size = cubes.shape[-1]
+    # in the coordinates of grid_sample voxel i lies at 2 i / (C - 1) - 1; the centre voxel is not 0 there
+    centre = 2 * (size // 2) / (size - 1) - 1
+    middle = torch.full((3,), centre, dtype=rotation.dtype, device=rotation.device)
+    back = rotation.transpose(1, 2)
+    theta = torch.cat([back, (middle - back @ middle)[:, :, None]], 2)
+    grid = functional.affine_grid(theta.to(cubes.dtype), list(cubes.shape), align_corners=True)
+    return functional.grid_sample(cubes, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def ball(size: int, margin_px: float = 0.0) -> Tensor:
+    """(C, C, C): 1 in the largest ball about voxel C//2 that stays inside the cube however it is turned."""
+    return sphere_mask(size, (size - 1) // 2 - margin_px)

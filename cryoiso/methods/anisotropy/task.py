@@ -1,0 +1,143 @@
+"""What one training step of the correction is: the losses of spIsoNet on sub-maps of one or two maps.
+
+With x0 a sub-map, x1 the same of the other half-map, A the filter, T a random rotation and f the network:
+
+    Lc     = |A f(x0) - x0|      Le     = |f(A T f(x0)) - T f(x0)|
+    Lc_n2n = |A f(x0) - x1|      Le_n2n = |f(A T f(x0)) - T f(x1)|      L = Lc + a Le + b (Lc_n2n + a Le_n2n)
+
+Means of absolute differences: over the inner part of the cube for Lc, over the ball in which a turned cube is known for
+Le.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cryoiso.methods.anisotropy.filter import half_layout, on_grid
+from cryoiso.methods.anisotropy.settings import Correction
+from cryoiso.methods.anisotropy.submaps import SubMaps, ball, turned
+from cryoiso.nets.unet import Unet3d
+from cryoiso.parallel.partition import owned_rows
+from cryoiso.train.watch import Verdict
+
+EDGE = 8
+"""Lc leaves out this part of the cube's edge on each side, where the filter wraps around."""
+
+
+class CorrectionTask:
+    """The task that ``train.loop.train`` works on (its ``Task``)."""
+
+    module: nn.Module
+    watched = "consistency"
+
+    def __init__(
+        self,
+        maps: list[np.ndarray],
+        transfer: np.ndarray,
+        inside: np.ndarray,
+        settings: Correction,
+        seed: int,
+        *,
+        device: str = "cpu",
+        index: int = 0,
+        size: int = 1,
+        label: str = "",
+        warm: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """
+        Args:
+            maps: one or (paired) two (D, D, D) maps, normalised.
+            transfer: (D, D, D) A.
+            inside: (D, D, D) bool, centres of sub-maps.
+            device, index, size: of this rank and its place in its group.
+            label: names the network.
+            warm: parameters to begin with; None: new ones.
+        """
+        self.maps, self.settings, self.seed, self.label, self.warm = maps, settings, seed, label, warm
+        self.batch = settings.batch
+        self.rows = owned_rows(self.batch, 1, index, size)
+        self.sub_maps = SubMaps(inside, settings.cube_px, seed, label, settings.rotations)
+        self.filter = half_layout(on_grid(transfer, settings.cube_px)).to(device)
+        cube = settings.cube_px
+        self.ball = ball(cube, 1.0).to(device)
+        self.core = torch.zeros((cube,) * 3)
+        self.core[(slice(cube // EDGE, cube - cube // EDGE),) * 3] = 1.0
+        self.core = self.core.to(device)
+        digest = hashlib.sha256(np.ascontiguousarray(transfer).tobytes())
+        for data in maps:
+            digest.update(np.ascontiguousarray(data).tobytes())
+        self._given = digest.hexdigest()
+
+    def start(self, attempt: int) -> None:
+        """A new network, or the given one."""
+        network = Unet3d(self.settings.network)
+        if self.warm is not None and attempt == 0:
+            network.load_state_dict({k: torch.from_numpy(v) for k, v in self.warm.items()})
+        self.module = network
+
+    def prepare(self, step: int) -> dict[str, Tensor]:
+        """This rank's sub-maps and rotations of a step."""
+        cubes: list[list[np.ndarray]] = [[] for _ in self.maps]
+        rotations = []
+        for row in self.rows:
+            corner, rotation, swap = self.sub_maps.draw(step * self.batch + row)
+            order = self.maps[::-1] if swap else self.maps
+            for kept, data in zip(cubes, order, strict=True):
+                kept.append(self.sub_maps.cut(data, corner))
+            rotations.append(rotation)
+        names = ("first", "second")
+        batch = {name: torch.from_numpy(np.stack(kept))[:, None] for name, kept in zip(names, cubes)}
+        return {**batch, "rotation": torch.from_numpy(np.stack(rotations).astype(np.float32))}
+
+    def loss(self, module: nn.Module, batch: Any, step: int, attempt: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the module's docstring and its terms."""
+        settings, x0, turn = self.settings, batch["first"], batch["rotation"]
+        paired = len(self.maps) == 2 and settings.beta > 0
+        y0 = module(x0)
+        seen = self._filtered(y0)
+        y0_turned = turned(y0, turn)
+        again = module(self._filtered(y0_turned))
+        terms = {
+            "consistency": _mean(seen - x0, self.core),
+            "equivariance": _mean(again - y0_turned, self.ball),
+        }
+        loss = terms["consistency"] + settings.alpha * terms["equivariance"]
+        if paired:
+            x1 = batch["second"]
+            terms["consistency_n2n"] = _mean(seen - x1, self.core)
+            terms["equivariance_n2n"] = _mean(again - turned(module(x1), turn), self.ball)
+            twins = terms["consistency_n2n"] + settings.alpha * terms["equivariance_n2n"]
+            loss = loss + settings.beta * twins
+        return loss, terms
+
+    def _filtered(self, cubes: Tensor) -> Tensor:
+        axes = (-3, -2, -1)
+        return torch.fft.irfftn(torch.fft.rfftn(cubes, dim=axes) * self.filter, s=cubes.shape[-3:], dim=axes)
+
+    def annealed_at(self, attempt: int) -> int:
+        return 0
+
+    def judge(self, history: Sequence[dict[str, Any]]) -> Verdict:
+        return Verdict()
+
+    def configuration(self) -> dict[str, Any]:
+        """What decides the result beside the loop's settings."""
+        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": _digest(self.warm)}
+
+
+def _mean(difference: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean of absolute values, equally over the sub-maps."""
+    return (difference.abs() * weight).sum() / (weight.sum() * difference.shape[0])
+
+
+def _digest(arrays: dict[str, np.ndarray] | None) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted((arrays or {}).items()):
+        digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest() if arrays else ""

@@ -1,0 +1,200 @@
+"""The correction that an engine calls between its iterations: half-maps in, isotropic references out.
+
+keep low resolution -> whitening -> FSC weighting -> anisotropy correction -> low-pass -> grey scale; each step on one
+half at a time. What crosses from one half to the other: the half-map FSC, the 3DFSC and, where the engine has none, a
+mask made from both references; in mode ``paired`` also the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.config import CorrectSection, RealignSection
+from cryoiso.core.errors import InputError
+from cryoiso.core.protocols import HalfMaps
+from cryoiso.core.rng import generator
+from cryoiso.core.types import DensityMap
+from cryoiso.io.atomic import write_text
+from cryoiso.methods.misalignment import networks
+from cryoiso.methods.misalignment.steps import fsc_weight, keep_low_resolution, lowpass_at, match_scale, whiten
+from cryoiso.metrics.fsc3d import fsc3d
+from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.partition import root_of_half
+
+logger = logging.getLogger("cryoiso")
+HALVES = (1, 2)
+EPOCHS = {"paper": 5, "small": 3}
+"""Passes over the sub-maps in one iteration, by preset."""
+STEP_TOLERANCE = 1.01
+
+
+class MapCorrection:
+    """``core.protocols.ReferenceCorrection`` with a network that removes the anisotropy of the references."""
+
+    def __init__(self, realign: RealignSection, correct: CorrectSection, seed: int = 0) -> None:
+        self.realign = realign
+        self.correct = correct.model_copy(update={"mode": realign.mode})
+        self.seed = seed
+
+    def facts(self) -> dict[str, Any]:
+        """What a refinement writes down about its correction."""
+        shared = bool(self.realign.correct and self.realign.mode == "paired")
+        return {**self.realign.model_dump(), "halves_share_a_network": shared}
+
+    def why_not(self, state: HalfMaps) -> str:
+        """Why it leaves the references of this iteration alone; empty if it does not."""
+        r = self.realign
+        if state.step_deg > r.start_step_deg * STEP_TOLERANCE:
+            return f"the angular sampling of {state.step_deg:.3g}° is coarser than {r.start_step_deg:g}°"
+        if r.start_resolution_A is not None and not state.resolution_A <= r.start_resolution_A:
+            return f"the resolution of {state.resolution_A:.1f} Å is not better than {r.start_resolution_A:g} Å"
+        return ""
+
+    def wants(self, state: HalfMaps) -> bool:
+        """Whether it works on this iteration; the same on every rank, since the state is."""
+        return not self.why_not(state)
+
+    def __call__(self, state: HalfMaps, comm: Any) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+        """Next references and numbers for the iteration's record. Collective; see ``core.protocols``."""
+        mask = on_root(comm, support, state)
+        transfer = on_root(comm, self._transfer, state, mask)
+        inputs = self._by_half(comm, lambda half: self._prepared(state, half, mask))
+        facts: dict[str, Any] = {"applied": True, "mean_transfer": _rounded(mean_inside(transfer, state))}
+        if self.realign.correct:
+            inputs, learnt = self._without_anisotropy(state, inputs, transfer, mask, comm)
+            facts |= learnt
+        made = self._by_half(comm, lambda half: self._finished(state, half, inputs[half], transfer, mask))
+        facts["scale"] = {str(half): extremes(made[half][1], state) for half in HALVES}
+        if comm.rank == 0:
+            logger.info("iteration %d: references corrected%s", state.iteration, _in_words(facts))
+        return {half: made[half][0] for half in HALVES}, facts
+
+    def _by_half(self, comm: Any, make: Any) -> dict[int, Any]:
+        """half -> make(half), made on the half's root and given to all (collective)."""
+        size = comm.size
+        mine = {half: make(half) if comm.rank == root_of_half(half, size) else None for half in HALVES}
+        return {half: comm.bcast(mine[half], root_of_half(half, size)) for half in HALVES}
+
+    def _transfer(self, state: HalfMaps, mask: np.ndarray) -> np.ndarray:
+        """3DFSC of the half-maps as they are: nothing that both halves share has been put into them yet."""
+        shells = int(np.ceil(len(mask) * state.pixel_size_A / state.resolution_A)) + 1
+        found = fsc3d(
+            state.maps[1], state.maps[2], mask, cone_deg=self.correct.cone_deg, max_shell=min(shells, len(mask) // 2)
+        )  # fmt: skip
+        return np.clip(found, 0.0, 1.0)
+
+    def _prepared(self, state: HalfMaps, half: int, mask: np.ndarray) -> np.ndarray:
+        """What the network gets to see of a half."""
+        r, pixel = self.realign, state.pixel_size_A
+        volume = (state.maps if r.source == "maps" else state.references)[half]
+        if r.keep_lowres_A:
+            if state.initial is None:
+                raise InputError("this engine does not tell its first reference, so its low resolution cannot be kept")
+            volume = keep_low_resolution(volume, state.initial[half], pixel, r.keep_lowres_A, mask=mask)
+        if r.whitening:
+            volume = whiten(volume, pixel, r.whitening_from_A, state.resolution_A, mask=mask)
+        if r.fsc_weighting:
+            volume = fsc_weight(volume, state.fsc)
+        return volume
+
+    def _finished(
+        self, state: HalfMaps, half: int, volume: np.ndarray, transfer: np.ndarray, mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The next reference and the factors of its shells."""
+        r = self.realign
+        if r.lowpass:
+            volume = lowpass_at(volume, state.pixel_size_A, state.resolution_A)
+        return match_scale(volume, state.references[half], transfer, mask=mask, by_shell=r.match_scale)
+
+    def _without_anisotropy(
+        self, state: HalfMaps, inputs: dict[int, np.ndarray], transfer: np.ndarray, mask: np.ndarray, comm: Any
+    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+        from cryoiso.methods.anisotropy.correct import correct_halves
+        from cryoiso.methods.anisotropy.settings import resolve
+
+        settings = resolve(self.correct, comm.device(), None)
+        epochs = self.realign.epochs or EPOCHS[settings.preset]
+        known = on_root(comm, networks.before, state.folder, state.iteration, self.realign.retrain == "never")
+        if known and self.realign.retrain == "never":
+            epochs = 0
+        settings = resolve(self.correct, comm.device(), epochs)
+        warm = known if known and self.realign.retrain != "afresh" else None
+        work = state.folder / f"correction-{state.iteration:03d}"
+        resume = on_root(comm, _open, work, fingerprint(inputs, transfer, mask, settings, warm))
+        found = correct_halves(
+            {half: DensityMap(inputs[half], state.pixel_size_A) for half in HALVES}, transfer, mask, settings, comm,
+            work, seed=int(generator(self.seed, "misalignment", state.iteration).integers(2**31)), resume=resume,
+            warm=warm, resolution_A=state.resolution_A,
+        )  # fmt: skip
+        names = on_root(comm, networks.keep, state.folder, state.iteration, found.network)
+        on_root(comm, shutil.rmtree, work, ignore_errors=True)
+        return found.maps, {"networks": names, "warm": bool(warm), "loss": losses(found.history)}
+
+
+def support(state: HalfMaps) -> np.ndarray:
+    """Where the particle is: the engine's mask, else a soft one around the mean of both references."""
+    from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
+
+    if state.mask is not None:
+        return state.mask
+    mean = (state.references[1] + state.references[2]) / 2
+    try:
+        lowpass_A = max(15.0, 1.5 * state.resolution_A)
+        return np.asarray(soft_mask_from_map(mean, state.pixel_size_A, lowpass_A, extend_A=4.5), np.float32)
+    except InputError:
+        return np.asarray(sphere_mask(len(mean), 0.4 * len(mean), 0.08 * len(mean)), np.float32)
+
+
+def mean_inside(transfer: np.ndarray, state: HalfMaps) -> float:
+    """Mean of a centred filter over all coefficients up to the resolution: 1 if every direction was measured."""
+    axis2 = (np.arange(len(transfer)) - len(transfer) // 2.0) ** 2
+    r2 = axis2[:, None, None] + axis2[:, None] + axis2
+    inside = (r2 > 0) & (r2 <= (len(transfer) * state.pixel_size_A / state.resolution_A) ** 2)
+    return float(transfer[inside].mean()) if inside.any() else 1.0
+
+
+def extremes(factor: np.ndarray, state: HalfMaps) -> list[float]:
+    """Smallest and largest factor of the shells up to the resolution."""
+    last = max(1, int(len(state.maps[1]) * state.pixel_size_A / state.resolution_A))
+    return [_rounded(float(x)) for x in (factor[1 : last + 1].min(), factor[1 : last + 1].max())]
+
+
+def fingerprint(inputs: dict[int, np.ndarray], transfer: np.ndarray, mask: np.ndarray, settings: Any, warm: Any) -> str:
+    """A hash of everything that a training depends on, so that an interrupted one goes on only with the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (*inputs.values(), transfer, mask):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    digest.update(f"{settings} {sorted((warm or {}).items())}".encode())
+    return digest.hexdigest()
+
+
+def _open(work: Path, print_: str) -> bool:
+    """Makes the folder of a training; True if an interrupted one of the same inputs lies in it."""
+    note = work / "inputs.txt"
+    if note.exists() and note.read_text(encoding="utf-8").strip() == print_:
+        return True
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_text(note, print_ + "\n")
+    return False
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def losses(history: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """Network -> first and last loss that its training wrote down."""
+    told = {name: [r["loss"] for r in records if r.get("loss") is not None] for name, records in history.items()}
+    return {name: [_rounded(values[0]), _rounded(values[-1])] for name, values in told.items() if values}
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    trained = "".join(f", loss {first:.4g} to {last:.4g}" for first, last in facts.get("loss", {}).values())
+    return f" (measured directions {100 * facts['mean_transfer']:.0f} %{trained})"

@@ -1,0 +1,262 @@
+"""CPU kernels (numba) of correlations by direction: sums of the coefficients of a shell over double cones.
+
+A coefficient k and its Friedel mate -k carry one number, so a direction and its opposite are one and are turned to
+z >= 0. The half sphere is cut into cells about the nodes (i, j) at tilt i * 90 / (rings - 1) and azimuth j * 360 /
+columns degrees; a node is the middle of its cell. Coefficients at Nyquist's frequency are left out.
+"""
+
+from __future__ import annotations
+
+from math import acos, atan2, exp, pi, sqrt
+
+import numpy as np
+from numba import njit, prange
+
+from cryoiso.physics._kernels import EXACT
+
+
+@njit(parallel=True, **EXACT)
+def double_cone_ratios(points, values, centres, cosine, out):
+    """Correlation of the points within the double cone about each centre, one shell at a time.
+
+    points (n, 3) and centres (m, 3) float64 unit vectors; values (3, n) float64: Re(A conj B), |A|^2, |B|^2;
+    out (m,) float64.
+    """
+    x, y, z = points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy()
+    cross, one, two = values[0], values[1], values[2]
+    for i in prange(len(centres)):
+        u, v, w = centres[i, 0], centres[i, 1], centres[i, 2]
+        a = b = c = 0.0
+        for j in range(len(x)):
+            if abs(u * x[j] + v * y[j] + w * z[j]) >= cosine:
+                a += cross[j]
+                b += one[j]
+                c += two[j]
+        power = sqrt(b * c)
+        out[i] = a / power if power > 0 else 0.0
+
+
+@njit(inline="always")
+def _on_sphere(kz, ky, kx, radius):
+    """Tilt (0 .. pi/2) and azimuth (0 .. 2 pi) of the direction, turned to z >= 0."""
+    if kz < 0:
+        kz, ky, kx = -kz, -ky, -kx
+    azimuth = atan2(np.float64(ky), np.float64(kx))
+    return acos(kz / radius), azimuth + 2 * pi if azimuth < 0 else azimuth
+
+
+@njit(**EXACT)
+def bin_directions(fa, fb, first, last, cells):
+    """Adds Re(A conj B), |A|^2 and |B|^2 of the shells first..last to the cells of their directions.
+
+    fa, fb (D, D, D//2+1) complex: half of a transform, which stands for both halves; cells (last-first+1, rings,
+    columns, 3) float32.
+    """
+    box = fa.shape[0]
+    half = box // 2
+    rings, columns = cells.shape[1], cells.shape[2]
+    per_tilt, per_azimuth = (rings - 1) / (pi / 2), columns / (2 * pi)
+    low, high = (first - 0.5) ** 2, (last + 0.5) ** 2
+    for iz in range(box):
+        kz = iz if iz < box - half else iz - box
+        for iy in range(box):
+            ky = iy if iy < box - half else iy - box
+            across = kz * kz + ky * ky
+            if across >= high:
+                continue
+            for kx in range((box + 1) // 2):
+                k2 = across + kx * kx
+                if k2 < low or k2 >= high or 2 * max(abs(kz), abs(ky)) == box:
+                    continue
+                radius = sqrt(np.float64(k2))
+                tilt, azimuth = _on_sphere(kz, ky, kx, radius)
+                ring, column = int(tilt * per_tilt + 0.5), int(azimuth * per_azimuth + 0.5)
+                if column >= columns:
+                    column -= columns
+                weight = np.float32(1.0 if kx == 0 else 2.0)
+                a, b = fa[iz, iy, kx], fb[iz, iy, kx]
+                cell = cells[int(radius + 0.5) - first, ring, column]
+                cell[0] += weight * (a.real * b.real + a.imag * b.imag)
+                cell[1] += weight * (a.real * a.real + a.imag * a.imag)
+                cell[2] += weight * (b.real * b.real + b.imag * b.imag)
+
+
+@njit(parallel=True, **EXACT)
+def paint_shells(nodes, first, out):
+    """Writes every voxel of the shells first..first+len(nodes)-1, bilinear between the nodes of its shell.
+
+    nodes (shells, rings, columns) float32; out (D, D, D) float32, origin at D//2.
+    """
+    shells, rings, columns = nodes.shape
+    box = out.shape[0]
+    centre = box // 2
+    per_tilt, per_azimuth = (rings - 1) / (pi / 2), columns / (2 * pi)
+    low, high = (first - 0.5) ** 2, (first + shells - 0.5) ** 2
+    for plane in prange(centre + 1):
+        kz = np.int64(plane)  # prange counts without a sign
+        for ky in range(-centre, centre + 1):
+            for kx in range(-centre, centre + 1):
+                k2 = kz * kz + ky * ky + kx * kx
+                if k2 < low or k2 >= high or (kz == 0 and (ky < 0 or (ky == 0 and kx < 0))):
+                    continue
+                radius = sqrt(np.float64(k2))
+                tilt, azimuth = _on_sphere(kz, ky, kx, radius)
+                s, t = tilt * per_tilt, azimuth * per_azimuth
+                i, j = min(int(s), rings - 2), int(t)
+                u, v = s - i, t - j
+                j = j % columns
+                after = j + 1 if j + 1 < columns else 0
+                shell = nodes[int(radius + 0.5) - first]
+                here = (1 - v) * shell[i, j] + v * shell[i, after]
+                below = (1 - v) * shell[i + 1, j] + v * shell[i + 1, after]
+                value = np.float32((1 - u) * here + u * below)
+                if kz < box - centre and ky < box - centre and kx < box - centre:
+                    out[centre + kz, centre + ky, centre + kx] = value
+                if max(-kz, -ky, -kx) < box - centre:
+                    out[centre - kz, centre - ky, centre - kx] = value
+
+
+@njit(parallel=True, **EXACT)
+def sums_about_axes(fa, fb, axes, cosine, falloff, threads, sums):
+    """Sums over the double cone about each axis, shell by shell.
+
+    fa, fb (D, D, D//2+1) complex; axes (3, n) float64 as x, y, z; a coefficient at cosine c of the angle to the axis
+    weighs exp(-falloff ((c - 1) / (cosine - 1))^2); sums (threads, D//2+1, 3, n) float64, one part a thread.
+    """
+    box = fa.shape[0]
+    half = box // 2
+    n = axes.shape[1]
+    for part in prange(threads):
+        cosines = np.empty(n)
+        start, stop = box * np.int64(part) // threads, box * (np.int64(part) + 1) // threads
+        for iz in range(start, stop):
+            kz = iz if iz < box - half else iz - box
+            for iy in range(box):
+                ky = iy if iy < box - half else iy - box
+                for kx in range((box + 1) // 2):
+                    k2 = kz * kz + ky * ky + kx * kx
+                    if k2 == 0 or k2 >= (half + 0.5) ** 2 or 2 * max(abs(kz), abs(ky)) == box:
+                        continue
+                    radius = sqrt(np.float64(k2))
+                    x, y, z = kx / radius, ky / radius, kz / radius
+                    for j in range(n):
+                        cosines[j] = abs(x * axes[0, j] + y * axes[1, j] + z * axes[2, j])
+                    a, b = fa[iz, iy, kx], fb[iz, iy, kx]
+                    weight = 1.0 if kx == 0 else 2.0
+                    cross = weight * (a.real * b.real + a.imag * b.imag)
+                    one = weight * (a.real * a.real + a.imag * a.imag)
+                    two = weight * (b.real * b.real + b.imag * b.imag)
+                    shell = sums[part, int(radius + 0.5)]
+                    for j in range(n):
+                        if cosines[j] >= cosine:
+                            off = (cosines[j] - 1) / (cosine - 1)
+                            w = exp(-falloff * off * off) if falloff > 0 else 1.0
+                            shell[0, j] += w * cross
+                            shell[1, j] += w * one
+                            shell[2, j] += w * two
+
+
+@njit(parallel=True, **EXACT)
+def count_near_planes(points, views, limit, counts):
+    """How many views lie within ``limit`` (as a sine) of the plane perpendicular to each point.
+
+    points (n, 3), views (m, 3) float64 unit vectors; counts (n,) int64.
+    """
+    x, y, z = views[:, 0].copy(), views[:, 1].copy(), views[:, 2].copy()
+    for i in prange(len(points)):
+        u, v, w = points[i, 0], points[i, 1], points[i, 2]
+        near = 0
+        for j in range(len(x)):
+            near += abs(u * x[j] + v * y[j] + w * z[j]) < limit
+        counts[i] = near
+
+
+@njit(**EXACT)
+def connected_to_centre(values, threshold, known_radius, out):
+    """Marks the voxels from which a way to the centre leads through values that reach a threshold.
+
+    The way goes one step nearer along every axis at once, as long as there is a step to go. Voxels nearer than
+    ``known_radius`` to the centre count as reaching it. values, out: (D, D, D), centre at D//2; out bool.
+    """
+    box = values.shape[0]
+    centre = box // 2
+    for a in range(centre + 1):
+        for b in range(centre + 1):
+            for c in range(centre + 1):
+                near = a * a + b * b + c * c < known_radius * known_radius or a + b + c == 0
+                for octant in range(8):
+                    z = centre + (a if octant & 1 else -a)
+                    y = centre + (b if octant & 2 else -b)
+                    x = centre + (c if octant & 4 else -c)
+                    if max(z, y, x) >= box:
+                        continue
+                    inner = (_nearer(z, centre), _nearer(y, centre), _nearer(x, centre))
+                    out[z, y, x] = near or (values[z, y, x] >= threshold and out[inner])
+
+
+@njit(inline="always")
+def _nearer(at, centre):
+    return at - 1 if at > centre else at + 1 if at < centre else at
+
+
+@njit(inline="always")
+def _triangle(p, q, r):
+    ux, uy, uz = q[0] - p[0], q[1] - p[1], q[2] - p[2]
+    vx, vy, vz = r[0] - p[0], r[1] - p[1], r[2] - p[2]
+    x, y, z = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
+    return 0.5 * sqrt(x * x + y * y + z * z)
+
+
+@njit(inline="always")
+def _cut(level, corner_a, value_a, corner_b, value_b):
+    """Where the level lies between two corners of a unit cell, which are numbered 4 z + 2 y + x."""
+    t = (level - value_a) / (value_b - value_a)
+    return (
+        (1 - t) * (corner_a >> 2) + t * (corner_b >> 2),
+        (1 - t) * ((corner_a >> 1) & 1) + t * ((corner_b >> 1) & 1),
+        (1 - t) * (corner_a & 1) + t * (corner_b & 1),
+    )
+
+
+# The six tetrahedra about the diagonal 0-7 of a cell.
+_TETRAHEDRA = np.array([[0, 1, 3, 7], [0, 1, 5, 7], [0, 2, 3, 7], [0, 2, 6, 7], [0, 4, 5, 7], [0, 4, 6, 7]])
+
+
+@njit(**EXACT)
+def surface_area(values, level):
+    """Area of the surface where a field, linear within each of the six tetrahedra of a cell, has this level."""
+    area = 0.0
+    corner = np.empty(8)
+    above, under = np.empty(4, np.int64), np.empty(4, np.int64)
+    for z in range(values.shape[0] - 1):
+        for y in range(values.shape[1] - 1):
+            for x in range(values.shape[2] - 1):
+                n = 0
+                for i in range(8):
+                    corner[i] = values[z + (i >> 2), y + ((i >> 1) & 1), x + (i & 1)]
+                    n += corner[i] >= level
+                if n == 0 or n == 8:
+                    continue
+                for tetrahedron in _TETRAHEDRA:
+                    a = u = 0
+                    for i in tetrahedron:
+                        if corner[i] >= level:
+                            above[a] = i
+                            a += 1
+                        else:
+                            under[u] = i
+                            u += 1
+                    if a == 0 or u == 0:
+                        continue
+                    if a == 2:
+                        i, j, k, m = above[0], above[1], under[0], under[1]
+                        p, q = _cut(level, i, corner[i], k, corner[k]), _cut(level, i, corner[i], m, corner[m])
+                        r, s = _cut(level, j, corner[j], m, corner[m]), _cut(level, j, corner[j], k, corner[k])
+                        area += _triangle(p, q, r) + _triangle(p, r, s)
+                    else:
+                        tip, rest = (above[0], under) if a == 1 else (under[0], above)
+                        p = _cut(level, tip, corner[tip], rest[0], corner[rest[0]])
+                        q = _cut(level, tip, corner[tip], rest[1], corner[rest[1]])
+                        r = _cut(level, tip, corner[tip], rest[2], corner[rest[2]])
+                        area += _triangle(p, q, r)
+    return area

@@ -1,0 +1,205 @@
+"""Half-map agreement by direction: conical FSC and cFAR, Fourier shell occupancy with Bingham's test, 3DFSC sphericity.
+
+Everything is made of sums over double cones (k and -k are one coefficient), taken over the coefficients themselves.
+Definitions and what the numbers can and cannot say: docs/diagnose.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cryoiso.metrics.fsc import check_pair, resolution_at, transform
+from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.sampling import fibonacci_half_sphere
+
+CFAR_AXES = 256
+CFAR_CONE_DEG = 20.0
+FSO_AXES = 321
+FSO_CONE_DEG = 17.0
+_PARTS = 8
+"""Slabs whose sums are taken apart and then added: a fixed number, so that threads do not change the last bits."""
+
+
+def cone_curves(
+    fa: np.ndarray, fb: np.ndarray, box_px: int, axes: np.ndarray, cone_deg: float, *, falloff: float = 0.0
+) -> np.ndarray:
+    """FSC within the double cone about each axis.
+
+    Args:
+        fa, fb: (D, D, D//2+1) from `cryoiso.metrics.fsc.transform`.
+        axes: (n, 3) unit vectors (x, y, z).
+        cone_deg: half angle. falloff: a coefficient at angle t from the axis weighs
+            exp(-falloff ((cos t - 1) / (cos cone - 1))^2).
+
+    Returns:
+        (n, D//2+1) float64; 1 at shell 0, NaN where a cone has no coefficient (or no power).
+    """
+    from cryoiso.metrics._directional_kernels import sums_about_axes
+
+    sums = np.zeros((_PARTS, box_px // 2 + 1, 3, len(axes)))
+    cosine = float(np.cos(np.radians(cone_deg)) - 1e-12)
+    sums_about_axes(fa, fb, np.ascontiguousarray(axes.T, np.float64), cosine, float(falloff), _PARTS, sums)
+    cross, one, two = np.moveaxis(sums.sum(0), 1, 0)
+    power = np.sqrt(one * two)
+    curves = np.divide(cross, power, out=np.full_like(cross, np.nan), where=power > 0)
+    curves[0] = 1.0
+    return curves.T
+
+
+@dataclass(frozen=True)
+class ConicalFSC:
+    """FSC curves in cones about evenly spread axes."""
+
+    axes: np.ndarray
+    """(n, 3)."""
+    curves: np.ndarray
+    """(n, D//2+1), NaN where a cone is empty."""
+    box_px: int
+    pixel_size_A: float
+
+    @property
+    def areas(self) -> np.ndarray:
+        """(n,) sum of cFSC times shell^2 over the shells 1.. before the first at which it is 0.143 or less.
+
+        Empty cones of the first shells are passed over.
+        """
+        shells = np.arange(self.curves.shape[1])
+        below = self.curves <= 0.143  # False for NaN
+        below[:, 0] = False
+        before = np.cumsum(below, axis=1) == 0
+        return np.where(before & (shells > 0), np.nan_to_num(self.curves) * shells**2, 0.0).sum(1)
+
+    @property
+    def cfar(self) -> float:
+        """cFAR by the open definition: least over largest area; 1 = isotropic; NaN if no cone has any."""
+        areas = self.areas
+        return float(areas.min() / areas.max()) if areas.max() > 0 else float("nan")
+
+    def resolutions_A(self, threshold: float = 0.143) -> np.ndarray:
+        """(n,) resolution in each direction, where its curve first drops below a threshold."""
+        full = np.where(np.isnan(self.curves), 1.0, self.curves)  # empty: nothing said
+        return np.array([resolution_at(c, threshold, self.box_px, self.pixel_size_A) for c in full])
+
+
+def conical_fsc(
+    fa: np.ndarray,
+    fb: np.ndarray,
+    box_px: int,
+    pixel_size_A: float,
+    *,
+    axes: int = CFAR_AXES,
+    cone_deg: float = CFAR_CONE_DEG,
+) -> ConicalFSC:
+    """Conical FSC of two half-complex transforms about Fibonacci axes of the half sphere."""
+    directions = fibonacci_half_sphere(axes)
+    return ConicalFSC(directions, cone_curves(fa, fb, box_px, directions, cone_deg), box_px, pixel_size_A)
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """Fourier shell occupancy (Vilas et al. 2020/2023) and Bingham's test of each shell."""
+
+    occupancy: np.ndarray
+    """(D//2+1,) fraction of the directions whose FSC reaches the threshold."""
+    bingham_p: np.ndarray
+    """(D//2+1,) probability of directions as unevenly spread as those, if they were drawn evenly; NaN if none.
+
+    Neighbouring cones share coefficients, so it describes, it does not prove.
+    """
+
+    def resolution_A(self, level: float, box_px: int, pixel_size_A: float) -> float | None:
+        """Resolution at which the occupancy first drops below a level; None if it never does."""
+        if not np.any(self.occupancy[1:] < level):
+            return None
+        return resolution_at(self.occupancy, level, box_px, pixel_size_A)
+
+
+def fourier_shell_occupancy(
+    fa: np.ndarray, fb: np.ndarray, box_px: int, *, threshold: float = 0.143, cone_deg: float = FSO_CONE_DEG
+) -> Occupancy:
+    """FSO: of 321 directions, the fraction whose FSC (cone of 17 degrees, weight falling to exp(-4)) is 0.143 or more.
+
+    Directions whose cone has no coefficient in a shell do not count there. Bingham's statistic of the directions x
+    that do reach the threshold is p (p + 2) / 2 * 2n * (tr(T T) - 1/p) with p = 3 and T = sum x x' / n (directions
+    and their opposites are 2n points), chi-square distributed with 5 degrees of freedom if they are spread evenly.
+    """
+    from scipy.stats import chi2
+
+    axes = fibonacci_half_sphere(FSO_AXES)
+    curves = cone_curves(fa, fb, box_px, axes, cone_deg, falloff=4.0)
+    reach = curves >= threshold
+    known = ~np.isnan(curves)
+    occupancy = np.divide(reach.sum(0), known.sum(0), out=np.ones(curves.shape[1]), where=known.any(0))
+    n = reach.sum(0)
+    tensor = np.einsum("as,ai,aj->sij", reach, axes, axes) / np.maximum(n, 1)[:, None, None]
+    statistic = 15 * n * (np.einsum("sij,sji->s", tensor, tensor) - 1 / 3)
+    return Occupancy(occupancy, np.where(n > 0, chi2.sf(statistic, 5), np.nan))
+
+
+def phase_cosine(
+    half1: np.ndarray,
+    half2: np.ndarray,
+    mask: np.ndarray | None = None,
+    *,
+    cone_deg: float = 10.0,
+    max_shell: int | None = None,
+) -> np.ndarray:
+    """Mean cosine of the phase difference within a cone: what spIsoNet computes under the name 3DFSC.
+
+    It is no Fourier shell correlation: weak coefficients count as much as strong ones, so its values are lower than
+    those of `cryoiso.metrics.fsc3d.fsc3d` where both maps agree. Use it only to compare with that program.
+
+    Returns:
+        (D, D, D) float32 as `cryoiso.metrics.fsc3d.fsc3d`.
+    """
+    box_px = check_pair(half1, half2, mask)
+    fa, fb = (_unit(transform(half, mask)) for half in (half1, half2))
+    return fsc3d_of_transforms(fa, fb, box_px, cone_deg=cone_deg, max_shell=max_shell)
+
+
+def _unit(spectrum: np.ndarray) -> np.ndarray:
+    """Every coefficient divided by its size; zeros stay."""
+    size = np.abs(spectrum)
+    return np.divide(spectrum, size, out=np.zeros_like(spectrum), where=size > 0)
+
+
+def resolved_region(volume: np.ndarray, pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0):
+    """Where a 3DFSC reaches a threshold on the whole way from the origin; what is coarser than ``highpass_A`` counts.
+
+    Returns:
+        (D, D, D) bool.
+    """
+    from cryoiso.metrics._directional_kernels import connected_to_centre
+
+    box_px = check_pair(volume, volume)
+    region = np.zeros(np.shape(volume), bool)
+    known = float(box_px * pixel_size_A / highpass_A)
+    connected_to_centre(np.ascontiguousarray(volume, np.float32), threshold, known, region)
+    return region
+
+
+def sphericity(region: np.ndarray) -> float:
+    """Sphericity pi^(1/3) (6 V)^(2/3) / A of a region of voxels smoothed by a Gaussian of one voxel (Tan et al. 2017).
+
+    A is the area of the surface at one half, V the number of voxels within; 1 for a sphere. Like the published number
+    it depends on the size of the region in voxels, hence on box and resolution: below some 10 voxels of radius take it
+    with care.
+
+    Returns:
+        NaN if nothing is inside.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    from cryoiso.metrics._directional_kernels import surface_area
+
+    where = np.argwhere(region)
+    if len(where) == 0:
+        return float("nan")
+    low, high = where.min(0), where.max(0) + 1
+    inside = region[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    smooth = gaussian_filter(np.pad(inside.astype(np.float64), 6), 1.0)
+    volume = float((smooth >= 0.5).sum())
+    area = surface_area(smooth, 0.5)
+    return float(np.pi ** (1 / 3) * (6 * volume) ** (2 / 3) / area) if area > 0 else float("nan")
