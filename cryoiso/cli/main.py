@@ -17,7 +17,7 @@ import typer
 
 from cryoiso.cli.common import Voice, as_command
 from cryoiso.core.errors import EXIT_OTHER
-from cryoiso.parallel.launcher import limit_threads_early, speaks
+from cryoiso.parallel.launcher import OVERRIDE, limit_threads_early, speaks
 
 # name, module, function, works on all ranks together (the others run on rank 0 alone)
 COMMANDS = (
@@ -37,6 +37,10 @@ COMMANDS = (
 )
 
 GROUPS = {
+    "hook": (
+        "Programs that other programs call.",
+        (("relion", "hook_cmd", "relion", False),),
+    ),
     "auxiliary": (
         "Train a generator of particle images; make auxiliary particles with it.",
         (("train", "auxiliary_cmd", "train", True), ("generate", "auxiliary_cmd", "generate", True)),
@@ -101,6 +105,8 @@ def _save_overheads() -> None:
 
 def main() -> None:
     """Runs the command line of this process; exit codes as in ``core.errors``."""
+    if sys.argv[1:2] == ["hook"]:
+        os.environ[OVERRIDE] = "0"  # a rank of another program started it: that program's launcher is not ours
     limit_threads_early()
     _save_overheads()
     Voice.muted = not speaks()

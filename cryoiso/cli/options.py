@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
-from cryoiso.core.config import Job, parse_job
+from cryoiso.core.config import Job, RelionSection, parse_job
+from cryoiso.core.errors import UsageError
 
 UNITS = {"_A": " In Å.", "_deg": " In degrees.", "_mib": " In MiB."}
 
@@ -31,6 +32,28 @@ def job_of(**sections: dict[str, Any]) -> Job:
     """
     data = {name: {k: v for k, v in keys.items() if v is not None} for name, keys in sections.items()}
     return parse_job(data, "options")
+
+
+RelionKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--relion", metavar="KEY=VALUE",
+        help=f"For --engine relion: a key of the job file's [relion] ({', '.join(RelionSection.model_fields)}), for "
+        "example --relion ranks=5 --relion 'extra=--gpu 0'. May be given several times.",
+    ),
+]  # fmt: skip
+
+
+def keys_of(given: list[str] | None, name: str) -> dict[str, Any]:
+    """Keys and values of an option KEY=VALUE that may be given several times.
+
+    Raises:
+        UsageError: an entry without "=".
+    """
+    for entry in given or []:
+        if "=" not in entry:
+            raise UsageError(f"{name}: KEY=VALUE is expected (found '{entry}')")
+    return {key.strip(): value.strip() for key, _, value in (entry.partition("=") for entry in given or [])}
 
 
 def _sentence(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cryoiso.cli.options import default, job_of, option
+from cryoiso.cli.options import RelionKeys, default, job_of, keys_of, option
 from cryoiso.core.config import CorrectSection as C
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import RealignSection as L
@@ -63,6 +63,7 @@ def realign(
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
     engine: Annotated[str, option(E, "engine")] = default(E, "engine"),
+    relion: RelionKeys = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted refinement in --out.")] = False,
 ) -> None:
     """Refine poses with gold-standard halves and isotropic references.
@@ -96,6 +97,7 @@ def realign(
             "preset": preset, "sub_maps": sub_maps, "cube_px": cube, "learning_rate": learning_rate,
             "rotations": rotations, "cone_deg": cone, "keep_measured": keep_measured,
         },
+        relion=keys_of(relion, "--relion"),
         run={"workflow": "realign", "seed": seed, "device": device},
     )  # fmt: skip
     realign_files(job, out, comm, auxiliary=auxiliary, resume=go_on)

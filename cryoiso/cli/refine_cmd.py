@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cryoiso.cli.options import default, job_of, option
+from cryoiso.cli.options import RelionKeys, default, job_of, keys_of, option
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReferenceSection as R
 from cryoiso.core.config import RefineSection as E
@@ -40,6 +40,7 @@ def refine(
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
     engine: Annotated[str, option(E, "engine")] = default(E, "engine"),
+    relion: RelionKeys = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted refinement in --out.")] = False,
 ) -> None:
     """Refine poses with gold-standard halves.
@@ -62,6 +63,7 @@ def refine(
             "shift_range_A": shift_range, "shift_step_A": shift_step, "finest_step_deg": finest_step,
             "join_halves_A": join_halves, "solvent_mask": solvent_mask, "max_resolution_A": max_resolution,
         },
+        relion=keys_of(relion, "--relion"),
         run={"seed": seed, "device": device},
     )  # fmt: skip
     refine_files(job, out, comm, resume=go_on)

@@ -172,7 +172,10 @@ class RealignSection(_Section):
         "warm", description="at every iteration: train on from the last network, begin a new one, or use the first one"
     )
     epochs: int | None = Field(None, ge=1, description="passes over the sub-maps each time (default: paper 5, small 3)")
-    lowpass: bool = Field(True, description="low-pass the corrected references at the resolution")
+    lowpass: bool = Field(
+        True, description="low-pass the corrected references at the resolution; false: beyond it stays what the engine "
+        "made"
+    )
     match_scale: bool = Field(
         True, description="bring every shell of the corrected reference to the grey scale of the measured directions"
     )

@@ -77,6 +77,12 @@ class ConicalFSC:
         areas = self.areas
         return float(areas.min() / areas.max()) if areas.max() > 0 else float("nan")
 
+    @property
+    def evenness(self) -> float:
+        """5th over 95th percentile of the areas: as cFAR, but without the two extreme axes, which noise decides."""
+        low, high = np.percentile(self.areas, (5, 95))
+        return float(low / high) if high > 0 else float("nan")
+
     def resolutions_A(self, threshold: float = 0.143) -> np.ndarray:
         """(n,) resolution in each direction, where its curve first drops below a threshold."""
         full = np.where(np.isnan(self.curves), 1.0, self.curves)  # empty: nothing said

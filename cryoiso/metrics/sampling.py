@@ -78,7 +78,7 @@ def fourier_sampling(
     """
     from cryoiso.metrics._directional_kernels import count_near_planes
 
-    views, mates = _views(rotation, symmetry, seed)
+    views, mates = symmetric_views(rotation, symmetry, seed)
     points = fibonacci_half_sphere(min(int(2 * np.pi * radius_px**2), most_points), 0.0)
     counts = np.empty(len(points), np.int64)
     count_near_planes(points, mates, 0.5 / radius_px, counts)
@@ -101,7 +101,7 @@ def view_efficiency(rotation: np.ndarray, symmetry: str | np.ndarray = "C1", *, 
     units of the spot's width, and R(u) is where it falls to one half. The form of the number follows cryoEF
     (Naydenova & Russo 2017, doi 10.1038/s41467-017-00782-3); its values need not be the same.
     """
-    _, mates = _views(rotation, symmetry, seed)
+    _, mates = symmetric_views(rotation, symmetry, seed)
     if len(mates) > MOST_VIEWS:
         mates = mates[generator(seed, "views for the efficiency").permutation(len(mates))[:MOST_VIEWS]]
     axes = fibonacci_half_sphere(400)
@@ -122,7 +122,7 @@ def _sine_bins(axes: np.ndarray, views: np.ndarray, bins: int) -> np.ndarray:
     return np.clip((squares * bins).astype(np.intp), 0, bins - 1)
 
 
-def _views(rotation: np.ndarray, symmetry: str | np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def symmetric_views(rotation: np.ndarray, symmetry: str | np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `MOST_VIEWS` views (n, 3) of the poses, and with their symmetry mates (n g, 3)."""
     rotation = np.asarray(rotation, np.float64)
     if rotation.ndim != 3 or rotation.shape[1:] != (3, 3) or len(rotation) == 0:

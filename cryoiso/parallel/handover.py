@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,7 +42,7 @@ class Address:
 
     host: str
     local: str
-    """path of the local socket; empty: none"""
+    """name of the local socket, in Linux' abstract namespace: it leaves nothing behind, whatever happens"""
     port: int
     numbers: tuple[str, ...]
     """IPv4 addresses of the host, the likeliest first"""
@@ -201,14 +200,14 @@ class Desk:
         self._drop = file.with_name(file.name + ".drop")
         shutil.rmtree(self._drop, ignore_errors=True)
         self._drop.mkdir(mode=0o700)
-        self._room = tempfile.mkdtemp(prefix="cryoiso-")
-        local = os.path.join(self._room, "desk")
-        self._doors = [self._listen(socket.AF_UNIX, local)]
+        local = f"cryoiso-{secrets.token_hex(8)}"
+        self._doors = [self._listen(socket.AF_UNIX, f"\0{local}")]
         port = 0
         if numbers:
             self._doors.append(self._listen(socket.AF_INET, ("", 0)))
             port = int(self._doors[-1].getsockname()[1])
         self._callers: list[_Connection] = []
+        self._waiting: list[_Connection] = []
         self._seen: set[str] = set()
         self._host = socket.gethostname()
         address = Address(self._host, local, port, tuple(numbers), self._secret.hex(), str(self._drop.absolute()))
@@ -236,6 +235,7 @@ class Desk:
             elif caller.known:
                 found.append(caller)
                 self._callers.remove(caller)
+                self._waiting.append(caller)
         return found + self._letters()
 
     def _letters(self) -> list[Call]:
@@ -252,10 +252,11 @@ class Desk:
         """Nobody waits any more: callers that were not answered fail."""
         with suppress(OSError):
             self._file.unlink()
-        for closed in [*self._callers, *self._doors]:
-            closed.close()
-        self._callers = []
-        shutil.rmtree(self._room, ignore_errors=True)
+        for caller in self._callers + self._waiting:
+            caller.close()
+        for door in self._doors:
+            door.close()
+        self._callers, self._waiting = [], []
         shutil.rmtree(self._drop, ignore_errors=True)
 
 
@@ -292,11 +293,11 @@ def ask(file: Path, task: dict[str, Any], *, limit_s: float | None = None, conne
 
 def _connect(address: Address, connect_s: float) -> socket.socket | None:
     """A connection to the desk, or None where there is no way."""
-    if address.local and address.host == socket.gethostname() and os.path.exists(address.local):
+    if address.host == socket.gethostname():
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(connect_s)
         with suppress(OSError):
-            connection.connect(address.local)
+            connection.connect(f"\0{address.local}")
             return connection
         connection.close()
     for number in address.numbers if address.port else ():

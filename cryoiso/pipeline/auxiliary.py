@@ -101,6 +101,7 @@ def request_for(work: Work, folder: Path, source: Any, references: dict[int, Den
         diameter_A=on_root(comm, work.diameter_A),
         mask=on_root(comm, work.mask),
         resume=work.resume,
+        program=job.relion,
         **options,
     )
 

@@ -7,6 +7,8 @@ Keys of `diagnose` (lists are curves; a number that could not be had is null, a 
     resolution_0143_unmasked_A
     views: cells_per_ring; estimated and true: n, entropy, top_fraction, peak_over_mean, empty_fraction, counts
     posterior: max_probability and entropy_nats, each: mean, edges, counts
+    directional and sampling: see `cryoiso.pipeline.diagnose_directional`
+    verdict: verdict, sentence, evidence, advice: see `cryoiso.methods.assess.verdict.Verdict.as_dict`
     pose_errors: see `cryoiso.metrics.pose_error.PoseErrors.summary`; histogram: edges_deg, all, top, side
     map_to_truth and true_poses: fsc, axial, equatorial, resolution_05_A, axial_A, equatorial_A, correlation,
     frame_rotation, frame_shift_A
@@ -20,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.types import Particles
+from cryoiso.methods.assess import verdict
 from cryoiso.metrics.fsc import fsc_corrected, resolution_at, shell_frequencies
 from cryoiso.metrics.mapmodel import Axis, best_slide, compare_maps, correlation, to_frame, truth_mask
 from cryoiso.metrics.orientation import view_distribution
 from cryoiso.metrics.pose_error import PoseErrors, pose_errors, symmetry_operations
+from cryoiso.pipeline.diagnose_directional import directional, sampling
 
 ERROR_EDGES_DEG = np.concatenate([[0.0], np.geomspace(0.25, 180, 39)])
 
@@ -55,6 +59,8 @@ def diagnose(
     result: dict[str, Any] = {"schema": 1, "box_px": box_px, "pixel_size_A": pixel_size_A, "symmetry": symmetry}
     notes: list[str] = []
     result.update(_half_map_curves(half1, half2, mask, pixel_size_A, seed))
+    rotation = None if particles is None or not len(particles) else particles.rotation
+    result["directional"], _ = directional(half1, half2, mask, pixel_size_A, rotation, symmetry, seed=seed)
     errors = None
     if particles is not None:
         half = particles.half if particles.half is not None else np.zeros(len(particles))
@@ -63,6 +69,7 @@ def diagnose(
         result["posterior"] = _posterior(particles)
         errors = _errors(particles, truth_particles, symmetry, notes) if truth_particles is not None else None
         result["views"] = _views(particles, errors, symmetry)
+        result["sampling"] = _sampling(rotation, errors, symmetry)
     if errors is not None:
         result["pose_errors"] = {**errors.summary(), "histogram": _error_histogram(errors)}
     if truth_map is not None:
@@ -72,6 +79,7 @@ def diagnose(
             result["true_poses"] = compare_maps(
                 truth_pose_map, truth_map, pixel_size_A, truth_mask(truth_map, pixel_size_A)
             )
+    result["verdict"] = verdict.judge(result).as_dict()
     return plain({**result, "notes": notes})
 
 
@@ -168,6 +176,11 @@ def _views(particles: Particles, errors: PoseErrors | None, symmetry: str) -> di
         result["cells_per_ring"] = views.grid.cells
         result[name] = {**views.summary(), "counts": views.counts}
     return result
+
+
+def _sampling(rotation: np.ndarray | None, errors: PoseErrors | None, symmetry: str) -> dict[str, Any]:
+    kinds = {"estimated": rotation, "true": None if errors is None else errors.true}
+    return {name: sampling(poses, symmetry) for name, poses in kinds.items() if poses is not None}
 
 
 def _against_truth(

@@ -142,6 +142,7 @@ def refine_request(work: Work) -> RefineRequest:
         lowpass_A=job.reference.lowpass_A,
         local_deg=job.refine.local_deg,
         correction=wire.correction(job) if job.run.workflow == "realign" else None,
+        program=job.relion,
         on_checkpoint=lambda record: work.note_checkpoint("refine", iteration=record.get("iteration")),
     )
 

@@ -20,13 +20,22 @@ def engine(name: str) -> Engine:
         from cryoiso.engines.native import NativeEngine
 
         return NativeEngine()
-    raise UsageError(f"unknown engine '{name}' (known: native)")
+    if name == "relion":
+        from cryoiso.engines.relion.engine import RelionEngine
+
+        return RelionEngine()
+    raise UsageError(f"unknown engine '{name}' (known: native, relion)")
 
 
 def correction(job: Job) -> ReferenceCorrection | None:
     """What corrects the references between the iterations of this job's workflow; None: nothing does."""
     if job.run.workflow not in ("realign", "both"):
         return None
+    return map_correction(job)
+
+
+def map_correction(job: Job) -> ReferenceCorrection:
+    """The correction as the job's [realign] and [correct] describe it, whatever its workflow."""
     from cryoiso.methods.misalignment.correction import MapCorrection
 
     return MapCorrection(job.realign, job.correct, job.run.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.report import auxiliary
+from cryoiso.report import anisotropy, auxiliary
 from cryoiso.report.files import read_journal, read_json, read_toml, stage_folder
 
 MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
@@ -101,7 +101,7 @@ def summary(data: dict[str, Any]) -> list[str]:
         sentences.append(
             f"The two half-maps{of}{symmetry} agree to {_at(resolution, d)} (FSC 0.143, corrected for the mask)."
         )
-    sentences += _truth_sentences(d) + auxiliary.sentences(data)
+    sentences += _truth_sentences(d) + anisotropy.sentences(d) + auxiliary.sentences(data)
     views = d.get("views", {}).get("estimated") or {}
     both = all(auxiliary.views_before_and_after(data))
     if views.get("top_fraction") is not None and not d.get("pose_errors") and not both:
@@ -179,6 +179,7 @@ def _rows(d: dict[str, Any]) -> list[tuple[str, str, Any, str, Any]]:
         ("Half-maps", "resolution, FSC 0.143, unmasked", d.get("resolution_0143_unmasked_A"), "Å", None),
         ("Half-maps", "resolution, FSC 0.5, corrected for the mask", d.get("resolution_05_A"), "Å", None),
     ]
+    rows += anisotropy.number_rows(d)
     for key, label, unit in (
         ("resolution_05_A", "resolution, FSC 0.5, all directions", "Å"),
         ("axial_A", "resolution along z (cone of 20°)", "Å"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.types import DensityMap
+from cryoiso.report import anisotropy
 from cryoiso.report.auxiliary import before, views_before_and_after
 
 FSC = (
@@ -95,6 +96,7 @@ def figures(
             TRUTH + BEFORE * bool(first.get("map_to_truth")),
             lambda: draw.truth_fsc(d),
         ),
+        *anisotropy.entries(d),
         _views(data, first),
         _errors(d, first),
         *_auxiliary(data, samples or {}),

@@ -13,7 +13,7 @@ from cryoiso.core.errors import MissingError, UsageError
 from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
 
 OUTPUT = "run"
-"""Root of the output names, in the folder where RELION runs."""
+"""Root of the output names, in the folder where RELION runs; it is given as ./run, without a folder RELION stops."""
 LARGEST_READ_AT_ONCE = 2**31
 """Bytes of images that RELION may keep in memory (--preread_images)."""
 SIGMAS = 3.0
@@ -51,7 +51,7 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
     An option that the user gives in ``section.extra`` takes the place of ours.
     """
     options: Options = {
-        "--o": OUTPUT,
+        "--o": f"./{OUTPUT}",
         "--i": search.particles,
         "--ref": search.reference,
         "--auto_refine": None,
@@ -77,16 +77,19 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
         options["--solvent_mask"] = search.mask
     if settings.max_resolution_A:
         options["--strict_highres_exp"] = _number(settings.max_resolution_A)
-    if skips_gridding(settings.padding, relion):
-        options["--skip_gridding"] = None
     options |= _angles(search, settings, section) | _shifts(search, settings, section)
     if relion.major < 4:
         options["--ctf_corrected_ref"] = None
-    return [*_words(options | _running(search, section), section.extra)]
+    return _words(options | _running(search, section), section.extra)
 
 
 def next_command(
-    optimiser: str, search: Search, section: RelionSection, last_iteration: int, *, finish: bool = False
+    optimiser: str,
+    search: Search,
+    section: RelionSection,
+    last_iteration: int,
+    *,
+    finish: bool = False,
 ) -> list[str]:
     """relion_refine's arguments for going on after an iteration.
 
@@ -95,19 +98,10 @@ def next_command(
         last_iteration: stop after it (--auto_iter_max).
         finish: do one last iteration with both halves joined, as at convergence.
     """
-    options: Options = {"--continue": optimiser, "--o": OUTPUT, "--auto_iter_max": str(last_iteration)}
+    options: Options = {"--continue": optimiser, "--o": f"./{OUTPUT}", "--auto_iter_max": str(last_iteration)}
     if finish:
         options["--force_converge"] = None
-    return [*_words(options | _running(search, section), section.extra)]
-
-
-def skips_gridding(padding: int, relion: Relion) -> bool:
-    """Whether data are divided by their weights instead of by weights from RELION's gridding iterations.
-
-    From version 4 on RELION does so by itself. Without padding those iterations do not converge: changes in the last
-    bit of the weights come back as another map.
-    """
-    return relion.major < 4 and padding < 2
+    return _words(options | _running(search, section), section.extra)
 
 
 def _running(search: Search, section: RelionSection) -> Options:

@@ -28,11 +28,12 @@ from cryoiso.io.mrc import read_raw_map
 
 GENERAL, SPECTRUM = "external_reconstruct_general", "external_reconstruct_tau2"
 PIPE_MENON_ITERATIONS = 10
-KERNEL_RADIUS, KERNEL_ALPHA = 1.9, 15.0
+KERNEL_RADIUS, KERNEL_ALPHA = 3.8, 15.0
+"""Points of the grid, whatever the padding."""
 KERNEL_STEPS = 10_000
 """RELION looks the kernel's transform up in a table of so many values between 0 and half a cycle a pixel."""
 UNKNOWN_PRIOR = 1e-3
-"""A shell without a tau^2 gets a thousandth of its weight as prior variance."""
+"""Without a tau^2 of its shell a point gets this share of its weight for one, as RELION does."""
 LEAST_WEIGHT = 1e-3
 """Direct division: no weight counts less than this share of the mean of its shell."""
 CORNER_EDGE_PX = 3.0
@@ -133,7 +134,7 @@ def read_arrays(task: Task, device: str = "cpu") -> FourierArrays:
 def _read_half(path: Path, task: Task, n: int) -> np.ndarray:
     """(n, n, n//2+1) float64: the file's half-complex array cut (or extended by zeros) to n points a side."""
     raw, _ = read_raw_map(path)
-    side = round(task.padding * task.box_px)
+    side = math.floor(task.padding * task.box_px + 0.5)
     if raw.shape != (side, side, side // 2 + 1):
         raise InputError("an array of another size", file=path, expected=(side, side, side // 2 + 1), found=raw.shape)
     half = min(n, side - 1 + side % 2) // 2
@@ -179,7 +180,8 @@ def _prior(task: Task, arrays: FourierArrays) -> Tensor:
     tau2 = torch.as_tensor(task.tau2, device=shell.device)[shell]
     known = tau2 > 0
     prior = 1.0 / (task.padding**3 * tau2.where(known, torch.ones_like(tau2)))
-    return prior.where(known, arrays.weight / UNKNOWN_PRIOR) * arrays.inside
+    unknown = torch.where(arrays.weight > 1e-20, 1.0 / (UNKNOWN_PRIOR * arrays.weight), torch.zeros_like(prior))
+    return prior.where(known, unknown) * arrays.inside
 
 
 def _inverse(task: Task, arrays: FourierArrays, weight: Tensor) -> Tensor:
@@ -216,19 +218,21 @@ def _kernel_transform(task: Task, n: int, device: torch.device) -> Tensor:
     from scipy.special import iv, jv
 
     frequency = np.arange(KERNEL_STEPS) * 0.5 / KERNEL_STEPS
-    argument = KERNEL_ALPHA**2 - (2 * np.pi * KERNEL_RADIUS * task.padding * frequency) ** 2
+    argument = KERNEL_ALPHA**2 - (2 * np.pi * KERNEL_RADIUS * frequency) ** 2
     root = np.maximum(np.sqrt(np.abs(argument)), 1e-9)
     values = np.where(argument > 0, iv(1.5, root), jv(1.5, root)) / root**1.5
     table = torch.as_tensor(np.append(values / values[0], 0.0), device=device)
     k = torch.arange(n, dtype=torch.float64, device=device)
     k = torch.where(k < n // 2, k, k - n).square()
     distance = (k[:, None, None] + k[None, :, None] + k[None, None, :]).sqrt_().div_(task.box_px * task.padding)
-    return table[(distance * (2 * KERNEL_STEPS)).long().clamp_(max=KERNEL_STEPS)]
+    return table[(distance / (0.5 / KERNEL_STEPS)).long().clamp_(max=KERNEL_STEPS)]  # rounded as RELION's division is
 
 
 def _to_real_space(task: Task, transform: Tensor, dimensions: int) -> Tensor:
     """(D, D, D): the transform on the padded grid, its middle cut out; RELION's normalisation of transforms."""
-    n, side, box = transform.shape[0], round(task.padding * task.box_px), task.box_px
+    n, box = transform.shape[0], task.box_px
+    side = math.floor(task.padding * box + 0.5)
+    side += side % 2  # an odd one would have its centre elsewhere
     k = torch.arange(-(n // 2), n // 2 + 1, device=transform.device)
     k = k[k.abs() <= (side - 1) // 2]
     zero = len(k) // 2
@@ -256,8 +260,7 @@ def _without_corners(volume: Tensor, task: Task) -> Tensor:
     return volume / torch.sinc(radius / (box * task.padding)).square()
 
 
-def uses_iterations(version: str, padding: float) -> bool:
-    """Whether a RELION of this version divides by iterated weights when it runs under this engine (see
-    ``command.skips_gridding``); version 3 where it is not known."""
+def uses_iterations(version: str) -> bool:
+    """Whether a RELION of this version divides by iterated weights; version 3 where it is not known."""
     match = re.match(r"\d+", version)
-    return (int(match[0]) if match else 3) < 4 and padding >= 2
+    return (int(match[0]) if match else 3) < 4

@@ -10,7 +10,7 @@ _PATTERNS = {
     "resolution_A": re.compile(r"Auto-refine: Resolution=\s*([\d.]+)"),
     "step_deg": re.compile(r"OrientationalSampling=\s*([\d.]+)"),
     "expectation": re.compile(r"Expectation iteration\s+(\d+)"),
-    "error": re.compile(r"\bERROR:?\s*(.*)"),
+    "error": re.compile(r"^\s*(?:ERROR:?\s*)+(.*)"),
 }
 _BAR = re.compile(r"([\d.]+)/\s*([\d.]+)\s*(sec|min|hrs)\s*[.~]")
 _UNIT_S = {"sec": 1.0, "min": 60.0, "hrs": 3600.0}
@@ -52,7 +52,7 @@ class Progress:
             self._see_bar(bar)
             return []
         if self._wants_error and line.strip():
-            self.error, self._wants_error = line.strip(), False
+            self.error, self._wants_error = re.sub(r"^ERROR:?\s*", "", line.strip()), False
         if "has converged, entering last iteration" in line:
             self.last = True
         if (match := re.search(r"Oversampling=\s*(\d+)", line)) is not None:

@@ -219,6 +219,10 @@ def _train(
     task: CorrectionTask, settings: Correction, group: TrainingGroup, folder: Path, resume: bool,
     stop: Callable[[], bool], seed: int, label: str,
 ) -> TrainOutcome:  # fmt: skip
+    if settings.steps == 0:  # the network that was given is applied as it is
+        task.start(0)
+        task.module.to(group.device)
+        return TrainOutcome([], 0, 0)
     on_gpu = group.device != "cpu"
     loop = LoopSettings(
         steps=settings.steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=seed,
@@ -262,7 +266,7 @@ def _joined(
         "resolution_A": resolution_A,
         "networks": {
             label: {"halves": list(next(c.halves for c in courses if c.label == label)), "steps": one.outcome.step,
-                    "attempts": one.outcome.attempts, "loss": one.outcome.history[-1]["loss"],
+                    "attempts": one.outcome.attempts, "loss": (one.outcome.history or [{}])[-1].get("loss"),
                     "grey_level": one.scale.level, "grey_spread": one.scale.spread}
             for label, one in done.items()
         },

@@ -40,8 +40,8 @@ class Correction:
 
     @property
     def steps(self) -> int:
-        """Optimisation steps of one training."""
-        return max(1, -(-self.epochs * self.sub_maps // self.batch))
+        """Optimisation steps of one training; 0 only where nothing is to be learnt (``epochs`` 0)."""
+        return -(-self.epochs * self.sub_maps // self.batch)
 
     def facts(self) -> dict[str, Any]:
         """Plain values for files."""

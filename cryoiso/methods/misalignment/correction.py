@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cryoiso.core.protocols import HalfMaps
 from cryoiso.core.rng import generator
 from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import write_text
+from cryoiso.methods.anisotropy.filter import band
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.steps import fsc_weight, keep_low_resolution, lowpass_at, match_scale, whiten
 from cryoiso.metrics.fsc3d import fsc3d
@@ -32,6 +34,8 @@ HALVES = (1, 2)
 EPOCHS = {"paper": 5, "small": 3}
 """Passes over the sub-maps in one iteration, by preset."""
 STEP_TOLERANCE = 1.01
+EDGE_SHELLS = 3.0
+"""Width of the low-pass filters' edge, here and in the anisotropy correction."""
 
 
 class MapCorrection:
@@ -67,7 +71,7 @@ class MapCorrection:
         inputs = self._by_half(comm, lambda half: self._prepared(state, half, mask))
         facts: dict[str, Any] = {"applied": True, "mean_transfer": _rounded(mean_inside(transfer, state))}
         if self.realign.correct:
-            inputs, learnt = self._without_anisotropy(state, inputs, transfer, mask, comm)
+            inputs, learnt = self._without_anisotropy(state, inputs, self._known(state, transfer), mask, comm)
             facts |= learnt
         made = self._by_half(comm, lambda half: self._finished(state, half, inputs[half], transfer, mask))
         facts["scale"] = {str(half): extremes(made[half][1], state) for half in HALVES}
@@ -83,11 +87,16 @@ class MapCorrection:
 
     def _transfer(self, state: HalfMaps, mask: np.ndarray) -> np.ndarray:
         """3DFSC of the half-maps as they are: nothing that both halves share has been put into them yet."""
-        shells = int(np.ceil(len(mask) * state.pixel_size_A / state.resolution_A)) + 1
+        shells = int(np.ceil(shell_of(state) + EDGE_SHELLS / 2))
         found = fsc3d(
             state.maps[1], state.maps[2], mask, cone_deg=self.correct.cone_deg, max_shell=min(shells, len(mask) // 2)
         )  # fmt: skip
         return np.clip(found, 0.0, 1.0)
+
+    def _known(self, state: HalfMaps, transfer: np.ndarray) -> np.ndarray:
+        """What the correction need not infer: the measured directions, and all of the low resolution that was kept."""
+        kept_A = self.realign.keep_lowres_A
+        return np.maximum(transfer, band(len(transfer), state.pixel_size_A, kept_A)) if kept_A else transfer
 
     def _prepared(self, state: HalfMaps, half: int, mask: np.ndarray) -> np.ndarray:
         """What the network gets to see of a half."""
@@ -107,10 +116,14 @@ class MapCorrection:
         self, state: HalfMaps, half: int, volume: np.ndarray, transfer: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The next reference and the factors of its shells."""
-        r = self.realign
-        if r.lowpass:
-            volume = lowpass_at(volume, state.pixel_size_A, state.resolution_A)
-        return match_scale(volume, state.references[half], transfer, mask=mask, by_shell=r.match_scale)
+        r, original, limit = self.realign, state.references[half], (state.pixel_size_A, state.resolution_A)
+        if not r.correct:  # a correction has the same limit already
+            volume = lowpass_at(volume, *limit)
+        last_shell = int(shell_of(state) - EDGE_SHELLS / 2)
+        volume, factor = match_scale(
+            volume, original, transfer, mask=mask, by_shell=r.match_scale, last_shell=last_shell
+        )  # fmt: skip
+        return (volume if r.lowpass else volume + original - lowpass_at(original, *limit)), factor
 
     def _without_anisotropy(
         self, state: HalfMaps, inputs: dict[int, np.ndarray], transfer: np.ndarray, mask: np.ndarray, comm: Any
@@ -118,13 +131,13 @@ class MapCorrection:
         from cryoiso.methods.anisotropy.correct import correct_halves
         from cryoiso.methods.anisotropy.settings import resolve
 
-        settings = resolve(self.correct, comm.device(), None)
-        epochs = self.realign.epochs or EPOCHS[settings.preset]
-        known = on_root(comm, networks.before, state.folder, state.iteration, self.realign.retrain == "never")
-        if known and self.realign.retrain == "never":
-            epochs = 0
-        settings = resolve(self.correct, comm.device(), epochs)
-        warm = known if known and self.realign.retrain != "afresh" else None
+        retrain = self.realign.retrain
+        settings = resolve(self.correct, comm.device())
+        settings = replace(settings, epochs=self.realign.epochs or EPOCHS[settings.preset])
+        known = on_root(comm, networks.before, state.folder, state.iteration, first=retrain == "never")
+        warm = None if retrain == "afresh" else known
+        if warm and retrain == "never":
+            settings = replace(settings, epochs=0)
         work = state.folder / f"correction-{state.iteration:03d}"
         resume = on_root(comm, _open, work, fingerprint(inputs, transfer, mask, settings, warm))
         found = correct_halves(
@@ -132,8 +145,10 @@ class MapCorrection:
             work, seed=int(generator(self.seed, "misalignment", state.iteration).integers(2**31)), resume=resume,
             warm=warm, resolution_A=state.resolution_A,
         )  # fmt: skip
-        names = on_root(comm, networks.keep, state.folder, state.iteration, found.network)
+        made = found.network if settings.epochs else {}
+        names = on_root(comm, networks.keep, state.folder, state.iteration, made)
         on_root(comm, shutil.rmtree, work, ignore_errors=True)
+        names = names or sorted(path.name for path in (warm or {}).values())
         return found.maps, {"networks": names, "warm": bool(warm), "loss": losses(found.history)}
 
 
@@ -155,13 +170,18 @@ def mean_inside(transfer: np.ndarray, state: HalfMaps) -> float:
     """Mean of a centred filter over all coefficients up to the resolution: 1 if every direction was measured."""
     axis2 = (np.arange(len(transfer)) - len(transfer) // 2.0) ** 2
     r2 = axis2[:, None, None] + axis2[:, None] + axis2
-    inside = (r2 > 0) & (r2 <= (len(transfer) * state.pixel_size_A / state.resolution_A) ** 2)
+    inside = (r2 > 0) & (r2 <= shell_of(state) ** 2)
     return float(transfer[inside].mean()) if inside.any() else 1.0
+
+
+def shell_of(state: HalfMaps) -> float:
+    """The resolution in Fourier pixels."""
+    return len(state.maps[1]) * state.pixel_size_A / state.resolution_A
 
 
 def extremes(factor: np.ndarray, state: HalfMaps) -> list[float]:
     """Smallest and largest factor of the shells up to the resolution."""
-    last = max(1, int(len(state.maps[1]) * state.pixel_size_A / state.resolution_A))
+    last = max(1, int(shell_of(state)))
     return [_rounded(float(x)) for x in (factor[1 : last + 1].min(), factor[1 : last + 1].max())]
 
 

@@ -45,7 +45,7 @@ def keep_low_resolution(
     resolution_A: float,
     *,
     mask: np.ndarray | None = None,
-    edge_shells: float = 4.0,
+    edge_shells: float = 3.0,
 ) -> np.ndarray:
     """The map with its low resolution taken from the initial reference.
 
@@ -130,6 +130,7 @@ def match_scale(
     *,
     mask: np.ndarray | None = None,
     by_shell: bool = True,
+    last_shell: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A corrected map on the grey scale of the one that it was made from, as an engine's likelihood needs it.
 
@@ -143,6 +144,7 @@ def match_scale(
         transfer: (D, D, D) centred filter A in [0, 1], 1 where a direction was measured; None: everywhere.
         mask: (D, D, D), multiplies both before the fit; the result is not masked.
         by_shell: False: one factor for all shells.
+        last_shell: finer ones get its factor, so that a filter's edge beyond it is not undone; None: the last of all.
 
     Returns:
         (D, D, D) float32; (D//2+1,) factors.
@@ -163,6 +165,8 @@ def match_scale(
         counts = friedel_weights(len(original))
         cross, power = (np.full(len(original) // 2 + 1, float((counts * term).sum())) for term in terms)
     factor = np.where(power > NOTHING**2 * power.max(), cross / np.maximum(power, 1e-300), 0.0).clip(min=0.0)
+    if last_shell is not None:
+        factor[last_shell + 1 :] = factor[min(max(last_shell, 1), len(factor) - 1)]
     return apply_radial(corrected, factor).astype(np.float32), factor
 
 

@@ -1,0 +1,195 @@
+"""The callback where no ranks wait: RELION was started by hand and calls ``cryoiso hook relion`` for each half.
+
+One process is enough to reconstruct its own half. The correction needs both, so the two processes meet through files
+beside RELION's: half 2 leaves its maps, half 1 corrects both and writes both results. Files of an earlier, broken-off
+job may lie there. So each process draws a token and goes on only when the other one has written that token back, which
+nobody can have done before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
+from cryoiso.engines.relion.external import Task, read_task, uses_iterations
+from cryoiso.engines.relion.files import HALVES, SUFFIX, read_model, read_optimiser, read_sampling
+from cryoiso.engines.relion.serve import Setting, corrected, half_maps, maps_of, write_result
+from cryoiso.io.atomic import atomic_write, write_text
+from cryoiso.io.mrc import read_map
+from cryoiso.parallel.context import Context
+
+T = TypeVar("T")
+LOOK_S = 0.2
+
+
+def reconstruct_alone(
+    star: Path, folder: Path, correction: ReferenceCorrection | None, *, limit_s: float = 12 * 3600.0
+) -> dict[str, Any]:
+    """Makes what RELION waits for in this process alone, or in this and that of the other half.
+
+    Args:
+        star: RELION's ``..._external_reconstruct.star``.
+        folder: where RELION runs.
+        correction: of the references; None: RELION's own reconstruction.
+        limit_s: how long to wait for the other half.
+
+    Returns:
+        what the correction says of itself, in the process that did it.
+
+    Raises:
+        InputError: not RELION's files.
+        CryoisoError: the other half's process did not come, or failed.
+    """
+    task = read_task(star, folder)
+    setting, step_deg = _surroundings(task, folder, correction)
+    ranks = Context()
+    if correction is None or task.name.half is None:
+        write_result(task, maps_of(task, setting, ranks, ("references",))["references"], setting)
+        return {"applied": False}
+    setting.folder.mkdir(exist_ok=True)
+    own = maps_of(task, setting, ranks, ("maps", "references"))
+    meeting = _Meeting(task, limit_s)
+    try:
+        if task.name.half == 2:
+            return _leave_to_first(meeting, own)
+        return _correct_both(meeting, own, step_deg, setting, ranks)
+    except BaseException as error:
+        meeting.say("failed", message=str(error) or type(error).__name__)
+        raise
+
+
+def _correct_both(
+    meeting: _Meeting, own: dict[str, np.ndarray], step_deg: float, setting: Setting, ranks: Context
+) -> dict[str, Any]:
+    theirs = meeting.wait_for("ready")
+    other = read_task(Path(theirs["star"]), Path())
+    with np.load(theirs["maps"]) as file:
+        made = {1: own, 2: {kind: file[kind] for kind in own}}
+    state: HalfMaps = half_maps({1: meeting.task, 2: other}, made, step_deg, setting)
+    references, facts = corrected(state, setting.correction, ranks)
+    for half, task in ((1, meeting.task), (2, other)):
+        write_result(task, references[half], setting)
+    meeting.say("done")
+    meeting.wait_for("gone")
+    meeting.leave()
+    return facts
+
+
+def _leave_to_first(meeting: _Meeting, own: dict[str, np.ndarray]) -> dict[str, Any]:
+    maps = meeting.file.with_suffix(".npz")
+    with atomic_write(maps) as stream:
+        np.savez(stream, **own)  # type: ignore[arg-type]
+    meeting.task.result.unlink(missing_ok=True)
+    meeting.say("ready", maps=str(maps.absolute()), star=str(meeting.task.star.absolute()))
+    meeting.wait_for("done")
+    maps.unlink()
+    meeting.say("gone")
+    if not meeting.task.result.exists():
+        raise CryoisoError(f"{meeting.task.result}: half 1 said that it is done, but there is no result")
+    return {}
+
+
+class _Meeting:
+    """Two processes that know each other by the tokens in their notes."""
+
+    def __init__(self, task: Task, limit_s: float) -> None:
+        self.task = task
+        stem = task.star.name.removesuffix(".star").removesuffix(SUFFIX)
+        names = {half: stem.replace(f"_half{task.name.half}_", f"_half{half}_") for half in HALVES}
+        self.file, self._other = (
+            task.star.with_name(f"{names[half]}_cryoiso_meeting.json")
+            for half in (task.name.half or 1, 3 - (task.name.half or 1))
+        )
+        self._token = secrets.token_hex(16)
+        self._heard: str | None = None
+        self._note: dict[str, Any] = {"stage": "here"}
+        self._until = time.monotonic() + limit_s
+        self._parent = os.getppid()
+        self.say("here")
+
+    def say(self, stage: str, **facts: Any) -> None:
+        """A note to the other process; it stands until the next one."""
+        self._note = {**self._note, **facts, "stage": stage}
+        write_text(self.file, json.dumps({**self._note, "token": self._token, "heard": self._heard}))
+
+    def wait_for(self, stage: str) -> dict[str, Any]:
+        """The other's note as soon as it says this and was written to this process.
+
+        Raises:
+            CryoisoError: it failed, it did not come in time, or RELION is gone.
+        """
+        return self._until_found(lambda: self._look(stage), stage)
+
+    def _look(self, stage: str) -> dict[str, Any] | None:
+        note: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            note = json.loads(self._other.read_text(encoding="utf-8"))
+        if note.get("token") not in (None, self._heard):
+            self._heard = str(note["token"])
+            self.say(str(self._note["stage"]))
+        if note.get("heard") != self._token:
+            return None
+        if note["stage"] == "failed":
+            raise CryoisoError(f"the process of the other half failed: {note.get('message', '')}")
+        return note if note["stage"] == stage else None
+
+    def _until_found(self, look: Callable[[], T | None], stage: str) -> T:
+        while (found := look()) is None:
+            if time.monotonic() > self._until:
+                raise CryoisoError(f"{self._other}: the process of the other half did not say '{stage}' in time")
+            if os.getppid() != self._parent:
+                raise CryoisoError("RELION is gone")
+            time.sleep(LOOK_S)
+        return found
+
+    def leave(self) -> None:
+        """Removes the notes of both; the last one to go does so."""
+        for file in (self.file, self._other):
+            file.unlink(missing_ok=True)
+
+
+def _surroundings(task: Task, folder: Path, correction: ReferenceCorrection | None) -> tuple[Setting, float]:
+    """What RELION's files of the iteration before tell: those of this one are not written yet."""
+    name = task.name
+    pixel, dimensions, step_deg, version, mask, initial = task.pixel_size_A, 2, 360.0, "", "", None
+    if name.iteration is not None:
+        before = name.iteration - 1
+        with suppress(InputError):
+            model = read_model(name.of(before, "half1_model.star"))
+            pixel, dimensions = pixel or model["pixel_size_A"], model["data_dimensions"]
+            step_deg = read_sampling(name.of(before, "sampling.star")).step_deg
+            optimiser = read_optimiser(name.of(before, "optimiser.star"))
+            version, mask = optimiser["version"], optimiser["mask"]
+        initial = _first_references(task, pixel)
+    if pixel is None:
+        raise InputError(
+            "the pixel size is not known", file=task.star,
+            expected=f"{name.of((name.iteration or 1) - 1, 'half1_model.star')} beside it",
+        )  # fmt: skip
+    setting = Setting(
+        correction=correction,
+        folder=task.star.parent / "correction",
+        pixel_size_A=pixel,
+        dimensions=dimensions,
+        iterative=uses_iterations(version),
+        mask=read_map(folder / mask, pixel).data if mask and correction is not None else None,
+        initial=initial,
+    )
+    return setting, step_deg
+
+
+def _first_references(task: Task, pixel_size_A: float | None) -> dict[int, np.ndarray] | None:
+    files = {half: task.name.of(0, f"half{half}_class001.mrc") for half in HALVES}
+    if not all(file.exists() for file in files.values()):
+        return None  # a continued run (run_ct12) has no iteration 0 of its own
+    return {half: read_map(file, pixel_size_A).data for half, file in files.items()}

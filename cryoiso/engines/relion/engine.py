@@ -1,0 +1,266 @@
+"""RELION as an engine: particles and reference into its files, its auto-refinement, and its result out of them.
+
+RELION runs in ``request.folder/relion``. Where a correction is wanted, its external-reconstruct callback comes to the
+ranks that wait (``supervise``, ``serve``); otherwise RELION is left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from cryoiso.core.config import RelionSection
+from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
+from cryoiso.engines.process import clean_environment
+from cryoiso.engines.relion import command as commands
+from cryoiso.engines.relion import result as results
+from cryoiso.engines.relion.callback import VARIABLE
+from cryoiso.engines.relion.external import uses_iterations
+from cryoiso.engines.relion.files import (
+    HALVES,
+    complete_iterations,
+    read_sampling,
+    remove_iterations_after,
+)
+from cryoiso.engines.relion.images import image_names, write_input
+from cryoiso.engines.relion.install import Relion, find_relion
+from cryoiso.engines.relion.serve import Setting
+from cryoiso.engines.relion.supervise import Start, run
+from cryoiso.io.mrc import write_map
+from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.bell import StopBell, side_by_side
+from cryoiso.parallel.context import Context
+from cryoiso.physics.filters import lowpass
+
+logger = logging.getLogger("cryoiso")
+KEPT_ITERATIONS = 3
+"""RELION's files of so many iterations stay, so that one that was cut off can be done without."""
+PARTICLES, REFERENCE, MASK = "particles_in.star", "reference_in.mrc", "mask_in.mrc"
+
+
+class RelionEngine:
+    """RELION's gold-standard auto-refinement, started by rank 0."""
+
+    name = "relion"
+
+    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult:
+        """Runs relion_refine_mpi until it converges or ``max_iterations`` are over (collective).
+
+        Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised), refine.json, relion/ and,
+        for the correction if there is one, correction/. With ``request.resume`` it goes on after RELION's last complete
+        iteration.
+
+        Raises:
+            InputError: a half-set is empty, box or pixel size of references and particles differ, or a local search
+                has no poses to start from.
+            MissingError: no RELION, or no launcher for it.
+            CryoisoError: RELION failed, or the correction did.
+            Interrupted: stopped by a signal; RELION is gone.
+        """
+        return _Refinement(request, cast(Context, comm)).whole()
+
+
+@dataclass(frozen=True)
+class _Next:
+    """What is to be started now."""
+
+    command: list[str] | None
+    """None: all is done"""
+    state: str
+    """words that differ where something was achieved"""
+    references: bool = False
+    """the references of iteration 0 are put into their places before"""
+
+
+class _Refinement:
+    def __init__(self, request: RefineRequest, comm: Context) -> None:
+        check(request)
+        self.request, self.comm = request, comm
+        self.section: RelionSection = request.program if request.program is not None else RelionSection()
+        self.relion: Relion = on_root(comm, find_relion, self.section.program)
+        self.folder = request.folder.absolute() / "relion"
+        self.root = self.folder / commands.OUTPUT
+        self.n = len(request.source.particles)
+        self.search = _search(request)
+
+    def whole(self) -> RefineResult:
+        comm, request = self.comm, self.request
+        on_root(comm, commands.launch, self.section, self.relion)
+        on_root(comm, self._prepare_folders)
+        names = image_names(request.source, self.folder, self.section.images, comm, resume=request.resume)
+        on_root(comm, self._write_inputs, names)
+        _release_gpu()
+        with side_by_side(comm) as bell:
+            self._all_starts(bell)
+        return on_root(comm, self._finish, names).of(request.source.particles)
+
+    def _all_starts(self, bell: StopBell) -> None:
+        before = ""
+        while True:
+            step = on_root(self.comm, self._next)
+            if step.command is None:
+                return
+            if step.state == before:
+                raise CryoisoError(f"RELION ended without a result ({step.state}). See {self.folder / 'run.log'}")
+            before = step.state
+            if step.references:
+                on_root(self.comm, self._place_half_references)
+            on_root(self.comm, _announce, step.command)
+            run(self._start(step.command), self.comm, bell)
+
+    def _prepare_folders(self) -> None:
+        fresh = not self.request.resume
+        for name in ("relion", "correction") if self.request.correction is not None else ("relion",):
+            if fresh:
+                shutil.rmtree(self.request.folder / name, ignore_errors=True)
+            (self.request.folder / name).mkdir(parents=True, exist_ok=True)
+
+    def _write_inputs(self, names: list[str]) -> None:
+        request, folder = self.request, self.folder
+        write_input(folder / PARTICLES, request.source.particles, names, with_poses=request.local_deg is not None)
+        write_map(folder / REFERENCE, request.reference.data, request.reference.pixel_size_A)
+        if request.mask is not None:
+            write_map(folder / MASK, request.mask.data.clip(0, 1), request.reference.pixel_size_A)
+
+    def _next(self) -> _Next:
+        """What to do from what there is (rank 0)."""
+        done = complete_iterations(self.root, self.n)
+        own, limit = self.request.half_references is not None, self.request.settings.max_iterations
+        first = commands.first_command(self.search, self.request.settings, self.section, self.relion)
+        if done and results.is_finished(self.root, self.n, done[-1]):
+            return _Next(None, "finished")
+        if not done or (done[-1] == 0 and not own):
+            remove_iterations_after(self.root, -1)
+            results.Ledger(self.root).forget_after(-1)
+            if own:
+                first[first.index("--auto_iter_max") + 1] = "0"
+            return _Next(self._launched(first), "nothing yet")
+        last = done[-1]
+        remove_iterations_after(self.root, last)
+        results.Ledger(self.root).forget_after(last)
+        optimiser, finish = f"{commands.OUTPUT}_it{last:03d}_optimiser.star", last >= limit
+        words = commands.next_command(
+            optimiser, self.search, self.section, max(limit, last + 1) if finish else limit, finish=finish
+        )  # fmt: skip
+        return _Next(self._launched(words), f"{last} iterations{', finishing' if finish else ''}", last == 0)
+
+    def _launched(self, words: list[str]) -> list[str]:
+        exported = (VARIABLE,) if self.search.callback else ()
+        return [*commands.launch(self.section, self.relion, exported), *words]
+
+    def _place_half_references(self) -> None:
+        """Each half's own reference in the place of the common one, as RELION would have written it."""
+        assert self.request.half_references is not None
+        for half, given in self.request.half_references.items():
+            filtered = lowpass(given.data, given.pixel_size_A, self.request.lowpass_A)
+            write_map(Path(f"{self.root}_it000_half{half}_class001.mrc"), filtered, given.pixel_size_A)
+
+    def _start(self, command: list[str]) -> Start:
+        site = commands.uses_site_launcher(self.section)
+        return Start(
+            command=command,
+            folder=self.folder,
+            environment=lambda extra: clean_environment(extra, keep_allocation=site),
+            setting=self._setting() if self.search.callback else None,
+            elsewhere=site,
+            silence_s=60.0 * self.section.timeout_min,
+            step_of=self._step_of,
+            iteration_began=self._iteration_began,
+            note=lambda iteration, facts: results.Ledger(self.root).note_callback(iteration, facts),
+        )
+
+    def _setting(self) -> Setting:
+        request = self.request
+        own = request.half_references or dict.fromkeys(HALVES, request.reference)
+        return Setting(
+            correction=request.correction,
+            folder=request.folder / "correction",
+            pixel_size_A=request.reference.pixel_size_A,
+            dimensions=2,
+            iterative=uses_iterations(self.relion.version),
+            mask=None if request.mask is None else request.mask.data,
+            initial={half: own[half].data for half in HALVES},
+        )
+
+    def _step_of(self, iteration: int) -> float | None:
+        """Sampling of an iteration as of the one before it, whose file is there while RELION calls."""
+        try:
+            return read_sampling(Path(f"{self.root}_it{iteration - 1:03d}_sampling.star")).step_deg
+        except InputError:
+            return None
+
+    def _iteration_began(self, iteration: int) -> None:
+        """The iteration before is over: its record is kept, and the files of those long ago go (rank 0)."""
+        if iteration < 2:
+            return
+        record = results.Ledger(self.root).note_iterations(iteration - 1)
+        results.remove_early_iterations(self.root, iteration - KEPT_ITERATIONS)
+        if self.request.on_checkpoint:
+            self.request.on_checkpoint(record or {"iteration": iteration - 1})
+
+    def _finish(self, names: list[str]) -> results.Found:
+        return results.publish(self.request, self.root, names, self._summary())
+
+    def _summary(self) -> dict[str, Any]:
+        first = commands.first_command(self.search, self.request.settings, self.section, self.relion)
+        return commands.summary(self._launched(first), self.relion)
+
+
+def _announce(command: list[str]) -> None:
+    logger.info("starting RELION: %s", commands.shown(command))
+
+
+def _search(request: RefineRequest) -> commands.Search:
+    source, reference = request.source, request.reference
+    own = request.half_references is not None
+    return commands.Search(
+        particles=PARTICLES,
+        reference=REFERENCE,
+        pixel_size_A=reference.pixel_size_A,
+        box_px=source.box_px,
+        count=len(source.particles),
+        symmetry=request.symmetry,
+        diameter_A=request.diameter_A or 0.9 * source.box_px * reference.pixel_size_A,
+        lowpass_A=request.lowpass_A,
+        seed=request.seed,
+        mask=MASK if request.mask is not None else "",
+        local_deg=request.local_deg,
+        on_scale=own,
+        callback=request.correction is not None,
+    )
+
+
+def check(request: RefineRequest) -> None:
+    """
+    Raises:
+        InputError: something that RELION would fail at, or do without a word.
+    """
+    source, reference = request.source, request.reference
+    for label, given in ((" of half-set 1", 1), (" of half-set 2", 2), ("", None)):
+        own = reference if given is None else (request.half_references or {}).get(given, reference)
+        if own.box_px != source.box_px or abs(own.pixel_size_A / reference.pixel_size_A - 1) > 0.01:
+            raise InputError(
+                f"the reference{label} is on another grid than the particles",
+                expected=f"{source.box_px} px of {reference.pixel_size_A:g} Å",
+                found=f"{own.box_px} px of {own.pixel_size_A:g} Å",
+                hint="Use 'cryoiso reference' to bring it to the particles' grid.",
+            )
+    if request.half_references is not None and set(request.half_references) != set(HALVES):
+        raise InputError("each half-set needs a reference of its own", expected=HALVES)
+    if request.local_deg is not None:
+        source.particles.require_poses()
+    half = source.particles.half
+    for h in HALVES:
+        if half is None or not (half == h).any():
+            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+
+
+def _release_gpu() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,185 @@
+"""What the waiting ranks do when RELION calls: maps from its arrays, the correction, the references it reads back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import CryoisoError
+from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
+from cryoiso.engines.relion import external
+from cryoiso.engines.relion.external import Task
+from cryoiso.engines.relion.files import HALVES
+from cryoiso.io.mrc import write_map
+from cryoiso.metrics.fsc import resolution_at
+from cryoiso.parallel.abort import agree
+from cryoiso.parallel.context import Context
+from cryoiso.parallel.partition import root_of_half
+
+logger = logging.getLogger("cryoiso")
+KINDS = ("maps", "references")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What stays the same over the iterations of a refinement; the same on every rank."""
+
+    correction: ReferenceCorrection | None
+    folder: Path
+    """of the correction"""
+    pixel_size_A: float
+    dimensions: int
+    """of the particles: 2, or 3 for subtomograms"""
+    iterative: bool
+    """how RELION divides, see ``external``"""
+    mask: np.ndarray | None = None
+    initial: dict[int, np.ndarray] | None = None
+
+
+def serve(tasks: dict[int | None, Task], step_deg: float, setting: Setting, comm: Context) -> dict[str, Any] | None:
+    """Writes what RELION waits for, and removes the arrays that it left for us (collective).
+
+    Args:
+        tasks: of both halves, by half; or the joined reconstruction at the end, under None, which is not corrected.
+        step_deg: angular sampling of the iteration.
+
+    Returns:
+        what the correction says of itself, for the iteration's record; None for the joined reconstruction.
+
+    Raises:
+        CryoisoError: an array cannot be read, the correction failed, or its result cannot be used; on all ranks.
+    """
+    began = time.monotonic()
+    if None in tasks:
+        joined = tasks[None]
+        made = on_one(comm, 0, lambda: maps_of(joined, setting, comm, ("references",)))
+        on_one(comm, 0, lambda: write_result(joined, made["references"], setting))
+        return None
+    state = _state({half: tasks[half] for half in HALVES}, step_deg, setting, comm)
+    references, facts = corrected(state, setting.correction, comm)
+    for half in HALVES:
+        on_one(
+            comm, root_of_half(half, comm.size), lambda half=half: write_result(tasks[half], references[half], setting)
+        )
+    if facts.get("applied", True) and setting.correction is not None:
+        facts["seconds"] = round(time.monotonic() - began, 3)
+    _give_back_memory()
+    return facts
+
+
+def _state(tasks: dict[int, Task], step_deg: float, setting: Setting, comm: Context) -> HalfMaps:
+    """Both half-maps, each made on one rank and sent to all (collective)."""
+    made: dict[int, dict[str, np.ndarray]] = {}
+    error: CryoisoError | None = None
+    for half, task in tasks.items():
+        if comm.rank == root_of_half(half, comm.size) and error is None:
+            try:
+                made[half] = maps_of(task, setting, comm, KINDS)
+            except CryoisoError as caught:
+                error = caught
+    agree(comm, error)
+    for half in HALVES:
+        root = root_of_half(half, comm.size)
+        mine = made.get(half, {})
+        made[half] = {kind: comm.bcast(mine.get(kind), root) for kind in KINDS}
+    return half_maps(tasks, made, step_deg, setting)
+
+
+def half_maps(
+    tasks: dict[int, Task], made: dict[int, dict[str, np.ndarray]], step_deg: float, setting: Setting
+) -> HalfMaps:
+    """What a correction is told, from the maps of both halves by kind."""
+    first = tasks[1]
+    return HalfMaps(
+        iteration=first.name.iteration or 0,
+        maps={half: made[half]["maps"] for half in HALVES},
+        references={half: made[half]["references"] for half in HALVES},
+        pixel_size_A=setting.pixel_size_A,
+        fsc=first.fsc,
+        resolution_A=resolution_at(first.fsc, 0.143, first.box_px, setting.pixel_size_A),
+        step_deg=step_deg,
+        folder=setting.folder,
+        mask=setting.mask,
+        initial=setting.initial,
+    )
+
+
+def maps_of(task: Task, setting: Setting, comm: Context, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """kind -> (D, D, D) float32: "maps" without, "references" with RELION's prior."""
+    device = _device(task, comm.device())
+    arrays = external.read_arrays(task, device)
+    return {
+        kind: external.reconstruct(
+            task, arrays, regularised=kind == "references", iterative=setting.iterative, dimensions=setting.dimensions
+        )
+        .cpu()
+        .numpy()
+        for kind in kinds
+    }
+
+
+def _device(task: Task, device: str) -> str:
+    """The CPU where the arrays, in double precision and several at once, would not fit onto the GPU."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    need = 12 * 8 * round(task.padding * task.box_px) ** 3
+    return device if torch.cuda.mem_get_info(device)[0] > need else "cpu"
+
+
+def corrected(
+    state: HalfMaps, correction: ReferenceCorrection | None, comm: Context
+) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+    if correction is None:
+        return state.references, {"applied": False, "why_not": "no correction was asked for"}
+    if not correction.wants(state):
+        why_not = correction.why_not(state)
+        if comm.rank == 0:
+            logger.info("iteration %d: references not corrected: %s", state.iteration, why_not)
+        return state.references, {"applied": False, "why_not": why_not}
+    made, facts = correction(state, comm)
+    for half in HALVES:
+        found = np.asarray(made[half])
+        if found.shape != state.references[half].shape or not np.isfinite(found).all():
+            raise CryoisoError(
+                f"the correction's reference of half {half} in iteration {state.iteration} cannot be used: shape "
+                f"{found.shape}, {int((~np.isfinite(found)).sum())} voxels not finite"
+            )
+    return made, dict(facts)
+
+
+def write_result(task: Task, volume: np.ndarray, setting: Setting) -> None:
+    """What RELION reads back; its arrays go."""
+    write_map(task.result, volume, setting.pixel_size_A)
+    for array in task.arrays:
+        array.unlink(missing_ok=True)  # RELION leaves them: gigabytes an iteration
+
+
+def on_one(comm: Context, rank: int, function: Any) -> Any:
+    """Calls a function on one rank; its CryoisoError is raised on all of them. The result stays there (collective)."""
+    result: Any = None
+    error: CryoisoError | None = None
+    if comm.rank == rank:
+        try:
+            result = function()
+        except CryoisoError as caught:
+            error = caught
+    agree(comm, error)
+    return result
+
+
+def _give_back_memory() -> None:
+    """RELION may need the GPU now."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,204 @@
+"""One start of RELION: rank 0 follows it, all ranks serve its callbacks, and it never outlives the job."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import CryoisoError, Interrupted
+from cryoiso.core.log import duration
+from cryoiso.engines.process import Program, describe_status
+from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
+from cryoiso.engines.relion.external import Task, read_task
+from cryoiso.engines.relion.files import HALVES
+from cryoiso.engines.relion.follow import Progress
+from cryoiso.engines.relion.serve import Setting, serve
+from cryoiso.parallel.abort import agree
+from cryoiso.parallel.bell import StopBell
+from cryoiso.parallel.context import Context
+from cryoiso.parallel.handover import Call, Desk
+from cryoiso.parallel.route import candidates
+from cryoiso.parallel.vigil import keep_watch
+
+logger = logging.getLogger("cryoiso")
+LOG = "run.log"
+TELL_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Why the ranks are woken."""
+
+    kind: str
+    """"tasks", "ended", "stop" or "error\""""
+    tasks: dict[int | None, Task] = field(default_factory=dict)
+    step_deg: float = 360.0
+    message: str = ""
+    status: int = 0
+
+
+@dataclass
+class Start:
+    """What to start, the same on every rank."""
+
+    command: list[str]
+    folder: Path
+    """where RELION runs"""
+    environment: Callable[[dict[str, str]], dict[str, str]]
+    setting: Setting | None
+    """None: no callback"""
+    elsewhere: bool = False
+    """RELION may run on other hosts than rank 0"""
+    silence_s: float = 0.0
+    """longest time without output; 0: any"""
+    step_of: Callable[[int], float | None] = lambda iteration: None
+    """angular sampling of an iteration from RELION's files, where its output did not tell"""
+    iteration_began: Callable[[int], None] = lambda iteration: None
+    """called on rank 0"""
+    note: Callable[[int, dict[str, Any]], None] = lambda iteration, facts: None
+    """called on rank 0 with what a callback did"""
+
+
+def run(start: Start, comm: Context, bell: StopBell) -> None:
+    """Starts RELION and returns when it has ended well (collective).
+
+    Raises:
+        CryoisoError: RELION failed or fell silent, or a callback failed; RELION is gone by then.
+        Interrupted: a signal asked to stop.
+    """
+    watch = _Watch(start) if comm.rank == 0 else None
+    try:
+        agree(comm, watch.begin() if watch else None)
+        while True:
+            event = keep_watch(comm, bell, watch.look if watch else lambda _: None)
+            if event.kind == "ended":
+                return
+            if event.kind == "stop":
+                raise Interrupted("stopped by a signal; RELION was ended after its last complete iteration")
+            if event.kind == "error":
+                agree(comm, CryoisoError(event.message))
+            assert start.setting is not None
+            facts = serve(event.tasks, event.step_deg, start.setting, comm)
+            if watch:
+                watch.answer()
+                iteration = next(iter(event.tasks.values())).name.iteration
+                if iteration is not None and facts is not None:
+                    start.note(iteration, facts)
+    finally:
+        if watch:
+            watch.end()
+
+
+class _Watch:
+    """Rank 0's view of a running RELION."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._program: Program | None = None
+        self._desk: Desk | None = None
+        self._calls: dict[int | None, tuple[Task, Call]] = {}
+        self._progress = Progress()
+        self._told = time.monotonic()
+
+    def begin(self) -> CryoisoError | None:
+        start, extra = self._start, {"OMPI_MCA_mpi_yield_when_idle": "1"}
+        try:
+            if start.setting is not None:
+                desk_file = start.folder / DESK_FILE
+                self._desk = Desk(desk_file, candidates(False) if start.elsewhere else ())
+                extra[VARIABLE] = write_script(start.folder / "callback.sh", desk_file)
+            self._program = Program(
+                start.command, start.folder / LOG, folder=start.folder, environment=start.environment(extra)
+            )
+        except CryoisoError as error:
+            return error
+        return None
+
+    def look(self, stop: bool) -> Event | None:
+        """What to wake the ranks for, if anything."""
+        try:
+            return self._look(stop)
+        except CryoisoError as error:
+            return Event("error", message=str(error))
+
+    def _look(self, stop: bool) -> Event | None:
+        program = self._program
+        if stop or program is None:
+            return Event("stop")
+        status = program.status()  # before its output: what it wrote last is seen
+        self._follow(program.output())
+        if status is not None:
+            return self._ended(status)
+        self._collect()
+        if set(self._calls) in ({None}, set(HALVES)):
+            task = next(iter(self._calls.values()))[0]
+            return Event("tasks", {half: call[0] for half, call in self._calls.items()}, self._step(task))
+        if self._start.silence_s and program.silent_s() > self._start.silence_s:
+            return Event(
+                "error", message=f"RELION has written nothing for {duration(program.silent_s())} and was ended "
+                f"(relion.timeout_min). See {program.log}",
+            )  # fmt: skip
+        return None
+
+    def _follow(self, text: str) -> None:
+        for iteration in self._progress.feed(text):
+            resolution = self._progress.resolution_A
+            logger.info(
+                "RELION: iteration %d%s begins%s", iteration, ", the last," if self._progress.last else "",
+                f", resolution {resolution:.2f} Å" if resolution else "",
+            )  # fmt: skip
+            self._told = time.monotonic()
+            self._start.iteration_began(iteration)
+        now, left = time.monotonic(), self._progress.left_s
+        if left and now - self._told > TELL_EVERY_S:
+            self._told = now
+            logger.info("RELION: iteration %d: about %s of its search left", self._progress.iteration, duration(left))
+
+    def _collect(self) -> None:
+        """Takes calls of RELION in; of an iteration both halves are needed."""
+        if self._desk is None:
+            return
+        for call in self._desk.look():
+            star = Path(str(call.task.get("star", "")))
+            if star.parent.resolve() != self._start.folder.resolve():
+                call.answer(False, f"{star} is not of this run")
+                continue
+            task = read_task(Path(star.name), self._start.folder)
+            others = [known for known, _ in self._calls.values() if known.name.iteration != task.name.iteration]
+            if task.name.half in self._calls or others:
+                raise CryoisoError(f"RELION called out of turn: {star.name} while {others or 'the same'} is waiting")
+            task.result.unlink(missing_ok=True)  # whatever is there afterwards was made for this call
+            self._calls[task.name.half] = (task, call)
+
+    def _step(self, task: Task) -> float:
+        step = self._progress.step_deg if self._progress.iteration == task.name.iteration else None
+        step = step or self._start.step_of(task.name.iteration or 0)
+        return 360.0 if step is None else step
+
+    def _ended(self, status: int) -> Event:
+        if status == 0:
+            return Event("ended")
+        log = self._start.folder / LOG
+        said = f": {self._progress.error}" if self._progress.error else ""
+        return Event("error", message=f"RELION {describe_status(status)}{said}. See {log}", status=status)
+
+    def answer(self) -> None:
+        """The results are there: RELION goes on."""
+        for _, call in self._calls.values():
+            call.answer(True)
+        self._calls.clear()
+        if self._program is not None:
+            self._program.excuse()
+
+    def end(self) -> None:
+        """Nothing of RELION is left on this host, and nobody waits for an answer."""
+        if self._program is not None:
+            self._program.stop()
+        for _, call in self._calls.values():
+            call.answer(False, "the run was ended")
+        if self._desk is not None:
+            self._desk.close()

@@ -1,0 +1,1 @@
+"""Judging a result: what its numbers allow to say."""

@@ -1,0 +1,211 @@
+"""Tasks handed from small processes to ranks that wait: on one host, over the network, through files; and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cryoiso.core.errors import InputError
+from cryoiso.parallel import handover
+from cryoiso.parallel.handover import Address, Desk, HandoverError, ask
+
+
+@pytest.fixture
+def desk(tmp_path):
+    made = Desk(tmp_path / "callback.json", ["127.0.0.1"])
+    yield made
+    made.close()
+
+
+def serve(desk, count, answer=lambda call: call.answer(True, f"done {call.task['n']}"), limit_s=10.0):
+    """Answers ``count`` calls once they are all there; returns their tasks."""
+    calls, until = [], time.monotonic() + limit_s
+    while len(calls) < count:
+        calls += desk.look()
+        assert time.monotonic() < until, f"only {len(calls)} calls came"
+        time.sleep(0.01)
+    for call in calls:
+        answer(call)
+    return [call.task for call in calls]
+
+
+def in_thread(function, *args, **options):
+    """Result or error of a call that runs beside the test."""
+    found = {}
+
+    def run():
+        try:
+            found["result"] = function(*args, **options)
+        except Exception as error:
+            found["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, found
+
+
+ROADS = ("local", "network", "files")
+
+
+def take_road(monkeypatch, file, road):
+    """Leaves a caller with one way to the desk."""
+    address = Address.read(file)
+    if road != "local":
+        monkeypatch.setattr(handover.socket, "gethostname", lambda: "another-host")
+    if road == "files":
+        Address(**{**address.__dict__, "port": 0, "numbers": ()}).write(file)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_several_callers_at_once_each_get_their_own_answer(desk, tmp_path, monkeypatch, road):
+    file = tmp_path / "callback.json"
+    take_road(monkeypatch, file, road)
+    callers = [in_thread(ask, file, {"n": n}) for n in range(6)]
+    tasks = serve(desk, 6)
+    for thread, _ in callers:
+        thread.join(10)
+    assert sorted(task["n"] for task in tasks) == list(range(6))
+    assert [found.get("result") for _, found in callers] == [f"done {n}" for n in range(6)]
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_refusal_and_its_reason_reach_the_caller(desk, tmp_path, monkeypatch, road):
+    take_road(monkeypatch, tmp_path / "callback.json", road)
+    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
+    serve(desk, 1, lambda call: call.answer(False, "the network broke"))
+    thread.join(10)
+    assert isinstance(found["error"], HandoverError) and "network broke" in str(found["error"])
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_desk_that_closes_frees_its_callers_at_once(desk, tmp_path, monkeypatch, road):
+    take_road(monkeypatch, tmp_path / "callback.json", road)
+    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
+    serve(desk, 1, lambda call: None)
+    began = time.monotonic()
+    desk.close()
+    thread.join(10)
+    assert isinstance(found["error"], HandoverError) and time.monotonic() - began < 5
+    assert not (tmp_path / "callback.json").exists()
+
+
+def test_a_caller_that_was_not_looked_at_yet_is_freed_too(desk, tmp_path):
+    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
+    time.sleep(0.2)
+    desk.close()
+    thread.join(10)
+    assert isinstance(found["error"], HandoverError)
+
+
+def test_a_caller_gives_up_after_its_time(desk, tmp_path):
+    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1}, limit_s=0.5)
+    calls = []
+    while thread.is_alive():
+        calls += desk.look()
+        time.sleep(0.01)
+    assert isinstance(found["error"], HandoverError) and "in time" in str(found["error"])
+    assert len(calls) == 1 and calls[0].gone()
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_wrong_secret_is_not_let_in(desk, tmp_path, monkeypatch, road):
+    file = tmp_path / "callback.json"
+    take_road(monkeypatch, file, road)
+    forged = tmp_path / "forged.json"
+    Address(**{**Address.read(file).__dict__, "secret": "00" * 32}).write(forged)
+    thread, found = in_thread(ask, forged, {"n": 1}, limit_s=1.5)
+    until = time.monotonic() + 3
+    while thread.is_alive() and time.monotonic() < until:
+        assert desk.look() == []
+        time.sleep(0.01)
+    thread.join(5)
+    assert isinstance(found["error"], HandoverError)
+
+
+def test_what_was_said_before_cannot_be_said_again(tmp_path):
+    """A recorded task is worth nothing on another connection: the desk draws a new number for each."""
+    desk = Desk(tmp_path / "callback.json", [])
+    secret = bytes.fromhex(Address.read(tmp_path / "callback.json").secret)
+    old = os.urandom(16)
+    mine = os.urandom(16)
+    recorded = mine + handover._framed(b'{"n": 1}', secret, b"task", old, mine)
+    with handover._connect(Address.read(tmp_path / "callback.json"), 2.0) as connection:
+        connection.sendall(recorded)
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            assert desk.look() == []
+            time.sleep(0.02)
+    desk.close()
+
+
+def test_silent_and_noisy_strangers_do_not_hold_up_the_desk(desk, tmp_path):
+    address = Address.read(tmp_path / "callback.json")
+    silent, noisy = (handover._connect(address, 2.0) for _ in range(2))
+    noisy.sendall(os.urandom(4096))
+    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 7})
+    serve(desk, 1)
+    thread.join(10)
+    assert found["result"] == "done 7"
+    silent.close(), noisy.close()
+
+
+def test_the_secret_is_for_its_owner_alone(desk, tmp_path):
+    file = tmp_path / "callback.json"
+    assert os.stat(file).st_mode & 0o777 == 0o600
+    os.chmod(file, 0o644)
+    with pytest.raises(InputError, match="others may read"):
+        ask(file, {"n": 1})
+
+
+def test_no_desk_is_one_clear_error(tmp_path):
+    with pytest.raises(InputError, match="no ranks wait here"):
+        ask(tmp_path / "callback.json", {})
+
+
+def test_files_of_an_earlier_desk_are_gone(tmp_path):
+    file = tmp_path / "callback.json"
+    first = Desk(file, [])
+    (tmp_path / "callback.json.drop" / ("ab" * 16 + ".task")).write_bytes(b"old")
+    old = Address.read(file)
+    second = Desk(file, [])  # the first one's job was killed
+    assert Address.read(file).secret != old.secret and second.look() == []
+    assert not list((tmp_path / "callback.json.drop").iterdir())
+    second.close(), first.close()
+
+
+def test_the_callers_program_starts_without_numpy_torch_or_mpi(tmp_path):
+    code = "import sys, cryoiso.engines.relion.callback; print(sorted({'numpy', 'torch', 'mpi4py', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_script_for_relion_hands_over_from_any_folder(desk, tmp_path):
+    from cryoiso.engines.relion.callback import write_script
+
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    words = write_script(folder / "callback.sh", tmp_path / "callback.json")
+    process = subprocess.Popen(f"{words} run_it001.star", shell=True, cwd=folder, stderr=subprocess.PIPE, text=True)
+    tasks = serve(desk, 1, lambda call: call.answer(True))
+    assert process.wait(10) == 0 and tasks[0]["star"] == str(folder / "run_it001.star")
+    process = subprocess.Popen(f"{words} run_it002.star", shell=True, cwd=folder, stderr=subprocess.PIPE, text=True)
+    serve(desk, 1, lambda call: call.answer(False, "no such array"))
+    _, said = process.communicate(timeout=10)
+    assert process.returncode != 0 and "no such array" in said
+
+
+def test_the_address_survives_a_round_through_its_file(desk, tmp_path):
+    found = Address.read(tmp_path / "callback.json")
+    assert found.port > 0 and found.numbers == ("127.0.0.1",) and len(bytes.fromhex(found.secret)) == 32
+    (tmp_path / "bad.json").write_text(json.dumps({"host": "x"}))
+    os.chmod(tmp_path / "bad.json", 0o600)
+    with pytest.raises(InputError):
+        Address.read(tmp_path / "bad.json")
+    assert Path(found.drop).is_dir()
