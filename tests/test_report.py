@@ -184,8 +184,9 @@ def test_report_is_one_page_with_every_figure(run_folder):
     page = Page(text)
     assert page.open == [] and path.name == "report.html"
     ids = [attrs["id"] for tag, attrs in page.tags if tag == "h2" and "id" in attrs]
-    assert ids == ["maps", "numbers", "fsc", "truth", "views", "errors", "iterations", "posterior"]
-    assert len(page.images) == 7
+    by_direction = ["directions", "sphere", "fsc3d"]
+    assert ids == ["maps", "numbers", "fsc", "truth", *by_direction, "views", "errors", "iterations", "posterior"]
+    assert len(page.images) == 10
     for image in page.images:
         kind, data = re.fullmatch(r"data:image/(svg\+xml|png);base64,(.*)", image).groups()
         raw = base64.b64decode(data)

@@ -18,13 +18,13 @@ from cryoiso.metrics.imagestats import compare_images
 from cryoiso.metrics.orientation import view_distribution
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.pipeline.diagnose import ERROR_EDGES_DEG, diagnose, plain
-from cryoiso.report import build, figures, figures_auxiliary
+from cryoiso.report import build, figures, figures_anisotropy, figures_auxiliary
 from cryoiso.report.auxiliary import collect_rounds
 from cryoiso.report.files import stage_folder
 
 BOX, PIXEL_A, N, STEPS, LAYERS = 32, 3.0, 400, 60, 7
 FIGURES = [
-    *("maps", "numbers", "fsc", "truth", "views", "errors-before"),
+    *("maps", "numbers", "fsc", "truth", "directions", "sphere", "fsc3d", "views", "errors-before"),
     *("samples", "spectra", "training", "moved", "iterations", "posterior"),
 ]
 
@@ -171,7 +171,7 @@ def run_folder(tmp_path, world):
 @pytest.fixture
 def unrendered(monkeypatch):
     """Pictures are composed but not rendered, which takes most of the time."""
-    for module in (figures, figures_auxiliary):
+    for module in (figures, figures_anisotropy, figures_auxiliary):
         monkeypatch.setattr(module, "address", lambda figure, *_: "data:,")
 
 
@@ -268,7 +268,10 @@ def test_without_truth_views_and_motion_remain(run_folder, unrendered):
         ("*_local/local.json", []),
         ("03_refine/half1.mrc", []),
         ("11_reconstruct/map.mrc", []),
-        ("13_diagnose/diagnose.json", ["fsc", "truth", "errors-before", "posterior"]),
+        (
+            "13_diagnose/diagnose.json",
+            ["fsc", "truth", "directions", "sphere", "fsc3d", "errors-before", "posterior"],
+        ),
     ],
 )
 def test_any_file_may_be_absent(run_folder, name, gone, unrendered):

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,15 +81,16 @@ def _gpus() -> list[str]:
 
 
 def _relion() -> dict[str, str]:
-    path = shutil.which("relion_refine") or ""
-    if not path:
-        return {"path": "", "version": ""}
-    try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {"path": path, "version": ""}
-    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "version" in line.lower()]
-    return {"path": path, "version": lines[0] if lines else ""}
+    """Which RELION there is, and the launcher that belongs to its MPI (often another one than this program's)."""
+    from dataclasses import asdict
+
+    from cryoiso.core.errors import MissingError
+    from cryoiso.engines.relion.install import find_relion
+
+    for program in ("relion_refine_mpi", "relion_refine"):
+        with suppress(MissingError):
+            return {key: str(value) for key, value in asdict(find_relion(program)).items()}
+    return {}
 
 
 def _memory_gib() -> float:
@@ -101,6 +102,16 @@ def _free_gib(folder: Path) -> float | None:
         return round(shutil.disk_usage(folder).free / 2**30, 1)
     except OSError:
         return None
+
+
+def _relion_lines(relion: dict[str, str]) -> list[str]:
+    if not relion:
+        return ["RELION       not found (needed for --engine relion only)"]
+    lines = [f"RELION       {relion['version'] or 'version unknown'} ({relion['program']})"]
+    if not relion["family"]:
+        return [*lines, "             no relion_refine_mpi that is linked to an MPI: --engine relion needs one"]
+    launcher = relion["mpirun"] or "no mpirun of it found: set relion.launcher"
+    return [*lines, f"             its MPI: {relion['family']} ({relion['library']}), started by {launcher}"]
 
 
 def _lines(facts: dict[str, Any], folder: Path) -> list[str]:
@@ -123,7 +134,7 @@ def _lines(facts: dict[str, Any], folder: Path) -> list[str]:
     gpus = sorted({gpu for rank in ranks for gpu in rank["gpus"]})
     lines.append(f"threads      {', '.join(sorted({str(rank['threads']) for rank in ranks}))} a rank")
     lines.append(f"GPU          {'; '.join(gpus) if gpus else 'none: the CPU is used'}")
-    lines.append(f"RELION       {relion['version'] or relion['path'] or 'not found (needed only to compare with it)'}")
+    lines += _relion_lines(relion)
     lines.append(f"memory       {facts['memory_GiB']} GiB on this host")
     free = facts["free_space_GiB"]
     lines.append(f"free space   {f'{free} GiB' if free is not None else 'no such folder'} in {folder.resolve()}")

@@ -29,6 +29,7 @@ COMMANDS = (
     ("refine", "refine_cmd", "refine", True),
     ("realign", "realign_cmd", "realign", True),
     ("reconstruct", "reconstruct_cmd", "reconstruct", True),
+    ("correct", "correct_cmd", "correct", True),
     ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),
     ("report", "report_cmd", "report", False),

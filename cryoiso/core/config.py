@@ -173,8 +173,9 @@ class RealignSection(_Section):
     )
     epochs: int | None = Field(None, ge=1, description="passes over the sub-maps each time (default: paper 5, small 3)")
     lowpass: bool = Field(
-        True, description="low-pass the corrected references at the resolution; false: beyond it stays what the engine "
-        "made"
+        False,
+        description="low-pass the corrected references at the resolution, as published; false: beyond it stays what "
+        "the engine made",
     )
     match_scale: bool = Field(
         True, description="bring every shell of the corrected reference to the grey scale of the measured directions"

@@ -16,11 +16,11 @@ from cryoiso.physics._kernels import EXACT
 
 
 @njit(parallel=True, **EXACT)
-def double_cone_ratios(points, values, centres, cosine, out):
+def double_cone_ratios(points, values, centres, cosine, least, out):
     """Correlation of the points within the double cone about each centre, one shell at a time.
 
     points (n, 3) and centres (m, 3) float64 unit vectors; values (3, n) float64: Re(A conj B), |A|^2, |B|^2;
-    out (m,) float64.
+    least (2,): powers of A and of B that count as some; out (m,) float64, 0 where a cone has less.
     """
     x, y, z = points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy()
     cross, one, two = values[0], values[1], values[2]
@@ -32,8 +32,7 @@ def double_cone_ratios(points, values, centres, cosine, out):
                 a += cross[j]
                 b += one[j]
                 c += two[j]
-        power = sqrt(b * c)
-        out[i] = a / power if power > 0 else 0.0
+        out[i] = a / sqrt(b * c) if b > least[0] and c > least[1] else 0.0
 
 
 @njit(inline="always")
@@ -117,18 +116,19 @@ def paint_shells(nodes, first, out):
 
 
 @njit(parallel=True, **EXACT)
-def sums_about_axes(fa, fb, axes, cosine, falloff, threads, sums):
+def sums_about_axes(fa, fb, axes, cosine, falloff, sums):
     """Sums over the double cone about each axis, shell by shell.
 
     fa, fb (D, D, D//2+1) complex; axes (3, n) float64 as x, y, z; a coefficient at cosine c of the angle to the axis
-    weighs exp(-falloff ((c - 1) / (cosine - 1))^2); sums (threads, D//2+1, 3, n) float64, one part a thread.
+    weighs exp(-falloff ((c - 1) / (cosine - 1))^2); sums (parts, D//2+1, 4, n) float64: Re(A conj B), |A|^2, |B|^2, and
+    the number of coefficients (k and -k are one), one part a slab.
     """
     box = fa.shape[0]
     half = box // 2
-    n = axes.shape[1]
-    for part in prange(threads):
+    n, parts = axes.shape[1], len(sums)
+    for part in prange(parts):
         cosines = np.empty(n)
-        start, stop = box * np.int64(part) // threads, box * (np.int64(part) + 1) // threads
+        start, stop = box * np.int64(part) // parts, box * (np.int64(part) + 1) // parts
         for iz in range(start, stop):
             kz = iz if iz < box - half else iz - box
             for iy in range(box):
@@ -154,6 +154,7 @@ def sums_about_axes(fa, fb, axes, cosine, falloff, threads, sums):
                             shell[0, j] += w * cross
                             shell[1, j] += w * one
                             shell[2, j] += w * two
+                            shell[3, j] += 0.5 * weight
 
 
 @njit(parallel=True, **EXACT)

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from cryoiso.metrics.fsc import check_pair, resolution_at, transform
-from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.fsc3d import NO_POWER, fsc3d_of_transforms
 from cryoiso.metrics.sampling import fibonacci_half_sphere
 
 CFAR_AXES = 256
 CFAR_CONE_DEG = 20.0
 FSO_AXES = 321
 FSO_CONE_DEG = 17.0
+FEWEST = 3
+"""Coefficients (k and -k are one) that a cone must have for its correlation to mean anything."""
 _PARTS = 8
 """Slabs whose sums are taken apart and then added: a fixed number, so that threads do not change the last bits."""
 
@@ -34,16 +36,19 @@ def cone_curves(
             exp(-falloff ((cos t - 1) / (cos cone - 1))^2).
 
     Returns:
-        (n, D//2+1) float64; 1 at shell 0, NaN where a cone has no coefficient (or no power).
+        (n, D//2+1) float64; 1 at shell 0, 0 where a cone holds no power, NaN where it has fewer coefficients
+            than `FEWEST`.
     """
     from cryoiso.metrics._directional_kernels import sums_about_axes
 
-    sums = np.zeros((_PARTS, box_px // 2 + 1, 3, len(axes)))
+    sums = np.zeros((_PARTS, box_px // 2 + 1, 4, len(axes)))
     cosine = float(np.cos(np.radians(cone_deg)) - 1e-12)
-    sums_about_axes(fa, fb, np.ascontiguousarray(axes.T, np.float64), cosine, float(falloff), _PARTS, sums)
-    cross, one, two = np.moveaxis(sums.sum(0), 1, 0)
-    power = np.sqrt(one * two)
-    curves = np.divide(cross, power, out=np.full_like(cross, np.nan), where=power > 0)
+    sums_about_axes(fa, fb, np.ascontiguousarray(axes.T, np.float64), cosine, float(falloff), sums)
+    cross, one, two, coefficients = np.moveaxis(sums.sum(0), 1, 0)
+    least = NO_POWER * np.stack([one, two]).max(2, keepdims=True)
+    curves = np.where(coefficients < FEWEST, np.nan, 0.0)
+    known = (coefficients >= FEWEST) & (one > least[0]) & (two > least[1])
+    np.divide(cross, np.sqrt(one * two), out=curves, where=known)
     curves[0] = 1.0
     return curves.T
 
@@ -55,7 +60,7 @@ class ConicalFSC:
     axes: np.ndarray
     """(n, 3)."""
     curves: np.ndarray
-    """(n, D//2+1), NaN where a cone is empty."""
+    """(n, D//2+1), NaN where a cone has too few coefficients."""
     box_px: int
     pixel_size_A: float
 
@@ -63,7 +68,7 @@ class ConicalFSC:
     def areas(self) -> np.ndarray:
         """(n,) sum of cFSC times shell^2 over the shells 1.. before the first at which it is 0.143 or less.
 
-        Empty cones of the first shells are passed over.
+        Cones with too few coefficients, in the first shells, are passed over.
         """
         shells = np.arange(self.curves.shape[1])
         below = self.curves <= 0.143  # False for NaN
@@ -85,7 +90,7 @@ class ConicalFSC:
 
     def resolutions_A(self, threshold: float = 0.143) -> np.ndarray:
         """(n,) resolution in each direction, where its curve first drops below a threshold."""
-        full = np.where(np.isnan(self.curves), 1.0, self.curves)  # empty: nothing said
+        full = np.where(np.isnan(self.curves), 1.0, self.curves)  # too few coefficients say nothing
         return np.array([resolution_at(c, threshold, self.box_px, self.pixel_size_A) for c in full])
 
 
@@ -127,8 +132,8 @@ def fourier_shell_occupancy(
 ) -> Occupancy:
     """FSO: of 321 directions, the fraction whose FSC (cone of 17 degrees, weight falling to exp(-4)) is 0.143 or more.
 
-    Directions whose cone has no coefficient in a shell do not count there. Bingham's statistic of the directions x
-    that do reach the threshold is p (p + 2) / 2 * 2n * (tr(T T) - 1/p) with p = 3 and T = sum x x' / n (directions
+    Directions whose cone has too few coefficients in a shell do not count there. Bingham's statistic of the directions
+    x that do reach the threshold is p (p + 2) / 2 * 2n * (tr(T T) - 1/p) with p = 3 and T = sum x x' / n (directions
     and their opposites are 2n points), chi-square distributed with 5 degrees of freedom if they are spread evenly.
     """
     from scipy.stats import chi2

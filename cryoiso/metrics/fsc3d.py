@@ -29,7 +29,7 @@ EXACT_SHELL = 32
 """Default of the last shell that is summed coefficient by coefficient; all of a 64 px box."""
 _BLOCK = 16
 """Shells convolved at a time, which bounds the memory."""
-_EMPTY = 1e-11
+NO_POWER = 1e-11
 """Power of a cone over that of its shell that counts as none: what a Fourier transform leaves of a zero."""
 
 
@@ -125,7 +125,7 @@ def _paint_exact(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int, cone_de
     for index, values in low_shells(fa, fb, box_px, last)[1:]:
         points = (index / np.linalg.norm(index, axis=1)[:, None])[:, ::-1].copy()
         ratio = np.empty(len(points))
-        double_cone_ratios(points, np.ascontiguousarray(values), points, cosine, ratio)
+        double_cone_ratios(points, np.ascontiguousarray(values), points, cosine, NO_POWER * values[1:].sum(1), ratio)
         for sign in (1, -1):
             at = centre + sign * index
             inside = ((at >= 0) & (at < box_px)).all(1)
@@ -168,7 +168,7 @@ class Sphere:
             plain = orders.reshape(len(orders), self.rings, -1).view(np.float64)
             summed = np.matmul(shares, plain).view(np.complex128).reshape(orders.shape)
             cross, one, two = np.moveaxis(fft.irfft(summed, self.columns, axis=0), 3, 0)
-            some = (one > _EMPTY * total[:, 1]) & (two > _EMPTY * total[:, 2])
+            some = (one > NO_POWER * total[:, 1]) & (two > NO_POWER * total[:, 2])
             ratio = np.divide(cross, np.sqrt(np.abs(one * two)), out=np.zeros_like(cross), where=some)
             out[start : start + _BLOCK] = np.clip(ratio, -1, 1).transpose(2, 1, 0)
         return out

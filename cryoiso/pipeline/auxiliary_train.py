@@ -12,6 +12,7 @@ import numpy as np
 
 from cryoiso.core.config import AuxiliarySection
 from cryoiso.core.errors import InputError
+from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io.atomic import write_text
 from cryoiso.methods.auxiliary.condition import fit_scale
@@ -37,11 +38,30 @@ def train_stage(round_: int, work: Work) -> None:
     particles = poses_after(work, round_ - 1)
     source.particles = particles
     references = references_after(work, round_ - 1)
+    if round_ == 1:
+        _require_evidence(work, source)
     facts = {"round": round_, "inverted": bool(source.index["inverted"])}
     train_into(
         work.folder.stage(name), source, particles, references, section, work.comm, work.job.run.seed, facts,
         resume=work.resume, note=lambda label, step: work.note_checkpoint(name, generator=label, step=step),
     )  # fmt: skip
+
+
+def _require_evidence(work: Work, source: Any) -> None:
+    """Stops where the raw images do not know the reference; the native engine's first refinement has asked already."""
+    from cryoiso.methods.auxiliary.evidence import require_evidence
+
+    job = work.job
+    if job.auxiliary.poses == "refine" and job.refine.engine == "native":
+        return
+    request = RefineRequest(
+        source=source, reference=references_after(work, 0, with_micelle=False)[1], symmetry=job.sample.symmetry,
+        folder=work.folder.stage("train-1"), settings=job.refine.model_copy(update={"local_deg": None}),
+        seed=job.run.seed, diameter_A=on_root(work.comm, work.diameter_A), lowpass_A=job.reference.lowpass_A,
+    )  # fmt: skip
+    found = require_evidence(request, work.comm)
+    if work.comm.rank == 0:
+        logger.info("%d raw images match the reference beyond chance", found.images)
 
 
 def train_into(

@@ -11,6 +11,7 @@ import numpy as np
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import disk_full
+from cryoiso.pipeline import wire
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.postprocess import check_template
 from cryoiso.pipeline.work import Work
@@ -47,6 +48,7 @@ def check_job(work: Work) -> None:
 
     job = work.job
     folder_stages(job)
+    wire.require_engine(job)
     point_group(job.sample.symmetry)
     particles, with_auxiliary = work.particles(), job.run.workflow in ("auxiliary", "both")
     if job.refine.local_deg is not None or (with_auxiliary and job.auxiliary.poses == "given"):

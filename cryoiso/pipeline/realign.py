@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.shards import ShardSource
@@ -45,6 +47,8 @@ def _open(work: Work, folder: Path) -> ShardSource:
             "the auxiliary particles are on another grid than the particles", file=folder,
             expected=f"{box} px of {pixel:g} Å", found=f"{found.box_px} px of {theirs:g} Å",
         )  # fmt: skip
+    if found.particles.half is None or not np.isin(found.particles.half, (1, 2)).all():
+        raise InputError("the auxiliary particles have no half-sets", file=folder, expected="1 or 2 for each")
     return found
 
 

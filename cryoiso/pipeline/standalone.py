@@ -13,6 +13,7 @@ from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import StackSource
+from cryoiso.io.subtomograms import is_subtomograms
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import stages
@@ -20,6 +21,7 @@ from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.maps import make_mask, write_reconstruction
 from cryoiso.pipeline.preflight import check_job
+from cryoiso.pipeline.subtomograms import refine_subtomograms
 from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
 
 
@@ -47,9 +49,13 @@ def ingest_files(section: ParticlesSection, out: Path, comm: Context) -> None:
 def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) -> None:
     """Refines the particles of a job into a folder: shards and reference in sub-folders, the result beside them.
 
+    Subtomograms are not put into shards.
+
     Args:
         resume: go on with an interrupted refinement in the same folder.
     """
+    if on_root(comm, is_subtomograms, job.particles.file):
+        return refine_subtomograms(job, out, comm, resume=resume)
     stages.refine(begin_refinement(job, out, comm, resume=resume))
 
 

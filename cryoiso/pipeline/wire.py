@@ -27,6 +27,20 @@ def engine(name: str) -> Engine:
     raise UsageError(f"unknown engine '{name}' (known: native, relion)")
 
 
+def require_engine(job: Job) -> None:
+    """Stops before any work where the engine's program or its launcher is not there.
+
+    Raises:
+        MissingError: no RELION, or no mpirun that belongs to it.
+        UsageError: settings that RELION cannot be started with.
+    """
+    if job.refine.engine == "relion":
+        from cryoiso.engines.relion.command import launch
+        from cryoiso.engines.relion.install import find_relion
+
+        launch(job.relion, find_relion(job.relion.program))
+
+
 def correction(job: Job) -> ReferenceCorrection | None:
     """What corrects the references between the iterations of this job's workflow; None: nothing does."""
     if job.run.workflow not in ("realign", "both"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.special import stdtr
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
@@ -22,7 +24,10 @@ from cryoiso.refine.search import Given, SearchPlan
 if TYPE_CHECKING:
     from cryoiso.refine.iterate import Model, Refinement
 
-SCALE_PARTICLES = 512
+SCALE_PARTICLES = (512, 2048, 8192)
+"""Images that are compared with the reference: the first number, then more where those cannot tell it from chance."""
+CHANCE = 3e-5
+"""Images of noise match a reference by chance in fewer cases than this (four standard errors)."""
 
 
 def initial_model(run: Refinement, lowpass_A: float) -> Model:
@@ -30,8 +35,7 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     from the images' mean power; for a local search the given poses (collective)."""
     from cryoiso.refine.iterate import Model
 
-    radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
-    state = State(radius_px=radius, shift_sd_px=max(2.0, 0.03 * run.box))
+    state = first_state(run, lowpass_A)
     reference = first_reference(run, run.request.reference, lowpass_A)
     sigma2 = mean_power(run)
     scale = grey_scale(run, reference, sigma2, state)
@@ -48,6 +52,12 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     if run.request.local_deg is not None:
         rotation, shift_A = run.particles.require_poses()
     return Model(state, scaled, sigma2, rotation, shift_A)
+
+
+def first_state(run: Refinement, lowpass_A: float) -> State:
+    """The search is as fine as the low-passed reference and knows nothing of the shifts."""
+    radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
+    return State(radius_px=radius, shift_sd_px=max(2.0, 0.03 * run.box))
 
 
 def first_reference(run: Refinement, given: DensityMap, lowpass_A: float) -> np.ndarray:
@@ -71,47 +81,112 @@ def mean_power(run: Refinement) -> np.ndarray:
     return spectra
 
 
-def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: State) -> float:
-    """Least-squares factor between the reference's projections and the images.
+@dataclass(frozen=True)
+class Match:
+    """How the projections of a reference agree with images, in coefficients that did not choose the poses."""
+
+    factor: float
+    """Least-squares grey scale of the reference."""
+    chance: float
+    """Of agreeing so well if the images had nothing to do with the reference."""
+    inverted: bool
+    """They agree better with their sign changed; ``chance`` is then that of this agreement."""
+    images: int
+    """that were looked at"""
+
+    @classmethod
+    def of(cls, terms: np.ndarray) -> Match:
+        """From the columns of ``_fit``, (n, 4)."""
+        white, dark, norm, norm_dark = terms.sum(0)
+        factor = float(white / norm) if norm > 0 else 0.0
+        inverted = bool(dark > 0 and dark**2 * norm > max(white, 0.0) ** 2 * norm_dark)
+        return cls(factor, _chance(terms[:, int(inverted)]), inverted, len(terms))
+
+
+def _chance(cross: np.ndarray) -> float:
+    """Student's one-sided test that the images' cross terms (n,) have a mean above zero.
+
+    Poses and factor come from different coefficients, so that noise gives terms of either sign, whatever pose it chose.
+    """
+    n, mean = len(cross), float(cross.mean())
+    if n < 2 or not np.isfinite(mean):
+        return 0.0 if mean > 0 else 1.0
+    error = float(cross.std(ddof=1)) / np.sqrt(n)
+    return float(stdtr(n - 1, -mean / error)) if error > 0 else float(mean <= 0)
+
+
+def match(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: State) -> Match:
+    """How well the images match a reference; more of them are asked where few cannot tell (collective).
 
     The pose is chosen with one half of the coefficients (even ones) by normalised correlation and the factor fitted
     with the other half, so that the noise which made a pose win does not inflate the factor.
-
-    Raises:
-        InputError: the reference does not correlate with the images, or does so with the opposite sign.
     """
     volume = FourierVolume.from_volume(
         torch.as_tensor(reference, device=run.device), run.settings.padding, state.radius_px
     )
     plan = run.plan(state)
-    keys = shuffle_keys(run.request.seed, "grey scale", run.particles.uid)
-    chosen = np.zeros(len(keys), bool)
-    chosen[np.argsort(keys, kind="stable")[:SCALE_PARTICLES]] = True
+    order = np.argsort(shuffle_keys(run.request.seed, "grey scale", run.particles.uid), kind="stable")
+    terms = np.zeros((0, 4))
+    for most in SCALE_PARTICLES:
+        more = _terms(run, np.sort(order[len(terms) : most]), volume, plan, sigma2, state)
+        terms = np.concatenate([terms, more])
+        found = Match.of(terms)
+        if found.chance < CHANCE or len(terms) == len(order):
+            break
+    return found
+
+
+def _terms(
+    run: Refinement, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, sigma2: np.ndarray, state: State
+) -> np.ndarray:
+    """The columns of ``_fit`` for these rows (collective)."""
+    chosen = np.zeros(len(run.particles), bool)
+    chosen[rows] = True
     mine: list[tuple[np.ndarray, np.ndarray]] = []
     for half in (1, 2):
-        for rows in run.owned(half)[0]:
-            some = np.flatnonzero(chosen[rows])
+        for batch_rows in run.owned(half)[0]:
+            some = np.flatnonzero(chosen[batch_rows])
             if len(some):
-                batch = run.reader.read(rows, state.radius_px)
-                mine.append((rows[some], _fit(whiten(batch, sigma2), some, volume, plan, run.given(rows))))
+                batch = run.reader.read(batch_rows, state.radius_px)
+                near = run.given(batch_rows)
+                mine.append((batch_rows[some], _fit(whiten(batch, sigma2), some, volume, plan, near)))
     everything = [item for part in run.comm.allgather(mine) for item in part]
-    order = np.argsort(np.concatenate([rows for rows, _ in everything]), kind="stable")
-    # summed in row order, so that the factor has the same bits on any number of ranks
-    white, dark, norm, norm_dark = np.concatenate([values for _, values in everything])[order].sum(0)
-    factor = float(white / norm) if norm > 0 else 0.0
-    if dark > 0 and dark**2 * norm > max(white, 0.0) ** 2 * norm_dark:
+    # in row order, so that the sums have the same bits on any number of ranks
+    order = np.argsort(np.concatenate([r for r, _ in everything]), kind="stable")
+    return np.concatenate([values for _, values in everything])[order]
+
+
+def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: State) -> float:
+    """Least-squares factor between the reference's projections and the images (collective).
+
+    Raises:
+        InputError: the reference does not correlate with the images, or does so with the opposite sign.
+    """
+    found = match(run, reference, sigma2, state)
+    require_match(found)
+    return found.factor
+
+
+def require_match(found: Match) -> None:
+    """Stops where images and reference have nothing to do with each other.
+
+    Raises:
+        InputError: they do not correlate beyond chance, or do so with the opposite sign.
+    """
+    if found.chance >= CHANCE:
+        raise InputError(
+            "the reference does not match the images: its projections do not correlate with them beyond chance",
+            expected=f"a correlation that noise reaches in less than one of {1 / CHANCE:,.0f} sets",
+            found=f"one that noise reaches in {100 * found.chance:.2g} % of them, in {found.images:,} images",
+            hint="Check the reference's identity, the pixel size, and whether the images show particles at all.",
+        )
+    if found.inverted:
         raise InputError(
             "the images match the reference's projections better with their sign changed",
             expected="protein white in both",
             found="opposite signs",
             hint="Set invert = 'yes' under [particles] if protein is dark in the images, or invert the reference.",
         )
-    if not np.isfinite(factor) or factor <= 0:
-        raise InputError(
-            "the reference does not match the images: its projections do not correlate with them",
-            hint="Check the reference's identity and pixel size.",
-        )
-    return factor
 
 
 def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, given: Given | None) -> np.ndarray:

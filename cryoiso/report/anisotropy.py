@@ -7,8 +7,8 @@ from typing import Any
 
 BY_DIRECTION = (
     "FSC of the masked half-maps in double cones of 20° about 256 axes: mean, one standard deviation either way, and "
-    "the extremes; and the Fourier shell occupancy, the fraction of directions whose FSC is 0.143 or more. An isotropic "
-    "map has a narrow band, and an occupancy that falls at once. On the right the resolution of each direction (0.143)."
+    "the extremes; and the Fourier shell occupancy, the fraction of directions with an FSC of 0.143 or more. Isotropic "
+    "maps have a narrow band, and an occupancy that falls at once. On the right, the resolution of each direction."
 )
 SPHERE = (
     "Resolution by direction, and how many views measure each direction, on the half sphere in equal areas (opposite "

@@ -181,7 +181,7 @@ def _surroundings(task: Task, folder: Path, correction: ReferenceCorrection | No
         folder=task.star.parent / "correction",
         pixel_size_A=pixel,
         dimensions=dimensions,
-        iterative=uses_iterations(version),
+        iterative=correction is None and uses_iterations(version),
         mask=read_map(folder / mask, pixel).data if mask and correction is not None else None,
         initial=initial,
     )

@@ -43,6 +43,8 @@ class Search:
     callback: bool = False
     three_dimensional: bool = False
     """the particles are subtomograms"""
+    ctf: bool = True
+    """there are CTFs to correct for"""
 
 
 def first_command(search: Search, settings: RefineSection, section: RelionSection, relion: Relion) -> list[str]:
@@ -61,7 +63,6 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
         "--sym": search.symmetry,
         "--low_resol_join_halves": _number(settings.join_halves_A or -1),
         "--auto_iter_max": str(settings.max_iterations),
-        "--ctf": None,
         "--norm": None,
         "--scale": None,
         "--oversampling": "1",
@@ -69,10 +70,14 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
         "--pad": str(settings.padding),
         "--zero_mask": None,
     }
+    if search.ctf:
+        options["--ctf"] = None
     if not search.on_scale:
         options["--firstiter_cc"] = None
     if settings.solvent_mask:
         options["--flatten_solvent"] = None
+    if search.callback:
+        options["--external_reconstruct"] = None  # continued runs know it from their files
     if search.mask:
         options["--solvent_mask"] = search.mask
     if settings.max_resolution_A:
@@ -80,13 +85,14 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
     options |= _angles(search, settings, section) | _shifts(search, settings, section)
     if relion.major < 4:
         options["--ctf_corrected_ref"] = None
-    return _words(options | _running(search, section), section.extra)
+    return _words(options | _running(search, section, relion), section.extra)
 
 
 def next_command(
     optimiser: str,
     search: Search,
     section: RelionSection,
+    relion: Relion,
     last_iteration: int,
     *,
     finish: bool = False,
@@ -101,17 +107,21 @@ def next_command(
     options: Options = {"--continue": optimiser, "--o": f"./{OUTPUT}", "--auto_iter_max": str(last_iteration)}
     if finish:
         options["--force_converge"] = None
-    return _words(options | _running(search, section), section.extra)
+    return _words(options | _running(search, section, relion), section.extra)
 
 
-def _running(search: Search, section: RelionSection) -> Options:
-    """What says how to run, not what to do; allowed in continued runs as well."""
+def _running(search: Search, section: RelionSection, relion: Relion) -> Options:
+    """What says how to run, not what to do; allowed in continued runs as well.
+
+    Version 3 is told to divide directly, as later ones do by themselves: its iterated weights are no better with
+    padding, and without it, or with few particles, they spoil the maps (docs/relion.md).
+    """
     options: Options = {"--j": str(section.threads), "--pool": "10", "--dont_combine_weights_via_disc": None}
     dimensions = 3 if search.three_dimensional else 2
     if 4 * search.count * search.box_px**dimensions <= LARGEST_READ_AT_ONCE:
         options["--preread_images"] = None
-    if search.callback:
-        options["--external_reconstruct"] = None
+    if relion.major < 4:
+        options["--skip_gridding"] = None
     return options
 
 

@@ -7,6 +7,7 @@ ranks that wait (``supervise``, ``serve``); otherwise RELION is left alone.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from cryoiso.engines.process import clean_environment
 from cryoiso.engines.relion import command as commands
 from cryoiso.engines.relion import result as results
 from cryoiso.engines.relion.callback import VARIABLE
-from cryoiso.engines.relion.external import uses_iterations
 from cryoiso.engines.relion.files import (
     HALVES,
+    PARTS,
     complete_iterations,
     read_sampling,
     remove_iterations_after,
@@ -30,7 +31,9 @@ from cryoiso.engines.relion.images import image_names, write_input
 from cryoiso.engines.relion.install import Relion, find_relion
 from cryoiso.engines.relion.serve import Setting
 from cryoiso.engines.relion.supervise import Start, run
+from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
+from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.bell import StopBell, side_by_side
 from cryoiso.parallel.context import Context
@@ -72,8 +75,6 @@ class _Next:
     """None: all is done"""
     state: str
     """words that differ where something was achieved"""
-    references: bool = False
-    """the references of iteration 0 are put into their places before"""
 
 
 class _Refinement:
@@ -85,13 +86,19 @@ class _Refinement:
         self.folder = request.folder.absolute() / "relion"
         self.root = self.folder / commands.OUTPUT
         self.n = len(request.source.particles)
+        self.own = request.half_references is not None
+        self.first = 2 if self.own else 1
+        """number of the first iteration, see ``_place_half_references``"""
         self.search = _search(request)
 
     def whole(self) -> RefineResult:
         comm, request = self.comm, self.request
         on_root(comm, commands.launch, self.section, self.relion)
         on_root(comm, self._prepare_folders)
-        names = image_names(request.source, self.folder, self.section.images, comm, resume=request.resume)
+        if isinstance(request.source, SubtomogramSource):
+            names = request.source.volumes
+        else:
+            names = image_names(request.source, self.folder, self.section.images, comm, resume=request.resume)
         on_root(comm, self._write_inputs, names)
         _release_gpu()
         with side_by_side(comm) as bell:
@@ -107,8 +114,6 @@ class _Refinement:
             if step.state == before:
                 raise CryoisoError(f"RELION ended without a result ({step.state}). See {self.folder / 'run.log'}")
             before = step.state
-            if step.references:
-                on_root(self.comm, self._place_half_references)
             on_root(self.comm, _announce, step.command)
             run(self._start(step.command), self.comm, bell)
 
@@ -121,7 +126,11 @@ class _Refinement:
 
     def _write_inputs(self, names: list[str]) -> None:
         request, folder = self.request, self.folder
-        write_input(folder / PARTICLES, request.source.particles, names, with_poses=request.local_deg is not None)
+        source, local = request.source, request.local_deg is not None
+        if isinstance(source, SubtomogramSource):
+            source.write(folder / PARTICLES, source.particles, with_poses=local)
+        else:
+            write_input(folder / PARTICLES, source.particles, names, with_poses=local)
         write_map(folder / REFERENCE, request.reference.data, request.reference.pixel_size_A)
         if request.mask is not None:
             write_map(folder / MASK, request.mask.data.clip(0, 1), request.reference.pixel_size_A)
@@ -129,35 +138,51 @@ class _Refinement:
     def _next(self) -> _Next:
         """What to do from what there is (rank 0)."""
         done = complete_iterations(self.root, self.n)
-        own, limit = self.request.half_references is not None, self.request.settings.max_iterations
-        first = commands.first_command(self.search, self.request.settings, self.section, self.relion)
+        if done == [0] and self.own:
+            self._place_half_references()
+            done = [0, 1]
         if done and results.is_finished(self.root, self.n, done[-1]):
             return _Next(None, "finished")
-        if not done or (done[-1] == 0 and not own):
-            remove_iterations_after(self.root, -1)
-            results.Ledger(self.root).forget_after(-1)
-            if own:
-                first[first.index("--auto_iter_max") + 1] = "0"
-            return _Next(self._launched(first), "nothing yet")
-        last = done[-1]
-        remove_iterations_after(self.root, last)
-        results.Ledger(self.root).forget_after(last)
-        optimiser, finish = f"{commands.OUTPUT}_it{last:03d}_optimiser.star", last >= limit
+        if not done or done[-1] == 0:
+            self._forget_after(-1)
+            words = commands.first_command(self.search, self.request.settings, self.section, self.relion)
+            if self.own:
+                words[words.index("--auto_iter_max") + 1] = "0"
+            return _Next(self._launched(words), "nothing yet")
+        last, limit = done[-1], self.request.settings.max_iterations + self.first - 1
+        self._forget_after(last)
+        finish = last >= limit
         words = commands.next_command(
-            optimiser, self.search, self.section, max(limit, last + 1) if finish else limit, finish=finish
+            f"{commands.OUTPUT}_it{last:03d}_optimiser.star", self.search, self.section, self.relion,
+            max(limit, last + 1) if finish else limit, finish=finish,
         )  # fmt: skip
-        return _Next(self._launched(words), f"{last} iterations{', finishing' if finish else ''}", last == 0)
+        return _Next(self._launched(words), f"{last} iterations{', finishing' if finish else ''}")
+
+    def _forget_after(self, iteration: int) -> None:
+        remove_iterations_after(self.root, iteration)
+        self._ledger().forget_after(iteration)
+
+    def _ledger(self) -> results.Ledger:
+        return results.Ledger(self.root, self.first)
 
     def _launched(self, words: list[str]) -> list[str]:
         exported = (VARIABLE,) if self.search.callback else ()
         return [*commands.launch(self.section, self.relion, exported), *words]
 
     def _place_half_references(self) -> None:
-        """Each half's own reference in the place of the common one, as RELION would have written it."""
-        assert self.request.half_references is not None
-        for half, given in self.request.half_references.items():
+        """RELION takes one reference for both halves, but it continues from files that name one for each.
+
+        So what it wrote as iteration 0, from the reference of half 1, becomes an iteration 1 that ended with each
+        half's own reference. (It does not continue from iteration 0.)
+        """
+        for part in PARTS:
+            source, target = (Path(f"{self.root}_it{iteration:03d}_{part}") for iteration in (0, 1))
+            if part.endswith(".star"):
+                text = source.read_text(encoding="utf-8").replace("_it000_", "_it001_")
+                write_text(target, re.sub(r"(?m)^(_rlnCurrentIteration\s+)0\b", r"\g<1>1", text))
+        for half, given in (self.request.half_references or {}).items():
             filtered = lowpass(given.data, given.pixel_size_A, self.request.lowpass_A)
-            write_map(Path(f"{self.root}_it000_half{half}_class001.mrc"), filtered, given.pixel_size_A)
+            write_map(Path(f"{self.root}_it001_half{half}_class001.mrc"), filtered, given.pixel_size_A)
 
     def _start(self, command: list[str]) -> Start:
         site = commands.uses_site_launcher(self.section)
@@ -170,7 +195,7 @@ class _Refinement:
             silence_s=60.0 * self.section.timeout_min,
             step_of=self._step_of,
             iteration_began=self._iteration_began,
-            note=lambda iteration, facts: results.Ledger(self.root).note_callback(iteration, facts),
+            note=lambda iteration, facts: self._ledger().note_callback(iteration, facts),
         )
 
     def _setting(self) -> Setting:
@@ -180,8 +205,8 @@ class _Refinement:
             correction=request.correction,
             folder=request.folder / "correction",
             pixel_size_A=request.reference.pixel_size_A,
-            dimensions=2,
-            iterative=uses_iterations(self.relion.version),
+            dimensions=3 if self.search.three_dimensional else 2,
+            iterative=False,
             mask=None if request.mask is None else request.mask.data,
             initial={half: own[half].data for half in HALVES},
         )
@@ -195,15 +220,15 @@ class _Refinement:
 
     def _iteration_began(self, iteration: int) -> None:
         """The iteration before is over: its record is kept, and the files of those long ago go (rank 0)."""
-        if iteration < 2:
+        if iteration <= self.first:
             return
-        record = results.Ledger(self.root).note_iterations(iteration - 1)
+        record = self._ledger().note_iterations(iteration - 1)
         results.remove_early_iterations(self.root, iteration - KEPT_ITERATIONS)
         if self.request.on_checkpoint:
             self.request.on_checkpoint(record or {"iteration": iteration - 1})
 
     def _finish(self, names: list[str]) -> results.Found:
-        return results.publish(self.request, self.root, names, self._summary())
+        return results.publish(self.request, self._ledger(), names, self._summary())
 
     def _summary(self) -> dict[str, Any]:
         first = commands.first_command(self.search, self.request.settings, self.section, self.relion)
@@ -231,6 +256,8 @@ def _search(request: RefineRequest) -> commands.Search:
         local_deg=request.local_deg,
         on_scale=own,
         callback=request.correction is not None,
+        three_dimensional=isinstance(source, SubtomogramSource),
+        ctf=not isinstance(source, SubtomogramSource) or source.has_ctf,
     )
 
 

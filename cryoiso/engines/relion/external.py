@@ -261,6 +261,6 @@ def _without_corners(volume: Tensor, task: Task) -> Tensor:
 
 
 def uses_iterations(version: str) -> bool:
-    """Whether a RELION of this version divides by iterated weights; version 3 where it is not known."""
+    """Whether relion_external_reconstruct of this version divides by iterated weights; 3 where it is not known."""
     match = re.match(r"\d+", version)
     return (int(match[0]) if match else 3) < 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ COLUMNS = (
     "rlnMaxValueProbDistribution",
     "rlnNormCorrection",
     "rlnNrOfSignificantSamples",
+    "rlnOriginZAngst",  # of subtomograms
 )
 WHOLE = ("rlnNrOfSignificantSamples",)
 
@@ -78,7 +80,7 @@ class Found:
         return RefineResult(posed, self.half_maps, self.iterations, self.resolution_A)
 
 
-def publish(request: RefineRequest, root: Path, names: list[str], program: dict[str, Any]) -> Found:
+def publish(request: RefineRequest, ledger: Ledger, names: list[str], program: dict[str, Any]) -> Found:
     """Reads RELION's final files and writes the engine's (rank 0).
 
     Args:
@@ -88,10 +90,10 @@ def publish(request: RefineRequest, root: Path, names: list[str], program: dict[
     Raises:
         CryoisoError: RELION lost particles, or changed their half-sets.
     """
+    root = ledger.root
     files = final_files(root)
     rotation, shift_A, columns = _refined(request.source.particles, files["data"], names)
     particles = request.source.particles.with_poses(rotation, shift_A).with_results(**columns)
-    ledger = Ledger(root)
     ledger.note_iterations(max(complete_iterations(root, len(names)), default=0))
     records = ledger.records()
     maps = {half: request.folder / f"half{half}.mrc" for half in HALVES}
@@ -114,6 +116,7 @@ def publish(request: RefineRequest, root: Path, names: list[str], program: dict[
     if request.correction is not None:
         summary["correction"] = request.correction.facts()
     write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
+    _tidy_up(root, records[-1]["iteration"] if records else 0)
     return Found(rotation, shift_A, columns, maps, records, resolution)
 
 
@@ -135,8 +138,13 @@ def _refined(
 class Ledger:
     """Records of the iterations, kept in a file as they come: RELION's own files of early iterations do not stay."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, first: int = 1) -> None:
+        """
+        Args:
+            root: RELION's output name.
+            first: number of the first iteration.
+        """
+        self.root, self._first = root, first
         self._file = root.parent / "records.json"
         self._records: dict[int, dict[str, Any]] = {}
         if self._file.exists():
@@ -150,11 +158,11 @@ class Ledger:
 
     def note_iterations(self, last: int) -> dict[str, Any] | None:
         """Adds what RELION's files say of the iterations up to ``last``, as far as they are there; returns the last."""
-        for iteration in range(1, last + 1):
+        for iteration in range(self._first, last + 1):
             known = self._records.get(iteration, {})
             if "resolution_A" not in known:
                 with suppress(InputError):
-                    self._records[iteration] = {**_record(self._root, iteration), **known}
+                    self._records[iteration] = {**_record(self.root, iteration), **known}
         self._save()
         return self._records.get(last)
 
@@ -191,6 +199,14 @@ def remove_early_iterations(root: Path, before: int) -> None:
         match = re.match(r"_it(\d{3,})_", file.name[len(root.name) :])
         if match and 0 < int(match[1]) < before:
             file.unlink(missing_ok=True)
+
+
+def _tidy_up(root: Path, last: int) -> None:
+    """What can be made again goes: exported images, and the files of all iterations but the first and the last."""
+    shutil.rmtree(root.parent / "images", ignore_errors=True)
+    remove_early_iterations(root, last)
+    for file in root.parent.glob(f"{root.name}*.bild"):
+        file.unlink()
 
 
 def _moved(request: RefineRequest, particles: Particles) -> dict[str, float]:

@@ -36,7 +36,7 @@ class Setting:
     dimensions: int
     """of the particles: 2, or 3 for subtomograms"""
     iterative: bool
-    """how RELION divides, see ``external``"""
+    """how to divide, see ``external``"""
     mask: np.ndarray | None = None
     initial: dict[int, np.ndarray] | None = None
 

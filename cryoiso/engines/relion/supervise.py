@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryoiso.core.errors import CryoisoError, Interrupted
+from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted
 from cryoiso.core.log import duration
 from cryoiso.engines.process import Program, describe_status
 from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
@@ -82,7 +85,8 @@ def run(start: Start, comm: Context, bell: StopBell) -> None:
             if event.kind == "error":
                 agree(comm, CryoisoError(event.message))
             assert start.setting is not None
-            facts = serve(event.tasks, event.step_deg, start.setting, comm)
+            with watch.at_work(comm) if watch else nullcontext():
+                facts = serve(event.tasks, event.step_deg, start.setting, comm)
             if watch:
                 watch.answer()
                 iteration = next(iter(event.tasks.values())).name.iteration
@@ -179,12 +183,35 @@ class _Watch:
         step = step or self._start.step_of(task.name.iteration or 0)
         return 360.0 if step is None else step
 
-    def _ended(self, status: int) -> Event:
-        if status == 0:
+    def _ended(self, status: int, when: str = "") -> Event:
+        if status == 0 and not when:
             return Event("ended")
         log = self._start.folder / LOG
         said = f": {self._progress.error}" if self._progress.error else ""
-        return Event("error", message=f"RELION {describe_status(status)}{said}. See {log}", status=status)
+        return Event("error", message=f"RELION {describe_status(status)}{when}{said}. See {log}", status=status)
+
+    @contextmanager
+    def at_work(self, comm: Context) -> Iterator[None]:
+        """While all ranks work for RELION nobody looks after it; should it end, a thread ends them.
+
+        A correction may take hours, which would be for nothing.
+        """
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(0.5):
+                if self._program is not None and (status := self._program.status()) is not None:
+                    sys.stderr.write(f"error: {self._ended(status, ' while its references were corrected').message}\n")
+                    sys.stderr.flush()
+                    comm.abort(EXIT_OTHER)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def answer(self) -> None:
         """The results are there: RELION goes on."""

@@ -114,9 +114,11 @@ def _courses(settings: Correction, halves: tuple[int, ...]) -> list[_Course]:
         if len(halves) != 1:
             raise InputError("the mode 'single' takes one map", found=len(halves))
         return [_Course(BOTH, halves)]
+    if settings.mode == "independent":
+        return [_Course(str(h), (h,)) for h in halves]
     if halves != (1, 2):
-        raise InputError(f"the mode '{settings.mode}' needs both half-maps", expected="1 and 2", found=halves)
-    return [_Course(BOTH, halves)] if settings.mode == "paired" else [_Course(str(h), (h,)) for h in halves]
+        raise InputError("the mode 'paired' needs both half-maps", expected="1 and 2", found=halves)
+    return [_Course(BOTH, halves)]
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def _train(
     loop = LoopSettings(
         steps=settings.steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=seed,
         log_every=max(1, settings.steps // RECORDS), clip_norm=1.0, amp=settings.bfloat16, compile=on_gpu,
-        channels_last=True,
+        channels_last=True, flat_window=settings.steps + 1,
     )  # fmt: skip
     name = "the anisotropy network" + ("" if label == BOTH else f" of half {label}")
     line = ProgressLine(f"training {name}", settings.steps, active=group.is_first)

@@ -34,7 +34,7 @@ class CorrectionTask:
     """The task that ``train.loop.train`` works on (its ``Task``)."""
 
     module: nn.Module
-    watched = "consistency"
+    watched = "loss"
 
     def __init__(
         self,

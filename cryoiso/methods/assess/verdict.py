@@ -23,7 +23,7 @@ SCF_STAR_LOW = 0.81
 """SCF* over that of as many even views; below, the views are uneven."""
 NOT_NOISE = 0.6
 """Evenness of the directions over that which noise leaves to an isotropic map; below, it is not noise."""
-SHORT = 0.2
+SHORT = 0.17
 """Share of the directions that show less than half of what the views promise; above, the poses are not right."""
 FEW_SHELLS = 4.0
 """Half-maps whose FSC falls below 0.143 before this shell agree on nothing."""

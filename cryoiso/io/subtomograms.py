@@ -1,0 +1,115 @@
+"""Particle files of subtomograms: small volumes, one a file, with a volume of their CTF and missing wedge.
+
+They are RELION's, from its tomography pipeline (``rlnImageName`` x.mrc, ``rlnCtfImage`` y.mrc). This program does not
+look into them; it hands them to RELION, with every column as it is, and takes poses back.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.types import Particles
+from cryoiso.io.mrc import read_header
+from cryoiso.io.star import read_particles, resolve_paths
+from cryoiso.io.startext import StarBlock, block_of_frame, read_blocks, write_blocks
+
+CTF_VOLUME = "rlnCtfImage"
+POSE_COLUMNS = tuple(f"rln{name}" for name in (
+    "AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst", "OriginZAngst", "OriginX", "OriginY",
+    "OriginZ",
+))  # fmt: skip
+
+
+def is_subtomograms(path: object) -> bool:
+    """Whether a particle file is of subtomograms: it names CTF volumes, or says that its images have three dimensions.
+
+    Anything else, a file that cannot be read included, is not.
+    """
+    if not (str(path).endswith(".star") and os.path.isfile(str(path))):
+        return False
+    try:
+        blocks = read_blocks(path)
+    except InputError:
+        return False
+    return any(
+        CTF_VOLUME in block.columns or "3" in block.columns.get("rlnImageDimensionality", []) for block in blocks
+    )
+
+
+class SubtomogramSource:
+    """Subtomograms as an ``ImageSource`` for engines whose program reads them itself."""
+
+    dimensions = 3
+
+    def __init__(self, path: object, project: str = "") -> None:
+        """
+        Args:
+            path: STAR file.
+            project: folder that relative paths start from (empty: found as RELION does).
+
+        Raises:
+            InputError: a volume is missing or no cube, or boxes differ.
+        """
+        self.file = path
+        self.particles = read_particles(path, project, ("image",))
+        table = self.particles.table
+        self.has_ctf = CTF_VOLUME in table
+        self.volumes = [os.path.abspath(name) for name in self.particles.stack.tolist()]
+        self.ctf_volumes = (
+            [os.path.abspath(name) for name in resolve_paths([str(v) for v in table[CTF_VOLUME]], path, project)]
+            if self.has_ctf
+            else []
+        )
+        self.box_px = self._check()
+        groups = tuple(replace(group, box_px=self.box_px) for group in self.particles.groups)
+        self.particles = replace(self.particles, groups=groups)
+
+    def _check(self) -> int:
+        """All files are there, and the first volume of each optics group is a cube of one size."""
+        for names in (self.volumes, self.ctf_volumes):
+            for row, name in enumerate(names):
+                if not os.path.isfile(name):
+                    raise InputError(
+                        f"no such file: {name}", file=self.file, row=row + 1,
+                        hint="Relative paths start from the project folder; give it if it is not the current one.",
+                    )  # fmt: skip
+        _, firsts = np.unique(self.particles.optics, return_index=True)
+        shapes = {read_header(self.volumes[row]).shape for row in firsts.tolist()}
+        box = next(iter(shapes))[0]
+        if shapes != {(box, box, box)}:
+            raise InputError(
+                "subtomograms must be cubes of one size", file=self.file, expected="D x D x D voxels",
+                found=sorted(shapes),
+            )  # fmt: skip
+        return int(box)
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Not for subtomograms.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "these particles are subtomograms, which only RELION refines", file=self.file,
+            hint="Use --engine relion.",
+        )  # fmt: skip
+
+    def write(self, path: Path, particles: Particles, *, with_poses: bool) -> None:
+        """The particle file that RELION starts from: absolute paths, half-sets, all other columns as they are."""
+        columns = block_of_frame("particles", particles.table).columns
+        columns["rlnImageName"] = list(self.volumes)
+        if self.has_ctf:
+            columns[CTF_VOLUME] = list(self.ctf_volumes)
+        if particles.half is not None:
+            columns["rlnRandomSubset"] = [str(half) for half in particles.half.tolist()]
+        if not with_poses:
+            columns = {name: values for name, values in columns.items() if name not in POSE_COLUMNS}
+        others = [StarBlock(*block) for block in particles.table.attrs.get("star_others", [])]
+        if particles.optics_table is not None:
+            others.append(block_of_frame("optics", particles.optics_table))
+        write_blocks(path, [*others, StarBlock("particles", True, columns)])
