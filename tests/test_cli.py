@@ -15,7 +15,8 @@ from cryoiso import __version__
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE
 
 COMMANDS = (
-    "init", "doctor", "simulate", "ingest", "reference", "refine", "reconstruct", "micelle", "auxiliary", "diagnose",
+    "init", "doctor", "simulate", "ingest", "reference", "refine", "realign", "reconstruct", "correct",
+    "micelle", "auxiliary", "hook", "diagnose",
     "report", "run", "resume",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
@@ -65,8 +66,9 @@ def test_every_option_of_every_command_has_help():
 
     commands = dict(get_command(build_app()).commands)  # type: ignore[attr-defined]
     assert set(commands) == set(COMMANDS)
-    commands |= {f"auxiliary {name}": inner for name, inner in commands.pop("auxiliary").commands.items()}
-    assert "auxiliary train" in commands and "auxiliary generate" in commands
+    for group in ("auxiliary", "hook"):
+        commands |= {f"{group} {name}": inner for name, inner in commands.pop(group).commands.items()}
+    assert {"auxiliary train", "auxiliary generate", "hook relion"} <= set(commands)
     for name, command in commands.items():
         assert command.help, f"{name} has no help"
         for parameter in command.params:

@@ -101,6 +101,7 @@ def test_a_correction_that_does_nothing_changes_nothing(data, tmp_path):
         assert np.abs(maps[0] - maps[1]).max() < 1e-6 * np.abs(maps[0]).max()
 
 
+@pytest.mark.slow
 def test_by_hand_both_halves_meet_for_the_correction(data, tmp_path):
     """Two processes that RELION starts at the same moment; and files of a broken-off job lie in their way."""
     out = tmp_path / "out"
@@ -123,7 +124,10 @@ def gone_within(folder, limit_s):
     wait_until(lambda: not relion_processes(folder), limit_s)
 
 
-@pytest.mark.parametrize("kind, words", [("fail", "the network broke"), ("nan", "cannot be used")])
+FAILURES = [("fail", "the network broke"), pytest.param("nan", "cannot be used", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind, words", FAILURES)
 def test_a_failing_correction_ends_all_with_its_error(data, tmp_path, kind, words):
     began = time.monotonic()
     status, said = finish(start(2, job_of(data), tmp_path / "out", kind))
@@ -234,9 +238,6 @@ def test_each_half_starts_from_its_own_reference(shards, data, tmp_path):
     own = {1: truth, 2: replace(truth, data=np.roll(truth.data, 2, axis=0))}
     request = request_of(shards, data, tmp_path / "out", half_references=own)
     result = RelionEngine().refine(request, Context())
-    folder = tmp_path / "out" / "relion"
-    first = {h: read_map(folder / f"run_it001_half{h}_class001.mrc", 7.0).data for h in (1, 2)}
-    assert np.abs(np.roll(first[1], 2, axis=0) - first[2]).max() < 1e-4 * first[1].max()
     assert [record["iteration"] for record in result.iterations] == [2]
     maps = {h: read_map(result.half_maps[h]).data for h in (1, 2)}
     shift = {s: np.corrcoef(np.roll(maps[1], s, axis=0).ravel(), maps[2].ravel())[0, 1] for s in range(-3, 4)}

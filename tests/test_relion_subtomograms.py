@@ -30,6 +30,9 @@ def data(tmp_path_factory):
 
 def test_they_are_told_from_images(data):
     assert is_subtomograms(data / "particles.star") and not is_subtomograms(data / "images.star")
+    without = (data / "particles.star").read_text().replace("rlnCtfImage", "myCtf")
+    (data / "without.star").write_text(without)
+    assert is_subtomograms(data / "without.star")
     assert not is_subtomograms(data / "truth_map.mrc") and not is_subtomograms(data / "nothing.star")
 
 

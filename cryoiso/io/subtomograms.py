@@ -16,9 +16,10 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import Particles
 from cryoiso.io.mrc import read_header
 from cryoiso.io.star import read_particles, resolve_paths
-from cryoiso.io.startext import StarBlock, block_of_frame, read_blocks, write_blocks
+from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
 
-CTF_VOLUME = "rlnCtfImage"
+CTF_VOLUME, DIMENSIONS = "rlnCtfImage", "rlnImageDimensionality"
+HEAD_BYTES = 2**20
 POSE_COLUMNS = tuple(f"rln{name}" for name in (
     "AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst", "OriginZAngst", "OriginX", "OriginY",
     "OriginZ",
@@ -28,17 +29,29 @@ POSE_COLUMNS = tuple(f"rln{name}" for name in (
 def is_subtomograms(path: object) -> bool:
     """Whether a particle file is of subtomograms: it names CTF volumes, or says that its images have three dimensions.
 
-    Anything else, a file that cannot be read included, is not.
+    Looks at the beginning of the file only. Anything else, a file that cannot be read included, is not.
     """
     if not (str(path).endswith(".star") and os.path.isfile(str(path))):
         return False
     try:
-        blocks = read_blocks(path)
-    except InputError:
+        with open(str(path), encoding="utf-8", errors="replace") as stream:
+            lines = [line.split() for line in stream.read(HEAD_BYTES).splitlines()]
+    except OSError:
         return False
-    return any(
-        CTF_VOLUME in block.columns or "3" in block.columns.get("rlnImageDimensionality", []) for block in blocks
-    )
+    return any(words[:1] == [f"_{CTF_VOLUME}"] for words in lines) or "3" in _optics_column(lines, DIMENSIONS)
+
+
+def _optics_column(lines: list[list[str]], name: str) -> list[str]:
+    """The values of a column of the table of optics groups, from the words of a file's first lines."""
+    inside, columns, values = False, [], []
+    for words in filter(None, lines):
+        if words[0].startswith("data_"):
+            inside = words[0] == "data_optics"
+        elif inside and words[0].startswith("_"):
+            columns.append(words[0][1:])
+        elif inside and name in columns and len(words) == len(columns):
+            values.append(words[columns.index(name)])
+    return values
 
 
 class SubtomogramSource:

@@ -7,24 +7,45 @@ columns degrees; a node is the middle of its cell. Coefficients at Nyquist's fre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from math import acos, atan2, exp, pi, sqrt
+from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import config, njit
 
 from cryoiso.physics._kernels import EXACT
 
+# Not numba's own threads: a process that used them cannot be forked (the child is ended), and measuring is done in
+# processes that may be.
+FREE: Any = {**EXACT, "nogil": True}
 
-@njit(parallel=True, **EXACT)
-def double_cone_ratios(points, values, centres, cosine, least, out):
-    """Correlation of the points within the double cone about each centre, one shell at a time.
+
+def in_threads(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
+    """Runs ``kernel(start, stop, *arguments)`` on parts of 0..count, in as many threads as numba is configured for."""
+    threads = int(vars(config)["NUMBA_NUM_THREADS"])
+    if threads == 1:
+        kernel(0, count, *arguments)
+        return
+    edges = np.linspace(0, count, min(count, 4 * threads) + 1).astype(int).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [pool.submit(kernel, a, b, *arguments) for a, b in pairwise(edges)]
+        for part in parts:
+            part.result()
+
+
+@njit(**FREE)
+def double_cone_ratios(start, stop, points, values, centres, cosine, least, out):
+    """Correlation of the points within the double cone about the centres start..stop, one shell at a time.
 
     points (n, 3) and centres (m, 3) float64 unit vectors; values (3, n) float64: Re(A conj B), |A|^2, |B|^2;
     least (2,): powers of A and of B that count as some; out (m,) float64, 0 where a cone has less.
     """
     x, y, z = points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy()
     cross, one, two = values[0], values[1], values[2]
-    for i in prange(len(centres)):
+    for i in range(start, stop):
         u, v, w = centres[i, 0], centres[i, 1], centres[i, 2]
         a = b = c = 0.0
         for j in range(len(x)):
@@ -80,9 +101,28 @@ def bin_directions(fa, fb, first, last, cells):
                 cell[2] += weight * (b.real * b.real + b.imag * b.imag)
 
 
-@njit(parallel=True, **EXACT)
-def paint_shells(nodes, first, out):
+@njit(**FREE)
+def mix_rings(start, stop, shares, rings, out):
+    """out[m] = shares[m] @ rings[m] for the orders m in start..stop.
+
+    shares (orders, i, j), rings (orders, j, n), out (orders, i, n), float64. Not left to a BLAS library: its threads
+    wait for each other at every one of these small products.
+    """
+    for m in range(start, stop):
+        for i in range(shares.shape[1]):
+            row = out[m, i]
+            row[:] = 0.0
+            for j in range(shares.shape[2]):
+                share, ring = shares[m, i, j], rings[m, j]
+                for n in range(len(row)):
+                    row[n] += share * ring[n]
+
+
+@njit(**FREE)
+def paint_shells(start, stop, nodes, first, out):
     """Writes every voxel of the shells first..first+len(nodes)-1, bilinear between the nodes of its shell.
+
+    Planes start..stop of 0..D//2, and with them those of the opposite sign.
 
     nodes (shells, rings, columns) float32; out (D, D, D) float32, origin at D//2.
     """
@@ -91,8 +131,7 @@ def paint_shells(nodes, first, out):
     centre = box // 2
     per_tilt, per_azimuth = (rings - 1) / (pi / 2), columns / (2 * pi)
     low, high = (first - 0.5) ** 2, (first + shells - 0.5) ** 2
-    for plane in prange(centre + 1):
-        kz = np.int64(plane)  # prange counts without a sign
+    for kz in range(start, stop):
         for ky in range(-centre, centre + 1):
             for kx in range(-centre, centre + 1):
                 k2 = kz * kz + ky * ky + kx * kx
@@ -115,9 +154,9 @@ def paint_shells(nodes, first, out):
                     out[centre - kz, centre - ky, centre - kx] = value
 
 
-@njit(parallel=True, **EXACT)
-def sums_about_axes(fa, fb, axes, cosine, falloff, sums):
-    """Sums over the double cone about each axis, shell by shell.
+@njit(**FREE)
+def sums_about_axes(start, stop, fa, fb, axes, cosine, falloff, sums):
+    """Sums over the double cone about each axis, shell by shell; parts start..stop of them.
 
     fa, fb (D, D, D//2+1) complex; axes (3, n) float64 as x, y, z; a coefficient at cosine c of the angle to the axis
     weighs exp(-falloff ((c - 1) / (cosine - 1))^2); sums (parts, D//2+1, 4, n) float64: Re(A conj B), |A|^2, |B|^2, and
@@ -126,10 +165,9 @@ def sums_about_axes(fa, fb, axes, cosine, falloff, sums):
     box = fa.shape[0]
     half = box // 2
     n, parts = axes.shape[1], len(sums)
-    for part in prange(parts):
+    for part in range(start, stop):
         cosines = np.empty(n)
-        start, stop = box * np.int64(part) // parts, box * (np.int64(part) + 1) // parts
-        for iz in range(start, stop):
+        for iz in range(box * part // parts, box * (part + 1) // parts):
             kz = iz if iz < box - half else iz - box
             for iy in range(box):
                 ky = iy if iy < box - half else iy - box
@@ -157,14 +195,14 @@ def sums_about_axes(fa, fb, axes, cosine, falloff, sums):
                             shell[3, j] += 0.5 * weight
 
 
-@njit(parallel=True, **EXACT)
-def count_near_planes(points, views, limit, counts):
-    """How many views lie within ``limit`` (as a sine) of the plane perpendicular to each point.
+@njit(**FREE)
+def count_near_planes(start, stop, points, views, limit, counts):
+    """How many views lie within ``limit`` (as a sine) of the plane perpendicular to each of the points start..stop.
 
     points (n, 3), views (m, 3) float64 unit vectors; counts (n,) int64.
     """
     x, y, z = views[:, 0].copy(), views[:, 1].copy(), views[:, 2].copy()
-    for i in prange(len(points)):
+    for i in range(start, stop):
         u, v, w = points[i, 0], points[i, 1], points[i, 2]
         near = 0
         for j in range(len(x)):

@@ -39,11 +39,12 @@ def cone_curves(
         (n, D//2+1) float64; 1 at shell 0, 0 where a cone holds no power, NaN where it has fewer coefficients
             than `FEWEST`.
     """
-    from cryoiso.metrics._directional_kernels import sums_about_axes
+    from cryoiso.metrics._directional_kernels import in_threads, sums_about_axes
 
     sums = np.zeros((_PARTS, box_px // 2 + 1, 4, len(axes)))
     cosine = float(np.cos(np.radians(cone_deg)) - 1e-12)
-    sums_about_axes(fa, fb, np.ascontiguousarray(axes.T, np.float64), cosine, float(falloff), sums)
+    columns = np.ascontiguousarray(axes.T, np.float64)
+    in_threads(sums_about_axes, _PARTS, fa, fb, columns, cosine, float(falloff), sums)
     cross, one, two, coefficients = np.moveaxis(sums.sum(0), 1, 0)
     least = NO_POWER * np.stack([one, two]).max(2, keepdims=True)
     curves = np.where(coefficients < FEWEST, np.nan, 0.0)

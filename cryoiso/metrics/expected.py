@@ -89,7 +89,7 @@ def _odds(curve: np.ndarray) -> np.ndarray:
 
 def relative_sampling(rotation: np.ndarray, symmetry: str | np.ndarray, box_px: int, seed: int = 0) -> np.ndarray:
     """(D, D, D//2+1) float32: views whose plane holds each coefficient, over the mean of its shell."""
-    from cryoiso.metrics._directional_kernels import count_near_planes, paint_shells
+    from cryoiso.metrics._directional_kernels import count_near_planes, in_threads, paint_shells
 
     _, mates = symmetric_views(rotation, symmetry, seed)
     if len(mates) > _MOST_MATES:
@@ -103,12 +103,13 @@ def relative_sampling(rotation: np.ndarray, symmetry: str | np.ndarray, box_px: 
     by_radius = []
     for radius in _RADII:
         counts = np.empty(len(points), np.int64)
-        count_near_planes(points, mates, 0.5 / radius, counts)
+        in_threads(count_near_planes, len(points), points, mates, 0.5 / radius, counts)
         mean = (area * counts).sum() / area.sum()
         by_radius.append((counts / max(mean, 1e-9)).reshape(sphere.rings, sphere.columns).astype(np.float32))
     last = int(np.ceil(np.sqrt(3) * (box_px // 2)))
     which = np.searchsorted(_RADII, np.arange(1, last + 1), side="right") - 1
     out = np.zeros((box_px,) * 3, np.float32)
-    paint_shells(np.stack([by_radius[max(i, 0)] for i in which]), 1, out)
+    nodes = np.stack([by_radius[max(i, 0)] for i in which])
+    in_threads(paint_shells, box_px // 2 + 1, nodes, 1, out)
     out[(box_px // 2,) * 3] = 1.0
     return np.fft.ifftshift(out)[:, :, : box_px // 2 + 1]

@@ -91,7 +91,8 @@ def fsc3d_of_transforms(
         sphere = Sphere()
         cells = np.zeros((last - exact, sphere.rings, sphere.columns, 3), np.float32)
         kernels.bin_directions(fa, fb, exact + 1, last, cells)
-        kernels.paint_shells(sphere.cone_ratios(cells, cone_deg), exact + 1, out)
+        nodes = sphere.cone_ratios(cells, cone_deg)
+        kernels.in_threads(kernels.paint_shells, box_px // 2 + 1, nodes, exact + 1, out)
     return out
 
 
@@ -118,14 +119,16 @@ def low_shells(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int) -> list[t
 
 def _paint_exact(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int, cone_deg: float, out: np.ndarray) -> None:
     """Writes the shells 1..last of the 3DFSC, every sum over the coefficients themselves."""
-    from cryoiso.metrics._directional_kernels import double_cone_ratios
+    from cryoiso.metrics._directional_kernels import double_cone_ratios, in_threads
 
     centre = box_px // 2
     cosine = np.cos(np.radians(cone_deg)) - 1e-12
     for index, values in low_shells(fa, fb, box_px, last)[1:]:
         points = (index / np.linalg.norm(index, axis=1)[:, None])[:, ::-1].copy()
         ratio = np.empty(len(points))
-        double_cone_ratios(points, np.ascontiguousarray(values), points, cosine, NO_POWER * values[1:].sum(1), ratio)
+        least = NO_POWER * values[1:].sum(1)
+        values = np.ascontiguousarray(values)
+        in_threads(double_cone_ratios, len(points), points, values, points, cosine, least, ratio)
         for sign in (1, -1):
             at = centre + sign * index
             inside = ((at >= 0) & (at < box_px)).all(1)
@@ -159,14 +162,18 @@ class Sphere:
         """
         from scipy import fft
 
+        from cryoiso.metrics._directional_kernels import in_threads, mix_rings
+
         shares = _shares(self, cone_deg)
         out = np.zeros(cells.shape[:3], np.float32)
         for start in range(0, len(cells), _BLOCK):
             block = cells[start : start + _BLOCK].astype(np.float64)
             total = block.sum((1, 2))
             orders = fft.rfft(block.transpose(2, 1, 0, 3), axis=0)  # (columns/2+1, rings, shells, 3)
-            plain = orders.reshape(len(orders), self.rings, -1).view(np.float64)
-            summed = np.matmul(shares, plain).view(np.complex128).reshape(orders.shape)
+            plain = np.ascontiguousarray(orders).reshape(len(orders), self.rings, -1).view(np.float64)
+            summed = np.empty_like(plain)
+            in_threads(mix_rings, len(plain), shares, plain, summed)
+            summed = summed.view(np.complex128).reshape(orders.shape)
             cross, one, two = np.moveaxis(fft.irfft(summed, self.columns, axis=0), 3, 0)
             some = (one > NO_POWER * total[:, 1]) & (two > NO_POWER * total[:, 2])
             ratio = np.divide(cross, np.sqrt(np.abs(one * two)), out=np.zeros_like(cross), where=some)

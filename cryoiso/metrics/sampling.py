@@ -76,12 +76,12 @@ def fourier_sampling(
     Raises:
         InputError: no poses.
     """
-    from cryoiso.metrics._directional_kernels import count_near_planes
+    from cryoiso.metrics._directional_kernels import count_near_planes, in_threads
 
     views, mates = symmetric_views(rotation, symmetry, seed)
     points = fibonacci_half_sphere(min(int(2 * np.pi * radius_px**2), most_points), 0.0)
     counts = np.empty(len(points), np.int64)
-    count_near_planes(points, mates, 0.5 / radius_px, counts)
+    in_threads(count_near_planes, len(points), points, mates, 0.5 / radius_px, counts)
     return Sampling(points, counts, len(views))
 
 

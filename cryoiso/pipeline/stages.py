@@ -28,8 +28,8 @@ from cryoiso.pipeline.rounds import last_round, pose_file, poses_after
 from cryoiso.pipeline.work import Work, bare, write_json
 
 logger = logging.getLogger("cryoiso")
-CORRECTED = ("corrected*.mrc", "measured*.mrc", "inferred*.mrc")
-"""What a result takes from the stage ``correct``: by name nothing that could be deposited as a half-map."""
+CORRECTED = ("corrected_map.mrc", "measured.mrc")
+"""What a result takes from the stage ``correct``: nothing that could be taken for a half-map."""
 SHARED_NETWORK = (
     "The poses were found with references made by one network that saw both half-sets (realign.mode = paired): the "
     "half-map FSC is no gold standard."
@@ -270,7 +270,7 @@ def _publish(work: Work) -> None:
     files = [final_poses(work)]
     files += [maps / name for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc")]
     if work.folder.has("correct"):
-        files += [f for name in CORRECTED for f in sorted(work.folder.stage("correct").glob(name))]
+        files += [work.folder.stage("correct") / name for name in CORRECTED]
     for file in files:
         with atomic_path(result / file.name, file.stat().st_size) as part:
             shutil.copyfile(file, part)

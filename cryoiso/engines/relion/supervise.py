@@ -203,6 +203,7 @@ class _Watch:
                 if self._program is not None and (status := self._program.status()) is not None:
                     sys.stderr.write(f"error: {self._ended(status, ' while its references were corrected').message}\n")
                     sys.stderr.flush()
+                    time.sleep(0.3)  # a launcher that ends the ranks may throw away what it has not passed on yet
                     comm.abort(EXIT_OTHER)
 
         thread = threading.Thread(target=look, daemon=True)

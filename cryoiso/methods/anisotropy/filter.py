@@ -68,8 +68,10 @@ def checked(transfer: np.ndarray, box_px: int, file: object = None) -> np.ndarra
                          found=f"{a.min():g} to {a.max():g}")  # fmt: skip
     mate = friedel_mate(a)
     if float(np.abs(a - mate).mean()) > 0.02:
-        raise InputError("the filter is not symmetric about zero frequency", file=file,
-                         expected=f"A(-k) = A(k) about voxel {box_px // 2}", hint="Centre it at voxel D//2.")  # fmt: skip
+        raise InputError(
+            "the filter is not symmetric about zero frequency", file=file,
+            expected=f"A(-k) = A(k) about voxel {box_px // 2}", hint="Centre it at voxel D//2.",
+        )  # fmt: skip
     return np.clip(0.5 * (a + mate), 0, 1)
 
 

@@ -60,8 +60,8 @@ def predict(network: Unet3d, data: np.ndarray, tile_px: int, group: Any, bfloat1
         change[here] += (_change(network, tile, group.device, bfloat16) * weight)[there]
     total = np.zeros(box)
     for start in starts:
-        (here,), (there,) = _overlap((start,), tile_px, box)
-        total[here] += line[there]
+        along, inside = _overlap((start,), tile_px, box)
+        total[along] += line[inside]
     change /= total[:, None, None] * total[None, :, None] * total
     summed = group.all_sum(torch.from_numpy(change))
     return (data + summed.numpy()).astype(np.float32)

@@ -101,7 +101,7 @@ class _Facts:
             evenness=_number(d["evenness"]),
             evenness_even=_number(d["expected"]["even"]["evenness"]),
             cfar_even=_number(d["expected"]["even"]["cfar"]),
-            cfar_views=views.get("cfar"),
+            cfar_views=_number(views.get("cfar")) if views else None,
             short=views.get("short_fraction"),
             scf_ratio=sampled["scf_star"] / even if even else None,
             best_A=float(d["resolution_min_A"]),
