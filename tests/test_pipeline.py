@@ -417,7 +417,7 @@ def _wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float =
 def _wait_until_unlocked(path: Path) -> None:
     """Until the killed rank 0 is gone, so that its lock is stale."""
     pid = json.loads(path.read_text())["pid"]
-    for _ in range(200):
+    for _ in range(1200):  # a minute: on a loaded machine the launcher's proxy is slow to see that mpirun is gone
         if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
             return
         time.sleep(0.05)
