@@ -1,4 +1,4 @@
-"""``cryoiso report``: (re)build the report of a run folder from its files."""
+"""``cryoiso report``: (re)build the report of a run folder, or of a single command's, from its files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 
-def report(run_folder: Annotated[Path, typer.Argument(help="Folder that 'cryoiso run' wrote.")]) -> None:
-    """Write report.html and report.json into a run folder, from the files that are there."""
+def report(
+    run_folder: Annotated[
+        Path, typer.Argument(help="Folder that 'cryoiso run' wrote, or 'cryoiso refine', 'realign' or 'correct'.")
+    ],
+) -> None:
+    """Write report.html and report.json into a folder, from the files that are there."""
     from cryoiso.report import build
 
     print(build(run_folder))

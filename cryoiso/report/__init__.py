@@ -21,12 +21,14 @@ def build(run_folder: Path | str) -> Path:
     from cryoiso.io.atomic import write_text
     from cryoiso.report.auxiliary import collect_samples
     from cryoiso.report.collect import collect, collect_maps
+    from cryoiso.report.correct import collect_slices
     from cryoiso.report.html import page
     from cryoiso.report.pages import figures
 
     folder = Path(run_folder)
     data = collect(folder)
-    html = page(data, figures(data, collect_maps(folder, data), collect_samples(folder, data)))
+    pictures = figures(data, collect_maps(folder, data), collect_samples(folder, data), collect_slices(folder, data))
+    html = page(data, pictures)
     write_text(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "report.html", html)
     return folder / "report.html"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
+
+from cryoiso.report.words import Entry
 
 BY_DIRECTION = (
     "FSC of the masked half-maps in double cones of 20° about 256 axes: mean, one standard deviation either way, and "
@@ -20,7 +21,6 @@ FSC3D = (
     "through the origin. Lines at 0.143 and 0.5: round if the map is isotropic."
 )
 
-Entry = tuple[str, str, Any, str, Callable[[], str]]
 Row = tuple[str, str, Any, str, Any]
 
 

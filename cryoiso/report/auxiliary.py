@@ -12,6 +12,7 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.report.files import read_json, stage_folder
+from cryoiso.report.words import percent
 
 _FILES = (
     ("train", "train", "train.json"),
@@ -33,7 +34,7 @@ def collect_rounds(folder: Path) -> dict[str, Any]:
         InputError: a file that is not what its name says.
     """
     rounds: list[dict[str, Any]] = []
-    for number in _round_numbers(folder):
+    for number in round_numbers(folder):
         parts = {key: read_json(stage_folder(folder, f"{stage}-{number}") / name) for key, stage, name in _FILES}
         if any(parts.values()):
             rounds.append({"round": number, **parts})
@@ -41,7 +42,7 @@ def collect_rounds(folder: Path) -> dict[str, Any]:
     return {"rounds": rounds, "local": local} if rounds or local else {}
 
 
-def _round_numbers(folder: Path) -> list[int]:
+def round_numbers(folder: Path) -> list[int]:
     """The rounds that have a folder NN_stage-round."""
     stages = {stage for _, stage, _ in _FILES}
     names = [p.name[3:].rpartition("-") for p in folder.glob("[0-9][0-9]_*-*")]
@@ -126,7 +127,7 @@ def sentences(data: dict[str, Any]) -> list[str]:
         return []
     result = [*_before_truth(before(data)), *_before_views(data)]
     moved = [
-        f"{_percent(m['over_20'])} in round {r['round']}"
+        f"{percent(m['over_20'])} in round {r['round']}"
         for r in parts["rounds"]
         if (m := r["corefine"].get("moved") or {}).get("over_20") is not None
     ]
@@ -152,9 +153,9 @@ def _before_truth(d: dict[str, Any]) -> list[str]:
     if errors.get("median_deg") is not None:
         text = f"poses were wrong by {errors['median_deg']:.1f}° (median)"
         if errors.get("fraction_over_20") is not None:
-            text += f", {_percent(errors['fraction_over_20'])} of them by more than 20°"
+            text += f", {percent(errors['fraction_over_20'])} of them by more than 20°"
         if errors.get("side_n") and errors.get("side_over_20") is not None:
-            text += f", and {_percent(errors['side_over_20'])} of the {errors['side_n']:,} side views"
+            text += f", and {percent(errors['side_over_20'])} of the {errors['side_n']:,} side views"
         texts.append(text)
     return [f"Before the auxiliary particles {'; '.join(texts)}."] if texts else []
 
@@ -183,8 +184,8 @@ def _before_views(data: dict[str, Any]) -> list[str]:
     if any(v.get(k) is None for v in (first, last) for k in ("top_fraction", "entropy")):
         return []
     return [
-        f"{_percent(first['top_fraction'])} of the views lay within 36° of z before and "
-        f"{_percent(last['top_fraction'])} do after (19.1 % if views were even); "
+        f"{percent(first['top_fraction'])} of the views lay within 36° of z before and "
+        f"{percent(last['top_fraction'])} do after (19.1 % if views were even); "
         f"view entropy {first['entropy']:.2f} before and {last['entropy']:.2f} after, of 1."
     ]
 
@@ -209,10 +210,6 @@ def _alike(rounds: list[dict[str, Any]]) -> list[str]:
 
 def _off(log_ratio: float) -> str:
     return f"{100 * math.expm1(log_ratio):+.1f} %"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
 
 
 def number_rows(data: dict[str, Any]) -> list[tuple[str, str, Any, str]]:

@@ -6,9 +6,13 @@ import base64
 import io
 from typing import Any
 
+import numpy as np
+
 BLUE, GREEN, VERMILLION, ORANGE, SKY, GREY = "#0072B2", "#009E73", "#D55E00", "#E69F00", "#56B4E9", "#8A8A8A"
 """Okabe and Ito's colours, which colour-blind people tell apart. Blue is this run, green the true poses, vermillion
 what was before the cure."""
+DASHED = (0, (4, 3))
+_HALVES = {"1": BLUE, "2": ORANGE}
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -68,6 +72,33 @@ def picture(ax, image, low: float, high: float) -> None:
     ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)
+
+
+def by_half(label: str, other: str = GREY) -> str:
+    """The colour of half "1" or "2"; another one for what belongs to neither."""
+    return _HALVES.get(label, other)
+
+
+def values_of(numbers: Any) -> np.ndarray:
+    """Numbers as floats, NaN for null."""
+    return np.array(numbers if numbers is not None else [], np.float64)
+
+
+def scale_bar(ax, box_px: int, pixel_size_A: float) -> None:
+    """A white bar of a round length in the corner of a picture."""
+    box_A = box_px * pixel_size_A
+    length_A = next((n for n in (200, 100, 50, 20, 10, 5) if n < 0.4 * box_A), 2)
+    x0, y0 = 0.06 * box_px, 0.07 * box_px
+    ax.plot([x0, x0 + length_A / pixel_size_A], [y0, y0], color="white", linewidth=2.5, solid_capstyle="butt")
+    ax.text(x0, y0 + 0.04 * box_px, f"{length_A} Å", color="white", fontsize=7.5)
+
+
+def from_zero(ax) -> None:
+    """An axis from zero to a little above the lines, however flat they are."""
+    tops = [
+        float(np.nanmax(y)) for line in ax.get_lines() if np.isfinite(y := np.asarray(line.get_ydata(), float)).any()
+    ]
+    ax.set_ylim(0, 1.08 * max(tops, default=1.0) or 1.0)
 
 
 def resolution_axis(ax, last_invA: float) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.report import anisotropy, auxiliary
+from cryoiso.report import anisotropy, auxiliary, correct, realign
 from cryoiso.report.files import read_journal, read_json, read_toml, stage_folder
+from cryoiso.report.words import percent
 
 MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
 """Key, label, and folder beside the final reconstruction."""
@@ -24,7 +25,8 @@ def collect(folder: Path) -> dict[str, Any]:
     Returns:
         ``title``, ``summary`` (sentences), ``numbers`` (rows of label, value, unit, and ``true_poses`` beside it where
         known; in a run with auxiliary particles also ``before``), ``auxiliary`` (see `cryoiso.report.auxiliary`; only
-        in such a run), ``iterations``, ``diagnose`` (as in `cryoiso.pipeline.diagnose`), ``stages`` (name, seconds),
+        in such a run), ``correct`` and ``realign`` (see the modules of these names; only where there was such a
+        correction), ``iterations``, ``diagnose`` (as in `cryoiso.pipeline.diagnose`), ``stages`` (name, seconds),
         ``provenance`` (label, text), ``job`` (the resolved job).
 
     Raises:
@@ -36,8 +38,9 @@ def collect(folder: Path) -> dict[str, Any]:
         read_json(stage_folder(folder, name) / f"{name}.json")
         for name in ("diagnose", "ingest", "reference", "refine", "reconstruct")
     )
-    if not (job or manifest or diagnose or journal):
-        hint = "Give the folder that 'cryoiso run' wrote."
+    corrected, loops = correct.collect_correct(folder), realign.collect_realign(folder)
+    if not (job or manifest or diagnose or journal or refine or corrected or loops):
+        hint = "Give the folder that 'cryoiso run' wrote, or 'cryoiso refine', 'realign' or 'correct'."
         raise InputError(
             "there is no run in this folder", file=folder, expected="resolved.toml or journal.jsonl", hint=hint
         )
@@ -57,6 +60,10 @@ def collect(folder: Path) -> dict[str, Any]:
     }
     if rounds := auxiliary.collect_rounds(folder):
         data["auxiliary"] = rounds
+    if corrected:
+        data["correct"] = corrected
+    if loops:
+        data["realign"] = loops
     data["provenance"] = provenance(manifest, job)
     data["summary"] = summary(data)
     data["numbers"] = numbers(data)
@@ -106,9 +113,10 @@ def summary(data: dict[str, Any]) -> list[str]:
     both = all(auxiliary.views_before_and_after(data))
     if views.get("top_fraction") is not None and not d.get("pose_errors") and not both:
         sentences.append(
-            f"{_percent(views['top_fraction'])} of the views lie within 36° of z (19.1 % if views were even); "
+            f"{percent(views['top_fraction'])} of the views lie within 36° of z (19.1 % if views were even); "
             f"view entropy {views['entropy']:.2f} of 1."
         )
+    sentences += realign.sentences(data) + correct.sentences(data)
     return [*sentences, *d.get("notes", [])]
 
 
@@ -124,11 +132,11 @@ def _truth_sentences(d: dict[str, Any]) -> list[str]:
             sentences.append(f"It is {mine['axial_A']:.1f} Å along z and {mine['equatorial_A']:.1f} Å across it.")
     if errors.get("median_deg") is not None:
         text = f"Poses are wrong by {errors['median_deg']:.1f}° (median)"
-        text += f", {_percent(errors['fraction_over_20'])} of them by more than 20°"
+        text += f", {percent(errors['fraction_over_20'])} of them by more than 20°"
         if errors.get("side_n") and errors.get("side_over_20") is not None:
-            text += f", and {_percent(errors['side_over_20'])} of the {errors['side_n']:,} side views"
+            text += f", and {percent(errors['side_over_20'])} of the {errors['side_n']:,} side views"
         moved = [
-            f"{_percent(errors[key])} of the {kind}"
+            f"{percent(errors[key])} of the {kind}"
             for key, kind in (
                 ("top_to_side", "top views were put to the side"),
                 ("side_to_top", "side views to the top"),
@@ -143,10 +151,6 @@ def _at(resolution_A: float, d: dict[str, Any]) -> str:
     """A resolution in words; said to be the end of the curve where it is."""
     at_end = bool(d.get("frequency_invA")) and resolution_A * d["frequency_invA"][-1] < 1.001
     return f"{resolution_A:.1f} Å" + (" or better (the pixel size ends the curve)" if at_end else "")
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
 
 
 def numbers(data: dict[str, Any]) -> list[dict[str, Any]]:

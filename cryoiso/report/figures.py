@@ -15,9 +15,11 @@ from cryoiso.report.canvas import (
     SKY,
     VERMILLION,
     address,
+    from_zero,
     new_figure,
     picture,
     resolution_axis,
+    scale_bar,
     styled,
 )
 
@@ -37,7 +39,7 @@ def maps(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -> str:
                     axes[0, column].set_title(names[column], fontsize=8.5, fontweight="normal")
             axes[row, 0].set_ylabel(label.replace(", ", ",\n"), fontsize=9, fontweight="bold")
             if row == 0:
-                _scale_bar(axes[0, 0], len(volume), density.pixel_size_A)
+                scale_bar(axes[0, 0], len(volume), density.pixel_size_A)
         return address(figure, "png", 160)
 
 
@@ -90,14 +92,6 @@ def _extent_px(volume: np.ndarray) -> int:
 def _centre(volume: np.ndarray, extent_px: int) -> np.ndarray:
     keep = slice(len(volume) // 2 - extent_px, len(volume) // 2 + extent_px)
     return volume[keep, keep, keep]
-
-
-def _scale_bar(ax, box_px: int, pixel_size_A: float) -> None:
-    box_A = box_px * pixel_size_A
-    length_A = next((n for n in (200, 100, 50, 20, 10, 5) if n < 0.4 * box_A), 2)
-    x0, y0 = 0.06 * box_px, 0.07 * box_px
-    ax.plot([x0, x0 + length_A / pixel_size_A], [y0, y0], color="white", linewidth=2.5, solid_capstyle="butt")
-    ax.text(x0, y0 + 0.04 * box_px, f"{length_A} Å", color="white", fontsize=7.5)
 
 
 def half_map_fsc(d: dict[str, Any]) -> str:
@@ -279,7 +273,8 @@ def iterations(rows: list[dict[str, Any]]) -> str:
         figure, axes = new_figure(9.2, 3.0, ncols=2)
         left, right = axes[0]
         left.plot(number, column("resolution_A"), "o-", color=BLUE, markersize=4)
-        left.set(xlabel="iteration", ylabel="resolution (Å)", ylim=(0, None), title="half-map resolution (FSC 0.143)")
+        left.set(xlabel="iteration", ylabel="resolution (Å)", title="half-map resolution (FSC 0.143)")
+        from_zero(left)
         series = [
             (column("step_deg"), "step of the search", BLUE, "s-"),
             (column("changes_deg", "change_deg"), "change of the poses", ORANGE, "o-"),
@@ -287,7 +282,8 @@ def iterations(rows: list[dict[str, Any]]) -> str:
         for values, label, colour, style in series:
             if np.isfinite(values).any():
                 right.plot(number, values, style, color=colour, markersize=4, label=label)
-        right.set(xlabel="iteration", ylabel="degrees", title="angles", ylim=(0, None))
+        right.set(xlabel="iteration", ylabel="degrees", title="angles")
+        from_zero(right)
         if right.get_legend_handles_labels()[0]:
             right.legend(loc="upper right")
         for ax in (left, right):

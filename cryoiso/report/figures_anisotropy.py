@@ -6,20 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from cryoiso.report.canvas import BLUE, GREY, ORANGE, SKY, address, new_figure, resolution_axis, styled
-
-_DASHED = (0, (4, 3))
-
-
-def _values(numbers: Any) -> np.ndarray:
-    """Numbers as floats, NaN for null."""
-    return np.array(numbers if numbers is not None else [], np.float64)
+from cryoiso.report.canvas import (
+    BLUE,
+    DASHED,
+    GREY,
+    ORANGE,
+    SKY,
+    address,
+    new_figure,
+    resolution_axis,
+    styled,
+    values_of,
+)
 
 
 def by_direction(d: dict[str, Any]) -> str:
     """Band of the conical FSC with the occupancy, and a histogram of the resolution by direction."""
-    part, frequency = d["directional"], _values(d["frequency_invA"])
-    mean, sd, low, high = (_values(part.get(f"cfsc_{k}")) for k in ("mean", "sd", "min", "max"))
+    part, frequency = d["directional"], values_of(d["frequency_invA"])
+    mean, sd, low, high = (values_of(part.get(f"cfsc_{k}")) for k in ("mean", "sd", "min", "max"))
     with styled():
         figure, axes = new_figure(9.2, 3.5, ncols=2, width_ratios=(2, 1))
         left, right = axes[0]
@@ -28,14 +32,14 @@ def by_direction(d: dict[str, Any]) -> str:
         if len(sd) == len(frequency):
             left.fill_between(frequency, mean - sd, mean + sd, color=BLUE, alpha=0.3, linewidth=0, label="one s.d.")
         left.plot(frequency, mean, color=BLUE, label="mean of the directions")
-        if len(fso := _values(part.get("fso"))) == len(frequency):
+        if len(fso := values_of(part.get("fso"))) == len(frequency):
             left.plot(frequency, fso, color=ORANGE, label="occupancy (FSO)")
         left.axhline(0, color="#555555", linewidth=0.7)
-        left.axhline(0.143, color="#555555", linewidth=0.8, linestyle=_DASHED)
+        left.axhline(0.143, color="#555555", linewidth=0.8, linestyle=DASHED)
         left.set(xlim=(0, frequency[-1]), ylim=(-0.3, 1.04), xlabel="spatial frequency (1/Å)", ylabel="FSC, FSO")
         resolution_axis(left, frequency[-1])
         left.legend(loc="lower left")
-        resolution = _values(part.get("resolution_A"))
+        resolution = values_of(part.get("resolution_A"))
         right.hist(resolution, bins=24, color=BLUE, alpha=0.75)
         right.set(xlabel="resolution (Å)", ylabel="directions", title=_span(part))
         return address(figure)
@@ -57,12 +61,12 @@ def spheres(d: dict[str, Any]) -> str:
     maps = [(label, s["map"], s["points"]) for label, s in shown if s and s.get("map") and s.get("points")]
     with styled():
         figure, axes = new_figure(3.4 * (1 + len(maps)), 3.0, ncols=1 + len(maps))
-        image = _half_sphere(axes[0, 0], _values(part["axes"]), _values(part["resolution_A"]), "viridis_r", None)
+        image = _half_sphere(axes[0, 0], values_of(part["axes"]), values_of(part["resolution_A"]), "viridis_r", None)
         axes[0, 0].set_title("resolution by direction", fontsize=9)
         figure.colorbar(image, ax=axes[0, 0], shrink=0.75, pad=0.02).set_label("Å", fontsize=8.5)
         for ax, (label, values, points) in zip(axes[0, 1:], maps, strict=True):
             norm = LogNorm(0.03, 10, clip=True)
-            image = _half_sphere(ax, fibonacci_half_sphere(points, 0.0), _values(values), "cividis", norm)
+            image = _half_sphere(ax, fibonacci_half_sphere(points, 0.0), values_of(values), "cividis", norm)
             ax.set_title(f"sampling by the {label}", fontsize=9)
             bar = figure.colorbar(image, ax=ax, shrink=0.75, pad=0.02, extend="both")
             bar.set_ticks([0.03, 0.1, 0.3, 1, 3, 10], labels=["0.03", "0.1", "0.3", "1", "3", "10"])
@@ -93,7 +97,7 @@ def _half_sphere(ax, axes: np.ndarray, values: np.ndarray, cmap: str, norm):
 def fsc3d_slices(slices: dict[str, Any]) -> str:
     """The planes through the origin perpendicular to x, y and z, with lines at 0.143 and 0.5."""
     last = slices["last_invA"]
-    planes = [(name, across, _values(slices.get(name))) for name, across in (("x", "yz"), ("y", "xz"), ("z", "xy"))]
+    planes = [(name, across, values_of(slices.get(name))) for name, across in (("x", "yz"), ("y", "xz"), ("z", "xy"))]
     with styled():
         figure, axes = new_figure(9.6, 3.1, ncols=3)
         for ax, (name, across, plane) in zip(axes[0], planes, strict=True):

@@ -8,21 +8,21 @@ import numpy as np
 
 from cryoiso.report.canvas import (
     BLUE,
-    GREY,
+    DASHED,
     ORANGE,
     SKY,
     VERMILLION,
     address,
+    by_half,
     new_figure,
     picture,
     resolution_axis,
     styled,
+    values_of,
 )
 
 _ROUNDS = (SKY, BLUE, "#004060")
 """Colours of the rounds; the last one serves all that follow."""
-_HALVES = {"1": BLUE, "2": ORANGE}
-_DASHED = (0, (4, 3))
 SAMPLE_ROWS = (("raw", "raw"), ("auxiliary", "auxiliary"), ("projections", "without\nnoise"))
 SHOWN = 8
 
@@ -48,11 +48,6 @@ def _colour(index: int) -> str:
     return _ROUNDS[min(index, len(_ROUNDS) - 1)]
 
 
-def _values(numbers: Any) -> np.ndarray:
-    """Numbers as floats, NaN for null."""
-    return np.array(numbers if numbers is not None else [], np.float64)
-
-
 def with_statistics(rounds: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """(round, statistics) of the rounds whose images were compared."""
     known = [(part["round"], part["generate"].get("statistics") or {}) for part in rounds]
@@ -67,23 +62,23 @@ def spectra(rounds: list[dict[str, Any]]) -> str:
         figure, axes = new_figure(10, 3.5, ncols=3)
         powers, ratios, greys = axes[0]
         for i, (number, s) in enumerate(known):
-            frequency, label = _values(s["frequency_invA"]), f"auxiliary, round {number}"
-            powers.plot(frequency[1:], _values(s["power_generated"])[1:], color=_colour(i), label=label)
+            frequency, label = values_of(s["frequency_invA"]), f"auxiliary, round {number}"
+            powers.plot(frequency[1:], values_of(s["power_generated"])[1:], color=_colour(i), label=label)
             _ratio(ratios, s, _colour(i))
             _grey_values(greys, s, "generated", _colour(i), label)
-        raw = _values(last.get("power_real"))
-        powers.plot(_values(last["frequency_invA"])[1 : len(raw)], raw[1:], color="black", linestyle=":", label="raw")
+        raw = values_of(last.get("power_real"))
+        powers.plot(values_of(last["frequency_invA"])[1 : len(raw)], raw[1:], color="black", linestyle=":", label="raw")
         _grey_values(greys, last, "real", "black", "raw", linestyle=":")
         _name_spectra(powers, ratios, greys, last)
         return address(figure)
 
 
 def _ratio(ax, s: dict[str, Any], colour: str) -> None:
-    frequency, ratio = _values(s["frequency_invA"]), _values(s.get("log_ratio"))
+    frequency, ratio = values_of(s["frequency_invA"]), values_of(s.get("log_ratio"))
     if len(ratio) != len(frequency):
         return
     ax.plot(frequency[1:], np.exp(ratio[1:]), color=colour)
-    sd = _values(s.get("log_ratio_sd"))
+    sd = values_of(s.get("log_ratio_sd"))
     if len(sd) == len(ratio):
         low, high = np.exp(ratio - 2 * sd), np.exp(ratio + 2 * sd)
         ax.fill_between(frequency[1:], low[1:], high[1:], color=colour, alpha=0.25, linewidth=0)
@@ -91,7 +86,7 @@ def _ratio(ax, s: dict[str, Any], colour: str) -> None:
 
 def _grey_values(ax, s: dict[str, Any], key: str, colour: str, label: str, **style: Any) -> None:
     part = s.get("histogram") or {}
-    shares, edges = _values(part.get(key)), _values(part.get("edges"))
+    shares, edges = values_of(part.get(key)), values_of(part.get("edges"))
     if len(shares) and len(edges) == len(shares) + 1:
         density = shares / np.diff(edges)
         ax.stairs(np.where(density > 0, density, np.nan), edges, color=colour, label=label, linewidth=1.5, **style)
@@ -109,7 +104,7 @@ def _name_spectra(powers, ratios, greys, last: dict[str, Any]) -> None:
     start = 1 / last["beyond_A"] if last.get("beyond_A") else 0
     ratios.fill_between([start, end], 1 / 1.1, 1.1, color="#DDDDDD", linewidth=0, zorder=0)
     ratios.axhline(1, color="#555555", linewidth=0.7)
-    shown = np.exp(_values(last.get("log_ratio"))[1:])
+    shown = np.exp(values_of(last.get("log_ratio"))[1:])
     shown = np.abs(np.log(shown[np.isfinite(shown) & (shown > 0)]))
     top = float(np.clip(1.15 * np.exp(shown.max(initial=0)), 1.6, 10))
     ratios.set(ylabel="power, auxiliary over raw", yscale="log", ylim=(1 / top, top))
@@ -139,7 +134,7 @@ def training(rounds: list[dict[str, Any]]) -> str:
             for half, run in sorted(part["train"]["halves"].items()):
                 label = f"round {part['round']}, half {half}"
                 for ax, key in zip(axes[0], ("loss", "reconstruction"), strict=True):
-                    _curve(ax, run, key, style, _HALVES.get(half, GREY), label)
+                    _curve(ax, run, key, style, by_half(half), label)
         _name_curves(axes[0], last)
         if maps:
             _layer_maps(figure, axes[1], {half: last[half] for half in maps}, known[-1]["round"])
@@ -147,7 +142,7 @@ def training(rounds: list[dict[str, Any]]) -> str:
 
 
 def _curve(ax, run: dict[str, Any], key: str, style, colour: str, label: str) -> None:
-    steps, values = _values(run.get("steps")), _values(run.get(key))
+    steps, values = values_of(run.get("steps")), values_of(run.get(key))
     n = min(len(steps), len(values))
     if np.isfinite(values[:n]).any():
         ax.plot(steps[:n], values[:n], linestyle=style, color=colour, label=label, linewidth=1.4)
@@ -157,10 +152,10 @@ def _name_curves(axes, halves: dict[str, Any]) -> None:
     for ax, title in zip(axes, ("loss", "reconstruction error"), strict=True):
         ax.set(xlabel="step", title=title)
         for run in halves.values():
-            steps, weight = _values(run.get("steps")), _values(run.get("kl_weight"))
+            steps, weight = values_of(run.get("steps")), values_of(run.get("kl_weight"))
             full = np.flatnonzero(weight >= 1 - 1e-9) if len(weight) == len(steps) else np.zeros(0, int)
             if len(full) and steps[full[0]] > steps[0]:
-                ax.axvline(steps[full[0]], color="#555555", linewidth=0.8, linestyle=_DASHED)
+                ax.axvline(steps[full[0]], color="#555555", linewidth=0.8, linestyle=DASHED)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="upper right")
     lines = [np.asarray(line.get_ydata()) for line in axes[0].get_lines() if len(line.get_ydata()) > 2]
@@ -177,7 +172,7 @@ def _name_curves(axes, halves: dict[str, Any]) -> None:
 def _layers(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Steps (n,) and KL (n, layers) of one training, as far as both are there."""
     rows = [r for r in run.get("kl_per_layer") or [] if r]
-    steps = _values(run.get("steps"))
+    steps = values_of(run.get("steps"))
     if not rows or len({len(r) for r in rows}) != 1:
         return np.zeros(0), np.zeros((0, 0))
     n = min(len(rows), len(steps))
@@ -221,14 +216,14 @@ def moved(rounds: list[dict[str, Any]], local: dict[str, Any]) -> str:
         ax = axes[0, 0]
         for label, colour, part in known:
             histogram = part.get("histogram") or {}
-            edges, counts = _values(histogram.get("edges_deg")), _values(histogram.get("counts"))
+            edges, counts = values_of(histogram.get("edges_deg")), values_of(histogram.get("counts"))
             if len(counts) == 0 or len(edges) != len(counts) + 1 or not counts.sum() > 0:
                 continue
             text = label + (f": median {part['median_deg']:.1f}°" if part.get("median_deg") is not None else "")
             edges = _angle_axis(ax, edges)
             ax.stairs(100 * counts / counts.sum(), edges, fill=True, color=colour, alpha=0.25)
             ax.stairs(100 * counts / counts.sum(), edges, color=colour, label=text, linewidth=1.6)
-        ax.axvline(20, color="#555555", linewidth=0.8, linestyle=_DASHED)
+        ax.axvline(20, color="#555555", linewidth=0.8, linestyle=DASHED)
         ax.set(xlabel="moved by (degrees)", ylabel="share of the particles (%)")
         ax.legend(loc="best")
         return address(figure)
@@ -255,16 +250,16 @@ def pose_errors(before: dict[str, Any], after: dict[str, Any]) -> str:
         for ax, (kind, title) in zip(axes[0], (("top", "top views"), ("side", "side views")), strict=True):
             for label, colour, errors in (("before", VERMILLION, before), ("this run", BLUE, after)):
                 histogram = errors["histogram"]
-                counts = _values(histogram.get(kind))
+                counts = values_of(histogram.get(kind))
                 if len(counts) == 0 or not counts.sum() > 0:
                     continue
-                edges = _angle_axis(ax, _values(histogram["edges_deg"]))
+                edges = _angle_axis(ax, values_of(histogram["edges_deg"]))
                 text = label
                 if errors.get(f"{kind}_over_20") is not None:
                     text += f": {100 * errors[f'{kind}_over_20']:.1f} % above 20°"
                 ax.stairs(100 * counts / counts.sum(), edges, fill=True, color=colour, alpha=0.25)
                 ax.stairs(100 * counts / counts.sum(), edges, color=colour, label=text, linewidth=1.6)
-            ax.axvline(20, color="#555555", linewidth=0.8, linestyle=_DASHED)
+            ax.axvline(20, color="#555555", linewidth=0.8, linestyle=DASHED)
             ax.set(xlabel="pose error (degrees)")
             ax.set_title(title, loc="left")
             if ax.get_legend_handles_labels()[0]:

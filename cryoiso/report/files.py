@@ -11,9 +11,14 @@ from cryoiso.core.errors import InputError
 
 
 def stage_folder(folder: Path, name: str) -> Path:
-    """The folder NN_name of a stage, whatever its number; the highest of several; 00_name where there is none."""
+    """The folder NN_name of a stage, whatever its number; the highest of several; 00_name where there is none.
+
+    A single command leaves the files of its stage in the folder itself.
+    """
     found = sorted(folder.glob(f"[0-9][0-9]_{name}"))
-    return found[-1] if found else folder / f"00_{name}"
+    if found:
+        return found[-1]
+    return folder if (folder / f"{name}.json").exists() else folder / f"00_{name}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cryoiso.core.log import duration
 from cryoiso.report.pages import Figure
+from cryoiso.report.words import Text
 
 _CSS = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d9dee4;--page:#f6f7f9;--card:#fff;--accent:#0072B2}
@@ -33,6 +34,8 @@ th,td{padding:.34rem .5rem;text-align:left;border-bottom:1px solid var(--line);v
 tr:last-child td{border-bottom:0}
 th{font-weight:600;color:var(--soft)}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.table.named td:first-child{color:var(--soft);width:34%}
+.words{margin:0 .2rem .8rem}.words p{margin:.3rem 0}.table+figure{margin-top:.8rem}
 tr.group td{font-weight:600;padding-top:.9rem;border-bottom:1px solid var(--line)}
 footer{margin-top:3rem;color:var(--soft);font-size:.86rem}
 footer td{border:0;padding:.12rem .5rem .12rem 0;overflow-wrap:anywhere}
@@ -40,10 +43,10 @@ footer td:first-child{white-space:nowrap;padding-right:1.2rem}
 summary{cursor:pointer}
 @media print{:root{--ink:#000;--soft:#333;--line:#bbb;--page:#fff;--card:#fff}body{font-size:11pt}
 main{max-width:none;padding:0}
-figure,.summary,tr{break-inside:avoid}h2{break-after:avoid}}
+figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
-_NARROW = {"fsc", "errors", "moved"}
+_NARROW = {"fsc", "errors", "moved", "correct"}
 _COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true poses"))
 
 
@@ -79,10 +82,25 @@ def _summary(sentences: list[str]) -> str:
 
 def _figure(figure: Figure) -> str:
     kind = ' class="narrow"' if figure.key in _NARROW else ""
-    return (
-        f'<h2 id="{escape(figure.key)}">{escape(figure.title)}</h2><figure{kind}><img alt="{escape(figure.title)}" '
-        f'src="{figure.image}"><figcaption>{escape(figure.caption)}</figcaption></figure>'
-    )
+    parts = [f'<h2 id="{escape(figure.key)}">{escape(figure.title)}</h2>', _text(figure.text)]
+    if figure.image:
+        parts.append(
+            f'<figure{kind}><img alt="{escape(figure.title)}" src="{figure.image}">'
+            f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+        )
+    return "".join(parts)
+
+
+def _text(text: Text) -> str:
+    """Sentences and a table of words; with no head, the first column names the rows."""
+    said = "".join(f"<p>{escape(s)}</p>" for s in text.sentences)
+    said = f'<div class="words">{said}</div>' if said else ""
+    if not text.rows:
+        return said
+    head = "<tr>" + "".join(f"<th>{escape(h)}</th>" for h in text.head) + "</tr>" if text.head else ""
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in text.rows]
+    kind = "" if text.head else " named"
+    return f'{said}<div class="table{kind}"><table>{head}' + "\n".join(lines) + "</table></div>"
 
 
 def _numbers(rows: list[dict[str, Any]]) -> str:

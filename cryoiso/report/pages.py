@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from cryoiso.core.types import DensityMap
-from cryoiso.report import anisotropy
+from cryoiso.report import anisotropy, correct, realign
 from cryoiso.report.auxiliary import before, views_before_and_after
+from cryoiso.report.words import Entry, Text
 
 FSC = (
     "Fourier shell correlation of the two half-maps, which share no particle. The resolution is read where the "
@@ -71,15 +71,15 @@ class Figure:
     caption: str
     """What it is and what to look for."""
     image: str
-    """data: address of the picture."""
-
-
-Entry = tuple[str, str, Any, str, Callable[[], str]]
-"""Key, title, what must be there, caption, how it is drawn."""
+    """data: address of the picture; empty if there is none."""
+    text: Text = field(default_factory=Text)
 
 
 def figures(
-    data: dict[str, Any], maps: list[tuple[str, str, DensityMap]], samples: dict[str, np.ndarray] | None = None
+    data: dict[str, Any],
+    maps: list[tuple[str, str, DensityMap]],
+    samples: dict[str, np.ndarray] | None = None,
+    slices: correct.Slices | None = None,
 ) -> list[Figure]:
     """All figures for which the run has the data, in the order of the report."""
     from cryoiso.report import figures as draw
@@ -97,6 +97,7 @@ def figures(
             lambda: draw.truth_fsc(d),
         ),
         *anisotropy.entries(d),
+        *correct.entries(data, slices or {}),
         _views(data, first),
         _errors(d, first),
         *_auxiliary(data, samples or {}),
@@ -108,9 +109,15 @@ def figures(
             + (", in the refinement before there were auxiliary particles." if data.get("auxiliary") else "."),
             lambda: draw.iterations(data["iterations"]),
         ),
+        *realign.entries(data),
         ("posterior", "Certainty of the poses", d.get("posterior"), POSTERIOR, lambda: draw.posterior(d)),
     ]
-    return [Figure(key, title, caption, make()) for key, title, present, caption, make in known if present]
+    texts = {**correct.texts(data), **realign.texts(data)}
+    return [
+        Figure(key, title, caption, make(), texts.get(key, Text()))
+        for key, title, present, caption, make in known
+        if present
+    ]
 
 
 def _views(data: dict[str, Any], first: dict[str, Any]) -> Entry:
