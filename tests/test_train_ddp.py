@@ -366,10 +366,14 @@ with training_group(ctx) as group:
 def test_two_ranks_on_gpus_follow_the_curve_of_one(tmp_path):
     """Through NCCL where each rank has a GPU of its own, else through gloo."""
     body = """
+losses = []
 with training_group(ctx, device=ctx.device("cuda")) as group:
-    outcome = train(HvaeTask(group), group, replace(SETTINGS, steps=30, log_every=1), folder / f"gpu{ctx.size}")
+    for k in (0, 1):
+        settings = replace(SETTINGS, steps=30, log_every=1, micro_batch=k)
+        outcome = train(HvaeTask(group), group, settings, folder / f"gpu{ctx.size}{k}")
+        losses.append([r["loss"] for r in outcome.history])
 if ctx.rank == 0:
-    print(json.dumps([r["loss"] for r in outcome.history]))
+    print(json.dumps(losses))
 """
     one, two = (json.loads(run_mpi(n, script(tmp_path, body)).stdout.splitlines()[-1]) for n in (1, 2))
     assert np.allclose(one, two, rtol=2e-2)

@@ -25,6 +25,7 @@ from cryoiso.core.errors import MissingError
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
 from cryoiso.parallel import route
+from cryoiso.parallel.pairs import sum_in_pairs
 
 TIMEOUT_S = 900.0
 """A rank that waits longer than this for the others of its group fails."""
@@ -76,11 +77,32 @@ class TrainingGroup:
         devices = [torch.device(self.device)] if on_gpu else None
         wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
         if not on_gpu:
-            wrapped.register_comm_hook(self, _average_in_rank_order)
+            wrapped.register_comm_hook(self, _average_in_pairs)
         return wrapped
 
+    def spread(self, module: nn.Module) -> nn.Module:
+        """The same module, with parameters and buffers of the first rank for all; no gradients. Collective."""
+        if self.size > 1:
+            state = {name: value.cpu() for name, value in module.state_dict().items()} if self.is_first else None
+            module.load_state_dict(self.share(state))
+        return module
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Overwrites tensors with their sums over the group, on CPUs added in pairs of ranks. Collective."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        if flat.device.type == "cpu":
+            flat = _sum_slices(self, flat)
+        else:
+            self.finish(dist.all_reduce(flat, async_op=True))
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view(gradient.shape))
+
     def all_sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over the group, the same bits on every rank; on CPUs added in rank order. Collective."""
+        """Element-wise sum over the group, the same bits on every rank; on CPUs added in pairs of ranks. Collective."""
         if self.size == 1:
             return values
         import torch.distributed as dist
@@ -88,7 +110,7 @@ class TrainingGroup:
         if values.device.type == "cpu":
             copies = torch.empty((self.size, values.numel()), dtype=values.dtype)
             self.finish(dist.all_gather(list(copies), values.contiguous().view(-1), async_op=True))
-            return _sum_in_order(copies).view(values.shape)
+            return _sum_rows(copies).view(values.shape)
         total = values.clone()
         self.finish(dist.all_reduce(total, async_op=True))
         return total
@@ -285,31 +307,33 @@ def _destroy_quietly() -> None:
         logger.debug("the training group could not be left in order", exc_info=True)
 
 
-def _average_in_rank_order(group, bucket):  # DDP accepts no annotations in the form of text
+def _average_in_pairs(group, bucket):  # DDP accepts no annotations in the form of text
     """A communication hook of DDP whose result does not depend on how gradients lie in buckets.
 
     An all-reduce adds in an order that depends on an element's place, and DDP moves the places after its first step:
-    a resumed run would differ in the last bits. Here each rank adds its share from rank 0 upwards and gives it back.
+    a resumed run would differ in the last bits.
     """
-    import torch.distributed as dist
-
     gradients = bucket.buffer()
-    length = -(-gradients.numel() // group.size)
-    padded = torch.zeros(group.size * length, dtype=gradients.dtype)
-    padded[: gradients.numel()] = gradients
-    copies = torch.empty_like(padded)
-    group.finish(dist.all_to_all_single(copies, padded, async_op=True))
-    mine = _sum_in_order(copies.view(group.size, length)) / group.size
-    group.finish(dist.all_gather(list(padded.view(group.size, length)), mine, async_op=True))
-    gradients.copy_(padded[: gradients.numel()])
+    gradients.copy_(_sum_slices(group, gradients)).div_(group.size)
     done: torch.futures.Future = torch.futures.Future()
     done.set_result(gradients)
     return done
 
 
-def _sum_in_order(copies: Tensor) -> Tensor:
-    """Sum over the first axis, from index 0 upwards."""
-    total = copies[0].clone()
-    for other in copies[1:]:
-        total += other
-    return total
+def _sum_slices(group: TrainingGroup, values: Tensor) -> Tensor:
+    """Sum of a flat tensor over the group: each rank adds up its share and gives it to all. Collective."""
+    import torch.distributed as dist
+
+    length = -(-values.numel() // group.size)
+    padded = torch.zeros(group.size * length, dtype=values.dtype)
+    padded[: values.numel()] = values
+    copies = torch.empty_like(padded)
+    group.finish(dist.all_to_all_single(copies, padded, async_op=True))
+    mine = _sum_rows(copies.view(group.size, length))
+    group.finish(dist.all_gather(list(padded.view(group.size, length)), mine, async_op=True))
+    return padded[: values.numel()]
+
+
+def _sum_rows(copies: Tensor) -> Tensor:
+    """Sum in pairs over the first axis, which is overwritten."""
+    return sum_in_pairs(lambda rank: [copies[rank]], 0, len(copies))[0].clone()

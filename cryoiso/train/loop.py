@@ -23,9 +23,9 @@ from cryoiso.io.atomic import write_text
 from cryoiso.parallel import signals
 from cryoiso.parallel.bell import group_wide
 from cryoiso.parallel.ddp import TrainingGroup
-from cryoiso.parallel.partition import owned_rows
+from cryoiso.parallel.partition import chunk_bounds, owned_rows
 from cryoiso.train import state as states
-from cryoiso.train.prefetch import Prefetcher
+from cryoiso.train.prefetch import Prefetcher, part_of
 from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, training_mode, try_compiled
 from cryoiso.train.watch import Verdict, flat_loss
 
@@ -57,6 +57,10 @@ class LoopSettings:
     """Steps over which a loss that does not fall counts as flat; 0: a tenth of all, at least 20."""
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine: up over the first steps, then down to zero at the last."""
+    micro_batch: int = 0
+    """Gradients of so many images at a time; 0: of all that a rank has. With 1, the result is the same bits on one CPU
+    rank, two, four, ... if all have the same number of images. ``Task.loss`` must then treat each image alone and know
+    of it by the batch only."""
 
 
 class Task(Protocol):
@@ -126,7 +130,7 @@ def train(
     """Trains ``task.module`` (collective over the group).
 
     The same settings give the same parameters on CPUs with the same number of ranks, whether or not the training was
-    interrupted; on other numbers of ranks they differ by rounding.
+    interrupted; on other numbers of ranks they differ by rounding (but see ``LoopSettings.micro_batch``).
 
     Args:
         folder: for checkpoint/ and timing.json, which the group's first rank writes.
@@ -157,7 +161,8 @@ class _Run:
         self.task, self.group, self.settings, self.folder = task, group, settings, folder
         self.stop, self.on_progress = stop, on_progress
         self.progress = states.Progress()
-        self.share = len(owned_rows(task.batch, 1, group.index, group.size)) / task.batch
+        self.rows = owned_rows(task.batch, 1, group.index, group.size)
+        self.parts = chunk_bounds(len(self.rows), settings.micro_batch) if settings.micro_batch else []
         self.configuration = {**asdict(settings), **task.configuration(), "batch": task.batch}
         del self.configuration["checkpoint_s"]
         self.saved = time.monotonic()
@@ -213,7 +218,7 @@ class _Run:
         ) as batches:
             batch = batches.get()
             if settings.compile:
-                try_compiled(stepper, lambda module: self.task.loss(module, batch, p.step, p.attempt))
+                try_compiled(stepper, lambda module: self._loss(module, batch, p.step))
             for step in range(p.step, settings.steps):
                 readback.push(step, self._step(stepper, batch, step))
                 wanted = [self._digest(*numbers, stepper) for numbers in readback.pop()]
@@ -237,16 +242,33 @@ class _Run:
         if settings.channels_last:
             module = module.to(memory_format=channels_last_of(module))  # type: ignore[call-overload]
         module.train()
-        stepper = Stepper(module, self.group, settings.learning_rate, settings.clip_norm, settings.amp)
+        stepper = Stepper(
+            module, self.group, settings.learning_rate, settings.clip_norm, settings.amp, parts=bool(self.parts)
+        )
         if arrays is not None:
             states.restore(arrays, module, stepper.optimiser)
         return stepper
 
     def _step(self, stepper: Stepper, batch: Any, step: int) -> Tensor:
         stepper.set_rate(learning_rate(self.settings, step))
+        if not self.parts:
+            share = len(self.rows) / self.task.batch
+            return stepper(lambda module: self._loss(module, batch, step), share, self._flags)
+        sizes = [stop - start for start, stop in self.parts]
+        return stepper.in_parts(
+            lambda module, part: self._loss(module, batch, step, part), sizes, self.task.batch, self._flags
+        )
+
+    def _loss(self, module: nn.Module, batch: Any, step: int, part: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of this rank's images, or of one part of them; random numbers of a part are the same on whatever rank."""
         attempt = self.progress.attempt
-        seed_torch(self.settings.seed, "step", attempt, step, self.group.index)
-        return stepper(lambda module: self.task.loss(module, batch, step, attempt), self.share, self._flags)
+        if self.parts:
+            start, stop = self.parts[part]
+            seed_torch(self.settings.seed, "image", attempt, step, self.rows.start + start)
+            batch = part_of(batch, start, stop, len(self.rows))
+        else:
+            seed_torch(self.settings.seed, "step", attempt, step, self.group.index)
+        return self.task.loss(module, batch, step, attempt)
 
     def _flags(self) -> list[float]:
         """Is a checkpoint due, and shall we stop?"""

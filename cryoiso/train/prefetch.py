@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,16 +109,43 @@ def _used_on(stream: torch.cuda.Stream, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def part_of(batch: Any, start: int, stop: int, images: int) -> Any:
+    """Some of the images of a batch: a copy of rows start..stop - 1 of every tensor and array in it.
+
+    A copy, because some libraries' last bits depend on where in memory a number lies.
+
+    Args:
+        images: in the batch. Numbers, text, None and tensors and arrays without an axis are the same for all.
+
+    Raises:
+        ValueError: something else is in the batch, or an axis of another length.
+    """
+
+    def cut(value: Any) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)) or getattr(value, "ndim", None) == 0:
+            return value
+        if not isinstance(value, (Tensor, np.ndarray)) or len(value) != images:
+            found = f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}"
+            raise ValueError(f"a batch of {images} images cannot be divided: it holds a {found}")
+        rows = value[start:stop]
+        return rows.clone() if isinstance(rows, Tensor) else rows.copy()
+
+    return _each_leaf(batch, cut)
+
+
 def _each_tensor(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """The same structure with ``function`` applied to each tensor in it."""
-    if isinstance(value, Tensor):
-        return function(value)
+    return _each_leaf(value, lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def _each_leaf(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The same tuples, lists, dicts and dataclasses with ``function`` applied to all else in them."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each_tensor(v, function) for v in value))
+        return type(value)(*(_each_leaf(v, function) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_each_tensor(v, function) for v in value)
+        return type(value)(_each_leaf(v, function) for v in value)
     if isinstance(value, dict):
-        return {k: _each_tensor(v, function) for k, v in value.items()}
+        return {k: _each_leaf(v, function) for k, v in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _each_tensor(getattr(value, f.name), function) for f in fields(value)})
-    return value
+        return replace(value, **{f.name: _each_leaf(getattr(value, f.name), function) for f in fields(value)})
+    return function(value)

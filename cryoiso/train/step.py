@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,24 +16,36 @@ from torch import Tensor, nn
 
 from cryoiso.core.log import logger
 from cryoiso.core.rng import stable_hash
+from cryoiso.parallel.pairs import sum_in_pairs
 
 
 class Stepper:
     """A module with its optimiser."""
 
-    def __init__(self, module: nn.Module, group: Any, learning_rate: float, clip_norm: float, amp: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        group: Any,
+        learning_rate: float,
+        clip_norm: float,
+        amp: bool,
+        *,
+        parts: bool = False,
+    ) -> None:
         """
         Args:
             module: on the group's device.
             group: parallel.ddp.TrainingGroup.
             clip_norm: gradients longer than this are shortened to it; 0: never.
             amp: the module's forward pass in bfloat16 where it is safe.
+            parts: steps are made by ``in_parts`` and not by calls.
         """
         self.module, self.group, self.clip_norm = module, group, clip_norm
         self.on_gpu = torch.device(group.device).type == "cuda"
         self.amp = amp
         self.optimiser = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True)
-        self.wrapped = self.in_autocast(group.wrap(module))
+        # gradients of parts are added up over the group here and not by what wraps the module
+        self.wrapped = self.in_autocast(group.spread(module) if parts else group.wrap(module))
         self.layout: dict[str, tuple[int, ...]] = {}
 
     def set_rate(self, learning_rate: float) -> None:
@@ -56,10 +68,50 @@ class Stepper:
         self.optimiser.zero_grad(set_to_none=True)
         loss, terms = loss_of(self.wrapped)
         (loss * (share * self.group.size)).backward()
+        numbers = share * self._values(loss, terms)
         told = flags()
-        numbers = self.group.all_sum(self._numbers(loss, terms, share, told))
+        return self._finish(self.group.all_sum(_after(told, numbers)), len(told))
+
+    def in_parts(
+        self,
+        loss_of: Callable[[nn.Module, int], Any],
+        sizes: Sequence[int],
+        images: int,
+        flags: Callable[[], list[float]],
+    ) -> Tensor:
+        """Makes one step like a call, from parts of this rank's images whose gradients are added in pairs.
+
+        Sums over images are added up, and divided once at the end: a mean of means rounds differently when the images
+        are divided among the ranks in another way.
+
+        Args:
+            loss_of: (module, number of the part) -> (loss, terms), means over the images of the part.
+            sizes: images in each of this rank's parts.
+            images: of the step, on all ranks.
+            flags: as for a call.
+        """
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+        def part(i: int) -> list[Tensor]:
+            self.optimiser.zero_grad(set_to_none=True)
+            loss, terms = loss_of(self.wrapped, i)
+            (loss * sizes[i]).backward()
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            return [sizes[i] * self._values(loss, terms), *found]
+
+        sums, *gradients = sum_in_pairs(part, 0, len(sizes))
+        self.group.sum_gradients(gradients)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.div_(images)
+        told = flags()
+        numbers = self.group.all_sum(_after(told, sums))
+        numbers[len(told) :] /= images
+        return self._finish(numbers, len(told))
+
+    def _finish(self, numbers: Tensor, at: int) -> Tensor:
+        """Clips and applies the gradient, unless it or the loss, number ``at``, is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm or math.inf)
-        bad = ~(torch.isfinite(numbers[len(told)]) & torch.isfinite(norm))
+        bad = ~(torch.isfinite(numbers[at]) & torch.isfinite(norm))
         if self.on_gpu:
             self.optimiser.found_inf = bad.float()  # type: ignore[attr-defined]  # the fused kernel reads it
             self.optimiser.step()
@@ -71,11 +123,13 @@ class Stepper:
         """The module with autocast in its forward pass alone: projections and losses need all their digits."""
         return _Autocast(module, torch.device(self.group.device).type) if self.amp else module
 
-    def _numbers(self, loss: Tensor, terms: dict[str, Tensor], share: float, told: list[float]) -> Tensor:
+    def _values(self, loss: Tensor, terms: dict[str, Tensor]) -> Tensor:
         self.layout = {name: tuple(value.shape) for name, value in terms.items()}
-        flags = _beside(torch.tensor(told, dtype=torch.float64), loss)
-        parts = [_beside(value.detach().double().reshape(-1), loss) for value in (loss, *terms.values())]
-        return torch.cat([flags, share * torch.cat(parts)])
+        return torch.cat([_beside(value.detach().double().reshape(-1), loss) for value in (loss, *terms.values())])
+
+
+def _after(told: list[float], numbers: Tensor) -> Tensor:
+    return torch.cat([_beside(torch.tensor(told, dtype=torch.float64), numbers), numbers])
 
 
 def _beside(values: Tensor, other: Tensor) -> Tensor:
