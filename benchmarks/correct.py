@@ -1,19 +1,23 @@
 """What the anisotropy correction is worth, against the truth.
 
-Single maps with an empty cone (70S ribosome; 45, 60 and 75 degrees), noisy half-maps of preferred views (haemagglutinin
-seen from the top, beta-galactosidase from top or side), and the controls: an isotropic pair, and pure noise.
-A half-map is what a Wiener reconstruction of views with density w(k) gives: X = (w T + sqrt(w) N) / (w + 1/SSNR).
+Single maps with an empty cone in Fourier space (70S ribosome, half angle 45, 60 and 75 degrees), half-maps of simulated
+particles with preferred views and their true poses (haemagglutinin from the top, beta-galactosidase from top or side),
+and two controls: half-maps of even views, and pure noise. Masks are those that the command makes itself. Rows:
 
-    python benchmarks/correct.py [--cases ribosome_60 ...]
+    before      the map that goes in (the mean of the half-maps), low-passed where the half-map FSC falls below 0.143
+    solvent     `cryoiso correct --epochs 0`: no network, only that density is not below the solvent
+    corrected   `cryoiso correct`
+    published   `cryoiso correct --method published`: the published losses
+
+    python benchmarks/correct.py [--cases ribosome_60 ...] [--box 64] [--device cuda --preset paper]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,157 +27,172 @@ import numpy as np
 
 from benchmarks import harness
 
-MODELS = harness.SHARED / "data" / "models"
-BOX = 64
-TARGETS = {  # file, pixel size in Å, resolution of the truth in Å, axis to align
-    "ribosome": ("4v5a_70S_assembly1.cif.gz", 5.0, 11.0, ""),
-    "haemagglutinin": ("ha/6wxb.pdb.gz", 3.0, 7.0, "C3"),
-    "galactosidase": ("5a1a.cif.gz", 3.2, 7.5, "D2"),
+TARGETS = {  # file, extent of the box in Å, point group
+    "ribosome": ("4v5a_70S_assembly1.cif.gz", 320.0, "C1"),
+    "ha": ("ha/6wxb.pdb.gz", 192.0, "C3"),
+    "galactosidase": ("8bk7.cif.gz", 204.8, "D2"),
 }
-CASES = (
-    *(("ribosome", f"cone {deg}", deg) for deg in (45, 60, 75)),
-    ("haemagglutinin", "top views", 0),
-    ("galactosidase", "top views", 0),
-    ("galactosidase", "side views", 0),
-    ("haemagglutinin", "isotropic", 0),
-    ("haemagglutinin", "noise", 0),
-)
-VIEWS, SPREAD_DEG, OTHERS = 1500, 12.0, 0.03
-"""Views of a half-set, their spread about the preferred one, and the share that comes from anywhere."""
-SEED = 7
+TOP = ("--mode", "preferred", "--fraction", 0.97, "--cone", 36)
+CASES: dict[str, tuple[str, Any]] = {  # target, and half angle of the cone or how to simulate
+    **{f"ribosome_{deg}": ("ribosome", float(deg)) for deg in (45, 60, 75)},
+    "ha_top": ("ha", (*TOP, "--poles", 1)),
+    "galactosidase_top": ("galactosidase", (*TOP, "--poles", 2)),
+    "galactosidase_side": ("galactosidase", (*TOP, "--poles", 2, "--pole-tilt", 90)),
+    "ha_even": ("ha", ("--mode", "uniform")),
+    "noise": ("ha", "noise"),
+}
+ROWS: dict[str, tuple[object, ...]] = {
+    "solvent": ("--epochs", 0), "corrected": (), "published": ("--method", "published"),
+}  # fmt: skip
+PARTICLES, SNR_DB, SEED = 3000, -10, 7
+RESOLUTION_PX = 2.3
+"""Of the truth; 2 is Nyquist."""
 
 
-def truth(name: str) -> tuple[Any, float]:
-    """Map of a model and its resolution in Å."""
+def prepare(case: str, box: int, models: Path, folder: Path) -> None:
+    """truth.mrc, and map.mrc or half1.mrc and half2.mrc; nothing if they are there."""
     from cryoiso.io.models import model_to_map
+    from cryoiso.io.mrc import read_map, write_map
+    from cryoiso.methods.anisotropy.filter import filtered, missing_cone
 
-    file, pixel, resolution, symmetry = TARGETS[name]
-    return model_to_map(MODELS / file, BOX, pixel, resolution, align_symmetry_axis=symmetry), resolution
-
-
-def sampling(kind: str, box: int, rng: np.random.Generator) -> np.ndarray:
-    """(D, D, D) how many views went through every coefficient, centred; every view is one plane, one pixel thick."""
-    k = (np.indices((box,) * 3).reshape(3, -1).T - box // 2)[:, ::-1].astype(np.float32)
-    if kind == "isotropic":
-        views = rng.normal(size=(VIEWS, 3))
+    target, kind = CASES[case]
+    file, extent_A, symmetry = TARGETS[target]
+    pixel = extent_A / box
+    if (folder / "truth.mrc").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(kind, float):
+        truth = model_to_map(models / file, box, pixel, RESOLUTION_PX * pixel)
+        write_map(folder / "map.mrc", filtered(truth.data, missing_cone(box, kind)), pixel)
+    elif kind == "noise":
+        truth = model_to_map(models / file, box, pixel, RESOLUTION_PX * pixel, align_symmetry_axis=symmetry)
+        for half in (1, 2):
+            noise = np.random.default_rng((SEED, half)).normal(size=(box,) * 3).astype(np.float32)
+            write_map(folder / f"half{half}.mrc", noise, pixel)
     else:
-        around = rng.normal(size=(VIEWS, 3)) * np.tan(np.radians(SPREAD_DEG)) / np.sqrt(2)
-        views = around + (np.array([0, 0, 1.0]) if kind == "top views" else np.array([1.0, 0, 0]))
-        free = rng.random(VIEWS) < OTHERS
-        views[free] = rng.normal(size=(int(free.sum()), 3))
-    views = (views / np.linalg.norm(views, axis=1)[:, None]).astype(np.float32)
-    weight = np.zeros(len(k), np.float32)
-    for part in np.array_split(views, max(1, len(views) // 50)):
-        weight += np.clip(1 - np.abs(k @ part.T), 0, None).sum(1)
-    return weight.reshape((box,) * 3)
+        particles = folder / "particles"
+        harness.cryoiso(
+            "simulate", models / file, particles, "--n", PARTICLES, "--box", box, "--pixel-size", pixel, "--resolution",
+            RESOLUTION_PX * pixel, "--symmetry", symmetry, "--snr-db", SNR_DB, "--seed", SEED, "--halves",
+            "--with-poses", *kind, log=folder / "simulate.log",
+        )  # fmt: skip
+        harness.cryoiso(
+            "reconstruct", particles / "particles.star", "--out", folder, "--symmetry", symmetry,
+            log=folder / "reconstruct.log",
+        )  # fmt: skip
+        truth = read_map(particles / "truth_map.mrc")
+        shutil.rmtree(particles)
+    write_map(folder / "truth.mrc", truth.data, pixel)
 
 
-def half_maps(target: Any, kind: str, rng: np.random.Generator) -> dict[int, np.ndarray]:
-    """Reconstructions of two half-sets of views with white noise."""
-    from cryoiso.methods.anisotropy.filter import filtered, radii
-
-    r = radii(BOX)
-    power = np.abs(np.fft.fftshift(np.fft.fftn(target.data))) ** 2
-    shell = np.rint(r).astype(int)
-    spectrum = np.bincount(shell.ravel(), power.ravel()) / np.bincount(shell.ravel())
-    made = {}
-    sigma = 0.02 * np.abs(target.data).max() if kind != "noise" else 1.0
-    for half in (1, 2):
-        noise = rng.normal(size=target.data.shape).astype(np.float32)
-        if kind == "noise":
-            made[half] = noise
-            continue
-        # noise of one view, so that the half-maps of all views agree to about the truth's resolution where measured
-        variance = (sigma**2) * BOX**3 * VIEWS
-        weight = sampling(kind, BOX, rng)
-        wiener = weight + variance / np.maximum(spectrum[shell], 1e-12)
-        signal = filtered(target.data, weight / wiener)
-        made[half] = (signal + filtered(noise * sigma * np.sqrt(VIEWS), np.sqrt(weight) / wiener)).astype(np.float32)
-    return made
-
-
-def score(found: np.ndarray, target: Any, mask: np.ndarray, poor: np.ndarray, resolution_A: float) -> dict[str, float]:
-    """Correlation in the mask, and mean FSC to the truth in the badly and the well measured part of Fourier space."""
-    a, b = (np.fft.fftshift(np.fft.fftn(x * mask)) for x in (found, target.data))
-    r = np.rint(np.linalg.norm(np.indices((BOX,) * 3) - BOX // 2, axis=0)).astype(int)
-    last = int(BOX * target.pixel_size_A / resolution_A)
+def score(found: np.ndarray, truth: np.ndarray, mask: np.ndarray, poor: np.ndarray, last: int) -> dict[str, float]:
+    """Correlation in the mask, and mean FSC to the truth of the shells up to ``last``, in the badly measured part of
+    Fourier space (A < 0.5) and in the rest."""
+    a, b = (np.fft.fftshift(np.fft.fftn(x * mask)) for x in (found, truth))
+    size = len(truth)
+    shell = np.rint(np.linalg.norm(np.indices(truth.shape) - size // 2, axis=0)).astype(int)
     result = {}
     for name, where in (("poor", poor), ("good", ~poor)):
         sums = [
-            np.bincount(r[where], w[where], minlength=BOX)[1 : last + 1]
+            np.bincount(shell[where], w[where], minlength=size)[1 : last + 1]
             for w in ((a * b.conj()).real, np.abs(a) ** 2, np.abs(b) ** 2)
         ]
-        some = sums[2] > 0
-        curve = np.divide(sums[0], np.sqrt(sums[1] * sums[2]), out=np.zeros(last), where=some & (sums[1] > 0))
-        result[f"fsc_{name}"] = float(curve[some].mean()) if some.any() else float("nan")
+        some = (sums[1] > 0) & (sums[2] > 0)
+        values = sums[0][some] / np.sqrt(sums[1][some] * sums[2][some])
+        result[f"fsc_{name}"] = float(values.mean()) if some.any() else float("nan")
     inside = mask > 0.5
-    return {**result, "correlation": float(np.corrcoef(found[inside], target.data[inside])[0, 1])}
+    return {**result, "correlation": float(np.corrcoef(found[inside], truth[inside])[0, 1])}
 
 
-def run(name: str, kind: str, cone: float, folder: Path, mode: str, options: list[str]) -> dict[str, Any]:
-    """One case: maps on disk, the command, the scores before and after."""
-    from cryoiso.io.mrc import read_map, write_map
-    from cryoiso.methods.anisotropy.filter import filtered, missing_cone
-    from cryoiso.metrics.fsc import fsc
+def correct(case: str, row: str, folder: Path, options: list[str]) -> dict[str, Any]:
+    """One run of the command and its scores; also those of what went in."""
+    from cryoiso.io.mrc import read_map
+    from cryoiso.methods.anisotropy.filter import band, filtered
     from cryoiso.metrics.mapmodel import truth_mask
 
-    target, resolution = truth(name)
-    mask = np.asarray(truth_mask(target.data, target.pixel_size_A), np.float32)
-    rng = np.random.default_rng(SEED)
-    folder.mkdir(parents=True)
-    write_map(folder / "mask.mrc", mask, target.pixel_size_A)
-    if cone:
-        maps = {1: filtered(target.data, missing_cone(BOX, cone))}
-        command = ["--missing-cone", str(cone)]
-    else:
-        maps = half_maps(target, kind, rng)
-        command = ["--mode", mode]
-    for half, data in maps.items():
-        write_map(folder / f"half{half}.mrc", data, target.pixel_size_A)
-    started = time.monotonic()
-    cost = harness.cryoiso(
-        "correct", *(folder / f"half{h}.mrc" for h in maps), "--mask", folder / "mask.mrc", "--out", folder / "out",
-        *command, *options, log=folder / "log.txt",
-    )  # fmt: skip
-    made = {h: read_map(folder / "out" / f"corrected_half{h}.mrc").data for h in maps} if len(maps) == 2 else {}
-    facts = json.loads((folder / "out" / "correct.json").read_text())
-    poor = read_map(folder / "out" / "filter.mrc").data < 0.5
-    limit_A = max(resolution, facts["resolution_A"])
-    before = sum(maps.values()) / len(maps)
-    after = read_map(folder / "out" / "corrected_map.mrc").data
-    result = {
-        "case": f"{name}, {kind}", "mode": facts["mode"], "resolution_A": facts["resolution_A"],
-        "filter_mean": facts["filter_mean"], "cpu_s": cost.cpu_s, "wall_s": time.monotonic() - started,
-        "likeness": float(np.corrcoef(before[mask > 0.5], after[mask > 0.5])[0, 1]),
+    kind = CASES[case][1]
+    given = [folder / "map.mrc"] if isinstance(kind, float) else [folder / f"half{h}.mrc" for h in (1, 2)]
+    cone = ["--missing-cone", kind] if isinstance(kind, float) else []
+    out = folder / row
+    shutil.rmtree(out, ignore_errors=True)
+    cost = harness.cryoiso("correct", *given, "--out", out, *cone, *ROWS[row], *options, log=folder / f"{row}.log")
+    facts = json.loads((out / "correct.json").read_text())
+    maps = [read_map(path) for path in given]
+    box, pixel = maps[0].box_px, maps[0].pixel_size_A
+    raw = np.mean([one.data for one in maps], axis=0)
+    limit_A = facts["resolution_A"]
+    before = filtered(raw, band(box, pixel, None if isinstance(kind, float) else limit_A))
+    after, truth = read_map(out / "corrected_map.mrc").data, read_map(folder / "truth.mrc").data
+    mask = np.asarray(truth_mask(truth, pixel), np.float32)
+    poor = read_map(out / "filter.mrc").data < 0.5
+    network = next(iter(facts["networks"].values()))
+    result: dict[str, Any] = {
+        "mode": facts["mode"], "resolution_A": limit_A, "filter_mean": facts["filter_mean"],
+        "cost": cost.as_dict(), "steps": network["steps"], "preset": facts["settings"]["preset"],
     }  # fmt: skip
     if kind == "noise":
-        curve = fsc(made[1], made[2], mask)[2:]
-        shell = np.rint(np.linalg.norm(np.indices((BOX,) * 3) - BOX // 2, axis=0)).astype(int)
-        voxels = np.bincount(shell.ravel())[2 : 2 + len(curve)] / 2 * float((mask**2).mean())
-        return {**result, "fsc_in_units_of_its_sd": float(np.abs(curve * np.sqrt(voxels)).max()),
-                "fsc_mean": float(curve.mean()), "fsc_mean_sd": float(1 / np.sqrt(voxels.sum()))}  # fmt: skip
-    result["before"] = score(before, target, mask, poor, limit_A)
-    result["after"] = score(after, target, mask, poor, limit_A)
-    return result
+        return {**result, **_agreement(out, mask)}
+    last = int(box * pixel / max(RESOLUTION_PX * pixel, limit_A))
+    likeness = float(np.corrcoef(before[mask > 0.5], after[mask > 0.5])[0, 1])
+    return {**result, "likeness": likeness, "before": score(before, truth, mask, poor, last),
+            "after": score(after, truth, mask, poor, last)}  # fmt: skip
+
+
+def _agreement(out: Path, mask: np.ndarray) -> dict[str, float]:
+    """FSC of the corrected halves in standard deviations of that of independent noise: worst shell, and mean."""
+    from cryoiso.io.mrc import read_map
+    from cryoiso.metrics.fsc import fsc
+
+    curve = fsc(*(read_map(out / f"corrected_half{half}.mrc").data for half in (1, 2)), mask)[2:]
+    shell = np.rint(np.linalg.norm(np.indices(mask.shape) - len(mask) // 2, axis=0)).astype(int)
+    # a mask makes neighbours alike, so that fewer coefficients of a shell are independent
+    voxels = np.bincount(shell.ravel())[2 : 2 + len(curve)] / 2 * float((mask**2).mean())
+    curve = np.nan_to_num(curve)
+    return {"worst_in_sd": float(np.abs(curve * np.sqrt(voxels)).max()), "mean_fsc": float(curve.mean()),
+            "sd_of_mean": float(np.sqrt((1 / voxels).sum()) / len(curve))}  # fmt: skip
+
+
+def table(cases: dict[str, Any]) -> str:
+    """Scores before and after."""
+    head = ("case", "", "FSC to the truth, badly measured part", "the rest", "correlation", "CPU s")
+    lines: list[tuple[Any, ...]] = []
+    for case, rows in cases.items():
+        some = next((r for r in rows.values() if "before" in r), None)
+        if some:
+            lines.append((case, "before", *(f"{v:.3f}" for v in some["before"].values()), None))
+            lines += [
+                (case, row, *(f"{v:.3f}" for v in r["after"].values()), f"{r['cost']['cpu_s']:.0f}")
+                for row, r in rows.items()
+            ]
+    return harness.markdown(head, lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", help="e.g. ribosome:cone_60; default: all")
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=["solvent", "corrected"])
+    parser.add_argument("--box", type=int, default=64)
     parser.add_argument("--mode", default="independent", help="of cases with half-maps")
     parser.add_argument("--options", default="", help="further options of 'cryoiso correct'")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "correct.json")
-    args = parser.parse_args()
-    if not MODELS.is_dir():
-        harness.skip(f"no models at {MODELS}")
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for i, (name, kind, cone) in enumerate(CASES):
-            if args.cases and f"{name}:{kind.replace(' ', '_')}" not in args.cases:
+    parser.add_argument("--prepare", action="store_true", help="only make the maps")
+    parser.add_argument("--shared", type=Path, default=harness.SHARED, help="holds data/models (default ../shared)")
+    parser.add_argument("--work", type=Path, help="keep, or find, the maps here")
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "correct.json")
+    a = parser.parse_args()
+    result: dict[str, Any] = {"cases": {}}
+    with harness.work_folder(a.work) as work:
+        for case in a.cases:
+            folder = work / f"{case}-{a.box}"
+            if not (a.shared / "data" / "models").is_dir() and not (folder / "truth.mrc").exists():
+                harness.skip(f"{case}: no atomic models in {a.shared}")
                 continue
-            rows.append(run(name, kind, cone, Path(folder) / str(i), args.mode, args.options.split()))
-            print(json.dumps(rows[-1]), flush=True)
-            harness.write_json(args.out, {"machine": harness.machine(), "box_px": BOX, "rows": rows})
+            prepare(case, a.box, a.shared / "data" / "models", folder)
+            for row in () if a.prepare else a.rows:
+                options = [*a.options.split(), *([] if isinstance(CASES[case][1], float) else ["--mode", a.mode])]
+                result["cases"].setdefault(case, {})[row] = found = correct(case, row, folder, options)
+                print(case, row, json.dumps(found), flush=True)
+                harness.write_json(a.out, {"machine": harness.machine(), "box_px": a.box, **result})
+    print(table(result["cases"]))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ def correct(
     ] = None,
     warm: Annotated[Path | None, typer.Option(help="Folder of an earlier correction: train on its networks.")] = None,
     preset: Annotated[str, option(C, "preset")] = default(C, "preset"),
+    method: Annotated[str, option(C, "method")] = default(C, "method"),
+    solvent_steps: Annotated[int, option(C, "solvent_steps")] = default(C, "solvent_steps"),
+    rounds: Annotated[int, option(C, "rounds")] = default(C, "rounds"),
     epochs: Annotated[int | None, option(C, "epochs")] = None,
     sub_maps: Annotated[int | None, option(C, "sub_maps")] = None,
     cube: Annotated[int | None, option(C, "cube_px")] = None,
@@ -60,7 +63,8 @@ def correct(
         correct={
             "mode": mode, "preset": preset, "epochs": epochs, "sub_maps": sub_maps, "cube_px": cube, "batch": batch,
             "learning_rate": learning_rate, "alpha": alpha, "beta": beta, "rotations": rotations, "cone_deg": cone,
-            "resolution_A": resolution, "keep_measured": keep_measured,
+            "method": method, "solvent_steps": solvent_steps, "rounds": rounds, "resolution_A": resolution,
+            "keep_measured": keep_measured,
         },
     )  # fmt: skip
     maps = {1: half1} if half2 is None else {1: half1, 2: half2}

@@ -127,15 +127,28 @@ class CorrectSection(_Section):
         "auto",
         description="size of network and training: paper (for GPUs), small (for CPUs), auto decides by the device",
     )
-    epochs: int | None = Field(None, ge=1, description="passes over the sub-maps (default: paper 30, small 10)")
+    method: Literal["completion", "published"] = Field(
+        "completion",
+        description="completion: the network learns to restore turned copies of the map after they were measured as the "
+        "data were; published: the losses of the publication",
+    )
+    solvent_steps: int = Field(
+        10, ge=0, description="completion: steps that keep density from going below the solvent, before the network"
+    )
+    rounds: int = Field(2, ge=1, description="completion: trainings in a row, each on the map of the one before")
+    epochs: int | None = Field(
+        None,
+        ge=0,
+        description="passes over the sub-maps, all rounds together (default: paper 30, small 10; 0: the solvent alone)",
+    )
     sub_maps: int | None = Field(None, ge=1, description="sub-maps an epoch, drawn inside the mask (default by preset)")
     cube_px: int | None = Field(None, ge=16, description="edge of a sub-map, a multiple of 8 (default by preset)")
     batch: int | None = Field(None, ge=1, description="sub-maps a step, all ranks together (default by preset)")
-    learning_rate: float | None = Field(None, gt=0, description="of Adam (default: 0.0004)")
-    alpha: float = Field(1.0, ge=0, description="weight of the equivariance loss")
-    beta: float = Field(0.5, ge=0, description="weight of the noise2noise losses (paired mode only)")
+    learning_rate: float | None = Field(None, gt=0, description="of Adam (default: small 0.001, else 0.0004)")
+    alpha: float = Field(1.0, ge=0, description="published: weight of the equivariance loss")
+    beta: float = Field(0.5, ge=0, description="published: weight of the noise2noise losses (paired mode only)")
     rotations: Literal["so3", "axes"] = Field(
-        "so3", description="rotations of the equivariance loss: any, or the 24 of the cube's axes as published"
+        "so3", description="rotations of the map in training: any, or the 24 of the cube's axes as published"
     )
     cone_deg: float = Field(20.0, gt=0, le=60, description="half angle of the 3DFSC cones that measure the anisotropy")
     resolution_A: float | None = Field(

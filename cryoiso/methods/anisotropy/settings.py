@@ -18,6 +18,8 @@ class Correction:
 
     mode: Mode
     """paired: one network sees both half-maps. independent: one a half-map. single: one map."""
+    method: Literal["completion", "published"]
+    """How the network is trained: see ``completion`` and ``task``."""
     preset: str
     network: UnetConfig
     epochs: int
@@ -38,10 +40,20 @@ class Correction:
     schedule: Literal["constant", "cosine"]
     """Of the learning rate."""
 
+    solvent_steps: int
+    """Of the solvent constraint before the network; completion only."""
+    rounds: int
+    """Trainings one after the other, each on the estimate of the one before; they share the epochs."""
+
     @property
     def steps(self) -> int:
-        """Optimisation steps of one training; 0 only where nothing is to be learnt (``epochs`` 0)."""
-        return -(-self.epochs * self.sub_maps // self.batch)
+        """Optimisation steps of all rounds; 0 only where nothing is to be learnt (``epochs`` 0)."""
+        return self.rounds * self.steps_a_round
+
+    @property
+    def steps_a_round(self) -> int:
+        """Optimisation steps of one training."""
+        return -(-self.epochs * self.sub_maps // (self.batch * self.rounds))
 
     def facts(self) -> dict[str, Any]:
         """Plain values for files."""
@@ -57,15 +69,15 @@ class Preset:
     sub_maps: int
     cube_px: int
     batch: int
-    schedule: Literal["constant", "cosine"]
+    learning_rate: float
 
 
 PRESETS = {
-    "paper": Preset(UnetConfig(), 30, 1000, 64, 4, "constant"),
-    "small": Preset(UnetConfig((16, 32, 64), 2), 10, 100, 32, 4, "cosine"),
+    "paper": Preset(UnetConfig(), 30, 1000, 64, 4, 4e-4),
+    "small": Preset(UnetConfig((16, 32, 64), 2), 10, 100, 32, 4, 1e-3),
 }
 """paper: the published sizes. small: minutes of two cores for boxes of 64 to 96 px."""
-LEARNING_RATE = 4e-4
+PUBLISHED_RATE = 4e-4
 
 
 def resolve(section: CorrectSection, device: str, epochs: int | None = None) -> Correction:
@@ -80,24 +92,28 @@ def resolve(section: CorrectSection, device: str, epochs: int | None = None) -> 
     """
     name = section.preset if section.preset != "auto" else "small" if device == "cpu" else "paper"
     preset = PRESETS[name]
+    published = section.method == "published"
     cube = section.cube_px or preset.cube_px
     if cube % preset.network.multiple:
         raise UsageError(f"correct.cube_px = {cube}: must be a multiple of {preset.network.multiple}")
     return Correction(
         mode=section.mode,
+        method=section.method,
         preset=name,
         network=preset.network,
-        epochs=epochs or section.epochs or preset.epochs,
+        epochs=next(n for n in (epochs, section.epochs, preset.epochs) if n is not None),
         sub_maps=section.sub_maps or preset.sub_maps,
         cube_px=cube,
         batch=section.batch or preset.batch,
-        learning_rate=section.learning_rate or LEARNING_RATE,
+        learning_rate=section.learning_rate or (PUBLISHED_RATE if published else preset.learning_rate),
         alpha=section.alpha,
         beta=section.beta if section.mode == "paired" else 0.0,
         rotations=section.rotations,
         keep_measured=section.keep_measured,
         bfloat16=fast_bfloat16(device),
-        schedule=preset.schedule,
+        schedule="constant" if published else "cosine",
+        solvent_steps=section.solvent_steps,
+        rounds=1 if published else section.rounds,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,13 +16,20 @@ from cryoiso.core.rng import generator
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.so3 import random_rotations
 
+SOLVENT_MARGIN_PX = 2
+"""The solvent's level is taken this far from the particle."""
+MANY = 100
+"""Voxels that tell it."""
+EDGE = 8
+"""Losses leave out this part of a cube's edge on each side."""
+
 
 @dataclass(frozen=True)
 class GreyScale:
     """Fixed statistics of whole maps: x -> (x - level) / spread and back."""
 
     level: float
-    """Of the solvent, so that empty space is 0, as it is beyond the box."""
+    """Of the solvent, so that empty space is 0, as it is beyond the box, and density is positive."""
     spread: float
     """Standard deviation inside the mask."""
 
@@ -35,9 +43,15 @@ class GreyScale:
         Raises:
             InputError: constant maps.
         """
+        from scipy.ndimage import binary_dilation
+
         values = np.concatenate([m[inside] for m in maps]).astype(np.float64)
-        outside = [m[~inside] for m in maps]
-        level = float(np.mean(np.concatenate(outside), dtype=np.float64)) if (~inside).any() else float(values.mean())
+        # corners of the box are left out: reconstructions hold nothing there, on whatever level the solvent is
+        sphere = np.asarray(sphere_mask(len(inside), len(inside) / 2 - 1)) > 0.5
+        solvent = sphere & ~binary_dilation(inside, iterations=SOLVENT_MARGIN_PX)
+        solvent = solvent if solvent.sum() > MANY else ~inside
+        outside = [m[solvent] for m in maps]
+        level = float(np.mean(np.concatenate(outside), dtype=np.float64)) if solvent.any() else float(values.mean())
         spread = float(values.std())
         if not spread > 0:
             raise InputError("the map is constant inside the mask: there is nothing to correct")
@@ -141,3 +155,23 @@ def turned(cubes: Tensor, rotation: Tensor) -> Tensor:
 def ball(size: int, margin_px: float = 0.0) -> Tensor:
     """(C, C, C): 1 in the largest ball about voxel C//2 that stays inside the cube however it is turned."""
     return sphere_mask(size, (size - 1) // 2 - margin_px)
+
+
+def core(size: int) -> Tensor:
+    """(C, C, C): 1 in the inner part of a cube, 0 at its faces, where a network lacks surroundings."""
+    inner = torch.zeros((size,) * 3)
+    inner[(slice(size // EDGE, size - size // EDGE),) * 3] = 1.0
+    return inner
+
+
+def weighted_mean(difference: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean of absolute values, equally over the sub-maps."""
+    return (difference.abs() * weight).sum() / (weight.sum() * difference.shape[0])
+
+
+def digest_of(*arrays: np.ndarray) -> str:
+    """A hash of some arrays; empty for none."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest() if arrays else ""

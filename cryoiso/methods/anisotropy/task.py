@@ -1,4 +1,4 @@
-"""What one training step of the correction is: the losses of spIsoNet on sub-maps of one or two maps.
+"""Training with the published losses, those of spIsoNet, on sub-maps of one or two maps.
 
 With x0 a sub-map, x1 the same of the other half-map, A the filter, T a random rotation and f the network:
 
@@ -11,7 +11,6 @@ Le.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,13 +20,10 @@ from torch import Tensor, nn
 
 from cryoiso.methods.anisotropy.filter import half_layout, on_grid
 from cryoiso.methods.anisotropy.settings import Correction
-from cryoiso.methods.anisotropy.submaps import SubMaps, ball, turned
+from cryoiso.methods.anisotropy.submaps import SubMaps, ball, core, digest_of, turned, weighted_mean
 from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.train.watch import Verdict
-
-EDGE = 8
-"""Lc leaves out this part of the cube's edge on each side, where the filter wraps around."""
 
 
 class CorrectionTask:
@@ -66,13 +62,8 @@ class CorrectionTask:
         self.filter = half_layout(on_grid(transfer, settings.cube_px)).to(device)
         cube = settings.cube_px
         self.ball = ball(cube, 1.0).to(device)
-        self.core = torch.zeros((cube,) * 3)
-        self.core[(slice(cube // EDGE, cube - cube // EDGE),) * 3] = 1.0
-        self.core = self.core.to(device)
-        digest = hashlib.sha256(np.ascontiguousarray(transfer).tobytes())
-        for data in maps:
-            digest.update(np.ascontiguousarray(data).tobytes())
-        self._given = digest.hexdigest()
+        self.core = core(cube).to(device)
+        self._given = digest_of(transfer, *maps)
 
     def start(self, attempt: int) -> None:
         """A new network, or the given one."""
@@ -104,14 +95,14 @@ class CorrectionTask:
         y0_turned = turned(y0, turn)
         again = module(self._filtered(y0_turned))
         terms = {
-            "consistency": _mean(seen - x0, self.core),
-            "equivariance": _mean(again - y0_turned, self.ball),
+            "consistency": weighted_mean(seen - x0, self.core),
+            "equivariance": weighted_mean(again - y0_turned, self.ball),
         }
         loss = terms["consistency"] + settings.alpha * terms["equivariance"]
         if paired:
             x1 = batch["second"]
-            terms["consistency_n2n"] = _mean(seen - x1, self.core)
-            terms["equivariance_n2n"] = _mean(again - turned(module(x1), turn), self.ball)
+            terms["consistency_n2n"] = weighted_mean(seen - x1, self.core)
+            terms["equivariance_n2n"] = weighted_mean(again - turned(module(x1), turn), self.ball)
             twins = terms["consistency_n2n"] + settings.alpha * terms["equivariance_n2n"]
             loss = loss + settings.beta * twins
         return loss, terms
@@ -128,16 +119,4 @@ class CorrectionTask:
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result beside the loop's settings."""
-        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": _digest(self.warm)}
-
-
-def _mean(difference: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean of absolute values, equally over the sub-maps."""
-    return (difference.abs() * weight).sum() / (weight.sum() * difference.shape[0])
-
-
-def _digest(arrays: dict[str, np.ndarray] | None) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted((arrays or {}).items()):
-        digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest() if arrays else ""
+        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": digest_of(*(self.warm or {}).values())}
