@@ -1,4 +1,4 @@
-"""Completion: the solvent constraint, what the network is trained on, and that a corrected map is nearer to the truth."""
+"""Completion: the solvent constraint, what the network is trained on, and corrected maps nearer to the truth."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_solvent_constraint_keeps_what_was_measured_and_finds_some_of_the_re
     sure = (CONE > 0.999).astype(np.float32)
     np.testing.assert_allclose(filtered(found, sure), filtered(truth, sure), atol=1e-4 * truth.max())
     assert found.min() > 0.5 * seen.min(), "less below the solvent than before"
-    assert in_cone(found, truth) > 0.5 > 0.01 > abs(in_cone(seen, truth))
+    assert in_cone(found, truth) > 0.5 > 0.1 > abs(in_cone(seen, truth))
     assert np.corrcoef(found.ravel(), truth.ravel())[0, 1] > np.corrcoef(seen.ravel(), truth.ravel())[0, 1] + 0.03
     np.testing.assert_allclose(filled(truth, ALL, 5), truth, atol=1e-5 * truth.max())
 

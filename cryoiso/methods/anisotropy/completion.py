@@ -11,7 +11,6 @@ there. The correction applies the same steps to the data: f(S[A x]).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 

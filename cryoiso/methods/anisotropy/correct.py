@@ -124,9 +124,11 @@ def _joined(
         "steps": settings.steps,
         "resolution_A": resolution_A,
         "networks": {
-            label: {"halves": list(next(c.halves for c in courses if c.label == label)), "steps": (one.history or [{}])[-1].get("step", 0),
-                    "attempts": one.attempts, "loss": (one.history or [{}])[-1].get("loss"),
-                    "grey_level": one.scale.level, "grey_spread": one.scale.spread}
+            label: {
+                "halves": list(next(c.halves for c in courses if c.label == label)),
+                **{key: (one.history or [{}])[-1].get(name, 0) for key, name in (("steps", "step"), ("loss", "loss"))},
+                "attempts": one.attempts, "grey_level": one.scale.level, "grey_spread": one.scale.spread,
+            }
             for label, one in done.items()
         },
     }  # fmt: skip

@@ -204,6 +204,7 @@ class _Trainer:
             steps=steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=self.job.seed,
             log_every=max(1, settings.steps // RECORDS), clip_norm=1.0, amp=settings.bfloat16,
             compile=group.device != "cpu", channels_last=True, flat_window=steps + 1,
+            micro_batch=0 if group.device != "cpu" else 1,  # the same bits on one rank, two and four
         )  # fmt: skip
         name = "the anisotropy network" + ("" if label == BOTH else f" of half {label}")
         name += f", round {number} of {settings.rounds}" if settings.rounds > 1 else ""

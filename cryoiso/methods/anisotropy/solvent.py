@@ -1,8 +1,8 @@
 """What the solvent tells about unmeasured Fourier coefficients: density is nowhere below it.
 
-Projections onto two sets, in turn: maps with the measured coefficients A x, and maps without negative density (Gerchberg
-and Papoulis; in crystallography solvent flattening and positivity). The support of the particle needs no mask for this,
-since a missing cone throws negative streaks around it.
+Projections onto two sets, in turn: maps with the measured coefficients A x, and maps without negative density
+(Gerchberg and Papoulis; in crystallography solvent flattening and positivity). The support of the particle needs no
+mask for this, since a missing cone throws negative streaks around it.
 """
 
 from __future__ import annotations

@@ -119,4 +119,5 @@ class CorrectionTask:
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result beside the loop's settings."""
-        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": digest_of(*(self.warm or {}).values())}
+        warm = digest_of(*(self.warm or {}).values())
+        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": warm}
