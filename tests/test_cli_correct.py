@@ -170,3 +170,14 @@ def test_stopped_and_resumed_gives_the_same_bits(halves, tmp_path, mode):
     cryoiso_here("correct", *options, "--out", tmp_path / "cut", "--resume")
     for name in ("corrected_map.mrc", "corrected_half1.mrc", "corrected_half2.mrc"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def test_half_maps_without_anything_in_common_are_named(tmp_path, caplog):
+    rng = np.random.default_rng(8)
+    paths = {half: tmp_path / f"noise{half}.mrc" for half in (1, 2)}
+    for path in paths.values():
+        write_map(path, rng.normal(size=(BOX,) * 3).astype(np.float32), PIXEL)
+    correct_files(task_of(paths, tmp_path / "out", epochs=0), Context())
+    notes = json.loads((tmp_path / "out" / "correct.json").read_text())["notes"]
+    assert any("nothing to correct" in note for note in notes)
+    assert "in one frame?" in caplog.text

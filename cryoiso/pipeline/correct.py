@@ -6,6 +6,7 @@ comparison at the end, happens in processes of its own, which never see a networ
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,12 @@ from cryoiso.pipeline.apart import apart
 from cryoiso.pipeline.maps import make_mask
 from cryoiso.pipeline.work import Work, read_mask, require_grid, write_json
 
+logger = logging.getLogger("cryoiso")
 NOT_A_RESOLUTION = "agreement of what networks made, not a resolution: deposit and judge the half-maps that went in"
+NOTHING_MEASURED = "the half-maps agree at no resolution: there was nothing to correct"
 SHARED = "one network saw both half-maps, so that the corrected ones are not independent of each other"
+FEW_SHELLS = 2
+"""Half-maps that part in the first shells have nothing in common but the shape of their box."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ def _write_filter(task: Task) -> float | None:
     limit_A = task.section.resolution_A
     if limit_A is None and len(known) == 2:
         limit_A = resolution_at(fsc(known[1].data, known[2].data, mask), 0.143, box, pixel)
+        if limit_A >= box * pixel / FEW_SHELLS:
+            logger.warning("%s; are these the two half-maps of one particle, in one frame?", NOTHING_MEASURED)
     if task.transfer is not None:
         transfer = checked(read_map(task.transfer, pixel).data, box, task.transfer)
     elif task.missing_cone_deg is not None:
@@ -239,7 +246,10 @@ def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float,
             for label, records in sorted(history.items())
         },
         **curves,
-        "notes": [NOT_A_RESOLUTION, *([SHARED] if task.mode == "paired" else [])],
+        "notes": [
+            NOT_A_RESOLUTION, *([SHARED] if task.mode == "paired" else []),
+            *([NOTHING_MEASURED] if limit_A >= mask.box_px * mask.pixel_size_A / FEW_SHELLS else []),
+        ],
     }
 
 
