@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from cryoiso.core.rng import generator, stable_hash
 from cryoiso.methods.anisotropy.settings import Correction
-from cryoiso.methods.anisotropy.solvent import AXES, Solvent
+from cryoiso.methods.anisotropy.solvent import AXES, Solvent, on_device
 from cryoiso.methods.anisotropy.submaps import axis_rotations, core, digest_of, turned, weighted_mean
 from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.partition import owned_rows
@@ -67,7 +67,7 @@ class CompletionTask:
         self.device, self.batch = device, settings.batch
         self.rows = owned_rows(self.batch, 1, index, size)
         self.box, self.cube = estimates[0].shape[0], settings.cube_px
-        self.estimates = torch.from_numpy(np.stack(estimates).astype(np.float32)).to(device)
+        self.estimates = on_device(np.stack(estimates), device)
         self.noise = None if noise is None else torch.stack(noise).to(device)
         self.offsets = (np.argwhere(inside) - self.box // 2)[:, ::-1]
         self.core = core(self.cube).to(device)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
@@ -27,7 +26,7 @@ from cryoiso.methods.anisotropy.completion import CompletionTask
 from cryoiso.methods.anisotropy.filter import band, checked, filtered
 from cryoiso.methods.anisotropy.predict import predict
 from cryoiso.methods.anisotropy.settings import Correction
-from cryoiso.methods.anisotropy.solvent import Solvent, noise_amplitude
+from cryoiso.methods.anisotropy.solvent import Solvent, noise_amplitude, on_device
 from cryoiso.methods.anisotropy.submaps import GreyScale, particle_region
 from cryoiso.methods.anisotropy.task import CorrectionTask
 from cryoiso.parallel.ddp import TrainingGroup
@@ -114,7 +113,7 @@ class Job:
         settings, device, box = self.settings, group.device, len(self.transfer)
         solvent = Solvent(self.transfer, self.reach, device)
         x = {half: scale.normalised(data) for half, data in self.data.items()}
-        measured = {half: solvent.measured(torch.from_numpy(data).to(device)) for half, data in x.items()}
+        measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
         estimate = {half: solvent.filled(one, box, FIRST_STEPS).cpu().numpy() for half, one in measured.items()}
         given = {half: solvent.filled(one, box, settings.solvent_steps).cpu().numpy() for half, one in measured.items()}
         if settings.steps == 0 and self.warm is None:  # the solvent alone
@@ -132,7 +131,7 @@ class Job:
             network = task.module.eval()
             for half, one in measured.items():
                 change = predict(network, given[half], tile_px(settings, box), group, settings.bfloat16)  # type: ignore[arg-type]
-                made[half] = solvent.joined(one, torch.from_numpy(change).to(device)).clamp(min=0)
+                made[half] = solvent.joined(one, on_device(change, device)).clamp(min=0)
                 estimate[half] = solvent.joined(one, made[half]).cpu().numpy()
             weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
         return network, {h: self._parts(solvent, one) for h, one in made.items()}, outcomes

@@ -48,6 +48,11 @@ class Solvent:
         return found
 
 
+def on_device(data: np.ndarray, device: str) -> Tensor:
+    """The same numbers as a float32 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(data, np.float32)).to(device)
+
+
 def _back(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.fft.irfftn(coefficients, s=tuple(shape[-3:]), dim=AXES)
 
