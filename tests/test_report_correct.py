@@ -131,7 +131,7 @@ def test_nobody_takes_the_agreement_of_networks_for_a_resolution(made, monkeypat
 
 def test_every_numeric_column_of_a_training_has_a_panel(made, monkeypatch):
     facts = correct.collect_correct(made / "paired")
-    assert figures_correct.courses(facts)[:3] == ["loss", "consistency", "equivariance"]
+    assert figures_correct.courses(facts) == ["loss", "without_network", "gradient_norm"]
     runs = {h: {"step": [5, 10], "word": ["a", "b"], "other": [1, None], "loss": [3, 2], "none": [0, 0]} for h in "12"}
     assert figures_correct.courses({"training": runs}) == ["loss", "other"]
     monkeypatch.setattr(figures_correct, "address", lambda figure, *_: figure)

@@ -159,8 +159,8 @@ def _words(facts: dict[str, Any]) -> list[str]:
             f"{measured[0].upper()}{measured[1:]}: the mean of the filter A, 100 % if all was measured perfectly."
         )
     if facts.get("keep_measured") is not False:
-        text = "What was measured is kept, weighted by A. The rest is inferred: a network filled it in from what it "
-        text += f"learnt of {'this map' if single else 'these half-maps'} alone, and nothing in it was measured."
+        text = "What was measured is kept, weighted by A. The rest is inferred: filled in by the solvent constraint "
+        text += f"and a network from {'this map' if single else 'these half-maps'} alone; nothing in it was measured."
     else:
         text = "The whole corrected map is the network's (keep_measured was off); the share below says how much of it "
         text += "lies where something was measured."

@@ -28,7 +28,7 @@ _ROWS = (("before", "before"), ("after", "after"), ("share", "share from data"))
 _FOURIER = (("filter", "filter A"), ("fourier", "share of power\nfrom data"))
 _NOTHING = "#E8E8E8"
 """Where a share says nothing."""
-_NO_COURSES = {"step", "attempt", "seconds"}
+_NO_COURSES = {"step", "round", "attempt", "seconds"}
 MOST_PANELS = 9
 
 

@@ -126,7 +126,8 @@ def _joined(
         "networks": {
             label: {
                 "halves": list(next(c.halves for c in courses if c.label == label)),
-                **{key: (one.history or [{}])[-1].get(name, 0) for key, name in (("steps", "step"), ("loss", "loss"))},
+                "steps": one.history[-1]["step"] if one.history else 0,
+                "loss": one.history[-1]["loss"] if one.history else None,
                 "attempts": one.attempts, "grey_level": one.scale.level, "grey_spread": one.scale.spread,
             }
             for label, one in done.items()
