@@ -11,7 +11,6 @@ there. The correction applies the same steps to the data: f(S[A x]).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,23 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cryoiso.core.rng import generator, stable_hash
+from cryoiso.methods.anisotropy.networktask import NetworkTask
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.solvent import AXES, Solvent, on_device
 from cryoiso.methods.anisotropy.submaps import axis_rotations, core, digest_of, turned, weighted_mean
-from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.physics.so3 import random_rotations
-from cryoiso.train.watch import Verdict
 
 VOLUME_COST = 32
 """A turned volume costs about as much as training on a sub-map, divided by this, for each sub-map that fits into it."""
 
 
-class CompletionTask:
+class CompletionTask(NetworkTask):
     """The task that ``train.loop.train`` works on (its ``Task``)."""
-
-    module: nn.Module
-    watched = "loss"
 
     def __init__(
         self,
@@ -51,7 +46,7 @@ class CompletionTask:
         index: int = 0,
         size: int = 1,
         label: str = "",
-        weights: dict[str, np.ndarray] | None = None,
+        warm: dict[str, np.ndarray] | None = None,
     ) -> None:
         """
         Args:
@@ -61,9 +56,9 @@ class CompletionTask:
             noise: per estimate, from ``solvent.noise_amplitude``; None: no noise is added.
             device, index, size: of this rank and its place in its group.
             label: names the network and the round.
-            weights: parameters to begin with; None: new ones.
+            warm: parameters to begin with; None: new ones.
         """
-        self.solvent, self.settings, self.seed, self.label, self.weights = solvent, settings, seed, label, weights
+        self.solvent, self.settings, self.seed, self.label, self.warm = solvent, settings, seed, label, warm
         self.device, self.batch = device, settings.batch
         self.rows = owned_rows(self.batch, 1, index, size)
         self.box, self.cube = estimates[0].shape[0], settings.cube_px
@@ -74,13 +69,6 @@ class CompletionTask:
         self.steps_a_turn = max(1, round((self.box / self.cube) ** 3 / VOLUME_COST))
         self._turned: tuple[int, Tensor, Tensor] | None = None
         self._given = digest_of(*estimates, solvent.transfer.cpu().numpy(), np.asarray(inside), *_arrays(noise))
-
-    def start(self, attempt: int) -> None:
-        """A new network, or the given one."""
-        network = Unet3d(self.settings.network)
-        if self.weights is not None and attempt == 0:
-            network.load_state_dict({k: torch.from_numpy(v) for k, v in self.weights.items()})
-        self.module = network
 
     def rotation(self, turn: int) -> np.ndarray:
         """(3, 3) of a turn, the same on every rank."""
@@ -140,16 +128,6 @@ class CompletionTask:
         cubes = [volume[tuple(slice(c, c + self.cube) for c in corner)] for corner in corners.tolist()]
         return torch.stack(cubes)[:, None].contiguous(memory_format=torch.channels_last_3d)
 
-    def annealed_at(self, attempt: int) -> int:
-        return 0
-
-    def judge(self, history: Sequence[dict[str, Any]]) -> Verdict:
-        return Verdict()
-
-    def configuration(self) -> dict[str, Any]:
-        """What decides the result beside the loop's settings."""
-        weights = digest_of(*(self.weights or {}).values())
-        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": weights}
 
 
 def _arrays(tensors: list[Tensor] | None) -> list[np.ndarray]:

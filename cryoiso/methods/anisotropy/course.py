@@ -125,7 +125,7 @@ class Job:
         for number in range(1, settings.rounds + 1):
             task = CompletionTask(
                 list(estimate.values()), solvent, self.inside, settings, self.seed, noise=noise, device=device,
-                index=group.index, size=group.size, label=f"{self.course.label}, round {number}", weights=weights,
+                index=group.index, size=group.size, label=f"{self.course.label}, round {number}", warm=weights,
             )  # fmt: skip
             outcomes.append(trainer(task, settings.steps_a_round, number))
             network = task.module.eval()

@@ -11,7 +11,6 @@ Le.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from cryoiso.methods.anisotropy.filter import half_layout, on_grid
+from cryoiso.methods.anisotropy.networktask import NetworkTask
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.submaps import SubMaps, ball, core, digest_of, turned, weighted_mean
-from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.partition import owned_rows
-from cryoiso.train.watch import Verdict
 
 
-class CorrectionTask:
+class CorrectionTask(NetworkTask):
     """The task that ``train.loop.train`` works on (its ``Task``)."""
-
-    module: nn.Module
-    watched = "loss"
 
     def __init__(
         self,
@@ -64,13 +59,6 @@ class CorrectionTask:
         self.ball = ball(cube, 1.0).to(device)
         self.core = core(cube).to(device)
         self._given = digest_of(transfer, *maps)
-
-    def start(self, attempt: int) -> None:
-        """A new network, or the given one."""
-        network = Unet3d(self.settings.network)
-        if self.warm is not None and attempt == 0:
-            network.load_state_dict({k: torch.from_numpy(v) for k, v in self.warm.items()})
-        self.module = network
 
     def prepare(self, step: int) -> dict[str, Tensor]:
         """This rank's sub-maps and rotations of a step."""
@@ -110,14 +98,3 @@ class CorrectionTask:
     def _filtered(self, cubes: Tensor) -> Tensor:
         axes = (-3, -2, -1)
         return torch.fft.irfftn(torch.fft.rfftn(cubes, dim=axes) * self.filter, s=cubes.shape[-3:], dim=axes)
-
-    def annealed_at(self, attempt: int) -> int:
-        return 0
-
-    def judge(self, history: Sequence[dict[str, Any]]) -> Verdict:
-        return Verdict()
-
-    def configuration(self) -> dict[str, Any]:
-        """What decides the result beside the loop's settings."""
-        warm = digest_of(*(self.warm or {}).values())
-        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": warm}

@@ -1,0 +1,46 @@
+"""What the trainings of the correction have in common, whatever their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from cryoiso.methods.anisotropy.settings import Correction
+from cryoiso.methods.anisotropy.submaps import digest_of
+from cryoiso.nets.unet import Unet3d
+from cryoiso.train.watch import Verdict
+
+
+class NetworkTask:
+    """The part of ``train.loop.Task`` that depends on the network alone; subclasses set the attributes."""
+
+    module: nn.Module
+    watched = "loss"
+    settings: Correction
+    label: str
+    warm: dict[str, np.ndarray] | None
+    """Parameters to begin with; None: new ones."""
+    _given: str
+    """A hash of what is trained on."""
+
+    def start(self, attempt: int) -> None:
+        """A new network, or the given one."""
+        network = Unet3d(self.settings.network)
+        if self.warm is not None and attempt == 0:
+            network.load_state_dict({k: torch.from_numpy(v) for k, v in self.warm.items()})
+        self.module = network
+
+    def annealed_at(self, attempt: int) -> int:
+        return 0
+
+    def judge(self, history: Sequence[dict[str, Any]]) -> Verdict:
+        return Verdict()
+
+    def configuration(self) -> dict[str, Any]:
+        """What decides the result beside the loop's settings."""
+        warm = digest_of(*(self.warm or {}).values())
+        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": warm}
