@@ -151,6 +151,10 @@ for dtype in (np.float64, np.float32, np.int64, np.complex64):
 assert ctx.allgather(ctx.rank) == list(range(ctx.size))
 assert ctx.gather(2 * ctx.rank, 0) == (None if ctx.rank else [2 * r for r in range(ctx.size)])
 assert ctx.max_all(float(ctx.rank)) == ctx.size - 1
+for shape in ((), (3,), (2, 5)):
+    parts = [np.arange(r * int(np.prod(shape)), dtype=np.int32).reshape(r, *shape) + r for r in range({n})]
+    found = ctx.concat_all(parts[ctx.rank])   # rank 0 has no row
+    assert found.dtype == np.int32 and np.array_equal(found, np.concatenate(parts)), (shape, found)
 assert sum(ctx.nodes.values(), []) == list(range(ctx.size))
 assert 0 <= ctx.local_rank < ctx.local_size
 assert ctx.stop_requested() is False

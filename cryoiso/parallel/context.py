@@ -71,6 +71,10 @@ class Context:
         """Element-wise sum over ranks on every rank; integers exact, floats added in rank order."""
         return array
 
+    def concat_all(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all ranks, in rank order, on every rank; the same type and row shape everywhere."""
+        return rows
+
     def max_all(self, value: float) -> float:
         """The largest value of all ranks."""
         return float(value)
@@ -161,6 +165,9 @@ class MpiContext(Context):
 
     def sum_all(self, array: np.ndarray) -> np.ndarray:
         return reduce.sum_all(self.comm, array)
+
+    def concat_all(self, rows: np.ndarray) -> np.ndarray:
+        return reduce.concat_all(self.comm, rows)
 
     def max_all(self, value: float) -> float:
         from mpi4py import MPI

@@ -122,12 +122,15 @@ class Job:
         if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
             noise = [noise_amplitude(data, self.transfer) for data in x.values()]
         weights, outcomes, made = self.warm, [], {}
-        for number in range(1, settings.rounds + 1):
+        # a given network has learnt what the first round teaches: it is applied, and one round follows
+        first = 1 if self.warm is None or settings.steps == 0 else 0
+        last = settings.rounds if first else 1
+        for number in range(first, last + 1):
             task = CompletionTask(
                 list(estimate.values()), solvent, self.inside, settings, self.seed, noise=noise, device=device,
                 index=group.index, size=group.size, label=f"{self.course.label}, round {number}", warm=weights,
             )  # fmt: skip
-            outcomes.append(trainer(task, settings.steps_a_round, number))
+            outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
             network = task.module.eval()
             for half, one in measured.items():
                 change = predict(network, given[half], tile_px(settings, box), group, settings.bfloat16)  # type: ignore[arg-type]
@@ -149,7 +152,7 @@ class Job:
             list(given.values()), self.transfer, self.inside, settings, self.seed, device=group.device,
             index=group.index, size=group.size, label=self.course.label, warm=self.warm,
         )  # fmt: skip
-        outcome = trainer(task, settings.steps, 1)
+        outcome = trainer(task, settings.steps, 1, 1)
         network = task.module.eval()
         found = {}
         for half, data in given.items():
@@ -193,7 +196,7 @@ class _Trainer:
     resume: bool
     stop: Callable[[], bool]
 
-    def __call__(self, task: Any, steps: int, number: int) -> TrainOutcome:
+    def __call__(self, task: Any, steps: int, number: int, rounds: int) -> TrainOutcome:
         settings, label, group = self.job.settings, self.job.course.label, self.group
         if steps == 0:  # the network that was given is applied as it is
             task.start(0)
@@ -206,7 +209,7 @@ class _Trainer:
             micro_batch=0 if group.device != "cpu" else 1,  # the same bits on one rank, two and four
         )  # fmt: skip
         name = "the anisotropy network" + ("" if label == BOTH else f" of half {label}")
-        name += f", round {number} of {settings.rounds}" if settings.rounds > 1 else ""
+        name += f", round {number} of {rounds}" if rounds > 1 else ""
         folder = self.folder / (f"training_{label}" + (f"_{number}" if number > 1 else ""))
         line = ProgressLine(f"training {name}", steps, active=group.is_first)
         if group.is_first:
@@ -221,7 +224,7 @@ class _Trainer:
 def _joined(outcomes: list[TrainOutcome]) -> list[dict[str, Any]]:
     """Records of all rounds, steps counted on."""
     records, before = [], 0
-    for number, outcome in enumerate(outcomes, 1):
+    for number, outcome in enumerate((outcome for outcome in outcomes if outcome.history), 1):
         records += [{**record, "step": record["step"] + before, "round": number} for record in outcome.history]
         before += outcome.step
     return records
