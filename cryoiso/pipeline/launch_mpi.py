@@ -61,7 +61,7 @@ def _library(section: LaunchSection) -> str:
             f"no MPI library could be loaded here, so it is not known how ranks are started ({found['error']}). Load "
             "the modules that the job will load, or set launch.mpi (--mpi) to mpirun, pmix or pmi2."
         )
-    return str(found.get("library", ""))
+    return " ".join(str(found.get("library", "")).replace("Version:", "").split())
 
 
 def _flavour(section: LaunchSection, library: str) -> tuple[str, str]:
