@@ -80,7 +80,7 @@ def _launch(
 ) -> None:
     from cryoiso.pipeline.launch import read_launch, scripts_of, write_scripts
     from cryoiso.pipeline.launch_submit import submit as send
-    from cryoiso.pipeline.launch_submit import submit_command
+    from cryoiso.pipeline.launch_submit import in_words, submit_command
 
     known = read_launch(job, given)
     scheduler = known.launch.scheduler
@@ -95,8 +95,7 @@ def _launch(
         typer.echo("\n".join(send(scheduler, [made.path for made in scripts])))
     elif write:
         for number, made in enumerate(scripts):
-            after = f"JOB{number}" if number else ""
-            words = shlex.join(submit_command(scheduler, made.path, after)) if scheduler != "mpirun" else "bash"
-            typer.echo(f"{made.path} written: {made.what}. Submit it with: {words}")
+            after = "NUMBER-OF-THE-FIRST" if number else ""
+            typer.echo(f"{made.path} written: {made.what}. Next: {in_words(scheduler, made.path, after)}")
     else:
         typer.echo("\n\n".join(made.text for made in scripts), nl=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -30,6 +31,14 @@ def submit_command(scheduler: str, script: Path, after: str = "") -> list[str]:
     if scheduler == "lsf":
         return ["bsub", *(["-w", f"done({after})"] if after else [])]
     raise UsageError(f"--submit: there is no batch system to submit to; start it with 'bash {script}'")
+
+
+def in_words(scheduler: str, script: Path, after: str = "") -> str:
+    """What a person would type to submit, or start, a script."""
+    if scheduler == "mpirun":
+        return f"bash {shlex.quote(str(script))}"
+    words = shlex.join(submit_command(scheduler, script, after))
+    return f"{words} < {shlex.quote(str(script))}" if scheduler == "lsf" else words
 
 
 def submit(scheduler: str, scripts: list[Path]) -> list[str]:

@@ -20,6 +20,8 @@ OWN = Path(__file__).parent / "templates"
 _RELION = re.compile(r"XXX([A-Za-z]\w*?)XXX")
 _JINJA = re.compile(r"\{\{|\{%")
 _RUNS = {"command", "run_cmd", "run_args"}
+_OWN_START = "work.sh"
+"""The part of this program's templates that has the command; copies of them include it."""
 
 
 class _Unset(Undefined):
@@ -54,7 +56,8 @@ def fill_site(file: Path, facts: dict[str, Any], relion: dict[str, Any]) -> str:
     if jinja and older:
         raise InputError("the template has placeholders of two kinds, {{ word }} and XXXwordXXX", file=file,
                          hint="Use one kind.")  # fmt: skip
-    if not words_of(text) & (_RUNS if jinja else {"command"}):
+    starts = words_of(text) & _RUNS or _OWN_START in text if jinja else "XXXcommandXXX" in text
+    if not starts:
         raise InputError("the template does not say where cryoiso is to be started", file=file,
                          expected="XXXcommandXXX" if older else "{{ run_cmd }} or XXXcommandXXX")  # fmt: skip
     return _jinja(text, facts, file) if jinja else _relion(text, relion, file)
