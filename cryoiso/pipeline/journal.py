@@ -26,7 +26,7 @@ class Journal:
         """Writes a line and waits until the disk has it.
 
         Args:
-            event: run, resume, start, checkpoint, end, skip, stop, error or done.
+            event: run, resume, start, checkpoint, end, skip, stop, until, error or done.
             facts: what belongs to it, e.g. stage, key, seconds, outputs; anything JSON can hold.
         """
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}

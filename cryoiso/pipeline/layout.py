@@ -72,4 +72,5 @@ class RunFolder:
         return name in self.stages
 
     def holds_a_run(self) -> bool:
-        return self.journal.exists() or self.resolved.exists() or self.manifest.exists()
+        """Whether a run began here. One that died before it had written ``resolved`` has left nothing to keep."""
+        return self.journal.exists() or self.resolved.exists()

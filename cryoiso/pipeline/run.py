@@ -28,7 +28,7 @@ from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.lock import locked
-from cryoiso.pipeline.plan import Stage, folder_stages, stages_of
+from cryoiso.pipeline.plan import WITHOUT_GPU, Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
 from cryoiso.pipeline.stages import STOPPED
 from cryoiso.pipeline.work import Work
@@ -37,42 +37,57 @@ logger = logging.getLogger("cryoiso")
 Report = Callable[[Path], object]
 
 
-def run_job(job_file: Path, folder: Path, comm: Context, report: Report | None = None) -> RunFolder:
+def run_job(
+    job_file: Path,
+    folder: Path,
+    comm: Context,
+    report: Report | None = None,
+    until: str = "",
+    go_on: bool = False,
+) -> RunFolder:
     """Runs a job file into a new run folder. Collective.
 
     Args:
         job_file: TOML; relative paths in it start from its folder.
-        folder: made if it is not there; must not hold a run.
+        folder: made if it is not there; must not hold a run, unless ``go_on``.
         comm: the ranks.
         report: called on rank 0 with the run folder when all else is done.
+        until: stop after this stage; ``resume_run`` goes on. Empty: to the end.
+        go_on: if the folder holds a run, go on with it, by its own copy of the job file.
 
     Returns:
-        the finished run folder.
+        the run folder, finished or done up to ``until``.
 
     Raises:
-        UsageError: bad job file, or the folder holds a run.
+        UsageError: bad job file, the folder holds a run, or there is no stage ``until``.
         InputError: bad input; found before anything is written, but for images that are bad in themselves.
         Interrupted: a signal asked to stop; ``resume_run`` goes on.
     """
     run = RunFolder(folder.absolute())
+    if go_on and on_root(comm, _has_begun, run, job_file):
+        return resume_run(folder, comm, report, until)
     on_root(comm, _refuse_old_run, run)
     text, job = on_root(comm, read_job, job_file)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
-    _prepare_device(work)
+    on_root(comm, _check_until, work, until)
+    _prepare_device(work, until)
     on_root(comm, _preflight, work)
     with ExitStack() as stack:
         manifest = on_root(comm, _create, work, text, stack)
         _start(work, manifest, "run")
-        _work_through(work)
+        _work_through(work, until)
     return run
 
 
-def resume_run(folder: Path, comm: Context, report: Report | None = None) -> RunFolder:
+def resume_run(folder: Path, comm: Context, report: Report | None = None, until: str = "") -> RunFolder:
     """Goes on with an interrupted run; on a finished one it checks the files and makes again what is lost. Collective.
 
+    Args:
+        until: as ``run_job``.
+
     Raises:
-        UsageError: no run in this folder, or another process works on it.
+        UsageError: no run in this folder, another process works on it, or there is no stage ``until``.
         InputError: an input has changed since the run started.
         Interrupted: as ``run_job``.
     """
@@ -80,11 +95,12 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None) -> Run
     _, job = on_root(comm, _read_resolved, run)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
-    _prepare_device(work)
+    on_root(comm, _check_until, work, until)
+    _prepare_device(work, until)
     with ExitStack() as stack:
         manifest = on_root(comm, _reopen, work, stack)
         _start(work, manifest, "resume")
-        _work_through(work)
+        _work_through(work, until)
     return run
 
 
@@ -116,14 +132,35 @@ def _refuse_old_run(run: RunFolder) -> None:
         )
 
 
+def _has_begun(run: RunFolder, job_file: Path) -> bool:
+    """Whether the folder holds a run that can go on; warns if the job file says something else than the run's own."""
+    if not run.resolved.exists() or not run.manifest.exists():
+        return False
+    try:
+        changed = _job_key(read_job(job_file)[1]) != _job_key(read_job(run.resolved)[1])
+    except UsageError:
+        changed = True
+    if changed:
+        logger.warning("%s is not the job that %s was started with; the run goes on as it began. For the new job give "
+                       "another --out.", job_file, run.path)  # fmt: skip
+    return True
+
+
+def _check_until(work: Work, until: str) -> None:
+    names = [stage.name for stage in stages_of(work.job, work.folder)]
+    if until and until not in names:
+        raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})")
+
+
 def _read_resolved(run: RunFolder) -> tuple[str, Job]:
     if not run.resolved.exists() or not run.manifest.exists():
         raise UsageError(f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.")
     return read_job(run.resolved)
 
 
-def _prepare_device(work: Work) -> None:
-    work.comm.device_preference = work.job.run.device
+def _prepare_device(work: Work, until: str = "") -> None:
+    """Makes sure of the job's device, where a stage up to ``until`` computes on it."""
+    work.comm.device_preference = "cpu" if until in WITHOUT_GPU else work.job.run.device
     error = None
     try:
         work.comm.device()
@@ -191,21 +228,24 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
 # --- working
 
 
-def _work_through(work: Work) -> None:
+def _work_through(work: Work, until: str) -> None:
     began = time.monotonic()
     try:
-        _all_stages(work)
+        _all_stages(work, until)
     except BaseException as error:
         if work.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
             work.journal.append(event, message=str(error) or type(error).__name__)
         raise
-    if work.journal is not None:
+    if work.journal is not None and until:
+        work.journal.append("until", stage=until)
+        logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, work.folder.path)
+    elif work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
 
 
-def _all_stages(work: Work) -> None:
+def _all_stages(work: Work, until: str) -> None:
     comm = work.comm
     stages = stages_of(work.job, work.folder)
     key = _job_key(work.job)
@@ -225,11 +265,13 @@ def _all_stages(work: Work) -> None:
         elif comm.rank == 0:
             logger.info("stage %d of %d: %s is done already", number, len(stages), stage.name)
         key = digest_of(key, stage.name, json.dumps(outputs, sort_keys=True))
+        if stage.name == until:
+            return
 
 
 def _job_key(job: Job) -> str:
-    """What decides the result: not the title, not the device."""
-    facts = job.model_dump()
+    """What decides the result: not the title, not the device, not how the job is sent to a batch system."""
+    facts = job.model_dump(exclude={"launch"})
     facts["run"] = {k: v for k, v in facts["run"].items() if k not in ("title", "device")}
     return digest_of(json.dumps(facts, sort_keys=True))
 
