@@ -25,11 +25,11 @@ def run(
     """
     from cryoiso.parallel.context import get_context
     from cryoiso.pipeline.run import run_job
-    from cryoiso.report import build
+    from cryoiso.report import publish
 
     comm = get_context()
     folder = out if out is not None else job.with_name(f"{job.stem}-run")
-    finished = run_job(job, folder, comm, report=build)
+    finished = run_job(job, folder, comm, report=publish)
     if comm.rank == 0:
         typer.echo(finished.report)
 
@@ -42,9 +42,9 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of
     """
     from cryoiso.parallel.context import get_context
     from cryoiso.pipeline.run import resume_run
-    from cryoiso.report import build
+    from cryoiso.report import publish
 
     comm = get_context()
-    finished = resume_run(folder, comm, report=build)
+    finished = resume_run(folder, comm, report=publish)
     if comm.rank == 0:
         typer.echo(finished.report)
