@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi_helper import run_mpi
-from pipeline_helper import QuickEngine, cryoiso, cryoiso_here, hash_files, quick_report, simulate, use_quick_parts, write_job
+from pipeline_helper import (
+    QuickEngine,
+    cryoiso,
+    cryoiso_here,
+    hash_files,
+    quick_report,
+    simulate,
+    use_quick_parts,
+    write_job,
+)
 
 from cryoiso.core.errors import EXIT_INPUT, EXIT_OTHER, EXIT_USAGE, InputError, Interrupted
 from cryoiso.io.mrc import read_map, write_map

@@ -124,9 +124,9 @@ def _primary(facts: dict[str, Any]) -> str:
     text = (
         f"`{PRIMARY}`: the resolution, the figures and the diagnosis of this run are about it, nothing in it lies "
         "beyond that resolution, and it follows from the half-maps by one radial weight that `fsc.xml` tells. "
-        "`map.mrc` keeps the noise beyond the resolution; it is the mean that anybody can make of the half-maps. If you built your "
-        "model into a map that you sharpened yourself, that one is the primary map: deposit it instead, with its "
-        f"B-factor, and `{PRIMARY}` as an additional map."
+        "`map.mrc` keeps the noise beyond the resolution; it is the mean that anybody can make of the half-maps. If "
+        "you built your model into a map that you sharpened yourself, that one is the primary map: deposit it instead, "
+        f"with its B-factor, and `{PRIMARY}` as an additional map."
     )
     if "additional_corrected_map.mrc" in facts["contour_levels"]:
         text += " The corrected map is never the primary one: part of it was not measured, and no resolution belongs "
