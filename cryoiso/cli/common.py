@@ -72,6 +72,17 @@ def as_command(function: F, collective: bool) -> F:
     return command  # type: ignore[return-value]
 
 
+def leave_with(comm: Any, code: int) -> None:
+    """Ends all ranks with an exit status that is an answer, not an error; what was printed is out by then.
+
+    Raises:
+        SystemExit: always.
+    """
+    sys.stdout.flush()
+    comm.wait_for_all(limit_s=5.0)  # some launchers kill the others as soon as one has left
+    raise SystemExit(code)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "

@@ -36,6 +36,8 @@ COMMANDS = (
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),
+    ("verify", "verify_cmd", "verify", True),
+    ("replay", "replay_cmd", "replay", True),
 )
 
 GROUPS = {

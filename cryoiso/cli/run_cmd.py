@@ -39,10 +39,10 @@ def run(
     comm = get_context()
     comm.install_signal_handlers()  # before the imports, which take seconds: a signal must not kill
     from cryoiso.pipeline.run import run_job
-    from cryoiso.report import build
+    from cryoiso.report import publish
 
     folder = out if out is not None else job.with_name(f"{job.stem}-run")
-    done = run_job(job, folder, comm, build, until, go_on)
+    done = run_job(job, folder, comm, publish, until, go_on)
     if comm.rank == 0:
         typer.echo(done.path if until else done.report)
 
@@ -60,8 +60,8 @@ def resume(
     comm = get_context()
     comm.install_signal_handlers()
     from cryoiso.pipeline.run import resume_run
-    from cryoiso.report import build
+    from cryoiso.report import publish
 
-    done = resume_run(folder, comm, build, until)
+    done = resume_run(folder, comm, publish, until)
     if comm.rank == 0:
         typer.echo(done.path if until else done.report)

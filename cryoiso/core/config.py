@@ -241,6 +241,11 @@ class RunSection(_Section):
     seed: int = Field(1, ge=0, description="every random number follows from it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     title: str = Field("", description="a name for the report")
+    hash_inputs: Literal["all", "small"] = Field(
+        "all",
+        description="SHA-256 of the image stacks, made while they are ingested: all, or small: only if they have at "
+        "most 2 GiB together",
+    )
 
 
 class LaunchSection(_Section):

@@ -247,7 +247,7 @@ def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float,
     history = {label: records for _, records in parts.values() for label, records in records.items()}
     return {
         "mode": task.mode,
-        "maps": {str(half): str(path) for half, path in task.maps.items()},
+        "maps": {str(half): _shown(path, task.out) for half, path in task.maps.items()},
         "box_px": mask.box_px,
         "pixel_size_A": mask.pixel_size_A,
         "resolution_A": limit_A,
@@ -267,6 +267,12 @@ def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float,
             *([NOTHING_MEASURED] if limit_A >= length_A / FEW_SHELLS else []),
         ],
     }
+
+
+def _shown(path: Path, out: Path) -> str:
+    """A map's name; that of another stage of the same run relative, so that it does not tell where the run lies."""
+    beside = path.is_absolute() and path.parent.parent == out.parent and path.parent.name[:3].rstrip("_").isdecimal()
+    return f"../{path.parent.name}/{path.name}" if beside else str(path)
 
 
 def _mean(maps: list[np.ndarray]) -> np.ndarray:

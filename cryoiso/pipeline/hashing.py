@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.layout import TIMING
 
 _BLOCK = 4 << 20
+_PER_FILE = 1 << 20
+"""Opening a file costs as much as reading so many bytes."""
 Outputs = dict[str, dict[str, Any]]
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+@overload
+def sha256_of(path: Path) -> str: ...
+@overload
+def sha256_of(path: Path, stop: threading.Event) -> str | None: ...
+def sha256_of(path: Path, stop: threading.Event | None = None) -> str | None:
+    """SHA-256 of a file, read in blocks.
+
+    Args:
+        stop: once it is set the reading ends, and the answer is None.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open(path, "rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
+            if stop is not None and stop.is_set():
+                return None
             digest.update(block)
     return digest.hexdigest()
+
+
+def share_by_size(sizes: list[int], ranks: int) -> list[int]:
+    """Which rank reads which file, so that all read about as many bytes: the largest file to the least loaded one."""
+    load = [(0, rank) for rank in range(ranks)]
+    owner = [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n], n)):
+        have, rank = heapq.heappop(load)
+        owner[number] = rank
+        heapq.heappush(load, (have + sizes[number] + _PER_FILE, rank))
+    return owner
 
 
 def digest_of(*texts: str) -> str:
@@ -42,7 +67,7 @@ def list_outputs(folder: Path, places: tuple[str, ...]) -> list[str]:
 def hash_outputs(folder: Path, places: tuple[str, ...], comm: Context) -> Outputs:
     """Size and hash of every file under some places; ranks share the reading. Collective, the same on every rank."""
     names = comm.bcast(list_outputs(folder, places) if comm.rank == 0 else None)
-    return _hash_shared(folder, names, comm)
+    return hash_shared(folder, names, comm)
 
 
 def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
@@ -58,16 +83,24 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
     wrong = comm.bcast(wrong)
     if wrong:
         return wrong
-    for name, facts in _hash_shared(folder, list(recorded), comm).items():
+    for name, facts in hash_shared(folder, list(recorded), comm).items():
         if facts["sha256"] != recorded[name]["sha256"]:
             return f"{folder / name} has changed"
     return ""
 
 
-def _hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
+def hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
+    """Size and hash of files, relative to a folder or absolute, that are there. Collective, the same on every rank.
+
+    Args:
+        names: the same on every rank.
+    """
+    sizes = comm.bcast([(folder / name).stat().st_size for name in names] if comm.rank == 0 else None)
+    owner = share_by_size(sizes, comm.size)
     mine = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in names[comm.rank :: comm.size]
+        for name, rank in zip(names, owner)
+        if rank == comm.rank
     }
     merged: Outputs = {}
     for part in comm.allgather(mine):

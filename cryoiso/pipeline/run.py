@@ -23,6 +23,7 @@ from cryoiso.core.log import duration
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline import machine
 from cryoiso.pipeline import manifest as provenance
 from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
 from cryoiso.pipeline.journal import Journal
@@ -30,6 +31,7 @@ from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.lock import locked
 from cryoiso.pipeline.plan import WITHOUT_GPU, Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
+from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
 from cryoiso.pipeline.work import Work
 
@@ -71,11 +73,11 @@ def run_job(
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
     on_root(comm, _check_until, work, until)
-    _prepare_device(work, until)
+    prepare_device(work, until)
     on_root(comm, _preflight, work)
     with ExitStack() as stack:
-        manifest = on_root(comm, _create, work, text, stack)
-        _start(work, manifest, "run")
+        on_root(comm, _create, work, text, stack)
+        _start(work, "run")
         _work_through(work, until)
     return run
 
@@ -92,14 +94,14 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None, until:
         Interrupted: as ``run_job``.
     """
     run = RunFolder(folder.absolute())
-    _, job = on_root(comm, _read_resolved, run)
+    _, job = on_root(comm, read_resolved, run)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
     on_root(comm, _check_until, work, until)
-    _prepare_device(work, until)
+    prepare_device(work, until)
     with ExitStack() as stack:
-        manifest = on_root(comm, _reopen, work, stack)
-        _start(work, manifest, "resume")
+        on_root(comm, _reopen, work, stack)
+        _start(work, "resume")
         _work_through(work, until)
     return run
 
@@ -137,7 +139,7 @@ def _has_begun(run: RunFolder, job_file: Path) -> bool:
     if not run.resolved.exists() or not run.manifest.exists():
         return False
     try:
-        changed = _job_key(read_job(job_file)[1]) != _job_key(read_job(run.resolved)[1])
+        changed = provenance.job_key(read_job(job_file)[1]) != provenance.job_key(read_job(run.resolved)[1])
     except UsageError:
         changed = True
     if changed:
@@ -152,14 +154,23 @@ def _check_until(work: Work, until: str) -> None:
         raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})")
 
 
-def _read_resolved(run: RunFolder) -> tuple[str, Job]:
+def read_resolved(run: RunFolder) -> tuple[str, Job]:
+    """Text and job of a run folder.
+
+    Raises:
+        UsageError: there is no run in it.
+    """
     if not run.resolved.exists() or not run.manifest.exists():
         raise UsageError(f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.")
     return read_job(run.resolved)
 
 
-def _prepare_device(work: Work, until: str = "") -> None:
-    """Makes sure of the job's device, where a stage up to ``until`` computes on it."""
+def prepare_device(work: Work, until: str = "") -> None:
+    """Finds each rank's device as the job wants it, where a stage up to ``until`` computes on it. Collective.
+
+    Raises:
+        MissingError: there is none of the kind.
+    """
     work.comm.device_preference = "cpu" if until in WITHOUT_GPU else work.job.run.device
     error = None
     try:
@@ -178,36 +189,35 @@ def _preflight(work: Work) -> None:
                 work.job.sample.symmetry)  # fmt: skip
 
 
-def _create(work: Work, text: str, stack: ExitStack) -> dict[str, Any]:
+def _create(work: Work, text: str, stack: ExitStack) -> None:
     run = work.folder
     run.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(run.lock))
     _refuse_old_run(run)
-    manifest = provenance.new_manifest(work.job, stacks_of(work))
+    work.manifest = provenance.new_manifest(work.job, stacks_of(work))
     write_text(run.job, text)
     work.journal = Journal(run.journal)
-    write_text(run.manifest, json.dumps(manifest))
+    provenance.write_manifest(run, work.manifest)
     write_text(run.resolved, job_to_toml(work.job))
-    return manifest
 
 
-def _reopen(work: Work, stack: ExitStack) -> dict[str, Any]:
+def _reopen(work: Work, stack: ExitStack) -> None:
     run = work.folder
     stack.enter_context(locked(run.lock))
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
-    provenance.check_inputs(manifest, work.job)
+    work.manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    provenance.check_inputs(work.manifest, work.job)
+    run.seal.unlink(missing_ok=True)
     work.journal = Journal(run.journal)
-    return manifest
 
 
-def _start(work: Work, manifest: dict[str, Any], event: str) -> None:
+def _start(work: Work, event: str) -> None:
     """Opens the logs, installs the signal handlers, notes who works. Collective."""
     comm, run = work.comm, work.folder
     comm.install_signal_handlers()
-    machine = provenance.describe_machine(comm, comm.device())
+    facts = machine.describe(comm, comm.device())
     on_root(comm, run.logs.mkdir, exist_ok=True)
     _log_to_file(run, comm.rank)
-    on_root(comm, provenance.note_start, run, manifest, machine)
+    on_root(comm, provenance.note_start, run, work.manifest, work.job, facts)
     if work.journal is not None:
         work.journal.append(event, ranks=comm.size, hosts={host: len(ranks) for host, ranks in comm.nodes.items()})
     logger.info("run folder %s, %d rank(s), %s", run.path, comm.size, comm.device())
@@ -242,13 +252,14 @@ def _work_through(work: Work, until: str) -> None:
         logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, work.folder.path)
     elif work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
+        write_seal(work, [stage.name for stage in stages_of(work.job, work.folder)])
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
 
 
 def _all_stages(work: Work, until: str) -> None:
     comm = work.comm
     stages = stages_of(work.job, work.folder)
-    key = _job_key(work.job)
+    key = provenance.job_key(work.job)
     for number, stage in enumerate(stages, start=1):
         recorded, work.resume = on_root(comm, _what_is_there, work, stage, key)
         outputs = recorded
@@ -261,19 +272,17 @@ def _all_stages(work: Work, until: str) -> None:
                 raise Interrupted(STOPPED)
             if comm.rank == 0:
                 logger.info("stage %d of %d: %s%s", number, len(stages), stage.name, ", continued" * work.resume)
-            outputs = _do(work, stage, key)
+            outputs = do_stage(work, stage, key)
         elif comm.rank == 0:
             logger.info("stage %d of %d: %s is done already", number, len(stages), stage.name)
-        key = digest_of(key, stage.name, json.dumps(outputs, sort_keys=True))
+        key = next_key(key, stage.name, outputs)
         if stage.name == until:
             return
 
 
-def _job_key(job: Job) -> str:
-    """What decides the result: not the title, not the device, not how the job is sent to a batch system."""
-    facts = job.model_dump(exclude={"launch"})
-    facts["run"] = {k: v for k, v in facts["run"].items() if k not in ("title", "device")}
-    return digest_of(json.dumps(facts, sort_keys=True))
+def next_key(key: str, stage: str, outputs: dict[str, Any]) -> str:
+    """The key of the stage after one with this key and these outputs."""
+    return digest_of(key, stage, json.dumps(outputs, sort_keys=True))
 
 
 def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] | None, bool]:
@@ -287,7 +296,7 @@ def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] |
     return None, stage.continues and start is not None and start["key"] == key
 
 
-def _do(work: Work, stage: Stage, key: str) -> dict[str, Any]:
+def do_stage(work: Work, stage: Stage, key: str) -> dict[str, Any]:
     """Runs one stage from its start or its continuation to its line in the journal. Collective."""
     began = time.monotonic()
     on_root(work.comm, _open_stage, work, stage, key)

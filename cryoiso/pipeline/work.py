@@ -37,6 +37,8 @@ class Work:
     comm: Context
     journal: Journal | None = None
     """on rank 0 of a run"""
+    manifest: dict[str, Any] | None = None
+    """on rank 0 of a run"""
     report: Callable[[Path], object] | None = None
     """makes the report of a run folder"""
     resume: bool = False
