@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import UsageError
+from cryoiso.io.lease import start_of
 
 BEAT_S = 20.0
 STALE_AFTER_S = 300.0
@@ -62,7 +63,7 @@ def _self() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": _start_of(os.getpid()),
+        "started": start_of(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
@@ -80,17 +81,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_stale(holder: dict[str, Any], path: Path) -> bool:
     own = _self()
     if holder["host"] == own["host"]:
-        return _start_of(int(holder["pid"])) != holder.get("started") or holder["pid"] == own["pid"]
+        return start_of(int(holder["pid"])) != holder.get("started") or holder["pid"] == own["pid"]
     requeued = bool(own["job"]) and holder.get("job") == own["job"] and holder.get("restart") != own["restart"]
     return requeued or _age_s(path) > (STALE_AFTER_S if holder["host"] else 5.0)
-
-
-def _start_of(pid: int) -> str:
-    """When a process of this host started, so that a later process with the same number is not taken for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def _age_s(path: Path) -> float:

@@ -30,6 +30,7 @@ from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.lock import locked
 from cryoiso.pipeline.plan import Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
+from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.stages import STOPPED
 from cryoiso.pipeline.work import Work
 
@@ -63,6 +64,7 @@ def run_job(job_file: Path, folder: Path, comm: Context, report: Report | None =
     on_root(comm, _preflight, work)
     with ExitStack() as stack:
         manifest = on_root(comm, _create, work, text, stack)
+        stack.enter_context(using_scratch(work))
         _start(work, manifest, "run")
         _work_through(work)
     return run
@@ -83,6 +85,7 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None) -> Run
     _prepare_device(work)
     with ExitStack() as stack:
         manifest = on_root(comm, _reopen, work, stack)
+        stack.enter_context(using_scratch(work))
         _start(work, manifest, "resume")
         _work_through(work)
     return run
@@ -228,9 +231,9 @@ def _all_stages(work: Work) -> None:
 
 
 def _job_key(job: Job) -> str:
-    """What decides the result: not the title, not the device."""
+    """What decides the result: not the title, not the device, not where the images are read."""
     facts = job.model_dump()
-    facts["run"] = {k: v for k, v in facts["run"].items() if k not in ("title", "device")}
+    facts["run"] = {k: v for k, v in facts["run"].items() if k not in ("title", "device", "scratch")}
     return digest_of(json.dumps(facts, sort_keys=True))
 
 
