@@ -38,7 +38,7 @@ def test_two_hosts_give_the_bits_of_one_process(hosts, tmp_path):
     """On the hosts each node reads its images from a disk of its own."""
     if "HYDRA" not in subprocess.run([str(find_mpirun()), "--version"], capture_output=True, text=True).stdout:
         pytest.skip("LOUD: this test speaks to MPICH's mpirun")
-    job = simulate(tmp_path / "data")
+    job = simulate(tmp_path / "data", n=600)  # enough for a rank of the second host to have images
     assert cryoiso("run", job, "--out", tmp_path / "serial").returncode == 0
     with_disks = write_job(tmp_path / "data", "disks.toml", run_scratch=str(tmp_path / "disk-{host}"))
     for host in hosts:
