@@ -72,4 +72,5 @@ class RunFolder:
         return name in self.stages
 
     def holds_a_run(self) -> bool:
-        return self.journal.exists() or self.resolved.exists() or self.manifest.exists()
+        """Whether a run has begun here: ``resolved.toml`` is the last file that is written before anything is done."""
+        return self.journal.exists() or self.resolved.exists()

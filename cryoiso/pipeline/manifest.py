@@ -99,6 +99,40 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
             )  # fmt: skip
 
 
+def check_stacks(manifest: dict[str, Any], stacks: list[Path], job: Job) -> None:
+    """Stops if the image stacks are not what they were when the run started; for a run that still has to read them.
+
+    Raises:
+        InputError: names the stack, or, where there are many, says that one has another size.
+    """
+    hint = "Put the old file back, or start a new run."
+    try:
+        sizes = {str(path): path.stat().st_size for path in stacks}
+    except OSError as error:
+        raise InputError("a stack of this run is gone", file=error.filename, hint=hint) from None
+    if digest_of(json.dumps(sizes, sort_keys=True)) != manifest["stacks"]["sha256_of_names_and_sizes"]:
+        raise InputError(
+            "one of the image stacks of this run has another size than when it started", file=job.particles.file,
+            hint=hint,
+        )  # fmt: skip
+    for path in stacks:
+        facts = manifest["inputs"].get(str(path))
+        if facts is not None and sha256_of(path) != facts["sha256"]:
+            raise InputError("a stack of this run has changed since it started", file=path, hint=hint)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"the manifest is damaged: {error}", file=path, hint="Start a new run.") from None
+
+
 def _facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 

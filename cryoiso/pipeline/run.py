@@ -13,13 +13,13 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
-from cryoiso.core.log import duration
+from cryoiso.core.log import PatientFileHandler, duration
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
@@ -160,9 +160,11 @@ def _create(work: Work, text: str, stack: ExitStack) -> dict[str, Any]:
 def _reopen(work: Work, stack: ExitStack) -> dict[str, Any]:
     run = work.folder
     stack.enter_context(locked(run.lock))
-    manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    manifest = provenance.read_manifest(run.manifest)
     provenance.check_inputs(manifest, work.job)
     work.journal = Journal(run.journal)
+    if work.journal.last("end", "ingest") is None:
+        provenance.check_stacks(manifest, stacks_of(work), work.job)
     return manifest
 
 
@@ -184,7 +186,7 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
     for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         logger.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(run.logs / f"rank-{rank:04d}.log", delay=True)
+    handler = PatientFileHandler(run.logs / f"rank-{rank:04d}.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.DEBUG)
     logger.setLevel(logging.DEBUG)
@@ -201,7 +203,8 @@ def _work_through(work: Work) -> None:
     except BaseException as error:
         if work.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
-            work.journal.append(event, message=str(error) or type(error).__name__)
+            with suppress(CryoisoError):  # on a full disk; what went wrong before is what the user must hear
+                work.journal.append(event, message=str(error) or type(error).__name__)
         raise
     if work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
