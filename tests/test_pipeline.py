@@ -144,6 +144,7 @@ def test_lock_of_another_host_is_stale_only_when_nobody_touches_it(tmp_path, mon
         pass
     old = time.time() - lock.STALE_AFTER_S - 60
     os.utime(path, (old, old))
+    monkeypatch.setattr(lock, "WATCH_S", 0.2)
     with lock.locked(path):
         pass
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": "77", "restart": "0"}))

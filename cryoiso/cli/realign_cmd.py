@@ -62,6 +62,7 @@ def realign(
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
+    scratch: Annotated[str, option(U, "scratch")] = "",
     engine: Annotated[str, option(E, "engine")] = default(E, "engine"),
     relion: RelionKeys = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted refinement in --out.")] = False,
@@ -98,7 +99,7 @@ def realign(
             "rotations": rotations, "cone_deg": cone, "keep_measured": keep_measured,
         },
         relion=keys_of(relion, "--relion"),
-        run={"workflow": "realign", "seed": seed, "device": device},
+        run={"workflow": "realign", "seed": seed, "device": device, "scratch": scratch},
     )  # fmt: skip
     realign_files(job, out, comm, auxiliary=auxiliary, resume=go_on)
     if comm.rank == 0:

@@ -39,6 +39,7 @@ def refine(
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
+    scratch: Annotated[str, option(U, "scratch")] = "",
     engine: Annotated[str, option(E, "engine")] = default(E, "engine"),
     relion: RelionKeys = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted refinement in --out.")] = False,
@@ -64,7 +65,7 @@ def refine(
             "join_halves_A": join_halves, "solvent_mask": solvent_mask, "max_resolution_A": max_resolution,
         },
         relion=keys_of(relion, "--relion"),
-        run={"seed": seed, "device": device},
+        run={"seed": seed, "device": device, "scratch": scratch},
     )  # fmt: skip
     refine_files(job, out, comm, resume=go_on)
     if comm.rank == 0:

@@ -240,6 +240,11 @@ class RunSection(_Section):
     )
     seed: int = Field(1, ge=0, description="every random number follows from it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    scratch: str = Field(
+        "",
+        description="copy the images to each node's own disk and read them there: a folder ($VARIABLES and {host} are "
+        "replaced on each node), or auto: $TMPDIR and the like where that is such a disk; empty: do not",
+    )
     title: str = Field("", description="a name for the report")
     hash_inputs: Literal["all", "small"] = Field(
         "all",

@@ -13,6 +13,7 @@ from typing import IO, Any
 from cryoiso.core.errors import CryoisoError, InputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class DiskFullError(CryoisoError):
@@ -94,8 +95,10 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             part.unlink()
-        if isinstance(error, PermissionError):
-            raise InputError("not allowed to write this file", file=final) from error
+        if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+            raise InputError(f"not allowed to write this file: {error.strerror}", file=final) from error
+        if isinstance(error, FileNotFoundError) and not final.parent.is_dir():
+            raise CryoisoError(f"{final}: the folder was removed while this file was written") from error
         if isinstance(error, OSError) and is_full(error):
             raise disk_full(final, need_bytes) from error
         raise

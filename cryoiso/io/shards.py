@@ -23,6 +23,7 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
 from cryoiso.io.stack import runs
+from cryoiso.io.staging import Copies
 
 FORMAT = "cryoiso-shard"
 VERSION = 1
@@ -278,6 +279,7 @@ class ShardSource:
         self._edges = np.array([s["start"] for s in self.index["shards"]] + [self.index["images"]], np.int64)
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._max_open = max_open
+        self._copies = Copies()
         self.chunks = [
             (start, min(start + CHUNK_IMAGES, s["stop"]))
             for s in self.index["shards"]
@@ -297,6 +299,15 @@ class ShardSource:
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
+
+    def shards_of(self, rows: np.ndarray) -> list[int]:
+        """Numbers of the shards that these rows are in."""
+        return np.unique(np.searchsorted(self._edges, rows, side="right") - 1).tolist()
+
+    def use_copies(self, copies: Copies) -> None:
+        """From now on images are read from copies of the shards, where there are any that can be read."""
+        self.close()
+        self._copies = copies
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Images of these rows in their order: (n, D, D) float32, protein white, normalised.
@@ -318,21 +329,38 @@ class ShardSource:
         shard = np.searchsorted(self._edges, ordered, side="right") - 1
         for start, stop in runs(ordered + shard):  # adding the shard's number makes a gap between two shards
             number = int(shard[start])
-            images = self._images(number)
             first = int(ordered[start] - self._edges[number])
-            try:
-                block = images[first : first + stop - start]
-            except OSError as error:
-                raise InputError(f"cannot be read: {error}", file=self._path(number)) from None
+            block = self._block(number, slice(first, first + stop - start))
             if start == 0 and stop == len(rows) and (order[1:] > order[:-1]).all():
                 return block.astype(np.float32)
             out[order[start:stop]] = block
         return out
 
+    def _name(self, number: int) -> str:
+        return str(self.index["shards"][number]["file"])
+
     def _path(self, number: int) -> Path:
-        return self.folder / self.index["shards"][number]["file"]
+        return self.folder / self._name(number)
+
+    def _block(self, number: int, rows: slice) -> np.ndarray:
+        """Images of one shard; where its copy fails, those of the original."""
+        while True:
+            try:
+                return self._file(number)["images"][rows]
+            except (OSError, KeyError, RuntimeError) as error:
+                opened = self._open.pop(number, None)
+                if opened is not None and opened.filename == str(self._path(number)):
+                    raise InputError(f"cannot be read: {error}", file=self._path(number)) from None
+                self._copies.lost(self._name(number), error)
+                with suppress(OSError, RuntimeError, AttributeError):
+                    opened.close()
 
     def _file(self, number: int) -> Any:
+        """
+        Raises:
+            OSError: the shard's copy cannot be opened.
+            InputError: the shard itself cannot.
+        """
         import h5py
 
         if number in self._open:
@@ -340,28 +368,36 @@ class ShardSource:
             return self._open[number]
         if len(self._open) >= self._max_open:
             self._open.popitem(last=False)[1].close()
+        copy = self._copies.get(self._name(number))
         try:
-            self._open[number] = h5py.File(self._path(number), "r", locking=False)
+            self._open[number] = h5py.File(copy or self._path(number), "r", locking=False)
         except OSError as error:
+            if copy is not None:
+                raise
             raise InputError(
                 f"cannot open the shard: {error}", file=self._path(number), hint="Run ingest again."
             ) from None
         return self._open[number]
 
-    def _images(self, number: int) -> Any:
-        return self._file(number)["images"]
-
     def _read_particles(self) -> Particles:
         parts: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "stack")}
         for number, shard in enumerate(self.index["shards"]):
             file = self._file(number)
-            if len(file["uid"]) != shard["stop"] - shard["start"] or file.attrs.get("plan") != self.index["plan"]:
+            try:
+                ours = file.attrs.get("plan") == self.index["plan"]
+                ours = ours and len(file["uid"]) == shard["stop"] - shard["start"]
+                found = {name: file[name][()] for name in COLUMNS}
+                found["stack"] = file["stacks"][()].astype(str)[file["stack"][()]]
+            except (OSError, KeyError, RuntimeError) as error:
+                raise InputError(
+                    f"the shard is damaged: {error}", file=self._path(number), hint="Run ingest again."
+                ) from None
+            if not ours:
                 raise InputError(
                     "the shard does not belong to this index", file=self._path(number), hint="Run ingest again."
                 )
-            for name in COLUMNS:
-                parts[name].append(file[name][()])
-            parts["stack"].append(file["stacks"][()].astype(str)[file["stack"][()]])
+            for name, values in found.items():
+                parts[name].append(values)
         columns: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
         if (columns["half"] < 0).all():
             columns["half"] = None

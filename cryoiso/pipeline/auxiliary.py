@@ -113,9 +113,12 @@ def corefine(round_: int, work: Work) -> None:
     name, comm = f"corefine-{round_}", work.comm
     if is_settled(work, round_):
         return skip(work, name)
-    source = work.source()
+    exported = work.job.refine.engine == "relion"
+    source = work.source(once=exported)
     before = poses_after(work, round_ - 1)
     auxiliary = ShardSource(work.folder.stage(f"generate-{round_}"))
+    if work.scratch is not None:
+        work.scratch.attach(work, auxiliary, once=exported)
     known = on_root(comm, planned_particles, work, before, round_)
     auxiliary.particles = known
     references = references_after(work, round_ - 1)
@@ -204,7 +207,7 @@ def local(work: Work) -> None:
     rounds = on_root(comm, last_round, work)
     posed = poses_after(work, rounds)
     balanced = balanced_subset(posed, job.sample.symmetry, job.auxiliary.balance_cap, job.run.seed)
-    source = work.source()
+    source = work.source(once=job.refine.engine == "relion")
     source.particles = posed
     subset = SubsetSource(source, balanced.keep)
     references = references_after(work, rounds)

@@ -50,7 +50,7 @@ def generate_stage(round_: int, work: Work) -> None:
     particles = on_root(comm, planned_particles, work, posed, round_)
     maker = load_maker(files, particles, section.temperature, work.job.run.seed, comm)
     write_images(maker, files, folder, comm, lambda done, of: work.note_checkpoint(name, images=done, of=of))
-    raw = work.source()
+    raw = work.source(once=True)
     raw.particles = posed
     facts = {"round": round_, "counts": _counts(particles), "temperature": section.temperature}
     # how well the images are modelled shows at temperature 1; what is made may be colder on purpose

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.io.atomic import disk_full, is_full
 
 
 class Journal:
@@ -28,12 +30,20 @@ class Journal:
         Args:
             event: run, resume, start, checkpoint, end, skip, stop, until, error or done.
             facts: what belongs to it, e.g. stage, key, seconds, outputs; anything JSON can hold.
+
+        Raises:
+            DiskFullError: there is no room for it; nothing of it stays.
+            CryoisoError: the journal cannot be written, or the run folder is gone.
         """
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        with open(self.path, "ab") as stream:
-            stream.write(json.dumps(line).encode() + b"\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            _append_line(self.path, json.dumps(line).encode() + b"\n")
+        except FileNotFoundError:
+            raise CryoisoError(f"{self.path.parent}: the run folder was removed while the run worked in it") from None
+        except OSError as error:
+            if is_full(error):
+                raise disk_full(self.path) from error
+            raise CryoisoError(f"{self.path}: the journal cannot be written: {error.strerror}") from error
         self.lines.append(line)
 
     def last(self, event: str, stage: str) -> dict[str, Any] | None:
@@ -59,6 +69,20 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             raise InputError("the journal is damaged", file=path, row=number, hint="Start a new run.") from None
     return lines
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    with open(path, "ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            done = 0
+            while done < len(line):
+                done += stream.write(line[done:])
+            os.fsync(stream.fileno())
+        except OSError:
+            with suppress(OSError):
+                stream.truncate(before)  # else the next line would run into the torn one
+            raise
 
 
 def _cut_torn_line(path: Path) -> None:

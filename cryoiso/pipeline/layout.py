@@ -77,5 +77,5 @@ class RunFolder:
         return name in self.stages
 
     def holds_a_run(self) -> bool:
-        """Whether a run began here. One that died before it had written ``resolved`` has left nothing to keep."""
+        """Whether a run has begun here: ``resolved.toml`` is the last file that is written before anything is done."""
         return self.journal.exists() or self.resolved.exists()

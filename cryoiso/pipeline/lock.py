@@ -1,24 +1,32 @@
 """One run at a time in a folder.
 
 The lock names its holder (host, process, batch job) and is touched every few seconds while the run lives. A lock is
-stale when its process is gone (same host), when the same batch job was requeued, or when nobody touched it for long.
+stale when its process is gone (same host), when the same batch job was requeued, or when nobody touched it for long
+and nobody touches it while one watches.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cryoiso.core.errors import UsageError
+from cryoiso.core.errors import CryoisoError, InputError, UsageError
+from cryoiso.io.atomic import disk_full, is_full
+from cryoiso.io.lease import start_of
 
 BEAT_S = 20.0
 STALE_AFTER_S = 300.0
+WATCH_S = 2.5 * BEAT_S
+
+logger = logging.getLogger("cryoiso")
 
 
 @contextmanager
@@ -42,27 +50,43 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _acquire(path: Path) -> None:
-    for _ in range(3):
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            holder = _read(path)
-            if holder is not None and not _is_stale(holder, path):
-                raise UsageError(_busy(path, holder)) from None
-            with suppress(FileNotFoundError):
-                path.unlink()
-            continue
+    try:
+        for _ in range(3):
+            if _take(path):
+                return
+    except FileNotFoundError:
+        raise CryoisoError(f"{path.parent}: the run folder was removed") from None
+    except OSError as error:
+        if is_full(error):
+            raise disk_full(path) from None
+        raise InputError(f"the run folder cannot be written to: {error.strerror}", file=path.parent) from None
+    raise UsageError(f"{path}: several runs want this folder at the same time; start one")
+
+
+def _take(path: Path) -> bool:
+    """Makes the lock; False if there was a stale one, which is gone now."""
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        holder = _read(path)
+        if holder is not None and not _is_stale(holder, path):
+            raise UsageError(_busy(path, holder)) from None
+        path.unlink(missing_ok=True)
+        return False
+    try:
         with os.fdopen(handle, "w") as stream:
             json.dump(_self(), stream)
-        return
-    raise UsageError(f"{path}: several runs want this folder at the same time; start one")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def _self() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": _start_of(os.getpid()),
+        "started": start_of(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
@@ -80,17 +104,32 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_stale(holder: dict[str, Any], path: Path) -> bool:
     own = _self()
     if holder["host"] == own["host"]:
-        return _start_of(int(holder["pid"])) != holder.get("started") or holder["pid"] == own["pid"]
-    requeued = bool(own["job"]) and holder.get("job") == own["job"] and holder.get("restart") != own["restart"]
-    return requeued or _age_s(path) > (STALE_AFTER_S if holder["host"] else 5.0)
+        return start_of(int(holder["pid"])) != holder.get("started") or holder["pid"] == own["pid"]
+    if bool(own["job"]) and holder.get("job") == own["job"] and holder.get("restart") != own["restart"]:
+        return True
+    if not holder["host"]:
+        return _age_s(path) > 5.0
+    return _age_s(path) > STALE_AFTER_S and _is_left_alone(path)
 
 
-def _start_of(pid: int) -> str:
-    """When a process of this host started, so that a later process with the same number is not taken for it."""
+def _is_left_alone(path: Path) -> bool:
+    """Whether nobody touches the lock for longer than a living run would wait: a clock that was set forward makes every
+    lock look old."""
+    before = _touched(path)
+    logger.info("%s looks abandoned; watching it for %.0f s", path, WATCH_S)
+    until = time.monotonic() + WATCH_S
+    while time.monotonic() < until:
+        time.sleep(min(0.5, WATCH_S))
+        if _touched(path) != before:
+            return False
+    return True
+
+
+def _touched(path: Path) -> int:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return ""
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _age_s(path: Path) -> float:

@@ -20,7 +20,7 @@ from cryoiso.pipeline.layout import RunFolder
 SCHEMA = 2
 HASH_LIMIT = 2 << 30
 """With run.hash_inputs = "small" stacks up to this size together are hashed; of more only the sizes are noted."""
-NO_RESULT = ("title", "device", "hash_inputs")
+NO_RESULT = ("title", "device", "hash_inputs", "scratch")
 """Keys of [run] that do not decide the result."""
 
 
@@ -58,8 +58,8 @@ def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
 
 
 def job_key(job: Job) -> str:
-    """Digest of what decides the result: the whole job but for its title, its device, how inputs are hashed and how
-    it is sent to a batch system."""
+    """Digest of what decides the result: the whole job but for its title, its device, how inputs are hashed, where
+    images are read and how the job is sent to a batch system."""
     facts = job.model_dump(exclude={"launch"})
     facts["run"] = {k: v for k, v in facts["run"].items() if k not in NO_RESULT}
     return digest_of(json.dumps(facts, sort_keys=True))
@@ -135,3 +135,37 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
                 "a stack has changed since this run started", file=name, expected=f"{facts['bytes']} bytes",
                 found=f"{os.stat(name).st_size} bytes", hint="Put the old file back, or start a new run.",
             )  # fmt: skip
+
+
+def check_stacks(manifest: dict[str, Any], stacks: list[Path], job: Job) -> None:
+    """Stops if the image stacks are not what they were when the run started; for a run that still has to read them.
+
+    Raises:
+        InputError: names the stack, or, where there are many, says that one has another size.
+    """
+    hint = "Put the old file back, or start a new run."
+    try:
+        sizes = {str(path): path.stat().st_size for path in stacks}
+    except OSError as error:
+        raise InputError("a stack of this run is gone", file=error.filename, hint=hint) from None
+    if digest_of(json.dumps(sizes, sort_keys=True)) != manifest["stacks"]["sha256_of_names_and_sizes"]:
+        raise InputError(
+            "one of the image stacks of this run has another size than when it started", file=job.particles.file,
+            hint=hint,
+        )  # fmt: skip
+    for path in stacks:
+        facts = manifest["inputs"].get(str(path), {})
+        if "sha256" in facts and sha256_of(path) != facts["sha256"]:
+            raise InputError("a stack of this run has changed since it started", file=path, hint=hint)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"the manifest is damaged: {error}", file=path, hint="Start a new run.") from None

@@ -48,6 +48,7 @@ def check_job(work: Work) -> None:
 
     job = work.job
     folder_stages(job)
+    _check_scratch(job.run.scratch)
     wire.require_engine(job)
     point_group(job.sample.symmetry)
     particles, with_auxiliary = work.particles(), job.run.workflow in ("auxiliary", "both")
@@ -62,6 +63,11 @@ def check_job(work: Work) -> None:
         check_template(job.auxiliary.post_command)
     if job.run.workflow in ("realign", "both"):
         _check_realign(job)
+
+
+def _check_scratch(wanted: str) -> None:
+    if wanted not in ("", "auto") and not wanted.startswith(("/", "$", "~")):
+        raise UsageError(f"run.scratch = {wanted!r}: 'auto' or a folder that begins with / or a $VARIABLE is expected")
 
 
 def _check_diameter(work: Work) -> None:

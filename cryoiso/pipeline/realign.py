@@ -17,6 +17,7 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import stages, wire
 from cryoiso.pipeline.maps import write_reconstruction
+from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.standalone import begin_refinement, refine_files
 from cryoiso.pipeline.work import PIXEL_TOLERANCE, Work, write_json
 
@@ -35,10 +36,12 @@ def realign_files(job: Job, out: Path, comm: Context, *, auxiliary: Path | None 
     if auxiliary is None:
         return refine_files(job, out, comm, resume=resume)
     work = begin_refinement(job, out, comm, resume=resume)
-    _refine_with(work, on_root(comm, _open, work, auxiliary))
+    on_root(comm, _check, work, auxiliary)
+    with using_scratch(work, everything=True):
+        _refine_with(work, ShardSource(auxiliary))
 
 
-def _open(work: Work, folder: Path) -> ShardSource:
+def _check(work: Work, folder: Path) -> None:
     found = ShardSource(folder)
     box, pixel = work.grid()
     theirs = found.particles.groups[0].pixel_size_A
@@ -49,7 +52,7 @@ def _open(work: Work, folder: Path) -> ShardSource:
         )  # fmt: skip
     if found.particles.half is None or not np.isin(found.particles.half, (1, 2)).all():
         raise InputError("the auxiliary particles have no half-sets", file=folder, expected="1 or 2 for each")
-    return found
+    found.close()
 
 
 def _refine_with(work: Work, auxiliary: ShardSource) -> None:
@@ -57,6 +60,8 @@ def _refine_with(work: Work, auxiliary: ShardSource) -> None:
 
     comm, job, out = work.comm, work.job, work.folder.path
     request = replace(stages.refine_request(work), folder=out / "engine")
+    if work.scratch is not None:
+        work.scratch.attach(work, auxiliary, once=job.refine.engine == "relion")
     on_root(comm, request.folder.mkdir, exist_ok=True)
     found = co_refine(wire.engine(job.refine.engine), request, auxiliary, comm)
     made = write_reconstruction(

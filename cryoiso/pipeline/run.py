@@ -13,13 +13,13 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
-from cryoiso.core.log import duration
+from cryoiso.core.log import PatientFileHandler, duration
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
@@ -31,6 +31,7 @@ from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.lock import locked
 from cryoiso.pipeline.plan import WITHOUT_GPU, Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
+from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
 from cryoiso.pipeline.work import Work
@@ -77,6 +78,7 @@ def run_job(
     on_root(comm, _preflight, work)
     with ExitStack() as stack:
         on_root(comm, _create, work, text, stack)
+        stack.enter_context(using_scratch(work))
         _start(work, "run")
         _work_through(work, until)
     return run
@@ -101,6 +103,7 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None, until:
     prepare_device(work, until)
     with ExitStack() as stack:
         on_root(comm, _reopen, work, stack)
+        stack.enter_context(using_scratch(work))
         _start(work, "resume")
         _work_through(work, until)
     return run
@@ -204,10 +207,12 @@ def _create(work: Work, text: str, stack: ExitStack) -> None:
 def _reopen(work: Work, stack: ExitStack) -> None:
     run = work.folder
     stack.enter_context(locked(run.lock))
-    work.manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+    work.manifest = provenance.read_manifest(run.manifest)
     provenance.check_inputs(work.manifest, work.job)
     run.seal.unlink(missing_ok=True)
     work.journal = Journal(run.journal)
+    if work.journal.last("end", "ingest") is None:
+        provenance.check_stacks(work.manifest, stacks_of(work), work.job)
 
 
 def _start(work: Work, event: str) -> None:
@@ -228,7 +233,7 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
     for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         logger.removeHandler(handler)
         handler.close()
-    handler = logging.FileHandler(run.logs / f"rank-{rank:04d}.log", delay=True)
+    handler = PatientFileHandler(run.logs / f"rank-{rank:04d}.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.DEBUG)
     logger.setLevel(logging.DEBUG)
@@ -245,7 +250,8 @@ def _work_through(work: Work, until: str) -> None:
     except BaseException as error:
         if work.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
-            work.journal.append(event, message=str(error) or type(error).__name__)
+            with suppress(CryoisoError):  # on a full disk; what went wrong before is what the user must hear
+                work.journal.append(event, message=str(error) or type(error).__name__)
         raise
     if work.journal is not None and until:
         work.journal.append("until", stage=until)

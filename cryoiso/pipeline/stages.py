@@ -129,7 +129,7 @@ def refine(work: Work) -> None:
 def refine_request(work: Work) -> RefineRequest:
     """What the stage ``refine`` asks an engine for. Collective."""
     comm, job = work.comm, work.job
-    source = work.source()
+    source = work.source(once=job.refine.engine == "relion")
     _, pixel_size_A = on_root(comm, work.grid)
     start = on_root(comm, read_map, work.folder.stage("reference") / "reference.mrc", pixel_size_A)
     return RefineRequest(
@@ -155,7 +155,7 @@ def _take_given_poses(work: Work) -> None:
     comm, folder = work.comm, work.folder.stage("refine")
     posed = on_root(comm, lambda: bare(work.particles()))
     facts = write_reconstruction(
-        work.source(), posed, folder, comm,
+        work.source(once=True), posed, folder, comm,
         symmetry=work.job.sample.symmetry, padding=work.job.reconstruct.padding,
     )  # fmt: skip
     on_root(comm, lambda: write_particles(folder / "particles.star", work.particles()))
@@ -166,7 +166,7 @@ def reconstruct(work: Work) -> None:
     """Half-maps, map and mask from the refined poses and, where they are known, maps from the true poses."""
     comm, folder = work.comm, work.folder.stage("reconstruct")
     symmetry, padding = work.job.sample.symmetry, work.job.reconstruct.padding
-    source = work.source()
+    source = work.source(once=True)
     refined = on_root(comm, _refined, work)
     kept = refined.results.get("cryoisoBalanced")
     some = np.flatnonzero(np.ones(len(refined)) if kept is None else kept)

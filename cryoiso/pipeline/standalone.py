@@ -21,6 +21,7 @@ from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.maps import make_mask, write_reconstruction
 from cryoiso.pipeline.preflight import check_job
+from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.subtomograms import refine_subtomograms
 from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
 
@@ -56,7 +57,9 @@ def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) ->
     """
     if on_root(comm, is_subtomograms, job.particles.file):
         return refine_subtomograms(job, out, comm, resume=resume)
-    stages.refine(begin_refinement(job, out, comm, resume=resume))
+    work = begin_refinement(job, out, comm, resume=resume)
+    with using_scratch(work):
+        stages.refine(work)
 
 
 def begin_refinement(job: Job, out: Path, comm: Context, *, resume: bool) -> Work:

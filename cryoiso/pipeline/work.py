@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.reference import PIXEL_TOLERANCE, Reference, prepare_reference
+
+if TYPE_CHECKING:
+    from cryoiso.pipeline.scratch import Scratch
 
 logger = logging.getLogger("cryoiso")
 
@@ -43,6 +46,8 @@ class Work:
     """makes the report of a run folder"""
     resume: bool = False
     """the stage was interrupted and may go on from what its folder holds"""
+    scratch: Scratch | None = None
+    """copies of the images on the nodes' own disks"""
     _plan: ingest.IngestPlan | None = None
     _particles: Particles | None = None
     _reference: Reference | None = None
@@ -125,13 +130,19 @@ class Work:
         require_grid(found, box, pixel, self.job.truth.map, "the particles")
         return found.data
 
-    def source(self) -> ShardSource:
-        """The shards with the source's particles; rank 0 also has the table they came from. Collective."""
+    def source(self, *, once: bool = False) -> ShardSource:
+        """The shards with the source's particles; rank 0 also has the table they came from. Collective.
+
+        Args:
+            once: the images will be read but once or twice, which is not worth a copy on scratch.
+        """
         source = ShardSource(self.shards)
         particles = on_root(self.comm, lambda: bare(self.particles()))
         if not np.array_equal(particles.uid, source.particles.uid):
             raise InputError("the shards are of other particles", file=self.shards, hint="Start a new run.")
         source.particles = self.particles() if self.comm.rank == 0 else particles
+        if self.scratch is not None:
+            self.scratch.attach(self, source, once=once)
         return source
 
 
