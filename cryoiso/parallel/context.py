@@ -188,8 +188,8 @@ def get_context() -> Context:
     """This program's ranks, made at the first call.
 
     Raises:
-        MissingError: a launcher started several ranks, but MPI cannot be loaded, the ranks do not see each other, or the
-            environment that tells of the launcher is gone.
+        MissingError: a launcher started several ranks, but MPI cannot be loaded, the ranks do not see each other, or
+            the environment that tells of the launcher is gone.
     """
     global _context
     if _context is None:
@@ -216,9 +216,10 @@ def _refuse_hidden_launcher() -> None:
         name, count = hidden
         time.sleep(GRACE_S)
         raise MissingError(
-            f"{name} started {count} processes on this host, this one among them, but of what it told them nothing is left "
-            "in the environment, so each would do the whole work by itself. Something on the way empties it: leave out "
-            f"--cleanenv of apptainer, or env -i. If this process is meant to work alone, set {launch.OVERRIDE}=0."
+            f"{name} started {count} processes on this host, this one among them, but of what it told them nothing is "
+            "left in the environment, so each would do the whole work by itself. Something on the way empties it: leave "
+            "out --cleanenv of apptainer, or env -i. If this process is meant to work alone, set "
+            f"{launch.OVERRIDE}=0."
         )
 
 
