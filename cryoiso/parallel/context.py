@@ -217,8 +217,8 @@ def _refuse_hidden_launcher() -> None:
         time.sleep(GRACE_S)
         raise MissingError(
             f"{name} started {count} processes on this host, this one among them, but of what it told them nothing is "
-            "left in the environment, so each would do the whole work by itself. Something on the way empties it: leave "
-            "out --cleanenv of apptainer, or env -i. If this process is meant to work alone, set "
+            "left in the environment, so each would do the whole work by itself. Something on the way empties it: "
+            "leave out --cleanenv of apptainer, or env -i. If this process is meant to work alone, set "
             f"{launch.OVERRIDE}=0."
         )
 
