@@ -63,6 +63,11 @@ def _missing(item: pytest.Item) -> str:
 
         if why := why_no_mpi():
             return why
+    if item.get_closest_marker("apptainer"):
+        if shutil.which("apptainer") is None:
+            return "apptainer is not on the PATH"
+        if not Path(os.environ.get("CRYOISO_IMAGE", "")).is_file():
+            return "no container image: build one (containers/build.sh) and name it in CRYOISO_IMAGE"
     if item.get_closest_marker("gpu") and not _has_cuda():
         return "no CUDA device"
     return ""

@@ -16,6 +16,7 @@ from mpi_helper import mpi_environment, run_mpi, start_mpi
 from cryoiso.core.errors import EXIT_INPUT, EXIT_MISSING, EXIT_REQUEUE, InputError
 from cryoiso.core.protocols import Communicator
 from cryoiso.parallel import abort, launcher, partition
+from cryoiso.parallel.ancestry import hidden_launcher
 from cryoiso.parallel.context import Context
 
 RANKS = (1, 2, 3, 4)
@@ -88,6 +89,43 @@ def test_mismatch_exits_69_and_only_the_first_process_speaks():
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == EXIT_MISSING and done.stderr.count("error:") == messages, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def _process(proc, pid, name, parent):
+    (proc / str(pid)).mkdir()
+    (proc / str(pid) / "stat").write_text(f"{pid} ({name}) S {parent} {pid} 0 0 -1\n")
+
+
+def test_a_launcher_is_found_in_the_process_tree(tmp_path):
+    (tmp_path / "self").mkdir()
+    _process(tmp_path, 1, "init", 0)
+    _process(tmp_path, 10, "mpirun", 1)
+    _process(tmp_path, 11, "hydra_pmi_proxy", 10)
+    _process(tmp_path, 20, "a) (b 7", 11)  # what programs call themselves is theirs to choose
+    _process(tmp_path, 30, "cryoiso", 20)
+    assert hidden_launcher(30, tmp_path) is None  # one rank: nothing to refuse
+    _process(tmp_path, 21, "starter", 11)
+    assert hidden_launcher(30, tmp_path) == ("hydra_pmi_proxy", 2)
+    assert hidden_launcher(20, tmp_path) == ("hydra_pmi_proxy", 2)
+    assert hidden_launcher(99, tmp_path) is None  # gone meanwhile, or not to be seen
+    _process(tmp_path, 40, "bash", 1)
+    assert hidden_launcher(40, tmp_path) is None
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks, told, status", [(2, {}, EXIT_MISSING), (1, {}, 0), (2, {"CRYOISO_MPI": "0"}, 0)])
+def test_ranks_whose_environment_was_emptied_are_an_error(ranks, told, status):
+    """What 'mpirun apptainer exec --cleanenv' does to the ranks inside."""
+    script = f"""
+import os, subprocess, sys
+env = {{k: os.environ[k] for k in ("PATH", "PYTHONPATH")}} | {told}
+command = [sys.executable, "-c", "from cryoiso.cli.main import main; main()", "doctor"]
+sys.exit(subprocess.run(command, env=env).returncode)
+"""
+    done = run_mpi(ranks, script, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("nothing is left in the environment" in done.stderr) == bool(status)
+    assert done.stdout.count("cryoiso ") == (0 if status else ranks), "a rank went on by itself"
 
 
 # --- shares

@@ -56,9 +56,11 @@ def as_command(function: F, collective: bool) -> F:
         Voice.restore()
         if not collective and not speaks():
             return
+        from cryoiso.core.kernelcache import settle_kernel_cache
         from cryoiso.parallel.abort import guard
         from cryoiso.parallel.context import Context, get_context
 
+        settle_kernel_cache()
         try:
             ctx = get_context() if collective else Context()
         except CryoisoError as error:

@@ -19,8 +19,12 @@ import numpy as np
 from cryoiso.core.errors import MissingError
 from cryoiso.parallel import launcher as launch
 from cryoiso.parallel import reduce, signals
+from cryoiso.parallel.ancestry import hidden_launcher
 
 logger = logging.getLogger("cryoiso")
+
+GRACE_S = 2.0
+"""A rank that finds its launcher hidden stays so long, lest the next one to look finds itself the only one."""
 
 
 class Context:
@@ -192,11 +196,14 @@ def get_context() -> Context:
     """This program's ranks, made at the first call.
 
     Raises:
-        MissingError: a launcher started several ranks, but MPI cannot be loaded, or the ranks do not see each other.
+        MissingError: a launcher started several ranks, but MPI cannot be loaded, the ranks do not see each other, or
+            the environment that tells of the launcher is gone.
     """
     global _context
     if _context is None:
         found = launch.find_launcher()
+        if found is None:
+            _refuse_hidden_launcher()
         _context = _mpi_context(found) if found is not None and launch.wants_mpi(found) else Context()
     return _context
 
@@ -207,6 +214,21 @@ def _mpi_context(found: launch.Launcher) -> Context:
     if found.size is not None and comm.size != found.size:
         raise MissingError(_mismatch(found, comm.size, _name_of(MPI)))
     return MpiContext(comm) if comm.size > 1 else Context()
+
+
+def _refuse_hidden_launcher() -> None:
+    if os.environ.get(launch.OVERRIDE, "") == "0":
+        return
+    hidden = hidden_launcher()
+    if hidden is not None:
+        name, count = hidden
+        time.sleep(GRACE_S)
+        raise MissingError(
+            f"{name} started {count} processes on this host, this one among them, but of what it told them nothing is "
+            "left in the environment, so each would do the whole work by itself. Something on the way empties it: "
+            "leave out --cleanenv of apptainer, or env -i. If this process is meant to work alone, set "
+            f"{launch.OVERRIDE}=0."
+        )
 
 
 def _load_mpi(found: launch.Launcher) -> Any:
