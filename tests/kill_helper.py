@@ -141,6 +141,8 @@ def chain(
     for turn, (stage, lasts) in enumerate(seconds.items()):
         number, target = numbers[turn % len(numbers)], targets[(turn + seed) % len(targets)]
         before = len(stages_begun(folder))
+        if before and stage in seconds_of_stages(folder):
+            continue  # a signal in the stage before was heard after this one
         process = launch(ranks, job, folder)
         if not wait_for_stage(process, folder, stage, before, 300):
             continue

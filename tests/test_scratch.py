@@ -15,9 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mpi_helper import run_mpi, start_mpi
-from pipeline_helper import cryoiso, cryoiso_here, hash_files, quick_report, simulate, use_quick_parts, write_job
+from pipeline_helper import (
+    QuickEngine,
+    cryoiso,
+    cryoiso_here,
+    hash_files,
+    quick_report,
+    simulate,
+    use_quick_parts,
+    write_job,
+)
 
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import CryoisoError, InputError, Interrupted
 from cryoiso.io import lease, staging
 from cryoiso.io.shards import ShardSource
 from cryoiso.io.staging import Copies, NotStaged
@@ -39,6 +48,15 @@ def quick(monkeypatch):
     signals.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def expected(data, tmp_path_factory) -> dict[str, str]:
+    """Hashes of a run without scratch."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_quick_parts(patch)
+        folder = tmp_path_factory.mktemp("plain") / "run"
+        return hash_files(run_job(data / "job.toml", folder, Context(), quick_report).path)
 
 
 @pytest.fixture
@@ -241,7 +259,7 @@ def test_images_are_read_from_the_copy(data, tmp_path, scratch, quick, monkeypat
 
 
 @pytest.mark.parametrize("why", ["no folder", "full", "not allowed", "foreign", "checksum"])
-def test_no_scratch_is_no_failure(why, data, tmp_path, scratch, quick, monkeypatch):
+def test_no_scratch_is_no_failure(why, data, tmp_path, scratch, quick, monkeypatch, expected):
     wanted, said = str(scratch), ""
     if why == "no folder":
         wanted, said = str(tmp_path / "nowhere"), "no such folder"
@@ -257,10 +275,9 @@ def test_no_scratch_is_no_failure(why, data, tmp_path, scratch, quick, monkeypat
     else:
         monkeypatch.setattr(pipeline_scratch, "recorded_hashes", lambda work, folder: {"shard-00000.h5": "0" * 64})
         said = "another checksum"
-    plain = run_job(data / "job.toml", tmp_path / "plain", Context(), quick_report).path
     job = write_job(data, f"{why.replace(' ', '')}.toml", run_scratch=wanted)
     run = run_job(job, tmp_path / "run", Context(), quick_report).path
-    assert hash_files(run) == hash_files(plain) and copies_in(scratch) == []
+    assert hash_files(run) == expected and copies_in(scratch) == []
     log = (run / "logs/rank-0000.log").read_text()
     assert log.count("scratch is not used") == 1 and said in log and said in facts(run)["nodes"][0]["why_not"]
 
@@ -278,10 +295,8 @@ def test_a_relative_scratch_is_refused(data, tmp_path):
     assert done.returncode == 2 and "run.scratch = 'scratch'" in done.stderr and not (tmp_path / "run").exists()
 
 
-def test_a_copy_of_a_dead_job_is_used_and_of_a_living_one_shared(data, tmp_path, scratch, quick, monkeypatch):
+def test_a_copy_of_a_dead_job_is_used_and_of_a_living_one_shared(data, tmp_path, scratch, quick, monkeypatch, expected):
     """Killed with everything that belongs to it, in the refinement; the resumed run finds its copy."""
-    from pipeline_helper import QuickEngine
-
     job = write_job(data, "killed.toml", run_scratch=str(scratch))
     pid = os.fork()
     if pid == 0:
@@ -304,8 +319,7 @@ def test_a_copy_of_a_dead_job_is_used_and_of_a_living_one_shared(data, tmp_path,
     finally:
         other.kill()
         other.wait()
-    plain = run_job(data / "job.toml", tmp_path / "plain", Context(), quick_report).path
-    assert hash_files(run) == hash_files(plain)
+    assert hash_files(run) == expected
     assert all(gone(path) for path in copies_in(scratch))
 
 
@@ -321,9 +335,7 @@ def _die_with_heir(self, request, comm):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_scratch_that_goes_away_in_the_middle(data, tmp_path, scratch, quick, monkeypatch):
-    from pipeline_helper import QuickEngine
-
+def test_scratch_that_goes_away_in_the_middle(data, tmp_path, scratch, quick, monkeypatch, expected):
     real = QuickEngine.refine
 
     def without(self, request, comm):
@@ -334,16 +346,11 @@ def test_scratch_that_goes_away_in_the_middle(data, tmp_path, scratch, quick, mo
     monkeypatch.setattr(QuickEngine, "refine", without)
     run = run_job(write_job(data, "v.toml", run_scratch=str(scratch)), tmp_path / "run", Context(), quick_report).path
     monkeypatch.setattr(QuickEngine, "refine", real)
-    plain = run_job(data / "job.toml", tmp_path / "plain", Context(), quick_report).path
-    assert hash_files(run) == hash_files(plain)
+    assert hash_files(run) == expected
     assert (run / "logs/rank-0000.log").read_text().count("reading goes on from the originals") == 1
 
 
 def test_an_error_and_a_signal_leave_nothing(data, tmp_path, scratch, quick, monkeypatch):
-    from pipeline_helper import QuickEngine
-
-    from cryoiso.core.errors import CryoisoError, Interrupted
-
     job = write_job(data, "e.toml", run_scratch=str(scratch))
     for number, error in enumerate((CryoisoError("no"), Interrupted("stop"), ValueError("?"))):
 
@@ -355,6 +362,24 @@ def test_an_error_and_a_signal_leave_nothing(data, tmp_path, scratch, quick, mon
         with pytest.raises(type(error)):
             run_job(job, tmp_path / f"run{number}", Context(), quick_report)
         assert copies_in(scratch) == []
+
+
+def test_a_signal_while_images_are_copied(data, tmp_path, scratch, quick, monkeypatch, expected):
+    real = pipeline_scratch.copy_checked
+
+    def then_stop(*given):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        real(*given)
+
+    job = write_job(data, "stop.toml", run_scratch=str(scratch))
+    monkeypatch.setattr(pipeline_scratch, "copy_checked", then_stop)
+    with pytest.raises(Interrupted, match="while images were copied to scratch"):
+        run_job(job, tmp_path / "run", Context(), quick_report)
+    assert [p for p in scratch.rglob("*") if "shard" in p.name] == []
+    signals.clear()
+    monkeypatch.setattr(pipeline_scratch, "copy_checked", real)
+    resume_run(tmp_path / "run", Context(), quick_report)
+    assert hash_files(tmp_path / "run") == expected
 
 
 # --- ranks
