@@ -24,6 +24,7 @@ from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
+from cryoiso.pipeline.examine import check_machine
 from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
@@ -61,6 +62,7 @@ def run_job(job_file: Path, folder: Path, comm: Context, report: Report | None =
     work = Work(job, run, comm, report=report)
     _prepare_device(work)
     on_root(comm, _preflight, work)
+    check_machine(work)
     with ExitStack() as stack:
         manifest = on_root(comm, _create, work, text, stack)
         _start(work, manifest, "run")
