@@ -240,6 +240,9 @@ class RunSection(_Section):
     seed: int = Field(1, ge=0, description="every random number follows from it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
     title: str = Field("", description="a name for the report")
+    stop_before_end_s: float = Field(
+        120.0, ge=0, description="stop with a checkpoint so long before the batch job's end, if that is known; 0: never"
+    )
 
 
 class Job(_Section):

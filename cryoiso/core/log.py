@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from cryoiso.core.progress import board
+
 logger = logging.getLogger("cryoiso")
 
 
@@ -38,6 +40,7 @@ class ProgressLine:
         """``words`` are shown behind the numbers."""
         if not self.active:
             return
+        board.note(self.label, done, self.total)
         now = time.monotonic()
         if now - self.last < (0.5 if self.live else 30.0):
             return

@@ -6,10 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core.errors import Interrupted
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.layout import TIMING
 
 _BLOCK = 4 << 20
+MUCH_BYTES = 8 << 30
+"""Files of more than this take longer to read than a signal may wait."""
 Outputs = dict[str, dict[str, Any]]
 
 
@@ -65,10 +68,15 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
 
 
 def _hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
-    mine = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in names[comm.rank :: comm.size]
-    }
+    """Where there is much to read, a signal is heeded between two files; what was read is read again then."""
+    sizes = comm.bcast([(folder / name).stat().st_size for name in names] if comm.rank == 0 else None)
+    much, mine = sum(sizes) > MUCH_BYTES, {}
+    for first in range(0, len(names), comm.size):
+        if much and comm.stop_requested():
+            raise Interrupted("stopped by a signal while reading the files of a stage. Continue with 'cryoiso resume'.")
+        if first + comm.rank < len(names):
+            name = names[first + comm.rank]
+            mine[name] = {"bytes": sizes[first + comm.rank], "sha256": sha256_of(folder / name)}
     merged: Outputs = {}
     for part in comm.allgather(mine):
         merged.update(part)

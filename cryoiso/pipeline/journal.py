@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,20 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = read_journal(path)
+        self._turn = threading.Lock()
         _cut_torn_line(path)
 
     def append(self, event: str, **facts: Any) -> None:
         """Writes a line and waits until the disk has it.
 
         Args:
-            event: run, resume, start, checkpoint, end, skip, stop, error or done.
+            event: run, resume, start, checkpoint, forecast, end, skip, stop, error or done.
             facts: what belongs to it, e.g. stage, key, seconds, outputs; anything JSON can hold.
         """
+        with self._turn:
+            self._append(event, facts)
+
+    def _append(self, event: str, facts: dict[str, Any]) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
         with open(self.path, "ab") as stream:
             stream.write(json.dumps(line).encode() + b"\n")

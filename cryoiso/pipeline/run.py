@@ -20,11 +20,13 @@ from typing import Any
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import duration
+from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
 from cryoiso.pipeline.examine import check_machine
+from cryoiso.pipeline.forecast import watching
 from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
@@ -196,7 +198,8 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
 def _work_through(work: Work) -> None:
     began = time.monotonic()
     try:
-        _all_stages(work)
+        with watching(work):
+            _all_stages(work)
     except BaseException as error:
         if work.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
@@ -232,7 +235,7 @@ def _all_stages(work: Work) -> None:
 def _job_key(job: Job) -> str:
     """What decides the result: not the title, not the device."""
     facts = job.model_dump()
-    facts["run"] = {k: v for k, v in facts["run"].items() if k not in ("title", "device")}
+    facts["run"] = {k: v for k, v in facts["run"].items() if k not in ("title", "device", "stop_before_end_s")}
     return digest_of(json.dumps(facts, sort_keys=True))
 
 
@@ -251,8 +254,10 @@ def _do(work: Work, stage: Stage, key: str) -> dict[str, Any]:
     """Runs one stage from its start or its continuation to its line in the journal. Collective."""
     began = time.monotonic()
     on_root(work.comm, _open_stage, work, stage, key)
+    board.begin(stage.name)
     stage.do(work)
     work.comm.barrier()
+    board.end()
     outputs = hash_outputs(work.folder.path, stage.places, work.comm)
     seconds = round(time.monotonic() - began, 3)
     if work.journal is not None:
