@@ -52,7 +52,7 @@ def data(tmp_path_factory) -> Path:
         ({"CRYOISO_END_TIME": "1000", "SLURM_JOB_END_TIME": "2000"}, {}, 1000.0, "CRYOISO_END_TIME"),
         ({"SLURM_JOB_END_TIME": "2000", "SLURM_JOB_ID": "7"}, {}, 2000.0, "SLURM_JOB_END_TIME"),
         ({"SLURM_JOB_ID": "7"}, {"squeue": "2026-03-01T12:00:00\n"}, NOON, "squeue"),
-        ({"SLURM_JOB_ID": "7"}, {"squeue": "N/A", "scontrol": " X=1 EndTime=2026-03-01T12:00:00 Y=2"}, NOON, "scontrol"),
+        ({"SLURM_JOB_ID": "7"}, {"squeue": "N/A", "scontrol": " X EndTime=2026-03-01T12:00:00 Y"}, NOON, "scontrol"),
         ({"PBS_JOBID": "7"}, {"qstat": "  Walltime.Remaining = 300\n"}, 5300.0, "qstat"),
         ({"PBS_JOBID": "7"}, {"qstat": " Resource_List.walltime = 01:00:00\n stime = Sun Mar  1 11:00:00 2026\n"}, NOON,
          "qstat"),

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.config import Job
+from cryoiso.io.shards import CHUNK_IMAGES
+from cryoiso.io.shardset import SHARD_BYTES, SPREAD
 from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.work import Work
@@ -37,7 +39,6 @@ POSE_TEXT_BYTES = 120
 STATE_BYTES = 5000
 """History and names in a checkpoint."""
 REPORT_BYTES = 1_800_000
-WRITE_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,17 @@ def _shards(name: str, n: int, p: Problem) -> Stored:
     return Stored(name, total, len(layout))
 
 
+def _made_shards(name: str, p: Problem) -> Stored:
+    """As ``io.shardset.plan_shards`` cuts them, float16."""
+    n, image = p.auxiliaries, 2 * p.box_px**2
+    wanted = max(ceil(n * image / SHARD_BYTES), min(SPREAD, ceil(n / CHUNK_IMAGES)))
+    per_shard = max(1, ceil(n / (wanted * CHUNK_IMAGES))) * CHUNK_IMAGES
+    shards = ceil(n / per_shard)
+    chunk = max(1, (1 << 20) // image)
+    waste = (chunk - per_shard % chunk) % chunk if per_shard > chunk else 0
+    return Stored(name, n * image + shards * (waste * image + 15_000) + 69 * n, shards)
+
+
 def disk(p: Problem, ranks: int = 1) -> list[Stored]:
     """Bytes and files that every stage leaves, in order, the folder's own files last."""
     known = {"truth": bool(p.job.truth.particles), "true_map": bool(p.job.truth.map)}
@@ -185,7 +197,7 @@ def _auxiliary(kind: str, name: str, p: Problem) -> Stored:
     if kind == "train":
         return Stored(name, generators * (p.map_bytes + 20_000_000) + 60_000, 3 * generators + 2)
     if kind == "generate":
-        made = _shards(name, p.auxiliaries, p)
+        made = _made_shards(name, p)
         stacks = (4 * p.box_px**2 + 1024) * p.auxiliaries if p.job.auxiliary.export else 0
         return Stored(name, made.bytes + stacks + 100_000, made.files + 3 + 3 * p.job.auxiliary.export)
     if kind == "corefine":

@@ -169,4 +169,19 @@ def _began() -> float:
 
 def later_stages(work: Work) -> Callable[[str], float | None]:
     """Seconds that the stages after one are thought to take, by the planner and what was measured so far."""
-    return lambda stage: None
+    from cryoiso.pipeline.timing import predicted_stages
+
+    predicted = predicted_stages(work)
+
+    def after(stage: str) -> float | None:
+        names = list(predicted)
+        if stage not in predicted:
+            return None
+        rest = [predicted[name] for name in names[names.index(stage) + 1 :]]
+        if any(seconds is None for seconds in rest):
+            return None
+        done = [(took, predicted[name]) for name, took in board.work_s.items() if predicted.get(name)]
+        took, thought = sum(pair[0] for pair in done), sum(pair[1] or 0.0 for pair in done)
+        return sum(seconds or 0.0 for seconds in rest) * (took / thought if thought > 10 else 1.0)
+
+    return after

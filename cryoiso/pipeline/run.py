@@ -34,6 +34,7 @@ from cryoiso.pipeline.lock import locked
 from cryoiso.pipeline.plan import Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
 from cryoiso.pipeline.stages import STOPPED
+from cryoiso.pipeline.timing import note_timing
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
@@ -255,6 +256,7 @@ def _do(work: Work, stage: Stage, key: str) -> dict[str, Any]:
     began = time.monotonic()
     on_root(work.comm, _open_stage, work, stage, key)
     board.begin(stage.name)
+    cpu = time.process_time()
     stage.do(work)
     work.comm.barrier()
     board.end()
@@ -263,6 +265,7 @@ def _do(work: Work, stage: Stage, key: str) -> dict[str, Any]:
     if work.journal is not None:
         work.journal.append("end", stage=stage.name, key=key, seconds=seconds, outputs=outputs)
         logger.info("%s took %s", stage.name, duration(seconds))
+        note_timing(work, stage.name, seconds, time.process_time() - cpu)
     return outputs
 
 
