@@ -28,7 +28,7 @@ from cryoiso.core.errors import EXIT_INPUT, EXIT_OTHER, EXIT_USAGE, InputError, 
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import inputs, machine
+from cryoiso.pipeline import inputs, origin
 from cryoiso.pipeline.compare import compare_files
 from cryoiso.pipeline.hashing import sha256_of, share_by_size
 from cryoiso.pipeline.journal import Journal
@@ -160,14 +160,14 @@ def test_container_and_batch_job_are_told_by_the_environment(tmp_path):
     image, labels, nodes = tmp_path / "c.sif", tmp_path / "labels.json", tmp_path / "nodes"
     image.write_bytes(b"12345")
     labels.write_text('{"org.label-schema.build-date": "Monday"}')
-    found = machine.container({"APPTAINER_CONTAINER": str(image), "CRYOISO_IMAGE_DIGEST": "sha256:ab"}, labels)
+    found = origin.container({"APPTAINER_CONTAINER": str(image), "CRYOISO_IMAGE_DIGEST": "sha256:ab"}, labels)
     assert found["image"] == str(image) and found["bytes"] == 5 and found["digest"] == "sha256:ab"
     assert found["labels"] == {"org.label-schema.build-date": "Monday"}
-    slurm = machine.batch_job({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "1"})
+    slurm = origin.batch_job({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "1"})
     assert slurm == {"name_of_system": "Slurm", "job": "7", "nodes": "n[1-2]", "restarts": "1"}
     nodes.write_text("a\na\nb\n")
-    assert machine.batch_job({"PBS_JOBID": "8.s", "PBS_NODEFILE": str(nodes)})["nodes"] == "a,b"
-    assert machine.batch_job({}) == {}
+    assert origin.batch_job({"PBS_JOBID": "8.s", "PBS_NODEFILE": str(nodes)})["nodes"] == "a,b"
+    assert origin.batch_job({}) == {}
 
 
 def test_the_image_of_a_container_is_hashed_with_the_stacks(data, tmp_path, quick, monkeypatch):

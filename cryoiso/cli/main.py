@@ -23,6 +23,7 @@ from cryoiso.parallel.launcher import OVERRIDE, limit_threads_early, speaks
 COMMANDS = (
     ("init", "init_cmd", "init", False),
     ("doctor", "doctor_cmd", "doctor", True),
+    ("plan", "plan_cmd", "plan", False),
     ("launch", "launch_cmd", "launch", False),
     ("simulate", "simulate_cmd", "simulate", False),
     ("ingest", "ingest_cmd", "ingest", True),

@@ -8,12 +8,15 @@ import threading
 from pathlib import Path
 from typing import Any, overload
 
+from cryoiso.core.errors import Interrupted
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.layout import TIMING
 
 _BLOCK = 4 << 20
 _PER_FILE = 1 << 20
 """Opening a file costs as much as reading so many bytes."""
+MUCH_BYTES = 8 << 30
+"""Files of more than this take longer to read than a signal may wait."""
 Outputs = dict[str, dict[str, Any]]
 
 
@@ -92,16 +95,23 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
 def hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
     """Size and hash of files, relative to a folder or absolute, that are there. Collective, the same on every rank.
 
+    Where there is much to read, a signal is heeded between two files.
+
     Args:
         names: the same on every rank.
+
+    Raises:
+        Interrupted: a signal came; what was read is read again then.
     """
     sizes = comm.bcast([(folder / name).stat().st_size for name in names] if comm.rank == 0 else None)
     owner = share_by_size(sizes, comm.size)
-    mine = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name, rank in zip(names, owner)
-        if rank == comm.rank
-    }
+    shares = [[n for n, its in enumerate(owner) if its == rank] for rank in range(comm.size)]
+    much, mine = sum(sizes) > MUCH_BYTES, {}
+    for turn in range(max(map(len, shares))):
+        if much and comm.stop_requested():
+            raise Interrupted("stopped by a signal while reading the files of a stage. Continue with 'cryoiso resume'.")
+        for n in shares[comm.rank][turn : turn + 1]:
+            mine[names[n]] = {"bytes": sizes[n], "sha256": sha256_of(folder / names[n])}
     merged: Outputs = {}
     for part in comm.allgather(mine):
         merged.update(part)

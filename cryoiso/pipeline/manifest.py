@@ -20,7 +20,7 @@ from cryoiso.pipeline.layout import RunFolder
 SCHEMA = 2
 HASH_LIMIT = 2 << 30
 """With run.hash_inputs = "small" stacks up to this size together are hashed; of more only the sizes are noted."""
-NO_RESULT = ("title", "device", "hash_inputs", "scratch")
+NO_RESULT = ("title", "device", "hash_inputs", "scratch", "stop_before_end_s")
 """Keys of [run] that do not decide the result."""
 
 
@@ -59,7 +59,7 @@ def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
 
 def job_key(job: Job) -> str:
     """Digest of what decides the result: the whole job but for its title, its device, how inputs are hashed, where
-    images are read and how the job is sent to a batch system."""
+    images are read, when it stops and how it is sent to a batch system."""
     facts = job.model_dump(exclude={"launch"})
     facts["run"] = {k: v for k, v in facts["run"].items() if k not in NO_RESULT}
     return digest_of(json.dumps(facts, sort_keys=True))

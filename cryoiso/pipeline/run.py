@@ -20,11 +20,14 @@ from typing import Any
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import PatientFileHandler, duration
+from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import machine
 from cryoiso.pipeline import manifest as provenance
+from cryoiso.pipeline import origin
+from cryoiso.pipeline.examine import check_machine
+from cryoiso.pipeline.forecast import watching
 from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
@@ -34,6 +37,7 @@ from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_a
 from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
+from cryoiso.pipeline.timing import note_timing
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
@@ -76,6 +80,7 @@ def run_job(
     on_root(comm, _check_until, work, until)
     prepare_device(work, until)
     on_root(comm, _preflight, work)
+    check_machine(work)
     with ExitStack() as stack:
         on_root(comm, _create, work, text, stack)
         stack.enter_context(using_scratch(work))
@@ -219,7 +224,7 @@ def _start(work: Work, event: str) -> None:
     """Opens the logs, installs the signal handlers, notes who works. Collective."""
     comm, run = work.comm, work.folder
     comm.install_signal_handlers()
-    facts = machine.describe(comm, comm.device())
+    facts = origin.describe(comm, comm.device())
     on_root(comm, run.logs.mkdir, exist_ok=True)
     _log_to_file(run, comm.rank)
     on_root(comm, provenance.note_start, run, work.manifest, work.job, facts)
@@ -246,7 +251,8 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
 def _work_through(work: Work, until: str) -> None:
     began = time.monotonic()
     try:
-        _all_stages(work, until)
+        with watching(work):
+            _all_stages(work, until)
     except BaseException as error:
         if work.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
@@ -306,13 +312,17 @@ def do_stage(work: Work, stage: Stage, key: str) -> dict[str, Any]:
     """Runs one stage from its start or its continuation to its line in the journal. Collective."""
     began = time.monotonic()
     on_root(work.comm, _open_stage, work, stage, key)
+    board.begin(stage.name)
+    cpu = time.process_time()
     stage.do(work)
     work.comm.barrier()
+    board.end()
     outputs = hash_outputs(work.folder.path, stage.places, work.comm)
     seconds = round(time.monotonic() - began, 3)
     if work.journal is not None:
         work.journal.append("end", stage=stage.name, key=key, seconds=seconds, outputs=outputs)
         logger.info("%s took %s", stage.name, duration(seconds))
+        note_timing(work, stage.name, seconds, time.process_time() - cpu)
     return outputs
 
 

@@ -19,6 +19,7 @@ from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.sources import SubsetSource
 from cryoiso.io.starwrite import write_particles
+from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
@@ -75,10 +76,16 @@ def write_shards(plan: Any, folder: Path, comm: Context, note: Progress | None =
 def _write_shard(plan: Any, folder: Path, number: int, line: ProgressLine) -> CryoisoError | None:
     try:
         if number < len(plan.shards):
-            io_ingest.write_shard(plan, folder, number, lambda done, _: line.update(done))
+            io_ingest.write_shard(plan, folder, number, lambda done, _: _heed_and_tell(line, done))
     except CryoisoError as error:
         return error
     return None
+
+
+def _heed_and_tell(line: ProgressLine, done: int) -> None:
+    """Between two blocks of images; a shard that is not finished leaves nothing behind."""
+    signals.heed()
+    line.update(done)
 
 
 def _ingest_facts(plan: Any) -> dict[str, Any]:

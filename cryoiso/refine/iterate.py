@@ -11,6 +11,7 @@ import torch
 
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine, logger
+from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
 from cryoiso.core.types import Particles
 from cryoiso.metrics.fsc import resolution_at
@@ -129,17 +130,26 @@ class Refinement:
     def _batches(self, half: int, radius: int, iteration: int):
         batches, most = self.owned(half)
         keep = self.reader.preload_radius(radius, batches)
+        board.expect(2 * iteration + half - 1, 2 * schedule.expected_iterations(iteration, self.settings))
         line = ProgressLine(f"iteration {iteration + 1}, half {half}", most, active=self.comm.rank == 0)
         for i in range(most):
-            if self.comm.stop_requested():
-                raise Interrupted(
-                    "stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'."
-                )
+            self.heed()
             if i < len(batches):
                 whole: Batch = self.reader.read(batches[i], max(keep, radius))
                 yield self.reader._cut(whole, radius)
             line.update(i + 1)
         line.close()
+
+    def heed(self) -> None:
+        """Stops on all ranks if any was told to (collective).
+
+        Raises:
+            Interrupted: one was.
+        """
+        if self.comm.stop_requested():
+            raise Interrupted(
+                "stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'."
+            )
 
     def _reduce(self, half: int, accumulator: SliceAccumulator, sums: dict[int, FourierSums]) -> None:
         root = root_of_half(half, self.comm.size)

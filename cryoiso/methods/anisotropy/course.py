@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.types import DensityMap
 from cryoiso.methods.anisotropy import network as networks
@@ -29,6 +30,7 @@ from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.solvent import Solvent, noise_amplitude, on_device
 from cryoiso.methods.anisotropy.submaps import GreyScale, particle_region
 from cryoiso.methods.anisotropy.task import CorrectionTask
+from cryoiso.parallel.bell import group_wide
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.train.loop import LoopSettings, TrainOutcome, train
 
@@ -110,12 +112,14 @@ class Job:
         self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
     ) -> tuple[Any, dict[int, tuple[np.ndarray, np.ndarray]], list[TrainOutcome]]:
         """Network, half -> (corrected map, the network's part of it), outcomes of the rounds."""
-        settings, device, box = self.settings, group.device, len(self.transfer)
+        settings, device, box, heed = self.settings, group.device, len(self.transfer), trainer.heed
         solvent = Solvent(self.transfer, self.reach, device)
         x = {half: scale.normalised(data) for half, data in self.data.items()}
         measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
-        estimate = {half: solvent.filled(one, box, FIRST_STEPS).cpu().numpy() for half, one in measured.items()}
-        given = {half: solvent.filled(one, box, settings.solvent_steps).cpu().numpy() for half, one in measured.items()}
+        estimate = {half: solvent.filled(one, box, FIRST_STEPS, heed).cpu().numpy() for half, one in measured.items()}
+        given = {
+            half: solvent.filled(one, box, settings.solvent_steps, heed).cpu().numpy() for half, one in measured.items()
+        }
         if settings.steps == 0 and self.warm is None:  # the solvent alone
             given = estimate
         noise = None
@@ -133,7 +137,7 @@ class Job:
             outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
             network = task.module.eval()
             for half, one in measured.items():
-                change = predict(network, given[half], tile_px(settings, box), group, settings.bfloat16)  # type: ignore[arg-type]
+                change = predict(network, given[half], tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
                 made[half] = solvent.joined(one, on_device(change, device)).clamp(min=0)
                 estimate[half] = solvent.joined(one, made[half]).cpu().numpy()
             weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
@@ -156,7 +160,7 @@ class Job:
         network = task.module.eval()
         found = {}
         for half, data in given.items():
-            made = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16)  # type: ignore[arg-type]
+            made = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)  # type: ignore
             found[half] = filtered(made, self.reach), filtered(made, self.reach - self.transfer)
         return network, found, [outcome]
 
@@ -195,6 +199,15 @@ class _Trainer:
     folder: Path
     resume: bool
     stop: Callable[[], bool]
+
+    def heed(self) -> None:
+        """Stops the whole group if a rank of it was told to (collective over the group).
+
+        Raises:
+            Interrupted: one was; what was trained is in the checkpoints.
+        """
+        if float(self.group.all_sum(torch.tensor([float(self.stop())]))):
+            raise group_wide(Interrupted("stopped by a signal while correcting maps; 'resume' goes on from there"))
 
     def __call__(self, task: Any, steps: int, number: int, rounds: int) -> TrainOutcome:
         settings, label, group = self.job.settings, self.job.course.label, self.group
