@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 import tomllib
@@ -70,7 +71,7 @@ def run_job(
         InputError: bad input; found before anything is written, but for images that are bad in themselves.
         Interrupted: a signal asked to stop; ``resume_run`` goes on.
     """
-    run = RunFolder(folder.absolute())
+    run = RunFolder(Path(os.path.abspath(folder)))
     if go_on and on_root(comm, _has_begun, run, job_file):
         return resume_run(folder, comm, report, until)
     on_root(comm, _refuse_old_run, run)
@@ -100,7 +101,7 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None, until:
         InputError: an input has changed since the run started.
         Interrupted: as ``run_job``.
     """
-    run = RunFolder(folder.absolute())
+    run = RunFolder(Path(os.path.abspath(folder)))
     _, job = on_root(comm, read_resolved, run)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
