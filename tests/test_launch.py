@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -161,21 +162,25 @@ exit "$code"
 
 
 def in_bash(job: Path, scheduler: str, plan: str, **given) -> subprocess.Popen:
-    """Starts a script whose program follows a plan: a line of exit status and journal event for every start."""
+    """Starts a script whose program follows a plan: a line of exit status and journal event for every start.
+
+    The stand-ins of scontrol and qrerun end the script that calls them, as a requeue does.
+    """
     folder = job.parent
     (folder / "plan").write_text(plan)
     (folder / "prog").write_text(PROGRAM)
     for name in ("scontrol", "qrerun", "qsub"):
         tool = folder / "bin" / name
         tool.parent.mkdir(exist_ok=True)
-        tool.write_text(f'#!/bin/bash\necho "{name} $*" >> asked\n[ "$(cat "{name}.fails" 2>/dev/null)" != yes ]\n')
+        end = "(sleep 0.5; kill -TERM -- -$PPID) > /dev/null 2>&1 &" if name != "qsub" else ""
+        tool.write_text(f'#!/bin/bash\necho "{name} $*" >> asked\n[ -e "{name}.fails" ] && exit 1\n{end}\nexit 0\n')
         tool.chmod(0o755)
     (folder / "go.sh").write_text(
         script(job, scheduler=scheduler, program=f"bash '{folder}/prog'", ranks_per_node=1, **given)
     )
     env = {"PATH": f"{folder}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "5", "PBS_JOBID": "5.host", "PBS_NODEFILE": "plan"}
     return subprocess.Popen(["bash", "go.sh"], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)  # fmt: skip
+                            text=True, start_new_session=True)  # fmt: skip
 
 
 def asked(job: Path) -> list[str]:
@@ -194,10 +199,12 @@ def test_other_statuses_are_passed_on(code, scheduler, job):
 def test_75_asks_for_a_requeue(job):
     process = in_bash(job, "slurm", "75 checkpoint\n")
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_REQUEUE and asked(job) == ["scontrol requeue 5"] and "queued again" in out
+    assert process.returncode == -signal.SIGTERM, "the script waits for Slurm to end it"
+    assert asked(job) == ["scontrol requeue 5"] and "queued again" in out
     (job.parent / "scontrol.fails").write_text("yes")
-    out, _ = in_bash(job, "slurm", "75 checkpoint\n").communicate(timeout=60)
-    assert "submit the same script again" in out
+    process = in_bash(job, "slurm", "75 checkpoint\n")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE and "submit the same script again" in out
 
 
 def test_pbs_asks_and_if_that_is_not_allowed_submits_again(job):
@@ -247,7 +254,7 @@ def test_signals_reach_the_program_and_only_usr1_asks_for_a_requeue(number, agai
         assert process.poll() is None
     subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)
     process.communicate(timeout=60)
-    assert process.returncode == EXIT_REQUEUE and len(asked(job)) == again
+    assert process.returncode == (-signal.SIGTERM if again else EXIT_REQUEUE) and len(asked(job)) == again
 
 
 # --- templates of sites

@@ -303,7 +303,7 @@ def test_until_stops_after_a_stage_and_resume_goes_on(data, tmp_path, quick):
 
 
 def test_until_an_unknown_stage_is_refused_before_anything_is_written(data, tmp_path, quick):
-    with pytest.raises(UsageError, match="no stage 'train-1'.*known: ingest, reference, refine"):
+    with pytest.raises(UsageError, match=r"no stage 'train-1'.*known: ingest, reference, refine"):
         run_job(data / "job.toml", tmp_path / "run", Context(), until="train-1")
     assert not (tmp_path / "run").exists()
     run_job(data / "job.toml", tmp_path / "run", Context(), until="ingest")
