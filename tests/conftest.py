@@ -58,6 +58,11 @@ def _missing(item: pytest.Item) -> str:
     """Why this test cannot run here; empty if it can."""
     if item.get_closest_marker("relion") and shutil.which("relion_refine") is None:
         return "RELION is not on the PATH (apt-get install relion)"
+    if item.get_closest_marker("slurm"):
+        from slurm_helper import why_no_slurm_here
+
+        if why := why_no_slurm_here():
+            return why
     if item.get_closest_marker("mpi"):
         from mpi_helper import why_no_mpi
 

@@ -18,12 +18,17 @@ DEBIAN_MPI = Path("/usr/lib/x86_64-linux-gnu/libmpi.so.40")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # daemons live on and would hold a pipe open
 
 
-def why_no_slurm() -> str:
-    """Empty if a Slurm can be started here, else the reason why not."""
+def why_no_slurm_here() -> str:
+    """Empty if this machine has what it takes, else what is missing."""
     if not all(map(shutil.which, ("sbatch", "slurmctld", "slurmd"))) or not Path("/usr/sbin/munged").exists():
         return "no Slurm (apt-get install --no-install-recommends slurm-wlm munge)"
     if os.getuid() != 0:
         return "a Slurm of the tests' own needs root"
+    return ""
+
+
+def why_not_now() -> str:
+    """Empty if nobody else's Slurm is in the way."""
     if CONF.joinpath("slurm.conf").exists():
         if "ClusterName=ci\n" not in CONF.joinpath("slurm.conf").read_text():
             return "this machine belongs to a Slurm cluster; the tests leave it alone"
@@ -42,7 +47,7 @@ def slurm(shared: Path, nodes: int, *, hosts: bool = False) -> Iterator[Slurm]:
     script = shared / "tools" / "slurm-ci.sh"
     if not script.exists():
         pytest.skip(f"LOUD: no {script}")
-    if why := why_no_slurm():
+    if why := why_no_slurm_here() or why_not_now():
         pytest.skip(f"LOUD: {why}")
     had_conf, had_munge = CONF.joinpath("slurm.conf").exists(), _alive(Path("/run/munge/munged.pid"))
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/run"))

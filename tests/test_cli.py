@@ -15,7 +15,7 @@ from cryoiso import __version__
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE
 
 COMMANDS = (
-    "init", "doctor", "plan", "simulate", "ingest", "reference", "refine", "realign", "reconstruct", "correct",
+    "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct", "correct",
     "micelle", "auxiliary", "hook", "diagnose",
     "report", "run", "resume",
 )  # fmt: skip

@@ -16,7 +16,7 @@ Run = Annotated[Path | None, typer.Option("--run", help="Run folder (default: be
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the script into this file.")]
 Chain = Annotated[
     bool,
-    typer.Option("--chain", help="Two jobs: the stages that need no GPU (ingest, reference), then, after it, the rest."),
+    typer.Option("--chain", help="Two jobs: the stages that need no GPU (ingest, reference); after it the rest."),
 ]
 Setting = Annotated[
     list[str] | None,
@@ -63,7 +63,8 @@ def launch(
     """Write a batch script for a job, and submit it.
 
     Prints the script unless --out or --submit is given. Its settings are the job file's section [launch]; options go
-    before them. The job stops with a checkpoint before its wall-time is over and is queued again, until the run is done.
+    before them. The job stops with a checkpoint before its wall-time is over, and is queued again until the run is
+    done.
     """
     given = {key: value for key, value in locals().items() if key in L.model_fields and value is not None}
     for path in ("image", "template"):
@@ -79,8 +80,8 @@ def _launch(
     job: Path, run: Path, script: Path, given: dict[str, Any], chain: bool, write: bool, submit: bool, overwrite: bool
 ) -> None:
     from cryoiso.pipeline.launch import read_launch, scripts_of, write_scripts
-    from cryoiso.pipeline.launch_submit import submit as send
     from cryoiso.pipeline.launch_submit import in_words, submit_command
+    from cryoiso.pipeline.launch_submit import submit as send
 
     known = read_launch(job, given)
     scheduler = known.launch.scheduler

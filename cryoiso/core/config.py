@@ -276,7 +276,7 @@ class LaunchSection(_Section):
     queue: str = Field("", description="queue or partition")
     modules: list[str] = Field([], description="modules to load")
     setup: list[str] = Field([], description="shell lines that prepare the environment, after the modules")
-    program: str = Field("", description="the program cryoiso on the nodes (default: this installation, or the image's)")
+    program: str = Field("", description="cryoiso on the nodes (default: this installation's, or the image's)")
     image: str = Field("", description="container image that has cryoiso (a SIF file)")
     image_command: str = Field("", description="how an image is started (default: apptainer exec, --nv with GPUs)")
     mpi: str = Field(
@@ -292,7 +292,7 @@ class LaunchSection(_Section):
     variables: dict[str, str | int | float] = Field(
         {}, description="values for placeholders of that script that cryoiso does not know, e.g. {extra1 = '8gb'}"
     )
-    cpu_queue: str = Field("", description="with --chain: queue of the first job, which needs no GPU (default: the same)")
+    cpu_queue: str = Field("", description="with --chain: queue of the first job, without GPUs (default: the same)")
     cpu_ranks: int = Field(4, ge=1, description="with --chain: MPI ranks of that job, on one node")
     cpu_time: str = Field("", description="with --chain: wall-time of that job (default: the same)")
 

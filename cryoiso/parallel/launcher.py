@@ -83,7 +83,8 @@ def doubt(library: str, env: Mapping[str, str] | None = None) -> str:
     wanted = "pmix" if library.startswith("Open MPI") else "pmi2" if library.startswith("MPICH") else offered
     if offered == wanted or (wanted == "pmi2" and offered == "none"):  # MPICH runs alone then, which is found out later
         return ""
-    return f"srun offers {offered}, {library.split(',')[0]} usually wants {wanted}. If MPI fails now, use {SRUN_REMEDY}."
+    name = library.split(",")[0]
+    return f"srun offers {offered}, {name} usually wants {wanted}. If MPI fails now, use {SRUN_REMEDY}."
 
 
 def speaks() -> bool:

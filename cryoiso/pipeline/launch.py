@@ -135,7 +135,7 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
         "cpus_per_node": per_node * section.cpus_per_rank, "cpus_total": ranks * section.cpus_per_rank,
         "gpus": section.gpus, "gpu_type": section.gpu_type,
         "ram_gb": section.ram_gb, "ram_mb": None if section.ram_gb is None else math.ceil(1000 * section.ram_gb),
-        "seconds": seconds, "time": _clock(seconds), "time_hm": f"{seconds // 3600}:{math.ceil(seconds % 3600 / 60):02d}",
+        "seconds": seconds, "time": _clock(seconds), "time_hm": _clock(60 * math.ceil(seconds / 60))[:-3],
         "grace_s": section.grace_s, "grace_min": math.ceil(section.grace_s / 60), "requeue": section.requeue,
         "account": section.account, "queue": section.queue, "modules": section.modules, "setup": section.setup,
         "extra": [_DIRECTIVE.sub("", line) for line in section.extra],

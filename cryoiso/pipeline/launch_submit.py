@@ -68,7 +68,9 @@ def _job_id(scheduler: str, command: list[str], script: Path) -> str:
                 timeout=_TIMEOUT_S, env=outside_launcher(), check=False,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise CryoisoError(f"{command[0]} has not answered for {_TIMEOUT_S:.0f} s; look whether {script} is queued") from None
+        raise CryoisoError(
+            f"{command[0]} has not answered for {_TIMEOUT_S:.0f} s; look whether {script} is queued"
+        ) from None
     said = done.stdout.strip()
     found = {"slurm": r"^(\d+)", "pbs": r"^(\S+)$", "lsf": r"Job <(\d+)>"}[scheduler]
     number = re.search(found, said, flags=re.MULTILINE)

@@ -101,9 +101,8 @@ def _jinja(text: str, facts: dict[str, Any], file: Path, tidy: bool = False) -> 
         raise _undefined(str(error.message), file, _line_of(error), facts) from None
     except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError) as error:
         missing = f"{error} is not there" if isinstance(error, TemplateNotFound) else str(error)
-        raise InputError(
-            f"the template cannot be filled: {missing}", file=file, row=getattr(error, "lineno", None) or _line_of(error)
-        ) from None
+        line = getattr(error, "lineno", None) or _line_of(error)
+        raise InputError(f"the template cannot be filled: {missing}", file=file, row=line) from None
 
 
 def _unset(name: str) -> _Unset:

@@ -37,7 +37,8 @@ kill -- "-$clock" 2>/dev/null
 if again; then
   if qrerun "$PBS_JOBID" 2>/dev/null; then
     echo "cryoiso: queued again as job $PBS_JOBID; it goes on from its last checkpoint"
-    sleep 60    # PBS ends this script now
+    set +m; trap - TERM    # PBS ends this script now
+    sleep 300
   elif [ -f {{ script|sh }} ] && next=$(qsub {{ script|sh }}); then
     echo "cryoiso: goes on from its last checkpoint in job $next"
   else

@@ -36,6 +36,8 @@ echo "cryoiso: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTAR
 if again; then
   if scontrol requeue "$SLURM_JOB_ID"; then
     echo "cryoiso: queued again as job $SLURM_JOB_ID; it goes on from its last checkpoint"
+    set +m; trap - TERM    # Slurm ends this script now. If it ended by itself, the job could count as failed
+    sleep 300
   else
     echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" >&2
   fi
