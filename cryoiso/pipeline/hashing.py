@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
+from cryoiso.core.log import ProgressLine
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.layout import TIMING
 
@@ -17,22 +18,22 @@ _PER_FILE = 1 << 20
 Outputs = dict[str, dict[str, Any]]
 
 
-@overload
-def sha256_of(path: Path) -> str: ...
-@overload
-def sha256_of(path: Path, stop: threading.Event) -> str | None: ...
-def sha256_of(path: Path, stop: threading.Event | None = None) -> str | None:
+class Stopped(Exception):
+    """Whoever watches the reading of a file wants it to end."""
+
+
+def sha256_of(path: Path, seen: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file, read in blocks.
 
     Args:
-        stop: once it is set the reading ends, and the answer is None.
+        seen: called with the bytes of each block; may raise ``Stopped``.
     """
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
-            if stop is not None and stop.is_set():
-                return None
             digest.update(block)
+            if seen is not None:
+                seen(len(block))
     return digest.hexdigest()
 
 
@@ -89,19 +90,26 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
     return ""
 
 
-def hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
+def hash_shared(folder: Path, names: list[str], comm: Context, label: str = "") -> Outputs:
     """Size and hash of files, relative to a folder or absolute, that are there. Collective, the same on every rank.
 
     Args:
         names: the same on every rank.
+        label: names the work in a line that shows how far rank 0 is with its share; empty: no line.
     """
     sizes = comm.bcast([(folder / name).stat().st_size for name in names] if comm.rank == 0 else None)
     owner = share_by_size(sizes, comm.size)
-    mine = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name, rank in zip(names, owner)
-        if rank == comm.rank
-    }
+    share = [(name, size) for name, size, rank in zip(names, sizes, owner) if rank == comm.rank]
+    line = ProgressLine(label, sum(size for _, size in share) >> 20, active=bool(label) and comm.rank == 0)
+    mine, done = {}, 0
+
+    def seen(size: int) -> None:
+        nonlocal done
+        done += size
+        line.update(done >> 20, "MiB of this rank's share")
+
+    for name, _ in share:
+        mine[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name, seen)}
     merged: Outputs = {}
     for part in comm.allgather(mine):
         merged.update(part)

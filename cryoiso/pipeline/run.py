@@ -213,8 +213,8 @@ def _work_through(work: Work) -> None:
         raise
     if work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
-        write_seal(work, [stage.name for stage in stages_of(work.job, work.folder)])
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
+    on_root(work.comm, write_seal, work, [stage.name for stage in stages_of(work.job, work.folder)])
 
 
 def _all_stages(work: Work) -> None:
