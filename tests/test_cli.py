@@ -17,7 +17,7 @@ from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE
 COMMANDS = (
     "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct", "correct",
     "micelle", "auxiliary", "hook", "diagnose",
-    "report", "run", "resume",
+    "report", "run", "resume", "verify", "replay",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
 

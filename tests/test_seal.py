@@ -125,10 +125,11 @@ def test_large_stacks_are_hashed_unless_not_wanted(data, tmp_path, quick, monkey
 
 
 def test_a_stop_signal_ends_the_hashing(data, tmp_path, quick, monkeypatch):
-    def slowly(path, stop=None):
-        while stop is not None and not stop.is_set():
+    def slowly(path, seen):
+        while True:
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(0.01)
+            seen(1)
 
     monkeypatch.setattr(inputs, "sha256_of", slowly)
     with pytest.raises(Interrupted, match="resume"):
@@ -337,7 +338,7 @@ def test_verify_and_replay_on_ranks(data, tmp_path):
     before = hash_files(tmp_path / "run")
     done = run_mpi(3, [*words, "verify", tmp_path / "run"], 300)
     assert done.stdout.count("all as the run left it") == 1
-    assert cryoiso("replay", "report", tmp_path / "run", "--out", tmp_path / "report").returncode == 0
+    assert cryoiso("replay", "reconstruct", tmp_path / "run", "--out", tmp_path / "reconstruct").returncode == 0
     done = run_mpi(3, [*words, "replay", "refine", tmp_path / "run", "--out", tmp_path / "refine"], 300)
     assert "identical" in done.stdout
     assert hash_files(tmp_path / "run") == before

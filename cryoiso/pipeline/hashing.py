@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from cryoiso.core.errors import Interrupted
+from cryoiso.core.log import ProgressLine
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.layout import TIMING
 
@@ -20,22 +21,22 @@ MUCH_BYTES = 8 << 30
 Outputs = dict[str, dict[str, Any]]
 
 
-@overload
-def sha256_of(path: Path) -> str: ...
-@overload
-def sha256_of(path: Path, stop: threading.Event) -> str | None: ...
-def sha256_of(path: Path, stop: threading.Event | None = None) -> str | None:
+class Stopped(Exception):
+    """Whoever watches the reading of a file wants it to end."""
+
+
+def sha256_of(path: Path, seen: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file, read in blocks.
 
     Args:
-        stop: once it is set the reading ends, and the answer is None.
+        seen: called with the bytes of each block; may raise ``Stopped``.
     """
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
-            if stop is not None and stop.is_set():
-                return None
             digest.update(block)
+            if seen is not None:
+                seen(len(block))
     return digest.hexdigest()
 
 
@@ -92,13 +93,14 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
     return ""
 
 
-def hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
+def hash_shared(folder: Path, names: list[str], comm: Context, label: str = "") -> Outputs:
     """Size and hash of files, relative to a folder or absolute, that are there. Collective, the same on every rank.
 
     Where there is much to read, a signal is heeded between two files.
 
     Args:
         names: the same on every rank.
+        label: names the work in a line that shows how far rank 0 is with its share; empty: no line.
 
     Raises:
         Interrupted: a signal came; what was read is read again then.
@@ -106,12 +108,20 @@ def hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
     sizes = comm.bcast([(folder / name).stat().st_size for name in names] if comm.rank == 0 else None)
     owner = share_by_size(sizes, comm.size)
     shares = [[n for n, its in enumerate(owner) if its == rank] for rank in range(comm.size)]
-    much, mine = sum(sizes) > MUCH_BYTES, {}
+    share = sum(sizes[n] for n in shares[comm.rank])
+    line = ProgressLine(label, share >> 20, active=bool(label) and comm.rank == 0)
+    much, mine, done = sum(sizes) > MUCH_BYTES, {}, 0
+
+    def seen(size: int) -> None:
+        nonlocal done
+        done += size
+        line.update(done >> 20, "MiB of this rank's share")
+
     for turn in range(max(map(len, shares))):
         if much and comm.stop_requested():
             raise Interrupted("stopped by a signal while reading the files of a stage. Continue with 'cryoiso resume'.")
         for n in shares[comm.rank][turn : turn + 1]:
-            mine[names[n]] = {"bytes": sizes[n], "sha256": sha256_of(folder / names[n])}
+            mine[names[n]] = {"bytes": sizes[n], "sha256": sha256_of(folder / names[n], seen)}
     merged: Outputs = {}
     for part in comm.allgather(mine):
         merged.update(part)

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
-from cryoiso.core.log import duration
+from cryoiso.core.log import ProgressLine, duration
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
-from cryoiso.pipeline.hashing import sha256_of, share_by_size
+from cryoiso.pipeline.hashing import Stopped, sha256_of, share_by_size
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
@@ -26,6 +26,7 @@ class Hasher:
     def __init__(self, paths: list[str]) -> None:
         self.found: dict[str, str] = {}
         self.error: CryoisoError | None = None
+        self.bytes = 0
         self._paths, self._stop = paths, threading.Event()
         self._thread = threading.Thread(target=self._work, name="hash-inputs", daemon=True)
         self._thread.start()
@@ -33,13 +34,17 @@ class Hasher:
     def _work(self) -> None:
         for path in self._paths:
             try:
-                digest = sha256_of(Path(path), self._stop)
+                self.found[path] = sha256_of(Path(path), self._seen)
             except OSError as error:
                 self.error = InputError(f"cannot be read: {error.strerror}", file=path)
                 return
-            if digest is None:
+            except Stopped:
                 return
-            self.found[path] = digest
+
+    def _seen(self, size: int) -> None:
+        self.bytes += size
+        if self._stop.is_set():
+            raise Stopped
 
     @property
     def working(self) -> bool:
@@ -69,7 +74,7 @@ def hashed_meanwhile(work: Work) -> Iterator[None]:
     try:
         yield
         if names:
-            _wait(hasher, comm)
+            _wait(hasher, comm, sum(sizes.values()))
     finally:
         hasher.stop()
     if names:
@@ -80,15 +85,13 @@ def hashed_meanwhile(work: Work) -> Iterator[None]:
         logger.info("inputs hashed: %d file(s), %.3g GiB, %s", len(names), size, duration(time.monotonic() - began))
 
 
-def _wait(hasher: Hasher, comm: Context) -> None:
+def _wait(hasher: Hasher, comm: Context, total: int) -> None:
     """Until every rank is through; all ranks take the same turns."""
-    told = False
+    line = ProgressLine("hashing inputs", total >> 20, active=comm.rank == 0)
     while comm.max_all(float(hasher.working)) > 0:
         if comm.stop_requested():
             raise Interrupted("stopped by a signal while inputs were hashed. 'cryoiso resume' goes on from there.")
-        if not told and comm.rank == 0:
-            logger.info("the shards are written; waiting for the hashes of the inputs")
-        told = True
+        line.update(sum(comm.allgather(hasher.bytes)) >> 20, "MiB")
         time.sleep(0.1)
     agree(comm, hasher.error)
 

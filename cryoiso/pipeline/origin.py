@@ -36,12 +36,12 @@ SCHEDULERS: dict[str, dict[str, str]] = {
 
 
 def describe(comm: Context, device: str) -> dict[str, Any]:
-    """Everything about the machine and the program that a start of a run notes. Collective."""
+    """Everything about the machine and the program that a start of a run notes (rank 0's is whole). Collective."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),
-        "git": git_state(Path(cryoiso.__file__).parent.parent),
+        "git": git_state(Path(cryoiso.__file__).parent.parent) if comm.rank == 0 else {},
         "container": container(),
         "scheduler": batch_job(),
         "ranks": comm.size,

@@ -265,8 +265,8 @@ def _work_through(work: Work, until: str) -> None:
         logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, work.folder.path)
     elif work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
-        write_seal(work, [stage.name for stage in stages_of(work.job, work.folder)])
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
+    on_root(work.comm, write_seal, work, [stage.name for stage in stages_of(work.job, work.folder)])
 
 
 def _all_stages(work: Work, until: str) -> None:

@@ -98,11 +98,12 @@ def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> Verdict:
     run = RunFolder(folder.absolute())
     verdict, recorded, given = on_root(comm, _read, run, inputs)
     recorded_there, given_there = on_root(comm, lambda: (_there(run, recorded), _there(run, given)))
-    found = hash_shared(run.path, recorded_there + given_there, comm)
+    found = hash_shared(run.path, recorded_there + given_there, comm, "verify")
     if comm.rank == 0:
         for entry in (*recorded, *given):
             verdict.differences += _compare(run, entry, found.get(entry.name), entry.by == "input", verdict)
-        verdict.differences += _result_differences(run, found)
+        known = {difference.file for difference in verdict.differences}
+        verdict.differences += _result_differences(run, {k: v for k, v in found.items() if k not in known})
         verdict.checked = {
             "outputs": len(recorded_there), "inputs": len(given_there),
             "bytes": sum(facts["bytes"] for facts in found.values()),
@@ -237,7 +238,11 @@ def _compare(
 
 
 def _result_differences(run: RunFolder, found: Outputs) -> list[Difference]:
-    """Whether result/ agrees with its own list of checksums, and its half-maps with the reconstruction's."""
+    """Whether result/ agrees with its own list of checksums, and its half-maps with the reconstruction's.
+
+    Args:
+        found: the files that are as they were noted; of the others enough has been said.
+    """
     differences = []
     listed = read_sums(run.result / SUMS)
     for name, sha256 in listed.items():
