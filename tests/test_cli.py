@@ -15,8 +15,8 @@ from cryoiso import __version__
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE
 
 COMMANDS = (
-    "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct", "correct",
-    "micelle", "auxiliary", "hook", "diagnose",
+    "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct",
+    "correct", "micelle", "auxiliary", "hook", "diagnose",
     "report", "run", "resume", "verify", "replay",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
