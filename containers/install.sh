@@ -81,11 +81,18 @@ export LC_ALL=C.UTF-8
 # Python packages of the host and of the user's home do not belong into the image.
 unset PYTHONPATH PYTHONHOME
 export PYTHONNOUSERSITE=1
-# By its name alone: found in LD_LIBRARY_PATH first, where the host's Open MPI 4 may have been bound.
-export MPI4PY_LIBMPI=${MPI4PY_LIBMPI:-libmpi.so.40}
-# The host's mpirun may name its own folders, where the image's Open MPI would look for its parts.
-[ -z "${OPAL_PREFIX:-}" ] || [ -d "$OPAL_PREFIX" ] || unset OPAL_PREFIX
-[ -z "${PMIX_PREFIX:-}" ] || [ -d "$PMIX_PREFIX" ] || unset PMIX_PREFIX
+# The image's own MPI. mpirun of the host may name its own folders, where the image's would look for its parts.
+if [ -z "${MPI4PY_LIBMPI:-}" ]; then
+  export MPI4PY_LIBMPI=libmpi.so.40
+  unset OPAL_PREFIX PMIX_PREFIX
+fi
+# Each unprivileged container is a user namespace of its own, and ranks in different ones may not read each other's
+# memory. Open MPI 4.1 notices it, and hangs at the first large message all the same; MPICH stops.
+if [ -r /proc/self/uid_map ] && read -r _ _ count < /proc/self/uid_map && [ "$count" != 4294967295 ]; then
+  export OMPI_MCA_btl_vader_single_copy_mechanism=${OMPI_MCA_btl_vader_single_copy_mechanism:-none}
+  export MPIR_CVAR_CH4_CMA_ENABLE=${MPIR_CVAR_CH4_CMA_ENABLE:-0}
+fi
+unset count
 SH
 }
 

@@ -75,6 +75,16 @@ def test_what_the_images_set_is_what_the_install_script_reads():
     assert docker == exported == {"TORCH", "TORCH_INDEX", "RELION", "PYTHON"} <= read
 
 
+def test_settings_of_the_docker_image_are_those_of_the_others():
+    shell = dict(re.findall(r"export (\w+)=(?:\$\{\1:-)?([^}\s]*)", (ROOT / "containers" / "install.sh").read_text()))
+    docker = dict(re.findall(r"(\w+)=(\S+)", DOCKERFILE.read_text().split("\nENV ", 1)[1].split("\n\n", 1)[0]))
+    for_root = {name for name in docker if name.startswith("OMPI_ALLOW_RUN_AS_ROOT")}
+    assert len(for_root) == 2
+    assert {name: shell.get(name) for name in docker.keys() - for_root} == {
+        name: value for name, value in docker.items() if name not in for_root
+    }
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "containers").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_good_shell(script):
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
@@ -216,12 +226,16 @@ def test_the_image_is_of_this_version_and_passes_its_own_test():
 
 @image
 @pytest.mark.slow
-def test_ranks_in_an_image_each_make_one_run(job):
-    """The hybrid model: the host's mpirun, the image's library of the same series."""
+@pytest.mark.parametrize("option", [(), ("--userns",)], ids=["as it comes", "unprivileged"])
+def test_ranks_in_an_image_each_make_one_run(job, option):
+    """The hybrid model: the host's mpirun, the image's library of the same series.
+
+    Unprivileged containers may not read each other's memory, which Open MPI must be told.
+    """
     if (mpirun := open_mpi_4()) is None:
         pytest.skip("LOUD: the host has no mpirun of Open MPI 4.1, which the image has inside")
-    run = job.parent / "hybrid"
-    inside = [*apptainer(job.parent), "cryoiso", "run", str(job), "--out", str(run)]
+    run = job.parent / f"hybrid{len(option)}"
+    inside = [*apptainer(job.parent, *option), "cryoiso", "run", str(job), "--out", str(run)]
     done = call([mpirun, "-n", "2", *inside])
     assert done.returncode == 0, done.stderr
     start = json.loads((run / "manifest.json").read_text())["starts"][-1]

@@ -23,7 +23,7 @@ from cryoiso.parallel.ancestry import hidden_launcher
 
 logger = logging.getLogger("cryoiso")
 
-GRACE_S = 2.0
+GRACE_S = 10.0
 """A rank that finds its launcher hidden stays so long, lest the next one to look finds itself the only one."""
 
 
