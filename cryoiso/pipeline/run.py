@@ -34,7 +34,7 @@ from cryoiso.pipeline.lock import locked
 from cryoiso.pipeline.plan import Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
 from cryoiso.pipeline.stages import STOPPED
-from cryoiso.pipeline.timing import note_timing
+from cryoiso.pipeline.timing import note_timing, save_timing
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
@@ -206,6 +206,8 @@ def _work_through(work: Work) -> None:
             event = "stop" if isinstance(error, Interrupted) else "error"
             work.journal.append(event, message=str(error) or type(error).__name__)
         raise
+    finally:
+        save_timing(work)
     if work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)

@@ -41,6 +41,8 @@ class Work:
     """makes the report of a run folder"""
     resume: bool = False
     """the stage was interrupted and may go on from what its folder holds"""
+    timing: dict[str, Any] | None = None
+    """what the stages of this process took, see ``pipeline.timing``"""
     _plan: ingest.IngestPlan | None = None
     _particles: Particles | None = None
     _reference: Reference | None = None
