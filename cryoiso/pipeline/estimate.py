@@ -26,11 +26,13 @@ GRID_VOXEL_BYTES = 24
 """Of the sums of back-projection: three 64-bit integers."""
 SUMS_VOXEL_BYTES = 12
 SORTED_SAMPLE_BYTES = 28
-SCORES_BYTES = 3 * 4 << 24
-"""Three arrays of the scores that the search holds at once."""
+SCORES_BYTES = 4 * 4 << 24
+"""Four arrays of the scores that the search holds at once."""
+WEIGHED_SLICES = 128 * 8 * 5
+"""Slices of a batch that wait for insertion: images x views x arrays."""
 CACHE_BYTES = 1 << 30
 """Of ``refine.batches.BatchReader``."""
-PROGRAM_BYTES = 420 << 20
+PROGRAM_BYTES = 480 << 20
 """Python, torch, numba and their kernels, measured."""
 PARTICLE_BYTES = 1700
 """Metadata of a particle on rank 0, measured (docs/benchmarks.md)."""
@@ -247,7 +249,7 @@ def _refinement(p: Problem, n: int, ranks: int) -> int:
     grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
     sorting = SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
     sums = SUMS_VOXEL_BYTES * voxels * (2 if ranks == 1 else 1)
-    maps = 10 * p.map_bytes
+    maps = 10 * p.map_bytes + 8 * WEIGHED_SLICES * coefficients
     return int(images + maps + sums + max(grid + sorting + SCORES_BYTES, 16 * padded))
 
 

@@ -72,7 +72,7 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
         base = Rates({"fixed": 1.0, **found["kernels"]}, "", 1.5)
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError("no rates here", file=file, expected="timing.json of a finished run",
-                         hint="Every run writes it into its folder as stages end.") from None  # fmt: skip
+                         hint="Every run writes it into its folder when it ends or is stopped.") from None  # fmt: skip
     sums: dict[str, list[float]] = {}
     for facts in stages.values():
         predicted = base.seconds(facts["kind"], facts["work"])

@@ -38,7 +38,7 @@ from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_a
 from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
-from cryoiso.pipeline.timing import note_timing
+from cryoiso.pipeline.timing import note_timing, save_timing
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
@@ -260,10 +260,14 @@ def _work_through(work: Work, until: str) -> None:
             with suppress(CryoisoError):  # on a full disk; what went wrong before is what the user must hear
                 work.journal.append(event, message=str(error) or type(error).__name__)
         raise
-    if work.journal is not None and until:
-        work.journal.append("until", stage=until)
-        logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, work.folder.path)
-    elif work.journal is not None:
+    finally:
+        save_timing(work)
+    if until:
+        if work.journal is not None:
+            work.journal.append("until", stage=until)
+            logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, work.folder.path)
+        return
+    if work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
     on_root(work.comm, write_seal, work, [stage.name for stage in stages_of(work.job, work.folder)])

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core.errors import CryoisoError
 from cryoiso.pipeline.estimate import Problem, problem_of
 from cryoiso.pipeline.hardware import describe
 from cryoiso.pipeline.layout import TIMING
@@ -20,7 +21,7 @@ logger = logging.getLogger("cryoiso")
 
 
 def note_timing(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
-    """Adds a stage that has just ended (rank 0). The report of the run is one of them."""
+    """Keeps what a stage that has just ended took (rank 0)."""
     try:
         _note(work, stage, seconds, cpu_seconds)
     except Exception:  # numbers for a later plan must never end a run
@@ -28,9 +29,8 @@ def note_timing(work: Work, stage: str, seconds: float, cpu_seconds: float) -> N
 
 
 def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
-    file, device = work.folder.path / TIMING, work.comm.device()
-    problem = problem_of(work)
-    found = _read(file) or _new(work, problem, device)
+    device, problem = work.comm.device(), problem_of(work)
+    found = work.timing = work.timing or _read(work.folder.path / TIMING) or _new(work, problem, device)
     if stage == "refine":
         found["iterations"], found["nyquist_share"] = _course(work, problem)
     assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
@@ -41,7 +41,15 @@ def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
         "resumed": work.resume,
         "work": stages(problem, work.comm.size, assumed, device)[stage],
     }
-    write_json(file, found)
+
+
+def save_timing(work: Work) -> None:
+    """Writes timing.json, when this process leaves the run."""
+    if work.timing is not None:
+        try:
+            write_json(work.folder.path / TIMING, work.timing)
+        except (OSError, CryoisoError):
+            logger.debug("no timing of this run", exc_info=True)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -48,6 +48,8 @@ class Work:
     """the stage was interrupted and may go on from what its folder holds"""
     scratch: Scratch | None = None
     """copies of the images on the nodes' own disks"""
+    timing: dict[str, Any] | None = None
+    """what the stages of this process took, see ``pipeline.timing``"""
     _plan: ingest.IngestPlan | None = None
     _particles: Particles | None = None
     _reference: Reference | None = None
