@@ -95,7 +95,7 @@ class Slurm:
         """What ``scontrol show job`` tells."""
         return dict(word.split("=", 1) for word in self.ask("scontrol", "show", "job", job).split() if "=" in word)
 
-    def wait_until(self, holds, what: str, seconds: float = 180.0) -> None:
+    def wait_until(self, holds, what: str, seconds: float = 300.0) -> None:
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, f"never came: {what}\n{self.ask('scontrol', 'show', 'job')}"
