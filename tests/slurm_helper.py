@@ -95,7 +95,7 @@ class Slurm:
         """What ``scontrol show job`` tells."""
         return dict(word.split("=", 1) for word in self.ask("scontrol", "show", "job", job).split() if "=" in word)
 
-    def wait_until(self, holds, what: str, seconds: float = 180.0) -> None:
+    def wait_until(self, holds, what: str, seconds: float = 300.0) -> None:
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, f"never came: {what}\n{self.ask('scontrol', 'show', 'job')}"
@@ -111,9 +111,15 @@ class Slurm:
         self.wait_until(there, f"{text} in {file}")
 
     def start_again(self, job: str, starts: int) -> None:
-        """Waits until a job was requeued, and lets it start at once instead of in two minutes."""
+        """Waits until a job was requeued, and lets it start soon instead of in two minutes.
+
+        Not at once: the end of its old script, where Slurm hears of it late, would be taken for that of the new one.
+        """
         self.wait_until(lambda: self.facts(job)["Restarts"] == str(starts), f"job {job} is queued again")
         self.wait_until(lambda: self.facts(job)["JobState"] == "PENDING", f"job {job} has left its node")
+        at_work = ["pgrep", "-f", rf"^slurmstepd: \[{job}\."]
+        self.wait_until(lambda: subprocess.run(at_work, **QUIET).returncode != 0, "the old script is gone")
+        time.sleep(5)
         self.ask("scontrol", "update", f"jobid={job}", "starttime=now")
 
     def end_of(self, job: str) -> dict[str, str]:

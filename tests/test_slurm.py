@@ -95,10 +95,10 @@ def test_a_library_that_ends_the_process_is_preceded_by_the_remedy(flavour, clus
 
 @pytest.mark.slow
 def test_the_wall_time_gives_the_signal(cluster, data, tmp_path, expected):
-    """The job has two minutes, and Slurm sends USR1 by itself."""
+    """The job has three minutes, and Slurm sends USR1 by itself, one or two minutes before their end."""
     run = tmp_path / "run"
     (job,) = launch(
-        data / "job.toml", run, "--program", QUICK, "--time", "00:02:00", "--grace-s", 70, QUICK_WAIT="1"
+        data / "job.toml", run, "--program", QUICK, "--time", "00:03:00", "--grace-s", 60, QUICK_WAIT="1"
     )  # fmt: skip
     cluster.start_again(job, 1)
     facts, log = cluster.end_of(job), log_of(run, job)
