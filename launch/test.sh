@@ -5,9 +5,10 @@
 #   bash launch/test.sh --slow                those too
 #   bash launch/test.sh tests/test_cli.py -x  arguments go to pytest
 #
-# Variables: CRYOISO_VENV, PYTHON; CRYOISO_SHARED, folder of reference data (default: ../shared).
+# Variables: CRYOISO_VENV, PYTHON; CRYOISO_SHARED, folder of reference data (default: ../shared);
+# CRYOISO_TEST_WORKERS, test files that run at the same time (default: one a core).
 set -uo pipefail
-case "${1:-}" in -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
@@ -25,7 +26,8 @@ check ruff check .
 check mypy
 check lint-imports
 check sphinx-build -W --keep-going -q -b html docs docs/_build
-check python -m pytest "$@"
+workers=${CRYOISO_TEST_WORKERS:-$(nproc)}
+check python -m pytest -n "$workers" --dist loadfile "$@"
 
 echo
 if [ -n "$failed" ]; then

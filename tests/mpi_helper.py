@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,3 +103,30 @@ def why_no_mpi() -> str:
         tail = (done.stdout + done.stderr)[-200:].strip()
         return f"{find_mpirun()} and mpi4py's MPI library do not fit together: {tail}"
     return ""
+
+
+@contextmanager
+def turn(name: str) -> Iterator[None]:
+    """One test process at a time has what this machine has only once; the others wait."""
+    with open(Path(tempfile.gettempdir()) / f"cryoiso-tests-{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def network_hosts(shared: Path) -> Iterator[list[str]]:
+    """Two network hosts of this machine, n1 and n2, for ``vnode``; taken down afterwards. A loud skip where there are
+    none."""
+    script = shared / "tools" / "netns-nodes.sh"
+    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))) or not script.exists():
+        pytest.skip("LOUD: two network hosts need root, ip, unshare, nsenter and tools/netns-nodes.sh")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the hosts live on and would hold a pipe open
+    with turn("hosts"):
+        if Path("/run/vnodes").exists():
+            pytest.skip("LOUD: somebody else uses the network namespaces n1 and n2")
+        try:
+            if subprocess.run(["bash", str(script), "up", "2"], **quiet).returncode != 0:
+                pytest.skip("LOUD: this machine does not let network namespaces be made")
+            yield ["n1", "n2"]
+        finally:
+            subprocess.run(["bash", str(script), "down", "2"], **quiet)

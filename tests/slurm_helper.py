@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from mpi_helper import turn
 
 CONF = Path("/etc/slurm")
 DEBIAN_MPI = Path("/usr/lib/x86_64-linux-gnu/libmpi.so.40")
@@ -39,7 +40,7 @@ def why_not_now() -> str:
 
 @contextmanager
 def slurm(shared: Path, nodes: int, *, hosts: bool = False) -> Iterator[Slurm]:
-    """A running Slurm; its daemons end with the block.
+    """A running Slurm; its daemons end with the block. Test processes take turns.
 
     Args:
         hosts: every node is a network host of its own (tools/netns-nodes.sh).
@@ -47,7 +48,14 @@ def slurm(shared: Path, nodes: int, *, hosts: bool = False) -> Iterator[Slurm]:
     script = shared / "tools" / "slurm-ci.sh"
     if not script.exists():
         pytest.skip(f"LOUD: no {script}")
-    if why := why_no_slurm_here() or why_not_now():
+    if why := why_no_slurm_here():
+        pytest.skip(f"LOUD: {why}")
+    with turn("slurm"):
+        yield from _started(script, nodes, hosts)
+
+
+def _started(script: Path, nodes: int, hosts: bool) -> Iterator[Slurm]:
+    if why := why_not_now():
         pytest.skip(f"LOUD: {why}")
     had_conf, had_munge = CONF.joinpath("slurm.conf").exists(), _alive(Path("/run/munge/munged.pid"))
     folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/run"))

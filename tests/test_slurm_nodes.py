@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,19 +15,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.mpi, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def cluster(shared):
-    script = shared / "tools" / "netns-nodes.sh"
-    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))) or not script.exists():
-        pytest.skip("LOUD: two network hosts need root, ip, unshare, nsenter and tools/netns-nodes.sh")
-    if Path("/run/vnodes").exists():
-        pytest.skip("LOUD: somebody else uses the network namespaces n1 and n2")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    try:
-        if subprocess.run(["bash", str(script), "up", "2"], **quiet).returncode != 0:
-            pytest.skip("LOUD: this machine does not let network namespaces be made")
-        with slurm(shared, 2, hosts=True) as found:
-            yield found
-    finally:
-        subprocess.run(["bash", str(script), "down", "2"], **quiet)
+    with network_hosts(shared), slurm(shared, 2, hosts=True) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

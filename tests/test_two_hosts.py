@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from mpi_helper import find_mpirun, mpi_environment
+from mpi_helper import find_mpirun, mpi_environment, network_hosts
 from pipeline_helper import cryoiso, hash_files, simulate, write_job
 
 VNODE = "/usr/local/bin/vnode"
@@ -18,19 +16,8 @@ VNODE = "/usr/local/bin/vnode"
 
 @pytest.fixture(scope="module")
 def hosts(shared: Path):
-    """Two such hosts, n1 and n2; taken down afterwards."""
-    script = shared / "tools" / "netns-nodes.sh"
-    if os.getuid() != 0 or not all(map(shutil.which, ("ip", "unshare", "nsenter"))) or not script.exists():
-        pytest.skip("LOUD: two network hosts need root, ip, unshare, nsenter and tools/netns-nodes.sh")
-    if Path("/run/vnodes").exists():
-        pytest.skip("LOUD: somebody else uses the network namespaces n1 and n2")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the hosts live on and would hold a pipe open
-    try:
-        if subprocess.run(["bash", str(script), "up", "2"], **quiet).returncode != 0:
-            pytest.skip("LOUD: this machine does not let network namespaces be made")
-        yield ["n1", "n2"]
-    finally:
-        subprocess.run(["bash", str(script), "down", "2"], **quiet)
+    with network_hosts(shared) as names:
+        yield names
 
 
 @pytest.mark.mpi
