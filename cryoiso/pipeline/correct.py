@@ -232,7 +232,7 @@ def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float,
     history = {label: records for _, records in parts.values() for label, records in records.items()}
     return {
         "mode": task.mode,
-        "maps": {str(half): str(path) for half, path in task.maps.items()},
+        "maps": {str(half): _name(task, path) for half, path in task.maps.items()},
         "box_px": mask.box_px,
         "pixel_size_A": mask.pixel_size_A,
         "resolution_A": limit_A,
@@ -251,6 +251,12 @@ def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float,
             *([NOTHING_MEASURED] if limit_A >= mask.box_px * mask.pixel_size_A / FEW_SHELLS else []),
         ],
     }
+
+
+def _name(task: Task, path: Path) -> str:
+    """Of another stage of the same run: from the run folder on, so that its name and place change no file."""
+    run = task.out.absolute().parent
+    return str(path.relative_to(run) if path.absolute().parent.parent == run else path)
 
 
 def _mean(maps: list[np.ndarray]) -> np.ndarray:
