@@ -256,7 +256,7 @@ def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float,
 def _name(task: Task, path: Path) -> str:
     """Of another stage of the same run: from the run folder on, so that its name and place change no file."""
     run = task.out.absolute().parent
-    return str(path.relative_to(run) if path.absolute().parent.parent == run else path)
+    return str(path.absolute().relative_to(run) if path.absolute().parent.parent == run else path)
 
 
 def _mean(maps: list[np.ndarray]) -> np.ndarray:
