@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs all checks: ruff, mypy, import-linter, pytest.
+# Sets up .venv and runs all checks: ruff, mypy, import-linter, the documentation's links, pytest.
 #
 #   bash launch/test.sh                       everything but the slow tests
 #   bash launch/test.sh --slow                those too
@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
 echo "environment"
-prepare_environment mpich,dev || exit 1
+prepare_environment mpich,docs,dev || exit 1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-1} MPLBACKEND=Agg
 
 failed=
@@ -24,6 +24,7 @@ check() {
 check ruff check .
 check mypy
 check lint-imports
+check sphinx-build -W --keep-going -q -b html docs docs/_build
 check python -m pytest "$@"
 
 echo

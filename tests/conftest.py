@@ -58,11 +58,21 @@ def _missing(item: pytest.Item) -> str:
     """Why this test cannot run here; empty if it can."""
     if item.get_closest_marker("relion") and shutil.which("relion_refine") is None:
         return "RELION is not on the PATH (apt-get install relion)"
+    if item.get_closest_marker("slurm"):
+        from slurm_helper import why_no_slurm_here
+
+        if why := why_no_slurm_here():
+            return why
     if item.get_closest_marker("mpi"):
         from mpi_helper import why_no_mpi
 
         if why := why_no_mpi():
             return why
+    if item.get_closest_marker("apptainer"):
+        if shutil.which("apptainer") is None:
+            return "apptainer is not on the PATH"
+        if not Path(os.environ.get("CRYOISO_IMAGE", "")).is_file():
+            return "no container image: build one (containers/build.sh) and name it in CRYOISO_IMAGE"
     if item.get_closest_marker("gpu") and not _has_cuda():
         return "no CUDA device"
     return ""

@@ -134,7 +134,7 @@ def use_quick_parts(monkeypatch: Any) -> None:
 def hash_files(folder: Path) -> dict[str, str]:
     """Relative name -> SHA-256 of every file below a folder that must not differ between two runs of a job."""
     skip_suffix, skip_name = {".log", ".part"}, {"journal.jsonl", "manifest.json", "timing.json", "lock.json"}
-    skip_name |= {"resolved.toml", "report.html", "report.json", "job.toml"}
+    skip_name |= {"resolved.toml", "report.html", "report.json", "job.toml", "seal.json"}
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))

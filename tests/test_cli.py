@@ -15,9 +15,9 @@ from cryoiso import __version__
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE
 
 COMMANDS = (
-    "init", "doctor", "simulate", "ingest", "reference", "refine", "realign", "reconstruct", "correct",
-    "micelle", "auxiliary", "hook", "diagnose",
-    "report", "run", "resume",
+    "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct",
+    "correct", "micelle", "auxiliary", "hook", "diagnose",
+    "report", "run", "resume", "verify", "replay",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
 
@@ -124,9 +124,9 @@ main.main()
 def test_doctor_tells_what_is_there(tmp_path):
     found = json.loads(cryoiso("doctor", tmp_path, "--json").stdout)
     assert found["cryoiso"]["version"] == __version__ and found["mpi"]["ranks"] == 1
-    assert found["cryoiso"]["packages"]["numpy"] and found["free_space_GiB"] > 0
+    assert found["cryoiso"]["packages"]["numpy"] and found["folders"]["run folder"]["free_bytes"] > 0
     text = cryoiso("doctor", tmp_path).stdout
-    assert all(word in text for word in ("cryoiso", "MPI", "GPU", "RELION", "memory", "free space"))
+    assert all(word in text for word in ("cryoiso", "MPI", "GPU", "RELION", "memory", "run folder"))
 
 
 @pytest.mark.mpi

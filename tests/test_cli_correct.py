@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import CorrectSection
 from cryoiso.io.mrc import read_map, write_map
-from cryoiso.methods.anisotropy.filter import filtered, missing_cone
+from cryoiso.methods.anisotropy.filter import band, filtered, missing_cone, radii
 from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_fourier
+from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.pipeline.apart import apart
@@ -181,3 +183,35 @@ def test_half_maps_without_anything_in_common_are_named(tmp_path, caplog):
     notes = json.loads((tmp_path / "out" / "correct.json").read_text())["notes"]
     assert any("nothing to correct" in note for note in notes)
     assert "in one frame?" in caplog.text
+
+
+def test_nothing_is_invented_from_noise(tmp_path):
+    """Corrected up to any resolution and with a filter that lacks a cone, noise comes out as it went in."""
+    rng = np.random.default_rng(9)
+    paths = {half: tmp_path / f"noise{half}.mrc" for half in (1, 2)}
+    for path in paths.values():
+        write_map(path, rng.normal(size=(BOX,) * 3).astype(np.float32), PIXEL)
+    task = task_of(paths, tmp_path / "out", mode="independent", resolution_A=2.3 * PIXEL)
+    correct_files(replace(task, missing_cone_deg=40.0), Context())
+    seen = read_map(tmp_path / "out" / "filter.mrc").data[radii(BOX) >= 2]
+    notes = json.loads((tmp_path / "out" / "correct.json").read_text())["notes"]
+    assert seen.min() == 1 and any("nothing finer than" in note for note in notes)
+    given, made = ([read_map(folder / f"{name}{h}.mrc").data for h in (1, 2)] for folder, name in (
+        (tmp_path, "noise"), (tmp_path / "out", "corrected_half")))  # fmt: skip
+    shells = slice(2, int(BOX / 2.3) - 1)
+    np.testing.assert_allclose(fsc(*made)[shells], fsc(*given)[shells], atol=1e-3)
+
+
+def test_signal_is_inferred_only_as_far_as_the_half_maps_agree(halves, tmp_path):
+    """Beyond the shell where noise takes over the filter is 1; below it is what was given."""
+    for half, path in halves.items():
+        rng = np.random.default_rng(half)
+        signal_A, data = BOX * PIXEL / 6, read_map(path).data
+        noise = rng.normal(size=data.shape).astype(np.float32) * data.std()
+        data = filtered(data, band(BOX, PIXEL, signal_A)) + filtered(noise, 1 - band(BOX, PIXEL, signal_A))
+        write_map(path, data, PIXEL)
+    task = task_of(halves, tmp_path / "out", epochs=0, resolution_A=2.3 * PIXEL)
+    correct_files(replace(task, missing_cone_deg=30.0), Context())
+    made, given = read_map(tmp_path / "out" / "filter.mrc").data, missing_cone(BOX, 30.0)
+    np.testing.assert_array_equal(made[radii(BOX) < 4], given[radii(BOX) < 4])
+    assert made[radii(BOX) >= 10].min() == 1

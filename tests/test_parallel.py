@@ -16,6 +16,7 @@ from mpi_helper import mpi_environment, run_mpi, start_mpi
 from cryoiso.core.errors import EXIT_INPUT, EXIT_MISSING, EXIT_REQUEUE, InputError
 from cryoiso.core.protocols import Communicator
 from cryoiso.parallel import abort, launcher, partition
+from cryoiso.parallel.ancestry import hidden_launcher
 from cryoiso.parallel.context import Context
 
 RANKS = (1, 2, 3, 4)
@@ -90,6 +91,43 @@ def test_mismatch_exits_69_and_only_the_first_process_speaks():
         assert "Traceback" not in done.stderr
 
 
+def _process(proc, pid, name, parent):
+    (proc / str(pid)).mkdir()
+    (proc / str(pid) / "stat").write_text(f"{pid} ({name}) S {parent} {pid} 0 0 -1\n")
+
+
+def test_a_launcher_is_found_in_the_process_tree(tmp_path):
+    (tmp_path / "self").mkdir()
+    _process(tmp_path, 1, "init", 0)
+    _process(tmp_path, 10, "mpirun", 1)
+    _process(tmp_path, 11, "hydra_pmi_proxy", 10)
+    _process(tmp_path, 20, "a) (b 7", 11)  # what programs call themselves is theirs to choose
+    _process(tmp_path, 30, "cryoiso", 20)
+    assert hidden_launcher(30, tmp_path) is None  # one rank: nothing to refuse
+    _process(tmp_path, 21, "starter", 11)
+    assert hidden_launcher(30, tmp_path) == ("hydra_pmi_proxy", 2)
+    assert hidden_launcher(20, tmp_path) == ("hydra_pmi_proxy", 2)
+    assert hidden_launcher(99, tmp_path) is None  # gone meanwhile, or not to be seen
+    _process(tmp_path, 40, "bash", 1)
+    assert hidden_launcher(40, tmp_path) is None
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("ranks, told, status", [(2, {}, EXIT_MISSING), (1, {}, 0), (2, {"CRYOISO_MPI": "0"}, 0)])
+def test_ranks_whose_environment_was_emptied_are_an_error(ranks, told, status):
+    """What 'mpirun apptainer exec --cleanenv' does to the ranks inside."""
+    script = f"""
+import os, subprocess, sys
+env = {{k: os.environ[k] for k in ("PATH", "PYTHONPATH")}} | {told}
+command = [sys.executable, "-c", "from cryoiso.cli.main import main; main()", "doctor"]
+sys.exit(subprocess.run(command, env=env).returncode)
+"""
+    done = run_mpi(ranks, script, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("nothing is left in the environment" in done.stderr) == bool(status)
+    assert done.stdout.count("cryoiso ") == (0 if status else ranks), "a rank went on by itself"
+
+
 # --- shares
 
 
@@ -151,6 +189,10 @@ for dtype in (np.float64, np.float32, np.int64, np.complex64):
 assert ctx.allgather(ctx.rank) == list(range(ctx.size))
 assert ctx.gather(2 * ctx.rank, 0) == (None if ctx.rank else [2 * r for r in range(ctx.size)])
 assert ctx.max_all(float(ctx.rank)) == ctx.size - 1
+for shape in ((), (3,), (2, 5)):
+    parts = [np.arange(r * int(np.prod(shape)), dtype=np.int32).reshape(r, *shape) + r for r in range({n})]
+    found = ctx.concat_all(parts[ctx.rank])   # rank 0 has no row
+    assert found.dtype == np.int32 and np.array_equal(found, np.concatenate(parts)), (shape, found)
 assert sum(ctx.nodes.values(), []) == list(range(ctx.size))
 assert 0 <= ctx.local_rank < ctx.local_size
 assert ctx.stop_requested() is False

@@ -17,7 +17,15 @@ import torch
 from mpi_helper import run_mpi, start_mpi
 from pipeline_helper import cryoiso, hash_files, quick_report, simulate, use_quick_parts, write_cube, write_job
 
-from cryoiso.core.errors import EXIT_INPUT, EXIT_REQUEUE, EXIT_USAGE, InputError, Interrupted, UsageError
+from cryoiso.core.errors import (
+    EXIT_INPUT,
+    EXIT_REQUEUE,
+    EXIT_USAGE,
+    InputError,
+    Interrupted,
+    MissingError,
+    UsageError,
+)
 from cryoiso.core.types import DensityMap
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
@@ -57,7 +65,8 @@ def test_run_folder_has_what_is_promised(data, tmp_path, quick):
     for name in ("job.toml", "resolved.toml", "manifest.json", "journal.jsonl", "report.html", "logs/rank-0000.log"):
         assert (folder / name).stat().st_size > 0, name
     assert {p.name for p in (folder / "result").iterdir()} == {
-        "particles.star", "half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc"
+        "particles.star", "half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc", "fsc.xml",
+        "fsc_unmasked.xml", "SHA256SUMS",
     }  # fmt: skip
     assert (folder / "job.toml").read_bytes() == (data / "job.toml").read_bytes()
     assert not (folder / "lock.json").exists() and not list(folder.rglob("*.part"))
@@ -232,9 +241,8 @@ def test_killed_at_any_instant_resume_ends_with_the_same_bits(place, data, tmp_p
             assert count > 8, "nothing was killed"
             return
         assert status == -signal.SIGKILL
-        if not (folder / "resolved.toml").exists():  # killed before there was anything to resume
-            shutil.rmtree(folder)
-            run_job(job, folder, Context(), quick_report)
+        if count % 2 == 0 or not (folder / "resolved.toml").exists():  # killed before there was anything to resume
+            run_job(job, folder, Context(), quick_report, go_on=count % 2 == 0)
         else:
             resume_run(folder, Context(), quick_report)
         assert hash_files(folder) == expected, f"killed {place} {count}"
@@ -282,6 +290,50 @@ def test_an_edited_job_makes_its_stages_again(data, tmp_path, quick):
     resume_run(tmp_path / "run", Context(), quick_report)
     other = run_job(write_job(data, "seed2.toml", run_seed=2), tmp_path / "fresh", Context(), quick_report)
     assert hash_files(tmp_path / "run") == hash_files(other.path)
+
+
+def test_until_stops_after_a_stage_and_resume_goes_on(data, tmp_path, quick):
+    whole = run_job(data / "job.toml", tmp_path / "whole", Context(), quick_report)
+    run_job(data / "job.toml", tmp_path / "run", Context(), quick_report, until="reference")
+    names = sorted(path.name for path in (tmp_path / "run").glob("0*"))
+    assert names == ["01_ingest", "02_reference"] and events(tmp_path / "run")[-1] == ("until", "reference")
+    resume_run(tmp_path / "run", Context(), quick_report, until="reconstruct")
+    assert not (tmp_path / "run/result").exists() and (tmp_path / "run/04_reconstruct/map.mrc").exists()
+    resume_run(tmp_path / "run", Context(), quick_report)
+    assert events(tmp_path / "run")[-1] == ("done", "") and hash_files(tmp_path / "run") == hash_files(whole.path)
+    assert sum(event == "start" for event, _ in events(tmp_path / "run")) == len(REFINE_STAGES) + 1
+
+
+def test_until_an_unknown_stage_is_refused_before_anything_is_written(data, tmp_path, quick):
+    with pytest.raises(UsageError, match=r"no stage 'train-1'.*known: ingest, reference, refine"):
+        run_job(data / "job.toml", tmp_path / "run", Context(), until="train-1")
+    assert not (tmp_path / "run").exists()
+    run_job(data / "job.toml", tmp_path / "run", Context(), until="ingest")
+    with pytest.raises(UsageError, match="no stage 'ingets'"):
+        resume_run(tmp_path / "run", Context(), until="ingets")
+
+
+def test_stages_without_a_gpu_run_where_there_is_none(data, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    job = write_job(data, "cuda.toml", run_device="cuda")
+    run_job(job, tmp_path / "run", Context(), until="reference")
+    with pytest.raises(MissingError, match="no CUDA device"):
+        resume_run(tmp_path / "run", Context())
+
+
+def test_continue_starts_or_goes_on_and_warns_of_another_job(data, tmp_path, quick, caplog):
+    job = write_job(data, "first.toml")
+    run = run_job(job, tmp_path / "run", Context(), quick_report, until="ingest", go_on=True)
+    write_job(data, "first.toml", launch_nodes=7)
+    run_job(job, run.path, Context(), quick_report, until="ingest", go_on=True)
+    assert "is not the job" not in caplog.text, "how a job is launched changes no result"
+    write_job(data, "first.toml", run_seed=9)
+    run_job(job, run.path, Context(), quick_report, go_on=True)
+    assert "is not the job" in caplog.text
+    whole = run_job(data / "job.toml", tmp_path / "whole", Context(), quick_report)
+    assert hash_files(run.path) == hash_files(whole.path)
+    job.unlink()
+    run_job(job, run.path, Context(), quick_report, go_on=True)
 
 
 def test_changed_input_stops_a_resume(data, tmp_path, quick):

@@ -78,7 +78,7 @@ def test_realign(data, tmp_path):
     notes = facts(run, "diagnose", "diagnose.json")["notes"]
     assert any("no gold standard" in note for note in notes)
     names = {p.name for p in (run / "result").iterdir()}
-    assert {"half1.mrc", "half2.mrc", "corrected_map.mrc", "measured.mrc", "particles.star"} <= names
+    assert {"half1.mrc", "half2.mrc", "additional_corrected_map.mrc", "additional_measured.mrc"} <= names
     assert not {"corrected_half1.mrc", "corrected_half2.mrc"} & names and (run / "report.html").exists()
     # what is deposited has been touched by no network
     for half in (1, 2):
@@ -101,7 +101,7 @@ def test_both(data, tmp_path, quick):
     engine = facts(run, "corefine-1", "engine/refine.json")
     assert engine["particles"] == 120 and engine["correction"]["mode"] == "independent"
     assert sum(record["correction"]["applied"] for record in engine["iterations"]) == len(quick) > 0
-    assert {p.name for p in (run / "result").iterdir()} >= {"corrected_map.mrc", "half1.mrc"}
+    assert {p.name for p in (run / "result").iterdir()} >= {"additional_corrected_map.mrc", "half1.mrc"}
     assert "before" in facts(run, "diagnose", "diagnose.json")
 
 

@@ -56,9 +56,11 @@ def as_command(function: F, collective: bool) -> F:
         Voice.restore()
         if not collective and not speaks():
             return
+        from cryoiso.core.kernelcache import settle_kernel_cache
         from cryoiso.parallel.abort import guard
         from cryoiso.parallel.context import Context, get_context
 
+        settle_kernel_cache()
         try:
             ctx = get_context() if collective else Context()
         except CryoisoError as error:
@@ -70,6 +72,17 @@ def as_command(function: F, collective: bool) -> F:
             function(*args, **options)
 
     return command  # type: ignore[return-value]
+
+
+def leave_with(comm: Any, code: int) -> None:
+    """Ends all ranks with an exit status that is an answer, not an error; what was printed is out by then.
+
+    Raises:
+        SystemExit: always.
+    """
+    sys.stdout.flush()
+    comm.wait_for_all(limit_s=5.0)  # some launchers kill the others as soon as one has left
+    raise SystemExit(code)
 
 
 class _Formatter(logging.Formatter):

@@ -23,6 +23,8 @@ from cryoiso.parallel.launcher import OVERRIDE, limit_threads_early, speaks
 COMMANDS = (
     ("init", "init_cmd", "init", False),
     ("doctor", "doctor_cmd", "doctor", True),
+    ("plan", "plan_cmd", "plan", False),
+    ("launch", "launch_cmd", "launch", False),
     ("simulate", "simulate_cmd", "simulate", False),
     ("ingest", "ingest_cmd", "ingest", True),
     ("reference", "reference_cmd", "reference", False),
@@ -35,6 +37,8 @@ COMMANDS = (
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),
+    ("verify", "verify_cmd", "verify", True),
+    ("replay", "replay_cmd", "replay", True),
 )
 
 GROUPS = {

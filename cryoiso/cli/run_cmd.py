@@ -7,12 +7,23 @@ from typing import Annotated
 
 import typer
 
+Until = Annotated[
+    str, typer.Option("--until", metavar="STAGE", help="Stop after this stage; 'cryoiso resume' goes on from there.")
+]
+
 
 def run(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file; 'cryoiso init' writes one.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder, without a run in it (default: beside JOB, as JOB-run).")
     ] = None,
+    until: Until = "",
+    go_on: Annotated[
+        bool,
+        typer.Option(
+            "--continue", help="If the folder holds a run, go on with it: one command for the first and later starts."
+        ),
+    ] = False,
 ) -> None:
     """Run a job from particles to report.
 
@@ -24,27 +35,33 @@ def run(
     (SIGTERM, SIGUSR1; resume goes on), 1 anything else.
     """
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.run import run_job
-    from cryoiso.report import build
 
     comm = get_context()
+    comm.install_signal_handlers()  # before the imports, which take seconds: a signal must not kill
+    from cryoiso.pipeline.run import run_job
+    from cryoiso.report import publish
+
     folder = out if out is not None else job.with_name(f"{job.stem}-run")
-    finished = run_job(job, folder, comm, report=build)
+    done = run_job(job, folder, comm, publish, until, go_on)
     if comm.rank == 0:
-        typer.echo(finished.report)
+        typer.echo(done.path if until else done.report)
 
 
-def resume(folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an interrupted run.")]) -> None:
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an interrupted run.")], until: Until = ""
+) -> None:
     """Go on with an interrupted run.
 
     The result is the same as without the interruption. Stages whose files are all there, unchanged, are not done again.
     Any number of ranks will do.
     """
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.run import resume_run
-    from cryoiso.report import build
 
     comm = get_context()
-    finished = resume_run(folder, comm, report=build)
+    comm.install_signal_handlers()
+    from cryoiso.pipeline.run import resume_run
+    from cryoiso.report import publish
+
+    done = resume_run(folder, comm, publish, until)
     if comm.rank == 0:
-        typer.echo(finished.report)
+        typer.echo(done.path if until else done.report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -245,6 +246,55 @@ class RunSection(_Section):
         "replaced on each node), or auto: $TMPDIR and the like where that is such a disk; empty: do not",
     )
     title: str = Field("", description="a name for the report")
+    hash_inputs: Literal["all", "small"] = Field(
+        "all",
+        description="SHA-256 of the image stacks, made while they are ingested: all, or small: only if they have at "
+        "most 2 GiB together",
+    )
+    stop_before_end_s: float = Field(
+        120.0, ge=0, description="stop with a checkpoint so long before the batch job's end, if that is known; 0: never"
+    )
+
+
+class LaunchSection(_Section):
+    """What ``cryoiso launch`` asks of the batch system; nothing here changes a result."""
+
+    scheduler: Literal["slurm", "pbs", "lsf", "mpirun"] = Field(
+        "slurm", description="batch system: slurm, pbs (PBS Pro, OpenPBS), lsf, or mpirun (none)"
+    )
+    name: str = Field("", description="name of the batch job (default: that of the job file)")
+    nodes: int = Field(1, ge=1, description="nodes")
+    gpus: int = Field(0, ge=0, description="GPUs of each node; 0: none")
+    gpu_type: str = Field("", description="kind of GPU, where the site wants it named, e.g. a100")
+    ranks_per_node: int | None = Field(None, ge=1, description="MPI ranks of each node (default: one a GPU, else 4)")
+    cpus_per_rank: int = Field(4, ge=1, description="CPU cores of each rank; it uses as many threads")
+    ram_gb: float | None = Field(None, gt=0, description="memory of each node in GB (default: what the site gives)")
+    time: str = Field("24:00:00", description="wall-time, HH:MM:SS or D-HH:MM:SS; longer runs go on in the next job")
+    grace_s: int = Field(300, ge=10, description="so many seconds before its end the job writes a checkpoint and stops")
+    requeue: bool = Field(True, description="queue the job again when it stopped before it was done")
+    account: str = Field("", description="account or project that is charged")
+    queue: str = Field("", description="queue or partition")
+    modules: list[str] = Field([], description="modules to load")
+    setup: list[str] = Field([], description="shell lines that prepare the environment, after the modules")
+    program: str = Field("", description="cryoiso on the nodes (default: this installation's, or the image's)")
+    image: str = Field("", description="container image that has cryoiso (a SIF file)")
+    image_command: str = Field("", description="how an image is started (default: apptainer exec, --nv with GPUs)")
+    mpi: str = Field(
+        "auto",
+        description="how ranks are started: mpirun, or under Slurm what srun --mpi gets (pmix for Open MPI, pmi2 for "
+        "MPICH); auto: by the MPI library of this installation",
+    )
+    mpirun: str = Field(
+        "", description="how mpirun is called; {ranks}, {ranks_per_node} and {nodes} are replaced (default: by library)"
+    )
+    extra: list[str] = Field([], description="further lines for the scheduler, e.g. --qos=long (without #SBATCH)")
+    template: str = Field("", description="a site's own script, with placeholders as of cryoSPARC, RELION or cryoiso")
+    variables: dict[str, str | int | float] = Field(
+        {}, description="values for placeholders of that script that cryoiso does not know, e.g. {extra1 = '8gb'}"
+    )
+    cpu_queue: str = Field("", description="with --chain: queue of the first job, without GPUs (default: the same)")
+    cpu_ranks: int = Field(4, ge=1, description="with --chain: MPI ranks of that job, on one node")
+    cpu_time: str = Field("", description="with --chain: wall-time of that job (default: the same)")
 
 
 class Job(_Section):
@@ -262,6 +312,7 @@ class Job(_Section):
     relion: RelionSection = Field(default_factory=RelionSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     run: RunSection = Field(default_factory=RunSection)
+    launch: LaunchSection = Field(default_factory=LaunchSection)
 
 
 def parse_job(data: dict[str, Any], file: object = "job.toml") -> Job:
@@ -314,6 +365,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(v)}" for key, v in value.items()) + "}"
     return repr(value)

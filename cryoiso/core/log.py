@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from cryoiso.core.progress import board
+
 logger = logging.getLogger("cryoiso")
 
 
@@ -58,6 +60,7 @@ class ProgressLine:
         """``words`` are shown behind the numbers."""
         if not self.active:
             return
+        board.note(self.label, done, self.total)
         now = time.monotonic()
         if now - self.last < (0.5 if self.live else 30.0):
             return

@@ -45,6 +45,11 @@ class Communicator(Protocol):
         """Element-wise sum over ranks, on every rank. May reuse ``array``."""
         ...
 
+    def concat_all(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all ranks, (sum of n, ...), in rank order, on every rank; the same type and row shape
+        everywhere."""
+        ...
+
     def max_all(self, value: float) -> float: ...
     def stop_requested(self) -> bool:
         """True on every rank as soon as any rank was told to stop (collective)."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted
+from cryoiso.core.errors import EXIT_OTHER, EXIT_REQUEUE, CryoisoError, Interrupted
 from cryoiso.parallel.context import Context
 
 logger = logging.getLogger("cryoiso")
@@ -41,8 +41,7 @@ def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any
     message = ctx.bcast(None if error is None else (error.exit_code, str(error)))
     if message is not None:
         if error is None:
-            error = CryoisoError(message[1])
-            error.exit_code = message[0]
+            error = _remade(*message)
         setattr(error, _COMMON, True)
         raise error
     return ctx.bcast(result)
@@ -52,10 +51,18 @@ def agree(ctx: Context, error: CryoisoError | None) -> None:
     """Raises on every rank the error of the lowest rank that has one; returns if nobody has. Collective."""
     for rank, found in enumerate(ctx.allgather(None if error is None else (error.exit_code, str(error)))):
         if found is not None:
-            common = error if rank == ctx.rank and error is not None else CryoisoError(found[1])
-            common.exit_code = found[0]
+            common = error if rank == ctx.rank and error is not None else _remade(*found)
             setattr(common, _COMMON, True)
             raise common
+
+
+def _remade(code: int, message: str) -> CryoisoError:
+    """Another rank's error."""
+    if code == EXIT_REQUEUE:
+        return Interrupted(message)
+    error = CryoisoError(message)
+    error.exit_code = code
+    return error
 
 
 @contextmanager

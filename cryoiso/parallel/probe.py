@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ paths = sorted({line.split()[-1] for line in open("/proc/self/maps") if "libmpi"
 library = MPI.Get_library_version().split(chr(10))[0].strip(chr(0) + " ")
 print(json.dumps({"mpi4py": mpi4py.__version__, "library": library, "path": paths[0] if paths else ""}))
 """
+OPEN_MPI, MPICH = "Open MPI", "MPICH"
+"""Families of MPI libraries and launchers; ranks of one do not see each other under the launcher of the other."""
 _LAUNCHER_PREFIXES = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "SLURM_STEP", "SLURM_PROCID", "MPI_LOCAL", "HYDRA_", "PALS_")
 
 
@@ -41,3 +44,25 @@ def probe_mpi(timeout: float = 60.0) -> dict[str, Any]:
         lines = done.stderr.strip().splitlines()
         return {**found, "error": lines[-1] if lines else f"exit status {done.returncode}"}
     return {**found, **json.loads(done.stdout.strip().splitlines()[-1])}
+
+
+def family_of_library(said: str) -> str:
+    """OPEN_MPI or MPICH (and its kin: Intel, Cray, MVAPICH) by what a library says of itself; empty if it is another.
+
+    >>> family_of_library("Open MPI v5.0.6, package: ..."), family_of_library("MPICH Version: 4.2.3")
+    ('Open MPI', 'MPICH')
+    """
+    if re.search(r"Open ?MPI|OpenRTE|PRRTE|prte", said):
+        return OPEN_MPI
+    return MPICH if re.search(r"HYDRA|MPICH|Intel\(R\) MPI|MVAPICH", said, re.IGNORECASE) else ""
+
+
+def family_of_launcher(mpirun: str, timeout: float = 20.0) -> str:
+    """The same of an ``mpirun``, by its --version."""
+    try:
+        done = subprocess.run(
+            [mpirun, "--version"], capture_output=True, text=True, timeout=timeout, env=outside_launcher()
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return family_of_library(done.stdout + done.stderr)

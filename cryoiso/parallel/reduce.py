@@ -40,6 +40,31 @@ def bcast_array(comm: Any, array: np.ndarray | None, root: int, slab_bytes: int 
     return data.reshape(head[0])
 
 
+def concat_all(comm: Any, rows: np.ndarray) -> np.ndarray:
+    """The rows of all ranks, (sum of n, ...), in rank order, on every rank.
+
+    Counted in rows, not in bytes or numbers, so that no MPI count limit is near.
+
+    Args:
+        rows: (n, ...) of this rank, n may be 0; the same type and row shape on every rank.
+    """
+    from mpi4py import MPI
+
+    rows = np.ascontiguousarray(rows)
+    counts = np.array(comm.allgather(len(rows)))
+    out = np.empty((int(counts.sum()), *rows.shape[1:]), rows.dtype)
+    row_bytes = rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
+    if not out.size:
+        return out
+    whole = MPI.BYTE.Create_contiguous(row_bytes).Commit()
+    try:
+        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+        comm.Allgatherv([rows, len(rows), whole], [out, (counts, starts), whole])
+    finally:
+        whole.Free()
+    return out
+
+
 def _sum(comm: Any, array: np.ndarray, root: int | None, slab_bytes: int) -> np.ndarray | None:
     data = np.require(array, requirements=["C", "W"])
     flat = data.reshape(-1)

@@ -6,6 +6,8 @@ import logging
 import signal
 from types import FrameType
 
+from cryoiso.core.errors import Interrupted
+
 logger = logging.getLogger("cryoiso")
 _received: list[str] = []
 
@@ -21,8 +23,23 @@ def _note(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL if number == signal.SIGTERM else _note)
 
 
+def ask_to_stop(why: str) -> None:
+    """As if a signal had come, e.g. because the job's time is nearly over."""
+    _received.append(why)
+
+
+def heed() -> None:
+    """Stops here if this process was told to stop; for work of one rank that the others wait for with ``on_root``.
+
+    Raises:
+        Interrupted: it was.
+    """
+    if _received:
+        raise Interrupted("stopped by a signal; what is finished is kept. 'cryoiso resume' goes on from there.")
+
+
 def stop_signal() -> str:
-    """Name of the signal that this process was told to stop with; empty if none."""
+    """Name of the signal (or the reason) that this process was told to stop with; empty if none."""
     return _received[0] if _received else ""
 
 

@@ -28,6 +28,10 @@ logger = logging.getLogger("cryoiso")
 NOT_A_RESOLUTION = "agreement of what networks made, not a resolution: deposit and judge the half-maps that went in"
 NOTHING_MEASURED = "the half-maps agree at no resolution: there was nothing to correct"
 SHARED = "one network saw both half-maps, so that the corrected ones are not independent of each other"
+NOT_SEEN = (
+    "the half-maps do not agree beyond chance all the way to the resolution of the correction: nothing finer than "
+    "inferred_to_A is inferred"
+)
 FEW_SHELLS = 2
 """Half-maps that part in the first shells have nothing in common but the shape of their box."""
 
@@ -108,7 +112,7 @@ def _begin(task: Task) -> None:
 
 def _write_filter(task: Task) -> float | None:
     """Writes filter.mrc, and mask.mrc where none was given; returns the resolution up to which is corrected."""
-    from cryoiso.methods.anisotropy.filter import checked, missing_cone
+    from cryoiso.methods.anisotropy.filter import checked, missing_cone, nothing_beyond, seen_shells
     from cryoiso.metrics.fsc import fsc, resolution_at
     from cryoiso.metrics.fsc3d import fsc3d
 
@@ -121,8 +125,9 @@ def _write_filter(task: Task) -> float | None:
     mask = make_mask(mean) if task.mask is None else read_mask(task.mask, box, pixel).data
     write_map(task.out / "mask.mrc", np.asarray(mask, np.float32), pixel)
     limit_A = task.section.resolution_A
-    if limit_A is None and len(known) == 2:
-        limit_A = resolution_at(fsc(known[1].data, known[2].data, mask), 0.143, box, pixel)
+    curve = fsc(known[1].data, known[2].data, mask) if len(known) == 2 else None
+    if limit_A is None and curve is not None:
+        limit_A = resolution_at(curve, 0.143, box, pixel)
         if limit_A >= box * pixel / FEW_SHELLS:
             logger.warning("%s; are these the two half-maps of one particle, in one frame?", NOTHING_MEASURED)
     if task.transfer is not None:
@@ -133,8 +138,18 @@ def _write_filter(task: Task) -> float | None:
         last = box // 2 if limit_A is None else min(box // 2, int(np.ceil(box * pixel / limit_A)) + 1)
         found = fsc3d(known[1].data, known[2].data, mask, cone_deg=task.section.cone_deg, max_shell=last)
         transfer = checked(np.clip(found, 0, 1), box)
+    if curve is not None and (seen := seen_shells(curve, float(np.mean(mask)))) < len(curve) - 1:
+        transfer = nothing_beyond(transfer, seen)
+        if limit_A is not None and _is_short(seen, box * pixel / limit_A):
+            up_to = f"{box * pixel / seen:.1f} Å" if seen else "no resolution"
+            logger.warning("the half-maps agree beyond chance up to %s only: nothing finer is inferred", up_to)
     write_map(task.out / "filter.mrc", np.asarray(transfer, np.float32), pixel)
     return limit_A
+
+
+def _is_short(seen_shell: int, last_shell: float) -> bool:
+    """Whether the half-maps' agreement ends before the correction does; one shell is the edge of its band."""
+    return last_shell > seen_shell + 1
 
 
 def _correct_maps(task: Task, limit_A: float | None, comm: Context, resume: bool) -> None:
@@ -227,12 +242,12 @@ def _finish(task: Task, parts: dict[int, tuple[dict[str, Any], dict[str, Any]]])
 def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]) -> Any:
     mask = read_map(task.out / "mask.mrc")
     transfer = read_map(task.out / "filter.mrc")
-    inside = share[mask.data > 0.5]
+    inside, length_A = share[mask.data > 0.5], mask.box_px * mask.pixel_size_A
     networks = {label: one for facts, _ in parts.values() for label, one in facts["networks"].items()}
     history = {label: records for _, records in parts.values() for label, records in records.items()}
     return {
         "mode": task.mode,
-        "maps": {str(half): _name(task, path) for half, path in task.maps.items()},
+        "maps": {str(half): _shown(path, task.out) for half, path in task.maps.items()},
         "box_px": mask.box_px,
         "pixel_size_A": mask.pixel_size_A,
         "resolution_A": limit_A,
@@ -248,15 +263,16 @@ def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float,
         **curves,
         "notes": [
             NOT_A_RESOLUTION, *([SHARED] if task.mode == "paired" else []),
-            *([NOTHING_MEASURED] if limit_A >= mask.box_px * mask.pixel_size_A / FEW_SHELLS else []),
+            *([NOT_SEEN] if curves and _is_short(curves["inferred_to_shell"], length_A / limit_A) else []),
+            *([NOTHING_MEASURED] if limit_A >= length_A / FEW_SHELLS else []),
         ],
     }
 
 
-def _name(task: Task, path: Path) -> str:
-    """Of another stage of the same run: from the run folder on, so that its name and place change no file."""
-    run = task.out.absolute().parent
-    return str(path.absolute().relative_to(run) if path.absolute().parent.parent == run else path)
+def _shown(path: Path, out: Path) -> str:
+    """A map's name; that of another stage of the same run relative, so that it does not tell where the run lies."""
+    beside = path.is_absolute() and path.parent.parent == out.parent and path.parent.name[:3].rstrip("_").isdecimal()
+    return f"../{path.parent.name}/{path.name}" if beside else str(path)
 
 
 def _mean(maps: list[np.ndarray]) -> np.ndarray:
@@ -276,6 +292,7 @@ def _mean_within(transfer: DensityMap, limit_A: float) -> float:
 
 def _curves(task: Task) -> dict[str, Any]:
     """FSC of what went in, and of what came out under a name that nobody takes for a resolution."""
+    from cryoiso.methods.anisotropy.filter import seen_shells
     from cryoiso.metrics.fsc import fsc, shell_frequencies
 
     mask = read_map(task.out / "mask.mrc").data
@@ -287,4 +304,7 @@ def _curves(task: Task) -> dict[str, Any]:
         "fsc_half_maps": fsc(raw[0].data, raw[1].data, mask),
         "agreement_of_network_outputs_not_a_resolution": fsc(made[0].data, made[1].data, mask),
     }
-    return {name: [round(float(v), 6) for v in values] for name, values in curves.items()}
+    seen = seen_shells(curves["fsc_half_maps"], float(np.mean(mask)))
+    to_A = raw[0].box_px * raw[0].pixel_size_A / seen if seen else None
+    rounded = {name: [round(float(v), 6) for v in values] for name, values in curves.items()}
+    return {**rounded, "inferred_to_shell": seen, "inferred_to_A": to_A}

@@ -27,6 +27,7 @@ from cryoiso.metrics.fsc import fsc_corrected, resolution_at, shell_frequencies
 from cryoiso.metrics.mapmodel import Axis, best_slide, compare_maps, correlation, to_frame, truth_mask
 from cryoiso.metrics.orientation import view_distribution
 from cryoiso.metrics.pose_error import PoseErrors, pose_errors, symmetry_operations
+from cryoiso.parallel import signals
 from cryoiso.pipeline.diagnose_directional import directional, sampling
 
 ERROR_EDGES_DEG = np.concatenate([[0.0], np.geomspace(0.25, 180, 39)])
@@ -60,6 +61,7 @@ def diagnose(
     notes: list[str] = []
     result.update(_half_map_curves(half1, half2, mask, pixel_size_A, seed))
     rotation = None if particles is None or not len(particles) else particles.rotation
+    signals.heed()
     result["directional"], _ = directional(half1, half2, mask, pixel_size_A, rotation, symmetry, seed=seed)
     errors = None
     if particles is not None:
@@ -67,11 +69,14 @@ def diagnose(
         result["particles"] = len(particles)
         result["half_counts"] = [int(np.sum(half == h)) for h in (1, 2)]
         result["posterior"] = _posterior(particles)
+        signals.heed()
         errors = _errors(particles, truth_particles, symmetry, notes) if truth_particles is not None else None
+        signals.heed()
         result["views"] = _views(particles, errors, symmetry)
         result["sampling"] = _sampling(rotation, errors, symmetry)
     if errors is not None:
         result["pose_errors"] = {**errors.summary(), "histogram": _error_histogram(errors)}
+    signals.heed()
     if truth_map is not None:
         full = (np.asarray(half1, np.float32) + half2) / 2
         result["map_to_truth"] = _against_truth(full, truth_map, pixel_size_A, symmetry, errors)

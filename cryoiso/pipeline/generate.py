@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cryoiso.io.starwrite import write_particles
 from cryoiso.methods.auxiliary.generate import Maker, batches
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
+from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_rows
@@ -116,10 +118,17 @@ def write_images(
 def _write_shard(plan: shardset.ShardSet, maker: Maker, folder: Path, number: int) -> CryoisoError | None:
     try:
         if number < len(plan.shards) and not shardset.is_written(plan, folder, number):
-            shardset.write_one(plan, folder, number, maker.blocks(*plan.shards[number]))
+            shardset.write_one(plan, folder, number, _heeding(maker.blocks(*plan.shards[number])))
     except CryoisoError as error:
         return error
     return None
+
+
+def _heeding(blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same; stops between two where a signal asked for it (a shard that is not finished leaves nothing behind)."""
+    for block in blocks:
+        signals.heed()
+        yield block
 
 
 class MadeSource:

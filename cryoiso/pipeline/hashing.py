@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core.errors import Interrupted
+from cryoiso.core.log import ProgressLine
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.layout import TIMING
 
 _BLOCK = 4 << 20
+_PER_FILE = 1 << 20
+"""Opening a file costs as much as reading so many bytes."""
+MUCH_BYTES = 8 << 30
+"""Files of more than this take longer to read than a signal may wait."""
 Outputs = dict[str, dict[str, Any]]
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
+class Stopped(Exception):
+    """Whoever watches the reading of a file wants it to end."""
+
+
+def sha256_of(path: Path, seen: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file, read in blocks.
+
+    Args:
+        seen: called with the bytes of each block; may raise ``Stopped``.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with open(path, "rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
+            if seen is not None:
+                seen(len(block))
     return digest.hexdigest()
+
+
+def share_by_size(sizes: list[int], ranks: int) -> list[int]:
+    """Which rank reads which file, so that all read about as many bytes: the largest file to the least loaded one."""
+    load = [(0, rank) for rank in range(ranks)]
+    owner = [0] * len(sizes)
+    for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n], n)):
+        have, rank = heapq.heappop(load)
+        owner[number] = rank
+        heapq.heappush(load, (have + sizes[number] + _PER_FILE, rank))
+    return owner
 
 
 def digest_of(*texts: str) -> str:
@@ -42,7 +71,7 @@ def list_outputs(folder: Path, places: tuple[str, ...]) -> list[str]:
 def hash_outputs(folder: Path, places: tuple[str, ...], comm: Context) -> Outputs:
     """Size and hash of every file under some places; ranks share the reading. Collective, the same on every rank."""
     names = comm.bcast(list_outputs(folder, places) if comm.rank == 0 else None)
-    return _hash_shared(folder, names, comm)
+    return hash_shared(folder, names, comm)
 
 
 def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
@@ -58,17 +87,41 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
     wrong = comm.bcast(wrong)
     if wrong:
         return wrong
-    for name, facts in _hash_shared(folder, list(recorded), comm).items():
+    for name, facts in hash_shared(folder, list(recorded), comm).items():
         if facts["sha256"] != recorded[name]["sha256"]:
             return f"{folder / name} has changed"
     return ""
 
 
-def _hash_shared(folder: Path, names: list[str], comm: Context) -> Outputs:
-    mine = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in names[comm.rank :: comm.size]
-    }
+def hash_shared(folder: Path, names: list[str], comm: Context, label: str = "") -> Outputs:
+    """Size and hash of files, relative to a folder or absolute, that are there. Collective, the same on every rank.
+
+    Where there is much to read, a signal is heeded between two files.
+
+    Args:
+        names: the same on every rank.
+        label: names the work in a line that shows how far rank 0 is with its share; empty: no line.
+
+    Raises:
+        Interrupted: a signal came; what was read is read again then.
+    """
+    sizes = comm.bcast([(folder / name).stat().st_size for name in names] if comm.rank == 0 else None)
+    owner = share_by_size(sizes, comm.size)
+    shares = [[n for n, its in enumerate(owner) if its == rank] for rank in range(comm.size)]
+    share = sum(sizes[n] for n in shares[comm.rank])
+    line = ProgressLine(label, share >> 20, active=bool(label) and comm.rank == 0)
+    much, mine, done = sum(sizes) > MUCH_BYTES, {}, 0
+
+    def seen(size: int) -> None:
+        nonlocal done
+        done += size
+        line.update(done >> 20, "MiB of this rank's share")
+
+    for turn in range(max(map(len, shares))):
+        if much and comm.stop_requested():
+            raise Interrupted("stopped by a signal while reading the files of a stage. Continue with 'cryoiso resume'.")
+        for n in shares[comm.rank][turn : turn + 1]:
+            mine[names[n]] = {"bytes": sizes[n], "sha256": sha256_of(folder / names[n], seen)}
     merged: Outputs = {}
     for part in comm.allgather(mine):
         merged.update(part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,19 +23,24 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines = read_journal(path)
+        self._turn = threading.Lock()
         _cut_torn_line(path)
 
     def append(self, event: str, **facts: Any) -> None:
         """Writes a line and waits until the disk has it.
 
         Args:
-            event: run, resume, start, checkpoint, end, skip, stop, error or done.
+            event: run, resume, start, checkpoint, forecast, end, skip, stop, until, error or done.
             facts: what belongs to it, e.g. stage, key, seconds, outputs; anything JSON can hold.
 
         Raises:
             DiskFullError: there is no room for it; nothing of it stays.
             CryoisoError: the journal cannot be written, or the run folder is gone.
         """
+        with self._turn:
+            self._append(event, facts)
+
+    def _append(self, event: str, facts: dict[str, Any]) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
         try:
             _append_line(self.path, json.dumps(line).encode() + b"\n")

@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "journal.jsonl"
 
     @property
+    def seal(self) -> Path:
+        """Hashes of everything that matters, written when the run is done."""
+        return self.path / "seal.json"
+
+    @property
     def lock(self) -> Path:
         return self.path / "lock.json"
 

@@ -1,10 +1,10 @@
-"""Where a run's numbers come from: inputs with their hashes, seed, and every start with versions, ranks and devices."""
+"""Where a run's numbers come from: inputs with their hashes, the job with every default, seed, and every start with
+versions, ranks, devices, container and batch job; of a finished run also its stages."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +14,14 @@ from cryoiso import __version__
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
-from cryoiso.parallel.context import Context
 from cryoiso.pipeline.hashing import digest_of, sha256_of
 from cryoiso.pipeline.layout import RunFolder
 
-PACKAGES = ("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py")
+SCHEMA = 2
 HASH_LIMIT = 2 << 30
-"""Stacks up to this size together are hashed; of more only the sizes are noted (the shards have hashes)."""
-LIST_LIMIT = 20
-"""More stacks than this are not listed one by one."""
+"""With run.hash_inputs = "small" stacks up to this size together are hashed; of more only the sizes are noted."""
+NO_RESULT = ("title", "device", "hash_inputs", "scratch", "stop_before_end_s")
+"""Keys of [run] that do not decide the result."""
 
 
 def input_files(job: Job) -> list[Path]:
@@ -34,19 +33,21 @@ def input_files(job: Job) -> list[Path]:
 
 
 def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
-    """What is known when a run begins.
+    """What is known when a run begins. The stacks are hashed later, while they are ingested.
 
     Args:
         job: with absolute paths.
         stacks: the image stacks that the particles lie in.
     """
     sizes = {str(path): path.stat().st_size for path in stacks}
-    few = len(stacks) <= LIST_LIMIT and sum(sizes.values()) <= HASH_LIMIT
+    files = {str(path): {"kind": "file", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+             for path in input_files(job)}  # fmt: skip
     return {
+        "schema": SCHEMA,
         "cryoiso": __version__,
         "seed": job.run.seed,
         "title": job.run.title,
-        "inputs": {str(path): _facts(path) for path in [*input_files(job), *(stacks if few else [])]},
+        "inputs": {**files, **{path: {"kind": "stack", "bytes": size} for path, size in sizes.items()}},
         "stacks": {
             "number": len(sizes),
             "bytes": sum(sizes.values()),
@@ -56,32 +57,63 @@ def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
     }
 
 
-def note_start(folder: RunFolder, manifest: dict[str, Any], machine: dict[str, Any]) -> None:
-    """Adds this start (command, versions, machine) and writes the manifest."""
-    manifest["starts"].append(
-        {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": sys.argv,
-            "python": platform.python_version(),
-            "packages": _versions(),
-            **machine,
-        }
-    )
+def job_key(job: Job) -> str:
+    """Digest of what decides the result: the whole job but for its title, its device, how inputs are hashed, where
+    images are read, when it stops and how it is sent to a batch system."""
+    facts = job.model_dump(exclude={"launch"})
+    facts["run"] = {k: v for k, v in facts["run"].items() if k not in NO_RESULT}
+    return digest_of(json.dumps(facts, sort_keys=True))
+
+
+def unhashed(manifest: dict[str, Any], job: Job) -> dict[str, int]:
+    """Path -> bytes of the stacks, and of the container image, that are to be hashed while images are ingested."""
+    stacks = {p: f["bytes"] for p, f in manifest["inputs"].items() if f.get("kind") == "stack" and "sha256" not in f}
+    wanted = job.run.hash_inputs == "all" or manifest["stacks"]["bytes"] <= HASH_LIMIT
+    found = stacks if wanted else {}
+    image = (manifest["starts"][-1] if manifest["starts"] else {}).get("container") or {}
+    if job.run.hash_inputs == "all" and "bytes" in image and "digest" not in image and Path(image["image"]).is_file():
+        found = {**found, image["image"]: image["bytes"]}
+    return found
+
+
+def note_hashes(folder: RunFolder, manifest: dict[str, Any], hashes: dict[str, str]) -> None:
+    """Puts hashes of inputs, and of the container image, where they belong, and writes the manifest."""
+    image = (manifest["starts"][-1] if manifest["starts"] else {}).get("container") or {}
+    for path, sha256 in hashes.items():
+        if path in manifest["inputs"]:
+            manifest["inputs"][path]["sha256"] = sha256
+        elif path == image.get("image"):
+            image["digest"] = f"sha256:{sha256}"
+    write_manifest(folder, manifest)
+
+
+def note_start(folder: RunFolder, manifest: dict[str, Any], job: Job, machine: dict[str, Any]) -> None:
+    """Adds this start (command, versions, machine) and the job as it is now, and writes the manifest."""
+    manifest["title"], manifest["seed"], manifest["folder"] = job.run.title, job.run.seed, str(folder.path)
+    manifest["config"], manifest["job_key"] = job.model_dump(), job_key(job)
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    manifest["starts"].append({"time": time, "cryoiso": __version__, "command": sys.argv, **machine})
+    write_manifest(folder, manifest)
+
+
+def note_stages(folder: RunFolder, manifest: dict[str, Any], names: list[str], lines: list[dict[str, Any]]) -> None:
+    """Adds what the journal says of the finished stages: key, times and outputs; writes the manifest."""
+    last = {(line["event"], line.get("stage")): line for line in lines}
+    manifest["stages"] = []
+    for name in names:
+        start, end = last.get(("start", name)), last.get(("end", name))
+        if start and end:
+            times = {"started": start["time"], "ended": end["time"], "seconds": end["seconds"]}
+            manifest["stages"].append({"name": name, "key": end["key"], **times, "outputs": end["outputs"]})
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
     write_text(folder.manifest, json.dumps(manifest, indent=2) + "\n")
 
 
-def describe_machine(comm: Context, device: str) -> dict[str, Any]:
-    """Number of ranks, each one's host and device, threads a rank and MPI library. Collective."""
-    return {
-        "ranks": comm.size,
-        "machine": comm.allgather({"host": comm.hostname, "device": device}),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
-        "mpi": comm.library(),
-    }
-
-
 def check_inputs(manifest: dict[str, Any], job: Job) -> None:
-    """Stops if an input is not what it was when the run started.
+    """Stops if an input is not what it was when the run started; of stacks the sizes are looked at.
 
     Raises:
         InputError: names the file.
@@ -96,6 +128,12 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
             raise InputError(
                 "an input of this run has changed since it started", file=path, expected=f"sha256 {facts['sha256']}",
                 hint="Put the old file back, or start a new run.",
+            )  # fmt: skip
+    for name, facts in manifest["inputs"].items():
+        if facts.get("kind") == "stack" and os.path.isfile(name) and os.stat(name).st_size != facts["bytes"]:
+            raise InputError(
+                "a stack has changed since this run started", file=name, expected=f"{facts['bytes']} bytes",
+                found=f"{os.stat(name).st_size} bytes", hint="Put the old file back, or start a new run.",
             )  # fmt: skip
 
 
@@ -116,8 +154,8 @@ def check_stacks(manifest: dict[str, Any], stacks: list[Path], job: Job) -> None
             hint=hint,
         )  # fmt: skip
     for path in stacks:
-        facts = manifest["inputs"].get(str(path))
-        if facts is not None and sha256_of(path) != facts["sha256"]:
+        facts = manifest["inputs"].get(str(path), {})
+        if "sha256" in facts and sha256_of(path) != facts["sha256"]:
             raise InputError("a stack of this run has changed since it started", file=path, hint=hint)
 
 
@@ -131,19 +169,3 @@ def read_manifest(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"the manifest is damaged: {error}", file=path, hint="Start a new run.") from None
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    return found

@@ -68,11 +68,16 @@ def write_weighted_map(folder: Path, mask: np.ndarray, seed: int) -> None:
 
 def make_mask(full: DensityMap, diameter_A: float | None = None) -> np.ndarray:
     """A soft solvent mask of a map: (D, D, D) float32; a sphere where the map does not stand out from its solvent."""
+    return mask_and_kind(full, diameter_A)[0]
+
+
+def mask_and_kind(full: DensityMap, diameter_A: float | None = None) -> tuple[np.ndarray, str]:
+    """As ``make_mask``, and what it was made from: "map" or "sphere"."""
     from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
 
     try:
-        return np.asarray(soft_mask_from_map(full.data, full.pixel_size_A), np.float32)
+        return np.asarray(soft_mask_from_map(full.data, full.pixel_size_A), np.float32), "map"
     except InputError as error:
         logger.warning("no mask could be made from the map (%s); a sphere is used", error)
         radius = 0.5 * (diameter_A or full.box_px * full.pixel_size_A) / full.pixel_size_A
-        return sphere_mask(full.box_px, min(radius, full.box_px / 2 - 5), 5.0).numpy()
+        return sphere_mask(full.box_px, min(radius, full.box_px / 2 - 5), 5.0).numpy(), "sphere"

@@ -11,6 +11,9 @@ from cryoiso.pipeline import auxiliary, stages
 from cryoiso.pipeline.layout import REALIGN_STAGES, REFINE_STAGES, RunFolder
 from cryoiso.pipeline.work import Work
 
+WITHOUT_GPU = ("ingest", "reference")
+"""The first stages of every workflow; nothing in them is computed on a GPU."""
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -112,5 +112,5 @@ def existing_parent(path: Path) -> Path:
 
 
 def stacks_of(work: Work) -> list[Path]:
-    """The image stacks that the particles lie in."""
-    return [Path(name) for name in np.unique(work.particles().stack).tolist()]
+    """The image stacks that the particles lie in, with absolute paths: a run may be resumed from another folder."""
+    return [Path(os.path.abspath(name)) for name in np.unique(work.particles().stack).tolist()]

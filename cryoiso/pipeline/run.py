@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 import tomllib
@@ -20,74 +21,97 @@ from typing import Any
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import PatientFileHandler, duration
+from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
+from cryoiso.pipeline import origin
+from cryoiso.pipeline.examine import check_machine
+from cryoiso.pipeline.forecast import watching
 from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.lock import locked
-from cryoiso.pipeline.plan import Stage, folder_stages, stages_of
+from cryoiso.pipeline.plan import WITHOUT_GPU, Stage, folder_stages, stages_of
 from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
 from cryoiso.pipeline.scratch import using_scratch
+from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
+from cryoiso.pipeline.timing import note_timing, save_timing
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 Report = Callable[[Path], object]
 
 
-def run_job(job_file: Path, folder: Path, comm: Context, report: Report | None = None) -> RunFolder:
+def run_job(
+    job_file: Path,
+    folder: Path,
+    comm: Context,
+    report: Report | None = None,
+    until: str = "",
+    go_on: bool = False,
+) -> RunFolder:
     """Runs a job file into a new run folder. Collective.
 
     Args:
         job_file: TOML; relative paths in it start from its folder.
-        folder: made if it is not there; must not hold a run.
+        folder: made if it is not there; must not hold a run, unless ``go_on``.
         comm: the ranks.
         report: called on rank 0 with the run folder when all else is done.
+        until: stop after this stage; ``resume_run`` goes on. Empty: to the end.
+        go_on: if the folder holds a run, go on with it, by its own copy of the job file.
 
     Returns:
-        the finished run folder.
+        the run folder, finished or done up to ``until``.
 
     Raises:
-        UsageError: bad job file, or the folder holds a run.
+        UsageError: bad job file, the folder holds a run, or there is no stage ``until``.
         InputError: bad input; found before anything is written, but for images that are bad in themselves.
         Interrupted: a signal asked to stop; ``resume_run`` goes on.
     """
-    run = RunFolder(folder.absolute())
+    run = RunFolder(Path(os.path.abspath(folder)))
+    if go_on and on_root(comm, _has_begun, run, job_file):
+        return resume_run(folder, comm, report, until)
     on_root(comm, _refuse_old_run, run)
     text, job = on_root(comm, read_job, job_file)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
-    _prepare_device(work)
+    on_root(comm, _check_until, work, until)
+    prepare_device(work, until)
     on_root(comm, _preflight, work)
+    check_machine(work)
     with ExitStack() as stack:
-        manifest = on_root(comm, _create, work, text, stack)
+        on_root(comm, _create, work, text, stack)
         stack.enter_context(using_scratch(work))
-        _start(work, manifest, "run")
-        _work_through(work)
+        _start(work, "run")
+        _work_through(work, until)
     return run
 
 
-def resume_run(folder: Path, comm: Context, report: Report | None = None) -> RunFolder:
+def resume_run(folder: Path, comm: Context, report: Report | None = None, until: str = "") -> RunFolder:
     """Goes on with an interrupted run; on a finished one it checks the files and makes again what is lost. Collective.
 
+    Args:
+        until: as ``run_job``.
+
     Raises:
-        UsageError: no run in this folder, or another process works on it.
+        UsageError: no run in this folder, another process works on it, or there is no stage ``until``.
         InputError: an input has changed since the run started.
         Interrupted: as ``run_job``.
     """
-    run = RunFolder(folder.absolute())
-    _, job = on_root(comm, _read_resolved, run)
+    run = RunFolder(Path(os.path.abspath(folder)))
+    _, job = on_root(comm, read_resolved, run)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
-    _prepare_device(work)
+    on_root(comm, _check_until, work, until)
+    prepare_device(work, until)
     with ExitStack() as stack:
-        manifest = on_root(comm, _reopen, work, stack)
+        on_root(comm, _reopen, work, stack)
         stack.enter_context(using_scratch(work))
-        _start(work, manifest, "resume")
-        _work_through(work)
+        _start(work, "resume")
+        _work_through(work, until)
     return run
 
 
@@ -119,14 +143,44 @@ def _refuse_old_run(run: RunFolder) -> None:
         )
 
 
-def _read_resolved(run: RunFolder) -> tuple[str, Job]:
+def _has_begun(run: RunFolder, job_file: Path) -> bool:
+    """Whether the folder holds a run that can go on; warns if the job file says something else than the run's own."""
+    if not run.resolved.exists() or not run.manifest.exists():
+        return False
+    try:
+        changed = provenance.job_key(read_job(job_file)[1]) != provenance.job_key(read_job(run.resolved)[1])
+    except UsageError:
+        changed = True
+    if changed:
+        logger.warning("%s is not the job that %s was started with; the run goes on as it began. For the new job give "
+                       "another --out.", job_file, run.path)  # fmt: skip
+    return True
+
+
+def _check_until(work: Work, until: str) -> None:
+    names = [stage.name for stage in stages_of(work.job, work.folder)]
+    if until and until not in names:
+        raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})")
+
+
+def read_resolved(run: RunFolder) -> tuple[str, Job]:
+    """Text and job of a run folder.
+
+    Raises:
+        UsageError: there is no run in it.
+    """
     if not run.resolved.exists() or not run.manifest.exists():
         raise UsageError(f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.")
     return read_job(run.resolved)
 
 
-def _prepare_device(work: Work) -> None:
-    work.comm.device_preference = work.job.run.device
+def prepare_device(work: Work, until: str = "") -> None:
+    """Finds each rank's device as the job wants it, where a stage up to ``until`` computes on it. Collective.
+
+    Raises:
+        MissingError: there is none of the kind.
+    """
+    work.comm.device_preference = "cpu" if until in WITHOUT_GPU else work.job.run.device
     error = None
     try:
         work.comm.device()
@@ -144,38 +198,37 @@ def _preflight(work: Work) -> None:
                 work.job.sample.symmetry)  # fmt: skip
 
 
-def _create(work: Work, text: str, stack: ExitStack) -> dict[str, Any]:
+def _create(work: Work, text: str, stack: ExitStack) -> None:
     run = work.folder
     run.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(run.lock))
     _refuse_old_run(run)
-    manifest = provenance.new_manifest(work.job, stacks_of(work))
+    work.manifest = provenance.new_manifest(work.job, stacks_of(work))
     write_text(run.job, text)
     work.journal = Journal(run.journal)
-    write_text(run.manifest, json.dumps(manifest))
+    provenance.write_manifest(run, work.manifest)
     write_text(run.resolved, job_to_toml(work.job))
-    return manifest
 
 
-def _reopen(work: Work, stack: ExitStack) -> dict[str, Any]:
+def _reopen(work: Work, stack: ExitStack) -> None:
     run = work.folder
     stack.enter_context(locked(run.lock))
-    manifest = provenance.read_manifest(run.manifest)
-    provenance.check_inputs(manifest, work.job)
+    work.manifest = provenance.read_manifest(run.manifest)
+    provenance.check_inputs(work.manifest, work.job)
+    run.seal.unlink(missing_ok=True)
     work.journal = Journal(run.journal)
     if work.journal.last("end", "ingest") is None:
-        provenance.check_stacks(manifest, stacks_of(work), work.job)
-    return manifest
+        provenance.check_stacks(work.manifest, stacks_of(work), work.job)
 
 
-def _start(work: Work, manifest: dict[str, Any], event: str) -> None:
+def _start(work: Work, event: str) -> None:
     """Opens the logs, installs the signal handlers, notes who works. Collective."""
     comm, run = work.comm, work.folder
     comm.install_signal_handlers()
-    machine = provenance.describe_machine(comm, comm.device())
+    facts = origin.describe(comm, comm.device())
     on_root(comm, run.logs.mkdir, exist_ok=True)
     _log_to_file(run, comm.rank)
-    on_root(comm, provenance.note_start, run, manifest, machine)
+    on_root(comm, provenance.note_start, run, work.manifest, work.job, facts)
     if work.journal is not None:
         work.journal.append(event, ranks=comm.size, hosts={host: len(ranks) for host, ranks in comm.nodes.items()})
     logger.info("run folder %s, %d rank(s), %s", run.path, comm.size, comm.device())
@@ -196,25 +249,34 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
 # --- working
 
 
-def _work_through(work: Work) -> None:
+def _work_through(work: Work, until: str) -> None:
     began = time.monotonic()
     try:
-        _all_stages(work)
+        with watching(work):
+            _all_stages(work, until)
     except BaseException as error:
         if work.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
             with suppress(CryoisoError):  # on a full disk; what went wrong before is what the user must hear
                 work.journal.append(event, message=str(error) or type(error).__name__)
         raise
+    finally:
+        save_timing(work)
+    if until:
+        if work.journal is not None:
+            work.journal.append("until", stage=until)
+            logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, work.folder.path)
+        return
     if work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
+    on_root(work.comm, write_seal, work, [stage.name for stage in stages_of(work.job, work.folder)])
 
 
-def _all_stages(work: Work) -> None:
+def _all_stages(work: Work, until: str) -> None:
     comm = work.comm
     stages = stages_of(work.job, work.folder)
-    key = _job_key(work.job)
+    key = provenance.job_key(work.job)
     for number, stage in enumerate(stages, start=1):
         recorded, work.resume = on_root(comm, _what_is_there, work, stage, key)
         outputs = recorded
@@ -227,17 +289,17 @@ def _all_stages(work: Work) -> None:
                 raise Interrupted(STOPPED)
             if comm.rank == 0:
                 logger.info("stage %d of %d: %s%s", number, len(stages), stage.name, ", continued" * work.resume)
-            outputs = _do(work, stage, key)
+            outputs = do_stage(work, stage, key)
         elif comm.rank == 0:
             logger.info("stage %d of %d: %s is done already", number, len(stages), stage.name)
-        key = digest_of(key, stage.name, json.dumps(outputs, sort_keys=True))
+        key = next_key(key, stage.name, outputs)
+        if stage.name == until:
+            return
 
 
-def _job_key(job: Job) -> str:
-    """What decides the result: not the title, not the device, not where the images are read."""
-    facts = job.model_dump()
-    facts["run"] = {k: v for k, v in facts["run"].items() if k not in ("title", "device", "scratch")}
-    return digest_of(json.dumps(facts, sort_keys=True))
+def next_key(key: str, stage: str, outputs: dict[str, Any]) -> str:
+    """The key of the stage after one with this key and these outputs."""
+    return digest_of(key, stage, json.dumps(outputs, sort_keys=True))
 
 
 def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] | None, bool]:
@@ -251,17 +313,21 @@ def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] |
     return None, stage.continues and start is not None and start["key"] == key
 
 
-def _do(work: Work, stage: Stage, key: str) -> dict[str, Any]:
+def do_stage(work: Work, stage: Stage, key: str) -> dict[str, Any]:
     """Runs one stage from its start or its continuation to its line in the journal. Collective."""
     began = time.monotonic()
     on_root(work.comm, _open_stage, work, stage, key)
+    board.begin(stage.name)
+    cpu = time.process_time()
     stage.do(work)
     work.comm.barrier()
+    board.end()
     outputs = hash_outputs(work.folder.path, stage.places, work.comm)
     seconds = round(time.monotonic() - began, 3)
     if work.journal is not None:
         work.journal.append("end", stage=stage.name, key=key, seconds=seconds, outputs=outputs)
         logger.info("%s took %s", stage.name, duration(seconds))
+        note_timing(work, stage.name, seconds, time.process_time() - cpu)
     return outputs
 
 

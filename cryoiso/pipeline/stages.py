@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,21 @@ from cryoiso.core.protocols import Progress, RefineRequest
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
-from cryoiso.io.atomic import atomic_path
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.sources import SubsetSource
 from cryoiso.io.starwrite import write_particles
+from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
-from cryoiso.pipeline.maps import make_mask, write_reconstruction, write_weighted_map
+from cryoiso.pipeline.checksums import write_sums
+from cryoiso.pipeline.deposit import fill_result
+from cryoiso.pipeline.inputs import hashed_meanwhile
+from cryoiso.pipeline.maps import mask_and_kind, write_reconstruction, write_weighted_map
 from cryoiso.pipeline.rounds import last_round, pose_file, poses_after
 from cryoiso.pipeline.work import Work, bare, write_json
 
 logger = logging.getLogger("cryoiso")
-CORRECTED = ("corrected_map.mrc", "measured.mrc")
-"""What a result takes from the stage ``correct``: nothing that could be taken for a half-map."""
 SHARED_NETWORK = (
     "The poses were found with references made by one network that saw both half-sets (realign.mode = paired): the "
     "half-map FSC is no gold standard."
@@ -41,7 +42,8 @@ def ingest(work: Work) -> None:
     """Images into shards."""
     comm, folder = work.comm, work.folder.stage("ingest")
     plan = on_root(comm, lambda: bare_plan(work.plan()))
-    write_shards(plan, folder, comm, lambda done, of: work.note_checkpoint("ingest", images=done, of=of))
+    with hashed_meanwhile(work):
+        write_shards(plan, folder, comm, lambda done, of: work.note_checkpoint("ingest", images=done, of=of))
     on_root(comm, write_json, folder / "ingest.json", _ingest_facts(plan))
 
 
@@ -74,10 +76,16 @@ def write_shards(plan: Any, folder: Path, comm: Context, note: Progress | None =
 def _write_shard(plan: Any, folder: Path, number: int, line: ProgressLine) -> CryoisoError | None:
     try:
         if number < len(plan.shards):
-            io_ingest.write_shard(plan, folder, number, lambda done, _: line.update(done))
+            io_ingest.write_shard(plan, folder, number, lambda done, _: _heed_and_tell(line, done))
     except CryoisoError as error:
         return error
     return None
+
+
+def _heed_and_tell(line: ProgressLine, done: int) -> None:
+    """Between two blocks of images; a shard that is not finished leaves nothing behind."""
+    signals.heed()
+    line.update(done)
 
 
 def _ingest_facts(plan: Any) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def reconstruct(work: Work) -> None:
     if truth is not None:
         on_root(comm, (folder / "truth_poses").mkdir, exist_ok=True)
         write_reconstruction(source, truth, folder / "truth_poses", comm, symmetry=symmetry, padding=padding)
-    on_root(comm, _write_mask, work, folder)
+    facts["mask"] = on_root(comm, _write_mask, work, folder)
     for maps in (folder, folder / "truth_poses", folder / "initial_poses"):
         on_root(comm, _write_weighted, work, maps)
     on_root(comm, write_json, folder / "reconstruct.json", facts)
@@ -213,10 +221,11 @@ def _true(work: Work) -> Particles | None:
     return None if truth is None else bare(truth)
 
 
-def _write_mask(work: Work, folder: Path) -> None:
+def _write_mask(work: Work, folder: Path) -> str:
     full, given = read_map(folder / "map.mrc"), work.mask()
-    data = make_mask(full, work.diameter_A()) if given is None else given.data
+    data, kind = mask_and_kind(full, work.diameter_A()) if given is None else (given.data, "given")
     write_map(folder / "mask.mrc", data, full.pixel_size_A)
+    return kind
 
 
 def _write_weighted(work: Work, maps: Path) -> None:
@@ -260,19 +269,15 @@ def _diagnose(work: Work) -> None:
 
 
 def report(work: Work) -> None:
-    """The result folder, and the report where a maker of reports was given."""
+    """The result folder, the report where a maker of reports was given, and the result's checksums."""
     on_root(work.comm, _publish, work)
 
 
 def _publish(work: Work) -> None:
-    result, maps = work.folder.result, work.folder.stage("reconstruct")
-    result.mkdir(exist_ok=True)
-    files = [final_poses(work)]
-    files += [maps / name for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc")]
-    if work.folder.has("correct"):
-        files += [work.folder.stage("correct") / name for name in CORRECTED]
-    for file in files:
-        with atomic_path(result / file.name, file.stat().st_size) as part:
-            shutil.copyfile(file, part)
+    run = work.folder
+    numbers = json.loads((run.stage("diagnose") / "diagnose.json").read_text(encoding="utf-8"))
+    corrected = run.stage("correct") if run.has("correct") else None
+    fill_result(run.result, final_poses(work), run.stage("reconstruct"), corrected, numbers)
     if work.report is not None:
-        work.report(work.folder.path)
+        work.report(run.path)
+    write_sums(run.result)

@@ -40,12 +40,16 @@ class Work:
     comm: Context
     journal: Journal | None = None
     """on rank 0 of a run"""
+    manifest: dict[str, Any] | None = None
+    """on rank 0 of a run"""
     report: Callable[[Path], object] | None = None
     """makes the report of a run folder"""
     resume: bool = False
     """the stage was interrupted and may go on from what its folder holds"""
     scratch: Scratch | None = None
     """copies of the images on the nodes' own disks"""
+    timing: dict[str, Any] | None = None
+    """what the stages of this process took, see ``pipeline.timing``"""
     _plan: ingest.IngestPlan | None = None
     _particles: Particles | None = None
     _reference: Reference | None = None

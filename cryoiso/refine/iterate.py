@@ -11,6 +11,7 @@ import torch
 
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine, logger
+from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
 from cryoiso.core.types import Particles
 from cryoiso.metrics.fsc import resolution_at
@@ -24,9 +25,11 @@ from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import State
-from cryoiso.refine.search import Given, Searcher, SearchPlan
+from cryoiso.refine.search import Given, Posterior, Searcher, SearchPlan
 
 HALVES = (1, 2)
+BEST = ("",) * 11 + ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
+"""Columns of ``_best_of``: rotation (9) and shift (2), which have no name, then those of the STAR file."""
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Refinement:
         plan = self.plan(state)
         radius = self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
-        found: list[tuple] = []
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         sums: dict[int, FourierSums] = {}
         for half in HALVES:
             volume = FourierVolume.from_volume(
@@ -118,7 +121,7 @@ class Refinement:
                 white = whiten(batch, model.sigma2)
                 posterior = searcher.search(batch, white, self.given(batch.rows))
                 accumulate(batch, white, posterior, volume, accumulator, noise)
-                found.append((batch.rows, posterior))
+                found.append((batch.rows, _best_of(posterior)))
             self._reduce(half, accumulator, sums)
         rotation, shift_px, columns = self._gather(found, len(self.particles))
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
@@ -127,17 +130,26 @@ class Refinement:
     def _batches(self, half: int, radius: int, iteration: int):
         batches, most = self.owned(half)
         keep = self.reader.preload_radius(radius, batches)
+        board.expect(2 * iteration + half - 1, 2 * schedule.expected_iterations(iteration, self.settings))
         line = ProgressLine(f"iteration {iteration + 1}, half {half}", most, active=self.comm.rank == 0)
         for i in range(most):
-            if self.comm.stop_requested():
-                raise Interrupted(
-                    "stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'."
-                )
+            self.heed()
             if i < len(batches):
                 whole: Batch = self.reader.read(batches[i], max(keep, radius))
                 yield self.reader._cut(whole, radius)
             line.update(i + 1)
         line.close()
+
+    def heed(self) -> None:
+        """Stops on all ranks if any was told to (collective).
+
+        Raises:
+            Interrupted: one was.
+        """
+        if self.comm.stop_requested():
+            raise Interrupted(
+                "stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'."
+            )
 
     def _reduce(self, half: int, accumulator: SliceAccumulator, sums: dict[int, FourierSums]) -> None:
         root = root_of_half(half, self.comm.size)
@@ -149,28 +161,17 @@ class Refinement:
             sums[half] = accumulator.finish().symmetrised(self.operations)
 
     def _gather(self, found: list[tuple], n: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Poses and per-particle numbers of all ranks, on all ranks, in row order."""
-        mine = [
-            (
-                rows,
-                p.best_rotation.cpu().numpy(),
-                p.best_shift_px.cpu().numpy(),
-                p.log_evidence.cpu().numpy(),
-                p.entropy.cpu().numpy(),
-                p.max_weight.cpu().numpy(),
-            )
-            for rows, p in found
-        ]
-        everything = [item for part in self.comm.allgather(mine) for item in part]
-        rotation, shift = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))
-        columns = {
-            k: np.zeros(n) for k in ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
-        }
-        for rows, r, s, *values in everything:
-            rotation[rows], shift[rows] = r, s
-            for name, value in zip(columns, values, strict=True):
-                columns[name][rows] = value
-        return rotation, shift, columns
+        """Poses and per-particle numbers of all ranks, on all ranks, in row order.
+
+        Args:
+            found: rows and what ``_best_of`` says of them, of this rank's batches.
+        """
+        rows = np.concatenate([rows for rows, _ in found] or [np.empty(0, np.int64)])
+        facts = np.concatenate([facts for _, facts in found] or [np.empty((0, len(BEST)))])
+        table = np.zeros((n, len(BEST)))
+        table[self.comm.concat_all(rows)] = self.comm.concat_all(facts)
+        columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}
+        return table[:, :9].reshape(n, 3, 3).copy(), table[:, 9:11].copy(), columns
 
     def _maximise(self, model, sums, noise, rotation, shift_px, columns, plan, seconds) -> Model:
         comm, state = self.comm, model.state
@@ -299,3 +300,10 @@ class Refinement:
 
     def _pixel_sizes(self) -> np.ndarray:
         return self.particles.group_values("pixel_size_A")
+
+
+def _best_of(posterior: Posterior) -> np.ndarray:
+    """(B, 14) float64, columns as BEST: all that is kept of a batch's posterior, which itself is ten times larger."""
+    p = posterior
+    parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight)
+    return np.column_stack([part.cpu().numpy().astype(np.float64) for part in parts])

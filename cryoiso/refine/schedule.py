@@ -14,6 +14,9 @@ from cryoiso.refine.search import Level, SearchPlan
 FIRST_BEAM, LAST_BEAM = 16, 4
 """Nominees an image at the first level of the local search, and at least at every later one."""
 
+EXPECTED_ITERATIONS = 8
+"""Of a refinement from a low-passed reference; simulated sets take 4 to 10."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -29,6 +32,11 @@ class State:
     """Iterations without a better shell and without better likelihood."""
     last_change_deg: float = 180.0
     done: bool = False
+
+
+def expected_iterations(done: int, settings: RefineSection) -> int:
+    """A guess of how many there will be in all, when ``done`` have ended and no other is known to be the last."""
+    return min(max(EXPECTED_ITERATIONS, done + 2), max(settings.max_iterations, done + 1))
 
 
 def global_grid(order: int, symmetry: str) -> torch.Tensor:

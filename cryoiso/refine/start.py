@@ -10,7 +10,7 @@ import torch
 from scipy.special import stdtr
 
 from cryoiso.core.errors import InputError
-from cryoiso.core.log import logger
+from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.rng import shuffle_keys
 from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import lowpass
@@ -69,11 +69,16 @@ def mean_power(run: Refinement) -> np.ndarray:
     """(G, S) mean power of the images by optics group and shell: an upper bound of the noise."""
     noise = NoiseSums.empty(len(run.particles.groups), run.box // 2 + 1)
     for half in (1, 2):
-        batches, _ = run.owned(half)
+        batches, most = run.owned(half)
         radius = run.reader.preload_radius(run.limit, batches)
-        for rows in batches:
-            batch = run.reader.read(rows, radius)
-            noise.add(batch, batch.coefficients.abs().square())
+        line = ProgressLine(f"noise of half {half}", most, active=run.comm.rank == 0)
+        for i in range(most):
+            run.heed()
+            if i < len(batches):
+                batch = run.reader.read(batches[i], radius)
+                noise.add(batch, batch.coefficients.abs().square())
+            line.update(i + 1)
+        line.close()
     noise = NoiseSums(run.comm.sum_all(noise.power), run.comm.sum_all(noise.count))
     flat = np.ones(noise.power.shape)
     spectra = noise.spectra(flat)
@@ -144,7 +149,10 @@ def _terms(
     chosen[rows] = True
     mine: list[tuple[np.ndarray, np.ndarray]] = []
     for half in (1, 2):
-        for batch_rows in run.owned(half)[0]:
+        batches, most = run.owned(half)
+        for i in range(most):
+            run.heed()
+            batch_rows = batches[i] if i < len(batches) else np.zeros(0, np.int64)
             some = np.flatnonzero(chosen[batch_rows])
             if len(some):
                 batch = run.reader.read(batch_rows, state.radius_px)

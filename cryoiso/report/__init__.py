@@ -32,3 +32,18 @@ def build(run_folder: Path | str) -> Path:
     write_text(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "report.html", html)
     return folder / "report.html"
+
+
+def publish(run_folder: Path | str) -> Path:
+    """What a run does at its end: the report, and in ``result/`` picture, texts and numbers for a deposition.
+
+    Returns:
+        The path of ``report.html``.
+
+    Raises:
+        InputError: as ``build``.
+    """
+    from cryoiso.report.deposit import deposit
+
+    deposit(Path(run_folder))
+    return build(run_folder)

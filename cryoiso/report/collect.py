@@ -19,6 +19,10 @@ MAP_NAMES = ("map_weighted.mrc", "map.mrc")
 """What is shown of a folder: the first of these that is there."""
 
 
+STACKS_LISTED = 5
+"""More stacks than this are not listed one by one under where the numbers come from."""
+
+
 def collect(folder: Path) -> dict[str, Any]:
     """Everything that the report shows.
 
@@ -248,7 +252,13 @@ def provenance(manifest: dict[str, Any], job: dict[str, Any]) -> list[tuple[str,
     rows.append(("ranks", f"{start.get('ranks', len(machine) or '')}" + (f": {where}" if where else "")))
     rows.append(("MPI", str(start.get("mpi") or "")))
     rows.append(("packages", ", ".join(f"{k} {v}" for k, v in (start.get("packages") or {}).items())))
-    for path, facts in (manifest.get("inputs") or {}).items():
-        digest = facts.get("sha256", "") if isinstance(facts, dict) else ""
+    inputs = {p: f if isinstance(f, dict) else {} for p, f in (manifest.get("inputs") or {}).items()}
+    stacks = [facts for facts in inputs.values() if facts.get("kind") == "stack"]
+    if len(stacks) > STACKS_LISTED:
+        size = sum(facts["bytes"] for facts in stacks) / 2**30
+        rows.append(("stacks", f"{len(stacks):,}, {size:.3g} GiB; their hashes are in manifest.json"))
+        inputs = {path: facts for path, facts in inputs.items() if facts.get("kind") != "stack"}
+    for path, facts in inputs.items():
+        digest = facts.get("sha256", "")
         rows.append(("input", f"{path}" + (f" (sha256 {digest[:16]}...)" if digest else "")))
     return [row for row in rows if row[1]]

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from cryoiso.core.errors import MissingError
 from cryoiso.engines.process import clean_environment
-
-OPEN_MPI, MPICH = "Open MPI", "MPICH"
+from cryoiso.parallel.probe import MPICH, OPEN_MPI, family_of_library
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,4 @@ def _mpirun_of(family: str, library: str) -> str:
 
 
 def _family_of(mpirun: str) -> str:
-    said = _ask([mpirun, "--version"])
-    if re.search(r"Open ?MPI|OpenRTE|PRRTE|prte", said):
-        return OPEN_MPI
-    return MPICH if re.search(r"HYDRA|MPICH|Intel\(R\) MPI|MVAPICH", said, re.IGNORECASE) else ""
+    return family_of_library(_ask([mpirun, "--version"]))

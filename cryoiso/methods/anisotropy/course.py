@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.types import DensityMap
 from cryoiso.methods.anisotropy import network as networks
@@ -29,6 +30,7 @@ from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.solvent import Solvent, noise_amplitude, on_device
 from cryoiso.methods.anisotropy.submaps import GreyScale, particle_region
 from cryoiso.methods.anisotropy.task import CorrectionTask
+from cryoiso.parallel.bell import group_wide
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.train.loop import LoopSettings, TrainOutcome, train
 
@@ -110,27 +112,32 @@ class Job:
         self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
     ) -> tuple[Any, dict[int, tuple[np.ndarray, np.ndarray]], list[TrainOutcome]]:
         """Network, half -> (corrected map, the network's part of it), outcomes of the rounds."""
-        settings, device, box = self.settings, group.device, len(self.transfer)
+        settings, device, box, heed = self.settings, group.device, len(self.transfer), trainer.heed
         solvent = Solvent(self.transfer, self.reach, device)
         x = {half: scale.normalised(data) for half, data in self.data.items()}
         measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
-        estimate = {half: solvent.filled(one, box, FIRST_STEPS).cpu().numpy() for half, one in measured.items()}
-        given = {half: solvent.filled(one, box, settings.solvent_steps).cpu().numpy() for half, one in measured.items()}
+        estimate = {half: solvent.filled(one, box, FIRST_STEPS, heed).cpu().numpy() for half, one in measured.items()}
+        given = {
+            half: solvent.filled(one, box, settings.solvent_steps, heed).cpu().numpy() for half, one in measured.items()
+        }
         if settings.steps == 0 and self.warm is None:  # the solvent alone
             given = estimate
         noise = None
         if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
             noise = [noise_amplitude(data, self.transfer) for data in x.values()]
         weights, outcomes, made = self.warm, [], {}
-        for number in range(1, settings.rounds + 1):
+        # a given network has learnt what the first round teaches: it is applied, and one round follows
+        first = 1 if self.warm is None or settings.steps == 0 else 0
+        last = settings.rounds if first else 1
+        for number in range(first, last + 1):
             task = CompletionTask(
                 list(estimate.values()), solvent, self.inside, settings, self.seed, noise=noise, device=device,
                 index=group.index, size=group.size, label=f"{self.course.label}, round {number}", warm=weights,
             )  # fmt: skip
-            outcomes.append(trainer(task, settings.steps_a_round, number))
+            outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
             network = task.module.eval()
             for half, one in measured.items():
-                change = predict(network, given[half], tile_px(settings, box), group, settings.bfloat16)  # type: ignore[arg-type]
+                change = predict(network, given[half], tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
                 made[half] = solvent.joined(one, on_device(change, device)).clamp(min=0)
                 estimate[half] = solvent.joined(one, made[half]).cpu().numpy()
             weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
@@ -149,11 +156,11 @@ class Job:
             list(given.values()), self.transfer, self.inside, settings, self.seed, device=group.device,
             index=group.index, size=group.size, label=self.course.label, warm=self.warm,
         )  # fmt: skip
-        outcome = trainer(task, settings.steps, 1)
+        outcome = trainer(task, settings.steps, 1, 1)
         network = task.module.eval()
         found = {}
         for half, data in given.items():
-            made = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16)  # type: ignore[arg-type]
+            made = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)  # type: ignore
             found[half] = filtered(made, self.reach), filtered(made, self.reach - self.transfer)
         return network, found, [outcome]
 
@@ -193,7 +200,16 @@ class _Trainer:
     resume: bool
     stop: Callable[[], bool]
 
-    def __call__(self, task: Any, steps: int, number: int) -> TrainOutcome:
+    def heed(self) -> None:
+        """Stops the whole group if a rank of it was told to (collective over the group).
+
+        Raises:
+            Interrupted: one was; what was trained is in the checkpoints.
+        """
+        if float(self.group.all_sum(torch.tensor([float(self.stop())]))):
+            raise group_wide(Interrupted("stopped by a signal while correcting maps; 'resume' goes on from there"))
+
+    def __call__(self, task: Any, steps: int, number: int, rounds: int) -> TrainOutcome:
         settings, label, group = self.job.settings, self.job.course.label, self.group
         if steps == 0:  # the network that was given is applied as it is
             task.start(0)
@@ -206,7 +222,7 @@ class _Trainer:
             micro_batch=0 if group.device != "cpu" else 1,  # the same bits on one rank, two and four
         )  # fmt: skip
         name = "the anisotropy network" + ("" if label == BOTH else f" of half {label}")
-        name += f", round {number} of {settings.rounds}" if settings.rounds > 1 else ""
+        name += f", round {number} of {rounds}" if rounds > 1 else ""
         folder = self.folder / (f"training_{label}" + (f"_{number}" if number > 1 else ""))
         line = ProgressLine(f"training {name}", steps, active=group.is_first)
         if group.is_first:
@@ -221,7 +237,7 @@ class _Trainer:
 def _joined(outcomes: list[TrainOutcome]) -> list[dict[str, Any]]:
     """Records of all rounds, steps counted on."""
     records, before = [], 0
-    for number, outcome in enumerate(outcomes, 1):
+    for number, outcome in enumerate((outcome for outcome in outcomes if outcome.history), 1):
         records += [{**record, "step": record["step"] + before, "round": number} for record in outcome.history]
         before += outcome.step
     return records

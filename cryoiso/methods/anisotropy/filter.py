@@ -108,6 +108,29 @@ def on_grid(transfer: np.ndarray, box_px: int) -> np.ndarray:
     return np.clip(0.5 * (out + friedel_mate(out)), 0, 1).astype(np.float32)
 
 
+def seen_shells(curve: np.ndarray, share: float = 1.0) -> int:
+    """Last shell up to which two half-maps agree beyond chance in every shell; 0: not even in the first.
+
+    The FSC of noise scatters by 1 / sqrt(2 n) about zero, n the pairs of coefficients of a shell, of which a mask
+    leaves about its share of the box independent. More than three of these count, but never more than 0.9: the coarsest
+    shells have too few coefficients for such a test.
+
+    Args:
+        curve: (D//2+1,) FSC of the half-maps.
+        share: of the box that the mask leaves.
+    """
+    voxels = 4 * np.pi * np.maximum(np.arange(len(curve)), 0.5) ** 2
+    chance = 3 / np.sqrt(np.maximum(voxels * share, 1e-9))  # 2 n = voxels: each pair stands twice in the shell
+    below = np.flatnonzero(np.nan_to_num(curve[1:], nan=-1.0) < np.minimum(chance[1:], 0.9))
+    return int(below[0]) if len(below) else len(curve) - 1
+
+
+def nothing_beyond(transfer: np.ndarray, shell: int) -> np.ndarray:
+    """The filter, 1 beyond a shell (an edge of one shell): what lies there stays as it is, nothing is inferred."""
+    beyond = np.clip(radii(transfer.shape[0]) - shell, 0, 1)
+    return np.maximum(transfer, beyond).astype(np.float32)
+
+
 def half_layout(transfer: np.ndarray) -> Tensor:
     """(D, D, D) centred -> (D, D, D//2+1) float32 in the layout of ``rfftn``."""
     box = transfer.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -33,7 +34,10 @@ def window(tile_px: int, margin_px: int) -> np.ndarray:
     return np.where((x > 0) & (x < 1), np.sin(np.pi * np.clip(x, 0, 1)) ** 2, 0.0)
 
 
-def predict(network: Unet3d, data: np.ndarray, tile_px: int, group: Any, bfloat16: bool) -> np.ndarray:
+def predict(
+    network: Unet3d, data: np.ndarray, tile_px: int, group: Any, bfloat16: bool,
+    between: Callable[[], None] = lambda: None,
+) -> np.ndarray:  # fmt: skip
     """f(x) of a whole map.
 
     What the network adds is blended, not its output: a network that changes nothing gives back the same bits.
@@ -43,6 +47,7 @@ def predict(network: Unet3d, data: np.ndarray, tile_px: int, group: Any, bfloat1
         data: (D, D, D) float32, solvent at 0.
         tile_px: edge of the tiles, a multiple of ``network.config.multiple``.
         group: a ``parallel.ddp.TrainingGroup``; its ranks share the tiles (collective over it).
+        between: called before every tile, equally often on every rank.
 
     Returns:
         (D, D, D) float32, the same on all ranks of the group.
@@ -53,7 +58,12 @@ def predict(network: Unet3d, data: np.ndarray, tile_px: int, group: Any, bfloat1
     weight = (line[:, None, None] * line[None, :, None] * line).astype(np.float32)
     corners = list(product(starts, repeat=3))
     change = np.zeros(data.shape, np.float64)
-    for number in owned_rows(len(corners), 1, group.index, group.size):
+    mine = owned_rows(len(corners), 1, group.index, group.size)
+    for turn in range(-(-len(corners) // group.size)):
+        between()
+        if turn >= len(mine):
+            continue
+        number = mine[turn]
         here, there = _overlap(corners[number], tile_px, box)
         tile = np.zeros((tile_px,) * 3, np.float32)
         tile[there] = data[here]

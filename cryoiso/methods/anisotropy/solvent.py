@@ -7,6 +7,8 @@ mask for this, since a missing cone throws negative streaks around it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,10 +42,16 @@ class Solvent:
         """(B - A) f."""
         return _back(self.rest * torch.fft.rfftn(estimate, dim=AXES), estimate.shape)
 
-    def filled(self, measured: Tensor, box_px: int, steps: int) -> Tensor:
-        """Coefficients A x completed by so many steps of f = max(f, 0), f = A x + (B - A) f; none: A x."""
+    def filled(
+        self, measured: Tensor, box_px: int, steps: int, between: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Coefficients A x completed by so many steps of f = max(f, 0), f = A x + (B - A) f; none: A x.
+
+        ``between`` is called before every step.
+        """
         found = _back(measured, (*measured.shape[:-3], box_px, box_px, box_px))
         for _ in range(steps):
+            between()
             found = self.joined(measured, found.clamp(min=0))
         return found
 

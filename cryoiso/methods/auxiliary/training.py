@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cryoiso.core.log import ProgressLine
+from cryoiso.core.progress import board
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.methods.auxiliary.condition import Condition, fit_scale
@@ -72,7 +73,8 @@ def train_generators(
     apart = len(courses) == 2 and comm.size > 1
     outcomes: dict[str, TrainOutcome] = {}
     turns = [courses] if apart else [[c] for c in courses]
-    for turn in turns:
+    for number, turn in enumerate(turns):
+        board.expect(number, len(turns))
         mine, ranks = turn[0], range(comm.size)
         if apart:
             which = 0 if comm.rank in ranks_of_half(1, comm.size) else 1

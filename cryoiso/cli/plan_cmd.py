@@ -1,0 +1,92 @@
+"""``cryoiso plan``: what a job will take, before it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plan(
+    job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of a node; 0: a run on CPUs.")] = 0,
+    ranks_per_node: Annotated[
+        int | None, typer.Option("--ranks-per-node", min=1, help="Ranks of a node (default: one a GPU, else one).")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option("--rates", metavar="RUN", help="Go by an earlier run on such a machine: its folder.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the inner loops on this machine first (some seconds).")
+    ] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Of --rates take CPU seconds, not the wall: where others shared its cores.")
+    ] = False,
+    time: Annotated[
+        str, typer.Option("--time", metavar="H:MM:SS", help="Length of a batch job, to see how many it takes.")
+    ] = "",
+    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Iterations to reckon with.")] = None,
+    resolution: Annotated[
+        float | None, typer.Option("--resolution", min=0.1, help="Resolution in Å to reckon with.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell time, memory, disk and files that a job will take.
+
+    Reads the job's inputs (headers only) and writes nothing. Times go by the rates that were built in, by those timed
+    on this machine (--measure), or, best, by those that an earlier run of a similar job left (--rates).
+    """
+    from dataclasses import replace
+
+    from cryoiso.core.errors import UsageError
+    from cryoiso.parallel.context import Context
+    from cryoiso.pipeline import planner
+    from cryoiso.pipeline import rates as rated
+    from cryoiso.pipeline.estimate import problem_of
+    from cryoiso.pipeline.layout import RunFolder
+    from cryoiso.pipeline.plan import folder_stages
+    from cryoiso.pipeline.run import read_job
+    from cryoiso.pipeline.work import Work
+
+    if rates is not None and measure:
+        raise UsageError("--rates and --measure exclude each other")
+    _, found = read_job(job)
+    problem = problem_of(Work(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
+    layout = planner.Layout(nodes, gpus, ranks_per_node or max(gpus, 1))
+    device = layout.device
+    if rates is not None:
+        known = rated.of_run(rates, cpu=cpu)
+    elif measure:
+        known = rated.measure(problem, Context().device(device))
+    else:
+        known = rated.built_in(device)
+    assumed = known.assumed
+    if iterations:
+        assumed = replace(assumed, iterations=iterations)
+    if resolution:
+        assumed = replace(assumed, nyquist_share=min(1.0, 2 * problem.pixel_size_A / resolution))
+    made = planner.make_plan(problem, layout, known, assumed, seconds_of(time) if time else None)
+    typer.echo(json.dumps(planner.as_dict(made), indent=2) if as_json else "\n".join(planner.as_lines(made)))
+
+
+def seconds_of(text: str) -> float:
+    """[days-]hours[:minutes[:seconds]] in seconds, as Slurm writes it.
+
+    >>> seconds_of("2:30:00"), seconds_of("1-12"), seconds_of("24")
+    (9000.0, 129600.0, 86400.0)
+
+    Raises:
+        UsageError: it is not.
+    """
+    import re
+
+    from cryoiso.core.errors import UsageError
+
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if not match or not any(int(part or 0) for part in match.groups()):
+        raise UsageError(f"--time {text}: expected hours, H:MM:SS or D-H:MM:SS")
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 86400 * days + 3600 * hours + 60 * minutes + seconds

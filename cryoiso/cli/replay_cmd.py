@@ -1,0 +1,40 @@
+"""``cryoiso replay``: one stage of a run once more, and whether it makes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def replay(
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage of the run, for example reconstruct.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has finished this stage.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for what the stage makes.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
+) -> None:
+    """Do one stage of a run again and compare.
+
+    The stage starts from the recorded files of the stages before it (checked, linked and never changed) with the run's
+    job and seed, and writes into another folder. Files are compared by their hashes; where these differ, maps by
+    relative difference and FSC, STAR files by the number of poses that differ. The verdict is also in replay.json. Any
+    number of ranks will do.
+
+    Exit status: 0 identical, 1 different.
+    """
+    import json
+
+    from cryoiso.cli.common import leave_with
+    from cryoiso.core.errors import EXIT_OTHER
+    from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.replay import replay_stage
+    from cryoiso.report import publish
+
+    comm = get_context()
+    found = replay_stage(stage, folder, out, comm, report=publish)
+    if comm.rank == 0:
+        lines = [found.verdict, *(f"DIFFERENT  {one.file}: {one.words}" for one in found.different)]
+        typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(lines))
+    if not found.identical:
+        leave_with(comm, EXIT_OTHER)

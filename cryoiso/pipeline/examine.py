@@ -1,0 +1,64 @@
+"""Looks at a machine and judges it: thoroughly for ``doctor``, quickly before a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import CryoisoError
+from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline import finding as report
+from cryoiso.pipeline.estimate import needs_of
+from cryoiso.pipeline.finding import Finding, Needs
+from cryoiso.pipeline.findings import judge
+from cryoiso.pipeline.machine import look
+from cryoiso.pipeline.work import Work
+
+
+def examine(comm: Context, folder: Path, job_file: Path | None) -> tuple[dict[str, Any], list[Finding]]:
+    """Facts and findings of all ranks, of a folder and, where one is given, for a job (collective).
+
+    Raises:
+        UsageError: the job file is bad.
+        InputError: what it names is.
+    """
+    needs = None
+    if job_file is not None:
+        needs = on_root(comm, _needs_of_file, job_file, folder, comm)
+        comm.device_preference = needs.job.run.device
+    facts = look(comm, _folders(folder, needs), thorough=True)
+    return facts, judge(facts, needs)
+
+
+def _needs_of_file(job_file: Path, folder: Path, comm: Context) -> Needs:
+    from cryoiso.pipeline.layout import RunFolder
+    from cryoiso.pipeline.plan import folder_stages
+    from cryoiso.pipeline.run import read_job
+
+    _, job = read_job(job_file)
+    return needs_of(Work(job, RunFolder(folder.absolute(), folder_stages(job)), comm), comm.size)
+
+
+def _folders(folder: Path, needs: Needs | None) -> list[tuple[str, Path]]:
+    scratch = getattr(needs.job.run, "scratch", "") if needs else ""
+    return [("run folder", folder), *([("scratch", Path(scratch))] if scratch else [])]
+
+
+def check_machine(work: Work) -> None:
+    """The quick part of the same before a run: warnings go to the log, one line each (collective).
+
+    Raises:
+        CryoisoError: the first error, with its exit code, before anything is written.
+    """
+    comm = work.comm
+    needs = on_root(comm, needs_of, work, comm.size)
+    found = judge(look(comm, _folders(work.folder.path, needs), thorough=False), needs)
+    if comm.rank == 0:
+        report.tell(found)
+    first = report.worst(found)
+    error = None
+    if first is not None and first.severity == report.ERROR:
+        error = CryoisoError(first.line())
+        error.exit_code = first.exit_code
+    agree(comm, error)

@@ -1,0 +1,135 @@
+"""What a run was done with: program, packages, processors, GPUs, MPI library, container and batch job."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cryoiso
+from cryoiso.parallel.context import Context
+
+PACKAGES = (
+    *("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib"),
+    *("pydantic", "typer"),
+)
+LABELS = Path("/.singularity.d/labels.json")
+"""Where Apptainer and Singularity keep the labels of an image, its build date among them."""
+SCHEDULERS: dict[str, dict[str, str]] = {
+    "Slurm": {
+        "job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "cluster": "SLURM_CLUSTER_NAME",
+        "partition": "SLURM_JOB_PARTITION", "name": "SLURM_JOB_NAME", "restarts": "SLURM_RESTART_COUNT",
+        "array_task": "SLURM_ARRAY_TASK_ID",
+    },
+    "PBS": {"job": "PBS_JOBID", "nodes": "PBS_NODEFILE", "partition": "PBS_QUEUE", "name": "PBS_JOBNAME"},
+    "LSF": {"job": "LSB_JOBID", "nodes": "LSB_HOSTS", "partition": "LSB_QUEUE", "name": "LSB_JOBNAME"},
+    "Flux": {"job": "FLUX_JOB_ID"},
+    "Grid Engine": {"job": "JOB_ID", "nodes": "PE_HOSTFILE", "partition": "QUEUE", "name": "JOB_NAME"},
+}  # fmt: skip
+"""Variables by which a batch system tells a job of itself; the first one with a job counts."""
+
+
+def describe(comm: Context, device: str) -> dict[str, Any]:
+    """Everything about the machine and the program that a start of a run notes (rank 0's is whole). Collective."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": package_versions(),
+        "git": git_state(Path(cryoiso.__file__).parent.parent) if comm.rank == 0 else {},
+        "container": container(),
+        "scheduler": batch_job(),
+        "ranks": comm.size,
+        "machine": comm.allgather({"host": comm.hostname, "cpu": cpu_model(), "device": device, **gpu(device)}),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        "mpi": comm.library(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that numbers may depend on; empty text for one that is not there."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def git_state(checkout: Path) -> dict[str, Any]:
+    """Commit of the checkout that the program runs from, and whether files differ from it; empty if there is none."""
+    if not (checkout / ".git").exists():
+        return {}
+    said = []
+    for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=20, check=True
+            )  # fmt: skip
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        said.append(done.stdout.strip())
+    return {"commit": said[0], "changed_files": len(said[1].splitlines())}
+
+
+def container(env: Mapping[str, str] | None = None, labels: Path = LABELS) -> dict[str, Any]:
+    """The container image that the program runs in; empty outside of one.
+
+    The image's SHA-256 is not made here, since that may take a minute; CRYOISO_IMAGE_DIGEST gives it at once.
+    """
+    env = os.environ if env is None else env
+    image = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER") or ""
+    digest = env.get("CRYOISO_IMAGE_DIGEST", "")
+    if not image and not digest:
+        kinds = {"/.dockerenv": "Docker", "/run/.containerenv": "Podman"}
+        return next(({"kind": kind} for file, kind in kinds.items() if Path(file).exists()), {})
+    facts: dict[str, Any] = {"kind": "Apptainer"} if image else {}
+    facts |= {key: value for key, value in (("image", image), ("digest", digest)) if value}
+    with suppress(OSError):
+        facts["bytes"] = os.stat(image).st_size
+    with suppress(OSError, ValueError):
+        facts["labels"] = json.loads(labels.read_text(encoding="utf-8"))
+    return facts
+
+
+def batch_job(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The batch job that the program runs in, as its batch system tells; empty outside of one."""
+    env = os.environ if env is None else env
+    for name, variables in SCHEDULERS.items():
+        if env.get(variables["job"]):
+            facts = {key: env[variable] for key, variable in variables.items() if env.get(variable)}
+            if "nodes" in facts and os.path.isfile(facts["nodes"]):
+                with suppress(OSError):
+                    lines = Path(facts["nodes"]).read_text(encoding="utf-8").splitlines()
+                    facts["nodes"] = ",".join(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+            return {"name_of_system": name, **facts}
+    return {}
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("model name", "cpu model")):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu(device: str) -> dict[str, Any]:
+    """Name, memory, driver and CUDA version of a rank's GPU; empty on a CPU."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    facts: dict[str, Any] = {"gpu": found.name, "gpu_GiB": round(found.total_memory / 2**30, 1)}
+    facts["cuda"] = str(torch.version.cuda or torch.version.hip or "")
+    with suppress(OSError):
+        facts["driver"] = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].strip()
+    return facts

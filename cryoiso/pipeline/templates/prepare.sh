@@ -1,0 +1,17 @@
+{% for module in modules %}
+module load {{ module }} || exit 69
+{% endfor %}
+{% for line in setup %}
+{{ line }}
+{% endfor %}
+{% if bin %}
+export PATH={{ bin|sh }}:"$PATH"
+{% endif %}
+{% for key, value in environment.items() %}
+export {{ key }}={{ value|sh }}
+{% endfor %}
+export OMP_NUM_THREADS={{ cpus_per_rank }}    # the last bits of a result depend on it: the same in every job of a run
+{% if not srun %}
+# Open MPI: a rank may use all cores of the job, not one alone
+export OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_policy=none
+{% endif %}

@@ -1,0 +1,97 @@
+"""What a run measures of itself for the next one's plan: ``timing.json`` in the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import CryoisoError
+from cryoiso.pipeline.estimate import Problem, problem_of
+from cryoiso.pipeline.hardware import describe
+from cryoiso.pipeline.layout import TIMING
+from cryoiso.pipeline.rates import built_in
+from cryoiso.pipeline.work import Work, write_json
+from cryoiso.pipeline.workload import Assumed, kind_of, stages
+
+logger = logging.getLogger("cryoiso")
+
+
+def note_timing(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
+    """Keeps what a stage that has just ended took (rank 0)."""
+    try:
+        _note(work, stage, seconds, cpu_seconds)
+    except Exception:  # numbers for a later plan must never end a run
+        logger.debug("no timing of %s", stage, exc_info=True)
+
+
+def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
+    device, problem = work.comm.device(), problem_of(work)
+    found = work.timing = work.timing or _read(work.folder.path / TIMING) or _new(work, problem, device)
+    if stage == "refine":
+        found["iterations"], found["nyquist_share"] = _course(work, problem)
+    assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
+    found["stages"][stage] = {
+        "kind": kind_of(stage),
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
+        "resumed": work.resume,
+        "work": stages(problem, work.comm.size, assumed, device)[stage],
+    }
+
+
+def save_timing(work: Work) -> None:
+    """Writes timing.json, when this process leaves the run."""
+    if work.timing is not None:
+        try:
+            write_json(work.folder.path / TIMING, work.timing)
+        except (OSError, CryoisoError):
+            logger.debug("no timing of this run", exc_info=True)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _new(work: Work, p: Problem, device: str) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "date": date.today().isoformat(),
+        "hardware": describe(device),
+        "device": device,
+        "ranks": work.comm.size,
+        "hosts": len(work.comm.nodes),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        "problem": {"particles": p.particles, "box_px": p.box_px, "symmetry": p.job.sample.symmetry,
+                    "workflow": p.job.run.workflow},
+        "iterations": None,
+        "nyquist_share": None,
+        "kernels": built_in(device).kernels,
+        "stages": {},
+    }  # fmt: skip
+
+
+def _course(work: Work, p: Problem) -> tuple[int | None, float | None]:
+    """Iterations of the first refinement, and the resolution of its search as a share of Nyquist's."""
+    found = _read(work.folder.stage("refine") / "refine.json") or {}
+    records = found.get("iterations") or []
+    if not records or "search_resolution_A" not in records[-1]:
+        return None, None
+    return len(records), min(1.0, 2 * p.pixel_size_A / records[-1]["search_resolution_A"])
+
+
+def predicted_stages(work: Work) -> dict[str, float | None]:
+    """Stage -> seconds by the built-in rates (rank 0); None where there is none for this device."""
+    try:
+        rates = built_in(work.comm.device())
+        found = stages(problem_of(work), work.comm.size, Assumed(), work.comm.device())
+    except Exception:
+        logger.debug("no plan of this run", exc_info=True)
+        return {}
+    return {name: rates.seconds(kind_of(name), units) for name, units in found.items()}

@@ -1,0 +1,135 @@
+"""What a result folder needs for EMDB and EMPIAR beside the maps: a picture, a methods text, and what goes where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cryoiso import __version__
+from cryoiso.core.types import DensityMap
+from cryoiso.io.atomic import atomic_write, write_text
+from cryoiso.io.mrc import read_map
+from cryoiso.report.collect import collect
+from cryoiso.report.methods import final_counts, methods, warnings, workflow
+from cryoiso.report.surface import contour_level, surface_png
+from cryoiso.report.words import number, section
+
+IMAGE, METHODS, CONTENTS, DEPOSITION = "image_500x500.png", "METHODS.md", "CONTENTS.md", "deposition.json"
+PRIMARY = "map_weighted.mrc"
+"""The map that is recommended as an entry's primary one."""
+Row = tuple[str, str, str]
+ROLES: tuple[Row, ...] = (
+    (PRIMARY, "EMDB: primary map",
+     "mean of the half-maps, every shell weighted by their FSC, nothing beyond the resolution; not masked, not "
+     "sharpened by a B-factor, no network"),
+    ("half1.mrc", "EMDB: half map 1", "as reconstructed: not masked, filtered or sharpened, touched by no network"),
+    ("half2.mrc", "EMDB: half map 2", "the same of the other half-set"),
+    ("mask.mrc", "EMDB: mask", "the mask of the FSC (not applied to any map)"),
+    ("map.mrc", "EMDB: additional map", "plain mean of the half-maps, to sharpen it as you like"),
+    ("additional_corrected_map.mrc", "EMDB: additional map",
+     "**network-corrected**: missing directions were filled in; no half-map, no resolution; its MRC label says so"),
+    ("additional_measured.mrc", "EMDB: additional map, or not at all",
+     "voxel by voxel, the share (0 to 1) of the corrected map's local power that was measured; not a density"),
+    ("fsc.xml", "EMDB: FSC curve",
+     "of the half-maps, corrected for the mask; the resolution is read from this curve"),
+    ("fsc_unmasked.xml", "EMDB: FSC curve, or not at all", "of the half-maps without a mask"),
+    (IMAGE, "EMDB: image of the map", f"surface of {PRIMARY} at the contour level below, z upwards"),
+    ("particles.star", "EMPIAR: beside the particle stacks",
+     "every particle with its last pose, RELION format; image names are those of the input, so deposit the stacks "
+     "under these names"),
+    (METHODS, "the paper; EMDB: image processing", "methods text with the parameters really used, and references"),
+    (DEPOSITION, "for programs", "the numbers of this page"),
+    (CONTENTS, "-", "this page"),
+    ("SHA256SUMS", "EMPIAR: beside the files", "checksums; `sha256sum -c SHA256SUMS` checks them"),
+)  # fmt: skip
+"""Name, where it goes, what it is."""
+
+
+def deposit(folder: Path) -> None:
+    """Writes picture, METHODS.md, CONTENTS.md and deposition.json into the result folder of a run folder.
+
+    Everything follows from the run's files: the same run gives the same bytes.
+
+    Raises:
+        InputError: not a run folder, or a file of it cannot be read.
+    """
+    result = folder / "result"
+    data = collect(folder)
+    density, mask = read_map(result / PRIMARY), read_map(result / "mask.mrc")
+    levels = {
+        name: contour_level(read_map(result / name), mask.data)
+        for name in (PRIMARY, "map.mrc", "half1.mrc", "half2.mrc", "additional_corrected_map.mrc")
+        if (result / name).exists()
+    }
+    with atomic_write(result / IMAGE) as stream:
+        stream.write(surface_png(density, levels[PRIMARY], mask.data))
+    write_text(result / METHODS, methods(data))
+    present = [row for row in ROLES if (result / row[0]).exists() or row[0] in (CONTENTS, DEPOSITION, "SHA256SUMS")]
+    facts = _facts(data, density, levels, present)
+    write_text(result / DEPOSITION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    write_text(result / CONTENTS, _contents(facts, present, data))
+
+
+def _facts(data: dict[str, Any], density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:
+    d, counts = data["diagnose"], final_counts(data)
+    return {
+        "schema": 1,
+        "program": f"cryoiso {__version__}",
+        "workflow": workflow(data),
+        "primary_map": PRIMARY,
+        "resolution_A": number(d, "resolution_0143_A"),
+        "resolution_criterion": "FSC 0.143, half-maps, corrected for the mask",
+        "symmetry": section(data["job"], "sample").get("symmetry"),
+        "particles_given": data["ingest"].get("particles"),
+        "particles_in_maps": sum(counts) or None,
+        "half_counts": counts,
+        "box_px": density.box_px,
+        "pixel_size_A": round(density.pixel_size_A, 6),
+        "contour_levels": {name: float(f"{level:.4g}") for name, level in levels.items()},
+        "warnings": warnings(data),
+        "files": {name: {"goes_to": role.replace("**", ""), "is": what.replace("**", "")} for name, role, what in rows},
+    }
+
+
+def _contents(facts: dict[str, Any], rows: list[Row], data: dict[str, Any]) -> str:
+    table = ["| file | goes to | what it is |", "|---|---|---|"]
+    table += [f"| `{name}` | {role} | {what} |" for name, role, what in rows]
+    levels = ["| map | contour level to begin with |", "|---|---|"]
+    levels += [f"| `{name}` | {level:g} |" for name, level in facts["contour_levels"].items()]
+    known = f"{facts['resolution_A']:.2f} Å, {facts['resolution_criterion']}" if facts["resolution_A"] else "not known"
+    asked = [
+        f"- Resolution: {known}",
+        f"- Particles used in the final reconstruction: {facts['particles_in_maps'] or 'not known'}",
+        f"- Point symmetry: {facts['symmetry']}",
+        f"- Voxel: {facts['pixel_size_A']:g} Å in each direction; box {facts['box_px']}; origin 0, axes x, y, z",
+    ]
+    parts = [
+        "# What is in this folder, and where it goes", "\n".join(table),
+        "EMDB asks for the primary map, both half-maps, and an image of 500 x 500 pixels; mask, FSC and additional "
+        "maps are "
+        "welcome. All maps here lie on one grid.",
+        "## What EMDB asks", "\n".join(asked), "\n".join(levels),
+        "Contour levels lie half way between solvent and the densest fifth of the particle. Look at each map and "
+        "change "
+        "them to what shows the particle.",
+        "## Which map is the primary one", _primary(facts),
+    ]  # fmt: skip
+    if facts["warnings"]:
+        parts += ["## To be said with the entry", "\n".join(f"- {text}" for text in facts["warnings"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _primary(facts: dict[str, Any]) -> str:
+    text = (
+        f"`{PRIMARY}`: the resolution, the figures and the diagnosis of this run are about it, nothing in it lies "
+        "beyond that resolution, and it follows from the half-maps by one radial weight that `fsc.xml` tells. "
+        "`map.mrc` keeps the noise beyond the resolution; it is the mean that anybody can make of the half-maps. If "
+        "you built your model into a map that you sharpened yourself, that one is the primary map: deposit it instead, "
+        f"with its B-factor, and `{PRIMARY}` as an additional map."
+    )
+    if "additional_corrected_map.mrc" in facts["contour_levels"]:
+        text += " The corrected map is never the primary one: part of it was not measured, and no resolution belongs "
+        text += "to it. "
+        text += "Where a figure or a model rests on it, deposit it as an additional map and say so."
+    return text

@@ -1,0 +1,463 @@
+"""Batch scripts: every template filled, the scripts' own logic in bash, sites' templates, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from pipeline_helper import cryoiso_here
+
+from cryoiso.core.config import LaunchSection, job_to_toml, parse_job
+from cryoiso.core.errors import EXIT_INPUT, EXIT_MISSING, EXIT_REQUEUE, EXIT_USAGE, CryoisoError, UsageError
+from cryoiso.parallel import launcher
+from cryoiso.pipeline import launch, launch_mpi, launch_submit
+from cryoiso.pipeline.launch_templates import OWN
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEDULERS = ("slurm", "pbs", "lsf", "mpirun")
+FULL = {
+    "nodes": 2, "gpus": 4, "gpu_type": "a100", "ranks_per_node": 4, "cpus_per_rank": 8, "ram_gb": 64.5,
+    "time": "1-12:30:00", "grace_s": 240, "account": "lab7", "queue": "gpu", "modules": ["cuda/12", "openmpi"],
+    "setup": ["source env.sh", "ulimit -n 4096"], "name": "my run", "mpirun": "mpirun -n {ranks} -ppn {ranks_per_node}",
+    "mpi": "mpirun",
+}  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path) -> Path:
+    """A job file whose inputs exist, in a folder with a blank in its name."""
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    for name in ("particles.star", "ref.mrc"):
+        (folder / name).write_text("")
+    path = folder / "job.toml"
+    path.write_text('[particles]\nfile = "particles.star"\n[reference]\nfile = "ref.mrc"\n')
+    return path
+
+
+def script(job: Path, chain: bool = False, **given) -> str:
+    known = launch.read_launch(job, {"mpi": "mpirun", **given})
+    made = launch.scripts_of(known, job, job.with_name("run"), job.with_name("go.sh"), chain)
+    return made[-1].text
+
+
+def check_bash(text: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"\{\{|\{%|XXX\w+XXX|None|Undefined", text), text
+
+
+# --- this program's templates
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("given", [{}, FULL, {"image": "cryoiso.sif", "gpus": 1}, {"requeue": False}])
+def test_every_template_is_filled_and_is_bash(scheduler, given, job):
+    text = script(job, scheduler=scheduler, **given)
+    check_bash(text)
+    assert f"'{job}' --out '{job.with_name('run')}' --continue" in text
+    if given is FULL:
+        assert "module load cuda/12" in text and "ulimit -n 4096" in text and "export OMP_NUM_THREADS=8" in text
+        assert "mpirun -n 8 -ppn 4" in text
+        if scheduler != "mpirun":
+            assert "lab7" in text and "my-run" in text and "my run" not in text
+
+
+@pytest.mark.parametrize(
+    "scheduler, lines",
+    [
+        ("slurm", ["--nodes=2", "--ntasks-per-node=4", "--cpus-per-task=8", "--gres=gpu:a100:4", "--mem=64500M",
+                   "--time=36:30:00", "--partition=gpu", "--signal=B:USR1@240", "--requeue", "--open-mode=append"]),
+        ("pbs", ["select=2:ncpus=32:mpiprocs=4:ompthreads=8:ngpus=4:gpu_type=a100:mem=64500mb", "-l walltime=36:30:00",
+                 "-A lab7", "-q gpu", "-r y", "sleep 131160 "]),
+        ("lsf", ["-n 64", 'span[ptile=32]', 'num=4:mode=shared:j_exclusive=yes:gmodel=a100"', "-W 36:30", "-P lab7",
+                 "-q gpu", "-wa USR1", "-wt 4", '-Q "75"', "mem=64500MB"]),
+        ("mpirun", ["again || break"]),
+    ],
+)  # fmt: skip
+def test_what_is_asked_of_the_batch_system(scheduler, lines, job):
+    text = script(job, scheduler=scheduler, **FULL)
+    for line in lines:
+        assert line in text, line
+    once = script(job, scheduler=scheduler, requeue=False)
+    assert not re.search(r"scontrol requeue|qrerun|-Q \"75\"|if again|again \|\||--requeue|-r y", once)
+
+
+def test_extra_lines_get_the_word_of_the_scheduler_once(job):
+    text = script(job, extra=["--qos=long", "#SBATCH --exclusive"])
+    assert "\n#SBATCH --qos=long\n#SBATCH --exclusive\n" in text
+
+
+def test_an_image_sees_the_folders_of_the_run_and_gpus_where_there_are_any(job):
+    (text,) = re.findall(r"^.*apptainer exec.*$", script(job, image="x.sif", gpus=2), flags=re.MULTILINE)
+    assert "apptainer exec --nv --bind" in text and f"'{job.parent}/x.sif' cryoiso run" in text
+    assert f"--bind '{job.parent}'" in text, "one folder holds the job, its inputs and the run"
+    assert "--nv" not in script(job, image="x.sif")
+    own = script(job, image="docker://a/b", image_command="singularity exec --rocm")
+    assert "singularity exec --rocm --bind" in own and " docker://a/b cryoiso" in own
+    assert "srun --mpi=pmix --ntasks=4" in script(job, image="x.sif", mpi="auto")
+
+
+def test_one_rank_needs_no_launcher(job):
+    assert "mpirun -n" not in script(job, ranks_per_node=1)
+    assert "srun --mpi=pmix --ntasks=1" in script(job, ranks_per_node=1, mpi="pmix")
+
+
+@pytest.mark.parametrize(
+    "library, knows, expected",
+    [
+        ("Open MPI v5.0.1, x", "none pmi2 pmix", "srun --mpi=pmix"),
+        ("MPICH 5.0.2", "none pmi2 pmix", "srun --mpi=pmi2"),
+        ("MPICH 5.0.2", "none pmix", "mpirun -n 8 -ppn 4"),
+        ("Open MPI v4", "none", "mpirun -n 8 --map-by ppr:4:node"),
+        ("Intel(R) MPI Library 2021", "none pmi2 pmix", "mpirun -n 8 -ppn 4"),
+        ("MPICH 4", "", "srun --mpi=pmi2"),
+    ],
+)
+def test_the_library_decides_how_ranks_are_started(library, knows, expected, job, monkeypatch):
+    monkeypatch.setattr(launch_mpi, "probe_mpi", lambda: {"library": library})
+    monkeypatch.setattr(launch_mpi, "_srun_knows", lambda: set(knows.split()))
+    assert expected in script(job, mpi="auto", nodes=2, ranks_per_node=4)
+
+
+def test_without_a_library_the_question_is_asked(job, monkeypatch):
+    monkeypatch.setattr(launch_mpi, "probe_mpi", lambda: {"error": "cannot load MPI library"})
+    with pytest.raises(CryoisoError, match=r"set launch\.mpi") as caught:
+        script(job, mpi="auto")
+    assert caught.value.exit_code == EXIT_MISSING
+    script(job, mpi="pmix")
+
+
+def test_a_chain_is_two_scripts(job):
+    known = launch.read_launch(job, {"mpi": "pmix", "gpus": 4, "queue": "gpu", "cpu_queue": "cpu", "cpu_ranks": 6})
+    first, second = launch.scripts_of(known, job, job.with_name("run"), job.with_name("go.sh"), True)
+    assert (first.path.name, second.path.name) == ("go-ingest.sh", "go.sh")
+    assert "--until reference" in first.text and "--until" not in second.text
+    assert "gres" not in first.text and "--partition=cpu" in first.text and "--ntasks=6" in first.text
+    assert "--gres=gpu:4" in second.text and "--partition=gpu" in second.text
+    check_bash(first.text)
+    for scheduler, words in (("slurm", "--dependency=afterok:7 --kill-on-invalid-dep=yes"), ("lsf", "-w done(7)"),
+                             ("pbs", "-W depend=afterok:7")):  # fmt: skip
+        assert words in " ".join(launch_submit.submit_command(scheduler, Path("x"), "7"))
+    with pytest.raises(UsageError, match="needs a batch system"):
+        script(job, chain=True, scheduler="mpirun")
+
+
+# --- what the scripts do, in bash
+
+
+PROGRAM = """#!/bin/bash
+echo "$*" >> calls
+read -r code rest < plan; sed -i 1d plan; mkdir -p run
+[ -n "$rest" ] && echo "{\\"event\\": \\"$rest\\"}" >> run/journal.jsonl
+if [ "$code" = wait ]; then trap 'exit 75' USR1; touch ready; while :; do sleep 0.1; done; fi
+exit "$code"
+"""
+
+
+def in_bash(job: Path, scheduler: str, plan: str, **given) -> subprocess.Popen:
+    """Starts a script whose program follows a plan: a line of exit status and journal event for every start.
+
+    The stand-ins of scontrol and qrerun end the script that calls them, as a requeue does.
+    """
+    folder = job.parent
+    (folder / "plan").write_text(plan)
+    (folder / "prog").write_text(PROGRAM)
+    for name in ("scontrol", "qrerun", "qsub"):
+        tool = folder / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        end = "(sleep 0.5; kill -TERM -- -$PPID) > /dev/null 2>&1 &" if name != "qsub" else ""
+        tool.write_text(f'#!/bin/bash\necho "{name} $*" >> asked\n[ -e "{name}.fails" ] && exit 1\n{end}\nexit 0\n')
+        tool.chmod(0o755)
+    (folder / "go.sh").write_text(
+        script(job, scheduler=scheduler, program=f"bash '{folder}/prog'", ranks_per_node=1, **given)
+    )
+    env = {"PATH": f"{folder}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "5", "PBS_JOBID": "5.host", "PBS_NODEFILE": "plan"}
+    return subprocess.Popen(["bash", "go.sh"], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=True)  # fmt: skip
+
+
+def asked(job: Path) -> list[str]:
+    file = job.with_name("asked")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 65, 69])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_other_statuses_are_passed_on(code, scheduler, job):
+    process = in_bash(job, scheduler, f"{code} end\n")
+    process.communicate(timeout=60)
+    assert process.returncode == code and asked(job) == []
+
+
+def test_75_asks_for_a_requeue(job):
+    process = in_bash(job, "slurm", "75 checkpoint\n")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM, "the script waits for Slurm to end it"
+    assert asked(job) == ["scontrol requeue 5"] and "queued again" in out
+    (job.parent / "scontrol.fails").write_text("yes")
+    process = in_bash(job, "slurm", "75 checkpoint\n")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE and "submit the same script again" in out
+
+
+def test_pbs_asks_and_if_that_is_not_allowed_submits_again(job):
+    (job.parent / "qrerun.fails").write_text("yes")
+    process = in_bash(job, "pbs", "75 checkpoint\n")
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE
+    assert asked(job) == ["qrerun 5.host", f"qsub {job.with_name('go.sh')}"]
+    assert "goes on from its last checkpoint" in (job.parent / "run-5.log").read_text()
+
+
+def test_pbs_script_is_its_own_alarm_clock(job):
+    """62 s of wall-time, 61 of them reserved: the signal comes after one second."""
+    (job.parent / "qrerun.fails").write_text("yes")
+    process = in_bash(job, "pbs", "wait checkpoint\n", time="00:01:02", grace_s=61)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE and len(asked(job)) == 2
+
+
+def test_lsf_leaves_the_requeue_to_lsf(job):
+    process = in_bash(job, "lsf", "75 checkpoint\n")
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE
+    process = in_bash(job, "lsf", "75 stop\n")
+    (job.parent / "run/journal.jsonl").write_text('{"event": "stop"}\n' * 2)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "got no further" in out
+
+
+def test_mpirun_goes_on_until_the_run_is_done_or_gets_no_further(job):
+    process = in_bash(job, "mpirun", "75 checkpoint\n75 stop\n75 stop\n0 end\n")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    calls = job.with_name("calls").read_text().splitlines()
+    assert len(calls) == 4 and len(set(calls)) == 1 and calls[0].endswith("--continue")
+    process = in_bash(job, "mpirun", "75 stop\n" * 9)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE
+    assert len(job.with_name("plan").read_text().splitlines()) == 6, "three starts that got no further"
+    assert "got no further" in (job.parent / "run.log").read_text()
+
+
+@pytest.mark.parametrize("number, again", [("USR1", 1), ("TERM", 0)])
+def test_signals_reach_the_program_and_only_usr1_asks_for_a_requeue(number, again, job):
+    process = in_bash(job, "slurm", "wait checkpoint\n")
+    while not job.with_name("ready").exists():
+        assert process.poll() is None
+    subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)
+    process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGTERM if again else EXIT_REQUEUE) and len(asked(job)) == again
+
+
+# --- templates of sites
+
+CRYOSPARC = """#!/usr/bin/env bash
+#SBATCH --job-name=cryosparc_{{ project_uid }}_{{ job_uid }}
+#SBATCH --cpus-per-task={{ num_cpu }}
+#SBATCH --gres=gpu:{{ num_gpu }}
+#SBATCH --mem={{ (ram_gb*1000)|int }}M
+#SBATCH --output={{ job_log_path_abs }}
+{%- if num_gpu == 0 %}
+#SBATCH --partition=cpu
+{%- else %}
+#SBATCH --partition={{ lane | default("gpu") }}
+{%- endif %}
+echo {{ cryosparc_username }} {{ job_creator }} {{ job_type }}
+echo {{ job_dir_abs }} {{ project_dir_abs }} {{ script_path_abs }}
+{{ run_cmd }}
+"""
+RELION = """#!/bin/bash
+#SBATCH --ntasks=XXXmpinodesXXX
+#SBATCH --nodes=XXXnodesXXX --cpus-per-task=XXXthreadsXXX
+#SBATCH --partition=XXXqueueXXX
+#SBATCH --error=XXXerrfileXXX --output=XXXoutfileXXX
+#SBATCH --job-name=XXXnameXXX
+#SBATCH --mem=XXXextra1XXX
+echo XXXcoresXXX XXXdedicatedXXX
+mpirun -n XXXmpinodesXXX XXXcommandXXX
+"""
+
+
+def site(job: Path, text: str, **given) -> str:
+    job.with_name("site.sh").write_text(text)
+    return script(job, template="site.sh", **given)
+
+
+def test_a_cryosparc_script_is_filled(job):
+    text = site(job, CRYOSPARC, gpus=2, ram_gb=24, cpus_per_rank=3)
+    check_bash(text)
+    assert "--mem=24000M" in text and "--cpus-per-task=6" in text and "gpu:2" in text and "--partition=gpu" in text
+    assert re.search(r"^mpirun -n 2 \S+ run '.*' --out '.*' --continue$", text, flags=re.MULTILINE)
+    assert "--partition=cpu" in site(job, CRYOSPARC, ram_gb=1)
+    assert "--partition=big" in site(job, CRYOSPARC, ram_gb=1, gpus=1, variables={"lane": "big"})
+    text = site(job, "#!/bin/bash\n{{ worker_bin_path }} run {{ run_args }} > {{ job_log_path_abs }} 2>&1\n")
+    assert re.search(r"^mpirun -n 4 \S+ run '.*job.toml' --out", text, flags=re.MULTILINE)
+
+
+def test_a_relion_script_is_filled(job):
+    text = site(job, RELION, nodes=2, ranks_per_node=3, cpus_per_rank=2, queue="big", variables={"extra1": "8gb"})
+    check_bash(text)
+    for part in ("--ntasks=6", "--nodes=2 --cpus-per-task=2", "--partition=big", "--mem=8gb", "echo 12 6"):
+        assert part in text
+    assert re.search(r"^mpirun -n 6 \S+ run ", text, flags=re.MULTILINE) and text.count("mpirun") == 1
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_copy_of_our_template_is_a_site_template(scheduler, job):
+    text = site(job, (OWN / f"{scheduler}.sh").read_text() + "# ours\n", scheduler=scheduler, gpus=2)
+    check_bash(text)
+    assert "--continue" in text and text.endswith("# ours\n")
+
+
+@pytest.mark.parametrize(
+    "text, given, words",
+    [
+        ("#!/bin/bash\n# x\necho {{ run_comd }}\n{{ run_cmd }}\n", {}, ["row 3", "{{ run_comd }}", "'run_cmd'"]),
+        ("#!/bin/bash\nXXXcommandXXX XXXextra2XXX\n", {}, ["row 2", "XXXextra2XXX", "--set extra2=", "mpinodes"]),
+        ("{{ run_cmd }}\n#SBATCH --mem={{ ram_gb }}\n", {}, ["row 2", "launch.ram_gb"]),
+        ("{{ run_cmd }}\n{{ (ram_gb*1000)|int }}\n", {}, ["row 2", "launch.ram_gb"]),
+        ("{{ run_cmd }}\n{% if %}\n", {}, ["row 2", "cannot be filled"]),
+        ("{{ run_cmd }}\n{{ ''.__class__.__mro__ }}\n", {}, ["cannot be filled", "unsafe"]),
+        ("#!/bin/bash\necho {{ num_gpu }}\n", {}, ["where cryoiso is to be started"]),
+        ("#!/bin/bash\necho hello\n", {}, ["where cryoiso is to be started"]),
+        ("{{ run_cmd }} XXXcommandXXX\n", {}, ["two kinds"]),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_one_clear_error(text, given, words, job):
+    job.with_name("site.sh").write_text(text)
+    done = cryoiso_here("launch", job, "--mpi", "mpirun", "--template", job.with_name("site.sh"))
+    assert done.returncode == EXIT_INPUT and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+    for word in ["site.sh", *words]:
+        assert word in done.stderr, done.stderr
+
+
+def test_a_one_node_template_refuses_two_nodes(job):
+    with pytest.raises(UsageError, match="one node"):
+        site(job, "{{ run_cmd }}\n", nodes=2)
+
+
+# --- the command
+
+
+def test_out_writes_and_does_not_overwrite(job):
+    out = job.with_name("go.sh")
+    words = ("launch", job, "--mpi", "pmix", "--out", out)
+    done = cryoiso_here(*words)
+    assert done.returncode == 0 and "sbatch --parsable" in done.stdout, done.stderr
+    check_bash(out.read_text())
+    text = out.read_text()
+    again = cryoiso_here(*words, "--gpus", 3)
+    assert again.returncode == EXIT_USAGE and "--overwrite" in again.stderr and out.read_text() == text
+    assert cryoiso_here(*words, "--gpus", 3, "--overwrite").returncode == 0 and "gpu:3" in out.read_text()
+
+
+def test_options_go_before_the_job_file(job):
+    job.write_text(job.read_text() + '[launch]\nnodes = 3\nqueue = "q1"\nmpi = "pmix"\nsetup = ["a", "b\\"c"]\n')
+    done = cryoiso_here("launch", job, "--queue", "q2", "--module", "m1", "--module", "m2")
+    assert done.returncode == 0, done.stderr
+    assert "--nodes=3" in done.stdout and "partition=q2" in done.stdout and '\nb"c\n' in done.stdout
+    assert "module load m1" in done.stdout and "module load m2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (["--scheduler", "oar"], EXIT_USAGE, "oar"),
+        (["--time", "soon"], EXIT_USAGE, "launch.time"),
+        (["--time", "00:04:00"], EXIT_USAGE, "launch.grace_s"),
+        (["--scheduler", "pbs", "--mpi", "pmix"], EXIT_USAGE, "srun"),
+        (["--scheduler", "mpirun", "--submit"], EXIT_USAGE, "bash"),
+        (["--mpirun", "mpirun -n {cores}", "--mpi", "mpirun"], EXIT_USAGE, "launch.mpirun"),
+        (["--template", "none.sh"], EXIT_INPUT, "none.sh"),
+        (["--set", "extra1"], EXIT_USAGE, "KEY=VALUE"),
+    ],
+)
+def test_wrong_settings_are_refused_with_one_sentence(words, code, said, job):
+    done = cryoiso_here("launch", job, *([] if "--mpi" in words else ["--mpi", "mpirun"]), *words)
+    assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
+    assert sorted(path.name for path in job.parent.iterdir()) == ["job.toml", "particles.star", "ref.mrc"]
+
+
+def test_an_input_that_is_not_there_is_found_before_the_queue(job):
+    job.with_name("ref.mrc").unlink()
+    done = cryoiso_here("launch", job, "--mpi", "pmix", "--submit")
+    assert done.returncode == EXIT_INPUT and "ref.mrc" in done.stderr
+
+
+def test_submit_prints_the_numbers_of_the_jobs(job, tmp_path, monkeypatch):
+    """Stand-ins for the batch systems' programs, which answer as the real ones do."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    answers = {"sbatch": "41;cluster", "qsub": "41.server", "bsub": "Job <41> is submitted to queue <normal>."}
+    for name, answer in answers.items():
+        (tools / name).write_text(f'#!/bin/bash\necho "$*" >> {tools}/words\ncat > {tools}/stdin\necho "{answer}"\n')
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    for scheduler, number in (("slurm", "41"), ("pbs", "41.server"), ("lsf", "41")):
+        done = cryoiso_here("launch", job, "--scheduler", scheduler, "--mpi", "mpirun", "--submit", "--chain")
+        assert done.returncode == 0 and done.stdout.split() == [number, number], done.stderr
+    assert "#BSUB" in (tools / "stdin").read_text(), "LSF reads the script from its standard input"
+    assert "-w done(41)" in (tools / "words").read_text()
+    (tools / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
+    done = cryoiso_here("launch", job, "--mpi", "mpirun", "--submit")
+    assert done.returncode == 1 and "Invalid account" in done.stderr and done.stdout == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = cryoiso_here("launch", job, "--scheduler", "pbs", "--mpi", "mpirun", "--submit")
+    assert done.returncode == EXIT_MISSING and "qsub" in done.stderr
+
+
+# --- the section, and where the templates are
+
+
+def test_the_section_survives_the_resolved_job_file():
+    facts = {"setup": ['say "hi"', "a\\b"], "variables": {"extra1": "8gb", "n": 3}, "modules": []}
+    job = parse_job({"particles": {"file": "a"}, "reference": {"file": "b"}, "launch": facts})
+    again = parse_job(tomllib.loads(job_to_toml(job)))
+    assert again == job and again.launch.variables == {"extra1": "8gb", "n": 3}
+    assert all(info.description for info in LaunchSection.model_fields.values())
+
+
+def test_wall_times():
+    found = [launch.seconds_of(text) for text in ("1-02:00:00", "00:30:00", "48:00", "100:00:01")]
+    assert found == [93600, 1800, 172800, 360001]
+    for wrong in ("", "5", "1:2:3", "00:00:00", "1d"):
+        with pytest.raises(UsageError, match=r"launch\.time"):
+            launch.seconds_of(wrong)
+
+
+def test_the_launch_folder_leads_to_the_templates():
+    for name in SCHEDULERS:
+        assert (ROOT / "launch" / "templates" / f"{name}.sh").resolve() == OWN / f"{name}.sh"
+    assert "cryoiso launch" in (ROOT / "launch" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_installed_package_has_the_templates(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".git", ".venv", "build", "demo"))
+    words = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, "."]
+    done = subprocess.run(words, cwd=tmp_path / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [path.name for path in OWN.glob("*.sh") if f"cryoiso/pipeline/templates/{path.name}" not in names] == []
+
+
+def test_doubt_about_srun_and_the_library():
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+    assert "--mpi=pmix" in launcher.doubt("Open MPI v4.1.4, x", step)
+    assert "wants pmi2" in launcher.doubt("MPICH 5", {**step, "PMIX_RANK": "0"})
+    assert "wants pmix" in launcher.doubt("Open MPI v5", {**step, "PMI_RANK": "0"})
+    fine = [("Open MPI v5", {**step, "PMIX_RANK": "0"}), ("MPICH 5", {**step, "PMI_RANK": "0"}),
+            ("MPICH 5", step), ("Cray MPICH", step), ("Open MPI v5", {}),
+            ("Open MPI v4", {**step, "OMPI_COMM_WORLD_SIZE": "2"})]  # fmt: skip
+    assert [launcher.doubt(*case) for case in fine] == [""] * len(fine)

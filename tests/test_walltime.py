@@ -1,0 +1,272 @@
+"""The job's end: finding it, foreseeing whether the run fits, and stopping with a checkpoint before it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi_helper import run_mpi
+from pipeline_helper import cryoiso, hash_files, simulate, write_job
+
+from cryoiso.core.config import RefineSection
+from cryoiso.core.errors import EXIT_REQUEUE, Interrupted
+from cryoiso.core.progress import Board
+from cryoiso.parallel import signals
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline import forecast, hashing
+from cryoiso.pipeline.forecast import Forecast, requeues
+from cryoiso.pipeline.journal import read_journal
+from cryoiso.pipeline.run import resume_run, run_job
+from cryoiso.pipeline.walltime import End, job_end
+from cryoiso.refine.iterate import Refinement
+from cryoiso.refine.schedule import EXPECTED_ITERATIONS, expected_iterations
+
+NOON = time.mktime((2026, 3, 1, 12, 0, 0, 0, 0, -1))
+
+
+@pytest.fixture(autouse=True)
+def quiet_signals():
+    yield
+    signals.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A small set for the real engine."""
+    return simulate(tmp_path_factory.mktemp("data")).parent
+
+
+# --- who knows the end
+
+
+@pytest.mark.parametrize(
+    "env, answers, end, source",
+    [
+        ({"CRYOISO_END_TIME": "1000", "SLURM_JOB_END_TIME": "2000"}, {}, 1000.0, "CRYOISO_END_TIME"),
+        ({"SLURM_JOB_END_TIME": "2000", "SLURM_JOB_ID": "7"}, {}, 2000.0, "SLURM_JOB_END_TIME"),
+        ({"SLURM_JOB_ID": "7"}, {"squeue": "2026-03-01T12:00:00\n"}, NOON, "squeue"),
+        ({"SLURM_JOB_ID": "7"}, {"squeue": "N/A", "scontrol": " X EndTime=2026-03-01T12:00:00 Y"}, NOON, "scontrol"),
+        ({"PBS_JOBID": "7"}, {"qstat": "  Walltime.Remaining = 300\n"}, 5300.0, "qstat"),
+        ({"PBS_JOBID": "7"}, {"qstat": " Resource_List.walltime = 01:00:00\n stime = Sun Mar  1 11:00:00 2026\n"}, NOON,
+         "qstat"),
+        ({"LSB_JOBID": "7"}, {"bjobs": "1:30 L\n"}, 5000.0 + 5400, "bjobs"),
+    ],
+)  # fmt: skip
+def test_the_end_is_found(env, answers, end, source):
+    found = job_end(env, lambda command: answers.get(command[0], ""), 5000.0)
+    assert found == End(end, source)
+
+
+@pytest.mark.parametrize(
+    "env", [{}, {"SLURM_JOB_ID": "7"}, {"PBS_JOBID": "7"}, {"LSB_JOBID": "7"}, {"CRYOISO_END_TIME": "?"}]
+)
+def test_nobody_knows_the_end(env):
+    assert job_end(env, lambda command: "UNLIMITED", 5000.0) is None
+
+
+def test_a_batch_system_that_hangs_is_left_alone(tmp_path, monkeypatch):
+    from cryoiso.pipeline import walltime
+
+    monkeypatch.setattr(walltime, "ASK_S", 0.3)
+    for name in ("squeue", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\nexec sleep 60\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert job_end({"SLURM_JOB_ID": "7"}) is None
+
+
+# --- looking ahead
+
+
+def at_half(piece: int = 2, pieces: int = 10, spent: float = 100.0, share: float = 0.5) -> Board:
+    """A stage in which a piece takes 200 s, half of it done."""
+    now = time.monotonic()
+    return Board("refine", now - 600, "iteration 2, half 1", int(100 * share), 100, piece, pieces, now - spent, now)
+
+
+def test_what_is_left_follows_from_the_running_piece():
+    assert at_half().left_s() == pytest.approx(100 + 7 * 200, abs=2)
+    early = at_half(share=0.0)
+    assert early.left_s() is None
+    early.piece_s = 200.0
+    assert early.left_s() == pytest.approx(100 + 7 * 200, abs=2)
+
+
+def test_pieces_and_lines_are_counted():
+    board = Board()
+    board.begin("refine")
+    board.expect(0, 4)
+    board.note("a", 3, 10)
+    assert (board.done, board.total, board.pieces) == (3, 10, 4)
+    board.expect(1, 4)
+    assert board.piece == 1 and board.piece_s >= 0
+    board.end()
+    assert "refine" in board.work_s and board.stage == ""
+
+
+def test_expected_iterations_never_say_that_it_is_over():
+    settings = RefineSection()
+    assert expected_iterations(0, settings) == EXPECTED_ITERATIONS and expected_iterations(20, settings) == 22
+    assert expected_iterations(24, settings) == 25
+    assert expected_iterations(1, RefineSection(max_iterations=2)) == 2
+
+
+@pytest.mark.parametrize("end_in, again", [(4000.0, 0), (1000.0, 1), (500.0, 3)])
+def test_a_run_that_does_not_fit_is_foretold(caplog, end_in, again):
+    caplog.set_level(logging.INFO, "cryoiso")
+    logging.getLogger("cryoiso").propagate = True
+    told = []
+    now = 1e9
+    ahead = Forecast(
+        at_half(), End(now + end_in, "test"), 120.0, lambda stage: 300.0, lambda **facts: told.append(facts),
+        lambda why: None, job_began=now,
+    )  # fmt: skip
+    ahead.look(now, 10.0)
+    assert told == []  # too early to say
+    ahead.look(now, 600.0)
+    (facts,) = told
+    assert facts["requeues"] == again and facts["stage"] == "refine" and facts["run_ends"] > facts["stage_ends"]
+    assert ("its time will not do" in caplog.text) == bool(again)
+    ahead.look(now + 1, 601.0)
+    assert len(told) == 1  # nothing new
+
+
+def test_time_to_stop_is_before_the_end_by_margin_and_longest_step():
+    asked = []
+    board = at_half()
+    board.longest_s = 30.0
+    ahead = Forecast(board, End(10_000.0, "test"), 120.0, lambda stage: None, stop=asked.append)
+    ahead.look(10_000.0 - 151, 0.0)
+    assert asked == []
+    ahead.look(10_000.0 - 149, 0.0)
+    ahead.look(10_000.0 - 100, 0.0)
+    assert len(asked) == 1
+    never = Forecast(board, End(10_000.0, "test"), 0.0, lambda stage: None, stop=asked.append)
+    never.look(10_001.0, 0.0)
+    assert len(asked) == 1
+
+
+def test_number_of_further_jobs():
+    assert requeues(0, 100, 100, 1000) == 0 and requeues(0, 1000, 100, 1000) == 1 and requeues(0, 3000, 500, 1000) == 3
+
+
+# --- stopping
+
+
+def test_a_run_stops_before_the_end_and_resumes_to_the_same_bits(data, tmp_path, monkeypatch):
+    """The end comes while the second iteration works."""
+    job = write_job(data, "walltime.toml", refine_max_iterations=3)
+    whole = hash_files(run_job(job, tmp_path / "whole", Context()).path)
+    ends: list[Forecast] = []
+    made, maximise = forecast.Forecast, Refinement._maximise
+
+    def remember(*args, **options):
+        ends.append(made(*args, **options))
+        return ends[-1]
+
+    def then_the_end(self, model, *args):
+        found = maximise(self, model, *args)
+        ends[-1].end = End(time.time() + 60, "test")  # the margin is 120 s
+        for _ in range(200):
+            if signals.stop_signal():
+                return found
+            time.sleep(0.05)
+        raise AssertionError("nobody asked to stop")
+
+    monkeypatch.setattr(forecast, "Forecast", remember)
+    monkeypatch.setattr(Refinement, "_maximise", then_the_end)
+    with pytest.raises(Interrupted):
+        run_job(job, tmp_path / "run", Context())
+    monkeypatch.setattr(Refinement, "_maximise", maximise)
+    signals.clear()
+    lines = read_journal(tmp_path / "run/journal.jsonl")
+    assert [line["event"] for line in lines[-3:]] == ["forecast", "checkpoint", "stop"] and lines[-3]["stopping"]
+    assert lines[-2]["iteration"] == 1
+    resume_run(tmp_path / "run", Context())
+    assert hash_files(tmp_path / "run") == whole
+
+
+def test_a_job_that_is_over_exits_75(data, tmp_path):
+    done = cryoiso("run", data / "job.toml", "--out", tmp_path / "run", CRYOISO_END_TIME=str(int(time.time())))
+    assert done.returncode == EXIT_REQUEUE and "the job ends at" in done.stderr, done.stderr
+
+
+@pytest.mark.mpi
+def test_all_ranks_leave_together_when_rank_0_sees_the_end(data, tmp_path):
+    words = ["-m", "cryoiso.cli.main", "run", str(data / "job.toml"), "--out", str(tmp_path / "run")]
+    done = run_mpi(2, words, env={"CRYOISO_END_TIME": str(int(time.time()))}, check=False)
+    assert done.returncode == EXIT_REQUEUE, done.stderr
+    assert read_journal(tmp_path / "run/journal.jsonl")[-1]["event"] == "stop"
+
+
+# --- places where a signal is heeded
+
+
+def test_passes_over_the_images_before_the_first_iteration_can_be_stopped(data, tmp_path, monkeypatch):
+    from cryoiso.refine import start
+
+    read = start.mean_power
+
+    def signalled(run):
+        signals.ask_to_stop("test")
+        return read(run)
+
+    monkeypatch.setattr(start, "mean_power", signalled)
+    with pytest.raises(Interrupted):
+        run_job(data / "job.toml", tmp_path / "run", Context())
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_a_shard_that_is_interrupted_leaves_nothing(data, tmp_path, monkeypatch):
+    from cryoiso.pipeline import stages
+
+    monkeypatch.setattr(stages.io_ingest, "BLOCK_IMAGES", 8)
+    told = stages._heed_and_tell
+
+    def signalled(line, done):
+        signals.ask_to_stop("test")
+        told(line, done)
+
+    monkeypatch.setattr(stages, "_heed_and_tell", signalled)
+    with pytest.raises(Interrupted):
+        run_job(data / "job.toml", tmp_path / "run", Context())
+    assert list((tmp_path / "run/01_ingest").iterdir()) == []
+
+
+def test_reading_many_files_can_be_stopped(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"x" * 10)
+    hashing.hash_outputs(tmp_path, ("a",), Context())
+    signals.ask_to_stop("test")
+    hashing.hash_outputs(tmp_path, ("a",), Context())  # little to read: it is read
+    monkeypatch.setattr(hashing, "MUCH_BYTES", 5)
+    with pytest.raises(Interrupted):
+        hashing.hash_outputs(tmp_path, ("a",), Context())
+
+
+def test_diagnosis_can_be_stopped_between_its_parts():
+    from cryoiso.pipeline.diagnose import diagnose
+
+    maps = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
+    signals.ask_to_stop("test")
+    with pytest.raises(Interrupted):
+        diagnose(*maps, None, 3.0, None)
+
+
+def test_tiles_of_a_prediction_can_be_stopped():
+    from cryoiso.methods.anisotropy.predict import predict
+    from cryoiso.nets.unet import Unet3d, UnetConfig
+    from cryoiso.parallel.ddp import training_group
+
+    def stop() -> None:
+        raise Interrupted("test")
+
+    network = Unet3d(UnetConfig((4,), 1))
+    with training_group(Context(), range(1)) as group, pytest.raises(Interrupted):
+        predict(network, np.zeros((16, 16, 16), np.float32), 16, group, False, stop)
