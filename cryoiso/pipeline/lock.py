@@ -2,6 +2,7 @@
 
 The lock names its holder (host, process, batch job) and is touched every few seconds while the run lives. A lock is
 stale when its process is gone (same host), when the same batch job was requeued, or when nobody touched it for long.
+A container may number its processes by itself: what another one calls by the same number is another process.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def _self() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "numbering": _numbering(),
         "started": _start_of(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
@@ -79,10 +81,18 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _is_stale(holder: dict[str, Any], path: Path) -> bool:
     own = _self()
-    if holder["host"] == own["host"]:
+    if (holder["host"], holder.get("numbering", own["numbering"])) == (own["host"], own["numbering"]):
         return _start_of(int(holder["pid"])) != holder.get("started") or holder["pid"] == own["pid"]
     requeued = bool(own["job"]) and holder.get("job") == own["job"] and holder.get("restart") != own["restart"]
     return requeued or _age_s(path) > (STALE_AFTER_S if holder["host"] else 5.0)
+
+
+def _numbering() -> str:
+    """The kernel's name of this process's PID namespace; empty where it does not tell."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _start_of(pid: int) -> str:
