@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,19 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path):
     assert (tmp_path / "lock.json").exists()
     with lock.locked(tmp_path / "lock.json"):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_lock_of_a_container_that_numbers_its_processes_by_itself(tmp_path):
+    """Its process 3 is not ours, so whether ours is there tells nothing; the lock is stale when nobody touches it."""
+    path = tmp_path / "lock.json"
+    mine = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1", "job": "", "restart": "0"}
+    path.write_text(json.dumps({**mine, "numbering": "pid:[1]"}))
+    with pytest.raises(UsageError, match="another run works in"), lock.locked(path):
+        pass
+    old = time.time() - lock.STALE_AFTER_S - 60
+    os.utime(path, (old, old))
+    with lock.locked(path):
+        assert json.loads(path.read_text())["numbering"] == os.readlink("/proc/self/ns/pid")
 
 
 def test_lock_of_another_host_is_stale_only_when_nobody_touches_it(tmp_path, monkeypatch):

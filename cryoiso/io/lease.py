@@ -48,7 +48,7 @@ def whoami() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
-        "pid_namespace": _pid_namespace(),
+        "pid_namespace": pid_namespace(),
         "pid": os.getpid(),
         "started": start_of(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or os.environ.get("LSB_JOBID") or "",
@@ -173,7 +173,7 @@ def _process_is_there(path: Path) -> bool:
         holder = json.loads(path.read_text())
     except (OSError, ValueError):
         return False  # torn by a process that died while writing it: the lock is free
-    if holder.get("boot") != _boot() or holder.get("pid_namespace") != _pid_namespace():
+    if holder.get("boot") != _boot() or holder.get("pid_namespace") != pid_namespace():
         return False
     return bool(holder["started"]) and start_of(int(holder["pid"])) == holder["started"]
 
@@ -205,7 +205,8 @@ def _boot() -> str:
     return ""
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
+    """The kernel's name of the space in which processes are numbered: a container may have its own. Empty if unknown."""
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""

@@ -2,7 +2,8 @@
 
 The lock names its holder (host, process, batch job) and is touched every few seconds while the run lives. A lock is
 stale when its process is gone (same host), when the same batch job was requeued, or when nobody touched it for long
-and nobody touches it while one watches.
+and nobody touches it while one watches. A container may number its processes by itself: what another one calls by the
+same number is another process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.io.atomic import disk_full, is_full
-from cryoiso.io.lease import start_of
+from cryoiso.io.lease import pid_namespace, start_of
 
 BEAT_S = 20.0
 STALE_AFTER_S = 300.0
@@ -86,6 +87,7 @@ def _self() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "numbering": pid_namespace(),
         "started": start_of(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
@@ -103,7 +105,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _is_stale(holder: dict[str, Any], path: Path) -> bool:
     own = _self()
-    if holder["host"] == own["host"]:
+    if (holder["host"], holder.get("numbering", own["numbering"])) == (own["host"], own["numbering"]):
         return start_of(int(holder["pid"])) != holder.get("started") or holder["pid"] == own["pid"]
     if bool(own["job"]) and holder.get("job") == own["job"] and holder.get("restart") != own["restart"]:
         return True
