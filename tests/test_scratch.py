@@ -293,6 +293,17 @@ def _not_allowed(folder):
     raise PermissionError(13, "Permission denied", str(folder))
 
 
+def test_doctor_tells_of_scratch(data, tmp_path, scratch):
+    job = write_job(data, "doctor.toml", run_scratch=str(scratch))
+    done = cryoiso_here("doctor", tmp_path, "--job", job, "--json")
+    (found,) = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "scratch"]
+    assert found["severity"] == "fine" and str(scratch) in found["found"] and "free" in found["found"]
+    scratch.rename(tmp_path / "elsewhere")
+    done = cryoiso_here("doctor", tmp_path, "--job", job, "--json")
+    (found,) = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "scratch"]
+    assert found["severity"] == "warning" and "no such folder" in found["found"]
+
+
 def test_a_relative_scratch_is_refused(data, tmp_path):
     done = cryoiso_here("run", write_job(data, "rel.toml", run_scratch="scratch"), "--out", tmp_path / "run")
     assert done.returncode == 2 and "run.scratch = 'scratch'" in done.stderr and not (tmp_path / "run").exists()

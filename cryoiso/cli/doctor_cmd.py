@@ -19,7 +19,7 @@ def doctor(
     """Check the machine and the installation.
 
     Tells what was found and, where something is wrong, what to do: versions, MPI library and launcher, GPUs, threads,
-    memory, RELION, and of the folder (and the job's scratch folder) the kind of file system, room, speed and clock.
+    memory, RELION, of the folder the kind of file system, room, speed and clock, and the job's scratch on each node.
     Under mpirun or srun all ranks are asked, also whether they see each other and the same folder.
 
     Exit status: 0 unless there is an error; 69 missing program, device or memory; 65 bad input or folder; 2 bad job

@@ -13,6 +13,8 @@ from cryoiso.pipeline.estimate import needs_of
 from cryoiso.pipeline.finding import Finding, Needs
 from cryoiso.pipeline.findings import judge
 from cryoiso.pipeline.machine import look
+from cryoiso.pipeline.preflight import existing_parent
+from cryoiso.pipeline.scratch import look_for_scratch
 from cryoiso.pipeline.work import Work
 
 
@@ -27,8 +29,9 @@ def examine(comm: Context, folder: Path, job_file: Path | None) -> tuple[dict[st
     if job_file is not None:
         needs = on_root(comm, _needs_of_file, job_file, folder, comm)
         comm.device_preference = needs.job.run.device
-    facts = look(comm, _folders(folder, needs), thorough=True)
-    return facts, judge(facts, needs)
+    facts = look(comm, [("run folder", folder)], thorough=True)
+    scratch = look_for_scratch(comm, needs.job.run.scratch, existing_parent(folder)) if needs else []
+    return facts, [*judge(facts, needs), *scratch]
 
 
 def _needs_of_file(job_file: Path, folder: Path, comm: Context) -> Needs:
@@ -40,20 +43,17 @@ def _needs_of_file(job_file: Path, folder: Path, comm: Context) -> Needs:
     return needs_of(Work(job, RunFolder(folder.absolute(), folder_stages(job)), comm), comm.size)
 
 
-def _folders(folder: Path, needs: Needs | None) -> list[tuple[str, Path]]:
-    scratch = getattr(needs.job.run, "scratch", "") if needs else ""
-    return [("run folder", folder), *([("scratch", Path(scratch))] if scratch else [])]
-
-
 def check_machine(work: Work) -> None:
     """The quick part of the same before a run: warnings go to the log, one line each (collective).
+
+    Scratch is not looked at: where there is none, a run does without.
 
     Raises:
         CryoisoError: the first error, with its exit code, before anything is written.
     """
     comm = work.comm
     needs = on_root(comm, needs_of, work, comm.size)
-    found = judge(look(comm, _folders(work.folder.path, needs), thorough=False), needs)
+    found = judge(look(comm, [("run folder", work.folder.path)], thorough=False), needs)
     if comm.rank == 0:
         report.tell(found)
     first = report.worst(found)
