@@ -18,6 +18,7 @@ import torch
 from mpi_helper import run_mpi, start_mpi
 from pipeline_helper import cryoiso, hash_files, quick_report, simulate, use_quick_parts, write_cube, write_job
 
+from cryoiso.core.config import ParticlesSection
 from cryoiso.core.errors import (
     EXIT_INPUT,
     EXIT_REQUEUE,
@@ -36,6 +37,7 @@ from cryoiso.pipeline.journal import Journal, read_journal
 from cryoiso.pipeline.layout import REFINE_STAGES
 from cryoiso.pipeline.reference import measure_diameter
 from cryoiso.pipeline.run import resume_run, run_job
+from cryoiso.pipeline.standalone import ingest_files
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,18 @@ def test_same_seed_same_bits_other_seed_other_halves(data, tmp_path, quick):
     found = {name: hash_files(run_job(job, tmp_path / name, Context()).path) for name, job in jobs.items()}
     assert found["a"] == found["b"]
     assert found["a"]["01_ingest/shard-00000.h5"] != found["c"]["01_ingest/shard-00000.h5"]
+
+
+def test_a_run_of_shards_gives_what_a_run_of_their_stacks_gives(data, tmp_path, quick):
+    ingest_files(ParticlesSection(file=str(data / "particles.star")), tmp_path / "shards", Context())
+    job = write_job(data, "shards.toml", particles_file=str(tmp_path / "shards"))
+    run_job(data / "job.toml", tmp_path / "a", Context())
+    run_job(job, tmp_path / "b", Context())
+    facts = [json.loads((tmp_path / run / "01_ingest/ingest.json").read_text()) for run in "ab"]
+    assert facts[1] == {**facts[0], "folder": str(tmp_path / "shards")} and facts[0]["particles"] == 40
+    maps = [{k: v for k, v in hash_files(tmp_path / run).items() if k.endswith(".mrc")} for run in "ab"]
+    assert maps[0] == maps[1] and len(maps[0]) > 5
+    assert [p.name for p in (tmp_path / "b/01_ingest").iterdir()] == ["ingest.json"]
 
 
 # --- refusals

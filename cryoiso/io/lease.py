@@ -206,7 +206,7 @@ def _boot() -> str:
 
 
 def pid_namespace() -> str:
-    """The kernel's name of the space in which processes are numbered; a container may have its own. Empty: unknown."""
+    """The kernel's name of the space in which processes are numbered (a container's own, it may be); empty: unknown."""
     with suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""

@@ -7,6 +7,7 @@ comparison at the end, happens in processes of its own, which never see a networ
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -237,6 +238,8 @@ def _finish(task: Task, parts: dict[int, tuple[dict[str, Any], dict[str, Any]]])
         _part(task, "inferred", half).unlink(missing_ok=True)
     curves = {} if len(task.maps) == 1 else (apart if task.alone else _here)(_curves, task)
     write_json(task.out / "correct.json", _facts(task, parts, share, limit_A, curves))
+    for folder in task.out.glob("training_*"):  # the checkpoints have done their duty
+        shutil.rmtree(folder)
 
 
 def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]) -> Any:

@@ -32,10 +32,17 @@ WEIGHED_SLICES = 128 * 8 * 5
 """Slices of a batch that wait for insertion: images x views x arrays."""
 CACHE_BYTES = 1 << 30
 """Of ``refine.batches.BatchReader``."""
+MEMORY_MARGIN = 1.15
+"""On top of what is counted: measured peaks were 0.93 to 1.17 times that."""
 PROGRAM_BYTES = 480 << 20
 """Python, torch, numba and their kernels, measured."""
 PARTICLE_BYTES = 1700
 """Metadata of a particle on rank 0, measured (docs/benchmarks.md)."""
+PARAMETERS = {
+    ("generator", "small"): 122_000, ("generator", "paper"): 7_292_000, ("unet", "small"): 429_000,
+    ("unet", "paper"): 26_410_000,
+}  # fmt: skip
+"""Weights of the networks."""
 POSE_TEXT_BYTES = 120
 """What a row of a STAR file grows by with poses and results."""
 STATE_BYTES = 5000
@@ -58,6 +65,7 @@ class Problem:
     """the particles are shards already"""
     groups: int = 1
     largest_input_bytes: int = 0
+    device: str = "cpu"
 
     @property
     def auxiliaries(self) -> int:
@@ -138,7 +146,16 @@ def disk(p: Problem, ranks: int = 1) -> list[Stored]:
     """Bytes and files that every stage leaves, in order, the folder's own files last."""
     known = {"truth": bool(p.job.truth.particles), "true_map": bool(p.job.truth.map)}
     found = [_stage(name, p, known["truth"]) for name in folder_stages(p.job)]
-    return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES, 7 + ranks)]
+    return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 7 + ranks)]
+
+
+def _size(preset: str, device: str) -> str:
+    return preset if preset != "auto" else "small" if device == "cpu" else "paper"
+
+
+def _pictures(p: Problem) -> int:
+    """A report that compares before and after is twice as large."""
+    return 2 if p.job.run.workflow in ("auxiliary", "both") else 1
 
 
 def _stage(name: str, p: Problem, truth: bool) -> Stored:
@@ -157,7 +174,7 @@ def _stage(name: str, p: Problem, truth: bool) -> Stored:
     if kind == "reconstruct":
         return _reconstructed(name, p, truth)
     if kind == "diagnose":
-        return Stored(name, 140_000, 1)
+        return Stored(name, 140_000 * _pictures(p), 1)
     if kind == "correct":
         return _corrected(name, p)
     return _auxiliary(kind, name, p)
@@ -188,16 +205,21 @@ def _result(p: Problem) -> Stored:
 
 
 def _corrected(name: str, p: Problem) -> Stored:
-    """Mask, filter, corrected halves and mean, two maps of what was measured; the networks and their checkpoints."""
-    networks = 1 if p.job.correct.mode == "paired" else 2
-    each = 12_000_000 if p.job.correct.preset != "paper" else 120_000_000
-    return Stored(name, 7 * p.map_bytes + networks * each, 8 + 4 * networks)
+    """Mask, filter, corrected halves and mean, two maps of what was measured; networks and at most two checkpoints of
+    each training."""
+    networks, rounds = 1 if p.job.correct.mode == "paired" else 2, p.job.correct.rounds
+    weights = 4 * PARAMETERS["unet", _size(p.job.correct.preset, p.device)]
+    checkpoints = rounds * 2 * 3 * weights
+    return Stored(name, 7 * p.map_bytes + networks * (weights + checkpoints), 8 + networks * (1 + 2 * rounds))
 
 
 def _auxiliary(kind: str, name: str, p: Problem) -> Stored:
     generators = 1 if p.job.auxiliary.generators == "shared" else 2
     if kind == "train":
-        return Stored(name, generators * (p.map_bytes + 20_000_000) + 60_000, 3 * generators + 2)
+        weights = 4 * PARAMETERS["generator", _size(p.job.auxiliary.preset, p.device)]
+        if p.job.auxiliary.generators == "white-noise":
+            weights = 0
+        return Stored(name, generators * (p.map_bytes + weights) + 60_000, generators + 1 + bool(weights))
     if kind == "generate":
         made = _made_shards(name, p)
         stacks = (4 * p.box_px**2 + 1024) * p.auxiliaries if p.job.auxiliary.export else 0
@@ -237,7 +259,7 @@ def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
             found[name] = base + 500 * 2**20 + 15 * p.map_bytes
         else:
             found[name] = base + 128 * 2**20
-    return found
+    return {name: int(MEMORY_MARGIN * size) for name, size in found.items()}
 
 
 def _refinement(p: Problem, n: int, ranks: int) -> int:

@@ -20,6 +20,7 @@ from cryoiso.pipeline.layout import RunFolder
 SCHEMA = 2
 HASH_LIMIT = 2 << 30
 """With run.hash_inputs = "small" stacks up to this size together are hashed; of more only the sizes are noted."""
+INDEX = "index.json"
 NO_RESULT = ("title", "device", "hash_inputs", "scratch", "stop_before_end_s")
 """Keys of [run] that do not decide the result."""
 
@@ -29,7 +30,8 @@ def input_files(job: Job) -> list[Path]:
     names = (
         job.particles.file, job.reference.file, job.reference.fit, job.sample.mask, job.truth.particles, job.truth.map,
     )  # fmt: skip
-    return [Path(name) for name in names if name]
+    files = [Path(name) for name in names if name]
+    return [path / INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
 
 
 def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:

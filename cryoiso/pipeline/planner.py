@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cryoiso.core.errors import UsageError
@@ -108,6 +108,7 @@ def make_plan(
     if layout.ranks < 1:
         raise UsageError("a plan needs one rank at least: give --nodes and --ranks-per-node or --gpus")
     assumed, device = assumed or rates.assumed, layout.device
+    p = replace(p, device=device)
     work = workload.stages(p, layout.ranks, assumed, device)
     stored = {s.name: s for s in estimate.disk(p, layout.ranks)}
     memory = estimate.memory_of_stages(p, layout.ranks)

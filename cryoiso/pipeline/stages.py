@@ -17,6 +17,7 @@ from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map, write_map
+from cryoiso.io.shards import ShardSource
 from cryoiso.io.sources import SubsetSource
 from cryoiso.io.starwrite import write_particles
 from cryoiso.parallel import signals
@@ -39,8 +40,11 @@ STOPPED = "stopped by a signal; what is finished is kept. 'cryoiso resume' goes 
 
 
 def ingest(work: Work) -> None:
-    """Images into shards."""
+    """Images into shards, unless the job's particles are shards already."""
     comm, folder = work.comm, work.folder.stage("ingest")
+    if on_root(comm, lambda: work.shards != folder):
+        on_root(comm, write_json, folder / "ingest.json", on_root(comm, _facts_of_shards, work))
+        return
     plan = on_root(comm, lambda: bare_plan(work.plan()))
     with hashed_meanwhile(work):
         write_shards(plan, folder, comm, lambda done, of: work.note_checkpoint("ingest", images=done, of=of))
@@ -86,6 +90,23 @@ def _heed_and_tell(line: ProgressLine, done: int) -> None:
     """Between two blocks of images; a shard that is not finished leaves nothing behind."""
     signals.heed()
     line.update(done)
+
+
+def _facts_of_shards(work: Work) -> dict[str, Any]:
+    index, particles = ShardSource(work.shards).index, work.particles()
+    logger.info("the images are in shards already: %s", work.shards)
+    return {
+        "particles": len(particles),
+        "half_counts": [int((particles.half == number).sum()) for number in (1, 2)],
+        "optics_groups": len(particles.groups),
+        "box_px": index["box_px"],
+        "pixel_size_A": particles.groups[int(particles.optics[0])].pixel_size_A,
+        "inverted": bool(index["inverted"]),
+        "sign": index.get("sign", ""),
+        "shards": len(index["shards"]),
+        "storage": index["storage"],
+        "folder": str(work.shards),
+    }
 
 
 def _ingest_facts(plan: Any) -> dict[str, Any]:
