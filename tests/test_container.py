@@ -194,7 +194,8 @@ def open_mpi_4() -> str | None:
     """The host's mpirun of the same series as the image's."""
     for name in ("mpirun.openmpi", "mpirun"):
         path = shutil.which(name)
-        if path and "(Open MPI) 4.1" in subprocess.run([path, "--version"], capture_output=True, text=True).stdout:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout if path else ""
+        if re.search(r"\((Open MPI|OpenRTE)\) 4\.1\.", said):
             return path
     return None
 
