@@ -17,6 +17,7 @@ from relion_helper import relion_processes
 
 GONE_WITHIN_S = 20.0
 CHECKPOINT_WITHIN_S = 60.0
+RELION_WORKS = ("refine", "corefine-1", "local")
 RANK = ("PMI_RANK=", "OMPI_COMM_WORLD_RANK=")
 
 
@@ -86,6 +87,12 @@ def wait_for_stage(process: subprocess.Popen[str], folder: Path, stage: str, bef
     raise AssertionError(f"{stage} did not begin within {limit_s} s")
 
 
+def wait_for_relion(process: subprocess.Popen[str], folder: Path, limit_s: float = 120) -> None:
+    end = time.monotonic() + limit_s
+    while not relion_of(folder) and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+
+
 def strike(
     process: subprocess.Popen[str], folder: Path, target: str, number: int, rng: np.random.Generator
 ) -> tuple[str, float, int] | None:
@@ -146,6 +153,9 @@ def chain(
         process = launch(ranks, job, folder)
         if not wait_for_stage(process, folder, stage, before, 300):
             continue
+        if target == "relion" and stage in RELION_WORKS:
+            wait_for_relion(process, folder)
+            lasts /= 4  # of the stage, most is before and after
         time.sleep(float(rng.random()) * lasts)
         found = strike(process, folder, target, number, rng)
         if found is None:

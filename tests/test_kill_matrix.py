@@ -73,6 +73,7 @@ def test_relion_is_struck(data, tmp_path, record_property):
     job = write_job(
         data, "relion.toml", refine_engine="relion", refine_max_iterations=2, refine_padding=1, sample_diameter_A=140.0
     )  # fmt: skip
-    said = strike_all_over(job, job, tmp_path, ["relion", "0", "relion", "1"], [signal.SIGKILL])
+    said = strike_all_over(job, job, tmp_path, ["relion"], [signal.SIGKILL])
+    assert "'relion'" in said
     record_property("kill matrix", said)
     print(f"relion: {said}")
