@@ -97,7 +97,7 @@ def _facts_of_shards(work: Work) -> dict[str, Any]:
     logger.info("the images are in shards already: %s", work.shards)
     return {
         "particles": len(particles),
-        "half_counts": [int((particles.half == number).sum()) for number in (1, 2)],
+        "half_counts": [int(np.sum(particles.half == number)) for number in (1, 2)],
         "optics_groups": len(particles.groups),
         "box_px": index["box_px"],
         "pixel_size_A": particles.groups[int(particles.optics[0])].pixel_size_A,
