@@ -7,9 +7,7 @@ they change, images do not.
 
 from __future__ import annotations
 
-import io
 import json
-import os
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from cryoiso import __version__
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
+from cryoiso.io.sink import Sink
 from cryoiso.io.stack import runs
 from cryoiso.io.staging import Copies
 
@@ -55,62 +54,6 @@ def hdf5_chunk(box_px: int, storage: str) -> int:
     return max(1, HDF5_CHUNK_BYTES // (box_px * box_px * np.dtype(storage).itemsize))
 
 
-class _Sink(io.RawIOBase):
-    """A file for HDF5 to write into that never fails under it: the first error is kept for the caller to raise.
-
-    HDF5 cannot close a file after a failed write (it leaks it and may crash at exit); so it is told that all is well.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
-        while self.error is None and done < len(view):
-            try:
-                done += self._file.write(view[done:]) or 0
-            except OSError as error:
-                self.error = error
-        if self.error is not None:
-            self._file.seek(len(view) - done, os.SEEK_CUR)
-        return len(view)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return self._file.truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size or 0
-
-    def readinto(self, buffer: Any) -> int:
-        return self._file.readinto(buffer) or 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def check(self) -> None:
-        if self.error is not None:
-            raise self.error
-
-
 def write_shard_file(
     path: Path,
     blocks: Any,
@@ -135,7 +78,7 @@ def write_shard_file(
 
     need = n * box_px * box_px * np.dtype(storage).itemsize + n * 128 + 2**16
     with atomic_path(path, need) as part:
-        sink = _Sink(part)
+        sink = Sink(part)
         try:
             with h5py.File(sink, "w", libver=LIBVER) as file:
                 for name, value in attributes.items():
