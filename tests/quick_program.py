@@ -36,7 +36,7 @@ def with_stand_ins() -> None:
 
     wire.engine = lambda name: WaitingEngine()  # type: ignore[assignment]
     wire.reconstructor = lambda: quick_reconstructor  # type: ignore[assignment]
-    cryoiso.report.build = quick_report  # type: ignore[assignment]
+    cryoiso.report.publish = quick_report  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

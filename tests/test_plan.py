@@ -33,9 +33,9 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     """A run with the real engine and report."""
-    from cryoiso.report import build
+    from cryoiso.report import publish
 
-    return run_job(data / "job.toml", tmp_path_factory.mktemp("runs") / "run", Context(), build).path
+    return run_job(data / "job.toml", tmp_path_factory.mktemp("runs") / "run", Context(), publish).path
 
 
 def problem(n: int = 1000, box: int = 64, **sections) -> Problem:

@@ -19,6 +19,7 @@ from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.core.rng import generator
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io import checkpoint
+from cryoiso.methods.anisotropy import course
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.correction import MapCorrection, support
 from cryoiso.methods.misalignment.steps import shell_amplitude
@@ -397,6 +398,7 @@ def test_stopped_in_the_middle_of_a_training(few, tmp_path, monkeypatch):
                 return left[0] < 0
 
             patch.setattr(bell.StopBell, "heard", lambda self: ring() or self._rung)
+            patch.setattr(course._Trainer, "heed", lambda self: None)  # asks between the trainings
             NativeEngine().refine(replace(request, resume=True), Context())
         began.append(sorted(p.parts[-3] for p in resumed.glob("correction/correction-001/training_*/checkpoint/*")))
     assert began[0] and began[-1] != began[0]

@@ -146,7 +146,7 @@ def disk(p: Problem, ranks: int = 1) -> list[Stored]:
     """Bytes and files that every stage leaves, in order, the folder's own files last."""
     known = {"truth": bool(p.job.truth.particles), "true_map": bool(p.job.truth.map)}
     found = [_stage(name, p, known["truth"]) for name in folder_stages(p.job)]
-    return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 7 + ranks)]
+    return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 8 + ranks)]
 
 
 def _size(preset: str, device: str) -> str:
@@ -200,17 +200,18 @@ def _reconstructed(name: str, p: Problem, truth: bool) -> Stored:
 
 
 def _result(p: Problem) -> Stored:
+    """Maps and particles; two FSC curves, a picture, two texts, numbers and checksums."""
     maps = 5 + 2 * (p.job.run.workflow in ("realign", "both"))
-    return Stored("result", maps * p.map_bytes + _star(p), maps + 1)
+    return Stored("result", maps * p.map_bytes + _star(p) + 150_000, maps + 8)
 
 
 def _corrected(name: str, p: Problem) -> Stored:
-    """Mask, filter, corrected halves and mean, two maps of what was measured; networks and at most two checkpoints of
-    each training."""
+    """Mask, filter, corrected halves and mean, two maps of what was measured, networks; while it works also at most two
+    checkpoints of each training, whose bytes are counted and whose files are not: they go."""
     networks, rounds = 1 if p.job.correct.mode == "paired" else 2, p.job.correct.rounds
     weights = 4 * PARAMETERS["unet", _size(p.job.correct.preset, p.device)]
     checkpoints = rounds * 2 * 3 * weights
-    return Stored(name, 7 * p.map_bytes + networks * (weights + checkpoints), 8 + networks * (1 + 2 * rounds))
+    return Stored(name, 7 * p.map_bytes + networks * (weights + checkpoints), 8 + networks)
 
 
 def _auxiliary(kind: str, name: str, p: Problem) -> Stored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def check_machine(work: Work) -> None:
     """
     comm = work.comm
     needs = on_root(comm, needs_of, work, comm.size)
+    device = needs.job.run.model_copy(update={"device": comm.device_preference})  # of a part of a run: what that needs
+    needs = replace(needs, job=needs.job.model_copy(update={"run": device}))
     found = judge(look(comm, [("run folder", work.folder.path)], thorough=False), needs)
     if comm.rank == 0:
         report.tell(found)

@@ -216,6 +216,8 @@ def _reopen(work: Work, stack: ExitStack) -> None:
     work.manifest = provenance.read_manifest(run.manifest)
     provenance.check_inputs(work.manifest, work.job)
     run.seal.unlink(missing_ok=True)
+    for part in run.path.glob("[!l]*.part"):  # the folder's own, not the lock's; a stage's go when it is opened
+        part.unlink(missing_ok=True)
     work.journal = Journal(run.journal)
     if work.journal.last("end", "ingest") is None:
         provenance.check_stacks(work.manifest, stacks_of(work), work.job)
