@@ -26,7 +26,7 @@ check ruff check .
 check mypy
 check lint-imports
 check sphinx-build -W --keep-going -q -b html docs docs/_build
-workers=${CRYOISO_TEST_WORKERS:-$(nproc)}
+workers=${CRYOISO_TEST_WORKERS:-$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)}
 check python -m pytest -n "$workers" --dist loadfile "$@"
 
 echo
