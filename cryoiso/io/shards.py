@@ -217,7 +217,7 @@ class ShardSource:
 
     def __init__(self, folder: object, max_open: int = 32) -> None:
         self.folder = Path(str(folder))
-        self.index = _read_index(self.folder)
+        self.index = read_index(self.folder)
         self.box_px = int(self.index["box_px"])
         self._edges = np.array([s["start"] for s in self.index["shards"]] + [self.index["images"]], np.int64)
         self._open: OrderedDict[int, Any] = OrderedDict()
@@ -347,7 +347,12 @@ class ShardSource:
         return Particles(groups=groups_from_json(self.index["groups"]), **columns)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """The contents of a folder's index.json.
+
+    Raises:
+        InputError: not there, unreadable, or not of this version.
+    """
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

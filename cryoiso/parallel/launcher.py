@@ -99,6 +99,12 @@ def user_set_threads(env: Mapping[str, str] | None = None) -> bool:
     return bool(env.get("OMP_NUM_THREADS")) and env.get("CRYOISO_THREADS_SET") != "1"
 
 
+def thread_count() -> int:
+    """Threads that a rank computes with: OMP_NUM_THREADS (of a list the first), else the cores it may run on."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdigit() else len(os.sched_getaffinity(0))
+
+
 def set_threads(count: int) -> None:
     """Gives numerical libraries, loaded or still to come, ``count`` threads; a user's OMP_NUM_THREADS wins."""
     if user_set_threads():

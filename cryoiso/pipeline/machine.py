@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.parallel.context import Context
+from cryoiso.parallel.launcher import thread_count
 from cryoiso.pipeline.filesystem import look_at_folder
+from cryoiso.pipeline.origin import package_versions
 
 PACKAGES = (
     "torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib"
@@ -56,12 +58,11 @@ def _clocks(comm: Context) -> list[float]:
 
 
 def _rank(comm: Context) -> dict[str, Any]:
-    text = os.environ.get("OMP_NUM_THREADS", "")
     cores = sorted(os.sched_getaffinity(0))
     return {
         "rank": comm.rank,
         "host": comm.hostname,
-        "threads": int(text) if text.isdigit() else len(cores),
+        "threads": thread_count(),
         "cores": cores,
         "cores_of_host": os.cpu_count() or len(cores),
         **_gpus(comm),
@@ -140,17 +141,9 @@ def _cgroup_limit(proc: Path, cgroups: Path, total: int) -> int | None:
 
 
 def _program() -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
     from cryoiso import __version__
 
-    packages: dict[str, str] = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = ""
-    return {"version": __version__, "python": platform.python_version(), "packages": packages}
+    return {"version": __version__, "python": platform.python_version(), "packages": package_versions(PACKAGES)}
 
 
 def _mpi(comm: Context) -> dict[str, Any]:

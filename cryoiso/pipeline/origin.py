@@ -14,6 +14,7 @@ from typing import Any
 
 import cryoiso
 from cryoiso.parallel.context import Context
+from cryoiso.parallel.launcher import thread_count
 
 PACKAGES = (
     *("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib"),
@@ -46,15 +47,15 @@ def describe(comm: Context, device: str) -> dict[str, Any]:
         "scheduler": batch_job(),
         "ranks": comm.size,
         "machine": comm.allgather({"host": comm.hostname, "cpu": cpu_model(), "device": device, **gpu(device)}),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        "threads": thread_count(),
         "mpi": comm.library(),
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that numbers may depend on; empty text for one that is not there."""
+def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Versions of packages, those that numbers may depend on; empty text for one that is not there."""
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -119,6 +120,15 @@ def cpu_model() -> str:
             if line.startswith(("model name", "cpu model")):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def computes_on(device: str) -> str:
+    """Processor and threads, or the GPU, for people who read numbers that were measured on it."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_properties(device).name
+    return f"{cpu_model()}, {thread_count()} thread(s)"
 
 
 def gpu(device: str) -> dict[str, Any]:

@@ -92,13 +92,13 @@ def measure(p: Problem, device: str, *, limit_s: float = 1.0) -> Rates:
 
     What is not timed here (writing, measuring maps) keeps the built-in rate where there is one.
     """
-    from cryoiso.pipeline.hardware import describe
     from cryoiso.pipeline.kernels import timings
+    from cryoiso.pipeline.origin import computes_on
 
     kernels = {**built_in(device).kernels}
     for name, (units, call) in timings(p, device).items():
         kernels[name] = best_time(call, device, limit_s) / units
-    return Rates(kernels, f"measured on this machine: {describe(device)}", 2.0)
+    return Rates(kernels, f"measured on this machine: {computes_on(device)}", 2.0)
 
 
 def best_time(call: Callable[[], Any], device: str, limit_s: float) -> float:

@@ -17,7 +17,7 @@ from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map, write_map
-from cryoiso.io.shards import ShardSource
+from cryoiso.io.shards import read_index
 from cryoiso.io.sources import SubsetSource
 from cryoiso.io.starwrite import write_particles
 from cryoiso.parallel import signals
@@ -43,7 +43,7 @@ def ingest(work: Work) -> None:
     """Images into shards, unless the job's particles are shards already."""
     comm, folder = work.comm, work.folder.stage("ingest")
     if on_root(comm, lambda: work.shards != folder):
-        on_root(comm, write_json, folder / "ingest.json", on_root(comm, _facts_of_shards, work))
+        on_root(comm, lambda: write_json(folder / "ingest.json", _facts_of_shards(work)))
         return
     plan = on_root(comm, lambda: bare_plan(work.plan()))
     with hashed_meanwhile(work):
@@ -93,7 +93,7 @@ def _heed_and_tell(line: ProgressLine, done: int) -> None:
 
 
 def _facts_of_shards(work: Work) -> dict[str, Any]:
-    index, particles = ShardSource(work.shards).index, work.particles()
+    index, particles = read_index(work.shards), work.particles()
     logger.info("the images are in shards already: %s", work.shards)
     return {
         "particles": len(particles),

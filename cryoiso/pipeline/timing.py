@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import CryoisoError
+from cryoiso.parallel.launcher import thread_count
 from cryoiso.pipeline.estimate import Problem, problem_of
-from cryoiso.pipeline.hardware import describe
 from cryoiso.pipeline.layout import TIMING
+from cryoiso.pipeline.origin import computes_on
 from cryoiso.pipeline.rates import built_in
 from cryoiso.pipeline.work import Work, write_json
 from cryoiso.pipeline.workload import Assumed, kind_of, stages
@@ -63,11 +63,11 @@ def _new(work: Work, p: Problem, device: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "date": date.today().isoformat(),
-        "hardware": describe(device),
+        "hardware": computes_on(device),
         "device": device,
         "ranks": work.comm.size,
         "hosts": len(work.comm.nodes),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        "threads": thread_count(),
         "problem": {"particles": p.particles, "box_px": p.box_px, "symmetry": p.job.sample.symmetry,
                     "workflow": p.job.run.workflow},
         "iterations": None,
