@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,15 @@ def use_quick_parts(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(wire, "engine", lambda name: QuickEngine())
     monkeypatch.setattr(wire, "reconstructor", lambda: quick_reconstructor)
+
+
+def forget_signals() -> None:
+    """This process as it was before a run: no signal received, the handlers those of the system."""
+    from cryoiso.parallel import signals
+
+    signals.clear()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def hash_files(folder: Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import xml.etree.ElementTree as ET
@@ -16,7 +15,7 @@ from typing import Any
 import mrcfile
 import numpy as np
 import pytest
-from pipeline_helper import hash_files, simulate, use_quick_parts, write_job
+from pipeline_helper import forget_signals, hash_files, simulate, use_quick_parts, write_job
 
 from cryoiso import __version__
 from cryoiso.core.types import DensityMap
@@ -43,9 +42,7 @@ def run(data, tmp_path_factory) -> Path:
         use_quick_parts(patch)
         job = write_job(data, "deposit.toml", run_title="a title")
         folder = run_job(job, tmp_path_factory.mktemp("runs") / "run", Context(), deposit).path
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    forget_signals()
     return folder
 
 

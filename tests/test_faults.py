@@ -15,7 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline_helper import QuickEngine, cryoiso_here, hash_files, quick_report, simulate, use_quick_parts, write_job
+from pipeline_helper import (
+    QuickEngine,
+    cryoiso_here,
+    forget_signals,
+    hash_files,
+    quick_report,
+    simulate,
+    use_quick_parts,
+    write_job,
+)
 
 from cryoiso.core.errors import EXIT_INPUT, EXIT_OTHER, EXIT_USAGE
 from cryoiso.engines.native import NativeEngine
@@ -37,9 +46,7 @@ def quick(monkeypatch):
     use_quick_parts(monkeypatch)
     monkeypatch.setattr("cryoiso.report.build", quick_report)
     yield
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    forget_signals()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 import torch
 from mpi_helper import run_mpi, start_mpi
-from pipeline_helper import cryoiso, hash_files, quick_report, simulate, use_quick_parts, write_cube, write_job
+from pipeline_helper import (
+    cryoiso,
+    forget_signals,
+    hash_files,
+    quick_report,
+    simulate,
+    use_quick_parts,
+    write_cube,
+    write_job,
+)
 
 from cryoiso.core.config import ParticlesSection
 from cryoiso.core.errors import (
@@ -50,9 +59,7 @@ def data(tmp_path_factory) -> Path:
 def quick(monkeypatch):
     use_quick_parts(monkeypatch)
     yield
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    forget_signals()
 
 
 def events(folder: Path) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from pipeline_helper import (
     QuickEngine,
     cryoiso,
     cryoiso_here,
+    forget_signals,
     hash_files,
     quick_report,
     simulate,
@@ -45,9 +46,7 @@ def data(tmp_path_factory) -> Path:
 def quick(monkeypatch):
     use_quick_parts(monkeypatch)
     yield
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    forget_signals()
 
 
 @pytest.fixture(scope="module")

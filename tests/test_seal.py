@@ -17,6 +17,7 @@ from pipeline_helper import (
     QuickEngine,
     cryoiso,
     cryoiso_here,
+    forget_signals,
     hash_files,
     quick_report,
     simulate,
@@ -49,7 +50,7 @@ def finished(data, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         use_quick_parts(patch)
         folder = run_job(data / "job.toml", tmp_path_factory.mktemp("runs") / "run", Context(), quick_report).path
-    _forget_signals()
+    forget_signals()
     return folder
 
 
@@ -57,13 +58,7 @@ def finished(data, tmp_path_factory) -> Path:
 def quick(monkeypatch):
     use_quick_parts(monkeypatch)
     yield
-    _forget_signals()
-
-
-def _forget_signals() -> None:
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    forget_signals()
 
 
 @pytest.fixture

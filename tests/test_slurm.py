@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 from mpi_helper import mpi_environment
-from pipeline_helper import cryoiso, hash_files, quick_report, simulate, use_quick_parts, write_job
+from pipeline_helper import cryoiso, forget_signals, hash_files, quick_report, simulate, use_quick_parts, write_job
 from slurm_helper import DEBIAN_MPI, slurm
 
 from cryoiso.core.errors import EXIT_MISSING
-from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.probe import probe_mpi
 from cryoiso.pipeline.run import run_job
@@ -41,9 +39,7 @@ def expected(data, tmp_path, monkeypatch) -> dict[str, str]:
     try:
         return hash_files(run_job(data / "job.toml", tmp_path / "whole", Context(), quick_report).path)
     finally:
-        signals.clear()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
+        forget_signals()
 
 
 def launch(job: Path, run: Path, *options: object, **env: str) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from mpi_helper import run_mpi
-from pipeline_helper import cryoiso, hash_files, simulate, write_job
+from pipeline_helper import cryoiso, forget_signals, hash_files, simulate, write_job
 
 from cryoiso.core.config import RefineSection
 from cryoiso.core.errors import EXIT_REQUEUE, Interrupted
@@ -32,9 +31,7 @@ NOON = time.mktime((2026, 3, 1, 12, 0, 0, 0, 0, -1))
 @pytest.fixture(autouse=True)
 def quiet_signals():
     yield
-    signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
+    forget_signals()
 
 
 @pytest.fixture(scope="module")
