@@ -3,7 +3,9 @@
 Sub-maps a second of one optimisation step with everything that belongs to it: reading or cutting the sub-maps,
 bringing them to the GPU, three passes through the network, both losses against both halves, backward, optimiser. The
 networks have 64, 128, 256 and 320 channels; losses, batch (4 on one GPU, in two halves there) and sub-maps (64 px) are
-the published ones; on a CPU 2 sub-maps of 32 px. The programs take turns within each round; medians of the rounds; the
+the published ones; on a CPU 2 sub-maps of 32 px. Variants "completion, ..." are steps of ``cryoiso correct``'s default
+method on the same half-maps, network and sub-maps: one pass for a sub-map, and the map turned, measured and filled anew
+by the solvent as often as the method does it. The programs take turns within each round; medians of the rounds; the
 first step (which compiles) is reported apart. On a CPU one thread and CPU time count, on a GPU wall time between
 synchronisations.
 
@@ -73,14 +75,22 @@ class Given:
         self.pairs = np.stack([[drawn.cut(m, corner) for m in self.maps] for corner in corners])
 
 
-def our_task(given: Given, a: argparse.Namespace) -> tuple[Any, Any]:
+def our_task(given: Given, a: argparse.Namespace, name: str) -> tuple[Any, Any]:
     """The task of a correction at the published size, and its settings."""
+    import numpy as np
+
     from cryoiso.core.config import CorrectSection
+    from cryoiso.methods.anisotropy.completion import CompletionTask
     from cryoiso.methods.anisotropy.settings import resolve
+    from cryoiso.methods.anisotropy.solvent import Solvent
     from cryoiso.methods.anisotropy.task import CorrectionTask
 
-    section = CorrectSection(preset="paper", mode="paired", cube_px=a.cube, batch=a.batch)
+    method = "completion" if name.startswith("completion") else "published"
+    section = CorrectSection(preset="paper", mode="paired", cube_px=a.cube, batch=a.batch, method=method)
     settings = resolve(section, a.place)
+    if method == "completion":
+        solvent = Solvent(given.transfer, np.ones_like(given.transfer), a.place)
+        return CompletionTask(given.maps, solvent, given.inside, settings, SEED, device=a.place, label="both"), settings
     task = CorrectionTask(given.maps, given.transfer, given.inside, settings, SEED, device=a.place, label="both")
     return task, settings
 
@@ -104,7 +114,7 @@ class Ours:
         from cryoiso.train.prefetch import Prefetcher
         from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, try_compiled
 
-        self.task, settings = our_task(given, a)
+        self.task, settings = our_task(given, a, name)
         self.settings = loop_settings(settings, name, ENDLESS)
         seed_torch(SEED, "parameters", 0)
         self.task.start(0)
@@ -218,10 +228,15 @@ def measured(variants: list[Variant], a: argparse.Namespace) -> dict[str, list[f
     return times
 
 
+def losses(name: str) -> str:
+    """Variants of one kind need the same arithmetic."""
+    return next((kind for kind in ("published", "completion") if name.startswith(kind)), "ours")
+
+
 def row_of(v: Variant, times: list[float], work: dict[str, float], reference: float | None, batch: int) -> dict:
     """What is reported of a variant."""
     s = statistics.median(times)
-    gflop = work.get("published" if v.name.startswith("published") else "ours")
+    gflop = work.get(losses(v.name))
     return {
         "variant": v.name, "parameters": v.parameters, "step_ms": 1e3 * s, "rounds_ms": [1e3 * t for t in times],
         "sub_maps_per_s": batch / s, "times_published": None if reference is None else reference / s,
@@ -235,7 +250,7 @@ def rows_of(variants: list[Variant], times: dict[str, list[float]], batch: int) 
     work: dict[str, float] = {}
     for v in variants:
         if v.gflop_a_step is not None:
-            work.setdefault("published" if v.name.startswith("published") else "ours", v.gflop_a_step)
+            work.setdefault(losses(v.name), v.gflop_a_step)
     first = next((v.name for v in variants if v.name.startswith("published")), None)
     reference = statistics.median(times[first]) if first is not None else None
     return [row_of(v, times[v.name], work, reference, batch) for v in variants]
@@ -260,7 +275,7 @@ def loops(given: Given, a: argparse.Namespace, folder: Path, name: str) -> dict[
     from cryoiso.parallel.ddp import TrainingGroup
     from cryoiso.train.loop import TIMING, train
 
-    task, settings = our_task(given, a)
+    task, settings = our_task(given, a, name)
     train(task, TrainingGroup((0,), 0, a.place), loop_settings(settings, name, 60), folder / "ours")
     notes = json.loads((folder / "ours" / TIMING).read_text())["notes"]
     ours = statistics.median(note["images_per_s"] for note in notes[2:])
@@ -303,7 +318,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cube", type=int, help="edge of the sub-maps, default 64 on a GPU and 32 on a CPU")
     parser.add_argument("--batch", type=int, help="sub-maps a step, default 4 on a GPU and 2 on a CPU")
     parser.add_argument("--accumulate", type=int, help="micro-steps of the published program, default 2, CPU 1")
-    parser.add_argument("--variants", nargs="*", help="ours: float32 or bf16, then 'compile', 'channels first'")
+    parser.add_argument(
+        "--variants", nargs="*", help="ours: float32 or bf16, also with 'compile', 'channels first', 'completion'"
+    )
     parser.add_argument("--rounds", type=int, help="default 4 on a GPU and 2 on a CPU")
     parser.add_argument("--within", type=float, default=1e9, help="seconds: leaves out what would begin too late")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -311,7 +328,8 @@ def arguments() -> argparse.Namespace:
     a = parser.parse_args()
     on_gpu = a.device == "cuda"
     if a.variants is None:
-        a.variants = ["bf16, compile", "float32", "bf16", "float32, compile"] if on_gpu else ["float32"]
+        gpu = ["bf16", "completion, bf16", "bf16, compile", "float32", "float32, compile"]
+        a.variants = gpu if on_gpu else ["float32", "completion, float32"]
     a.cube, a.batch = a.cube or (64 if on_gpu else 32), a.batch or (4 if on_gpu else 2)
     a.accumulate, a.rounds = a.accumulate or (2 if on_gpu else 1), a.rounds or (4 if on_gpu else 2)
     a.place = "cuda:0" if on_gpu else "cpu"
