@@ -19,6 +19,7 @@ from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.starwrite import write_particles
 from cryoiso.refine.iterate import HALVES, Model, Refinement
+from cryoiso.refine.kept import forget
 from cryoiso.refine.schedule import State
 from cryoiso.refine.start import initial_model
 
@@ -37,7 +38,7 @@ class NativeEngine:
         Raises:
             InputError: a half-set is empty, box and pixel size of references and particles differ, or a local search
                 has no poses to stay near.
-            Interrupted: stopped by a signal; the last iteration's checkpoint is there.
+            Interrupted: stopped by a signal; the last iteration's checkpoint is there, and what the next one had found.
         """
         _check(request)
         device = comm.device()
@@ -46,6 +47,8 @@ class NativeEngine:
         )
         file = request.folder / "checkpoint" / "state.npz"
         model = _resume(file, comm) if request.resume else None
+        if not request.resume and comm.rank == 0:
+            forget(file.parent)
         if request.correction is not None:
             if comm.rank == 0:
                 _make_room(request.folder / "correction", model is None)
@@ -55,6 +58,7 @@ class NativeEngine:
             model = run.step(model)
             if comm.rank == 0:
                 _save(file, model)
+                forget(file.parent)
                 if request.on_checkpoint:
                     request.on_checkpoint(model.history[-1])
         result = _result(request, model)

@@ -16,6 +16,8 @@ from cryoiso.pipeline.workload import Assumed, kind_of
 
 MARGIN = 1.25
 """Of the wall-time that is suggested, on top of the uncertainty."""
+SEARCH = ("gemm", "local")
+"""Units of work whose results an interrupted refinement keeps."""
 START_S = 60.0
 """What every start of the program takes on a cluster: imports, reading inputs."""
 
@@ -57,8 +59,8 @@ class Plan:
     rates: Rates
     assumed: Assumed
     rows: tuple[Row, ...]
-    largest_iteration_s: float | None
-    """the piece of a refinement that a resumed job begins anew"""
+    repeated_s: float | None
+    """the most of a refinement that a resumed job does again"""
     time_s: float | None = None
     """of a batch job, where the user gave it"""
 
@@ -80,11 +82,11 @@ class Plan:
     def jobs(self) -> tuple[int, int] | None:
         """Batch jobs of ``time_s`` that it takes, by the time as it is and at its upper end; None if unknown.
 
-        Each but the last stops before its end and loses what it has of an iteration.
+        Each but the last stops before its end, and the next one does a part of an iteration again.
         """
         if self.seconds is None or not self.time_s:
             return None
-        lost = 0.5 * (self.largest_iteration_s or 0.0) + START_S + self.problem.job.run.stop_before_end_s
+        lost = 0.5 * (self.repeated_s or 0.0) + START_S + self.problem.job.run.stop_before_end_s
         counts = []
         for factor in (1.0, self.rates.spread):
             total = factor * self.seconds
@@ -93,8 +95,8 @@ class Plan:
         return counts[0], counts[1]
 
     def never_ends(self) -> bool:
-        """Whether one iteration may take longer than a batch job, so that no number of them ends it."""
-        return bool(self.time_s and self.largest_iteration_s and self.largest_iteration_s > 0.8 * self.time_s)
+        """Whether what is done again may take longer than a batch job, so that no number of them ends it."""
+        return bool(self.time_s and self.repeated_s and self.repeated_s > 0.8 * self.time_s)
 
 
 def make_plan(
@@ -120,12 +122,18 @@ def make_plan(
     rest = list(stored.values())
     last = rows[-1]
     rows[-1] = Row(last.stage, last.seconds, None, sum(s.bytes for s in rest), sum(s.files for s in rest))
-    return Plan(p, layout, rates, assumed, tuple(rows), _largest_iteration(p, layout, rates, assumed), time_s)
+    return Plan(p, layout, rates, assumed, tuple(rows), _repeated(p, layout, rates, assumed), time_s)
 
 
-def _largest_iteration(p: Problem, layout: Layout, rates: Rates, assumed: Assumed) -> float | None:
+def _repeated(p: Problem, layout: Layout, rates: Rates, assumed: Assumed) -> float | None:
+    """Of the native engine's interrupted iteration everything but the search; of RELION's all."""
+    kept = () if p.job.refine.engine == "relion" else SEARCH
     n = p.particles + (p.auxiliaries if p.job.run.workflow in ("auxiliary", "both") else 0)
-    times = [rates.seconds("refine", one) for one in workload.iterations(p, n, layout.ranks, assumed)]
+    works = [
+        {unit: amount for unit, amount in one.items() if unit not in kept}
+        for one in workload.iterations(p, n, layout.ranks, assumed)
+    ]
+    times = [rates.seconds("refine", one) for one in works]
     return None if any(t is None for t in times) else max(t or 0.0 for t in times)
 
 
@@ -140,7 +148,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "assumed": asdict(plan.assumed),
         "stages": [asdict(row) for row in plan.rows],
         "seconds": plan.seconds,
-        "largest_iteration_s": plan.largest_iteration_s,
+        "repeated_s": plan.repeated_s,
         "memory_bytes_per_rank": plan.memory_bytes,
         "memory_bytes_per_node": plan.memory_bytes * plan.layout.ranks_per_node,
         "gpu_bytes_per_rank": estimate.gpu_memory(p, plan.layout.ranks) if plan.layout.gpus_per_node else None,
@@ -148,7 +156,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "files": sum(row.files for row in plan.rows),
         "wall_time_s": wall,
         "jobs": None if jobs is None else {"expected": jobs[0], "at_the_most": jobs[1]},
-        "an_iteration_exceeds_a_job": plan.never_ends(),
+        "an_iteration_never_ends": plan.never_ends(),
     }  # fmt: skip
 
 
@@ -186,14 +194,14 @@ def _wall_lines(plan: Plan) -> list[str]:
     lines = [f"wall-time to ask for: {duration(wall)} (the uncertainty and {MARGIN:.2f} times that are in it)"]
     if plan.never_ends():
         lines.append(
-            f"WARNING: an iteration takes about {duration(plan.largest_iteration_s or 0)}, and a job has "
-            f"{duration(plan.time_s or 0)}: a resumed iteration begins anew, so more ranks are needed"
+            f"WARNING: what an interrupted iteration does again takes about {duration(plan.repeated_s or 0)}, and a "
+            f"job has {duration(plan.time_s or 0)}: more ranks are needed"
         )
     elif jobs is not None:
         few, many = jobs
         words = f"{few} job(s) of {duration(plan.time_s or 0)}: {few - 1} time(s) requeued"
         if many < 0:
-            words += "; at the upper end of the uncertainty an iteration does not fit into a job"
+            words += "; at the upper end of the uncertainty a job does not even do what a stop costs"
         elif many != few:
             words += f", at the upper end of the uncertainty {many - 1}"
         lines.append(words)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from cryoiso import __version__
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
@@ -22,6 +23,7 @@ from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references, schedule
 from cryoiso.refine.batches import Batch, BatchReader
+from cryoiso.refine.kept import KeptSearches, identity_of
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import State
@@ -111,45 +113,68 @@ class Refinement:
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
         sums: dict[int, FourierSums] = {}
+        kept = self._kept(model, plan)
         for half in HALVES:
             volume = FourierVolume.from_volume(
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
             )
             searcher = Searcher(plan, volume)
             accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
-            for batch in self._batches(half, radius, state.iteration):
+            for batch in self._batches(half, radius, state.iteration, kept):
                 white = whiten(batch, model.sigma2)
-                posterior = searcher.search(batch, white, self.given(batch.rows))
+                posterior = kept.get(batch.rows, self.device)
+                if posterior is None:
+                    posterior = searcher.search(batch, white, self.given(batch.rows))
+                    kept.put(batch.rows, posterior)
                 accumulate(batch, white, posterior, volume, accumulator, noise)
                 found.append((batch.rows, _best_of(posterior)))
             self._reduce(half, accumulator, sums)
+        if self.request.correction is not None:  # it may take longer than the search
+            kept.flush()
         rotation, shift_px, columns = self._gather(found, len(self.particles))
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         return self._maximise(model, sums, noise, rotation, shift_px, columns, plan, time.monotonic() - started)
 
-    def _batches(self, half: int, radius: int, iteration: int):
+    def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
+        """Where this iteration's searches are put aside (collective)."""
+        if self.request.folder is None:
+            return KeptSearches(None)
+        grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
+        rest = replace(plan, rotations=torch.empty(0), shifts_px=torch.empty(0))
+        identity = identity_of(
+            __version__, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
+            self.particles.uid, self.settings.padding, self.centre_px,
+        )  # fmt: skip
+        kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
+        if len(kept) and self.comm.rank == 0:
+            batches = len(self.reader.plan(HALVES))
+            logger.info("iteration %d: %d of %d batches were searched before the interruption",
+                        model.state.iteration + 1, len(kept), batches)  # fmt: skip
+        return kept
+
+    def _batches(self, half: int, radius: int, iteration: int, kept: KeptSearches):
         batches, most = self.owned(half)
         keep = self.reader.preload_radius(radius, batches)
         board.expect(2 * iteration + half - 1, 2 * schedule.expected_iterations(iteration, self.settings))
         line = ProgressLine(f"iteration {iteration + 1}, half {half}", most, active=self.comm.rank == 0)
         for i in range(most):
-            self.heed()
+            self.heed(kept)
             if i < len(batches):
                 whole: Batch = self.reader.read(batches[i], max(keep, radius))
                 yield self.reader._cut(whole, radius)
             line.update(i + 1)
         line.close()
 
-    def heed(self) -> None:
-        """Stops on all ranks if any was told to (collective).
+    def heed(self, kept: KeptSearches | None = None) -> None:
+        """Stops on all ranks if any was told to (collective); what was found is put aside first.
 
         Raises:
             Interrupted: one was.
         """
         if self.comm.stop_requested():
-            raise Interrupted(
-                "stopped by a signal; the last finished iteration is kept. Continue with 'cryoiso resume'."
-            )
+            if kept is not None:
+                kept.flush()
+            raise Interrupted("stopped by a signal; what was found so far is kept. Continue with 'cryoiso resume'.")
 
     def _reduce(self, half: int, accumulator: SliceAccumulator, sums: dict[int, FourierSums]) -> None:
         root = root_of_half(half, self.comm.size)
