@@ -56,6 +56,23 @@ def test_the_solvent_constraint_keeps_what_was_measured_and_finds_some_of_the_re
     np.testing.assert_allclose(filled(truth, ALL, 5), truth, atol=1e-5 * truth.max())
 
 
+@pytest.mark.parametrize("transfer", [CONE, (0.5 + 0.5 * CONE).astype(np.float32)])
+def test_no_step_of_the_solvent_leads_away_from_the_truth(truth, transfer):
+    """From any beginning with the measured coefficients: each step is nearer than the one before, and stays there."""
+    solvent = Solvent(transfer, ALL)
+    measured = solvent.measured(torch.from_numpy(truth))
+    noise = torch.from_numpy(np.random.default_rng(2).normal(size=truth.shape).astype(np.float32))
+    found = solvent.joined(measured, torch.from_numpy(truth) + float(truth.std()) * noise)
+    distances = []
+    for _ in range(12):
+        distances.append(float((found - torch.from_numpy(truth)).norm()))
+        found = solvent.filled(measured, BOX, 1, start=found)
+    assert all(after <= before * (1 + 1e-5) for before, after in zip(distances, distances[1:], strict=False))
+    assert distances[-1] < 0.8 * distances[0]
+    same = solvent.filled(measured, BOX, 3, start=torch.from_numpy(truth)).numpy()
+    np.testing.assert_allclose(same, truth, atol=1e-5 * truth.max())
+
+
 def test_noise_is_what_the_fsc_says_of_the_power():
     data = 3.0 * np.random.default_rng(0).normal(size=(BOX,) * 3).astype(np.float32)
     assert not noise_amplitude(data, ALL).any()

@@ -2,7 +2,7 @@
 
 ``completion`` (the default), in rounds, with S the solvent constraint of ``solvent`` and f the network:
 
-    y = S[A x], many steps;   per round: train f to restore turned copies of y,   y = A x + (B - A) max(f(S[A x]), 0)
+    y = S[A x], many steps;   per round: train f to restore turned copies of y,   y = S[f(S[A x])], many steps
 
 ``published``: the losses of the publication train f on sub-maps of A x, and y = f(A x).
 """
@@ -37,8 +37,8 @@ from cryoiso.train.loop import LoopSettings, TrainOutcome, train
 RECORDS = 100
 """Records of a training, for its curves."""
 BOTH = "both"
-FIRST_STEPS = 60
-"""Of the solvent constraint, for the first estimate; more change little."""
+ESTIMATE_STEPS = 60
+"""Of the solvent constraint, for an estimate of the map, from A x or from what a network made; more change little."""
 
 
 @dataclass(frozen=True)
@@ -116,32 +116,42 @@ class Job:
         solvent = Solvent(self.transfer, self.reach, device)
         x = {half: scale.normalised(data) for half, data in self.data.items()}
         measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
-        estimate = {half: solvent.filled(one, box, FIRST_STEPS, heed).cpu().numpy() for half, one in measured.items()}
-        given = {
-            half: solvent.filled(one, box, settings.solvent_steps, heed).cpu().numpy() for half, one in measured.items()
-        }
-        if settings.steps == 0 and self.warm is None:  # the solvent alone
+        given = {half: solvent.filled(one, box, settings.solvent_steps, heed) for half, one in measured.items()}
+        estimate = self._estimates(solvent, measured, given, heed)
+        if settings.steps == 0 and self.warm is None:  # the solvent alone: all its steps in a row
             given = estimate
         noise = None
         if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
             noise = [noise_amplitude(data, self.transfer) for data in x.values()]
-        weights, outcomes, made = self.warm, [], {}
+        weights, outcomes = self.warm, []
         # a given network has learnt what the first round teaches: it is applied, and one round follows
         first = 1 if self.warm is None or settings.steps == 0 else 0
-        last = settings.rounds if first else 1
+        last = settings.rounds if settings.steps and self.warm is None else 1
         for number in range(first, last + 1):
             task = CompletionTask(
-                list(estimate.values()), solvent, self.inside, settings, self.seed, noise=noise, device=device,
-                index=group.index, size=group.size, label=f"{self.course.label}, round {number}", warm=weights,
+                [one.cpu().numpy() for one in estimate.values()], solvent, self.inside, settings, self.seed,
+                noise=noise, device=device, index=group.index, size=group.size,
+                label=f"{self.course.label}, round {number}", warm=weights,
             )  # fmt: skip
             outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
             network = task.module.eval()
-            for half, one in measured.items():
-                change = predict(network, given[half], tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
-                made[half] = solvent.joined(one, on_device(change, device)).clamp(min=0)
-                estimate[half] = solvent.joined(one, made[half]).cpu().numpy()
+            started = {}
+            for half, one in given.items():
+                change = predict(network, one.cpu().numpy(), tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
+                started[half] = solvent.joined(measured[half], on_device(change, device))
+            estimate = self._estimates(solvent, measured, started, heed)
             weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
-        return network, {h: self._parts(solvent, one) for h, one in made.items()}, outcomes
+        return network, {h: self._parts(solvent, one.clamp(min=0)) for h, one in estimate.items()}, outcomes
+
+    @staticmethod
+    def _estimates(
+        solvent: Solvent, measured: dict[int, Tensor], start: dict[int, Tensor], heed: Callable[[], None]
+    ) -> dict[int, Tensor]:
+        """Half -> what the solvent constraint makes of a beginning."""
+        return {
+            half: solvent.filled(one, start[half].shape[-1], ESTIMATE_STEPS, heed, start[half])
+            for half, one in measured.items()
+        }
 
     def _parts(self, solvent: Solvent, made: Tensor) -> tuple[np.ndarray, np.ndarray]:
         return filtered(made.cpu().numpy(), self.reach), solvent.inferred(made).cpu().numpy()

@@ -43,13 +43,18 @@ class Solvent:
         return _back(self.rest * torch.fft.rfftn(estimate, dim=AXES), estimate.shape)
 
     def filled(
-        self, measured: Tensor, box_px: int, steps: int, between: Callable[[], None] = lambda: None
+        self, measured: Tensor, box_px: int, steps: int, between: Callable[[], None] = lambda: None,
+        start: Tensor | None = None,
     ) -> Tensor:
         """Coefficients A x completed by so many steps of f = max(f, 0), f = A x + (B - A) f; none: A x.
 
-        ``between`` is called before every step.
+        Neither step takes f farther from a map that has these coefficients and no negative density, wherever f begins.
+
+        Args:
+            between: called before every step.
+            start: (..., D, D, D) the first f; None: A x.
         """
-        found = _back(measured, (*measured.shape[:-3], box_px, box_px, box_px))
+        found = _back(measured, (*measured.shape[:-3], box_px, box_px, box_px)) if start is None else start
         for _ in range(steps):
             between()
             found = self.joined(measured, found.clamp(min=0))
