@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_no_step_of_the_solvent_leads_away_from_the_truth(truth, transfer):
     for _ in range(12):
         distances.append(float((found - torch.from_numpy(truth)).norm()))
         found = solvent.filled(measured, BOX, 1, start=found)
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(distances, distances[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(distances))
     assert distances[-1] < 0.8 * distances[0]
     same = solvent.filled(measured, BOX, 3, start=torch.from_numpy(truth)).numpy()
     np.testing.assert_allclose(same, truth, atol=1e-5 * truth.max())
