@@ -2,7 +2,9 @@
 
 ``completion`` (the default), in rounds, with S the solvent constraint of ``solvent`` and f the network:
 
-    y = S[A x], many steps;   per round: train f to restore turned copies of y,   y = S[f(S[A x])], many steps
+    w = A x + (B - A) f(S[A x]), a few steps;   y = S[A w] from y = w on, many steps
+
+First f is the identity; in each round it is trained to restore turned copies of the last y.
 
 ``published``: the losses of the publication train f on sub-maps of A x, and y = f(A x).
 """
@@ -37,8 +39,8 @@ from cryoiso.train.loop import LoopSettings, TrainOutcome, train
 RECORDS = 100
 """Records of a training, for its curves."""
 BOTH = "both"
-ESTIMATE_STEPS = 60
-"""Of the solvent constraint, for an estimate of the map, from A x or from what a network made; more change little."""
+ESTIMATE_STEPS = 100
+"""Of the solvent constraint, for an estimate of the map from what a network made; more change little."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,6 @@ class Job:
         measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
         given = {half: solvent.filled(one, box, settings.solvent_steps, heed) for half, one in measured.items()}
         estimate = self._estimates(solvent, measured, given, heed)
-        if settings.steps == 0 and self.warm is None:  # the solvent alone: all its steps in a row
-            given = estimate
         noise = None
         if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
             noise = [noise_amplitude(data, self.transfer) for data in x.values()]
@@ -135,23 +135,26 @@ class Job:
             )  # fmt: skip
             outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
             network = task.module.eval()
-            started = {}
+            made = {}
             for half, one in given.items():
                 change = predict(network, one.cpu().numpy(), tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
-                started[half] = solvent.joined(measured[half], on_device(change, device))
-            estimate = self._estimates(solvent, measured, started, heed)
+                made[half] = on_device(change, device)
+            estimate = self._estimates(solvent, measured, made, heed)
             weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
         return network, {h: self._parts(solvent, one.clamp(min=0)) for h, one in estimate.items()}, outcomes
 
     @staticmethod
     def _estimates(
-        solvent: Solvent, measured: dict[int, Tensor], start: dict[int, Tensor], heed: Callable[[], None]
+        solvent: Solvent, measured: dict[int, Tensor], made: dict[int, Tensor], heed: Callable[[], None]
     ) -> dict[int, Tensor]:
-        """Half -> what the solvent constraint makes of a beginning."""
-        return {
-            half: solvent.filled(one, start[half].shape[-1], ESTIMATE_STEPS, heed, start[half])
-            for half, one in measured.items()
-        }
+        """Half -> w, and what the solvent constraint makes of it."""
+        found = {}
+        for half, one in measured.items():
+            whole = solvent.joined(one, made[half])
+            # held to A w: held to A x, it would forget what the network made of weak data
+            held = solvent.measured(whole)
+            found[half] = solvent.filled(held, whole.shape[-1], ESTIMATE_STEPS, heed, whole)
+        return found
 
     def _parts(self, solvent: Solvent, made: Tensor) -> tuple[np.ndarray, np.ndarray]:
         return filtered(made.cpu().numpy(), self.reach), solvent.inferred(made).cpu().numpy()
