@@ -99,6 +99,20 @@ def test_a_streamed_epoch_reads_each_chunk_once_and_whole():
     assert np.median(spread) > 500, "a batch of eight comes from all over the set"
 
 
+@pytest.mark.parametrize("left_at", [1, 70, 127])
+def test_a_training_that_begins_anew_reads_each_chunk_once(left_at):
+    """Buffers of the attempt before must not push out those of the new one, step after step."""
+    source = CountingSource(1024)
+    batches = streamed(source, np.arange(1024), 8, 256)
+    for step in range(left_at + 1):
+        batches.images(step)
+    source.reads.clear()
+    for step in range(128):
+        assert np.array_equal(batches.images(step)[:, 0, 0], batches.rows_of(step))
+    count = np.bincount(np.concatenate(source.reads), minlength=1024)
+    assert count.max() <= 2 and count.mean() < 1.3
+
+
 def test_rows_of_one_chunk_are_shuffled_anew_in_each_epoch():
     batches = streamed(CountingSource(64, 64), np.arange(64), 8, 32)
     first, second = (np.concatenate([batches.rows_of(8 * e + i) for i in range(8)]) for e in (0, 1))

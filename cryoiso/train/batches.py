@@ -161,6 +161,7 @@ class Batches:
             return self._all()[self.plan.positions(places)]
         out = np.empty((len(places), self.source.box_px, self.source.box_px), np.float32)
         n = len(self.plan)
+        self._leave_others(int(places[0]))
         for i, place in enumerate(places):
             out[i] = self._buffer_at(int(place) // n, int(place) % n).image(int(place) % n)
         self._advance(int(places[-1]))
@@ -191,14 +192,26 @@ class Batches:
 
     def _advance(self, place: int) -> None:
         """Reads the next buffer bit by bit while this one is used up, so that no step waits for a whole one."""
-        epoch, within = divmod(place, len(self.plan))
-        edges = self.plan.epoch(epoch)[1]
-        number = int(np.searchsorted(edges, within, side="right")) - 1
+        epoch, number = self._leave_others(place)
+        edges, within = self.plan.epoch(epoch)[1], place % len(self.plan)
         done = (within - edges[number] + 1) / (edges[number + 1] - edges[number])
-        following = (epoch, number + 1) if number + 2 < len(edges) else (epoch + 1, 0)
-        for key in [key for key in self._buffers if key < (epoch, number)]:
-            del self._buffers[key]
-        self._open(*following).fill(float(done))
+        self._open(*self._after(epoch, number)).fill(float(done))
+
+    def _leave_others(self, place: int) -> tuple[int, int]:
+        """Forgets all buffers but that of a place and the next; those of later steps too, when steps begin anew.
+
+        Returns:
+            Epoch and number of the buffer of that place.
+        """
+        epoch, within = divmod(place, len(self.plan))
+        number = int(np.searchsorted(self.plan.epoch(epoch)[1], within, side="right")) - 1
+        wanted = {(epoch, number), self._after(epoch, number)}
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in wanted}
+        return epoch, number
+
+    def _after(self, epoch: int, number: int) -> tuple[int, int]:
+        """Epoch and number of the buffer after this one."""
+        return (epoch, number + 1) if number + 2 < len(self.plan.epoch(epoch)[1]) else (epoch + 1, 0)
 
 
 class _Buffer:
