@@ -403,6 +403,34 @@ def test_a_signal_stops_between_stages_and_is_noted(data, tmp_path, quick, monke
     assert hash_files(tmp_path / "run") == hash_files(whole.path)
 
 
+def test_a_resumed_run_goes_on_within_an_iteration(data, tmp_path, monkeypatch, request):
+    """Told to stop after the first batch of the refinement: that batch is not searched again."""
+    from cryoiso.refine import iterate
+
+    request.addfinalizer(forget_signals)
+    searched: list[int] = []
+
+    class Signalled(iterate.Searcher):
+        def search(self, batch, white, given=None):
+            searched.append(int(batch.rows[0]))
+            if len(searched) == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().search(batch, white, given)
+
+    monkeypatch.setattr(iterate, "Searcher", Signalled)
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run_job(data / "job.toml", run, Context(), quick_report)
+    assert len(list(run.glob("03_refine/checkpoint/searched-*"))) == len(searched) == 1
+    signals.clear()
+    resume_run(run, Context(), quick_report)
+    stopped = list(searched)
+    searched[:] = [-1]
+    whole = run_job(data / "job.toml", tmp_path / "whole", Context(), quick_report)
+    assert stopped == searched[1:]
+    assert hash_files(run) == hash_files(whole.path) and not list(run.rglob("searched-*"))
+
+
 # --- references on another grid
 
 

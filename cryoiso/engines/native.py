@@ -63,6 +63,7 @@ class NativeEngine:
                     request.on_checkpoint(model.history[-1])
         result = _result(request, model)
         if comm.rank == 0:
+            forget(file.parent)
             _write(request, run, model, result)
         comm.barrier()
         return result

@@ -26,7 +26,8 @@ EVERY_S = 60.0
 """Posteriors are written this often; shorter iterations leave nothing on the disk."""
 EVERY_BYTES = 1 << 26
 """... or when so much waits."""
-PATTERN = "searched-*.part"
+PATTERN = "searched-*.frames"
+"""Not ".part": what a resumed run finds under that ending it takes for unfinished files, and removes."""
 
 
 @dataclass
