@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from mpi_helper import network_hosts
 from pipeline_helper import cryoiso, hash_files, simulate, write_job
 from slurm_helper import DEBIAN_MPI, slurm
 from test_slurm import launch, log_of
