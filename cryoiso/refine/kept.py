@@ -44,14 +44,12 @@ class KeptSearches:
     _written: float = 0.0
 
     @classmethod
-    def of(cls, folder: Path | None, identity: str, comm: Communicator) -> KeptSearches:
+    def of(cls, folder: Path, identity: str, comm: Communicator) -> KeptSearches:
         """Finds what an earlier attempt at the same iteration left; what is not of it is removed (collective).
 
         Args:
             identity: of the iteration: everything that the posteriors depend on, but the batch.
         """
-        if folder is None:
-            return cls(None)
         found: list[Frame] = []
         if comm.rank == 0:
             found = [frame for path in sorted(folder.glob(PATTERN)) for frame in _of_iteration(path, identity)]

@@ -177,7 +177,7 @@ class Batches:
 
     def _buffer_at(self, epoch: int, place: int) -> _Buffer:
         """The buffer that holds this place of an epoch, read whole."""
-        buffer = self._open(epoch, int(np.searchsorted(self.plan.epoch(epoch)[1], place, side="right")) - 1)
+        buffer = self._open(epoch, self._number(epoch, place))
         buffer.fill(1.0)
         return buffer
 
@@ -204,10 +204,14 @@ class Batches:
             Epoch and number of the buffer of that place.
         """
         epoch, within = divmod(place, len(self.plan))
-        number = int(np.searchsorted(self.plan.epoch(epoch)[1], within, side="right")) - 1
+        number = self._number(epoch, within)
         wanted = {(epoch, number), self._after(epoch, number)}
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in wanted}
         return epoch, number
+
+    def _number(self, epoch: int, place: int) -> int:
+        """Which buffer holds this place of an epoch."""
+        return int(np.searchsorted(self.plan.epoch(epoch)[1], place, side="right")) - 1
 
     def _after(self, epoch: int, number: int) -> tuple[int, int]:
         """Epoch and number of the buffer after this one."""
