@@ -190,11 +190,26 @@ def test_lock_of_another_host_is_stale_only_when_nobody_touches_it(tmp_path, mon
     monkeypatch.setattr(lock, "WATCH_S", 0.2)
     with lock.locked(path):
         pass
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": "77", "restart": "0"}))
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+
+@pytest.mark.parametrize(
+    ("job", "start"),
+    [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("PBS_JOBID", "CRYOISO_JOB_START"), ("LSB_JOBID", "CRYOISO_JOB_START")],
+)
+def test_lock_of_an_earlier_start_of_the_same_job_is_stale_at_once(tmp_path, monkeypatch, job, start):
+    path = tmp_path / "lock.json"
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "PBS_JOBID", "LSB_JOBID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(job, "77")
+    monkeypatch.setenv(start, "2")
+    holder = {"host": "elsewhere", "pid": 1, "started": "1", "job": "77"}
+    for other in ({"restart": "2"}, {"restart": "1", "job": "76"}):
+        path.write_text(json.dumps({**holder, **other}))
+        with pytest.raises(UsageError, match="elsewhere"), lock.locked(path):
+            pass
+    path.write_text(json.dumps({**holder, "restart": "1"}))
     with lock.locked(path):
-        pass
+        assert json.loads(path.read_text())["job"] == "77"
 
 
 # --- the journal

@@ -57,8 +57,7 @@ class NativeEngine:
         while not model.state.done:
             model = run.step(model)
             if comm.rank == 0:
-                _save(file, model)
-                forget(file.parent)
+                _save(file, model)  # what was kept of this iteration goes when the next one looks for its own
                 if request.on_checkpoint:
                     request.on_checkpoint(model.history[-1])
         result = _result(request, model)

@@ -51,8 +51,19 @@ def whoami() -> dict[str, Any]:
         "pid_namespace": pid_namespace(),
         "pid": os.getpid(),
         "started": start_of(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID") or os.environ.get("LSB_JOBID") or "",
-        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        **batch_job(),
+    }
+
+
+def batch_job() -> dict[str, str]:
+    """The batch job of this process, and which start of it: a requeued job keeps its number.
+
+    Only Slurm counts starts; the scripts for PBS and LSF say when theirs was (CRYOISO_JOB_START).
+    """
+    env = os.environ
+    return {
+        "job": env.get("SLURM_JOB_ID") or env.get("PBS_JOBID") or env.get("LSB_JOBID") or "",
+        "restart": env.get("SLURM_RESTART_COUNT") or env.get("CRYOISO_JOB_START") or "0",
     }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.io.atomic import disk_full, is_full
-from cryoiso.io.lease import pid_namespace, start_of
+from cryoiso.io.lease import batch_job, pid_namespace, start_of
 
 BEAT_S = 20.0
 STALE_AFTER_S = 300.0
@@ -89,8 +89,7 @@ def _self() -> dict[str, Any]:
         "pid": os.getpid(),
         "numbering": pid_namespace(),
         "started": start_of(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID", ""),
-        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        **batch_job(),
     }
 
 

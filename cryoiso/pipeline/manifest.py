@@ -161,6 +161,23 @@ def check_stacks(manifest: dict[str, Any], stacks: list[Path], job: Job) -> None
             raise InputError("a stack of this run has changed since it started", file=path, hint=hint)
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object that a run keeps about itself in a file; empty if there is no file.
+
+    Raises:
+        InputError: not JSON, or not an object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise InputError(f"cannot be read as JSON: {error}", file=path) from None
+    if not isinstance(found, dict):
+        raise InputError("not a JSON object", file=path, expected="{...}", found=type(found).__name__)
+    return found
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a run.
 
@@ -168,6 +185,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputError: it cannot be read.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the manifest is damaged: {error}", file=path, hint="Start a new run.") from None
+        found = read_record(path)
+    except InputError as error:
+        raise InputError(f"the manifest is damaged: {error.problem}", file=path, hint="Start a new run.") from None
+    if not found:
+        raise InputError("the manifest is gone or empty", file=path, hint="Start a new run.")
+    return found

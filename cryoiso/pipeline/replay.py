@@ -17,9 +17,10 @@ from cryoiso.pipeline.compare import Comparison, compare_files
 from cryoiso.pipeline.hashing import Outputs, verify_outputs
 from cryoiso.pipeline.journal import read_journal
 from cryoiso.pipeline.layout import RunFolder
+from cryoiso.pipeline.manifest import read_record
 from cryoiso.pipeline.plan import folder_stages, stages_of
 from cryoiso.pipeline.run import do_stage, prepare_device, read_resolved
-from cryoiso.pipeline.seal import REPORTS, read_record
+from cryoiso.pipeline.seal import REPORTS
 from cryoiso.pipeline.work import Work, write_json
 
 logger = logging.getLogger("cryoiso")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 from cryoiso import __version__
-from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
 from cryoiso.pipeline import manifest as provenance
 from cryoiso.pipeline.checksums import sum_line
@@ -52,20 +49,3 @@ def write_seal(work: Work, stages: list[str]) -> None:
 def digest_of_files(files: Outputs) -> str:
     """One hash over many: SHA-256 of the lines that sha256sum would print for them, sorted by name."""
     return hashlib.sha256("".join(sum_line(name, files[name]["sha256"]) for name in sorted(files)).encode()).hexdigest()
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The JSON object that a run keeps about itself in a file; empty if there is no file.
-
-    Raises:
-        InputError: not JSON, or not an object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", file=path) from None
-    if not isinstance(found, dict):
-        raise InputError("not a JSON object", file=path, expected="{...}", found=type(found).__name__)
-    return found

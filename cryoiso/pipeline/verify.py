@@ -16,10 +16,10 @@ from cryoiso.pipeline.checksums import SUMS, read_sums
 from cryoiso.pipeline.hashing import Outputs, hash_shared, list_outputs
 from cryoiso.pipeline.journal import read_journal
 from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.manifest import job_key
+from cryoiso.pipeline.manifest import job_key, read_record
 from cryoiso.pipeline.plan import folder_stages, stages_of
 from cryoiso.pipeline.run import next_key, read_job
-from cryoiso.pipeline.seal import digest_of_files, read_record
+from cryoiso.pipeline.seal import digest_of_files
 
 GONE, SIZE, CONTENT = "is gone", "has another size", "has another content"
 

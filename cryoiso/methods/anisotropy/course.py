@@ -119,7 +119,8 @@ class Job:
         x = {half: scale.normalised(data) for half, data in self.data.items()}
         measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
         given = {half: solvent.filled(one, box, settings.solvent_steps, heed) for half, one in measured.items()}
-        estimate = self._estimates(solvent, measured, given, heed)
+        # no training: nobody looks at the first estimate
+        estimate = self._estimates(solvent, measured, given, heed) if settings.steps else given
         noise = None
         if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
             noise = [noise_amplitude(data, self.transfer) for data in x.values()]

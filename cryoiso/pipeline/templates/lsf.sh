@@ -30,6 +30,7 @@
 
 {% include "prepare.sh" %}
 
+export CRYOISO_JOB_START=$(date +%s)    # a requeued job keeps its number
 echo "cryoiso: job $LSB_JOBID on $LSB_HOSTS, $(date)"
 {% include "work.sh" %}
 {% if requeue %}

@@ -29,6 +29,7 @@ cd {{ folder|sh }} || exit 69
 set -m
 (sleep {{ [seconds - grace_s, 1]|max }} && kill -USR1 $$) &
 clock=$!
+export CRYOISO_JOB_START=$(date +%s)    # a requeued job keeps its number
 echo "cryoiso: job $PBS_JOBID on $(sort -u "$PBS_NODEFILE" | xargs), $(date)"
 {% include "work.sh" %}
 kill -- "-$clock" 2>/dev/null
