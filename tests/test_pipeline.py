@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -37,14 +35,10 @@ from cryoiso.core.errors import (
     MissingError,
     UsageError,
 )
-from cryoiso.core.types import DensityMap
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.physics.resample import resample_map
-from cryoiso.pipeline import lock
 from cryoiso.pipeline.journal import Journal, read_journal
 from cryoiso.pipeline.layout import REFINE_STAGES
-from cryoiso.pipeline.reference import measure_diameter
 from cryoiso.pipeline.run import resume_run, run_job
 from cryoiso.pipeline.standalone import ingest_files
 
@@ -143,96 +137,6 @@ def test_resume_needs_a_run(tmp_path):
     with pytest.raises(UsageError, match="no run that could be resumed"):
         resume_run(tmp_path, Context())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_two_runs_at_once_are_refused(tmp_path):
-    with lock.locked(tmp_path / "lock.json"):
-        code = (
-            "from cryoiso.pipeline.lock import locked\nfrom pathlib import Path\n"
-            f"with locked(Path({str(tmp_path)!r}, 'lock.json')): pass"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "another run works in" in done.stderr and str(os.getpid()) in done.stderr
-    assert not (tmp_path / "lock.json").exists()
-
-
-def test_lock_of_a_dead_process_is_taken_over(tmp_path):
-    code = (
-        "import os\nfrom cryoiso.pipeline.lock import locked\nfrom pathlib import Path\n"
-        f"with locked(Path({str(tmp_path)!r}, 'lock.json')): os.kill(os.getpid(), 9)"
-    )
-    subprocess.run([sys.executable, "-c", code])
-    assert (tmp_path / "lock.json").exists()
-    with lock.locked(tmp_path / "lock.json"):
-        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
-
-
-def test_lock_of_a_container_that_numbers_its_processes_by_itself(tmp_path):
-    """Its process 3 is not ours, so whether ours is there tells nothing; the lock is stale when nobody touches it."""
-    path = tmp_path / "lock.json"
-    mine = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1", "job": "", "restart": "0"}
-    path.write_text(json.dumps({**mine, "numbering": "pid:[1]"}))
-    with pytest.raises(UsageError, match="another run works in"), lock.locked(path):
-        pass
-    old = time.time() - lock.STALE_AFTER_S - 60
-    os.utime(path, (old, old))
-    with lock.locked(path):
-        assert json.loads(path.read_text())["numbering"] == os.readlink("/proc/self/ns/pid")
-
-
-def test_lock_of_another_host_is_stale_only_when_nobody_touches_it(tmp_path, monkeypatch):
-    path = tmp_path / "lock.json"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": "", "restart": "0"}))
-    with pytest.raises(UsageError, match="elsewhere"), lock.locked(path):
-        pass
-    old = time.time() - lock.STALE_AFTER_S - 60
-    os.utime(path, (old, old))
-    monkeypatch.setattr(lock, "WATCH_S", 0.2)
-    with lock.locked(path):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("job", "start"),
-    [("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("PBS_JOBID", "CRYOISO_JOB_START"), ("LSB_JOBID", "CRYOISO_JOB_START")],
-)
-def test_lock_of_an_earlier_start_of_the_same_job_is_stale_at_once(tmp_path, monkeypatch, job, start):
-    path = tmp_path / "lock.json"
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "PBS_JOBID", "LSB_JOBID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(job, "77")
-    monkeypatch.setenv(start, "2")
-    holder = {"host": "elsewhere", "pid": 1, "started": "1", "job": "77"}
-    for other in ({"restart": "2"}, {"restart": "1", "job": "76"}):
-        path.write_text(json.dumps({**holder, **other}))
-        with pytest.raises(UsageError, match="elsewhere"), lock.locked(path):
-            pass
-    path.write_text(json.dumps({**holder, "restart": "1"}))
-    with lock.locked(path):
-        assert json.loads(path.read_text())["job"] == "77"
-
-
-# --- the journal
-
-
-def test_journal_survives_a_torn_line(tmp_path):
-    journal = Journal(tmp_path / "j")
-    journal.append("start", stage="ingest")
-    journal.append("end", stage="ingest", seconds=1.5)
-    whole = (tmp_path / "j").read_bytes()
-    for cut in range(whole.index(b"\n") + 1, len(whole)):
-        (tmp_path / "j").write_bytes(whole[:cut])
-        again = Journal(tmp_path / "j")
-        assert [line["event"] for line in again.lines] == ["start"]
-        again.append("resume")
-        assert [line["event"] for line in read_journal(tmp_path / "j")] == ["start", "resume"]
-        (tmp_path / "j").unlink()
-
-
-def test_damaged_journal_is_an_error(tmp_path):
-    (tmp_path / "j").write_text('{"event": "run"}\nrubbish\n{"event": "done"}\n')
-    with pytest.raises(InputError, match="damaged"):
-        read_journal(tmp_path / "j")
 
 
 # --- resume
@@ -444,48 +348,6 @@ def test_a_resumed_run_goes_on_within_an_iteration(data, tmp_path, monkeypatch, 
     whole = run_job(data / "job.toml", tmp_path / "whole", Context(), quick_report)
     assert stopped == searched[1:]
     assert hash_files(run) == hash_files(whole.path) and not list(run.rglob("searched-*"))
-
-
-# --- references on another grid
-
-
-def _blob(box: int, pixel: float, centre_A=(0.0, 0.0, 0.0), sigma_A: float = 12.0) -> np.ndarray:
-    axes = [(np.arange(box) - box // 2) * pixel - c for c in centre_A]
-    return np.exp(-sum(a**2 for a in np.meshgrid(*axes, indexing="ij")) / (2 * sigma_A**2)).astype(np.float32)
-
-
-@pytest.mark.parametrize("box_in, pixel_in", [(32, 4.0), (33, 4.0), (48, 2.7), (24, 5.0)])
-@pytest.mark.parametrize("box_out, pixel_out", [(32, 4.0), (31, 4.5), (40, 3.0)])
-def test_resampling_keeps_density_and_centre(box_in, pixel_in, box_out, pixel_out):
-    """A Gaussian sampled on one grid and interpolated onto another is the Gaussian sampled there."""
-    centre = (10.0, -6.0, 3.0)
-    found = resample_map(_blob(box_in, pixel_in, centre), pixel_in, box_out, pixel_out)
-    expected = _blob(box_out, pixel_out, centre)
-    inside = np.abs(np.indices([box_out] * 3) - box_out // 2).max(0) * pixel_out < box_in * pixel_in / 2 - 8
-    assert np.abs(found - expected)[inside].max() < 5e-3 and found.dtype == np.float32
-
-
-def test_resampling_onto_the_same_grid_changes_nothing():
-    noise = np.random.default_rng(0).standard_normal((15, 15, 15)).astype(np.float32)
-    assert np.allclose(resample_map(noise, 3.0, 15, 3.0), noise, atol=1e-5)
-    noise = np.random.default_rng(0).standard_normal((16, 16, 16)).astype(np.float32)
-    assert np.allclose(resample_map(noise, 3.0, 16, 3.0), noise, atol=1e-5)
-
-
-def test_coarser_grid_holds_no_alias():
-    """A wave beyond the new Nyquist limit vanishes instead of folding back."""
-    box = 48
-    wave = np.cos(2 * np.pi * 20 * (np.arange(box) - box // 2) / box)[None, None, :] * np.ones((box, box, 1))
-    assert np.abs(resample_map(wave, 1.0, 24, 2.0)).max() < 1e-5
-
-
-def test_diameter_is_measured_about_the_box_centre():
-    box, pixel = 64, 3.0
-    r = np.sqrt(((np.indices((box,) * 3) - box // 2) ** 2).sum(0)) * pixel
-    ball = DensityMap((r < 45).astype(np.float32), pixel)
-    assert measure_diameter(ball, margin_A=0) == pytest.approx(90, abs=8)
-    shifted = DensityMap(np.roll(ball.data, 10, axis=0), pixel)
-    assert measure_diameter(shifted, margin_A=0) == pytest.approx(2 * (45 + 30), abs=12)
 
 
 # --- the real engine, in processes of their own
