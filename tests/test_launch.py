@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from launch_helper import asked, check_bash, in_bash, make_job, script
 from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import LaunchSection, job_to_toml, parse_job
@@ -32,26 +33,7 @@ FULL = {
 
 @pytest.fixture
 def job(tmp_path) -> Path:
-    """A job file whose inputs exist, in a folder with a blank in its name."""
-    folder = tmp_path / "my data"
-    folder.mkdir()
-    for name in ("particles.star", "ref.mrc"):
-        (folder / name).write_text("")
-    path = folder / "job.toml"
-    path.write_text('[particles]\nfile = "particles.star"\n[reference]\nfile = "ref.mrc"\n')
-    return path
-
-
-def script(job: Path, chain: bool = False, **given) -> str:
-    known = launch.read_launch(job, {"mpi": "mpirun", **given})
-    made = launch.scripts_of(known, job, job.with_name("run"), job.with_name("go.sh"), chain)
-    return made[-1].text
-
-
-def check_bash(text: str) -> None:
-    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not re.search(r"\{\{|\{%|XXX\w+XXX|None|Undefined", text), text
+    return make_job(tmp_path / "my data")
 
 
 # --- this program's templates
@@ -95,16 +77,6 @@ def test_extra_lines_get_the_word_of_the_scheduler_once(job):
     assert "\n#SBATCH --qos=long\n#SBATCH --exclusive\n" in text
 
 
-def test_an_image_sees_the_folders_of_the_run_and_gpus_where_there_are_any(job):
-    (text,) = re.findall(r"^.*apptainer exec.*$", script(job, image="x.sif", gpus=2), flags=re.MULTILINE)
-    assert "apptainer exec --nv --bind" in text and f"'{job.parent}/x.sif' cryoiso run" in text
-    assert f"--bind '{job.parent}'" in text, "one folder holds the job, its inputs and the run"
-    assert "--nv" not in script(job, image="x.sif")
-    own = script(job, image="docker://a/b", image_command="singularity exec --rocm")
-    assert "singularity exec --rocm --bind" in own and " docker://a/b cryoiso" in own
-    assert "srun --mpi=pmix --ntasks=4" in script(job, image="x.sif", mpi="auto")
-
-
 def test_one_rank_needs_no_launcher(job):
     assert "mpirun -n" not in script(job, ranks_per_node=1)
     assert "srun --mpi=pmix --ntasks=1" in script(job, ranks_per_node=1, mpi="pmix")
@@ -127,6 +99,18 @@ def test_the_library_decides_how_ranks_are_started(library, knows, expected, job
     assert expected in script(job, mpi="auto", nodes=2, ranks_per_node=4)
 
 
+def test_an_srun_that_fails_is_not_taken_for_one_without_pmi(job, monkeypatch, tmp_path):
+    """A controller that cannot be reached just now says nothing of what srun can."""
+    monkeypatch.setattr(launch_mpi, "probe_mpi", lambda: {"library": "MPICH 5.0.2"})
+    srun = tmp_path / "bin/srun"
+    srun.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{srun.parent}:/usr/bin:/bin")
+    for code, expected in ((1, "srun --mpi=pmi2"), (0, "mpirun -n 4")):
+        srun.write_text(f"#!/bin/bash\necho 'srun: fatal: Could not establish a configuration' >&2\nexit {code}\n")
+        srun.chmod(0o755)
+        assert expected in script(job, mpi="auto", ranks_per_node=4)
+
+
 def test_without_a_library_the_question_is_asked(job, monkeypatch):
     monkeypatch.setattr(launch_mpi, "probe_mpi", lambda: {"error": "cannot load MPI library"})
     with pytest.raises(CryoisoError, match=r"set launch\.mpi") as caught:
@@ -136,12 +120,15 @@ def test_without_a_library_the_question_is_asked(job, monkeypatch):
 
 
 def test_a_chain_is_two_scripts(job):
-    known = launch.read_launch(job, {"mpi": "pmix", "gpus": 4, "queue": "gpu", "cpu_queue": "cpu", "cpu_ranks": 6})
+    main = {"mpi": "pmix", "gpus": 4, "queue": "gpu", "extra": ["--gpus-per-task=1"], "ram_gb": 400}
+    known = launch.read_launch(job, {**main, "cpu_queue": "cpu", "cpu_ranks": 6, "cpu_extra": ["--qos=cpu"]})
     first, second = launch.scripts_of(known, job, job.with_name("run"), job.with_name("go.sh"), True)
     assert (first.path.name, second.path.name) == ("go-ingest.sh", "go.sh")
     assert "--until reference" in first.text and "--until" not in second.text
     assert "gres" not in first.text and "--partition=cpu" in first.text and "--ntasks=6" in first.text
     assert "--gres=gpu:4" in second.text and "--partition=gpu" in second.text
+    assert "--gpus-per-task=1" not in first.text and "--mem" not in first.text and "--qos=cpu" in first.text
+    assert "--gpus-per-task=1" in second.text and "--mem=400000M" in second.text and "--qos" not in second.text
     check_bash(first.text)
     for scheduler, words in (("slurm", "--dependency=afterok:7 --kill-on-invalid-dep=yes"), ("lsf", "-w done(7)"),
                              ("pbs", "-W depend=afterok:7")):  # fmt: skip
@@ -151,42 +138,6 @@ def test_a_chain_is_two_scripts(job):
 
 
 # --- what the scripts do, in bash
-
-
-PROGRAM = """#!/bin/bash
-echo "$*" >> calls
-read -r code rest < plan; sed -i 1d plan; mkdir -p run
-[ -n "$rest" ] && echo "{\\"event\\": \\"$rest\\"}" >> run/journal.jsonl
-if [ "$code" = wait ]; then trap 'exit 75' USR1; touch ready; while :; do sleep 0.1; done; fi
-exit "$code"
-"""
-
-
-def in_bash(job: Path, scheduler: str, plan: str, **given) -> subprocess.Popen:
-    """Starts a script whose program follows a plan: a line of exit status and journal event for every start.
-
-    The stand-ins of scontrol and qrerun end the script that calls them, as a requeue does.
-    """
-    folder = job.parent
-    (folder / "plan").write_text(plan)
-    (folder / "prog").write_text(PROGRAM)
-    for name in ("scontrol", "qrerun", "qsub"):
-        tool = folder / "bin" / name
-        tool.parent.mkdir(exist_ok=True)
-        end = "(sleep 0.5; kill -TERM -- -$PPID) > /dev/null 2>&1 &" if name != "qsub" else ""
-        tool.write_text(f'#!/bin/bash\necho "{name} $*" >> asked\n[ -e "{name}.fails" ] && exit 1\n{end}\nexit 0\n')
-        tool.chmod(0o755)
-    (folder / "go.sh").write_text(
-        script(job, scheduler=scheduler, program=f"bash '{folder}/prog'", ranks_per_node=1, **given)
-    )
-    env = {"PATH": f"{folder}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "5", "PBS_JOBID": "5.host", "PBS_NODEFILE": "plan"}
-    return subprocess.Popen(["bash", "go.sh"], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, start_new_session=True)  # fmt: skip
-
-
-def asked(job: Path) -> list[str]:
-    file = job.with_name("asked")
-    return file.read_text().splitlines() if file.exists() else []
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 65, 69])
@@ -215,6 +166,16 @@ def test_pbs_asks_and_if_that_is_not_allowed_submits_again(job):
     assert process.returncode == EXIT_REQUEUE
     assert asked(job) == ["qrerun 5.host", f"qsub {job.with_name('go.sh')}"]
     assert "goes on from its last checkpoint" in (job.parent / "run-5.log").read_text()
+
+
+def test_the_rest_of_a_chain_follows_the_job_that_pbs_got_instead(job):
+    """The job that waited for the first is dropped, because that ended with 75."""
+    (job.parent / "qrerun.fails").write_text("yes")
+    process = in_bash(job, "pbs", "75 checkpoint\n", first_of_chain=True)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT_REQUEUE
+    first, second = job.with_name("go-ingest.sh"), job.with_name("go.sh")
+    assert asked(job)[1:] == [f"qsub {first}", f"qsub -W depend=afterok:7.host {second}"]
 
 
 def test_pbs_script_is_its_own_alarm_clock(job):
@@ -383,9 +344,10 @@ def test_options_go_before_the_job_file(job):
     ],
 )
 def test_wrong_settings_are_refused_with_one_sentence(words, code, said, job):
+    before = sorted(job.parent.iterdir())
     done = cryoiso_here("launch", job, *([] if "--mpi" in words else ["--mpi", "mpirun"]), *words)
     assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
-    assert sorted(path.name for path in job.parent.iterdir()) == ["job.toml", "particles.star", "ref.mrc"]
+    assert sorted(job.parent.iterdir()) == before
 
 
 def test_an_input_that_is_not_there_is_found_before_the_queue(job):

@@ -59,6 +59,8 @@ def launch(
     cpu_queue: Annotated[str | None, option(L, "cpu_queue", "--cpu-queue")] = None,
     cpu_ranks: Annotated[int | None, option(L, "cpu_ranks", "--cpu-ranks")] = None,
     cpu_time: Annotated[str | None, option(L, "cpu_time", "--cpu-time")] = None,
+    cpu_ram_gb: Annotated[float | None, option(L, "cpu_ram_gb", "--cpu-ram-gb")] = None,
+    cpu_extra: Annotated[list[str] | None, option(L, "cpu_extra", "--cpu-extra")] = None,
 ) -> None:
     """Write a batch script for a job, and submit it.
 

@@ -295,6 +295,10 @@ class LaunchSection(_Section):
     cpu_queue: str = Field("", description="with --chain: queue of the first job, without GPUs (default: the same)")
     cpu_ranks: int = Field(4, ge=1, description="with --chain: MPI ranks of that job, on one node")
     cpu_time: str = Field("", description="with --chain: wall-time of that job (default: the same)")
+    cpu_ram_gb: float | None = Field(
+        None, gt=0, description="with --chain: memory of its node in GB (default: what the site gives)"
+    )
+    cpu_extra: list[str] = Field([], description="with --chain: further lines for the scheduler in that job")
 
 
 class Job(_Section):

@@ -99,7 +99,7 @@ class Context:
             preference: "auto" (a GPU where there is one), "cpu" or "cuda"; None: ``device_preference``.
 
         Raises:
-            MissingError: "cuda" was asked for and this rank sees no GPU.
+            MissingError: "cuda" was asked for, or the job got GPUs (CRYOISO_GPUS), and this rank sees none.
         """
         preference = preference or self.device_preference
         if preference == "cpu":
@@ -113,6 +113,11 @@ class Context:
             raise MissingError(
                 f"rank {self.rank} on {self.hostname} sees no CUDA device. "
                 "Set run.device to 'auto' or 'cpu', or ask the batch system for a GPU per rank."
+            )
+        if os.environ.get("CRYOISO_GPUS", "0") not in ("", "0"):
+            raise MissingError(
+                f"the job asked for GPUs, but rank {self.rank} on {self.hostname} sees none. 'cryoiso doctor' in such "
+                "a job says why (an old driver, an image without --nv); set run.device = 'cpu' to compute without them."
             )
         return "cpu"
 

@@ -17,6 +17,7 @@ from typing import Any
 from cryoiso.core.config import Job, LaunchSection, parse_job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import write_text
+from cryoiso.pipeline.launch_image import started_in, words_for_script
 from cryoiso.pipeline.launch_mpi import Start, how_to_start
 from cryoiso.pipeline.launch_templates import fill_own, fill_site, read_template, words_of
 from cryoiso.pipeline.manifest import input_files
@@ -87,7 +88,7 @@ def scripts_of(job: Job, job_file: Path, run: Path, script: Path, chain: bool = 
             raise InputError("no such file", file=path, hint=f"{job_file} names it.")
     section, job_file, run = job.launch, job_file.absolute(), run.absolute()
     if not chain:
-        return [_script(section, job, job_file, run, script.absolute(), "", "the whole run")]
+        return [_script(section, job, job_file, run, script.absolute(), "the whole run")]
     if section.scheduler == "mpirun":
         raise UsageError("--chain needs a batch system: launch.scheduler is mpirun")
     last = WITHOUT_GPU[-1]
@@ -95,20 +96,24 @@ def scripts_of(job: Job, job_file: Path, run: Path, script: Path, chain: bool = 
         update={
             "nodes": 1, "gpus": 0, "gpu_type": "", "ranks_per_node": section.cpu_ranks,
             "queue": section.cpu_queue or section.queue, "time": section.cpu_time or section.time,
+            "ram_gb": section.cpu_ram_gb, "extra": section.cpu_extra,
             "name": f"{_name(section, job_file)}-{WITHOUT_GPU[0]}",
         }
     )  # fmt: skip
     before = script.with_name(f"{script.stem}-{WITHOUT_GPU[0]}{script.suffix}").absolute()
     return [
-        _script(first, job, job_file, run, before, last, f"the stages without a GPU, up to {last}"),
-        _script(section, job, job_file, run, script.absolute(), "", "the rest of the run"),
-    ]
+        _script(
+            first, job, job_file, run, before, f"the stages without a GPU, up to {last}", until=last,
+            then=str(script.absolute()),
+        ),
+        _script(section, job, job_file, run, script.absolute(), "the rest of the run"),
+    ]  # fmt: skip
 
 
 def _script(
-    section: LaunchSection, job: Job, job_file: Path, run: Path, path: Path, until: str, what: str
+    section: LaunchSection, job: Job, job_file: Path, run: Path, path: Path, what: str, until: str = "", then: str = ""
 ) -> Script:  # fmt: skip
-    facts = facts_of(section, job, job_file, run, path, until)
+    facts = {**facts_of(section, job, job_file, run, path, until), "then": then}
     if not section.template:
         return Script(path, fill_own(section.scheduler, facts), what, facts["start"])
     template = job_file.parent / Path(section.template).expanduser()
@@ -131,6 +136,7 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     facts = {
         "name": _name(section, job_file), "job": str(job_file), "run": str(run), "script": str(script),
         "folder": str(run.parent), "log": str(run), "journal": str(run / "journal.jsonl"),
+        "lock": str(run / "lock.json"),
         "nodes": section.nodes, "ranks": ranks, "ranks_per_node": per_node, "cpus_per_rank": section.cpus_per_rank,
         "cpus_per_node": per_node * section.cpus_per_rank, "cpus_total": ranks * section.cpus_per_rank,
         "gpus": section.gpus, "gpu_type": section.gpu_type,
@@ -139,7 +145,7 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
         "grace_s": section.grace_s, "grace_min": math.ceil(section.grace_s / 60), "requeue": section.requeue,
         "account": section.account, "queue": section.queue, "modules": section.modules, "setup": section.setup,
         "extra": [_DIRECTIVE.sub("", line) for line in section.extra],
-        "bin": own_bin, "srun": start.srun, "start": start.why,
+        "bin": own_bin, "srun": start.srun, "start": start.why, **words_for_script(section, job, start.flavour),
         "environment": {} if section.image else {key: os.environ[key] for key in CARRIED if os.environ.get(key)},
         "command": shlex.join([*start.prefix, *program, *words]), "bare_command": shlex.join([*program, *words]),
     }  # fmt: skip
@@ -201,19 +207,8 @@ def _name(section: LaunchSection, job_file: Path) -> str:
 def _program(section: LaunchSection, job: Job, job_file: Path, run: Path) -> list[str]:
     """The words that start cryoiso on a node."""
     if section.image:
-        image = section.image if "://" in section.image else str(job_file.parent / Path(section.image).expanduser())
-        how = shlex.split(section.image_command or ("apptainer exec --nv" if section.gpus else "apptainer exec"))
-        folders = ",".join(map(str, _folders(job, job_file, run)))
-        return [*how, "--bind", folders, image, *shlex.split(section.program or "cryoiso")]
+        return started_in(section, job, job_file, run)
     if section.program:
         return shlex.split(section.program)
     beside = Path(sys.prefix) / "bin" / "cryoiso"
     return [str(beside)] if beside.exists() else [sys.executable, "-m", "cryoiso.cli.main"]
-
-
-def _folders(job: Job, job_file: Path, run: Path) -> list[Path]:
-    """The folders that a container must see: those of the job file, its inputs and the run; none inside another."""
-    found = {job_file.parent, run.parent, *(path.parent for path in input_files(job))}
-    if job.particles.project:
-        found.add(Path(job.particles.project))
-    return sorted(path for path in found if not found & set(path.parents))

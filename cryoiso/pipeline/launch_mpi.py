@@ -21,9 +21,14 @@ class Start:
 
     prefix: tuple[str, ...]
     """srun or mpirun with arguments; empty for one rank without a launcher"""
-    srun: bool
+    flavour: str
+    """--mpi of srun; mpirun; empty without a launcher"""
     why: str
     """for people"""
+
+    @property
+    def srun(self) -> bool:
+        return self.flavour not in ("", "mpirun")
 
 
 def how_to_start(section: LaunchSection, ranks: int, ranks_per_node: int) -> Start:
@@ -36,14 +41,14 @@ def how_to_start(section: LaunchSection, ranks: int, ranks_per_node: int) -> Sta
     if section.mpi not in ("auto", "mpirun") and section.scheduler != "slurm":
         raise UsageError(f"launch.mpi = '{section.mpi}' is an --mpi of Slurm's srun; with {section.scheduler}: mpirun")
     if ranks == 1 and (section.mpi == "mpirun" or section.scheduler != "slurm"):
-        return Start((), False, "one rank, no launcher")
+        return Start((), "", "one rank, no launcher")
     library = _library(section)
     flavour, why = _flavour(section, library)
     if flavour != "mpirun":
         words = ("srun", f"--mpi={flavour}", f"--ntasks={ranks}", f"--ntasks-per-node={ranks_per_node}",
                  f"--cpus-per-task={section.cpus_per_rank}")  # fmt: skip
-        return Start(words, True, why)
-    return Start(_mpirun(section, library, ranks, ranks_per_node), False, why)
+        return Start(words, flavour, why)
+    return Start(_mpirun(section, library, ranks, ranks_per_node), "mpirun", why)
 
 
 def _library(section: LaunchSection) -> str:
@@ -79,7 +84,7 @@ def _flavour(section: LaunchSection, library: str) -> tuple[str, str]:
 
 
 def _srun_knows() -> set[str]:
-    """What the --mpi of this machine's srun can be; empty where there is no srun."""
+    """What the --mpi of this machine's srun can be; empty where there is no srun, or it cannot tell just now."""
     if shutil.which("srun") is None:
         return set()
     try:
@@ -87,6 +92,8 @@ def _srun_knows() -> set[str]:
             ["srun", "--mpi=list"], capture_output=True, text=True, timeout=30, env=outside_launcher(), check=False
         )
     except subprocess.TimeoutExpired:
+        return set()
+    if done.returncode != 0:
         return set()
     return set((done.stdout + done.stderr).replace(",", " ").split())
 

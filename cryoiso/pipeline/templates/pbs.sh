@@ -42,6 +42,10 @@ if again; then
     sleep 300
   elif [ -f {{ script|sh }} ] && next=$(qsub {{ script|sh }}); then
     echo "cryoiso: goes on from its last checkpoint in job $next"
+{% if then %}
+    # the job that waited for this one is dropped when this one ends with 75
+    last=$(qsub -W "depend=afterok:$next" {{ then|sh }}) && echo "cryoiso: the rest of the run follows in job $last"
+{% endif %}
   else
     echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" >&2
   fi

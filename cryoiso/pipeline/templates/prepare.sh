@@ -15,3 +15,9 @@ export OMP_NUM_THREADS={{ cpus_per_rank }}    # the last bits of a result depend
 # Open MPI: a rank may use all cores of the job, not one alone
 export OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_policy=none
 {% endif %}
+{% if gpus %}
+export CRYOISO_GPUS={{ gpus }}    # of each node: a rank that sees none stops, instead of computing for hours on CPUs
+{% endif %}
+{% if image and (node_folders or slurm_folders) %}
+{% include "image.sh" %}
+{% endif %}

@@ -18,8 +18,8 @@
 #SBATCH --partition={{ queue }}
 {% endif %}
 # Before its end the job gets USR1, writes a checkpoint and stops with exit status 75. With "B:" the signal goes to this
-# script, which hands it to mpirun; without it, to the ranks that srun started.
-#SBATCH --signal={{ "" if srun else "B:" }}USR1@{{ grace_s }}
+# script, which hands it on; without it, to the ranks that srun started.
+#SBATCH --signal={{ "" if srun and not image else "B:" }}USR1@{{ grace_s }}
 #SBATCH --{{ "requeue" if requeue else "no-requeue" }}
 #SBATCH --open-mode=append
 #SBATCH --output={{ (log ~ "-%j.log")|word }}
@@ -28,6 +28,9 @@
 {% endfor %}
 
 {% include "prepare.sh" %}
+{% if not srun %}
+export SLURM_MPI_TYPE=none    # mpirun starts its own helpers by srun, and they are no ranks
+{% endif %}
 
 echo "cryoiso: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date)"
 {% include "work.sh" %}

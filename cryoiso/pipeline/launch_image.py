@@ -1,0 +1,77 @@
+"""A container image in a batch job: the words that start it, and the folders that it must see."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core.config import Job, LaunchSection
+from cryoiso.core.log import logger
+from cryoiso.io import read_particle_file
+from cryoiso.io.staging import VARIABLES
+from cryoiso.pipeline.manifest import input_files
+
+
+def started_in(section: LaunchSection, job: Job, job_file: Path, run: Path) -> list[str]:
+    """The words that start cryoiso in the image of a job."""
+    image = section.image if "://" in section.image else str(job_file.parent / Path(section.image).expanduser())
+    folders = ",".join(map(str, folders_of(job, job_file, run)))
+    return [*_how(section), "--bind", folders, image, *shlex.split(section.program or "cryoiso")]
+
+
+def folders_of(job: Job, job_file: Path, run: Path) -> list[Path]:
+    """What the image must see of a job: the folders of the job file, of its inputs with their image stacks, and of the
+    run; none inside another. Where a name is a symbolic link, or lies behind one, also where it leads to."""
+    files = {job_file, run, *input_files(job), *_stacks(job)}
+    if job.particles.project:
+        files.add(Path(job.particles.project) / "project")
+    files |= {Path(os.path.realpath(path)) for path in files}
+    found = {path.parent for path in files}
+    return sorted(path for path in found if not found & set(path.parents))
+
+
+def _stacks(job: Job) -> set[Path]:
+    """The image stacks that a particle file names; a folder of shards needs none."""
+    section = job.particles
+    if Path(section.file).is_dir():
+        return {Path(section.file) / "shards"}
+    names = np.unique(read_particle_file(section.file, section.project, ("image",)).stack).tolist()
+    stacks = {Path(os.path.abspath(name)) for name in names if name}
+    lost = sorted(path for path in stacks if not path.exists())
+    if lost:
+        logger.warning("%d of %d stacks of %s are not there, e.g. %s", len(lost), len(stacks), section.file, lost[0])
+    return stacks - set(lost)
+
+
+def words_for_script(section: LaunchSection, job: Job, flavour: str) -> dict[str, object]:
+    """What the script binds when it runs: only a node knows its own disk, and where its Slurm meets with MPI.
+
+    Args:
+        flavour: what srun gets as --mpi; anything else: mpirun.
+    """
+    wanted, folders = job.run.scratch, []
+    if wanted == "auto":
+        folders = [f"${{{name}:-}}" for name in VARIABLES]
+    elif wanted:
+        folders = [_in_double_quotes(wanted)]
+    program = Path(_how(section)[0]).name
+    return {
+        "image": section.image, "node_folders": [f'"{name}"' for name in folders],
+        "slurm_folders": section.scheduler == "slurm" and flavour.startswith("pmix"),
+        "bind": "SINGULARITY_BIND" if program == "singularity" else "APPTAINER_BIND",
+    }  # fmt: skip
+
+
+def _how(section: LaunchSection) -> list[str]:
+    return shlex.split(section.image_command or ("apptainer exec --nv" if section.gpus else "apptainer exec"))
+
+
+def _in_double_quotes(folder: str) -> str:
+    """run.scratch for a shell, which replaces in it what the run would: $VARIABLES, {host} and a leading ~."""
+    for special in ("\\", '"', "`", "$("):
+        folder = folder.replace(special, "\\" + special)
+    folder = "$HOME" + folder[1:] if folder.startswith("~/") else folder
+    return folder.replace("{host}", "$(hostname)")
