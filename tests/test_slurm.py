@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cryoiso.parallel.probe import probe_mpi
 from cryoiso.pipeline.run import run_job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi]
+ROOT = Path(__file__).resolve().parent.parent
 QUICK = f"{sys.executable} {Path(__file__).with_name('quick_program.py')}"
 SMALL = ("--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "00:10:00", "--grace-s", 60)
 
@@ -90,6 +92,30 @@ def test_a_library_that_ends_the_process_is_preceded_by_the_remedy(flavour, clus
 
 
 @pytest.mark.slow
+def test_three_commands_of_the_readme_lead_to_a_finished_run(cluster, tmp_path):
+    """As a new user copies them; only what a site has is replaced: GPUs, account, queue, and a small job's size."""
+    section = (ROOT / "README.md").read_text().split("\n## On a cluster\n")[1]
+    commands = [line.split("  #")[0].strip() for line in section.split("```")[1].strip().splitlines()]
+    assert [line.split()[:2] for line in commands] == [["cryoiso", name] for name in ("init", "plan", "launch")]
+    simulate(tmp_path)
+    (tmp_path / "job.toml").unlink()  # 'init' writes its own
+    (tmp_path / "truth_map.mrc").rename(tmp_path / "homologue.mrc")
+    replaced = {"homologue.cif": "homologue.mrc", "--account lab7": "", "--queue gpu": "--queue ci",
+                "--gpus 4": "--ranks-per-node 2 --cpus-per-rank 1"}  # fmt: skip
+    said = []
+    for line in commands:
+        for old, new in replaced.items():
+            line = line.replace(old, new if "launch" in line or old == "homologue.cif" else "")
+        words = shlex.split(line)[1:] + ["--time", "00:10:00"] * ("launch" in line)
+        said.append(cryoiso(*words, cwd=tmp_path, **mpi_environment({"PMIX_MCA_psec": "native"})))
+        assert said[-1].returncode == 0, said[-1].stderr
+    job = said[-1].stdout.strip()
+    facts, log = cluster.end_of(job), log_of(tmp_path / "job-run", job)
+    assert facts["JobState"] == "COMPLETED", log
+    assert (tmp_path / "job-run/report.html").exists() and (tmp_path / "job-run/result/CONTENTS.md").exists()
+
+
+@pytest.mark.slow
 def test_the_wall_time_gives_the_signal(cluster, data, tmp_path, expected):
     """The job has three minutes, and Slurm sends USR1 by itself, one or two minutes before their end."""
     run = tmp_path / "run"
@@ -137,8 +163,8 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_does_not_come_again(cluster, da
 
 @pytest.mark.slow
 def test_a_chain_of_two_jobs(cluster, data, tmp_path, expected):
-    run = tmp_path / "run"
-    first, second = launch(data / "job.toml", run, "--program", QUICK, "--chain", "--cpu-ranks", 1, "--gpus", 1)
+    job, run = write_job(data, "cpu.toml", run_device="cpu"), tmp_path / "run"  # the GPUs of this Slurm are pretended
+    first, second = launch(job, run, "--program", QUICK, "--chain", "--cpu-ranks", 1, "--gpus", 1)
     assert f"afterok:{first}" in cluster.facts(second)["Dependency"]
     assert cluster.end_of(first)["JobState"] == "COMPLETED"
     events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
