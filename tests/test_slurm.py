@@ -149,6 +149,17 @@ def test_other_ways_to_start_the_ranks(mpi, batch, cluster, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_mpirun_where_srun_starts_everything_with_pmix(cluster, data, tmp_path):
+    """mpirun starts its helpers by srun; where a site's MpiDefault is pmix, they would take themselves for ranks."""
+    run = tmp_path / "run"
+    default = ("--setup", "export SLURM_MPI_TYPE=pmix")  # as MpiDefault=pmix does
+    (job,) = launch(data / "job.toml", run, "--program", QUICK, "--mpi", "mpirun", *default)
+    facts, log = cluster.end_of(job), log_of(run, job)
+    assert facts["JobState"] == "COMPLETED", log
+    assert json.loads((run / "manifest.json").read_text())["starts"][0]["ranks"] == 2
+
+
+@pytest.mark.slow
 def test_a_cancelled_job_leaves_a_checkpoint_and_does_not_come_again(cluster, data, tmp_path, expected):
     run = tmp_path / "run"
     (job,) = launch(data / "job.toml", run, "--program", QUICK, QUICK_WAIT="1")

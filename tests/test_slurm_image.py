@@ -16,6 +16,8 @@ from pipeline_helper import SERIAL, hash_files, simulate, write_job
 from slurm_helper import slurm
 from test_slurm import launch, log_of
 
+DEBIAN_MPIRUN = "/usr/bin/mpirun.openmpi"
+AS_ROOT = "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi, pytest.mark.slow]
 
 
@@ -60,8 +62,8 @@ def test_a_signal_a_checkpoint_a_requeue_and_the_same_bits(how, mpi, image, clus
     if mpi == "mpirun" and " 4.1." not in (said := mpirun_here()):
         pytest.skip(f"LOUD: the host's mpirun is not that of the image's Open MPI 4.1: {said}")
     run = tmp_path / "run"
-    (number,) = launch(job, run, "--image", image, "--image-command", how, "--mpi", mpi,
-                       *(["--mpirun", f"{DEBIAN_MPIRUN} -n {{ranks}}"] if mpi == "mpirun" else []))  # fmt: skip
+    hosts = ("--mpirun", f"{DEBIAN_MPIRUN} -n {{ranks}}", "--setup", AS_ROOT) if mpi == "mpirun" else ()
+    (number,) = launch(job, run, "--image", image, "--image-command", how, "--mpi", mpi, *hosts)
     cluster.wait_for_text(run / "journal.jsonl", '"checkpoint", "stage": "refine"', number)
     cluster.ask("scancel", "--batch", "--signal=USR1", number)
     cluster.start_again(number, 1)
@@ -69,9 +71,6 @@ def test_a_signal_a_checkpoint_a_requeue_and_the_same_bits(how, mpi, image, clus
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log
     assert "start 2" in log and "Bus error" not in log and "session_dir" not in log, log
     assert hash_files(run) == expected
-
-
-DEBIAN_MPIRUN = "/usr/bin/mpirun.openmpi"
 
 
 def mpirun_here() -> str:
