@@ -7,6 +7,7 @@ import signal
 from types import FrameType
 
 from cryoiso.core.errors import Interrupted
+from cryoiso.core.progress import board
 
 logger = logging.getLogger("cryoiso")
 _received: list[str] = []
@@ -34,12 +35,13 @@ def heed() -> None:
     Raises:
         Interrupted: it was.
     """
-    if _received:
+    if stop_signal():
         raise Interrupted("stopped by a signal; what is finished is kept. 'cryoiso resume' goes on from there.")
 
 
 def stop_signal() -> str:
     """Name of the signal (or the reason) that this process was told to stop with; empty if none."""
+    board.heard()
     return _received[0] if _received else ""
 
 
