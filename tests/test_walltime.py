@@ -177,6 +177,51 @@ def test_diagnosis_can_be_stopped_between_its_parts():
         diagnose(*maps, None, 3.0, None)
 
 
+@pytest.mark.mpi
+def test_a_signal_to_any_rank_stops_the_work_of_rank_0():
+    """As the diagnosis: the others wait for rank 0, and one of them is told to stop."""
+    run_mpi(
+        3,
+        "import time\n"
+        "from cryoiso.core.errors import Interrupted\n"
+        "from cryoiso.parallel import signals\n"
+        "from cryoiso.parallel.bell import on_root_heeding\n"
+        "from cryoiso.parallel.context import get_context\n"
+        "ctx = get_context()\n"
+        "def work():\n"
+        "    until = time.monotonic() + 30\n"
+        "    while time.monotonic() < until:\n"
+        "        signals.heed()\n"
+        "        time.sleep(0.01)\n"
+        "done = []\n"
+        "on_root_heeding(ctx, done.append, 1)\n"
+        "assert done == [1] * (ctx.rank == 0)\n"
+        "if ctx.rank == 2:\n"
+        "    signals.ask_to_stop('test')\n"
+        "try:\n"
+        "    on_root_heeding(ctx, work)\n"
+        "except Interrupted:\n"
+        "    pass\n"
+        "else:\n"
+        "    raise SystemExit(f'rank {ctx.rank} was not interrupted')\n"
+        "assert ctx.allgather(ctx.stop_requested()) == [True] * 3\n",
+    )
+
+
+def test_the_stage_of_the_diagnosis_listens_to_all_ranks(monkeypatch):
+    """What it does on rank 0 hears the bell that the others ring."""
+    from types import SimpleNamespace
+
+    from cryoiso.parallel.bell import StopBell
+    from cryoiso.pipeline import stages
+
+    monkeypatch.setattr(stages, "_diagnose", lambda work: signals.heed())
+    stages.diagnose(SimpleNamespace(comm=Context()))
+    monkeypatch.setattr(StopBell, "heard", lambda bell: True)
+    with pytest.raises(Interrupted):
+        stages.diagnose(SimpleNamespace(comm=Context()))
+
+
 def test_tiles_of_a_prediction_can_be_stopped():
     from cryoiso.methods.anisotropy.predict import predict
     from cryoiso.nets.unet import Unet3d, UnetConfig

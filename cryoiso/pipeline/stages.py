@@ -23,6 +23,7 @@ from cryoiso.io.sources import SubsetSource
 from cryoiso.io.starwrite import write_particles
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.bell import on_root_heeding
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
 from cryoiso.pipeline.checksums import write_sums
@@ -268,7 +269,7 @@ def _write_weighted(work: Work, maps: Path) -> None:
 
 def diagnose(work: Work) -> None:
     """All quality numbers, measured on rank 0."""
-    on_root(work.comm, _diagnose, work)
+    on_root_heeding(work.comm, _diagnose, work)
 
 
 def _diagnose(work: Work) -> None:
