@@ -1,8 +1,7 @@
-"""The job's end: finding it, foreseeing whether the run fits, and stopping with a checkpoint before it."""
+"""The job's end: finding it, and stopping with a checkpoint before it."""
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from pathlib import Path
@@ -12,18 +11,15 @@ import pytest
 from mpi_helper import run_mpi
 from pipeline_helper import cryoiso, forget_signals, hash_files, simulate, write_job
 
-from cryoiso.core.config import RefineSection
 from cryoiso.core.errors import EXIT_REQUEUE, Interrupted
-from cryoiso.core.progress import Board
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import forecast, hashing
-from cryoiso.pipeline.forecast import Forecast, requeues
+from cryoiso.pipeline.forecast import Forecast
 from cryoiso.pipeline.journal import read_journal
 from cryoiso.pipeline.run import resume_run, run_job
 from cryoiso.pipeline.walltime import End, job_end
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.schedule import EXPECTED_ITERATIONS, expected_iterations
 
 NOON = time.mktime((2026, 3, 1, 12, 0, 0, 0, 0, -1))
 
@@ -77,81 +73,6 @@ def test_a_batch_system_that_hangs_is_left_alone(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert job_end({"SLURM_JOB_ID": "7"}) is None
-
-
-# --- looking ahead
-
-
-def at_half(piece: int = 2, pieces: int = 10, spent: float = 100.0, share: float = 0.5) -> Board:
-    """A stage in which a piece takes 200 s, half of it done."""
-    now = time.monotonic()
-    return Board("refine", now - 600, "iteration 2, half 1", int(100 * share), 100, piece, pieces, now - spent, now)
-
-
-def test_what_is_left_follows_from_the_running_piece():
-    assert at_half().left_s() == pytest.approx(100 + 7 * 200, abs=2)
-    early = at_half(share=0.0)
-    assert early.left_s() is None
-    early.piece_s = 200.0
-    assert early.left_s() == pytest.approx(100 + 7 * 200, abs=2)
-
-
-def test_pieces_and_lines_are_counted():
-    board = Board()
-    board.begin("refine")
-    board.expect(0, 4)
-    board.note("a", 3, 10)
-    assert (board.done, board.total, board.pieces) == (3, 10, 4)
-    board.expect(1, 4)
-    assert board.piece == 1 and board.piece_s >= 0
-    board.end()
-    assert "refine" in board.work_s and board.stage == ""
-
-
-def test_expected_iterations_never_say_that_it_is_over():
-    settings = RefineSection()
-    assert expected_iterations(0, settings) == EXPECTED_ITERATIONS and expected_iterations(20, settings) == 22
-    assert expected_iterations(24, settings) == 25
-    assert expected_iterations(1, RefineSection(max_iterations=2)) == 2
-
-
-@pytest.mark.parametrize("end_in, again", [(4000.0, 0), (1000.0, 1), (500.0, 3)])
-def test_a_run_that_does_not_fit_is_foretold(caplog, end_in, again):
-    caplog.set_level(logging.INFO, "cryoiso")
-    logging.getLogger("cryoiso").propagate = True
-    told = []
-    now = 1e9
-    ahead = Forecast(
-        at_half(), End(now + end_in, "test"), 120.0, lambda stage: 300.0, lambda **facts: told.append(facts),
-        lambda why: None, job_began=now,
-    )  # fmt: skip
-    ahead.look(now, 10.0)
-    assert told == []  # too early to say
-    ahead.look(now, 600.0)
-    (facts,) = told
-    assert facts["requeues"] == again and facts["stage"] == "refine" and facts["run_ends"] > facts["stage_ends"]
-    assert ("its time will not do" in caplog.text) == bool(again)
-    ahead.look(now + 1, 601.0)
-    assert len(told) == 1  # nothing new
-
-
-def test_time_to_stop_is_before_the_end_by_margin_and_longest_step():
-    asked = []
-    board = at_half()
-    board.longest_s = 30.0
-    ahead = Forecast(board, End(10_000.0, "test"), 120.0, lambda stage: None, stop=asked.append)
-    ahead.look(10_000.0 - 151, 0.0)
-    assert asked == []
-    ahead.look(10_000.0 - 149, 0.0)
-    ahead.look(10_000.0 - 100, 0.0)
-    assert len(asked) == 1
-    never = Forecast(board, End(10_000.0, "test"), 0.0, lambda stage: None, stop=asked.append)
-    never.look(10_001.0, 0.0)
-    assert len(asked) == 1
-
-
-def test_number_of_further_jobs():
-    assert requeues(0, 100, 100, 1000) == 0 and requeues(0, 1000, 100, 1000) == 1 and requeues(0, 3000, 500, 1000) == 3
 
 
 # --- stopping
@@ -254,6 +175,51 @@ def test_diagnosis_can_be_stopped_between_its_parts():
     signals.ask_to_stop("test")
     with pytest.raises(Interrupted):
         diagnose(*maps, None, 3.0, None)
+
+
+@pytest.mark.mpi
+def test_a_signal_to_any_rank_stops_the_work_of_rank_0():
+    """As the diagnosis: the others wait for rank 0, and one of them is told to stop."""
+    run_mpi(
+        3,
+        "import time\n"
+        "from cryoiso.core.errors import Interrupted\n"
+        "from cryoiso.parallel import signals\n"
+        "from cryoiso.parallel.bell import on_root_heeding\n"
+        "from cryoiso.parallel.context import get_context\n"
+        "ctx = get_context()\n"
+        "def work():\n"
+        "    until = time.monotonic() + 30\n"
+        "    while time.monotonic() < until:\n"
+        "        signals.heed()\n"
+        "        time.sleep(0.01)\n"
+        "done = []\n"
+        "on_root_heeding(ctx, done.append, 1)\n"
+        "assert done == [1] * (ctx.rank == 0)\n"
+        "if ctx.rank == 2:\n"
+        "    signals.ask_to_stop('test')\n"
+        "try:\n"
+        "    on_root_heeding(ctx, work)\n"
+        "except Interrupted:\n"
+        "    pass\n"
+        "else:\n"
+        "    raise SystemExit(f'rank {ctx.rank} was not interrupted')\n"
+        "assert ctx.allgather(ctx.stop_requested()) == [True] * 3\n",
+    )
+
+
+def test_the_stage_of_the_diagnosis_listens_to_all_ranks(monkeypatch):
+    """What it does on rank 0 hears the bell that the others ring."""
+    from types import SimpleNamespace
+
+    from cryoiso.parallel.bell import StopBell
+    from cryoiso.pipeline import stages
+
+    monkeypatch.setattr(stages, "_diagnose", lambda work: signals.heed())
+    stages.diagnose(SimpleNamespace(comm=Context()))
+    monkeypatch.setattr(StopBell, "heard", lambda bell: True)
+    with pytest.raises(Interrupted):
+        stages.diagnose(SimpleNamespace(comm=Context()))
 
 
 def test_tiles_of_a_prediction_can_be_stopped():

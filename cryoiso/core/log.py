@@ -48,13 +48,16 @@ class PatientFileHandler(logging.FileHandler):
 
 class ProgressLine:
     """Shows how far a loop is. ``update(done)`` is cheap: it prints at most once a second (terminal) or every 30 s
-    (log)."""
+    (log). What an earlier process had done counts as done, not as this one's pace."""
 
     def __init__(self, label: str, total: int, *, active: bool = True, stream=None) -> None:
         self.label, self.total, self.active = label, max(int(total), 1), active
         self.stream = stream or sys.stderr
         self.live = bool(getattr(self.stream, "isatty", lambda: False)())
         self.start = self.last = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        if active:
+            board.open(label)
 
     def update(self, done: int, words: str = "") -> None:
         """``words`` are shown behind the numbers."""
@@ -62,11 +65,11 @@ class ProgressLine:
             return
         board.note(self.label, done, self.total)
         now = time.monotonic()
+        self._first = self._first or (now, done)
         if now - self.last < (0.5 if self.live else 30.0):
             return
         self.last = now
-        elapsed = now - self.start
-        left = elapsed * (self.total - done) / max(done, 1)
+        left = self._pace_s(now, done) * max(self.total - done, 0)
         text = (
             f"{self.label}: {done:,} of {self.total:,} ({100 * done / self.total:.0f} %), about {duration(left)} left"
         )
@@ -76,6 +79,11 @@ class ProgressLine:
             self.stream.flush()
         else:
             logger.info(text)
+
+    def _pace_s(self, now: float, done: int) -> float:
+        """Seconds a count, since the first update if there was another one."""
+        since, before = self._first if self._first and done > self._first[1] else (self.start, 0)
+        return (now - since) / max(done - before, 1)
 
     def close(self, summary: str = "") -> None:
         if not self.active:

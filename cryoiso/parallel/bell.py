@@ -7,7 +7,7 @@ message, all look for messages between two steps, and all meet when each is done
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,4 +108,23 @@ def side_by_side(comm: Communicator) -> Iterator[StopBell]:
             raise
         bell.ring()
         error = caught
+    bell.meet(error)
+
+
+def on_root_heeding(comm: Communicator, function: Callable[..., object], *args: Any) -> None:
+    """As ``abort.on_root`` for long work without a result: a signal to any rank reaches rank 0's ``signals.heed``.
+
+    Collective.
+
+    Raises:
+        CryoisoError: that of rank 0, on every rank.
+    """
+    bell = StopBell(comm)
+    error: CryoisoError | None = None
+    if comm.rank == 0:
+        try:
+            with signals.listening_to(bell.heard):
+                function(*args)
+        except CryoisoError as caught:
+            error = caught
     bell.meet(error)

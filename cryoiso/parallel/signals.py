@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from cryoiso.core.errors import Interrupted
+from cryoiso.core.progress import board
 
 logger = logging.getLogger("cryoiso")
 _received: list[str] = []
+_others: list[Callable[[], bool]] = []
 
 
 def install_signal_handlers() -> None:
@@ -29,17 +33,28 @@ def ask_to_stop(why: str) -> None:
 
 
 def heed() -> None:
-    """Stops here if this process was told to stop; for work of one rank that the others wait for with ``on_root``.
+    """Stops here if this process, or one that it listens to, was told to stop; for work that the other ranks wait for.
 
     Raises:
         Interrupted: it was.
     """
-    if _received:
+    if stop_signal() or any(told() for told in _others):
         raise Interrupted("stopped by a signal; what is finished is kept. 'cryoiso resume' goes on from there.")
+
+
+@contextmanager
+def listening_to(told: Callable[[], bool]) -> Iterator[None]:
+    """Inside, ``heed`` also asks this, e.g. a ``StopBell``, whether to stop."""
+    _others.append(told)
+    try:
+        yield
+    finally:
+        _others.remove(told)
 
 
 def stop_signal() -> str:
     """Name of the signal (or the reason) that this process was told to stop with; empty if none."""
+    board.heard()
     return _received[0] if _received else ""
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from cryoiso.core.config import CorrectSection
 from cryoiso.core.errors import InputError, UsageError
+from cryoiso.core.progress import board
 from cryoiso.core.types import DensityMap
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
@@ -157,7 +158,8 @@ def _correct_maps(task: Task, limit_A: float | None, comm: Context, resume: bool
     """Trains, applies, writes (collective)."""
     if task.alone and comm.size == 1:
         facts = {}
-        for half in task.maps:
+        for number, half in enumerate(task.maps):
+            board.expect(number, len(task.maps))  # lines of the other process are not seen here
             one = replace(task, maps={half: task.maps[half]}, of_a_pair=True)
             facts[half] = apart(_correct_alone, one, limit_A, resume, stop=lambda: bool(signals.stop_signal()))
         on_root(comm, _finish, task, facts)
@@ -196,6 +198,7 @@ def _corrected(task: Task, maps: dict[int, DensityMap], limit_A: float | None, c
     from cryoiso.methods.anisotropy.settings import resolve
 
     settings = replace(resolve(task.section, comm.device()), mode=task.mode)
+    board.expect(0, 1, lines=settings.rounds if task.warm is None else 1)
     transfer, mask = (on_root(comm, read_map, task.out / f"{name}.mrc").data for name in ("filter", "mask"))
     warm = None
     if task.warm is not None:

@@ -19,6 +19,7 @@ from typing import Any
 from cryoiso.core.log import duration
 from cryoiso.core.progress import Board, board
 from cryoiso.parallel import signals
+from cryoiso.pipeline.later import Later, later_stages
 from cryoiso.pipeline.walltime import End, job_end
 from cryoiso.pipeline.work import Work
 
@@ -27,8 +28,6 @@ LOOK_EVERY_S = 1.0
 FIRST_AFTER_S = 60.0
 """Nothing is said of a stage before."""
 AGAIN_AFTER_S = 900.0
-LONGEST_STEP_S = 900.0
-"""A longer silence was no step, but work that says nothing (another program's)."""
 CHANGED = 0.25
 """A forecast that moved by this share of what is left is told at once (but not more often than every minute)."""
 
@@ -40,8 +39,7 @@ class Forecast:
     board: Board
     end: End | None
     stop_before_s: float
-    later: Callable[[str], float | None]
-    """stage -> seconds that the stages after it are thought to take; None if unknown"""
+    later: Later
     tell: Callable[..., None] = lambda **facts: None
     stop: Callable[[str], None] = signals.ask_to_stop
     job_began: float = field(default_factory=time.time)
@@ -63,11 +61,11 @@ class Forecast:
         moved = abs(now + left - last) > CHANGED * max(left, 240.0)
         if now - when > AGAIN_AFTER_S or (moved and now - when > 60):
             self._told[stage] = (now, now + left)
-            self._say(stage, now, left)
+            self._say(stage, now, elapsed_s, left)
 
     def margin_s(self) -> float:
-        """Time that a stop needs: what the job allows for it, and the longest time that no stop was possible."""
-        return self.stop_before_s + min(self.board.longest_s, LONGEST_STEP_S)
+        """Time that a stop needs: what the job allows for it, and the longest step."""
+        return self.stop_before_s + self.board.longest_s
 
     def _heed_the_end(self, now: float) -> None:
         if self.end is None or self.stopped or self.stop_before_s <= 0 or now < self.end.time_s - self.margin_s():
@@ -80,31 +78,32 @@ class Forecast:
         self.tell(stopping=True, job_ends=iso(self.end.time_s))
         self.stop("the job's end")
 
-    def _say(self, stage: str, now: float, left: float) -> None:
-        later = self.later(stage)
-        run_ends = None if later is None else now + left + later
-        words = f"stage {stage}: ends about {clock(now + left, now)}"
-        words += "" if run_ends is None else f", the run about {clock(run_ends, now)}"
+    def _say(self, stage: str, now: float, elapsed_s: float, left: float) -> None:
+        ahead = self.later(stage, elapsed_s, left)
+        ends = now + left + ahead.seconds
+        words = f"stage {stage}: ends about {clock(now + left, now)}, the run "
+        words += f"not before {clock(ends, now)}" if ahead.unknown else f"about {clock(ends, now)}"
+        words += f" (how long {' and '.join(ahead.unknown)} will take is unknown)" if ahead.unknown else ""
         facts: dict[str, Any] = {
-            "stage": stage, "stage_ends": iso(now + left), "run_ends": None if run_ends is None else iso(run_ends),
+            "stage": stage, "stage_ends": iso(now + left), "run_ends": None if ahead.unknown else iso(ends),
+            "run_ends_not_before": iso(ends), "unknown_stages": list(ahead.unknown),
             "done": self.board.done, "of": self.board.total, "piece": self.board.piece + 1, "pieces": self.board.pieces,
         }  # fmt: skip
         if self.end is None:
             logger.info("%s", words)
             return self.tell(**facts)
         stop_at = self.end.time_s - self.margin_s()
-        again = requeues(now, run_ends or now + left, stop_at, self.end.time_s - self.job_began)
-        facts |= {"job_ends": iso(self.end.time_s), "requeues": again}
+        again = requeues(now, ends, stop_at, self.end.time_s - self.job_began)
         words += f"; the job ends at {clock(self.end.time_s, now)}"
         if again:
-            stop = clock(stop_at, now)
+            often = f"{'at least' if ahead.unknown else 'about'} {again} time{'s' * (again > 1)}"
             logger.warning(
-                "%s: its time will not do. The run stops with a checkpoint about %s and must be started again about %d "
-                "time%s ('cryoiso resume')", words, stop, again, "s" * (again > 1),
+                "%s: its time will not do. The run stops with a checkpoint about %s and must be started again %s "
+                "('cryoiso resume')", words, clock(stop_at, now), often,
             )  # fmt: skip
         else:
-            logger.info("%s", words)
-        self.tell(**facts)
+            logger.info("%s%s", words, "; whether its time will do is unknown" if ahead.unknown else "")
+        self.tell(**facts, job_ends=iso(self.end.time_s), requeues=again)
 
 
 def requeues(now: float, done_at: float, stop_at: float, job_s: float) -> int:
@@ -129,15 +128,15 @@ def iso(when: float) -> str:
 
 
 @contextmanager
-def watching(work: Work) -> Iterator[None]:
-    """Looks ahead while the block works; on rank 0."""
+def watching(work: Work, until: str = "") -> Iterator[None]:
+    """Looks ahead while the block works, to the end of the stage ``until`` if given; on rank 0."""
     if work.journal is None:
         yield
         return
     journal, done = work.journal, threading.Event()
     end = job_end()
     forecast = Forecast(
-        board, end, work.job.run.stop_before_end_s, later_stages(work),
+        board, end, work.job.run.stop_before_end_s, later_stages(work, until),
         tell=lambda **facts: journal.append("forecast", **facts), job_began=_began(),
     )  # fmt: skip
     if end is not None:
@@ -165,23 +164,3 @@ def _began() -> float:
     """When the batch job began; now, if nobody says."""
     text = os.environ.get("SLURM_JOB_START_TIME", "")
     return float(text) if text.isdigit() else time.time()
-
-
-def later_stages(work: Work) -> Callable[[str], float | None]:
-    """Seconds that the stages after one are thought to take, by the planner and what was measured so far."""
-    from cryoiso.pipeline.timing import predicted_stages
-
-    predicted = predicted_stages(work)
-
-    def after(stage: str) -> float | None:
-        names = list(predicted)
-        if stage not in predicted:
-            return None
-        rest = [predicted[name] for name in names[names.index(stage) + 1 :]]
-        if any(seconds is None for seconds in rest):
-            return None
-        done = [(took, predicted[name]) for name, took in board.work_s.items() if predicted.get(name)]
-        took, thought = sum(pair[0] for pair in done), sum(pair[1] or 0.0 for pair in done)
-        return sum(seconds or 0.0 for seconds in rest) * (took / thought if thought > 10 else 1.0)
-
-    return after

@@ -11,6 +11,7 @@ import numpy as np
 
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import ProgressLine
+from cryoiso.core.progress import board
 from cryoiso.core.protocols import ImageSource, Progress
 from cryoiso.core.types import Particles
 from cryoiso.io import shardset
@@ -102,6 +103,7 @@ def write_images(
     digest = on_root(comm, lambda: digest_of(*(sha256_of(files[h]) for h in HALVES)))
     plan = maker.plan(digest)
     total = len(maker.particles)
+    board.expect(0, 1)
     line = ProgressLine("generating", total, active=comm.rank == 0)
     for first in range(0, len(plan.shards), comm.size):
         if comm.stop_requested():

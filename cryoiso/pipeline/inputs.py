@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
 from cryoiso.core.log import ProgressLine, duration
+from cryoiso.core.progress import board
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
@@ -87,6 +88,7 @@ def hashed_meanwhile(work: Work) -> Iterator[None]:
 
 def _wait(hasher: Hasher, comm: Context, total: int) -> None:
     """Until every rank is through; all ranks take the same turns."""
+    board.expect(1, 2)
     line = ProgressLine("hashing inputs", total >> 20, active=comm.rank == 0)
     while comm.max_all(float(hasher.working)) > 0:
         if comm.stop_requested():

@@ -254,7 +254,7 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
 def _work_through(work: Work, until: str) -> None:
     began = time.monotonic()
     try:
-        with watching(work):
+        with watching(work, until):
             _all_stages(work, until)
     except BaseException as error:
         if work.journal is not None:

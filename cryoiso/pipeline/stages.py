@@ -12,6 +12,7 @@ import numpy as np
 
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
 from cryoiso.core.log import ProgressLine
+from cryoiso.core.progress import board
 from cryoiso.core.protocols import Progress, RefineRequest
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
@@ -22,6 +23,7 @@ from cryoiso.io.sources import SubsetSource
 from cryoiso.io.starwrite import write_particles
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.bell import on_root_heeding
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
 from cryoiso.pipeline.checksums import write_sums
@@ -66,21 +68,26 @@ def write_shards(plan: Any, folder: Path, comm: Context, note: Progress | None =
         note: called after each round with (images done, images in all).
     """
     total = len(plan.particles)
+    board.expect(0, 1)
     line = ProgressLine("ingest", total, active=comm.rank == 0)
     for first in range(0, len(plan.shards), comm.size):
         if comm.stop_requested():
             raise Interrupted(STOPPED)
-        agree(comm, _write_shard(plan, folder, first + comm.rank, line))
+        agree(comm, _write_shard(plan, folder, first + comm.rank, comm.size, line))
         if note:
             note(int(plan.shards[min(first + comm.size, len(plan.shards)) - 1][1]), total)
     on_root(comm, io_ingest.finish_index, plan, folder)
     line.close(f"{total:,} images of {plan.box_px} px in {len(plan.shards)} shard(s)")
 
 
-def _write_shard(plan: Any, folder: Path, number: int, line: ProgressLine) -> CryoisoError | None:
+def _write_shard(plan: Any, folder: Path, number: int, ranks: int, line: ProgressLine) -> CryoisoError | None:
+    def seen(done: int, total: int) -> None:
+        begin = int(plan.shards[number][0])
+        _heed_and_tell(line, min(begin + ranks * (done - begin), total))  # the other ranks are about as far
+
     try:
         if number < len(plan.shards):
-            io_ingest.write_shard(plan, folder, number, lambda done, _: _heed_and_tell(line, done))
+            io_ingest.write_shard(plan, folder, number, seen)
     except CryoisoError as error:
         return error
     return None
@@ -182,6 +189,7 @@ def _take_given_poses(work: Work) -> None:
     """What the refinement would have left, from the poses of the particle file."""
     comm, folder = work.comm, work.folder.stage("refine")
     posed = on_root(comm, lambda: bare(work.particles()))
+    board.expect(0, 1, lines=2)
     facts = write_reconstruction(
         work.source(once=True), posed, folder, comm,
         symmetry=work.job.sample.symmetry, padding=work.job.reconstruct.padding,
@@ -198,6 +206,9 @@ def reconstruct(work: Work) -> None:
     refined = on_root(comm, _refined, work)
     kept = refined.results.get("cryoisoBalanced")
     some = np.flatnonzero(np.ones(len(refined)) if kept is None else kept)
+    truth = on_root(comm, _true, work)
+    sets = 1 + work.folder.has("train-1") + (truth is not None)
+    board.expect(0, sets, lines=2)
     facts = write_reconstruction(
         SubsetSource(source, some) if len(some) < len(refined) else source, refined.take(some), folder, comm,
         symmetry=symmetry, padding=padding,
@@ -205,10 +216,11 @@ def reconstruct(work: Work) -> None:
     if work.folder.has("train-1"):
         before = poses_after(work, 0)
         on_root(comm, (folder / "initial_poses").mkdir, exist_ok=True)
+        board.expect(1, sets, lines=2)
         write_reconstruction(source, before, folder / "initial_poses", comm, symmetry=symmetry, padding=padding)
-    truth = on_root(comm, _true, work)
     if truth is not None:
         on_root(comm, (folder / "truth_poses").mkdir, exist_ok=True)
+        board.expect(sets - 1, sets, lines=2)
         write_reconstruction(source, truth, folder / "truth_poses", comm, symmetry=symmetry, padding=padding)
     facts["mask"] = on_root(comm, _write_mask, work, folder)
     for maps in (folder, folder / "truth_poses", folder / "initial_poses"):
@@ -257,7 +269,7 @@ def _write_weighted(work: Work, maps: Path) -> None:
 
 def diagnose(work: Work) -> None:
     """All quality numbers, measured on rank 0."""
-    on_root(work.comm, _diagnose, work)
+    on_root_heeding(work.comm, _diagnose, work)
 
 
 def _diagnose(work: Work) -> None:

@@ -155,7 +155,7 @@ class Refinement:
     def _batches(self, half: int, radius: int, iteration: int, kept: KeptSearches):
         batches, most = self.owned(half)
         keep = self.reader.preload_radius(radius, batches)
-        board.expect(2 * iteration + half - 1, 2 * schedule.expected_iterations(iteration, self.settings))
+        board.expect(iteration, schedule.expected_iterations(iteration, self.settings), lines=len(HALVES))
         line = ProgressLine(f"iteration {iteration + 1}, half {half}", most, active=self.comm.rank == 0)
         for i in range(most):
             self.heed(kept)

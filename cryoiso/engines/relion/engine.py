@@ -38,6 +38,7 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.bell import StopBell, side_by_side
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
+from cryoiso.refine.schedule import expected_iterations
 
 logger = logging.getLogger("cryoiso")
 KEPT_ITERATIONS = 3
@@ -194,6 +195,7 @@ class _Refinement:
             elsewhere=site,
             silence_s=60.0 * self.section.timeout_min,
             step_of=self._step_of,
+            piece_of=self._piece_of,
             iteration_began=self._iteration_began,
             note=lambda iteration, facts: self._ledger().note_callback(iteration, facts),
         )
@@ -217,6 +219,12 @@ class _Refinement:
             return read_sampling(Path(f"{self.root}_it{iteration - 1:03d}_sampling.star")).step_deg
         except InputError:
             return None
+
+    def _piece_of(self, iteration: int, last: bool) -> tuple[int, int]:
+        """As ``Start`` wants it: iterations as are expected of any engine, and the one that joins the halves."""
+        done = max(iteration - self.first, 0)
+        last = last or done >= self.request.settings.max_iterations
+        return done, done + 1 if last else expected_iterations(done, self.request.settings) + 1
 
     def _iteration_began(self, iteration: int) -> None:
         """The iteration before is over: its record is kept, and the files of those long ago go (rank 0)."""

@@ -28,6 +28,8 @@ class Progress:
     """angular sampling of this iteration before oversampling; None: not told yet"""
     left_s: float | None = None
     """until the end of this expectation step"""
+    share: float = 0.0
+    """of this expectation step that is done"""
     error: str = ""
     """the first error that it printed"""
     last: bool = False
@@ -35,6 +37,8 @@ class Progress:
     _rest: str = ""
     _oversampling: str = ""
     _wants_error: bool = False
+    _searching: bool = False
+    """The bars are the expectation's; before it others are drawn (accuracies), and after it (maximization)."""
 
     def feed(self, text: str) -> list[int]:
         """Takes what came last; returns the iterations that began in it."""
@@ -55,6 +59,10 @@ class Progress:
             self.error, self._wants_error = re.sub(r"^ERROR:?\s*", "", line.strip()), False
         if "has converged, entering last iteration" in line:
             self.last = True
+        if "Expectation iteration" in line:
+            self._searching = True
+        elif line.lstrip().startswith(("Maximization", "Estimating accuracies")):
+            self._searching = False
         if (match := re.search(r"Oversampling=\s*(\d+)", line)) is not None:
             self._oversampling = match[1]
         for name, pattern in _PATTERNS.items():
@@ -73,10 +81,14 @@ class Progress:
             if self._oversampling == "0":
                 self.step_deg = float(value)
         elif int(value) != self.iteration:
-            self.iteration, self.left_s, self.step_deg = int(value), None, None
+            self.iteration, self.left_s, self.step_deg, self.share = int(value), None, None, 0.0
+            self._searching = name == "expectation"
             return [self.iteration]
         return []
 
     def _see_bar(self, bar: re.Match[str]) -> None:
+        if not self._searching:
+            return
         done, total = float(bar[1]), float(bar[2])
+        self.share = min(done / total, 1.0) if total > 0 else 0.0
         self.left_s = max(total - done, 0.0) * _UNIT_S[bar[3]]

@@ -118,11 +118,14 @@ def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, 
     note = {"digest": _digest(source, rows), "stacks": len(bounds)}
     there = on_root(comm, _prepare_folder, folder, note, resume)
     if not there:
-        line = ProgressLine("images for RELION", len(rows), active=comm.rank == 0)
+        mine = owned_chunks(len(bounds), comm.rank, comm.size)
+        own = sum(stop - start for start, stop in (bounds[k] for k in mine))
+        line = ProgressLine("images for RELION", own, active=comm.rank == 0)
         error: CryoisoError | None = None
         try:
-            for k in owned_chunks(len(bounds), comm.rank, comm.size):
-                _write_stack(source, rows[slice(*bounds[k])], folder / _stack_name(k), line)
+            for k in mine:
+                before = bounds[k][0] - bounds[mine[0]][0]
+                _write_stack(source, rows[slice(*bounds[k])], folder / _stack_name(k), line, before)
         except CryoisoError as caught:
             error = caught
         agree(comm, error)
@@ -162,12 +165,12 @@ def _prepare_folder(folder: Path, note: dict[str, object], resume: bool) -> bool
     return False
 
 
-def _write_stack(source: ImageSource, rows: np.ndarray, path: Path, line: ProgressLine) -> None:
+def _write_stack(source: ImageSource, rows: np.ndarray, path: Path, line: ProgressLine, before: int) -> None:
     pixel = float(source.particles.group_values("pixel_size_A")[rows[0]])
     with write_stack(path, source.box_px, pixel) as stack:
         for start, stop in chunk_bounds(len(rows), 256):
             stack.append(source.read(rows[start:stop]))
-            line.update(int(rows[stop - 1]) + 1)
+            line.update(before + stop, "of this rank's share")
 
 
 def relion_particles(particles: Particles, *, with_poses: bool) -> Particles:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted
 from cryoiso.core.log import duration
+from cryoiso.core.progress import board
 from cryoiso.engines.process import Program, describe_status
 from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
 from cryoiso.engines.relion.external import Task, read_task
@@ -60,6 +61,8 @@ class Start:
     """longest time without output; 0: any"""
     step_of: Callable[[int], float | None] = lambda iteration: None
     """angular sampling of an iteration from RELION's files, where its output did not tell"""
+    piece_of: Callable[[int, bool], tuple[int, int]] = lambda iteration, last: (iteration, iteration + 1)
+    """which of how many iterations in all this is, from 0; is told whether RELION calls it the last"""
     iteration_began: Callable[[int], None] = lambda iteration: None
     """called on rank 0"""
     note: Callable[[int, dict[str, Any]], None] = lambda iteration, facts: None
@@ -157,10 +160,21 @@ class _Watch:
             )  # fmt: skip
             self._told = time.monotonic()
             self._start.iteration_began(iteration)
+        self._note_progress()
         now, left = time.monotonic(), self._progress.left_s
         if left and now - self._told > TELL_EVERY_S:
             self._told = now
             logger.info("RELION: iteration %d: about %s of its search left", self._progress.iteration, duration(left))
+
+    def _note_progress(self) -> None:
+        """How far RELION is, for whoever predicts the stage's end."""
+        seen = self._progress
+        if seen.iteration > 0:
+            label = f"RELION's iteration {seen.iteration}"
+            board.expect(*self._start.piece_of(seen.iteration, seen.last))
+            board.open(label)
+            if seen.share > 0:
+                board.note(label, round(1000 * seen.share), 1000)
 
     def _collect(self) -> None:
         """Takes calls of RELION in; of an iteration both halves are needed."""
