@@ -358,3 +358,31 @@ def test_signal_to_one_rank_stops_all_in_an_orderly_way(number):
     _, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_REQUEUE, err
     assert err.count("error: stopped by a signal") == 1
+
+
+# --- who speaks
+
+
+@pytest.mark.mpi
+def test_a_group_without_rank_0_tells_its_end_and_rank_0_that_it_waits():
+    """Of what two groups do side by side people see both ends; of all else what rank 0 says."""
+    code = """
+import logging, time
+from cryoiso.cli.common import log_to_stderr
+from cryoiso.core.log import BY_ANY_RANK, ProgressLine
+from cryoiso.parallel import bell
+from cryoiso.parallel.context import get_context
+comm = get_context()
+log_to_stderr(comm.rank)
+bell.TELL_AFTER_S = 0.3
+with bell.side_by_side(comm):
+    time.sleep(1.5 * comm.rank)
+    logging.getLogger("cryoiso").warning(f"usual {comm.rank}")
+    logging.getLogger("cryoiso").warning(f"odd {comm.rank}", extra=BY_ANY_RANK)
+    ProgressLine(f"half {comm.rank + 1}", 1).close("done")
+"""
+    said = run_mpi(2, code).stderr
+    lines = [line.split("  ", 1)[1] for line in said.splitlines() if "  " in line]
+    waits = "rank 0 is through and waits for ranks that work on something else"
+    assert lines[:4] == ["warning: usual 0", "warning: odd 0", "half 1: done (0 s)", waits]
+    assert lines[4:] == ["warning: odd 1", "half 2: done (0 s)"]

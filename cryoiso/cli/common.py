@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cryoiso.core.errors import CryoisoError
+from cryoiso.core.log import is_told
 from cryoiso.parallel.launcher import speaks
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,11 +93,12 @@ class _Formatter(logging.Formatter):
 
 
 def log_to_stderr(rank: int) -> None:
-    """Rank 0 tells what it does on stderr, one line with the time each; warnings of other ranks are shown too."""
+    """Rank 0 tells what it does on stderr, one line with the time each; other ranks what nobody else tells."""
     logger = logging.getLogger("cryoiso")
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    handler.setLevel(logging.INFO)
+    handler.addFilter(lambda record: is_told(record, rank))
     handler.setFormatter(_Formatter())
     logger.handlers = [handler]

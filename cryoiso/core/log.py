@@ -11,6 +11,13 @@ from contextlib import suppress
 from cryoiso.core.progress import board
 
 logger = logging.getLogger("cryoiso")
+BY_ANY_RANK = {"by_any_rank": True}
+"""``extra`` of a message that is told by whatever rank says it: of a group of ranks that rank 0 is not one of."""
+
+
+def is_told(record: logging.LogRecord, rank: int) -> bool:
+    """Whether people see a message of a rank: all of rank 0, of others errors and what is to be told by any rank."""
+    return rank == 0 or record.levelno >= logging.ERROR or getattr(record, "by_any_rank", False)
 
 
 def duration(seconds: float) -> str:
@@ -92,7 +99,8 @@ class ProgressLine:
             self.stream.write("\r\x1b[2K")
             self.stream.flush()
         if summary:
-            logger.info("%s: %s (%s)", self.label, summary, duration(time.monotonic() - self.start))
+            took = duration(time.monotonic() - self.start)
+            logger.info("%s: %s (%s)", self.label, summary, took, extra=BY_ANY_RANK)
 
     def callback(self) -> Callable[[int, int], None]:
         def on_progress(done: int, total: int) -> None:

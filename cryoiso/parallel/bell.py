@@ -6,6 +6,7 @@ message, all look for messages between two steps, and all meet when each is done
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from cryoiso.core.protocols import Communicator
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree
 
+logger = logging.getLogger("cryoiso")
+TELL_AFTER_S = 20.0
+"""Nobody wonders about a shorter silence."""
 _TAG = 7
 _GROUP_WIDE = "known_to_its_group"
 
@@ -85,11 +89,14 @@ class StopBell:
         if self._mpi is None:
             return
         arrived = self._mpi.Ibarrier()
-        pause = 1e-4
+        pause, since, told = 1e-4, time.monotonic(), False
         while not arrived.Test():
             self.heard()
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
+            if not told and time.monotonic() - since > TELL_AFTER_S:
+                told = True
+                logger.info("rank %d is through and waits for ranks that work on something else", self._comm.rank)
 
 
 @contextmanager

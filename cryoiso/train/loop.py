@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cryoiso.core.errors import CryoisoError, Interrupted
-from cryoiso.core.log import logger
+from cryoiso.core.log import BY_ANY_RANK, logger
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel import signals
 from cryoiso.parallel.bell import group_wide
@@ -203,7 +203,8 @@ class _Run:
                 )
             )
         if self.group.is_first:
-            logger.warning("training begins again with new parameters (attempt %d): %s", done + 1, reason)
+            words = "training in %s begins again with new parameters (attempt %d): %s"
+            logger.warning(words, self.folder, done + 1, reason, extra=BY_ANY_RANK)
         self.progress.next_attempt()
 
     def _attempt(self, arrays: dict[str, np.ndarray] | None) -> None:
