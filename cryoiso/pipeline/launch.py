@@ -11,12 +11,15 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cryoiso.core.config import Job, LaunchSection, parse_job
 from cryoiso.core.errors import InputError, UsageError
+from cryoiso.core.log import ProgressLine
 from cryoiso.io.atomic import write_text
+from cryoiso.pipeline.hashing import sha256_of
 from cryoiso.pipeline.launch_mpi import Start, how_to_start
 from cryoiso.pipeline.launch_templates import fill_own, fill_site, read_template, words_of
 from cryoiso.pipeline.manifest import input_files
@@ -140,6 +143,7 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
         "account": section.account, "queue": section.queue, "modules": section.modules, "setup": section.setup,
         "extra": [_DIRECTIVE.sub("", line) for line in section.extra],
         "bin": own_bin, "srun": start.srun, "start": start.why,
+        **_image_words(section, job_file),
         "environment": {} if section.image else {key: os.environ[key] for key in CARRIED if os.environ.get(key)},
         "command": shlex.join([*start.prefix, *program, *words]), "bare_command": shlex.join([*program, *words]),
     }  # fmt: skip
@@ -201,7 +205,7 @@ def _name(section: LaunchSection, job_file: Path) -> str:
 def _program(section: LaunchSection, job: Job, job_file: Path, run: Path) -> list[str]:
     """The words that start cryoiso on a node."""
     if section.image:
-        image = section.image if "://" in section.image else str(job_file.parent / Path(section.image).expanduser())
+        image = _image(section, job_file)
         how = shlex.split(section.image_command or ("apptainer exec --nv" if section.gpus else "apptainer exec"))
         folders = ",".join(map(str, _folders(job, job_file, run)))
         return [*how, "--bind", folders, image, *shlex.split(section.program or "cryoiso")]
@@ -209,6 +213,37 @@ def _program(section: LaunchSection, job: Job, job_file: Path, run: Path) -> lis
         return shlex.split(section.program)
     beside = Path(sys.prefix) / "bin" / "cryoiso"
     return [str(beside)] if beside.exists() else [sys.executable, "-m", "cryoiso.cli.main"]
+
+
+def _image(section: LaunchSection, job_file: Path) -> str:
+    """The container image as the program that starts it is told."""
+    return section.image if "://" in section.image else str(job_file.parent / Path(section.image).expanduser())
+
+
+def _image_words(section: LaunchSection, job_file: Path) -> dict[str, str | None]:
+    """What a script needs to tell the run its image's digest: the run may be unable to see the file from within. Size
+    and time stand beside it, so that an image that is put in its place later does not get its digest."""
+    file = Path(_image(section, job_file)) if section.image else None
+    if file is None or not file.is_file():
+        return {"image_file": None, "image_stat": None, "image_digest": None}
+    stat = file.stat()
+    digest = _digest_of_image(file, stat.st_size, stat.st_mtime_ns)
+    return {"image_file": str(file), "image_stat": f"{stat.st_size} {int(stat.st_mtime)}", "image_digest": digest}
+
+
+@cache
+def _digest_of_image(file: Path, size: int, modified_ns: int) -> str:
+    """Read once for all scripts."""
+    line, done = ProgressLine("hashing the image, MiB", size >> 20), 0
+
+    def seen(count: int) -> None:
+        nonlocal done
+        done += count
+        line.update(done >> 20)
+
+    found = sha256_of(file, seen)
+    line.close(f"{file}, sha256 {found[:16]}...")
+    return f"sha256:{found}"
 
 
 def _folders(job: Job, job_file: Path, run: Path) -> list[Path]:
