@@ -208,8 +208,10 @@ def test_a_stack_that_was_touched_is_read_and_an_edited_one_refused(two_stacks, 
     stack = two_stacks.with_name("a.mrcs")
     flip_a_byte(stack)
     os.utime(stack)
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "run/01_ingest").iterdir()}
     with pytest.raises(InputError, match=r"a.mrcs: a stack has changed since this run started \(expected sha256"):
         resume_run(tmp_path / "run", Context(), quick_report)
+    assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "run/01_ingest").iterdir()}, "nothing is made of it"
     flip_a_byte(stack)
     os.utime(stack)
     read = read_from_now_on(monkeypatch)

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from cryoiso.core.config import Job
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
 from cryoiso.core.log import ProgressLine, duration
 from cryoiso.parallel import signals
@@ -22,6 +24,8 @@ logger = logging.getLogger("cryoiso")
 WRITE_EVERY_S = 30.0
 """The manifest is written no more often than this while hashes come in: it may name thousands of stacks."""
 TURN_S = 0.1
+Which = Callable[[dict[str, Any], Job], dict[str, int]]
+"""Picks files out of a manifest: path -> bytes."""
 STOPPED = "stopped by a signal while inputs were hashed. 'cryoiso resume' goes on from there."
 
 
@@ -65,10 +69,10 @@ class Hasher:
 class ImageHashes:
     """The hashes of a run's images: every rank makes its share, rank 0 notes them all."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, which: Which) -> None:
         """Begins. Collective."""
         self._work, comm = work, work.comm
-        sizes = on_root(comm, lambda: {} if work.manifest is None else provenance.to_hash(work.manifest, work.job))
+        sizes = on_root(comm, lambda: {} if work.manifest is None else which(work.manifest, work.job))
         names = sorted(sizes)
         owner = share_by_size([sizes[name] for name in names], comm.size)
         self.number, self.bytes = len(names), sum(sizes.values())
@@ -138,9 +142,17 @@ def hashed_meanwhile(work: Work) -> Iterator[Callable[[], None]]:
 
     Raises:
         InputError: a file cannot be read, or has changed since the run started.
-        Interrupted: a signal came while the block was done already and the hashes were not.
+        Interrupted: a signal came while only hashes were missing.
     """
-    hashes = ImageHashes(work)
+    with _hashing(work, provenance.modified_since):
+        pass  # nothing must be made of a file that has changed
+    with _hashing(work, provenance.to_hash) as share:
+        yield share
+
+
+@contextmanager
+def _hashing(work: Work, which: Which) -> Iterator[Callable[[], None]]:
+    hashes = ImageHashes(work, which)
     try:
         yield hashes.share
         if hashes.number:

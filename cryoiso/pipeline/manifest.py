@@ -89,11 +89,17 @@ def job_key(job: Job) -> str:
 
 def to_hash(manifest: dict[str, Any], job: Job) -> dict[str, int]:
     """Path -> bytes of the images' files that are to be hashed while images are ingested: those that no start of this
-    run has hashed, or that were modified since."""
-    images = {path: facts for path, facts in manifest["inputs"].items() if facts.get("kind") in IMAGES}
+    run has hashed."""
     if job.run.hash_inputs != "all" and manifest["stacks"]["bytes"] > HASH_LIMIT:
         return {}
-    return {p: f["bytes"] for p, f in images.items() if not _is_read(f) or f["modified_ns"] != modified_ns(p)}
+    images = {path: facts for path, facts in manifest["inputs"].items() if facts.get("kind") in IMAGES}
+    return {path: facts["bytes"] for path, facts in images.items() if not _is_read(facts)}
+
+
+def modified_since(manifest: dict[str, Any], job: Job) -> dict[str, int]:
+    """Path -> bytes of the images' files whose time is another one than when this run hashed them."""
+    images = {path: facts for path, facts in manifest["inputs"].items() if facts.get("kind") in IMAGES}
+    return {p: f["bytes"] for p, f in images.items() if _is_read(f) and f["modified_ns"] != modified_ns(p)}
 
 
 def _is_read(facts: dict[str, Any]) -> bool:
