@@ -54,7 +54,7 @@ def new_manifest(job: Job, images: list[Path]) -> dict[str, Any]:
     found = {path: {"kind": kind, "bytes": size} for path, size in sizes.items()}
     for shard in read_index(folder)["shards"] if folder.is_dir() else ():
         if "sha256" in shard:
-            found[str(folder / shard["file"])]["sha256"] = shard["sha256"]
+            found[os.path.abspath(folder / shard["file"])]["sha256"] = shard["sha256"]
     files: dict[str, Any] = {str(path): {"kind": "file", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
              for path in input_files(job)}  # fmt: skip
     return {
@@ -127,12 +127,11 @@ def note_hashes(manifest: dict[str, Any], hashes: dict[str, tuple[str, int | Non
     for path, (sha256, modified) in hashes.items():
         facts = manifest["inputs"][path]
         if facts.setdefault("sha256", sha256) != sha256:
-            index, since = "is not what its index.json says", "has changed since this run started"
-            again = "Remove it, and run the same 'cryoiso ingest' again."
-            raise InputError(
-                f"a {facts['kind']} {since if _is_read(facts) else index}", file=path,
-                expected=f"sha256 {facts['sha256']}", found=sha256, hint=PUT_BACK if _is_read(facts) else again,
-            )  # fmt: skip
+            problem, hint = f"a {facts['kind']} has changed since this run started", PUT_BACK
+            if facts["kind"] == "shard" and not _is_read(facts):
+                problem = "a shard is not what its index.json says"
+                hint = "Remove it, and run the same 'cryoiso ingest' again."
+            raise InputError(problem, file=path, expected=f"sha256 {facts['sha256']}", found=sha256, hint=hint)
         facts["modified_ns"] = modified
 
 
