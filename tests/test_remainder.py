@@ -10,6 +10,7 @@ import pytest
 from pipeline_helper import cryoiso_here, forget_signals, quick_report, simulate, use_quick_parts
 
 from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError
+from cryoiso.io.atomic import DiskFullError
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import machine
 from cryoiso.pipeline.estimate import needs_of
@@ -94,9 +95,9 @@ def test_too_little_memory_is_told_before_a_stage_begins(begun, monkeypatch):
 
 
 def test_a_full_disk_is_told_before_a_stage_begins(begun, monkeypatch):
-    real = machine.look_at_folder
-    monkeypatch.setattr(machine, "look_at_folder", lambda *a, **k: {**real(*a, **k), "free_bytes": 1000})
-    with pytest.raises(CryoisoError, match=r"are free in .*, the run will need .*Free some space") as caught:
+    full = shutil.disk_usage(begun)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(DiskFullError, match=r"no space left on the disk.*needs .* 1000 bytes free") as caught:
         resume_run(begun, Context(), quick_report)
     assert caught.value.exit_code == EXIT_OTHER and not (begun / "03_refine").exists()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 from cryoiso.core.errors import CryoisoError, MissingError
+from cryoiso.io.atomic import disk_full
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.pipeline.estimate import disk, gpu_memory, memory_of_stages, problem_of
 from cryoiso.pipeline.examine import check_machine
@@ -25,6 +27,7 @@ def check_what_is_left(work: Work, until: str) -> None:
 
     Raises:
         MissingError: a rank sees no GPU, and the run computed on GPUs.
+        DiskFullError: too little room.
         CryoisoError: the first error of ``check_machine``.
     """
     left = on_root(work.comm, stages_left, work, until)
@@ -32,7 +35,9 @@ def check_what_is_left(work: Work, until: str) -> None:
         return
     if set(left) - set(ON_CPUS):
         _require_gpus_as_before(work)
-    check_machine(work, lambda _, ranks: needs_left(work, ranks, left))
+    needs = on_root(work.comm, needs_left, work, work.comm.size, left)
+    on_root(work.comm, _require_room, work, needs)  # before anything is tried out on a disk that may be full
+    check_machine(work, lambda *_: needs)
 
 
 def stages_left(work: Work, until: str = "") -> list[str]:
@@ -70,6 +75,11 @@ def needs_left(work: Work, ranks: int, left: list[str]) -> Needs:
         work.job, max(memory.get(stage, 0) for stage in left), size, files, problem.largest_input_bytes,
         gpu_bytes=gpu_memory(problem, ranks) if set(left) - set(ON_CPUS) else 0,
     )  # fmt: skip
+
+
+def _require_room(work: Work, needs: Needs) -> None:
+    if shutil.disk_usage(work.folder.path).free < needs.disk_bytes:
+        raise disk_full(work.folder.journal, needs.disk_bytes)
 
 
 def _sizes(folder: Path) -> list[int]:
