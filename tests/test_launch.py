@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import signal
@@ -75,6 +76,27 @@ def test_what_is_asked_of_the_batch_system(scheduler, lines, job):
 def test_extra_lines_get_the_word_of_the_scheduler_once(job):
     text = script(job, extra=["--qos=long", "#SBATCH --exclusive"])
     assert "\n#SBATCH --qos=long\n#SBATCH --exclusive\n" in text
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_script_tells_the_run_its_image_unless_that_was_replaced(scheduler, job):
+    image, folder = job.with_name("x.sif"), job.parent
+    image.write_bytes(b"an image")
+    apptainer = folder / "bin" / "apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text('#!/bin/bash\necho "${CRYOISO_IMAGE_DIGEST:-none}" >> digests\n')
+    apptainer.chmod(0o755)
+    for number in range(3):
+        in_bash(job, scheduler, "", image="x.sif").communicate(timeout=60)
+        if number == 1:  # the script that was written for the first image starts another one
+            text = (folder / "go.sh").read_text()
+            image.write_bytes(b"a newer image")
+            (folder / "go.sh").write_text(text)
+            env = {"PATH": f"{folder}/bin:/usr/bin:/bin", "PBS_JOBID": "5.host", "PBS_NODEFILE": "plan"}
+            subprocess.run(["bash", "go.sh"], cwd=folder, env=env, capture_output=True, timeout=60, check=False)
+    first, new = (f"sha256:{hashlib.sha256(text).hexdigest()}" for text in (b"an image", b"a newer image"))
+    assert (folder / "digests").read_text().split() == [first, first, "none", new]
+    assert "DIGEST" not in script(job, image="docker://a/b") and "DIGEST" not in script(job, image="gone.sif")
 
 
 def test_one_rank_needs_no_launcher(job):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -237,14 +237,17 @@ def _blocks(plan: IngestPlan, start: int, stop: int, progress: Progress | None) 
         logger.warning("%d images have an empty background; only their mean was normalised", empty)
 
 
-def finish_index(plan: IngestPlan, folder: object) -> Path:
+def finish_index(plan: IngestPlan, folder: object, hashes: Mapping[str, str] | None = None) -> Path:
     """Writes index.json after all ranks have written their shards; removes what an earlier plan left behind.
+
+    Args:
+        hashes: SHA-256 of each shard by name, where they are known.
 
     Raises:
         CryoisoError: a shard is missing.
     """
     return write_index(
-        Path(str(folder)), plan.digest, plan.particles, plan.box_px, plan.settings.storage, plan.shards,
+        Path(str(folder)), plan.digest, plan.particles, plan.box_px, plan.settings.storage, plan.shards, hashes,
         normalisation=plan.settings.describe(), inverted=plan.decision.inverted, sign=plan.decision.reason,
         contrast_standard_errors=round(plan.decision.z, 3), source=plan.source, source_sha256=plan.source_sha256,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -142,12 +143,14 @@ def shard_matches(folder: Path, number: int, digest: str, bounds: tuple[int, int
 
 
 def write_index(
-    folder: Path, digest: str, particles: Particles, box_px: int, storage: str, shards: Any, **origin: Any
-) -> Path:
+    folder: Path, digest: str, particles: Particles, box_px: int, storage: str, shards: Any,
+    hashes: Mapping[str, str] | None = None, **origin: Any,
+) -> Path:  # fmt: skip
     """Writes index.json when all shards are there; removes what an earlier set left behind.
 
     Args:
         shards: (start, stop) of each.
+        hashes: SHA-256 of each by name, where they are known.
         origin: normalisation, inverted, sign, contrast_standard_errors, source, source_sha256.
 
     Raises:
@@ -174,6 +177,7 @@ def write_index(
         "groups": groups_to_json(particles.groups),
         "shards": [
             {"file": name, "start": a, "stop": b, "bytes": (folder / name).stat().st_size}
+            | ({"sha256": hashes[name]} if hashes else {})
             for name, (a, b) in zip(names, shards, strict=True)
         ],
     }

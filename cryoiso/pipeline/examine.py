@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,19 @@ def _needs_of_file(job_file: Path, folder: Path, comm: Context) -> Needs:
     return needs_of(Work(job, RunFolder(folder.absolute(), folder_stages(job)), comm), comm.size)
 
 
-def check_machine(work: Work) -> None:
+def check_machine(work: Work, asked: Callable[[Work, int], Needs] = needs_of) -> None:
     """The quick part of the same before a run: warnings go to the log, one line each (collective).
 
     Scratch is not looked at: where there is none, a run does without.
+
+    Args:
+        asked: what the run needs of the machine, on this number of ranks (rank 0).
 
     Raises:
         CryoisoError: the first error, with its exit code, before anything is written.
     """
     comm = work.comm
-    needs = on_root(comm, needs_of, work, comm.size)
+    needs = on_root(comm, asked, work, comm.size)
     device = needs.job.run.model_copy(update={"device": comm.device_preference})  # of a part of a run: what that needs
     needs = replace(needs, job=needs.job.model_copy(update={"run": device}))
     found = judge(look(comm, [("run folder", work.folder.path)], thorough=False), needs)

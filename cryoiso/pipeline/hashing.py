@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,17 @@ def hash_outputs(folder: Path, places: tuple[str, ...], comm: Context) -> Output
     return hash_shared(folder, names, comm)
 
 
-def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
-    """Empty if the recorded files are there with the recorded hashes, else what is wrong with one. Collective."""
+def next_key(key: str, stage: str, outputs: Outputs) -> str:
+    """The key of the stage after one with this key and these outputs."""
+    return digest_of(key, stage, json.dumps(outputs, sort_keys=True))
+
+
+def verify_outputs(folder: Path, recorded: Outputs, comm: Context, label: str = "") -> str:
+    """Empty if the recorded files are there with the recorded hashes, else what is wrong with one. Collective.
+
+    Args:
+        label: as ``hash_shared``.
+    """
     wrong = ""
     if comm.rank == 0:
         for name, facts in recorded.items():
@@ -87,7 +97,7 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context) -> str:
     wrong = comm.bcast(wrong)
     if wrong:
         return wrong
-    for name, facts in hash_shared(folder, list(recorded), comm).items():
+    for name, facts in hash_shared(folder, list(recorded), comm, label).items():
         if facts["sha256"] != recorded[name]["sha256"]:
             return f"{folder / name} has changed"
     return ""

@@ -145,7 +145,8 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
         "grace_s": section.grace_s, "grace_min": math.ceil(section.grace_s / 60), "requeue": section.requeue,
         "account": section.account, "queue": section.queue, "modules": section.modules, "setup": section.setup,
         "extra": [_DIRECTIVE.sub("", line) for line in section.extra],
-        "bin": own_bin, "srun": start.srun, "start": start.why, **words_for_script(section, job, start.flavour),
+        "bin": own_bin, "srun": start.srun, "start": start.why,
+        **words_for_script(section, job, job_file, start.flavour),
         "environment": {} if section.image else {key: os.environ[key] for key in CARRIED if os.environ.get(key)},
         "command": shlex.join([*start.prefix, *program, *words]), "bare_command": shlex.join([*program, *words]),
     }  # fmt: skip

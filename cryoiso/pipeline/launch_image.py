@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import shlex
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from cryoiso.core.config import Job, LaunchSection
-from cryoiso.core.log import logger
+from cryoiso.core.log import ProgressLine, logger
 from cryoiso.io import read_particle_file
 from cryoiso.io.staging import VARIABLES
+from cryoiso.pipeline.hashing import sha256_of
 from cryoiso.pipeline.manifest import input_files
 
 
 def started_in(section: LaunchSection, job: Job, job_file: Path, run: Path) -> list[str]:
     """The words that start cryoiso in the image of a job."""
-    image = section.image if "://" in section.image else str(job_file.parent / Path(section.image).expanduser())
     folders = ",".join(map(str, folders_of(job, job_file, run)))
-    return [*_how(section), "--bind", folders, image, *shlex.split(section.program or "cryoiso")]
+    return [*_how(section), "--bind", folders, _image(section, job_file), *shlex.split(section.program or "cryoiso")]
 
 
 def folders_of(job: Job, job_file: Path, run: Path) -> list[Path]:
@@ -46,7 +47,7 @@ def _stacks(job: Job) -> set[Path]:
     return stacks - set(lost)
 
 
-def words_for_script(section: LaunchSection, job: Job, flavour: str) -> dict[str, object]:
+def words_for_script(section: LaunchSection, job: Job, job_file: Path, flavour: str) -> dict[str, object]:
     """What the script binds when it runs: only a node knows its own disk, and where its Slurm meets with MPI.
 
     Args:
@@ -59,10 +60,41 @@ def words_for_script(section: LaunchSection, job: Job, flavour: str) -> dict[str
         folders = [_in_double_quotes(wanted)]
     program = Path(_how(section)[0]).name
     return {
-        "image": section.image, "node_folders": [f'"{name}"' for name in folders],
+        **_image_words(section, job_file), "image": section.image, "node_folders": [f'"{name}"' for name in folders],
         "slurm_folders": section.scheduler == "slurm" and flavour.startswith("pmix"),
         "bind": "SINGULARITY_BIND" if program == "singularity" else "APPTAINER_BIND",
     }  # fmt: skip
+
+
+def _image(section: LaunchSection, job_file: Path) -> str:
+    """The container image as the program that starts it is told."""
+    return section.image if "://" in section.image else str(job_file.parent / Path(section.image).expanduser())
+
+
+def _image_words(section: LaunchSection, job_file: Path) -> dict[str, str | None]:
+    """What a script needs to tell the run its image's digest: the run may be unable to see the file from within. Size
+    and time stand beside it, so that an image that is put in its place later does not get its digest."""
+    file = Path(_image(section, job_file)) if section.image else None
+    if file is None or not file.is_file():
+        return {"image_file": None, "image_stat": None, "image_digest": None}
+    stat = file.stat()
+    digest = _digest_of_image(file, stat.st_size, stat.st_mtime_ns)
+    return {"image_file": str(file), "image_stat": f"{stat.st_size} {int(stat.st_mtime)}", "image_digest": digest}
+
+
+@cache
+def _digest_of_image(file: Path, size: int, modified_ns: int) -> str:
+    """Read once for all scripts."""
+    line, done = ProgressLine("hashing the image, MiB", size >> 20), 0
+
+    def seen(count: int) -> None:
+        nonlocal done
+        done += count
+        line.update(done >> 20)
+
+    found = sha256_of(file, seen)
+    line.close(f"{file}, sha256 {found[:16]}...")
+    return f"sha256:{found}"
 
 
 def _how(section: LaunchSection) -> list[str]:

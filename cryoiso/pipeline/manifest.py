@@ -14,15 +14,19 @@ from cryoiso import __version__
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
+from cryoiso.io.shards import read_index
 from cryoiso.pipeline.hashing import digest_of, sha256_of
 from cryoiso.pipeline.layout import RunFolder
 
 SCHEMA = 2
 HASH_LIMIT = 2 << 30
-"""With run.hash_inputs = "small" stacks up to this size together are hashed; of more only the sizes are noted."""
+"""With run.hash_inputs = "small" images up to this size together are hashed; of more only the sizes are noted."""
 INDEX = "index.json"
 NO_RESULT = ("title", "device", "hash_inputs", "scratch", "stop_before_end_s")
 """Keys of [run] that do not decide the result."""
+IMAGES = ("stack", "shard")
+"""Kinds of inputs that images are in."""
+PUT_BACK = "Put the old file back, or start a new run."
 
 
 def input_files(job: Job) -> list[Path]:
@@ -34,22 +38,31 @@ def input_files(job: Job) -> list[Path]:
     return [path / INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
 
 
-def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
-    """What is known when a run begins. The stacks are hashed later, while they are ingested.
+def new_manifest(job: Job, images: list[Path]) -> dict[str, Any]:
+    """What is known when a run begins. The images are hashed later, while they are ingested.
 
     Args:
         job: with absolute paths.
-        stacks: the image stacks that the particles lie in.
+        images: the files that the particles' images lie in: stacks, or shards where the job names a folder of them.
+
+    Raises:
+        InputError: one of them is gone.
     """
-    sizes = {str(path): path.stat().st_size for path in stacks}
-    files = {str(path): {"kind": "file", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    folder = Path(job.particles.file)
+    kind = "shard" if folder.is_dir() else "stack"
+    sizes = _sizes(images, kind)
+    found = {path: {"kind": kind, "bytes": size} for path, size in sizes.items()}
+    for shard in read_index(folder)["shards"] if folder.is_dir() else ():
+        if "sha256" in shard:
+            found[os.path.abspath(folder / shard["file"])]["sha256"] = shard["sha256"]
+    files: dict[str, Any] = {str(path): {"kind": "file", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
              for path in input_files(job)}  # fmt: skip
     return {
         "schema": SCHEMA,
         "cryoiso": __version__,
         "seed": job.run.seed,
         "title": job.run.title,
-        "inputs": {**files, **{path: {"kind": "stack", "bytes": size} for path, size in sizes.items()}},
+        "inputs": {**files, **found},
         "stacks": {
             "number": len(sizes),
             "bytes": sum(sizes.values()),
@@ -57,6 +70,13 @@ def new_manifest(job: Job, stacks: list[Path]) -> dict[str, Any]:
         },
         "starts": [],
     }
+
+
+def _sizes(images: list[Path], kind: str) -> dict[str, int]:
+    try:
+        return {str(path): path.stat().st_size for path in images}
+    except OSError as error:
+        raise InputError(f"a {kind} of this run is gone", file=error.filename, hint=PUT_BACK) from None
 
 
 def job_key(job: Job) -> str:
@@ -67,26 +87,57 @@ def job_key(job: Job) -> str:
     return digest_of(json.dumps(facts, sort_keys=True))
 
 
-def unhashed(manifest: dict[str, Any], job: Job) -> dict[str, int]:
-    """Path -> bytes of the stacks, and of the container image, that are to be hashed while images are ingested."""
-    stacks = {p: f["bytes"] for p, f in manifest["inputs"].items() if f.get("kind") == "stack" and "sha256" not in f}
-    wanted = job.run.hash_inputs == "all" or manifest["stacks"]["bytes"] <= HASH_LIMIT
-    found = stacks if wanted else {}
-    image = (manifest["starts"][-1] if manifest["starts"] else {}).get("container") or {}
-    if job.run.hash_inputs == "all" and "bytes" in image and "digest" not in image and Path(image["image"]).is_file():
-        found = {**found, image["image"]: image["bytes"]}
-    return found
+def to_hash(manifest: dict[str, Any], job: Job) -> dict[str, int]:
+    """Path -> bytes of the images' files that are to be hashed while images are ingested: those that no start of this
+    run has hashed."""
+    if job.run.hash_inputs != "all" and manifest["stacks"]["bytes"] > HASH_LIMIT:
+        return {}
+    images = {path: facts for path, facts in manifest["inputs"].items() if facts.get("kind") in IMAGES}
+    return {path: facts["bytes"] for path, facts in images.items() if not _is_read(facts)}
 
 
-def note_hashes(folder: RunFolder, manifest: dict[str, Any], hashes: dict[str, str]) -> None:
-    """Puts hashes of inputs, and of the container image, where they belong, and writes the manifest."""
-    image = (manifest["starts"][-1] if manifest["starts"] else {}).get("container") or {}
-    for path, sha256 in hashes.items():
-        if path in manifest["inputs"]:
-            manifest["inputs"][path]["sha256"] = sha256
-        elif path == image.get("image"):
-            image["digest"] = f"sha256:{sha256}"
-    write_manifest(folder, manifest)
+def modified_since(manifest: dict[str, Any], job: Job) -> dict[str, int]:
+    """Path -> bytes of the images' files whose time is another one than when this run hashed them."""
+    images = {path: facts for path, facts in manifest["inputs"].items() if facts.get("kind") in IMAGES}
+    return {p: f["bytes"] for p, f in images.items() if _is_read(f) and f["modified_ns"] != modified_ns(p)}
+
+
+def _is_read(facts: dict[str, Any]) -> bool:
+    """Whether the run itself made this hash; that of a given shard may be what its index says."""
+    return "sha256" in facts and "modified_ns" in facts
+
+
+def modified_ns(path: str) -> int | None:
+    """When a file was changed last, as the file system says; None if it is not there."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None
+
+
+def note_hashes(manifest: dict[str, Any], hashes: dict[str, tuple[str, int | None]]) -> None:
+    """Puts hashes of inputs where they belong; the caller writes the manifest.
+
+    Args:
+        hashes: path -> (SHA-256, when the file had been modified last as it was read).
+
+    Raises:
+        InputError: another hash is known already.
+    """
+    for path, (sha256, modified) in hashes.items():
+        facts = manifest["inputs"][path]
+        if facts.setdefault("sha256", sha256) != sha256:
+            problem, hint = f"a {facts['kind']} has changed since this run started", PUT_BACK
+            if facts["kind"] == "shard" and not _is_read(facts):
+                problem = "a shard is not what its index.json says"
+                hint = "Remove it, and run the same 'cryoiso ingest' again."
+            raise InputError(problem, file=path, expected=f"sha256 {facts['sha256']}", found=sha256, hint=hint)
+        facts["modified_ns"] = modified
+
+
+def given_shards(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The shards that a job was given as its particles, as far as the run has hashed them: path -> bytes, sha256."""
+    return {p: f for p, f in manifest.get("inputs", {}).items() if f.get("kind") == "shard" and _is_read(f)}
 
 
 def note_start(folder: RunFolder, manifest: dict[str, Any], job: Job, machine: dict[str, Any]) -> None:
@@ -95,7 +146,37 @@ def note_start(folder: RunFolder, manifest: dict[str, Any], job: Job, machine: d
     manifest["config"], manifest["job_key"] = job.model_dump(), job_key(job)
     time = datetime.now(UTC).isoformat(timespec="seconds")
     manifest["starts"].append({"time": time, "cryoiso": __version__, "command": sys.argv, **machine})
+    _share_digests(manifest)
     write_manifest(folder, manifest)
+
+
+def unknown_image(manifest: dict[str, Any]) -> str:
+    """The container image of the latest start, if its digest is not known and it can be read; else empty."""
+    image = manifest["starts"][-1].get("container") or {}
+    readable = _which(image) is not None and "digest" not in image and os.access(image["image"], os.R_OK)
+    return image["image"] if readable else ""
+
+
+def note_image(folder: RunFolder, manifest: dict[str, Any], sha256: str) -> None:
+    """Notes the digest of the latest start's container image, also for earlier starts in it; writes the manifest."""
+    manifest["starts"][-1]["container"]["digest"] = f"sha256:{sha256}"
+    _share_digests(manifest)
+    write_manifest(folder, manifest)
+
+
+def _share_digests(manifest: dict[str, Any]) -> None:
+    """Starts in the same image have the same digest."""
+    images = [start.get("container") or {} for start in manifest["starts"]]
+    known = {_which(image): image["digest"] for image in images if "digest" in image and _which(image) is not None}
+    for image in images:
+        if _which(image) in known:
+            image.setdefault("digest", known[_which(image)])
+
+
+def _which(image: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What tells an image file from others without reading it; None where it was not seen from within."""
+    facts = tuple(image.get(key) for key in ("image", "bytes", "modified_ns"))
+    return None if None in facts else facts
 
 
 def note_stages(folder: RunFolder, manifest: dict[str, Any], names: list[str], lines: list[dict[str, Any]]) -> None:
@@ -115,7 +196,7 @@ def write_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
 
 
 def check_inputs(manifest: dict[str, Any], job: Job) -> None:
-    """Stops if an input is not what it was when the run started; of stacks the sizes are looked at.
+    """Stops if an input is not what it was when the run started; of stacks and shards the sizes are looked at.
 
     Raises:
         InputError: names the file.
@@ -125,40 +206,36 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
         if facts is None:
             continue
         if not path.is_file():
-            raise InputError("an input of this run is gone", file=path, hint="Put it back, or start a new run.")
+            raise InputError("an input of this run is gone", file=path, hint=PUT_BACK)
         if sha256_of(path) != facts["sha256"]:
             raise InputError(
                 "an input of this run has changed since it started", file=path, expected=f"sha256 {facts['sha256']}",
-                hint="Put the old file back, or start a new run.",
+                hint=PUT_BACK,
             )  # fmt: skip
     for name, facts in manifest["inputs"].items():
-        if facts.get("kind") == "stack" and os.path.isfile(name) and os.stat(name).st_size != facts["bytes"]:
+        kind = facts.get("kind")
+        if kind == "shard" and not os.path.isfile(name):
+            raise InputError("a shard of this run is gone", file=name, hint=PUT_BACK)
+        if kind in IMAGES and os.path.isfile(name) and os.stat(name).st_size != facts["bytes"]:
             raise InputError(
-                "a stack has changed since this run started", file=name, expected=f"{facts['bytes']} bytes",
-                found=f"{os.stat(name).st_size} bytes", hint="Put the old file back, or start a new run.",
+                f"a {kind} has changed since this run started", file=name, expected=f"{facts['bytes']} bytes",
+                found=f"{os.stat(name).st_size} bytes", hint=PUT_BACK,
             )  # fmt: skip
 
 
-def check_stacks(manifest: dict[str, Any], stacks: list[Path], job: Job) -> None:
-    """Stops if the image stacks are not what they were when the run started; for a run that still has to read them.
+def check_images(manifest: dict[str, Any], images: list[Path], job: Job) -> None:
+    """Stops if the files of the images are not those that the run started with; for a run that still has to read them.
+    What is in them is looked at while they are read (``inputs.hashed_meanwhile``).
 
     Raises:
-        InputError: names the stack, or, where there are many, says that one has another size.
+        InputError: names the file, or, where there are many, says that one has another name or size.
     """
-    hint = "Put the old file back, or start a new run."
-    try:
-        sizes = {str(path): path.stat().st_size for path in stacks}
-    except OSError as error:
-        raise InputError("a stack of this run is gone", file=error.filename, hint=hint) from None
+    sizes = _sizes(images, "shard" if Path(job.particles.file).is_dir() else "stack")
     if digest_of(json.dumps(sizes, sort_keys=True)) != manifest["stacks"]["sha256_of_names_and_sizes"]:
         raise InputError(
-            "one of the image stacks of this run has another size than when it started", file=job.particles.file,
-            hint=hint,
+            "one of the image files of this run has another name or size than when it started",
+            file=job.particles.file, hint=PUT_BACK,
         )  # fmt: skip
-    for path in stacks:
-        facts = manifest["inputs"].get(str(path), {})
-        if "sha256" in facts and sha256_of(path) != facts["sha256"]:
-            raise InputError("a stack of this run has changed since it started", file=path, hint=hint)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def container(env: Mapping[str, str] | None = None, labels: Path = LABELS) -> di
     facts: dict[str, Any] = {"kind": "Apptainer"} if image else {}
     facts |= {key: value for key, value in (("image", image), ("digest", digest)) if value}
     with suppress(OSError):
-        facts["bytes"] = os.stat(image).st_size
+        found = os.stat(image)
+        facts["bytes"], facts["modified_ns"] = found.st_size, found.st_mtime_ns
     with suppress(OSError, ValueError):
         facts["labels"] = json.loads(labels.read_text(encoding="utf-8"))
     return facts

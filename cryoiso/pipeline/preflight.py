@@ -11,6 +11,7 @@ import numpy as np
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import disk_full
+from cryoiso.io.shards import read_index
 from cryoiso.pipeline import wire
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.postprocess import check_template
@@ -111,6 +112,10 @@ def existing_parent(path: Path) -> Path:
     return Path("/")
 
 
-def stacks_of(work: Work) -> list[Path]:
-    """The image stacks that the particles lie in, with absolute paths: a run may be resumed from another folder."""
+def images_of(work: Work) -> list[Path]:
+    """The files that the particles' images lie in, with absolute paths (a run may be resumed from another folder): the
+    shards where the job names a folder of them, else the stacks."""
+    given = Path(work.job.particles.file)
+    if given.is_dir():
+        return [Path(os.path.abspath(given / str(shard["file"]))) for shard in read_index(given)["shards"]]
     return [Path(os.path.abspath(name)) for name in np.unique(work.particles().stack).tolist()]

@@ -15,9 +15,10 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.compare import Comparison, compare_files
 from cryoiso.pipeline.hashing import Outputs, verify_outputs
+from cryoiso.pipeline.inputs import require_unchanged
 from cryoiso.pipeline.journal import read_journal
 from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.manifest import read_record
+from cryoiso.pipeline.manifest import given_shards, read_record
 from cryoiso.pipeline.plan import folder_stages, stages_of
 from cryoiso.pipeline.run import do_stage, prepare_device, read_resolved
 from cryoiso.pipeline.seal import REPORTS
@@ -85,6 +86,7 @@ def replay_stage(
     prepare_device(work)
     if wrong := verify_outputs(run.path, before, comm):
         raise InputError(f"{wrong} since the run; a replay would start from other files", file=run.path)
+    require_unchanged(work, on_root(comm, lambda: given_shards(read_record(run.manifest))))
     on_root(comm, _link, run, target, list(before))
     comm.install_signal_handlers()
     if comm.rank == 0:

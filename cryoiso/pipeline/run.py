@@ -7,7 +7,6 @@ is made again, with everything that depends on it, and nothing else is.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -29,12 +28,14 @@ from cryoiso.pipeline import manifest as provenance
 from cryoiso.pipeline import origin
 from cryoiso.pipeline.examine import check_machine
 from cryoiso.pipeline.forecast import watching
-from cryoiso.pipeline.hashing import digest_of, hash_outputs, verify_outputs
+from cryoiso.pipeline.hashing import hash_outputs, next_key, verify_outputs
+from cryoiso.pipeline.inputs import check_given_shards, image_hashed_meanwhile
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.lock import locked
 from cryoiso.pipeline.plan import WITHOUT_GPU, Stage, folder_stages, stages_of
-from cryoiso.pipeline.preflight import check_job, check_space, stacks_of, with_absolute_paths
+from cryoiso.pipeline.preflight import check_job, check_space, images_of, with_absolute_paths
+from cryoiso.pipeline.remainder import check_what_is_left
 from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
@@ -99,6 +100,7 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None, until:
     Raises:
         UsageError: no run in this folder, another process works on it, or there is no stage ``until``.
         InputError: an input has changed since the run started.
+        MissingError: no GPU, where the run computed on GPUs; or too little memory for what is left.
         Interrupted: as ``run_job``.
     """
     run = RunFolder(Path(os.path.abspath(folder)))
@@ -109,6 +111,7 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None, until:
     prepare_device(work, until)
     with ExitStack() as stack:
         on_root(comm, _reopen, work, stack)
+        check_what_is_left(work, until)
         stack.enter_context(using_scratch(work))
         _start(work, "resume")
         _work_through(work, until)
@@ -203,7 +206,7 @@ def _create(work: Work, text: str, stack: ExitStack) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(run.lock))
     _refuse_old_run(run)
-    work.manifest = provenance.new_manifest(work.job, stacks_of(work))
+    work.manifest = provenance.new_manifest(work.job, images_of(work))
     write_text(run.job, text)
     work.journal = Journal(run.journal)
     provenance.write_manifest(run, work.manifest)
@@ -220,7 +223,7 @@ def _reopen(work: Work, stack: ExitStack) -> None:
         part.unlink(missing_ok=True)
     work.journal = Journal(run.journal)
     if work.journal.last("end", "ingest") is None:
-        provenance.check_stacks(work.manifest, stacks_of(work), work.job)
+        provenance.check_images(work.manifest, images_of(work), work.job)
 
 
 def _start(work: Work, event: str) -> None:
@@ -254,7 +257,8 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
 def _work_through(work: Work, until: str) -> None:
     began = time.monotonic()
     try:
-        with watching(work, until):
+        with watching(work, until), image_hashed_meanwhile(work):
+            check_given_shards(work)  # as the outputs of finished stages: read again at every start
             _all_stages(work, until)
     except BaseException as error:
         if work.journal is not None:
@@ -297,11 +301,6 @@ def _all_stages(work: Work, until: str) -> None:
         key = next_key(key, stage.name, outputs)
         if stage.name == until:
             return
-
-
-def next_key(key: str, stage: str, outputs: dict[str, Any]) -> str:
-    """The key of the stage after one with this key and these outputs."""
-    return digest_of(key, stage, json.dumps(outputs, sort_keys=True))
 
 
 def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] | None, bool]:

@@ -18,7 +18,7 @@ from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map, write_map
-from cryoiso.io.shards import read_index
+from cryoiso.io.shards import read_index, shard_name
 from cryoiso.io.sources import SubsetSource
 from cryoiso.io.starwrite import write_particles
 from cryoiso.parallel import signals
@@ -28,6 +28,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
 from cryoiso.pipeline.checksums import write_sums
 from cryoiso.pipeline.deposit import fill_result
+from cryoiso.pipeline.hashing import hash_shared
 from cryoiso.pipeline.inputs import hashed_meanwhile
 from cryoiso.pipeline.maps import mask_and_kind, write_reconstruction, write_weighted_map
 from cryoiso.pipeline.rounds import last_round, pose_file, poses_after
@@ -42,15 +43,21 @@ STOPPED = "stopped by a signal; what is finished is kept. 'cryoiso resume' goes 
 
 
 def ingest(work: Work) -> None:
-    """Images into shards, unless the job's particles are shards already."""
+    """Images into shards, unless the job's particles are shards already; either way the run's images are hashed."""
     comm, folder = work.comm, work.folder.stage("ingest")
-    if on_root(comm, lambda: work.shards != folder):
-        on_root(comm, lambda: write_json(folder / "ingest.json", _facts_of_shards(work)))
-        return
-    plan = on_root(comm, lambda: bare_plan(work.plan()))
-    with hashed_meanwhile(work):
-        write_shards(plan, folder, comm, lambda done, of: work.note_checkpoint("ingest", images=done, of=of))
-    on_root(comm, write_json, folder / "ingest.json", _ingest_facts(plan))
+    with hashed_meanwhile(work) as note_hashes:
+        if on_root(comm, lambda: work.shards != folder):
+            facts = on_root(comm, lambda: _facts_of_shards(work))
+        else:
+            plan = on_root(comm, lambda: bare_plan(work.plan()))
+
+            def note(done: int, of: int) -> None:
+                work.note_checkpoint("ingest", images=done, of=of)
+                note_hashes()
+
+            write_shards(plan, folder, comm, note)
+            facts = _ingest_facts(plan)
+    on_root(comm, write_json, folder / "ingest.json", facts)
 
 
 def bare_plan(plan: Any) -> Any:
@@ -58,14 +65,17 @@ def bare_plan(plan: Any) -> Any:
     return replace(plan, particles=bare(plan.particles))
 
 
-def write_shards(plan: Any, folder: Path, comm: Context, note: Progress | None = None) -> None:
+def write_shards(
+    plan: Any, folder: Path, comm: Context, note: Progress | None = None, known: dict[str, str] | None = None
+) -> None:  # fmt: skip
     """Writes the shards of a plan and their index; ranks work side by side, finished shards are left alone. Collective.
 
     In every round each rank writes one shard and then all agree, so that a bad image or a full disk stops all at once.
 
     Args:
         plan: io.ingest.IngestPlan, the same on every rank.
-        note: called after each round with (images done, images in all).
+        note: called by all ranks after each round with (images done, images in all).
+        known: hashes of shards that are there. With it index.json gets those of all; a run notes them by itself.
     """
     total = len(plan.particles)
     board.expect(0, 1)
@@ -76,7 +86,12 @@ def write_shards(plan: Any, folder: Path, comm: Context, note: Progress | None =
         agree(comm, _write_shard(plan, folder, first + comm.rank, comm.size, line))
         if note:
             note(int(plan.shards[min(first + comm.size, len(plan.shards)) - 1][1]), total)
-    on_root(comm, io_ingest.finish_index, plan, folder)
+    hashes = None
+    if known is not None:
+        names = [name for name in map(shard_name, range(len(plan.shards))) if name not in known]
+        made = hash_shared(folder, names, comm, "hashing shards") if names else {}
+        hashes = {**known, **{name: facts["sha256"] for name, facts in made.items()}}
+    on_root(comm, io_ingest.finish_index, plan, folder, hashes)
     line.close(f"{total:,} images of {plan.box_px} px in {len(plan.shards)} shard(s)")
 
 

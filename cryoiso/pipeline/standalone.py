@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cryoiso.core.config import Job, ParticlesSection
-from cryoiso.core.errors import CryoisoError
+from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map
+from cryoiso.io.shards import read_index
 from cryoiso.io.sources import StackSource
 from cryoiso.io.subtomograms import is_subtomograms
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import stages
 from cryoiso.pipeline.halves import assign_halves
+from cryoiso.pipeline.hashing import hash_shared
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.maps import make_mask, write_reconstruction
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.subtomograms import refine_subtomograms
 from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
+
+logger = logging.getLogger("cryoiso")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,10 @@ class FlatFolder(RunFolder):
 
 
 def ingest_files(section: ParticlesSection, out: Path, comm: Context) -> None:
-    """Particles of a STAR or .cs file into shards. Collective; errors as ``io.ingest``."""
+    """Particles of a STAR or .cs file into shards, their hashes in index.json. Collective; errors as ``io.ingest``.
+
+    Shards that are there already stay, unless they are no longer what an earlier call wrote.
+    """
 
     def prepare() -> Any:
         particles = read_particle_file(section.file, section.project)
@@ -44,7 +53,32 @@ def ingest_files(section: ParticlesSection, out: Path, comm: Context) -> None:
         return stages.bare_plan(plan)
 
     comm.install_signal_handlers()
-    stages.write_shards(on_root(comm, prepare), out, comm)
+    plan = on_root(comm, prepare)
+    stages.write_shards(plan, out, comm, known=_kept_shards(plan, out, comm))
+
+
+def _kept_shards(plan: Any, out: Path, comm: Context) -> dict[str, str]:
+    """Hashes of the shards of an earlier call that need not be written again; what has changed since is removed.
+    Collective."""
+
+    def noted() -> dict[str, str]:
+        with suppress(InputError):
+            index = read_index(out)
+            if index["plan"] == plan.digest:
+                kept = [s for n, s in enumerate(index["shards"]) if io_ingest.shard_is_done(plan, out, n)]
+                return {shard["file"]: shard["sha256"] for shard in kept if "sha256" in shard}
+        return {}
+
+    def remove(names: list[str]) -> None:
+        for name in names:
+            logger.warning("%s is not what index.json says; it is written again", out / name)
+            (out / name).unlink()
+
+    expected = on_root(comm, noted)
+    found = hash_shared(out, list(expected), comm, "checking shards") if expected else {}
+    changed = [name for name, facts in found.items() if facts["sha256"] != expected[name]]
+    on_root(comm, remove, changed)
+    return {name: facts["sha256"] for name, facts in found.items() if name not in changed}
 
 
 def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) -> None:

@@ -13,12 +13,12 @@ from cryoiso.core.errors import UsageError
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.checksums import SUMS, read_sums
-from cryoiso.pipeline.hashing import Outputs, hash_shared, list_outputs
+from cryoiso.pipeline.hashing import Outputs, hash_shared, list_outputs, next_key
 from cryoiso.pipeline.journal import read_journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.manifest import job_key, read_record
 from cryoiso.pipeline.plan import folder_stages, stages_of
-from cryoiso.pipeline.run import next_key, read_job
+from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.seal import digest_of_files
 
 GONE, SIZE, CONTENT = "is gone", "has another size", "has another content"

@@ -10,6 +10,10 @@ export PATH={{ bin|sh }}:"$PATH"
 {% for key, value in environment.items() %}
 export {{ key }}={{ value|sh }}
 {% endfor %}
+{% if image_digest %}
+# The run notes which image it was done with, if that still is the file that this script was written for.
+[ "$(stat -Lc '%s %Y' {{ image_file|sh }})" != "{{ image_stat }}" ] || export CRYOISO_IMAGE_DIGEST={{ image_digest }}
+{% endif %}
 export OMP_NUM_THREADS={{ cpus_per_rank }}    # the last bits of a result depend on it: the same in every job of a run
 {% if not srun %}
 # Open MPI: a rank may use all cores of the job, not one alone

@@ -1,0 +1,111 @@
+"""Whether the machine will do for what is left of an interrupted run: looked at before it goes on."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from cryoiso.core.errors import CryoisoError, MissingError
+from cryoiso.io.atomic import disk_full
+from cryoiso.parallel.abort import agree, on_root
+from cryoiso.pipeline.estimate import disk, gpu_memory, memory_of_stages, problem_of
+from cryoiso.pipeline.examine import check_machine
+from cryoiso.pipeline.finding import Needs
+from cryoiso.pipeline.hashing import next_key
+from cryoiso.pipeline.manifest import job_key
+from cryoiso.pipeline.plan import WITHOUT_GPU, stages_of
+from cryoiso.pipeline.work import Work
+
+logger = logging.getLogger("cryoiso")
+ON_CPUS = (*WITHOUT_GPU, "diagnose", "report")
+"""Stages in which nothing is computed on a GPU."""
+
+
+def check_what_is_left(work: Work, until: str) -> None:
+    """Devices, memory and room for the stages that are still to be done; warnings go to the log. Collective.
+
+    Raises:
+        MissingError: a rank sees no GPU, and the run computed on GPUs.
+        DiskFullError: too little room.
+        CryoisoError: the first error of ``check_machine``.
+    """
+    left = on_root(work.comm, stages_left, work, until)
+    if not left:
+        return
+    if set(left) - set(ON_CPUS):
+        _require_gpus_as_before(work)
+    needs = on_root(work.comm, needs_left, work, work.comm.size, left)
+    on_root(work.comm, _require_room, work, needs)  # before anything is tried out on a disk that may be full
+    check_machine(work, lambda *_: needs)
+
+
+def stages_left(work: Work, until: str = "") -> list[str]:
+    """Names of the stages, up to ``until``, that the journal does not have as done with this job (rank 0)."""
+    key = job_key(work.job)
+    left: list[str] = []
+    for stage in stages_of(work.job, work.folder):
+        end = work.journal.last("end", stage.name) if work.journal is not None else None
+        if left or end is None or end["key"] != key:
+            left.append(stage.name)
+        else:
+            key = next_key(key, stage.name, end["outputs"])
+        if stage.name == until:
+            break
+    return left
+
+
+def needs_left(work: Work, ranks: int, left: list[str]) -> Needs:
+    """What some stages ask of the machine, less what they have written already (rank 0)."""
+    try:
+        problem = problem_of(work)
+    except (CryoisoError, OSError):  # an input that not every stage needs; one that does will say what is wrong
+        logger.debug("no estimate of what is left", exc_info=True)
+        return Needs(work.job, 0, 0, 0)
+    places = {stage: work.folder.stage(stage) for stage in left if work.folder.has(stage)}
+    if "report" in left:
+        places |= {"result": work.folder.result, "run folder": work.folder.logs}
+    size, files = 0, 0
+    for stored in disk(problem, ranks):
+        if stored.name in places:
+            there = _sizes(places[stored.name])
+            size, files = size + max(0, stored.bytes - sum(there)), files + max(0, stored.files - len(there))
+    memory = memory_of_stages(problem, ranks)
+    return Needs(
+        work.job, max(memory.get(stage, 0) for stage in left), size, files, problem.largest_input_bytes,
+        gpu_bytes=gpu_memory(problem, ranks) if set(left) - set(ON_CPUS) else 0,
+    )  # fmt: skip
+
+
+def _require_room(work: Work, needs: Needs) -> None:
+    if shutil.disk_usage(work.folder.path).free < needs.disk_bytes:
+        raise disk_full(work.folder.journal, needs.disk_bytes)
+
+
+def _sizes(folder: Path) -> list[int]:
+    return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+
+
+def _require_gpus_as_before(work: Work) -> None:
+    """A run that went on by CPU would take many times as long without a word, and end with other last bits."""
+    comm = work.comm
+    before = on_root(comm, _gpus_before, work)
+    if not before or comm.device_preference == "cpu":
+        return
+    error = None
+    if comm.device() == "cpu":
+        error = MissingError(
+            f"rank {comm.rank} on {comm.hostname} sees no GPU, and this run computed on GPUs before ({before}). Ask "
+            "the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. To go on by CPU set "
+            f"run.device = 'cpu' in {work.folder.resolved}: slower, and with other last bits."
+        )
+    agree(comm, error)
+
+
+def _gpus_before(work: Work) -> str:
+    """The GPUs of the last start of which every rank had one; empty if there was none."""
+    for start in reversed((work.manifest or {}).get("starts", [])):
+        ranks = start.get("machine") or []
+        if ranks and all(str(rank.get("device", "")).startswith("cuda") for rank in ranks):
+            return ", ".join(sorted({str(rank.get("gpu", "of an unknown kind")) for rank in ranks}))
+    return ""

@@ -1,0 +1,134 @@
+"""What is looked at before an interrupted run goes on: devices, memory and room for the stages that are left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from pipeline_helper import cryoiso_here, forget_signals, quick_report, simulate, use_quick_parts
+
+from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError
+from cryoiso.io.atomic import DiskFullError
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline import machine
+from cryoiso.pipeline.estimate import needs_of
+from cryoiso.pipeline.journal import Journal
+from cryoiso.pipeline.layout import RunFolder
+from cryoiso.pipeline.remainder import needs_left, stages_left
+from cryoiso.pipeline.run import read_resolved, resume_run, run_job
+from cryoiso.pipeline.work import Work
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A simulated set of 40 particles with a job file; not written to."""
+    return simulate(tmp_path_factory.mktemp("data")).parent
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    use_quick_parts(monkeypatch)
+    yield
+    forget_signals()
+
+
+@pytest.fixture
+def begun(data, tmp_path, quick) -> Path:
+    """A run that is done up to the reference."""
+    return run_job(data / "job.toml", tmp_path / "run", Context(), quick_report, until="reference").path
+
+
+def say_gpus(run: Path) -> None:
+    """The manifest says that the run was started on a GPU."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["starts"][0]["machine"] = [{"host": "n1", "device": "cuda:0", "gpu": "NVIDIA X"}]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def no_gpu(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def work_of(run: Path) -> Work:
+    folder = RunFolder(run)
+    return Work(read_resolved(folder)[1], folder, Context(), journal=Journal(folder.journal))
+
+
+def test_a_run_on_gpus_does_not_go_on_by_cpu_without_a_word(begun, monkeypatch):
+    no_gpu(monkeypatch)
+    say_gpus(begun)
+    done = cryoiso_here("run", begun / "job.toml", "--out", begun, "--continue")
+    assert done.returncode == EXIT_MISSING and done.stderr.count("error:") == 1
+    for words in ("sees no GPU", "computed on GPUs before (NVIDIA X)", "cryoiso doctor", "run.device = 'cpu'"):
+        assert words in done.stderr
+    assert cryoiso_here("resume", begun, "--until", "reference").returncode == 0, "that needs no GPU"
+    resolved = begun / "resolved.toml"
+    resolved.write_text(resolved.read_text().replace('device = "auto"', 'device = "cpu"'))
+    resume_run(begun, Context(), quick_report)
+    lines = Journal(begun / "journal.jsonl").lines
+    assert [line["stage"] for line in lines if line["event"] == "start"].count("ingest") == 1, "nothing is done again"
+
+
+def test_a_finished_run_is_looked_at_without_a_gpu(begun, monkeypatch):
+    resume_run(begun, Context(), quick_report)
+    say_gpus(begun)
+    no_gpu(monkeypatch)
+    resume_run(begun, Context(), quick_report)
+
+
+def test_too_little_memory_is_told_before_a_stage_begins(begun, monkeypatch):
+    little = {"memory_bytes": 2 << 30, "memory_free_bytes": 10 << 20, "memory_limit_bytes": None}
+    monkeypatch.setattr(machine, "memory", lambda: little)
+    with pytest.raises(CryoisoError, match=r"10 MiB a rank .* will need about .*Start fewer ranks") as caught:
+        resume_run(begun, Context(), quick_report)
+    assert caught.value.exit_code == EXIT_MISSING and not (begun / "03_refine").exists()
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        use_quick_parts(patch)
+        resume_run(begun, Context(), quick_report)
+        patch.setattr(machine, "memory", lambda: little)
+        resume_run(begun, Context(), quick_report)  # nothing is left to do
+
+
+def test_a_full_disk_is_told_before_a_stage_begins(begun, monkeypatch):
+    full = shutil.disk_usage(begun)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(DiskFullError, match=r"no space left on the disk.*needs .* 1000 bytes free") as caught:
+        resume_run(begun, Context(), quick_report)
+    assert caught.value.exit_code == EXIT_OTHER and not (begun / "03_refine").exists()
+
+
+def test_only_what_is_left_is_asked_for(begun):
+    work = work_of(begun)
+    left = stages_left(work)
+    assert left == ["refine", "reconstruct", "diagnose", "report"] and stages_left(work, "refine") == ["refine"]
+    whole, rest = needs_of(work, 1), needs_left(work, 1, left)
+    done = sum(p.stat().st_size for name in ("01_ingest", "02_reference") for p in (begun / name).iterdir())
+    assert whole.disk_bytes - rest.disk_bytes == pytest.approx(done, rel=0.15)
+    assert 0 < rest.files < whole.files and rest.memory_bytes == whole.memory_bytes
+    assert needs_left(work, 1, ["diagnose"]).memory_bytes < whole.memory_bytes
+    (begun / "03_refine").mkdir()
+    (begun / "03_refine/half1.mrc").write_bytes(bytes(20_000))
+    assert rest.disk_bytes - needs_left(work, 1, left).disk_bytes == 20_000, "half of the stage is there"
+
+
+def test_an_edited_job_leaves_everything_to_be_done(begun):
+    resolved = begun / "resolved.toml"
+    resolved.write_text(resolved.read_text().replace("seed = 1", "seed = 2"))
+    assert stages_left(work_of(begun))[0] == "ingest"
+
+
+def test_stacks_that_no_stage_needs_may_be_gone(data, tmp_path, quick):
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    run = run_job(folder / "job.toml", tmp_path / "run", Context(), quick_report).path
+    (run / "result/map.mrc").unlink()
+    (folder / "particles.mrcs").unlink()
+    journal = run / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"report"' not in line and '"done"' not in line))
+    resume_run(run, Context(), quick_report)
+    assert (run / "result/map.mrc").exists()
