@@ -254,6 +254,15 @@ def data(tmp_path_factory) -> Path:
     return simulate(tmp_path_factory.mktemp("data")).parent
 
 
+def test_metadata_of_rank_0_counts_once_on_its_host():
+    """60 GiB for 32 ranks: 1 GiB each and 10 GiB more once are room enough, 40 GiB more are not."""
+    host = facts(*({} for _ in range(32)))
+    assert "memory" not in told(judge(host, needs(first_rank_bytes=10 * GIB)), WARNING)
+    assert "memory" in told(judge(host, needs(first_rank_bytes=40 * GIB)), WARNING)
+    elsewhere = facts(*({"host": f"n{i // 16}", "memory_free_bytes": (60 if i < 16 else 17) * GIB} for i in range(32)))
+    assert "memory" not in told(judge(elsewhere, needs(first_rank_bytes=40 * GIB)), WARNING)
+
+
 def test_doctor_for_a_job_tells_what_it_needs(data, tmp_path):
     done = cryoiso("doctor", tmp_path, "--job", data / "job.toml", "--json")
     found = json.loads(done.stdout)

@@ -26,7 +26,7 @@ def plan(
         bool, typer.Option("--cpu", help="Of --rates take CPU seconds, not the wall: where others shared its cores.")
     ] = False,
     time: Annotated[
-        str, typer.Option("--time", metavar="H:MM:SS", help="Length of a batch job, to see how many it takes.")
+        str, typer.Option("--time", metavar="[D-]HH:MM[:SS]", help="Length of a batch job, to see how many it takes.")
     ] = "",
     iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Iterations to reckon with.")] = None,
     resolution: Annotated[
@@ -36,8 +36,8 @@ def plan(
 ) -> None:
     """Tell time, memory, disk and files that a job will take.
 
-    Reads the job's inputs (headers only) and writes nothing. Times go by the rates that were built in, by those timed
-    on this machine (--measure), or, best, by those that an earlier run of a similar job left (--rates).
+    Reads the job's inputs (headers, a sample of images) and leaves no files. Times go by the rates that were built in,
+    by those timed on this machine (--measure), or, best, by those that an earlier run of a similar job left (--rates).
     """
     from dataclasses import replace
 
@@ -46,6 +46,7 @@ def plan(
     from cryoiso.pipeline import planner
     from cryoiso.pipeline import rates as rated
     from cryoiso.pipeline.estimate import problem_of
+    from cryoiso.pipeline.launch import seconds_of
     from cryoiso.pipeline.layout import RunFolder
     from cryoiso.pipeline.plan import folder_stages
     from cryoiso.pipeline.run import read_job
@@ -68,25 +69,7 @@ def plan(
         assumed = replace(assumed, iterations=iterations)
     if resolution:
         assumed = replace(assumed, nyquist_share=min(1.0, 2 * problem.pixel_size_A / resolution))
-    made = planner.make_plan(problem, layout, known, assumed, seconds_of(time) if time else None)
+    time_s = float(seconds_of(time, "--time")) if time else None
+    made = planner.make_plan(problem, layout, known, assumed, time_s)
     typer.echo(json.dumps(planner.as_dict(made), indent=2) if as_json else "\n".join(planner.as_lines(made)))
 
-
-def seconds_of(text: str) -> float:
-    """[days-]hours[:minutes[:seconds]] in seconds, as Slurm writes it.
-
-    >>> seconds_of("2:30:00"), seconds_of("1-12"), seconds_of("24")
-    (9000.0, 129600.0, 86400.0)
-
-    Raises:
-        UsageError: it is not.
-    """
-    import re
-
-    from cryoiso.core.errors import UsageError
-
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
-    if not match or not any(int(part or 0) for part in match.groups()):
-        raise UsageError(f"--time {text}: expected hours, H:MM:SS or D-H:MM:SS")
-    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return 86400 * days + 3600 * hours + 60 * minutes + seconds

@@ -1,43 +1,26 @@
-"""What a job will take of disk and memory, from its settings and the size of its particle set.
-
-Sizes of files follow from what the stages write (``stages``, ``auxiliary``, ``correct``); memory follows from the
-arrays that are alive together in the largest step of each stage.
+"""The size of a job, and what it will take of the disk: sizes of files follow from what the stages write (``stages``,
+``auxiliary``, ``correct``, ``engines.relion``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cryoiso.core.config import Job
-from cryoiso.io.shards import CHUNK_IMAGES
+from cryoiso.core.errors import InputError
+from cryoiso.io.imageprep import read_prepared
+from cryoiso.io.ingest import IngestPlan
+from cryoiso.io.shards import CHUNK_IMAGES, ShardSource
 from cryoiso.io.shardset import SHARD_BYTES, SPREAD
-from cryoiso.pipeline.finding import Needs
+from cryoiso.io.stack import StackReader
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.work import Work
 
-GRID_VOXEL_BYTES = 24
-"""Of the sums of back-projection: three 64-bit integers."""
-SUMS_VOXEL_BYTES = 12
-SORTED_SAMPLE_BYTES = 28
-SCORES_BYTES = 4 * 4 << 24
-"""Four arrays of the scores that the search holds at once."""
-WEIGHED_SLICES = 128 * 8 * 5
-"""Slices of a batch that wait for insertion: images x views x arrays."""
-CACHE_BYTES = 1 << 30
-"""Of ``refine.batches.BatchReader``."""
-MEMORY_MARGIN = 1.15
-"""On top of what is counted: measured peaks were 0.93 to 1.17 times that."""
-PROGRAM_BYTES = 480 << 20
-"""Python, torch, numba and their kernels, measured."""
-PARTICLE_BYTES = 1700
-"""Metadata of a particle on rank 0, measured (docs/benchmarks.md)."""
 PARAMETERS = {
     ("generator", "small"): 122_000, ("generator", "paper"): 7_292_000, ("unet", "small"): 429_000,
     ("unet", "paper"): 26_410_000,
@@ -45,6 +28,8 @@ PARAMETERS = {
 """Weights of the networks."""
 POSE_TEXT_BYTES = 120
 """What a row of a STAR file grows by with poses and results."""
+CHECKPOINTS = 2 * 3
+"""Copies of a network's weights in the two checkpoints of a training: themselves and two moments."""
 STATE_BYTES = 5000
 """History and names in a checkpoint."""
 REPORT_BYTES = 1_800_000
@@ -66,6 +51,8 @@ class Problem:
     groups: int = 1
     largest_input_bytes: int = 0
     device: str = "cpu"
+    originals: bool = False
+    """RELION may read the particles' own stacks; unless it is told to, it gets a copy of all others"""
 
     @property
     def auxiliaries(self) -> int:
@@ -78,11 +65,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a stage leaves on the disk."""
+    """What a stage leaves on the disk, and what it removes again when it ends."""
 
     name: str
     bytes: int
     files: int
+    temporary_bytes: int = 0
+    temporary_files: int = 0
 
 
 def problem_of(work: Work) -> Problem:
@@ -95,18 +84,35 @@ def problem_of(work: Work) -> Problem:
     stacks = {str(name) for name in np.unique(particles.stack).tolist()} if not file.is_dir() else set()
     largest = max((Path(name).stat().st_size for name in stacks), default=0)
     row = max(60, file.stat().st_size // max(len(particles), 1)) if text else 250
-    return Problem(job, len(particles), box, pixel, diameter, row, file.is_dir(), len(particles.groups), largest)
-
-
-def needs_of(work: Work, ranks: int) -> Needs:
-    """What the machine is asked for (rank 0)."""
-    problem = problem_of(work)
-    stored = disk(problem, ranks)
-    memory = max(memory_of_stages(problem, ranks).values())
-    return Needs(
-        problem.job, memory, sum(s.bytes for s in stored), sum(s.files for s in stored), problem.largest_input_bytes,
-        gpu_bytes=gpu_memory(problem, ranks),
+    return Problem(
+        job, len(particles), box, pixel, diameter, row, file.is_dir(), len(particles.groups), largest,
+        originals=job.refine.engine == "relion" and _original_images_do(work),
     )  # fmt: skip
+
+
+def _original_images_do(work: Work) -> bool:
+    """Whether RELION needs no copy of them, as the engine decides it: by a sample, prepared as ingest does."""
+    from cryoiso.engines.relion.images import usable_originals
+
+    try:
+        given = Path(work.job.particles.file).is_dir()
+        source = ShardSource(work.shards) if given else _AsIngested(work.plan())
+        return bool(usable_originals(source, work.job.relion.images)[0].all())
+    except InputError:  # the run will tell
+        return False
+
+
+class _AsIngested:
+    """The images that the shards will have (an ``ImageSource``)."""
+
+    def __init__(self, plan: IngestPlan) -> None:
+        self.particles, self.box_px, self._plan = plan.particles, plan.box_px, plan
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D, D) float32."""
+        plan = self._plan
+        with StackReader() as reader:
+            return read_prepared(reader, plan.particles, rows, plan.decision.sign, plan.settings, plan.box_px)[0]
 
 
 # --- disk
@@ -149,7 +155,17 @@ def disk(p: Problem, ranks: int = 1) -> list[Stored]:
     return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 8 + ranks)]
 
 
-def _size(preset: str, device: str) -> str:
+def most(stored: list[Stored]) -> tuple[int, int]:
+    """Most bytes and files that are there at once: what was left so far and what the present stage removes again."""
+    before = peak = (0, 0)
+    for one in stored:
+        before = before[0] + one.bytes, before[1] + one.files
+        peak = max(peak[0], before[0] + one.temporary_bytes), max(peak[1], before[1] + one.temporary_files)
+    return peak
+
+
+def preset_of(preset: str, device: str) -> str:
+    """auto: by the device."""
     return preset if preset != "auto" else "small" if device == "cpu" else "paper"
 
 
@@ -170,7 +186,7 @@ def _stage(name: str, p: Problem, truth: bool) -> Stored:
     if kind == "refine":
         if p.job.auxiliary.poses == "given" and p.job.run.workflow in ("auxiliary", "both"):
             return Stored(name, 3 * p.map_bytes + _star(p), 5)
-        return _refined(name, p, p.particles)
+        return _refined(name, p)
     if kind == "reconstruct":
         return _reconstructed(name, p, truth)
     if kind == "diagnose":
@@ -184,12 +200,31 @@ def _star(p: Problem, n: int | None = None) -> int:
     return (p.row_bytes + POSE_TEXT_BYTES) * (p.particles if n is None else n)
 
 
-def _refined(name: str, p: Problem, n: int) -> Stored:
+def _refined(name: str, p: Problem, auxiliaries: int = 0) -> Stored:
     """Two generations of the checkpoint, two maps, particles, two summaries."""
+    n = p.particles + auxiliaries
     if p.job.refine.engine == "relion":
-        return Stored(name, p.job.refine.max_iterations * (6 * p.map_bytes + 350 * n) + 2 * p.map_bytes, 40)
+        whole = Stored(name, p.job.refine.max_iterations * (6 * p.map_bytes + 350 * n) + 2 * p.map_bytes, 40)
+        copied = auxiliaries + (0 if p.originals or p.job.relion.images == "original" else p.particles)
+        return with_temporary(whole, *_images_for_relion(copied, p.box_px))
     state = 4 * (p.map_bytes - 1024) + 112 * n + STATE_BYTES
     return Stored(name, 2 * state + 2 * p.map_bytes + _star(p, n) + 2500, 7)
+
+
+def _images_for_relion(n: int, box_px: int) -> tuple[int, int]:
+    """Bytes and files of its own stacks (``engines.relion.images``), which are removed when it has ended."""
+    from cryoiso.engines.relion.images import images_a_stack
+
+    if not n:
+        return 0, 0
+    stacks = ceil(n / images_a_stack(n, box_px))
+    return 4 * n * box_px**2 + 1024 * stacks + 200, stacks + 1
+
+
+def with_temporary(stored: Stored, size: int, files: int) -> Stored:
+    """The same with more that goes again."""
+    more = stored.temporary_bytes + size, stored.temporary_files + files
+    return replace(stored, temporary_bytes=more[0], temporary_files=more[1])
 
 
 def _reconstructed(name: str, p: Problem, truth: bool) -> Stored:
@@ -207,94 +242,34 @@ def _result(p: Problem) -> Stored:
 
 def _corrected(name: str, p: Problem) -> Stored:
     """Mask, filter, corrected halves and mean, two maps of what was measured, networks; while it works also at most two
-    checkpoints of each training, whose bytes are counted and whose files are not: they go."""
+    checkpoints of each training."""
     networks, rounds = 1 if p.job.correct.mode == "paired" else 2, p.job.correct.rounds
-    weights = 4 * PARAMETERS["unet", _size(p.job.correct.preset, p.device)]
-    checkpoints = rounds * 2 * 3 * weights
-    return Stored(name, 7 * p.map_bytes + networks * (weights + checkpoints), 8 + networks)
+    weights = 4 * PARAMETERS["unet", preset_of(p.job.correct.preset, p.device)]
+    trainings = networks * rounds
+    left = Stored(name, 7 * p.map_bytes + networks * weights, 8 + networks)
+    return with_temporary(left, trainings * CHECKPOINTS * weights, 3 * trainings)
 
 
 def _auxiliary(kind: str, name: str, p: Problem) -> Stored:
     generators = 1 if p.job.auxiliary.generators == "shared" else 2
     if kind == "train":
-        weights = 4 * PARAMETERS["generator", _size(p.job.auxiliary.preset, p.device)]
+        weights = 4 * PARAMETERS["generator", preset_of(p.job.auxiliary.preset, p.device)]
         if p.job.auxiliary.generators == "white-noise":
             weights = 0
-        return Stored(name, generators * (p.map_bytes + weights) + 60_000, generators + 1 + bool(weights))
+        left = Stored(name, generators * (p.map_bytes + weights) + 60_000, generators + 1 + bool(weights))
+        return with_temporary(left, generators * CHECKPOINTS * weights, 3 * generators * bool(weights))
     if kind == "generate":
         made = _made_shards(name, p)
         stacks = (4 * p.box_px**2 + 1024) * p.auxiliaries if p.job.auxiliary.export else 0
         return Stored(name, made.bytes + stacks + 100_000, made.files + 3 + 3 * p.job.auxiliary.export)
     if kind == "corefine":
-        engine = _refined(name, p, p.particles + p.auxiliaries)
-        return Stored(name, engine.bytes + 5 * p.map_bytes + _star(p) + 20_000, engine.files + 7)
+        return _round_of(_refined(name, p, p.auxiliaries), p)
     if kind == "local":
-        engine = _refined(name, p, p.particles)
-        return Stored(name, engine.bytes + 5 * p.map_bytes + _star(p) + 20_000, engine.files + 7)
+        return _round_of(_refined(name, p), p)
     return Stored(name, 8 * p.map_bytes + 10_000, 10)  # micelle
 
 
-# --- memory
-
-
-def grid_voxels(radius_px: int, padding: int) -> int:
-    """Of the half-space grid of slices up to a radius."""
-    h = padding * radius_px + 2
-    return (2 * h + 1) ** 2 * (h + 1)
-
-
-def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
-    """Most bytes of main memory that a rank of a CPU run holds in each stage; rank 0, which has the metadata."""
-    base = PROGRAM_BYTES + PARTICLE_BYTES * p.particles
-    found = {}
-    for name in folder_stages(p.job):
-        kind = re.sub(r"-\d+$", "", name)
-        n = p.particles + (p.auxiliaries if kind == "corefine" else 0)
-        if kind in ("refine", "corefine", "local"):
-            found[name] = base + _refinement(p, n, ranks)
-        elif kind == "reconstruct":
-            found[name] = base + _reconstruction(p, ranks)
-        elif kind == "diagnose":
-            found[name] = base + 25 * p.map_bytes
-        elif kind in ("train", "correct"):
-            found[name] = base + 500 * 2**20 + 15 * p.map_bytes
-        else:
-            found[name] = base + 128 * 2**20
-    return {name: int(MEMORY_MARGIN * size) for name, size in found.items()}
-
-
-def _refinement(p: Problem, n: int, ranks: int) -> int:
-    """The larger of expectation (images, grid, scores) and the transforms between iterations."""
-    padding, radius = p.job.refine.padding, (p.box_px - 1) // 2
-    voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
-    coefficients = np.pi / 2 * radius**2
-    images = min(CACHE_BYTES, 12 * coefficients * n / ranks)
-    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
-    sorting = SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
-    sums = SUMS_VOXEL_BYTES * voxels * (2 if ranks == 1 else 1)
-    maps = 10 * p.map_bytes + 8 * WEIGHED_SLICES * coefficients
-    return int(images + maps + sums + max(grid + sorting + SCORES_BYTES, 16 * padded))
-
-
-def _reconstruction(p: Problem, ranks: int) -> int:
-    padding, radius = p.job.reconstruct.padding, (p.box_px - 1) // 2
-    voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
-    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
-    waiting = 12 * min(voxels / 2, 2**23) + SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
-    return int(grid + max(waiting, SUMS_VOXEL_BYTES * voxels + 8 * padded) + 6 * p.map_bytes)
-
-
-def gpu_memory(p: Problem, ranks: int) -> int:
-    """The same arrays on a GPU: images, grid, scores and transforms of a refinement. Training is not in it."""
-    n = p.particles + (p.auxiliaries if p.job.run.workflow in ("auxiliary", "both") else 0)
-    return _refinement(p, n, ranks) + (600 << 20)
-
-
-def total(stored: list[Stored]) -> tuple[int, int]:
-    """Bytes and files of all stages."""
-    return sum(s.bytes for s in stored), sum(s.files for s in stored)
-
-
-def peak(memory: dict[str, int]) -> Iterator[Any]:
-    """(stage, bytes) with the most memory first."""
-    yield from sorted(memory.items(), key=lambda item: -item[1])
+def _round_of(engine: Stored, p: Problem) -> Stored:
+    """A round's maps, particles and summary beside what the engine leaves."""
+    size, files = engine.bytes + 5 * p.map_bytes + _star(p) + 20_000, engine.files + 7
+    return replace(engine, bytes=size, files=files)

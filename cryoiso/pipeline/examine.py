@@ -11,10 +11,10 @@ from cryoiso.core.errors import CryoisoError
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import finding as report
-from cryoiso.pipeline.estimate import needs_of
 from cryoiso.pipeline.finding import Finding, Needs
 from cryoiso.pipeline.findings import judge
 from cryoiso.pipeline.machine import look
+from cryoiso.pipeline.memory import needs_of
 from cryoiso.pipeline.preflight import existing_parent
 from cryoiso.pipeline.scratch import look_for_scratch
 from cryoiso.pipeline.work import Work

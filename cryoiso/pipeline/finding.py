@@ -36,11 +36,14 @@ class Needs:
 
     job: Job
     memory_bytes: int
-    """at the most, of one rank"""
+    """at the most, of any rank"""
     disk_bytes: int
+    """at once"""
     files: int
     largest_input_bytes: int = 0
     gpu_bytes: int = 0
+    first_rank_bytes: int = 0
+    """more memory, of rank 0 alone"""
 
 
 def worst(findings: list[Finding]) -> Finding | None:

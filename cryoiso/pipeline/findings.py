@@ -278,30 +278,31 @@ def _memory(facts: dict[str, Any], needs: Needs | None) -> Iterator[Finding]:
     by_host: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for rank in facts["ranks"]:
         by_host[rank["host"]].append(rank)
-    least, told = math.inf, ""
+    least, told, wanted = math.inf, "", 0
     for host, ranks in by_host.items():
         first = ranks[0]
         limit = first["memory_limit_bytes"]
         whole = limit or first["memory_bytes"]
         share = min(limit or math.inf, max(first["memory_free_bytes"], 0)) / len(ranks)
-        if share < least:
+        need = 0 if needs is None else needs.memory_bytes
+        if needs is not None and any(rank["rank"] == 0 for rank in ranks):
+            need += needs.first_rank_bytes // len(ranks)
+        if share - need < least:
             kind = "allowed to this job" if limit else "in all"
-            least, told = (
-                share,
-                f"{gib(share)} a rank on {host} ({gib(whole)} {kind}, {gib(first['memory_free_bytes'])} free)",
-            )
-    if needs is not None and needs.memory_bytes > least:
-        severity = ERROR if needs.memory_bytes > 1.5 * least else WARNING
+            least, wanted = share - need, need
+            told = f"{gib(share)} a rank on {host} ({gib(whole)} {kind}, {gib(first['memory_free_bytes'])} free)"
+    if least < 0:
+        severity = ERROR if wanted > 1.5 * (least + wanted) else WARNING
         yield Finding(
             "memory",
             severity,
-            f"{told}, but a rank will need about {gib(needs.memory_bytes)}",
+            f"{told}, but a rank will need about {gib(wanted)}",
             "Start fewer ranks on a node, or ask for more memory.",
             EXIT_MISSING,
         )
     else:
-        wanted = f"; a rank will need about {gib(needs.memory_bytes)}" if needs is not None else ""
-        yield Finding("memory", FINE, told + wanted)
+        words = f"; a rank will need about {gib(wanted)}" if needs is not None else ""
+        yield Finding("memory", FINE, told + words)
 
 
 def _device(facts: dict[str, Any], needs: Needs) -> Iterator[Finding]:

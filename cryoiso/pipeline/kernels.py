@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from cryoiso.pipeline.estimate import Problem
-from cryoiso.pipeline.workload import _preset
+from cryoiso.pipeline.estimate import Problem, preset_of
 
 Timed = dict[str, tuple[float, Callable[[], Any]]]
 """Kernel -> (units that a call does, the call)."""
 IMAGES = 64
 VIEWS = 256
 SHIFTS = 16
+WRITTEN_BYTES = 64 << 20
+MEASURED_PX, PREPARED_PX = 32, 64
+"""Edges of the maps that are measured and prepared; both take the same time a voxel in larger ones."""
 
 
 def timings(p: Problem, device: str) -> Timed:
     """The kernels that the job's workflow uses."""
-    found = _search(p, device) | _reading(p, device)
+    found = _search(p, device) | _reading(p, device) | _on_cpu(p)
     if p.job.run.workflow in ("auxiliary", "both"):
         found |= _generator(p, device)
     if p.job.run.workflow in ("realign", "both"):
@@ -91,6 +95,59 @@ def _reading(p: Problem, device: str) -> Timed:
     return {"read": (float(IMAGES * p.box_px**2), prepare)}
 
 
+def _on_cpu(p: Problem) -> Timed:
+    """What runs on CPUs wherever the rest does. Files go into the temporary folder and are removed."""
+    from cryoiso.pipeline.diagnose import diagnose
+
+    draw = np.random.default_rng(1)
+    images = draw.standard_normal((IMAGES, p.box_px, p.box_px), np.float32)
+    times = max(1, WRITTEN_BYTES // images.nbytes)
+    small, edge = min(p.box_px, MEASURED_PX), min(p.box_px, PREPARED_PX)
+    one, two, density = _noisy_ball(small, draw), _noisy_ball(small, draw), _noisy_ball(edge, draw)
+    return {
+        "write": (float(times * images.nbytes), lambda: _write(images, times, p.job.particles)),
+        "prepare": (float(edge**3), lambda: _prepare(density, p.pixel_size_A)),
+        "measure": (6.0 * small**3, lambda: diagnose(one, two, _ball(small), p.pixel_size_A, None)),
+    }
+
+
+def _ball(edge: int) -> np.ndarray:
+    axis = np.arange(edge) - edge // 2
+    return (axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2 < (0.35 * edge) ** 2).astype(np.float32)
+
+
+def _noisy_ball(edge: int, draw: np.random.Generator) -> np.ndarray:
+    return 5 * _ball(edge) + draw.standard_normal((edge,) * 3, np.float32)
+
+
+def _write(images: np.ndarray, times: int, section: Any) -> None:
+    """As ``io.ingest`` does with images that it has read."""
+    from cryoiso.io.imageprep import IngestSettings, normalise
+    from cryoiso.io.shards import write_shard_file
+
+    settings = IngestSettings.of(section)
+
+    def blocks() -> Iterator[np.ndarray]:
+        for _ in range(times):
+            made = normalise(images, settings.background_fraction)[0] if settings.normalise else images
+            np.abs(made).max((1, 2))
+            yield made.astype(settings.storage)
+
+    with TemporaryDirectory() as folder:
+        count, box = times * len(images), images.shape[-1]
+        write_shard_file(Path(folder) / "shard.h5", blocks(), count, box, settings.storage, {}, {})
+
+
+def _prepare(density: np.ndarray, pixel_size_A: float) -> None:
+    from cryoiso.io.mrc import write_map
+    from cryoiso.pipeline.reference import prepare_reference
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "map.mrc"
+        write_map(path, density, pixel_size_A)
+        prepare_reference(path, len(density), pixel_size_A, 10 * pixel_size_A)
+
+
 def _particles(p: Problem, OpticsGroup: Any, Particles: Any) -> Any:
     n = IMAGES
     return Particles(
@@ -110,7 +167,7 @@ def _generator(p: Problem, device: str) -> Timed:
 
     if p.job.auxiliary.generators == "white-noise":
         return {}
-    settings, name = training(p.job.auxiliary, device), _preset(p, device)
+    settings, name = training(p.job.auxiliary, device), preset_of(p.job.auxiliary.preset, device)
     config = network(settings, p.box_px)
     module = ConditionalHvae(config).to(device)
     n = settings.batch

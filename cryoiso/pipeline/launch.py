@@ -179,8 +179,13 @@ def relion_words(section: LaunchSection, facts: dict[str, Any]) -> dict[str, Any
 # --- parts of the facts
 
 
-def seconds_of(text: str) -> int:
+def seconds_of(text: str, what: str = "launch.time") -> int:
     """Seconds of a wall-time: D-HH:MM:SS, HH:MM:SS or HH:MM.
+
+    Two numbers are hours and minutes, as for PBS and LSF; to Slurm itself they would be minutes and seconds.
+
+    Args:
+        what: names it in messages.
 
     Raises:
         UsageError: it is none of these.
@@ -190,7 +195,7 @@ def seconds_of(text: str) -> int:
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text.strip())
     if found is None or not any(map(int, filter(None, found.groups()))):
-        raise UsageError(f"launch.time: a wall-time as HH:MM:SS or D-HH:MM:SS is expected (found '{text}')")
+        raise UsageError(f"{what}: a wall-time as HH:MM:SS or D-HH:MM:SS is expected (found '{text}')")
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cryoiso.core.errors import UsageError
 from cryoiso.core.log import duration
-from cryoiso.pipeline import estimate, workload
+from cryoiso.pipeline import estimate, memory, workload
 from cryoiso.pipeline.estimate import Problem
 from cryoiso.pipeline.finding import gib
 from cryoiso.pipeline.rates import Rates
@@ -18,6 +18,8 @@ MARGIN = 1.25
 """Of the wall-time that is suggested, on top of the uncertainty."""
 SEARCH = ("gemm", "local")
 """Units of work whose results an interrupted refinement keeps."""
+SEARCHING = ("refine", "corefine", "local")
+"""Kinds of stages that an engine does."""
 START_S = 60.0
 """What every start of the program takes on a cluster: imports, reading inputs."""
 
@@ -46,8 +48,17 @@ class Row:
     stage: str
     seconds: float | None
     memory_bytes: int | None
+    """of rank 0, which has the metadata as well"""
     disk_bytes: int
+    """that stay"""
     files: int
+    temporary_bytes: int = 0
+    """that are removed again when the stage ends"""
+    temporary_files: int = 0
+    other_ranks_bytes: int | None = None
+    """memory of every rank but 0"""
+    gpu_bytes: int | None = None
+    """of a rank, in a plan for GPUs"""
 
 
 @dataclass(frozen=True)
@@ -65,13 +76,42 @@ class Plan:
     """of a batch job, where the user gave it"""
 
     @property
+    def unknown(self) -> list[str]:
+        """Stages whose time is not known."""
+        return [row.stage for row in self.rows if row.seconds is None]
+
+    @property
+    def known_s(self) -> float:
+        """Of all other stages and a start."""
+        return sum(row.seconds or 0.0 for row in self.rows) + START_S
+
+    @property
     def seconds(self) -> float | None:
-        times = [row.seconds for row in self.rows]
-        return None if any(t is None for t in times) else sum(t or 0.0 for t in times) + START_S
+        """Of all stages; None if that of one is not known."""
+        return None if self.unknown else self.known_s
 
     @property
     def memory_bytes(self) -> int:
         return max(row.memory_bytes or 0 for row in self.rows)
+
+    @property
+    def node_bytes(self) -> int:
+        """Memory of the node that rank 0 is on: its metadata is there once."""
+        others = self.layout.ranks_per_node - 1
+        return max((row.memory_bytes or 0) + others * (row.other_ranks_bytes or 0) for row in self.rows)
+
+    @property
+    def gpu_bytes(self) -> tuple[int, str] | None:
+        """The most GPU memory of a rank, and the stage that takes it."""
+        found = [(row.gpu_bytes, row.stage) for row in self.rows if row.gpu_bytes]
+        return max(found, key=lambda pair: pair[0]) if found else None
+
+    def disk_peak(self) -> tuple[int, int]:
+        """Most bytes and files at once."""
+        rows = self.rows
+        return estimate.most([
+            estimate.Stored(r.stage, r.disk_bytes, r.files, r.temporary_bytes, r.temporary_files) for r in rows
+        ])  # fmt: skip
 
     def wall_s(self) -> float | None:
         """What to ask the batch system for: the time, the uncertainty, a margin; in quarters of an hour."""
@@ -105,23 +145,32 @@ def make_plan(
     """Puts work, rates, disk and memory together.
 
     Raises:
-        UsageError: no ranks.
+        UsageError: no ranks, or rates of the other kind of device.
     """
     if layout.ranks < 1:
         raise UsageError("a plan needs one rank at least: give --nodes and --ranks-per-node or --gpus")
+    if rates.device and rates.device != layout.device:
+        words = {"cpu": "CPUs", "cuda": "GPUs"}
+        raise UsageError(
+            f"these rates are those of {words[rates.device]}, and the plan is for {words[layout.device]} "
+            f"(--gpus {layout.gpus_per_node}): give rates of such a machine, or another --gpus"
+        )
     assumed, device = assumed or rates.assumed, layout.device
     p = replace(p, device=device)
     work = workload.stages(p, layout.ranks, assumed, device)
     stored = {s.name: s for s in estimate.disk(p, layout.ranks)}
-    memory = estimate.memory_of_stages(p, layout.ranks)
+    own = memory.memory_of_stages(p, layout.ranks)
+    metadata = memory.metadata_of_stages(p)
+    on_gpu = memory.gpu_memory(p, layout.ranks) if layout.gpus_per_node else {}
     rows = []
     for name, units in work.items():
-        kept = stored.pop(name, None)
-        rows.append(Row(name, rates.seconds(kind_of(name), units), memory.get(name), kept.bytes if kept else 0,
-                        kept.files if kept else 0))  # fmt: skip
+        kept = stored.pop(name, estimate.Stored(name, 0, 0))
+        rows.append(
+            Row(name, rates.seconds(kind_of(name), units), own[name] + metadata[name] if name in own else None,
+                kept.bytes, kept.files, kept.temporary_bytes, kept.temporary_files, own.get(name), on_gpu.get(name))
+        )  # fmt: skip
     rest = list(stored.values())
-    last = rows[-1]
-    rows[-1] = Row(last.stage, last.seconds, None, sum(s.bytes for s in rest), sum(s.files for s in rest))
+    rows[-1] = replace(rows[-1], disk_bytes=sum(s.bytes for s in rest), files=sum(s.files for s in rest))
     return Plan(p, layout, rates, assumed, tuple(rows), _repeated(p, layout, rates, assumed), time_s)
 
 
@@ -139,7 +188,7 @@ def _repeated(p: Problem, layout: Layout, rates: Rates, assumed: Assumed) -> flo
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON has it."""
-    p, wall, jobs = plan.problem, plan.wall_s(), plan.jobs()
+    p, wall, jobs, on_gpu, at_once = plan.problem, plan.wall_s(), plan.jobs(), plan.gpu_bytes, plan.disk_peak()
     return {
         "problem": {"particles": p.particles, "box_px": p.box_px, "pixel_size_A": p.pixel_size_A,
                     "symmetry": p.job.sample.symmetry, "workflow": p.job.run.workflow},
@@ -148,12 +197,16 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "assumed": asdict(plan.assumed),
         "stages": [asdict(row) for row in plan.rows],
         "seconds": plan.seconds,
+        "seconds_of_known_stages": plan.known_s,
+        "unknown_stages": plan.unknown,
         "repeated_s": plan.repeated_s,
         "memory_bytes_per_rank": plan.memory_bytes,
-        "memory_bytes_per_node": plan.memory_bytes * plan.layout.ranks_per_node,
-        "gpu_bytes_per_rank": estimate.gpu_memory(p, plan.layout.ranks) if plan.layout.gpus_per_node else None,
+        "memory_bytes_per_node": plan.node_bytes,
+        "gpu_bytes_per_rank": on_gpu[0] if on_gpu else None,
         "disk_bytes": sum(row.disk_bytes for row in plan.rows),
         "files": sum(row.files for row in plan.rows),
+        "disk_bytes_at_once": at_once[0],
+        "files_at_once": at_once[1],
         "wall_time_s": wall,
         "jobs": None if jobs is None else {"expected": jobs[0], "at_the_most": jobs[1]},
         "an_iteration_never_ends": plan.never_ends(),
@@ -168,28 +221,45 @@ def as_lines(plan: Plan) -> list[str]:
         f"{layout.nodes} node(s) with {layout.ranks_per_node} rank(s)"
         + (f" and {layout.gpus_per_node} GPU(s)" if layout.gpus_per_node else "") + " each",
         "",
-        f"{'stage':<14}{'time':>14}{'memory a rank':>16}{'disk':>12}{'files':>8}",
+        f"{'stage':<14}{'time':>14}{'memory a rank':>16}{'disk':>12}{'files':>8}{'temporary':>12}",
     ]  # fmt: skip
     for row in plan.rows:
-        memory = gib(row.memory_bytes) if row.memory_bytes else "-"
-        lines.append(f"{row.stage:<14}{_time(row.seconds):>14}{memory:>16}{gib(row.disk_bytes):>12}{row.files:>8}")
-    lines.append(f"{'all':<14}{_time(plan.seconds):>14}{gib(plan.memory_bytes):>16}{gib(told['disk_bytes']):>12}"
-                 f"{told['files']:>8}")  # fmt: skip
-    lines += ["", f"rates: {plan.rates.source}; times may be off by a factor of {plan.rates.spread:g} either way"]
-    a = plan.assumed
-    lines.append(f"assumed: {a.iterations} iterations a refinement, a resolution of "
-                 f"{2 * p.pixel_size_A / a.nyquist_share:.1f} Å, all rounds of auxiliary particles")  # fmt: skip
-    if told["gpu_bytes_per_rank"]:
-        lines.append(f"GPU memory: about {gib(told['gpu_bytes_per_rank'])} a rank for refinement; training comes above")
-    return [*lines, *_wall_lines(plan)]
+        held = gib(row.memory_bytes) if row.memory_bytes else "-"
+        goes = gib(row.temporary_bytes) if row.temporary_bytes else "-"
+        lines.append(
+            f"{row.stage:<14}{_time(row.seconds):>14}{held:>16}{gib(row.disk_bytes):>12}{row.files:>8}{goes:>12}"
+        )
+    time = _time(plan.known_s) if not plan.unknown else f"{_time(plan.known_s)} + ?"
+    lines.append(f"{'all':<14}{time:>14}{gib(plan.memory_bytes):>16}{gib(told['disk_bytes']):>12}{told['files']:>8}")
+    return [*lines, "", *_fact_lines(plan, told), *_wall_lines(plan)]
+
+
+def _fact_lines(plan: Plan, told: dict[str, Any]) -> list[str]:
+    """What the table does not say."""
+    p, a, others = plan.problem, plan.assumed, plan.layout.ranks > 1
+    lines = [
+        f"memory of a node: {gib(plan.node_bytes)}" + (" (that of rank 0, which has all metadata)" if others else ""),
+        f"disk at the most at once: {gib(told['disk_bytes_at_once'])}, {told['files_at_once']} files",
+    ]
+    if p.job.refine.engine == "relion" and any(r.temporary_bytes for r in plan.rows if kind_of(r.stage) in SEARCHING):
+        lines.append("RELION gets a copy of the images, which is removed when it has ended")
+    if plan.gpu_bytes:
+        lines.append(f"GPU memory: {gib(plan.gpu_bytes[0])} a rank ({plan.gpu_bytes[1]})")
+    return [
+        *lines,
+        f"rates: {plan.rates.source}; times may be off by a factor of {plan.rates.spread:g} either way",
+        f"assumed: {a.iterations} iterations a refinement, a resolution of "
+        f"{2 * p.pixel_size_A / a.nyquist_share:.1f} Å, all rounds of auxiliary particles",
+    ]
 
 
 def _wall_lines(plan: Plan) -> list[str]:
     wall, jobs = plan.wall_s(), plan.jobs()
     if wall is None:
         return [
-            "no time: some of this was never timed on such a device. Run a small set there first, then --rates its run "
-            "folder, or 'cryoiso plan --measure' on one of its nodes"
+            f"the time is a part of the whole: not known, as never timed on such a device, is that of "
+            f"{', '.join(plan.unknown)}. Run a small set with this workflow there first, then --rates its run "
+            "folder; or 'cryoiso plan --measure' with the same --gpus on one of its nodes"
         ]
     lines = [f"wall-time to ask for: {duration(wall)} (the uncertainty and {MARGIN:.2f} times that are in it)"]
     if plan.never_ends():

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import InputError, UsageError
 from cryoiso.pipeline.estimate import Problem
 from cryoiso.pipeline.layout import TIMING
 from cryoiso.pipeline.workload import Assumed, Work
 
 CPU, GPU = "cpu", "cuda"
+HOST = ("write", "prepare", "measure")
+"""Kernels that no GPU computes."""
 BUILT_IN: dict[str, dict[str, float]] = {
     CPU: {
-        "write": 3.4e-9, "read": 1.1e-8, "gemm": 2.0e-11, "local": 5.3e-8, "insert": 3.0e-8, "transform": 2.0e-8,
-        "train_small": 3.5e-6, "generate_small": 5.8e-7, "train_paper": 1.07e-4, "generate_paper": 1.73e-5,
-        "unet_small": 8.0e-6, "measure": 3.0e-6,
+        "write": 3.4e-9, "prepare": 1.8e-7, "read": 1.1e-8, "gemm": 2.0e-11, "local": 5.3e-8, "insert": 3.0e-8,
+        "transform": 2.0e-8, "train_small": 3.5e-6, "generate_small": 5.8e-7, "train_paper": 1.07e-4,
+        "generate_paper": 1.73e-5, "unet_small": 8.0e-6, "unet_paper": 1.05e-4, "measure": 3.0e-6,
     },
     GPU: {"unet_paper": 6.7e-8},
 }  # fmt: skip
+BUILT_IN[GPU] |= {kernel: BUILT_IN[CPU][kernel] for kernel in HOST}
 BUILT_IN_SOURCE = {
     CPU: "built in, measured on one thread of an AMD EPYC at boxes of 48 to 64 px, 2026-11 (docs/benchmarks.md)",
-    GPU: "built in, measured on an NVIDIA H100, 2026-11 (docs/benchmarks.md): the correction's training only",
+    GPU: "built in (docs/benchmarks.md): the correction's training on an NVIDIA H100, and what is done on CPUs; the "
+    "rest was never timed on a GPU",
 }
+TIMES_FASTER = {
+    "read": 4.0, "gemm": 300.0, "local": 100.0, "insert": 100.0, "transform": 100.0, "train_small": 100.0,
+    "generate_small": 100.0, "train_paper": 1000.0, "generate_paper": 1000.0, "unet_small": 1000.0,
+}  # fmt: skip
+"""A GPU against one thread: guesses of the order of magnitude. They only say how a measured time is shared among the
+kernels of a stage, and what a run goes by until its own stages have told; ``plan`` prints no time made of them."""
+FIT_ROUNDS = 200
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,8 @@ class Rates:
     factors: dict[str, float] = field(default_factory=dict)
     """Kind of stage -> measured over predicted."""
     assumed: Assumed = field(default_factory=Assumed)
+    device: str = ""
+    """CPU or GPU, where they were measured"""
 
     def seconds(self, kind: str, work: Work) -> float | None:
         """Of a stage; None where a kernel was never timed on such a machine."""
@@ -51,12 +65,28 @@ class Rates:
 
 def built_in(device: str) -> Rates:
     """What was measured when this version was made; nothing of it is asserted for other machines."""
-    kind = CPU if device == "cpu" else GPU
-    return Rates({"fixed": 1.0, **BUILT_IN[kind]}, BUILT_IN_SOURCE[kind], 3.0)
+    kind = kind_of_device(device)
+    return Rates({"fixed": 1.0, **BUILT_IN[kind]}, BUILT_IN_SOURCE[kind], 3.0, device=kind)
+
+
+def kind_of_device(device: str) -> str:
+    """CPU or GPU, of "cpu" or "cuda..."."""
+    return CPU if device == CPU else GPU
+
+
+def guessed(device: str) -> Rates:
+    """A rate for every kernel: what was built in and, for GPUs, guesses (see ``TIMES_FASTER``)."""
+    known = built_in(device)
+    if device == CPU:
+        return known
+    guesses = {kernel: BUILT_IN[CPU][kernel] / times for kernel, times in TIMES_FASTER.items()}
+    return replace(known, kernels={**guesses, **known.kernels}, spread=10.0)
 
 
 def of_run(path: Path, *, cpu: bool = False) -> Rates:
     """Rates as an earlier run on such a machine wrote them.
+
+    Kernels that had no rate when it ran (most of them on GPUs) get one from the times of its own stages.
 
     Args:
         path: a run folder, or its timing.json.
@@ -68,29 +98,67 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
     file = path / TIMING if path.is_dir() else path
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        stages = found["stages"]
-        base = Rates({"fixed": 1.0, **found["kernels"]}, "", 1.5)
-    except (OSError, ValueError, KeyError, TypeError):
+        return _of_facts(found, "cpu_seconds" if cpu else "seconds")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError("no rates here", file=file, expected="timing.json of a finished run",
                          hint="Every run writes it into its folder when it ends or is stopped.") from None  # fmt: skip
+
+
+def _of_facts(found: dict[str, Any], what: str) -> Rates:
+    if what == "cpu_seconds" and found["device"] != CPU:
+        raise UsageError("--cpu: this run worked on GPUs, whose time is not in its CPU seconds")
+    stages = [facts for facts in found["stages"].values() if not facts["resumed"] and facts[what] > 0]
+    timed = [(facts["work"], float(facts[what])) for facts in stages]
+    base = of_stages(found["device"], found["kernels"], timed)
     sums: dict[str, list[float]] = {}
-    for facts in stages.values():
+    for facts in stages:
         predicted = base.seconds(facts["kind"], facts["work"])
-        if predicted and not facts["resumed"]:
+        if predicted:
             pair = sums.setdefault(facts["kind"], [0.0, 0.0])
-            pair[0] += facts["cpu_seconds" if cpu else "seconds"]
+            pair[0] += facts[what]
             pair[1] += predicted
-    factors = {kind: took / predicted for kind, (took, predicted) in sums.items() if predicted > 0}
+    factors = {kind: took / predicted for kind, (took, predicted) in sums.items()}
     words = f"run of {found['problem']['particles']:,} particles, {found['problem']['box_px']} px, {found['date']}, "
     words += f"{found['ranks']} rank(s) of {found['threads']} thread(s), {found['hardware']}"
     assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
     return replace(base, source=words, factors=factors, assumed=assumed)
 
 
+def of_stages(device: str, kernels: dict[str, float], timed: list[tuple[Work, float]]) -> Rates:
+    """Rates that were known, and of every other kernel in the stages one that the stages' seconds are explained by.
+
+    A stage has several kernels and one time, so the times alone do not tell how they share it. The fit begins with
+    ``guessed`` rates and moves those that were not known, each by the geometric mean of measured over predicted of the
+    stages it works in, weighted by its share of them (multiplicative algebraic reconstruction: Gordon, Bender & Herman
+    1970). One stage alone keeps their proportions. A kernel that no stage used stays without a rate.
+
+    Args:
+        device: "cpu" or "cuda...".
+        kernels: known rates, which stay as they are.
+        timed: work and seconds of stages.
+    """
+    host = {kernel: BUILT_IN[CPU][kernel] for kernel in HOST}
+    known = {"fixed": 1.0, **(host if device != CPU else BUILT_IN[CPU]), **kernels}
+    start = guessed(device).kernels
+    free = {k: start[k] for work, _ in timed for k, units in work.items() if units and k not in known and k in start}
+    for _ in range(FIT_ROUNDS if free else 0):
+        pull = {kernel: [0.0, 0.0] for kernel in free}
+        rates = {**known, **free}
+        for work, seconds in timed:
+            parts = {k: units * rates.get(k, 0.0) for k, units in work.items() if units}
+            whole = sum(parts.values())
+            for kernel in free.keys() & parts.keys():
+                share = parts[kernel] / whole
+                pull[kernel][0] += share * math.log(seconds / whole)
+                pull[kernel][1] += share
+        free = {k: rate * math.exp(pull[k][0] / max(pull[k][1], 1e-300)) for k, rate in free.items()}
+    return Rates({**known, **free}, "", 2.0 if free else 1.5, device=kind_of_device(device))
+
+
 def measure(p: Problem, device: str, *, limit_s: float = 1.0) -> Rates:
     """Times the kernels on this machine at the job's size, about ``limit_s`` seconds each.
 
-    What is not timed here (writing, measuring maps) keeps the built-in rate where there is one.
+    Not in it: the disks, and what the kernels wait for between each other.
     """
     from cryoiso.pipeline.kernels import timings
     from cryoiso.pipeline.origin import computes_on
@@ -98,7 +166,7 @@ def measure(p: Problem, device: str, *, limit_s: float = 1.0) -> Rates:
     kernels = {**built_in(device).kernels}
     for name, (units, call) in timings(p, device).items():
         kernels[name] = best_time(call, device, limit_s) / units
-    return Rates(kernels, f"measured on this machine: {computes_on(device)}", 2.0)
+    return Rates(kernels, f"measured on this machine: {computes_on(device)}", 2.0, device=kind_of_device(device))
 
 
 def best_time(call: Callable[[], Any], device: str, limit_s: float) -> float:
@@ -108,7 +176,7 @@ def best_time(call: Callable[[], Any], device: str, limit_s: float) -> float:
     def once() -> float:
         start = time.perf_counter()
         call()
-        if device != "cpu":
+        if device != CPU:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cryoiso.pipeline.estimate import Problem, grid_voxels
+from cryoiso.pipeline.estimate import Problem, preset_of
+from cryoiso.pipeline.memory import grid_voxels
 from cryoiso.pipeline.plan import folder_stages
 
 Work = dict[str, float]
 """Kernel -> units."""
 KERNELS = {
-    "write": "byte of image read, normalised and written to a shard",
+    "write": "byte of image read, normalised and written to a shard, on a CPU",
+    "prepare": "voxel of the reference brought onto the particles' grid and low-passed, on a CPU",
     "read": "pixel of an image read, transformed and given its CTF",
     "gemm": "multiplication and addition of the global search",
     "local": "coefficient of a view of the local search, with its nine shifts",
@@ -31,7 +33,7 @@ KERNELS = {
     "generate_paper": "the same, generator as published",
     "unet_small": "voxel of a sub-map of a training step, small network",
     "unet_paper": "the same, network as published",
-    "measure": "voxel of a map whose quality is measured",
+    "measure": "voxel of a map whose quality is measured, on a CPU",
     "fixed": "second that any run takes for it",
 }
 POSTERIOR_VIEWS = 4
@@ -84,7 +86,7 @@ def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> 
     if kind == "ingest":
         return {} if p.with_shards else {"write": n * p.box_px**2 * 4 / ranks}
     if kind == "reference":
-        return {"transform": 4.0 * p.box_px**3}
+        return {"prepare": float(p.box_px**3)}
     if kind == "refine":
         if p.job.auxiliary.poses == "given" and p.job.run.workflow in ("auxiliary", "both"):
             return reconstruction(p, n, ranks)
@@ -100,7 +102,7 @@ def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> 
     if kind == "train":
         return training(p, ranks, device)
     if kind == "generate":
-        return {f"generate_{_preset(p, device)}": p.auxiliaries * p.box_px**2 / ranks}
+        return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
     if kind == "reconstruct":
         sets = 1 + bool(p.job.truth.particles) + (p.job.run.workflow in ("auxiliary", "both"))
         return times(reconstruction(p, n, ranks), sets)
@@ -174,11 +176,6 @@ def reconstruction(p: Problem, n: int, ranks: int) -> Work:
 
 
 # --- networks
-
-
-def _preset(p: Problem, device: str) -> str:
-    chosen = p.job.auxiliary.preset
-    return chosen if chosen != "auto" else "small" if device == "cpu" else "paper"
 
 
 def training(p: Problem, ranks: int, device: str) -> Work:

@@ -48,7 +48,9 @@ def image_names(source: ImageSource, folder: Path, which: str, comm: Context, *,
     Raises:
         InputError: "original" was asked for and an original image is not to be had.
     """
-    kept = on_root(comm, _usable_originals, source, which)
+    kept, why = on_root(comm, usable_originals, source, which)
+    if why and comm.rank == 0:
+        logger.info("RELION gets its own copy of the images: the originals will not do: %s", why)
     rows = np.flatnonzero(~kept)
     names = np.empty(len(kept), dtype=object)
     particles = source.particles
@@ -60,11 +62,21 @@ def image_names(source: ImageSource, folder: Path, which: str, comm: Context, *,
     return [str(name) for name in names]
 
 
-def _usable_originals(source: ImageSource, which: str) -> np.ndarray:
-    """(n,) bool: whose original image shows what the source gives, so that RELION may read it."""
+def usable_originals(source: ImageSource, which: str) -> tuple[np.ndarray, str]:
+    """Whose original image shows what the source gives, so that RELION may read it.
+
+    Args:
+        which: RelionSection.images.
+
+    Returns:
+        (n,) bool, and why it is none of them, where that was not asked for.
+
+    Raises:
+        InputError: "original" was asked for and an original image is not to be had.
+    """
     particles = source.particles
     if which == "export":
-        return np.zeros(len(particles), bool)
+        return np.zeros(len(particles), bool), ""
     stacks, place = np.unique(np.asarray(particles.stack, dtype=str), return_inverse=True)
     there = np.array([name.endswith(SUFFIXES) and os.path.isfile(name) for name in stacks.tolist()])
     kept = there[place] & (particles.group_values("box_px") == source.box_px)
@@ -76,11 +88,10 @@ def _usable_originals(source: ImageSource, which: str) -> np.ndarray:
                 f"RELION cannot read the original images: {why or 'some of them are not there'}",
                 expected="relion.images = 'auto' or 'export'",
             )
-        return kept
+        return kept, ""
     if why:
-        logger.info("RELION gets its own copy of the images: the originals will not do: %s", why)
         kept[:] = False
-    return kept
+    return kept, why
 
 
 def _difference(source: ImageSource, rows: np.ndarray) -> str:
@@ -110,11 +121,14 @@ def _difference(source: ImageSource, rows: np.ndarray) -> str:
     return ""
 
 
+def images_a_stack(n: int, box_px: int) -> int:
+    """How many of n images go into one exported stack."""
+    return max(1, STACK_BYTES // (4 * box_px**2), -(-n // MOST_STACKS))
+
+
 def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, resume: bool) -> list[str]:
     """Writes the source's images into stacks, ranks side by side, and returns their names (collective)."""
-    image_bytes = 4 * source.box_px**2
-    per_stack = max(1, STACK_BYTES // image_bytes, -(-len(rows) // MOST_STACKS))
-    bounds = chunk_bounds(len(rows), per_stack)
+    bounds = chunk_bounds(len(rows), images_a_stack(len(rows), source.box_px))
     note = {"digest": _digest(source, rows), "stacks": len(bounds)}
     there = on_root(comm, _prepare_folder, folder, note, resume)
     if not there:
