@@ -240,7 +240,8 @@ def estimates(thought: float | None = None, **sections) -> Estimates:
     sections = {"run": {"workflow": "both"}, "auxiliary": {"rounds": 2}, **sections}
     job = Job.model_validate({"particles": {"file": "p.star"}, "reference": {"file": "r.mrc"}, **sections})
     names = [*folder_stages(job), "report"]
-    return Estimates(dict.fromkeys(names, thought), stages(Problem(job, 10_000, 128, 1.5, 150.0), 2, Assumed(), "cuda"))
+    work = stages(Problem(job, 10_000, 128, 1.5, 150.0), 2, Assumed(), "cuda")
+    return Estimates(dict.fromkeys(names, thought), work, "cuda")
 
 
 def test_stages_are_foretold_from_those_like_them():

@@ -13,9 +13,9 @@ from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError
 from cryoiso.io.atomic import DiskFullError
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import machine
-from cryoiso.pipeline.estimate import needs_of
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
+from cryoiso.pipeline.memory import needs_of
 from cryoiso.pipeline.remainder import needs_left, stages_left
 from cryoiso.pipeline.run import read_resolved, resume_run, run_job
 from cryoiso.pipeline.work import Work

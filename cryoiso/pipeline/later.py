@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from cryoiso.pipeline import workload
 from cryoiso.pipeline.estimate import problem_of
 from cryoiso.pipeline.plan import stages_of
-from cryoiso.pipeline.rates import built_in
+from cryoiso.pipeline.rates import built_in, of_stages
 from cryoiso.pipeline.timing import predicted_stages
 from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workload import Assumed, kind_of
@@ -92,13 +92,14 @@ class Estimates:
     """stage, in order -> seconds by the built-in rates"""
     work: Mapping[str, workload.Work]
     """stage -> what there is to do"""
+    device: str = "cpu"
 
     def seconds(self, stage: str, found: Mapping[str, float]) -> float | None:
         """What a stage will take, when others took what was found; None if nobody knows."""
         told = {name: took for name, took in found.items() if took >= SHORT_S and name != stage}
         kin = [name for name in told if kind_of(name) == kind_of(stage)]
         kin = kin or [name for name in told if _like(name) == _like(stage)]
-        if kin and (factor := self._factor(stage, kin)) is not None:
+        if kin and (factor := self._factor(stage, kin, told)) is not None:
             return factor * sum(told[name] for name in kin)
         thought = self.thought.get(stage)
         if thought is None:
@@ -107,21 +108,22 @@ class Estimates:
         took, expected = sum(pair[0] for pair in known), sum(pair[1] for pair in known)
         return thought * (took / expected if expected > SHORT_S else 1.0)
 
-    def _factor(self, stage: str, kin: list[str]) -> float | None:
-        """The stage's work over that of others."""
+    def _factor(self, stage: str, kin: list[str], told: Mapping[str, float]) -> float | None:
+        """The stage's time over that of others, by their work."""
         if all(kind_of(name) == kind_of(stage) and self.work.get(name) == self.work.get(stage) for name in kin):
             return 1.0 / len(kin)
-        for weigh in (self.thought.get, self._weight):
+        for weigh in (self.thought.get, self._fitted(told)):
             mine, theirs = weigh(stage), [weigh(name) for name in kin]
             total = sum(one or 0.0 for one in theirs)
             if mine is not None and total > 0 and None not in theirs:
                 return mine / total
         return None
 
-    def _weight(self, stage: str) -> float | None:
-        """Work by the rates of whatever device has one: enough to compare stages that do the same."""
-        cpu, gpu = built_in("cpu"), built_in("cuda")
-        return replace(cpu, kernels={**gpu.kernels, **cpu.kernels}).seconds(kind_of(stage), self.work.get(stage, {}))
+    def _fitted(self, told: Mapping[str, float]) -> Callable[[str], float | None]:
+        """Seconds of a stage by rates that explain what was measured, where there are no others."""
+        timed = [(self.work[name], took) for name, took in told.items() if self.work.get(name)]
+        rates = of_stages(self.device, built_in(self.device).kernels, timed)
+        return lambda name: rates.seconds(kind_of(name), self.work.get(name, {}))
 
     def after(self, stage: str, found: Mapping[str, float]) -> Ahead:
         """The stages after one."""
@@ -140,7 +142,7 @@ def later_stages(work: Work, until: str = "") -> Later:
     names = [stage.name for stage in stages_of(work.job, work.folder)]
     names = names[: names.index(until) + 1] if until else names
     predicted = predicted_stages(work)
-    estimates = Estimates({name: predicted.get(name) for name in names}, _work_of(work))
+    estimates = Estimates({name: predicted.get(name) for name in names}, _work_of(work), work.comm.device())
 
     def after(stage: str, elapsed_s: float, left_s: float) -> Ahead:
         if stage not in names:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
 
 import numpy as np
 
-from cryoiso.pipeline.estimate import PARAMETERS, Problem, disk, most, preset_of, problem_of
+from cryoiso.pipeline.estimate import PARAMETERS, Problem, Stored, disk, most, preset_of, problem_of
 from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.work import Work
@@ -41,7 +41,7 @@ TRAINED_BYTES = {
     ("unet", "small"): (596.0, 300.0, 1.8), ("unet", "paper"): (3122.0, 1561.0, 1.3),
 }  # fmt: skip
 """A pixel of an image, or a voxel of a sub-map, in a training step: bytes that the forward pass leaves for the backward
-one, in float32 and in bfloat16 (counted, see tests/test_memory.py), and the peak of a step over that (measured)."""
+one, in float32 and in bfloat16 (counted: tests/test_plan_memory.py), and the peak of a step over that (measured)."""
 ALONE_BYTES = {"small": 1000.0, "paper": 5600.0}
 """The same in float32 for one sub-map alone on a CPU, which is convolved as two slabs (``nets.unet``)."""
 APPLIED_BYTES = {
@@ -56,14 +56,31 @@ TRAINING_MAPS = 15
 
 def needs_of(work: Work, ranks: int) -> Needs:
     """What the machine is asked for (rank 0)."""
+    problem = problem_here(work)
+    return needs_of_stages(problem, ranks, folder_stages(problem.job), disk(problem, ranks))
+
+
+def problem_here(work: Work) -> Problem:
+    """The job's problem on the device that it would get on this rank."""
     no_gpu = "cpu" in (work.job.run.device, work.comm.device_preference)
-    problem = replace(problem_of(work), device="cpu" if no_gpu else work.comm.device("auto"))
-    stored = disk(problem, ranks)
-    memory, first = max(memory_of_stages(problem, ranks).values()), max(metadata_of_stages(problem).values())
+    return replace(problem_of(work), device="cpu" if no_gpu else work.comm.device("auto"))
+
+
+def needs_of_stages(p: Problem, ranks: int, stages: Sequence[str], stored: list[Stored]) -> Needs:
+    """What some of the stages of a job ask of the machine.
+
+    Args:
+        stages: their names.
+        stored: what they will still write.
+    """
+
+    def largest(found: dict[str, int]) -> int:
+        return max((found.get(stage, 0) for stage in stages), default=0)
+
     most_bytes, most_files = most(stored)
     return Needs(
-        problem.job, memory, most_bytes, most_files, problem.largest_input_bytes,
-        gpu_bytes=max(gpu_memory(problem, ranks).values()), first_rank_bytes=first,
+        p.job, largest(memory_of_stages(p, ranks)), most_bytes, most_files, p.largest_input_bytes,
+        gpu_bytes=largest(gpu_memory(p, ranks)), first_rank_bytes=largest(metadata_of_stages(p)),
     )  # fmt: skip
 
 

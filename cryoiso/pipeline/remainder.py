@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from cryoiso.core.errors import CryoisoError, MissingError
 from cryoiso.io.atomic import disk_full
 from cryoiso.parallel.abort import agree, on_root
-from cryoiso.pipeline.estimate import disk, gpu_memory, memory_of_stages, problem_of
+from cryoiso.pipeline.estimate import disk
 from cryoiso.pipeline.examine import check_machine
 from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.hashing import next_key
 from cryoiso.pipeline.manifest import job_key
+from cryoiso.pipeline.memory import needs_of_stages, problem_here
 from cryoiso.pipeline.plan import WITHOUT_GPU, stages_of
 from cryoiso.pipeline.work import Work
 
@@ -58,23 +60,20 @@ def stages_left(work: Work, until: str = "") -> list[str]:
 def needs_left(work: Work, ranks: int, left: list[str]) -> Needs:
     """What some stages ask of the machine, less what they have written already (rank 0)."""
     try:
-        problem = problem_of(work)
+        problem = problem_here(work)
     except (CryoisoError, OSError):  # an input that not every stage needs; one that does will say what is wrong
         logger.debug("no estimate of what is left", exc_info=True)
         return Needs(work.job, 0, 0, 0)
     places = {stage: work.folder.stage(stage) for stage in left if work.folder.has(stage)}
     if "report" in left:
         places |= {"result": work.folder.result, "run folder": work.folder.logs}
-    size, files = 0, 0
-    for stored in disk(problem, ranks):
-        if stored.name in places:
-            there = _sizes(places[stored.name])
-            size, files = size + max(0, stored.bytes - sum(there)), files + max(0, stored.files - len(there))
-    memory = memory_of_stages(problem, ranks)
-    return Needs(
-        work.job, max(memory.get(stage, 0) for stage in left), size, files, problem.largest_input_bytes,
-        gpu_bytes=gpu_memory(problem, ranks) if set(left) - set(ON_CPUS) else 0,
-    )  # fmt: skip
+    sizes = {name: _sizes(place) for name, place in places.items()}
+    missing = [
+        replace(one, bytes=max(0, one.bytes - sum(sizes[one.name])), files=max(0, one.files - len(sizes[one.name])))
+        for one in disk(problem, ranks)
+        if one.name in places
+    ]
+    return needs_of_stages(problem, ranks, left, missing)
 
 
 def _require_room(work: Work, needs: Needs) -> None:

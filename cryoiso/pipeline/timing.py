@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from cryoiso.parallel.launcher import thread_count
 from cryoiso.pipeline.estimate import Problem, problem_of
 from cryoiso.pipeline.layout import TIMING
 from cryoiso.pipeline.origin import computes_on
-from cryoiso.pipeline.rates import CPU, Rates, built_in, guessed, of_stages
+from cryoiso.pipeline.rates import CPU, Rates, built_in, of_stages
 from cryoiso.pipeline.work import Work, write_json
 from cryoiso.pipeline.workload import Assumed, kind_of, stages
 
@@ -90,8 +89,7 @@ def _course(work: Work, p: Problem) -> tuple[int | None, float | None]:
 def predicted_stages(work: Work) -> dict[str, float | None]:
     """Stage -> seconds (rank 0); empty if there is no plan of this run, None for a stage that no rate is known of.
 
-    On CPUs by the built-in rates. On GPUs by what this run's own stages took so far and guesses of the rest: what comes
-    later is worth little there until a stage of its kind has ended.
+    On CPUs by the built-in rates, on GPUs by those and what this run's own stages took so far.
     """
     try:
         rates = _rates_so_far(work)
@@ -108,5 +106,4 @@ def _rates_so_far(work: Work) -> Rates:
         return built_in(device)
     noted = (work.timing or _read(work.folder.path / TIMING) or {}).get("stages", {})
     timed = [(facts["work"], facts["seconds"]) for facts in noted.values() if not facts["resumed"] and facts["seconds"]]
-    found = of_stages(device, built_in(device).kernels, timed)
-    return replace(found, kernels={**guessed(device).kernels, **found.kernels})
+    return of_stages(device, built_in(device).kernels, timed)
