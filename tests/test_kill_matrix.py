@@ -25,6 +25,8 @@ SHORT = {"refine_max_iterations": 3}
 AUXILIARY = {"auxiliary_steps": 12, "auxiliary_rounds": 1, "auxiliary_settle_deg": 0.0}
 NETWORKS = {"correct_sub_maps": 4, "correct_cube_px": 16, "correct_epochs": 1, "realign_epochs": 1}
 WITH_RELION = {"refine_engine": "relion", "refine_max_iterations": 2, "refine_padding": 1, "sample_diameter_A": 140.0}
+AT_ONCE = {"refine_max_iterations": 3, "realign_start_step_deg": 30.0}
+"""The correction works from RELION's first, coarse iteration."""
 WORKS: dict[str, dict[str, Any]] = {
     "refine": SHORT,
     "auxiliary": {"run_workflow": "auxiliary", **AUXILIARY},
@@ -33,7 +35,7 @@ WORKS: dict[str, dict[str, Any]] = {
 }
 RELION_WORKS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "refine": (WITH_RELION, {"refine"}),
-    "realign": ({"run_workflow": "realign", **WITH_RELION, **NETWORKS}, {"refine"}),
+    "realign": ({"run_workflow": "realign", **WITH_RELION, **NETWORKS, **AT_ONCE}, {"refine"}),
     "auxiliary": ({"run_workflow": "auxiliary", **WITH_RELION, **AUXILIARY}, {"refine", "corefine-1", "local"}),
 }
 """Settings, and the stages in which RELION works."""
@@ -68,6 +70,7 @@ def strike_all_over(name: str, jobs: list[Path], folder: Path, numbers: list[int
     seconds, worked = leave_alone(2, jobs[0], folder / "whole")
     assert set(worked) >= relion
     tally = Tally(seconds, {s: worked[s] for s in seconds if s in relion}, 2, numbers, RELION_HITS if relion else 0)
+    require_correction(folder / "whole")
     expected, runs = our_files(folder / "whole"), 0
     while runs < MOST_RUNS and (len(tally.hits) < KILLS or (tally.missing() and not ASKED)):
         run = folder / f"struck{runs}"
@@ -85,6 +88,13 @@ def require_nothing_lost(run: Path, expected: dict[str, str]) -> None:
     assert found == expected, [name for name in expected.keys() | found.keys()
                                if found.get(name) != expected.get(name)]  # fmt: skip
     assert not list(run.rglob("*.part")) and not (run / "lock.json").exists()
+
+
+def require_correction(run: Path) -> None:
+    """Where a work has the correction in its loop, it is to be struck there: it must have had something to do."""
+    if 'workflow = "realign"' in (run / "job.toml").read_text():
+        (file,) = run.glob("[0-9][0-9]_refine/refine.json")
+        assert any(record["correction"]["applied"] for record in json.loads(file.read_text())["iterations"])
 
 
 def keep(kept: dict[str, Any], record_property: Any) -> None:
