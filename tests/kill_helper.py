@@ -276,9 +276,11 @@ def _name(number: int) -> str:
 
 def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict[str, Any]:
     """A row of the matrix as it is kept: how many, where, whom, and how long they took to be gone."""
-    hits, by_stage = tally.hits, defaultdict[str, Counter[str]](Counter)
+    hits, by_stage, slowest = tally.hits, defaultdict[str, Counter[str]](Counter), defaultdict[str, float](float)
     for hit in hits:
-        by_stage[hit.stage or "between stages"][hit.target] += 1
+        where = hit.stage or "between stages"
+        by_stage[where][hit.target] += 1
+        slowest[where] = max(slowest[where], round(hit.seconds, 1))
     gone = [hit.seconds for hit in hits]
     return {
         "work": work,
@@ -291,6 +293,7 @@ def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict
         "statuses": dict(Counter(f"{hit.signal} {hit.status}" for hit in hits)),
         "gone_median_s": round(statistics.median(gone), 2) if gone else None,
         "gone_slowest_s": round(max(gone), 2) if gone else None,
+        "gone_slowest_s_of_stages": slowest,
         "files_with_the_same_bits": files,
         "wall_s": round(time.monotonic() - began),
         "wall_s_left_alone": round(sum(tally.seconds.values()), 1),
