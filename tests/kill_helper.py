@@ -1,15 +1,22 @@
-"""Ends a job of ranks again and again, stage by stage, at instants that a seed decides, and lets it go on each time."""
+"""Ends a job of ranks again and again, stage by stage, at instants that a seed decides, and lets it go on each time.
+
+``python tests/kill_helper.py RECORD`` makes a table of the rows that the kill matrix has left in a file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import statistics
 import subprocess
+import sys
+import threading
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi_helper import start_mpi
@@ -17,8 +24,19 @@ from relion_helper import relion_processes
 
 GONE_WITHIN_S = 20.0
 CHECKPOINT_WITHIN_S = 60.0
-RELION_WORKS = ("refine", "corefine-1", "local")
 RANK = ("PMI_RANK=", "OMPI_COMM_WORLD_RANK=")
+RELION = "relion"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A strike that is wanted."""
+
+    stage: str
+    target: str
+    """a rank, or RELION"""
+    number: int
+    """of the signal"""
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,7 @@ class Hit:
     """One process that was ended or told to stop."""
 
     stage: str
+    """that the run was in; empty: between two of them"""
     target: str
     signal: str
     seconds: float
@@ -34,10 +53,81 @@ class Hit:
     """exit status of the launcher"""
 
 
+@dataclass
+class Tally:
+    """What a row of the matrix has to hit, and what it has hit."""
+
+    seconds: dict[str, float]
+    """of every stage, in a run that nothing happened to"""
+    relion_seconds: dict[str, float]
+    """for how long RELION worked in a stage there; empty if it is not to be struck"""
+    ranks: int
+    numbers: list[int]
+    """of the signals, taken in turn"""
+    relion_hits: int = 0
+    """RELION is to be hit so often at least"""
+    hits: list[Hit] = field(default_factory=list)
+
+    def open(self) -> list[tuple[str, str]]:
+        """(stage, target) that were not hit yet: every rank in every stage, and RELION wherever it works."""
+        wanted = [(stage, str(r)) for stage in self.seconds for r in range(self.ranks)]
+        wanted += [(stage, RELION) for stage in self.relion_seconds]
+        hit = {(h.stage, h.target) for h in self.hits}
+        return [pair for pair in wanted if pair not in hit]
+
+    def missing(self) -> list[str]:
+        """What is still to be hit, in words."""
+        said = [f"{target} in {stage}" for stage, target in self.open()]
+        said += [n for n in map(_name, self.numbers) if n not in {h.signal for h in self.hits}]
+        return said + [f"RELION {self.relion_to_go()} times more"] * (self.relion_to_go() > 0)
+
+    def relion_to_go(self) -> int:
+        return max(self.relion_hits - sum(h.target == RELION for h in self.hits), 0)
+
+    def aims(self, turn: int, limit: int) -> list[Aim]:
+        """For the next run, in the order of the stages: a rank in each that is not through, and RELION; a rank in every
+        stage where all are.
+
+        Args:
+            turn: number of the run.
+            limit: no more than this, then spread over the stages.
+        """
+        missing, to_go, found = self.open(), self.relion_to_go(), []
+        for k, stage in enumerate(self.seconds):
+            number = self.numbers[k % len(self.numbers)]
+            order = [str((k + turn + r) % self.ranks) for r in range(self.ranks)]
+            ranks = [r for r in order if (stage, r) in missing] or (order if not missing and not to_go else [])
+            found += [Aim(stage, r, number) for r in ranks[:1]]
+            if stage in self.relion_seconds:
+                often = max(-(-to_go // len(self.relion_seconds)), int((stage, RELION) in missing))
+                found += [Aim(stage, RELION, number)] * min(often, 4)
+        chosen = np.linspace(0, len(found) - 1, min(limit, len(found)))
+        return [found[k] for k in np.unique(np.rint(chosen).astype(int))]
+
+
 def launch(ranks: int, job: Path, folder: Path) -> subprocess.Popen[str]:
     """Starts the run, or goes on with it where there is one."""
     words = ["resume", folder] if (folder / "resolved.toml").exists() else ["run", job, "--out", folder]
     return start_mpi(ranks, ["-m", "cryoiso.cli.main", *words])
+
+
+def leave_alone(ranks: int, job: Path, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """A run that nothing happens to: seconds of its stages, and for how long RELION worked in them."""
+    process, worked = launch(ranks, job, folder), defaultdict[str, float](float)
+
+    def watch() -> None:
+        while process.poll() is None:
+            began = time.monotonic()
+            stage, there = stage_now(folder), bool(relion_of(folder))
+            time.sleep(0.2)
+            worked[stage] += (time.monotonic() - began) * there
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, said = process.communicate(timeout=900)
+    watcher.join()
+    assert process.returncode == 0, said
+    return seconds_of_stages(folder), {stage: s for stage, s in worked.items() if stage and s}
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
@@ -61,18 +151,30 @@ def relion_of(folder: Path) -> list[int]:
     return [p for stage in folder.glob("[0-9][0-9]_*/**/relion") for p in relion_processes(stage)]
 
 
-def seconds_of_stages(folder: Path) -> dict[str, float]:
-    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-    return {line["stage"]: line["seconds"] for line in lines if line["event"] == "end"}
-
-
-def stages_begun(folder: Path) -> list[str]:
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal that is being written."""
     try:
         rows = (folder / "journal.jsonl").read_bytes().split(b"\n")[:-1]
     except OSError:
         return []
-    lines = [json.loads(row) for row in rows]
-    return [line["stage"] for line in lines if line["event"] == "start"]
+    return [json.loads(row) for row in rows]
+
+
+def seconds_of_stages(folder: Path) -> dict[str, float]:
+    return {line["stage"]: line["seconds"] for line in journal_of(folder) if line["event"] == "end"}
+
+
+def stages_begun(folder: Path) -> list[str]:
+    return [line["stage"] for line in journal_of(folder) if line["event"] == "start"]
+
+
+def stage_now(folder: Path) -> str:
+    """The stage that has begun and not ended; empty between two of them."""
+    found = ""
+    for line in journal_of(folder):
+        if line["event"] in ("start", "end"):
+            found = line["stage"] if line["event"] == "start" else ""
+    return found
 
 
 def wait_for_stage(process: subprocess.Popen[str], folder: Path, stage: str, before: int, limit_s: float) -> bool:
@@ -87,95 +189,135 @@ def wait_for_stage(process: subprocess.Popen[str], folder: Path, stage: str, bef
     raise AssertionError(f"{stage} did not begin within {limit_s} s")
 
 
-def wait_for_relion(process: subprocess.Popen[str], folder: Path, limit_s: float = 120) -> None:
+def wait_for_relion(process: subprocess.Popen[str], folder: Path, stage: str, limit_s: float = 120) -> None:
+    """Until RELION works, or the stage is over."""
     end = time.monotonic() + limit_s
-    while not relion_of(folder) and process.poll() is None and time.monotonic() < end:
+    while not relion_of(folder) and stage_now(folder) == stage and time.monotonic() < end:
+        if process.poll() is not None:
+            return
         time.sleep(0.02)
 
 
 def strike(
     process: subprocess.Popen[str], folder: Path, target: str, number: int, rng: np.random.Generator
-) -> tuple[str, float, int] | None:
-    """Sends a signal to a rank, or kills one of RELION's processes; None if it was too late for that.
-
-    Returns:
-        who was hit, seconds until all were gone, exit status.
-    """
-    victims = relion_of(folder) if target == "relion" else []
-    if victims:
-        victim, who = victims[int(rng.integers(len(victims)))], "relion"
-    else:
-        ranks = ranks_of(folder)
-        if not ranks:
-            process.communicate(timeout=120)
-            return None
-        rank = int(rng.choice(sorted(ranks))) if not target.isdigit() else int(target)
-        if rank not in ranks:
-            process.communicate(timeout=120)
-            return None
-        victim, who = ranks[rank], f"rank {rank}"
-    began = time.monotonic()
+) -> Hit | None:
+    """Sends a signal to a rank, or to one of RELION's processes (to any rank, where none works); None: too late."""
+    victims = relion_of(folder) if target == RELION else []
+    ranks = {} if victims else ranks_of(folder)
+    if not victims and target == RELION and ranks:
+        target = str(rng.choice(sorted(ranks)))
+    if not victims and int(target) in ranks:
+        victims = [ranks[int(target)]]
+    stage, began = stage_now(folder), time.monotonic()
     try:
-        os.kill(victim, number)
-    except ProcessLookupError:
-        process.communicate(timeout=120)
+        os.kill(int(rng.choice(victims)), number)
+    except (ValueError, ProcessLookupError):  # nobody is there any more
+        process.communicate(timeout=300)
         return None
-    limit = GONE_WITHIN_S if number == signal.SIGKILL else CHECKPOINT_WITHIN_S
+    _wait_until_all_are_gone(process, folder, f"{target} got {_name(number)} in {stage}", number)
+    return Hit(stage, target, _name(number), time.monotonic() - began, process.returncode)
+
+
+def _wait_until_all_are_gone(process: subprocess.Popen[str], folder: Path, what: str, number: int) -> None:
+    began, limit = time.monotonic(), GONE_WITHIN_S if number == signal.SIGKILL else CHECKPOINT_WITHIN_S
     try:
         process.communicate(timeout=limit)
         while (ranks_of(folder) or relion_of(folder)) and time.monotonic() - began < limit:
             time.sleep(0.05)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"{who} got {signal.Signals(number).name}; the job still ran after {limit} s") from None
+        raise AssertionError(f"{what}; the job still ran after {limit} s") from None
     left = {**ranks_of(folder), **dict.fromkeys(relion_of(folder), 0)}
-    assert not left, f"{who} got {signal.Signals(number).name}; these outlived it by {limit} s: {left}"
-    return who, time.monotonic() - began, process.returncode
+    assert not left, f"{what}; these outlived it by {limit} s: {left}"
 
 
-def chain(
-    ranks: int, job: Path, folder: Path, seconds: dict[str, float], targets: list[str], numbers: list[int], seed: int
-) -> list[Hit]:
-    """One run that is struck once in every stage, and goes on after each; ends when it is done.
+def chain(job: Path, folder: Path, tally: Tally, aims: list[Aim], seed: int) -> None:
+    """One run that is struck as aimed, goes on after each strike, and at last to its end; notes the hits.
 
     Args:
-        seconds: of each stage, in a run that nothing happened to.
-        targets: ranks, or "relion" for RELION where it works (else any rank); taken in turn.
-        numbers: of the signals; taken in turn.
         seed: of the instants.
     """
-    rng, hits = np.random.default_rng(seed), []
-    for turn, (stage, lasts) in enumerate(seconds.items()):
-        number, target = numbers[turn % len(numbers)], targets[(turn + seed) % len(targets)]
+    rng = np.random.default_rng(seed)
+    for aim in aims:
         before = len(stages_begun(folder))
-        if before and stage in seconds_of_stages(folder):
+        if aim.stage in seconds_of_stages(folder):
             continue  # a signal in the stage before was heard after this one
-        process = launch(ranks, job, folder)
-        if not wait_for_stage(process, folder, stage, before, 300):
+        process = launch(tally.ranks, job, folder)
+        if not wait_for_stage(process, folder, aim.stage, before, 300):
+            process.communicate()
             continue
-        if target == "relion" and stage in RELION_WORKS:
-            wait_for_relion(process, folder)
-            lasts /= 4  # of the stage, most is before and after
+        lasts = tally.seconds[aim.stage]
+        if aim.target == RELION:
+            wait_for_relion(process, folder, aim.stage)
+            lasts = tally.relion_seconds[aim.stage]
+        elif seed > 1:
+            lasts /= 2  # it was missed before: a short stage, most likely
         time.sleep(float(rng.random()) * lasts)
-        found = strike(process, folder, target, number, rng)
-        if found is None:
-            continue
-        who, took, status = found
-        allowed = (75, 0) if number != signal.SIGKILL else None  # 0: it was as good as done
-        assert allowed is None or status in allowed, (stage, who, status)
-        hits.append(Hit(stages_begun(folder)[-1], who, signal.Signals(number).name, took, status))
-    process = launch(ranks, job, folder)
-    _, said = process.communicate(timeout=600)
+        hit = strike(process, folder, aim.target, aim.number, rng)
+        if hit is not None:
+            _require_its_status(hit, list(tally.seconds)[-1])
+            tally.hits.append(hit)
+    process = launch(tally.ranks, job, folder)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 0, said
-    return hits
 
 
-def summary(hits: list[Hit]) -> str:
-    """How many, where, whom, and how long the slowest took to be gone."""
-    by_stage, by_target = Counter(h.stage for h in hits), Counter(h.target for h in hits)
-    statuses = Counter((h.signal, h.status) for h in hits)
-    return (
-        f"{len(hits)} hits; stages {dict(by_stage)}; targets {dict(by_target)}; signals and exit statuses "
-        f"{ {f'{name} {status}': n for (name, status), n in statuses.items()} }; gone within "
-        f"{max((h.seconds for h in hits), default=0):.1f} s at most"
-    )
+def _require_its_status(hit: Hit, last: str) -> None:
+    """A run that was told to stop says that it goes on (75), or was as good as done; who lost a rank does not say 0."""
+    if hit.signal != _name(signal.SIGKILL):
+        assert hit.status in (75, 0), hit
+    elif hit.target != RELION:
+        assert hit.status != 0 or hit.stage in ("", last), hit
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict[str, Any]:
+    """A row of the matrix as it is kept: how many, where, whom, and how long they took to be gone."""
+    hits, by_stage, slowest = tally.hits, defaultdict[str, Counter[str]](Counter), defaultdict[str, float](float)
+    for hit in hits:
+        where = hit.stage or "between stages"
+        by_stage[where][hit.target] += 1
+        slowest[where] = max(slowest[where], round(hit.seconds, 1))
+    gone = [hit.seconds for hit in hits]
+    return {
+        "work": work,
+        "signals": [_name(number) for number in tally.numbers],
+        "strikes": len(hits),
+        "runs": runs,
+        "ranks": tally.ranks,
+        "stages": {stage: dict(sorted(by_stage[stage].items())) for stage in [*tally.seconds, *by_stage]},
+        "never_hit": tally.missing(),
+        "statuses": dict(Counter(f"{hit.signal} {hit.status}" for hit in hits)),
+        "gone_median_s": round(statistics.median(gone), 2) if gone else None,
+        "gone_slowest_s": round(max(gone), 2) if gone else None,
+        "gone_slowest_s_of_stages": slowest,
+        "files_with_the_same_bits": files,
+        "wall_s": round(time.monotonic() - began),
+        "wall_s_left_alone": round(sum(tally.seconds.values()), 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| work | signals | strikes | stages hit | whom | gone, median | slowest | files, same bits | wall |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        whom: Counter[str] = Counter()
+        for targets in row["stages"].values():
+            whom.update(targets)
+        hit = [stage for stage, targets in row["stages"].items() if targets and stage != "between stages"]
+        stages = len(set(row["stages"]) - {"between stages"})
+        names = [f"{'RELION' if t == RELION else f'rank {t}'} {n} times" for t, n in sorted(whom.items())]
+        lines.append(
+            f"| {row['work']} | {', '.join(row['signals'])} | {row['strikes']} | {len(hit)} of {stages} | "
+            f"{', '.join(names)} | {row['gone_median_s']} s | {row['gone_slowest_s']} s | "
+            f"{row['files_with_the_same_bits']} | {row['wall_s'] / 60:.0f} min |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]))

@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lease_helper import gone, holder, root_of
 from mpi_helper import run_mpi, start_mpi
 from pipeline_helper import (
     QuickEngine,
@@ -65,80 +64,12 @@ def scratch(tmp_path) -> Path:
     return folder
 
 
-def root_of(scratch: Path) -> Path:
-    return lease.own_root(scratch)
-
-
 def copies_in(scratch: Path) -> list[Path]:
     return sorted(scratch.rglob("shard-*"))
 
 
 def facts(run: Path) -> dict:
     return json.loads((run / "logs/timing.json").read_text())["scratch"][0]
-
-
-def holder(root: Path, key: str, then: str = "time.sleep(60)") -> subprocess.Popen:
-    """Another job of this user that holds a lease on a copy."""
-    code = (
-        "import sys, time, os\nfrom pathlib import Path\nfrom cryoiso.io import lease\n"
-        f"held = lease.take(Path({str(root)!r}), {key!r}, run='other')\n"
-        f"(held.files / 'shard-00000.h5').write_text('x')\nprint(held._heir.pid, flush=True)\n{then}\n"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-
-def gone(path: Path, limit_s: float = 20.0) -> bool:
-    end = time.monotonic() + limit_s
-    while path.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    return not path.exists()
-
-
-# --- leases
-
-
-def test_a_copy_goes_with_its_last_lease(tmp_path):
-    root = root_of(tmp_path)
-    other = holder(root, "same")
-    heir = int(other.stdout.readline())
-    mine = lease.take(root, "same", run="mine")
-    (mine.files / "shard-00001.h5").write_text("y")
-    assert len(list((root / "same/leases").iterdir())) == 2
-    mine.release()
-    assert sorted(p.name for p in (root / "same/files").iterdir()) == ["shard-00000.h5", "shard-00001.h5"]
-    assert lease.sweep(root) == []
-    other.kill()
-    other.wait()
-    assert gone(root / "same"), "the heir tidies up after a killed holder"
-    end = time.monotonic() + 20
-    while lease.start_of(heir) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert lease.start_of(heir) == "", "and then ends"
-
-
-def test_only_the_provably_dead_are_swept(tmp_path):
-    root = root_of(tmp_path)
-    living, dead = holder(root, "living"), holder(root, "dead")
-    living.stdout.readline()
-    os.kill(int(dead.stdout.readline()), signal.SIGKILL)  # its heir, as a batch system that kills everything would
-    dead.kill()
-    dead.wait()
-    old = time.time() - 10 * 86400
-    os.utime(next((root / "living/leases").iterdir()), (old, old))  # a clock proves nothing
-    try:
-        assert lease.sweep(root, keep="dead") == [] and (root / "dead").exists()
-        assert lease.sweep(root) == ["dead"]
-        assert (root / "living/files/shard-00000.h5").exists()
-    finally:
-        living.kill()
-        living.wait()
-
-
-def test_a_foreign_folder_is_not_ours(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / f"cryoiso-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PermissionError):
-        lease.own_root(tmp_path)
 
 
 # --- places
@@ -290,17 +221,6 @@ def _no_room(folder, need, files):
 
 def _not_allowed(folder):
     raise PermissionError(13, "Permission denied", str(folder))
-
-
-def test_doctor_tells_of_scratch(data, tmp_path, scratch):
-    job = write_job(data, "doctor.toml", run_scratch=str(scratch))
-    done = cryoiso_here("doctor", tmp_path, "--job", job, "--json")
-    (found,) = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "scratch"]
-    assert found["severity"] == "fine" and str(scratch) in found["found"] and "free" in found["found"]
-    scratch.rename(tmp_path / "elsewhere")
-    done = cryoiso_here("doctor", tmp_path, "--job", job, "--json")
-    (found,) = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "scratch"]
-    assert found["severity"] == "warning" and "no such folder" in found["found"]
 
 
 def test_a_relative_scratch_is_refused(data, tmp_path):

@@ -73,15 +73,52 @@ def own_root(folder: Path) -> Path:
     Raises:
         OSError: it cannot be made, or somebody else made it.
     """
-    mine = folder / f"cryoiso-{os.getuid()}"
+    mine = _of_user(folder)
     with suppress(FileExistsError):
         os.mkdir(mine, 0o700)
-    found = os.lstat(mine)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(13, "is not a folder of this user", str(mine))
+    _require_own(mine)
     root = mine / socket.gethostname()
     root.mkdir(exist_ok=True)
     return root
+
+
+def nearest_to_root(folder: Path) -> Path:
+    """The last folder on the way from this one to ``own_root(folder)`` that is there; makes nothing.
+
+    Raises:
+        OSError: somebody else made it.
+    """
+    mine = _of_user(folder)
+    if not os.path.lexists(mine):
+        return folder
+    _require_own(mine)
+    root = mine / socket.gethostname()
+    return root if root.is_dir() else mine
+
+
+def _of_user(folder: Path) -> Path:
+    return folder / f"cryoiso-{os.getuid()}"
+
+
+def _require_own(mine: Path) -> None:
+    found = os.lstat(mine)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(13, "is not a folder of this user", str(mine))
+
+
+def try_lock(file: Path) -> None:
+    """Locks a file as a lease is locked, and lets it go.
+
+    Raises:
+        OSError: its file system knows no locks, or somebody else holds it.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OSError(error.errno, f"no lock: {error.strerror}", str(file)) from None
+    finally:
+        os.close(handle)
 
 
 class Lease:
@@ -152,13 +189,29 @@ def sweep(root: Path, keep: str = "") -> list[str]:
     Args:
         keep: a copy that stays in any case.
     """
-    gone = []
     with _alone(root):
-        for copy in sorted(root.iterdir()):
-            if copy.is_dir() and copy.name != keep and not any(map(is_alive, copy.glob(f"{LEASES}/*"))):
-                shutil.rmtree(copy, ignore_errors=True)
-                gone.append(copy.name)
-    return gone
+        gone = _dead(root, keep)
+        for copy in gone:
+            shutil.rmtree(copy, ignore_errors=True)
+    return [copy.name for copy in gone]
+
+
+def left_behind(folder: Path) -> tuple[int, int]:
+    """Bytes and files of the copies that ``sweep(own_root(folder))`` would remove; removes and makes nothing."""
+    root, sizes = _of_user(folder) / socket.gethostname(), []
+    if not (root / "lock").exists():
+        return 0, 0
+    with _alone(root):
+        for file in (f for copy in _dead(root) for f in copy.rglob("*")):
+            with suppress(OSError):
+                sizes.append(file.stat().st_size if file.is_file() else 0)
+    return sum(sizes), len(sizes)
+
+
+def _dead(root: Path, keep: str = "") -> list[Path]:
+    """The copies but ``keep`` that no living process reads."""
+    copies = sorted(copy for copy in root.iterdir() if copy.is_dir() and copy.name != keep)
+    return [copy for copy in copies if not any(map(is_alive, copy.glob(f"{LEASES}/*")))]
 
 
 def is_alive(path: Path) -> bool:

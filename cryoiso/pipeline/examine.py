@@ -13,10 +13,11 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline import finding as report
 from cryoiso.pipeline.finding import Finding, Needs
 from cryoiso.pipeline.findings import judge
+from cryoiso.pipeline.findings_scratch import SCRATCH
 from cryoiso.pipeline.machine import look
 from cryoiso.pipeline.memory import needs_of
 from cryoiso.pipeline.preflight import existing_parent
-from cryoiso.pipeline.scratch import look_for_scratch
+from cryoiso.pipeline.scratch_look import Images, images_of, look_for_scratch
 from cryoiso.pipeline.work import Work
 
 
@@ -27,22 +28,24 @@ def examine(comm: Context, folder: Path, job_file: Path | None) -> tuple[dict[st
         UsageError: the job file is bad.
         InputError: what it names is.
     """
-    needs = None
+    needs, images = None, Images("")
     if job_file is not None:
-        needs = on_root(comm, _needs_of_file, job_file, folder, comm)
+        needs, images = on_root(comm, _of_job, job_file, folder, comm)
         comm.device_preference = needs.job.run.device
     facts = look(comm, [("run folder", folder)], thorough=True)
-    scratch = look_for_scratch(comm, needs.job.run.scratch, existing_parent(folder)) if needs else []
-    return facts, [*judge(facts, needs), *scratch]
+    if scratch := look_for_scratch(comm, images, existing_parent(folder)):
+        facts["folders"][SCRATCH] = scratch
+    return facts, judge(facts, needs)
 
 
-def _needs_of_file(job_file: Path, folder: Path, comm: Context) -> Needs:
+def _of_job(job_file: Path, folder: Path, comm: Context) -> tuple[Needs, Images]:
     from cryoiso.pipeline.layout import RunFolder
     from cryoiso.pipeline.plan import folder_stages
     from cryoiso.pipeline.run import read_job
 
     _, job = read_job(job_file)
-    return needs_of(Work(job, RunFolder(folder.absolute(), folder_stages(job)), comm), comm.size)
+    work = Work(job, RunFolder(folder.absolute(), folder_stages(job)), comm)
+    return needs_of(work, comm.size), images_of(work, comm.size)
 
 
 def check_machine(work: Work, asked: Callable[[Work, int], Needs] = needs_of) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from cryoiso.core.errors import EXIT_DONE, EXIT_MISSING
 from cryoiso.pipeline.finding import ERROR, FINE, NOTE, WARNING, Finding, Needs, gib
 from cryoiso.pipeline.findings_folder import folder_findings
+from cryoiso.pipeline.findings_scratch import SCRATCH, scratch_findings
 
 CLOCKS_APART_S = 5.0
 FEW_OPEN_FILES = 256
@@ -26,9 +27,12 @@ def judge(facts: dict[str, Any], needs: Needs | None = None) -> list[Finding]:
     found += _relion(facts, needs)
     found += _memory(facts, needs)
     for name, folder in facts["folders"].items():
+        if name == SCRATCH:
+            continue  # last, as it is of the job alone
         found += folder_findings(name, folder, facts, needs if name == "run folder" else None)
     if needs is not None and needs.job.run.device != "cpu":
         found += _device(facts, needs)
+    found += scratch_findings(facts["folders"].get(SCRATCH, {}))
     return found
 
 

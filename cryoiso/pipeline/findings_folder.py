@@ -37,14 +37,7 @@ def folder_findings(name: str, folder: dict[str, Any], facts: dict[str, Any], ne
             EXIT_INPUT,
         )
     yield from _room(name, folder, needs)
-    speed = ""
-    if folder["write_MBps"]:
-        speed = (
-            f"; writes {folder['write_MBps']:.0f} MB/s, reads {folder['read_MBps']:.0f} MB/s, a small file takes "
-            f"{1000 * folder['small_file_s']:.1f} ms"
-        )
-    inodes = "" if folder["free_inodes"] is None else f", {folder['free_inodes']:,} files"
-    yield Finding(name, FINE, f"{where} ({kind}): {gib(folder['free_bytes'])}{inodes} free{speed}")
+    yield Finding(name, FINE, f"{where} ({kind}): {free_words(folder)}{speed_words(folder)}")
     yield from _speed(name, folder)
     ahead = folder["server_clock_ahead_s"] or 0.0
     if abs(ahead) > CLOCKS_APART_S:
@@ -57,6 +50,22 @@ def folder_findings(name: str, folder: dict[str, Any], facts: dict[str, Any], ne
         )
     if folder["type"] == "lustre":
         yield from _lustre(name, folder, facts, needs)
+
+
+def free_words(folder: dict[str, Any]) -> str:
+    """Free bytes and, where the file system counts them, inodes."""
+    inodes = "" if folder["free_inodes"] is None else f", {folder['free_inodes']:,} files"
+    return f"{gib(folder['free_bytes'])}{inodes} free"
+
+
+def speed_words(folder: dict[str, Any]) -> str:
+    """Speed where it was measured, else empty."""
+    if not folder["write_MBps"]:
+        return ""
+    return (
+        f"; writes {folder['write_MBps']:.0f} MB/s, reads {folder['read_MBps']:.0f} MB/s, a small file takes "
+        f"{1000 * folder['small_file_s']:.1f} ms"
+    )
 
 
 def _room(name: str, folder: dict[str, Any], needs: Needs | None) -> Iterator[Finding]:

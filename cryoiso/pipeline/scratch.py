@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,12 +20,11 @@ from cryoiso.core.log import ProgressLine, duration
 from cryoiso.io import lease as leases
 from cryoiso.io.atomic import write_text
 from cryoiso.io.shards import ShardSource
-from cryoiso.io.staging import Copies, NotStaged, Stopped, copy_checked, file_system, find_place, require_room
+from cryoiso.io.staging import Copies, NotStaged, Stopped, copy_checked, find_place, require_room
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_chunks
-from cryoiso.pipeline.finding import FINE, WARNING, Finding, gib
 from cryoiso.pipeline.hashing import digest_of, sha256_of
 from cryoiso.pipeline.layout import TIMING
 from cryoiso.pipeline.work import Work
@@ -222,25 +220,6 @@ def _log(facts: dict[str, Any]) -> None:
             reasons.setdefault(node["why_not"], []).append(node["host"])
     for why, hosts in reasons.items():
         logger.warning("scratch is not used on %s, images are read from %s: %s", ", ".join(hosts), facts["images"], why)
-
-
-def look_for_scratch(comm: Context, wanted: str, originals: Path) -> list[Finding]:
-    """What ``doctor`` says of each node's scratch: where it is with what free, or why there is none. Collective.
-
-    Args:
-        wanted: run.scratch.
-        originals: a folder on the file system that the shards will be on.
-    """
-    mine = ("", "")
-    if wanted and comm.rank == comm.nodes[comm.hostname][0]:
-        try:
-            place = find_place(wanted, originals, comm.hostname)
-            free = gib(shutil.disk_usage(leases.own_root(place)).free)
-            mine = (FINE, f"{place} ({file_system(place) or 'unknown type'}) on {comm.hostname}: {free} free")
-        except (NotStaged, OSError) as why:
-            mine = (WARNING, f"not used on {comm.hostname}: {why}")
-    hint = "The run reads its images from the shared files there. See docs/scratch.md"
-    return [Finding("scratch", s, text, hint * (s == WARNING)) for s, text in comm.allgather(mine) if s]
 
 
 def shards_of_ranks(source: ShardSource, ranks: list[int], size: int) -> list[int]:
