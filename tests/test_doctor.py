@@ -24,8 +24,9 @@ GIB = 2**30
 GPU = {"name": "NVIDIA A100", "total_bytes": 40 * GIB, "id": "gpu-0", "used_by_this_rank": True, "free_bytes": 39 * GIB}
 RANK = {
     "rank": 0, "host": "n1", "threads": 4, "cores": [0, 1, 2, 3], "cores_of_host": 4, "gpus": [], "driver": False,
-    "torch_gpu": "", "visible": None, "why_none": "", "memory_bytes": 64 * GIB, "memory_free_bytes": 60 * GIB,
-    "memory_limit_bytes": None, "limits": {"open_files": 1024, "locked_memory_bytes": None}, "infiniband": False,
+    "torch_gpu": "", "visible": None, "asked": False, "why_none": "",
+    "memory_bytes": 64 * GIB, "memory_free_bytes": 60 * GIB, "memory_limit_bytes": None,
+    "limits": {"open_files": 1024, "locked_memory_bytes": None}, "infiniband": False,
 }  # fmt: skip
 FOLDER = {
     "path": "/data/run", "folder": "/data", "type": "ext4", "mount": "/data", "free_bytes": 900 * GIB,
@@ -127,6 +128,10 @@ CASES = {
         "older CUDA",
     ),
     "torch for CPUs": (dict(ranks=[{"driver": True}]), {}, WARNING, "built for CPUs only", "pytorch.org"),
+    "GPUs asked for": (
+        dict(ranks=[{"asked": True, "gpus": [GPU]}, {"asked": True}]), {}, ERROR, "asked for GPUs, and rank 1", "--nv"
+    ),
+    "GPUs left alone": (dict(ranks=[{"asked": True}]), dict(device="cpu"), NOTE, "leaves them alone", ""),
     "hidden GPUs": (
         dict(ranks=[{"driver": True, "torch_gpu": "13.0", "visible": ""}]),
         {},

@@ -27,6 +27,11 @@ GRACE_S = 10.0
 """A rank that finds its launcher hidden stays so long, lest the next one to look finds itself the only one."""
 
 
+def asked_for_gpus() -> bool:
+    """Whether the batch script asked for GPUs, and says so."""
+    return os.environ.get("CRYOISO_GPUS", "0") not in ("", "0")
+
+
 class Context:
     """One process and no MPI; also the interface of ``MpiContext``."""
 
@@ -114,7 +119,7 @@ class Context:
                 f"rank {self.rank} on {self.hostname} sees no CUDA device. "
                 "Set run.device to 'auto' or 'cpu', or ask the batch system for a GPU per rank."
             )
-        if os.environ.get("CRYOISO_GPUS", "0") not in ("", "0"):
+        if asked_for_gpus():
             raise MissingError(
                 f"the job asked for GPUs, but rank {self.rank} on {self.hostname} sees none. 'cryoiso doctor' in such "
                 "a job says why (an old driver, an image without --nv); set run.device = 'cpu' to compute without them."

@@ -22,7 +22,10 @@ FEW_OPEN_FILES = 256
 def judge(facts: dict[str, Any], needs: Needs | None = None) -> list[Finding]:
     """All findings, in the order a person would look."""
     found: list[Finding] = []
-    for check in (_packages, _mpi, _gpus, _torch, _threads, _limits, _clocks):
+    for check in (_packages, _mpi):
+        found += check(facts)
+    found += _gpus(facts, needs)
+    for check in (_torch, _threads, _limits, _clocks):
         found += check(facts)
     found += _relion(facts, needs)
     found += _memory(facts, needs)
@@ -94,13 +97,29 @@ def _mpi(facts: dict[str, Any]) -> Iterator[Finding]:
 # --- processors
 
 
-def _gpus(facts: dict[str, Any]) -> Iterator[Finding]:
+def _promised(rank: dict[str, Any], needs: Needs | None) -> Finding:
+    """A job that asked for GPUs and has none."""
+    if needs is not None and needs.job.run.device == "cpu":
+        return Finding("GPU", NOTE, "the batch script asked for GPUs, run.device = 'cpu' leaves them alone")
+    return Finding(
+        "GPU",
+        ERROR,
+        f"the batch script asked for GPUs, and rank {rank['rank']} on {rank['host']} sees none",
+        "Look for what is said of torch and the driver; in a container give --nv; or set run.device = 'cpu'.",
+        EXIT_MISSING,
+    )
+
+
+def _gpus(facts: dict[str, Any], needs: Needs | None) -> Iterator[Finding]:
     ranks = facts["ranks"]
     sees = [rank for rank in ranks if rank["gpus"]]
-    if not sees:
-        yield Finding("GPU", FINE, "none: the CPU is used")
-        return
     without = [rank for rank in ranks if not rank["gpus"]]
+    if any(rank["asked"] for rank in without):
+        yield _promised(next(rank for rank in without if rank["asked"]), needs)
+    elif not sees:
+        yield Finding("GPU", FINE, "none: the CPU is used")
+    if not sees:
+        return
     if without:
         first = without[0]
         yield Finding(

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cryoiso.parallel.context import Context
+from cryoiso.parallel.context import Context, asked_for_gpus
 from cryoiso.parallel.launcher import thread_count
 from cryoiso.pipeline.filesystem import look_at_folder
 from cryoiso.pipeline.origin import package_versions
@@ -89,6 +89,7 @@ def _gpus(comm: Context) -> dict[str, Any]:
         "driver": Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists(),
         "torch_gpu": torch.version.cuda or getattr(torch.version, "hip", None) or "",
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "asked": asked_for_gpus(),
         "why_none": "",
     }
     with warnings.catch_warnings(record=True) as told:

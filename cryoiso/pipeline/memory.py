@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import ceil
 
 import numpy as np
 
+from cryoiso.core.errors import MissingError
 from cryoiso.pipeline.estimate import PARAMETERS, Problem, Stored, disk, most, preset_of, problem_of
 from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.plan import folder_stages
@@ -62,8 +64,11 @@ def needs_of(work: Work, ranks: int) -> Needs:
 
 def problem_here(work: Work) -> Problem:
     """The job's problem on the device that it would get on this rank."""
-    no_gpu = "cpu" in (work.job.run.device, work.comm.device_preference)
-    return replace(problem_of(work), device="cpu" if no_gpu else work.comm.device("auto"))
+    if "cpu" in (work.job.run.device, work.comm.device_preference):
+        return replace(problem_of(work), device="cpu")
+    with suppress(MissingError):  # what a GPU would have to hold is of interest all the same
+        return replace(problem_of(work), device=work.comm.device("auto"))
+    return replace(problem_of(work), device="cuda")
 
 
 def needs_of_stages(p: Problem, ranks: int, stages: Sequence[str], stored: list[Stored]) -> Needs:
