@@ -128,9 +128,6 @@ CASES = {
         "older CUDA",
     ),
     "torch for CPUs": (dict(ranks=[{"driver": True}]), {}, WARNING, "built for CPUs only", "pytorch.org"),
-    "GPUs asked for": (
-        dict(ranks=[{"asked": True, "gpus": [GPU]}, {"asked": True}]), {}, ERROR, "asked for GPUs, and rank 1", "--nv"
-    ),
     "GPUs left alone": (dict(ranks=[{"asked": True}]), dict(device="cpu"), NOTE, "leaves them alone", ""),
     "hidden GPUs": (
         dict(ranks=[{"driver": True, "torch_gpu": "13.0", "visible": ""}]),
@@ -176,6 +173,9 @@ def test_every_trouble_is_named_with_its_remedy_and_lets_the_run_go_on(case):
 ERRORS = {
     "no RELION": (dict(relion={}), dict(engine="relion"), EXIT_MISSING, "refine.engine = 'relion'"),
     "no GPU": (dict(), dict(device="cuda"), EXIT_MISSING, "sees no GPU"),
+    "GPUs asked for": (
+        dict(ranks=[{"asked": True, "gpus": [GPU]}, {"asked": True}]), {}, EXIT_MISSING, "asked for GPUs, and rank 1"
+    ),
     "no memory": (dict(), dict(memory_bytes=400 * GIB), EXIT_MISSING, "400.0 GiB"),
     "no room": (dict(folder={"free_bytes": 99 * GIB}), {}, EXIT_OTHER, "the run will need 100.0 GiB"),
     "no inodes": (dict(folder={"free_inodes": 3}), {}, EXIT_OTHER, "no more than 3 files"),
@@ -187,7 +187,8 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS, ids=list(ERRORS))
 def test_what_no_run_can_do_with_is_an_error_with_its_exit_code(case):
     changes, wanted, code, words = ERRORS[case]
-    found = judge(facts(**changes), needs(**wanted))
+    changes = dict(changes)
+    found = judge(facts(*changes.pop("ranks", ()), **changes), needs(**wanted))
     assert exit_code(found) == code and words in told(found, ERROR)
 
 
