@@ -11,14 +11,14 @@ from pipeline_helper import cryoiso_here, simulate
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_USAGE, UsageError
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import rates, workload
+from cryoiso.pipeline import rates, timing, workload
 from cryoiso.pipeline.estimate import Problem, problem_of
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.planner import Layout, as_dict, as_lines, make_plan
 from cryoiso.pipeline.rates import BUILT_IN, Rates, built_in, guessed
 from cryoiso.pipeline.run import read_job
-from cryoiso.pipeline.timing import predicted_stages
+from cryoiso.pipeline.timing import note_timing, predicted_stages, save_timing
 from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workload import KERNELS, Assumed, kind_of
 
@@ -157,3 +157,38 @@ def test_the_command_goes_by_a_run_on_gpus(job_file, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["seconds"] > 0
     assert cryoiso_here("plan", job_file, "--rates", tmp_path).returncode == EXIT_USAGE
+
+
+def test_a_round_that_was_left_out_is_no_measurement(tmp_path):
+    """Poses had settled: the stage took no time, and did no work."""
+    p = problem(1000, 64, "auxiliary")
+    plain = rates.of_run(record(tmp_path, p, machine()))
+    facts = json.loads((tmp_path / "timing.json").read_text())
+    for name in ("train-2", "generate-2", "corefine-2"):
+        facts["stages"][name] |= {"seconds": 0.05, "work": {}}
+    (tmp_path / "timing.json").write_text(json.dumps(facts))
+    assert rates.of_run(tmp_path).factors == pytest.approx(plain.factors, rel=1e-6)
+
+
+def test_times_of_another_device_are_not_gone_on_with(job_file, tmp_path, monkeypatch):
+    """The first job of a chain reads images on CPUs; its rates are not those of the GPUs of the second."""
+    monkeypatch.setattr(timing, "computes_on", lambda device: f"a {device}")
+    _, job = read_job(job_file)
+    folder = RunFolder(tmp_path / "run", folder_stages(job))
+    folder.path.mkdir()
+    first = Work(job, folder, Context())
+    note_timing(first, "ingest", 12.0, 11.0)
+    save_timing(first)
+    second = Work(job, folder, OnGpu())
+    note_timing(second, "refine", 30.0, 29.0)
+    assert second.timing["device"] == "cuda:0" and list(second.timing["stages"]) == ["refine"]
+    again = Work(job, folder, Context())
+    note_timing(again, "reference", 1.0, 1.0)
+    assert list(again.timing["stages"]) == ["ingest", "reference"]
+
+
+def test_white_noise_needs_no_network():
+    p = problem(1000, 64, "auxiliary")
+    p.job.auxiliary.generators = "white-noise"
+    work = workload.stages(p, 1, Assumed(), "cuda")
+    assert not any(kernel.startswith(("train_", "generate_")) for units in work.values() for kernel in units)

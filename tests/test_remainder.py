@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from pipeline_helper import cryoiso_here, forget_signals, quick_report, simulate, use_quick_parts
 
-from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError
+from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError, MissingError
 from cryoiso.io.atomic import DiskFullError
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import machine
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.memory import needs_of
-from cryoiso.pipeline.remainder import needs_left, stages_left
+from cryoiso.pipeline.preflight import check_space
+from cryoiso.pipeline.remainder import _require_gpus_as_before, needs_left, stages_left
 from cryoiso.pipeline.run import read_resolved, resume_run, run_job
 from cryoiso.pipeline.work import Work
 
@@ -41,9 +42,10 @@ def begun(data, tmp_path, quick) -> Path:
 
 
 def say_gpus(run: Path) -> None:
-    """The manifest says that the run was started on a GPU."""
+    """The manifest says that the run was always started on a GPU."""
     manifest = json.loads((run / "manifest.json").read_text())
-    manifest["starts"][0]["machine"] = [{"host": "n1", "device": "cuda:0", "gpu": "NVIDIA X"}]
+    for start in manifest["starts"]:
+        start["machine"] = [{"host": "n1", "device": "cuda:0", "gpu": "NVIDIA X"}]
     (run / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -59,6 +61,7 @@ def work_of(run: Path) -> Work:
 
 
 def test_a_run_on_gpus_does_not_go_on_by_cpu_without_a_word(begun, monkeypatch):
+    resume_run(begun, Context(), quick_report, until="refine")
     no_gpu(monkeypatch)
     say_gpus(begun)
     done = cryoiso_here("run", begun / "job.toml", "--out", begun, "--continue")
@@ -71,6 +74,24 @@ def test_a_run_on_gpus_does_not_go_on_by_cpu_without_a_word(begun, monkeypatch):
     resume_run(begun, Context(), quick_report)
     lines = Journal(begun / "journal.jsonl").lines
     assert [line["stage"] for line in lines if line["event"] == "start"].count("ingest") == 1, "nothing is done again"
+
+
+def test_a_run_that_only_read_images_on_a_host_with_gpus_goes_on_by_cpu(begun, monkeypatch):
+    no_gpu(monkeypatch)
+    say_gpus(begun)
+    resume_run(begun, Context(), quick_report)
+
+
+def test_networks_of_gpus_are_not_promised_on_cpus(begun, monkeypatch):
+    resume_run(begun, Context(), quick_report, until="refine")
+    no_gpu(monkeypatch)
+    say_gpus(begun)
+    work = work_of(begun)
+    work.job.run.workflow = "realign"
+    work.manifest = json.loads((begun / "manifest.json").read_text())
+    with pytest.raises(MissingError, match="begin a new one") as caught:
+        _require_gpus_as_before(work)
+    assert "resolved.toml" not in str(caught.value)
 
 
 def test_a_finished_run_is_looked_at_without_a_gpu(begun, monkeypatch):
@@ -114,6 +135,32 @@ def test_only_what_is_left_is_asked_for(begun):
     (begun / "03_refine").mkdir()
     (begun / "03_refine/half1.mrc").write_bytes(bytes(20_000))
     assert rest.disk_bytes - needs_left(work, 1, left).disk_bytes == 20_000, "half of the stage is there"
+
+
+def test_copies_for_relion_that_are_there_are_not_asked_for_again(begun):
+    """They lie in the stage's folder, and go when it ends."""
+    work = work_of(begun)
+    work.job.refine.engine, work.job.relion.images = "relion", "export"
+    images = begun / "03_refine/relion/images"
+    before = needs_left(work, 1, ["refine"]).disk_bytes
+    images.mkdir(parents=True)
+    for written in (20_000, 60_000):
+        (images / "0.mrcs").write_bytes(bytes(written))
+        assert before - needs_left(work, 1, ["refine"]).disk_bytes == written
+    (images / "0.mrcs").write_bytes(bytes(2 * before))
+    assert needs_left(work, 1, ["refine"]).disk_bytes == 0
+
+
+def test_given_shards_need_no_room(data, tmp_path, quick, monkeypatch):
+    work = work_of(run_job(data / "job.toml", tmp_path / "one", Context(), quick_report, until="ingest").path)
+    box, _ = work.grid()
+    need = 60 * 4 * box**3
+    full = shutil.disk_usage(tmp_path)._replace(free=need + 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(DiskFullError):
+        check_space(work)
+    work.job.particles.file = str(tmp_path / "one/01_ingest")
+    check_space(work)
 
 
 def test_an_edited_job_leaves_everything_to_be_done(begun):

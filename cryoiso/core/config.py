@@ -248,8 +248,8 @@ class RunSection(_Section):
     title: str = Field("", description="a name for the report")
     hash_inputs: Literal["all", "small"] = Field(
         "all",
-        description="SHA-256 of the image stacks, made while they are ingested: all, or small: only if they have at "
-        "most 2 GiB together",
+        description="SHA-256 of the image stacks, or of given shards, made while they are ingested: all, or small: "
+        "only if they have at most 2 GiB together",
     )
     stop_before_end_s: float = Field(
         120.0, ge=0, description="stop with a checkpoint so long before the batch job's end, if that is known; 0: never"

@@ -98,7 +98,9 @@ def check_space(work: Work) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError("not allowed to write here", file=folder, hint="Choose another folder with --out.")
     box, _ = work.grid()
-    images = len(work.particles()) * box * box * np.dtype(work.job.particles.storage).itemsize
+    images = 0
+    if not Path(work.job.particles.file).is_dir():  # shards that are given stay where they are
+        images = len(work.particles()) * box * box * np.dtype(work.job.particles.storage).itemsize
     need = int(1.02 * images) + 60 * 4 * box**3
     if shutil.disk_usage(folder).free < need:
         raise disk_full(work.folder.path / "01_ingest", need)

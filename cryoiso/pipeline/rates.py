@@ -107,7 +107,7 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
 def _of_facts(found: dict[str, Any], what: str) -> Rates:
     if what == "cpu_seconds" and found["device"] != CPU:
         raise UsageError("--cpu: this run worked on GPUs, whose time is not in its CPU seconds")
-    stages = [facts for facts in found["stages"].values() if not facts["resumed"] and facts[what] > 0]
+    stages = [facts for facts in found["stages"].values() if tells_rates(facts, what)]
     timed = [(facts["work"], float(facts[what])) for facts in stages]
     base = of_stages(found["device"], found["kernels"], timed)
     sums: dict[str, list[float]] = {}
@@ -122,6 +122,11 @@ def _of_facts(found: dict[str, Any], what: str) -> Rates:
     words += f"{found['ranks']} rank(s) of {found['threads']} thread(s), {found['hardware']}"
     assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
     return replace(base, source=words, factors=factors, assumed=assumed)
+
+
+def tells_rates(facts: dict[str, Any], what: str) -> bool:
+    """Whether a stage's record in timing.json is of a whole stage that was really done."""
+    return bool(not facts["resumed"] and facts[what] > 0 and any(facts["work"].values()))
 
 
 def of_stages(device: str, kernels: dict[str, float], timed: list[tuple[Work, float]]) -> Rates:

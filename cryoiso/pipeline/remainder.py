@@ -10,7 +10,7 @@ from pathlib import Path
 from cryoiso.core.errors import CryoisoError, MissingError
 from cryoiso.io.atomic import disk_full
 from cryoiso.parallel.abort import agree, on_root
-from cryoiso.pipeline.estimate import disk
+from cryoiso.pipeline.estimate import Stored, disk
 from cryoiso.pipeline.examine import check_machine
 from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.hashing import next_key
@@ -68,12 +68,18 @@ def needs_left(work: Work, ranks: int, left: list[str]) -> Needs:
     if "report" in left:
         places |= {"result": work.folder.result, "run folder": work.folder.logs}
     sizes = {name: _sizes(place) for name, place in places.items()}
-    missing = [
-        replace(one, bytes=max(0, one.bytes - sum(sizes[one.name])), files=max(0, one.files - len(sizes[one.name])))
-        for one in disk(problem, ranks)
-        if one.name in places
-    ]
+    missing = [_less(one, sizes[one.name]) for one in disk(problem, ranks) if one.name in places]
     return needs_of_stages(problem, ranks, left, missing)
+
+
+def _less(one: Stored, there: list[int]) -> Stored:
+    """What is still to be written where files of these sizes are: first what stays, then what is removed again."""
+    size, files = sum(there), len(there)
+    return replace(
+        one, bytes=max(0, one.bytes - size), files=max(0, one.files - files),
+        temporary_bytes=max(0, one.temporary_bytes - max(0, size - one.bytes)),
+        temporary_files=max(0, one.temporary_files - max(0, files - one.files)),
+    )  # fmt: skip
 
 
 def _require_room(work: Work, needs: Needs) -> None:
@@ -95,16 +101,34 @@ def _require_gpus_as_before(work: Work) -> None:
     if comm.device() == "cpu":
         error = MissingError(
             f"rank {comm.rank} on {comm.hostname} sees no GPU, and this run computed on GPUs before ({before}). Ask "
-            "the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. To go on by CPU set "
-            f"run.device = 'cpu' in {work.folder.resolved}: slower, and with other last bits."
+            f"the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. {_by_cpu(work)}"
         )
     agree(comm, error)
 
 
+def _by_cpu(work: Work) -> str:
+    """How to go on without GPUs: networks are smaller there, unless the job says which it wants."""
+    if work.job.run.workflow != "refine":
+        return "For a run by CPU, whose networks are smaller, begin a new one."
+    return f"To go on by CPU set run.device = 'cpu' in {work.folder.resolved}: slower, and with other last bits."
+
+
 def _gpus_before(work: Work) -> str:
-    """The GPUs of the last start of which every rank had one; empty if there was none."""
-    for start in reversed((work.manifest or {}).get("starts", [])):
+    """The GPUs of the last start that computed on them with every rank; empty if there was none."""
+    starts, computed = (work.manifest or {}).get("starts", []), _computed(work)
+    for start, gpus_used in zip(reversed(starts), reversed(computed), strict=False):
         ranks = start.get("machine") or []
-        if ranks and all(str(rank.get("device", "")).startswith("cuda") for rank in ranks):
+        if gpus_used and ranks and all(str(rank.get("device", "")).startswith("cuda") for rank in ranks):
             return ", ".join(sorted({str(rank.get("gpu", "of an unknown kind")) for rank in ranks}))
     return ""
+
+
+def _computed(work: Work) -> list[bool]:
+    """Of each start in the journal whether it began a stage that GPUs compute."""
+    found: list[bool] = []
+    for line in work.journal.lines if work.journal is not None else []:
+        if line["event"] in ("run", "resume"):
+            found.append(False)
+        elif line["event"] == "start" and found and line["stage"] not in ON_CPUS:
+            found[-1] = True
+    return found

@@ -23,9 +23,12 @@ from cryoiso.pipeline.plan import folder_stages, stages_of
 from cryoiso.pipeline.run import do_stage, prepare_device, read_resolved
 from cryoiso.pipeline.seal import REPORTS
 from cryoiso.pipeline.work import Work, write_json
+from cryoiso.pipeline.workload import kind_of
 
 logger = logging.getLogger("cryoiso")
 RECORD = "replay.json"
+WITHOUT_IMAGES = ("reference", "correct", "diagnose", "report")
+"""Stages that read no particle image."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def replay_stage(
     prepare_device(work)
     if wrong := verify_outputs(run.path, before, comm):
         raise InputError(f"{wrong} since the run; a replay would start from other files", file=run.path)
-    require_unchanged(work, on_root(comm, lambda: given_shards(read_record(run.manifest))))
+    if kind_of(stage) not in WITHOUT_IMAGES:
+        require_unchanged(work, on_root(comm, lambda: given_shards(read_record(run.manifest))))
     on_root(comm, _link, run, target, list(before))
     comm.install_signal_handlers()
     if comm.rank == 0:

@@ -83,6 +83,7 @@ def run_job(
     prepare_device(work, until)
     on_root(comm, _preflight, work)
     check_machine(work)
+    comm.install_signal_handlers()  # from the moment that the lock says who is to be told
     with ExitStack() as stack:
         on_root(comm, _create, work, text, stack)
         stack.enter_context(using_scratch(work))
@@ -109,6 +110,7 @@ def resume_run(folder: Path, comm: Context, report: Report | None = None, until:
     work = Work(job, run, comm, report=report)
     on_root(comm, _check_until, work, until)
     prepare_device(work, until)
+    comm.install_signal_handlers()  # from the moment that the lock says who is to be told
     with ExitStack() as stack:
         on_root(comm, _reopen, work, stack)
         check_what_is_left(work, until)
@@ -227,9 +229,8 @@ def _reopen(work: Work, stack: ExitStack) -> None:
 
 
 def _start(work: Work, event: str) -> None:
-    """Opens the logs, installs the signal handlers, notes who works. Collective."""
+    """Opens the logs, notes who works. Collective."""
     comm, run = work.comm, work.folder
-    comm.install_signal_handlers()
     facts = origin.describe(comm, comm.device())
     on_root(comm, run.logs.mkdir, exist_ok=True)
     _log_to_file(run, comm.rank)

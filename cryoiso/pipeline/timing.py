@@ -13,7 +13,7 @@ from cryoiso.parallel.launcher import thread_count
 from cryoiso.pipeline.estimate import Problem, problem_of
 from cryoiso.pipeline.layout import TIMING
 from cryoiso.pipeline.origin import computes_on
-from cryoiso.pipeline.rates import CPU, Rates, built_in, of_stages
+from cryoiso.pipeline.rates import CPU, Rates, built_in, kind_of_device, of_stages, tells_rates
 from cryoiso.pipeline.work import Work, write_json
 from cryoiso.pipeline.workload import Assumed, kind_of, stages
 
@@ -30,7 +30,10 @@ def note_timing(work: Work, stage: str, seconds: float, cpu_seconds: float) -> N
 
 def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
     device, problem = work.comm.device(), problem_of(work)
-    found = work.timing = work.timing or _read(work.folder.path / TIMING) or _new(work, problem, device)
+    found = work.timing or _read(work.folder.path / TIMING)
+    if found is None or (kind_of_device(found["device"]), found["ranks"]) != (kind_of_device(device), work.comm.size):
+        found = _new(work, problem, device)  # times of another device or number of ranks say nothing of this one
+    work.timing = found
     if stage == "refine":
         found["iterations"], found["nyquist_share"] = _course(work, problem)
     assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
@@ -39,8 +42,14 @@ def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
         "seconds": round(seconds, 3),
         "cpu_seconds": round(cpu_seconds, 3),
         "resumed": work.resume,
-        "work": stages(problem, work.comm.size, assumed, device)[stage],
+        "work": {} if _was_skipped(work, stage) else stages(problem, work.comm.size, assumed, device)[stage],
     }
+
+
+def _was_skipped(work: Work, stage: str) -> bool:
+    """Whether a round left the stage out."""
+    facts = _read(work.folder.stage(stage) / f"{kind_of(stage)}.json") if work.folder.has(stage) else None
+    return bool(facts and facts.get("skipped"))
 
 
 def save_timing(work: Work) -> None:
@@ -105,5 +114,5 @@ def _rates_so_far(work: Work) -> Rates:
     if device == CPU:
         return built_in(device)
     noted = (work.timing or _read(work.folder.path / TIMING) or {}).get("stages", {})
-    timed = [(facts["work"], facts["seconds"]) for facts in noted.values() if not facts["resumed"] and facts["seconds"]]
+    timed = [(facts["work"], facts["seconds"]) for facts in noted.values() if tells_rates(facts, "seconds")]
     return of_stages(device, built_in(device).kernels, timed)

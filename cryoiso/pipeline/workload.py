@@ -102,6 +102,8 @@ def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> 
     if kind == "train":
         return training(p, ranks, device)
     if kind == "generate":
+        if p.job.auxiliary.generators == "white-noise":
+            return {"fixed": 1.0}
         return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
     if kind == "reconstruct":
         sets = 1 + bool(p.job.truth.particles) + (p.job.run.workflow in ("auxiliary", "both"))

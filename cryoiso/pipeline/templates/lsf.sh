@@ -31,6 +31,7 @@
 {% include "prepare.sh" %}
 
 export CRYOISO_JOB_START=$(date +%s)    # a requeued job keeps its number
+export CRYOISO_END_TIME=$((CRYOISO_JOB_START + {{ seconds }}))
 echo "cryoiso: job $LSB_JOBID on $LSB_HOSTS, $(date)"
 {% include "work.sh" %}
 {% if requeue %}

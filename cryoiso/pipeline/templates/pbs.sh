@@ -30,6 +30,7 @@ set -m
 (sleep {{ [seconds - grace_s, 1]|max }} && kill -USR1 $$) &
 clock=$!
 export CRYOISO_JOB_START=$(date +%s)    # a requeued job keeps its number
+export CRYOISO_END_TIME=$((CRYOISO_JOB_START + {{ seconds }}))
 echo "cryoiso: job $PBS_JOBID on $(sort -u "$PBS_NODEFILE" | xargs), $(date)"
 {% include "work.sh" %}
 kill -- "-$clock" 2>/dev/null
@@ -47,7 +48,8 @@ if again; then
     last=$(qsub -W "depend=afterok:$next" {{ then|sh }}) && echo "cryoiso: the rest of the run follows in job $last"
 {% endif %}
   else
-    echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" >&2
+    echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" \
+      "{{ "and after it " ~ then if then }}" >&2
   fi
 fi
 {% endif %}

@@ -32,6 +32,9 @@
 export SLURM_MPI_TYPE=none    # mpirun starts its own helpers by srun, and they are no ranks
 {% endif %}
 
+{% if image %}
+export CRYOISO_END_TIME=${SLURM_JOB_END_TIME:-$(($(date +%s) + {{ seconds }}))}    # in the image nobody can ask squeue
+{% endif %}
 echo "cryoiso: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date)"
 {% include "work.sh" %}
 {% if requeue %}
@@ -42,7 +45,8 @@ if again; then
     set +m; trap - TERM    # Slurm ends this script now. If it ended by itself, the job could count as failed
     sleep 300
   else
-    echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" >&2
+    echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" \
+      "{{ "and after it " ~ then if then }}" >&2
   fi
 fi
 {% endif %}

@@ -1,0 +1,1 @@
+../../cryoiso/pipeline/templates/image.sh
