@@ -44,6 +44,24 @@ def shared_data(shared: Path) -> Path:
     return shared / "data"
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Folder of a simulated set of 40 particles with a job file; not written to."""
+    from pipeline_helper import simulate
+
+    return simulate(tmp_path_factory.mktemp("data")).parent
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs of this process use stand-ins for the slow parts."""
+    from pipeline_helper import forget_signals, use_quick_parts
+
+    use_quick_parts(monkeypatch)
+    yield
+    forget_signals()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 

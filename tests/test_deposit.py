@@ -15,7 +15,7 @@ from typing import Any
 import mrcfile
 import numpy as np
 import pytest
-from pipeline_helper import forget_signals, hash_files, simulate, use_quick_parts, write_job
+from pipeline_helper import forget_signals, hash_files, use_quick_parts, write_job
 
 from cryoiso import __version__
 from cryoiso.core.types import DensityMap
@@ -28,11 +28,6 @@ from cryoiso.pipeline.run import run_job
 from cryoiso.report.deposit import ROLES, deposit
 from cryoiso.report.methods import methods, warnings
 from cryoiso.report.surface import contour_level, surface_png
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from mpi_helper import run_mpi
-from pipeline_helper import cryoiso, cryoiso_here, simulate, write_job
+from pipeline_helper import cryoiso, cryoiso_here, write_job
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_DONE, EXIT_INPUT, EXIT_MISSING, EXIT_OTHER
@@ -253,11 +253,6 @@ def test_launchers_are_told_apart_by_what_they_say(tmp_path):
 
 
 # --- the commands
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
 
 
 def test_metadata_of_rank_0_counts_once_on_its_host():

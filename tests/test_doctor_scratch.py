@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from lease_helper import holder, root_of
 from mpi_helper import run_mpi
-from pipeline_helper import cryoiso_here, forget_signals, quick_report, simulate, use_quick_parts, write_job
+from pipeline_helper import cryoiso_here, forget_signals, quick_report, use_quick_parts, write_job
 
 from cryoiso.core.errors import EXIT_DONE
 from cryoiso.io import lease, staging
@@ -33,11 +33,6 @@ NODE = {
     "problem": "", "write_MBps": 900.0, "read_MBps": 2000.0, "small_file_s": 0.002, "needed_bytes": 2**36,
     "needed_files": 256, "why_not": "", "why_partly": "",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
 
 
 @pytest.fixture

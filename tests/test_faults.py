@@ -21,7 +21,6 @@ from pipeline_helper import (
     forget_signals,
     hash_files,
     quick_report,
-    simulate,
     use_quick_parts,
     write_job,
 )
@@ -34,11 +33,6 @@ from cryoiso.parallel import signals
 from cryoiso.pipeline import journal as journal_module
 from cryoiso.pipeline import lock, run, scratch, wire
 from cryoiso.pipeline.journal import Journal, read_journal
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import pytest
 from mpi_helper import run_mpi
-from pipeline_helper import cryoiso_here, forget_signals, quick_report, simulate, use_quick_parts, write_job
+from pipeline_helper import cryoiso_here, quick_report, write_job
 
 from cryoiso.core.config import ParticlesSection
 from cryoiso.core.errors import EXIT_INPUT, InputError, Interrupted
@@ -27,19 +27,6 @@ from cryoiso.pipeline.standalone import ingest_files
 from cryoiso.pipeline.verify import verify_run
 
 STACKS = ("a.mrcs", "b.mrcs")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A simulated set of 40 particles with a job file; not written to."""
-    return simulate(tmp_path_factory.mktemp("data")).parent
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    use_quick_parts(monkeypatch)
-    yield
-    forget_signals()
 
 
 @pytest.fixture

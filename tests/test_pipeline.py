@@ -19,8 +19,6 @@ from pipeline_helper import (
     forget_signals,
     hash_files,
     quick_report,
-    simulate,
-    use_quick_parts,
     write_cube,
     write_job,
 )
@@ -41,19 +39,6 @@ from cryoiso.pipeline.journal import Journal, read_journal
 from cryoiso.pipeline.layout import REFINE_STAGES
 from cryoiso.pipeline.run import resume_run, run_job
 from cryoiso.pipeline.standalone import ingest_files
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A simulated set of 40 particles with a job file; not written to."""
-    return simulate(tmp_path_factory.mktemp("data")).parent
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    use_quick_parts(monkeypatch)
-    yield
-    forget_signals()
 
 
 def events(folder: Path) -> list[tuple[str, str]]:

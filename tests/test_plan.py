@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pipeline_helper import cryoiso_here, quick_report, simulate, use_quick_parts
+from pipeline_helper import cryoiso_here, quick_report, use_quick_parts
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError
@@ -23,11 +23,6 @@ from cryoiso.pipeline.run import run_job
 from cryoiso.pipeline.workload import KERNELS, Assumed
 
 ONE = Layout(1, 0, 1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pipeline_helper import simulate, write_job
+from pipeline_helper import write_job
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
@@ -32,11 +32,6 @@ from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.work import Work
 
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
 
 
 def problem(n: int = 1000, box: int = 64, device: str = "cpu", **sections) -> Problem:

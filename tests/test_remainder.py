@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pipeline_helper import cryoiso_here, forget_signals, quick_report, simulate, use_quick_parts
+from pipeline_helper import cryoiso_here, quick_report, use_quick_parts
 
 from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError, MissingError
 from cryoiso.io.atomic import DiskFullError
@@ -20,19 +20,6 @@ from cryoiso.pipeline.preflight import check_space
 from cryoiso.pipeline.remainder import _require_gpus_as_before, needs_left, stages_left
 from cryoiso.pipeline.run import read_resolved, resume_run, run_job
 from cryoiso.pipeline.work import Work
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A simulated set of 40 particles with a job file; not written to."""
-    return simulate(tmp_path_factory.mktemp("data")).parent
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    use_quick_parts(monkeypatch)
-    yield
-    forget_signals()
 
 
 @pytest.fixture

@@ -18,10 +18,8 @@ from pipeline_helper import (
     QuickEngine,
     cryoiso,
     cryoiso_here,
-    forget_signals,
     hash_files,
     quick_report,
-    simulate,
     use_quick_parts,
     write_job,
 )
@@ -34,18 +32,6 @@ from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import scratch as pipeline_scratch
 from cryoiso.pipeline.run import resume_run, run_job
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    use_quick_parts(monkeypatch)
-    yield
-    forget_signals()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from pipeline_helper import (
     forget_signals,
     hash_files,
     quick_report,
-    simulate,
     use_quick_parts,
     write_job,
 )
@@ -39,12 +38,6 @@ from cryoiso.pipeline.verify import verify_run
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A simulated set of 40 particles with a job file; not written to."""
-    return simulate(tmp_path_factory.mktemp("data")).parent
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
     """A finished quick run; not written to."""
     with pytest.MonkeyPatch.context() as patch:
@@ -52,13 +45,6 @@ def finished(data, tmp_path_factory) -> Path:
         folder = run_job(data / "job.toml", tmp_path_factory.mktemp("runs") / "run", Context(), quick_report).path
     forget_signals()
     return folder
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    use_quick_parts(monkeypatch)
-    yield
-    forget_signals()
 
 
 @pytest.fixture

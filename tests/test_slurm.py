@@ -29,11 +29,6 @@ def cluster(shared):
         yield found
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return simulate(tmp_path_factory.mktemp("data")).parent
-
-
 @pytest.fixture
 def expected(data, tmp_path, monkeypatch) -> dict[str, str]:
     """The files of a run with the stand-ins that nobody interrupted."""
