@@ -75,7 +75,7 @@ def strike_all_over(name: str, jobs: list[Path], folder: Path, numbers: list[int
     while runs < MOST_RUNS and (len(tally.hits) < KILLS or (tally.missing() and not ASKED)):
         run = folder / f"struck{runs}"
         aims = tally.aims(runs, ASKED - len(tally.hits) if ASKED else 100)
-        chain(jobs[runs % len(jobs)], run, tally, aims, seed=runs)
+        chain(jobs[runs % len(jobs)], run, tally, aims, runs)
         runs += 1
         require_nothing_lost(run, expected)
     kept = record(name, tally, runs, len(expected), began)
