@@ -198,11 +198,13 @@ def wait_for_stage(
     raise AssertionError(f"{stage} did not begin within {limit_s} s")
 
 
-def wait_for_relion(process: subprocess.Popen[str], folder: Path, stage: str, limit_s: float = 120) -> None:
-    """Until RELION works, or the stage is over."""
-    end = time.monotonic() + limit_s
-    while not relion_of(folder) and stage_now(folder) == stage and time.monotonic() < end:
-        if process.poll() is not None:
+def wait_in_relion(process: subprocess.Popen[str], folder: Path, stage: str, seconds: float) -> None:
+    """Until RELION works, and so long again, but no longer than it works (resumed, it has less to do)."""
+    began = 0.0
+    while process.poll() is None and stage_now(folder) == stage:
+        there = bool(relion_of(folder))
+        began = began or (time.monotonic() if there else 0.0)
+        if began and (not there or time.monotonic() - began >= seconds):
             return
         time.sleep(0.02)
 
@@ -256,11 +258,11 @@ def chain(job: Path, folder: Path, tally: Tally, aims: list[Aim], turn: int) -> 
         if len(ranks) < tally.ranks:
             process.communicate(timeout=300)
             continue
-        lasts = tally.seconds[aim.stage] / 2 ** max(turn - 1, 0)  # a short stage, most likely, that was missed before
+        share = float(rng.random()) / 2 ** max(turn - 1, 0)  # a short stage, most likely, that was missed before
         if aim.target == RELION:
-            wait_for_relion(process, folder, aim.stage)
-            lasts = tally.relion_seconds[aim.stage]
-        time.sleep(float(rng.random()) * lasts)
+            wait_in_relion(process, folder, aim.stage, share * tally.relion_seconds[aim.stage])
+        else:
+            time.sleep(share * tally.seconds[aim.stage])
         hit = strike(process, folder, aim, ranks, rng)
         if hit is not None:
             _require_its_status(hit, list(tally.seconds)[-1])
@@ -282,8 +284,13 @@ def _name(number: int) -> str:
     return signal.Signals(number).name
 
 
-def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict[str, Any]:
-    """A row of the matrix as it is kept: how many, where, whom, and how long they took to be gone."""
+def record(work: str, tally: Tally, same: list[bool], files: int, began: float) -> dict[str, Any]:
+    """A row of the matrix as it is kept: how many, where, whom, and how long they took to be gone.
+
+    Args:
+        same: of every run, whether it had the bits of the one that was left alone.
+        files: that are compared.
+    """
     hits, by_stage, slowest = tally.hits, defaultdict[str, Counter[str]](Counter), defaultdict[str, float](float)
     for hit in hits:
         where = hit.stage or "between stages"
@@ -294,7 +301,7 @@ def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict
         "work": work,
         "signals": [_name(number) for number in tally.numbers],
         "strikes": len(hits),
-        "runs": runs,
+        "runs": len(same),
         "ranks": tally.ranks,
         "stages": {stage: dict(sorted(by_stage[stage].items())) for stage in [*tally.seconds, *by_stage]},
         "never_hit": tally.missing(),
@@ -302,7 +309,8 @@ def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict
         "gone_median_s": round(statistics.median(gone), 2) if gone else None,
         "gone_slowest_s": round(max(gone), 2) if gone else None,
         "gone_slowest_s_of_stages": slowest,
-        "files_with_the_same_bits": files,
+        "files": files,
+        "runs_with_the_same_bits": sum(same),
         "wall_s": round(time.monotonic() - began),
         "wall_s_left_alone": round(sum(tally.seconds.values()), 1),
     }
@@ -310,7 +318,7 @@ def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| work | signals | strikes | stages hit | whom | gone, median | slowest | files, same bits | wall |",
+    lines = ["| work | signals | strikes | stages hit | whom | gone, median | slowest | same bits | wall |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         whom: Counter[str] = Counter()
@@ -322,7 +330,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['work']} | {', '.join(row['signals'])} | {row['strikes']} | {len(hit)} of {stages} | "
             f"{', '.join(names)} | {row['gone_median_s']} s | {row['gone_slowest_s']} s | "
-            f"{row['files_with_the_same_bits']} | {row['wall_s'] / 60:.0f} min |"
+            f"{row['runs_with_the_same_bits']} of {row['runs']} runs, {row['files']} files | "
+            f"{row['wall_s'] / 60:.0f} min |"
         )
     return "\n".join(lines)
 
