@@ -86,8 +86,9 @@ def strike_all_over(name: str, jobs: list[Path], folder: Path, numbers: list[int
 def require_nothing_lost(run: Path, expected: dict[str, str]) -> bool:
     """Whether a run that was struck has the bits of one that was left alone; it must, unless RELION went on in it.
 
-    RELION's files do not hold the state of its random numbers. Where it went on after one of its iterations, everything
-    is there, whole and as it was recorded, and nothing before RELION is another.
+    RELION that goes on after one of its iterations does not do what it would have done (nor when started by hand: it
+    takes another resolution and other poses). Then everything is there, whole and as it was recorded, and nothing
+    before RELION is another.
     """
     found = our_files(run)
     assert not list(run.rglob("*.part")) and not (run / "lock.json").exists()
