@@ -139,8 +139,11 @@ def test_struck_in_every_stage(work, numbers, data, tmp_path, record_property):
 
 
 @pytest.mark.relion
-@pytest.mark.parametrize("numbers", [KILL, STOP], ids=["kill", "stop"])
-@pytest.mark.parametrize("work", list(RELION_WORKS))
+@pytest.mark.parametrize(
+    ("work", "numbers"),
+    [("refine", KILL), ("refine", STOP), ("realign", KILL), ("auxiliary", KILL)],
+    ids=["refine-kill", "refine-stop", "realign-kill", "auxiliary-kill"],
+)
 def test_relion_is_struck(work, numbers, data, tmp_path, record_property):
     """A run with RELION, whose own processes are killed, and ours; ours alone are told to stop."""
     settings, stages = RELION_WORKS[work]
