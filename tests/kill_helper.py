@@ -22,6 +22,8 @@ import numpy as np
 from mpi_helper import start_mpi
 from relion_helper import relion_processes
 
+from cryoiso.io.lease import start_of
+
 GONE_WITHIN_S = 20.0
 CHECKPOINT_WITHIN_S = 60.0
 RANK = ("PMI_RANK=", "OMPI_COMM_WORLD_RANK=")
@@ -177,45 +179,54 @@ def stage_now(folder: Path) -> str:
     return found
 
 
-def wait_for_stage(process: subprocess.Popen[str], folder: Path, stage: str, before: int, limit_s: float) -> bool:
-    """Whether the stage began anew; False if the job ended without it."""
-    end = time.monotonic() + limit_s
+def wait_for_stage(
+    process: subprocess.Popen[str], folder: Path, stage: str, ranks: int, before: int, limit_s: float = 300
+) -> dict[int, int]:
+    """Rank -> process, at the moment when a stage begins anew; empty if the job ended without it.
+
+    Who they are is found out beforehand: some stages take less time than a look at all processes.
+    """
+    end, found = time.monotonic() + limit_s, dict[int, int]()
     while time.monotonic() < end:
         if stage in stages_begun(folder)[before:]:
-            return True
+            return found or ranks_of(folder)
         if process.poll() is not None:
-            return False
-        time.sleep(0.01)
+            return {}
+        if len(found) < ranks:
+            found = ranks_of(folder)
+        time.sleep(0.002)
     raise AssertionError(f"{stage} did not begin within {limit_s} s")
 
 
-def wait_for_relion(process: subprocess.Popen[str], folder: Path, stage: str, limit_s: float = 120) -> None:
-    """Until RELION works, or the stage is over."""
-    end = time.monotonic() + limit_s
-    while not relion_of(folder) and stage_now(folder) == stage and time.monotonic() < end:
-        if process.poll() is not None:
+def wait_in_relion(process: subprocess.Popen[str], folder: Path, stage: str, seconds: float) -> None:
+    """Until RELION works, and so long again, but no longer than it works (resumed, it has less to do)."""
+    began = 0.0
+    while process.poll() is None and stage_now(folder) == stage:
+        there = bool(relion_of(folder))
+        began = began or (time.monotonic() if there else 0.0)
+        if began and (not there or time.monotonic() - began >= seconds):
             return
         time.sleep(0.02)
 
 
 def strike(
-    process: subprocess.Popen[str], folder: Path, target: str, number: int, rng: np.random.Generator
+    process: subprocess.Popen[str], folder: Path, aim: Aim, ranks: dict[int, int], rng: np.random.Generator
 ) -> Hit | None:
     """Sends a signal to a rank, or to one of RELION's processes (to any rank, where none works); None: too late."""
-    victims = relion_of(folder) if target == RELION else []
-    ranks = {} if victims else ranks_of(folder)
-    if not victims and target == RELION and ranks:
+    target, victims = aim.target, relion_of(folder) if aim.target == RELION else []
+    if target == RELION and not victims:
         target = str(rng.choice(sorted(ranks)))
-    if not victims and int(target) in ranks:
-        victims = [ranks[int(target)]]
+    victim = int(rng.choice(victims)) if victims else ranks[int(target)]
     stage, began = stage_now(folder), time.monotonic()
     try:
-        os.kill(int(rng.choice(victims)), number)
-    except (ValueError, ProcessLookupError):  # nobody is there any more
+        if not start_of(victim):
+            raise ProcessLookupError
+        os.kill(victim, aim.number)
+    except ProcessLookupError:
         process.communicate(timeout=300)
         return None
-    _wait_until_all_are_gone(process, folder, f"{target} got {_name(number)} in {stage}", number)
-    return Hit(stage, target, _name(number), time.monotonic() - began, process.returncode)
+    _wait_until_all_are_gone(process, folder, f"{target} got {_name(aim.number)} in {stage}", aim.number)
+    return Hit(stage, target, _name(aim.number), time.monotonic() - began, process.returncode)
 
 
 def _wait_until_all_are_gone(process: subprocess.Popen[str], folder: Path, what: str, number: int) -> None:
@@ -231,29 +242,28 @@ def _wait_until_all_are_gone(process: subprocess.Popen[str], folder: Path, what:
     assert not left, f"{what}; these outlived it by {limit} s: {left}"
 
 
-def chain(job: Path, folder: Path, tally: Tally, aims: list[Aim], seed: int) -> None:
+def chain(job: Path, folder: Path, tally: Tally, aims: list[Aim], turn: int) -> None:
     """One run that is struck as aimed, goes on after each strike, and at last to its end; notes the hits.
 
     Args:
-        seed: of the instants.
+        turn: number of the run, which decides the instants.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(turn)
     for aim in aims:
         before = len(stages_begun(folder))
         if aim.stage in seconds_of_stages(folder):
             continue  # a signal in the stage before was heard after this one
         process = launch(tally.ranks, job, folder)
-        if not wait_for_stage(process, folder, aim.stage, before, 300):
-            process.communicate()
+        ranks = wait_for_stage(process, folder, aim.stage, tally.ranks, before)
+        if len(ranks) < tally.ranks:
+            process.communicate(timeout=300)
             continue
-        lasts = tally.seconds[aim.stage]
+        share = float(rng.random()) / 2 ** max(turn - 1, 0)  # a short stage, most likely, that was missed before
         if aim.target == RELION:
-            wait_for_relion(process, folder, aim.stage)
-            lasts = tally.relion_seconds[aim.stage]
-        elif seed > 1:
-            lasts /= 2  # it was missed before: a short stage, most likely
-        time.sleep(float(rng.random()) * lasts)
-        hit = strike(process, folder, aim.target, aim.number, rng)
+            wait_in_relion(process, folder, aim.stage, share * tally.relion_seconds[aim.stage])
+        else:
+            time.sleep(share * tally.seconds[aim.stage])
+        hit = strike(process, folder, aim, ranks, rng)
         if hit is not None:
             _require_its_status(hit, list(tally.seconds)[-1])
             tally.hits.append(hit)
@@ -274,8 +284,13 @@ def _name(number: int) -> str:
     return signal.Signals(number).name
 
 
-def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict[str, Any]:
-    """A row of the matrix as it is kept: how many, where, whom, and how long they took to be gone."""
+def record(work: str, tally: Tally, same: list[bool], files: int, began: float) -> dict[str, Any]:
+    """A row of the matrix as it is kept: how many, where, whom, and how long they took to be gone.
+
+    Args:
+        same: of every run, whether it had the bits of the one that was left alone.
+        files: that are compared.
+    """
     hits, by_stage, slowest = tally.hits, defaultdict[str, Counter[str]](Counter), defaultdict[str, float](float)
     for hit in hits:
         where = hit.stage or "between stages"
@@ -286,7 +301,7 @@ def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict
         "work": work,
         "signals": [_name(number) for number in tally.numbers],
         "strikes": len(hits),
-        "runs": runs,
+        "runs": len(same),
         "ranks": tally.ranks,
         "stages": {stage: dict(sorted(by_stage[stage].items())) for stage in [*tally.seconds, *by_stage]},
         "never_hit": tally.missing(),
@@ -294,7 +309,8 @@ def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict
         "gone_median_s": round(statistics.median(gone), 2) if gone else None,
         "gone_slowest_s": round(max(gone), 2) if gone else None,
         "gone_slowest_s_of_stages": slowest,
-        "files_with_the_same_bits": files,
+        "files": files,
+        "runs_with_the_same_bits": sum(same),
         "wall_s": round(time.monotonic() - began),
         "wall_s_left_alone": round(sum(tally.seconds.values()), 1),
     }
@@ -302,7 +318,7 @@ def record(work: str, tally: Tally, runs: int, files: int, began: float) -> dict
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| work | signals | strikes | stages hit | whom | gone, median | slowest | files, same bits | wall |",
+    lines = ["| work | signals | strikes | stages hit | whom | gone, median | slowest | same bits | wall |",
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         whom: Counter[str] = Counter()
@@ -314,7 +330,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['work']} | {', '.join(row['signals'])} | {row['strikes']} | {len(hit)} of {stages} | "
             f"{', '.join(names)} | {row['gone_median_s']} s | {row['gone_slowest_s']} s | "
-            f"{row['files_with_the_same_bits']} | {row['wall_s'] / 60:.0f} min |"
+            f"{row['runs_with_the_same_bits']} of {row['runs']} runs, {row['files']} files | "
+            f"{row['wall_s'] / 60:.0f} min |"
         )
     return "\n".join(lines)
 
