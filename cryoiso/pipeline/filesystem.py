@@ -120,7 +120,9 @@ def _write(name: Path, block: bytes, size: int) -> float:
     start, part = time.monotonic(), name.with_suffix(".tmp")
     with open(part, "wb", buffering=0) as stream:
         for _ in range(max(1, size // len(block))):
-            stream.write(block)
+            rest = memoryview(block)
+            while rest:  # a disk that fills up takes a part, and says why at the next attempt
+                rest = rest[stream.write(rest) :]
         os.fsync(stream.fileno())
     part.rename(name)
     fsync_dir(name.parent)
