@@ -36,14 +36,18 @@ def folders_of(job: Job, job_file: Path, run: Path) -> list[Path]:
 
 def _stacks(job: Job) -> set[Path]:
     """The image stacks that a particle file names; a folder of shards needs none."""
-    section = job.particles
-    if Path(section.file).is_dir():
-        return {Path(section.file) / "shards"}
-    names = np.unique(read_particle_file(section.file, section.project, ("image",)).stack).tolist()
+    file = Path(job.particles.file)
+    return {file / "shards"} if file.is_dir() else _stacks_of(file, job.particles.project, file.stat().st_mtime_ns)
+
+
+@cache
+def _stacks_of(file: Path, project: str, modified_ns: int) -> set[Path]:
+    """Read once for all scripts."""
+    names = np.unique(read_particle_file(file, project, ("image",)).stack).tolist()
     stacks = {Path(os.path.abspath(name)) for name in names if name}
     lost = sorted(path for path in stacks if not path.exists())
     if lost:
-        logger.warning("%d of %d stacks of %s are not there, e.g. %s", len(lost), len(stacks), section.file, lost[0])
+        logger.warning("%d of %d stacks of %s are not there, e.g. %s", len(lost), len(stacks), file, lost[0])
     return stacks - set(lost)
 
 
