@@ -144,7 +144,8 @@ def test_a_run_on_gpus_foresees_what_its_stages_have_told(job_file, tmp_path):
     assert set(guessed("cuda:0").kernels) == set(KERNELS)
     done = workload.stages(problem(100, 32), 1, Assumed(), "cuda:0")["refine"]
     took = 1000 * guessed("cuda").seconds("refine", done)
-    work.timing = {"stages": {"refine": {"kind": "refine", "work": done, "seconds": took, "resumed": False}}}
+    same = {"device": "cuda:0", "ranks": 1}
+    work.timing = {**same, "stages": {"refine": {"kind": "refine", "work": done, "seconds": took, "resumed": False}}}
     foreseen = predicted_stages(work)
     still = workload.stages(problem_of(work), 1, Assumed(), "cuda:0")["reconstruct"]
     assert foreseen["reconstruct"] == pytest.approx(1000 * guessed("cuda").seconds("reconstruct", still), rel=0.01)

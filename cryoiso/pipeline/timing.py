@@ -30,10 +30,7 @@ def note_timing(work: Work, stage: str, seconds: float, cpu_seconds: float) -> N
 
 def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
     device, problem = work.comm.device(), problem_of(work)
-    found = work.timing or _read(work.folder.path / TIMING)
-    if found is None or (kind_of_device(found["device"]), found["ranks"]) != (kind_of_device(device), work.comm.size):
-        found = _new(work, problem, device)  # times of another device or number of ranks say nothing of this one
-    work.timing = found
+    found = work.timing = _so_far(work, device) or _new(work, problem, device)
     if stage == "refine":
         found["iterations"], found["nyquist_share"] = _course(work, problem)
     assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
@@ -44,6 +41,14 @@ def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
         "resumed": work.resume,
         "work": {} if _was_skipped(work, stage) else stages(problem, work.comm.size, assumed, device)[stage],
     }
+
+
+def _so_far(work: Work, device: str) -> dict[str, Any] | None:
+    """What this run has timed, if on such a device and as many ranks: times of others say nothing of this one."""
+    found = work.timing or _read(work.folder.path / TIMING)
+    if found is None or (kind_of_device(found["device"]), found["ranks"]) != (kind_of_device(device), work.comm.size):
+        return None
+    return found
 
 
 def _was_skipped(work: Work, stage: str) -> bool:
@@ -113,6 +118,6 @@ def _rates_so_far(work: Work) -> Rates:
     device = work.comm.device()
     if device == CPU:
         return built_in(device)
-    noted = (work.timing or _read(work.folder.path / TIMING) or {}).get("stages", {})
+    noted = (_so_far(work, device) or {}).get("stages", {})
     timed = [(facts["work"], facts["seconds"]) for facts in noted.values() if tells_rates(facts, "seconds")]
     return of_stages(device, built_in(device).kernels, timed)
