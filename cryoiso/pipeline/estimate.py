@@ -84,9 +84,11 @@ def problem_of(work: Work) -> Problem:
     stacks = {str(name) for name in np.unique(particles.stack).tolist()} if not file.is_dir() else set()
     largest = max((Path(name).stat().st_size for name in stacks), default=0)
     row = max(60, file.stat().st_size // max(len(particles), 1)) if text else 250
+    if work.originals is None:  # images are read for it, and every stage asks
+        work.originals = job.refine.engine == "relion" and _original_images_do(work)
     return Problem(
         job, len(particles), box, pixel, diameter, row, file.is_dir(), len(particles.groups), largest,
-        originals=job.refine.engine == "relion" and _original_images_do(work),
+        originals=work.originals,
     )  # fmt: skip
 
 

@@ -50,6 +50,8 @@ class Work:
     """copies of the images on the nodes' own disks"""
     timing: dict[str, Any] | None = None
     """what the stages of this process took, see ``pipeline.timing``"""
+    originals: bool | None = None
+    """whether RELION needs no copy of the images; None until ``pipeline.estimate`` has looked at a sample"""
     _plan: ingest.IngestPlan | None = None
     _particles: Particles | None = None
     _reference: Reference | None = None
