@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.io.atomic import atomic_write, fsync_dir
+from cryoiso.io.regular_file import open_regular
 
 FORMAT = 1
 
@@ -42,10 +44,10 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         if not candidate.exists():
             continue
         try:
-            with np.load(candidate) as file:
+            with open_regular(candidate) as stream, np.load(stream) as file:
                 arrays = {k: file[k] for k in file.files}
             values = json.loads(arrays.pop("meta").tobytes())
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (InputError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             logger.warning("%s: checkpoint cannot be read (%s); trying the one before it", candidate, error)
             continue
         if values.pop("format", None) == FORMAT:

@@ -20,6 +20,7 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
+from cryoiso.io.regular_file import open_regular
 from cryoiso.io.star import resolve_paths
 
 logger = logging.getLogger("cryoiso")
@@ -80,7 +81,8 @@ def read_cs(
 
 def _load(path: object) -> dict[str, np.ndarray]:
     try:
-        array = np.load(str(path), allow_pickle=False)
+        with open_regular(path) as stream:
+            array = np.load(stream, allow_pickle=False)
     except FileNotFoundError:
         raise InputError("no such file", file=path) from None
     except (OSError, ValueError, EOFError) as error:

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryoiso.core.errors import InputError
+from cryoiso.io.regular_file import open_regular
+
 _HEAD = struct.Struct("<4sIQI")
 """Mark, bytes of the key, bytes of the content, CRC-32 of both."""
 _MARK = b"cyFR"
@@ -54,7 +57,7 @@ def frames(path: Path) -> list[Frame]:
     """The records of a file up to the first that is cut off; their contents are not read."""
     found: list[Frame] = []
     at, length = 0, path.stat().st_size
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         while at + _HEAD.size <= length:
             mark, key_size, size, _ = _HEAD.unpack(stream.read(_HEAD.size))
             if mark != _MARK or at + _HEAD.size + key_size + size > length:
@@ -68,10 +71,10 @@ def frames(path: Path) -> list[Frame]:
 def content(frame: Frame) -> bytes | None:
     """What a record holds; None if it is damaged or gone."""
     try:
-        with open(frame.path, "rb") as stream:
+        with open_regular(frame.path) as stream:
             stream.seek(frame.start)
             whole = stream.read(frame.end - frame.start)
-    except OSError:
+    except (OSError, InputError):
         return None
     mark, key_size, size, crc = _HEAD.unpack(whole[: _HEAD.size]) if len(whole) >= _HEAD.size else (b"", 0, 0, 0)
     body = whole[_HEAD.size :]

@@ -25,6 +25,7 @@ from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import temporary_name
 from cryoiso.io.contrast import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
+from cryoiso.io.regular_file import read_regular_bytes
 from cryoiso.io.shards import (
     COLUMNS,
     FORMAT,
@@ -144,7 +145,7 @@ def plan(particles: Particles, settings: Any = None, source: object = "") -> Ing
     per_shard = _images_per_shard(box, settings)
     n = len(particles)
     shards = tuple((start, min(start + per_shard, n)) for start in range(0, n, per_shard))
-    sha = hashlib.sha256(Path(str(source)).read_bytes()).hexdigest() if source else ""
+    sha = hashlib.sha256(read_regular_bytes(source)).hexdigest() if source else ""
     newest = max(os.stat(s).st_mtime for s in np.unique(particles.stack).tolist())
     unhashed = IngestPlan(particles, settings, box, decision, shards, "", str(source), sha, newest)
     return replace(unhashed, digest=_digest(unhashed))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
+from cryoiso.io.regular_file import require_regular_file
 
 logger = logging.getLogger("cryoiso")
 
@@ -44,8 +44,7 @@ def read_model(path: object, assembly: str = "auto") -> Any:
     """
     import gemmi
 
-    if not Path(str(path)).is_file():
-        raise InputError("no such file", file=path)
+    require_regular_file(path)
     try:
         structure = gemmi.read_structure(str(path))
     except Exception as error:  # whatever the parser stumbles over

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from cryoiso import __version__
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import atomic_write
+from cryoiso.io.regular_file import open_regular
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 HEADER_BYTES = 1024
@@ -91,9 +91,8 @@ def read_header(path: object) -> MrcHeader:
     Raises:
         InputError: missing, not MRC, or shorter than its header says.
     """
-    name = Path(str(path))
     try:
-        with open(name, "rb") as stream:
+        with open_regular(path) as stream:
             header = parse_header(stream.read(HEADER_BYTES), path)
             size = os.fstat(stream.fileno()).st_size
     except FileNotFoundError:
@@ -121,7 +120,8 @@ def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
     if str(path).endswith((".gz", ".bz2")):
         return _read_packed(path)
     header = read_header(path)
-    data = np.memmap(str(path), header.dtype, "r", header.offset, header.shape)
+    with open_regular(path) as stream:
+        data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)  # type: ignore[call-overload]
     return _to_zyx(data, header), header
 
 
@@ -131,7 +131,7 @@ def _read_packed(path: object) -> tuple[np.ndarray, MrcHeader]:
 
     opener: Any = gzip.open if str(path).endswith(".gz") else bz2.open
     try:
-        with opener(str(path), "rb") as stream:
+        with open_regular(path) as packed, opener(packed, "rb") as stream:
             raw = stream.read()
     except FileNotFoundError:
         raise InputError("no such file", file=path) from None
@@ -278,7 +278,7 @@ def copy_labelled(source: object, target: object, label: str) -> None:
     text = label.encode("ascii")
     if len(text) > LABEL_BYTES:
         raise ValueError(f"a label has at most {LABEL_BYTES} characters: {label}")
-    with open(str(source), "rb") as old, atomic_write(target, need_bytes=os.fstat(old.fileno()).st_size) as new:
+    with open_regular(source) as old, atomic_write(target, need_bytes=os.fstat(old.fileno()).st_size) as new:
         raw = bytearray(old.read(HEADER_BYTES))
         order: Any = "little" if raw[212] in (0x44, 0) else "big"
         count = min(int.from_bytes(raw[LABELS_AT - 4 : LABELS_AT], order), LABELS - 1)

@@ -21,6 +21,7 @@ from cryoiso import __version__
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
+from cryoiso.io.regular_file import read_regular_text, require_regular_file
 from cryoiso.io.sink import Sink
 from cryoiso.io.stack import runs
 from cryoiso.io.staging import Copies
@@ -191,9 +192,10 @@ def read_attributes(path: Path) -> dict[str, Any]:
     import h5py
 
     try:
+        require_regular_file(path)
         with h5py.File(path, "r", locking=False) as file:
             return {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
-    except (OSError, KeyError):
+    except (OSError, KeyError, InputError):
         return {}
 
 
@@ -316,6 +318,7 @@ class ShardSource:
         if len(self._open) >= self._max_open:
             self._open.popitem(last=False)[1].close()
         copy = self._copies.get(self._name(number))
+        require_regular_file(copy or self._path(number))
         try:
             self._open[number] = h5py.File(copy or self._path(number), "r", locking=False)
         except OSError as error:
@@ -359,7 +362,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / "index.json"
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(read_regular_text(path))
     except FileNotFoundError:
         raise InputError("no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).") from None
     except (OSError, ValueError) as error:

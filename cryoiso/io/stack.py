@@ -13,6 +13,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.mrc import MrcHeader, read_header
+from cryoiso.io.regular_file import open_regular_handle
 
 
 class StackReader:
@@ -95,7 +96,7 @@ class StackReader:
             return self._open[path]
         if len(self._open) >= self._max_open:
             os.close(self._open.popitem(last=False)[1])
-        self._open[path] = os.open(path, os.O_RDONLY)
+        self._open[path] = open_regular_handle(path)
         return self._open[path]
 
 

@@ -8,8 +8,9 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cryoiso.core.errors import CryoisoError
+from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.io.atomic import temporary_name
+from cryoiso.io.regular_file import open_regular
 
 logger = logging.getLogger("cryoiso")
 BLOCK = 8 << 20
@@ -119,7 +120,7 @@ def copy_checked(source: Path, target: Path, sha256: str, stop: Callable[[], str
     part = temporary_name(target).with_suffix(f".{os.getpid()}.part")
     digest = hashlib.sha256()
     try:
-        with open(source, "rb", buffering=0) as come, open(part, "wb", buffering=0) as go:
+        with open_regular(source) as come, open(part, "wb", buffering=0) as go:
             _reserve(go.fileno(), os.fstat(come.fileno()).st_size)
             while block := come.read(BLOCK):
                 if stop():
@@ -133,6 +134,8 @@ def copy_checked(source: Path, target: Path, sha256: str, stop: Callable[[], str
         if sha256 and digest.hexdigest() != sha256:
             raise NotStaged(f"{source}: was read with another checksum than it was written with")
         os.replace(part, target)
+    except InputError as error:
+        raise NotStaged(str(error)) from None
     except OSError as error:
         raise NotStaged(f"{target}: {error.strerror or error}") from None
     finally:

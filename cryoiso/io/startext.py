@@ -11,17 +11,18 @@ it writes and the same results must give the same bytes.
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import atomic_write
+from cryoiso.io.regular_file import open_regular
 
 logger = logging.getLogger("cryoiso")
 
@@ -88,7 +89,7 @@ def _outline(path: object) -> list[_Outline]:
     """Blocks, their column names and the lines of their rows. The values are not looked at."""
     found: list[_Outline] = []
     try:
-        with open(Path(str(path)), encoding="utf-8-sig", errors="surrogateescape") as lines:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.strip()
                 if not text or text[0] == "#":

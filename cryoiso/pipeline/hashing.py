@@ -11,6 +11,7 @@ from typing import Any
 
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine
+from cryoiso.io.regular_file import open_regular
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.layout import TIMING
 
@@ -33,7 +34,7 @@ def sha256_of(path: Path, seen: Callable[[int], object] | None = None) -> str:
         seen: called with the bytes of each block; may raise ``Stopped``.
     """
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as stream:
+    with open_regular(path) as stream:
         while block := stream.read(_BLOCK):
             digest.update(block)
             if seen is not None:

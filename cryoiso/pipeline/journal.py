@@ -12,6 +12,7 @@ from typing import Any
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.io.atomic import disk_full, is_full
+from cryoiso.io.regular_file import read_regular_bytes
 
 
 class Journal:
@@ -69,7 +70,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for number, row in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, row in enumerate(read_regular_bytes(path).split(b"\n")[:-1], start=1):
         try:
             lines.append(json.loads(row))
         except ValueError:

@@ -14,6 +14,7 @@ from jinja2.exceptions import SecurityError, TemplateNotFound
 from jinja2.sandbox import SandboxedEnvironment
 
 from cryoiso.core.errors import InputError
+from cryoiso.io.regular_file import read_regular_text
 
 OWN = Path(__file__).parent / "templates"
 """slurm.sh, pbs.sh, lsf.sh, mpirun.sh, and the parts they share."""
@@ -70,7 +71,7 @@ def read_template(file: Path) -> str:
         InputError: it cannot be read.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return read_regular_text(file)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise InputError(f"the template cannot be read: {why}", file=file) from None

@@ -22,6 +22,7 @@ from typing import Any
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.io.atomic import disk_full, is_full
 from cryoiso.io.lease import batch_job, pid_namespace, start_of
+from cryoiso.io.regular_file import read_regular_text
 
 BEAT_S = 20.0
 STALE_AFTER_S = 300.0
@@ -95,7 +96,7 @@ def _self() -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_regular_text(path))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -14,6 +14,7 @@ from cryoiso import __version__
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
+from cryoiso.io.regular_file import read_regular_text
 from cryoiso.io.shards import read_index
 from cryoiso.pipeline.hashing import digest_of, sha256_of
 from cryoiso.pipeline.layout import RunFolder
@@ -245,7 +246,7 @@ def read_record(path: Path) -> dict[str, Any]:
         InputError: not JSON, or not an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_regular_text(path))
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:

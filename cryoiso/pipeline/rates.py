@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import InputError, UsageError
+from cryoiso.io.regular_file import read_regular_text
 from cryoiso.pipeline.estimate import Problem
 from cryoiso.pipeline.layout import TIMING
 from cryoiso.pipeline.workload import Assumed, Work
@@ -97,7 +98,7 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
     """
     file = path / TIMING if path.is_dir() else path
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular_text(file))
         return _of_facts(found, "cpu_seconds" if cpu else "seconds")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError("no rates here", file=file, expected="timing.json of a finished run",

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core.config import Job, job_to_toml, parse_job
-from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
+from cryoiso.core.errors import CryoisoError, InputError, Interrupted, UsageError
 from cryoiso.core.log import PatientFileHandler, duration
 from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
+from cryoiso.io.regular_file import read_regular_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
@@ -127,12 +128,14 @@ def read_job(path: Path) -> tuple[str, Job]:
         UsageError: not there, not TOML, an unknown key, a wrong value.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular_text(path)
         data = tomllib.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such job file. 'cryoiso init particles.star' writes one.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: the job file cannot be read: {error}") from None
+    except InputError as error:
+        raise UsageError(str(error)) from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from None
     return text, with_absolute_paths(parse_job(data, path), path.absolute().parent)

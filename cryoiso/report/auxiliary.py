@@ -11,6 +11,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
+from cryoiso.io.regular_file import open_regular
 from cryoiso.report.files import read_json, stage_folder
 from cryoiso.report.words import percent
 
@@ -70,7 +71,7 @@ def collect_samples(folder: Path, data: dict[str, Any]) -> dict[str, np.ndarray]
         if not path.exists():
             continue
         try:
-            with np.load(path) as file:
+            with open_regular(path) as stream, np.load(stream) as file:
                 arrays = {k: np.nan_to_num(file[k]) for k in ("raw", "auxiliary", "projections") if k in file.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise InputError(f"samples cannot be read: {error}", file=path) from None

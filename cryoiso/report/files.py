@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import InputError
+from cryoiso.io.regular_file import read_regular_text
 
 
 def stage_folder(folder: Path, name: str) -> Path:
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        data = json.loads(read_regular_text(path), parse_constant=lambda _: None)
     except ValueError as error:
         raise InputError(f"not a JSON file: {error}", file=path) from None
     if not isinstance(data, dict):
@@ -47,7 +48,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_regular_text(path))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"not a TOML file: {error}", file=path) from None
 
@@ -55,7 +56,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """Lines of the journal; one torn by a crash is passed over."""
     lines = []
-    for row in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for row in read_regular_text(path).splitlines() if path.exists() else []:
         try:
             line = json.loads(row)
         except ValueError:
