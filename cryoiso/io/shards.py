@@ -21,6 +21,7 @@ from cryoiso import __version__
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
+from cryoiso.io.contained_path import contained_path
 from cryoiso.io.regular_file import read_regular_text, require_regular_file
 from cryoiso.io.sink import Sink
 from cryoiso.io.stack import runs
@@ -358,7 +359,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The contents of a folder's index.json.
 
     Raises:
-        InputError: not there, unreadable, or not of this version.
+        InputError: not there, unreadable, not of this version, or it names a file outside of the folder.
     """
     path = folder / "index.json"
     try:
@@ -369,4 +370,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise InputError(f"cannot be read: {error}", file=path, hint="Run ingest again.") from None
     if index.get("format") != FORMAT or index.get("version") != VERSION:
         raise InputError("not an index of shards of this version", file=path, expected=f"{FORMAT} {VERSION}")
+    for shard in index["shards"]:
+        contained_path(folder, shard["file"], path)
     return index

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
+from cryoiso.io.contained_path import require_contained
 from cryoiso.pipeline.hashing import sha256_of
 
 SUMS = "SHA256SUMS"
@@ -35,14 +36,19 @@ def read_sums(path: Path) -> dict[str, str]:
     """File name -> SHA-256 as the list says; empty where there is none.
 
     Raises:
-        InputError: a line that is not as sha256sum writes it.
+        InputError: a line that is not as sha256sum writes it, or names a file outside of the folder.
     """
     found: dict[str, str] = {}
     if not path.is_file():
         return found
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read: {error}", file=path, expected="lines of sha256sum in UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         sha256, gap, name = line[:64], line[64:66], line[66:]
         if gap not in ("  ", " *") or len(sha256) != 64 or not name:
             raise InputError("not a line of sha256sum", file=path, row=number, expected="SHA256  NAME", found=line[:80])
+        require_contained(path.parent, [name], path, number)
         found[name] = sha256
     return found

@@ -12,6 +12,7 @@ from typing import Any
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.io.atomic import disk_full, is_full
+from cryoiso.io.contained_path import require_contained
 from cryoiso.io.regular_file import read_regular_bytes
 
 
@@ -65,7 +66,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a journal; empty where there is none. What follows the last line's end is left out.
 
     Raises:
-        InputError: a line is not JSON.
+        InputError: a line is not JSON, or names a file outside of its folder.
     """
     if not path.exists():
         return []
@@ -75,6 +76,8 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             lines.append(json.loads(row))
         except ValueError:
             raise InputError("the journal is damaged", file=path, row=number, hint="Start a new run.") from None
+        if isinstance(lines[-1], dict) and isinstance(outputs := lines[-1].get("outputs", {}), dict):
+            require_contained(path.parent, outputs, path, number)
     return lines
 
 

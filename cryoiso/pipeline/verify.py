@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryoiso.core.errors import UsageError
+from cryoiso.core.errors import InputError, UsageError
+from cryoiso.io.contained_path import require_contained
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.checksums import SUMS, read_sums
@@ -118,7 +119,7 @@ def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[R
     """What is known before anything is hashed: the state, and the files with their hashes."""
     if not run.holds_a_run():
         raise UsageError(f"{run.path} holds no run that could be verified. 'cryoiso run' makes one.")
-    manifest, seal, lines = read_record(run.manifest), read_record(run.seal), read_journal(run.journal)
+    manifest, seal, lines = read_record(run.manifest), _read_seal(run), read_journal(run.journal)
     verdict = Verdict(str(run.path), sealed=bool(seal), digest=seal.get("digest", ""))
     recorded = {entry.name: entry for entry in _outputs(run, manifest, lines, verdict)}
     if seal:
@@ -137,6 +138,29 @@ def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[R
         verdict.notes.append("inputs were not looked at")
     _note_strangers(run, recorded, verdict)
     return verdict, list(recorded.values()), given
+
+
+def _read_seal(run: RunFolder) -> dict[str, Any]:
+    """The seal; empty if there is none.
+
+    Raises:
+        InputError: it is not as ``seal`` writes it, or names a file outside of the folder.
+    """
+    seal = read_record(run.seal)
+    if not seal:
+        return seal
+    files = seal.get("files")
+    texts = all(isinstance(seal.get(key), str) for key in ("digest", "time"))
+    if not isinstance(files, dict) or not all(map(_is_noted, files.values())) or not texts:
+        raise InputError("not a seal as a run writes it", file=run.seal,
+                         expected="digest, time and files with bytes and sha256",
+                         hint="Take the file from a copy of the run folder.")  # fmt: skip
+    require_contained(run.path, files, run.seal)
+    return seal
+
+
+def _is_noted(facts: Any) -> bool:
+    return isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
 
 
 def _outputs(

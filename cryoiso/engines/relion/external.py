@@ -14,6 +14,7 @@ transform of the trilinear interpolation that filled the grid.
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from cryoiso.engines.relion.files import SUFFIX, Name, Star, parse_name
 from cryoiso.io.mrc import read_raw_map
 
 GENERAL, SPECTRUM = "external_reconstruct_general", "external_reconstruct_tau2"
+PRODUCTS = ("DataReal", "DataImag", "Weight", "Result")
+"""What follows rlnExtRecons in the columns that name files."""
 PIPE_MENON_ITERATIONS = 10
 KERNEL_RADIUS, KERNEL_ALPHA = 3.8, 15.0
 """Points of the grid, whatever the padding."""
@@ -81,7 +84,10 @@ def read_task(star: Path, folder: Path) -> Task:
     table = Star.read(path)
     if int(table.number(GENERAL, "rlnReferenceDimensionality")) != 3:
         raise InputError("only 3D references can be reconstructed", file=path, found="rlnReferenceDimensionality 2")
-    files = [folder / table.text(GENERAL, f"rlnExtRecons{what}") for what in ("DataReal", "DataImag", "Weight")]
+    files = [folder / table.text(GENERAL, f"rlnExtRecons{what}") for what in PRODUCTS]
+    for file in files:
+        if os.path.realpath(file.parent) != os.path.realpath(path.parent):  # RELION writes them side by side
+            raise InputError("names a file in another folder", file=path, expected=path.parent, found=file)
     fudge = table.number(GENERAL, "rlnTau2FudgeFactor")
     box = int(table.number(GENERAL, "rlnOriginalImageSize"))
     tau2 = table.numbers(SPECTRUM, "rlnReferenceTau2") * fudge
@@ -93,7 +99,7 @@ def read_task(star: Path, folder: Path) -> Task:
         real=files[0],
         imaginary=files[1],
         weight=files[2],
-        result=folder / table.text(GENERAL, "rlnExtReconsResult"),
+        result=files[3],
         tau2=tau2,
         fsc=table.numbers(SPECTRUM, "rlnGoldStandardFsc"),
         padding=table.number(GENERAL, "rlnPaddingFactor"),
