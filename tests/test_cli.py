@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mpi_helper import run_mpi
 
 from cryoiso import __version__
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE
+from cryoiso.io.mrc import read_map, write_map
 
 COMMANDS = (
     "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct",
@@ -183,7 +185,6 @@ def test_ingest_on_any_number_of_ranks_writes_the_same_bytes(tiny, tmp_path):
 
 
 def test_reference_of_a_map_is_brought_onto_another_grid(tiny, tmp_path):
-    from cryoiso.io.mrc import read_map
 
     out = tmp_path / "small.mrc"
     done = cryoiso("reference", tiny / "truth_map.mrc", out, "--box", 18, "--pixel-size", 8, "--lowpass", 20)
@@ -199,3 +200,20 @@ def test_diagnose_prints_and_writes_numbers(tiny, tmp_path):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers["resolution_0143_unmasked_A"] == pytest.approx(14.0, rel=0.1) and "resolution" in done.stdout
     assert cryoiso("diagnose", *words, "--symmetry", "Z").returncode == EXIT_INPUT
+
+
+def test_diagnose_as_printed_in_the_readme(tiny, tmp_path):
+    """Half-maps stand by themselves, numbers go to diagnose.json; the options of before do the same."""
+    rng = np.random.default_rng(1)
+    truth = read_map(tiny / "truth_map.mrc")
+    for name in ("half1.mrc", "half2.mrc"):
+        noise = 0.2 * truth.data.std() * rng.normal(size=truth.data.shape)
+        write_map(tmp_path / name, truth.data + noise.astype(np.float32), truth.pixel_size_A)
+    done = cryoiso("diagnose", "half1.mrc", "half2.mrc", cwd=tmp_path)
+    assert done.returncode == 0 and "all numbers: diagnose.json" in done.stdout, done.stderr
+    cryoiso("diagnose", "--half1", "half1.mrc", "--half2", "half2.mrc", "--out", "options.json", cwd=tmp_path)
+    assert (tmp_path / "diagnose.json").read_bytes() == (tmp_path / "options.json").read_bytes()
+    for words in (["half1.mrc"], ["half1.mrc", "half2.mrc", "--half2", "half2.mrc"], []):
+        done = cryoiso("diagnose", *words, "--out", "none.json", cwd=tmp_path)
+        assert done.returncode == EXIT_USAGE and "cryoiso diagnose HALF1 HALF2" in done.stderr
+    assert not (tmp_path / "none.json").exists()

@@ -264,6 +264,16 @@ def test_a_stage_done_again_is_identical(stage, finished, tmp_path, quick):
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_replay_writes_beside_the_run_by_default(copy, quick, monkeypatch, inside):
+    """As printed in the README, 'replay STAGE RUN'; also where RUN is the present folder."""
+    monkeypatch.chdir(copy if inside else copy.parent)
+    done = cryoiso_here("replay", "reconstruct", "." if inside else "copy")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((copy.parent / "copy-replay-reconstruct" / "replay.json").read_text())["identical"]
+    assert cryoiso_here("replay", "reconstruct", copy).returncode == EXIT_USAGE  # not over an earlier one
+
+
 def test_another_seed_is_told_in_poses_and_fsc(finished, tmp_path, quick, monkeypatch):
     real = QuickEngine.refine
 

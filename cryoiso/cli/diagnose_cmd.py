@@ -8,9 +8,15 @@ from typing import Annotated, Any
 import typer
 
 
+HALF1, HALF2 = "First half-map (MRC), neither masked nor filtered.", "Second half-map (MRC)."
+OUT = Path("diagnose.json")
+
+
 def diagnose(
-    half1: Annotated[Path, typer.Option("--half1", help="First half-map (MRC), neither masked nor filtered.")],
-    half2: Annotated[Path, typer.Option("--half2", help="Second half-map (MRC).")],
+    half1: Annotated[Path | None, typer.Argument(metavar="HALF1", help=HALF1)] = None,
+    half2: Annotated[Path | None, typer.Argument(metavar="HALF2", help=HALF2)] = None,
+    half1_option: Annotated[Path | None, typer.Option("--half1", help="The same as HALF1.")] = None,
+    half2_option: Annotated[Path | None, typer.Option("--half2", help="The same as HALF2.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Solvent mask (MRC); made from the maps if not given.")] = None,
     particles: Annotated[Path | None, typer.Option(help="STAR or .cs file with the poses.")] = None,
     symmetry: Annotated[str, typer.Option(help="Point group: Cn, Dn, T, O or I.")] = "C1",
@@ -22,7 +28,7 @@ def diagnose(
     phase_cosine: Annotated[
         Path | None, typer.Option("--phase-cosine", help="Also write spIsoNet's mean phase cosine (MRC); no 3DFSC.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file for all numbers and curves.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="JSON file for all numbers and curves.")] = OUT,
 ) -> None:
     """Measure half-maps and poses.
 
@@ -33,18 +39,31 @@ def diagnose(
     from cryoiso.pipeline.standalone import diagnose_files
     from cryoiso.pipeline.work import write_json
 
+    one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
     numbers = diagnose_files(
-        half1, half2, mask, particles, symmetry, truth_particles, truth_map, pixel_size_A=pixel_size, seed=seed
+        one, two, mask, particles, symmetry, truth_particles, truth_map, pixel_size_A=pixel_size, seed=seed
     )
-    if out is not None:
-        write_json(out, numbers)
-    if fsc3d is not None:
-        write_volume("fsc3d", half1, half2, mask, fsc3d, pixel_size_A=pixel_size)
-    if phase_cosine is not None:
-        write_volume("phase-cosine", half1, half2, mask, phase_cosine, pixel_size_A=pixel_size)
     typer.echo("\n".join(_lines(numbers)))
-    if out is not None:
-        typer.echo(f"all numbers: {out}")
+    write_json(out, numbers)
+    typer.echo(f"all numbers: {out}")
+    if fsc3d is not None:
+        write_volume("fsc3d", one, two, mask, fsc3d, pixel_size_A=pixel_size)
+    if phase_cosine is not None:
+        write_volume("phase-cosine", one, two, mask, phase_cosine, pixel_size_A=pixel_size)
+
+
+def _given(argument: Path | None, option: Path | None, name: str) -> Path:
+    """A half-map's file, which may stand by itself or behind its option.
+
+    Raises:
+        UsageError: it is missing, or given twice.
+    """
+    from cryoiso.core.errors import UsageError
+
+    if (argument is None) == (option is None):
+        found = "is missing" if option is None else "is given twice"
+        raise UsageError(f"{name} {found}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2")
+    return argument or option  # type: ignore[return-value]
 
 
 def _lines(d: dict[str, Any]) -> list[str]:

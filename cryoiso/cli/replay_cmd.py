@@ -11,7 +11,9 @@ import typer
 def replay(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage of the run, for example reconstruct.")],
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has finished this stage.")],
-    out: Annotated[Path, typer.Option("--out", help="A new folder for what the stage makes.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new folder for what the stage makes. Default: RUN-replay-STAGE.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Do one stage of a run again and compare.
@@ -24,6 +26,7 @@ def replay(
     Exit status: 0 identical, 1 different.
     """
     import json
+    import os
 
     from cryoiso.cli.common import leave_with
     from cryoiso.core.errors import EXIT_OTHER
@@ -32,7 +35,8 @@ def replay(
     from cryoiso.report import publish
 
     comm = get_context()
-    found = replay_stage(stage, folder, out, comm, report=publish)
+    run = Path(os.path.abspath(folder))
+    found = replay_stage(stage, folder, out or run.parent / f"{run.name}-replay-{stage}", comm, report=publish)
     if comm.rank == 0:
         lines = [found.verdict, *(f"DIFFERENT  {one.file}: {one.words}" for one in found.different)]
         typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(lines))

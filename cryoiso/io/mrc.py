@@ -23,6 +23,10 @@ from cryoiso.io.regular_file import open_regular
 
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 HEADER_BYTES = 1024
+PIXEL_SIZE_HINT = (
+    "Give it: pixel_size_A under [reference] in the job file, or on the command line --pixel-size (diagnose, correct), "
+    "--map-pixel-size (reference) or --ref-pixel-size (refine, realign, micelle, auxiliary)."
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _header_pixel_size(header: MrcHeader, path: object) -> float:
             file=path,
             expected="a voxel size in Å",
             found=" x ".join(f"{v:g}" for v in voxel),
-            hint="Give it: pixel_size_A under [reference] in the job file, or --pixel-size on the command line.",
+            hint=PIXEL_SIZE_HINT,
         )
     if max(voxel) - min(voxel) > 1e-3 * max(voxel):
         raise InputError(
