@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-
 HALF1, HALF2 = "First half-map (MRC), neither masked nor filtered.", "Second half-map (MRC)."
 OUT = Path("diagnose.json")
 
