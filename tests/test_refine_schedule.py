@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cryoiso.core.config import RefineSection
+from cryoiso.core.errors import InputError
 from cryoiso.io import checkpoint
 from cryoiso.refine.schedule import State, advance, agreement_shell, disc_of_shifts, global_grid, search_plan
 from cryoiso.refine.search import SearchPlan
@@ -131,4 +132,5 @@ def test_checkpoints_of_another_format_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     checkpoint.save(path, ARRAYS, {"iteration": 0})
     monkeypatch.undo()
-    assert checkpoint.load(path) is None
+    with pytest.raises(InputError, match="a later version wrote this file"):
+        checkpoint.load(path)

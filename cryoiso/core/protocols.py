@@ -93,7 +93,8 @@ class ReferenceCorrection(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """Its settings as plain values, for the engine's summary; ``halves_share_a_network`` among them."""
+        """Its settings as plain values, for the engine's summary; ``halves_share_a_network`` among them. Where they do
+        not decide all that it makes, it also has a method ``identity()`` with everything that does."""
         ...
 
     def __call__(self, state: HalfMaps, comm: Communicator) -> tuple[dict[int, np.ndarray], dict[str, Any]]:

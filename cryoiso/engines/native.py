@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from cryoiso import __version__
 from cryoiso.core.errors import InputError
+from cryoiso.core.identity import HINT, rows_by_uid
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
 from cryoiso.core.types import DensityMap
@@ -18,6 +20,9 @@ from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.starwrite import write_particles
+from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.context import Context
+from cryoiso.refine import schedule
 from cryoiso.refine.iterate import HALVES, Model, Refinement
 from cryoiso.refine.kept import forget
 from cryoiso.refine.schedule import State
@@ -36,8 +41,8 @@ class NativeEngine:
         timing.json, checkpoint/ and, for the correction if there is one, correction/.
 
         Raises:
-            InputError: a half-set is empty, box and pixel size of references and particles differ, or a local search
-                has no poses to stay near.
+            InputError: a half-set is empty, box and pixel size of references and particles differ, a local search
+                has no poses to stay near, or the checkpoint to resume from is of another refinement.
             Interrupted: stopped by a signal; the last iteration's checkpoint is there, and what the next one had found.
         """
         _check(request)
@@ -46,9 +51,10 @@ class NativeEngine:
             request, comm, device, request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
         )
         file = request.folder / "checkpoint" / "state.npz"
-        model = _resume(file, comm) if request.resume else None
-        if not request.resume and comm.rank == 0:
+        model = _resume(file, run) if request.resume else None
+        if not request.resume and comm.rank == 0:  # else a later resumption would find those of an earlier job
             forget(file.parent)
+            checkpoint.remove(file)
         if request.correction is not None:
             if comm.rank == 0:
                 _make_room(request.folder / "correction", model is None)
@@ -57,7 +63,7 @@ class NativeEngine:
         while not model.state.done:
             model = run.step(model)
             if comm.rank == 0:
-                _save(file, model)  # what was kept of this iteration goes when the next one looks for its own
+                _save(file, model, run)  # what was kept of this iteration goes when the next one looks for its own
                 if request.on_checkpoint:
                     request.on_checkpoint(model.history[-1])
         result = _result(request, model)
@@ -109,12 +115,14 @@ def _make_room(folder: Path, afresh: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _save(file: Path, model: Model) -> None:
+def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays = {"sigma2": model.sigma2, "rotation": model.rotation, "shift_A": model.shift_A}
+    arrays["uid"] = run.particles.uid
     arrays |= {f"reference{h}": model.references[h] for h in HALVES}
     arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
     arrays |= {f"column {name}": values for name, values in model.columns.items()}
-    checkpoint.save(file, arrays, {"state": asdict(model.state), "history": _without_times(model.history)})
+    values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
+    checkpoint.save(file, arrays, values, run.identity)
 
 
 def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,25 +130,51 @@ def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
 
 
-def _resume(file: Path, comm: Communicator) -> Model | None:
-    """The checkpointed model, read by rank 0 and given to all; None where there is none."""
-    found = comm.bcast(checkpoint.load(file) if comm.rank == 0 else None)
-    if found is None:
-        return None
-    arrays, values = found
-    state = State(**values["state"])
-    if comm.rank == 0:
-        logger.info("refinement goes on after iteration %d", state.iteration)
-    return Model(
-        state,
-        {h: arrays[f"reference{h}"] for h in HALVES},
-        arrays["sigma2"],
-        arrays["rotation"],
-        arrays["shift_A"],
-        {k.removeprefix("column "): v for k, v in arrays.items() if k.startswith("column ")},
-        {h: arrays[f"half{h}"] for h in HALVES},
-        values["history"],
-    )
+def _resume(file: Path, run: Refinement) -> Model | None:
+    """The checkpointed model, read by rank 0 and given to all; None where there is none (collective)."""
+    identity = run.identity
+
+    def read() -> Model | None:
+        found = checkpoint.load_same(file, identity, "refinement")
+        return None if found is None else _restored(file, *found, run)
+
+    model = on_root(cast(Context, run.comm), read)
+    if model is not None and run.comm.rank == 0:
+        logger.info("refinement goes on after iteration %d", model.state.iteration)
+    return model
+
+
+def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any], run: Refinement) -> Model:
+    """The model of a checkpoint, its rows in the order of the particles as they are given now.
+
+    Raises:
+        InputError: of another version, or its last iteration cannot be gone on from.
+    """
+    if values.get("cryoiso") != __version__:
+        logger.warning("%s was written by cryoiso %s, this is %s", file, values.get("cryoiso"), __version__)
+    try:
+        rows = rows_by_uid(arrays["uid"], run.particles.uid)
+        state = State(**values["state"])
+        model = Model(
+            replace(state, done=schedule.is_done(state.stalled, state.iteration, run.settings)),
+            {h: arrays[f"reference{h}"] for h in HALVES},
+            arrays["sigma2"],
+            arrays["rotation"][rows],
+            arrays["shift_A"][rows],
+            {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")},
+            {h: arrays[f"half{h}"] for h in HALVES},
+            values["history"],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint is of another version ({error})", file=file, hint=HINT) from None
+    if not np.array_equal(rows, np.arange(len(rows))):
+        logger.info("the rows of the particle file are in another order than those of %s; matched by uid", file)
+    if state.done and not model.state.done and run.request.correction is not None:
+        raise InputError(
+            "the checkpoint is of a refinement that had reached max_iterations: its last references were not corrected",
+            file=file, expected=f"max_iterations = {state.iteration}", found=run.settings.max_iterations, hint=HINT,
+        )  # fmt: skip
+    return model
 
 
 def _result(request: RefineRequest, model: Model) -> RefineResult:

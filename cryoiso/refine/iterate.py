@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from cryoiso import __version__
 from cryoiso.core.errors import Interrupted
+from cryoiso.core.identity import Identity, digest_of, plain
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
@@ -23,7 +25,8 @@ from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references, schedule
 from cryoiso.refine.batches import Batch, BatchReader
-from cryoiso.refine.kept import KeptSearches, identity_of
+from cryoiso.refine.identity import of_request
+from cryoiso.refine.kept import KeptSearches
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import State
@@ -78,6 +81,12 @@ class Refinement:
             limit = min(limit, int(self.box * self.pixel / self.settings.max_resolution_A))
         self.limit = limit
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the refinement is of, the same on every rank (collective at the first call)."""
+        made = of_request(self.request, self.diameter) if self.comm.rank == 0 else None
+        return dict(self.comm.bcast(made))
 
     def owned(self, half: int) -> tuple[list[np.ndarray], int]:
         """This rank's batches of a half, and the largest number that any rank has."""
@@ -141,9 +150,9 @@ class Refinement:
             return KeptSearches(None)
         grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
         rest = replace(plan, rotations=torch.empty(0), shifts_px=torch.empty(0))
-        identity = identity_of(
+        identity = digest_of(
             __version__, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
-            self.particles.uid, self.settings.padding, self.centre_px,
+            self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
         )  # fmt: skip
         kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
         if len(kept) and self.comm.rank == 0:

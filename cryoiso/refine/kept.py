@@ -7,7 +7,6 @@ is cheap beside the search.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import time
 from contextlib import suppress
@@ -100,17 +99,6 @@ def forget(folder: Path) -> None:
     for path in folder.glob(PATTERN):
         with suppress(OSError):
             path.unlink()
-
-
-def identity_of(*parts: object) -> str:
-    """Hash of arrays (by type, shape and bytes) and other values (by their text)."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        array = part if isinstance(part, np.ndarray) else None
-        digest.update((repr(part) if array is None else f"{array.dtype}{array.shape}").encode() + b"\0")
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _of_iteration(path: Path, identity: str) -> list[Frame]:

@@ -148,5 +148,10 @@ def advance(
         best_shell=max(shell, state.best_shell),
         stalled=stalled,
         last_change_deg=change_deg,
-        done=stalled >= 1 or iteration >= settings.max_iterations,
+        done=is_done(stalled, iteration, settings),
     )
+
+
+def is_done(stalled: int, iteration: int, settings: RefineSection) -> bool:
+    """Whether no iteration is to follow."""
+    return stalled >= 1 or iteration >= settings.max_iterations

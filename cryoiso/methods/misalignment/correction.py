@@ -51,6 +51,10 @@ class MapCorrection:
         shared = bool(self.realign.correct and self.realign.mode == "paired")
         return {**self.realign.model_dump(), "halves_share_a_network": shared}
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what it makes of an iteration's maps."""
+        return {"realign": self.realign.model_dump(), "correct": self.correct.model_dump(), "seed": self.seed}
+
     def why_not(self, state: HalfMaps) -> str:
         """Why it leaves the references of this iteration alone; empty if it does not."""
         r = self.realign

@@ -1,0 +1,45 @@
+"""What decides the course of a refinement: see ``core.identity``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cryoiso.core.identity import MARK, Identity, digest_of, of_images, of_map, of_particles
+from cryoiso.core.protocols import RefineRequest
+
+ONLY_WHEN = ("max_iterations",)
+"""Settings that say when a refinement ends; it may go on with others."""
+
+
+def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: bool = False) -> Identity:
+    """Everything that decides what an engine finds, but for the number of iterations.
+
+    Args:
+        diameter_A: as the engine takes it.
+        ordered: whether the order of the rows matters to the engine.
+    """
+    settings = {k: v for k, v in request.settings.model_dump().items() if k not in ONLY_WHEN and k != "local_deg"}
+    source, halves = request.source, request.half_references
+    correction: Any = request.correction
+    return {
+        "particles": of_particles(source.particles, poses=request.local_deg is not None, ordered=ordered),
+        "images": _volumes(source) if getattr(source, "dimensions", 2) == 3 else of_images(source),
+        "box_px": source.box_px,
+        "symmetry": request.symmetry,
+        "reference": of_map(request.reference),
+        "half references": "none" if halves is None else {str(half): of_map(one) for half, one in halves.items()},
+        "mask": of_map(request.mask),
+        "lowpass_A": request.lowpass_A,
+        "diameter_A": diameter_A,
+        "local_deg": request.local_deg,
+        "seed": request.seed,
+        "settings": settings,
+        "correction": "none" if correction is None else getattr(correction, "identity", correction.facts)(),
+    }
+
+
+def _volumes(source: Any) -> str:
+    """Subtomograms are read by the engine's program alone: their names and columns stand for them."""
+    table = source.particles.table
+    order = source.particles.uid.argsort(kind="stable")
+    return MARK + digest_of(*(f"{name} {table[name].iloc[order].tolist()}" for name in sorted(table.columns)))
