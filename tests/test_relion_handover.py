@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
+import resource
+import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -13,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from cryoiso.core.errors import InputError
-from cryoiso.parallel import handover
+from cryoiso.parallel import handover, private_socket
 from cryoiso.parallel.handover import Address, Desk, HandoverError, ask
+from cryoiso.parallel.private_socket import listen
 
 
 @pytest.fixture
@@ -154,6 +159,131 @@ def test_silent_and_noisy_strangers_do_not_hold_up_the_desk(desk, tmp_path):
     thread.join(10)
     assert found["result"] == "done 7"
     silent.close(), noisy.close()
+
+
+STRANGERS = """
+import os, socket, sys, time
+if sys.argv[3] != "0":
+    os.setuid(int(sys.argv[3]))
+lines = []
+for _ in range(int(sys.argv[2])):
+    line = socket.socket(socket.AF_UNIX if sys.argv[1].startswith("/") else socket.AF_INET)
+    line.settimeout(2)
+    try:
+        line.connect(sys.argv[1] if sys.argv[1].startswith("/") else ("127.0.0.1", int(sys.argv[1])))
+    except OSError as error:
+        print(type(error).__name__, flush=True)
+    lines.append(line)
+print("there", flush=True)
+try:
+    print(lines[0].recv(16), flush=True)
+except OSError as error:
+    print(type(error).__name__, flush=True)
+time.sleep(60)
+"""
+
+
+def strangers(where, count, user=0):
+    words = [sys.executable, "-c", STRANGERS, str(where), str(count), str(user)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("way", ["local", "network"])
+def test_a_crowd_of_strangers_neither_ends_the_run_nor_takes_its_file_descriptors(desk, tmp_path, way):
+    address = Address.read(tmp_path / "callback.json")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    crowd = strangers(address.local if way == "local" else address.port, 400)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 24, hard))  # fewer than the desk would like to keep
+    try:
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            assert desk.look() == []
+            assert len(desk._callers) <= handover.MOST_CALLERS
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 3}, limit_s=20.0)
+        serve(desk, 1, limit_s=20.0)
+        thread.join(20)
+        assert found["result"] == "done 3"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        crowd.kill(), crowd.wait()
+
+
+def test_a_caller_that_lost_its_place_goes_by_the_files(desk, tmp_path, monkeypatch):
+    monkeypatch.setattr(handover, "MOST_CALLERS", 1)
+    address = Address.read(tmp_path / "callback.json")
+    monkeypatch.setattr(desk, "_doors", [DropsAll(door) for door in desk._doors])
+    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 5}, limit_s=20.0)
+    serve(desk, 1, limit_s=20.0)
+    thread.join(20)
+    assert found["result"] == "done 5" and address.local
+
+
+class DropsAll:
+    """A listening socket whose connections are closed at once, as those of callers that lose their place."""
+
+    def __init__(self, door):
+        self._door, self.family = door, door.family
+
+    def accept(self):
+        connection, peer = self._door.accept()
+        connection.close()
+        return connection, peer
+
+    def close(self):
+        self._door.close()
+
+
+def test_the_deadline_is_for_the_whole_task(desk, tmp_path, monkeypatch):
+    monkeypatch.setattr(handover, "_HELLO_S", 0.4)
+    trickle = handover._connect(Address.read(tmp_path / "callback.json"), 2.0)
+    began = time.monotonic()
+    with trickle, pytest.raises(OSError):
+        while time.monotonic() < began + 10:
+            trickle.send(b"x")
+            desk.look()
+            time.sleep(0.02)
+    assert time.monotonic() < began + 5 and not desk._callers
+
+
+def test_the_local_socket_is_for_its_owner_alone(desk, tmp_path):
+    local = Path(Address.read(tmp_path / "callback.json").local)
+    assert os.stat(local.parent).st_mode & 0o777 == 0o700 and stat.S_ISSOCK(os.stat(local).st_mode)
+    if os.getuid() != 0:
+        pytest.skip("LOUD: another user's connection needs root")
+    crowd = strangers(local, 1, user=65534)
+    assert crowd.stdout.readline() == "PermissionError\n"
+    crowd.kill(), crowd.wait()
+    os.chmod(local.parent, 0o755), os.chmod(local, 0o777)  # even where the folder lets them in
+    crowd = strangers(local, 1, user=65534)
+    assert crowd.stdout.readline() == "there\n"
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        assert desk.look() == [] and not desk._callers
+        time.sleep(0.05)
+    assert crowd.stdout.readline() in ("b''\n", "ConnectionResetError\n")
+    crowd.kill(), crowd.wait()
+
+
+def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_stay(desk, tmp_path, monkeypatch):
+    living = Path(Address.read(tmp_path / "callback.json").local).parent
+    dead = private_socket.private_folder("desk")
+    listen(socket.AF_UNIX, str(dead / "socket")).close()
+    other = private_socket.private_folder("desk")
+    assert living.exists() and not dead.exists()
+    other.rmdir()
+    desk.close()
+    assert not living.exists()
+    monkeypatch.setattr(private_socket.tempfile, "gettempdir", lambda: "/" + "long" * 40)
+    assert private_socket.private_folder("desk").parent == Path("/tmp")
+
+
+def test_doctest_of_private_socket():
+    failed, tried = doctest.testmod(private_socket)
+    assert tried and not failed
 
 
 def test_the_secret_is_for_its_owner_alone(desk, tmp_path):

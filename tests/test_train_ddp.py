@@ -104,7 +104,7 @@ def test_halves_share_the_ranks(size):
 def test_a_host_finds_its_own_addresses_and_interfaces():
     assert route.interfaces().get("127.0.0.1") == "lo"
     assert route.candidates(True)[0] == "127.0.0.1" and route.candidates(False)[-1] == "127.0.0.1"
-    with route.Beacon(8) as beacon:
+    with route.Beacon(8, route.candidates(False)) as beacon:
         offers = ["127.0.0.1", "192.0.2.1"]  # the second is reserved for documentation: nobody answers
         assert route.reachable(offers, beacon.port, limit_s=0.2) == {"127.0.0.1": "lo"}
     with socket.socket() as closed:

@@ -1,4 +1,4 @@
-"""Data-parallel training: the only home of torch.distributed. Its rendezvous comes from MPI.
+"""Data-parallel training: the only home of torch.distributed. Its rendezvous is carried by MPI.
 
 Every group of ranks is a torch.distributed world of its own, so that two generators can be trained side by side. One
 rank alone needs none of it.
@@ -6,8 +6,9 @@ rank alone needs none of it.
 
 from __future__ import annotations
 
+import io
+import json
 import os
-import pickle
 import socket
 import threading
 import warnings
@@ -18,6 +19,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
 from cryoiso.parallel import route
 from cryoiso.parallel.pairs import sum_in_pairs
+from cryoiso.parallel.rendezvous_store import group_store
 
 TIMEOUT_S = 900.0
 """A rank that waits longer than this for the others of its group fails."""
@@ -83,8 +86,9 @@ class TrainingGroup:
     def spread(self, module: nn.Module) -> nn.Module:
         """The same module, with parameters and buffers of the first rank for all; no gradients. Collective."""
         if self.size > 1:
-            state = {name: value.cpu() for name, value in module.state_dict().items()} if self.is_first else None
-            module.load_state_dict(self.share(state))
+            state = {name: value.cpu().numpy() for name, value in module.state_dict().items()}
+            shared = self.share_arrays(state if self.is_first else {})
+            module.load_state_dict({name: torch.from_numpy(value) for name, value in shared.items()})
         return module
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
@@ -120,18 +124,32 @@ class TrainingGroup:
         return self.all_sum(values) / self.size
 
     def share(self, value: Any) -> Any:
-        """The first rank's value on every rank (anything that can be pickled). Collective."""
+        """The first rank's value on every rank: None, numbers, text, lists and dicts of them. Collective."""
         if self.size == 1:
             return value
+        return json.loads(self._broadcast(json.dumps(value).encode() if self.is_first else b""))
+
+    def share_arrays(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The first rank's arrays on every rank; those of the others are not looked at. Collective."""
+        if self.size == 1:
+            return arrays
+        packed = io.BytesIO()
+        if self.is_first:
+            np.savez(packed, allow_pickle=False, **arrays)
+        with np.load(io.BytesIO(self._broadcast(packed.getvalue())), allow_pickle=False) as shared:
+            return {name: shared[name] for name in shared.files}
+
+    def _broadcast(self, message: bytes) -> bytes:
+        """The first rank's bytes on every rank. What arrives is data: nothing of it is ever run."""
         import torch.distributed as dist
 
-        data = torch.frombuffer(bytearray(pickle.dumps(value) if self.is_first else b" "), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(message or b" "), dtype=torch.uint8)
         length = torch.tensor([len(data)])
         self.finish(dist.broadcast(length, 0, async_op=True))
         if not self.is_first:
             data = torch.empty(int(length), dtype=torch.uint8)
         self.finish(dist.broadcast(data, 0, async_op=True))
-        return pickle.loads(data.numpy().tobytes())
+        return data.numpy().tobytes()
 
     def finish(self, work: Any) -> None:
         """Waits for a collective call that was begun with ``async_op=True``."""
@@ -188,16 +206,16 @@ def training_group(
     everybody = comm.allgather((members, socket.gethostname(), _gpu(device)))
     _check(everybody)
     index = members.index(comm.rank) if comm.rank in members else -1
-    leader = index == 0 and len(members) > 1
+    if comm.size == 1:
+        return TrainingGroup(members, index, device)
     hosts = {everybody[rank][1] for rank in members}
     address, interface = _find_route(comm, members, index, len(hosts) == 1)
-    store = _open_store(address, 0, True, timeout_s) if leader else None
-    ports = comm.allgather(store.port if store is not None else 0)
-    if len(members) == 1 or index < 0:
+    store = group_store(comm.comm, members, index, min(timeout_s, 300.0))  # type: ignore[attr-defined]
+    if store is None:
         return TrainingGroup(members, index, device)
-    store = store or _open_store(address, ports[members[0]], False, timeout_s)
     backend = _backend(device, [everybody[rank][1:] for rank in members])
     _join(store, backend, index, len(members), device, interface, timeout_s)
+    store.settle()
     logger.debug("training group %s: %s over %s (%s)", members, backend, address, interface or "default interface")
     return TrainingGroup(members, index, device, backend, store)
 
@@ -229,8 +247,11 @@ def _backend(device: str, places: list[tuple[str, str]]) -> str:
 def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_host: bool) -> tuple[str, str]:
     """Address of the group's first rank that every member reaches, and this rank's interface to it (collective)."""
     needed = len(members) > 1
-    beacon = route.Beacon(64 + 8 * len(members)) if needed and index == 0 else None
-    offers = comm.allgather((route.candidates(one_host), beacon.port) if beacon is not None else None)
+    addresses = route.candidates(one_host)
+    if addresses[0] == route.LOOPBACK:
+        addresses = addresses[:1]  # nothing of the group need be seen from outside
+    beacon = route.Beacon(64 + 8 * len(members), addresses) if needed and index == 0 else None
+    offers = comm.allgather((addresses, beacon.port) if beacon is not None else None)
     offer = offers[members[0]] if needed and index >= 0 else None
     mine = route.reachable(*offer) if offer is not None else {}
     answers = comm.allgather((members if needed and index >= 0 else (), sorted(mine)))
@@ -248,13 +269,6 @@ def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_ho
         if group == members:
             return common[0], mine.get(common[0], "")
     return "", ""
-
-
-def _open_store(address: str, port: int, master: bool, timeout_s: float) -> Any:
-    from torch.distributed import TCPStore
-
-    limit = timedelta(seconds=min(timeout_s, 300.0))
-    return TCPStore(address, port, is_master=master, wait_for_workers=False, timeout=limit)
 
 
 def _join(store: Any, backend: str, index: int, size: int, device: str, interface: str, timeout_s: float) -> None:

@@ -1,9 +1,11 @@
 """How a small process that somebody else's program started hands its task to the ranks that wait, and gets the answer.
 
-Rank 0 keeps a ``Desk``; whoever has a task ``ask``s. On the same host they talk over a local socket, else over TCP, and
-where no connection comes about (networks between nodes may be closed) through files in the run folder. Everything said
-is signed with a secret that lies in a file that only the user can read, over a number that the other side has just
-drawn: nobody else can hand in a task or an answer, and nothing said before can be used again.
+Rank 0 keeps a ``Desk``; whoever has a task ``ask``s. On the same host they talk over a local socket in a folder that
+only the user can enter, else over TCP, and where no connection comes about or lasts (networks between nodes may be
+closed) through files in the run folder. Everything said is signed with a secret that lies in a file that only the user
+can read, over a number that the other side has just drawn: nobody else can hand in a task or an answer, and nothing
+said before can be used again. Callers that have not shown the secret are few, have a deadline, and lose their place to
+others first: they can neither use up the file descriptors nor end the run.
 
 This module is imported by a process that must answer fast while MPI ranks wait for it: standard library only.
 """
@@ -25,10 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.parallel.private_socket import SOCKET, accept_all, listen, private_folder, surplus
 
 _NONCE, _MAC, _LONGEST = 16, 32, 1 << 20
+_ACCEPTED = b"\x06"
+"""What the desk says when it has a signed task: from now on a broken connection means that the ranks are gone."""
 _HELLO_S = 20.0
-"""Time that a caller has for its task; nobody holds up the desk."""
+"""Time that a caller has for its whole task; nobody holds up the desk."""
+MOST_CALLERS = 32
+"""Callers that may be connected without having shown the secret."""
 _LOOK_S = 0.05
 
 
@@ -42,7 +49,7 @@ class Address:
 
     host: str
     local: str
-    """name of the local socket, in Linux' abstract namespace: it leaves nothing behind, whatever happens"""
+    """path of the local socket, in a folder of mode 700; empty if there is none"""
     port: int
     numbers: tuple[str, ...]
     """IPv4 addresses of the host, the likeliest first"""
@@ -92,43 +99,54 @@ class Call:
         return False
 
 
-class _Connection(Call):
-    """A caller on a socket: says hello, is told a number, hands in its task, waits."""
+class _NotAccepted(Exception):
+    """The connection ended before the desk had the task: another way may lead there."""
 
-    def __init__(self, connection: socket.socket, secret: bytes) -> None:
+
+class _Connection(Call):
+    """A caller on a socket: is told a number, hands in its task, waits."""
+
+    def __init__(self, connection: socket.socket, source: str, secret: bytes) -> None:
         super().__init__({})
-        self._socket, self._secret = connection, secret
+        self._socket, self.source, self._secret = connection, source, secret
         self._nonce = secrets.token_bytes(_NONCE)
         self._theirs = b""
         self._buffer = b""
-        self.until = time.monotonic() + _HELLO_S
+        self._until = time.monotonic() + _HELLO_S
         self.known = False
         connection.setblocking(False)
-        connection.send(self._nonce)
+        with suppress(OSError):  # one that has left already is found by ``advance``
+            connection.send(self._nonce)
 
     def advance(self) -> bool:
         """Reads what has come; False: nothing more will come of this caller."""
-        try:
-            new = self._socket.recv(65536)
-        except BlockingIOError:
-            return self.known or time.monotonic() < self.until
-        except OSError:
-            return False
-        if not new:
-            return False
-        self._buffer += new
-        if self.known or len(self._buffer) > _LONGEST:
-            return False  # one task a caller
-        if len(self._buffer) < _NONCE + _MAC + 4:
+        while True:
+            try:
+                new = self._socket.recv(65536)
+            except BlockingIOError:
+                return self.known or time.monotonic() < self._until
+            except OSError:
+                return False
+            if not new or self.known:
+                return False  # one task per caller
+            self._buffer += new
+            if len(self._buffer) > _LONGEST or not self._read_task():
+                return False
+
+    def _read_task(self) -> bool:
+        """Takes the task from the buffer if it is whole; False: it is not signed with the secret, or too long."""
+        head = _NONCE + _MAC + 4
+        if len(self._buffer) < head:
             return True
-        length = int.from_bytes(self._buffer[_NONCE + _MAC : _NONCE + _MAC + 4], "big")
-        if len(self._buffer) < _NONCE + _MAC + 4 + length:
-            return length <= _LONGEST
-        self._theirs, mac = self._buffer[:_NONCE], self._buffer[_NONCE : _NONCE + _MAC]
-        body = self._buffer[_NONCE + _MAC + 4 :]
+        length = int.from_bytes(self._buffer[_NONCE + _MAC : head], "big")
+        if len(self._buffer) < head + length:
+            return head + length <= _LONGEST
+        self._theirs, mac, body = self._buffer[:_NONCE], self._buffer[_NONCE : _NONCE + _MAC], self._buffer[head:]
         if not hmac.compare_digest(mac, _sign(self._secret, b"task", self._nonce, self._theirs, body)):
             return False
         self.task, self.known = json.loads(body), True
+        with suppress(OSError):
+            self._socket.send(_ACCEPTED)
         return True
 
     def answer(self, ok: bool, message: str = "") -> None:
@@ -200,11 +218,15 @@ class Desk:
         self._drop = file.with_name(file.name + ".drop")
         shutil.rmtree(self._drop, ignore_errors=True)
         self._drop.mkdir(mode=0o700)
-        local = f"cryoiso-{secrets.token_hex(8)}"
-        self._doors = [self._listen(socket.AF_UNIX, f"\0{local}")]
+        self._doors: list[socket.socket] = []
+        self._room = private_folder("desk")
+        local = ""
+        if self._room is not None:
+            local = str(self._room / SOCKET)
+            self._doors.append(listen(socket.AF_UNIX, local))
         port = 0
         if numbers:
-            self._doors.append(self._listen(socket.AF_INET, ("", 0)))
+            self._doors.append(listen(socket.AF_INET, ("", 0)))
             port = int(self._doors[-1].getsockname()[1])
         self._callers: list[_Connection] = []
         self._waiting: list[_Connection] = []
@@ -213,20 +235,11 @@ class Desk:
         address = Address(self._host, local, port, tuple(numbers), self._secret.hex(), str(self._drop.absolute()))
         address.write(file)
 
-    @staticmethod
-    def _listen(family: int, where: Any) -> socket.socket:
-        door = socket.socket(family, socket.SOCK_STREAM)
-        door.bind(where)
-        door.listen(64)
-        door.setblocking(False)
-        return door
-
     def look(self) -> list[Call]:
         """The tasks that came since the last look."""
         for door in self._doors:
-            with suppress(BlockingIOError, OSError):
-                while True:
-                    self._callers.append(_Connection(door.accept()[0], self._secret))
+            for connection, source in accept_all(door, MOST_CALLERS):
+                self._callers.append(_Connection(connection, source, self._secret))
         found: list[Call] = []
         for caller in list(self._callers):
             if not caller.advance():
@@ -236,6 +249,8 @@ class Desk:
                 found.append(caller)
                 self._callers.remove(caller)
                 self._waiting.append(caller)
+        for index in sorted(surplus([caller.source for caller in self._callers], MOST_CALLERS), reverse=True):
+            self._callers.pop(index).close()
         return found + self._letters()
 
     def _letters(self) -> list[Call]:
@@ -258,6 +273,8 @@ class Desk:
             door.close()
         self._callers, self._waiting = [], []
         shutil.rmtree(self._drop, ignore_errors=True)
+        if self._room is not None:
+            shutil.rmtree(self._room, ignore_errors=True)
 
 
 def ask(file: Path, task: dict[str, Any], *, limit_s: float | None = None, connect_s: float = 5.0) -> str:
@@ -279,12 +296,12 @@ def ask(file: Path, task: dict[str, Any], *, limit_s: float | None = None, conne
     address = Address.read(file)
     secret, body = bytes.fromhex(address.secret), json.dumps(task).encode()
     until = None if limit_s is None else time.monotonic() + limit_s
-    connection = _connect(address, connect_s)
-    if connection is None:
-        answer = _by_letter(file, address, secret, body, until)
-    else:
-        with connection:
+    answer, connection = None, _connect(address, connect_s)
+    if connection is not None:
+        with connection, suppress(_NotAccepted):
             answer = _by_wire(connection, secret, body, until)
+    if answer is None:
+        answer = _by_letter(file, address, secret, body, until)
     found = json.loads(answer)
     if not found["ok"]:
         raise HandoverError(found["message"])
@@ -293,11 +310,11 @@ def ask(file: Path, task: dict[str, Any], *, limit_s: float | None = None, conne
 
 def _connect(address: Address, connect_s: float) -> socket.socket | None:
     """A connection to the desk, or None where there is no way."""
-    if address.host == socket.gethostname():
+    if address.local and address.host == socket.gethostname():
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(connect_s)
         with suppress(OSError):
-            connection.connect(f"\0{address.local}")
+            connection.connect(address.local)
             return connection
         connection.close()
     for number in address.numbers if address.port else ():
@@ -327,18 +344,27 @@ def _notice_dead_hosts(connection: socket.socket) -> None:
 
 
 def _by_wire(connection: socket.socket, secret: bytes, body: bytes, until: float | None) -> bytes:
-    mine = secrets.token_bytes(_NONCE)
+    """The answer to a task over a connection.
+
+    Raises:
+        _NotAccepted: it ended before the desk had the task.
+        HandoverError: it ended afterwards, or the time is over.
+    """
+    mine, accepted = secrets.token_bytes(_NONCE), False
     try:
         connection.settimeout(_HELLO_S)
         theirs = _receive(connection, _NONCE)
         connection.sendall(mine + _framed(body, secret, b"task", theirs, mine))
         connection.settimeout(None if until is None else max(until - time.monotonic(), 1e-3))
+        accepted = _receive(connection, 1) == _ACCEPTED
         head = _receive(connection, _MAC + 4)
         rest = _receive(connection, min(int.from_bytes(head[_MAC:], "big"), _LONGEST))
         return _opened(head + rest, secret, b"answer", theirs, mine)
-    except TimeoutError:
-        raise HandoverError("no answer from the ranks in time") from None
     except OSError as error:
+        if isinstance(error, TimeoutError) and until is not None and time.monotonic() >= until:
+            raise HandoverError("no answer from the ranks in time") from None
+        if not accepted:
+            raise _NotAccepted from None
         raise HandoverError(f"the connection to the ranks broke: {error}") from None
 
 
@@ -347,7 +373,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     while len(found) < count:
         new = connection.recv(count - len(found))
         if not new:
-            raise HandoverError("the ranks are gone, or did not accept the secret")
+            raise ConnectionResetError("the ranks are gone")
         found += new
     return found
 

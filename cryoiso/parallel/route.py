@@ -50,11 +50,14 @@ def candidates(one_host: bool) -> list[str]:
 
 
 class Beacon:
-    """A port of this host, on all its addresses, that others may connect to and nothing more."""
+    """A port of this host that others may connect to and nothing more: it reads nothing and says nothing.
 
-    def __init__(self, backlog: int) -> None:
+    It listens on the one address on offer, or on all where several are still to be tried.
+    """
+
+    def __init__(self, backlog: int, addresses: Sequence[str]) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._socket.bind(("", 0))
+        self._socket.bind((addresses[0] if len(addresses) == 1 else "", 0))
         self._socket.listen(backlog)  # the kernel completes connections by itself
         self.port = int(self._socket.getsockname()[1])
 

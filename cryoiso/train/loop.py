@@ -183,10 +183,11 @@ class _Run:
 
     def _load(self) -> dict[str, np.ndarray] | None:
         found = states.load(self.folder / CHECKPOINT, self.configuration) if self.group.is_first else None
-        found = self.group.share(found)
-        if found is None:
+        progress = self.group.share(None if found is None else asdict(found[1]))
+        if progress is None:
             return None
-        arrays, self.progress = found
+        arrays = self.group.share_arrays({} if found is None else found[0])
+        self.progress = states.Progress(**progress)
         self.timer.resume(self.progress)
         if self.group.is_first:
             logger.info("training goes on after step %d of attempt %d", self.progress.step, self.progress.attempt + 1)
