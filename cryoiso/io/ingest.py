@@ -40,7 +40,7 @@ from cryoiso.io.shards import (
     write_index,
     write_shard_file,
 )
-from cryoiso.io.stack import StackReader
+from cryoiso.io.stack import StackReader, number_of_file
 
 logger = logging.getLogger("cryoiso")
 
@@ -79,19 +79,27 @@ def check_stacks(particles: Particles, file: object = None) -> tuple[OpticsGroup
     groups = list(particles.groups)
     with StackReader() as reader:
         for rows in by_stack(particles.stack):
-            index = particles.index[rows]
-            header = reader.check(str(particles.stack[rows[0]]), index, file, rows)
-            values, counts = np.unique(index, return_counts=True)
-            if counts.max() > 1:
-                twice = rows[index == values[counts.argmax()]]
-                raise InputError(
-                    f"the same image stands in two rows: {twice[0] + 1} and {twice[1] + 1}",
-                    file=file,
-                    row=int(twice[1]) + 1,
-                )
+            header = reader.check(str(particles.stack[rows[0]]), particles.index[rows], file, rows)
             for number in np.unique(particles.optics[rows]):
                 groups[number] = _check_box(groups[number], header.shape, particles, rows, number, file)
+    _refuse_doubles(particles, file)
     return tuple(groups)
+
+
+def _refuse_doubles(particles: Particles, file: object) -> None:
+    """No image twice, whatever its stack is called: a link, another spelling of the path or another mount."""
+    for rows in by_stack(number_of_file(particles.stack)):
+        index = particles.index[rows]
+        values, counts = np.unique(index, return_counts=True)
+        if counts.max() > 1:
+            first, second = rows[index == values[counts.argmax()]][:2].tolist()
+            names = [str(particles.stack[row]) for row in (first, second)]
+            raise InputError(
+                f"the same image stands in two rows: {first + 1} and {second + 1}"
+                + (f"; {names[0]} and {names[1]} are one file" if names[0] != names[1] else ""),
+                file=file,
+                row=second + 1,
+            )
 
 
 def _check_box(

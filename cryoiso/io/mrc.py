@@ -5,148 +5,105 @@ Maps come in as (z, y, x) whatever the axis order of the file. Reading images ou
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from cryoiso import __version__
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import atomic_write
+from cryoiso.io.mrcheader import (
+    HEADER_BYTES,
+    MODES,
+    SAMPLE_BYTES,
+    MrcHeader,
+    parse_header,
+    read_header,
+    with_byte_type,
+)
+from cryoiso.io.packed import packing_of, read_exactly, unpacking
+from cryoiso.io.ranges import PIXEL_SIZE, check_range
 from cryoiso.io.regular_file import open_regular
 
-MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
-HEADER_BYTES = 1024
+__all__ = ["MrcHeader", "build_header", "copy_labelled", "parse_header", "read_header", "read_map", "read_raw_map",
+           "write_map", "write_stack"]  # fmt: skip
+
 PIXEL_SIZE_HINT = (
     "Give it: pixel_size_A under [reference] in the job file, or on the command line --pixel-size (diagnose, correct), "
     "--map-pixel-size (reference) or --ref-pixel-size (refine, realign, micelle, auxiliary)."
 )
 
+MAX_MAP_PX = 2048
+"""Voxels along a side of the largest map that is read (34 GB)."""
+UNPACKED_LIMIT = 4 << 30
+"""Bytes of the largest map that is unpacked into memory."""
 
-@dataclass(frozen=True)
-class MrcHeader:
-    """What a file's header says, with spatial quantities in the order x, y, z."""
-
-    shape: tuple[int, int, int]
-    """(sections, rows, columns) as stored."""
-    dtype: np.dtype
-    offset: int
-    voxel_A: tuple[float, float, float]
-    origin_A: tuple[float, float, float]
-    """Position of the first voxel: the ORIGIN record, else start index times voxel size."""
-    axes: tuple[int, int, int]
-    """Spatial axis (0 = x, 1 = y, 2 = z) of sections, rows and columns."""
-
-    @property
-    def image_bytes(self) -> int:
-        return self.shape[1] * self.shape[2] * self.dtype.itemsize
-
-
-def parse_header(raw: bytes, path: object = None) -> MrcHeader:
-    """Reads the 1024 bytes of an MRC header of either byte order, with old or missing machine stamps.
-
-    Raises:
-        InputError: not an MRC file, or a data mode that is no real density.
-    """
-    from mrcfile.dtypes import HEADER_DTYPE
-
-    order: Any
-    for order in "<>":
-        h = np.frombuffer(raw[:HEADER_BYTES], HEADER_DTYPE.newbyteorder(order))[0] if len(raw) >= HEADER_BYTES else None
-        if h is not None and 0 <= int(h["mode"]) <= 101 and all(0 < int(h[k]) < 2**24 for k in ("nx", "ny", "nz")):
-            break
-    else:
-        raise InputError("not an MRC file", file=path, expected="an MRC header of 1024 bytes with sizes and a mode")
-    mode = int(h["mode"])
-    if mode not in MODES:
-        raise InputError(
-            "cannot use this kind of MRC data", file=path, expected=f"mode {sorted(MODES)}", found=f"mode {mode}"
-        )
-    axes = [int(h[k]) - 1 for k in ("maps", "mapr", "mapc")]
-    if sorted(axes) != [0, 1, 2]:
-        axes = [2, 1, 0]
-    cell = [float(h["cella"][k]) for k in "xyz"]
-    samples = [int(h[k]) for k in ("mx", "my", "mz")]
-    voxel = [c / m if m > 0 else 0.0 for c, m in zip(cell, samples)]
-    starts = dict(zip(axes, (int(h[k]) for k in ("nzstart", "nystart", "nxstart"))))
-    origin = [float(h["origin"][k]) for k in "xyz"]
-    if not any(origin) or not all(map(math.isfinite, origin)):
-        origin = [starts[i] * voxel[i] for i in range(3)]
-    extra = max(int(h["nsymbt"]), 0)
-    return MrcHeader(
-        shape=(int(h["nz"]), int(h["ny"]), int(h["nx"])),
-        dtype=np.dtype(MODES[mode]).newbyteorder(order),
-        offset=HEADER_BYTES + extra,
-        voxel_A=(voxel[0], voxel[1], voxel[2]),
-        origin_A=(origin[0], origin[1], origin[2]),
-        axes=(axes[0], axes[1], axes[2]),
-    )
-
-
-def read_header(path: object) -> MrcHeader:
-    """The header of an MRC file.
-
-    Raises:
-        InputError: missing, not MRC, or shorter than its header says.
-    """
-    try:
-        with open_regular(path) as stream:
-            header = parse_header(stream.read(HEADER_BYTES), path)
-            size = os.fstat(stream.fileno()).st_size
-    except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", file=path) from None
-    expected = header.offset + header.image_bytes * header.shape[0]
-    if size < expected:
-        raise InputError(
-            "the file is truncated",
-            file=path,
-            expected=f"{expected} bytes for {header.shape[0]} sections",
-            found=f"{size} bytes, {max(size - header.offset, 0) // header.image_bytes} whole sections",
-            hint="Copy it again.",
-        )
-    return header
+logger = logging.getLogger("cryoiso")
 
 
 def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
     """A map of any shape, memory-mapped, with axes brought to (z, y, x) and the number type of the file.
 
     Returns:
-        array (nz, ny, nx), read-only, and the header. Files ending in .gz or .bz2 are unpacked into memory.
+        array (nz, ny, nx), read-only, and the header. Files packed with gzip or bzip2 are unpacked into memory.
+
+    Raises:
+        InputError: as ``read_header``; packed and damaged, or larger than ``UNPACKED_LIMIT``.
     """
-    if str(path).endswith((".gz", ".bz2")):
-        return _read_packed(path)
+    try:
+        kind = packing_of(path) or {".gz": "gzip", ".bz2": "bzip2"}.get(Path(str(path)).suffix, "")
+    except OSError:
+        kind = ""  # read_header says why
+    if kind:
+        return _read_packed(path, kind)
     header = read_header(path)
+    if header.spare_bytes:
+        logger.warning("%s: %d bytes longer than its header says; they are left out", path, header.spare_bytes)
     with open_regular(path) as stream:
         data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)  # type: ignore[call-overload]
     return _to_zyx(data, header), header
 
 
-def _read_packed(path: object) -> tuple[np.ndarray, MrcHeader]:
-    import bz2
-    import gzip
+def _read_packed(path: object, kind: str) -> tuple[np.ndarray, MrcHeader]:
+    with unpacking(path, kind) as stream:
+        raw = stream.read(HEADER_BYTES)
+        header = parse_header(raw, path)
+        size = header.offset + header.data_bytes
+        if size > UNPACKED_LIMIT:
+            raise InputError(
+                "too large to be read packed",
+                file=path,
+                expected=f"at most {UNPACKED_LIMIT >> 30} GiB unpacked",
+                found=f"{size / 2**30:.1f} GiB in its header",
+                hint="Unpack it first.",
+            )
+        body = read_exactly(stream, size - HEADER_BYTES)
+        if body is None:
+            raise InputError("the file is truncated", file=path, expected=f"{size} bytes", hint="Copy it again.")
+        _check_end(stream, size, path)
+    body = body[header.offset - HEADER_BYTES :]
+    if header.signed is None:
+        header = with_byte_type(header, body[:SAMPLE_BYTES].tobytes(), path)
+    return _to_zyx(body.view(header.dtype).reshape(header.shape), header), header
 
-    opener: Any = gzip.open if str(path).endswith(".gz") else bz2.open
-    try:
-        with open_regular(path) as packed, opener(packed, "rb") as stream:
-            raw = stream.read()
-    except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
-    except (OSError, EOFError) as error:
-        raise InputError(f"cannot be unpacked: {error}", file=path) from None
-    header = parse_header(raw, path)
-    count = int(np.prod(header.shape))
-    if len(raw) < header.offset + count * header.dtype.itemsize:
-        raise InputError("the file is truncated", file=path, expected=f"{count} voxels", hint="Copy it again.")
-    data = np.frombuffer(raw, header.dtype, count, header.offset).reshape(header.shape)
-    return _to_zyx(data, header), header
+
+def _check_end(stream: IO[bytes], size: int, path: object) -> None:
+    """Reads on to the checksum at the end, through as much again as the header said, and no further."""
+    spare = 0
+    while block := stream.read(1 << 20):
+        spare += len(block)
+        if spare > size:
+            raise InputError("unpacks to more than twice what its header says", file=path, expected=f"{size} bytes")
+    if spare:
+        logger.warning("%s: %d bytes longer than its header says; they are left out", path, spare)
 
 
 def _to_zyx(data: np.ndarray, header: MrcHeader) -> np.ndarray:
@@ -165,23 +122,41 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
 
     Raises:
         InputError: no such file, truncated, not cubic, NaN or Inf inside, no pixel size, different pixel sizes along
-            the axes.
+            the axes, axes not at right angles, several volumes, more than ``MAX_MAP_PX`` voxels along a side.
     """
     raw, header = read_raw_map(path)
+    _require_one_straight_volume(header, path)
     if len(set(raw.shape)) != 1:
         nz, ny, nx = raw.shape
         hint = "Pad it to a cube first (for example relion_image_handler --new_box)."
         raise InputError("the map is not a cube", file=path, found=f"{nx} x {ny} x {nz} voxels (x, y, z)", hint=hint)
+    if raw.shape[0] > MAX_MAP_PX:
+        raise InputError("the map is too large", file=path, expected=f"at most {MAX_MAP_PX} voxels along a side",
+                         found=raw.shape[0])  # fmt: skip
     pixel = float(pixel_size_A) if pixel_size_A is not None else _header_pixel_size(header, path)
     if not (math.isfinite(pixel) and pixel > 0):
         raise InputError("the pixel size must be a positive number", file=path, found=pixel)
-    data = np.array(raw, np.float32, order="C")
+    if pixel_size_A is None:
+        check_range(np.array([pixel]), PIXEL_SIZE, path, "the pixel size of the header")
+    try:
+        data = np.array(raw, np.float32, order="C")
+    except MemoryError:
+        raise CryoisoError(f"{path}: not enough memory for a map of {raw.shape[0]} voxels along a side") from None
     if not np.isfinite(data).all():
         bad = int(np.size(data) - np.isfinite(data).sum())
         raise InputError("the map has voxels that are NaN or infinite", file=path, found=f"{bad} of them")
     scale = [pixel / v if v > 0 and pixel_size_A is not None else 1.0 for v in header.voxel_A]
     origin = [o * s if math.isfinite(o * s) else 0.0 for o, s in zip(header.origin_A, scale)]
     return DensityMap(data, pixel, (origin[0], origin[1], origin[2]))
+
+
+def _require_one_straight_volume(header: MrcHeader, path: object) -> None:
+    header.require_right_angles(path)
+    if header.volumes > 1:
+        raise InputError("several volumes in one file", file=path, expected="one map", found=header.volumes,
+                         hint="Write the one that is wanted into a file of its own.")  # fmt: skip
+    if header.is_stack:
+        logger.warning("%s: its header says that it is a stack of images; it is read as a map", path)
 
 
 def _header_pixel_size(header: MrcHeader, path: object) -> float:

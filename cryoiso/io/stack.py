@@ -5,6 +5,7 @@ Headers and open files are cached, so reading 256 images from many micrograph st
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import OrderedDict
 from itertools import pairwise
@@ -15,6 +16,11 @@ from cryoiso.core.errors import InputError
 from cryoiso.io.mrc import MrcHeader, read_header
 from cryoiso.io.regular_file import open_regular_handle
 
+logger = logging.getLogger("cryoiso")
+
+MAX_IMAGE_PX = 16_384
+"""Side of the largest image that is read."""
+
 
 class StackReader:
     """Reads images of many stacks with few system calls; keeps at most ``max_open`` of them open."""
@@ -23,6 +29,7 @@ class StackReader:
         self._headers: dict[str, MrcHeader] = {}
         self._open: OrderedDict[str, int] = OrderedDict()
         self._max_open = max_open
+        self._told = False
 
     def __enter__(self) -> StackReader:
         return self
@@ -39,11 +46,11 @@ class StackReader:
         """The stack's header, cached. ``file`` and ``row`` say in an error who asked for the stack.
 
         Raises:
-            InputError: missing or truncated stack.
+            InputError: missing or truncated stack, or one that does not hold images.
         """
         if path not in self._headers:
             try:
-                self._headers[path] = read_header(path)
+                self._headers[path] = _header_of_images(path)
             except InputError as error:
                 if file is None:
                     raise
@@ -54,6 +61,10 @@ class StackReader:
                 raise InputError(
                     problem, file=file, row=row, expected=error.expected, found=error.found, hint=hint
                 ) from None
+            if self._headers[path].spare_bytes and not self._told:
+                self._told = True
+                logger.warning("%s: longer than its header says; the last %d bytes are left out (others may be, too)",
+                               path, self._headers[path].spare_bytes)  # fmt: skip
         return self._headers[path]
 
     def check(self, path: str, index: np.ndarray, file: object = None, rows: np.ndarray | None = None) -> MrcHeader:
@@ -80,7 +91,7 @@ class StackReader:
         return header
 
     def read(self, path: str, index: np.ndarray, file: object = None, rows: np.ndarray | None = None) -> np.ndarray:
-        """Images of one stack: (n, ny, nx) float32, in the order of ``index`` (0-based)."""
+        """Images of one stack: (n, ny, nx) float32 in the order of ``index`` (0-based), y and x as the header says."""
         index = np.asarray(index, np.int64)
         header = self.check(path, index, file, rows)
         handle = self._handle(path)
@@ -88,7 +99,8 @@ class StackReader:
         for start, stop in runs(index):
             view = raw[start:stop].data.cast("B")
             _read_fully(handle, view, header.offset + int(index[start]) * header.image_bytes, path)
-        return raw.view(header.dtype).reshape(-1, *header.shape[1:]).astype(np.float32, copy=False)
+        images = raw.view(header.dtype).reshape(-1, *header.shape[1:]).astype(np.float32, copy=False)
+        return images if header.axes[2] == 0 else np.ascontiguousarray(images.transpose(0, 2, 1))
 
     def _handle(self, path: str) -> int:
         if path in self._open:
@@ -98,6 +110,34 @@ class StackReader:
             os.close(self._open.popitem(last=False)[1])
         self._open[path] = open_regular_handle(path)
         return self._open[path]
+
+
+def _header_of_images(path: str) -> MrcHeader:
+    header = read_header(path)
+    header.require_right_angles(path)
+    if header.axes[0] != 2 or header.volumes > 1:
+        found = f"{header.volumes} volumes" if header.volumes > 1 else f"sections along {'xyz'[header.axes[0]]}"
+        raise InputError("not a stack of images", file=path, expected="images of x and y, one a section", found=found)
+    if max(header.shape[1:]) > MAX_IMAGE_PX:
+        raise InputError(
+            "the images are too large", file=path, expected=f"at most {MAX_IMAGE_PX} px", found=max(header.shape[1:])
+        )
+    return header
+
+
+def number_of_file(stacks: np.ndarray) -> np.ndarray:
+    """(n,) numbers, equal for names that lead to one file (links included), else different."""
+    names, inverse = np.unique(stacks, return_inverse=True)
+    first: dict[object, int] = {}
+    numbers = np.empty(len(names), np.int64)
+    for k, name in enumerate(names.tolist()):
+        try:
+            facts = os.stat(name)
+            key: object = (facts.st_dev, facts.st_ino)
+        except (OSError, ValueError):
+            key = name
+        numbers[k] = first.setdefault(key, k)
+    return numbers[inverse.reshape(-1)]
 
 
 def runs(index: np.ndarray) -> list[tuple[int, int]]:

@@ -106,6 +106,8 @@ def _difference(source: ImageSource, rows: np.ndarray) -> str:
     with StackReader() as reader:
         for row, image in zip(some.tolist(), images, strict=True):
             try:
+                if not reader.header(str(particles.stack[row])).is_plain:
+                    return "their axes or bytes are stored in a way that programs read differently"
                 original = reader.read(str(particles.stack[row]), particles.index[row : row + 1])[0]
             except InputError as error:
                 return str(error)
