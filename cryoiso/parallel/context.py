@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cryoiso.core.errors import MissingError
 from cryoiso.parallel import launcher as launch
 from cryoiso.parallel import reduce, signals
 from cryoiso.parallel.ancestry import hidden_launcher
+from cryoiso.parallel.stall_watch import LocalNeighbour, Process, RemoteNeighbour, StallWatch, next_host
 
 logger = logging.getLogger("cryoiso")
 
@@ -97,6 +99,9 @@ class Context:
         """From now on SIGTERM and SIGUSR1 are noted instead of ending the process."""
         signals.install_signal_handlers()
 
+    def watch_other_hosts(self, logs: Path) -> None:
+        """From now on a host that falls silent is noticed by the log files, ``rank-NNNN.log``, of its first rank."""
+
     def device(self, preference: str | None = None) -> str:
         """The torch device of this rank: GPUs of a node go round among its ranks.
 
@@ -147,10 +152,26 @@ class MpiContext(Context):
         local = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_rank, self.local_size = local.rank, local.size
         _share_cores(local)
+        processes = local.allgather((self.rank, Process.own()))
         local.Free()
         self.nodes = {}
         for rank, host in enumerate(comm.allgather(self.hostname)):
             self.nodes.setdefault(host, []).append(rank)
+        self._stalls = StallWatch()
+        if self.local_size > 1:
+            neighbour, process = processes[(self.local_rank + 1) % self.local_size]
+            self._stalls.watch(LocalNeighbour(neighbour, self.hostname, process))
+
+    def install_signal_handlers(self) -> None:
+        super().install_signal_handlers()
+        self._stalls.start()
+
+    def watch_other_hosts(self, logs: Path) -> None:
+        following = next_host(self.nodes, self.hostname)
+        if following is not None and self.rank == self.nodes[self.hostname][0]:
+            rank, host = following
+            self._stalls.renew(logs / f"rank-{self.rank:04d}.log")
+            self._stalls.watch(RemoteNeighbour(rank, host, logs / f"rank-{rank:04d}.log"))
 
     def barrier(self) -> None:
         self.comm.Barrier()

@@ -14,6 +14,7 @@ from cryoiso.core.errors import EXIT_DONE, EXIT_MISSING
 from cryoiso.pipeline.finding import ERROR, FINE, NOTE, WARNING, Finding, Needs, gib
 from cryoiso.pipeline.findings_folder import folder_findings
 from cryoiso.pipeline.findings_scratch import SCRATCH, scratch_findings
+from cryoiso.pipeline.shared_memory import shared_memory_findings
 
 CLOCKS_APART_S = 5.0
 FEW_OPEN_FILES = 256
@@ -29,6 +30,7 @@ def judge(facts: dict[str, Any], needs: Needs | None = None) -> list[Finding]:
         found += check(facts)
     found += _relion(facts, needs)
     found += _memory(facts, needs)
+    found += shared_memory_findings(facts)
     for name, folder in facts["folders"].items():
         if name == SCRATCH:
             continue  # last, as it is of the job alone

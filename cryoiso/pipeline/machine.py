@@ -20,6 +20,7 @@ from cryoiso.parallel.context import Context, asked_for_gpus
 from cryoiso.parallel.launcher import thread_count
 from cryoiso.pipeline.filesystem import look_at_folder
 from cryoiso.pipeline.origin import package_versions
+from cryoiso.pipeline.shared_memory import look_for_abandoned
 
 PACKAGES = (
     "torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib"
@@ -32,7 +33,8 @@ def look(comm: Context, folders: Sequence[tuple[str, Path]], *, thorough: bool) 
 
     Args:
         folders: (what it is for, path); of a path that does not exist the nearest folder above is looked at.
-        thorough: also find out what takes a second or more: MPI library, launchers, speed of the folders, RELION.
+        thorough: also find out what takes a second or more: MPI library, launchers, speed of the folders, RELION, shared
+            memory that killed jobs left.
     """
     from cryoiso.parallel.launcher import find_launcher
 
@@ -48,6 +50,7 @@ def look(comm: Context, folders: Sequence[tuple[str, Path]], *, thorough: bool) 
     if thorough:
         found = {"cryoiso": _program(), "mpi": _mpi(comm), "relion": _relion()} if comm.rank == 0 else None
         facts |= comm.bcast(found)
+        facts["shared_memory"] = look_for_abandoned(comm)
     return facts
 
 

@@ -237,6 +237,7 @@ def _start(work: Work, event: str) -> None:
     facts = origin.describe(comm, comm.device())
     on_root(comm, run.logs.mkdir, exist_ok=True)
     _log_to_file(run, comm.rank)
+    comm.watch_other_hosts(run.logs)
     on_root(comm, provenance.note_start, run, work.manifest, work.job, facts)
     if work.journal is not None:
         work.journal.append(event, ranks=comm.size, hosts={host: len(ranks) for host, ranks in comm.nodes.items()})
