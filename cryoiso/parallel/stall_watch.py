@@ -1,4 +1,4 @@
-"""Notices ranks that have stopped: suspended by a signal or a debugger, hung on a file system, or on a host that is gone.
+"""Notices ranks that have stopped: suspended by a signal or debugger, hung on a file system, on a host that is gone.
 
 The others wait for such a rank in MPI, without end and without a word. So each rank looks now and then at the next one
 of its host, in /proc, and the first rank of each host at the log file of the first rank of the next host, whose time of
@@ -85,8 +85,8 @@ class LocalNeighbour:
         state, _, cpu = found
         idle, self._cpu = cpu == self._cpu, cpu
         if state in STOPPED:
-            remedy = f"it is suspended, by SIGSTOP or a debugger; 'kill -CONT {self._process.number}' there lets it go on"
-            self._silence.note(idle, remedy)
+            remedy = f"'kill -CONT {self._process.number}' there lets it go on"
+            self._silence.note(idle, f"it is suspended, by SIGSTOP or a debugger; {remedy}")
         else:
             self._silence.note(idle and state == WAITING_FOR_DISK, "it waits for a disk or a network file system")
         return True
@@ -107,9 +107,7 @@ class RemoteNeighbour:
             if alive:
                 self._seen = [*self._seen[-2:], changed]
             if len(self._seen) > 2:  # else its renewals have not been seen here yet: the folder may not be shared
-                self._silence.note(
-                    not alive, "its process, its host or the network between has stopped; look there with ps, or squeue"
-                )
+                self._silence.note(not alive, "its process, its host or the network between has stopped")
         return True
 
 

@@ -33,8 +33,8 @@ def look(comm: Context, folders: Sequence[tuple[str, Path]], *, thorough: bool) 
 
     Args:
         folders: (what it is for, path); of a path that does not exist the nearest folder above is looked at.
-        thorough: also find out what takes a second or more: MPI library, launchers, speed of the folders, RELION, shared
-            memory that killed jobs left.
+        thorough: also find out what takes a second or more: MPI library, launchers, speed of the folders, RELION,
+            shared memory that killed jobs left.
     """
     from cryoiso.parallel.launcher import find_launcher
 

@@ -69,7 +69,8 @@ def shared_memory_findings(facts: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "shared memory",
             WARNING if total > MUCH_BYTES else NOTE,
-            f"{len(files)} file(s) of MPI jobs of yours that were killed hold {gib(total)} of memory on {host}: {names}",
+            f"{len(files)} file(s) of MPI jobs of yours that were killed hold {gib(total)} of memory on {host}: "
+            f"{names}",
             "If none of your jobs runs there (a job in a container with process numbers of its own cannot be seen "
             "from here), remove them with rm.",
         )
