@@ -9,11 +9,14 @@ and (y, x).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
+
+CtfApplied = Literal["", "flipped", "premultiplied"]
+"""How the images of an optics group were changed by their CTF c: not at all, times sign(c), times c."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,20 @@ class OpticsGroup:
     """Row-major 2x2 anisotropic magnification (RELION's rlnMagMat00, 01, 10, 11)."""
     odd_zernike: tuple[float, ...] = ()
     even_zernike: tuple[float, ...] = ()
+    ctf_premultiplied: bool = False
+    """The images were multiplied by their CTF (rlnCtfDataAreCtfPremultiplied)."""
+    phase_flipped: bool = False
+    """The images were multiplied by the sign of their CTF (rlnCtfDataArePhaseFlipped)."""
+
+    @property
+    def ctf_applied(self) -> CtfApplied:
+        """What was done to the images. Where a file sets both flags, premultiplied holds, as in RELION, which squares
+        the CTF whether or not its absolute value was taken."""
+        return "premultiplied" if self.ctf_premultiplied else "flipped" if self.phase_flipped else ""
+
+    def with_ctf_applied(self, applied: CtfApplied) -> OpticsGroup:
+        """The same group for images of another kind."""
+        return replace(self, ctf_premultiplied=applied == "premultiplied", phase_flipped=applied == "flipped")
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,10 @@ class Particles:
     def group_values(self, name: str) -> np.ndarray:
         """(n,) float64: a scalar attribute of each particle's optics group, e.g. ``pixel_size_A``."""
         return np.array([getattr(g, name) for g in self.groups], np.float64)[self.optics]
+
+    def with_ctf_applied(self, applied: CtfApplied) -> Particles:
+        """A copy whose optics groups say that all images are of this kind; the images themselves are not touched."""
+        return replace(self, groups=tuple(g.with_ctf_applied(applied) for g in self.groups))
 
     def require_poses(self, file: object = None) -> tuple[np.ndarray, np.ndarray]:
         """Rotation and shift, or one clear error where the source has none."""

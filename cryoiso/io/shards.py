@@ -201,7 +201,9 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 
 def groups_to_json(groups: tuple[OpticsGroup, ...]) -> list[dict[str, Any]]:
-    return [asdict(g) for g in groups]
+    """Flags that are not set are left out, so that shards of images as they came are those of earlier versions."""
+    optional = ("ctf_premultiplied", "phase_flipped")
+    return [{k: v for k, v in asdict(g).items() if v or k not in optional} for g in groups]
 
 
 def groups_from_json(items: list[dict[str, Any]]) -> tuple[OpticsGroup, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cryoiso.io import conventions
 logger = logging.getLogger("cryoiso")
 
 DEFAULT_AMPLITUDE_CONTRAST = 0.1
+CTF_FLAGS = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
 
 
 class Columns:
@@ -122,7 +124,14 @@ def optics_of_table(columns: Columns, table: Columns, strict: bool) -> tuple[lis
     )
     groups = _groups(table, strict, numbers, names)
     if not columns.has("rlnOpticsGroup") and len(numbers) == 1:
-        return groups, np.zeros(len(columns), np.int64)
+        optics = np.zeros(len(columns), np.int64)
+    else:
+        optics = _groups_of_rows(columns, numbers)
+    return _with_flags_of_rows(groups, optics, columns, table), optics
+
+
+def _groups_of_rows(columns: Columns, numbers: np.ndarray) -> np.ndarray:
+    """(n,) index into the optics groups with these numbers."""
     wanted = columns.number("rlnOpticsGroup").astype(np.int64)
     order = np.argsort(numbers)
     place = np.minimum(np.searchsorted(numbers[order], wanted), len(numbers) - 1)
@@ -136,7 +145,53 @@ def optics_of_table(columns: Columns, table: Columns, strict: bool) -> tuple[lis
             expected=f"one of {sorted(numbers.tolist())}",
             found=int(wanted[bad[0]]),
         )
-    return groups, optics
+    return optics
+
+
+def _with_flags_of_rows(
+    groups: list[OpticsGroup], optics: np.ndarray, columns: Columns, table: Columns
+) -> list[OpticsGroup]:
+    """Optics groups with the CTF flags that the particles' own table has.
+
+    Raises:
+        InputError: both tables have a flag and disagree, or the images of a group do.
+    """
+    for name, attribute in zip(CTF_FLAGS, ("ctf_premultiplied", "phase_flipped"), strict=True):
+        if not columns.has(name):
+            continue
+        flags = _flags(columns, name)
+        for k, group in enumerate(groups):
+            mine = np.flatnonzero(optics == k)
+            if len(mine) == 0:
+                continue
+            wanted = getattr(group, attribute) if table.has(name) else bool(flags[mine[0]])
+            bad = mine[flags[mine] != wanted]
+            if len(bad):
+                where = "the table of optics groups" if table.has(name) else f"row {mine[0] + 1}"
+                raise InputError(
+                    f"column _{name} differs within optics group {group.number}", file=columns.file,
+                    row=int(bad[0]) + 1, expected=f"{int(wanted)}, as {where} has it", found=int(not wanted),
+                    hint="Give the images of each kind an optics group of their own.",
+                )  # fmt: skip
+            changed: dict[str, Any] = {attribute: wanted}
+            groups[k] = replace(group, **changed)
+    return groups
+
+
+def _flags(table: Columns, name: str) -> np.ndarray:
+    """(n,) bool of a column of 0 and 1; False where the file has no such column.
+
+    Raises:
+        InputError: anything else.
+    """
+    values = table.number(name, 0.0)
+    bad = np.flatnonzero((values != 0) & (values != 1))
+    if len(bad):
+        raise InputError(
+            f"bad value in column _{name}", file=table.file, row=int(bad[0]) + 1, expected="0 or 1",
+            found=table.text(name)[int(bad[0])],
+        )  # fmt: skip
+    return values == 1
 
 
 _PER_GROUP = (
@@ -153,6 +208,7 @@ _PER_GROUP = (
     "rlnMagMat10",
     "rlnMagMat11",
     "rlnOpticsGroup",
+    *CTF_FLAGS,
 )
 
 
@@ -163,6 +219,8 @@ def optics_of_rows(columns: Columns, strict: bool) -> tuple[list[OpticsGroup], n
         optics = np.zeros(len(columns), np.int64)
         firsts = np.zeros(1, np.int64)
     else:
+        for name in CTF_FLAGS:
+            _flags(columns, name)
         values = np.stack([columns.number(name) for name in names], 1)
         _, first, inverse = np.unique(values, axis=0, return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))
@@ -194,6 +252,7 @@ def _groups(table: Columns, strict: bool, numbers: np.ndarray, names: list[str])
         else None
         for name in ("rlnOddZernike", "rlnEvenZernike")
     }
+    premultiplied, flipped = (_flags(table, name) for name in CTF_FLAGS)
     groups = []
     for i, number in enumerate(numbers.tolist()):
         odd, even = (z[i] if z is not None else () for z in zernike.values())
@@ -207,6 +266,8 @@ def _groups(table: Columns, strict: bool, numbers: np.ndarray, names: list[str])
                 magnification=tuple(magnification[i].tolist()),
                 odd_zernike=odd,
                 even_zernike=even,
+                ctf_premultiplied=bool(premultiplied[i]),
+                phase_flipped=bool(flipped[i]),
                 **values,
             )
         )

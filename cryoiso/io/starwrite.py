@@ -11,10 +11,17 @@ import numpy as np
 
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
-from cryoiso.io.startable import Columns, rotation_of_table, shift_of_table, subtomogram_rotation
+from cryoiso.io.startable import CTF_FLAGS, Columns, rotation_of_table, shift_of_table, subtomogram_rotation
 from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
 
-MOVED_TO_OPTICS = ("rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast", "rlnBeamTiltX", "rlnBeamTiltY")
+MOVED_TO_OPTICS = (
+    "rlnVoltage",
+    "rlnSphericalAberration",
+    "rlnAmplitudeContrast",
+    "rlnBeamTiltX",
+    "rlnBeamTiltY",
+    *CTF_FLAGS,
+)
 
 
 def write_particles(path: object, particles: Particles, names: list[str] | None = None) -> None:
@@ -176,6 +183,8 @@ def _optics_block(particles: Particles) -> StarBlock:
         ("rlnImageSize", [g.box_px for g in groups], "%d", 0),
         ("rlnBeamTiltX", [g.beam_tilt_mrad[0] for g in groups], "%r", 0.0),
         ("rlnBeamTiltY", [g.beam_tilt_mrad[1] for g in groups], "%r", 0.0),
+        (CTF_FLAGS[0], [g.ctf_premultiplied for g in groups], "%d", 0),
+        (CTF_FLAGS[1], [g.phase_flipped for g in groups], "%d", 0),
     ]
     for k, (name, unit) in enumerate((("00", 1.0), ("01", 0.0), ("10", 0.0), ("11", 1.0))):
         scalars.append((f"rlnMagMat{name}", [g.magnification[k] for g in groups], "%r", unit))

@@ -100,6 +100,9 @@ def ctf_for(
 ) -> torch.Tensor:
     """CTFs of particles with everything their optics groups say (magnification anisotropy, even Zernike terms).
 
+    Groups of phase-flipped images get the absolute value, which is what those images show. Groups of premultiplied
+    images get the CTF itself: see ``physics.ctf_applied`` for what to do with the images.
+
     Args:
         particles: the set.
         rows: which of them (None: all).
@@ -162,6 +165,8 @@ def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq)
         value = turns.sub_(turns.round()).mul_(2 * math.pi).to(out.dtype).sin_().mul_(scale[part, None])
         if bool((bfactor[part] != 0).any()):
             value = value * torch.exp(-0.25 * bfactor[part, None] * s2).to(out.dtype)
+        if group.ctf_applied == "flipped":
+            value = value.abs()
         place = part if len(where) == len(out) else torch.from_numpy(where[part]).to(device)
         out[place] = value.reshape(-1, *out.shape[1:])
 

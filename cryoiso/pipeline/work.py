@@ -144,10 +144,21 @@ class Work:
         particles = on_root(self.comm, lambda: bare(self.particles()))
         if not np.array_equal(particles.uid, source.particles.uid):
             raise InputError("the shards are of other particles", file=self.shards, hint="Start a new run.")
+        if applied_to(particles) != applied_to(source.particles):
+            raise InputError(
+                "the shards hold images of another kind than the particle file says", file=self.shards,
+                expected="the same rlnCtfDataAreCtfPremultiplied and rlnCtfDataArePhaseFlipped", hint="Ingest again.",
+            )  # fmt: skip
         source.particles = self.particles() if self.comm.rank == 0 else particles
         if self.scratch is not None:
             self.scratch.attach(self, source, once=once)
         return source
+
+
+def applied_to(particles: Particles) -> list[str]:
+    """What was done to the images, by optics group in the order of first appearance."""
+    _, first = np.unique(particles.optics, return_index=True)
+    return [particles.groups[particles.optics[row]].ctf_applied for row in np.sort(first).tolist()]
 
 
 def bare(particles: Particles) -> Particles:

@@ -6,7 +6,7 @@ has the same shape wherever it is computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.ctf_applied import divide_by_ctf
 from cryoiso.physics.fourier import Disc, disc, images_to_fourier
 
 BATCH_IMAGES = 128
@@ -35,9 +36,27 @@ class Batch:
     where: Disc
     magnification: np.ndarray | None
     """(2, 2): image frequency -> frequency on the reference's grid; None for the identity."""
+    premultiplied: np.ndarray | None = None
+    """(B,) bool: coefficients that are y / c of a premultiplied image, unknown where c is 0; None: none is."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def power_weight(self, full_from: float | None = None) -> Tensor | None:
+        """(B, K) by how much the power of each coefficient counts where noise is measured; None: 1 everywhere.
+
+        In premultiplied images that is c^2, so that a sum is one of y and not of y / c.
+
+        Args:
+            full_from: smallest |c| of coefficients that count fully; those below count c^2 / full_from^2.
+        """
+        if self.premultiplied is None:
+            return None
+        mine = torch.as_tensor(self.premultiplied, device=self.ctf.device)[:, None]
+        weight = self.ctf.square()
+        if full_from is not None:
+            weight = (weight / full_from**2).clamp(max=1.0)
+        return torch.where(mine, weight, 1.0)
 
     def alike(self, other: Batch) -> bool:
         """Whether both sample the same frequencies."""
@@ -49,7 +68,11 @@ class Batch:
 
 @dataclass
 class BatchReader:
-    """Makes batches, and keeps them in memory while they fit, since every iteration needs them again."""
+    """Makes batches, and keeps them in memory while they fit, since every iteration needs them again.
+
+    Phase-flipped and premultiplied images become what the rest of the engine expects here and nowhere else: |c| stands
+    for the CTF of the first, and the second are divided by theirs (``physics.ctf_applied``).
+    """
 
     source: ImageSource
     particles: Particles
@@ -108,7 +131,7 @@ class BatchReader:
     def _cut(self, batch: Batch, radius_px: int) -> Batch:
         where = self._disc(radius_px, batch.magnification)
         k = where.size
-        return Batch(batch.rows, batch.group, batch.coefficients[:, :k], batch.ctf[:, :k], where, batch.magnification)
+        return replace(batch, coefficients=batch.coefficients[:, :k], ctf=batch.ctf[:, :k], where=where)
 
     def _prepare(self, rows: np.ndarray, radius_px: int) -> Batch:
         particles = self.particles
@@ -120,9 +143,13 @@ class BatchReader:
         x = where.gather(images_to_fourier(images)).to(torch.complex64)
         freq = where.frequencies(first.pixel_size_A)
         c = ctf_for(particles, rows, self.source.box_px, freq_invA=freq, device=self.device)
+        premultiplied = np.array([g.ctf_applied == "premultiplied" for g in particles.groups])[groups]
+        if premultiplied.any():
+            these = torch.as_tensor(np.flatnonzero(premultiplied), device=self.device)
+            x[these] = divide_by_ctf(x[these], c[these])
         for g in np.unique(groups):
             group = particles.groups[g]
             if any(group.beam_tilt_mrad) or any(group.odd_zernike):
                 mine = torch.as_tensor(np.flatnonzero(groups == g), device=self.device)
                 x[mine] *= beam_tilt_phase(*freq, group).conj().to(x)
-        return Batch(rows, groups, x, c, where, matrix)
+        return Batch(rows, groups, x, c, where, matrix, premultiplied if premultiplied.any() else None)

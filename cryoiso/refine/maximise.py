@@ -16,12 +16,16 @@ from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnificatio
 from cryoiso.refine.search import Posterior
 
 NOISE_UNIT = 2.0**24
-"""Residual power is summed in fixed point of this unit, exact in any order."""
+"""Residual power, and what counts as a coefficient, are summed in fixed point of this unit, exact in any order."""
 
 
 @dataclass
 class NoiseSums:
-    """Sums for the noise spectra: (G, S) int64 of power and of coefficient counts."""
+    """Sums for the noise spectra: (G, S) int64 of power and of coefficient counts, both in NOISE_UNIT.
+
+    A coefficient counts 1, in premultiplied images c^2: sigma^2 = sum c^2 |x - model|^2 / sum c^2, which is
+    sum |y - c model|^2 / sum c^2 of the images as they are.
+    """
 
     power: np.ndarray
     count: np.ndarray
@@ -32,17 +36,26 @@ class NoiseSums:
 
     def add(self, batch: Batch, residual: Tensor) -> None:
         """residual (B, K): |x - model|^2 of every coefficient."""
-        shell = torch.as_tensor(batch.where.shell, device=residual.device)
+        weight = batch.power_weight()
+        if weight is None:
+            count = np.bincount(batch.where.shell, minlength=self.power.shape[1])[: self.power.shape[1]]
+            np.add.at(self.count, batch.group, count * int(NOISE_UNIT))
+        else:
+            residual = residual * weight
+            np.add.at(self.count, batch.group, self._by_shell(batch, weight))
+        np.add.at(self.power, batch.group, self._by_shell(batch, residual))
+
+    def _by_shell(self, batch: Batch, values: Tensor) -> np.ndarray:
+        """(B, S) int64 sums of values (B, K) over shells."""
+        shell = torch.as_tensor(batch.where.shell, device=values.device)
         size = self.power.shape[1]
-        per_image = torch.zeros(len(residual), size, dtype=torch.float64, device=residual.device)
-        per_image.index_add_(1, shell.clamp(max=size - 1), residual.double())
-        fixed = (per_image * NOISE_UNIT).round().to(torch.int64).cpu().numpy()
-        np.add.at(self.power, batch.group, fixed)
-        np.add.at(self.count, batch.group, np.bincount(batch.where.shell, minlength=size)[:size])
+        per_image = torch.zeros(len(values), size, dtype=torch.float64, device=values.device)
+        per_image.index_add_(1, shell.clamp(max=size - 1), values.double())
+        return (per_image * NOISE_UNIT).round().to(torch.int64).cpu().numpy()
 
     def spectra(self, previous: np.ndarray) -> np.ndarray:
         """(G, S) variances; shells that nothing was measured in keep the previous value."""
-        value = self.power / NOISE_UNIT / np.maximum(self.count, 1)
+        value = self.power / NOISE_UNIT / np.where(self.count > 0, self.count / NOISE_UNIT, 1.0)
         return np.where((self.count > 0) & (value > 0), value, previous)
 
 

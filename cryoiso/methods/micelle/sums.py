@@ -22,6 +22,8 @@ from cryoiso.refine.likelihood import with_magnification
 from cryoiso.refine.reconstruct import weigh
 
 HALVES = (1, 2)
+LEAST_CTF = 0.1
+"""Of premultiplied images, coefficients with a smaller |c| count less in the power: the image over c is not known."""
 
 
 @dataclass
@@ -34,9 +36,9 @@ class HalfSums:
     done: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """(b,) batches that are in the sums."""
     power: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """(b,) sum of |y|^2 over a batch's coefficients."""
+    """(b,) sum of |y|^2 over a batch's coefficients (see LEAST_CTF)."""
     count: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """(b,) how many coefficients that are."""
+    """(b,) how many coefficients that are (see LEAST_CTF)."""
 
     @property
     def mean_power(self) -> float:
@@ -88,7 +90,7 @@ class ImagePass:
         most = max(len(owned_chunks(len(todo), r, self.comm.size)) for r in range(self.comm.size))
         empty = SliceAccumulator.empty(self.reader.source.box_px, self.radius, self.padding, self.reader.device)
         accumulators = {1: empty, 2: replace(empty, grid=torch.zeros_like(empty.grid))}
-        found: list[tuple[int, int, float, int]] = []
+        found: list[tuple[int, int, float, float]] = []
         line = ProgressLine("reading images", most, active=self.comm.rank == 0)
         stopped = False
         for i in range(most):
@@ -103,7 +105,7 @@ class ImagePass:
         line.close("" if stopped else f"{sum(len(rows) for plan in self.plans.values() for rows in plan):,} images")
         return self._reduce(accumulators, found, before), not stopped
 
-    def _insert(self, rows: np.ndarray, accumulator: SliceAccumulator) -> tuple[float, int]:
+    def _insert(self, rows: np.ndarray, accumulator: SliceAccumulator) -> tuple[float, float]:
         """Back-projects a batch; its power and its number of coefficients."""
         batch = self.reader.read(rows, self.radius)
         content_px = torch.as_tensor(-self.shift_A[rows] / self.pixel[rows, None], device=batch.ctf.device)
@@ -113,12 +115,17 @@ class ImagePass:
             pose = torch.as_tensor(self.rotation[rows] @ operation, dtype=torch.float32, device=batch.ctf.device)
             accumulator.insert(data, weight, with_magnification(pose, batch.magnification), batch.where)
         y = batch.coefficients.cpu().numpy()
-        return float(np.sum(y.real.astype(np.float64) ** 2 + y.imag.astype(np.float64) ** 2)), y.size
+        power = y.real.astype(np.float64) ** 2 + y.imag.astype(np.float64) ** 2
+        counted = batch.power_weight(full_from=LEAST_CTF)
+        if counted is None:
+            return float(np.sum(power)), y.size
+        each = counted.cpu().numpy().astype(np.float64)
+        return float(np.sum(each * power)), float(np.sum(each))
 
     def _reduce(
         self,
         accumulators: dict[int, SliceAccumulator],
-        found: list[tuple[int, int, float, int]],
+        found: list[tuple[int, int, float, float]],
         before: dict[int, HalfSums],
     ) -> dict[int, HalfSums]:
         """Sums over ranks, added to what was there before; every half on its root."""

@@ -1,0 +1,137 @@
+"""Images to which the CTF has been applied: phase-flipped ones, y = sign(c) x, and premultiplied ones, y = c x.
+
+x = c P + n is the image as the microscope gave it. Flipping leaves the noise as it is and takes the CTF to |c|, so
+that nothing else need be known of it. Premultiplying colours the noise by c: x is y / c, which is exact where c is not
+close to zero, and nothing is known of x where it is. All that the likelihood and the back-projection need is c x = y
+and c^2; only what is made of the power of x has to weigh coefficients by c^2 (docs/formulas.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.core.rng import generator
+from cryoiso.core.types import Particles
+from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.filters import radius_grid
+
+LEAST_CTF = 1e-6
+"""Below it a coefficient of a premultiplied image holds nothing but rounding."""
+RESTORED_CTF = 0.3
+"""Down to this |c| a restored image is y / c."""
+
+
+def is_applied(particles: Particles, rows: np.ndarray | None = None) -> bool:
+    """Whether any of these particles' images (None: of all) was phase-flipped or premultiplied."""
+    used = np.unique(particles.optics if rows is None else particles.optics[rows])
+    return any(particles.groups[g].ctf_applied for g in used.tolist())
+
+
+def microscope_ctf(particles: Particles, rows: np.ndarray, box_px: int, device="cpu") -> Tensor:
+    """(n, D, D//2+1) float32: c, whatever was done to the images."""
+    return ctf_for(particles.with_ctf_applied(""), rows, box_px, device=device)
+
+
+def applied_factor(particles: Particles, rows: np.ndarray, ctf: Tensor) -> Tensor:
+    """(n, D, D//2+1): what the transforms of these images were multiplied by, 1, sign(c) or c."""
+    factor = torch.ones_like(ctf)
+    for number, kind in _kinds(particles, rows):
+        factor[number] = ctf[number] if kind == "premultiplied" else _sign(ctf[number])
+    return factor
+
+
+def _sign(ctf: Tensor) -> Tensor:
+    return torch.where(ctf < 0, -1.0, 1.0).to(ctf)
+
+
+def _kinds(particles: Particles, rows: np.ndarray) -> list[tuple[Tensor, str]]:
+    """(positions in rows, kind) of the flipped and of the premultiplied ones."""
+    kinds = np.array([g.ctf_applied for g in particles.groups])[particles.optics[rows]]
+    return [
+        (torch.from_numpy(np.flatnonzero(kinds == k)), k) for k in ("flipped", "premultiplied") if (kinds == k).any()
+    ]
+
+
+def apply_ctf(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
+    """Images as the microscope gave them -> images of the kind that their optics groups name: (n, D, D) float32."""
+    if not is_applied(particles, rows):
+        return images
+    ctf = microscope_ctf(particles, rows, images.shape[-1])
+    return _filtered(images, applied_factor(particles, rows, ctf))
+
+
+def _filtered(images: np.ndarray, factor: Tensor) -> np.ndarray:
+    given = torch.from_numpy(np.ascontiguousarray(images, np.float32))
+    return torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+
+
+def divide_by_ctf(values: Tensor, ctf: Tensor) -> Tensor:
+    """y / c of premultiplied coefficients, 0 where c is 0: times c it is y again, and it has the noise of x.
+
+    Args:
+        values, ctf: (..., K).
+    """
+    return torch.where(ctf.abs() > LEAST_CTF, values / torch.where(ctf.abs() > LEAST_CTF, ctf, 1.0), 0.0)
+
+
+def restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
+    """Images as the microscope would have given them, from images of any kind: (n, D, D) float32.
+
+    Flipped images are flipped back, without loss. Of premultiplied ones, y c / max(c^2, c0^2), c0 = ``RESTORED_CTF``,
+    is the part that is known; the noise that is missing near the zeros of the CTF is replaced by noise of the same
+    spectrum, which follows from the particle's uid. For whatever needs images with the usual noise, as the training of
+    a generator does; likelihood and back-projection do without.
+    """
+    if not is_applied(particles, rows):
+        return images
+    box = images.shape[-1]
+    ctf = microscope_ctf(particles, rows, box)
+    out = np.array(images, np.float32)
+    for number, kind in _kinds(particles, rows):
+        given, c = out[number.numpy()], ctf[number]
+        if kind == "flipped":
+            out[number.numpy()] = _filtered(given, _sign(c))
+        else:
+            out[number.numpy()] = _whole(given, c, particles.uid[rows[number.numpy()]])
+    return out
+
+
+def _whole(images: np.ndarray, ctf: Tensor, uids: np.ndarray) -> np.ndarray:
+    box = images.shape[-1]
+    seen = torch.fft.rfft2(torch.from_numpy(images))
+    known = ctf.square() / ctf.square().clamp(min=RESTORED_CTF**2)
+    white = np.stack(
+        [generator(0, "noise at zeros of the CTF", u).standard_normal((box, box), np.float32) for u in uids.tolist()]
+    )
+    power = restored_spectrum(seen.abs().square(), ctf)[:, shells(box)]
+    fill = torch.fft.rfft2(torch.from_numpy(white)) / box * (power * (1 - known.square())).sqrt()
+    parts = seen * ctf / ctf.square().clamp(min=RESTORED_CTF**2) + fill
+    return torch.fft.irfft2(parts, s=(box, box)).numpy()
+
+
+def shells(box_px: int) -> Tensor:
+    """(D, D//2+1) int64: the shell of each coefficient of a transform with its origin at index 0."""
+    return radius_grid(box_px, 2).round().long()
+
+
+def restored_spectrum(power: Tensor, ctf: Tensor, least: float = 1e-6) -> Tensor:
+    """(n, S) power of x by shell from that of y = c x: sum |y|^2 / sum c^2.
+
+    Every coefficient counts by c^2, so that what leaks into the zeros of the CTF when a premultiplied image is cut out
+    of a larger one does no harm.
+
+    Args:
+        power: (n, D, D//2+1) |y|^2.
+        ctf: the same shape.
+        least: smallest mean c^2 that is divided by.
+    """
+    shell = shells(power.shape[-2]).to(power.device)
+    size = int(shell.max()) + 1
+    sums = torch.zeros(2, len(power), size, dtype=torch.float64, device=power.device)
+    flat = shell.reshape(-1)
+    sums[0].index_add_(1, flat, power.flatten(1).double())
+    sums[1].index_add_(1, flat, ctf.square().flatten(1).double())
+    count = torch.bincount(flat, minlength=size).double()
+    return (sums[0] / torch.maximum(sums[1], least * count)).float()
