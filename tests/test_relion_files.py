@@ -145,6 +145,9 @@ def test_continuing_and_finishing():
     assert options(words)["--continue"] == ["run_it004_optimiser.star"] and "--force_converge" not in words
     assert options(words)["--o"] == ["./run"] and options(words)["--auto_iter_max"] == ["9"]
     assert "--force_converge" in command.next_command("x", SEARCH, RelionSection(), RELION3, 9, finish=True)
+    served = replace(SEARCH, callback=True)
+    assert "--external_reconstruct" in command.next_command("x", served, RelionSection(), RELION3, 9)
+    assert "--external_reconstruct" not in words
 
 
 def test_launchers(monkeypatch):

@@ -36,8 +36,10 @@ def require_engine(job: Job) -> None:
     """
     if job.refine.engine == "relion":
         from cryoiso.engines.relion.command import launch
+        from cryoiso.engines.relion.extra import extra_words
         from cryoiso.engines.relion.install import find_relion
 
+        extra_words(job.relion.extra, correction=correction(job) is not None)
         launch(job.relion, find_relion(job.relion.program))
 
 

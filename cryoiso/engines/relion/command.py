@@ -10,6 +10,7 @@ from typing import Any
 
 from cryoiso.core.config import RefineSection, RelionSection
 from cryoiso.core.errors import MissingError, UsageError
+from cryoiso.engines.relion.extra import extra_words
 from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
 
 OUTPUT = "run"
@@ -76,8 +77,6 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
         options["--firstiter_cc"] = None
     if settings.solvent_mask:
         options["--flatten_solvent"] = None
-    if search.callback:
-        options["--external_reconstruct"] = None  # continued runs know it from their files
     if search.mask:
         options["--solvent_mask"] = search.mask
     if settings.max_resolution_A:
@@ -85,7 +84,7 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
     options |= _angles(search, settings, section) | _shifts(search, settings, section)
     if relion.major < 4:
         options["--ctf_corrected_ref"] = None
-    return _words(options | _running(search, section, relion), section.extra)
+    return _words(options | _running(search, section, relion), search, section)
 
 
 def next_command(
@@ -107,11 +106,14 @@ def next_command(
     options: Options = {"--continue": optimiser, "--o": f"./{OUTPUT}", "--auto_iter_max": str(last_iteration)}
     if finish:
         options["--force_converge"] = None
-    return _words(options | _running(search, section, relion), section.extra)
+    return _words(options | _running(search, section, relion), search, section)
 
 
 def _running(search: Search, section: RelionSection, relion: Relion) -> Options:
-    """What says how to run, not what to do; allowed in continued runs as well.
+    """What a continued run needs as well as a new one.
+
+    RELION 3.1.3 to 4.0.1 keep --external_reconstruct from the optimiser file (3.1.3 warns that it does not know the
+    option here, and obeys); from 4.0.2 on a continued run without it reconstructs by itself.
 
     Version 3 is told to divide directly, as later ones do by themselves: its iterated weights are no better with
     padding, and without it, or with few particles, they spoil the maps (docs/relion.md).
@@ -122,6 +124,8 @@ def _running(search: Search, section: RelionSection, relion: Relion) -> Options:
         options["--preread_images"] = None
     if relion.major < 4:
         options["--skip_gridding"] = None
+    if search.callback:
+        options["--external_reconstruct"] = None
     return options
 
 
@@ -152,15 +156,9 @@ def _shifts(search: Search, settings: RefineSection, section: RelionSection) -> 
     return {"--offset_range": _number(reach), "--offset_step": _number(step)}
 
 
-def _words(options: Options, extra: str) -> list[str]:
-    """Arguments; options that ``extra`` names come from there alone."""
-    try:
-        more = shlex.split(extra)
-    except ValueError as error:
-        raise UsageError(f"relion.extra: not a list of arguments: {error}") from None
-    for name in ("--o", "--i", "--continue", "--auto_refine", "--split_random_halves", "--external_reconstruct"):
-        if name in more:
-            raise UsageError(f"relion.extra: {name} is set by this program")
+def _words(options: Options, search: Search, section: RelionSection) -> list[str]:
+    """Arguments; options that ``relion.extra`` names come from there alone."""
+    more = extra_words(section.extra, correction=search.callback)
     own = [word for k, v in options.items() if k not in more for word in ([k] if v is None else [k, v])]
     return own + more
 

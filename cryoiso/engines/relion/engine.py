@@ -20,6 +20,7 @@ from cryoiso.engines.process import clean_environment
 from cryoiso.engines.relion import command as commands
 from cryoiso.engines.relion import result as results
 from cryoiso.engines.relion.callback import VARIABLE
+from cryoiso.engines.relion.extra import extra_words
 from cryoiso.engines.relion.files import (
     HALVES,
     PARTS,
@@ -95,6 +96,7 @@ class _Refinement:
     def whole(self) -> RefineResult:
         comm, request = self.comm, self.request
         on_root(comm, commands.launch, self.section, self.relion)
+        on_root(comm, extra_words, self.section.extra, correction=self.search.callback)
         on_root(comm, self._prepare_folders)
         if isinstance(request.source, SubtomogramSource):
             names = request.source.volumes
@@ -109,7 +111,7 @@ class _Refinement:
     def _all_starts(self, bell: StopBell) -> None:
         before = ""
         while True:
-            step = on_root(self.comm, self._next)
+            step = on_root(self.comm, self._next, not before)
             if step.command is None:
                 return
             if step.state == before:
@@ -136,9 +138,9 @@ class _Refinement:
         if request.mask is not None:
             write_map(folder / MASK, request.mask.data.clip(0, 1), request.reference.pixel_size_A)
 
-    def _next(self) -> _Next:
+    def _next(self, at_start: bool) -> _Next:
         """What to do from what there is (rank 0)."""
-        done = complete_iterations(self.root, self.n)
+        done = self._corrected(complete_iterations(self.root, self.n), at_start)
         if done == [0] and self.own:
             self._place_half_references()
             done = [0, 1]
@@ -158,6 +160,33 @@ class _Refinement:
             max(limit, last + 1) if finish else limit, finish=finish,
         )  # fmt: skip
         return _Next(self._launched(words), f"{last} iterations{', finishing' if finish else ''}")
+
+    def _corrected(self, done: list[int], at_start: bool) -> list[int]:
+        """Of the complete iterations those up to the first that should have been corrected and was not.
+
+        Raises:
+            CryoisoError: it is one that RELION has done just now.
+        """
+        if not self.search.callback or not done:
+            return done
+        missing = self._ledger().without_callback(done[-1])
+        if not missing:
+            return done
+        if not at_start:
+            raise self._not_called(missing[0])
+        logger.warning(
+            "iteration%s %s of an earlier start: RELION did not call for the correction; done again from there",
+            "s" if len(missing) > 1 else "", ", ".join(map(str, missing)),
+        )  # fmt: skip
+        self._forget_after(missing[0] - 1)  # with the final maps, which came of them
+        return [iteration for iteration in done if iteration < missing[0]]
+
+    def _not_called(self, iteration: int) -> CryoisoError:
+        return CryoisoError(
+            f"RELION {self.relion.version} ended iteration {iteration} without calling for the correction of its "
+            f"references, so they were not corrected. See {self.folder / 'run.log'}: does it know "
+            f"--external_reconstruct, and does {VARIABLE} reach all its processes (relion.launcher)?"
+        )
 
     def _forget_after(self, iteration: int) -> None:
         remove_iterations_after(self.root, iteration)
@@ -230,6 +259,8 @@ class _Refinement:
         """The iteration before is over: its record is kept, and the files of those long ago go (rank 0)."""
         if iteration <= self.first:
             return
+        if self.search.callback and self._ledger().without_callback(iteration - 1):
+            raise self._not_called(iteration - 1)
         record = self._ledger().note_iterations(iteration - 1)
         results.remove_early_iterations(self.root, iteration - KEPT_ITERATIONS)
         if self.request.on_checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PATTERNS = {
     "iteration": re.compile(r"Auto-refine: Iteration=\s*(\d+)"),
@@ -11,7 +11,10 @@ _PATTERNS = {
     "step_deg": re.compile(r"OrientationalSampling=\s*([\d.]+)"),
     "expectation": re.compile(r"Expectation iteration\s+(\d+)"),
     "error": re.compile(r"^\s*(?:ERROR:?\s*)+(.*)"),
+    "unknown": re.compile(r"WARNING: Option (--\S+)\s+is not a valid RELION argument"),
 }
+_OBEYED = "--external_reconstruct"
+"""RELION 3.1 to 4.0.1 warn of it in continued runs and obey all the same."""
 _BAR = re.compile(r"([\d.]+)/\s*([\d.]+)\s*(sec|min|hrs)\s*[.~]")
 _UNIT_S = {"sec": 1.0, "min": 60.0, "hrs": 3600.0}
 
@@ -34,6 +37,8 @@ class Progress:
     """the first error that it printed"""
     last: bool = False
     """this is its last iteration, with both halves joined"""
+    unknown: list[str] = field(default_factory=list)
+    """options that it says it does not know"""
     _rest: str = ""
     _oversampling: str = ""
     _wants_error: bool = False
@@ -75,6 +80,8 @@ class Progress:
         if name == "error":
             if not self.error:
                 self.error, self._wants_error = value, not value
+        elif name == "unknown":
+            self.unknown += [value] if value not in (_OBEYED, *self.unknown) else []
         elif name == "resolution_A":
             self.resolution_A = float(value)
         elif name == "step_deg":

@@ -166,6 +166,10 @@ class Ledger:
         self._save()
         return self._records.get(last)
 
+    def without_callback(self, last: int) -> list[int]:
+        """Iterations up to ``last`` in which RELION did not call for its references."""
+        return [k for k in range(self._first, last + 1) if "correction" not in self._records.get(k, {})]
+
     def forget_after(self, iteration: int) -> None:
         """Drops what came after; it is done again."""
         self._records = {k: v for k, v in self._records.items() if k <= iteration}

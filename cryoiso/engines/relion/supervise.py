@@ -31,6 +31,8 @@ from cryoiso.parallel.vigil import keep_watch
 logger = logging.getLogger("cryoiso")
 LOG = "run.log"
 TELL_EVERY_S = 60.0
+ONE_HALF_LIMIT_S = 3600.0
+"""RELION reconstructs both halves at the same time; its arrays may take minutes to write."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Start:
     iteration_began: Callable[[int], None] = lambda iteration: None
     """called on rank 0"""
     note: Callable[[int, dict[str, Any]], None] = lambda iteration, facts: None
-    """called on rank 0 with what a callback did"""
+    """called on rank 0 with what a callback did, before RELION gets its answer"""
 
 
 def run(start: Start, comm: Context, bell: StopBell) -> None:
@@ -91,10 +93,10 @@ def run(start: Start, comm: Context, bell: StopBell) -> None:
             with watch.at_work(comm) if watch else nullcontext():
                 facts = serve(event.tasks, event.step_deg, start.setting, comm)
             if watch:
-                watch.answer()
                 iteration = next(iter(event.tasks.values())).name.iteration
                 if iteration is not None and facts is not None:
-                    start.note(iteration, facts)
+                    start.note(iteration, facts)  # before RELION can end the iteration
+                watch.answer()
     finally:
         if watch:
             watch.end()
@@ -108,6 +110,8 @@ class _Watch:
         self._program: Program | None = None
         self._desk: Desk | None = None
         self._calls: dict[int | None, tuple[Task, Call]] = {}
+        self._first_call = 0.0
+        self._warned = 0
         self._progress = Progress()
         self._told = time.monotonic()
 
@@ -144,6 +148,12 @@ class _Watch:
         if set(self._calls) in ({None}, set(HALVES)):
             task = next(iter(self._calls.values()))[0]
             return Event("tasks", {half: call[0] for half, call in self._calls.items()}, self._step(task))
+        if self._calls and time.monotonic() - self._first_call > ONE_HALF_LIMIT_S:
+            task = next(iter(self._calls.values()))[0]
+            return Event(
+                "error", message=f"RELION called for half {task.name.half} of iteration {task.name.iteration} and not "
+                f"for the other half within {duration(ONE_HALF_LIMIT_S)}; it was ended. See {program.log}",
+            )  # fmt: skip
         if self._start.silence_s and program.silent_s() > self._start.silence_s:
             return Event(
                 "error", message=f"RELION has written nothing for {duration(program.silent_s())} and was ended "
@@ -160,6 +170,9 @@ class _Watch:
             )  # fmt: skip
             self._told = time.monotonic()
             self._start.iteration_began(iteration)
+        for option in self._progress.unknown[self._warned :]:
+            logger.warning("RELION says that it does not know the option %s (relion.extra)", option)
+        self._warned = len(self._progress.unknown)
         self._note_progress()
         now, left = time.monotonic(), self._progress.left_s
         if left and now - self._told > TELL_EVERY_S:
@@ -189,6 +202,7 @@ class _Watch:
             others = [known for known, _ in self._calls.values() if known.name.iteration != task.name.iteration]
             if task.name.half in self._calls or others:
                 raise CryoisoError(f"RELION called out of turn: {star.name} while {others or 'the same'} is waiting")
+            self._first_call = self._first_call if self._calls else time.monotonic()
             task.result.unlink(missing_ok=True)  # whatever is there afterwards was made for this call
             self._calls[task.name.half] = (task, call)
 
