@@ -132,10 +132,10 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path):
     source, _ = trimers(600)
     file = tmp_path / "micelle.npz"
     assert recover(source, comm=StopsAt(3), checkpoint_file=file).stopped
-    with pytest.raises(InputError, match="checkpoint is of another job"):
+    with pytest.raises(InputError, match="checkpoint is of another micelle"):
         recover(source, checkpoint_file=file, resume=True, lowpass_A=30.0)
     moved = replace(source.particles, shift_A=source.particles.shift_A + 1)
-    with pytest.raises(InputError, match="checkpoint is of another job"):
+    with pytest.raises(InputError, match="checkpoint is of another micelle"):
         recover(ArraySource(source.read(np.arange(600)), moved), checkpoint_file=file, resume=True)
 
 

@@ -1,13 +1,15 @@
 """What an unfinished computation was begun with, so that it is resumed with nothing else.
 
-An identity is a dict of plain values by name; arrays enter it as digests. It goes into every checkpoint. What a
-resumption brings is compared with it key by key, and whatever differs is named.
+An identity is a dict of plain values by name. It goes into every checkpoint. What a resumption brings is compared with
+it key by key, and whatever differs is named. What comes from files as it is enters as a digest; what was computed, and
+may have other last bits on another processor, as a sketch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
@@ -20,6 +22,12 @@ from cryoiso.core.types import DensityMap, Particles
 
 Identity = dict[str, Any]
 MARK = "blake2b:"
+SKETCH = "sketch"
+PIECES = 16
+"""Parts of an array in its sketch."""
+SKETCH_TOLERANCE = 1e-3
+"""About the relative change of an array that a sketch does not notice; rounding makes 1e-6."""
+NUMBER_TOLERANCE = 1e-6
 SAMPLE_IMAGES = 16
 """Images whose pixels are compared; those of the lowest uids."""
 ORDER = "row order"
@@ -59,7 +67,7 @@ def of_particles(particles: Particles, *, poses: bool = False, ordered: bool = F
         "CTF": MARK + digest_of(*(column[order] for column in columns if isinstance(column, np.ndarray))),
     }
     if poses:
-        found["poses"] = MARK + digest_of(*(pose[order] for pose in particles.require_poses()))
+        found["poses"] = MARK + digest_of(*(np.round(pose[order], 4) + 0.0 for pose in particles.require_poses()))
     if ordered:
         found[ORDER] = MARK + digest_of(particles.uid)
     return found
@@ -69,17 +77,36 @@ def _by_uid(column: np.ndarray | None, order: np.ndarray) -> str:
     return "none" if column is None else MARK + digest_of(column[order].astype(np.int64))
 
 
-def of_images(source: ImageSource) -> str:
-    """Digest of the pixels of a few images, the same whatever the order of the rows."""
+def sketch_of(array: np.ndarray) -> Identity:
+    """A few numbers that tell arrays apart, and are the same for one whose last bits differ.
+
+    The array in 16 pieces, each summed with signs that look random, over what white noise of the array's power would
+    give: a change by a share e of the array's root mean square moves the numbers by about e. First the logarithm of
+    that root mean square.
+    """
+    flat = np.asarray(array).reshape(-1)
+    rms = float(np.sqrt(np.mean(np.square(flat, dtype=np.float64)))) if flat.size else 0.0
+    numbers = [float(np.log(rms)) if rms > 0 else 0.0]
+    edges = np.linspace(0, flat.size, PIECES + 1).astype(np.int64)
+    for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+        index = np.arange(start, stop, dtype=np.uint64)
+        signs = 1.0 - 2.0 * ((index * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)) & np.uint64(1)).astype(np.float64)
+        scale = rms * np.sqrt(max(stop - start, 1))
+        numbers.append(float(np.dot(signs, flat[start:stop].astype(np.float64)) / scale) if scale > 0 else 0.0)
+    return {SKETCH: [round(number, 6) for number in numbers]}
+
+
+def of_images(source: ImageSource) -> Identity:
+    """Sketch of the pixels of a few images, the same whatever the order of the rows."""
     rows = np.argsort(source.particles.uid, kind="stable")[:SAMPLE_IMAGES]
-    return MARK + digest_of(np.stack([source.read(np.array([row]))[0] for row in rows]))
+    return sketch_of(np.stack([source.read(np.array([row]))[0] for row in rows]))
 
 
 def of_map(density: DensityMap | None) -> Any:
-    """Grid and digest of a map; "none" where there is none."""
+    """Grid and sketch of a map; "none" where there is none."""
     if density is None:
         return "none"
-    return {"pixel_size_A": density.pixel_size_A, "density": MARK + digest_of(density.data.astype(np.float32))}
+    return {"pixel_size_A": density.pixel_size_A, "box_px": density.box_px, "density": sketch_of(density.data)}
 
 
 def plain(value: Any) -> Any:
@@ -117,19 +144,32 @@ def differences(was: Identity, now: Identity, above: str = "") -> Iterator[str]:
     for key in keys:
         one, two = was.get(key, "not noted"), now.get(key, "not noted")
         name = f"{above}{key}"
-        if isinstance(one, dict) and isinstance(two, dict):
+        if isinstance(one, dict) and isinstance(two, dict) and SKETCH not in {*one, *two}:
             yield from differences(one, two, f"{name}: ")
-        elif json.dumps(one) != json.dumps(two):
-            if all(isinstance(value, str) and value.startswith(MARK) for value in (one, two)):
+        elif not _same(one, two):
+            if all(_is_digest(value) for value in (one, two)):
                 yield f"{name} differ" if key.endswith("s") else f"{name} differs"
             else:
                 yield f"{name} was {_shown(one)}, is {_shown(two)}"
 
 
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, dict) and isinstance(two, dict):
+        before, after = (np.asarray(value.get(SKETCH, []), np.float64) for value in (one, two))
+        return before.shape == after.shape and bool(np.allclose(before, after, rtol=0, atol=SKETCH_TOLERANCE))
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(_same, one, two))
+    if isinstance(one, float) and isinstance(two, float):
+        return math.isclose(one, two, rel_tol=NUMBER_TOLERANCE)
+    return json.dumps(one) == json.dumps(two)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, str) and value.startswith(MARK))
+
+
 def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return "another one"
-    return "given" if isinstance(value, str) and value.startswith(MARK) else f"{value}"
+    return "another one" if _is_digest(value) else f"{value}"
 
 
 def rows_by_uid(was: np.ndarray, now: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import BY_ANY_RANK, logger
+from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel import signals
 from cryoiso.parallel.bell import group_wide
@@ -170,6 +171,8 @@ class _Run:
 
     def go(self, resume: bool) -> TrainOutcome:
         arrays = self._load() if resume else None
+        if not resume and self.group.is_first:  # else a later resumption would find that of an earlier training
+            checkpoint.remove(self.folder / CHECKPOINT)
         if arrays is None and self.group.is_first:
             self.timer.path.unlink(missing_ok=True)
         while True:

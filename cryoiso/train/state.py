@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cryoiso import __version__
 from cryoiso.core.errors import InputError
+from cryoiso.core.identity import HINT
 from cryoiso.core.log import logger
 from cryoiso.io import checkpoint
 
@@ -65,8 +66,7 @@ def save(
         for key, value in optimiser.state.get(parameter, {}).items():
             arrays[f"{_OPTIMISER}{key} {name}"] = _array(value)
     versions = {"cryoiso": __version__, "torch": str(torch.__version__)}
-    values = {"progress": asdict(progress), "configuration": configuration, "versions": versions}
-    checkpoint.save(path, arrays, values)
+    checkpoint.save(path, arrays, {"progress": asdict(progress), "versions": versions}, configuration)
 
 
 def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarray], Progress] | None:
@@ -75,20 +75,17 @@ def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarra
     Raises:
         InputError: it was written with another configuration.
     """
-    found = checkpoint.load(path)
+    found = checkpoint.load_same(path, configuration, "training")
     if found is None:
         return None
     arrays, values = found
-    for key in sorted({*configuration, *values["configuration"]}):
-        was, now = values["configuration"].get(key), configuration.get(key)
-        if _plain(was) != _plain(now):
-            raise InputError(
-                f"the checkpoint is of a training with another '{key}'", file=path, expected=now, found=was,
-                hint="Begin anew, or go back to the settings it was begun with.",
-            )  # fmt: skip
-    if values["versions"].get("torch") != str(torch.__version__):
-        logger.warning("%s was written with torch %s, this is %s", path, values["versions"]["torch"], torch.__version__)
-    return arrays, Progress(**values["progress"])
+    versions = values.get("versions", {})
+    if versions.get("torch") != str(torch.__version__):
+        logger.warning("%s was written with torch %s, this is %s", path, versions.get("torch"), torch.__version__)
+    try:
+        return arrays, Progress(**values["progress"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the checkpoint is of another version ({error})", file=path, hint=HINT) from None
 
 
 def restore(arrays: dict[str, np.ndarray], module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
@@ -110,10 +107,3 @@ def restore(arrays: dict[str, np.ndarray], module: nn.Module, optimiser: torch.o
 
 def _array(value: Tensor) -> np.ndarray:
     return value.detach().cpu().contiguous().numpy()
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return {str(k): _plain(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -18,6 +18,7 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
 from cryoiso.engines.process import clean_environment
 from cryoiso.engines.relion import command as commands
+from cryoiso.engines.relion import identity as identities
 from cryoiso.engines.relion import result as results
 from cryoiso.engines.relion.callback import VARIABLE
 from cryoiso.engines.relion.extra import extra_words
@@ -60,8 +61,8 @@ class RelionEngine:
         iteration.
 
         Raises:
-            InputError: a half-set is empty, box or pixel size of references and particles differ, or a local search
-                has no poses to start from.
+            InputError: a half-set is empty, box or pixel size of references and particles differ, a local search has
+                no poses to start from, or RELION's run to resume was begun with something else.
             MissingError: no RELION, or no launcher for it.
             CryoisoError: RELION failed, or the correction did.
             Interrupted: stopped by a signal; RELION is gone.
@@ -122,10 +123,16 @@ class _Refinement:
 
     def _prepare_folders(self) -> None:
         fresh = not self.request.resume
+        identity = identities.identity_of(self.request, self.section, self.search.diameter_A)
+        begun = not fresh and any(self.folder.glob(f"{commands.OUTPUT}_*"))
+        if begun:
+            identities.require_begun_with(self.folder, identity)
         for name in ("relion", "correction") if self.request.correction is not None else ("relion",):
             if fresh:
                 shutil.rmtree(self.request.folder / name, ignore_errors=True)
             (self.request.folder / name).mkdir(parents=True, exist_ok=True)
+        if not begun:
+            identities.note(self.folder, identity)
 
     def _write_inputs(self, names: list[str]) -> None:
         request, folder = self.request, self.folder

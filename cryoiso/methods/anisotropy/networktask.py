@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cryoiso.core.identity import MARK
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.submaps import digest_of
 from cryoiso.nets.unet import Unet3d
@@ -42,5 +43,5 @@ class NetworkTask:
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result beside the loop's settings."""
-        warm = digest_of(*(self.warm or {}).values())
-        return {**self.settings.facts(), "label": self.label, "maps": self._given, "warm": warm}
+        warm = MARK + digest_of(*self.warm.values()) if self.warm else "none"
+        return {**self.settings.facts(), "label": self.label, "maps": MARK + self._given, "warm": warm}

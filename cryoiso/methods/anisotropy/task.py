@@ -58,7 +58,7 @@ class CorrectionTask(NetworkTask):
         cube = settings.cube_px
         self.ball = ball(cube, 1.0).to(device)
         self.core = core(cube).to(device)
-        self._given = digest_of(transfer, *maps)
+        self._given = digest_of(transfer, np.asarray(inside), *maps)
 
     def prepare(self, step: int) -> dict[str, Tensor]:
         """This rank's sub-maps and rotations of a step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cryoiso.core.identity import of_images, of_map, of_particles
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import Particles
+from cryoiso.io.sources import SubsetSource
 from cryoiso.methods.auxiliary.condition import Condition
 from cryoiso.methods.auxiliary.generator import normal_numbers
 from cryoiso.methods.auxiliary.settings import Training
@@ -62,6 +63,7 @@ class GeneratorTask:
             index, size: this rank's place in its group.
             label: names the generator in what decides the result (half, round).
         """
+        self.source, self.rows = source, rows
         self.particles, self.condition, self.config, self.settings = particles, condition, config, settings
         self.batch, self.seed, self.label = settings.batch, seed, label
         self.batches = Batches(source, rows, settings.batch, seed, index=index, size=size)
@@ -136,9 +138,10 @@ class GeneratorTask:
             **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(c).items()},
             **self.settings.facts(),
             "label": self.label,
-            "reference": hashlib.sha256(np.ascontiguousarray(self.condition.reference.data).tobytes()).hexdigest(),
+            "reference": of_map(self.condition.reference),
             "scale": [float(s) for s in self.condition.scale],
-            "particles": len(self.batches.plan),
+            "particles": of_particles(self.particles.take(self.rows), poses=True, ordered=True),
+            "images": of_images(SubsetSource(self.source, self.rows)),
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError, Interrupted
+from cryoiso.core.identity import Identity, of_images, of_particles, sketch_of
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import checkpoint
@@ -125,6 +125,8 @@ def recover_micelle_halves(
     """
     run = _Run(source, particles, homologue, mask, comm, settings, device, on_iteration)
     found = run.load(checkpoint_file) if resume and checkpoint_file else {}
+    if not resume and checkpoint_file:  # else a later resumption would find that of an earlier job
+        on_root(comm, checkpoint.remove, checkpoint_file)
     before = {h: HalfSums.of_arrays(found, h) if f"grid{h}" in found else HalfSums() for h in HALVES}
     sums, whole = run.images.run(before)
     if not all(len(s.done) for s in sums.values()):
@@ -135,7 +137,10 @@ def recover_micelle_halves(
     finished = run.solve(equations, states, settings.max_iterations if whole else PARTIAL_ITERATIONS, listen=whole)
     stopped = "" if whole and finished else "solving" if whole else "reading images"
     if checkpoint_file:
-        run.save(checkpoint_file, sums, states if whole else {}) if stopped else on_root(comm, _forget, checkpoint_file)
+        if stopped:
+            run.save(checkpoint_file, sums, states if whole else {})
+        else:
+            on_root(comm, checkpoint.remove, checkpoint_file)
     halves = {h: comm.bcast(run.result(h, equations, states), root_of_half(h, comm.size)) for h in HALVES}
     return Recovery(halves, stopped, run.grid_facts())
 
@@ -145,6 +150,7 @@ class _Run:
 
     def __init__(self, source, particles, homologue, mask, comm, settings, device, on_iteration) -> None:
         self.comm, self.settings, self.device, self.particles = comm, settings, device, particles
+        self.source = source
         self.on_iteration = on_iteration or (lambda half, record: None)
         half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
         for h in HALVES:
@@ -244,28 +250,23 @@ class _Run:
 
     # --- checkpoints
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _identity(self) -> Identity:
         """What a checkpoint must agree in to be gone on with."""
-        s, p = self.settings, self.particles
-        columns = (p.uid, *p.require_poses(), p.half, p.defocus_u_A, p.defocus_v_A)
-        text = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
+        s = self.settings
         return {
-            "particles": hashlib.sha256(text).hexdigest(),
+            "particles": of_particles(self.particles, poses=True, ordered=True),
+            "images": of_images(self.source),
             "grid": [self.grid.box_px, self.grid.radius_px, self.grid.size_px, self.grid.padding],
-            "settings": [s.symmetry, s.lowpass_A, s.diameter_A, s.prior_sd],
-            "protein": [float(np.abs(self.protein).sum(dtype=np.float64)), self.mask.volume_A3],
-        }
+            "symmetry": s.symmetry, "lowpass_A": s.lowpass_A, "diameter_A": s.diameter_A, "prior_sd": s.prior_sd,
+            "protein": sketch_of(self.protein), "mask": sketch_of(self.mask.data),
+        }  # fmt: skip
 
     def load(self, file: Path) -> dict[str, np.ndarray]:
         """The checkpoint's arrays on every rank; empty where there is none."""
 
         def read() -> dict[str, np.ndarray]:
-            found = checkpoint.load(file)
-            if found is None:
-                return {}
-            if found[1] != self._fingerprint():
-                raise InputError("the checkpoint is of another job", file=file, hint="Run without --resume.")
-            return found[0]
+            found = checkpoint.load_same(file, self._identity(), "micelle recovery")
+            return {} if found is None else found[0]
 
         return on_root(self.comm, read)
 
@@ -276,10 +277,4 @@ class _Run:
             mine = sums[half].arrays(half) if sums[half].grid is not None else {}
             mine |= states[half].arrays(half) if half in states else {}
             arrays |= self.comm.bcast(mine, root_of_half(half, self.comm.size))
-        on_root(self.comm, checkpoint.save, file, arrays, self._fingerprint())
-
-
-def _forget(file: Path) -> None:
-    """Removes the checkpoint of what is finished."""
-    for path in (file, checkpoint.previous(file)):
-        path.unlink(missing_ok=True)
+        on_root(self.comm, lambda: checkpoint.save(file, arrays, {}, self._identity()))
