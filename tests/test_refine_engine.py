@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -60,10 +61,18 @@ def in_memory(source: SimulatedSource) -> ArraySource:
     return held
 
 
+def blind(source):
+    """The same images without their poses, as a search over all views usually gets them."""
+    other = copy.copy(source)
+    other.particles = replace(source.particles, rotation=None, shift_A=None)
+    return other
+
+
 def request_for(source, folder: Path | None, symmetry: str = "C3", reference=None, **settings) -> RefineRequest:
     section = RefineSection(**{"healpix_order": 2, "max_iterations": 4, **settings})
+    reference = reference or source.truth
     return RefineRequest(
-        source, reference or source.truth, symmetry, folder, section, seed=1, diameter_A=DIAMETER_A, lowpass_A=40.0
+        blind(source), reference, symmetry, folder, section, seed=1, diameter_A=DIAMETER_A, lowpass_A=40.0
     )
 
 

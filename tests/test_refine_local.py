@@ -75,7 +75,7 @@ def with_given(source: ArraySource, particles: Particles) -> ArraySource:
 
 
 def local_request(source, folder: Path | None, local_deg: float | None = LOCAL_DEG, **settings) -> RefineRequest:
-    return replace(request_for(source, folder, **settings), local_deg=local_deg)
+    return replace(request_for(source, folder, **settings), source=source, local_deg=local_deg)
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +397,7 @@ def test_what_does_not_fit_is_refused(few, tmp_path):
     unknown = few.particles.with_poses(
         few.particles.rotation, np.where(np.arange(120) == 7, np.nan, 0.0)[:, None].repeat(2, 1)
     )
-    refuse("not numbers", with_given(few, unknown))
+    refuse("row 8: the offset of a particle is not a number: 8@particles.mrcs", with_given(few, unknown))
     refuse("not an angle.*0 to 90 degrees, found 120", local_deg=120.0)
     refuse("each half-set needs", half_references={1: few.truth})
     small = replace(few.truth, data=few.truth.data[2:, 2:, 2:])

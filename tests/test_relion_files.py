@@ -22,7 +22,7 @@ from cryoiso.engines.relion.files import (
     version_of,
 )
 from cryoiso.engines.relion.follow import Progress
-from cryoiso.engines.relion.images import image_names, relion_particles, rows_of_names
+from cryoiso.engines.relion.images import image_names, relion_particles, rows_of_names, write_input
 from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
 from cryoiso.engines.relion.result import Ledger, remove_early_iterations
 from cryoiso.io import read_particle_file
@@ -309,15 +309,24 @@ def test_changed_images_are_written_for_relion(stacks, tmp_path, change):
     assert [p.stat().st_mtime_ns for p in (tmp_path / "images").glob("*.mrcs")] == before
 
 
-def test_relion_sees_no_old_poses_and_no_empty_groups(stacks):
+def test_relion_sees_no_old_angles_and_no_empty_groups(stacks, tmp_path):
     groups = (stacks.groups[0], replace(stacks.groups[0], number=7), replace(stacks.groups[0], number=9))
     posed = replace(stacks, groups=groups, optics=np.where(np.arange(12) < 6, 2, 0).astype(np.int32),
-                    rotation=np.tile(np.eye(3), (12, 1, 1)), shift_A=np.ones((12, 2)))  # fmt: skip
+                    rotation=np.tile(np.eye(3), (12, 1, 1)), shift_A=np.tile([3.0, -2.0], (12, 1)))  # fmt: skip
     seen = relion_particles(posed, with_poses=False)
-    assert seen.rotation is None and seen.shift_A is None and [g.number for g in seen.groups] == [1, 2]
+    assert seen.rotation is None and [g.number for g in seen.groups] == [1, 2]
     assert seen.optics.tolist() == [1] * 6 + [0] * 6
     assert relion_particles(posed, with_poses=True).rotation is not None
     assert posed.optics.tolist() == [2] * 6 + [0] * 6  # the input is as it was
+    # known offsets stay, as the centre of search and prior
+    write_input(tmp_path / "in.star", posed, [f"{i + 1}@a.mrcs" for i in range(12)], with_poses=False)
+    written = Star.read(tmp_path / "in.star")
+    for axis, value in (("X", 3.0), ("Y", -2.0)):
+        for column in (f"rlnOrigin{axis}Angst", f"rlnOrigin{axis}PriorAngst"):
+            assert written.numbers("particles", column).tolist() == [value] * 12
+    assert not written.has("particles", "rlnAngleRot")
+    centred = relion_particles(replace(posed, shift_A=np.zeros((12, 2))), with_poses=False)
+    assert centred.shift_A is None and "rlnOriginXPriorAngst" not in centred.results
 
 
 def test_rows_come_back_whatever_their_order():

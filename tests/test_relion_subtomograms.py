@@ -43,7 +43,11 @@ def test_relion_gets_every_column_and_absolute_paths(data, tmp_path):
     written, given = Star.read(tmp_path / "in.star"), Star.read(data / "truth.star")
     assert written.column("particles", "myColumn") == given.column("particles", "myColumn")
     assert written.column("particles", "rlnCtfImage") == [str(data / "ctf.mrc")] * 16
-    assert not written.has("particles", "rlnAngleRot") and not written.has("particles", "rlnOriginZAngst")
+    assert not written.has("particles", "rlnAngleRot")
+    for axis in "XYZ":  # known offsets are the centre of search and prior
+        offsets = given.column("particles", f"rlnOrigin{axis}Angst")
+        assert written.column("particles", f"rlnOrigin{axis}Angst") == offsets
+        assert written.column("particles", f"rlnOrigin{axis}PriorAngst") == offsets
     assert written.column("optics", "rlnImageDimensionality") == ["3"]
     source.write(tmp_path / "local.star", source.particles, with_poses=True)
     assert Star.read(tmp_path / "local.star").has("particles", "rlnAngleRot")

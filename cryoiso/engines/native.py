@@ -25,6 +25,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.refine import schedule
 from cryoiso.refine.iterate import HALVES, Model, Refinement
 from cryoiso.refine.kept import forget
+from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import State
 from cryoiso.refine.start import initial_model
 
@@ -88,8 +89,8 @@ def _check(request: RefineRequest) -> None:
     if request.local_deg is not None:
         if not 0 < request.local_deg <= 90:
             raise InputError("not an angle for a local search", expected="0 to 90 degrees", found=request.local_deg)
-        if not all(np.isfinite(poses).all() for poses in source.particles.require_poses()):
-            raise InputError("some of the poses that the local search starts from are not numbers")
+        source.particles.require_poses()
+    check_poses(source.particles, source.box_px)
     half = source.particles.half
     for h in HALVES:
         if half is None or not (half == h).any():

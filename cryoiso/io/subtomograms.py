@@ -20,10 +20,7 @@ from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
 
 CTF_VOLUME, DIMENSIONS = "rlnCtfImage", "rlnImageDimensionality"
 HEAD_BYTES = 2**20
-POSE_COLUMNS = tuple(f"rln{name}" for name in (
-    "AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst", "OriginZAngst", "OriginX", "OriginY",
-    "OriginZ",
-))  # fmt: skip
+ANGLE_COLUMNS = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 
 def is_subtomograms(path: object) -> bool:
@@ -113,7 +110,8 @@ class SubtomogramSource:
         )  # fmt: skip
 
     def write(self, path: Path, particles: Particles, *, with_poses: bool) -> None:
-        """The particle file that RELION starts from: absolute paths, half-sets, all other columns as they are."""
+        """The particle file that RELION starts from: absolute paths, half-sets, all other columns as they are, but
+        angles only for a search that starts from them. Offsets stay, and are the centre of the prior on shifts."""
         columns = block_of_frame("particles", particles.table).columns
         columns["rlnImageName"] = list(self.volumes)
         if self.has_ctf:
@@ -121,7 +119,10 @@ class SubtomogramSource:
         if particles.half is not None:
             columns["rlnRandomSubset"] = [str(half) for half in particles.half.tolist()]
         if not with_poses:
-            columns = {name: values for name, values in columns.items() if name not in POSE_COLUMNS}
+            columns = {name: values for name, values in columns.items() if name not in ANGLE_COLUMNS}
+        for axis in "XYZ":
+            if f"rlnOrigin{axis}Angst" in columns:
+                columns[f"rlnOrigin{axis}PriorAngst"] = list(columns[f"rlnOrigin{axis}Angst"])
         others = [StarBlock(*block) for block in particles.table.attrs.get("star_others", [])]
         if particles.optics_table is not None:
             others.append(block_of_frame("optics", particles.optics_table))

@@ -158,7 +158,7 @@ def _planned(
         sets.append(
             auxiliary_particles(
                 bare(raw), half, n, round_=1, seed=seed, symmetry=symmetry, box_px=group.box_px,
-                pixel_size_A=group.pixel_size_A,
+                pixel_size_A=group.pixel_size_A, known_shift_A=raw.shift_A,
             )
         )  # fmt: skip
     return both_halves(*sets)

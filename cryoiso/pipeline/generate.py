@@ -70,13 +70,14 @@ def planned_particles(work: Work, raw: Particles, round_: int) -> Particles:
         raw: the data with the poses that the round starts from.
     """
     box, pixel = work.grid()
+    known = work.particles().shift_A
     sets = []
     for half in HALVES:
         count = max(1, round(work.job.auxiliary.ratio * int(np.sum(raw.half == half))))
         sets.append(
             auxiliary_particles(
                 raw, half, count, round_=round_, seed=work.job.run.seed, symmetry=work.job.sample.symmetry,
-                box_px=box, pixel_size_A=pixel,
+                box_px=box, pixel_size_A=pixel, known_shift_A=known,
             )
         )  # fmt: skip
     return both_halves(*sets)

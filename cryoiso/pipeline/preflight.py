@@ -16,6 +16,7 @@ from cryoiso.pipeline import wire
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.postprocess import check_template
 from cryoiso.pipeline.work import Work
+from cryoiso.refine.offsets import check_poses
 
 PATHS = (
     ("particles", "file"),
@@ -55,6 +56,7 @@ def check_job(work: Work) -> None:
     particles, with_auxiliary = work.particles(), job.run.workflow in ("auxiliary", "both")
     if job.refine.local_deg is not None or (with_auxiliary and job.auxiliary.poses == "given"):
         particles.require_poses(job.particles.file)
+    check_poses(particles, work.grid()[0], job.particles.file)
     work.reference()
     work.mask()
     work.truth()

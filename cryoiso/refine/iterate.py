@@ -23,7 +23,7 @@ from cryoiso.physics.backproject import FourierSums, SliceAccumulator
 from cryoiso.physics.project import FourierVolume
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
-from cryoiso.refine import references, schedule
+from cryoiso.refine import offsets, references, schedule
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.kept import KeptSearches
@@ -72,10 +72,13 @@ class Refinement:
         order = self.settings.healpix_order
         if request.local_deg is None:
             self.rotations = schedule.global_grid(order, request.symmetry).to(device)
-            self.centre_px = np.zeros((len(self.particles), 2))
         else:
             self.rotations = schedule.local_grid(order, request.local_deg).to(device)
-            self.centre_px = -self.particles.require_poses()[1] / self._pixel_sizes()[:, None]
+            self.particles.require_poses()
+        centre_px = offsets.given_centres_px(self.particles)
+        self.has_offsets = centre_px is not None
+        self.centre_px = np.zeros((len(self.particles), 2)) if centre_px is None else centre_px
+        """(N, 2) where each image's content sits as far as is known before the search"""
         limit = (self.box - 1) // 2
         if self.settings.max_resolution_A:
             limit = min(limit, int(self.box * self.pixel / self.settings.max_resolution_A))
@@ -103,11 +106,21 @@ class Refinement:
         return replace(plan, shifts_px=plan.shifts_px.to(self.device))
 
     def given(self, rows: np.ndarray) -> Given | None:
-        """The poses that a local search of these particles stays near; None in a global one."""
-        if self.request.local_deg is None:
+        """What a search of these particles starts from: in a local one their poses, in a global one their offsets; None
+        where there is nothing."""
+        centre = self.centre_px[rows]
+        if self.request.local_deg is not None:
+            return Given(self._tensor(self.particles.require_poses()[0][rows]), self._tensor(centre))
+        if not self.has_offsets:
             return None
-        poses = (self.particles.require_poses()[0][rows], self.centre_px[rows])
-        return Given(*(torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in poses))
+        return Given(None, self._tensor(centre))
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.float32, device=self.device)
+
+    def _shift_range_px(self) -> float:
+        """How far from the centre of its search a shift may be found, whatever the spread of the others."""
+        return schedule.shift_range_px(self.settings, self.box, self.pixel, self.diameter, self.request.local_deg)
 
     def insertion_radius(self, state: State) -> int:
         """Data are back-projected beyond the search radius, so that the FSC can be seen to extend."""
@@ -231,6 +244,8 @@ class Refinement:
         shell = schedule.agreement_shell(tight)
         moved = angular_distance_deg(model.rotation, rotation, self.operations)
         spread = float(np.sqrt(np.mean(np.square(shift_px - self.centre_px)) + 1e-12))
+        range_px, n = self._shift_range_px(), len(shift_px)
+        at_limit = offsets.at_limit(shift_px - self.centre_px, range_px)
         advanced = schedule.advance(
             state,
             shell,
@@ -249,6 +264,7 @@ class Refinement:
             "step_deg": plan.levels[-1].cell_deg / 2,
             "changes_deg": float(np.median(moved)),
             "shift_sd_A": spread * self.pixel,
+            "at_shift_limit": at_limit / n,
             "max_probability_mean": float(columns["rlnMaxValueProbDistribution"].mean()),
             "log_likelihood": float(columns["rlnLogLikeliContribution"].sum()),
             "seconds": seconds,
@@ -263,6 +279,9 @@ class Refinement:
                 record["changes_deg"],
                 record["max_probability_mean"],
             )
+            if advanced.done:
+                local = self.request.local_deg is not None
+                offsets.warn_of_limit(at_limit, n, range_px * self.pixel, local, self.has_offsets)
         if self.request.correction is not None:
             began = time.monotonic()
             new, record["correction"] = self._corrected(advanced, raw, new, tight, resolution, plan)

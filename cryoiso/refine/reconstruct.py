@@ -19,6 +19,7 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
+from cryoiso.refine.offsets import check_poses
 
 BLOCK_IMAGES = 64
 """Images that are prepared at once: few enough to stay in the cache."""
@@ -51,7 +52,7 @@ def reconstruct_halves(
         half -> map on the half's root rank, None elsewhere. Half h's root is ``parallel.partition.root_of_half``.
 
     Raises:
-        InputError: no poses, or a half-set is empty.
+        InputError: no poses, one that cannot be, or a half-set is empty.
     """
     pixel = pixel_size_A or particles.groups[0].pixel_size_A
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
@@ -138,6 +139,7 @@ def half_sums(
     """Yields (half, symmetrised sums) for the halves that this rank is the root of; all ranks must exhaust it
     together."""
     rotation, shift_A = particles.require_poses()
+    check_poses(particles, source.box_px)
     reader = BatchReader(source, particles, pixel_size_A, device, with_dc=True, memory_bytes=0)
     operations = point_group(symmetry)
     accumulator = SliceAccumulator.empty(source.box_px, padding=padding, device=device)

@@ -67,6 +67,22 @@ def disc_of_shifts(range_px: float, step_px: float) -> torch.Tensor:
     return torch.as_tensor(points[order][r[order] <= range_px + 1e-6], dtype=torch.float32)
 
 
+def first_shift_sd_px(box_px: int) -> float:
+    """Spread of the shifts that a search expects before it has found any."""
+    return max(2.0, 0.03 * box_px)
+
+
+def shift_range_px(
+    settings: RefineSection, box_px: int, pixel_size_A: float, diameter_A: float, local_deg: float | None = None
+) -> float:
+    """How far from its centre a search for shifts goes at most: as the settings say, else a tenth of the box; in a
+    local search no farther than its turns move the particle's rim."""
+    reach_A = box_px * pixel_size_A / 10
+    if local_deg is not None:
+        reach_A = min(reach_A, np.radians(local_deg) * diameter_A / 2)
+    return float((settings.shift_range_A or reach_A) / pixel_size_A)
+
+
 def search_plan(
     state: State,
     settings: RefineSection,
@@ -95,10 +111,8 @@ def search_plan(
 
     coarse_detail = max(resolution, extent / radius_for(cell))
     spacing = (settings.shift_step_A or coarse_detail / 4) / pixel_size_A
-    reach_A = extent / 10
-    if local_deg is not None:
-        reach_A = min(reach_A, np.radians(local_deg) * diameter_A / 2)
-    span = min((settings.shift_range_A or reach_A) / pixel_size_A, 3.5 * state.shift_sd_px + 0.5 * spacing)
+    reach_px = shift_range_px(settings, box_px, pixel_size_A, diameter_A, local_deg)
+    span = min(reach_px, 3.5 * state.shift_sd_px + 0.5 * spacing)
     span = max(span, 1.01 * spacing)
     finest = max(settings.finest_step_deg, np.degrees(0.3 * resolution / diameter_A))
     levels: list[Level] = []

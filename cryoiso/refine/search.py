@@ -54,7 +54,7 @@ class SearchPlan:
     rotations: Tensor
     """(J, 3, 3) global grid; in a local search the turns of the given pose, in the image's frame."""
     shifts_px: Tensor
-    """(S, 2) coarse shifts, in a local search from the given one."""
+    """(S, 2) coarse shifts, from the given one where there is one."""
     coarse_radius_px: int
     levels: tuple[Level, ...]
     shift_sd_px: float
@@ -65,15 +65,20 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Given:
-    """Poses that a local search stays near, row for row those of a batch."""
+    """What is known of poses before the search, row for row those of a batch: it looks for shifts around the given
+    ones and, if it is a local one, stays near the given rotations."""
 
-    rotation: Tensor
-    """(B, 3, 3) float32."""
+    rotation: Tensor | None
+    """(B, 3, 3) float32; None in a global search."""
     shift_px: Tensor
     """(B, 2) float32, of the content."""
 
+    def near(self) -> Given | None:
+        """Itself for a local search, None for a global one."""
+        return None if self.rotation is None else self
+
     def take(self, rows) -> Given:
-        return Given(self.rotation[rows], self.shift_px[rows])
+        return Given(None if self.rotation is None else self.rotation[rows], self.shift_px[rows])
 
     def centre(self, white: Whitened) -> Whitened:
         """The images with their content moved back by the given shifts: a search of them finds what is left."""
@@ -81,12 +86,16 @@ class Given:
 
     def turned(self, turns: Tensor) -> Tensor:
         """(B, J, 3, 3): every given rotation turned by every one of ``turns`` (J, 3, 3)."""
-        return torch.einsum("jik,bkl->bjil", turns, self.rotation)
+        return torch.einsum("jik,bkl->bjil", turns, self._rotation())
+
+    def _rotation(self) -> Tensor:
+        assert self.rotation is not None  # asked for in local searches only
+        return self.rotation
 
     def is_near(self, rotation: Tensor, particle: Tensor, limit_deg: float) -> Tensor:
         """(R, C): which of ``rotation`` (R, C, 3, 3) are within an angle of those given for their ``particle`` (R,)."""
         # |A - B|^2 = 8 sin^2(angle / 2), exact for small angles
-        distance2 = (rotation - self.rotation[particle][:, None]).square().sum((-2, -1))
+        distance2 = (rotation - self._rotation()[particle][:, None]).square().sum((-2, -1))
         return distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
 
 
@@ -144,15 +153,16 @@ class Searcher:
         """Posterior over poses of every image of the batch; near the given poses if the plan is that of a local search.
 
         Args:
-            given: for a local search, row for row those of the batch.
+            given: row for row those of the batch; None: nothing is known of them.
         """
         if given is not None:
             white = given.centre(white)
-        candidates, shifts, score = self._nominate(self._narrow(white, self.plan.coarse_radius_px), given)
+        near = given.near() if given is not None else None
+        candidates, shifts, score = self._nominate(self._narrow(white, self.plan.coarse_radius_px), near)
         for i, level in enumerate(self.plan.levels):
             narrowed = self._narrow(white, level.radius_px)
             last = i == len(self.plan.levels) - 1
-            candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, given, last)
+            candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, near, last)
         found = summarise(candidates, shifts, score, self.plan.levels[-1])
         if given is None:
             return found
@@ -186,7 +196,7 @@ class Searcher:
             shift_indices.append(at.gather(1, j))
         rotation = plan.rotations[torch.cat(indices)]
         if given is not None:
-            rotation = rotation @ given.rotation[:, None]
+            rotation = rotation @ given._rotation()[:, None]
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
     def _near(self, white: Whitened, given: Given) -> ReferenceSlices:

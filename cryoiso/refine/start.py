@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +16,10 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.project import FourierVolume
+from cryoiso.refine import offsets
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NoiseSums
-from cryoiso.refine.schedule import State
+from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px
 from cryoiso.refine.search import Given, SearchPlan
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     rotation, shift_A = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))
     if run.request.local_deg is not None:
         rotation, shift_A = run.particles.require_poses()
+    elif run.has_offsets and run.comm.rank == 0:
+        offsets.tell_of_given(run.centre_px, run.box)
     return Model(state, scaled, sigma2, rotation, shift_A)
 
 
 def first_state(run: Refinement, lowpass_A: float) -> State:
-    """The search is as fine as the low-passed reference and knows nothing of the shifts."""
+    """The search is as fine as the low-passed reference, and no shift has been found yet."""
     radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
-    return State(radius_px=radius, shift_sd_px=max(2.0, 0.03 * run.box))
+    return State(radius_px=radius, shift_sd_px=first_shift_sd_px(run.box))
 
 
 def first_reference(run: Refinement, given: DensityMap, lowpass_A: float) -> np.ndarray:
@@ -125,15 +128,19 @@ def match(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: Sta
 
     The pose is chosen with one half of the coefficients (even ones) by normalised correlation and the factor fitted
     with the other half, so that the noise which made a pose win does not inflate the factor.
+
+    Noise that was once refined against the reference matches it around the offsets that it was given then. So a global
+    search looks at the same shifts for all images, in a disc wide enough for nearly all offsets.
     """
-    volume = FourierVolume.from_volume(
-        torch.as_tensor(reference, device=run.device), run.settings.padding, state.radius_px
-    )
-    plan = run.plan(state)
-    order = np.argsort(shuffle_keys(run.request.seed, "grey scale", run.particles.uid), kind="stable")
+    volume, order = _volume(run, reference, state), _order(run)
+    plan, known = run.plan(state), run.request.local_deg is not None
+    if not known and run.has_offsets:
+        widest_px = float(np.quantile(np.hypot(*run.centre_px.T), 0.95))
+        spacing_px, reach_px = 2 * plan.levels[0].spacing_px, float(plan.shifts_px.norm(dim=1).max())
+        plan = replace(plan, shifts_px=disc_of_shifts(reach_px + widest_px, spacing_px).to(run.device))
     terms = np.zeros((0, 4))
     for most in SCALE_PARTICLES:
-        more = _terms(run, np.sort(order[len(terms) : most]), volume, plan, sigma2, state)
+        more = _terms(run, np.sort(order[len(terms) : most]), volume, plan, sigma2, state, known)
         terms = np.concatenate([terms, more])
         found = Match.of(terms)
         if found.chance < CHANCE or len(terms) == len(order):
@@ -141,10 +148,26 @@ def match(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: Sta
     return found
 
 
+def _volume(run: Refinement, reference: np.ndarray, state: State) -> FourierVolume:
+    data = torch.as_tensor(reference, device=run.device)
+    return FourierVolume.from_volume(data, run.settings.padding, state.radius_px)
+
+
+def _order(run: Refinement) -> np.ndarray:
+    """Rows in the order in which they are compared with the reference."""
+    return np.argsort(shuffle_keys(run.request.seed, "grey scale", run.particles.uid), kind="stable")
+
+
 def _terms(
-    run: Refinement, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, sigma2: np.ndarray, state: State
+    run: Refinement,
+    rows: np.ndarray,
+    volume: FourierVolume,
+    plan: SearchPlan,
+    sigma2: np.ndarray,
+    state: State,
+    known: bool,
 ) -> np.ndarray:
-    """The columns of ``_fit`` for these rows (collective)."""
+    """The columns of ``_fit`` for these rows; ``known``: around what is given of their poses (collective)."""
     chosen = np.zeros(len(run.particles), bool)
     chosen[rows] = True
     mine: list[tuple[np.ndarray, np.ndarray]] = []
@@ -156,7 +179,7 @@ def _terms(
             some = np.flatnonzero(chosen[batch_rows])
             if len(some):
                 batch = run.reader.read(batch_rows, state.radius_px)
-                near = run.given(batch_rows)
+                near = run.given(batch_rows) if known else None
                 mine.append((batch_rows[some], _fit(whiten(batch, sigma2), some, volume, plan, near)))
     everything = [item for part in run.comm.allgather(mine) for item in part]
     # in row order, so that the sums have the same bits on any number of ranks
@@ -172,7 +195,10 @@ def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state
     """
     found = match(run, reference, sigma2, state)
     require_match(found)
-    return found.factor
+    if run.request.local_deg is not None or not run.has_offsets:
+        return found.factor
+    rows, volume = np.sort(_order(run)[: found.images]), _volume(run, reference, state)
+    return Match.of(_terms(run, rows, volume, run.plan(state), sigma2, state, True)).factor
 
 
 def require_match(found: Match) -> None:
@@ -206,6 +232,7 @@ def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchP
     where = disc(white.where.box_px, volume.radius_px / ratio)
     if given is not None:
         white = given.centre(white)
+        given = given.near()
     halves = [_every_second(where, i) for i in (0, 1)]
 
     def slices_of(rotations: torch.Tensor) -> list[ReferenceSlices]:

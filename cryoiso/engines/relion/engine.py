@@ -40,6 +40,7 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.bell import StopBell, side_by_side
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
+from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import expected_iterations
 
 logger = logging.getLogger("cryoiso")
@@ -326,6 +327,7 @@ def check(request: RefineRequest) -> None:
         raise InputError("each half-set needs a reference of its own", expected=HALVES)
     if request.local_deg is not None:
         source.particles.require_poses()
+    check_poses(source.particles, source.box_px)
     half = source.particles.half
     for h in HALVES:
         if half is None or not (half == h).any():

@@ -192,7 +192,8 @@ def _write_stack(source: ImageSource, rows: np.ndarray, path: Path, line: Progre
 def relion_particles(particles: Particles, *, with_poses: bool) -> Particles:
     """The particles as RELION should see them: nothing but what it needs.
 
-    Old poses go unless the search is to start from them: RELION would take their shifts for the centre of its search.
+    Old angles go unless the search is to start from them. Offsets that are known stay: RELION searches around them; the
+    prior on its shifts has its centre where the columns rlnOrigin?PriorAngst say, which without them is zero.
     Optics groups without a particle go as well, and the others are counted from 1.
     """
     used = np.unique(particles.optics)
@@ -201,6 +202,11 @@ def relion_particles(particles: Particles, *, with_poses: bool) -> Particles:
     results = {name: particles.results[name] for name in KEPT_RESULTS if name in particles.results}
     if "rlnMicrographName" not in results:
         results["rlnMicrographName"] = _micrographs(particles)
+    shift_A = particles.shift_A
+    if shift_A is not None and np.any(shift_A):
+        results |= {f"rlnOrigin{axis}PriorAngst": shift_A[:, i] for i, axis in enumerate("XY")}
+    elif not with_poses:
+        shift_A = None
     return replace(
         particles,
         optics=place.astype(particles.optics.dtype),
@@ -208,7 +214,7 @@ def relion_particles(particles: Particles, *, with_poses: bool) -> Particles:
         table=None,
         optics_table=None,
         rotation=particles.rotation if with_poses else None,
-        shift_A=particles.shift_A if with_poses else None,
+        shift_A=shift_A,
         results=results,
     )
 

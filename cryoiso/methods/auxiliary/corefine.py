@@ -30,7 +30,8 @@ class CoRefined:
 def co_refine(engine: Engine, request: RefineRequest, auxiliary: ImageSource, comm: Communicator) -> CoRefined:
     """Refines raw and auxiliary particles together (collective).
 
-    The engine sees one set: the auxiliaries' poses are forgotten, they are searched like everybody. They have optics
+    The engine sees one set and searches all views of all particles; shifts of the raw ones around the offsets that
+    ``request.source`` gives, those of the auxiliaries, which are made centred, around zero. The auxiliaries have optics
     groups of their own, so that their noise is estimated apart.
 
     Args:
@@ -42,7 +43,7 @@ def co_refine(engine: Engine, request: RefineRequest, auxiliary: ImageSource, co
         CryoisoError: the engine lost or reordered particles.
     """
     raw = request.source
-    joined = JoinedSource(_without_poses(raw, False), _without_poses(auxiliary, True))
+    joined = JoinedSource(_without_views(raw, False), _without_views(auxiliary, True))
     result = engine.refine(replace(request, source=joined), comm)
     place = np.argsort(result.particles.uid, kind="stable")
     found = result.particles.uid[place]
@@ -56,17 +57,18 @@ def co_refine(engine: Engine, request: RefineRequest, auxiliary: ImageSource, co
     return CoRefined(parts[0], parts[1], result)
 
 
-class _PoseFree:
-    """A source whose particles have no poses."""
+class _WithoutViews:
+    """A source whose particles have no angles."""
 
     def __init__(self, source: ImageSource, particles: Particles) -> None:
         self.particles, self.box_px, self.read = particles, source.box_px, source.read
 
 
-def _without_poses(source: ImageSource, auxiliary: bool) -> ImageSource:
+def _without_views(source: ImageSource, auxiliary: bool) -> ImageSource:
     p = source.particles
     flags = {FLAG: np.full(len(p), int(auxiliary), np.int64)}
-    return _PoseFree(source, replace(p, rotation=None, shift_A=None, results=flags))
+    known = np.zeros((len(p), 2)) if auxiliary or p.shift_A is None else p.shift_A
+    return _WithoutViews(source, replace(p, rotation=None, shift_A=known, results=flags))
 
 
 def _with_results(particles: Particles, refined: Particles) -> Particles:

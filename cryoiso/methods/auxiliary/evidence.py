@@ -13,8 +13,8 @@ from cryoiso.refine.start import Match, first_reference, first_state, match, mea
 def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
     """Stops where the images match the reference no better than noise does (collective).
 
-    Poses that came with the particles are not looked at: noise that was once refined against the reference matches it
-    at those.
+    Poses that came with the particles are not looked at (of their offsets only how large they are): noise that was once
+    refined against the reference matches it at those.
 
     Args:
         request: as for a global refinement of the raw particles.

@@ -13,6 +13,7 @@ from cryoiso.core.types import Particles
 from cryoiso.physics.simulate import draw_ctf
 from cryoiso.physics.symmetry import in_asymmetric_unit, point_group
 from cryoiso.physics.views import Views, sample_rotations, uniforms
+from cryoiso.refine.schedule import first_shift_sd_px
 
 FLAG = "cryoisoAuxiliary"
 """Column that is 1 for auxiliary particles."""
@@ -21,12 +22,22 @@ STACK = "cryoiso_auxiliary_round{round}_half{half}.mrcs"
 
 
 def auxiliary_particles(
-    raw: Particles, half: int, count: int, *, round_: int, seed: int, symmetry: str, box_px: int, pixel_size_A: float
+    raw: Particles,
+    half: int,
+    count: int,
+    *,
+    round_: int,
+    seed: int,
+    symmetry: str,
+    box_px: int,
+    pixel_size_A: float,
+    known_shift_A: np.ndarray | None = None,
 ) -> Particles:
     """Auxiliary particles of one half-set.
 
     Views are uniform on the asymmetric unit, CTFs (whole rows, optics group included) drawn from the raw particles of
-    the same half, shifts normal with the raw shifts' spread. Everything of a particle follows from (seed, its uid).
+    the same half, shifts normal with the spread that a search finds of the raw shifts about the offsets which those
+    particles came with. Everything of a particle follows from (seed, its uid).
 
     Args:
         raw: the data, with half-sets and poses.
@@ -36,6 +47,7 @@ def auxiliary_particles(
         seed: the run's seed.
         symmetry: point group; poses are reduced to one asymmetric unit.
         box_px, pixel_size_A: of the images.
+        known_shift_A: (n, 2) offsets of ``raw`` around which a co-refinement will search; None: none are known.
 
     Raises:
         InputError: no raw particles in this half, or fewer than one particle wanted.
@@ -49,7 +61,8 @@ def auxiliary_particles(
         uid = shuffle_keys(seed, "uid of auxiliary particle", np.arange(count, dtype=np.uint64) + np.uint64(base))
     given = raw.take(mine)
     groups, columns = draw_ctf(given, uid, box_px, pixel_size_A, seed)
-    spread = _shift_spread(given)
+    known = None if known_shift_A is None else known_shift_A[mine]
+    spread = _shift_spread(given, known, first_shift_sd_px(box_px) * pixel_size_A)
     normals = [ndtri(uniforms(seed, f"auxiliary shift {axis}", uid)) for axis in "xy"]
     return Particles(
         uid=uid,
@@ -75,11 +88,23 @@ def both_halves(one: Particles, two: Particles) -> Particles:
     return Particles(groups=one.groups, results=results, **columns)
 
 
-def _shift_spread(raw: Particles) -> float:
-    """Standard deviation along an axis, from the median absolute shift, so that failed particles do not count."""
+def _shift_spread(raw: Particles, known_A: np.ndarray | None, searched_A: float) -> float:
+    """Standard deviation along an axis of what a search of the raw particles has to find.
+
+    Where their poses are just the known offsets, nothing has been found yet: the spread is that of the offsets, but no
+    larger than a search expects at first (``searched_A``).
+    """
     if raw.shift_A is None:
         return 0.0
-    centred = raw.shift_A - np.median(raw.shift_A, axis=0)
+    if known_A is None or not np.any(known_A):
+        return _robust_sd(raw.shift_A)
+    found = raw.shift_A - known_A
+    return _robust_sd(found) if np.any(found) else min(_robust_sd(raw.shift_A), searched_A)
+
+
+def _robust_sd(shift_A: np.ndarray) -> float:
+    """From the median absolute shift, so that failed particles do not count."""
+    centred = shift_A - np.median(shift_A, axis=0)
     return float(1.4826 * np.median(np.abs(centred)))
 
 

@@ -19,6 +19,7 @@ from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import FourierSums, SliceAccumulator
 from cryoiso.refine.batches import BatchReader
 from cryoiso.refine.likelihood import with_magnification
+from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.reconstruct import weigh
 
 HALVES = (1, 2)
@@ -73,6 +74,7 @@ class ImagePass:
         self.radius, self.padding = radius_px, padding
         self.plans = {half: reader.plan((half,)) for half in HALVES}
         self.rotation, self.shift_A = reader.particles.require_poses()
+        check_poses(reader.particles, reader.source.box_px)
         self.pixel = reader.particles.group_values("pixel_size_A")
 
     def run(self, before: dict[int, HalfSums]) -> tuple[dict[int, HalfSums], bool]:
