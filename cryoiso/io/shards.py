@@ -21,8 +21,17 @@ from cryoiso import __version__
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
-from cryoiso.io.contained_path import contained_path
 from cryoiso.io.regular_file import read_regular_text, require_regular_file
+from cryoiso.io.shardcheck import (
+    AGAIN,
+    HDF5_ERRORS,
+    check_columns,
+    check_images,
+    check_index,
+    first_not_finite,
+    open_shard,
+    read_columns,
+)
 from cryoiso.io.sink import Sink
 from cryoiso.io.stack import runs
 from cryoiso.io.staging import Copies
@@ -190,13 +199,11 @@ def write_index(
 
 def read_attributes(path: Path) -> dict[str, Any]:
     """Root attributes of a shard, or an empty dict if it cannot be read."""
-    import h5py
-
     try:
         require_regular_file(path)
-        with h5py.File(path, "r", locking=False) as file:
+        with open_shard(path) as file:
             return {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
-    except (OSError, KeyError, InputError):
+    except (*HDF5_ERRORS, InputError):
         return {}
 
 
@@ -267,7 +274,8 @@ class ShardSource:
         Neighbouring rows are read in one go, whatever the order they are asked for.
 
         Raises:
-            InputError: a row that does not exist, or a shard that is missing or damaged.
+            InputError: a row that does not exist, a shard that is missing or damaged, or an image with values that are
+                no numbers.
         """
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
@@ -284,9 +292,18 @@ class ShardSource:
             first = int(ordered[start] - self._edges[number])
             block = self._block(number, slice(first, first + stop - start))
             if start == 0 and stop == len(rows) and (order[1:] > order[:-1]).all():
-                return block.astype(np.float32)
+                return self._finite(block.astype(np.float32), rows)
             out[order[start:stop]] = block
-        return out
+        return self._finite(out, rows)
+
+    def _finite(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        bad = first_not_finite(images)
+        if bad is not None:
+            row = int(rows[bad])
+            number = self.shards_of(rows[bad : bad + 1])[0]
+            problem = "an image has values that are no numbers"
+            raise InputError(problem, file=self._path(number), row=row + 1, hint=AGAIN)
+        return images
 
     def _name(self, number: int) -> str:
         return str(self.index["shards"][number]["file"])
@@ -299,12 +316,12 @@ class ShardSource:
         while True:
             try:
                 return self._file(number)["images"][rows]
-            except (OSError, KeyError, RuntimeError) as error:
+            except HDF5_ERRORS as error:
                 opened = self._open.pop(number, None)
                 if opened is not None and opened.filename == str(self._path(number)):
                     raise InputError(f"cannot be read: {error}", file=self._path(number)) from None
                 self._copies.lost(self._name(number), error)
-                with suppress(OSError, RuntimeError, AttributeError):
+                with suppress(*HDF5_ERRORS):
                     opened.close()
 
     def _file(self, number: int) -> Any:
@@ -313,45 +330,43 @@ class ShardSource:
             OSError: the shard's copy cannot be opened.
             InputError: the shard itself cannot.
         """
-        import h5py
-
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         if len(self._open) >= self._max_open:
             self._open.popitem(last=False)[1].close()
+        path, shard = self._path(number), self.index["shards"][number]
         copy = self._copies.get(self._name(number))
-        require_regular_file(copy or self._path(number))
+        file: Any = None
         try:
-            self._open[number] = h5py.File(copy or self._path(number), "r", locking=False)
-        except OSError as error:
+            require_regular_file(copy or path)
+            file = open_shard(copy or path)
+            check_images(file, path, shard["stop"] - shard["start"], self.index)
+        except (*HDF5_ERRORS, InputError) as error:
+            with suppress(*HDF5_ERRORS):
+                file.close()
             if copy is not None:
+                raise OSError(str(error)) from None
+            if isinstance(error, InputError):
                 raise
-            raise InputError(
-                f"cannot open the shard: {error}", file=self._path(number), hint="Run ingest again."
-            ) from None
-        return self._open[number]
+            raise InputError(f"cannot open the shard: {error}", file=path, hint=AGAIN) from None
+        self._open[number] = file
+        return file
 
     def _read_particles(self) -> Particles:
         parts: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "stack")}
         for number, shard in enumerate(self.index["shards"]):
-            file = self._file(number)
+            file, path = self._file(number), self._path(number)
             try:
-                ours = file.attrs.get("plan") == self.index["plan"]
-                ours = ours and len(file["uid"]) == shard["stop"] - shard["start"]
-                found = {name: file[name][()] for name in COLUMNS}
-                found["stack"] = file["stacks"][()].astype(str)[file["stack"][()]]
-            except (OSError, KeyError, RuntimeError) as error:
-                raise InputError(
-                    f"the shard is damaged: {error}", file=self._path(number), hint="Run ingest again."
-                ) from None
-            if not ours:
-                raise InputError(
-                    "the shard does not belong to this index", file=self._path(number), hint="Run ingest again."
-                )
+                if file.attrs.get("plan") != self.index["plan"]:
+                    raise InputError("the shard does not belong to this index", file=path, hint=AGAIN)
+                found = read_columns(file, path, shard["stop"] - shard["start"], COLUMNS)
+            except HDF5_ERRORS as error:
+                raise InputError(f"the shard is damaged: {error}", file=path, hint=AGAIN) from None
             for name, values in found.items():
                 parts[name].append(values)
         columns: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
+        check_columns(columns, self.index, self.folder / "index.json")
         if (columns["half"] < 0).all():
             columns["half"] = None
         return Particles(groups=groups_from_json(self.index["groups"]), **columns)
@@ -368,10 +383,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(read_regular_text(path))
     except FileNotFoundError:
         raise InputError("no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot be read: {error}", file=path, hint="Run ingest again.") from None
-    if index.get("format") != FORMAT or index.get("version") != VERSION:
+    ours = isinstance(index, dict) and (index.get("format"), index.get("version")) == (FORMAT, VERSION)
+    if not ours:
         raise InputError("not an index of shards of this version", file=path, expected=f"{FORMAT} {VERSION}")
-    for shard in index["shards"]:
-        contained_path(folder, shard["file"], path)
+    check_index(index, folder, path)
     return index

@@ -146,10 +146,12 @@ def _arrays(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
 
 
 def _datasets(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
-    import h5py
+    from cryoiso.io.shardcheck import open_shard, plain_dataset
 
-    with h5py.File(old, "r") as a, h5py.File(new, "r") as b:
-        both: list[dict[str, np.ndarray]] = [{k: f[k][()] for k in f} for f in (a, b)]
+    with open_shard(old) as a, open_shard(new) as b:
+        both: list[dict[str, np.ndarray]] = [
+            {k: plain_dataset(f, k, path)[()] for k in f} for f, path in ((a, old), (b, new))
+        ]
         facts = [{k: str(v) for k, v in f.attrs.items()} for f in (a, b)]
     found = _named(name, *both)
     changed = sorted(k for k in facts[0].keys() | facts[1].keys() if facts[0].get(k) != facts[1].get(k))
