@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from cryoiso.core.types import DensityMap
+    from cryoiso.core.types import CtfApplied, DensityMap
     from cryoiso.physics.simulate import SimulatedSource
 
 logger = logging.getLogger("cryoiso")
@@ -58,6 +58,12 @@ def simulate(
     voltage: Annotated[float, typer.Option(min=1.0, help="kV.")] = 300.0,
     cs: Annotated[float, typer.Option(min=0.0, help="Spherical aberration in mm.")] = 2.7,
     amplitude_contrast: Annotated[float, typer.Option(min=0.0, max=0.99, help="Fraction.")] = 0.1,
+    phase_flipped: Annotated[
+        bool, typer.Option("--phase-flipped", help="Write images multiplied by the sign of their CTF, flagged as such.")
+    ] = False,
+    ctf_premultiplied: Annotated[
+        bool, typer.Option("--ctf-premultiplied", help="Write images multiplied by their CTF, flagged as such.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 1,
     halves: Annotated[bool, typer.Option("--halves", help="Write half-sets into particles.star as well.")] = False,
     with_poses: Annotated[bool, typer.Option("--with-poses", help="Write true poses into particles.star.")] = False,
@@ -74,6 +80,7 @@ def simulate(
     from cryoiso.physics.views import Views
 
     _check_folder(out, overwrite)
+    applied = _ctf_applied(phase_flipped, ctf_premultiplied)
     views = Views(mode, fraction, cone, spread or None, poles, pole_tilt, pole_rot, retained)
     volume = _volume(model, box, pixel_size, resolution, seed)
     ranges = physics.CtfRanges(
@@ -95,7 +102,15 @@ def simulate(
     symmetry = symmetry or ("C3" if model in PHANTOMS else "C1")
     facts: dict[str, Any] = {"settings": {**options, "symmetry": symmetry}}
     facts["symmetry_correlation"] = _check_symmetry(source.volume, symmetry)
-    _write(source, out, facts, with_poses, halves)
+    _write(source, out, facts, with_poses, halves, applied)
+
+
+def _ctf_applied(phase_flipped: bool, ctf_premultiplied: bool) -> CtfApplied:
+    from cryoiso.core.errors import UsageError
+
+    if phase_flipped and ctf_premultiplied:
+        raise UsageError("--phase-flipped and --ctf-premultiplied exclude each other: c |c| is neither")
+    return "premultiplied" if ctf_premultiplied else "flipped" if phase_flipped else ""
 
 
 def _check_folder(out: Path, overwrite: bool) -> None:
@@ -170,7 +185,9 @@ def _check_symmetry(volume: DensityMap, symmetry: str) -> float:
     return round(lowest, 4)
 
 
-def _write(source: SimulatedSource, out: Path, facts: dict[str, Any], with_poses: bool, halves: bool) -> None:
+def _write(
+    source: SimulatedSource, out: Path, facts: dict[str, Any], with_poses: bool, halves: bool, applied: CtfApplied
+) -> None:
     from dataclasses import replace
 
     import numpy as np
@@ -180,18 +197,20 @@ def _write(source: SimulatedSource, out: Path, facts: dict[str, Any], with_poses
     from cryoiso.io.atomic import require_space, write_text
     from cryoiso.io.mrc import write_map, write_stack
     from cryoiso.io.star import write_particles
+    from cryoiso.physics.ctf_applied import apply_ctf
 
     n, box, pixel = len(source), source.box_px, source.volume.pixel_size_A
     require_space(out / FILES[0], 4 * n * box * box)
     progress = ProgressLine("simulating", n)
+    particles = source.particles.with_ctf_applied(applied)
     with write_stack(out / "particles.mrcs", box, pixel) as stack:
         for images in source.blocks():
-            stack.append(images)
+            stack.append(apply_ctf(images, particles, np.arange(stack.count, stack.count + len(images))))
             progress.update(stack.count)
     progress.close(f"{n:,} images of {box} px")
     write_map(out / "truth_map.mrc", source.volume.data, pixel)
     micrographs = np.array([f"micrograph{i // PARTICLES_A_MICROGRAPH + 1:05d}.mrc" for i in range(n)])
-    truth = source.particles.with_results(rlnMicrographName=micrographs)
+    truth = particles.with_results(rlnMicrographName=micrographs)
     write_particles(out / "truth.star", truth)
     given = truth if with_poses else replace(truth, rotation=None, shift_A=None)
     write_particles(out / "particles.star", given if halves else replace(given, half=None))

@@ -92,7 +92,7 @@ def contrast(particles: Particles, rows: np.ndarray, settings: IngestSettings, f
                 these = row[particles.stack[row] == stack]
                 images = reader.read(str(stack), particles.index[these], file, these)
                 check_images(images, these, particles, file)
-                images, _ = normalise(images, settings.background_fraction)
+                images, _ = normalise(images, settings.background_fraction)  # a scale for each image is all it takes
                 values.append(_centre_minus_rim(_ctf_weighted(images, particles, these)))
     d = np.concatenate(values)
     if len(d) < 2:
@@ -118,11 +118,13 @@ def _centre_minus_rim(images: np.ndarray) -> np.ndarray:
 
 
 def _ctf_weighted(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
-    """Images filtered by their CTF; unchanged where defocus or pixel size are unknown."""
+    """Images filtered by their CTF; unchanged where defocus or pixel size are unknown, and where they are already."""
     pixel = particles.group_values("pixel_size_A")[rows]
     if not np.isfinite(particles.defocus_u_A[rows] + particles.defocus_v_A[rows] + pixel).all():
         return images
     from cryoiso.physics.ctf import ctf_for
 
     weights = ctf_for(particles, rows, images.shape[-1]).numpy()
+    done = np.array([g.ctf_applied == "premultiplied" for g in particles.groups])[particles.optics[rows]]
+    weights[done] = 1
     return np.fft.irfft2(np.fft.rfft2(images) * weights, s=images.shape[-2:])

@@ -68,20 +68,79 @@ def normalise(images: np.ndarray, fraction: float = 0.9, ramp: bool = False) -> 
         was subtracted.
     """
     mask = background_mask(images.shape[-1], fraction)
-    background = np.take(images.reshape(len(images), -1), np.flatnonzero(mask), axis=1).astype(np.float64)
+    background = _background(images, mask)
     if ramp:
-        axis = (np.arange(images.shape[-1]) - images.shape[-1] // 2) / images.shape[-1]
-        y, x = np.meshgrid(axis, axis, indexing="ij")
-        basis = np.stack([np.ones_like(x), x, y])
-        coefficients = background @ np.linalg.pinv(basis[:, mask])
-        plane = np.tensordot(coefficients, basis, 1)
+        plane = _ramps(background, mask)
         out = images - plane.astype(np.float32)
         background = background - plane[:, mask]
     else:
         out = images - background.mean(1).astype(np.float32)[:, None, None]
+    sd, empty = _deviation(background, out)
+    out /= np.where(empty, 1.0, sd).astype(np.float32)[:, None, None]
+    return out, empty
+
+
+def _background(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(n, p) float64: the pixels inside the mask."""
+    return np.take(images.reshape(len(images), -1), np.flatnonzero(mask), axis=1).astype(np.float64)
+
+
+def _ramps(background: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(n, D, D) float64: the planes fitted to backgrounds (n, p)."""
+    axis = (np.arange(len(mask)) - len(mask) // 2) / len(mask)
+    y, x = np.meshgrid(axis, axis, indexing="ij")
+    basis = np.stack([np.ones_like(x), x, y])
+    return np.tensordot(background @ np.linalg.pinv(basis[:, mask]), basis, 1)
+
+
+def _deviation(background: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) standard deviation of backgrounds, and which of them are empty beside the images ``out``."""
     background -= background.mean(1, keepdims=True)
     sd = np.sqrt(np.einsum("np,np->n", background, background) / background.shape[1])
-    empty = sd <= 1e-6 * np.maximum(out.max((1, 2)), -out.min((1, 2)))
+    return sd, sd <= 1e-6 * np.maximum(out.max((1, 2)), -out.min((1, 2)))
+
+
+def normalise_particles(
+    images: np.ndarray, particles: Particles, rows: np.ndarray, settings: IngestSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """``normalise``, as it would be of these particles' images before their CTF was applied to them.
+
+    A phase-flipped image is flipped back, normalised and flipped again. A premultiplied one, y = c x, loses c times
+    the mean (or ramp) of x and is divided by the standard deviation of x: that of y's background over the root mean
+    square of c, since a background of power S(k) has the variance sum S c^2 there, and c^2 averages out over shells.
+
+    Args:
+        rows: (n,) which particles these are.
+    """
+    fraction, ramp = settings.background_fraction, settings.ramp
+    kinds = np.array([g.ctf_applied for g in particles.groups])[particles.optics[rows]]
+    if not kinds.any():
+        return normalise(images, fraction, ramp)
+    from cryoiso.physics.ctf_applied import apply_ctf, restored
+
+    out, empty = np.empty_like(images), np.empty(len(images), bool)
+    for kind in np.unique(kinds).tolist():
+        mine = np.flatnonzero(kinds == kind)
+        these = rows[mine]
+        if kind == "premultiplied":
+            out[mine], empty[mine] = _normalise_premultiplied(images[mine], particles, these, fraction, ramp)
+        else:
+            made, empty[mine] = normalise(restored(images[mine], particles, these), fraction, ramp)
+            out[mine] = apply_ctf(made, particles, these)
+    return out, empty
+
+
+def _normalise_premultiplied(
+    images: np.ndarray, particles: Particles, rows: np.ndarray, fraction: float, ramp: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    from cryoiso.physics.ctf_applied import apply_ctf, low_frequencies_restored, mean_square_ctf
+
+    mask = background_mask(images.shape[-1], fraction)
+    before = _background(low_frequencies_restored(images, particles, rows), mask)
+    level = _ramps(before, mask) if ramp else np.broadcast_to(before.mean(1)[:, None, None], images.shape)
+    out = images - apply_ctf(level.astype(np.float32), particles, rows)
+    sd, empty = _deviation(_background(out, mask), out)
+    sd /= np.sqrt(mean_square_ctf(particles, rows, images.shape[-1]))
     out /= np.where(empty, 1.0, sd).astype(np.float32)[:, None, None]
     return out, empty
 
@@ -146,7 +205,7 @@ def read_prepared(
         images = reader.read(str(particles.stack[these[0]]), particles.index[these], file, these)
         check_images(images, these, particles, file)
         if settings.normalise:
-            images, empty = normalise(images, settings.background_fraction, settings.ramp)
+            images, empty = normalise_particles(images, particles, these, settings)
             empty_count += int(empty.sum())
         if (sign[these] != 1).any():
             images = images * sign[these].astype(np.float32)[:, None, None]

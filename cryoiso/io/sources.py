@@ -1,4 +1,4 @@
-"""Image sources other than shards: stacks read in place, and images in memory."""
+"""Image sources other than shards: stacks read in place, images in memory, and other sources combined or changed."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cryoiso.io.imageprep import IngestSettings, read_prepared
 from cryoiso.io.ingest import check_stacks
 from cryoiso.io.shards import CHUNK_IMAGES
 from cryoiso.io.stack import StackReader
+from cryoiso.physics.ctf_applied import is_applied, restored
 
 
 def fixed_chunks(n: int) -> list[tuple[int, int]]:
@@ -131,3 +132,48 @@ class SubsetSource:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Images of these rows: (n, D, D) float32."""
         return self._source.read(self._rows[np.arange(len(self._rows))[rows]])
+
+
+class RestoredSource:
+    """Another source's images as the microscope would have given them, see ``ctf_applied.restored`` (an
+    ``ImageSource``)."""
+
+    def __init__(self, source: ImageSource, particles: Particles, kinds: tuple[str, ...]) -> None:
+        """
+        Args:
+            particles: of the source, with any poses.
+            kinds: which images are changed, "flipped" or "premultiplied" or both.
+        """
+        self._source = source
+        changed = [g.ctf_applied in kinds for g in particles.groups]
+        groups = particles.groups
+        self._given = replace(
+            particles, groups=tuple(g if c else g.with_ctf_applied("") for g, c in zip(groups, changed, strict=True))
+        )
+        self.particles = replace(
+            particles, groups=tuple(g.with_ctf_applied("") if c else g for g, c in zip(groups, changed, strict=True))
+        )
+        self.changed = np.array(changed)[particles.optics]
+        """(n,) bool: whose images are not those of the source."""
+        self.box_px = source.box_px
+        self.chunks = getattr(source, "chunks", None) or fixed_chunks(len(particles))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Images of these rows: (n, D, D) float32."""
+        rows = np.arange(len(self.particles))[rows]
+        return restored(self._source.read(rows), self._given, rows)
+
+
+def as_recorded(
+    source: ImageSource, particles: Particles, kinds: tuple[str, ...] = ("flipped", "premultiplied")
+) -> tuple[ImageSource, Particles]:
+    """A source, and its particles, of images that no CTF was applied to; the given ones where they are that already.
+
+    Args:
+        particles: of the source, with any poses.
+        kinds: which images are changed.
+    """
+    if not is_applied(particles) or not any(g.ctf_applied in kinds for g in particles.groups):
+        return source, particles
+    made = RestoredSource(source, particles, kinds)
+    return made, made.particles

@@ -15,12 +15,14 @@ from torch import Tensor
 from cryoiso.core.rng import generator
 from cryoiso.core.types import Particles
 from cryoiso.physics.ctf import ctf_for
-from cryoiso.physics.filters import radius_grid
+from cryoiso.physics.filters import friedel_weights, radius_grid
 
 LEAST_CTF = 1e-6
 """Below it a coefficient of a premultiplied image holds nothing but rounding."""
-RESTORED_CTF = 0.3
-"""Down to this |c| a restored image is y / c."""
+LEAST_DIVISOR = 0.05
+"""Smallest |c| that pixels of a restored image are divided by; at zero frequency c is the amplitude contrast."""
+LEAKED = 1.5
+"""A shell of a restored image has at most this times the power that its coefficients have on average by c^2."""
 
 
 def is_applied(particles: Particles, rows: np.ndarray | None = None) -> bool:
@@ -67,6 +69,19 @@ def _filtered(images: np.ndarray, factor: Tensor) -> np.ndarray:
     return torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
 
 
+def low_frequencies_restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
+    """Premultiplied images divided by their CTF where it is above ``LEAST_DIVISOR``: good for the mean of a region,
+    whose weight lies at low frequencies, and for nothing else: (n, D, D) float32."""
+    ctf = microscope_ctf(particles, rows, images.shape[-1])
+    return _filtered(images, ctf / ctf.square().clamp(min=LEAST_DIVISOR**2))
+
+
+def mean_square_ctf(particles: Particles, rows: np.ndarray, box_px: int) -> np.ndarray:
+    """(n,) float64: c^2 averaged over all frequencies of an image."""
+    square = microscope_ctf(particles, rows, box_px).double().square().sum(1)
+    return ((square * friedel_weights(box_px)).sum(1) / box_px**2).clamp(min=1e-12).numpy()
+
+
 def divide_by_ctf(values: Tensor, ctf: Tensor) -> Tensor:
     """y / c of premultiplied coefficients, 0 where c is 0: times c it is y again, and it has the noise of x.
 
@@ -79,10 +94,10 @@ def divide_by_ctf(values: Tensor, ctf: Tensor) -> Tensor:
 def restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
     """Images as the microscope would have given them, from images of any kind: (n, D, D) float32.
 
-    Flipped images are flipped back, without loss. Of premultiplied ones, y c / max(c^2, c0^2), c0 = ``RESTORED_CTF``,
-    is the part that is known; the noise that is missing near the zeros of the CTF is replaced by noise of the same
-    spectrum, which follows from the particle's uid. For whatever needs images with the usual noise, as the training of
-    a generator does; likelihood and back-projection do without.
+    Flipped images are flipped back, without loss (but at Nyquist's frequency). Of premultiplied ones,
+    y c / max(c^2, c0^2), c0 = ``LEAST_DIVISOR``, is what is known; the noise that is missing at the zeros of the CTF is
+    replaced by noise of the same spectrum, which follows from the particle's uid. For whatever needs images with the
+    usual noise, as the training of a generator does; likelihood and back-projection do without.
     """
     if not is_applied(particles, rows):
         return images
@@ -101,14 +116,21 @@ def restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.n
 def _whole(images: np.ndarray, ctf: Tensor, uids: np.ndarray) -> np.ndarray:
     box = images.shape[-1]
     seen = torch.fft.rfft2(torch.from_numpy(images))
-    known = ctf.square() / ctf.square().clamp(min=RESTORED_CTF**2)
-    white = np.stack(
-        [generator(0, "noise at zeros of the CTF", u).standard_normal((box, box), np.float32) for u in uids.tolist()]
-    )
-    power = restored_spectrum(seen.abs().square(), ctf)[:, shells(box)]
-    fill = torch.fft.rfft2(torch.from_numpy(white)) / box * (power * (1 - known.square())).sqrt()
-    parts = seen * ctf / ctf.square().clamp(min=RESTORED_CTF**2) + fill
-    return torch.fft.irfft2(parts, s=(box, box)).numpy()
+    divisor = ctf.square().clamp(min=LEAST_DIVISOR**2)
+    known = ctf.square() / divisor
+    draws = [
+        generator(0, "noise at zeros of the CTF", u).standard_normal((box, box), np.float32) for u in uids.tolist()
+    ]
+    white = torch.fft.rfft2(torch.from_numpy(np.stack(draws))) / box
+    power = restored_spectrum(seen.abs().square(), ctf)
+    shell = shells(box)
+    parts = seen * ctf / divisor
+    # where an image was cut out of a larger one after the multiplication, more than c x stands at the zeros of c
+    found = restored_spectrum(parts.abs().square(), torch.ones_like(ctf))
+    limit = (LEAKED * power / found.clamp(min=1e-30)).clamp(max=1).sqrt()[:, shell]
+    return torch.fft.irfft2(
+        parts * limit + white * (power[:, shell] * (1 - known.square())).sqrt(), s=(box, box)
+    ).numpy()
 
 
 def shells(box_px: int) -> Tensor:

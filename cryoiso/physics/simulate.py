@@ -104,7 +104,10 @@ def _normals(seed: int, purpose: str, uid: np.ndarray) -> np.ndarray:
 def draw_ctf(
     ctf: CtfRanges | Particles, uid: np.ndarray, box_px: int, pixel_size_A: float, seed: int
 ) -> tuple[tuple[OpticsGroup, ...], dict[str, Any]]:
-    """Optics groups and per-particle CTF columns (whole rows of given particles, or uniform in ranges), by uid."""
+    """Optics groups and per-particle CTF columns (whole rows of given particles, or uniform in ranges), by uid.
+
+    The groups are those of images that no CTF was applied to, whatever the given particles' images are.
+    """
     if isinstance(ctf, CtfRanges):
         mean = np.interp(uniforms(seed, "defocus", uid), [0, 1], ctf.defocus_A)
         half = 0.5 * ctf.astigmatism_A * uniforms(seed, "astigmatism", uid)
@@ -132,7 +135,7 @@ def draw_ctf(
         "ctf_bfactor_A2",
         "ctf_scale",
     )
-    groups = tuple(replace(g, pixel_size_A=pixel_size_A, box_px=box_px) for g in ctf.groups)
+    groups = tuple(replace(g.with_ctf_applied(""), pixel_size_A=pixel_size_A, box_px=box_px) for g in ctf.groups)
     return groups, {name: np.asarray(getattr(ctf, name))[rows] for name in names}
 
 
@@ -174,7 +177,8 @@ class Projector:
         values = values * phases.to(values)
         if self.with_ctf:
             freq = seen.frequencies(self.pixel_size_A)
-            values = values * ctf_for(particles, rows, freq_invA=freq, device=self.device)
+            transfer = ctf_for(particles, rows, freq_invA=freq, device=self.device)
+            values = values * (transfer.square() if group.ctf_applied == "premultiplied" else transfer)
             if any(group.beam_tilt_mrad) or any(group.odd_zernike):
                 values = values * beam_tilt_phase(*freq, group).to(values)
         return values

@@ -15,6 +15,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io.atomic import write_text
+from cryoiso.io.sources import as_recorded
 from cryoiso.methods.auxiliary.condition import fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.settings import Training, network, training
@@ -84,6 +85,8 @@ def train_into(
         references: half -> map on the images' grid.
         facts: kept with each generator: round, inverted.
     """
+    # a generator learns images with the microscope's noise, whatever was done to those that it learns from
+    source, particles = as_recorded(source, particles)
     white = section.generators == "white-noise"
     settings = training(section, comm.device())
     recipe = {"preset": section.generators} if white else settings.facts()

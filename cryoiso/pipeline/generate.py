@@ -17,6 +17,7 @@ from cryoiso.core.types import Particles
 from cryoiso.io import shardset
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.shards import ShardSource
+from cryoiso.io.sources import as_recorded
 from cryoiso.io.starwrite import write_particles
 from cryoiso.methods.auxiliary.generate import Maker, batches
 from cryoiso.methods.auxiliary.generator import Generator
@@ -53,14 +54,15 @@ def generate_stage(round_: int, work: Work) -> None:
     particles = on_root(comm, planned_particles, work, posed, round_)
     maker = load_maker(files, particles, section.temperature, work.job.run.seed, comm)
     write_images(maker, files, folder, comm, lambda done, of: work.note_checkpoint(name, images=done, of=of))
-    raw = work.source(once=True)
-    raw.particles = posed
+    shards = work.source(once=True)
+    shards.particles = posed
+    raw, _ = as_recorded(shards, posed)
     facts = {"round": round_, "counts": _counts(particles), "temperature": section.temperature}
     # how well the images are modelled shows at temperature 1; what is made may be colder on purpose
     facts["statistics"] = compare(raw, MadeSource(maker.at_temperature(1.0)), comm, work.job.run.seed)
     on_root(comm, _finish, folder, maker, raw, facts, particles)
     if section.export:
-        on_root(comm, export, ShardSource(folder), particles, folder, raw.index["inverted"])
+        on_root(comm, export, ShardSource(folder), particles, folder, shards.index["inverted"])
 
 
 def planned_particles(work: Work, raw: Particles, round_: int) -> Particles:

@@ -46,6 +46,10 @@ class Search:
     """the particles are subtomograms"""
     ctf: bool = True
     """there are CTFs to correct for"""
+    phase_flipped: bool = False
+    """the images are; RELION asks for it on the command line, not in the STAR file"""
+    premultiplied: bool = False
+    """some images are, so that their background's standard deviation is not 1, which RELION would object to"""
 
 
 def first_command(search: Search, settings: RefineSection, section: RelionSection, relion: Relion) -> list[str]:
@@ -73,6 +77,10 @@ def first_command(search: Search, settings: RefineSection, section: RelionSectio
     }
     if search.ctf:
         options["--ctf"] = None
+    if search.phase_flipped and not search.three_dimensional:
+        options["--ctf_phase_flipped"] = None
+    if search.premultiplied:
+        options["--dont_check_norm"] = None
     if not search.on_scale:
         options["--firstiter_cc"] = None
     if settings.solvent_mask:

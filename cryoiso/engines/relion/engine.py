@@ -29,7 +29,7 @@ from cryoiso.engines.relion.files import (
     read_sampling,
     remove_iterations_after,
 )
-from cryoiso.engines.relion.images import image_names, write_input
+from cryoiso.engines.relion.images import all_flipped, image_names, relion_source, write_input
 from cryoiso.engines.relion.install import Relion, find_relion
 from cryoiso.engines.relion.serve import Setting
 from cryoiso.engines.relion.supervise import Start, run
@@ -141,7 +141,7 @@ class _Refinement:
         if isinstance(source, SubtomogramSource):
             source.write(folder / PARTICLES, source.particles, with_poses=local)
         else:
-            write_input(folder / PARTICLES, source.particles, names, with_poses=local)
+            write_input(folder / PARTICLES, relion_source(source).particles, names, with_poses=local)
         write_map(folder / REFERENCE, request.reference.data, request.reference.pixel_size_A)
         if request.mask is not None:
             write_map(folder / MASK, request.mask.data.clip(0, 1), request.reference.pixel_size_A)
@@ -305,6 +305,8 @@ def _search(request: RefineRequest) -> commands.Search:
         callback=request.correction is not None,
         three_dimensional=isinstance(source, SubtomogramSource),
         ctf=not isinstance(source, SubtomogramSource) or source.has_ctf,
+        phase_flipped=all_flipped(source.particles),
+        premultiplied=any(source.particles.groups[k].ctf_premultiplied for k in set(source.particles.optics.tolist())),
     )
 
 

@@ -21,8 +21,10 @@ from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import Particles
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_stack
+from cryoiso.io.sources import RestoredSource, as_recorded
 from cryoiso.io.stack import StackReader
 from cryoiso.io.starwrite import write_particles
+from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import chunk_bounds, owned_chunks
@@ -48,6 +50,7 @@ def image_names(source: ImageSource, folder: Path, which: str, comm: Context, *,
     Raises:
         InputError: "original" was asked for and an original image is not to be had.
     """
+    source = relion_source(source)
     kept, why = on_root(comm, usable_originals, source, which)
     if why and comm.rank == 0:
         logger.info("RELION gets its own copy of the images: the originals will not do: %s", why)
@@ -62,6 +65,23 @@ def image_names(source: ImageSource, folder: Path, which: str, comm: Context, *,
     return [str(name) for name in names]
 
 
+def relion_source(source: ImageSource) -> ImageSource:
+    """A source of images that one run of RELION can take for what they are.
+
+    RELION reads from the STAR file which optics groups are premultiplied; that images are phase-flipped it is told by
+    an option, for all of them. So where some are and others are not, those that are get flipped back.
+    """
+    if isinstance(source, SubtomogramSource) or all_flipped(source.particles):
+        return source
+    return as_recorded(source, source.particles, ("flipped",))[0]
+
+
+def all_flipped(particles: Particles) -> bool:
+    """Whether there are phase-flipped images, and no others but premultiplied ones, whose CTF RELION squares."""
+    kinds = {particles.groups[k].ctf_applied for k in np.unique(particles.optics).tolist()}
+    return "flipped" in kinds and "" not in kinds
+
+
 def usable_originals(source: ImageSource, which: str) -> tuple[np.ndarray, str]:
     """Whose original image shows what the source gives, so that RELION may read it.
 
@@ -74,18 +94,23 @@ def usable_originals(source: ImageSource, which: str) -> tuple[np.ndarray, str]:
     Raises:
         InputError: "original" was asked for and an original image is not to be had.
     """
+    source = relion_source(source)
     particles = source.particles
     if which == "export":
         return np.zeros(len(particles), bool), ""
     stacks, place = np.unique(np.asarray(particles.stack, dtype=str), return_inverse=True)
     there = np.array([name.endswith(SUFFIXES) and os.path.isfile(name) for name in stacks.tolist()])
     kept = there[place] & (particles.group_values("box_px") == source.box_px)
+    some = "some of them are not there"
+    if isinstance(source, RestoredSource):
+        kept &= ~source.changed
+        some = "some of them are phase-flipped and others are not"
     why = "" if kept.any() else "they are not there, or of another box or file type"
     why = why or _difference(source, np.flatnonzero(kept))
     if which == "original":
         if why or not kept.all():
             raise InputError(
-                f"RELION cannot read the original images: {why or 'some of them are not there'}",
+                f"RELION cannot read the original images: {why or some}",
                 expected="relion.images = 'auto' or 'export'",
             )
         return kept, ""
@@ -163,6 +188,7 @@ def _stack_name(number: int) -> str:
 def _digest(source: ImageSource, rows: np.ndarray) -> str:
     h = hashlib.sha256(np.ascontiguousarray(source.particles.uid[rows]).tobytes())
     first = source.read(rows[:1])
+    h.update(b"flipped back" if isinstance(source, RestoredSource) else b"")
     h.update(f"{source.box_px}".encode() + np.ascontiguousarray(first).tobytes())
     return h.hexdigest()
 
