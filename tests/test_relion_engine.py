@@ -178,7 +178,7 @@ def test_stop_and_resume(data, tmp_path):
     record = json.loads((out / "refine.json").read_text())
     assert [r["iteration"] for r in record["iterations"]] == [1, 2]
     assert all(r["correction"]["applied"] and "seconds" not in r["correction"] for r in record["iterations"])
-    again = refine(1, job_of(data), out, "plain", "--resume")  # all is done: nothing is started
+    again = refine(1, job_of(data), out, "leave", "--resume")  # all is done: nothing is started
     assert "starting RELION" not in again
 
 

@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
-from cryoiso.core.errors import CryoisoError
+from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import is_told
 from cryoiso.parallel.launcher import speaks
 
@@ -69,10 +70,40 @@ def as_command(function: F, collective: bool) -> F:
                 print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         log_to_stderr(ctx.rank)
-        with guard(ctx):
+        with guard(ctx), _saying_how_to_go_on(function.__name__, options):
             function(*args, **options)
 
     return command  # type: ignore[return-value]
+
+
+@contextmanager
+def _saying_how_to_go_on(name: str, options: dict[str, Any]) -> Iterator[None]:
+    """Adds to an interruption's message what this command goes on with."""
+    try:
+        yield
+    except Interrupted as error:
+        error.args = (f"{str(error).rstrip('.')}. {how_to_go_on(name, options)}",)
+        raise
+
+
+def how_to_go_on(name: str, options: dict[str, Any]) -> str:
+    """What follows an interrupted command.
+
+    Args:
+        name: of the command's function.
+        options: as it was called with.
+    """
+    if name in ("run", "resume"):
+        folder = options.get("out") or options.get("folder") or run_folder_of(options["job"])
+        return f"'cryoiso resume {folder}' goes on from there."
+    if "go_on" in options:
+        return "The same command with --resume goes on from there."
+    return "Give the same command again."
+
+
+def run_folder_of(job: Path) -> Path:
+    """Where the run of a job file goes if nothing else is said."""
+    return job.with_name(f"{job.stem}-run")
 
 
 def leave_with(comm: Any, code: int) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import run_folder_of
+
 Until = Annotated[
     str, typer.Option("--until", metavar="STAGE", help="Stop after this stage; 'cryoiso resume' goes on from there.")
 ]
@@ -41,7 +43,7 @@ def run(
     from cryoiso.pipeline.run import run_job
     from cryoiso.report import publish
 
-    folder = out if out is not None else job.with_name(f"{job.stem}-run")
+    folder = out if out is not None else run_folder_of(job)
     done = run_job(job, folder, comm, publish, until, go_on)
     if comm.rank == 0:
         typer.echo(done.path if until else done.report)

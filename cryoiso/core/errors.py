@@ -29,7 +29,8 @@ class MissingError(CryoisoError):
 
 
 class Interrupted(CryoisoError):
-    """Stopped by a signal after writing a checkpoint; the same command with ``resume`` goes on."""
+    """Stopped by a signal after writing a checkpoint. The message does not say how to go on, which depends on the
+    command: ``cli.common`` adds it."""
 
     exit_code = EXIT_REQUEUE
 

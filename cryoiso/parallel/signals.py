@@ -39,7 +39,7 @@ def heed() -> None:
         Interrupted: it was.
     """
     if stop_signal() or any(told() for told in _others):
-        raise Interrupted("stopped by a signal; what is finished is kept. 'cryoiso resume' goes on from there.")
+        raise Interrupted("stopped by a signal; what is finished is kept")
 
 
 @contextmanager

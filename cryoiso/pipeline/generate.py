@@ -110,7 +110,7 @@ def write_images(
     line = ProgressLine("generating", total, active=comm.rank == 0)
     for first in range(0, len(plan.shards), comm.size):
         if comm.stop_requested():
-            raise Interrupted("stopped by a signal while generating; 'cryoiso resume' goes on with the next shard")
+            raise Interrupted("stopped by a signal while generating; finished shards are kept")
         agree(comm, _write_shard(plan, maker, folder, first + comm.rank))
         done = plan.shards[min(first + comm.size, len(plan.shards)) - 1][1]
         line.update(done)

@@ -130,7 +130,7 @@ def hash_shared(folder: Path, names: list[str], comm: Context, label: str = "") 
 
     for turn in range(max(map(len, shares))):
         if much and comm.stop_requested():
-            raise Interrupted("stopped by a signal while reading the files of a stage. Continue with 'cryoiso resume'.")
+            raise Interrupted("stopped by a signal while reading the files of a stage")
         for n in shares[comm.rank][turn : turn + 1]:
             mine[names[n]] = {"bytes": sizes[n], "sha256": sha256_of(folder / names[n], seen)}
     merged: Outputs = {}

@@ -27,7 +27,7 @@ WRITE_EVERY_S = 30.0
 TURN_S = 0.1
 Which = Callable[[dict[str, Any], Job], dict[str, int]]
 """Picks files out of a manifest: path -> bytes."""
-STOPPED = "stopped by a signal while inputs were hashed. 'cryoiso resume' goes on from there."
+STOPPED = "stopped by a signal while inputs were hashed"
 
 
 class Hasher:

@@ -140,7 +140,7 @@ def write_micelle(
     )  # fmt: skip
     facts = on_root(comm, _write, found, particles, homologue, mask, settings, folder)
     if found.stopped:
-        raise Interrupted(f"stopped by a signal while {found.stopped}. The maps are those so far; go on with --resume.")
+        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps are those so far")
     return facts
 
 

@@ -84,7 +84,7 @@ def _run(words: list[str], stream: Any, folder: Path) -> int:
     try:
         while process.poll() is None:
             if signals.stop_signal():
-                raise Interrupted("stopped by a signal during the post-processing. Continue with 'cryoiso resume'.")
+                raise Interrupted("stopped by a signal during the post-processing")
             time.sleep(POLL_S)
     finally:
         if process.poll() is None:

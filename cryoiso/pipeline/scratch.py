@@ -31,7 +31,7 @@ from cryoiso.pipeline.work import Work
 from cryoiso.refine.batches import BatchReader
 
 logger = logging.getLogger("cryoiso")
-STOPPED = "stopped by a signal while images were copied to scratch; 'cryoiso resume' goes on"
+STOPPED = "stopped by a signal while images were copied to scratch"
 
 
 @dataclass

@@ -39,7 +39,7 @@ SHARED_NETWORK = (
     "The poses were found with references made by one network that saw both half-sets (realign.mode = paired): the "
     "half-map FSC is no gold standard."
 )
-STOPPED = "stopped by a signal; what is finished is kept. 'cryoiso resume' goes on from there."
+STOPPED = "stopped by a signal; what is finished is kept"
 
 
 def ingest(work: Work) -> None:

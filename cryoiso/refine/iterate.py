@@ -196,7 +196,7 @@ class Refinement:
         if self.comm.stop_requested():
             if kept is not None:
                 kept.flush()
-            raise Interrupted("stopped by a signal; what was found so far is kept. Continue with 'cryoiso resume'.")
+            raise Interrupted("stopped by a signal; what was found so far is kept")
 
     def _reduce(self, half: int, accumulator: SliceAccumulator, sums: dict[int, FourierSums]) -> None:
         root = root_of_half(half, self.comm.size)

@@ -175,7 +175,7 @@ def insert_batches(
     line = ProgressLine(f"back-projecting {label}", most, active=comm.rank == 0)
     for i in range(most):
         if comm.stop_requested():
-            raise Interrupted("stopped by a signal while reconstructing. Continue with 'cryoiso resume'.")
+            raise Interrupted("stopped by a signal while reconstructing")
         rows = plan[mine[i]] if i < len(mine) else np.zeros(0, np.int64)
         for start in range(0, len(rows), BLOCK_IMAGES):
             part = rows[start : start + BLOCK_IMAGES]

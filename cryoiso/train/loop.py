@@ -341,7 +341,7 @@ class _Run:
         if leave:
             self.group.barrier()
             step = self.progress.step
-            raise group_wide(Interrupted(f"training was stopped after step {step:,}; 'resume' goes on from there"))
+            raise group_wide(Interrupted(f"training was stopped after step {step:,}"))
 
 
 def learning_rate(settings: LoopSettings, step: int) -> float:

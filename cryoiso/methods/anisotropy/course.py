@@ -221,7 +221,7 @@ class _Trainer:
             Interrupted: one was; what was trained is in the checkpoints.
         """
         if float(self.group.all_sum(torch.tensor([float(self.stop())]))):
-            raise group_wide(Interrupted("stopped by a signal while correcting maps; 'resume' goes on from there"))
+            raise group_wide(Interrupted("stopped by a signal while correcting maps"))
 
     def __call__(self, task: Any, steps: int, number: int, rounds: int) -> TrainOutcome:
         settings, label, group = self.job.settings, self.job.course.label, self.group

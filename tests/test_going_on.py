@@ -1,0 +1,53 @@
+"""An interrupted command says how to go on: a run by 'cryoiso resume', a single command by itself with --resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pipeline_helper import cryoiso_here, forget_signals, simulate, write_job
+
+from cryoiso.cli.common import how_to_go_on
+from cryoiso.parallel.context import Context
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    simulate(folder)
+    return folder
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Every command gets a signal at once."""
+    monkeypatch.setattr(Context, "stop_requested", lambda self: True)
+    yield
+    forget_signals()
+
+
+def said(*command: object) -> str:
+    done = cryoiso_here(*command)
+    assert done.returncode == 75 and done.stderr.count("error:") == 1, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_every_command_names_its_own_way(data, tmp_path, stopped):
+    star, ref = data / "particles.star", ("--ref", data / "truth_map.mrc")
+    job, out = write_job(data), tmp_path / "out"
+    same = "The same command with --resume goes on from there."
+    assert said("run", job, "--out", out).endswith(f". 'cryoiso resume {out}' goes on from there.")
+    assert said("resume", out).endswith(f". 'cryoiso resume {out}' goes on from there.")
+    assert said("run", job).endswith(f". 'cryoiso resume {data}/job-run' goes on from there.")
+    assert said("refine", star, *ref, "--out", tmp_path / "refine").endswith(same)
+    assert said("realign", star, *ref, "--out", tmp_path / "realign").endswith(same)
+    assert said("micelle", data / "truth.star", *ref, "--out", tmp_path / "micelle", "--threshold", 0.1).endswith(same)
+    assert said("auxiliary", "train", data / "truth.star", *ref, "--out", tmp_path / "train").endswith(same)
+    again = "Give the same command again."
+    assert said("ingest", star, tmp_path / "shards").endswith(again)
+    assert said("reconstruct", data / "truth.star", "--out", tmp_path / "maps").endswith(again)
+
+
+def test_words_for_commands_that_end_before_they_begin():
+    assert how_to_go_on("correct", {"go_on": False}) == how_to_go_on("correct", {"go_on": True})
+    assert "job-run" in how_to_go_on("run", {"job": Path("a/job.toml"), "out": None, "go_on": True})
