@@ -103,7 +103,7 @@ def test_a_settled_round_ends_the_rounds(data, tmp_path):
 def test_the_baseline_and_given_poses(data, tmp_path):
     job = write_job(
         data, "white.toml", **SMALL, auxiliary_generators="white-noise", auxiliary_poses="given",
-        auxiliary_rounds=1, particles_file="truth.star",
+        auxiliary_rounds=1, particles_file="truth.star", auxiliary_balance_cap=1.05,
     )  # fmt: skip
     run = run_job(job, tmp_path / "run", Context()).path
     given = read_particle_file(data / "truth.star")
@@ -111,6 +111,9 @@ def test_the_baseline_and_given_poses(data, tmp_path):
     assert np.allclose(kept.rotation, given.rotation, atol=1e-6)
     spectrum = facts(run, "generate-1")["statistics"]["power_generated"]
     assert 0.8 < np.median(spectrum[-4:]) < 1.3  # beyond the signal: white noise of variance 1
+    local = read_particle_file(next(run.glob("*_local")) / "particles.star", "", ("pose",))
+    balanced = local.table["cryoisoBalanced"].astype(int)
+    assert facts(run, "local")["dropped"] == (balanced == 0).sum() > 0 and len(local) == len(given)
     job = write_job(data, "none.toml", **SMALL, auxiliary_poses="given")
     with pytest.raises(InputError, match="no poses"):
         run_job(job, tmp_path / "none", Context())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +127,13 @@ def test_iterations_that_an_earlier_start_refined_plainly_are_done_again(tmp_pat
 
 def test_a_finished_refinement_without_a_call_is_no_result(tmp_path, caplog):
     out, correction = tmp_path / "out", Doubling()
-    RelionEngine().refine(request(out, write_program(tmp_path), None, iterations=1), Context())
-    given = request(out, write_program(tmp_path), correction, iterations=1, resume=True)
-    result = RelionEngine().refine(given, Context())
-    assert correction.iterations == [1] and "iteration 1 of an earlier start" in caplog.text
+    given = request(out, write_program(tmp_path), correction, iterations=1)
+    RelionEngine().refine(given, Context())
+    ledger = out / "relion" / "records.json"
+    record = json.loads(ledger.read_text())["1"]
+    ledger.write_text(json.dumps({"1": {key: value for key, value in record.items() if key != "correction"}}))
+    result = RelionEngine().refine(replace(given, resume=True), Context())
+    assert correction.iterations == [1, 1] and "iteration 1 of an earlier start" in caplog.text
     assert factors(result) == pytest.approx([2.0, 2.0], rel=0.05)
 
 

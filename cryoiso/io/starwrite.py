@@ -11,6 +11,7 @@ import numpy as np
 
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
+from cryoiso.io.alignment import ANGLES, POSES, is_body_table, outdated
 from cryoiso.io.startable import CTF_FLAGS, Columns, rotation_of_table, shift_of_table, subtomogram_rotation
 from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
 
@@ -28,8 +29,10 @@ def write_particles(path: object, particles: Particles, names: list[str] | None 
     """Writes particles atomically in RELION 3.1 style (read by RELION 3.1, 4 and 5).
 
     Columns of the source stay in their order and with their text; pose, half-set, CTF and result columns are
-    overwritten where their numbers differ, or appended. Origins are in Å. A RELION 3.0 source gets a table of optics
-    groups; its microscope columns move there and rlnOriginX, Y become rlnOriginXAngst, YAngst.
+    overwritten where their numbers differ, or appended. Where any pose differs from the source's, columns that
+    describe the source's alignment (``io.alignment``) are left out, if they are not among the results. Origins are in
+    Å. A RELION 3.0 source gets a table of optics groups; its microscope columns move there and rlnOriginX, Y become
+    rlnOriginXAngst, YAngst.
 
     Args:
         path: the file to write.
@@ -39,19 +42,23 @@ def write_particles(path: object, particles: Particles, names: list[str] | None 
     Raises:
         DiskFullError: no space.
         InputError: the folder does not exist.
+        ValueError: columns differ in length.
     """
     columns = _source_columns(particles)
     _write_images(columns, particles, names)
     _write_ctf(columns, particles)
     _write_optics_column(columns, particles)
-    _write_poses(columns, particles)
+    moved = _write_poses(columns, particles)
+    for name in outdated(columns) if moved else ():
+        del columns[name]
     if particles.half is not None:
         _merge(columns, "rlnRandomSubset", particles.half.astype(np.int64), "%d")
     for name, values in particles.results.items():
         columns[name] = _result_text(np.asarray(values))
     columns["cryoisoUid"] = list(map(str, particles.uid.tolist()))
     attrs = getattr(particles.table, "attrs", {})
-    others = [StarBlock(*block) for block in attrs.get("star_others", [])]
+    others = [StarBlock(*block) for block in attrs.get("star_others", []) if not (moved and is_body_table(block[0]))]
+    _require_one_length(columns, len(particles))
     blocks = [*others, _optics_block(particles), StarBlock("particles", True, columns)]
     write_blocks(path, blocks)
 
@@ -94,25 +101,47 @@ def _write_optics_column(columns: dict[str, list[str]], particles: Particles) ->
     _merge(columns, "rlnOpticsGroup", numbers, "%d")
 
 
-def _write_poses(columns: dict[str, list[str]], particles: Particles) -> None:
+def _require_one_length(columns: dict[str, list[str]], n: int) -> None:
+    wrong = {name: len(values) for name, values in columns.items() if len(values) != n}
+    if wrong:
+        raise ValueError(f"columns of other lengths than {n}: {wrong}")
+
+
+def _write_poses(columns: dict[str, list[str]], particles: Particles) -> bool:
+    """Returns whether any pose differs from the source's, or the source has poses that the particles lost."""
     source = None if particles.table is None else Columns(particles.table, None)
+    moved = False
     if particles.rotation is not None:
-        outer = subtomogram_rotation(source) if source else None
-        old = rotation_of_table(source) if source else None
-        rotation = np.asarray(particles.rotation, np.float64)
-        same = np.zeros(len(rotation), bool) if old is None else np.abs(old - rotation).max((1, 2)) < 1e-12
-        inner = rotation if outer is None else conventions.split_two_level(outer, rotation)
-        angles = conventions.matrix_to_euler(inner)
-        for name, values in zip(("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), angles.T):
-            _replace(columns, name, values, same)
+        moved = _write_angles(columns, source, np.asarray(particles.rotation, np.float64))
+    elif source is not None and source.has(*ANGLES):
+        for name in POSES:
+            columns.pop(name, None)
+        return True
     if particles.shift_A is not None:
-        shift = np.asarray(particles.shift_A, np.float64)
-        pixels = source is not None and not source.has("rlnOriginXAngst", "rlnOriginYAngst")
-        old = None if source is None or pixels else shift_of_table(source, particles.group_values("pixel_size_A"))
-        same = np.zeros(len(shift), bool) if old is None else (old == shift).all(1)
-        for axis, values in zip("XY", shift.T):
-            _rename(columns, f"rlnOrigin{axis}", f"rlnOrigin{axis}Angst")
-            _replace(columns, f"rlnOrigin{axis}Angst", values, same)
+        moved |= _write_shifts(columns, source, particles)
+    return moved
+
+
+def _write_angles(columns: dict[str, list[str]], source: Columns | None, rotation: np.ndarray) -> bool:
+    outer = subtomogram_rotation(source) if source else None
+    old = rotation_of_table(source) if source else None
+    same = np.zeros(len(rotation), bool) if old is None else np.abs(old - rotation).max((1, 2)) < 1e-12
+    inner = rotation if outer is None else conventions.split_two_level(outer, rotation)
+    for name, values in zip(ANGLES, conventions.matrix_to_euler(inner).T):
+        _replace(columns, name, values, same)
+    return not same.all()
+
+
+def _write_shifts(columns: dict[str, list[str]], source: Columns | None, particles: Particles) -> bool:
+    shift = np.asarray(particles.shift_A, np.float64)
+    in_pixels = source is not None and not source.has("rlnOriginXAngst", "rlnOriginYAngst")
+    old = None if source is None else shift_of_table(source, particles.group_values("pixel_size_A"))
+    same = np.zeros(len(shift), bool) if old is None else (old == shift).all(1)
+    keeps_text = same & (not in_pixels)
+    for axis, values in zip("XY", shift.T):
+        _rename(columns, f"rlnOrigin{axis}", f"rlnOrigin{axis}Angst")
+        _replace(columns, f"rlnOrigin{axis}Angst", values, keeps_text)
+    return not same.all()
 
 
 def _rename(columns: dict[str, list[str]], old: str, new: str) -> None:

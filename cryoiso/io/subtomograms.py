@@ -14,13 +14,13 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import Particles
+from cryoiso.io.alignment import ANGLES, OFFSETS_Z, is_body_table, outdated
 from cryoiso.io.mrc import read_header
 from cryoiso.io.star import read_particles, resolve_paths
 from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
 
 CTF_VOLUME, DIMENSIONS = "rlnCtfImage", "rlnImageDimensionality"
 HEAD_BYTES = 2**20
-ANGLE_COLUMNS = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 
 
 def is_subtomograms(path: object) -> bool:
@@ -110,20 +110,21 @@ class SubtomogramSource:
         )  # fmt: skip
 
     def write(self, path: Path, particles: Particles, *, with_poses: bool) -> None:
-        """The particle file that RELION starts from: absolute paths, half-sets, all other columns as they are, but
-        angles only for a search that starts from them. Offsets stay, and are the centre of the prior on shifts."""
+        """The particle file that RELION starts from: absolute paths, half-sets, all other columns as they are, but for
+        those that describe an earlier alignment (``io.alignment``): RELION would take them for its own. Angles stay for
+        a search that starts from them; offsets stay, and are the centre of the prior on shifts."""
         columns = block_of_frame("particles", particles.table).columns
         columns["rlnImageName"] = list(self.volumes)
         if self.has_ctf:
             columns[CTF_VOLUME] = list(self.ctf_volumes)
         if particles.half is not None:
             columns["rlnRandomSubset"] = [str(half) for half in particles.half.tolist()]
-        if not with_poses:
-            columns = {name: values for name, values in columns.items() if name not in ANGLE_COLUMNS}
+        gone = set(outdated(columns)) - set(OFFSETS_Z) | (set() if with_poses else set(ANGLES))
+        columns = {name: values for name, values in columns.items() if name not in gone}
         for axis in "XYZ":
             if f"rlnOrigin{axis}Angst" in columns:
                 columns[f"rlnOrigin{axis}PriorAngst"] = list(columns[f"rlnOrigin{axis}Angst"])
-        others = [StarBlock(*block) for block in particles.table.attrs.get("star_others", [])]
+        others = [StarBlock(*b) for b in particles.table.attrs.get("star_others", []) if not is_body_table(b[0])]
         if particles.optics_table is not None:
             others.append(block_of_frame("optics", particles.optics_table))
         write_blocks(path, [*others, StarBlock("particles", True, columns)])

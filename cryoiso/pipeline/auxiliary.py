@@ -167,8 +167,15 @@ def _facts(work: Work, round_: int, before: Particles, found: Any, known: Partic
     }
 
 
-def _finish_round(work: Work, name: str, source: Any, raw: Particles, facts: dict[str, Any]) -> None:
-    """Maps of the raw particles alone, the next references among them, and the poses. Collective."""
+def _finish_round(
+    work: Work, name: str, source: Any, raw: Particles, facts: dict[str, Any], posed: Particles | None = None
+) -> None:
+    """Maps of the raw particles alone, the next references among them, and the poses. Collective.
+
+    Args:
+        raw: of which the maps are made.
+        posed: all raw particles, where those are a subset.
+    """
     comm, folder, job = work.comm, work.folder.stage(name), work.job
     plain, damped, curve = wire.reference_reconstructor()(
         source, raw, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding, device=comm.device(),
@@ -181,7 +188,7 @@ def _finish_round(work: Work, name: str, source: Any, raw: Particles, facts: dic
             write_map(folder / f"reference{half}.mrc", damped[half].data, damped[half].pixel_size_A)
         mean = (damped[1].data.astype(np.float64) + damped[2].data) / 2
         write_map(folder / "raw_map.mrc", mean.astype(np.float32), damped[1].pixel_size_A)
-        write_particles(folder / "particles.star", _with_source_columns(work, raw))
+        write_particles(folder / "particles.star", _with_source_columns(work, raw if posed is None else posed))
         write_json(folder / f"{name.split('-')[0]}.json", {**facts, "fsc": np.round(curve, 6).tolist()})
         if "moved" in facts:
             logger.info(
@@ -220,11 +227,7 @@ def local(work: Work) -> None:
     refined = _merged(posed, result.particles, balanced.keep)
     moved = movement(posed.take(balanced.keep), refined.take(balanced.keep), job.sample.symmetry)
     facts = {**balanced.facts(posed), "resolution_A": result.resolution_A, "moved": moved}
-    _finish_round(work, "local", SubsetSource(source, balanced.keep), refined.take(balanced.keep), facts)
-    on_root(
-        comm,
-        lambda: write_particles(work.folder.stage("local") / "particles.star", _with_source_columns(work, refined)),
-    )
+    _finish_round(work, "local", SubsetSource(source, balanced.keep), refined.take(balanced.keep), facts, refined)
 
 
 def _start_resolution(work: Work, rounds: int) -> float:
