@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from analytic_helper import correlations, displacements
+from ctf_applied_helper import of_kind
 
 from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
@@ -122,6 +123,34 @@ def test_relion_reconstruct_makes_the_same_map(tmp_path):
     assert float(np.vdot(theirs, ours) / np.vdot(theirs, theirs)) == pytest.approx(1, abs=0.01)
     with_truth = [fsc(v, truth.data)[1:22] for v in (ours, theirs)]
     assert (with_truth[0] > with_truth[1] - 1e-3).all()
+
+
+@pytest.mark.relion
+@pytest.mark.parametrize("kind", ["flipped", "premultiplied", "both flags"])
+def test_relion_takes_flags_for_the_same_as_we_do(tmp_path, kind):
+    """Its maps of phase-flipped and premultiplied images equal those of the untouched ones, as ours do.
+
+    RELION hears of flipped images by an option alone; of both flags and its option together it heeds the first.
+    """
+    import mrcfile
+
+    from cryoiso.io.starwrite import write_particles
+
+    particles = make_particles(200, 40, 4.0, shift_sd_A=6.0, seed=3, stack="images.mrcs")
+    images = SimulatedSource(phantom_map(40, 4.0, 8.8), particles, noise=False).read(np.arange(200))
+    made = []
+    for source in (ArraySource(images, particles), of_kind(images, particles, kind)):
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        with mrcfile.new(folder / "images.mrcs") as file:
+            file.set_data(source.read(np.arange(200)))
+            file.voxel_size = 4.0
+        write_particles(folder / "particles.star", source.particles)
+        option = ["--ctf_phase_flipped"] if source.particles.groups[0].phase_flipped else []
+        theirs = relion_map(folder, "particles.star", "--subset", "1", *option)
+        made.append((theirs, reconstruct_halves(source, source.particles, Context(), halves=(1,))[1].data))
+    for untouched, changed in zip(*made, strict=True):
+        assert np.linalg.norm(changed - untouched) < 1e-5 * np.linalg.norm(untouched)
 
 
 @pytest.mark.relion

@@ -49,6 +49,21 @@ def test_relion_gets_every_column_and_absolute_paths(data, tmp_path):
         assert written.column("particles", f"rlnOrigin{axis}Angst") == offsets
         assert written.column("particles", f"rlnOrigin{axis}PriorAngst") == offsets
     assert written.column("optics", "rlnImageDimensionality") == ["3"]
+    assert not written.has("optics", "rlnCtfDataAreCtfPremultiplied")
+    text = (data / "truth.star").read_text()
+    header = "_rlnImageDimensionality #"
+    assert text.count(header) == 1
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(header))
+    row = next(i for i in range(at, len(lines)) if lines[i] and not lines[i].startswith(("_", "#")))
+    lines[row] += " 1"
+    last = max(i for i in range(at, row) if lines[i].startswith("_"))
+    lines.insert(last + 1, "_rlnCtfDataAreCtfPremultiplied #99")
+    (data / "flagged.star").write_text("\n".join(lines) + "\n")
+    flagged = SubtomogramSource(data / "flagged.star")
+    assert [g.ctf_applied for g in flagged.particles.groups] == ["premultiplied"]
+    flagged.write(tmp_path / "flagged.star", flagged.particles, with_poses=False)
+    assert Star.read(tmp_path / "flagged.star").column("optics", "rlnCtfDataAreCtfPremultiplied") == ["1"]
     source.write(tmp_path / "local.star", source.particles, with_poses=True)
     assert Star.read(tmp_path / "local.star").has("particles", "rlnAngleRot")
     with pytest.raises(InputError, match="only RELION refines"):
