@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.run_cmd import Trust
+
 
 def replay(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage of the run, for example reconstruct.")],
@@ -14,6 +16,7 @@ def replay(
     out: Annotated[
         Path | None, typer.Option("--out", help="A new folder for what the stage makes. Default: RUN-replay-STAGE.")
     ] = None,
+    trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Do one stage of a run again and compare.
@@ -36,7 +39,7 @@ def replay(
 
     comm = get_context()
     run = Path(os.path.abspath(folder))
-    found = replay_stage(stage, folder, out or run.parent / f"{run.name}-replay-{stage}", comm, report=publish)
+    found = replay_stage(stage, folder, out or run.parent / f"{run.name}-replay-{stage}", comm, publish, trust)
     if comm.rank == 0:
         lines = [found.verdict, *(f"DIFFERENT  {one.file}: {one.words}" for one in found.different)]
         typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(lines))

@@ -14,6 +14,12 @@ Until = Annotated[
 ]
 
 
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Start the programs that the folder names, although you have not started this run."),
+]
+
+
 def run(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file; 'cryoiso init' writes one.")],
     out: Annotated[
@@ -50,12 +56,15 @@ def run(
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an interrupted run.")], until: Until = ""
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an interrupted run.")],
+    until: Until = "",
+    trust: Trust = False,
 ) -> None:
     """Go on with an interrupted run.
 
     The result is the same as without the interruption. Stages whose files are all there, unchanged, are not done again.
-    Any number of ranks will do.
+    Any number of ranks will do. A run that somebody else started, or whose programs were changed since, wants --trust
+    before it starts programs: relion.program, launcher and extra, auxiliary.post_command.
     """
     from cryoiso.parallel.context import get_context
 
@@ -64,6 +73,6 @@ def resume(
     from cryoiso.pipeline.run import resume_run
     from cryoiso.report import publish
 
-    done = resume_run(folder, comm, publish, until)
+    done = resume_run(folder, comm, publish, until, trust)
     if comm.rank == 0:
         typer.echo(done.path if until else done.report)

@@ -22,6 +22,7 @@ from cryoiso.pipeline.manifest import given_shards, read_record
 from cryoiso.pipeline.plan import folder_stages, stages_of
 from cryoiso.pipeline.run import do_stage, prepare_device, read_resolved
 from cryoiso.pipeline.seal import REPORTS
+from cryoiso.pipeline.trust import require_recorded_job, require_trust
 from cryoiso.pipeline.work import Work, write_json
 from cryoiso.pipeline.workload import kind_of
 
@@ -63,7 +64,12 @@ class Replay:
 
 
 def replay_stage(
-    name: str, folder: Path, out: Path, comm: Context, report: Callable[[Path], object] | None = None
+    name: str,
+    folder: Path,
+    out: Path,
+    comm: Context,
+    report: Callable[[Path], object] | None = None,
+    trust: bool = False,
 ) -> Replay:
     """Does a stage of a run again, from the recorded outputs of the stages before it. Collective.
 
@@ -75,13 +81,18 @@ def replay_stage(
         folder: the run, wherever it lies now.
         out: a new folder.
         report: makes the report and the texts of result/, for the stage ``report``.
+        trust: start the programs that the run names, though somebody else did it.
 
     Raises:
-        UsageError: no such stage, or the folder to write into is not empty.
-        InputError: an earlier stage's files are not what was recorded, or an input is gone.
+        UsageError: no such stage, the folder to write into is not empty, or it is not this user's run and wants to be
+            trusted.
+        InputError: resolved.toml is not the job that was done, an earlier stage's files are not what was recorded, or
+            an input is gone.
     """
     run, target = RunFolder(folder.absolute()), out.absolute()
     job = on_root(comm, read_resolved, run)[1]
+    on_root(comm, require_recorded_job, run, job)
+    on_root(comm, require_trust, run, job, trust)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, RunFolder(target, run.stages), comm, report=report)
     stages = stages_of(job, work.folder)
@@ -150,4 +161,3 @@ def _judge(work: Work, run: RunFolder, stage: str, recorded: Outputs, made: Outp
     result = Replay(stage, str(run.path), str(target), same, different)
     write_json(target / RECORD, result.as_dict())
     return result
-

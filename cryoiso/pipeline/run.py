@@ -41,6 +41,7 @@ from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
 from cryoiso.pipeline.timing import note_timing, save_timing
+from cryoiso.pipeline.trust import require_trust, signature
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
@@ -93,20 +94,26 @@ def run_job(
     return run
 
 
-def resume_run(folder: Path, comm: Context, report: Report | None = None, until: str = "") -> RunFolder:
+def resume_run(
+    folder: Path, comm: Context, report: Report | None = None, until: str = "", trust: bool = False
+) -> RunFolder:
     """Goes on with an interrupted run; on a finished one it checks the files and makes again what is lost. Collective.
 
     Args:
         until: as ``run_job``.
+        trust: start the programs that the folder names, though somebody else started the run; from then on it is
+            this user's own.
 
     Raises:
-        UsageError: no run in this folder, another process works on it, or there is no stage ``until``.
+        UsageError: no run in this folder, another process works on it, there is no stage ``until``, or it is not this
+            user's run and wants to be trusted.
         InputError: an input has changed since the run started.
         MissingError: no GPU, where the run computed on GPUs; or too little memory for what is left.
         Interrupted: as ``run_job``.
     """
     run = RunFolder(Path(os.path.abspath(folder)))
     _, job = on_root(comm, read_resolved, run)
+    on_root(comm, require_trust, run, job, trust)
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
     on_root(comm, _check_until, work, until)
@@ -211,7 +218,7 @@ def _create(work: Work, text: str, stack: ExitStack) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(run.lock))
     _refuse_old_run(run)
-    work.manifest = provenance.new_manifest(work.job, images_of(work))
+    work.manifest = {**provenance.new_manifest(work.job, images_of(work)), "signature": signature(work.job)}
     write_text(run.job, text)
     work.journal = Journal(run.journal)
     provenance.write_manifest(run, work.manifest)
@@ -223,6 +230,7 @@ def _reopen(work: Work, stack: ExitStack) -> None:
     stack.enter_context(locked(run.lock))
     work.manifest = provenance.read_manifest(run.manifest)
     provenance.check_inputs(work.manifest, work.job)
+    work.manifest["signature"] = signature(work.job)
     run.seal.unlink(missing_ok=True)
     for part in run.path.glob("[!l]*.part"):  # the folder's own, not the lock's; a stage's go when it is opened
         part.unlink(missing_ok=True)
