@@ -12,8 +12,11 @@ from relion_helper import job_of, refine, write_subtomograms
 from cryoiso.core.errors import InputError
 from cryoiso.engines.relion.files import Star
 from cryoiso.io import read_particle_file
+from cryoiso.io.dimensionality import kind_of_particles
 from cryoiso.io.mrc import read_map, write_map
-from cryoiso.io.subtomograms import SubtomogramSource, is_subtomograms
+from cryoiso.io.sources import StackSource
+from cryoiso.io.starwrite import write_particles
+from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 
@@ -29,11 +32,107 @@ def data(tmp_path_factory):
 
 
 def test_they_are_told_from_images(data):
-    assert is_subtomograms(data / "particles.star") and not is_subtomograms(data / "images.star")
-    without = (data / "particles.star").read_text().replace("rlnCtfImage", "myCtf")
-    (data / "without.star").write_text(without)
-    assert is_subtomograms(data / "without.star")
-    assert not is_subtomograms(data / "truth_map.mrc") and not is_subtomograms(data / "nothing.star")
+    kinds = {
+        name: kind_of_particles(data / name) for name in ("particles.star", "images.star", "truth_map.mrc", "no.star")
+    }
+    assert kinds == {
+        "particles.star": "volumes",
+        "images.star": "images",
+        "truth_map.mrc": "images",
+        "no.star": "images",
+    }
+
+
+@pytest.mark.parametrize("dimensions", [True, False])
+def test_volumes_are_known_without_a_ctf_volume_or_a_word_of_their_dimensions(data, tmp_path, dimensions):
+    text = (data / "particles.star").read_text().replace("rlnCtfImage", "myCtf").replace("s000", str(data / "s000"))
+    if not dimensions:
+        text = text.replace("_rlnImageDimensionality", "_myDimensions")
+    (tmp_path / "p.star").write_text(text)
+    assert kind_of_particles(tmp_path / "p.star") == "volumes"
+
+
+@pytest.mark.parametrize("dimensions", [True, False])
+def test_images_beside_a_micrographs_ctf_are_images(data, tmp_path, dimensions):
+    """CTF estimation leaves rlnCtfImage, a power spectrum, in the micrographs' file; extraction copies it."""
+    found = read_particle_file(data / "images.star")
+    found.table["rlnCtfImage"] = ["CtfFind/job003/m1.ctf:mrc"] * len(found)
+    if not dimensions:
+        del found.optics_table["rlnImageDimensionality"]
+    write_particles(tmp_path / "p.star", found)
+    if not dimensions:
+        text = (tmp_path / "p.star").read_text()
+        assert "rlnImageDimensionality" not in text
+    assert kind_of_particles(tmp_path / "p.star") == "images"
+    again = read_particle_file(tmp_path / "p.star", str(data))
+    assert list(again.table["rlnCtfImage"]) == ["CtfFind/job003/m1.ctf:mrc"] * 2
+    assert StackSource(again).read(np.arange(2)).shape == (2, 24, 24)
+
+
+STACKS = """
+data_general
+
+_rlnTomoSubTomosAre2DStacks   1
+
+data_optics
+
+loop_
+_rlnOpticsGroup #1
+_rlnImagePixelSize #2
+_rlnImageSize #3
+_rlnImageDimensionality #4
+1 2.7 64 2
+
+data_particles
+
+loop_
+_rlnTomoName #1
+_rlnTomoParticleName #2
+_rlnOpticsGroup #3
+_rlnImageName #4
+_rlnTomoVisibleFrames #5
+TS_01 TS_01/1 1 PseudoSubtomo/job010/Subtomograms/TS_01/1_stack2d.mrcs [1,1,0,1]
+"""
+
+
+@pytest.mark.parametrize("text", [STACKS, STACKS.replace("_rlnTomoSubTomosAre2DStacks   1", "_rlnTomoName x")])
+def test_stacks_of_tilt_images_are_refused_for_what_they_are(tmp_path, text):
+    (tmp_path / "p.star").write_text(text)
+    assert kind_of_particles(tmp_path / "p.star") == "stacks"
+    with pytest.raises(
+        InputError, match=r"2D stacks of tilt images, which are not supported.*without 'Write output as"
+    ):
+        read_particle_file(tmp_path / "p.star")
+    for command in ("refine", "ingest"):
+        more = ["--ref", "x.mrc", "--out", tmp_path / "out"] if command == "refine" else [tmp_path / "out"]
+        done = cryoiso_here(command, tmp_path / "p.star", *more)
+        assert done.returncode == 65 and "2D stacks of tilt images" in done.stderr, done.stderr
+
+
+def test_volumes_are_not_asked_for_a_ctf_where_images_are_wanted(data, tmp_path):
+    done = cryoiso_here("ingest", data / "particles.star", tmp_path / "out")
+    assert done.returncode == 65 and "subtomograms, not images" in done.stderr and "Estimate" not in done.stderr
+
+
+def test_volumes_and_images_in_one_file_are_refused(data, tmp_path):
+    text = (data / "particles.star").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("1 opticsGroup1"))
+    (tmp_path / "p.star").write_text(text.replace(row, f"{row}\n2 other 300 2.7 0.1 7.0 24 2"))
+    with pytest.raises(InputError, match="some optics groups are of volumes"):
+        SubtomogramSource(tmp_path / "p.star", str(data))
+
+
+def test_relion_is_told_that_they_are_volumes_and_nothing_of_the_old_alignment(data, tmp_path):
+    text = (data / "truth.star").read_text().replace("_rlnImageDimensionality", "_myDimensions")
+    text = text.replace("myColumn", "rlnNormCorrection").replace("rlnMicrographName", "rlnAngleTiltPrior")
+    (tmp_path / "p.star").write_text(text)
+    source = SubtomogramSource(tmp_path / "p.star", str(data))
+    source.write(tmp_path / "in.star", source.particles, with_poses=True)
+    written = Star.read(tmp_path / "in.star")
+    assert written.column("optics", "rlnImageDimensionality") == ["3"]
+    assert written.column("particles", "rlnImageName")[0] == str(data / "s000.mrc")
+    assert not written.has("particles", "rlnNormCorrection") and not written.has("particles", "rlnAngleTiltPrior")
+    assert written.has("particles", "rlnAngleTilt") and written.column("particles", "rlnRandomSubset")[:2] == ["1", "2"]
 
 
 def test_relion_gets_every_column_and_absolute_paths(data, tmp_path):

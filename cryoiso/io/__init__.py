@@ -17,7 +17,8 @@ def read_particle_file(path: object, project: str = "", require: tuple[str, ...]
         require: what must be there: any of "image", "ctf", "pose".
 
     Raises:
-        InputError: unknown suffix, or whatever the reader finds wrong.
+        InputError: unknown suffix, subtomograms where images with a CTF are required, or whatever the reader finds
+            wrong.
     """
     from pathlib import Path
 
@@ -29,7 +30,10 @@ def read_particle_file(path: object, project: str = "", require: tuple[str, ...]
 
         return read_cs(path, project, require)
     if suffix == ".star":
+        from cryoiso.io.dimensionality import require_images
         from cryoiso.io.star import read_particles
 
+        if "ctf" in require:
+            require_images(path, project)
         return read_particles(path, project, require)
     raise InputError("unknown kind of particle file", file=path, expected="a name that ends in .star or .cs")

@@ -1,6 +1,7 @@
 """Particle files of subtomograms: small volumes, one a file, with a volume of their CTF and missing wedge.
 
-They are RELION's, from its tomography pipeline (``rlnImageName`` x.mrc, ``rlnCtfImage`` y.mrc). This program does not
+They are RELION's, from its tomography pipeline (``rlnImageName`` x.mrc, ``rlnCtfImage`` y.mrc); how they are told from
+images is in ``dimensionality``. This program does not
 look into them; it hands them to RELION, with every column as it is, and takes poses back.
 """
 
@@ -15,40 +16,10 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import Particles
 from cryoiso.io.alignment import ANGLES, OFFSETS_Z, is_body_table, outdated
+from cryoiso.io.dimensionality import CTF_VOLUME, DIMENSIONS
 from cryoiso.io.mrc import read_header
 from cryoiso.io.star import read_particles, resolve_paths
 from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
-
-CTF_VOLUME, DIMENSIONS = "rlnCtfImage", "rlnImageDimensionality"
-HEAD_BYTES = 2**20
-
-
-def is_subtomograms(path: object) -> bool:
-    """Whether a particle file is of subtomograms: it names CTF volumes, or says that its images have three dimensions.
-
-    Looks at the beginning of the file only. Anything else, a file that cannot be read included, is not.
-    """
-    if not (str(path).endswith(".star") and os.path.isfile(str(path))):
-        return False
-    try:
-        with open(str(path), encoding="utf-8", errors="replace") as stream:
-            lines = [line.split() for line in stream.read(HEAD_BYTES).splitlines()]
-    except OSError:
-        return False
-    return any(words[:1] == [f"_{CTF_VOLUME}"] for words in lines) or "3" in _optics_column(lines, DIMENSIONS)
-
-
-def _optics_column(lines: list[list[str]], name: str) -> list[str]:
-    """The values of a column of the table of optics groups, from the words of a file's first lines."""
-    inside, columns, values = False, [], []
-    for words in filter(None, lines):
-        if words[0].startswith("data_"):
-            inside = words[0] == "data_optics"
-        elif inside and words[0].startswith("_"):
-            columns.append(words[0][1:])
-        elif inside and name in columns and len(words) == len(columns):
-            values.append(words[columns.index(name)])
-    return values
 
 
 class SubtomogramSource:
@@ -88,6 +59,13 @@ class SubtomogramSource:
                         f"no such file: {name}", file=self.file, row=row + 1,
                         hint="Relative paths start from the project folder; give it if it is not the current one.",
                     )  # fmt: skip
+        table = self.particles.optics_table
+        flat = [] if table is None or DIMENSIONS not in table else [d for d in table[DIMENSIONS].tolist() if d != "3"]
+        if flat and len(flat) < len(table):
+            raise InputError(
+                f"some optics groups are of volumes and some of images ({DIMENSIONS})", file=self.file, expected="3",
+                found=flat[0], hint="Refine them apart.",
+            )  # fmt: skip
         _, firsts = np.unique(self.particles.optics, return_index=True)
         shapes = {read_header(self.volumes[row]).shape for row in firsts.tolist()}
         box = next(iter(shapes))[0]
@@ -126,5 +104,7 @@ class SubtomogramSource:
                 columns[f"rlnOrigin{axis}PriorAngst"] = list(columns[f"rlnOrigin{axis}Angst"])
         others = [StarBlock(*b) for b in particles.table.attrs.get("star_others", []) if not is_body_table(b[0])]
         if particles.optics_table is not None:
-            others.append(block_of_frame("optics", particles.optics_table))
+            optics = block_of_frame("optics", particles.optics_table)
+            optics.columns[DIMENSIONS] = ["3"] * len(optics)
+            others.append(optics)
         write_blocks(path, [*others, StarBlock("particles", True, columns)])

@@ -13,10 +13,10 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
+from cryoiso.io.dimensionality import kind_of_particles
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import read_index
 from cryoiso.io.sources import StackSource
-from cryoiso.io.subtomograms import is_subtomograms
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import stages
@@ -89,7 +89,7 @@ def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) ->
     Args:
         resume: go on with an interrupted refinement in the same folder.
     """
-    if on_root(comm, is_subtomograms, job.particles.file):
+    if on_root(comm, kind_of_particles, job.particles.file, job.particles.project) == "volumes":
         return refine_subtomograms(job, out, comm, resume=resume)
     work = begin_refinement(job, out, comm, resume=resume)
     with using_scratch(work):
