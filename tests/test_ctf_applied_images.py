@@ -13,7 +13,7 @@ from ctf_applied_helper import filtered, of_kind, with_flags
 from typer.testing import CliRunner
 
 from cryoiso.cli.simulate_cmd import simulate as simulate_command
-from cryoiso.core.config import RefineSection, RelionSection
+from cryoiso.core.config import AuxiliarySection, RefineSection, RelionSection
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.engines.relion import command
 from cryoiso.engines.relion.images import all_flipped, image_names, relion_source, write_input
@@ -28,12 +28,14 @@ from cryoiso.io.sources import ArraySource, JoinedSource, as_recorded
 from cryoiso.io.stack import StackReader
 from cryoiso.io.starwrite import write_particles
 from cryoiso.methods.auxiliary.condition import Condition, fit_scale
+from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.particles import auxiliary_particles
 from cryoiso.parallel.context import Context
 from cryoiso.physics.ctf import ctf_for
 from cryoiso.physics.ctf_applied import apply_ctf, restored
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import make_particles, simulate
+from cryoiso.pipeline.auxiliary_train import train_into
 
 BOX, PIXEL_A, N = 32, 6.0, 200
 ROWS = np.arange(N)
@@ -219,6 +221,21 @@ def test_a_generator_sees_the_same_condition_and_grey_scale(truth, plain, kind):
                                pixel_size_A=PIXEL_A)  # fmt: skip
     assert [g.ctf_applied for g in made.groups] == [""] * len(changed.particles.groups)
     assert as_recorded(plain_source, particles) == (plain_source, particles)
+
+
+def test_training_brings_images_back_first(truth, plain, tmp_path):
+    """The baseline without a network, whose file holds the grey scale that was fitted."""
+    particles, images = plain
+    images, found = normalise(images)[0], {}
+    for kind in ("untouched", "premultiplied", "flipped"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        source = ArraySource(images, particles) if kind == "untouched" else of_kind(images, particles, kind)
+        section = AuxiliarySection(generators="white-noise")
+        train_into(folder, source, source.particles, {1: truth, 2: truth}, section, Context(), 1, {"round": 1})
+        found[kind] = [Generator.load(folder / f"generator{half}.npz").scale[0] for half in (1, 2)]
+    np.testing.assert_allclose(found["premultiplied"], found["untouched"], rtol=0.02)
+    np.testing.assert_allclose(found["flipped"], found["untouched"], rtol=1e-3)
 
 
 # --- RELION

@@ -144,6 +144,10 @@ def plan(particles: Particles, settings: Any = None, source: object = "") -> Ing
         decision.reason,
         decision.z,
     )
+    for kind, words in (("flipped", "phase-flipped"), ("premultiplied", "multiplied by their CTF")):
+        count = sum(int((particles.optics == i).sum()) for i, g in enumerate(groups) if g.ctf_applied == kind)
+        if count:
+            logger.info("%d of %d images are %s, as their optics groups say", count, len(particles), words)
     box = groups[int(particles.optics[0])].box_px
     others = sorted({g.box_px for i, g in enumerate(groups) if g.box_px != box and (particles.optics == i).any()})
     if others:
