@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cryoiso.engines.relion.images import write_input
 from cryoiso.io.star import read_particles
 from cryoiso.io.startext import read_blocks
 from cryoiso.io.starwrite import write_particles
@@ -99,6 +100,30 @@ def test_offsets_in_pixels_are_the_same_poses(tmp_path):
 def test_poses_that_were_taken_away_are_not_written(old, tmp_path):
     table = written(tmp_path, replace(old, rotation=None, shift_A=None))["particles"]
     assert not {*STALE, *POSE} & set(table) and table["myOwn"] == ["x"] * 3
+    table = written(tmp_path, replace(old, rotation=None))["particles"]
+    assert "rlnAngleRot" not in table and table["rlnOriginXAngst"] == ["1.000000"] * 3
+
+
+def test_relion_is_given_what_it_needs_and_nothing_old(old, tmp_path):
+    """Absolute image names, half-sets, a table of optics groups with all that decides the CTF, offsets as prior."""
+    groups = (replace(old.groups[0], ctf_premultiplied=True, beam_tilt_mrad=(0.3, -0.2), odd_zernike=(0.0, 1.5)),)
+    given = replace(old, groups=groups, half=np.array([1, 2, 2], np.int8))
+    names = [f"{i:06d}@/data/s.mrcs" for i in (1, 2, 3)]
+    write_input(tmp_path / "in.star", given, names, with_poses=False)
+    found = {block.name: block.columns for block in read_blocks(tmp_path / "in.star")}
+    optics, table = found["optics"], found["particles"]
+    assert table["rlnImageName"] == names and table["rlnRandomSubset"] == ["1", "2", "2"]
+    assert table["rlnMicrographName"] == ["m1.mrc"] * 3 and table["rlnOriginXPriorAngst"] == ["1"] * 3
+    assert (
+        not (set(STALE) - {"rlnOriginXPriorAngst", "rlnOriginYPriorAngst"}) & set(table) and "rlnAngleRot" not in table
+    )
+    assert (optics["rlnImageDimensionality"], optics["rlnImageSize"], optics["rlnImagePixelSize"]) == (
+        ["2"],
+        ["64"],
+        ["1.5"],
+    )
+    assert optics["rlnCtfDataAreCtfPremultiplied"] == ["1"] and optics["rlnBeamTiltX"] == ["0.3"]
+    assert optics["rlnOddZernike"] == ["[0,1.5]"] and "images_body_1" not in found
 
 
 def test_priors_in_a_subtomograms_own_frame_stay(old, tmp_path):

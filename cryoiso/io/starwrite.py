@@ -110,13 +110,12 @@ def _require_one_length(columns: dict[str, list[str]], n: int) -> None:
 def _write_poses(columns: dict[str, list[str]], particles: Particles) -> bool:
     """Returns whether any pose differs from the source's, or the source has poses that the particles lost."""
     source = None if particles.table is None else Columns(particles.table, None)
-    moved = False
+    lost = particles.rotation is None and source is not None and source.has(*ANGLES)
+    moved = lost
+    for name in POSES if lost else ():
+        columns.pop(name, None)
     if particles.rotation is not None:
-        moved = _write_angles(columns, source, np.asarray(particles.rotation, np.float64))
-    elif source is not None and source.has(*ANGLES):
-        for name in POSES:
-            columns.pop(name, None)
-        return True
+        moved |= _write_angles(columns, source, np.asarray(particles.rotation, np.float64))
     if particles.shift_A is not None:
         moved |= _write_shifts(columns, source, particles)
     return moved
