@@ -292,9 +292,7 @@ def test_relative_stacks_are_found_from_the_project_and_upwards(tmp_path, monkey
         "found nowhere: as in cwd"
     )
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert Path(read_particles(path).stack[0]).resolve() == tmp_path / "elsewhere/a.mrcs", (
-        "the current folder comes first"
-    )
+    assert Path(read_particles(path).stack[0]).resolve() == tmp_path / "project/a.mrcs", "the file's own project"
     assert read_particles(path, project=str(tmp_path / "project")).stack[0] == str(tmp_path / "project/a.mrcs")
 
 

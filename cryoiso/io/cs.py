@@ -20,8 +20,9 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
+from cryoiso.io.ranges import CS_FIELDS, RANGES, check_range
 from cryoiso.io.regular_file import open_regular
-from cryoiso.io.star import resolve_paths
+from cryoiso.io.star import check_ctf, check_groups, resolve_paths
 
 logger = logging.getLogger("cryoiso")
 
@@ -58,7 +59,7 @@ def read_cs(
         Particles with the source's uids; blob/sign is in ``results["cryoisoSign"]``.
 
     Raises:
-        InputError: not a .cs file, a missing field, a bad number, a uid that stands twice.
+        InputError: not a .cs file, a missing field, a bad or impossible number, a uid that stands twice.
     """
     data = _load(path)
     needed = [name for kind in require for name in NEEDED[kind]]
@@ -73,10 +74,15 @@ def read_cs(
         raise InputError("a field is missing", file=path, expected=missing[0], hint=hint)
     for name in needed:
         _require_finite(data[name], name, path)
+    _require_possible(data, "ctf" in require, path)
     for name in UNMAPPED:
         if name in data and np.any(data[name]):
             logger.warning("%s: %s is not zero but is not used", path, name)
-    return _particles(data, path, project)
+    particles = _particles(data, path, project)
+    check_groups(particles.groups, particles.optics, particles.stack, path, "ctf" in require)
+    if "ctf" in require:
+        check_ctf(particles, path, "field ctf/scale")
+    return particles
 
 
 def _load(path: object) -> dict[str, np.ndarray]:
@@ -123,6 +129,14 @@ def _require_finite(values: np.ndarray, name: str, path: object) -> None:
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise InputError(f"bad value in field {name}", file=path, row=row + 1, expected="a number", found=values[row])
+
+
+def _require_possible(data: dict[str, np.ndarray], strict: bool, path: object) -> None:
+    """All numbers within ``ranges.RANGES``; those of the CTF only where it is needed (``strict``)."""
+    rows = np.arange(1, len(data["uid"]) + 1)
+    for name, (column, factor) in CS_FIELDS.items():
+        if name in data and data[name].dtype.kind in "fiu" and (strict or not name.startswith("ctf/")):
+            check_range(data[name], RANGES[column], path, f"field {name}", rows=rows, factor=factor)
 
 
 def _particles(data: dict[str, np.ndarray], path: object, project: str) -> Particles:

@@ -46,7 +46,6 @@ RANGES: dict[str, Range] = {
     "rlnMagnification": Range(10, 10_000_000),
     "rlnDetectorPixelSize": Range(0.1, 1_000, "µm"),
     "rlnImageSize": Range(0, 65_536, "px", integer=True),
-    "rlnImageDimensionality": Range(2, 3, integer=True),
     "rlnOpticsGroup": Range(0, 10_000_000, integer=True),
     "rlnBeamTiltX": Range(-100, 100, "mrad"),
     "rlnBeamTiltY": Range(-100, 100, "mrad"),
@@ -173,7 +172,7 @@ def check_defocus(
             "these rows.",
         )  # fmt: skip
     over = known & (u_A + v_A < 0)
-    if 2 * over.sum() > known.sum():
+    if 2 * (over & dark).sum() > known.sum():
         row = int(np.flatnonzero(over)[0])
         raise InputError(
             f"negative defocus in {int(over.sum()):,} of {len(over):,} rows", file=file, row=row + 1,

@@ -55,9 +55,9 @@ class StackReader:
                 if file is None:
                     raise
                 problem = f"image stack {path}: {error.problem}"
-                hint = (
-                    error.hint or "Relative paths start from the project folder; give it if it is not the current one."
-                )
+                hint = error.hint
+                if error.problem == "no such file":
+                    hint = "Relative paths start from the project folder; give it if it is not the current one."
                 raise InputError(
                     problem, file=file, row=row, expected=error.expected, found=error.found, hint=hint
                 ) from None

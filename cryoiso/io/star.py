@@ -6,9 +6,9 @@ columns that are used become numbers. Writing is in ``starwrite``.
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import stable_hash
 from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.io.imagenames import parse_image_names, resolve_paths
 from cryoiso.io.mrc import read_header
+from cryoiso.io.ranges import check_defocus, check_scale
 from cryoiso.io.startable import (
     Columns,
     half_of_table,
@@ -28,6 +30,8 @@ from cryoiso.io.startable import (
 from cryoiso.io.startext import StarBlock, read_blocks
 from cryoiso.io.starwrite import write_particles
 
+logger = logging.getLogger("cryoiso")
+
 __all__ = ["Columns", "parse_image_names", "particles_from_table", "read_particles", "resolve_paths", "write_particles"]
 
 
@@ -36,8 +40,7 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
 
     Args:
         path: RELION 3.0, 3.1, 4 or 5 STAR file.
-        project: folder that relative image paths start from; empty: the current folder (as RELION does), and where
-            an image is not there, the STAR file's own folder and the folders above it; the first hit counts.
+        project: folder that relative image paths start from; empty: found as ``imagenames.resolve_paths`` says.
         require: what must be in the file: any of "image", "ctf", "pose". What is not required may be missing and is
             then empty text, NaN or None.
 
@@ -45,11 +48,15 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
         Particles; poses are None if any of the three angles is not in the file.
 
     Raises:
-        InputError: no such file, missing column, bad number (with its row), unknown optics group, the same image twice.
+        InputError: no such file, missing column, bad or impossible number (with its row), unknown optics group, the
+            same image twice.
     """
     blocks = read_blocks(path)
     block = _particle_block(blocks, path)
-    optics = next((b for b in blocks if b.name == "optics" and b is not block), None)
+    tables = [b for b in blocks if b.name == "optics" and b is not block]
+    if len(tables) > 1:
+        raise InputError("two tables data_optics in one file", file=path, expected="one table of optics groups")
+    optics = tables[0] if tables else None
     others = [b for b in blocks if b is not block and b is not optics]
     table = block.frame()
     table.attrs["star_block"] = block.name
@@ -64,6 +71,11 @@ def _particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
         [b for b in loops if "rlnImageName" in b.columns],
         [b for b in loops if "rlnAngleRot" in b.columns],
     ):
+        if len(wanted) > 1 and wanted[1].name == wanted[0].name:
+            raise InputError(
+                f"two tables data_{wanted[0].name} in one file", file=path, expected="one table of particles",
+                found=f"{len(wanted[0])} and {len(wanted[1])} rows", hint="Join them (relion_star_handler --combine).",
+            )  # fmt: skip
         if wanted:
             return wanted[0]
     found = ", ".join(f"data_{b.name}" for b in blocks[:5])
@@ -74,6 +86,7 @@ def particles_from_table(
     table: Any, optics_table: Any, path: object, project: str = "", require: tuple[str, ...] = ("image", "ctf")
 ) -> Particles:
     """Particles of tables of text as a STAR file has them; arguments and errors as ``read_particles``."""
+    strict = "ctf" in require
     columns = Columns(table, path)
     n = len(columns)
     if n == 0:
@@ -88,30 +101,45 @@ def particles_from_table(
             raise InputError("a column is missing", file=path, expected=f"_{missing[0]}", hint=_HINTS[what])
     stack, index = _images(columns, path, project)
     if optics_table is not None:
-        groups, optics = optics_of_table(columns, Columns(optics_table, path), "ctf" in require)
+        groups, optics = optics_of_table(columns, Columns(optics_table, path, block="optics"), strict)
     else:
-        groups, optics = optics_of_rows(columns, "ctf" in require)
+        groups, optics = optics_of_rows(columns, strict)
     groups = _with_boxes(groups, optics, stack)
+    check_groups(groups, optics, stack, path, strict)
     nan = float("nan")
     pixel = np.array([g.pixel_size_A for g in groups])[optics]
-    return Particles(
+    particles = Particles(
         uid=_uids(columns, path, "image" in require),
         optics=optics.astype(np.int32),
         groups=tuple(groups),
         stack=stack,
         index=index,
-        defocus_u_A=columns.number("rlnDefocusU", nan),
-        defocus_v_A=columns.number("rlnDefocusV", nan),
-        defocus_angle_deg=columns.number("rlnDefocusAngle", nan),
-        phase_shift_deg=columns.number("rlnPhaseShift", 0.0),
-        ctf_bfactor_A2=columns.number("rlnCtfBfactor", 0.0),
-        ctf_scale=columns.number("rlnCtfScalefactor", 1.0),
+        defocus_u_A=columns.number("rlnDefocusU", nan, ranged=strict),
+        defocus_v_A=columns.number("rlnDefocusV", nan, ranged=strict),
+        defocus_angle_deg=columns.number("rlnDefocusAngle", nan, ranged=strict),
+        phase_shift_deg=columns.number("rlnPhaseShift", 0.0, ranged=strict),
+        ctf_bfactor_A2=columns.number("rlnCtfBfactor", 0.0, ranged=strict),
+        ctf_scale=columns.number("rlnCtfScalefactor", 1.0, ranged=strict),
         rotation=rotation_of_table(columns),
         shift_A=shift_of_table(columns, pixel),
         half=half_of_table(columns),
         table=table,
         optics_table=optics_table,
     )
+    if strict:
+        check_ctf(particles, path, "column _rlnCtfScalefactor")
+    return particles
+
+
+def check_ctf(particles: Particles, path: object, scale: str) -> None:
+    """Is the CTF of this set as a whole possible? The values one by one are checked as they are read.
+
+    Raises:
+        InputError: see ``ranges.check_defocus`` and ``check_scale``.
+    """
+    contrast = particles.group_values("amplitude_contrast")
+    check_defocus(particles.defocus_u_A, particles.defocus_v_A, particles.phase_shift_deg, contrast, path)
+    check_scale(particles.ctf_scale, path, scale)
 
 
 _HINTS = {
@@ -119,44 +147,6 @@ _HINTS = {
     "ctf": "Estimate the CTF first; every particle needs its defocus.",
     "pose": "Give the output of a refinement.",
 }
-
-
-def parse_image_names(names: list[str], path: object) -> tuple[list[str], np.ndarray]:
-    """Stack name and 0-based index of ``000012@stack.mrcs``; a name without @ is its first image.
-
-    Raises:
-        InputError: what stands before @ is no number from 1.
-    """
-    parts = [name.rsplit("@", 1) if "@" in name else ("1", name) for name in names]
-    try:
-        index = np.array([int(p[0]) for p in parts], np.int64) - 1
-    except ValueError:
-        index = np.array([int(p[0]) if p[0].isdigit() else 0 for p in parts], np.int64) - 1
-    if (index < 0).any():
-        row = int(np.flatnonzero(index < 0)[0])
-        raise InputError(
-            "bad image name", file=path, row=row + 1, expected="NUMBER@STACK, NUMBER from 1", found=names[row]
-        )
-    return [p[1] for p in parts], index
-
-
-def resolve_paths(names: list[str], file: object, project: str = "") -> np.ndarray:
-    """Where image files lie: (n,) str. Each different name is looked up once.
-
-    Relative names start from ``project`` (else the current folder); if there is no such file, from the folder of
-    ``file`` and then the folders above it. A name that is found nowhere stays as it would be in the project folder.
-    """
-    base = Path(project) if project else Path()
-    own = Path(os.path.abspath(str(file))).parent
-    found = {name: _resolve(name, base, own) for name in set(names)}
-    return np.array([found[name] for name in names], dtype=str)
-
-
-def _resolve(name: str, base: Path, own: Path) -> str:
-    first = base / name
-    if os.path.isabs(name) or first.exists():
-        return str(first)
-    return next((str(folder / name) for folder in (own, *own.parents) if (folder / name).exists()), str(first))
 
 
 def _images(columns: Columns, path: object, project: str) -> tuple[np.ndarray, np.ndarray]:
@@ -179,9 +169,9 @@ def _uids(columns: Columns, path: object, unique: bool) -> np.ndarray:
     if columns.has("cryoisoUid"):
         text = columns.text("cryoisoUid")
         for row, value in enumerate(text):
-            if not value.isdigit() or int(value) >= 2**64:
+            if not (value.isascii() and value.isdigit()) or len(value) > 20 or int(value) >= 2**64:
                 raise InputError(
-                    "bad cryoisoUid", file=path, row=row + 1, expected="an integer below 2^64", found=value
+                    "bad cryoisoUid", file=path, row=row + 1, expected="an integer below 2^64", found=value[:40]
                 )
         uid = np.array([int(v) for v in text], np.uint64)
     else:
@@ -225,3 +215,49 @@ def _with_boxes(groups: list[OpticsGroup], optics: np.ndarray, stack: np.ndarray
             group = replace(group, box_px=read_header(stack[rows[0]]).shape[2])
         out.append(group)
     return out
+
+
+LEAST_FIELD_A, SMALL_FIELD_A = 20.0, 50.0
+"""Width of the smallest image that can hold a particle, and of the smallest that likely does."""
+PIXEL_TOLERANCE = 0.1
+
+
+def check_groups(
+    groups: list[OpticsGroup] | tuple[OpticsGroup, ...],
+    optics: np.ndarray,
+    stack: np.ndarray,
+    path: object,
+    strict: bool,
+) -> None:
+    """Do pixel size and box go together, and with what the stacks say? Looks into one stack a group.
+
+    Raises:
+        InputError: images too small to hold a particle (``strict``): their pixel size is in nm.
+    """
+    for number, group in enumerate(groups):
+        rows = np.flatnonzero(optics == number)
+        pixel, width = group.pixel_size_A, group.pixel_size_A * group.box_px
+        if not len(rows) or not pixel > 0:
+            continue
+        if strict and 0 < width < LEAST_FIELD_A:
+            raise InputError(
+                f"the images of optics group {group.number} are too small to hold a particle", file=path,
+                expected=f"at least {LEAST_FIELD_A:g} Å across",
+                found=f"{group.box_px} px of {pixel:g} Å = {width:.3g} Å", hint="Is the pixel size in nm?",
+            )  # fmt: skip
+        if 0 < width < SMALL_FIELD_A:
+            logger.warning("%s: the images of optics group %d are only %.3g Å across; is the pixel size (%g Å) right?",
+                           path, group.number, width, pixel)  # fmt: skip
+        said = _pixel_of_stack(str(stack[rows[0]]))
+        if said and abs(np.log(said / pixel)) > PIXEL_TOLERANCE:
+            logger.warning("%s: the pixel size of optics group %d is %g Å, but %g Å in the header of %s; the former is "
+                           "used", path, group.number, pixel, said, stack[rows[0]])  # fmt: skip
+
+
+def _pixel_of_stack(stack: str) -> float:
+    """The pixel size in a stack's header, or 0 where there is none or one that means nothing (1)."""
+    try:
+        pixel = read_header(stack).voxel_A[0] if os.path.isfile(stack) else 0.0
+    except InputError:
+        return 0.0  # whoever reads the images says what is wrong
+    return pixel if 0 < pixel < np.inf and pixel != 1.0 else 0.0

@@ -11,6 +11,7 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup
 from cryoiso.io import conventions
+from cryoiso.io.ranges import PIXEL_SIZE, RANGES, check_range
 
 logger = logging.getLogger("cryoiso")
 
@@ -21,8 +22,15 @@ CTF_FLAGS = ("rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped")
 class Columns:
     """Numbers out of a table of text, with errors that name file, row and column."""
 
-    def __init__(self, frame: Any, file: object) -> None:
+    def __init__(self, frame: Any, file: object, block: str = "", rows: np.ndarray | None = None) -> None:
+        """
+        Args:
+            block: named in errors where it is not the table of particles.
+            rows: 1-based row numbers, where they are not 1, 2, ...
+        """
         self.frame, self.file = frame, file
+        self.where = f" of data_{block}" if block else ""
+        self.rows = np.arange(1, len(frame) + 1) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -40,32 +48,49 @@ class Columns:
             raise InputError("a column is missing", file=self.file, expected=f"_{name}")
         return [str(v) for v in self.frame[name].tolist()]
 
-    def number(self, name: str, default: float | None = None, finite: bool = True) -> np.ndarray:
+    def number(self, name: str, default: float | None = None, finite: bool = True, ranged: bool = True) -> np.ndarray:
         """The column as (n,) float64; ``default`` where the file has no such column (None: an error).
 
+        Args:
+            ranged: values must be within ``ranges.RANGES``, if that knows the column.
+
         Raises:
-            InputError: missing column, or a value that is no (finite) number.
+            InputError: missing column, or a value that is no (finite) number, or one that cannot be.
         """
         if name not in self.frame.columns and default is not None:
             return np.full(len(self.frame), float(default))
         text = self.text(name)
-        try:
-            values = np.array(text, dtype=str).astype(np.float64) if text else np.zeros(0)
-        except ValueError:
-            values = np.array([_float_or_none(v) for v in text], np.float64)  # None becomes NaN
+        values = _floats(text)
         if finite and not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise InputError(
-                f"bad value in column _{name}", file=self.file, row=row + 1, expected="a number", found=text[row]
+                f"bad value in column _{name}{self.where}",
+                file=self.file,
+                row=int(self.rows[row]),
+                expected="a number",
+                found=text[row][:80],
             )
+        if finite and ranged and name in RANGES:
+            check_range(values, RANGES[name], self.file, f"column _{name}{self.where}", rows=self.rows, shown=text)
         return values
 
 
-def _float_or_none(text: str) -> float | None:
+def _floats(text: list[str]) -> np.ndarray:
+    """Numbers of a column of text; NaN for what is no number (Python alone takes 1_000 and other scripts' digits)."""
+    joined = "".join(text)
+    if joined.isascii() and "_" not in joined:
+        try:
+            return np.array(list(map(float, text)), np.float64)
+        except ValueError:
+            pass
+    return np.array([_float_or_nan(v) for v in text], np.float64)
+
+
+def _float_or_nan(text: str) -> float:
     try:
-        return float(text)
+        return float(text) if text.isascii() and "_" not in text else float("nan")
     except ValueError:
-        return None
+        return float("nan")
 
 
 def rotation_of_table(columns: Columns) -> np.ndarray | None:
@@ -104,12 +129,14 @@ def half_of_table(columns: Columns) -> np.ndarray | None:
     return np.where(np.isin(values, (1, 2)), values, 0).astype(np.int8)
 
 
-def _zernike(text: str, name: str, file: object, row: int) -> tuple[float, ...]:
+def _zernike(text: str, name: str, table: Columns, row: int) -> tuple[float, ...]:
     inner = text.strip().strip("[]").strip()
-    try:
-        return tuple(float(v) for v in inner.split(",")) if inner else ()
-    except ValueError:
-        raise InputError(f"bad value in column _{name}", file=file, row=row, expected="[a,b,...]", found=text) from None
+    values = _floats(inner.split(",") if inner else [])
+    what = f"column _{name}{table.where}"
+    if not np.isfinite(values).all():
+        raise InputError(f"bad value in {what}", file=table.file, row=row, expected="[a,b,...]", found=text[:80])
+    check_range(values[None], RANGES[name], table.file, what, rows=[row], shown=[text[:80]])
+    return tuple(values.tolist())
 
 
 def optics_of_table(columns: Columns, table: Columns, strict: bool) -> tuple[list[OpticsGroup], np.ndarray]:
@@ -221,11 +248,11 @@ def optics_of_rows(columns: Columns, strict: bool) -> tuple[list[OpticsGroup], n
     else:
         for name in CTF_FLAGS:
             _flags(columns, name)
-        values = np.stack([columns.number(name) for name in names], 1)
+        values = np.stack([columns.number(name, ranged=strict) for name in names], 1)
         _, first, inverse = np.unique(values, axis=0, return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))
         optics, firsts = rank[inverse.reshape(-1)], np.sort(first)
-    table = Columns(columns.frame.iloc[firsts].reset_index(drop=True), columns.file)
+    table = Columns(columns.frame.iloc[firsts].reset_index(drop=True), columns.file, rows=firsts + 1)
     numbers = np.arange(1, len(firsts) + 1)
     return _groups(table, strict, numbers, [f"opticsGroup{i}" for i in numbers]), optics
 
@@ -234,20 +261,18 @@ def _groups(table: Columns, strict: bool, numbers: np.ndarray, names: list[str])
     default = None if strict else float("nan")
     if not table.has("rlnAmplitudeContrast") and strict:
         logger.warning("%s: no _rlnAmplitudeContrast; %g is used", table.file, DEFAULT_AMPLITUDE_CONTRAST)
-    pixel = _pixel_sizes(table, default)
-    if strict and not (pixel > 0).all():
-        raise InputError("the pixel size must be positive", file=table.file, found=float(pixel.min()))
+    pixel = _pixel_sizes(table, default, strict)
     columns = {
-        "voltage_kV": table.number("rlnVoltage", default),
-        "spherical_aberration_mm": table.number("rlnSphericalAberration", default),
-        "amplitude_contrast": table.number("rlnAmplitudeContrast", DEFAULT_AMPLITUDE_CONTRAST),
+        "voltage_kV": table.number("rlnVoltage", default, ranged=strict),
+        "spherical_aberration_mm": table.number("rlnSphericalAberration", default, ranged=strict),
+        "amplitude_contrast": table.number("rlnAmplitudeContrast", DEFAULT_AMPLITUDE_CONTRAST, ranged=strict),
         "box_px": table.number("rlnImageSize", 0).astype(int),
     }
-    tilt = np.stack([table.number("rlnBeamTiltX", 0.0), table.number("rlnBeamTiltY", 0.0)], 1)
+    tilt = np.stack([table.number(f"rlnBeamTilt{k}", 0.0, ranged=strict) for k in "XY"], 1)
     unit = {"00": 1.0, "01": 0.0, "10": 0.0, "11": 1.0}
-    magnification = np.stack([table.number(f"rlnMagMat{k}", v) for k, v in unit.items()], 1)
+    magnification = np.stack([table.number(f"rlnMagMat{k}", v, ranged=strict) for k, v in unit.items()], 1)
     zernike = {
-        name: [_zernike(t, name, table.file, i + 1) for i, t in enumerate(table.text(name))]
+        name: [_zernike(t, name, table, int(row)) for row, t in zip(table.rows, table.text(name))]
         if table.has(name)
         else None
         for name in ("rlnOddZernike", "rlnEvenZernike")
@@ -274,14 +299,16 @@ def _groups(table: Columns, strict: bool, numbers: np.ndarray, names: list[str])
     return groups
 
 
-def _pixel_sizes(table: Columns, default: float | None) -> np.ndarray:
+def _pixel_sizes(table: Columns, default: float | None, strict: bool) -> np.ndarray:
     if table.has("rlnImagePixelSize"):
-        return table.number("rlnImagePixelSize")
+        return table.number("rlnImagePixelSize", ranged=strict)
     if table.has("rlnMagnification", "rlnDetectorPixelSize"):
         detector, magnification = table.number("rlnDetectorPixelSize"), table.number("rlnMagnification")
-        if not (magnification > 0).all():
-            raise InputError("bad value in column _rlnMagnification", file=table.file, expected="a positive number")
-        return conventions.detector_pixel_size_A(detector, magnification)
+        pixel = conventions.detector_pixel_size_A(detector, magnification)
+        if strict:
+            what = "the pixel size, from _rlnDetectorPixelSize (µm) and _rlnMagnification"
+            check_range(pixel, PIXEL_SIZE, table.file, what, rows=table.rows)
+        return pixel
     if default is not None:
         return np.full(len(table), default)
     raise InputError(

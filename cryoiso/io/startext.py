@@ -26,7 +26,11 @@ from cryoiso.io.regular_file import open_regular
 
 logger = logging.getLogger("cryoiso")
 
-_TOKEN = re.compile(r"""'(?P<single>.*?)'(?=[ \t]|$)|"(?P<double>.*?)"(?=[ \t]|$)|(?P<bare>[^ \t]+)""")
+MAX_LINE, MAX_COLUMNS, MAX_BLOCKS = 2**20, 1_000, 10_000
+"""Longest line, columns of a block and blocks of a file that are read; RELION's own files are far below."""
+LONG_LINE = 2**15
+_CLOSING = {"'": re.compile(r"'(?=[ \t]|$)"), '"': re.compile(r'"(?=[ \t]|$)')}
+_BARE = re.compile(r"[^ \t]+")
 _SPACE = re.compile(r"[ \t]+")
 _STRUCTURE = re.compile(r"(data_\S*|loop_)(\s+#.*)?$|_\S", re.IGNORECASE)
 
@@ -65,7 +69,9 @@ def read_blocks(path: object) -> list[StarBlock]:
             of values is not that of the columns.
     """
     outlines = _outline(path)
-    tables = _tables(path, {name for o in outlines for name in o.columns})
+    longest = max((len(text) for o in outlines for _, text in o.rows), default=0)
+    # the library takes seconds for a line of very many values, only to fail
+    tables = _tables(path, {name for o in outlines for name in o.columns}) if longest <= LONG_LINE else {}
     count = Counter(o.name for o in outlines)
     blocks = []
     for outline in outlines:
@@ -90,7 +96,9 @@ def _outline(path: object) -> list[_Outline]:
     found: list[_Outline] = []
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), ""), start=1):
+                if "\0" in line or len(line) > MAX_LINE:
+                    raise _not_text(number, len(line) > MAX_LINE, path)
                 text = line.strip()
                 if not text or text[0] == "#":
                     continue
@@ -109,9 +117,16 @@ def _outline(path: object) -> list[_Outline]:
     return found
 
 
+def _not_text(number: int, long: bool, path: object) -> InputError:
+    what = f"a line of more than {MAX_LINE:,} characters" if long else "a NUL character, which no text file has"
+    return InputError("not a STAR file, or damaged", file=path, found=what, hint=f"See line {number} of the file.")
+
+
 def _add_structure(found: list[_Outline], number: int, text: str, path: object) -> None:
     word = text.split()[0]
     if word[0] in "dD":
+        if len(found) >= MAX_BLOCKS:
+            raise InputError("too many data blocks", file=path, expected=f"at most {MAX_BLOCKS:,}")
         found.append(_Outline(word[5:]))
         return
     if not found:
@@ -128,6 +143,9 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object) 
     elif name in block.columns:
         raise InputError(f"the column _{name} stands twice in the block data_{block.name}", file=path)
     else:
+        if len(block.columns) >= MAX_COLUMNS:
+            problem = f"too many columns in the block data_{block.name}"
+            raise InputError(problem, file=path, expected=f"at most {MAX_COLUMNS:,}")
         block.columns.append(name)
         if not block.loop:
             block.rows.append((number, text))
@@ -212,11 +230,19 @@ def _tokens(line: str) -> list[str]:
     if not _marked(line):
         return _SPACE.split(line)
     found = []
-    for match in _TOKEN.finditer(line):
-        bare = match["bare"]
-        if bare is not None and bare.startswith("#"):
+    at, open_ended = 0, set()
+    while word := _BARE.search(line, at):
+        start, quote = word.start(), word[0][0]
+        if quote == "#":
             break
-        found.append(bare if bare is not None else match["single"] if match["single"] is not None else match["double"])
+        end = _CLOSING[quote].search(line, start + 1) if quote in _CLOSING and quote not in open_ended else None
+        if end is None:
+            open_ended.add(quote)  # nor will a later one be closed: looking again and again would take for ever
+            found.append(word[0])
+            at = word.end()
+        else:
+            found.append(line[start + 1 : end.start()])
+            at = end.end()
     return found
 
 
