@@ -291,7 +291,7 @@ def test_resuming_gives_the_same_bits(few, tmp_path):
     request = request_for(few, tmp_path / "resumed", **iterations)
     with pytest.raises(Killed):
         NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
-    with pytest.raises(Interrupted, match="resume"):
+    with pytest.raises(Interrupted, match="what was found so far is kept"):
         NativeEngine().refine(replace(request, resume=True), Stopped(after=1))
     assert not (tmp_path / "resumed" / "half1.mrc").exists()
     seen = []
@@ -336,7 +336,7 @@ def straight_run(few, folder: Path, searched: list) -> tuple[dict[str, str], lis
 
 def stopped(request: RefineRequest, after: int) -> list[Path]:
     """Stops a refinement after so many batches and more; what it put aside of the iteration."""
-    with pytest.raises(Interrupted, match="resume"):
+    with pytest.raises(Interrupted, match="what was found so far is kept"):
         NativeEngine().refine(request, Stopped(after))
     return sorted((request.folder / "checkpoint").glob("searched-*"))
 

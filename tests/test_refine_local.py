@@ -298,7 +298,7 @@ def test_resuming_gives_the_same_bits(few, tmp_path):
             self.left -= 1
             return self.left < 0
 
-    with pytest.raises(Interrupted, match="resume"):
+    with pytest.raises(Interrupted, match="what was found so far is kept"):
         NativeEngine().refine(request("resumed"), Stopped())
     seen = []
     resumed = NativeEngine().refine(replace(request("resumed"), resume=True, on_checkpoint=seen.append), Context())

@@ -88,8 +88,8 @@ def test_lock_of_an_earlier_start_of_the_same_job_is_stale_at_once(tmp_path, mon
 
 def test_journal_survives_a_torn_line(tmp_path):
     journal = Journal(tmp_path / "j")
-    journal.append("start", stage="ingest")
-    journal.append("end", stage="ingest", seconds=1.5)
+    journal.append("start", stage="ingest", key="k")
+    journal.append("end", stage="ingest", key="k", seconds=1.5, outputs={})
     whole = (tmp_path / "j").read_bytes()
     for cut in range(whole.index(b"\n") + 1, len(whole)):
         (tmp_path / "j").write_bytes(whole[:cut])

@@ -113,7 +113,7 @@ def test_a_stop_signal_ends_the_hashing(data, tmp_path, quick, monkeypatch):
             seen(1)
 
     monkeypatch.setattr(inputs, "sha256_of", slowly)
-    with pytest.raises(Interrupted, match="resume"):
+    with pytest.raises(Interrupted, match="stopped by a signal"):
         run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
     monkeypatch.undo()
     signals.clear()

@@ -31,7 +31,7 @@ def run(folder: Path, task: ToyTask | None = None, settings=SETTINGS, **options)
 
 
 def interrupt(folder: Path, n: int, task: ToyTask | None = None, *, resume: bool = False, settings=SETTINGS) -> None:
-    with pytest.raises(Interrupted, match=r"resume"):
+    with pytest.raises(Interrupted, match="training was stopped after step"):
         run(folder, task, settings, stop=StopAt(n), resume=resume)
 
 

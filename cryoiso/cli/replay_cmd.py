@@ -41,7 +41,8 @@ def replay(
     run = Path(os.path.abspath(folder))
     found = replay_stage(stage, folder, out or run.parent / f"{run.name}-replay-{stage}", comm, publish, trust)
     if comm.rank == 0:
-        lines = [found.verdict, *(f"DIFFERENT  {one.file}: {one.words}" for one in found.different)]
+        made_by = [f"made by {found.made_by}"] if found.made_by else []
+        lines = [found.verdict, *made_by, *(f"DIFFERENT  {one.file}: {one.words}" for one in found.different)]
         typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(lines))
     if not found.identical:
         leave_with(comm, EXIT_OTHER)

@@ -59,6 +59,14 @@ def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an interrupted run.")],
     until: Until = "",
     trust: Trust = False,
+    other_version: Annotated[
+        bool,
+        typer.Option(
+            "--other-version",
+            help="Go on although another version of the program made what is finished; stages that are not finished "
+            "begin anew.",
+        ),
+    ] = False,
 ) -> None:
     """Go on with an interrupted run.
 
@@ -73,6 +81,6 @@ def resume(
     from cryoiso.pipeline.run import resume_run
     from cryoiso.report import publish
 
-    done = resume_run(folder, comm, publish, until, trust)
+    done = resume_run(folder, comm, publish, until, trust, other_version)
     if comm.rank == 0:
         typer.echo(done.path if until else done.report)

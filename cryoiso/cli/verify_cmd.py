@@ -52,6 +52,7 @@ def _lines(verdict: Any) -> list[str]:
         f"{verdict.folder}: {checked['outputs']} files of the run and {checked['inputs']} inputs hashed, "
         f"{checked['bytes'] / 2**30:.3g} GiB"
     ]
+    lines += [f"made by {verdict.made_by}"] if verdict.made_by else []
     lines += [f"DIFFERENT  {difference}" for difference in verdict.differences]
     lines += [f"note       {note}" for note in verdict.notes]
     if verdict.state == "unfinished":

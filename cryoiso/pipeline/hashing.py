@@ -23,6 +23,14 @@ MUCH_BYTES = 8 << 30
 Outputs = dict[str, dict[str, Any]]
 
 
+def is_outputs(value: Any) -> bool:
+    """Whether something read from a record has the form of ``Outputs``."""
+    return isinstance(value, dict) and all(
+        isinstance(facts, dict) and isinstance(facts.get("bytes"), int) and isinstance(facts.get("sha256"), str)
+        for facts in value.values()
+    )
+
+
 class Stopped(Exception):
     """Whoever watches the reading of a file wants it to end."""
 

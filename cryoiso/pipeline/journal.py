@@ -14,6 +14,9 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.io.atomic import disk_full, is_full
 from cryoiso.io.contained_path import require_contained
 from cryoiso.io.regular_file import read_regular_bytes
+from cryoiso.pipeline.hashing import is_outputs
+
+HINT = "Take it from a copy of the run folder, or start a new run."
 
 
 class Journal:
@@ -66,19 +69,42 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a journal; empty where there is none. What follows the last line's end is left out.
 
     Raises:
-        InputError: a line is not JSON, or names a file outside of its folder.
+        InputError: a line is no JSON object, lacks what lines of its kind have, or names a file outside of its folder.
     """
     if not path.exists():
         return []
     lines = []
     for number, row in enumerate(read_regular_bytes(path).split(b"\n")[:-1], start=1):
         try:
-            lines.append(json.loads(row))
-        except ValueError:
-            raise InputError("the journal is damaged", file=path, row=number, hint="Start a new run.") from None
-        if isinstance(lines[-1], dict) and isinstance(outputs := lines[-1].get("outputs", {}), dict):
-            require_contained(path.parent, outputs, path, number)
+            line = json.loads(row)
+        except (ValueError, RecursionError):
+            line = None
+        if missing := _missing(line):
+            raise InputError("the journal is damaged", file=path, row=number, expected=missing, hint=HINT)
+        require_contained(path.parent, line.get("outputs", {}), path, number)
+        lines.append(line)
     return lines
+
+
+def _missing(line: Any) -> str:
+    """What a line lacks that is read of lines of its kind; empty if nothing."""
+    if not isinstance(line, dict):
+        return "a JSON object"
+    if not all(isinstance(line.get(key), str) for key in ("time", "event")):
+        return "time and event"
+    try:
+        datetime.fromisoformat(line["time"])
+    except ValueError:
+        return "a time"
+    wanted = {"start": ("stage", "key"), "end": ("stage", "key"), "checkpoint": ("stage",)}.get(line["event"], ())
+    if not all(isinstance(line.get(key), str) for key in wanted):
+        return f"{' and '.join(wanted)} in a line of '{line['event']}'"
+    if line["event"] == "end":
+        if not isinstance(line.get("seconds"), int | float):
+            return "seconds in a line of 'end'"
+        if not is_outputs(line.get("outputs")):
+            return "outputs with bytes and sha256 in a line of 'end'"
+    return "" if isinstance(line.get("outputs", {}), dict) else "outputs"
 
 
 def _append_line(path: Path, line: bytes) -> None:

@@ -96,11 +96,14 @@ def _self() -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(read_regular_text(path))
+        found = json.loads(read_regular_text(path))
     except FileNotFoundError:
         return None
-    except ValueError:
-        return {"host": "", "pid": 0}  # written by a run that died while taking the lock, or that takes it right now
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("host"), str) and isinstance(found.get("pid"), int):
+        return found
+    return {"host": "", "pid": 0}  # written by a run that died while taking the lock, or that takes it right now
 
 
 def _is_stale(holder: dict[str, Any], path: Path) -> bool:

@@ -249,7 +249,7 @@ def read_record(path: Path) -> dict[str, Any]:
         found = json.loads(read_regular_text(path))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"cannot be read as JSON: {error}", file=path) from None
     if not isinstance(found, dict):
         raise InputError("not a JSON object", file=path, expected="{...}", found=type(found).__name__)
@@ -268,4 +268,42 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"the manifest is damaged: {error.problem}", file=path, hint="Start a new run.") from None
     if not found:
         raise InputError("the manifest is gone or empty", file=path, hint="Start a new run.")
+    check_manifest(found, path)
     return found
+
+
+def check_manifest(found: dict[str, Any], path: Path) -> None:
+    """Makes sure that a manifest has what is read of it; an empty one, of a folder without, passes.
+
+    Raises:
+        InputError: names what is missing.
+    """
+    if not found:
+        return
+    inputs, starts, stacks = found.get("inputs"), found.get("starts"), found.get("stacks")
+    missing = ""
+    if not isinstance(found.get("schema"), int) or not isinstance(found.get("cryoiso"), str):
+        missing = "schema (a number) and cryoiso (a version)"
+    elif not isinstance(inputs, dict) or not all(map(_is_input, inputs.values())):
+        missing = "inputs, each with bytes and, where it was hashed, sha256"
+    elif not isinstance(starts, list) or not all(map(_is_start, starts)):
+        missing = "starts, a list of objects"
+    elif not isinstance(stacks, dict) or not isinstance(stacks.get("sha256_of_names_and_sizes"), str):
+        missing = "stacks with sha256_of_names_and_sizes"
+    if missing:
+        raise InputError(
+            "the manifest is damaged", file=path, expected=missing,
+            hint="Take it from a copy of the run folder, or start a new run.",
+        )  # fmt: skip
+
+
+def _is_input(facts: Any) -> bool:
+    known = {"bytes": int, "sha256": str, "kind": str, "modified_ns": int | None}
+    return isinstance(facts, dict) and "bytes" in facts and all(
+        isinstance(facts[key], kind) for key, kind in known.items() if key in facts
+    )  # fmt: skip
+
+
+def _is_start(facts: Any) -> bool:
+    known = {"time": str, "cryoiso": str, "packages": dict, "git": dict, "container": dict, "machine": list | None}
+    return isinstance(facts, dict) and all(isinstance(facts[k], t) for k, t in known.items() if k in facts)

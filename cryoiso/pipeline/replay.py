@@ -10,15 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryoiso import __version__
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline import versions
 from cryoiso.pipeline.compare import Comparison, compare_files
 from cryoiso.pipeline.hashing import Outputs, verify_outputs
 from cryoiso.pipeline.inputs import require_unchanged
 from cryoiso.pipeline.journal import read_journal
 from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.manifest import given_shards, read_record
+from cryoiso.pipeline.manifest import check_manifest, given_shards, read_record
 from cryoiso.pipeline.plan import folder_stages, stages_of
 from cryoiso.pipeline.run import do_stage, prepare_device, read_resolved
 from cryoiso.pipeline.seal import REPORTS
@@ -42,6 +44,8 @@ class Replay:
     same: int
     """files with the bits that were recorded"""
     different: list[Comparison] = field(default_factory=list)
+    made_by: str = ""
+    """versions of the program and of packages that the run was made with"""
 
     @property
     def identical(self) -> bool:
@@ -58,7 +62,8 @@ class Replay:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "schema": 1, "stage": self.stage, "run": self.run, "out": self.out, "identical": self.identical,
+            "schema": 1, "stage": self.stage, "run": self.run, "out": self.out, "made_by": self.made_by,
+            "replayed_by": f"cryoiso {__version__}", "identical": self.identical,
             "verdict": self.verdict, "same": self.same, "different": [one.as_dict() for one in self.different],
         }  # fmt: skip
 
@@ -90,7 +95,8 @@ def replay_stage(
             an input is gone.
     """
     run, target = RunFolder(folder.absolute()), out.absolute()
-    job = on_root(comm, read_resolved, run)[1]
+    manifest = on_root(comm, _read_manifest, run)
+    job = on_root(comm, lambda: versions.understood(manifest, run.manifest, lambda: read_resolved(run)[1]))
     on_root(comm, require_recorded_job, run, job)
     on_root(comm, require_trust, run, job, trust)
     run = RunFolder(run.path, folder_stages(job))
@@ -107,7 +113,18 @@ def replay_stage(
     if comm.rank == 0:
         logger.info("%s of %s again, in %s", name, run.path, target)
     made = do_stage(work, next(s for s in stages if s.name == stage), "")
-    return on_root(comm, _judge, work, run, stage, recorded, made)
+    return on_root(comm, _judge, work, run, stage, recorded, made, versions.made_by(manifest))
+
+
+def _read_manifest(run: RunFolder) -> dict[str, Any]:
+    """The manifest; the log says what of program and packages is not as in the run."""
+    found = read_record(run.manifest)
+    check_manifest(found, run.manifest)
+    if found:
+        versions.require_schema(found, run.manifest)
+    for note in versions.notes(found):
+        logger.warning("this run was %s", note)
+    return found
 
 
 def _recorded(run: RunFolder, name: str, stages: list[str]) -> tuple[str, Outputs, Outputs]:
@@ -139,7 +156,7 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _judge(work: Work, run: RunFolder, stage: str, recorded: Outputs, made: Outputs) -> Replay:
+def _judge(work: Work, run: RunFolder, stage: str, recorded: Outputs, made: Outputs, made_by: str) -> Replay:
     target, different, same = work.folder.path, [], 0
     # a run that was moved: its files name the folder in which they were made
     old = read_record(run.manifest).get("folder", str(run.path))
@@ -158,6 +175,6 @@ def _judge(work: Work, run: RunFolder, stage: str, recorded: Outputs, made: Outp
             same += 1
         else:
             different.append(found)
-    result = Replay(stage, str(run.path), str(target), same, different)
+    result = Replay(stage, str(run.path), str(target), same, different, made_by)
     write_json(target / RECORD, result.as_dict())
     return result

@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from cryoiso import __version__
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted, UsageError
 from cryoiso.core.log import PatientFileHandler, duration
@@ -26,7 +27,7 @@ from cryoiso.io.regular_file import read_regular_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import manifest as provenance
-from cryoiso.pipeline import origin
+from cryoiso.pipeline import origin, versions
 from cryoiso.pipeline.examine import check_machine
 from cryoiso.pipeline.forecast import watching
 from cryoiso.pipeline.hashing import hash_outputs, next_key, verify_outputs
@@ -95,7 +96,12 @@ def run_job(
 
 
 def resume_run(
-    folder: Path, comm: Context, report: Report | None = None, until: str = "", trust: bool = False
+    folder: Path,
+    comm: Context,
+    report: Report | None = None,
+    until: str = "",
+    trust: bool = False,
+    other_version: bool = False,
 ) -> RunFolder:
     """Goes on with an interrupted run; on a finished one it checks the files and makes again what is lost. Collective.
 
@@ -103,15 +109,18 @@ def resume_run(
         until: as ``run_job``.
         trust: start the programs that the folder names, though somebody else started the run; from then on it is
             this user's own.
+        other_version: go on although another version of the program worked on the run last. Stages that are not
+            finished begin anew.
 
     Raises:
         UsageError: no run in this folder, another process works on it, there is no stage ``until``, or it is not this
             user's run and wants to be trusted.
-        InputError: an input has changed since the run started.
+        InputError: an input has changed since the run started, records are damaged, or another version wrote them.
         MissingError: no GPU, where the run computed on GPUs; or too little memory for what is left.
         Interrupted: as ``run_job``.
     """
     run = RunFolder(Path(os.path.abspath(folder)))
+    on_root(comm, _require_version, run, other_version)
     _, job = on_root(comm, read_resolved, run)
     on_root(comm, require_trust, run, job, trust)
     run = RunFolder(run.path, folder_stages(job))
@@ -143,7 +152,7 @@ def read_job(path: Path) -> tuple[str, Job]:
         raise UsageError(f"{path}: the job file cannot be read: {error}") from None
     except InputError as error:
         raise UsageError(str(error)) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}") from None
     return text, with_absolute_paths(parse_job(data, path), path.absolute().parent)
 
@@ -184,9 +193,13 @@ def read_resolved(run: RunFolder) -> tuple[str, Job]:
     Raises:
         UsageError: there is no run in it.
     """
+    _require_run(run)
+    return read_job(run.resolved)
+
+
+def _require_run(run: RunFolder) -> None:
     if not run.resolved.exists() or not run.manifest.exists():
         raise UsageError(f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.")
-    return read_job(run.resolved)
 
 
 def prepare_device(work: Work, until: str = "") -> None:
@@ -225,18 +238,26 @@ def _create(work: Work, text: str, stack: ExitStack) -> None:
     write_text(run.resolved, job_to_toml(work.job))
 
 
+def _require_version(run: RunFolder, other_version: bool) -> None:
+    _require_run(run)
+    manifest = provenance.read_manifest(run.manifest)
+    versions.require_version(manifest, run.manifest, other_version)
+    for note in versions.notes(manifest):
+        logger.warning("this run was %s", note)
+
+
 def _reopen(work: Work, stack: ExitStack) -> None:
     run = work.folder
     stack.enter_context(locked(run.lock))
     work.manifest = provenance.read_manifest(run.manifest)
     provenance.check_inputs(work.manifest, work.job)
     work.manifest["signature"] = signature(work.job)
-    run.seal.unlink(missing_ok=True)
-    for part in run.path.glob("[!l]*.part"):  # the folder's own, not the lock's; a stage's go when it is opened
-        part.unlink(missing_ok=True)
     work.journal = Journal(run.journal)
     if work.journal.last("end", "ingest") is None:
         provenance.check_images(work.manifest, images_of(work), work.job)
+    run.seal.unlink(missing_ok=True)
+    for part in run.path.glob("[!l]*.part"):  # the folder's own, not the lock's; a stage's go when it is opened
+        part.unlink(missing_ok=True)
 
 
 def _start(work: Work, event: str) -> None:
@@ -246,9 +267,12 @@ def _start(work: Work, event: str) -> None:
     on_root(comm, run.logs.mkdir, exist_ok=True)
     _log_to_file(run, comm.rank)
     comm.watch_other_hosts(run.logs)
-    on_root(comm, provenance.note_start, run, work.manifest, work.job, facts)
+    before = versions.last_version(work.manifest) if work.manifest is not None else __version__
+    other = {} if before == __version__ else {"goes_on_from": before}
+    on_root(comm, provenance.note_start, run, work.manifest, work.job, facts | other)
     if work.journal is not None:
-        work.journal.append(event, ranks=comm.size, hosts={host: len(ranks) for host, ranks in comm.nodes.items()})
+        hosts = {host: len(ranks) for host, ranks in comm.nodes.items()}
+        work.journal.append(event, cryoiso=__version__, **other, ranks=comm.size, hosts=hosts)
     logger.info("run folder %s, %d rank(s), %s", run.path, comm.size, comm.device())
 
 
@@ -324,7 +348,8 @@ def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] |
     end, start = journal.last("end", stage.name), journal.last("start", stage.name)
     if end is not None and end["key"] == key:
         return end["outputs"], False
-    return None, stage.continues and start is not None and start["key"] == key
+    ours = start is not None and start["key"] == key and start.get("cryoiso", __version__) == __version__
+    return None, stage.continues and ours
 
 
 def do_stage(work: Work, stage: Stage, key: str) -> dict[str, Any]:
@@ -355,4 +380,4 @@ def _open_stage(work: Work, stage: Stage, key: str) -> None:
         for part in folder.rglob("*.part"):
             part.unlink()
     if work.journal is not None:
-        work.journal.append("start", stage=stage.name, key=key, resumed=work.resume)
+        work.journal.append("start", stage=stage.name, key=key, resumed=work.resume, cryoiso=__version__)

@@ -13,11 +13,12 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.contained_path import require_contained
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline import versions
 from cryoiso.pipeline.checksums import SUMS, read_sums
 from cryoiso.pipeline.hashing import Outputs, hash_shared, list_outputs, next_key
 from cryoiso.pipeline.journal import read_journal
 from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.manifest import job_key, read_record
+from cryoiso.pipeline.manifest import check_manifest, job_key, read_record
 from cryoiso.pipeline.plan import folder_stages, stages_of
 from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.seal import digest_of_files
@@ -74,6 +75,8 @@ class Verdict:
     """the seal's, over everything"""
     checked: dict[str, int] = field(default_factory=dict)
     """number of outputs, inputs and bytes that were hashed"""
+    made_by: str = ""
+    """versions of the program and of packages"""
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -120,7 +123,13 @@ def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[R
     if not run.holds_a_run():
         raise UsageError(f"{run.path} holds no run that could be verified. 'cryoiso run' makes one.")
     manifest, seal, lines = read_record(run.manifest), _read_seal(run), read_journal(run.journal)
-    verdict = Verdict(str(run.path), sealed=bool(seal), digest=seal.get("digest", ""))
+    check_manifest(manifest, run.manifest)
+    if manifest:
+        versions.require_schema(manifest, run.manifest)
+    verdict = Verdict(
+        str(run.path), sealed=bool(seal), digest=seal.get("digest", ""), made_by=versions.made_by(manifest)
+    )
+    verdict.notes += versions.notes(manifest)
     recorded = {entry.name: entry for entry in _outputs(run, manifest, lines, verdict)}
     if seal:
         known = {name: facts["sha256"] for name, facts in seal["files"].items()}
@@ -167,7 +176,7 @@ def _outputs(
     run: RunFolder, manifest: dict[str, Any], lines: list[dict[str, Any]], verdict: Verdict
 ) -> Iterator[Recorded]:
     """Outputs of the finished stages; says of the others that the run is unfinished."""
-    _, job = read_job(run.resolved)
+    job = versions.understood(manifest, run.manifest, lambda: read_job(run.resolved)[1])
     named = RunFolder(run.path, folder_stages(job))
     key = manifest.get("job_key") or job_key(job)
     last = {(line["event"], line.get("stage")): line for line in lines}
