@@ -15,12 +15,26 @@ def reference(
         str, typer.Argument(help="Atomic model (PDB, mmCIF), map (MRC), or 'phantom' or 'phantom-homologue'.")
     ],
     out: Annotated[Path, typer.Argument(help="MRC file to write.")],
-    box: Annotated[int, typer.Option(min=8, help="Box of the particles in pixels.")],
-    pixel_size: Annotated[float, typer.Option(min=0.01, help="Pixel size of the particles in Å.")],
+    box: Annotated[
+        int | None, typer.Option(min=8, help="Box of the particles in pixels (default: the given map's).")
+    ] = None,
+    pixel_size: Annotated[
+        float | None, typer.Option(min=0.01, help="Pixel size of the particles in Å (default: the given map's).")
+    ] = None,
     lowpass: Annotated[float, typer.Option(min=0.0, help="Resolution of the result in Å; 0 does not filter.")] = 30.0,
     symmetry: Annotated[
-        str, typer.Option(help="Point group; a model is turned into its standard frame (Cn about z).")
+        str,
+        typer.Option(help="Point group; a model is turned into its standard frame (Cn about z), a map must lie in it."),
     ] = "C1",
+    standard_frame: Annotated[
+        bool,
+        typer.Option(
+            "--standard-frame", help="Find the axes of the symmetry in a map, and move it into the standard frame."
+        ),
+    ] = False,
+    symmetrise: Annotated[
+        bool, typer.Option("--symmetrise", help="Average the map over the operations of the symmetry.")
+    ] = False,
     map_pixel_size: Annotated[
         float | None, typer.Option(help="Pixel size of the given map in Å, if its header is wrong.")
     ] = None,
@@ -38,14 +52,16 @@ def reference(
 
     Writes it on the given grid, low-passed, and prints the particle's diameter measured in it. A map of another box or
     pixel size is interpolated exactly, in Fourier space. With --fit it is laid into the frame of another map: all
-    rotations and shifts are searched, both hands compared, and a sentence says how sure the answer is.
+    rotations and shifts are searched, both hands compared, and a sentence says how sure the answer is. A map whose
+    symmetry axes lie elsewhere (also one in cryoSPARC's frame of D3, D5, D7 ...) is refused; --standard-frame moves it.
     """
     from cryoiso.core.errors import UsageError
     from cryoiso.io.mrc import write_map
     from cryoiso.pipeline.reference import finish_reference, prepare_reference
 
-    if file in PHANTOMS and fit is not None:
-        raise UsageError("--fit takes a model or a map: write the phantom to a file first")
+    if file in PHANTOMS and (fit is not None or standard_frame or symmetrise):
+        raise UsageError("--fit, --standard-frame and --symmetrise take a file: write the phantom to one first")
+    box, pixel_size = _grid(file, box, pixel_size, map_pixel_size)
     if file in PHANTOMS:
         from cryoiso.physics.phantom import phantom_map
 
@@ -55,9 +71,26 @@ def reference(
     else:
         made = prepare_reference(
             Path(file), box, pixel_size, lowpass, map_pixel_size_A=map_pixel_size, resample=True, symmetry=symmetry,
-            fit=fit, fit_resolution_A=fit_resolution, mirror=mirror,
+            fit=fit, fit_resolution_A=fit_resolution, mirror=mirror, standard_frame=standard_frame,
+            symmetrise=symmetrise,
         )  # fmt: skip
     write_map(out, made.initial.data, pixel_size)
     typer.echo(f"{out}: {made.source}, {box} px of {pixel_size:g} Å, diameter {made.diameter_A:.0f} Å")
     if made.fit is not None:
         typer.echo(made.fit.verdict)
+
+
+def _grid(file: str, box: int | None, pixel_size: float | None, map_pixel_size: float | None) -> tuple[int, float]:
+    """The result's grid: as asked for, else that of the given map."""
+    from cryoiso.core.errors import UsageError
+
+    if box is not None and pixel_size is not None:
+        return box, pixel_size
+    from cryoiso.io.models import is_model
+
+    if file in PHANTOMS or is_model(file):
+        raise UsageError("a model needs --box and --pixel-size: those of the particles")
+    from cryoiso.io.mrc import read_map
+
+    found = read_map(file, map_pixel_size)
+    return box or found.box_px, pixel_size or found.pixel_size_A

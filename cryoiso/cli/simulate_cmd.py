@@ -32,7 +32,9 @@ def simulate(
     resolution: Annotated[
         float | None, typer.Option(min=0.1, help="Å; a model is blurred to it (default 2.5 pixels), a map filtered.")
     ] = None,
-    symmetry: Annotated[str, typer.Option(help="Point group of the object; only checked and recorded.")] = "",
+    symmetry: Annotated[
+        str, typer.Option(help="Point group that the object must have (in its standard frame); recorded.")
+    ] = "",
     mode: Annotated[
         str, typer.Option(help="Views: uniform, preferred, retained (fewer side views) or missing-cone.")
     ] = "uniform",
@@ -78,6 +80,7 @@ def simulate(
     options = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     from cryoiso.physics import simulate as physics
     from cryoiso.physics.views import Views
+    from cryoiso.pipeline.standard_frame import require_symmetry
 
     _check_folder(out, overwrite)
     applied = _ctf_applied(phase_flipped, ctf_premultiplied)
@@ -89,6 +92,8 @@ def simulate(
         spherical_aberration_mm=cs,
         amplitude_contrast=amplitude_contrast,
     )
+    symmetry = symmetry or ("C3" if model in PHANTOMS else "C1")
+    checked = require_symmetry(volume, symmetry, model, resolution or 0.0, "the object")
     source = physics.simulate(
         volume,
         n,
@@ -99,9 +104,8 @@ def simulate(
         noise="white" if noise == "none" else noise,
         seed=seed,
     )
-    symmetry = symmetry or ("C3" if model in PHANTOMS else "C1")
     facts: dict[str, Any] = {"settings": {**options, "symmetry": symmetry}}
-    facts["symmetry_correlation"] = _check_symmetry(source.volume, symmetry)
+    facts["symmetry_correlation"] = round(checked.score, 4)
     _write(source, out, facts, with_poses, halves, applied)
 
 
@@ -164,25 +168,6 @@ def _ctf_particles(path: Path | None) -> Any:
     from cryoiso.io import read_particle_file
 
     return read_particle_file(path, require=("ctf",))
-
-
-def _check_symmetry(volume: DensityMap, symmetry: str) -> float:
-    """Lowest correlation between views that the point group calls equivalent; warns where the map does not have it."""
-    import numpy as np
-    import torch
-
-    from cryoiso.core.rng import generator
-    from cryoiso.physics.project import project
-    from cryoiso.physics.so3 import random_rotations
-    from cryoiso.physics.symmetry import point_group
-
-    pose = random_rotations(generator(1, "view for the symmetry check"), 1)[0]
-    poses = torch.from_numpy((pose @ point_group(symmetry)).astype(np.float32))
-    images = project(torch.from_numpy(volume.data), poses).reshape(len(poses), -1).numpy()
-    lowest = float(np.corrcoef(images)[0].min()) if len(images) > 1 else 1.0
-    if lowest < 0.95:
-        logger.warning("the object is not %s: equivalent views correlate only by %.3f", symmetry, lowest)
-    return round(lowest, 4)
 
 
 def _write(

@@ -67,12 +67,12 @@ def fit_into(
     free = task.run(moving, np.swapaxes(so3_grid(order, group), 1, 2), fs.FULL, grid_step_deg(order))
     if group == "C1":
         return task.judge(moving, free, group, None)
-    base = _own_frame(moving, group, resolution_A)
+    base = own_frame(moving, group, resolution_A)
     if base is not None and _is_small(base, resolution_A):
         base = Placement(np.eye(3), np.zeros(3), 1.0)  # it is there already, to within what can be measured
     if base is None:
         laid = apply_fit(moving, free[False][0], target.box_px, target.pixel_size_A)
-        base = _own_frame(laid, group, resolution_A)
+        base = own_frame(laid, group, resolution_A)
         base = base and base.after(free[False][0])
     if base is None:
         return task.judge(moving, free, group, None)
@@ -276,11 +276,27 @@ def _is_small(placement: Placement, resolution_A: float) -> bool:
     return angle < NEAR_DEG and float(np.linalg.norm(placement.shift_A)) < NEAR * resolution_A
 
 
-def _own_frame(density: DensityMap, group: str, resolution_A: float) -> Placement | None:
+def rotation_search(density: DensityMap, rotation: np.ndarray, resolution_A: float, step_deg: float) -> list[Placement]:
+    """The best distinct placements of a map in itself that a grid of rotations leads to, best first.
+
+    Args:
+        density: any map.
+        rotation: (n, 3, 3) the grid; every shift is tried with each.
+        resolution_A: finest information used.
+        step_deg: of the grid; a coarser resolution nominates if the grid needs it.
+
+    Raises:
+        InputError: a map that is empty or too coarse.
+    """
+    task = _Task(density, resolution_A, np.eye(3)[None], (False,))
+    return task.run(density, rotation, fs.FULL, step_deg)[False]
+
+
+def own_frame(density: DensityMap, group: str, resolution_A: float, least: float = SYMMETRIC) -> Placement | None:
     """The small rotation and shift that bring a map's own symmetry axes into the standard frame.
 
     The map is fitted into itself, starting from each operation of the group: the rotations found have the map's own
-    axes. None if the map does not have the symmetry nearby.
+    axes. None if the map does not have the symmetry nearby: a score below ``least``, or axes more than 20 degrees away.
     """
     from scipy.spatial.transform import Rotation
 
@@ -289,7 +305,7 @@ def _own_frame(density: DensityMap, group: str, resolution_A: float) -> Placemen
     finest = max(resolution_A, 2 * density.pixel_size_A)
     pair = fs.make_pair(fs.make_body(density, finest, hold=fs.FIXED), density, finest)
     turn, shift, score = fs.refine(pair, ops, np.zeros((len(ops), 3)), False)
-    if score.min() < SYMMETRIC or float(angular_distance_deg(turn, ops).max()) > 20:
+    if score.min() < least or float(angular_distance_deg(turn, ops).max()) > 20:
         return None
     wanted, own = (Rotation.from_matrix(r).as_rotvec() for r in (ops, turn))
     own *= np.sign((own * wanted).sum(1))[:, None]

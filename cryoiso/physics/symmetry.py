@@ -78,6 +78,39 @@ def _point_group(name: str) -> np.ndarray:
     return _closure([_axis_rotation(axis, 2 * np.pi / fold) for fold, axis in _GENERATORS[name]])
 
 
+def generators(name: str) -> list[tuple[int, tuple[float, float, float]]]:
+    """One or two (fold, axis) whose rotations make the group, the axis on z first.
+
+    Raises:
+        InputError: unknown group.
+    """
+    group = normalise_name(name)
+    if group[0] in "CD":
+        main: list[tuple[int, tuple[float, float, float]]] = [(int(group[1:]), (0, 0, 1))]
+        return main if group[0] == "C" else [*main, (2, (1, 0, 0))]
+    return list(_GENERATORS[group])
+
+
+def cryosparc_turn(name: str) -> np.ndarray | None:
+    """The rotation T that takes a map from cryoSPARC's frame of a point group to ours; None where they are the same.
+
+    cryoSPARC's Dn has a two-fold axis on y, RELION's and ours on x (a cryoSPARC developer, discuss.cryosparc.com topic
+    12482; Scipion's plugin calls it Dyn). For even n both lie on two-fold axes; for odd n, T is a rotation by
+    90/n degrees about z. T (3-fold on z) and O are as in RELION by the same source; I1 and I2 as well, by the axes in
+    cryosparc-issues 127. A pose A of the map becomes A T^-1.
+
+    Returns:
+        (3, 3) or None.
+
+    Raises:
+        InputError: unknown group.
+    """
+    group = normalise_name(name)
+    if group[0] != "D" or int(group[1:]) % 2 == 0:
+        return None
+    return _axis_rotation((0, 0, 1), np.pi / 2 / int(group[1:]))
+
+
 def _axis_rotation(axis: tuple[float, float, float], angle_rad: float) -> np.ndarray:
     """Rodrigues' formula: rotation by an angle about a unit axis."""
     x, y, z = axis

@@ -8,6 +8,7 @@ from pathlib import Path
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.physics.fit import Fit, fit_into
+from cryoiso.pipeline.standard_frame import require_symmetry
 
 logger = logging.getLogger("cryoiso")
 
@@ -27,13 +28,14 @@ def fit_to_file(
         mirror: also try the mirror image. The reference itself is never mirrored.
 
     Raises:
-        InputError: no such map, or one too coarse for this resolution.
+        InputError: no such map, one too coarse for this resolution, or one without the symmetry in the standard frame.
     """
     from cryoiso.io.mrc import read_map
 
     if not file.is_file():
         raise InputError("no such map to fit into", file=file, hint="Check reference.fit in the job file (--fit).")
     target = read_map(file)
+    require_symmetry(target, symmetry, file, what="the map to fit into")
     finest = resolution_A or max(FINEST_A, 2.5 * max(moving.pixel_size_A, target.pixel_size_A))
     found = fit_into(moving, target, symmetry=symmetry, resolution_A=finest, mirror=mirror)
     doubtful = found.ambiguous or found.off_axis or found.hand in ("mirrored", "undecided")

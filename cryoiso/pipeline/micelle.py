@@ -91,7 +91,7 @@ def _read(job: Job, choice: MaskChoice, out: Path) -> tuple[Particles, DensityMa
         map_pixel_size_A=job.reference.pixel_size_A, resample=job.reference.resample, symmetry=job.sample.symmetry,
     )  # fmt: skip
     if choice.file is not None:
-        given = read_mask(choice.file, group.box_px, group.pixel_size_A)
+        given = read_mask(choice.file, group.box_px, group.pixel_size_A, job.sample.symmetry)
         mask = checked_mask(np.clip(given.data, 0, 1), group.pixel_size_A, file=choice.file)
     else:
         mask = protein_mask(made.map, choice.threshold, file)

@@ -11,6 +11,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
+from cryoiso.pipeline.standard_frame import require_symmetry, symmetrised, to_standard_frame
 
 if TYPE_CHECKING:
     from cryoiso.physics.fit import Fit
@@ -51,11 +52,14 @@ def prepare_reference(
     fit: Path | None = None,
     fit_resolution_A: float | None = None,
     mirror: bool = True,
+    standard_frame: bool = False,
+    symmetrise: bool = False,
 ) -> Reference:
     """Reads a reference and brings it onto a grid.
 
     A model is turned into the frame of its point group and into density. A map must have this box and, within 1 %, this
-    pixel size, unless ``resample`` is set, which interpolates it exactly in Fourier space.
+    pixel size, unless ``resample`` is set, which interpolates it exactly in Fourier space. What comes out must have the
+    symmetry in its standard frame.
 
     Args:
         file: PDB, mmCIF or MRC.
@@ -64,14 +68,16 @@ def prepare_reference(
         lowpass_A: resolution of ``initial``; 0 leaves it as it is.
         map_pixel_size_A: replaces the pixel size in the map's header.
         resample: accept a map with another box or pixel size.
-        symmetry: point group of the particles, which a model must have.
+        symmetry: point group of the particles, which model or map must have.
         fit: a map on any grid; the reference is laid into its frame (``pipeline.fitting``).
         fit_resolution_A: finest information that decides where; by default 10 Å, or what both grids hold.
         mirror: also see whether the mirror image fits better.
+        standard_frame: find the axes of ``symmetry`` in a map and move it into the standard frame.
+        symmetrise: average the map over the operations of ``symmetry``.
 
     Raises:
-        InputError: unreadable file, a map without a pixel size, a map that does not fit the particles, a model without
-            the symmetry, a resolution that the grid cannot hold.
+        InputError: unreadable file, a map without a pixel size, a map that does not fit the particles, a model or map
+            without the symmetry, a resolution that the grid cannot hold.
     """
     from cryoiso.io.models import is_model
 
@@ -85,6 +91,9 @@ def prepare_reference(
     if float(full.data.max()) <= 0:
         raise InputError("the reference holds no positive density", file=file, hint="Protein must be white in it.")
     full, found = DensityMap(full.data, pixel_size_A), None
+    if standard_frame and not is_model(file):
+        full, done = to_standard_frame(full, symmetry, file)
+        source += f", {done}"
     if fit is not None:
         from cryoiso.physics.fit import apply_fit
         from cryoiso.pipeline.fitting import fit_to_file
@@ -96,6 +105,12 @@ def prepare_reference(
         else:
             full = apply_fit(full, found)
         source += f", fitted into {fit.name}"
+    if symmetrise:
+        full = symmetrised(full, symmetry)
+        source += f", averaged over {symmetry}"
+    require_symmetry(
+        full, symmetry, file, lowpass_A, "the reference" if fit is None else f"the map, as fitted into {fit},"
+    )
     return finish_reference(full, lowpass_A, source, found)
 
 

@@ -26,6 +26,7 @@ from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.maps import make_mask, write_reconstruction
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.scratch import using_scratch
+from cryoiso.pipeline.standard_frame import warn_of_symmetry
 from cryoiso.pipeline.subtomograms import refine_subtomograms
 from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
 
@@ -156,7 +157,8 @@ def diagnose_files(
         require_grid(truth, one.box_px, one.pixel_size_A, truth_map, "the half-maps")
     full = replace(one, data=(one.data + two.data) / 2)
     inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
-    return diagnose(
+    doubt = warn_of_symmetry(full, symmetry, f"the mean of {half1.name} and {half2.name}")
+    found = diagnose(
         one.data, two.data, inside, one.pixel_size_A,
         read_particle_file(particles, "", ("pose",)) if particles else None,
         symmetry,
@@ -164,3 +166,5 @@ def diagnose_files(
         truth_map=None if truth is None else truth.data,
         seed=seed,
     )  # fmt: skip
+    found["notes"] += [doubt] if doubt else []
+    return found

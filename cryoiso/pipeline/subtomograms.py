@@ -9,6 +9,7 @@ from pathlib import Path
 from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.subtomograms import SubtomogramSource
@@ -34,9 +35,7 @@ def refine_subtomograms(job: Job, out: Path, comm: Context, *, resume: bool = Fa
     source = on_root(comm, _open, job)
     group = source.particles.groups[int(source.particles.optics[0])]
     reference = on_root(comm, _reference, job, source.box_px, group.pixel_size_A, out)
-    mask = on_root(
-        comm, lambda: read_mask(Path(job.sample.mask), source.box_px, group.pixel_size_A) if job.sample.mask else None
-    )
+    mask = on_root(comm, _mask, job, source.box_px, group.pixel_size_A)
     request = RefineRequest(
         source=source,
         reference=reference.map,
@@ -64,6 +63,11 @@ def _open(job: Job) -> SubtomogramSource:
     source.particles = assign_halves(source.particles, job.run.seed, section.file)
     logger.info("%d subtomograms of %d px, as they are for RELION", len(source.particles), source.box_px)
     return source
+
+
+def _mask(job: Job, box_px: int, pixel_size_A: float) -> DensityMap | None:
+    name = job.sample.mask
+    return read_mask(Path(name), box_px, pixel_size_A, job.sample.symmetry) if name else None
 
 
 def _reference(job: Job, box_px: int, pixel_size_A: float, out: Path) -> Reference:

@@ -24,6 +24,7 @@ from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.reference import PIXEL_TOLERANCE, Reference, prepare_reference
+from cryoiso.pipeline.standard_frame import require_mask_symmetry
 
 if TYPE_CHECKING:
     from cryoiso.pipeline.scratch import Scratch
@@ -111,7 +112,7 @@ class Work:
     def mask(self) -> DensityMap | None:
         """The user's solvent mask, if there is one."""
         name = self.job.sample.mask
-        return read_mask(Path(name), *self.grid()) if name else None
+        return read_mask(Path(name), *self.grid(), self.job.sample.symmetry) if name else None
 
     def truth(self) -> Particles | None:
         """The particles with their true poses, in the order of the source, where the job names them."""
@@ -200,11 +201,11 @@ def require_grid(found: DensityMap, box_px: int, pixel_size_A: float, file: obje
         )  # fmt: skip
 
 
-def read_mask(path: Path, box_px: int, pixel_size_A: float) -> DensityMap:
+def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1") -> DensityMap:
     """A solvent mask on a given grid; the pixel size in its header is not looked at.
 
     Raises:
-        InputError: another box, values outside 0..1, or nothing inside.
+        InputError: another box, values outside 0..1, nothing inside, or a mask without the symmetry that is imposed.
     """
     mask = read_map(path, pixel_size_A)
     if mask.box_px != box_px:
@@ -212,6 +213,7 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float) -> DensityMap:
     low, high = float(mask.data.min()), float(mask.data.max())
     if low < -1e-3 or not 0 < high <= 1 + 1e-3:
         raise InputError("the mask is not between 0 and 1", file=path, found=f"{low:g} to {high:g}")
+    require_mask_symmetry(mask.data, symmetry, path)
     return mask
 
 

@@ -1,0 +1,288 @@
+"""Whether a map has a point group in its standard frame, and where its axes lie if not.
+
+A map V has the operation S of a group if V(S x) = V(x). The score of an operation is the normalised correlation of the
+map with its rotated copy, both with flattened spectra up to a resolution (``physics.fit_search``). Measured at 20 Å on
+13 maps and models of C3, C4, C6, C7, D2, D3, D7 and O: 0.92 to 1.00 in the right frame, 0.46 to 0.88 with axes tilted
+by 5 degrees, under 0.30 by 25 degrees (apoferritin, nearly a sphere: 0.49), under 0.15 a 7 Å shift off the axis, and
+under 0.55 for groups that the object does not have. Noise lowers the score of a right map as well, but then no other
+frame has a better one, and rotations that do not belong to the group have a worse one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from cryoiso.core.types import DensityMap
+from cryoiso.physics import fit_search as fs
+from cryoiso.physics.fit import Placement, apply_fit, own_frame, rotation_search
+from cryoiso.physics.so3 import angular_distance_deg, fibonacci_sphere, rotvec_to_matrix
+from cryoiso.physics.symmetry import cryosparc_turn, generators, normalise_name, point_group
+
+CHECKED_AT_A = (20.0, 30.0)
+"""Resolutions of the check; the second is looked at where noise hides the symmetry at the first."""
+CLEAR = 0.85
+"""A score from which a map has the group, without further search."""
+BETTER = 0.15
+"""Another frame whose score is higher by this is where the axes really are."""
+SEEN, CONTRAST, EVEN = 0.3, 0.1, 0.75
+"""A noisy map still has the group if its score is this high, this much above that of other spins about the axis, and
+this fraction of the best class's: noise hides all operations alike."""
+FOUND, DOUBTFUL = 0.6, 0.42
+"""A frame elsewhere with the first score is real without that further test; with less than the second it never is:
+asymmetric objects have such axes."""
+ALIKE = 0.03
+"""Frames whose scores differ by less are equally good; the one that turns the map least is taken."""
+AXIS_STEP_DEG = 10.0
+Verdict = Literal["has it", "noisy", "elsewhere", "none"]
+
+
+@dataclass(frozen=True)
+class MapSymmetry:
+    """What was found."""
+
+    group: str
+    verdict: Verdict
+    score: float
+    """lowest mean score of a class of operations (those of equal angle) in the standard frame"""
+    resolution_A: float
+    frame: Placement | None = None
+    """where the axes lie elsewhere: the placement that brings the map into the standard frame, with its score"""
+    cryosparc: bool = False
+    """the map is in cryoSPARC's frame, with a two-fold axis of Dn on y"""
+
+    @property
+    def tilt_deg(self) -> float:
+        """Angle between the map's main axis and z."""
+        cosine = 1.0 if self.frame is None else float(self.frame.rotation[2, 2])
+        return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+
+    @property
+    def turned_deg(self) -> float:
+        """Angle of the rotation that brings the map into the standard frame."""
+        return 0.0 if self.frame is None else _angle_deg(self.frame)
+
+    @property
+    def offset_A(self) -> float:
+        """How far the centre of the box lies from the axis (Cn), or from the point where all axes meet."""
+        return 0.0 if self.frame is None else float(np.linalg.norm(self.frame.shift_A))
+
+
+def symmetry_score(density: DensityMap, group: str, resolution_A: float) -> float:
+    """Lowest mean score of the classes of operations of equal angle, in the standard frame.
+
+    Args:
+        density: any map.
+        group: point group; C1 gives 1.
+        resolution_A: finest information used; at least 2.5 pixels.
+
+    Raises:
+        InputError: unknown group, an empty map.
+    """
+    return _score(_self_pair(density, resolution_A), point_group(group)[1:])
+
+
+def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> MapSymmetry:
+    """Whether a map has a point group in the standard frame, and where its axes are if not.
+
+    Args:
+        density: any map with the box's centre at voxel D//2.
+        group: point group.
+        lowpass_A: resolution at which the map will be used; coarser than 20 Å, nothing finer is looked at.
+
+    Raises:
+        InputError: unknown group, an empty map.
+    """
+    name = normalise_name(group)
+    finest = max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A)
+    if name == "C1":
+        return MapSymmetry(name, "has it", 1.0, finest)
+    ops = point_group(name)[1:]
+    pair = _self_pair(density, finest)
+    score = _score(pair, ops)
+    if score >= CLEAR:
+        return MapSymmetry(name, "has it", score, finest)
+    found = find_frame(density, name, finest)
+    if found is not None and found.score > score + BETTER and _is_real(density, found, name, lowpass_A):
+        turn = cryosparc_turn(name)
+        theirs = turn is not None and _score(pair, turn.T @ ops @ turn) > score + BETTER
+        return MapSymmetry(name, "elsewhere", score, finest, found, theirs)
+    noisy = _seen_through_noise(density, name, lowpass_A)
+    if noisy is not None:
+        return MapSymmetry(name, "noisy", *noisy)
+    return MapSymmetry(name, "none", score, finest)
+
+
+def _is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float) -> bool:
+    if frame.score >= FOUND or frame.score < DOUBTFUL:
+        return frame.score >= FOUND
+    return _seen_through_noise(apply_fit(density, frame), name, lowpass_A) is not None
+
+
+def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tuple[float, float] | None:
+    """Score and resolution at which a noisy map shows the group in the standard frame; None if at none."""
+    ops = point_group(name)[1:]
+    finest = max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A)
+    for resolution in sorted({finest, max(finest, *CHECKED_AT_A, lowpass_A)}):
+        pair = _self_pair(density, resolution)
+        classes = _class_means(pair.score(ops, np.zeros((len(ops), 3))), ops)
+        least = max(SEEN, _between(pair, name) + CONTRAST, EVEN * max(classes))
+        if min(classes) >= least:
+            return min(classes), resolution
+    return None
+
+
+def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT_A[0]) -> Placement | None:
+    """The placement that brings a map's own symmetry axes into the standard frame; its score is that of the placed map.
+
+    The rotations that carry the map onto itself are searched: the angle of a generator of the group, every axis,
+    every shift. Axes that include the right angle make a frame; the best frame is refined against all operations.
+    What stays free is left as it is: the spin and slide of Cn, and of equivalent placements the smallest rotation.
+
+    Args:
+        density: any map.
+        group: point group other than C1.
+        resolution_A: of the search.
+
+    Returns:
+        None where no rotation of the map onto itself was found.
+    """
+    name = normalise_name(group)
+    resolution_A = max(resolution_A, 2.5 * density.pixel_size_A)
+    candidates = [Placement(np.eye(3), np.zeros(3), 0.0)]
+    turn = cryosparc_turn(name)
+    if turn is not None:
+        candidates.insert(0, Placement(turn, np.zeros(3), 0.0))
+    candidates += _candidates(density, name, resolution_A)
+    ops = point_group(name)[1:]
+    pair = _self_pair(density, resolution_A, fs.FULL)
+    middle = pair.body.centre_A
+    scored = []
+    for candidate in candidates:
+        own = candidate.rotation.T @ ops @ candidate.rotation
+        point = -candidate.rotation.T @ candidate.shift_A  # of the map, that comes to the box centre
+        shift = own @ middle + (np.eye(3) - own) @ point  # where own x + (1 - own) point takes the body's middle
+        scored.append(replace(_least_turned(candidate, name), score=min(_class_means(pair.score(own, shift), ops))))
+    highest = max(s.score for s in scored)
+    if turn is not None and scored[0].score >= max(CLEAR, highest - ALIKE):
+        return scored[0]  # exactly as poses from a .cs file are turned
+    if highest <= 0:
+        return None
+    best = min((s for s in scored if s.score >= highest - ALIKE), key=_angle_deg)
+    return _refined(density, name, best, resolution_A)
+
+
+def _refined(density: DensityMap, name: str, start: Placement, resolution_A: float) -> Placement:
+    """The frame refined on the operations of the placed map, by the finest information that shows them."""
+    laid = apply_fit(density, start)
+    fine = max(10.0, 2.5 * density.pixel_size_A)
+    for resolution in dict.fromkeys((min(fine, resolution_A), resolution_A, max(resolution_A, CHECKED_AT_A[-1]))):
+        small = own_frame(laid, name, resolution, least=SEEN)
+        if small is not None:
+            placed = _least_turned(small.after(start), name)
+            after = symmetry_score(apply_fit(density, placed), name, resolution_A)
+            if after >= start.score - 0.02:
+                return replace(placed, score=after)
+    return replace(_least_turned(start, name), score=symmetry_score(laid, name, resolution_A))
+
+
+def _angle_deg(placement: Placement) -> float:
+    return float(angular_distance_deg(placement.rotation, np.eye(3))[0])
+
+
+def _least_turned(placement: Placement, name: str) -> Placement:
+    ops = point_group(name)
+    turns = ops @ placement.rotation
+    nearest = int(np.argmax(np.round(np.einsum("gii->g", turns), 9)))
+    return replace(placement, rotation=turns[nearest], shift_A=ops[nearest] @ placement.shift_A)
+
+
+def _candidates(density: DensityMap, name: str, resolution_A: float) -> list[Placement]:
+    """Frames that the map's rotations onto itself allow, the best rotations first."""
+    first, *others = generators(name)
+    found = [_self_rotations(density, fold, resolution_A) for fold, _ in (first, *others[:1])]
+    target1 = np.array(first[1], np.float64)
+    frames = []
+    for main in found[0]:
+        for sign in (1.0, -1.0):
+            axis = sign * _axis(main.rotation)
+            if not others:
+                if axis[2] >= 0:
+                    frames.append((_onto(target1, axis), [main]))
+                continue
+            target2 = np.array(others[0][1], np.float64)
+            for second in found[1]:
+                other = _axis(second.rotation)
+                for axis2 in (other, -other):
+                    if abs(np.dot(axis, axis2) - np.dot(target1, target2)) < 0.15:
+                        frames.append((_onto(np.stack([target1, target2]), np.stack([axis, axis2])), [main, second]))
+    return [Placement(frame, -frame @ _fixed_point(parts), 0.0) for frame, parts in frames]
+
+
+def _self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list[Placement]:
+    """Rotations by 360/fold degrees, about any axis anywhere, that carry the map best onto itself."""
+    count = round(4 * np.pi / np.radians(AXIS_STEP_DEG) ** 2)
+    axes = fibonacci_sphere(count)
+    axes = np.concatenate([np.eye(3), axes[axes[:, 2] >= 0] if fold == 2 else axes])
+    angle = 2 * np.pi / fold
+    found = rotation_search(density, rotvec_to_matrix(angle * axes), resolution_A, AXIS_STEP_DEG)
+    kept = []
+    for placement in found:
+        along = abs(float(_axis(placement.rotation) @ placement.shift_A))
+        if (
+            abs(_angle_deg(placement) - np.degrees(angle)) < 8 and along < 0.4 * resolution_A
+        ):  # else another rotation, or a screw
+            kept.append(placement)
+    return kept
+
+
+def _axis(rotation: np.ndarray) -> np.ndarray:
+    from scipy.spatial.transform import Rotation
+
+    vector = Rotation.from_matrix(rotation).as_rotvec()
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def _onto(target: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """The rotation that takes unit vectors nearest to others; for one vector the smallest such rotation."""
+    from scipy.spatial.transform import Rotation
+
+    if target.ndim == 2:
+        return Rotation.align_vectors(target, source)[0].as_matrix()
+    cross, cosine = np.cross(source, target), float(source @ target)
+    angle = np.arctan2(np.linalg.norm(cross), cosine)
+    if np.linalg.norm(cross) < 1e-9:
+        cross = np.array([1.0, 0.0, 0.0])
+    return rotvec_to_matrix(angle * cross / np.linalg.norm(cross))[0]
+
+
+def _fixed_point(parts: list[Placement]) -> np.ndarray:
+    """The point that rotations with shifts leave where it is, as near to the box centre as they allow."""
+    system = np.concatenate([np.eye(3) - p.rotation for p in parts])
+    shifts = np.concatenate([p.shift_A for p in parts])
+    return np.linalg.lstsq(system, shifts, rcond=0.05)[0]
+
+
+def _self_pair(density: DensityMap, resolution_A: float, hold: str = fs.FIXED) -> fs.Pair:
+    resolution_A = max(resolution_A, 2.5 * density.pixel_size_A)
+    return fs.make_pair(fs.make_body(density, resolution_A, hold=hold), density, resolution_A)
+
+
+def _score(pair: fs.Pair, ops: np.ndarray) -> float:
+    return min(_class_means(pair.score(ops, np.zeros((len(ops), 3))), ops)) if len(ops) else 1.0
+
+
+def _class_means(score: np.ndarray, ops: np.ndarray) -> list[float]:
+    """Mean scores of the operations of equal angle: one by one, noise would always find a low one."""
+    angle = np.rint(angular_distance_deg(ops, np.eye(3)))
+    return [float(score[angle == a].mean()) for a in np.unique(angle)]
+
+
+def _between(pair: fs.Pair, name: str) -> float:
+    """Highest score of the rotations about the main axis halfway between those of the group."""
+    fold, axis = generators(name)[0]
+    half = np.pi / fold * (2 * np.arange(fold) + 1)
+    spins: Any = rotvec_to_matrix(half[:, None] * np.asarray(axis, np.float64))
+    return float(pair.score(spins, np.zeros((fold, 3))).max())
