@@ -149,7 +149,7 @@ def test_reference_on_another_grid(box, pixel, words, data):
 
 def test_such_a_reference_is_taken_when_told_so(data):
     write_cube(data / "other.mrc", 20, 7.0)
-    job = write_job(data, reference_file="other.mrc", reference_resample=True, sample_symmetry="C4")
+    job = write_job(data, reference_file="other.mrc", reference_resample=True, sample_symmetry="C1")
     code = f"""
 from pathlib import Path
 from cryoiso.parallel.context import Context
