@@ -51,7 +51,7 @@ def kind_of_particles(path: object, project: str = "") -> Kind:
     optics = next((b for b in blocks if b.name == "optics"), _Block(""))
     particles = next((b for b in blocks if "rlnImageName" in b.columns and b.name != "optics"), _Block(""))
     said = [value for block in blocks for value in block.values(ARE_STACKS)]
-    dimensions = set(optics.values(DIMENSIONS))
+    dimensions = {value.split(".")[0] for value in optics.values(DIMENSIONS)}
     if said and said[0] not in ("0", "false"):
         return "stacks"
     if "3" in dimensions:

@@ -9,6 +9,7 @@ nobody can have done before.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import time
@@ -28,8 +29,10 @@ from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
 from cryoiso.parallel.context import Context
 
+logger = logging.getLogger("cryoiso")
 T = TypeVar("T")
 LOOK_S = 0.2
+WARN_AFTER_S = 120.0
 
 
 def reconstruct_alone(
@@ -144,7 +147,14 @@ class _Meeting:
         return note if note["stage"] == stage else None
 
     def _until_found(self, look: Callable[[], T | None], stage: str) -> T:
+        began, warned = time.monotonic(), False
         while (found := look()) is None:
+            if not (warned or self._heard) and time.monotonic() - began > WARN_AFTER_S:
+                warned = True
+                logger.warning(
+                    "%s: the process of the other half has not begun yet. RELION must reconstruct both halves at the "
+                    "same time, without --sequential_halves_recons, and both must see this folder.", self._other,
+                )  # fmt: skip
             if time.monotonic() > self._until:
                 raise CryoisoError(f"{self._other}: the process of the other half did not say '{stage}' in time")
             if os.getppid() != self._parent:
