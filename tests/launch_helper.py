@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def in_bash(job: Path, scheduler: str, plan: str, first_of_chain: bool = False, 
         tool.write_text(f'#!/bin/bash\necho "{name} $*" >> asked\n[ -e "{name}.fails" ] && exit 1\n{end}\n{number}\n')
         tool.chmod(0o755)
     ranks = {"cpu_ranks" if first_of_chain else "ranks_per_node": 1}
-    text = script(job, first=first_of_chain, scheduler=scheduler, program=f"bash '{folder}/prog'", **ranks, **given)
+    program = f"bash {shlex.quote(f'{folder}/prog')}"
+    text = script(job, first=first_of_chain, scheduler=scheduler, program=program, **ranks, **given)
     for name in ("go.sh", *["go-ingest.sh"] * first_of_chain):
         (folder / name).write_text(text)
     env = {"PATH": f"{folder}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "5", "PBS_JOBID": "5.host", "PBS_NODEFILE": "plan"}

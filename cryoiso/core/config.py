@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cryoiso.core.commands import COMMANDS, split_command
 from cryoiso.core.errors import UsageError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class ParticlesSection(_Section):
@@ -326,9 +327,12 @@ def parse_job(data: dict[str, Any], file: object = "job.toml") -> Job:
         UsageError: names every bad key with what was expected, what was found and the nearest known key.
     """
     try:
-        return Job.model_validate(data)
+        job = Job.model_validate(data)
     except ValidationError as error:
         raise UsageError("; ".join(_explain(file, e) for e in error.errors())) from None
+    for section, key in COMMANDS:
+        split_command(getattr(getattr(job, section), key), f"{file}: '{section}.{key}'")
+    return job
 
 
 def _explain(file: object, e: Any) -> str:

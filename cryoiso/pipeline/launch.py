@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core.commands import split_command
 from cryoiso.core.config import Job, LaunchSection, parse_job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import write_text
 from cryoiso.pipeline.launch_image import started_in, words_for_script
 from cryoiso.pipeline.launch_mpi import Start, how_to_start
+from cryoiso.pipeline.launch_safety import require_name, require_one_line, require_plain
 from cryoiso.pipeline.launch_templates import fill_own, fill_site, read_template, words_of
 from cryoiso.pipeline.manifest import input_files
 from cryoiso.pipeline.plan import WITHOUT_GPU
@@ -114,10 +116,13 @@ def _script(
     section: LaunchSection, job: Job, job_file: Path, run: Path, path: Path, what: str, until: str = "", then: str = ""
 ) -> Script:  # fmt: skip
     facts = {**facts_of(section, job, job_file, run, path, until), "then": then}
+    require_one_line(facts)
     if not section.template:
         return Script(path, fill_own(section.scheduler, facts), what, facts["start"])
     template = job_file.parent / Path(section.template).expanduser()
-    words = words_of(read_template(template))
+    text = read_template(template)
+    words = words_of(text)
+    require_plain(template, text, {**relion_words(section, facts), **facts}, set(section.variables))
     if section.nodes > 1 and not words & {"nodes", "mpinodes"}:
         raise UsageError(f"{template} asks for one node: it has no placeholder for launch.nodes = {section.nodes}")
     return Script(path, fill_site(template, facts, relion_words(section, facts)), what, facts["start"])
@@ -129,6 +134,8 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     ranks, seconds = section.nodes * per_node, seconds_of(section.time)
     if section.grace_s >= seconds:
         raise UsageError(f"launch.grace_s = {section.grace_s}: the wall-time is {seconds} s, so nothing would be done")
+    for key in ("account", "queue", "gpu_type"):
+        require_name(f"launch.{key}", getattr(section, key))
     start = how_to_start(section, ranks, per_node)
     program = _program(section, job, job_file, run)
     words = ["run", str(job_file), "--out", str(run), "--continue", *(["--until", until] if until else [])]
@@ -215,6 +222,6 @@ def _program(section: LaunchSection, job: Job, job_file: Path, run: Path) -> lis
     if section.image:
         return started_in(section, job, job_file, run)
     if section.program:
-        return shlex.split(section.program)
+        return split_command(section.program, "launch.program")
     beside = Path(sys.prefix) / "bin" / "cryoiso"
     return [str(beside)] if beside.exists() else [sys.executable, "-m", "cryoiso.cli.main"]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from cryoiso.core.commands import split_command
 from cryoiso.core.config import Job, LaunchSection
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.io import read_particle_file
@@ -20,7 +20,8 @@ from cryoiso.pipeline.manifest import input_files
 def started_in(section: LaunchSection, job: Job, job_file: Path, run: Path) -> list[str]:
     """The words that start cryoiso in the image of a job."""
     folders = ",".join(map(str, folders_of(job, job_file, run)))
-    return [*_how(section), "--bind", folders, _image(section, job_file), *shlex.split(section.program or "cryoiso")]
+    program = split_command(section.program or "cryoiso", "launch.program")
+    return [*_how(section), "--bind", folders, _image(section, job_file), *program]
 
 
 def folders_of(job: Job, job_file: Path, run: Path) -> list[Path]:
@@ -102,7 +103,8 @@ def _digest_of_image(file: Path, size: int, modified_ns: int) -> str:
 
 
 def _how(section: LaunchSection) -> list[str]:
-    return shlex.split(section.image_command or ("apptainer exec --nv" if section.gpus else "apptainer exec"))
+    default = ["apptainer", "exec", *(["--nv"] if section.gpus else [])]
+    return split_command(section.image_command, "launch.image_command") or default
 
 
 def _in_double_quotes(folder: str) -> str:

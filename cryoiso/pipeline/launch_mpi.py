@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
 
+from cryoiso.core.commands import fill_words, split_command
 from cryoiso.core.config import LaunchSection
 from cryoiso.core.errors import MissingError, UsageError
 from cryoiso.parallel.probe import outside_launcher, probe_mpi
@@ -104,10 +104,5 @@ def _mpirun(section: LaunchSection, library: str, ranks: int, ranks_per_node: in
         placed = " --map-by ppr:{ranks_per_node}:node" if library.startswith("Open MPI") else ""
         placed = " -ppn {ranks_per_node}" if library.startswith(("MPICH", "Intel")) else placed
     text = section.mpirun or "mpirun -n {ranks}" + placed
-    try:
-        text = text.format(ranks=ranks, ranks_per_node=ranks_per_node, nodes=section.nodes)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UsageError(
-            f"launch.mpirun: {{ranks}}, {{ranks_per_node}} and {{nodes}} are replaced, nothing else (found {error})"
-        ) from None
-    return tuple(shlex.split(text))
+    values = {"ranks": ranks, "ranks_per_node": ranks_per_node, "nodes": section.nodes}
+    return tuple(fill_words(split_command(text, "launch.mpirun"), values, "launch.mpirun"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import FileSystemLoader, StrictUndefined, TemplateError, Undefined, UndefinedError
-from jinja2.exceptions import SecurityError, TemplateNotFound
+from jinja2.exceptions import TemplateNotFound
 from jinja2.sandbox import SandboxedEnvironment
 
 from cryoiso.core.errors import InputError
@@ -94,16 +94,32 @@ def _jinja(text: str, facts: dict[str, Any], file: Path, tidy: bool = False) -> 
         trim_blocks=tidy, lstrip_blocks=tidy,
     )  # fmt: skip
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
-    environment.filters["word"] = lambda value: f'"{value}"' if " " in str(value) else str(value)
+    environment.filters["word"] = _word
+    environment.filters["words"] = lambda value: " ".join(map(shlex.quote, str(value).split()))
     values = {name: _unset(name) if value is None else value for name, value in facts.items()}
     try:
         return environment.from_string(text).render(values)
     except UndefinedError as error:
         raise _undefined(str(error.message), file, _line_of(error), facts) from None
-    except (TemplateError, SecurityError, TypeError, ValueError, ArithmeticError) as error:
+    except Exception as error:  # whatever the expressions of a site's template do
+        if not isinstance(error, TemplateError | LookupError | TypeError | ValueError | ArithmeticError | AttributeError
+                          | RecursionError | MemoryError):  # fmt: skip
+            raise
         missing = f"{error} is not there" if isinstance(error, TemplateNotFound) else str(error)
         line = getattr(error, "lineno", None) or _line_of(error)
         raise InputError(f"the template cannot be filled: {missing}", file=file, row=line) from None
+
+
+def _word(value: object) -> str:
+    """A path in a line for the batch system, in double quotes if need be.
+
+    Raises:
+        ValueError: it has characters that cannot be quoted there.
+    """
+    text = str(value)
+    if '"' in text or "\\" in text:
+        raise ValueError(f"quotes and backslashes cannot stand in a line for the batch system: {text!r}")
+    return text if re.fullmatch(r"[\w.,:@+=/%-]+", text) else f'"{text}"'
 
 
 def _unset(name: str) -> _Unset:

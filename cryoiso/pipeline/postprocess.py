@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core.commands import fill_words, split_command
 from cryoiso.core.errors import CryoisoError, Interrupted, MissingError, UsageError
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.pipeline.work import require_grid
 
 logger = logging.getLogger("cryoiso")
-PLACEHOLDERS = ("input", "output", "half", "round", "pixel_size")
+KEY = "auxiliary.post_command"
 POLL_S = 0.2
 TAIL = 2000
 
@@ -26,13 +27,8 @@ def arguments(template: str, **values: object) -> list[str]:
     Raises:
         UsageError: an unknown placeholder, {output} is missing, or quotes that do not close.
     """
-    try:
-        parts = shlex.split(template)
-        words = [part.format(**values) for part in parts]
-    except (ValueError, KeyError, IndexError) as error:
-        known = ", ".join("{" + name + "}" for name in PLACEHOLDERS)
-        text = f"auxiliary.post_command: cannot be understood ({error}); known placeholders: {known}"
-        raise UsageError(text) from None
+    parts = split_command(template, KEY)
+    words = fill_words(parts, values, KEY)
     if not any("{output}" in part for part in parts) or not any("{input}" in part for part in parts):
         raise UsageError("auxiliary.post_command: needs {input} and {output}, the maps that it reads and writes")
     return words
@@ -40,7 +36,7 @@ def arguments(template: str, **values: object) -> list[str]:
 
 def check_template(template: str) -> None:
     """Raises the errors of ``arguments`` before anything runs."""
-    arguments(template, input="in.mrc", output="out.mrc", half=1, round=1, pixel_size=1.0)
+    arguments(template, input="in.mrc", output="out.mrc", half=1, round=1, pixel_size="1")
 
 
 def post_process(template: str, source: Path, target: Path, half: int, round_: int) -> None:

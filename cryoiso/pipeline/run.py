@@ -144,7 +144,7 @@ def read_job(path: Path) -> tuple[str, Job]:
         UsageError: not there, not TOML, an unknown key, a wrong value.
     """
     try:
-        text = read_regular_text(path)
+        text = read_regular_text(path).removeprefix("\ufeff")  # a mark that Windows editors put first
         data = tomllib.loads(text)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such job file. 'cryoiso init particles.star' writes one.") from None

@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any
 
+from cryoiso.core.commands import split_command
 from cryoiso.core.config import RefineSection, RelionSection
 from cryoiso.core.errors import MissingError, UsageError
 from cryoiso.engines.relion.extra import extra_words
@@ -188,7 +189,7 @@ def launch(section: RelionSection, relion: Relion, exported: tuple[str, ...] = (
     if section.ranks % 2 == 0:
         raise UsageError(f"relion.ranks: a leader and an even number of followers are needed (found {section.ranks})")
     if section.launcher.strip() != "auto":
-        words = shlex.split(section.launcher)
+        words = split_command(section.launcher, "relion.launcher")
         if not any("{ranks}" in word for word in words):
             raise UsageError("relion.launcher: {ranks} is missing: the number of processes is put in its place")
         return [*(word.replace("{ranks}", str(section.ranks)) for word in words), relion.program]

@@ -49,7 +49,7 @@ if again; then
 {% endif %}
   else
     echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" \
-      "{{ "and after it " ~ then if then }}" >&2
+      {{ ("and after it " ~ then if then else "")|sh }} >&2
   fi
 fi
 {% endif %}

@@ -1,5 +1,5 @@
 {% for module in modules %}
-module load {{ module }} || exit 69
+module load {{ module|words }} || exit 69
 {% endfor %}
 {% for line in setup %}
 {{ line }}

@@ -22,7 +22,7 @@
 #SBATCH --signal={{ "" if srun and not image else "B:" }}USR1@{{ grace_s }}
 #SBATCH --{{ "requeue" if requeue else "no-requeue" }}
 #SBATCH --open-mode=append
-#SBATCH --output={{ (log ~ "-%j.log")|word }}
+#SBATCH --output={{ (log|replace("%", "%%") ~ "-%j.log")|word }}
 {% for line in extra %}
 #SBATCH {{ line }}
 {% endfor %}
@@ -46,7 +46,7 @@ if again; then
     sleep 300
   else
     echo "cryoiso: this job may not requeue itself; submit the same script again, it goes on from its last checkpoint" \
-      "{{ "and after it " ~ then if then }}" >&2
+      {{ ("and after it " ~ then if then else "")|sh }} >&2
   fi
 fi
 {% endif %}
