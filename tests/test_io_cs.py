@@ -131,10 +131,10 @@ def test_fields_of_a_passthrough_file_are_joined_by_uid(tmp_path):
     names = [n for n in whole.dtype.names if n.startswith("ctf") or n == "uid"]
     other = save(tmp_path / "P1_J2_passthrough_particles.cs", whole[names][::-1])
     main = save(tmp_path / "J2_particles.cs", whole[[n for n in whole.dtype.names if not n.startswith("ctf")]])
-    for p in (read_cs(main), read_cs(main, passthrough=other)):
+    for p in (read_cs(main), read_cs(main, passthrough=[other])):
         np.testing.assert_allclose(p.defocus_u_A, np.linspace(1e4, 2e4, 4), rtol=1e-6)
     with pytest.raises(InputError, match="row 1: this particle is not in"):
-        read_cs(main, passthrough=save(tmp_path / "few.cs", whole[names][1:]))
+        read_cs(main, passthrough=[save(tmp_path / "few.cs", whole[names][1:])])
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def train(
     ref_pixel_size: Annotated[float | None, option(R, "pixel_size_A")] = None,
     resample: Annotated[bool, option(R, "resample", "--resample")] = default(R, "resample"),
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
@@ -48,7 +49,7 @@ def train(
     comm = get_context()
     job = on_root(
         comm, job_of,
-        particles={"file": str(particles), "project": project, "invert": invert},
+        particles={"file": str(particles), "project": project, "passthrough": passthrough, "invert": invert},
         reference={"file": str(ref), "pixel_size_A": ref_pixel_size, "resample": resample},
         sample={"symmetry": symmetry},
         auxiliary={
@@ -73,6 +74,7 @@ def generate(
     symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
     export: Annotated[bool, typer.Option("--export", help="Also write MRCS stacks and auxiliary.star.")] = False,
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
@@ -90,7 +92,7 @@ def generate(
     comm = get_context()
     job = on_root(
         comm, job_of,
-        particles={"file": str(particles), "project": project, "invert": invert},
+        particles={"file": str(particles), "project": project, "passthrough": passthrough, "invert": invert},
         reference={"file": ""},
         sample={"symmetry": symmetry},
         auxiliary={"ratio": ratio, "temperature": temperature, "export": export},

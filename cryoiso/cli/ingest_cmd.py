@@ -15,6 +15,7 @@ def ingest(
     particles: Annotated[Path, typer.Argument(help="Particles: a RELION STAR file or a cryoSPARC .cs file.")],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; shards that are finished there are kept.")],
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     normalise: Annotated[bool, option(P, "normalise")] = default(P, "normalise"),
     storage: Annotated[str, option(P, "storage")] = default(P, "storage"),
@@ -31,7 +32,8 @@ def ingest(
 
     comm = get_context()
     facts = {
-        "file": str(particles), "project": project, "invert": invert, "normalise": normalise, "storage": storage,
+        "file": str(particles), "project": project, "passthrough": passthrough, "invert": invert,
+        "normalise": normalise, "storage": storage,
         "shard_mib": shard_mib,
     }  # fmt: skip
     job = on_root(comm, job_of, particles=facts, reference={"file": ""})

@@ -22,6 +22,7 @@ def init(
     ] = None,
     symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Job file to write.")] = Path("job.toml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing job file.")] = False,
 ) -> None:
@@ -38,10 +39,14 @@ def init(
 
     if out.exists() and not overwrite:
         raise UsageError(f"{out} is there already; give --overwrite to replace it, or another name with --out")
-    found = read_particle_file(particles, project)
+    found = read_particle_file(particles, project, passthrough=passthrough or ())
     point_group(symmetry)
     job = job_of(
-        particles={"file": _from(out, particles), "project": _from(out, Path(project)) if project else ""},
+        particles={
+            "file": _from(out, particles),
+            "project": _from(out, Path(project)) if project else "",
+            "passthrough": [_from(out, Path(name)) for name in passthrough or []],
+        },
         reference={"file": PLACEHOLDER if reference is None else _from(out, reference)},
         sample={"symmetry": symmetry},
     )

@@ -39,6 +39,7 @@ def micelle(
     ref_pixel_size: Annotated[float | None, option(R, "pixel_size_A")] = None,
     resample: Annotated[bool, typer.Option("--resample", help="Bring the map onto the particles' grid.")] = False,
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     normalise: Annotated[bool, option(P, "normalise")] = default(P, "normalise"),
     seed: Annotated[int, typer.Option(min=0, help="Makes half-sets where the file has none.")] = 1,
@@ -59,7 +60,10 @@ def micelle(
     comm = get_context()
     job = on_root(
         comm, job_of,
-        particles={"file": str(particles), "project": project, "invert": invert, "normalise": normalise},
+        particles={
+            "file": str(particles), "project": project, "passthrough": passthrough, "invert": invert,
+            "normalise": normalise,
+        },
         reference={"file": str(ref), "pixel_size_A": ref_pixel_size, "resample": resample},
         sample={"symmetry": symmetry, "diameter_A": diameter},
         run={"seed": seed, "device": device},

@@ -59,6 +59,7 @@ def realign(
     cone: Annotated[float, option(C, "cone_deg")] = default(C, "cone_deg"),
     keep_measured: Annotated[bool, option(C, "keep_measured")] = default(C, "keep_measured"),
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
@@ -80,7 +81,7 @@ def realign(
     comm = get_context()
     job = on_root(
         comm, job_of,
-        particles={"file": str(particles), "project": project, "invert": invert},
+        particles={"file": str(particles), "project": project, "passthrough": passthrough, "invert": invert},
         reference={"file": str(ref), "pixel_size_A": ref_pixel_size, "resample": resample, "lowpass_A": lowpass},
         sample={"symmetry": symmetry, "diameter_A": diameter, "mask": mask},
         refine={

@@ -20,6 +20,7 @@ def reconstruct(
     symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
     padding: Annotated[int, option(C, "padding")] = default(C, "padding"),
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     normalise: Annotated[bool, option(P, "normalise")] = default(P, "normalise"),
     seed: Annotated[int, typer.Option(min=0, help="Makes half-sets where the file has none.")] = 1,
@@ -37,7 +38,10 @@ def reconstruct(
     comm = get_context()
     job = on_root(
         comm, job_of,
-        particles={"file": str(particles), "project": project, "invert": invert, "normalise": normalise},
+        particles={
+            "file": str(particles), "project": project, "passthrough": passthrough, "invert": invert,
+            "normalise": normalise,
+        },
         reference={"file": ""},
         sample={"symmetry": symmetry},
         reconstruct={"padding": padding},

@@ -36,6 +36,7 @@ def refine(
     solvent_mask: Annotated[bool, option(E, "solvent_mask")] = default(E, "solvent_mask"),
     max_resolution: Annotated[float | None, option(E, "max_resolution_A")] = None,
     project: Annotated[str, option(P, "project")] = "",
+    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
     seed: Annotated[int, option(U, "seed")] = default(U, "seed"),
     device: Annotated[str, option(U, "device")] = default(U, "device"),
@@ -55,7 +56,7 @@ def refine(
     comm = get_context()
     job = on_root(
         comm, job_of,
-        particles={"file": str(particles), "project": project, "invert": invert},
+        particles={"file": str(particles), "project": project, "passthrough": passthrough, "invert": invert},
         reference={"file": str(ref), "pixel_size_A": ref_pixel_size, "resample": resample, "lowpass_A": lowpass},
         sample={"symmetry": symmetry, "diameter_A": diameter, "mask": mask},
         refine={

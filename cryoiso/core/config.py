@@ -19,6 +19,9 @@ class _Section(BaseModel):
 class ParticlesSection(_Section):
     file: str = Field(description="particles: a RELION STAR file or a cryoSPARC .cs file")
     project: str = Field("", description="folder that relative image paths start from (empty: found as RELION does)")
+    passthrough: list[str] = Field(
+        [], description="cryoSPARC passthrough files with fields that a .cs file lacks (default: those beside it)"
+    )
     invert: Literal["auto", "yes", "no"] = Field(
         "auto", description="multiply images by -1: yes if protein is dark in them, auto decides by the data"
     )

@@ -12,6 +12,7 @@ alignments2D gives no 3D pose and is ignored.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
-from cryoiso.io.ranges import CS_FIELDS, RANGES, check_range
-from cryoiso.io.regular_file import open_regular
+from cryoiso.io.csfile import load_cs
+from cryoiso.io.ranges import CS_FIELDS, RANGES, Range, check_range
 from cryoiso.io.star import check_ctf, check_groups, resolve_paths
 
 logger = logging.getLogger("cryoiso")
@@ -39,11 +40,17 @@ NEEDED = {
     ),
     "pose": ("alignments3D/pose", "alignments3D/shift"),
 }
+MOST_IMAGES, MOST_PIXELS = 2**31, 2**16
+ROTATION = Range(-20, 20, "rad")
+"""A component of a rotation vector; its length is an angle, of no more than one turn."""
 UNMAPPED = ("ctf/shift_A", "ctf/tilt_A", "ctf/trefoil_A", "ctf/tetra_A", "ctf/anisomag")
 
 
 def read_cs(
-    path: object, project: str = "", require: tuple[str, ...] = ("image", "ctf"), passthrough: object = None
+    path: object,
+    project: str = "",
+    require: tuple[str, ...] = ("image", "ctf"),
+    passthrough: Sequence[object] = (),
 ) -> Particles:
     """Particles of a .cs file, in the order of its rows.
 
@@ -52,28 +59,25 @@ def read_cs(
         project: folder that blob/path starts from, the cryoSPARC project folder; empty: the current folder, then the
             .cs file's folder and those above it.
         require: what must be there: any of "image", "ctf", "pose".
-        passthrough: a .cs file of the same particles with the fields that ``path`` lacks, joined by uid. Not given:
-            if needed fields are missing, the one ``*passthrough_particles*.cs`` beside the file is used.
+        passthrough: .cs files of the same particles with fields that ``path`` lacks, joined by uid, an earlier one
+            before a later one. Not given: if needed fields are missing, they come from the files
+            ``*passthrough_particles*.cs`` beside it that have all of its particles.
 
     Returns:
         Particles with the source's uids; blob/sign is in ``results["cryoisoSign"]``.
 
     Raises:
-        InputError: not a .cs file, a missing field, a bad or impossible number, a uid that stands twice.
+        InputError: what ``csfile.load_cs`` finds wrong; a missing field, a particle that a passthrough file lacks,
+            passthrough files that differ; a bad image name, number of an image, image size, half-set or an impossible
+            number.
     """
-    data = _load(path)
+    data = load_cs(path)
     needed = [name for kind in require for name in NEEDED[kind]]
-    if passthrough is None and any(name not in data for name in needed):
-        beside = [p for p in Path(str(path)).parent.glob("*passthrough_particles*.cs") if p != Path(str(path))]
-        passthrough = beside[0] if len(beside) == 1 else None
-    if passthrough is not None:
-        data = _joined(data, _load(passthrough), path, passthrough)
+    data = _completed(data, needed, passthrough, path)
     missing = [name for name in needed if name not in data]
     if missing:
-        hint = "Export the particles group from cryoSPARC, or give the job's passthrough file too."
+        hint = "Export the particles group from cryoSPARC, or give the job's passthrough files too (--passthrough)."
         raise InputError("a field is missing", file=path, expected=missing[0], hint=hint)
-    for name in needed:
-        _require_finite(data[name], name, path)
     _require_possible(data, "ctf" in require, path)
     for name in UNMAPPED:
         if name in data and np.any(data[name]):
@@ -85,27 +89,52 @@ def read_cs(
     return particles
 
 
-def _load(path: object) -> dict[str, np.ndarray]:
-    try:
-        with open_regular(path) as stream:
-            array = np.load(stream, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"not a cryoSPARC .cs file: {error}", file=path) from None
-    names = getattr(array, "dtype", np.dtype("f4")).names
-    if not names or "uid" not in names:
-        raise InputError("not a cryoSPARC particle file", file=path, expected="a structured array with the field uid")
-    if not len(array):
-        raise InputError("there are no particles in it", file=path)
-    data = {name: array[name] for name in names}
-    values, first = np.unique(data["uid"], return_index=True)
-    if len(values) < len(array):
-        row = int(np.setdiff1d(np.arange(len(array)), first)[0])
-        other = int(np.flatnonzero(data["uid"] == data["uid"][row])[0])
-        problem = f"the same particle (uid) stands in two rows: {other + 1} and {row + 1}"
-        raise InputError(problem, file=path, row=row + 1, found=int(data["uid"][row]))
+def _completed(
+    data: dict[str, np.ndarray], needed: Sequence[str], given: Sequence[object], path: object
+) -> dict[str, np.ndarray]:
+    """The fields of a file and of its passthrough files: the given ones, else those beside it if a field is needed."""
+    missing = [name for name in needed if name not in data]
+    if given:
+        for other in given:
+            data = _joined(data, load_cs(other), path, other)
+        return data
+    if not missing:
+        return data
+    beside = {other: load_cs(other) for other in passthrough_beside(path)}
+    useful = {other: more for other, more in beside.items() if any(name in more for name in missing)}
+    if len(useful) > 1:  # of other jobs perhaps: those that have all of these particles
+        useful = {other: more for other, more in useful.items() if np.isin(data["uid"], more["uid"]).all()}
+    for name in missing:
+        _require_one_source(name, data["uid"], useful, path)
+    for other, more in useful.items():
+        logger.info("%s: fields that are missing are taken from %s", path, other)
+        data = _joined(data, more, path, other)
     return data
+
+
+def passthrough_beside(path: object) -> list[Path]:
+    """The passthrough files in the folder of a .cs file, by name."""
+    own = Path(str(path))
+    return sorted(other for other in own.parent.glob("*passthrough_particles*.cs") if other != own)
+
+
+def _require_one_source(
+    name: str, uid: np.ndarray, sources: dict[Path, dict[str, np.ndarray]], path: object
+) -> None:
+    """Two passthrough files that say different things of a field: the user must choose."""
+    found = [(other, more["uid"], more[name]) for other, more in sources.items() if name in more]
+    for other, theirs, values in found[1:]:
+        first, first_uid, first_values = found[0]
+        if not np.array_equal(_by_uid(first_values, first_uid, uid), _by_uid(values, theirs, uid)):
+            raise InputError(
+                f"two passthrough files beside it differ in {name}: {first.name} and {other.name}", file=path,
+                hint="Name the right one: particles.passthrough in a job file, --passthrough of a command.",
+            )  # fmt: skip
+
+
+def _by_uid(values: np.ndarray, uid: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    order = np.argsort(uid)
+    return values[order[np.searchsorted(uid[order], wanted)]]
 
 
 def _joined(
@@ -122,32 +151,23 @@ def _joined(
     return {**{k: v[rows] for k, v in more.items() if k not in data}, **data}
 
 
-def _require_finite(values: np.ndarray, name: str, path: object) -> None:
-    if values.dtype.kind != "f":
-        return
-    bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
-    if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        raise InputError(f"bad value in field {name}", file=path, row=row + 1, expected="a number", found=values[row])
-
-
 def _require_possible(data: dict[str, np.ndarray], strict: bool, path: object) -> None:
     """All numbers within ``ranges.RANGES``; those of the CTF only where it is needed (``strict``)."""
     rows = np.arange(1, len(data["uid"]) + 1)
     for name, (column, factor) in CS_FIELDS.items():
         if name in data and data[name].dtype.kind in "fiu" and (strict or not name.startswith("ctf/")):
             check_range(data[name], RANGES[column], path, f"field {name}", rows=rows, factor=factor)
+    if "alignments3D/pose" in data:
+        check_range(data["alignments3D/pose"], ROTATION, path, "field alignments3D/pose", rows=rows)
 
 
 def _particles(data: dict[str, np.ndarray], path: object, project: str) -> Particles:
     import pandas as pd
 
     n = len(data["uid"])
-    names = (
-        [v.decode("utf-8", "replace").lstrip(">") for v in data["blob/path"].tolist()] if "blob/path" in data else []
-    )
-    groups, optics = _groups(data)
-    index = data["blob/idx"].astype(np.int64) if names else np.full(n, -1, np.int64)
+    names = _names(data["blob/path"], path) if "blob/path" in data else []
+    groups, optics = _groups(data, path)
+    index = _indices(data["blob/idx"], path) if names else np.full(n, -1, np.int64)
     table: dict[str, Any] = {}
     if names:
         table["rlnImageName"] = [f"{i + 1:06d}@{s}" for i, s in zip(index.tolist(), names)]
@@ -169,7 +189,7 @@ def _particles(data: dict[str, np.ndarray], path: object, project: str) -> Parti
         ctf_scale=_column(data, "ctf/scale", 1.0),
         rotation=rotation,
         shift_A=shift_A,
-        half=_halves(data),
+        half=_halves(data, path),
         table=pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in table.items()}) if table else None,
         results=sign,
     )
@@ -191,12 +211,42 @@ def _poses(data: dict[str, np.ndarray]) -> tuple[np.ndarray | None, np.ndarray |
     return conventions.rotvec_to_matrix(data["alignments3D/pose"]), shift_A
 
 
-def _halves(data: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Half-set 1 or 2 of alignments3D/split 0 or 1; None where all particles are in one split, which is no split."""
+def _names(values: np.ndarray, path: object) -> list[str]:
+    """Names of the image stacks, without cryoSPARC's mark for paths of the project."""
+    texts = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values.tolist()]
+    for row, text in enumerate(texts, start=1):
+        if not text.lstrip(">") or "\0" in text:
+            raise InputError("no usable image name", file=path, row=row, expected="blob/path", found=repr(text))
+    return [text.lstrip(">") for text in texts]
+
+
+def _indices(values: np.ndarray, path: object) -> np.ndarray:
+    """Numbers of the images in their stacks, from 0."""
+    bad = np.flatnonzero((values < 0) | (values.astype(np.float64) >= MOST_IMAGES))
+    if len(bad):
+        raise InputError("impossible number of an image (blob/idx)", file=path, row=int(bad[0]) + 1,
+                         expected=f"0 to {MOST_IMAGES:,}", found=int(values[bad[0]]))  # fmt: skip
+    return values.astype(np.int64)
+
+
+def _halves(data: dict[str, np.ndarray], path: object) -> np.ndarray | None:
+    """Half-set 1 or 2 of alignments3D/split 0 or 1; None where all particles are in one split, which is no split.
+
+    Raises:
+        InputError: another value: neither half-set may have such a particle, and a new split would mix the half-sets.
+    """
     split = data.get("alignments3D/split")
-    if split is None or len(np.unique(split)) != 2:
+    if split is None or len(np.unique(split)) == 1:
         return None
-    return np.where(np.isin(split, (0, 1)), split.astype(np.int64) + 1, 0).astype(np.int8)
+    bad = np.flatnonzero(~np.isin(split, (0, 1)))
+    if len(bad):
+        more = f" (and {len(bad) - 1:,} more rows)" if len(bad) > 1 else ""
+        raise InputError(
+            "no half-set in field alignments3D/split", file=path, row=int(bad[0]) + 1, expected="0 or 1",
+            found=f"{split[bad[0]]}{more}",
+            hint="Remove these particles, or run a refinement in cryoSPARC, which splits all of them.",
+        )  # fmt: skip
+    return (split.astype(np.int64) + 1).astype(np.int8)
 
 
 def _shortest(value: Any) -> float:
@@ -204,10 +254,18 @@ def _shortest(value: Any) -> float:
     return float(str(np.float32(value)))
 
 
-def _groups(data: dict[str, np.ndarray]) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
+def _groups(data: dict[str, np.ndarray], path: object) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
     """One optics group for each different set of exposure group, microscope values, pixel size and box."""
     n = len(data["uid"])
-    box = data["blob/shape"][:, 1] if "blob/shape" in data else np.zeros(n)
+    box = np.zeros(n)
+    if "blob/shape" in data:
+        box = data["blob/shape"][:, 1]
+        bad = np.flatnonzero((data["blob/shape"][:, 0] != box) | (box < 1) | (box > MOST_PIXELS))
+        if len(bad):
+            side, other = data["blob/shape"][bad[0]].tolist()
+            raise InputError("impossible size of an image (blob/shape)", file=path, row=int(bad[0]) + 1,
+                             expected=f"square images of at most {MOST_PIXELS:,} px",
+                             found=f"{side} x {other}")  # fmt: skip
     keys = [
         data.get("ctf/exp_group_id", np.zeros(n)).astype(np.float64),
         _column(data, "ctf/accel_kv", np.nan),

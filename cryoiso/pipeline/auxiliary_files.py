@@ -12,7 +12,7 @@ from cryoiso.core.config import AuxiliarySection, Job, ParticlesSection
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
-from cryoiso.io import read_particle_file
+from cryoiso.io import read_job_particles
 from cryoiso.io.contrast import decide_sign
 from cryoiso.io.imageprep import IngestSettings
 from cryoiso.io.shards import ShardSource
@@ -131,7 +131,7 @@ def generate_files(
 
 def _raw(section: ParticlesSection, seed: int) -> tuple[Particles, bool]:
     """The data with half-sets and boxes, and whether protein is dark in its stacks."""
-    found = read_particle_file(section.file, section.project, ("image", "ctf"))
+    found = read_job_particles(section)
     found = assign_halves(found, seed, section.file)
     found = replace(found, groups=io_ingest.check_stacks(found, section.file))
     return found, bool(decide_sign(found, IngestSettings.of(section), section.file).inverted)

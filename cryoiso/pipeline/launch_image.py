@@ -38,13 +38,16 @@ def folders_of(job: Job, job_file: Path, run: Path) -> list[Path]:
 def _stacks(job: Job) -> set[Path]:
     """The image stacks that a particle file names; a folder of shards needs none."""
     file = Path(job.particles.file)
-    return {file / "shards"} if file.is_dir() else _stacks_of(file, job.particles.project, file.stat().st_mtime_ns)
+    if file.is_dir():
+        return {file / "shards"}
+    section = job.particles
+    return _stacks_of(file, section.project, tuple(section.passthrough), file.stat().st_mtime_ns)
 
 
 @cache
-def _stacks_of(file: Path, project: str, modified_ns: int) -> set[Path]:
+def _stacks_of(file: Path, project: str, passthrough: tuple[str, ...], modified_ns: int) -> set[Path]:
     """Read once for all scripts."""
-    names = np.unique(read_particle_file(file, project, ("image",)).stack).tolist()
+    names = np.unique(read_particle_file(file, project, ("image",), passthrough).stack).tolist()
     stacks = {Path(os.path.abspath(name)) for name in names if name}
     lost = sorted(path for path in stacks if not path.exists())
     if lost:

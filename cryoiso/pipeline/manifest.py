@@ -14,6 +14,7 @@ from cryoiso import __version__
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
+from cryoiso.io.cs import passthrough_beside
 from cryoiso.io.regular_file import read_regular_text
 from cryoiso.io.shards import read_index
 from cryoiso.pipeline.hashing import digest_of, sha256_of
@@ -33,10 +34,18 @@ PUT_BACK = "Put the old file back, or start a new run."
 def input_files(job: Job) -> list[Path]:
     """The small files a job names, in the order of the job file."""
     names = (
-        job.particles.file, job.reference.file, job.reference.fit, job.sample.mask, job.truth.particles, job.truth.map,
+        job.particles.file, *passthrough_files(job), job.reference.file, job.reference.fit, job.sample.mask,
+        job.truth.particles, job.truth.map,
     )  # fmt: skip
     files = [Path(name) for name in names if name]
     return [path / INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
+
+
+def passthrough_files(job: Job) -> list[str]:
+    """The passthrough files that a .cs file's fields may come from: the given ones, else those beside it."""
+    if job.particles.passthrough or not job.particles.file.lower().endswith(".cs"):
+        return list(job.particles.passthrough)
+    return [str(path) for path in passthrough_beside(job.particles.file)]
 
 
 def new_manifest(job: Job, images: list[Path]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest as io_ingest
-from cryoiso.io import read_particle_file
+from cryoiso.io import read_job_particles
 from cryoiso.io.mrc import write_map
 from cryoiso.io.sources import StackSource
 from cryoiso.parallel.abort import agree, on_root
@@ -82,7 +82,7 @@ def _read(job: Job, choice: MaskChoice, out: Path) -> tuple[Particles, DensityMa
 
     section = job.particles
     point_group(job.sample.symmetry)
-    found = read_particle_file(section.file, section.project, ("image", "ctf", "pose"))
+    found = read_job_particles(section, ("image", "ctf", "pose"))
     found = replace(found, groups=io_ingest.check_stacks(found, section.file))
     group = found.groups[int(found.optics[0])]
     file = Path(job.reference.file)

@@ -35,8 +35,13 @@ def with_absolute_paths(job: Job, folder: Path) -> Job:
     for section, key in PATHS:
         value = getattr(getattr(copy, section), key)
         if value:
-            setattr(getattr(copy, section), key, os.path.abspath(folder / Path(value).expanduser()))
+            setattr(getattr(copy, section), key, _absolute(value, folder))
+    copy.particles.passthrough = [_absolute(name, folder) for name in copy.particles.passthrough]
     return copy
+
+
+def _absolute(name: str, folder: Path) -> str:
+    return os.path.abspath(folder / Path(name).expanduser())
 
 
 def check_job(work: Work) -> None:

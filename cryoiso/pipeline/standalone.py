@@ -12,7 +12,7 @@ from cryoiso.core.config import Job, ParticlesSection
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
-from cryoiso.io import read_particle_file
+from cryoiso.io import read_job_particles, read_particle_file
 from cryoiso.io.dimensionality import kind_of_particles
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import read_index
@@ -48,7 +48,7 @@ def ingest_files(section: ParticlesSection, out: Path, comm: Context) -> None:
     """
 
     def prepare() -> Any:
-        particles = read_particle_file(section.file, section.project)
+        particles = read_job_particles(section)
         plan = io_ingest.plan(particles, section, section.file)
         out.mkdir(parents=True, exist_ok=True)
         return stages.bare_plan(plan)
@@ -119,7 +119,7 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
 
         section = job.particles
         point_group(job.sample.symmetry)
-        found = read_particle_file(section.file, section.project, ("image", "ctf", "pose"))
+        found = read_job_particles(section, ("image", "ctf", "pose"))
         found = replace(found, groups=io_ingest.check_stacks(found, section.file))
         out.mkdir(parents=True, exist_ok=True)
         return bare(assign_halves(found, job.run.seed, section.file))

@@ -14,7 +14,7 @@ import numpy as np
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
-from cryoiso.io import ingest, read_particle_file
+from cryoiso.io import ingest, read_job_particles, read_particle_file
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import ShardSource
@@ -81,7 +81,7 @@ class Work:
         """What ``io.ingest`` makes of the particle file: reads it, and the headers of its stacks."""
         if self._plan is None:
             section = self.job.particles
-            particles = read_particle_file(section.file, section.project)
+            particles = read_job_particles(section)
             particles = assign_halves(particles, self.job.run.seed, section.file)
             self._plan = ingest.plan(particles, section, section.file)
         return self._plan
