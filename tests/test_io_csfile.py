@@ -31,31 +31,31 @@ def with_header(path: Path, text: str, body: bytes = b"", version: int = 1, leng
     return path
 
 
-DESCR = repr(table().dtype.descr)
+def header(shape: str, descr: object = table().dtype.descr) -> str:
+    return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}}}"
+
+
+UID = ("uid", "<u8")
 HEADERS = {
-    "a billion rows": (f"{{'descr': {DESCR}, 'fortran_order': False, 'shape': (1000000000,)}}", "cut short"),
-    "10^30 rows": (f"{{'descr': {DESCR}, 'fortran_order': False, 'shape': ({10**30},)}}", "cut short"),
-    "fewer rows than there are": (f"{{'descr': {DESCR}, 'fortran_order': False, 'shape': (1,)}}", "longer than its header"),
-    "negative": (f"{{'descr': {DESCR}, 'fortran_order': False, 'shape': (-4,)}}", "structured array"),
-    "true": (f"{{'descr': {DESCR}, 'fortran_order': False, 'shape': (True,)}}", "structured array"),
-    "no dimension": (f"{{'descr': {DESCR}, 'fortran_order': False, 'shape': ()}}", "one dimension"),
-    "two dimensions": (f"{{'descr': {DESCR}, 'fortran_order': False, 'shape': (2, 2)}}", "one dimension"),
+    "a billion rows": (header("(1000000000,)"), "cut short"),
+    "10^30 rows": (header(f"({10**30},)"), "cut short"),
+    "fewer rows than there are": (header("(1,)"), "longer than its header"),
+    "negative": (header("(-4,)"), "structured array"),
+    "true": (header("(True,)"), "structured array"),
+    "no dimension": (header("()"), "one dimension"),
+    "two dimensions": (header("(2, 2)"), "one dimension"),
     "nested": ("(" * 9000, "header cannot be read"),
     "minus": ("-" * 9000 + "1", "header cannot be read"),
     "no text": ("{'descr': '''abc", "header cannot be read"),
     "not a dict": ("[1, 2]", "header cannot be read"),
     "nothing": ("", "header cannot be read"),
-    "name twice": ("{'descr': [('uid','<u8'),('uid','<u8')], 'fortran_order': False, 'shape': (1,)}", "cannot be read"),
-    "objects": ("{'descr': [('uid','<u8'),('x','|O')], 'fortran_order': False, 'shape': (1,)}", "Python objects"),
-    "no bytes per row": ("{'descr': [('uid','|V0')], 'fortran_order': False, 'shape': (9000000000,)}", "impossible rows"),
-    "2 GB per row": ("{'descr': [('uid','<u8'),('x','|S2147483647')], 'fortran_order': False, 'shape': (1,)}", "header cannot be read"),
-    "huge cells": (
-        "{'descr': [('uid','<u8'),('x','<f4',(2000000000,2000000000))], 'fortran_order': False, 'shape': (1,)}", "cryoSPARC"
-    ),
-    "20,001 columns": (
-        "{'descr': %r, 'fortran_order': False, 'shape': (1,)}" % [(f"x{i}", "|u1") for i in range(20_001)], "20,001 fields"
-    ),
-}  # fmt: skip
+    "name twice": (header("(1,)", [UID, UID]), "header cannot be read"),
+    "objects": (header("(1,)", [UID, ("x", "|O")]), "Python objects"),
+    "no bytes per row": (header("(9000000000,)", [("uid", "|V0")]), "impossible rows"),
+    "2 GB per row": (header("(1,)", [UID, ("x", "|S2147483647")]), "header cannot be read"),
+    "huge cells": (header("(1,)", [UID, ("x", "<f4", (2000000000, 2000000000))]), "header cannot be read"),
+    "20,001 columns": (header("(1,)", [(f"x{i}", "|u1") for i in range(20_001)]), "20,001 fields"),
+}
 
 
 @pytest.mark.parametrize("name", HEADERS)
@@ -217,7 +217,7 @@ def parts(folder: Path) -> tuple[np.ndarray, Path]:
 
 def test_several_passthrough_files_are_joined(tmp_path):
     whole, main = parts(tmp_path)
-    with pytest.raises(InputError, match="a field is missing.*--passthrough"):
+    with pytest.raises(InputError, match=r"a field is missing.*--passthrough"):
         read_cs(main)
     found = read_cs(main, passthrough=[tmp_path / "J2_ctf.cs", tmp_path / "J2_split.cs"])
     np.testing.assert_allclose(found.defocus_u_A, whole["ctf/df1_A"])
