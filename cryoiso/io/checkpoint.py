@@ -115,6 +115,29 @@ def read(path: Path) -> Contents:
     return arrays, meta
 
 
+def read_kind(path: Path, kind: str, problem: str, hint: str) -> Contents:
+    """Arrays and values of a trained network: one file, of which there are no generations.
+
+    Args:
+        kind: the value ``kind`` that it must have.
+        problem, hint: of the error.
+
+    Raises:
+        InputError: no such file, damaged, or of another kind.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{problem}: no such file", file=path, hint=hint)
+    try:
+        arrays, values = read(Path(path))
+    except DamagedError as error:
+        raise InputError(f"{problem}: {error.problem}", file=path, hint=hint) from None
+    if values.get("kind") != kind:
+        raise InputError(
+            problem, file=path, expected=kind, found=values.get("kind", "a file of another kind"), hint=hint
+        )
+    return arrays, values
+
+
 def _parsed(path: Path) -> Contents:
     try:
         with (

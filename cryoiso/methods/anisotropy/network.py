@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cryoiso import __version__
 from cryoiso.core.errors import InputError
 from cryoiso.io import checkpoint
 from cryoiso.nets.unet import Unet3d, UnetConfig
+from cryoiso.nets.weights import HINT, load_weights, require_weights, weights_of
 
 KIND = "cryoiso anisotropy network"
 
@@ -28,7 +28,7 @@ class SavedNetwork:
     def module(self, device: str = "cpu") -> Unet3d:
         """The network, ready to be applied."""
         network = Unet3d(self.config)
-        network.load_state_dict({k: torch.from_numpy(v) for k, v in self.weights.items()})
+        load_weights(network, self.weights)
         return network.to(device).eval()
 
 
@@ -45,15 +45,24 @@ def load(path: Path) -> SavedNetwork:
     """Reads a network file.
 
     Raises:
-        InputError: no such file, or not a network of this kind.
+        InputError: no such file, damaged, not a network of this kind, or with weights that are not its own.
     """
-    found = checkpoint.load(path)
-    if found is None or found[1].get("kind") != KIND:
-        raise InputError("not a trained anisotropy network", file=path, hint="'cryoiso correct' writes network*.npz.")
-    arrays, values = found
-    config = UnetConfig(tuple(values["config"]["widths"]), int(values["config"]["convolutions"]))
-    weights = {k.removeprefix("parameter "): v for k, v in arrays.items() if k.startswith("parameter ")}
-    return SavedNetwork(config, weights, values["facts"])
+    hint = "'cryoiso correct' writes network*.npz."
+    arrays, values = checkpoint.read_kind(path, KIND, "not a trained anisotropy network", hint)
+    config, weights = _config(values.get("config"), path), weights_of(arrays)
+    require_weights(lambda: Unet3d(config), weights, path)
+    return SavedNetwork(config, weights, values.get("facts") or {})
+
+
+def _config(values: Any, path: Path) -> UnetConfig:
+    wanted = "widths (1 to 8 positive numbers) and convolutions (1 to 16)"
+    try:
+        widths, convolutions = [int(width) for width in values["widths"]], int(values["convolutions"])
+    except (TypeError, KeyError, ValueError):
+        widths, convolutions = [], 0
+    if not (1 <= len(widths) <= 8 and min(widths) >= 1 and 1 <= convolutions <= 16):
+        raise InputError("the shape of the network is damaged", file=path, expected=wanted, found=values, hint=HINT)
+    return UnetConfig(tuple(widths), convolutions)
 
 
 def matching_weights(path: Path, config: UnetConfig) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import checkpoint
 from cryoiso.methods.auxiliary.condition import Condition
 from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+from cryoiso.nets.weights import HINT, load_weights, require_weights, weights_of
 
 KIND = "cryoiso generator"
 BATCH = 32
@@ -58,13 +59,13 @@ class Generator:
         """Reads a generator.
 
         Raises:
-            InputError: no such file, or not a generator.
+            InputError: no such file, damaged, not a generator, or with weights that are not its own.
         """
-        found = checkpoint.load(path)
-        if found is None or found[1].get("kind") != KIND:
-            raise InputError("not a trained generator", file=path, hint="'cryoiso auxiliary train' writes one.")
-        arrays, values = found
-        network = None if values["config"] is None else _network(values["config"], arrays).to(device).eval()
+        arrays, values = checkpoint.read_kind(
+            path, KIND, "not a trained generator", "'cryoiso auxiliary train' writes one."
+        )  # fmt: skip
+        _require_whole(arrays, values, path)
+        network = None if values["config"] is None else _network(values["config"], arrays, path).to(device).eval()
         reference = DensityMap(arrays["reference"], values["pixel_size_A"])
         return cls(network, reference, arrays["scale"], values["likelihood_sd"], values["facts"])
 
@@ -119,11 +120,39 @@ class Generator:
         return (mean + temperature * self.likelihood_sd * grain)[:, 0].float(), seen[:, 0]
 
 
-def _network(config: dict[str, Any], arrays: dict[str, np.ndarray]) -> ConditionalHvae:
-    shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    network = ConditionalHvae(HvaeConfig(**shape))
-    state = {k.removeprefix("parameter "): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("param")}
-    network.load_state_dict(state)
+def _require_whole(arrays: dict[str, np.ndarray], values: dict[str, Any], path: Path) -> None:
+    """
+    Raises:
+        InputError: something beside the weights is missing or no number; names it.
+    """
+    reference, scale = arrays.get("reference"), arrays.get("scale")
+    box = 0 if reference is None or reference.ndim != 3 else reference.shape[0]
+    numbers = [values.get(key) for key in ("pixel_size_A", "likelihood_sd")]
+    wrong = ""
+    if reference is None or reference.dtype != np.float32 or reference.shape != (box,) * 3 or not box:
+        wrong = "reference"
+    elif scale is None or scale.ndim != 1 or not len(scale) or not np.issubdtype(scale.dtype, np.floating):
+        wrong = "scale"
+    elif not np.isfinite(reference).all() or not np.isfinite(scale).all():
+        wrong = "reference or scale, which have values that are no numbers"
+    elif not all(isinstance(number, int | float) and 0 < number < np.inf for number in numbers):
+        wrong = "pixel_size_A or likelihood_sd"
+    elif not isinstance(values.get("facts"), dict) or "config" not in values:
+        wrong = "facts or config"
+    if wrong:
+        raise InputError(f"the generator is damaged: {wrong}", file=path, hint=HINT)
+
+
+def _network(config: Any, arrays: dict[str, np.ndarray], path: Path) -> ConditionalHvae:
+    try:
+        shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        made = HvaeConfig(**shape)
+        weights = weights_of(arrays)
+        require_weights(lambda: ConditionalHvae(made), weights, path)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"the shape of the network is damaged: {error}", file=path, hint=HINT) from None
+    network = ConditionalHvae(made)
+    load_weights(network, weights)
     return network
 
 
