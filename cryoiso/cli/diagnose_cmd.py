@@ -89,10 +89,14 @@ def _lines(d: dict[str, Any]) -> list[str]:
 
 def _directional_rows(d: dict[str, Any]) -> list[tuple[str, Any, str]]:
     by_direction, sampling = d.get("directional") or {}, (d.get("sampling") or {}).get("estimated") or {}
+    mask = by_direction.get("mask") or {}
     return [
         ("resolution by direction, finest", by_direction.get("resolution_min_A"), " Å"),
         ("resolution by direction, coarsest", by_direction.get("resolution_max_A"), " Å"),
         ("cFAR (open definition)", by_direction.get("cfar"), ""),
+        ("cFAR without the mask", mask.get("cfar_unmasked"), ""),
+        ("agreement that the mask makes", _percent(mask.get("share")), " %"),
+        ("the same, directions that agree least", _percent(mask.get("share_worst")), " %"),
         ("3DFSC sphericity", by_direction.get("sphericity"), ""),
         ("SCF* of the views", sampling.get("scf_star"), ""),
     ]

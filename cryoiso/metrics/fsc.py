@@ -139,16 +139,26 @@ def randomise_phases(volume: np.ndarray, from_shell: int, seed: int, uid: int = 
     Returns:
         (D, D, D) in the precision of ``volume``.
     """
+    box_px = check_pair(volume, volume)
+    k2 = (np.fft.fftfreq(box_px) * box_px) ** 2
+    x2 = np.arange(box_px // 2 + 1.0) ** 2
+    radius = np.sqrt(k2[:, None, None] + k2[None, :, None] + x2)
+    return randomise_where(volume, np.rint(radius) >= max(from_shell, 1), seed, uid)
+
+
+def randomise_where(volume: np.ndarray, change: np.ndarray, seed: int, uid: int = 0) -> np.ndarray:
+    """As `randomise_phases`, of chosen coefficients.
+
+    Args:
+        volume: (D, D, D). change: (D, D, D//2+1) bool, the same at k and -k.
+    """
     from scipy import fft
 
-    box_px = check_pair(volume, volume)
     spectrum = transform(volume)
     dtype = spectrum.real.dtype.type
     noise = transform(generator(seed, "phase randomisation", uid).standard_normal(np.shape(volume), dtype=dtype))
     size = np.abs(noise)
-    k2 = (np.fft.fftfreq(box_px) * box_px) ** 2
-    x2 = np.arange(box_px // 2 + 1.0) ** 2
-    change = (np.rint(np.sqrt(k2[:, None, None] + k2[None, :, None] + x2)) >= max(from_shell, 1)) & (size > 0)
+    change = change & (size > 0)
     spectrum[change] *= noise[change] / size[change]
     return fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
 

@@ -16,6 +16,7 @@ Keys of `diagnose` (lists are curves; a number that could not be had is null, a 
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -30,6 +31,7 @@ from cryoiso.metrics.pose_error import PoseErrors, pose_errors, symmetry_operati
 from cryoiso.parallel import signals
 from cryoiso.pipeline.diagnose_directional import directional, sampling
 
+logger = logging.getLogger("cryoiso")
 ERROR_EDGES_DEG = np.concatenate([[0.0], np.geomspace(0.25, 180, 39)])
 
 
@@ -85,6 +87,8 @@ def diagnose(
                 truth_pose_map, truth_map, pixel_size_A, truth_mask(truth_map, pixel_size_A)
             )
     result["verdict"] = verdict.judge(result).as_dict()
+    if "unmasked" in result["directional"]:
+        logger.warning("the mask makes much of the half-maps' agreement; the verdict is on the maps without it")
     return plain({**result, "notes": notes})
 
 

@@ -13,6 +13,9 @@ Keys of `directional` (masked half-maps; curves have one value a shell, as ``fre
     fsc3d_slices: x, y, z: 3DFSC in the plane through the origin perpendicular to that axis; last_invA: its half width
     expected (of random maps with the same spectrum, mask and FSC): even: cfar, evenness, if views were even; views: the
     same, and short_fraction: directions with less than half of the expected area, if these poses were right
+    mask (null without one): share and share_worst of `cryoiso.metrics.mask_effect.MaskEffect`; cfar_unmasked
+    unmasked (only where the mask makes that much of the agreement that the verdict rests on these): cfar, evenness,
+    expected, resolution_min_A, resolution_max_A of the half-maps without the mask
 Keys of `sampling` (``estimated``, and ``true`` where known):
     n, scf, scf_star, scf_star_even (of as many views spread evenly), empty_fraction, efficiency
     map: views through each of the first shell's points over their mean; points: how many (a Fibonacci half sphere)
@@ -26,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cryoiso.methods.assess.verdict import MASK_MADE
 from cryoiso.metrics.anisotropy import (
     CFAR_CONE_DEG,
     ConicalFSC,
@@ -35,8 +39,9 @@ from cryoiso.metrics.anisotropy import (
     sphericity,
 )
 from cryoiso.metrics.expected import Surrogate, relative_sampling
-from cryoiso.metrics.fsc import shell_correlation, transform
+from cryoiso.metrics.fsc import fsc, shell_correlation, transform
 from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.mask_effect import mask_effect
 from cryoiso.metrics.sampling import even_rotations, fourier_sampling, view_efficiency
 
 MAP_POINTS = 1000
@@ -91,8 +96,34 @@ def directional(
         },
         "sphericity": sphericity(resolved_region(volume, pixel_size_A)),
         "fsc3d_slices": _slices(volume, pixel_size_A),
+        **_of_the_mask(half1, half2, mask, cones, rotation, symmetry, seed),
     }
     return numbers, volume
+
+
+def _of_the_mask(
+    half1: np.ndarray, half2: np.ndarray, mask: np.ndarray | None, cones: ConicalFSC, rotation: np.ndarray | None,
+    symmetry: str, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """How much the mask makes of the agreement; where it is too much, the numbers without the mask."""
+    if mask is None or np.min(mask) > 0.999:
+        return {"mask": None}
+    effect = mask_effect(half1, half2, mask, cones, seed=seed)
+    plain = effect.unmasked
+    found: dict[str, Any] = {
+        "mask": {"share": effect.share, "share_worst": effect.share_worst, "cfar_unmasked": plain.cfar}
+    }
+    if max(effect.share, effect.share_worst) > MASK_MADE:
+        curve = fsc(half1, half2)
+        resolution = plain.resolutions_A()
+        found["unmasked"] = {
+            "cfar": plain.cfar,
+            "evenness": plain.evenness,
+            "expected": _expected(Surrogate(half1, curve, None, seed=seed), plain, rotation, symmetry),
+            "resolution_min_A": resolution.min(),
+            "resolution_max_A": resolution.max(),
+        }
+    return found
 
 
 def _expected(

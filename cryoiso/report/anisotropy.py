@@ -39,8 +39,12 @@ def number_rows(d: dict[str, Any]) -> list[Row]:
     even, views = expected.get("even") or {}, expected.get("views") or {}
     sampled, true = ((d.get("sampling") or {}).get(kind) or {} for kind in ("estimated", "true"))
     group, poses = "By direction", "Sampling by the views"
+    mask = part.get("mask") or {}
     return [
         (group, "cFAR, open definition (below 0.5: anisotropic)", part.get("cfar"), "", None),
+        (group, "cFAR without the mask", mask.get("cfar_unmasked"), "", None),
+        (group, "agreement that the mask makes (above 50 %: too much)", _percent(mask.get("share")), "%", None),
+        (group, "the same, directions that agree least", _percent(mask.get("share_worst")), "%", None),
         (group, "cFAR that noise leaves to an isotropic map", even.get("cfar"), "", None),
         (group, "cFAR that these views give if their poses are right", views.get("cfar"), "", None),
         (group, "directions below half of what the views promise", _percent(views.get("short_fraction")), "%", None),

@@ -5,6 +5,9 @@ noise alone would make it? If so, do the views explain it? The last is decided b
 the same spectrum, mask and FSC and were sampled by these very views (`cryoiso.metrics.expected`): where the poses
 promise more than the half-maps show, views were put that do not belong there.
 
+Where the mask makes half of the agreement or more (`cryoiso.metrics.mask_effect`), these questions are asked of the
+half-maps without it, and the answer is never "fine": a tight mask makes any two maps agree in all directions.
+
 cFAR below 0.5 as the mark of anisotropy and SCF* below 0.81 (pure side views, 8/pi^2) as that of uneven views are
 cryoSPARC's thresholds; this cFAR is the open definition and need not give the same values, so noise and views of the
 set at hand have a say beside them. The other thresholds were set on simulated sets (docs/diagnose.md).
@@ -25,6 +28,8 @@ NOT_NOISE = 0.6
 """Evenness of the directions over that which noise leaves to an isotropic map; below, it is not noise."""
 SHORT = 0.17
 """Share of the directions that show less than half of what the views promise; above, the poses are not right."""
+MASK_MADE = 0.5
+"""Share of the masked half-maps' agreement that is left with random phases; above, the mask makes it."""
 FEW_SHELLS = 4.0
 """Half-maps whose FSC falls below 0.143 before this shell agree on nothing."""
 
@@ -75,7 +80,9 @@ class _Facts:
     """The numbers that count, None where unknown."""
 
     shells: float
-    """Shell at which the masked FSC falls below 0.143."""
+    """Shell at which the FSC falls below 0.143, masked unless the mask makes it."""
+    shells_corrected: float
+    """The same of the FSC corrected for the mask."""
     resolution_A: float
     cfar: float
     evenness: float
@@ -86,16 +93,24 @@ class _Facts:
     scf_ratio: float | None
     best_A: float
     worst_A: float
+    mask_share: float
+    """Share of the agreement that the mask makes, in all directions."""
+    mask_share_worst: float
+    """In those that agree least without it."""
+    cfar_unmasked: float | None
 
     @classmethod
     def of(cls, numbers: dict[str, Any]) -> _Facts:
-        d = numbers["directional"]
+        mask = numbers["directional"].get("mask") or {}
+        d = numbers["directional"].get("unmasked") or numbers["directional"]
         views = d["expected"].get("views") or {}
         sampled = (numbers.get("sampling") or {}).get("estimated") or {}
         even = sampled.get("scf_star_even")
-        resolution_A = numbers["resolution_0143_masked_A"]
+        resolution_A = numbers[f"resolution_0143_{'masked' if d is numbers['directional'] else 'unmasked'}_A"]
+        length_A = numbers["box_px"] * numbers["pixel_size_A"]
         return cls(
-            shells=numbers["box_px"] * numbers["pixel_size_A"] / resolution_A,
+            shells=length_A / resolution_A,
+            shells_corrected=length_A / numbers.get("resolution_0143_A", resolution_A),
             resolution_A=resolution_A,
             cfar=_number(d["cfar"]),
             evenness=_number(d["evenness"]),
@@ -106,7 +121,15 @@ class _Facts:
             scf_ratio=sampled["scf_star"] / even if even else None,
             best_A=float(d["resolution_min_A"]),
             worst_A=float(d["resolution_max_A"]),
+            mask_share=_number(mask.get("share")),
+            mask_share_worst=_number(mask.get("share_worst")),
+            cfar_unmasked=_number(mask.get("cfar_unmasked")) if mask else None,
         )
+
+    @property
+    def by_the_mask(self) -> bool:
+        """The mask makes the agreement: all other numbers here are then of the half-maps without it."""
+        return max(self.mask_share, self.mask_share_worst) > MASK_MADE
 
     @property
     def beyond_noise(self) -> bool:
@@ -122,8 +145,9 @@ class _Facts:
         return self.short is not None and self.short > SHORT
 
     def evidence(self) -> list[Evidence]:
+        masked = "without the mask" if self.by_the_mask else "masked"
         rows = [
-            Evidence("shells of agreement (FSC 0.143, masked)", self.shells, FEW_SHELLS, "fewer: nothing agrees"),
+            Evidence(f"shells of agreement (FSC 0.143, {masked})", self.shells, FEW_SHELLS, "fewer: nothing agrees"),
             Evidence("cFAR (open definition)", self.cfar, CFAR_LOW, "below: anisotropy, if noise does not explain it"),
             Evidence("cFAR of an isotropic map with this noise", self.cfar_even, None, "what noise leaves of 1"),
             Evidence(
@@ -141,6 +165,13 @@ class _Facts:
             )
         if self.scf_ratio is not None:
             rows.append(Evidence("SCF* over that of even views", self.scf_ratio, SCF_STAR_LOW, "below: uneven views"))
+        if self.cfar_unmasked is not None:
+            says = "above: the mask makes the agreement, and the half-maps are judged without it"
+            rows += [
+                Evidence("share of the agreement left with random phases", self.mask_share, MASK_MADE, says),
+                Evidence("the same, directions that agree least", self.mask_share_worst, MASK_MADE, says),
+                Evidence("cFAR without the mask", self.cfar_unmasked, None, "what no mask can have made"),
+            ]
         return rows
 
 
@@ -151,6 +182,25 @@ def _number(value: float | None) -> float:
 
 def _decide(f: _Facts) -> tuple[Name, str, str]:
     """Name, sentence and advice."""
+    name, sentence, advice = _without_mask_effect(f)
+    if not f.by_the_mask:
+        return name, sentence, advice
+    start = (
+        f"The mask makes much of the agreement: with random phases {100 * f.mask_share:.0f} % of it is left, "
+        f"{100 * f.mask_share_worst:.0f} % in the directions that agree least. The half-maps are therefore judged "
+        "without the mask, and no number that was measured with it should be quoted. "
+    )
+    wider = "Use a wider mask with a softer edge (without --mask one is made from the maps). "
+    if name == "fine":
+        sentence = sentence.replace("No anisotropy beyond noise:", "Without it there is no anisotropy beyond noise:")
+        return "inconclusive", start + sentence, wider + advice
+    if name == "junk" and f.shells_corrected >= FEW_SHELLS:
+        return "inconclusive", f"{start}Without it they agree on nothing finer than {f.resolution_A:.0f} Å.", wider
+    return name, start + sentence, wider + advice
+
+
+def _without_mask_effect(f: _Facts) -> tuple[Name, str, str]:
+    """By the numbers as they are."""
     span = f"{f.best_A:.1f} to {f.worst_A:.1f} Å by direction"
     if f.shells < FEW_SHELLS:
         return (
@@ -173,7 +223,7 @@ def _decide(f: _Facts) -> tuple[Name, str, str]:
             "inconclusive",
             f"The views are uneven (SCF* is {f.scf_ratio:.2f} of that of even views), yet the half-maps agree evenly "
             f"(cFAR {f.cfar:.2f}, {span}).",
-            "Look at the directional curves at high resolution; too tight a mask, or imposed symmetry, evens them out.",
+            "Look at the directional curves at high resolution; imposed symmetry, for one, evens them out.",
         )
     return (
         "fine",
