@@ -36,7 +36,7 @@ OTHER_PROGRAMS = {
     "Slurm": "--batch --dependency --exclude --gpus-per-node --gpus-per-task --gres --mpi --signal --qos --ntasks "
     "--ntasks-per-node --overlap --open-mode --tmp --cpus-per-task",
     "mpirun": "--bind-to --map-by",
-    "Apptainer, Docker": "--bind --cleanenv --containall --no-home --env --nv --pid --rocm --userns --shared --file --tag",
+    "Apptainer": "--bind --cleanenv --containall --no-home --env --nv --pid --rocm --userns --shared --file --tag",
     "containers/build.sh": "--base --bootstrap --builder --cpu --mirror --no-relion --torch --torch-index --rocm",
     "benchmarks, pytest": "--published --netns --sizes --ranks --slow",
 }
