@@ -180,7 +180,7 @@ def test_options_named_in_prose_exist():
     wrong = []
     for page in PAGES:
         for number, text, _ in code_of(page):
-            first = text.split()[0]
+            first = (text.split() or [""])[0]
             if first == "cryoiso" or first in COMMANDS or first.startswith("--"):  # else of another program
                 wrong += [f"{page.name}:{number}: {o}" for o in WORD.findall(text) if o not in OPTIONS | FOREIGN]
     assert wrong == []
