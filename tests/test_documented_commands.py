@@ -44,12 +44,12 @@ FOREIGN = set(" ".join(OTHER_PROGRAMS.values()).split())
 WORD = re.compile(r"(?<![\w\-/{(])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![_a-z0-9])")
 """An option; what has an underscore is one of RELION's."""
 
-OTHERS_WORDS = re.compile(r"\b(?:relion_\w+|rsync|git|sbatch|scancel|srun|mpirun|apptainer)\b(?:(?! cryoiso\b)[^.,;()'])*")
+FOREIGN_LINE = re.compile(r"\b(?:relion_\w+|rsync|git|sbatch|srun|mpirun|apptainer)\b(?:(?! cryoiso\b)[^.,;()'])*")
 """The command line of another program, up to the name of ours."""
 
 
 def options_in(text: str) -> list[str]:
-    return [o for o in WORD.findall(OTHERS_WORDS.sub("", text)) if o not in FOREIGN | {"--help", "--version"}]
+    return [o for o in WORD.findall(FOREIGN_LINE.sub("", text)) if o not in FOREIGN | {"--help", "--version"}]
 
 
 def code_of(page: Path) -> Iterator[tuple[int, str, bool]]:
