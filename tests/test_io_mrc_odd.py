@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.io import mrc, mrcheader
 from cryoiso.io.mrc import build_header, read_header, read_map, read_raw_map
 from cryoiso.io.stack import StackReader
@@ -213,3 +213,24 @@ def test_sizes_that_are_refused_from_the_header(tmp_path):
             pytest.skip("this file system has no sparse files")
         with pytest.raises(InputError, match=words):
             read(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [3e38, -1e20])
+def test_voxels_that_overflow(tmp_path, value):
+    bad = MAP.copy()
+    bad[1, 2, 3] = value
+    with pytest.raises(InputError, match=r"cannot be densities .expected values up to 1e\+15, found "):
+        read_map(write(tmp_path / "a.mrc", header(), bad))
+    bad[1, 2, 3] = np.inf
+    with pytest.raises(InputError, match=r"NaN or infinite .found 1 of them"):
+        read_map(write(tmp_path / "a.mrc", header(), bad))
+
+
+def test_a_map_that_does_not_fit_into_memory(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    path = write(tmp_path / "a.mrc", header(), MAP)
+    monkeypatch.setattr(mrc.np, "memmap", full)
+    with pytest.raises(CryoisoError, match=r"a\.mrc: .* GB cannot be mapped into memory: Cannot allocate memory"):
+        read_map(path)

@@ -43,6 +43,8 @@ PIXEL_SIZE_HINT = (
 
 MAX_MAP_PX = 2048
 """Voxels along a side of the largest map that is read (34 GB)."""
+MAX_DENSITY = 1e15
+"""Largest voxel: beyond it sums of squares leave the range of single precision."""
 UNPACKED_LIMIT = 4 << 30
 """Bytes of the largest map that is unpacked into memory."""
 
@@ -67,8 +69,12 @@ def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
     header = read_header(path)
     if header.spare_bytes:
         logger.warning("%s: %d bytes longer than its header says; they are left out", path, header.spare_bytes)
-    with open_regular(path) as stream:
-        data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)  # type: ignore[call-overload]
+    try:
+        with open_regular(path) as stream:
+            data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)  # type: ignore[call-overload]
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CryoisoError(f"{path}: {header.data_bytes / 1e9:.3g} GB cannot be mapped into memory: {why}") from None
     return _to_zyx(data, header), header
 
 
@@ -142,9 +148,13 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
         data = np.array(raw, np.float32, order="C")
     except MemoryError:
         raise CryoisoError(f"{path}: not enough memory for a map of {raw.shape[0]} voxels along a side") from None
-    if not np.isfinite(data).all():
+    low, high = float(data.min()), float(data.max())  # NaN where there is one
+    if not (math.isfinite(low) and math.isfinite(high)):
         bad = int(np.size(data) - np.isfinite(data).sum())
         raise InputError("the map has voxels that are NaN or infinite", file=path, found=f"{bad} of them")
+    if max(-low, high) > MAX_DENSITY:
+        raise InputError("the map has voxels that cannot be densities", file=path,
+                         expected=f"values up to {MAX_DENSITY:g}", found=f"{low:g} to {high:g}")  # fmt: skip
     scale = [pixel / v if v > 0 and pixel_size_A is not None else 1.0 for v in header.voxel_A]
     origin = [o * s if math.isfinite(o * s) else 0.0 for o, s in zip(header.origin_A, scale)]
     return DensityMap(data, pixel, (origin[0], origin[1], origin[2]))
