@@ -25,6 +25,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.refine import schedule
 from cryoiso.refine.iterate import HALVES, Model, Refinement
 from cryoiso.refine.kept import forget
+from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import State
 from cryoiso.refine.start import initial_model
@@ -195,8 +196,10 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
         "resolution_A": result.resolution_A,
         "particles": len(result.particles),
         "iterations": _without_times(result.iterations),
-        "noise_variance": np.round(model.sigma2, 6).tolist(),
+        "noise_variance": [[None if np.isinf(v) else round(v, 6) for v in row] for row in model.sigma2.tolist()],
     }
+    if empty := empty_facts(model.sigma2, result.particles.groups, run.box):
+        summary["empty_shells"] = empty
     if request.local_deg is not None:
         summary["local_deg"] = request.local_deg
     if request.correction is not None:

@@ -29,6 +29,7 @@ from cryoiso.refine.identity import of_request
 from cryoiso.refine.kept import KeptSearches
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
+from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Posterior, Searcher, SearchPlan
 
@@ -82,7 +83,10 @@ class Refinement:
         limit = (self.box - 1) // 2
         if self.settings.max_resolution_A:
             limit = min(limit, int(self.box * self.pixel / self.settings.max_resolution_A))
-        self.limit = limit
+        self.limit = self._asked_limit = limit
+        """Largest radius that is searched and back-projected; the second one as the settings have it."""
+        self.empty = np.zeros(0, np.int64)
+        """shells up to it in which no image has power"""
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
 
     @cached_property
@@ -90,6 +94,12 @@ class Refinement:
         """What the refinement is of, the same on every rank (collective at the first call)."""
         made = of_request(self.request, self.diameter) if self.comm.rank == 0 else None
         return dict(self.comm.bcast(made))
+
+    def heed_empty(self, sigma2: np.ndarray) -> None:
+        """Leaves out what lies beyond the last shell in which the images have power."""
+        groups = self.particles.groups
+        self.limit = min(self._asked_limit, int(last_shell(sigma2, groups, self.pixel)))
+        self.empty = empty_between(sigma2, groups, self.pixel, self.limit)
 
     def owned(self, half: int) -> tuple[list[np.ndarray], int]:
         """This rank's batches of a half, and the largest number that any rank has."""
@@ -130,6 +140,8 @@ class Refinement:
         """One iteration: expectation and sums of each half, reduction, new references."""
         started = time.monotonic()
         state = model.state
+        self.heed_empty(model.sigma2)
+        scale = weight_scale(model.sigma2)
         plan = self.plan(state)
         radius = self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
@@ -148,7 +160,7 @@ class Refinement:
                 if posterior is None:
                     posterior = searcher.search(batch, white, self.given(batch.rows))
                     kept.put(batch.rows, posterior)
-                accumulate(batch, white, posterior, volume, accumulator, noise)
+                accumulate(batch, white, posterior, volume, accumulator, noise, scale)
                 found.append((batch.rows, _best_of(posterior)))
             self._reduce(half, accumulator, sums)
         if self.request.correction is not None:  # it may take longer than the search
@@ -225,16 +237,15 @@ class Refinement:
         raw = {}
         for half in HALVES:
             mine = sums[half].reconstruct().cpu().numpy() if half in sums else None
+            if mine is not None and self.limit < self._asked_limit:
+                mine = references.within(mine, self.limit)
             raw[half] = comm.bcast(mine, root_of_half(half, comm.size))
-        # beyond what was inserted the maps are empty, and a mask would correlate its own leakage there
-        seen = np.arange(self.box // 2 + 1) <= self.insertion_radius(state)
-        curve = np.where(seen, references.half_map_fsc(raw, None), 0.0)
-        tight = np.where(seen, references.half_map_fsc(raw, self.sphere), 0.0)
+        curve, tight = (self._fsc(raw, mask, state) for mask in (None, self.sphere))
         if self.settings.join_halves_A:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:
                 references.exchange_low_resolution(sums, min(joined, self.limit, self.insertion_radius(state)), comm)
-        inverse, resolution = references.inverse_ssnr(tight), resolution_at(tight, 0.143, self.box, self.pixel)
+        inverse, resolution = references.inverse_ssnr(tight), self._resolution_A(tight)
         new = {}
         for half in HALVES:
             mine = None
@@ -259,7 +270,7 @@ class Refinement:
         record: dict[str, Any] = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
-            "resolution_unmasked_A": resolution_at(curve, 0.143, self.box, self.pixel),
+            "resolution_unmasked_A": self._resolution_A(curve),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
             "step_deg": plan.levels[-1].cell_deg / 2,
             "changes_deg": float(np.median(moved)),
@@ -296,6 +307,23 @@ class Refinement:
             raw,
             [*model.history, record],
         )
+
+    def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
+        """(D//2+1,) between the half-maps where there are data.
+
+        Beyond what was inserted the maps are empty, and a mask would correlate its own leakage there; between shells
+        with data the curve is linear.
+        """
+        curve, shells = references.half_map_fsc(maps, mask), np.arange(self.box // 2 + 1)
+        if len(self.empty):
+            full = np.setdiff1d(shells[1:], self.empty)
+            curve[self.empty] = np.interp(self.empty, full, curve[full])
+        return np.where(shells <= self.insertion_radius(state), curve, 0.0)
+
+    def _resolution_A(self, curve: np.ndarray) -> float:
+        """Where it drops below 0.143, but nothing finer than the images."""
+        resolution = resolution_at(curve, 0.143, self.box, self.pixel)
+        return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)
 
     def _corrected(
         self,

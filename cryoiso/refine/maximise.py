@@ -13,6 +13,7 @@ from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.project import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
+from cryoiso.refine.noise import floored
 from cryoiso.refine.search import Posterior
 
 NOISE_UNIT = 2.0**24
@@ -54,9 +55,9 @@ class NoiseSums:
         return (per_image * NOISE_UNIT).round().to(torch.int64).cpu().numpy()
 
     def spectra(self, previous: np.ndarray) -> np.ndarray:
-        """(G, S) variances; shells that nothing was measured in keep the previous value."""
+        """(G, S) variances; shells that nothing was measured in keep the previous value, empty ones stay infinite."""
         value = self.power / NOISE_UNIT / np.where(self.count > 0, self.count / NOISE_UNIT, 1.0)
-        return np.where((self.count > 0) & (value > 0), value, previous)
+        return floored(np.where((self.count > 0) & (value > 0), value, previous), previous)
 
 
 def accumulate(
@@ -66,15 +67,17 @@ def accumulate(
     volume: FourierVolume,
     accumulator: SliceAccumulator,
     noise: NoiseSums,
+    scale: float = 1.0,
 ) -> None:
     """Adds a batch's posterior to the half-set's sums.
 
     Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to
-    both).
+    both), each times ``scale`` (``noise.weight_scale``).
     """
     rows, weight = posterior.particle, posterior.weight[:, None]
     back = shift_factors(batch.where, posterior.shift_px)
     rotation = with_magnification(posterior.rotation, batch.magnification)
+    weight = weight * scale if scale != 1 else weight
     accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
     noise.add(batch, _residual_power(batch, posterior, volume, back, rotation))
 

@@ -10,6 +10,7 @@ from cryoiso.core.protocols import Communicator
 from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.backproject import FourierSums
+from cryoiso.physics.filters import apply_transfer, radius_grid
 from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
 
 
@@ -48,6 +49,14 @@ def inverse_ssnr(curve: np.ndarray) -> Tensor:
 def half_map_fsc(maps_of_both_halves: dict[int, np.ndarray], mask: np.ndarray | None) -> np.ndarray:
     """FSC between the two half-maps (D//2+1,)."""
     return fsc(maps_of_both_halves[1], maps_of_both_halves[2], mask)
+
+
+def within(volume: np.ndarray, radius_px: int) -> np.ndarray:
+    """The map without its Fourier coefficients beyond a shell (what a mask left there would correlate as data do)."""
+    box = np.shape(volume)[0]
+    if radius_px >= (box - 1) // 2:
+        return volume
+    return np.asarray(apply_transfer(volume, (radius_grid(box, 3).round() <= radius_px).float()), np.float32)
 
 
 def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> np.ndarray:

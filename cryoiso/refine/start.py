@@ -18,7 +18,8 @@ from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.project import FourierVolume
 from cryoiso.refine import offsets
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
-from cryoiso.refine.maximise import NoiseSums
+from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
+from cryoiso.refine.noise import empty_facts, mean_spectra, tell_of_empty
 from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px
 from cryoiso.refine.search import Given, SearchPlan
 
@@ -36,9 +37,9 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     from the images' mean power; for a local search the given poses (collective)."""
     from cryoiso.refine.iterate import Model
 
+    sigma2 = mean_power(run)
     state = first_state(run, lowpass_A)
     reference = first_reference(run, run.request.reference, lowpass_A)
-    sigma2 = mean_power(run)
     scale = grey_scale(run, reference, sigma2, state)
     if run.comm.rank == 0:
         logger.info(
@@ -69,7 +70,12 @@ def first_reference(run: Refinement, given: DensityMap, lowpass_A: float) -> np.
 
 
 def mean_power(run: Refinement) -> np.ndarray:
-    """(G, S) mean power of the images by optics group and shell: an upper bound of the noise."""
+    """(G, S) mean power of the images by optics group and shell: an upper bound of the noise; infinite where a shell
+    is empty.
+
+    Raises:
+        InputError: the images of a group have no power at all.
+    """
     noise = NoiseSums.empty(len(run.particles.groups), run.box // 2 + 1)
     for half in (1, 2):
         batches, most = run.owned(half)
@@ -82,10 +88,11 @@ def mean_power(run: Refinement) -> np.ndarray:
                 noise.add(batch, batch.coefficients.abs().square())
             line.update(i + 1)
         line.close()
-    noise = NoiseSums(run.comm.sum_all(noise.power), run.comm.sum_all(noise.count))
-    flat = np.ones(noise.power.shape)
-    spectra = noise.spectra(flat)
-    spectra[:, 0] = spectra[:, 1]
+    power, count = run.comm.sum_all(noise.power), run.comm.sum_all(noise.count)
+    spectra = mean_spectra(power / NOISE_UNIT, count / NOISE_UNIT, run.particles.groups)
+    if run.comm.rank == 0:
+        tell_of_empty(empty_facts(spectra, run.particles.groups, run.box))
+    run.heed_empty(spectra)
     return spectra
 
 

@@ -25,6 +25,7 @@ def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
     diameter_A = request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
     run = Refinement(request, comm, comm.device(), diameter_A)
     reference = first_reference(run, request.reference, request.lowpass_A)
-    found = match(run, reference, mean_power(run), first_state(run, request.lowpass_A))
+    sigma2 = mean_power(run)
+    found = match(run, reference, sigma2, first_state(run, request.lowpass_A))
     require_match(found)
     return found

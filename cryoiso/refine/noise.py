@@ -1,0 +1,124 @@
+"""Noise spectra of the images: shells without power, and a floor that keeps weights finite.
+
+Low-passed, denoised and Fourier-padded images hold nothing beyond some radius (and high-passed ones nothing inside
+another). There "noise" is rounding error, 1e-8 of the images' variance in float16, and its inverse would outweigh all
+data. Such shells have the variance infinity in a spectrum: weight zero in the search and in the back-projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.log import logger
+from cryoiso.core.types import OpticsGroup
+
+EMPTY = 1e-4
+"""A shell with less than this share of the mean power of all coefficients of its optics group is empty."""
+FLOOR = 1e-4
+"""No variance is smaller than this share of the median of its optics group's shells that are not empty."""
+LARGEST_WEIGHT = 64.0
+"""Inverse variances beyond this are scaled down for the back-projection, whose sums have a fixed range."""
+TOLD_GROUPS = 5
+
+
+def mean_spectra(power: np.ndarray, count: np.ndarray, groups: Sequence[OpticsGroup]) -> np.ndarray:
+    """(G, S) mean power of the images by optics group and shell, infinite where a shell is empty, 1 where nothing was
+    measured.
+
+    Args:
+        power: (G, S) sums of |x|^2.
+        count: (G, S) sums of what their coefficients count (see ``maximise.NoiseSums``).
+
+    Raises:
+        InputError: the images of a group have no power at all.
+    """
+    mean = power / np.where(count > 0, count, 1.0)
+    spectra = np.where((count > 0) & (mean > 0), mean, 1.0)
+    spectra[:, 0] = spectra[:, 1]
+    for g in np.flatnonzero(count[:, 1:].sum(1)):
+        level = power[g, 1:].sum() / count[g, 1:].sum()
+        if not level > 0:
+            raise InputError(
+                f"the images of optics group {groups[g].number} ({groups[g].name}) are constant",
+                expected="images with noise and particles",
+            )
+        measured = np.flatnonzero(count[g, 1:]) + 1
+        empty = measured[mean[g, measured] < EMPTY * level]
+        spectra[g, empty] = np.inf
+        if len(empty) and empty[-1] == measured[-1]:
+            spectra[g, measured[-1] :] = np.inf
+    return spectra
+
+
+def floored(spectra: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """(G, S) new spectra: infinite where the previous ones are, nowhere below FLOOR times the median of the rest."""
+    out = np.array(spectra, np.float64)
+    for value, empty in zip(out, np.isinf(previous), strict=True):
+        held = value[1:][~empty[1:]]
+        if len(held):
+            np.maximum(value, FLOOR * np.median(held), out=value)
+        value[empty] = np.inf
+    return out
+
+
+def last_shell(spectra: np.ndarray, groups: Sequence[OpticsGroup], pixel_size_A: float) -> float:
+    """Radius, in shells of a grid with this pixel size and the images' box, up to which any group has power."""
+    return max(
+        float(np.flatnonzero(np.isfinite(row))[-1]) * pixel_size_A / group.pixel_size_A
+        for row, group in zip(spectra, groups, strict=True)
+    )
+
+
+def empty_between(spectra: np.ndarray, groups: Sequence[OpticsGroup], pixel_size_A: float, limit_px: int) -> np.ndarray:
+    """Shells of such a grid from 1 to ``limit_px`` in which no group has power."""
+    shells = np.arange(1, limit_px + 1)
+    seen = np.zeros(len(shells), bool)
+    for row, group in zip(spectra, groups, strict=True):
+        own = np.rint(shells * group.pixel_size_A / pixel_size_A).astype(int)
+        seen |= np.isfinite(row[np.minimum(own, len(row) - 1)])
+    return shells[~seen]
+
+
+def weight_scale(spectra: np.ndarray) -> float:
+    """Power of two that the weights of a back-projection are multiplied by, so that none is beyond LARGEST_WEIGHT; 1
+    for normalised images with ordinary noise. It cancels in the division."""
+    smallest = float(spectra[np.isfinite(spectra)].min())
+    return 1.0 if smallest * LARGEST_WEIGHT >= 1 else float(2.0 ** np.floor(np.log2(smallest * LARGEST_WEIGHT)))
+
+
+def empty_facts(spectra: np.ndarray, groups: Sequence[OpticsGroup], box_px: int) -> list[dict[str, Any]]:
+    """Which shells of which optics groups are empty, as plain values.
+
+    Returns:
+        for each band of each group: optics_group, name, from_A, to_A (None: up to the end), shells [first, last].
+    """
+    facts: list[dict[str, Any]] = []
+    for row, group in zip(spectra, groups, strict=True):
+        empty = np.flatnonzero(np.isinf(row[1:])) + 1
+        for band in np.split(empty, np.flatnonzero(np.diff(empty) > 1) + 1) if len(empty) else []:
+            first, last = int(band[0]), int(band[-1])
+            length_A = box_px * group.pixel_size_A
+            facts.append({
+                "optics_group": group.number, "name": group.name, "from_A": round(length_A / first, 3),
+                "to_A": None if last == len(row) - 1 else round(length_A / last, 3), "shells": [first, last],
+            })  # fmt: skip
+    return facts
+
+
+def tell_of_empty(facts: list[dict[str, Any]]) -> None:
+    """Warns of empty shells."""
+    for fact in facts[:TOLD_GROUPS]:
+        where = f"beyond {fact['from_A']:.2f} Å"
+        if fact["to_A"] is not None:
+            where = f"between {fact['from_A']:.2f} and {fact['to_A']:.2f} Å"
+        logger.warning(
+            "the images of optics group %d (%s) have no power %s (low-passed, denoised or padded?); nothing is "
+            "searched, back-projected or claimed there",
+            fact["optics_group"], fact["name"], where,
+        )  # fmt: skip
+    if len(facts) > TOLD_GROUPS:
+        logger.warning("... and %d more such bands; refine.json has them all", len(facts) - TOLD_GROUPS)
