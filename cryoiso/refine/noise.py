@@ -39,7 +39,7 @@ def mean_spectra(power: np.ndarray, count: np.ndarray, groups: Sequence[OpticsGr
     mean = power / np.where(count > 0, count, 1.0)
     spectra = np.where((count > 0) & (mean > 0), mean, 1.0)
     spectra[:, 0] = spectra[:, 1]
-    for g in np.flatnonzero(count[:, 1:].sum(1)):
+    for g in np.flatnonzero(count[:, 1:].sum(1)).tolist():
         level = power[g, 1:].sum() / count[g, 1:].sum()
         if not level > 0:
             raise InputError(
