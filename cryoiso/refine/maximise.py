@@ -57,7 +57,8 @@ class NoiseSums:
     def spectra(self, previous: np.ndarray) -> np.ndarray:
         """(G, S) variances; shells that nothing was measured in keep the previous value, empty ones stay infinite."""
         value = self.power / NOISE_UNIT / np.where(self.count > 0, self.count / NOISE_UNIT, 1.0)
-        return floored(np.where((self.count > 0) & (value > 0), value, previous), previous)
+        measured = (self.count > 0) & (value > 0)
+        return np.where(measured, floored(np.where(measured, value, previous), previous), previous)
 
 
 def accumulate(
