@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,25 @@ def test_every_command_names_its_own_way(data, tmp_path, stopped):
 def test_words_for_commands_that_end_before_they_begin():
     assert how_to_go_on("correct", {"go_on": False}) == how_to_go_on("correct", {"go_on": True})
     assert "job-run" in how_to_go_on("run", {"job": Path("a/job.toml"), "out": None, "go_on": True})
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_written(data, tmp_path, monkeypatch):
+    """As an option, as the folder that the command is given in, and in every command; a link with a good name works."""
+    bad = tmp_path / os.fsdecode(b"folder \xff")
+    bad.mkdir()
+    job = write_job(data)
+    commands = [
+        ("run", job, "--out", bad / "run"), ("ingest", data / "particles.star", bad / "shards"),
+        ("refine", bad / "p.star", "--ref", job, "--out", tmp_path / "o"),
+    ]  # fmt: skip
+    for command in commands:
+        done = cryoiso_here(*command)
+        assert done.returncode == 2 and done.stderr.count("error:") == 1 and r"folder \xff" in done.stderr, done.stderr
+        assert "is not valid UTF-8" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(bad)
+    assert "is not valid UTF-8" in cryoiso_here("run", "job.toml").stderr
+    monkeypatch.chdir(tmp_path)
+    assert not list(bad.iterdir()) and not (tmp_path / "o").exists()
+    (tmp_path / "good").symlink_to(bad)
+    assert cryoiso_here("ingest", data / "particles.star", tmp_path / "good" / "shards").returncode == 0
+    assert (bad / "shards/index.json").exists()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cryoiso.core.errors import CryoisoError, Interrupted
+from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import is_told
 from cryoiso.parallel.launcher import speaks
 
@@ -71,9 +71,33 @@ def as_command(function: F, collective: bool) -> F:
             raise SystemExit(error.exit_code) from None
         log_to_stderr(ctx.rank)
         with guard(ctx), _saying_how_to_go_on(function.__name__, options):
+            require_utf8(options)
             function(*args, **options)
 
     return command  # type: ignore[return-value]
+
+
+def require_utf8(options: dict[str, Any]) -> None:
+    """Stops at names that are not valid UTF-8: the STAR, JSON and TOML files of a result cannot hold them.
+
+    Args:
+        options: of a command; paths in it are taken from the working directory.
+
+    Raises:
+        UsageError: names the option and the bytes.
+    """
+    for option, value in options.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(one, str | Path):
+                continue
+            name = os.path.abspath(one) if isinstance(one, Path) else one
+            try:
+                name.encode("utf-8")
+            except UnicodeEncodeError:
+                raise UsageError(
+                    f"{option}: the name {os.fsencode(name)!r} is not valid UTF-8. Rename the folder or file, or give "
+                    "a link to it with another name."
+                ) from None
 
 
 @contextmanager
