@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from cryoiso.core.errors import InputError
+from cryoiso.engines.relion.images import usable_originals
+from cryoiso.io.imageprep import IngestSettings, normalise
 from cryoiso.io.ingest import check_stacks
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.sources import StackSource
@@ -211,3 +214,18 @@ def test_two_tables_of_one_name(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             read_particles(path)
+
+
+@pytest.mark.parametrize("axes", [(1, 2, 3), (2, 1, 3)])
+def test_relion_gets_its_own_copy_of_images_with_other_axes(tmp_path, axes):
+    """RELION does not look at the order of axes; it may read the originals only where that is the usual one."""
+    images = normalise(stack(tmp_path / "a.mrcs", 1))[0]
+    raw = bytearray((tmp_path / "a.mrcs").read_bytes()[:1024])
+    struct.pack_into("<3i", raw, 64, *axes)
+    stored = images if axes == (1, 2, 3) else np.ascontiguousarray(images.transpose(0, 2, 1))
+    (tmp_path / "a.mrcs").write_bytes(raw + stored.tobytes())
+    path = star(tmp_path / "p.star", [f"{i}@a.mrcs" for i in (1, 2, 3, 4)])
+    source = StackSource(read_particles(path), IngestSettings(invert="no"), path)
+    np.testing.assert_allclose(source.read(np.arange(4)), images, atol=1e-5)
+    kept, why = usable_originals(source, "auto")
+    assert kept.all() == (axes == (1, 2, 3)) and ("axes" in why) == (axes != (1, 2, 3))
