@@ -10,15 +10,18 @@ from __future__ import annotations
 import numpy as np
 
 from cryoiso.physics.so3 import euler_to_matrix, matrix_to_euler
+from cryoiso.physics.symmetry import cryosparc_turn
 
 __all__ = [
     "detector_pixel_size_A",
     "euler_to_matrix",
+    "from_cryosparc_frame",
     "join_two_level",
     "matrix_to_euler",
     "matrix_to_rotvec",
     "rotvec_to_matrix",
     "split_two_level",
+    "to_cryosparc_frame",
     "wrap_degrees",
 ]
 
@@ -52,6 +55,29 @@ def matrix_to_rotvec(rotation: np.ndarray) -> np.ndarray:
 
     a = np.asarray(rotation, np.float64).reshape(-1, 3, 3)
     return Rotation.from_matrix(np.swapaxes(a, 1, 2)).as_rotvec()
+
+
+def from_cryosparc_frame(rotation: np.ndarray, symmetry: str) -> np.ndarray:
+    """Poses of a map in cryoSPARC's frame of a point group as poses of the map in ours.
+
+    They differ for Dn with odd n: cryoSPARC's two-fold axis is on y, ours on x. With the rotation T that takes the map
+    there (``physics.symmetry.cryosparc_turn``, with the source), A becomes A T^-1.
+
+    Args:
+        rotation: (n, 3, 3).
+        symmetry: the point group that the poses were refined with.
+
+    Raises:
+        InputError: unknown group.
+    """
+    turn = cryosparc_turn(symmetry)
+    return rotation if turn is None else np.asarray(rotation, np.float64) @ turn.T
+
+
+def to_cryosparc_frame(rotation: np.ndarray, symmetry: str) -> np.ndarray:
+    """Inverse of ``from_cryosparc_frame``."""
+    turn = cryosparc_turn(symmetry)
+    return rotation if turn is None else np.asarray(rotation, np.float64) @ turn
 
 
 def detector_pixel_size_A(detector_pixel_um: np.ndarray, magnification: np.ndarray) -> np.ndarray:

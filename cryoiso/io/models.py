@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from typing import Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
+from cryoiso.io.modelcheck import (
+    count_once,
+    cut_repeats,
+    has_pdb_columns,
+    one_model,
+    require_numbers,
+    without_markers,
+    without_solvent,
+)
 from cryoiso.io.regular_file import require_regular_file
 
 logger = logging.getLogger("cryoiso")
@@ -26,13 +36,18 @@ MODEL_SUFFIXES = (".pdb", ".ent", ".cif", ".mmcif")
 
 
 def is_model(path: object) -> bool:
-    """Whether a file is an atomic model by its name (``.pdb``, ``.ent``, ``.cif``, ``.mmcif``, each also ``.gz``)."""
+    """Whether a file is an atomic model by its name (``.pdb``, ``.ent``, ``.cif``, ``.mmcif``, each also ``.gz``).
+
+    The PDB's files of biological assemblies, ``.pdb1``, ``.pdb2`` ..., are as well.
+    """
     name = str(path).lower().removesuffix(".gz")
-    return name.endswith(MODEL_SUFFIXES)
+    return name.endswith(MODEL_SUFFIXES) or re.search(r"\.pdb\d+$", name) is not None
 
 
 def read_model(path: object, assembly: str = "auto") -> Any:
-    """The first model of a file as a gemmi.Model without hydrogens, waters and alternative conformations.
+    """The model of a file as a gemmi.Model without hydrogens, waters, alternative conformations and marker atoms.
+
+    Several MODELs are joined if they lie side by side (an assembly); of alternatives the first is taken.
 
     Args:
         path: PDB or mmCIF, may be gzipped.
@@ -40,31 +55,40 @@ def read_model(path: object, assembly: str = "auto") -> Any:
             name of an assembly.
 
     Raises:
-        InputError: no such file, unreadable, no atoms, unknown assembly.
+        InputError: no such file, unreadable, no atoms, an atom without usable numbers or of no known element, unknown
+            assembly, MODELs that are neither an assembly nor alternatives.
     """
     import gemmi
 
     require_regular_file(path)
+    pdb = has_pdb_columns(path)
+    kind = gemmi.CoorFormat.Pdb if pdb else gemmi.CoorFormat.Mmcif
     try:
-        structure = gemmi.read_structure(str(path))
+        structure = gemmi.read_structure(str(path), format=kind)
     except Exception as error:  # whatever the parser stumbles over
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"not a readable atomic model: {message}", file=path, expected="a PDB or mmCIF file") from None
-    if not len(structure) or structure[0].count_atom_sites() == 0:
+    if not len(structure) or all(model.count_atom_sites() == 0 for model in structure):
         raise InputError("there are no atoms in it", file=path, expected="a PDB or mmCIF file with coordinates")
-    model = _assembled(structure, assembly, path)
+    require_numbers(structure, path, pdb)
+    model, joined = one_model(structure, path)
+    without_markers(model, path)
+    count_once(model, path)
+    if not joined or assembly not in ("auto", "none"):
+        model = _assembled(structure, model, assembly, path)
+    cut_repeats(model)
     model.remove_alternative_conformations()
     model.remove_hydrogens()
+    without_solvent(model)
     model.remove_waters()
     if model.count_atom_sites() == 0:
-        raise InputError("there are no atoms in it but water and hydrogen", file=path)
+        raise InputError("there are no atoms in it but water, hydrogen and markers", file=path)
     return model
 
 
-def _assembled(structure: Any, assembly: str, path: object) -> Any:
+def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
     import gemmi
 
-    model = structure[0]
     if assembly == "none":
         return model
     wanted = "1" if assembly == "auto" else assembly

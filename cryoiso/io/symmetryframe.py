@@ -9,6 +9,8 @@ import numpy as np
 from cryoiso.core.errors import InputError
 
 TOLERANCE_DEG = 6.0
+COPY_RMSD_A = 5.0
+"""Copies that differ by more, in place or shape, are not related by the symmetry."""
 TRACE_ATOMS = ("CA", "P")
 
 
@@ -79,9 +81,17 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
         if len(group) < len(operators):
             continue
         frame = _fit_frame(_pair_rotations(group, len(operators)), operators)
-        if frame is not None:
-            centre = np.mean([np.mean(list(trace.values()), axis=0) for trace in group], axis=0)
+        if frame is None:
+            continue
+        centre = np.mean([np.mean(list(trace.values()), axis=0) for trace in group], axis=0)
+        away = _farthest(group, frame.T @ operators @ frame, centre)
+        if away <= COPY_RMSD_A:
             return frame, centre
+        raise InputError(
+            f"the chains of the model are rotated as {group_name} has it, but shifted besides (a screw, or a chain out "
+            "of place)", file=file, expected=f"chains that the operations bring onto each other within {COPY_RMSD_A:g} Å",
+            found=f"{away:.1f} Å", hint="Check the file and the point group.",
+        )  # fmt: skip
     counts = ", ".join(f"{len(g)} x {len(g[0])} residues" for g in equal_chains(model)[:4]) or "none"
     raise InputError(
         f"the chains of the model do not have the symmetry {group_name}",
@@ -90,6 +100,23 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
         found=f"equal chains: {counts}",
         hint="Use the whole assembly, or leave the alignment out.",
     )
+
+
+def _farthest(group: list[dict[tuple, np.ndarray]], operators: np.ndarray, centre: np.ndarray) -> float:
+    """Largest RMSD of a chain, moved by an operation about the centre, from the chain that it comes nearest to."""
+    middles = np.array([np.mean(list(trace.values()), axis=0) for trace in group])
+    worst = 0.0
+    for op in operators:
+        moved = (middles - centre) @ op.T + centre
+        nearest = np.linalg.norm(moved[:, None] - middles[None], axis=2).argmin(1)
+        for i, j in enumerate(nearest):
+            keys = sorted(group[i].keys() & group[j].keys(), key=str)
+            if len(keys) < 10:
+                continue
+            a, b = (np.array([g[k] for k in keys]) for g in (group[i], group[j]))
+            distance = (a - centre) @ op.T + centre - b
+            worst = max(worst, float(np.sqrt(np.mean(np.sum(distance**2, axis=1)))))
+    return worst
 
 
 def _pair_rotations(group: list[dict[tuple, np.ndarray]], order: int) -> list[np.ndarray]:
