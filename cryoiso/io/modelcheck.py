@@ -31,6 +31,8 @@ APART, TOGETHER = 0.05, 0.2
 """Share of a model's atoms within ``OVERLAP_A`` of an earlier model: below the first they are parts of one assembly,
 above the second alternatives of one another."""
 COPY_RMSD_A = 0.5
+RENAMED, FEWEST_RESIDUES = "~", 10
+"""Mark of the second and later atoms of one name in a residue; a chain with so many such residues holds copies."""
 _COORDINATES = (("x", 30, 38), ("y", 38, 46), ("z", 46, 54))
 _OTHERS = (("occupancy", 54, 60), ("temperature factor", 60, 66))
 _CIF = {
@@ -262,7 +264,7 @@ def count_once(model: Any, path: object) -> None:
                 if atom.altloc == "\0":
                     names[atom.name] = number = names.get(atom.name, 0) + 1
                     if number > 1:
-                        atom.name = f"{atom.name}~{number}"
+                        atom.name = f"{atom.name}{RENAMED}{number}"
     if doubled:
         logger.warning("%s: %d atoms stand twice in the same place; each counts once", path, doubled)
 
@@ -274,6 +276,7 @@ def cut_repeats(model: Any) -> None:
     used = {chain.name for chain in model}
     new = []
     for chain in model:
+        new += _copies_in_residues(chain, used)
         pieces = _pieces(chain)
         for piece in pieces[1:]:
             copy = gemmi.Chain(_free_name(chain.name or "A", used))
@@ -284,6 +287,31 @@ def cut_repeats(model: Any) -> None:
             del chain[index]
     for copy in new:
         model.add_chain(copy)
+
+
+def _copies_in_residues(chain: Any, used: set[str]) -> list[Any]:
+    """The second and later copies of a chain that the reader put into the residues of the first, taken out of it."""
+    import gemmi
+
+    copies: dict[str, Any] = {}
+    if sum(any(RENAMED in atom.name for atom in residue) for residue in chain) < FEWEST_RESIDUES:
+        return []
+    for residue in chain:
+        for number in sorted({atom.name.split(RENAMED)[1] for atom in residue if RENAMED in atom.name}):
+            if number not in copies:
+                copies[number] = gemmi.Chain(_free_name(chain.name or "A", used))
+            copy = residue.clone()
+            for index in reversed(range(len(copy))):
+                name, _, of = copy[index].name.partition(RENAMED)
+                if of == number:
+                    copy[index].name = name
+                else:
+                    del copy[index]
+            copies[number].add_residue(copy)
+        for index in reversed(range(len(residue))):
+            if RENAMED in residue[index].name:
+                del residue[index]
+    return [copies[number] for number in sorted(copies)]
 
 
 def _pieces(chain: Any) -> list[list[int]]:

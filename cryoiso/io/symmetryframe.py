@@ -89,7 +89,7 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
             return frame, centre
         raise InputError(
             f"the chains of the model are rotated as {group_name} has it, but shifted besides (a screw, or a chain out "
-            "of place)", file=file, expected=f"chains that the operations bring onto each other within {COPY_RMSD_A:g} Å",
+            "of place)", file=file, expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
             found=f"{away:.1f} Å", hint="Check the file and the point group.",
         )  # fmt: skip
     counts = ", ".join(f"{len(g)} x {len(g[0])} residues" for g in equal_chains(model)[:4]) or "none"

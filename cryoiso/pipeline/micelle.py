@@ -82,7 +82,7 @@ def _read(job: Job, choice: MaskChoice, out: Path) -> tuple[Particles, DensityMa
 
     section = job.particles
     point_group(job.sample.symmetry)
-    found = read_job_particles(section, ("image", "ctf", "pose"))
+    found = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
     found = replace(found, groups=io_ingest.check_stacks(found, section.file))
     group = found.groups[int(found.optics[0])]
     file = Path(job.reference.file)

@@ -119,7 +119,7 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
 
         section = job.particles
         point_group(job.sample.symmetry)
-        found = read_job_particles(section, ("image", "ctf", "pose"))
+        found = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
         found = replace(found, groups=io_ingest.check_stacks(found, section.file))
         out.mkdir(parents=True, exist_ok=True)
         return bare(assign_halves(found, job.run.seed, section.file))
@@ -160,11 +160,15 @@ def diagnose_files(
     doubt = warn_of_symmetry(full, symmetry, f"the mean of {half1.name} and {half2.name}")
     found = diagnose(
         one.data, two.data, inside, one.pixel_size_A,
-        read_particle_file(particles, "", ("pose",)) if particles else None,
+        _posed(particles, symmetry),
         symmetry,
-        truth_particles=read_particle_file(truth_particles, "", ("pose",)) if truth_particles else None,
+        truth_particles=_posed(truth_particles, symmetry),
         truth_map=None if truth is None else truth.data,
         seed=seed,
     )  # fmt: skip
     found["notes"] += [doubt] if doubt else []
     return found
+
+
+def _posed(file: Path | None, symmetry: str) -> Particles | None:
+    return read_particle_file(file, "", ("pose",), symmetry=symmetry) if file else None

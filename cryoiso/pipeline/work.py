@@ -81,7 +81,7 @@ class Work:
         """What ``io.ingest`` makes of the particle file: reads it, and the headers of its stacks."""
         if self._plan is None:
             section = self.job.particles
-            particles = read_job_particles(section)
+            particles = read_job_particles(section, symmetry=self.job.sample.symmetry)
             particles = assign_halves(particles, self.job.run.seed, section.file)
             self._plan = ingest.plan(particles, section, section.file)
         return self._plan
@@ -119,7 +119,8 @@ class Work:
         file = self.job.truth.particles
         if not file:
             return None
-        truth = read_particle_file(file, self.job.particles.project, ("pose",))
+        symmetry = self.job.sample.symmetry
+        truth = read_particle_file(file, self.job.particles.project, ("pose",), symmetry=symmetry)
         return with_poses_of(self.particles(), truth, file, self.job.particles.file)
 
     def truth_map(self) -> np.ndarray | None:
