@@ -179,7 +179,8 @@ def _are_copies(places: list[np.ndarray]) -> bool:
 def _joined(models: Any) -> Any:
     import gemmi
 
-    whole, used = gemmi.Model(1), set()
+    whole = gemmi.Model(1)
+    used: set[str] = set()
     for model in models:
         for chain in model:
             copy = chain.clone()
