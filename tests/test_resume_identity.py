@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cryoiso.core.config import RefineSection
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.identity import differences, of_images, of_particles
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap
@@ -119,13 +119,14 @@ def other(images, what: str) -> tuple[dict, str]:
         "fewer": ({"source": taken(images, np.arange(79))}, "particles: number was 80, is 79"),
         "others": ({"source": ArraySource(pixels, replace(p, uid=p.uid + np.uint64(1)))}, "particles: uids differ"),
         "halves": ({"source": ArraySource(pixels, replace(p, half=3 - p.half))}, "particles: half-sets differ"),
+        "offsets": ({"source": ArraySource(pixels, replace(p, shift_A=p.shift_A + 4))}, "particles: offsets differ"),
         "defocus": ({"source": ArraySource(pixels, replace(p, defocus_u_A=p.defocus_u_A + 500))}, "CTF differs"),
         "voltage": ({"source": ArraySource(pixels, replace(p, groups=groups))}, "particles: optics groups differ"),
         "images": ({"source": ArraySource(-pixels, p)}, "images differ"),
         "symmetry": ({"symmetry": "C1"}, "symmetry was C3, is C1"),
         "reference": ({"reference": replace(truth, data=np.roll(truth.data, 2, 0))}, "reference: density differs"),
-        "mask": ({"mask": DensityMap(cube, PIXEL_A)}, "mask was none, is another one"),
-        "halves' references": ({"half_references": {1: truth, 2: truth}}, "half references was none, is another one"),
+        "mask": ({"mask": DensityMap(cube, PIXEL_A)}, "mask was none, is given"),
+        "halves' references": ({"half_references": {1: truth, 2: truth}}, "half references was none, is given"),
         "seed": ({"seed": 2}, "seed was 1, is 2"),
         "low-pass": ({"lowpass_A": 30.0}, "lowpass_A was 40.0, is 30.0"),
         "local": ({"local_deg": 10.0}, "local_deg was None, is 10.0"),
@@ -136,7 +137,7 @@ def other(images, what: str) -> tuple[dict, str]:
 
 NAMES = (
     "fewer", "others", "halves", "defocus", "voltage", "images", "symmetry", "reference", "mask", "halves' references",
-    "seed", "low-pass", "local", "settings",
+    "seed", "low-pass", "local", "settings", "offsets",
 )  # fmt: skip
 
 
@@ -253,3 +254,35 @@ def test_what_unpacks_to_more_and_what_is_of_a_later_version(tmp_path):
         checkpoint.load(file)
     checkpoint.remove(file)
     assert checkpoint.load(file) is None
+
+
+class StopsAfter(Context):
+    """Stops at a number of questions."""
+
+    def __init__(self, asked: int) -> None:
+        super().__init__()
+        self.left = asked
+
+    def stop_requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_searches_of_other_particles_are_not_taken(images, tmp_path):
+    """Stopped in the first iteration, which leaves no checkpoint but its searches: with another defocus they are made
+    again, and the result has the bits of a refinement of these particles."""
+    p = images.particles
+    other = ArraySource(images.read(np.arange(80)), replace(p, defocus_u_A=p.defocus_u_A + 3000))
+    results = {}
+    for name, asked in (("straight", None), ("resumed", 0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if asked is not None:
+            begun = request_for(images, folder, images.truth, resume=False)
+            while not list(folder.glob("checkpoint/searched-*")):
+                with pytest.raises(Interrupted):
+                    NativeEngine().refine(begun, StopsAfter(asked := asked + 1))
+            assert list(folder.glob("checkpoint/searched-*")) and not list(folder.rglob("*.npz"))
+        results[name] = NativeEngine().refine(request_for(other, folder, images.truth), Context())
+    np.testing.assert_array_equal(*(result.particles.rotation for result in results.values()))
+    assert (tmp_path / "straight/half1.mrc").read_bytes() == (tmp_path / "resumed/half1.mrc").read_bytes()

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from micelle_helper import recover, trimer, trimers
+from pipeline_helper import cryoiso_here
+from pipeline_helper import simulate as simulate_files
 
 from cryoiso.core.config import AuxiliarySection, CorrectSection, RefineSection, RelionSection
 from cryoiso.core.errors import CryoisoError, InputError
@@ -17,6 +19,7 @@ from cryoiso.core.protocols import RefineRequest
 from cryoiso.engines.relion import engine as relion
 from cryoiso.engines.relion.identity import deciding
 from cryoiso.engines.relion.install import Relion
+from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.anisotropy.settings import resolve
 from cryoiso.methods.anisotropy.task import CorrectionTask
@@ -67,7 +70,8 @@ def test_a_generator_is_trained_on_with_the_same_particles_in_the_same_order(ima
     reference = phantom_map(BOX, PIXEL_A, 14.0)
     cases = {
         "particles: row order differs": ArraySource(pixels[order], p.take(order)),
-        "particles: poses differ": ArraySource(pixels, replace(p, shift_A=p.shift_A + 1)),
+        "particles: offsets was none, is given": ArraySource(pixels, replace(p, shift_A=p.shift_A + 1)),
+        "particles: poses differ": ArraySource(pixels, replace(p, rotation=p.rotation[:, [1, 0, 2]])),
         "particles: CTF differs": ArraySource(pixels, replace(p, phase_shift_deg=p.phase_shift_deg + 90)),
         "particles: uids differ": ArraySource(pixels, replace(p, uid=p.uid + np.uint64(1))),
         "images differ": ArraySource(2 * pixels, p),
@@ -182,3 +186,28 @@ def test_relion_does_not_go_on_where_nothing_tells_with_what(images, tmp_path, w
 
 def test_words_for_the_machine_do_not_decide():
     assert deciding("--gpu --j 4 --maxsig 500 --scratch_dir '/a b' --preread_images") == ["--maxsig", "500"]
+
+
+# --- single commands
+
+
+def test_a_refused_refinement_overwrites_neither_shards_nor_reference(tmp_path):
+    """The particle file and the reference are compared before anything is made of them."""
+    simulate_files(tmp_path, n=24)
+    star, ref, out = tmp_path / "particles.star", tmp_path / "truth_map.mrc", tmp_path / "out"
+    words = ("--out", out, "--healpix-order", 1, "--max-iterations", 1)
+    assert cryoiso_here("refine", star, "--ref", ref, "--symmetry", "C3", *words).returncode == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    text = star.read_text().rstrip().splitlines()
+    (tmp_path / "fewer.star").write_text("\n".join(text[:-1]) + "\n")
+    volume = read_map(ref)
+    write_map(tmp_path / "other.mrc", np.roll(volume.data[::-1], 1, 0), volume.pixel_size_A)
+    for change, said in (
+        ((star, "--symmetry", "C1", "--ref", ref), "symmetry was C3, is C1"),
+        ((star, "--symmetry", "C3", "--ref", tmp_path / "other.mrc"), "reference: density differs"),
+        ((tmp_path / "fewer.star", "--symmetry", "C3", "--ref", ref), "particles: number was 24, is 23"),
+    ):
+        done = cryoiso_here("refine", *change, *words, "--resume")
+        assert done.returncode == 65 and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
+        assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert cryoiso_here("refine", star, "--ref", ref, "--symmetry", "C3", *words, "--resume").returncode == 0

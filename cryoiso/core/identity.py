@@ -49,10 +49,10 @@ def digest_of(*parts: object) -> str:
 
 
 def of_particles(particles: Particles, *, poses: bool = False, ordered: bool = False) -> Identity:
-    """Identity of a particle set: uids, half-sets, optics and CTF by uid, whatever the order of the rows.
+    """Identity of a particle set: uids, half-sets, optics, CTF and offsets by uid, whatever the order of the rows.
 
     Args:
-        poses: also the poses, where a computation starts from them.
+        poses: also the views, where a computation starts from them.
         ordered: also the order, where the result depends on it.
     """
     order = np.argsort(particles.uid, kind="stable")
@@ -66,8 +66,11 @@ def of_particles(particles: Particles, *, poses: bool = False, ordered: bool = F
         "optics groups": MARK + digest_of(particles.optics[order].astype(np.int64), *optics),
         "CTF": MARK + digest_of(*(column[order] for column in columns if isinstance(column, np.ndarray))),
     }
+    shifts = particles.shift_A  # every search begins at the offsets; none is the same as zero
+    given = shifts is not None and bool(np.any(shifts))
+    found["offsets"] = MARK + digest_of(np.round(shifts[order], 3) + 0.0) if given and shifts is not None else "none"
     if poses:
-        found["poses"] = MARK + digest_of(*(np.round(pose[order], 4) + 0.0 for pose in particles.require_poses()))
+        found["poses"] = MARK + digest_of(np.round(particles.require_poses()[0][order], 4) + 0.0)
     if ordered:
         found[ORDER] = MARK + digest_of(particles.uid)
     return found
@@ -169,7 +172,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return "another one" if _is_digest(value) else f"{value}"
+    return "given" if _is_digest(value) else f"{value}"
 
 
 def rows_by_uid(was: np.ndarray, now: np.ndarray) -> np.ndarray:

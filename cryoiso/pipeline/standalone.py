@@ -10,9 +10,10 @@ from typing import Any
 
 from cryoiso.core.config import Job, ParticlesSection
 from cryoiso.core.errors import CryoisoError, InputError
-from cryoiso.core.types import Particles
+from cryoiso.core.identity import of_map, of_particles
+from cryoiso.core.types import DensityMap, Particles
+from cryoiso.io import identity_file, read_job_particles, read_particle_file
 from cryoiso.io import ingest as io_ingest
-from cryoiso.io import read_job_particles, read_particle_file
 from cryoiso.io.dimensionality import kind_of_particles
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import read_index
@@ -29,6 +30,7 @@ from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.standard_frame import warn_of_symmetry
 from cryoiso.pipeline.subtomograms import refine_subtomograms
 from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
+from cryoiso.refine.identity import ONLY_WHEN
 
 logger = logging.getLogger("cryoiso")
 
@@ -103,12 +105,46 @@ def begin_refinement(job: Job, out: Path, comm: Context, *, resume: bool) -> Wor
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
     on_root(comm, check_job, work)
+    on_root(comm, _begin_or_go_on, work)
     for name in ("refine", "ingest", "reference"):
         on_root(comm, work.folder.stage(name).mkdir, parents=True, exist_ok=True)
     if on_root(comm, lambda: work.shards == work.folder.stage("ingest")):
         stages.ingest(work)
     stages.reference(work)
     return work
+
+
+def _begin_or_go_on(work: Work) -> None:
+    begin_or_go_on(work.folder.path, work.job, work.particles(), work.reference().map, work.mask(), work.resume)
+
+
+def begin_or_go_on(
+    out: Path, job: Job, particles: Particles, reference: DensityMap, mask: DensityMap | None, resume: bool
+) -> None:
+    """Notes what a refinement is begun with or, where one goes on, makes sure that it is the same, before anything
+    of it is overwritten; the engine looks at the images as well (rank 0).
+
+    Raises:
+        InputError: it was begun with something else.
+    """
+    refine = job.refine.model_dump(exclude=set(ONLY_WHEN))
+    identity = {
+        "particles": of_particles(particles, poses=job.refine.local_deg is not None),
+        "symmetry": job.sample.symmetry,
+        "diameter_A": job.sample.diameter_A,
+        "reference": of_map(reference),
+        "lowpass_A": job.reference.lowpass_A,
+        "mask": of_map(mask),
+        "seed": job.run.seed,
+        "settings": refine,
+        "correction": {"realign": job.realign.model_dump(), "correct": job.correct.model_dump()}
+        if job.run.workflow == "realign" else "none",
+    }  # fmt: skip
+    if resume and (out / identity_file.FILE).exists():
+        identity_file.require_begun_with(out, identity, "refinement")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    identity_file.note(out, identity)
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:

@@ -18,7 +18,6 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
 from cryoiso.engines.process import clean_environment
 from cryoiso.engines.relion import command as commands
-from cryoiso.engines.relion import identity as identities
 from cryoiso.engines.relion import result as results
 from cryoiso.engines.relion.callback import VARIABLE
 from cryoiso.engines.relion.extra import extra_words
@@ -29,10 +28,12 @@ from cryoiso.engines.relion.files import (
     read_sampling,
     remove_iterations_after,
 )
+from cryoiso.engines.relion.identity import identity_of
 from cryoiso.engines.relion.images import all_flipped, image_names, relion_source, write_input
 from cryoiso.engines.relion.install import Relion, find_relion
 from cryoiso.engines.relion.serve import Setting
 from cryoiso.engines.relion.supervise import Start, run
+from cryoiso.io import identity_file
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.subtomograms import SubtomogramSource
@@ -124,16 +125,16 @@ class _Refinement:
 
     def _prepare_folders(self) -> None:
         fresh = not self.request.resume
-        identity = identities.identity_of(self.request, self.section, self.search.diameter_A)
+        identity = identity_of(self.request, self.section, self.search.diameter_A)
         begun = not fresh and any(self.folder.glob(f"{commands.OUTPUT}_*"))
         if begun:
-            identities.require_begun_with(self.folder, identity)
+            identity_file.require_begun_with(self.folder, identity, "RELION run")
         for name in ("relion", "correction") if self.request.correction is not None else ("relion",):
             if fresh:
                 shutil.rmtree(self.request.folder / name, ignore_errors=True)
             (self.request.folder / name).mkdir(parents=True, exist_ok=True)
         if not begun:
-            identities.note(self.folder, identity)
+            identity_file.note(self.folder, identity)
 
     def _write_inputs(self, names: list[str]) -> None:
         request, folder = self.request, self.folder
