@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
 from cryoiso.core.config import AuxiliarySection as A
 from cryoiso.core.config import ParticlesSection as P
@@ -61,7 +62,7 @@ def train(
     )  # fmt: skip
     train_files(job, out, comm, resume=go_on)
     if comm.rank == 0:
-        typer.echo("\n".join(str(path) for path in sorted(out.glob("generator*.npz"))))
+        echo("\n".join(str(path) for path in sorted(out.glob("generator*.npz"))))
 
 
 def generate(
@@ -104,4 +105,4 @@ def generate(
         generators, section, out, comm, count=count, settings=settings, symmetry=symmetry, seed=seed, device=device
     )
     if comm.rank == 0:
-        typer.echo(f"{out}: {made:,} auxiliary particles")
+        echo(f"{out}: {made:,} auxiliary particles")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
-from cryoiso.core.log import is_told
+from cryoiso.core.log import indented, is_told, printable
 from cryoiso.parallel.launcher import speaks
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,7 +67,7 @@ def as_command(function: F, collective: bool) -> F:
             ctx = get_context() if collective else Context()
         except CryoisoError as error:
             if speaks():
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {indented(error)}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         log_to_stderr(ctx.rank)
         with guard(ctx), _saying_how_to_go_on(function.__name__, options):
@@ -141,10 +141,18 @@ def leave_with(comm: Any, code: int) -> None:
     raise SystemExit(code)
 
 
+def echo(text: object, nl: bool = True) -> None:
+    """Prints a result on standard output; names and values from elsewhere cannot steer the terminal."""
+    import typer
+
+    typer.echo(printable(text), nl=nl)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         mark = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {mark}{record.getMessage()}"
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        return f"{clock}  {mark}{indented(record.getMessage())}"
 
 
 def log_to_stderr(rank: int) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
 from cryoiso.core.config import CorrectSection as C
 from cryoiso.core.config import RunSection as U
@@ -74,4 +75,4 @@ def correct(
     )  # fmt: skip
     correct_files(task, comm, resume=go_on)
     if comm.rank == 0:
-        typer.echo("\n".join(str(out / name) for name in ("corrected_map.mrc", "measured.mrc", "correct.json")))
+        echo("\n".join(str(out / name) for name in ("corrected_map.mrc", "measured.mrc", "correct.json")))

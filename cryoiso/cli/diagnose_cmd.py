@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cryoiso.cli.common import echo
+
 HALF1, HALF2 = "First half-map (MRC), neither masked nor filtered.", "Second half-map (MRC)."
 OUT = Path("diagnose.json")
 
@@ -42,9 +44,9 @@ def diagnose(
     numbers = diagnose_files(
         one, two, mask, particles, symmetry, truth_particles, truth_map, pixel_size_A=pixel_size, seed=seed
     )
-    typer.echo("\n".join(_lines(numbers)))
+    echo("\n".join(_lines(numbers)))
     write_json(out, numbers)
-    typer.echo(f"all numbers: {out}")
+    echo(f"all numbers: {out}")
     if fsc3d is not None:
         write_volume("fsc3d", one, two, mask, fsc3d, pixel_size_A=pixel_size)
     if phase_cosine is not None:

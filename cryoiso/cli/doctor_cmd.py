@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
+
 
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Folder that runs would be written to.")] = Path("."),
@@ -33,9 +35,9 @@ def doctor(
     facts, found = examine(comm, folder, job)
     if comm.rank == 0:
         if as_json:
-            typer.echo(json.dumps({"findings": finding.as_dicts(found), **facts}, indent=2))
+            echo(json.dumps({"findings": finding.as_dicts(found), **facts}, indent=2))
         else:
-            typer.echo("\n".join(_lines(found)))
+            echo("\n".join(_lines(found)))
     comm.barrier()
     if code := finding.exit_code(found):
         raise SystemExit(code)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
 from cryoiso.core.config import ParticlesSection as P
 
@@ -39,4 +40,4 @@ def ingest(
     job = on_root(comm, job_of, particles=facts, reference={"file": ""})
     ingest_files(job.particles, out, comm)
     if comm.rank == 0:
-        typer.echo(out / "index.json")
+        echo(out / "index.json")

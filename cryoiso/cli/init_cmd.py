@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import SampleSection as S
@@ -53,8 +54,8 @@ def init(
     head = f"# cryoiso job: mpirun -n 4 cryoiso run {out.name}\n# Relative paths start from this file's folder.\n\n"
     write_text(out, head + job_to_toml(job))
     sizes = sorted({round(group.pixel_size_A, 4) for group in found.groups})
-    typer.echo(f"{particles}: {len(found):,} particles, pixel size {', '.join(f'{s:g}' for s in sizes)} Å")
-    typer.echo(f"{out} written. " + (f"Next: cryoiso run {out}" if reference else "Next: name your reference in it."))
+    echo(f"{particles}: {len(found):,} particles, pixel size {', '.join(f'{s:g}' for s in sizes)} Å")
+    echo(f"{out} written. " + (f"Next: cryoiso run {out}" if reference else "Next: name your reference in it."))
 
 
 def _from(job: Path, path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import keys_of, option
 from cryoiso.core.config import LaunchSection as L
 
@@ -95,10 +96,10 @@ def _launch(
     if write or submit:
         write_scripts(scripts, overwrite or not write)
     if submit:
-        typer.echo("\n".join(send(scheduler, [made.path for made in scripts])))
+        echo("\n".join(send(scheduler, [made.path for made in scripts])))
     elif write:
         for number, made in enumerate(scripts):
             after = "NUMBER-OF-THE-FIRST" if number else ""
-            typer.echo(f"{made.path} written: {made.what}. Next: {in_words(scheduler, made.path, after)}")
+            echo(f"{made.path} written: {made.what}. Next: {in_words(scheduler, made.path, after)}")
     else:
-        typer.echo("\n\n".join(made.text for made in scripts), nl=False)
+        echo("\n\n".join(made.text for made in scripts), nl=False)

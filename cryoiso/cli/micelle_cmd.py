@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReferenceSection as R
@@ -72,4 +73,4 @@ def micelle(
     facts = micelle_files(job, MaskChoice(threshold, mask), settings, out, comm, resume=go_on)
     if comm.rank == 0:
         same = facts["agreement_of_halves"]
-        typer.echo(f"{out / 'composite.mrc'}: threshold {facts['threshold']}, half-sets' micelles correlate by {same}")
+        echo(f"{out / 'composite.mrc'}: threshold {facts['threshold']}, half-sets' micelles correlate by {same}")

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
+
 
 def plan(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
@@ -71,5 +73,4 @@ def plan(
         assumed = replace(assumed, nyquist_share=min(1.0, 2 * problem.pixel_size_A / resolution))
     time_s = float(seconds_of(time, "--time")) if time else None
     made = planner.make_plan(problem, layout, known, assumed, time_s)
-    typer.echo(json.dumps(planner.as_dict(made), indent=2) if as_json else "\n".join(planner.as_lines(made)))
-
+    echo(json.dumps(planner.as_dict(made), indent=2) if as_json else "\n".join(planner.as_lines(made)))

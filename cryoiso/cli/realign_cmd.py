@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import RelionKeys, default, job_of, keys_of, option
 from cryoiso.core.config import CorrectSection as C
 from cryoiso.core.config import ParticlesSection as P
@@ -104,4 +105,4 @@ def realign(
     )  # fmt: skip
     realign_files(job, out, comm, auxiliary=auxiliary, resume=go_on)
     if comm.rank == 0:
-        typer.echo("\n".join(str(out / name) for name in ("particles.star", "half1.mrc", "half2.mrc")))
+        echo("\n".join(str(out / name) for name in ("particles.star", "half1.mrc", "half2.mrc")))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReconstructSection as C
@@ -49,4 +50,4 @@ def reconstruct(
     )  # fmt: skip
     reconstruct_files(job, out, comm)
     if comm.rank == 0:
-        typer.echo("\n".join(str(out / name) for name in ("half1.mrc", "half2.mrc", "map.mrc")))
+        echo("\n".join(str(out / name) for name in ("half1.mrc", "half2.mrc", "map.mrc")))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
+
 PHANTOMS = {"phantom": 0, "phantom-homologue": 1}
 
 
@@ -75,9 +77,9 @@ def reference(
             symmetrise=symmetrise,
         )  # fmt: skip
     write_map(out, made.initial.data, pixel_size)
-    typer.echo(f"{out}: {made.source}, {box} px of {pixel_size:g} Å, diameter {made.diameter_A:.0f} Å")
+    echo(f"{out}: {made.source}, {box} px of {pixel_size:g} Å, diameter {made.diameter_A:.0f} Å")
     if made.fit is not None:
-        typer.echo(made.fit.verdict)
+        echo(made.fit.verdict)
 
 
 def _grid(file: str, box: int | None, pixel_size: float | None, map_pixel_size: float | None) -> tuple[int, float]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.options import RelionKeys, default, job_of, keys_of, option
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReferenceSection as R
@@ -70,4 +71,4 @@ def refine(
     )  # fmt: skip
     refine_files(job, out, comm, resume=go_on)
     if comm.rank == 0:
-        typer.echo("\n".join(str(out / name) for name in ("particles.star", "half1.mrc", "half2.mrc")))
+        echo("\n".join(str(out / name) for name in ("particles.star", "half1.mrc", "half2.mrc")))

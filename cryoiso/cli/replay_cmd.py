@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.common import echo
 from cryoiso.cli.run_cmd import Trust
 
 
@@ -43,6 +44,6 @@ def replay(
     if comm.rank == 0:
         made_by = [f"made by {found.made_by}"] if found.made_by else []
         lines = [found.verdict, *made_by, *(f"DIFFERENT  {one.file}: {one.words}" for one in found.different)]
-        typer.echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(lines))
+        echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(lines))
     if not found.identical:
         leave_with(comm, EXIT_OTHER)

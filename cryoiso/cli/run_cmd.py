@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cryoiso.cli.common import run_folder_of
+from cryoiso.cli.common import echo, run_folder_of
 
 Until = Annotated[
     str, typer.Option("--until", metavar="STAGE", help="Stop after this stage; 'cryoiso resume' goes on from there.")
@@ -52,7 +52,7 @@ def run(
     folder = out if out is not None else run_folder_of(job)
     done = run_job(job, folder, comm, publish, until, go_on)
     if comm.rank == 0:
-        typer.echo(done.path if until else done.report)
+        echo(done.path if until else done.report)
 
 
 def resume(
@@ -83,4 +83,4 @@ def resume(
 
     done = resume_run(folder, comm, publish, until, trust, other_version)
     if comm.rank == 0:
-        typer.echo(done.path if until else done.report)
+        echo(done.path if until else done.report)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cryoiso.cli.common import echo
+
 
 class Inputs(StrEnum):
     """What to do about the inputs."""
@@ -41,7 +43,7 @@ def verify(
     comm = get_context()
     verdict = verify_run(folder, comm, inputs=inputs == Inputs.check)
     if comm.rank == 0:
-        typer.echo(json.dumps(verdict.as_dict(), indent=1) if as_json else "\n".join(_lines(verdict)))
+        echo(json.dumps(verdict.as_dict(), indent=1) if as_json else "\n".join(_lines(verdict)))
     if not verdict.good:
         leave_with(comm, EXIT_INPUT)
 

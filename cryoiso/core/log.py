@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,41 @@ from cryoiso.core.progress import board
 logger = logging.getLogger("cryoiso")
 BY_ANY_RANK = {"by_any_rank": True}
 """``extra`` of a message that is told by whatever rank says it: of a group of ranks that rank 0 is not one of."""
+
+
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters: a terminal moves, clears, renames itself or types
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction: what is shown is not what is there
+    "\u2028\u2029\ufeff\ud800-\udfff]"  # line ends that are not seen as such; halves of characters
+)
+
+
+def printable(text: object, *, lines: bool = True) -> str:
+    """A text from elsewhere (a file's name, a value in it, a program's output) as a terminal or a log may show it.
+
+    Args:
+        lines: line ends and tabs stay; False: they are escaped as well.
+
+    >>> printable("a\\x1b[2Jb.mrc"), printable("x\\ny", lines=False), printable("50 Å")
+    ('a\\\\x1b[2Jb.mrc', 'x\\\\ny', '50 Å')
+    """
+    shown = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+    return shown if lines else shown.replace("\n", "\\n").replace("\t", "\\t")
+
+
+def indented(text: object) -> str:
+    """``printable``, with every line but the first set in, so that none can pass for a message of its own."""
+    return printable(text).replace("\n", "\n    ")
+
+
+class LineFormatter(logging.Formatter):
+    """Lines of a log file: time, level, message, nothing that steers whatever shows them."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return indented(super().format(record))
 
 
 def is_told(record: logging.LogRecord, rank: int) -> bool:
@@ -82,7 +118,7 @@ class ProgressLine:
         )
         text += f", {words}" if words else ""
         if self.live:
-            self.stream.write("\r\x1b[2K" + text)
+            self.stream.write("\r\x1b[2K" + printable(text, lines=False))
             self.stream.flush()
         else:
             logger.info(text)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cryoiso.core.errors import EXIT_OTHER, EXIT_REQUEUE, CryoisoError, Interrupted
+from cryoiso.core.log import indented, printable
 from cryoiso.parallel.context import Context
 
 logger = logging.getLogger("cryoiso")
@@ -89,7 +90,7 @@ def guard(ctx: Context, say: Callable[[str], None] | None = None) -> Iterator[No
         _leave(ctx, what, EXIT_OTHER, ctx.size == 1, say)
     except Exception as error:
         logger.debug("unexpected error", exc_info=True)
-        traceback.print_exc()
+        sys.stderr.write(printable(traceback.format_exc()))
         _leave(ctx, f"unexpected {type(error).__name__}: {error}", EXIT_OTHER, ctx.size == 1, say)
 
 
@@ -109,7 +110,7 @@ def _leave(ctx: Context, message: str, code: int, common: bool, say: Callable[[s
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")  # one write: ranks share the stream
+    sys.stderr.write(f"error: {indented(message)}\n")  # one write: ranks share the stream
 
 
 def _flush() -> None:

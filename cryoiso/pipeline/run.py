@@ -20,7 +20,7 @@ from typing import Any
 from cryoiso import __version__
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted, UsageError
-from cryoiso.core.log import PatientFileHandler, duration
+from cryoiso.core.log import LineFormatter, PatientFileHandler, duration
 from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
 from cryoiso.io.regular_file import read_regular_text
@@ -282,7 +282,7 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
         logger.removeHandler(handler)
         handler.close()
     handler = PatientFileHandler(run.logs / f"rank-{rank:04d}.log", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(LineFormatter())
     handler.setLevel(logging.DEBUG)
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)

@@ -24,12 +24,13 @@ def build(run_folder: Path | str) -> Path:
     from cryoiso.report.correct import collect_slices
     from cryoiso.report.html import page
     from cryoiso.report.pages import figures
+    from cryoiso.report.sharing import figures_for_others, for_others
 
     folder = Path(run_folder)
     data = collect(folder)
     pictures = figures(data, collect_maps(folder, data), collect_samples(folder, data), collect_slices(folder, data))
-    html = page(data, pictures)
-    write_text(folder / "report.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    html = page(for_others(data, folder), figures_for_others(pictures, data, folder))
+    write_text(folder / "report.json", json.dumps(for_others(data, folder), indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "report.html", html)
     return folder / "report.html"
 

@@ -11,6 +11,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.report import anisotropy, auxiliary, correct, realign
 from cryoiso.report.files import read_journal, read_json, read_toml, stage_folder
+from cryoiso.report.sharing import name_of
 from cryoiso.report.words import percent
 
 MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
@@ -245,7 +246,7 @@ def provenance(manifest: dict[str, Any], job: dict[str, Any]) -> list[tuple[str,
     starts = manifest.get("starts") or []
     start = starts[-1] if starts else {}
     rows.append(("started", start.get("time", "") + (f" ({len(starts)} starts)" if len(starts) > 1 else "")))
-    rows.append(("command", shlex.join(start.get("command", []))))
+    rows.append(("command", shlex.join(map(name_of, start.get("command", [])))))
     machine = start.get("machine") or []
     places = Counter((str(m.get("host", "")), str(m.get("device", ""))) for m in machine)
     where = "; ".join(f"{n} on {host} ({device})" for (host, device), n in sorted(places.items()))
@@ -260,5 +261,5 @@ def provenance(manifest: dict[str, Any], job: dict[str, Any]) -> list[tuple[str,
         inputs = {path: facts for path, facts in inputs.items() if facts.get("kind") != "stack"}
     for path, facts in inputs.items():
         digest = facts.get("sha256", "")
-        rows.append(("input", f"{path}" + (f" (sha256 {digest[:16]}...)" if digest else "")))
+        rows.append(("input", name_of(path) + (f" (sha256 {digest[:16]}...)" if digest else "")))
     return [row for row in rows if row[1]]

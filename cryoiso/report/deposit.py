@@ -12,6 +12,7 @@ from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
 from cryoiso.report.collect import collect
 from cryoiso.report.methods import final_counts, methods, warnings, workflow
+from cryoiso.report.sharing import for_others
 from cryoiso.report.surface import contour_level, surface_png
 from cryoiso.report.words import number, section
 
@@ -55,7 +56,7 @@ def deposit(folder: Path) -> None:
         InputError: not a run folder, or a file of it cannot be read.
     """
     result = folder / "result"
-    data = collect(folder)
+    data = for_others(collect(folder), folder)
     density, mask = read_map(result / PRIMARY), read_map(result / "mask.mrc")
     levels = {
         name: contour_level(read_map(result / name), mask.data)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
+import html
 from typing import Any
 
-from cryoiso.core.log import duration
+from cryoiso.core.log import duration, printable
 from cryoiso.report.pages import Figure
 from cryoiso.report.words import Text
 
@@ -48,6 +48,11 @@ figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
 
 _NARROW = {"fsc", "errors", "moved", "correct"}
 _COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true poses"))
+
+
+def escape(text: str) -> str:
+    """A text as it may stand in a page: no tags, no control characters, nothing that turns the direction of reading."""
+    return html.escape(printable(text))
 
 
 def page(data: dict[str, Any], figures: list[Figure]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted
-from cryoiso.core.log import duration
+from cryoiso.core.log import duration, indented
 from cryoiso.core.progress import board
 from cryoiso.engines.process import Program, describe_status
 from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
@@ -229,7 +229,8 @@ class _Watch:
         def look() -> None:
             while not over.wait(0.5):
                 if self._program is not None and (status := self._program.status()) is not None:
-                    sys.stderr.write(f"error: {self._ended(status, ' while its references were corrected').message}\n")
+                    said = self._ended(status, " while its references were corrected").message
+                    sys.stderr.write(f"error: {indented(said)}\n")
                     sys.stderr.flush()
                     time.sleep(0.3)  # a launcher that ends the ranks may throw away what it has not passed on yet
                     comm.abort(EXIT_OTHER)
