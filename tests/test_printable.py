@@ -10,11 +10,12 @@ import pytest
 from pipeline_helper import cryoiso_here, forget_signals, use_quick_parts, write_job
 
 from cryoiso.cli.common import _Formatter, echo
-from cryoiso.core.errors import EXIT_INPUT
+from cryoiso.core.errors import EXIT_INPUT, InputError
 from cryoiso.core.log import LineFormatter, ProgressLine, printable
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.run import run_job
 from cryoiso.report import publish
+from cryoiso.report.collect import collect, provenance
 from cryoiso.report.html import escape
 from cryoiso.report.sharing import for_others
 
@@ -136,3 +137,24 @@ PATHS = {
 @pytest.mark.parametrize("text, shown", PATHS.items())
 def test_paths_in_words_are_cut(text, shown):
     assert for_others({"job": {}, "x": [text]}, Path("/data/run"))["x"] == [shown]
+
+
+MANIFESTS = {
+    "inputs": [[1], {"/etc/passwd": 3}, {"/a/b": {"sha256": 5}}],
+    "starts": [3, [3], [{"command": 7, "machine": [1], "packages": [], "time": 5}]],
+}
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in MANIFESTS.items() for value in values])
+def test_a_report_of_a_strange_manifest_is_made(key, value):
+    assert isinstance(provenance({key: value}, {}), list)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "resolved.toml", "journal.jsonl"])
+@pytest.mark.parametrize("content", [b"\xff", b"a=" + b"[" * 50000, b"[" * 100000 + b"\n"])
+def test_a_report_of_damaged_records_is_an_error_or_made(name, content, tmp_path):
+    for one in ("resolved.toml", "journal.jsonl"):
+        (tmp_path / one).write_text("")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=name if name != "journal.jsonl" else "no run"):
+        collect(tmp_path)

@@ -12,7 +12,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.report import anisotropy, auxiliary, correct, realign
 from cryoiso.report.files import read_journal, read_json, read_toml, stage_folder
 from cryoiso.report.sharing import name_of
-from cryoiso.report.words import percent
+from cryoiso.report.words import number, percent, section
 
 MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
 """Key, label, and folder beside the final reconstruction."""
@@ -240,26 +240,32 @@ def _pair(counts: list[int] | None) -> str | None:
     return None if not counts or not any(counts) else f"{counts[0]:,} and {counts[1]:,}"
 
 
+def _list(part: dict[str, Any], key: str) -> list[Any]:
+    """The list under a key; empty where there is none."""
+    value = part.get(key)
+    return value if isinstance(value, list) else []
+
+
 def provenance(manifest: dict[str, Any], job: dict[str, Any]) -> list[tuple[str, str]]:
     """What made this, as (label, text): program, seed, inputs, and how it was started (the last time)."""
     rows = [("cryoiso", str(manifest.get("cryoiso", ""))), ("seed", str(job.get("run", {}).get("seed", "")))]
-    starts = manifest.get("starts") or []
+    starts = [start for start in _list(manifest, "starts") if isinstance(start, dict)]
     start = starts[-1] if starts else {}
-    rows.append(("started", start.get("time", "") + (f" ({len(starts)} starts)" if len(starts) > 1 else "")))
-    rows.append(("command", shlex.join(map(name_of, start.get("command", [])))))
-    machine = start.get("machine") or []
+    rows.append(("started", str(start.get("time", "")) + (f" ({len(starts)} starts)" if len(starts) > 1 else "")))
+    rows.append(("command", shlex.join(map(name_of, _list(start, "command")))))
+    machine = [rank for rank in _list(start, "machine") if isinstance(rank, dict)]
     places = Counter((str(m.get("host", "")), str(m.get("device", ""))) for m in machine)
     where = "; ".join(f"{n} on {host} ({device})" for (host, device), n in sorted(places.items()))
     rows.append(("ranks", f"{start.get('ranks', len(machine) or '')}" + (f": {where}" if where else "")))
     rows.append(("MPI", str(start.get("mpi") or "")))
-    rows.append(("packages", ", ".join(f"{k} {v}" for k, v in (start.get("packages") or {}).items())))
-    inputs = {p: f if isinstance(f, dict) else {} for p, f in (manifest.get("inputs") or {}).items()}
+    rows.append(("packages", ", ".join(f"{k} {v}" for k, v in section(start, "packages").items())))
+    inputs = {p: f if isinstance(f, dict) else {} for p, f in section(manifest, "inputs").items()}
     stacks = [facts for facts in inputs.values() if facts.get("kind") == "stack"]
     if len(stacks) > STACKS_LISTED:
-        size = sum(facts["bytes"] for facts in stacks) / 2**30
+        size = sum(number(facts, "bytes") or 0 for facts in stacks) / 2**30
         rows.append(("stacks", f"{len(stacks):,}, {size:.3g} GiB; their hashes are in manifest.json"))
         inputs = {path: facts for path, facts in inputs.items() if facts.get("kind") != "stack"}
     for path, facts in inputs.items():
-        digest = facts.get("sha256", "")
+        digest = str(facts.get("sha256", ""))
         rows.append(("input", name_of(path) + (f" (sha256 {digest[:16]}...)" if digest else "")))
     return [row for row in rows if row[1]]

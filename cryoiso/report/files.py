@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core.errors import InputError
-from cryoiso.io.regular_file import read_regular_text
+from cryoiso.io.regular_file import read_regular_bytes, read_regular_text
 
 
 def stage_folder(folder: Path, name: str) -> Path:
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(read_regular_text(path), parse_constant=lambda _: None)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not a JSON file: {error}", file=path) from None
     if not isinstance(data, dict):
         raise InputError("not a JSON object", file=path, expected="{...}", found=type(data).__name__)
@@ -49,17 +49,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         return {}
     try:
         return tomllib.loads(read_regular_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested without end
         raise InputError(f"not a TOML file: {error}", file=path) from None
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """Lines of the journal; one torn by a crash is passed over."""
     lines = []
-    for row in read_regular_text(path).splitlines() if path.exists() else []:
+    text = read_regular_bytes(path).decode(errors="replace") if path.exists() else ""
+    for row in text.splitlines():
         try:
             line = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
             lines.append(line)
