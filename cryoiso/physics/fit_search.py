@@ -168,6 +168,16 @@ def flattened(volume: Tensor) -> Tensor:
     return apply_radial(volume, 1 / amplitude.clamp(min=float(amplitude[1:].max()) * WEAKEST))
 
 
+def reduced_map(density: DensityMap, resolution_A: float) -> DensityMap:
+    """A map on the coarsest grid that holds a resolution, or as it is where its own is no finer.
+
+    Raises:
+        InputError: an empty map.
+    """
+    volume, pixel = _reduced(density, max(resolution_A, 2 * density.pixel_size_A), "given")
+    return DensityMap(volume.numpy(), pixel)
+
+
 def _reduced(density: DensityMap, resolution_A: float, role: str) -> tuple[Tensor, float]:
     """A map on the coarsest grid that holds a resolution, the centre where it was, and that grid's pixel size."""
     from scipy.fft import next_fast_len

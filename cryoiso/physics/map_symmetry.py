@@ -36,6 +36,8 @@ asymmetric objects have such axes."""
 ALIKE = 0.03
 """Frames whose scores differ by less are equally good; the one that turns the map least is taken."""
 AXIS_STEP_DEG = 10.0
+REDUCED_TO_A = 8.0
+"""Nothing finer than this is looked at: large boxes are reduced to it first."""
 Verdict = Literal["has it", "noisy", "elsewhere", "none"]
 
 
@@ -100,14 +102,14 @@ def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> Map
     if name == "C1":
         return MapSymmetry(name, "has it", 1.0, finest)
     ops = point_group(name)[1:]
-    pair = _self_pair(density, finest)
-    score = _score(pair, ops)
+    density = fs.reduced_map(density, REDUCED_TO_A)
+    score = _score(_self_pair(density, finest), ops)
     if score >= CLEAR:
         return MapSymmetry(name, "has it", score, finest)
     found = find_frame(density, name, finest)
     if found is not None and found.score > score + BETTER and _is_real(density, found, name, lowpass_A):
         turn = cryosparc_turn(name)
-        theirs = turn is not None and _score(pair, turn.T @ ops @ turn) > score + BETTER
+        theirs = turn is not None and _score(_self_pair(density, finest), turn.T @ ops @ turn) > score + BETTER
         return MapSymmetry(name, "elsewhere", score, finest, found, theirs)
     noisy = _seen_through_noise(density, name, lowpass_A)
     if noisy is not None:
@@ -150,6 +152,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
         None where no rotation of the map onto itself was found.
     """
     name = normalise_name(group)
+    density = fs.reduced_map(density, REDUCED_TO_A)
     resolution_A = max(resolution_A, 2.5 * density.pixel_size_A)
     candidates = [Placement(np.eye(3), np.zeros(3), 0.0)]
     turn = cryosparc_turn(name)
