@@ -126,10 +126,12 @@ def quick_report(folder: Path) -> None:
 
 def use_quick_parts(monkeypatch: Any) -> None:
     """Lets the pipeline of this process work with the stand-ins."""
-    from cryoiso.pipeline import wire
+    from cryoiso.pipeline import reference, wire
 
     monkeypatch.setattr(wire, "engine", lambda name: QuickEngine())
     monkeypatch.setattr(wire, "reconstructor", lambda: quick_reconstructor)
+    # numba's threads, after which a process cannot be forked; the check of the symmetry has tests of its own
+    monkeypatch.setattr(reference, "require_symmetry", lambda *args, **options: None)
 
 
 def forget_signals() -> None:
