@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -323,6 +324,10 @@ class Job(_Section):
     launch: LaunchSection = Field(default_factory=LaunchSection)
 
 
+MOST_EXPLAINED = 6
+"""Mistakes of a job file that are told at once; a lost section head makes one of every key."""
+
+
 def parse_job(data: dict[str, Any], file: object = "job.toml") -> Job:
     """Checks a decoded job file.
 
@@ -332,7 +337,10 @@ def parse_job(data: dict[str, Any], file: object = "job.toml") -> Job:
     try:
         job = Job.model_validate(data)
     except ValidationError as error:
-        raise UsageError("; ".join(_explain(file, e) for e in error.errors())) from None
+        wrong = error.errors()
+        text = "; ".join(_explain(file, e) for e in wrong[:MOST_EXPLAINED])
+        more = len(wrong) - MOST_EXPLAINED
+        raise UsageError(text + (f"; and {more} more" if more > 0 else "")) from None
     for section, key in COMMANDS:
         split_command(getattr(getattr(job, section), key), f"{file}: '{section}.{key}'")
     return job
@@ -348,7 +356,7 @@ def _explain(file: object, e: Any) -> str:
         )
     if e["type"] == "missing":
         return f"{file}: '{where}' is missing"
-    return f"{file}: '{where}': {e['msg']} (found {e.get('input')!r})"
+    return f"{file}: '{where}': {e['msg']} (found {reprlib.repr(e.get('input'))})"
 
 
 def _known_keys(path: tuple) -> list[str]:
