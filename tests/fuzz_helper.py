@@ -83,11 +83,58 @@ def refused_or(function: Callable[..., T], *arguments: Any) -> T | None:
 
 
 NASTY = [
-    "", " ", "\0", "\x1b[31m", "\u202e", "\ufeff", "\u2028", "\x85", "'", '"', "#", ";", "''", "\n", "\r", "\t", "_", "@",
-    "nan", "inf", "-inf", "1e400", "-1", "0", "-0", "1_0", "²", "٣", "9" * 30, "9223372036854775808",
-    "-9223372036854775809", "18446744073709551616", "1e-320", "0x10", "None", "<NA>", "true", "..", "../../etc/passwd",
-    "/etc/passwd", "~", "a@b", "0@x.mrcs", "000001@", "1@2@3", "x" * 300, "é", "\udcff", "*****", "?", ".",
-]  # fmt: skip
+    "",
+    " ",
+    "\0",
+    "\x1b[31m",
+    "\u202e",
+    "\ufeff",
+    "\u2028",
+    "\x85",
+    "'",
+    '"',
+    "#",
+    ";",
+    "''",
+    "\n",
+    "\r",
+    "\t",
+    "_",
+    "@",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1",
+    "0",
+    "-0",
+    "1_0",
+    "²",
+    "٣",
+    "9" * 30,
+    "9223372036854775808",
+    "-9223372036854775809",
+    "18446744073709551616",
+    "1e-320",
+    "0x10",
+    "None",
+    "<NA>",
+    "true",
+    "..",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "~",
+    "a@b",
+    "0@x.mrcs",
+    "000001@",
+    "1@2@3",
+    "x" * 300,
+    "é",
+    "\udcff",
+    "*****",
+    "?",
+    ".",
+]
 """Pieces of text that have broken readers of something."""
 
 pieces = st.one_of(st.sampled_from(NASTY), st.text(max_size=6))
@@ -111,7 +158,9 @@ def with_words(text: str, changes: list[tuple[float, str]]) -> bytes:
     return "\n".join(" ".join(line) for line in lines).encode("utf-8", "surrogatepass")
 
 
-byte_edits = st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255)), max_size=8)
+byte_edits = st.lists(
+    st.tuples(st.floats(0, 1), st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255)), max_size=8
+)
 
 
 def with_bytes(data: bytes, changes: list[tuple[float, int]], head: int, cut: float = 1.0) -> bytes:
@@ -125,7 +174,9 @@ def with_bytes(data: bytes, changes: list[tuple[float, int]], head: int, cut: fl
 
 plain_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(NASTY[:-8]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["file", "name", "x", ".."]), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["file", "name", "x", ".."]), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 """What JSON may hold where something else is expected."""

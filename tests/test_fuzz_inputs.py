@@ -1,4 +1,4 @@
-"""Particle files, maps, models and job files with anything in them: read right, or refused in the project's own words."""
+"""Particle files, maps, models, job files with anything in them: read right, or refused in the project's own words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz_helper import (
-    byte_edits, edited, edits, examples, json_edits, pieces, refused_or, with_bytes, with_values, with_words,
-)  # fmt: skip
+    byte_edits,
+    edited,
+    edits,
+    examples,
+    json_edits,
+    pieces,
+    refused_or,
+    with_bytes,
+    with_values,
+    with_words,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_io_cs import table
@@ -69,9 +78,13 @@ def is_sound(particles: Particles | None) -> None:
         return
     n = len(particles)
     assert n > 0 and len(np.unique(particles.uid)) == n and particles.uid.dtype == np.uint64
-    assert particles.optics.shape == (n,) and 0 <= particles.optics.min() <= particles.optics.max() < len(particles.groups)
+    assert particles.optics.shape == (n,) and 0 <= particles.optics.min() <= particles.optics.max() < len(
+        particles.groups
+    )
     if particles.rotation is not None:
-        np.testing.assert_allclose(particles.rotation @ particles.rotation.transpose(0, 2, 1), [np.eye(3)] * n, atol=1e-6)
+        np.testing.assert_allclose(
+            particles.rotation @ particles.rotation.transpose(0, 2, 1), [np.eye(3)] * n, atol=1e-6
+        )
         assert np.isfinite(particles.shift_A).all()
     if particles.half is not None:
         assert np.isin(particles.half, (0, 1, 2)).all()
@@ -94,7 +107,9 @@ def test_star_text_survives_a_round_trip(changes):
     blocks = refused_or(read_blocks, path)
     if blocks is not None:
         write_blocks(again, blocks)
-        assert [(b.name, b.loop, b.columns) for b in read_blocks(again)] == [(b.name, b.loop, b.columns) for b in blocks]
+        assert [(b.name, b.loop, b.columns) for b in read_blocks(again)] == [
+            (b.name, b.loop, b.columns) for b in blocks
+        ]
 
 
 def cs_bytes() -> bytes:
@@ -117,18 +132,36 @@ def test_cs_files(changes, cut):
 
 
 CS_FIELDS = sorted(set(table().dtype.names) | {"alignments3D/pose", "alignments3D/shift", "alignments3D/split"})
-CS_TYPES = ["<f4", "<f8", "<u4", "<i8", "<u8", "S4", "S40", "<U4", "?", "<c8", "<M8[s]", ("<f4", (2,)), ("<f4", (3,)), ("<u4", (2,))]
+CS_TYPES = [
+    "<f4",
+    "<f8",
+    "<u4",
+    "<i8",
+    "<u8",
+    "S4",
+    "S40",
+    "<U4",
+    "?",
+    "<c8",
+    "<M8[s]",
+    ("<f4", (2,)),
+    ("<f4", (3,)),
+    ("<u4", (2,)),
+]
 
 
 @examples(150)
 @given(
-    st.sampled_from(CS_FIELDS), st.sampled_from(CS_TYPES),
+    st.sampled_from(CS_FIELDS),
+    st.sampled_from(CS_TYPES),
     st.sampled_from([0, 1, -1, 2, 1e30, float("nan"), float("inf"), -float("inf"), 2**63, 0.5, b"x", b""]),
-)  # fmt: skip
+)
 def test_fields_of_cs_files(name, kind, value):
     whole = table()
-    spec = [(n, *((kind,) if isinstance(kind, str) else kind)) if n == name else (n, *_kind(whole.dtype, n)) for n in
-            dict.fromkeys([*whole.dtype.names, name])]  # fmt: skip
+    spec = [
+        (n, *((kind,) if isinstance(kind, str) else kind)) if n == name else (n, *_kind(whole.dtype, n))
+        for n in dict.fromkeys([*whole.dtype.names, name])
+    ]
     array = np.zeros(4, spec)
     for other in whole.dtype.names:
         if other != name:
@@ -156,7 +189,9 @@ def mrc_bytes() -> bytes:
 
 
 MRC = mrc_bytes()
-WORDS = st.sampled_from([0, 1, 2, 3, 4, 6, 8, 12, 101, -1, 2**31 - 1, -(2**31), 1146047817, 0x42B40000, 0x7F800000, 0x7FC00000])
+WORDS = st.sampled_from(
+    [0, 1, 2, 3, 4, 6, 8, 12, 101, -1, 2**31 - 1, -(2**31), 1146047817, 0x42B40000, 0x7F800000, 0x7FC00000]
+)
 
 
 @examples(200)
@@ -174,15 +209,44 @@ def test_maps(words, changes, cut):
         assert 0 < found.pixel_size_A < 1000
 
 
-PDB = "\n".join(
-    f"ATOM  {i:5d}  CA  ALA {chain}{i:4d}    {10.0 + i:8.3f}{-5.0 + 2 * i:8.3f}{1.5 * i:8.3f}  1.00 20.00           C"
-    for chain in "AB" for i in range(1, 6)
-) + "\nEND\n"  # fmt: skip
-CIF = "data_x\nloop_\n" + "\n".join(
-    f"_atom_site.{name}" for name in
-    ("group_PDB", "id", "type_symbol", "label_atom_id", "label_alt_id", "label_comp_id", "label_asym_id", "label_seq_id",
-     "Cartn_x", "Cartn_y", "Cartn_z", "occupancy", "B_iso_or_equiv", "auth_asym_id", "auth_seq_id", "pdbx_PDB_model_num")
-) + "\n" + "\n".join(f"ATOM {i} C CA . ALA A {i} {i}.0 {2 * i}.5 -{i}.25 1.0 20.0 A {i} 1" for i in range(1, 6)) + "\n"  # fmt: skip
+PDB = (
+    "\n".join(
+        f"ATOM  {i:5d}  CA  ALA {chain}{i:4d}    {10.0 + i:8.3f}{-5.0 + 2 * i:8.3f}{1.5 * i:8.3f}  1.00 20.00"
+        + 11 * " "
+        + "C"
+        for chain in "AB"
+        for i in range(1, 6)
+    )
+    + "\nEND\n"
+)
+CIF_ATOM = "ATOM {0} C CA . ALA A {0} {0}.0 {1}.5 -{0}.25 1.0 20.0 A {0} 1"
+CIF = (
+    "data_x\nloop_\n"
+    + "\n".join(
+        f"_atom_site.{name}"
+        for name in (
+            "group_PDB",
+            "id",
+            "type_symbol",
+            "label_atom_id",
+            "label_alt_id",
+            "label_comp_id",
+            "label_asym_id",
+            "label_seq_id",
+            "Cartn_x",
+            "Cartn_y",
+            "Cartn_z",
+            "occupancy",
+            "B_iso_or_equiv",
+            "auth_asym_id",
+            "auth_seq_id",
+            "pdbx_PDB_model_num",
+        )
+    )
+    + "\n"
+    + "\n".join(CIF_ATOM.format(i, 2 * i) for i in range(1, 6))
+    + "\n"
+)
 
 
 @pytest.mark.parametrize(("name", "text"), [("model.pdb", PDB), ("model.cif", CIF)])
@@ -221,11 +285,32 @@ def test_values_of_job_files(changes):
     assert found is None or isinstance(found, Job)
 
 
-TEMPLATE = "#!/bin/bash\n#SBATCH --ntasks={{ ranks }}\n{% if account %}#SBATCH -A {{ account }}\n{% endif %}{{ run_cmd }}\n"
+TEMPLATE = (
+    "#!/bin/bash\n#SBATCH --ntasks={{ ranks }}\n{% if account %}#SBATCH -A {{ account }}\n{% endif %}{{ run_cmd }}\n"
+)
 FACTS = {"ranks": 2, "account": "lab", "run_cmd": "srun cryoiso run job.toml", "nodes": 1}
-TAGS = st.sampled_from(["{{", "}}", "{%", "%}", "{#", "#}", "{{ ranks }}", "{{ ().__class__.__mro__ }}", "{% include '../x' %}",
-                        "{% for i in range(10**9) %}x{% endfor %}", "{{ 'x' * 10**10 }}", "{{ 9**9**9 }}", "XXXcommandXXX",
-                        "{{ ranks / 0 }}", "{{ account.format }}", "{% raw %}", "{{ run_cmd[999] }}", "{{ [1]|first }}"])  # fmt: skip
+TAGS = st.sampled_from(
+    [
+        "{{",
+        "}}",
+        "{%",
+        "%}",
+        "{#",
+        "#}",
+        "{{ ranks }}",
+        "{{ ().__class__.__mro__ }}",
+        "{% include '../x' %}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 9**9**9 }}",
+        "XXXcommandXXX",
+        "{{ ranks / 0 }}",
+        "{{ account.format }}",
+        "{% raw %}",
+        "{{ run_cmd[999] }}",
+        "{{ [1]|first }}",
+    ]
+)
 
 
 @examples(150)
@@ -239,11 +324,21 @@ def test_templates(changes):
 
 def test_the_originals_are_read(tmp_path):
     """Else all of the above would pass by refusing everything."""
-    for name, data in (("p.star", STAR.encode()), ("p.cs", CS), ("m.mrc", MRC), ("m.pdb", PDB.encode()), ("m.cif", CIF.encode())):
+    for name, data in (
+        ("p.star", STAR.encode()),
+        ("p.cs", CS),
+        ("m.mrc", MRC),
+        ("m.pdb", PDB.encode()),
+        ("m.cif", CIF.encode()),
+    ):
         (tmp_path / name).write_bytes(data)
     (tmp_path / "t.sh").write_text(TEMPLATE)
     try:
-        assert len(read_particle_file(tmp_path / "p.star", "", ())) == 4 == len(read_particle_file(tmp_path / "p.cs", "", ()))
+        assert (
+            len(read_particle_file(tmp_path / "p.star", "", ()))
+            == 4
+            == len(read_particle_file(tmp_path / "p.cs", "", ()))
+        )
         assert read_map(tmp_path / "m.mrc").box_px == 8
         assert [len(positions(read_model(tmp_path / f"m.{kind}"))[0]) for kind in ("pdb", "cif")] == [10, 5]
         assert "srun cryoiso" in fill_site(tmp_path / "t.sh", FACTS, {})

@@ -10,8 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz_helper import (
-    bounded, byte_edits, edited, edits, examples, json_edits, pieces, refused_or, with_bytes, with_values, with_words,
-)  # fmt: skip
+    bounded,
+    byte_edits,
+    edited,
+    edits,
+    examples,
+    json_edits,
+    pieces,
+    refused_or,
+    with_bytes,
+    with_values,
+    with_words,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from pipeline_helper import forget_signals, use_quick_parts, write_job
@@ -52,9 +62,12 @@ RECORDS = ["manifest.json", "seal.json", "journal.jsonl", "result/SHA256SUMS", "
 
 @examples(120)
 @given(
-    name=st.sampled_from(RECORDS), changes=st.lists(edits, max_size=3),
-    words=st.lists(st.tuples(st.floats(0, 1), pieces), max_size=2), values=json_edits, inside=st.booleans(),
-)  # fmt: skip
+    name=st.sampled_from(RECORDS),
+    changes=st.lists(edits, max_size=3),
+    words=st.lists(st.tuples(st.floats(0, 1), pieces), max_size=2),
+    values=json_edits,
+    inside=st.booleans(),
+)
 def test_verify_never_falls_over_what_is_written(finished, name, changes, words, values, inside):
     path = finished / name
     whole = path.read_bytes()
@@ -104,7 +117,9 @@ def test_the_finished_run_is_good_as_it_is(finished):
 @given(st.lists(edits, max_size=3))
 def test_a_journal_that_opens_can_be_continued(changes):
     path = FOLDER / "journal.jsonl"
-    path.write_bytes(edited('{"time": "t", "event": "run"}\n{"time": "t", "event": "start", "stage": "ingest"}\n', changes))
+    path.write_bytes(
+        edited('{"time": "t", "event": "run"}\n{"time": "t", "event": "start", "stage": "ingest"}\n', changes)
+    )
     journal = refused_or(Journal, path)
     if journal is not None:
         before = len(journal.lines)

@@ -124,6 +124,9 @@ def _not_text(number: int, long: bool, path: object) -> InputError:
 
 def _add_structure(found: list[_Outline], number: int, text: str, path: object) -> None:
     word = text.split()[0]
+    if any("\ud800" <= letter <= "\udfff" for letter in word):
+        problem = "the name of a column or block is not UTF-8"
+        raise InputError(problem, file=path, hint=f"See line {number} of the file.")
     if word[0] in "dD":
         if len(found) >= MAX_BLOCKS:
             raise InputError("too many data blocks", file=path, expected=f"at most {MAX_BLOCKS:,}")

@@ -28,6 +28,7 @@ from cryoiso.engines.relion.files import SUFFIX, Name, Star, parse_name
 from cryoiso.io.mrc import read_raw_map
 
 GENERAL, SPECTRUM = "external_reconstruct_general", "external_reconstruct_tau2"
+MOST_PIXELS, MOST_PADDING = 2**14, 8
 PRODUCTS = ("DataReal", "DataImag", "Weight", "Result")
 """What follows rlnExtRecons in the columns that name files."""
 PIPE_MENON_ITERATIONS = 10
@@ -76,20 +77,23 @@ def read_task(star: Path, folder: Path) -> Task:
         folder: where RELION runs; its paths start there.
 
     Raises:
-        InputError: not such a file, something of it is missing, or no 3D reference.
+        InputError: not such a file, something of it is missing or impossible, or no 3D reference.
     """
     path = folder / star
     if not path.name.removesuffix(".star").endswith(SUFFIX):
         raise InputError("not an external-reconstruct file of RELION", file=path, expected=f"a name in {SUFFIX}.star")
     table = Star.read(path)
-    if int(table.number(GENERAL, "rlnReferenceDimensionality")) != 3:
+    if table.integer(GENERAL, "rlnReferenceDimensionality", 2, 3) != 3:
         raise InputError("only 3D references can be reconstructed", file=path, found="rlnReferenceDimensionality 2")
     files = [folder / table.text(GENERAL, f"rlnExtRecons{what}") for what in PRODUCTS]
     for file in files:
         if os.path.realpath(file.parent) != os.path.realpath(path.parent):  # RELION writes them side by side
             raise InputError("names a file in another folder", file=path, expected=path.parent, found=file)
     fudge = table.number(GENERAL, "rlnTau2FudgeFactor")
-    box = int(table.number(GENERAL, "rlnOriginalImageSize"))
+    box = table.integer(GENERAL, "rlnOriginalImageSize", 2, MOST_PIXELS)
+    padding = table.number(GENERAL, "rlnPaddingFactor")
+    if not 1 <= padding <= MOST_PADDING:
+        raise InputError("impossible padding", file=path, expected=f"1 to {MOST_PADDING}", found=f"{padding:g}")
     tau2 = table.numbers(SPECTRUM, "rlnReferenceTau2") * fudge
     if len(tau2) != box // 2 + 1:
         raise InputError("wrong number of shells", file=path, expected=box // 2 + 1, found=len(tau2))
@@ -102,9 +106,9 @@ def read_task(star: Path, folder: Path) -> Task:
         result=files[3],
         tau2=tau2,
         fsc=table.numbers(SPECTRUM, "rlnGoldStandardFsc"),
-        padding=table.number(GENERAL, "rlnPaddingFactor"),
+        padding=padding,
         box_px=box,
-        current_px=int(table.number(GENERAL, "rlnCurrentImageSize")),
+        current_px=table.integer(GENERAL, "rlnCurrentImageSize", 1, box),
         pixel_size_A=table.number(GENERAL, "rlnPixelSize") if table.has(GENERAL, "rlnPixelSize") else None,
     )
 

@@ -99,7 +99,20 @@ class Star:
         return values[0]
 
     def number(self, block: str, name: str) -> float:
+        self.text(block, name)
         return float(self.numbers(block, name)[0])
+
+    def integer(self, block: str, name: str, low: int, high: int) -> int:
+        """The first value of a column, a whole number between two limits.
+
+        Raises:
+            InputError: no such block or column, or another value.
+        """
+        value = self.number(block, name)
+        if not (low <= value <= high and value == round(value)):
+            problem = f"impossible value of _{name}"
+            raise InputError(problem, file=self.path, expected=f"an integer from {low} to {high}", found=f"{value:g}")
+        return int(value)
 
     def numbers(self, block: str, name: str) -> np.ndarray:
         """A column as (n,) float64.
