@@ -214,8 +214,8 @@ PDB = (
         f"ATOM  {i:5d}  CA  ALA {chain}{i:4d}    {10.0 + i:8.3f}{-5.0 + 2 * i:8.3f}{1.5 * i:8.3f}  1.00 20.00"
         + 11 * " "
         + "C"
-        for chain in "AB"
-        for i in range(1, 6)
+        for k, chain in enumerate("AB")
+        for i in range(1 + 5 * k, 6 + 5 * k)
     )
     + "\nEND\n"
 )

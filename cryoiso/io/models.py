@@ -70,6 +70,14 @@ def read_model(path: object, assembly: str = "auto") -> Any:
         raise InputError(f"not a readable atomic model: {message}", file=path, expected="a PDB or mmCIF file") from None
     if not len(structure) or all(model.count_atom_sites() == 0 for model in structure):
         raise InputError("there are no atoms in it", file=path, expected="a PDB or mmCIF file with coordinates")
+    try:
+        return _cleaned(structure, assembly, path, pdb)
+    except UnicodeDecodeError:
+        raise InputError("the name of an atom, residue or chain is not text", file=path) from None
+
+
+def _cleaned(structure: Any, assembly: str, path: object, pdb: bool) -> Any:
+    """What of a file's MODELs is one molecule, without all that is no part of it."""
     require_numbers(structure, path, pdb)
     model, joined = one_model(structure, path)
     without_markers(model, path)
