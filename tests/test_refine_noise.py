@@ -15,12 +15,15 @@ from cryoiso.core.errors import InputError
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc import fsc, fsc_corrected
 from cryoiso.parallel.context import Context
+from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import simulate
+from cryoiso.pipeline.diagnose import diagnose
 from cryoiso.refine import noise
 from cryoiso.refine.iterate import Refinement
+from cryoiso.refine.reconstruct import reconstruct_halves, reconstruct_references
 from cryoiso.refine.start import initial_model
 
 N, CUT = 160, 11
@@ -114,6 +117,31 @@ def test_constant_images_of_a_group_are_an_error(whole):
         initial_model(Refinement(request_for(source, None), Context(), "cpu", 145.0), 40.0)
 
 
+def test_maps_of_low_passed_images_claim_nothing_beyond(whole, caplog):
+    """A mask makes what leaks beyond the cut agree: FSC corrected for it 0.3 up to Nyquist, 12 Å, was claimed."""
+    maps = {}
+    for name, source in (("low", filtered(whole, lambda r: r <= 8)), ("whole", whole)):
+        with caplog.at_level(logging.WARNING, "cryoiso"):
+            halves = reconstruct_halves(source, source.particles, Context(), symmetry="C3")
+        maps[name] = [halves[h].data for h in (1, 2)]
+    assert caplog.text.count("no power beyond 21.33 Å; the map ends there") == 2  # once a half, of one set only
+    for mine, theirs in zip(maps["low"], maps["whole"], strict=True):
+        curve = fsc(mine, theirs)  # beside the cut, data are interpolated from both sides of it
+        assert curve[1:6].min() > 0.999 and curve[1:8].min() > 0.99
+    mask = sphere_mask(BOX, 9, 4.0).numpy()
+    curves = fsc_corrected(*maps["low"], mask, seed=1)
+    assert curves["last_shell"] == 8 and all(not curves[k][9:].any() for k in ("unmasked", "masked", "corrected"))
+    assert fsc_corrected(*maps["whole"], mask, seed=1)["last_shell"] == BOX // 2
+    numbers = diagnose(*maps["low"], mask, PIXEL_A, None, "C3")
+    assert numbers["data_to_A"] == 24 and any("nothing beyond 24.00 Å" in note for note in numbers["notes"])
+    assert numbers["resolution_0143_A"] == numbers["resolution_0143_masked_A"] == 24
+    assert diagnose(*maps["whole"], mask, PIXEL_A, None, "C3")["data_to_A"] is None
+    plain, _, curve = reconstruct_references(
+        filtered(whole, lambda r: r <= 8), whole.particles, Context(), symmetry="C3", diameter_A=145.0
+    )
+    assert not curve[9:].any() and curve[1:6].min() > 0.9 and np.array_equal(plain[1].data, maps["low"][0])
+
+
 # --- the parts
 
 
@@ -146,8 +174,10 @@ def test_bands_are_named_by_group(whole):
     assert [(f["optics_group"], f["from_A"], f["to_A"], f["shells"]) for f in facts] == [
         (1, 192.0, 96.0, [1, 2]), (5, 10.667, None, [9, 16]),
     ]  # fmt: skip
+    both = replace(whole.particles, groups=groups, optics=np.arange(N, dtype=np.int32) % 2)
+    one, two = (replace(both, optics=np.full(N, k, np.int32)) for k in (0, 1))
     # the second group's shell 8 is at the frequency of the first one's 16
-    assert noise.last_shell(spectra, groups, 6.0) == 16 and noise.last_shell(spectra[1:], groups[1:], 6.0) == 16
-    assert noise.last_shell(spectra[1:], groups[1:], 3.0) == 8
-    assert noise.empty_between(spectra[:1], groups[:1], 6.0, 15).tolist() == [1, 2]
-    assert noise.empty_between(spectra, groups, 6.0, 15).tolist() == []
+    assert noise.last_shell(spectra, both, 6.0, 15) == 15 and noise.last_shell(spectra, two, 6.0, 20) == 16
+    assert noise.last_shell(spectra, two, 3.0, 15) == 8
+    assert noise.empty_between(spectra, one, 6.0, 15).tolist() == [1, 2]
+    assert noise.empty_between(spectra, both, 6.0, 15).tolist() == []

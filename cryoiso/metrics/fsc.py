@@ -163,6 +163,26 @@ def randomise_where(volume: np.ndarray, change: np.ndarray, seed: int, uid: int 
     return fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
 
 
+NOTHING = 1e-11
+"""Shells of a map with less than this share of its strongest shell's power hold rounding errors only."""
+
+
+def last_filled_shell(a: np.ndarray, b: np.ndarray) -> int:
+    """The last shell in which both maps, not masked, hold more than rounding errors (low-passed and padded maps end
+    before D//2)."""
+    from cryoiso.physics.filters import shell_index
+
+    box_px = check_pair(a, b)
+    shell = shell_index(box_px, 3).numpy().ravel()
+    last = box_px // 2
+    for volume in (a, b):
+        power = np.bincount(shell, _power(transform(volume)).ravel())[: box_px // 2 + 1]
+        power = power / np.maximum(np.bincount(shell)[: box_px // 2 + 1], 1)
+        filled = np.flatnonzero(power > NOTHING * power[1:].max())  # the mean alone says nothing
+        last = min(last, int(filled[-1])) if power[1:].max() > 0 else 0
+    return last
+
+
 def fsc_corrected(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, seed: int = 0) -> dict[str, Any]:
     """FSC of half-maps freed from what the mask adds (Chen et al. 2013, doi 10.1016/j.ultramic.2013.06.004).
 
@@ -175,8 +195,18 @@ def fsc_corrected(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, seed: i
 
     Returns:
         ``unmasked``, ``masked``, ``randomised``, ``corrected``: (D//2+1,) each; ``randomise_from_shell``: int, or None
-        where the unmasked FSC never falls below 0.8 (or there is no mask) and nothing was randomised.
+        where the unmasked FSC never falls below 0.8 (or there is no mask) and nothing was randomised. ``last_shell``:
+        the last one with data; beyond it all curves are 0, since a mask there correlates what leaks from the others.
     """
+    last = last_filled_shell(a, b)
+    result = _fsc_corrected(a, b, mask, seed)
+    if last < np.shape(a)[0] // 2:
+        for name in ("unmasked", "masked", "randomised", "corrected"):
+            result[name] = np.where(np.arange(len(result[name])) <= last, result[name], 0.0)
+    return {**result, "last_shell": last}
+
+
+def _fsc_corrected(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, seed: int) -> dict[str, Any]:
     unmasked = fsc(a, b)
     result: dict[str, Any] = dict.fromkeys(("unmasked", "masked", "randomised", "corrected"), unmasked)
     result["randomise_from_shell"] = None

@@ -3,6 +3,7 @@
 Keys of `diagnose` (lists are curves; a number that could not be had is null, a part that was not asked for is absent):
     schema, box_px, pixel_size_A, symmetry, particles, half_counts, notes
     frequency_invA, fsc_unmasked, fsc_masked, fsc_randomised, fsc_corrected: one value a shell
+    data_to_A: the resolution beyond which the half-maps hold nothing; null: they reach the last shell
     randomise_from_shell, resolution_0143_A, resolution_05_A (of fsc_corrected), resolution_0143_masked_A,
     resolution_0143_unmasked_A
     views: cells_per_ring; estimated and true: n, entropy, top_fraction, peak_over_mean, empty_fraction, counts
@@ -62,6 +63,11 @@ def diagnose(
     result: dict[str, Any] = {"schema": 1, "box_px": box_px, "pixel_size_A": pixel_size_A, "symmetry": symmetry}
     notes: list[str] = []
     result.update(_half_map_curves(half1, half2, mask, pixel_size_A, seed))
+    if result["data_to_A"] is not None:
+        notes.append(
+            f"The half-maps hold nothing beyond {result['data_to_A']:.2f} Å (low-passed or padded?); no resolution is "
+            "claimed there."
+        )
     rotation = None if particles is None or not len(particles) else particles.rotation
     signals.heed()
     result["directional"], _ = directional(half1, half2, mask, pixel_size_A, rotation, symmetry, seed=seed)
@@ -110,15 +116,17 @@ def _half_map_curves(
 ) -> dict[str, Any]:
     box_px = int(np.shape(half1)[0])
     curves = fsc_corrected(half1, half2, mask, seed)
-    start = curves.pop("randomise_from_shell")
+    start, last = curves.pop("randomise_from_shell"), curves.pop("last_shell")
+    finest_A = box_px * pixel_size_A / max(last, 1)
 
     def resolution(name: str, threshold: float) -> float:
-        return resolution_at(curves[name], threshold, box_px, pixel_size_A)
+        return max(resolution_at(curves[name], threshold, box_px, pixel_size_A), finest_A)
 
     return {
         "frequency_invA": shell_frequencies(box_px, pixel_size_A),
         **{f"fsc_{name}": curve for name, curve in curves.items()},
         "randomise_from_shell": start,
+        "data_to_A": finest_A if last < box_px // 2 else None,
         "resolution_0143_A": resolution("corrected", 0.143),
         "resolution_05_A": resolution("corrected", 0.5),
         "resolution_0143_masked_A": resolution("masked", 0.143),

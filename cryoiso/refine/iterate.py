@@ -97,9 +97,8 @@ class Refinement:
 
     def heed_empty(self, sigma2: np.ndarray) -> None:
         """Leaves out what lies beyond the last shell in which the images have power."""
-        groups = self.particles.groups
-        self.limit = min(self._asked_limit, int(last_shell(sigma2, groups, self.pixel)))
-        self.empty = empty_between(sigma2, groups, self.pixel, self.limit)
+        self.limit = last_shell(sigma2, self.particles, self.pixel, self._asked_limit)
+        self.empty = empty_between(sigma2, self.particles, self.pixel, self.limit)
 
     def owned(self, half: int) -> tuple[list[np.ndarray], int]:
         """This rank's batches of a half, and the largest number that any rank has."""

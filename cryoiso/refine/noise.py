@@ -14,10 +14,12 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
-from cryoiso.core.types import OpticsGroup
+from cryoiso.core.types import OpticsGroup, Particles
 
 EMPTY = 1e-4
 """A shell with less than this share of the mean power of all coefficients of its optics group is empty."""
+ROUNDING = 1e-6
+"""The same where no noise spectrum is needed: noise-free images have signal down to there, rounding is 1e-8."""
 FLOOR = 1e-4
 """No variance is smaller than this share of the median of its optics group's shells that are not empty."""
 LARGEST_WEIGHT = 64.0
@@ -25,13 +27,16 @@ LARGEST_WEIGHT = 64.0
 TOLD_GROUPS = 5
 
 
-def mean_spectra(power: np.ndarray, count: np.ndarray, groups: Sequence[OpticsGroup]) -> np.ndarray:
+def mean_spectra(
+    power: np.ndarray, count: np.ndarray, groups: Sequence[OpticsGroup], share: float = EMPTY
+) -> np.ndarray:
     """(G, S) mean power of the images by optics group and shell, infinite where a shell is empty, 1 where nothing was
     measured.
 
     Args:
         power: (G, S) sums of |x|^2.
         count: (G, S) sums of what their coefficients count (see ``maximise.NoiseSums``).
+        share: of the group's mean power, below which a shell is empty.
 
     Raises:
         InputError: the images of a group have no power at all.
@@ -47,7 +52,7 @@ def mean_spectra(power: np.ndarray, count: np.ndarray, groups: Sequence[OpticsGr
                 expected="images with noise and particles",
             )
         measured = np.flatnonzero(count[g, 1:]) + 1
-        empty = measured[mean[g, measured] < EMPTY * level]
+        empty = measured[mean[g, measured] < share * level]
         spectra[g, empty] = np.inf
         if len(empty) and empty[-1] == measured[-1]:
             spectra[g, measured[-1] :] = np.inf
@@ -65,21 +70,21 @@ def floored(spectra: np.ndarray, previous: np.ndarray) -> np.ndarray:
     return out
 
 
-def last_shell(spectra: np.ndarray, groups: Sequence[OpticsGroup], pixel_size_A: float) -> float:
-    """Radius, in shells of a grid with this pixel size and the images' box, up to which any group has power."""
-    return max(
-        float(np.flatnonzero(np.isfinite(row))[-1]) * pixel_size_A / group.pixel_size_A
-        for row, group in zip(spectra, groups, strict=True)
-    )
+def last_shell(spectra: np.ndarray, particles: Particles, pixel_size_A: float, limit_px: int) -> int:
+    """Radius, in shells of a grid with this pixel size and the images' box, up to which any optics group with particles
+    has power, ``limit_px`` at most."""
+    used = np.unique(particles.optics).tolist()
+    reach = [np.flatnonzero(np.isfinite(spectra[g]))[-1] / particles.groups[g].pixel_size_A for g in used]
+    return min(limit_px, int(max(reach) * pixel_size_A + 1e-6))
 
 
-def empty_between(spectra: np.ndarray, groups: Sequence[OpticsGroup], pixel_size_A: float, limit_px: int) -> np.ndarray:
-    """Shells of such a grid from 1 to ``limit_px`` in which no group has power."""
+def empty_between(spectra: np.ndarray, particles: Particles, pixel_size_A: float, limit_px: int) -> np.ndarray:
+    """Shells of such a grid from 1 to ``limit_px`` in which no group with particles has power."""
     shells = np.arange(1, limit_px + 1)
     seen = np.zeros(len(shells), bool)
-    for row, group in zip(spectra, groups, strict=True):
-        own = np.rint(shells * group.pixel_size_A / pixel_size_A).astype(int)
-        seen |= np.isfinite(row[np.minimum(own, len(row) - 1)])
+    for g in np.unique(particles.optics).tolist():
+        own = np.rint(shells * particles.groups[g].pixel_size_A / pixel_size_A).astype(int)
+        seen |= np.isfinite(spectra[g][np.minimum(own, spectra.shape[1] - 1)])
     return shells[~seen]
 
 

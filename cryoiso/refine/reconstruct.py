@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cryoiso.core.errors import InputError, Interrupted
-from cryoiso.core.log import ProgressLine
+from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.parallel.partition import owned_chunks, root_of_half
@@ -19,10 +19,14 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
+from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
+from cryoiso.refine.noise import ROUNDING, last_shell, mean_spectra
 from cryoiso.refine.offsets import check_poses
 
 BLOCK_IMAGES = 64
 """Images that are prepared at once: few enough to stay in the cache."""
+SAMPLED_IMAGES = 128
+"""Images of each optics group and half that are looked at for shells without power."""
 WAITING_COEFFICIENTS = 2**23
 """Coefficients that wait for insertion at most, 12 B each."""
 
@@ -41,7 +45,8 @@ def reconstruct_halves(
     """CTF-corrected maps of the half-sets (collective).
 
     Numerator sum x c, weight sum c^2, both with trilinear interpolation on a grid padded by ``padding``, symmetrised,
-    divided, corrected for the interpolation. One half after the other, so that one grid is in memory at a time.
+    divided, corrected for the interpolation; nothing beyond the last shell in which the images have power. One half
+    after the other, so that one grid is in memory at a time.
 
     Args:
         source: images, row for row those of ``particles``.
@@ -56,8 +61,9 @@ def reconstruct_halves(
     """
     pixel = pixel_size_A or particles.groups[0].pixel_size_A
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
-    for half, sums in half_sums(source, particles, comm, symmetry, padding, device, halves, pixel):
-        maps[half] = DensityMap(_as_map(sums.reconstruct()), pixel)
+    limits: dict[int, int] = {}
+    for half, sums in half_sums(source, particles, comm, symmetry, padding, device, halves, pixel, limits):
+        maps[half] = DensityMap(references.within(_as_map(sums.reconstruct()), limits[half]), pixel)
     return maps
 
 
@@ -89,11 +95,15 @@ def reconstruct_references(
         InputError: as ``reconstruct_halves``.
     """
     pixel, box = particles.groups[0].pixel_size_A, source.box_px
-    sums = dict(half_sums(source, particles, comm, symmetry, padding, device, (1, 2), pixel))
+    limits: dict[int, int] = {}
+    sums = dict(half_sums(source, particles, comm, symmetry, padding, device, (1, 2), pixel, limits))
     roots = {h: root_of_half(h, comm.size) for h in (1, 2)}
-    plain = {h: comm.bcast(_as_map(sums[h].reconstruct()) if h in sums else None, roots[h]) for h in (1, 2)}
+    own = {h: references.within(_as_map(s.reconstruct()), limits[h]) for h, s in sums.items()}
+    plain = {h: comm.bcast(own.get(h), roots[h]) for h in (1, 2)}
     sphere = references.spherical(box, pixel, diameter_A or 0.9 * box * pixel)
     curve = references.half_map_fsc(plain, sphere)
+    if min(limits.values()) < (box - 1) // 2:  # the mask leaks into shells without data
+        curve = np.where(np.arange(len(curve)) <= min(limits.values()), curve, 0.0)
     inverse = references.inverse_ssnr(curve).to(device)
     smooth = {}
     for h in (1, 2):
@@ -135,9 +145,14 @@ def half_sums(
     device: str,
     halves: Sequence[int],
     pixel_size_A: float,
+    limits: dict[int, int] | None = None,
 ) -> Iterator[tuple[int, FourierSums]]:
     """Yields (half, symmetrised sums) for the halves that this rank is the root of; all ranks must exhaust it
-    together."""
+    together.
+
+    Args:
+        limits: gets half -> last shell in which its images have power, on every rank.
+    """
     rotation, shift_A = particles.require_poses()
     check_poses(particles, source.box_px)
     reader = BatchReader(source, particles, pixel_size_A, device, with_dc=True, memory_bytes=0)
@@ -149,7 +164,11 @@ def half_sums(
             raise InputError(f"half-set {half} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
         if half != halves[0]:
             accumulator.clear()
-        insert_batches(reader, plan, rotation, shift_A, accumulator, comm, f"half {half}")
+        noise = NoiseSums.empty(len(particles.groups), source.box_px // 2 + 1)
+        insert_batches(reader, plan, rotation, shift_A, accumulator, comm, f"half {half}", noise)
+        limit = _power_limit(noise, particles, pixel_size_A, source.box_px, comm)
+        if limits is not None:
+            limits[half] = limit
         bound = sum(comm.allgather(accumulator.bound))
         total = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
         if total is not None:
@@ -165,8 +184,14 @@ def insert_batches(
     accumulator: SliceAccumulator,
     comm: Communicator,
     label: str,
+    noise: NoiseSums,
 ) -> None:
-    """Back-projects this rank's batches with one pose an image (collective only in asking whether to stop)."""
+    """Back-projects this rank's batches with one pose an image (collective only in asking whether to stop).
+
+    Args:
+        noise: gets the power of some images of each optics group.
+    """
+    some = _first_of_groups(reader.particles, plan)
     mine = owned_chunks(len(plan), comm.rank, comm.size)
     most = max(len(owned_chunks(len(plan), r, comm.size)) for r in range(comm.size))
     radius = (reader.source.box_px - 1) // 2
@@ -179,10 +204,43 @@ def insert_batches(
         rows = plan[mine[i]] if i < len(mine) else np.zeros(0, np.int64)
         for start in range(0, len(rows), BLOCK_IMAGES):
             part = rows[start : start + BLOCK_IMAGES]
-            waiting.add(reader.read(part, radius), rotation[part], -shift_A[part] / pixel[part, None])
+            batch = reader.read(part, radius)
+            if some[part].any():
+                _note_power(batch, some[part], noise)
+            waiting.add(batch, rotation[part], -shift_A[part] / pixel[part, None])
         line.update(i + 1)
     waiting.insert()
     line.close()
+
+
+def _first_of_groups(particles: Particles, plan: list[np.ndarray]) -> np.ndarray:
+    """(n,) bool: the first SAMPLED_IMAGES of each optics group, as the plan has them, on any number of ranks."""
+    rows = np.concatenate(plan)
+    chosen = np.zeros(len(particles), bool)
+    for group in np.unique(particles.optics[rows]):
+        chosen[rows[particles.optics[rows] == group][:SAMPLED_IMAGES]] = True
+    return chosen
+
+
+def _note_power(batch: Batch, some: np.ndarray, noise: NoiseSums) -> None:
+    mine = np.flatnonzero(some)
+    part = replace(
+        batch, rows=batch.rows[mine], group=batch.group[mine], coefficients=batch.coefficients[mine],
+        ctf=batch.ctf[mine], premultiplied=None if batch.premultiplied is None else batch.premultiplied[mine],
+    )  # fmt: skip
+    noise.add(part, part.coefficients.abs().square())
+
+
+def _power_limit(noise: NoiseSums, particles: Particles, pixel_size_A: float, box_px: int, comm: Communicator) -> int:
+    """Last shell in which the images have power (collective); a warning where that is not the last of all."""
+    power, count = comm.sum_all(noise.power) / NOISE_UNIT, comm.sum_all(noise.count) / NOISE_UNIT
+    full = (box_px - 1) // 2
+    spectra = mean_spectra(power, count, particles.groups, ROUNDING)
+    limit = last_shell(spectra, particles, pixel_size_A, full)
+    if limit < full and comm.rank == 0:
+        length_A = box_px * pixel_size_A
+        logger.warning("the images have no power beyond %.2f Å; the map ends there", length_A / (limit + 1))
+    return limit
 
 
 class _Waiting:
