@@ -135,6 +135,9 @@ def test_maps_of_low_passed_images_claim_nothing_beyond(whole, caplog):
     numbers = diagnose(*maps["low"], mask, PIXEL_A, None, "C3")
     assert numbers["data_to_A"] == 24 and any("nothing beyond 24.00 Å" in note for note in numbers["notes"])
     assert numbers["resolution_0143_A"] == numbers["resolution_0143_masked_A"] == 24
+    directions = numbers["directional"]
+    assert min(directions["resolution_A"]) == 24 and not any(directions["cfsc_max"][9:])
+    assert directions["expected"]["even"]["cfar"] > 0.8
     assert diagnose(*maps["whole"], mask, PIXEL_A, None, "C3")["data_to_A"] is None
     plain, _, curve = reconstruct_references(
         filtered(whole, lambda r: r <= 8), whole.particles, Context(), symmetry="C3", diameter_A=145.0

@@ -103,10 +103,15 @@ def conical_fsc(
     *,
     axes: int = CFAR_AXES,
     cone_deg: float = CFAR_CONE_DEG,
+    last_shell: int | None = None,
 ) -> ConicalFSC:
-    """Conical FSC of two half-complex transforms about Fibonacci axes of the half sphere."""
+    """Conical FSC of two half-complex transforms about Fibonacci axes of the half sphere; 0 beyond ``last_shell``,
+    where the maps hold nothing and a mask would correlate what leaks there."""
     directions = fibonacci_half_sphere(axes)
-    return ConicalFSC(directions, cone_curves(fa, fb, box_px, directions, cone_deg), box_px, pixel_size_A)
+    curves = cone_curves(fa, fb, box_px, directions, cone_deg)
+    if last_shell is not None and last_shell < box_px // 2:
+        curves[:, last_shell + 1 :] = 0.0
+    return ConicalFSC(directions, curves, box_px, pixel_size_A)
 
 
 @dataclass(frozen=True)

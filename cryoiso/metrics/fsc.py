@@ -176,11 +176,20 @@ def last_filled_shell(a: np.ndarray, b: np.ndarray) -> int:
     shell = shell_index(box_px, 3).numpy().ravel()
     last = box_px // 2
     for volume in (a, b):
-        power = np.bincount(shell, _power(transform(volume)).ravel())[: box_px // 2 + 1]
-        power = power / np.maximum(np.bincount(shell)[: box_px // 2 + 1], 1)
-        filled = np.flatnonzero(power > NOTHING * power[1:].max())  # the mean alone says nothing
-        last = min(last, int(filled[-1])) if power[1:].max() > 0 else 0
+        total = np.bincount(shell, _power(transform(volume)).ravel())[: box_px // 2 + 1]
+        mean = total / np.maximum(np.bincount(shell)[: box_px // 2 + 1], 1)
+        filled = np.flatnonzero(mean > NOTHING * mean[1:].max())  # the mean of the map alone says nothing
+        last = min(last, int(filled[-1])) if mean[1:].max() > 0 else 0
     return last
+
+
+def without_shells_beyond(spectrum: np.ndarray, box_px: int, last: int) -> np.ndarray:
+    """A half-complex transform (D, D, D//2+1) with zeros beyond a shell; itself where that is the last."""
+    from cryoiso.physics.filters import shell_index
+
+    if last >= box_px // 2:
+        return spectrum
+    return np.where(shell_index(box_px, 3).numpy() <= last, spectrum, 0).astype(spectrum.dtype)
 
 
 def fsc_corrected(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, seed: int = 0) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from cryoiso.metrics.anisotropy import (
     sphericity,
 )
 from cryoiso.metrics.expected import Surrogate, relative_sampling
-from cryoiso.metrics.fsc import fsc, shell_correlation, transform
+from cryoiso.metrics.fsc import fsc, last_filled_shell, shell_correlation, transform, without_shells_beyond
 from cryoiso.metrics.fsc3d import fsc3d_of_transforms
 from cryoiso.metrics.mask_effect import mask_effect
 from cryoiso.metrics.sampling import even_rotations, fourier_sampling, view_efficiency
@@ -70,9 +70,10 @@ def directional(
         The numbers, and the 3DFSC (D, D, D).
     """
     box_px = len(half1)
-    fa, fb = (transform(half, mask) for half in (half1, half2))
-    cones = conical_fsc(fa, fb, box_px, pixel_size_A)
-    resolution = cones.resolutions_A()
+    last = last_filled_shell(half1, half2)
+    fa, fb = (without_shells_beyond(transform(half, mask), box_px, last) for half in (half1, half2))
+    cones = conical_fsc(fa, fb, box_px, pixel_size_A, last_shell=last)
+    resolution = np.maximum(cones.resolutions_A(), box_px * pixel_size_A / max(last, 1))
     known = np.ma.masked_invalid(cones.curves)
     occupied = fourier_shell_occupancy(fa, fb, box_px)
     volume = fsc3d_of_transforms(fa, fb, box_px)
@@ -82,7 +83,7 @@ def directional(
         "axes": np.round(cones.axes, 5),
         "cfar": cones.cfar,
         "evenness": cones.evenness,
-        "expected": _expected(Surrogate(half1, curve, mask, seed=seed), cones, rotation, symmetry),
+        "expected": _expected(Surrogate(half1, curve, mask, seed=seed), cones, rotation, symmetry, last),
         **{f"cfsc_{k}": np.ma.filled(f(0), np.nan) for k, f in _statistics(known)},
         "resolution_A": np.round(resolution, 4),
         **{f"resolution_{k}_A": f() for k, f in _statistics(resolution)},
@@ -127,14 +128,14 @@ def _of_the_mask(
 
 
 def _expected(
-    surrogate: Surrogate, cones: ConicalFSC, rotation: np.ndarray | None, symmetry: str
+    surrogate: Surrogate, cones: ConicalFSC, rotation: np.ndarray | None, symmetry: str, last_shell: int | None = None
 ) -> dict[str, dict[str, float]]:
     kinds: dict[str, np.ndarray | None] = {"even": None}
     if rotation is not None and len(rotation):
         kinds["views"] = relative_sampling(rotation, symmetry, cones.box_px)
     result = {}
     for name, sampled in kinds.items():
-        made = conical_fsc(*surrogate.pair(sampled), cones.box_px, cones.pixel_size_A)
+        made = conical_fsc(*surrogate.pair(sampled), cones.box_px, cones.pixel_size_A, last_shell=last_shell)
         result[name] = {"cfar": made.cfar, "evenness": made.evenness}
         if name == "views":
             result[name]["short_fraction"] = float(np.mean(cones.areas < 0.5 * made.areas))
