@@ -113,7 +113,7 @@ def test_constant_images_of_a_group_are_an_error(whole):
     source = filtered(whole, lambda r: r > -1)
     source = ArraySource(np.where((np.arange(N) % 2 == 1)[:, None, None], 0, source.read(np.arange(N))), flat)
     source.truth = whole.truth
-    with pytest.raises(InputError, match=r"the images of optics group 1 .* are constant"):
+    with pytest.raises(InputError, match=r"row 2: the image 2@.* is constant \(80 images in all\)"):
         initial_model(Refinement(request_for(source, None), Context(), "cpu", 145.0), 40.0)
 
 
@@ -145,6 +145,44 @@ def test_maps_of_low_passed_images_claim_nothing_beyond(whole, caplog):
     assert not curve[9:].any() and curve[1:6].min() > 0.9 and np.array_equal(plain[1].data, maps["low"][0])
 
 
+# --- one bad image among good ones
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (np.nan, r"row 8: the image 8@.* has NaN or infinite pixels"),
+        (0.0, r"row 8: the image 8@.* is constant"),
+        (1e4, r"row 8: 1 of 160 images hold most of the power of all: 8@.*at most 100 times"),
+    ],
+)
+def test_one_bad_image_is_named(whole, factor, words):
+    """It ended in "the reference does not match the images"."""
+    images = np.array(whole.read(np.arange(N)))
+    images[7] = images[7] * factor
+    with pytest.raises(InputError, match=words):
+        initial_model(Refinement(request_for(of_images(whole, images), None), Context(), "cpu", 145.0), 40.0)
+
+
+def of_images(source: ArraySource, images: np.ndarray, **columns) -> ArraySource:
+    other = ArraySource(images, replace(source.particles, **columns))
+    other.truth = source.truth
+    return other
+
+
+def test_one_bad_defocus_and_a_strong_image(whole, caplog):
+    images = np.array(whole.read(np.arange(N)))
+    defocus = whole.particles.defocus_u_A.copy()
+    defocus[30] = np.nan
+    source = of_images(whole, images, defocus_u_A=defocus)
+    with pytest.raises(InputError, match=r"row 31: the image 31@.* a CTF that is not a number.*U, V, angle = nan"):
+        initial_model(Refinement(request_for(source, None), Context(), "cpu", 145.0), 40.0)
+    images[7] = images[7] * 11
+    with caplog.at_level(logging.WARNING, "cryoiso"):
+        initial_model(Refinement(request_for(of_images(whole, images), None), Context(), "cpu", 145.0), 40.0)
+    assert "1 of 160 images are far stronger than the others: 8@" in caplog.text
+
+
 # --- the parts
 
 
@@ -173,6 +211,8 @@ def test_bands_are_named_by_group(whole):
     power[0, 1:3], power[1, 9:] = 1e-7, 0.0
     count = np.ones((2, 17))
     spectra = noise.mean_spectra(power, count, groups)
+    with pytest.raises(InputError, match=r"the images of optics group 5 \(b\) are constant"):
+        noise.mean_spectra(power * np.array([[1.0], [0.0]]), count, groups)
     facts = noise.empty_facts(spectra, groups, 32)
     assert [(f["optics_group"], f["from_A"], f["to_A"], f["shells"]) for f in facts] == [
         (1, 192.0, 96.0, [1, 2]), (5, 10.667, None, [9, 16]),

@@ -15,6 +15,7 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.refine.offsets import image_name
 
 EMPTY = 1e-4
 """A shell with less than this share of the mean power of all coefficients of its optics group is empty."""
@@ -25,6 +26,8 @@ FLOOR = 1e-4
 LARGEST_WEIGHT = 64.0
 """Inverse variances beyond this are scaled down for the back-projection, whose sums have a fixed range."""
 TOLD_GROUPS = 5
+OUTLIER = 100.0
+"""An image with more than this many times the median image's power is not like the others."""
 
 
 def mean_spectra(
@@ -57,6 +60,48 @@ def mean_spectra(
         if len(empty) and empty[-1] == measured[-1]:
             spectra[g, measured[-1] :] = np.inf
     return spectra
+
+
+def require_sound_images(particles: Particles, facts: np.ndarray) -> None:
+    """Stops at images that would spoil the noise spectra of all others, and names them.
+
+    Args:
+        facts: (n, 2) mean power of each image's coefficients, and the same of its CTF.
+
+    Raises:
+        InputError: values that are not numbers, an image without power, or a few images with most of the power.
+    """
+    power, ctf = facts.T
+    defocus = (particles.defocus_u_A, particles.defocus_v_A, particles.defocus_angle_deg)
+    _stop_at(~np.isfinite(power) & np.isfinite(ctf), particles, "has NaN or infinite pixels")
+    for row in np.flatnonzero(~np.isfinite(ctf))[:1]:
+        found = "defocus U, V, angle = {:g}, {:g}, {:g}".format(*(column[row] for column in defocus))
+        _stop_at(~np.isfinite(ctf), particles, "has a CTF that is not a number", found)
+    _stop_at(power == 0, particles, "is constant")
+    ratio = power / np.median(power)
+    loud = ratio > OUTLIER
+    if loud.any():
+        worst = int(ratio.argmax())
+        words = (
+            f"{image_name(particles, worst)} (row {worst + 1}) has {ratio[worst]:.3g} times the power of most images"
+        )
+        if power[loud].sum() > 0.5 * power.sum():
+            raise InputError(
+                f"{int(loud.sum())} of {len(power)} images hold most of the power of all: {words}", row=worst + 1,
+                expected=f"at most {OUTLIER:g} times the median", found=f"{ratio[worst]:.3g} times",
+                hint="Remove these rows, or ingest with normalise = true.",
+            )  # fmt: skip
+        logger.warning("%d of %d images are far stronger than the others: %s", loud.sum(), len(power), words)
+
+
+def _stop_at(bad: np.ndarray, particles: Particles, problem: str, found: str | None = None) -> None:
+    if bad.any():
+        row = int(np.argmax(bad))
+        others = f" ({int(bad.sum()):,} images in all)" if bad.sum() > 1 else ""
+        raise InputError(
+            f"the image {image_name(particles, row)} {problem}{others}", row=row + 1, found=found,
+            hint="Remove this row from the particle file, or copy the stack again.",
+        )  # fmt: skip
 
 
 def floored(spectra: np.ndarray, previous: np.ndarray) -> np.ndarray:

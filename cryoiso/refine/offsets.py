@@ -44,11 +44,16 @@ def check_poses(particles: Particles, box_px: int, file: object = None) -> None:
         _stop_at(bad, particles, file, "the offset of a particle leads out of its image", expected)
 
 
+def image_name(particles: Particles, row: int) -> str:
+    """Number and stack of a row's image, as a STAR file names it."""
+    return f"{int(particles.index[row]) + 1}@{particles.stack[row]}"
+
+
 def _stop_at(bad: np.ndarray, particles: Particles, file: object, problem: str, expected: str) -> None:
     if not bad.any():
         return
     row = int(np.argmax(bad))
-    image = f"{int(particles.index[row]) + 1}@{particles.stack[row]}"
+    image = image_name(particles, row)
     others = f" ({int(bad.sum()):,} particles in all)" if bad.sum() > 1 else ""
     found = "angles NaN" if particles.shift_A is None else "({:g}, {:g}) Å".format(*particles.shift_A[row])
     raise InputError(

@@ -19,7 +19,7 @@ from cryoiso.physics.project import FourierVolume
 from cryoiso.refine import offsets
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
-from cryoiso.refine.noise import empty_facts, mean_spectra, tell_of_empty
+from cryoiso.refine.noise import empty_facts, mean_spectra, require_sound_images, tell_of_empty
 from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px
 from cryoiso.refine.search import Given, SearchPlan
 
@@ -74,9 +74,11 @@ def mean_power(run: Refinement) -> np.ndarray:
     is empty.
 
     Raises:
-        InputError: the images of a group have no power at all.
+        InputError: an image with values that are not numbers, or one or all of a group without power, or one that
+            holds most of the power of all.
     """
     noise = NoiseSums.empty(len(run.particles.groups), run.box // 2 + 1)
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
     for half in (1, 2):
         batches, most = run.owned(half)
         radius = run.reader.preload_radius(run.limit, batches)
@@ -85,9 +87,17 @@ def mean_power(run: Refinement) -> np.ndarray:
             run.heed()
             if i < len(batches):
                 batch = run.reader.read(batches[i], radius)
-                noise.add(batch, batch.coefficients.abs().square())
+                power = batch.coefficients.abs().square()
+                noise.add(batch, power)
+                weight = batch.power_weight()
+                facts = (power if weight is None else power * weight, batch.ctf.square())
+                seen.append((batch.rows, torch.stack([f.double().mean(1) for f in facts], 1).cpu().numpy()))
             line.update(i + 1)
         line.close()
+    facts = np.zeros((len(run.particles), 2))
+    for rows, values in (item for part in run.comm.allgather(seen) for item in part):
+        facts[rows] = values
+    require_sound_images(run.particles, facts)
     power, count = run.comm.sum_all(noise.power), run.comm.sum_all(noise.count)
     spectra = mean_spectra(power / NOISE_UNIT, count / NOISE_UNIT, run.particles.groups)
     if run.comm.rank == 0:
