@@ -10,10 +10,9 @@ from typing import Any
 
 from cryoiso.core.config import Job, ParticlesSection
 from cryoiso.core.errors import CryoisoError, InputError
-from cryoiso.core.identity import of_map, of_particles
-from cryoiso.core.types import DensityMap, Particles
-from cryoiso.io import identity_file, read_job_particles, read_particle_file
+from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
+from cryoiso.io import read_job_particles, read_particle_file
 from cryoiso.io.dimensionality import kind_of_particles
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import read_index
@@ -21,6 +20,7 @@ from cryoiso.io.sources import StackSource
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import stages
+from cryoiso.pipeline.begin import begin_or_go_on
 from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.hashing import hash_shared
 from cryoiso.pipeline.layout import RunFolder
@@ -30,7 +30,6 @@ from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.standard_frame import warn_of_symmetry
 from cryoiso.pipeline.subtomograms import refine_subtomograms
 from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
-from cryoiso.refine.identity import ONLY_WHEN
 
 logger = logging.getLogger("cryoiso")
 
@@ -116,35 +115,6 @@ def begin_refinement(job: Job, out: Path, comm: Context, *, resume: bool) -> Wor
 
 def _begin_or_go_on(work: Work) -> None:
     begin_or_go_on(work.folder.path, work.job, work.particles(), work.reference().map, work.mask(), work.resume)
-
-
-def begin_or_go_on(
-    out: Path, job: Job, particles: Particles, reference: DensityMap, mask: DensityMap | None, resume: bool
-) -> None:
-    """Notes what a refinement is begun with or, where one goes on, makes sure that it is the same, before anything
-    of it is overwritten; the engine looks at the images as well (rank 0).
-
-    Raises:
-        InputError: it was begun with something else.
-    """
-    refine = job.refine.model_dump(exclude=set(ONLY_WHEN))
-    identity = {
-        "particles": of_particles(particles, poses=job.refine.local_deg is not None),
-        "symmetry": job.sample.symmetry,
-        "diameter_A": job.sample.diameter_A,
-        "reference": of_map(reference),
-        "lowpass_A": job.reference.lowpass_A,
-        "mask": of_map(mask),
-        "seed": job.run.seed,
-        "settings": refine,
-        "correction": {"realign": job.realign.model_dump(), "correct": job.correct.model_dump()}
-        if job.run.workflow == "realign" else "none",
-    }  # fmt: skip
-    if resume and (out / identity_file.FILE).exists():
-        identity_file.require_begun_with(out, identity, "refinement")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    identity_file.note(out, identity)
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:

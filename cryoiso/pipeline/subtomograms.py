@@ -16,6 +16,7 @@ from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import wire
+from cryoiso.pipeline.begin import begin_or_go_on
 from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.reference import Reference, prepare_reference
 from cryoiso.pipeline.work import read_mask
@@ -34,8 +35,10 @@ def refine_subtomograms(job: Job, out: Path, comm: Context, *, resume: bool = Fa
     comm.install_signal_handlers()
     source = on_root(comm, _open, job)
     group = source.particles.groups[int(source.particles.optics[0])]
-    reference = on_root(comm, _reference, job, source.box_px, group.pixel_size_A, out)
+    reference = on_root(comm, _reference, job, source.box_px, group.pixel_size_A)
     mask = on_root(comm, _mask, job, source.box_px, group.pixel_size_A)
+    on_root(comm, begin_or_go_on, out, job, source.particles, reference.map, mask, resume)
+    on_root(comm, _write_reference, job, reference, out)
     request = RefineRequest(
         source=source,
         reference=reference.map,
@@ -70,16 +73,18 @@ def _mask(job: Job, box_px: int, pixel_size_A: float) -> DensityMap | None:
     return read_mask(Path(name), box_px, pixel_size_A, job.sample.symmetry) if name else None
 
 
-def _reference(job: Job, box_px: int, pixel_size_A: float, out: Path) -> Reference:
+def _reference(job: Job, box_px: int, pixel_size_A: float) -> Reference:
     section = job.reference
-    made = prepare_reference(
+    return prepare_reference(
         Path(section.file), box_px, pixel_size_A, section.lowpass_A,
         map_pixel_size_A=section.pixel_size_A, resample=section.resample, symmetry=job.sample.symmetry,
         fit=Path(section.fit) if section.fit else None, fit_resolution_A=section.fit_resolution_A,
     )  # fmt: skip
-    folder = out / "reference"
+
+
+def _write_reference(job: Job, made: Reference, out: Path) -> None:
+    section, folder = job.reference, out / "reference"
     folder.mkdir(parents=True, exist_ok=True)
     write_map(folder / "reference.mrc", made.map.data, made.map.pixel_size_A)
     facts = {"source": made.source, "lowpass_A": section.lowpass_A, "diameter_A": round(made.diameter_A, 3)}
     write_text(folder / "reference.json", json.dumps(facts, indent=1) + "\n")
-    return made
