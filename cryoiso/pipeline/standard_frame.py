@@ -72,12 +72,9 @@ def _where(found: MapSymmetry) -> str:
 def _remedy(file: object, group: str) -> str:
     from cryoiso.io.models import is_model
 
-    name = Path(str(file)).name
     if is_model(file):
-        return (
-            f"'cryoiso reference {name} map.mrc --box N --pixel-size X --symmetry {group} --lowpass 0' makes a map of "
-            "the model there."
-        )
+        return f"'cryoiso reference' with --symmetry {group} makes a map of the model there."
+    name = Path(str(file)).name
     return (
         f"'cryoiso reference {name} moved.mrc --symmetry {group} --standard-frame --lowpass 0' writes the map moved "
         "there (poses that go with the map are not moved); or fit it into a map that lies right, with --fit."
