@@ -194,7 +194,11 @@ def test_reference_of_a_map_is_brought_onto_another_grid(tiny, tmp_path):
 
 
 def test_diagnose_prints_and_writes_numbers(tiny, tmp_path):
-    words = ["--half1", tiny / "truth_map.mrc", "--half2", tiny / "truth_map.mrc", "--particles", tiny / "truth.star"]
+    truth, rng = read_map(tiny / "truth_map.mrc"), np.random.default_rng(1)
+    for half in (1, 2):
+        noise = 0.001 * truth.data.std() * rng.normal(size=truth.data.shape)
+        write_map(tiny / f"half{half}.mrc", truth.data + noise.astype(np.float32), truth.pixel_size_A)
+    words = ["--half1", tiny / "half1.mrc", "--half2", tiny / "half2.mrc", "--particles", tiny / "truth.star"]
     done = cryoiso("diagnose", *words, "--symmetry", "C3", "--out", tmp_path / "numbers.json")
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / "numbers.json").read_text())

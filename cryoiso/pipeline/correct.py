@@ -23,8 +23,9 @@ from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.apart import apart
+from cryoiso.pipeline.half_maps import read_half_maps
 from cryoiso.pipeline.maps import make_mask
-from cryoiso.pipeline.work import Work, read_mask, require_grid, write_json
+from cryoiso.pipeline.work import Work, read_mask, write_json
 
 logger = logging.getLogger("cryoiso")
 NOT_A_RESOLUTION = "agreement of what networks made, not a resolution: deposit and judge the half-maps that went in"
@@ -118,11 +119,12 @@ def _write_filter(task: Task) -> float | None:
     from cryoiso.metrics.fsc import fsc, resolution_at
     from cryoiso.metrics.fsc3d import fsc3d
 
-    known = {half: read_map(path, task.pixel_size_A) for half, path in task.maps.items()}
+    if len(task.maps) == 2:
+        known = dict(zip(task.maps, read_half_maps(*task.maps.values(), task.pixel_size_A)[:2], strict=True))
+    else:
+        known = {half: read_map(path, task.pixel_size_A) for half, path in task.maps.items()}
     first = known[min(known)]
     box, pixel = first.box_px, first.pixel_size_A
-    for half, density in known.items():
-        require_grid(density, box, pixel, task.maps[half], "the first half-map")
     mean = replace(first, data=_mean([density.data for density in known.values()]))
     mask = make_mask(mean) if task.mask is None else read_mask(task.mask, box, pixel).data
     write_map(task.out / "mask.mrc", np.asarray(mask, np.float32), pixel)

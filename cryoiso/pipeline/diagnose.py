@@ -26,10 +26,13 @@ import numpy as np
 from cryoiso.core.types import Particles
 from cryoiso.methods.assess import verdict
 from cryoiso.metrics.fsc import fsc_corrected, resolution_at, shell_frequencies
+from cryoiso.metrics.half_maps import check_half_maps
 from cryoiso.metrics.mapmodel import Axis, best_slide, compare_maps, correlation, to_frame, truth_mask
 from cryoiso.metrics.orientation import view_distribution
 from cryoiso.metrics.pose_error import PoseErrors, pose_errors, symmetry_operations
 from cryoiso.parallel import signals
+from cryoiso.physics.filters import lowpass
+from cryoiso.physics.masks import density_threshold
 from cryoiso.pipeline.diagnose_directional import directional, sampling
 
 logger = logging.getLogger("cryoiso")
@@ -58,10 +61,16 @@ def diagnose(
         truth_map: the true map on the same grid.
         truth_pose_map: what the same images give with the true poses.
         seed: of the phase randomisation.
+
+    Raises:
+        InputError: these are no two half-maps (`cryoiso.metrics.half_maps`).
     """
     box_px = int(np.shape(half1)[0])
     result: dict[str, Any] = {"schema": 1, "box_px": box_px, "pixel_size_A": pixel_size_A, "symmetry": symmetry}
-    notes: list[str] = []
+    notes = [f"{words[0].upper()}{words[1:]}." for words in check_half_maps(half1, half2)]
+    if mask is not None and (words := _left_out(half1, half2, mask, pixel_size_A)):
+        logger.warning("%s", words)
+        notes.append(f"{words[0].upper()}{words[1:]}")
     result.update(_half_map_curves(half1, half2, mask, pixel_size_A, seed))
     if result["data_to_A"] is not None:
         notes.append(
@@ -96,6 +105,21 @@ def diagnose(
     if "unmasked" in result["directional"]:
         logger.warning("the mask makes much of the half-maps' agreement; the verdict is on the maps without it")
     return plain({**result, "notes": notes})
+
+
+LEFT_OUT = 0.3
+"""Share of the particle's density outside the mask that is said."""
+
+
+def _left_out(half1: np.ndarray, half2: np.ndarray, mask: np.ndarray, pixel_size_A: float) -> str:
+    """In words, if much of the density that stands out of the solvent is not in the mask."""
+    full = (np.asarray(half1, np.float32) + half2) / 2
+    smooth = lowpass(full, pixel_size_A, max(15.0, 2 * pixel_size_A))
+    above = np.clip(smooth - density_threshold(smooth), 0, None)
+    share = float((above * (np.asarray(mask) < 0.5)).sum() / max(float(above.sum()), 1e-30))
+    if share < LEFT_OUT:
+        return ""
+    return f"the mask leaves out {100 * share:.0f} % of the density that stands out from the solvent; is a part meant?"
 
 
 def plain(value: Any) -> Any:

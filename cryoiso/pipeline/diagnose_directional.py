@@ -195,14 +195,14 @@ def write_volume(
     Raises:
         InputError: unreadable files, or maps on different grids.
     """
-    from cryoiso.io.mrc import read_map, write_map
+    from cryoiso.io.mrc import write_map
     from cryoiso.metrics.anisotropy import phase_cosine
     from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.pipeline.half_maps import read_half_maps
     from cryoiso.pipeline.maps import make_mask
-    from cryoiso.pipeline.work import read_mask, require_grid
+    from cryoiso.pipeline.work import read_mask
 
-    one, two = read_map(half1, pixel_size_A), read_map(half2, pixel_size_A)
-    require_grid(two, one.box_px, one.pixel_size_A, half2, "the first half-map")
+    one, two, _ = read_half_maps(half1, half2, pixel_size_A)
     full = replace(one, data=(one.data + two.data) / 2)
     inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
     measure = fsc3d if kind == "fsc3d" else phase_cosine

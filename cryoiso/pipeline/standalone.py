@@ -21,6 +21,7 @@ from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import stages
 from cryoiso.pipeline.begin import begin_or_go_on
+from cryoiso.pipeline.half_maps import read_half_maps
 from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.hashing import hash_shared
 from cryoiso.pipeline.layout import RunFolder
@@ -156,8 +157,7 @@ def diagnose_files(
     from cryoiso.pipeline.diagnose import diagnose
 
     point_group(symmetry)
-    one, two = read_map(half1, pixel_size_A), read_map(half2, pixel_size_A)
-    require_grid(two, one.box_px, one.pixel_size_A, half2, "the first half-map")
+    one, two, _ = read_half_maps(half1, half2, pixel_size_A)
     truth = read_map(truth_map, pixel_size_A) if truth_map else None
     if truth is not None:
         require_grid(truth, one.box_px, one.pixel_size_A, truth_map, "the half-maps")

@@ -16,15 +16,15 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest, read_job_particles, read_particle_file
 from cryoiso.io.atomic import write_text
-from cryoiso.io.mrc import read_map
+from cryoiso.io.mrc import read_map, read_raw_map
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
+from cryoiso.physics.masks import sphere_mask
 from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.reference import PIXEL_TOLERANCE, Reference, prepare_reference
-from cryoiso.pipeline.standard_frame import require_mask_symmetry
 
 if TYPE_CHECKING:
     from cryoiso.pipeline.scratch import Scratch
@@ -203,10 +203,10 @@ def require_grid(found: DensityMap, box_px: int, pixel_size_A: float, file: obje
 
 
 def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1") -> DensityMap:
-    """A solvent mask on a given grid; the pixel size in its header is not looked at.
+    """A solvent mask on a given grid, which its box decides; another pixel size in its header is said.
 
     Raises:
-        InputError: another box, values outside 0..1, nothing inside, or a mask without the symmetry that is imposed.
+        InputError: another box, values outside 0..1, nothing inside, or the solvent inside instead of the particle.
     """
     mask = read_map(path, pixel_size_A)
     if mask.box_px != box_px:
@@ -214,7 +214,22 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1"
     low, high = float(mask.data.min()), float(mask.data.max())
     if low < -1e-3 or not 0 < high <= 1 + 1e-3:
         raise InputError("the mask is not between 0 and 1", file=path, found=f"{low:g} to {high:g}")
-    require_mask_symmetry(mask.data, symmetry, path)
+    if high < 0.5:
+        raise InputError(f"the mask reaches no more than {high:g}", file=path, expected="1 inside the particle")
+    sphere = sphere_mask(box_px, box_px / 2 - 1).numpy() > 0.5
+    corners, inside = float(mask.data[~sphere].mean()), float(mask.data[sphere].mean())
+    if corners > 0.5 and inside < corners - 0.05:
+        raise InputError(
+            "the mask is inverted", file=path, expected="the particle inside",
+            found=f"{corners:.2f} in the corners of the box, {inside:.2f} within its sphere", hint="Give 1 - mask.",
+        )  # fmt: skip
+    header_A = read_raw_map(path)[1].voxel_A[0]
+    unset = header_A <= 0 or header_A == 1.0  # what programs write that do not know it
+    if not unset and abs(header_A / pixel_size_A - 1) > PIXEL_TOLERANCE:
+        logger.warning(
+            "%s has a pixel size of %g Å in its header, the maps have %g Å: it is used voxel by voxel",
+            path, header_A, pixel_size_A,
+        )  # fmt: skip
     return mask
 
 

@@ -26,6 +26,7 @@ from cryoiso.methods.anisotropy.filter import band
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.steps import fsc_weight, keep_low_resolution, lowpass_at, match_scale, whiten
 from cryoiso.metrics.fsc3d import fsc3d
+from cryoiso.metrics.half_maps import check_half_maps
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.partition import root_of_half
 
@@ -91,6 +92,8 @@ class MapCorrection:
 
     def _transfer(self, state: HalfMaps, mask: np.ndarray) -> np.ndarray:
         """3DFSC of the half-maps as they are: nothing that both halves share has been put into them yet."""
+        for words in check_half_maps(state.maps[1], state.maps[2]):
+            logger.warning("iteration %d: %s", state.iteration, words)
         shells = int(np.ceil(shell_of(state) + EDGE_SHELLS / 2))
         found = fsc3d(
             state.maps[1], state.maps[2], mask, cone_deg=self.correct.cone_deg, max_shell=min(shells, len(mask) // 2)
