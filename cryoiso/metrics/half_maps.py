@@ -52,12 +52,12 @@ def check_half_maps(
     pair = [np.asarray(half, np.float32) for half in (half1, half2)]
     for half, name in zip(pair, names, strict=True):
         _check_values(half, name)
-    _refuse_one_map_twice(*pair, names)
+    _refuse_one_map_twice(pair[0], pair[1], names)
     transforms = [transform(half) for half in pair]
     curve = shell_correlation(transforms[0], transforms[1], box_px)
     power = [_shell_power(f, box_px) for f in transforms]
     filled = [np.flatnonzero(p[1:] > NO_POWER * p[1:].max()) + 1 for p in power]
-    both = np.intersect1d(*filled)
+    both = np.intersect1d(filled[0], filled[1])
     _refuse_filtered(transforms, power, box_px, names)
     _refuse_one_inverted(curve, box_px, names)
     found = [
