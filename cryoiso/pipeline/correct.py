@@ -120,7 +120,8 @@ def _write_filter(task: Task) -> float | None:
     from cryoiso.metrics.fsc3d import fsc3d
 
     if len(task.maps) == 2:
-        known = dict(zip(task.maps, read_half_maps(*task.maps.values(), task.pixel_size_A)[:2], strict=True))
+        one, two, _ = read_half_maps(task.maps[1], task.maps[2], task.pixel_size_A)
+        known = {1: one, 2: two}
     else:
         known = {half: read_map(path, task.pixel_size_A) for half, path in task.maps.items()}
     first = known[min(known)]
