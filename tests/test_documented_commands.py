@@ -147,7 +147,7 @@ def parse(words: list[str], mentioned: bool = False) -> None:
         place = rest.index(option.group(1)) + 1 if option else 0
         if not option or not rest[place].isupper():
             raise AssertionError(f"{name}: {said or repr(error)}") from None
-    parse([name, *rest[:place], "1", *rest[place + 1 :]])
+    parse([name, *rest[:place], "16", *rest[place + 1 :]])
 
 
 def test_the_collection_finds_what_it_should():
