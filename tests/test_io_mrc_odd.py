@@ -6,6 +6,7 @@ import bz2
 import gzip
 import itertools
 import lzma
+import math
 import os
 import struct
 import tracemalloc
@@ -105,11 +106,27 @@ def test_axes_of_old_files_are_zero(tmp_path):
 
 @pytest.mark.parametrize("angles", [(90, 90, 120), (90, 94.3, 90), (60, 90, 90), (float("nan"), 90, 90)])
 def test_oblique_cells_are_refused(tmp_path, angles):
+    """Of images only the angle between x and y matters."""
     path = write(tmp_path / "a.mrc", header(at={ANGLES: ("3f", *angles)}), MAP)
-    for read in (read_map, lambda p: StackReader().read(str(p), np.array([0]))):
-        with pytest.raises(InputError, match=r"not at right angles \(expected cell angles of 90°, found .*°"):
-            read(path)
+    message = r"not at right angles \(expected cell angles of 90°, found .*°"
+    with pytest.raises(InputError, match=message):
+        read_map(path)
     np.testing.assert_array_equal(read_raw_map(path)[0], MAP)
+    with StackReader() as reader:
+        if angles[2] == 90:
+            np.testing.assert_array_equal(reader.read(str(path), np.array([3])), MAP[[3]])
+        else:
+            with pytest.raises(InputError, match=message):
+                reader.read(str(path), np.array([0]))
+
+
+@pytest.mark.parametrize("angles", [(90, 90, 0), (0, 0, 90), (math.pi / 2,) * 3, (1e-38, 0, 90)])
+def test_right_angles_in_other_words(tmp_path, angles):
+    """Angles that a program left out, one by one, or wrote in radians."""
+    path = write(tmp_path / "a.mrc", header(at={ANGLES: ("3f", *angles)}), MAP)
+    np.testing.assert_array_equal(read_map(path).data, MAP)
+    with StackReader() as reader:
+        np.testing.assert_array_equal(reader.read(str(path), np.array([3])), MAP[[3]])
 
 
 def test_several_volumes(tmp_path, caplog):
@@ -156,7 +173,12 @@ def test_pixel_sizes_that_cannot_be(tmp_path, pixel):
 def test_packed_files(tmp_path):
     raw = header() + MAP.tobytes()
     packed = gzip.compress(raw, mtime=0)
-    good = {"gz_by_another_name.mrc": packed, "b.map": bz2.compress(raw), "c.mrc.bz2": bz2.compress(raw)}
+    good = {
+        "gz_by_another_name.mrc": packed,
+        "b.map": bz2.compress(raw),
+        "c.mrc.bz2": bz2.compress(raw),
+        "plain.map.gz": raw,
+    }
     for name, data in good.items():
         (tmp_path / name).write_bytes(data)
         np.testing.assert_array_equal(read_map(tmp_path / name).data, MAP)
@@ -165,7 +187,7 @@ def test_packed_files(tmp_path):
         "crc.gz": (packed[:-8] + b"12345678", "cannot be unpacked"),
         "bits.gz": (packed[:600] + bytes(64) + packed[664:], "cannot be unpacked"),
         "short.gz": (gzip.compress(raw[:-4]), "truncated"),
-        "plain.mrc.gz": (raw, "cannot be unpacked"),
+        "junk.mrc.gz": (bytes(2000), "not an MRC file"),
         "text.gz": (gzip.compress(b"hello" * 500), "not an MRC file"),
         "x.mrc": (lzma.compress(raw), "packed with xz"),
         "zip.mrc": (b"PK\3\4" + raw, "packed with zip"),

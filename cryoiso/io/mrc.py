@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import IO, Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
         InputError: as ``read_header``; packed and damaged, or larger than ``UNPACKED_LIMIT``.
     """
     try:
-        kind = packing_of(path) or {".gz": "gzip", ".bz2": "bzip2"}.get(Path(str(path)).suffix, "")
+        kind = packing_of(path)  # whatever its name: browsers unpack .map.gz and keep the name
     except OSError:
         kind = ""  # read_header says why
     if kind:
@@ -143,7 +143,8 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
     if not (math.isfinite(pixel) and pixel > 0):
         raise InputError("the pixel size must be a positive number", file=path, found=pixel)
     if pixel_size_A is None:
-        check_range(np.array([pixel]), PIXEL_SIZE, path, "the pixel size of the header")
+        limits = replace(PIXEL_SIZE, hint=f"{PIXEL_SIZE.hint} {PIXEL_SIZE_HINT}")
+        check_range(np.array([pixel]), limits, path, "the pixel size of the header")
     try:
         data = np.array(raw, np.float32, order="C")
     except MemoryError:

@@ -30,6 +30,7 @@ IMOD_STAMP, IMOD_SIGNED, IMOD_NIBBLES = 1146047817, 1, 16
 VOLUME_STACK = 401
 """Space groups from here on mean a stack of volumes, of mz sections each."""
 ANGLE_TOLERANCE_DEG = 0.01
+NO_ANGLE, RADIANS_TOLERANCE = 1e-6, 1e-3
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class MrcHeader:
     axes: tuple[int, int, int]
     """Spatial axis (0 = x, 1 = y, 2 = z) of sections, rows and columns."""
     angles_deg: tuple[float, float, float] = (90.0, 90.0, 90.0)
-    """Between the cell's axes; 90 where the header has zeros."""
+    """alpha, beta, gamma: between the cell's axes y and z, z and x, x and y; see ``_angle``."""
     volumes: int = 1
     is_stack: bool = False
     """Space group 0 and one section a cell: images, not a volume."""
@@ -68,12 +69,15 @@ class MrcHeader:
         """Whether a program that knows nothing of axis orders and signs of bytes reads the same numbers."""
         return self.axes == (2, 1, 0) and self.dtype.kind + str(self.dtype.itemsize) in ("i2", "f4", "u2", "f2")
 
-    def require_right_angles(self, path: object) -> None:
+    def require_right_angles(self, path: object, *, images: bool = False) -> None:
         """
+        Args:
+            images: whether only the angle in the plane of the sections matters, between x and y.
+
         Raises:
-            InputError: the voxels are oblique.
+            InputError: the voxels (or pixels) are oblique.
         """
-        if any(not abs(a - 90) <= ANGLE_TOLERANCE_DEG for a in self.angles_deg):
+        if any(not abs(a - 90) <= ANGLE_TOLERANCE_DEG for a in self.angles_deg[2 if images else 0 :]):
             raise InputError(
                 "the axes of the unit cell are not at right angles",
                 file=path,
@@ -111,7 +115,7 @@ def parse_header(raw: bytes, path: object = None) -> MrcHeader:
     origin = [float(h["origin"][k]) for k in "xyz"]
     if not any(origin) or not all(map(math.isfinite, origin)):
         origin = [starts[i] * voxel[i] for i in range(3)]
-    angles = [float(h["cellb"][k]) for k in ("alpha", "beta", "gamma")]
+    angles = [_angle(float(h["cellb"][k])) for k in ("alpha", "beta", "gamma")]
     sections, group = int(h["nz"]), int(h["ispg"])
     signed = _signed(raw, h, path) if mode == 0 else True
     return MrcHeader(
@@ -121,11 +125,16 @@ def parse_header(raw: bytes, path: object = None) -> MrcHeader:
         voxel_A=(voxel[0], voxel[1], voxel[2]),
         origin_A=(origin[0], origin[1], origin[2]),
         axes=(axes[0], axes[1], axes[2]),
-        angles_deg=(angles[0], angles[1], angles[2]) if any(angles) else (90.0, 90.0, 90.0),
+        angles_deg=(angles[0], angles[1], angles[2]),
         volumes=sections // samples[2] if group >= VOLUME_STACK and 1 < samples[2] < sections else 1,
         is_stack=group == 0 and samples[2] == 1 < sections,
         signed=signed,
     )
+
+
+def _angle(value: float) -> float:
+    """A cell angle in degrees: 90 also for those that a program left at zero, and for a right angle in radians."""
+    return 90.0 if abs(value) < NO_ANGLE or abs(value - math.pi / 2) < RADIANS_TOLERANCE else value
 
 
 def _not_mrc(raw: bytes, path: object) -> InputError:
