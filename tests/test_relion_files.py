@@ -26,7 +26,8 @@ from cryoiso.engines.relion.images import image_names, relion_particles, rows_of
 from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
 from cryoiso.engines.relion.result import Ledger, remove_early_iterations
 from cryoiso.io import read_particle_file
-from cryoiso.io.mrc import write_map
+from cryoiso.io.imageprep import IngestSettings
+from cryoiso.io.mrc import write_map, write_stack
 from cryoiso.io.sources import ArraySource, StackSource
 from cryoiso.io.stack import StackReader
 from cryoiso.parallel.context import Context
@@ -307,6 +308,25 @@ def test_changed_images_are_written_for_relion(stacks, tmp_path, change):
     before = [p.stat().st_mtime_ns for p in (tmp_path / "images").glob("*.mrcs")]
     assert image_names(source, tmp_path, "auto", Context(), resume=True) == names
     assert [p.stat().st_mtime_ns for p in (tmp_path / "images").glob("*.mrcs")] == before
+
+
+def test_relion_is_told_the_box_of_the_images_that_it_reads(stacks, tmp_path):
+    """Images of another box are exported cropped; their optics group must not keep the old box."""
+    with write_stack(tmp_path / "large.mrcs", 96, 3.0) as stack:
+        stack.append(np.random.default_rng(0).normal(size=(6, 96, 96)).astype(np.float32))
+    groups = (stacks.groups[0], replace(stacks.groups[0], number=2, box_px=96))
+    mixed = replace(
+        stacks, groups=groups, optics=np.repeat(np.array([0, 1], np.int32), 6),
+        stack=np.append(stacks.stack[:6], [str(tmp_path / "large.mrcs")] * 6),
+        index=np.append(stacks.index[:6], range(6)),
+    )  # fmt: skip
+    source = StackSource(mixed, IngestSettings(invert="no"))
+    names = image_names(source, tmp_path, "auto", Context())
+    write_input(tmp_path / "in.star", mixed, names, with_poses=False, box_px=source.box_px)
+    seen = read_particle_file(tmp_path / "in.star")
+    assert [group.box_px for group in seen.groups] == [80, 80]
+    with StackReader() as reader:
+        assert {reader.header(str(stack)).shape[1:] for stack in seen.stack} == {(80, 80)}
 
 
 def test_relion_sees_no_old_angles_and_no_empty_groups(stacks, tmp_path):

@@ -142,7 +142,8 @@ class _Refinement:
         if isinstance(source, SubtomogramSource):
             source.write(folder / PARTICLES, source.particles, with_poses=local)
         else:
-            write_input(folder / PARTICLES, relion_source(source).particles, names, with_poses=local)
+            given = relion_source(source).particles
+            write_input(folder / PARTICLES, given, names, with_poses=local, box_px=source.box_px)
         write_map(folder / REFERENCE, request.reference.data, request.reference.pixel_size_A)
         if request.mask is not None:
             write_map(folder / MASK, request.mask.data.clip(0, 1), request.reference.pixel_size_A)

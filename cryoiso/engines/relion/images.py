@@ -253,9 +253,19 @@ def _micrographs(particles: Particles) -> np.ndarray:
     return np.array([os.path.basename(name) or "unknown" for name in particles.stack.tolist()], dtype=str)
 
 
-def write_input(path: Path, particles: Particles, names: list[str], *, with_poses: bool) -> None:
-    """The STAR file that RELION starts from."""
-    write_particles(path, relion_particles(particles, with_poses=with_poses), names)
+def write_input(
+    path: Path, particles: Particles, names: list[str], *, with_poses: bool, box_px: int | None = None
+) -> None:
+    """The STAR file that RELION starts from.
+
+    Args:
+        names: of the images that RELION reads.
+        box_px: of those images: exported ones were brought to one box, whatever that of their optics group was.
+    """
+    seen = relion_particles(particles, with_poses=with_poses)
+    if box_px:
+        seen = replace(seen, groups=tuple(replace(group, box_px=box_px) for group in seen.groups))
+    write_particles(path, seen, names)
 
 
 def rows_of_names(found: list[str], names: list[str], file: object) -> np.ndarray:
