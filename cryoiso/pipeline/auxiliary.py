@@ -177,9 +177,10 @@ def _finish_round(
         posed: all raw particles, where those are a subset.
     """
     comm, folder, job = work.comm, work.folder.stage(name), work.job
+    prior = references_after(work, 0)
     plain, damped, curve = wire.reference_reconstructor()(
         source, raw, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding, device=comm.device(),
-        diameter_A=on_root(comm, work.diameter_A), prior=references_after(work, 0),
+        diameter_A=on_root(comm, work.diameter_A), prior=prior, pixel_size_A=prior[1].pixel_size_A,
     )  # fmt: skip
 
     def write() -> None:

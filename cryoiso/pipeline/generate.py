@@ -175,7 +175,8 @@ def compare(raw: ImageSource, made: ImageSource, comm: Context, seed: int) -> di
         some = slice(start, min(start + COMPARED_BLOCK, mine.stop))
         parts.append(image_sums(raw.read(left[some]), made.read(right[some]), radius))
     sums = np.sum([part for share in comm.allgather(parts) for part in share], axis=0)
-    return image_statistics(sums, raw.box_px, raw.particles.groups[0].pixel_size_A)
+    group = raw.particles.groups[int(raw.particles.optics[0])]
+    return image_statistics(sums, raw.box_px, group.pixel_size_A)
 
 
 def _finish(folder: Path, maker: Maker, raw: ImageSource, facts: dict[str, Any], particles: Particles) -> None:

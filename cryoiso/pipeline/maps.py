@@ -20,19 +20,20 @@ logger = logging.getLogger("cryoiso")
 
 
 def write_reconstruction(
-    source: Any, particles: Particles, folder: Path, comm: Context, *, symmetry: str, padding: int
+    source: Any, particles: Particles, folder: Path, comm: Context, *, symmetry: str, padding: int, pixel_size_A: float
 ) -> dict[str, Any]:
     """half1.mrc, half2.mrc and their mean map.mrc from the poses of ``particles``. Collective.
 
     Args:
         source: images in the same order as ``particles`` (an ``ImageSource``).
         folder: exists already.
+        pixel_size_A: of the maps; that of the whole set's first particle, which a subset may not have.
 
     Returns:
         what a report says about it.
     """
     maps = wire.reconstructor()(
-        source, particles, comm, symmetry=symmetry, padding=padding, device=comm.device()
+        source, particles, comm, symmetry=symmetry, padding=padding, device=comm.device(), pixel_size_A=pixel_size_A
     )  # fmt: skip
     halves = {half: comm.bcast(maps.get(half), root_of_half(half, comm.size)) for half in (1, 2)}
     on_root(comm, write_half_maps, halves, folder)

@@ -65,7 +65,8 @@ def _refine_with(work: Work, auxiliary: ShardSource) -> None:
     on_root(comm, request.folder.mkdir, exist_ok=True)
     found = co_refine(wire.engine(job.refine.engine), request, auxiliary, comm)
     made = write_reconstruction(
-        request.source, found.raw, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding
+        request.source, found.raw, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
+        pixel_size_A=request.reference.pixel_size_A,
     )  # fmt: skip
 
     def write() -> None:

@@ -208,6 +208,7 @@ def _take_given_poses(work: Work) -> None:
     facts = write_reconstruction(
         work.source(once=True), posed, folder, comm,
         symmetry=work.job.sample.symmetry, padding=work.job.reconstruct.padding,
+        pixel_size_A=on_root(comm, work.grid)[1],
     )  # fmt: skip
     on_root(comm, lambda: write_particles(folder / "particles.star", work.particles()))
     on_root(comm, write_json, folder / "refine.json", {**facts, "engine": "given", "particles": len(posed)})
@@ -216,7 +217,10 @@ def _take_given_poses(work: Work) -> None:
 def reconstruct(work: Work) -> None:
     """Half-maps, map and mask from the refined poses and, where they are known, maps from the true poses."""
     comm, folder = work.comm, work.folder.stage("reconstruct")
-    symmetry, padding = work.job.sample.symmetry, work.job.reconstruct.padding
+    how: dict[str, Any] = {
+        "symmetry": work.job.sample.symmetry, "padding": work.job.reconstruct.padding,
+        "pixel_size_A": on_root(comm, work.grid)[1],
+    }  # fmt: skip
     source = work.source(once=True)
     refined = on_root(comm, _refined, work)
     kept = refined.results.get("cryoisoBalanced")
@@ -225,18 +229,17 @@ def reconstruct(work: Work) -> None:
     sets = 1 + work.folder.has("train-1") + (truth is not None)
     board.expect(0, sets, lines=2)
     facts = write_reconstruction(
-        SubsetSource(source, some) if len(some) < len(refined) else source, refined.take(some), folder, comm,
-        symmetry=symmetry, padding=padding,
-    )  # fmt: skip
+        SubsetSource(source, some) if len(some) < len(refined) else source, refined.take(some), folder, comm, **how
+    )
     if work.folder.has("train-1"):
         before = poses_after(work, 0)
         on_root(comm, (folder / "initial_poses").mkdir, exist_ok=True)
         board.expect(1, sets, lines=2)
-        write_reconstruction(source, before, folder / "initial_poses", comm, symmetry=symmetry, padding=padding)
+        write_reconstruction(source, before, folder / "initial_poses", comm, **how)
     if truth is not None:
         on_root(comm, (folder / "truth_poses").mkdir, exist_ok=True)
         board.expect(sets - 1, sets, lines=2)
-        write_reconstruction(source, truth, folder / "truth_poses", comm, symmetry=symmetry, padding=padding)
+        write_reconstruction(source, truth, folder / "truth_poses", comm, **how)
     facts["mask"] = on_root(comm, _write_mask, work, folder)
     for maps in (folder, folder / "truth_poses", folder / "initial_poses"):
         on_root(comm, _write_weighted, work, maps)

@@ -140,7 +140,8 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
         error = caught
     agree(comm, error)
     write_reconstruction(
-        source, particles, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding
+        source, particles, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
+        pixel_size_A=particles.groups[int(particles.optics[0])].pixel_size_A,
     )  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def reconstruct_halves(
     Args:
         source: images, row for row those of ``particles``.
         particles: poses and half numbers.
-        pixel_size_A: of the map's grid (default: the first optics group's).
+        pixel_size_A: of the map's grid (default: the first particle's, which need not be in the first optics group).
 
     Returns:
         half -> map on the half's root rank, None elsewhere. Half h's root is ``parallel.partition.root_of_half``.
@@ -59,7 +59,7 @@ def reconstruct_halves(
     Raises:
         InputError: no poses, one that cannot be, or a half-set is empty.
     """
-    pixel = pixel_size_A or particles.groups[0].pixel_size_A
+    pixel = pixel_size_A or _first_pixel_size_A(particles)
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
     limits: dict[int, int] = {}
     for half, sums in half_sums(source, particles, comm, symmetry, padding, device, halves, pixel, limits):
@@ -77,6 +77,7 @@ def reconstruct_references(
     device: str = "cpu",
     diameter_A: float | None = None,
     prior: dict[int, DensityMap] | None = None,
+    pixel_size_A: float | None = None,
 ) -> tuple[dict[int, DensityMap], dict[int, DensityMap], np.ndarray]:
     """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
 
@@ -87,6 +88,7 @@ def reconstruct_references(
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
         prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
             scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
+        pixel_size_A: as ``reconstruct_halves``.
 
     Returns:
         half -> plain map, half -> regularised map inside the sphere, both on every rank; FSC (D//2+1,).
@@ -94,7 +96,7 @@ def reconstruct_references(
     Raises:
         InputError: as ``reconstruct_halves``.
     """
-    pixel, box = particles.groups[0].pixel_size_A, source.box_px
+    pixel, box = pixel_size_A or _first_pixel_size_A(particles), source.box_px
     limits: dict[int, int] = {}
     sums = dict(half_sums(source, particles, comm, symmetry, padding, device, (1, 2), pixel, limits))
     roots = {h: root_of_half(h, comm.size) for h in (1, 2)}
@@ -112,6 +114,10 @@ def reconstruct_references(
     damped = {h: comm.bcast(smooth[h], roots[h]) for h in (1, 2)}
     as_maps = [{h: DensityMap(m[h], pixel) for h in (1, 2)} for m in (plain, damped)]
     return as_maps[0], as_maps[1], curve
+
+
+def _first_pixel_size_A(particles: Particles) -> float:
+    return particles.groups[int(particles.optics[0])].pixel_size_A
 
 
 def _regularised(sums: FourierSums, inverse: torch.Tensor, curve: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
