@@ -270,15 +270,39 @@ def test_the_local_socket_is_for_its_owner_alone(desk, tmp_path):
 
 def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_stay(desk, tmp_path, monkeypatch):
     living = Path(Address.read(tmp_path / "callback.json").local).parent
-    dead = private_socket.private_folder("desk")
+    dead, empty = (private_socket.private_folder("desk") for _ in range(2))
     listen(socket.AF_UNIX, str(dead / "socket")).close()
+    busy, crowd = private_socket.private_folder("desk"), []
+    deaf = listen(socket.AF_UNIX, str(busy / "socket"), backlog=1)
+    for _ in range(4):  # more than the queue takes: a connection waits or is refused for now
+        crowd.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        crowd[-1].setblocking(False)
+        crowd[-1].connect_ex(str(busy / "socket"))
+    young = private_socket.private_folder("desk")  # of a run that is about to listen
+    for folder in (living, dead, empty, busy):
+        os.utime(folder, (0, 0))
     other = private_socket.private_folder("desk")
-    assert living.exists() and not dead.exists()
-    other.rmdir()
+    assert [p.exists() for p in (living, dead, empty, busy, young)] == [True, False, False, True, True]
+    for thing in (deaf, *crowd):
+        thing.close()
+    os.utime(young, (0, 0)), os.utime(busy, (0, 0))
+    private_socket.private_folder("desk").rmdir(), other.rmdir()
+    assert not young.exists() and not busy.exists()
     desk.close()
     assert not living.exists()
     monkeypatch.setattr(private_socket.tempfile, "gettempdir", lambda: "/" + "long" * 40)
-    assert private_socket.private_folder("desk").parent == Path("/tmp")
+    last = private_socket.private_folder("desk")
+    assert last.parent == Path("/tmp")
+    last.rmdir()
+
+
+def test_a_desk_without_a_local_socket_has_the_other_ways(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"  # a cleaner of /tmp was quicker
+    monkeypatch.setattr("cryoiso.parallel.handover.private_folder", lambda purpose: gone)
+    without = Desk(tmp_path / "callback.json", ["127.0.0.1"])
+    address = Address.read(tmp_path / "callback.json")
+    assert address.local == "" and address.port > 0
+    without.close()
 
 
 def test_doctest_of_private_socket():

@@ -77,7 +77,7 @@ def test_programs_of_somebody_elses_run_want_trust(data, tmp_path, quick, home, 
                   ("run", data / "program.toml", "--out", run, "--continue")):  # fmt: skip
         done = cryoiso_here(*words)
         assert done.returncode == EXIT_USAGE and done.stderr.count("error:") == 1, done.stderr
-        for text in ("not of a run that you have started", "auxiliary.post_command = 'touch", "--trust"):
+        for text in ("not of a run that you have started", "auxiliary.post_command = 'touch", "cryoiso resume --trust"):
             assert text in done.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before and not (tmp_path / "again").exists()
     assert verify_run(run, Context()).good, "to look is allowed"

@@ -222,8 +222,9 @@ class Desk:
         self._room = private_folder("desk")
         local = ""
         if self._room is not None:
-            local = str(self._room / SOCKET)
-            self._doors.append(listen(socket.AF_UNIX, local))
+            with suppress(OSError):  # the other ways are left
+                self._doors.append(listen(socket.AF_UNIX, str(self._room / SOCKET)))
+                local = str(self._room / SOCKET)
         port = 0
         if numbers:
             self._doors.append(listen(socket.AF_INET, ("", 0)))

@@ -9,8 +9,10 @@ import hashlib
 import os
 import shutil
 import socket
+import stat
 import struct
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +21,8 @@ from pathlib import Path
 SOCKET = "socket"
 _LONGEST_PATH = 100
 """Bytes; Linux allows 107 for the address of a socket."""
+YOUNG_S = 60.0
+"""A folder that is younger may be one in which its owner is about to listen."""
 
 
 def private_folder(purpose: str) -> Path | None:
@@ -38,17 +42,26 @@ def private_folder(purpose: str) -> Path | None:
 
 
 def remove_dead(parent: Path, prefix: str) -> None:
-    """Removes this user's socket folders in which nobody listens any more."""
+    """Removes this user's socket folders in which nobody listens any more; one that is just being set up, or whose
+    owner is too busy to answer, stays."""
     for folder in parent.glob(f"{prefix}*"):
-        with suppress(OSError):
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-                continue
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
-                caller.settimeout(0.2)
-                caller.connect(str(folder / SOCKET))
-            continue
-        if not folder.is_symlink():
+        if _is_dead(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_dead(folder: Path) -> bool:
+    try:
+        about = folder.lstat()
+        if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or time.time() - about.st_mtime < YOUNG_S:
+            return False
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+            caller.settimeout(0.2)
+            caller.connect(str(folder / SOCKET))
+    except (ConnectionRefusedError, FileNotFoundError):
+        return True
+    except OSError:  # a full queue, no file descriptors, no permission: nothing is known of it
+        return False
+    return False
 
 
 def listen(family: int, address: object, backlog: int = 64) -> socket.socket:

@@ -77,7 +77,8 @@ def require_trust(run: RunFolder, job: Job, trust: bool) -> None:
     if not own and not trust and (links := links_out(run.path)):
         raise UsageError(
             f"{run.path} is not of a run that you have started, and {links[0]} leads out of it, to "
-            f"{os.path.realpath(links[0])}: what is written there would go elsewhere. Give --trust if that is meant."
+            f"{os.path.realpath(links[0])}: what is written there would go elsewhere. 'cryoiso resume --trust' goes on "
+            "if that is meant."
         )
     if not own:
         how = "it is trusted as you say" if trust else "it names no programs, and no link in it leads out"
@@ -106,13 +107,14 @@ def _refusal(run: RunFolder, now: dict[str, str], own: bool) -> str:
     named = ", ".join(f"{key} = {value!r}" for key, value in now.items()) or "the default programs"
     if own:
         return (
-            f"{run.resolved}: the programs were changed since you started this run; now {named}. Give --trust if it "
-            "was you who changed them."
+            f"{run.resolved}: the programs were changed since you started this run; now {named}. 'cryoiso resume "
+            "--trust' goes on with them, if it was you who changed them."
         )
     return (
         f"{run.path} is not of a run that you have started, and its resolved.toml names programs: {named}. Look at "
-        f"them; '--trust' starts them with your rights. If it is your own run (another home folder, a container, an "
-        f"earlier version of cryoiso), --trust signs it as yours; set {FOLDER} to a folder that both see."
+        f"them; '--trust' of resume and replay starts them with your rights. If it is your own run (another home "
+        f"folder, a container, an earlier version of cryoiso), 'cryoiso resume --trust' signs it as yours; set "
+        f"{FOLDER} to a folder that both see."
     )
 
 
