@@ -51,10 +51,11 @@ def decide_sign(particles: Particles, settings: IngestSettings, file: object = N
         sample: number of images looked at, spread evenly over the set; five times as many if they leave a doubt.
     """
     n = len(particles)
-    z = 0.0
+    z, differences, rows = 0.0, np.zeros((0, len(CENTRES))), np.zeros(0, np.int64)
     for count in (sample, 5 * sample):
         rows = np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))
-        z = contrast(particles, rows, settings, file)
+        differences = _differences(particles, rows, settings, file)
+        z = _largest(_errors(differences))
         if abs(z) > 2 * SURE or count >= n or settings.invert != "auto":
             break
     ones = np.ones(n, np.int8)
@@ -70,6 +71,7 @@ def decide_sign(particles: Particles, settings: IngestSettings, file: object = N
         if z * float(np.sign(known.mean(dtype=float))) < -SURE:
             logger.warning("%s: blob/sign contradicts the images (contrast %.1f); blob/sign is believed", file, z)
         return SignDecision(known, "blob/sign of the .cs file", z)
+    _warn_of_both_signs(particles, rows, differences, file)
     if abs(z) < SURE:
         logger.warning(
             "the images do not tell whether protein is white or dark (contrast %.1f); taken as white. "
@@ -85,22 +87,51 @@ def contrast(particles: Particles, rows: np.ndarray, settings: IngestSettings, f
 
     Positive where protein is white. Images are normalised first, in blocks, so memory stays small.
     """
-    values: list[np.ndarray] = []
+    return _largest(_errors(_differences(particles, rows, settings, file)))
+
+
+def _differences(particles: Particles, rows: np.ndarray, settings: IngestSettings, file: object) -> np.ndarray:
+    """(n, len(CENTRES)) centre minus rim of the images of these rows."""
+    values = np.empty((len(rows), len(CENTRES)))
     with StackReader() as reader:
-        for row in np.split(rows, range(64, len(rows), 64)):
+        for start in range(0, len(rows), 64):
+            row = rows[start : start + 64]
             for stack in np.unique(particles.stack[row]):
-                these = row[particles.stack[row] == stack]
+                place = np.flatnonzero(particles.stack[row] == stack)
+                these = row[place]
                 images = reader.read(str(stack), particles.index[these], file, these)
                 check_images(images, these, particles, file)
                 images, _ = normalise(images, settings.background_fraction)  # a scale for each image is all it takes
-                values.append(_centre_minus_rim(_ctf_weighted(images, particles, these)))
-    d = np.concatenate(values)
+                values[start + place] = _centre_minus_rim(_ctf_weighted(images, particles, these))
+    return values
+
+
+def _errors(d: np.ndarray) -> np.ndarray:
+    """(len(CENTRES),) means in standard errors; zeros for fewer than two images."""
     if len(d) < 2:
-        return 0.0
+        return np.zeros(d.shape[1])
     error = d.std(axis=0, ddof=1) / np.sqrt(len(d))
     mean = d.mean(axis=0)
-    z = np.where(error > 0, mean / np.where(error > 0, error, 1), np.sign(mean) * 1e3)
+    return np.where(error > 0, mean / np.where(error > 0, error, 1), np.sign(mean) * 1e3)
+
+
+def _largest(z: np.ndarray) -> float:
     return float(z[np.abs(z).argmax()])
+
+
+def _warn_of_both_signs(particles: Particles, rows: np.ndarray, differences: np.ndarray, file: object) -> None:
+    """Warns where protein is white in some optics groups and dark in others, by every radius of the centre."""
+    kinds: dict[str, list[str]] = {"white": [], "dark": []}
+    for k, group in enumerate(particles.groups):
+        z = _errors(differences[particles.optics[rows] == k])
+        if abs(_largest(z)) > SURE and abs(np.sign(z).sum()) == len(z):
+            kinds["white" if z[0] > 0 else "dark"].append(str(group.number))
+    if kinds["white"] and kinds["dark"]:
+        logger.warning(
+            "%s: protein seems white in the images of optics group %s and dark in those of %s, but one sign is taken "
+            "for all. Multiply the images of one kind by -1 first.",
+            file, ", ".join(kinds["white"]), ", ".join(kinds["dark"]),
+        )  # fmt: skip
 
 
 CENTRES = (0.05, 0.1, 0.15, 0.2)
