@@ -128,6 +128,13 @@ WRONG_TYPES = {
 }
 
 
+def test_image_names_without_numbers_are_no_images(tmp_path):
+    path = save(tmp_path / "a.cs", table(**{"blob/idx": None}))
+    assert read_cs(path, require=("ctf",)).stack.tolist() == [""] * 4
+    with pytest.raises(InputError, match=r"a field is missing \(expected blob/idx\)"):
+        read_cs(path)
+
+
 @pytest.mark.parametrize("name", WRONG_TYPES)
 def test_fields_of_another_type_are_named(tmp_path, name):
     poses = {"alignments3D/pose": np.zeros((4, 3), "f4"), "alignments3D/shift": np.zeros((4, 2), "f4")}

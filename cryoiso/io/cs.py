@@ -165,7 +165,7 @@ def _particles(data: dict[str, np.ndarray], path: object, project: str) -> Parti
     import pandas as pd
 
     n = len(data["uid"])
-    names = _names(data["blob/path"], path) if "blob/path" in data else []
+    names = _names(data["blob/path"], path) if {"blob/path", "blob/idx"} <= data.keys() else []
     groups, optics = _groups(data, path)
     index = _indices(data["blob/idx"], path) if names else np.full(n, -1, np.int64)
     table: dict[str, Any] = {}
