@@ -69,12 +69,34 @@ def test_ones_own_run_goes_on_wherever_it_is(data, tmp_path, quick, home):
     assert replay_stage("reference", run, tmp_path / "again", Context()).identical
 
 
+def test_a_requeued_job_goes_on_without_the_key_with_the_programs_of_its_own_job_file(
+    data, tmp_path, quick, monkeypatch, caplog
+):
+    """Homes that compute nodes cannot write to, images that do not see them."""
+    monkeypatch.setenv("CRYOISO_STATE_DIR", "/proc/none")
+    job = job_with_program(data, tmp_path)
+    run = begin(job, tmp_path / "run")
+    assert json.loads((run / "manifest.json").read_text())["signature"]["mac"] == ""
+    with pytest.raises(UsageError, match="resume --trust"):
+        resume_run(run, Context(), quick_report, until="reference")
+    run_job(job, run, Context(), quick_report, until="reference", go_on=True)
+    assert "the programs that it names are those of your job file" in caplog.text
+    edit(run, "touch", "true")
+    with pytest.raises(UsageError, match="post_command = 'true"):
+        run_job(job, run, Context(), quick_report, until="reference", go_on=True)
+    edit(run, "true /", "touch /")
+    (run / "out").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="leads out of it"):
+        run_job(job, run, Context(), quick_report, until="reference", go_on=True)
+
+
 def test_programs_of_somebody_elses_run_want_trust(data, tmp_path, quick, home, stranger):
     run = run_job(job_with_program(data, tmp_path), tmp_path / "run", Context(), quick_report).path
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     stranger()
+    other = write_job(data, "other.toml", auxiliary_post_command="true {input} {output}")
     for words in (("resume", run), ("replay", "reference", run, "--out", tmp_path / "again"),
-                  ("run", data / "program.toml", "--out", run, "--continue")):  # fmt: skip
+                  ("run", other, "--out", run, "--continue")):  # fmt: skip
         done = cryoiso_here(*words)
         assert done.returncode == EXIT_USAGE and done.stderr.count("error:") == 1, done.stderr
         for text in ("not of a run that you have started", "auxiliary.post_command = 'touch", "cryoiso resume --trust"):

@@ -42,7 +42,7 @@ from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.seal import write_seal
 from cryoiso.pipeline.stages import STOPPED
 from cryoiso.pipeline.timing import note_timing, save_timing
-from cryoiso.pipeline.trust import require_trust, signature
+from cryoiso.pipeline.trust import programs_of, require_trust, signature
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
@@ -77,7 +77,7 @@ def run_job(
     """
     run = RunFolder(Path(os.path.abspath(folder)))
     if go_on and on_root(comm, _has_begun, run, job_file):
-        return resume_run(folder, comm, report, until)
+        return resume_run(folder, comm, report, until, job_file=job_file)
     on_root(comm, _refuse_old_run, run)
     text, job = on_root(comm, read_job, job_file)
     run = RunFolder(run.path, folder_stages(job))
@@ -102,6 +102,7 @@ def resume_run(
     until: str = "",
     trust: bool = False,
     other_version: bool = False,
+    job_file: Path | None = None,
 ) -> RunFolder:
     """Goes on with an interrupted run; on a finished one it checks the files and makes again what is lost. Collective.
 
@@ -111,6 +112,7 @@ def resume_run(
             this user's own.
         other_version: go on although another version of the program worked on the run last. Stages that are not
             finished begin anew.
+        job_file: the user's own; the programs that it names need no ``trust``.
 
     Raises:
         UsageError: no run in this folder, another process works on it, there is no stage ``until``, or it is not this
@@ -122,7 +124,7 @@ def resume_run(
     run = RunFolder(Path(os.path.abspath(folder)))
     on_root(comm, _require_version, run, other_version)
     _, job = on_root(comm, read_resolved, run)
-    on_root(comm, require_trust, run, job, trust)
+    on_root(comm, lambda: require_trust(run, job, trust, _own_programs(job_file)))
     run = RunFolder(run.path, folder_stages(job))
     work = Work(job, run, comm, report=report)
     on_root(comm, _check_until, work, until)
@@ -179,6 +181,13 @@ def _has_begun(run: RunFolder, job_file: Path) -> bool:
         logger.warning("%s is not the job that %s was started with; the run goes on as it began. For the new job give "
                        "another --out.", job_file, run.path)  # fmt: skip
     return True
+
+
+def _own_programs(job_file: Path | None) -> dict[str, str]:
+    """What a job file that the user gives says about programs; empty where it cannot be read."""
+    with suppress(UsageError):
+        return {} if job_file is None else programs_of(read_job(job_file)[1])
+    return {}
 
 
 def _check_until(work: Work, until: str) -> None:

@@ -56,12 +56,14 @@ def signature(job: Job) -> dict[str, Any]:
     return {**facts, "mac": _mac(secret, facts)}
 
 
-def require_trust(run: RunFolder, job: Job, trust: bool) -> None:
+def require_trust(run: RunFolder, job: Job, trust: bool, named: dict[str, str] | None = None) -> None:
     """Stops before a folder that is not of this user's own run starts programs or is written to (rank 0).
 
     Args:
         job: of resolved.toml.
         trust: the user has said that the folder may do what it names.
+        named: programs that a job file of the user's own names, as ``programs_of`` has them; a job that is requeued
+            goes on with these where the secret is not to be had (a home that compute nodes do not see).
 
     Raises:
         UsageError: programs, or links that lead out of the folder, in a run that this user has not started; programs
@@ -72,7 +74,7 @@ def require_trust(run: RunFolder, job: Job, trust: bool) -> None:
     now = programs_of(job)
     own = _is_own(signed)
     changed = own and signed["programs"] != now
-    if not trust and (changed or (now and not own)):
+    if not trust and now != named and (changed or (now and not own)):
         raise UsageError(_refusal(run, now, own))
     if not own and not trust and (links := links_out(run.path)):
         raise UsageError(
@@ -81,7 +83,8 @@ def require_trust(run: RunFolder, job: Job, trust: bool) -> None:
             "if that is meant."
         )
     if not own:
-        how = "it is trusted as you say" if trust else "it names no programs, and no link in it leads out"
+        programs = "the programs that it names are those of your job file" if now else "it names no programs"
+        how = "it is trusted as you say" if trust else f"{programs}, and no link in it leads out"
         logger.warning("%s is not of a run that you have started; %s", run.path, how)
     if manifest.get("job_key") not in (None, job_key(job)):
         logger.warning("%s was changed since the last start (%s); what depends on it is done again", run.resolved,
