@@ -171,7 +171,7 @@ def test_odd_but_possible_defocus(tmp_path, caplog):
         caplog.clear()
         assert read_particles(defocus(tmp_path, u, **every)).defocus_u_A.tolist() == u
         assert word in caplog.text and bool(word) == bool(caplog.text)
-    with pytest.raises(InputError, match=r"no usable defocus in 3 rows.*1 µm is 10000"):
+    with pytest.raises(InputError, match=r"no usable defocus in 3 rows.*expected 0, or at least 10 Å.*1 µm is 10000"):
         read_particles(defocus(tmp_path, [0.9, 1.0, 1.1], rlnPhaseShift="90"))
     path = defocus(tmp_path, [0.0, 0.0, 0.0])  # simulated without a CTF
     path.write_text(path.read_text().replace(" 2.7 0.1 ", " 2.7 1.0 "))

@@ -158,16 +158,15 @@ def check_defocus(
     low = np.minimum(np.abs(u_A), np.abs(v_A))
     plate = np.abs(phase_shift_deg) >= PHASE_PLATE_DEG
     dark = known & ~plate & ~(amplitude_contrast >= ABSORBING)
-    bad = dark & (low < NO_DEFOCUS_A)
+    bad, expected = dark & (low < NO_DEFOCUS_A), f"at least {NO_DEFOCUS_A:g} Å (less only with a phase plate)"
     tiny = known & (low < TINY_A) & (low > 0)
     if not bad.any() and 2 * tiny.sum() > known.sum():
-        bad = tiny
+        bad, expected = tiny, f"0, or at least {TINY_A:g} Å"
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise InputError(
             "no usable defocus" + (f" in {int(bad.sum()):,} rows, the first of them" if bad.sum() > 1 else ""),
-            file=file, row=row + 1, expected=f"at least {NO_DEFOCUS_A:g} Å (less only with a phase plate)",
-            found=f"{u_A[row]:g} and {v_A[row]:g}",
+            file=file, row=row + 1, expected=expected, found=f"{u_A[row]:g} and {v_A[row]:g}",
             hint="Defocus is in Å: 1 µm is 10000. Where it is 0, the CTF was not estimated: estimate it, or remove "
             "these rows.",
         )  # fmt: skip
