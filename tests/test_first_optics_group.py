@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import simulate
 from cryoiso.pipeline.maps import write_reconstruction
+from cryoiso.pipeline.stages import _ingest_facts
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.reconstruct import reconstruct_halves, reconstruct_references
 from cryoiso.refine.start import initial_model
@@ -60,6 +62,14 @@ def test_maps_of_a_subset_stay_on_the_grid_of_the_whole_set(plain, tmp_path):
     assert (found.box_px, found.pixel_size_A) == (box, pytest.approx(4.0))
     halves = reconstruct_halves(subset, subset.particles, Context(), pixel_size_A=4.0)
     np.testing.assert_array_equal(read_map(tmp_path / "half1.mrc").data, halves[1].data)
+
+
+def test_a_run_says_how_many_groups_have_images(plain):
+    decision, settings = SimpleNamespace(inverted=False, reason=""), SimpleNamespace(storage="float16")
+    for rows, number in ((0, 1), (10, 2)):
+        particles = behind_another_group(plain, rows).particles
+        plan = SimpleNamespace(particles=particles, decision=decision, settings=settings, box_px=BOX, shards=[0])
+        assert _ingest_facts(plan)["optics_groups"] == number
 
 
 def test_a_group_without_images_does_not_lift_the_limit_of_low_passed_ones(plain):

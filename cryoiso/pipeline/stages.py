@@ -120,7 +120,7 @@ def _facts_of_shards(work: Work) -> dict[str, Any]:
     return {
         "particles": len(particles),
         "half_counts": [int(np.sum(particles.half == number)) for number in (1, 2)],
-        "optics_groups": len(particles.groups),
+        "optics_groups": len(np.unique(particles.optics)),
         "box_px": index["box_px"],
         "pixel_size_A": particles.groups[int(particles.optics[0])].pixel_size_A,
         "inverted": bool(index["inverted"]),
@@ -136,7 +136,7 @@ def _ingest_facts(plan: Any) -> dict[str, Any]:
     return {
         "particles": len(plan.particles),
         "half_counts": [int((plan.particles.half == number).sum()) for number in (1, 2)],
-        "optics_groups": len(plan.particles.groups),
+        "optics_groups": len(np.unique(plan.particles.optics)),
         "box_px": plan.box_px,
         "pixel_size_A": group.pixel_size_A,
         "inverted": bool(plan.decision.inverted),
