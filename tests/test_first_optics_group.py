@@ -19,7 +19,7 @@ from cryoiso.pipeline.maps import write_reconstruction
 from cryoiso.pipeline.stages import _ingest_facts
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.reconstruct import reconstruct_halves, reconstruct_references
-from cryoiso.refine.start import initial_model
+from cryoiso.refine.start import initial_model, mean_power
 
 BOX, PIXEL_A, N = 28, 6.0, 60
 
@@ -79,11 +79,25 @@ def test_a_group_without_images_does_not_lift_the_limit_of_low_passed_ones(plain
     keep = np.hypot(f[:, None], np.arange(BOX // 2 + 1)[None]) <= cut
     images = np.fft.irfft2(np.fft.rfft2(changed.read(np.arange(N))) * keep, s=(BOX, BOX)).astype(np.float32)
     source = ArraySource(images, replace(changed.particles, rotation=None, shift_A=None))
-    request = RefineRequest(
-        source=source, reference=phantom_map(BOX, PIXEL_A, 16.0), symmetry="C3", folder=None, diameter_A=145.0,
-        settings=RefineSection(max_iterations=1), seed=1, lowpass_A=40.0,
-    )  # fmt: skip
-    run = Refinement(request, Context(), "cpu", 145.0)
+    run = Refinement(_request(source), Context(), "cpu", 145.0)
     record = run.step(initial_model(run, 40.0)).history[-1]
     assert run.limit == cut
     assert min(record["resolution_A"], record["resolution_unmasked_A"]) >= BOX * PIXEL_A / cut - 1e-9
+
+
+def test_images_in_no_half_set_are_not_taken_for_constant(plain):
+    """They are never read, so nothing is known of their power."""
+    half = plain.particles.half.copy()
+    half[:5] = 0
+    source = ArraySource(plain.read(np.arange(N)), replace(plain.particles, half=half, rotation=None, shift_A=None))
+    spectra = [
+        mean_power(Refinement(_request(s), Context(), "cpu", 145.0)) for s in (source, SubsetSource(source, half > 0))
+    ]
+    np.testing.assert_array_equal(*spectra)
+
+
+def _request(source) -> RefineRequest:
+    return RefineRequest(
+        source=source, reference=phantom_map(BOX, PIXEL_A, 16.0), symmetry="C3", folder=None, diameter_A=145.0,
+        settings=RefineSection(max_iterations=1), seed=1, lowpass_A=40.0,
+    )  # fmt: skip

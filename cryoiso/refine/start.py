@@ -94,9 +94,10 @@ def mean_power(run: Refinement) -> np.ndarray:
                 seen.append((batch.rows, torch.stack([x.double().mean(1) for x in both], 1).cpu().numpy()))
             line.update(i + 1)
         line.close()
-    facts = np.zeros((len(run.particles), 2))
+    facts, read = np.zeros((len(run.particles), 2)), np.zeros(len(run.particles), bool)
     for rows, values in (item for part in run.comm.allgather(seen) for item in part):
-        facts[rows] = values
+        facts[rows], read[rows] = values, True
+    facts[~read] = np.nanmedian(facts[read], axis=0)  # of particles in no half-set nothing is known
     require_sound_images(run.particles, facts)
     power, count = run.comm.sum_all(noise.power), run.comm.sum_all(noise.count)
     spectra = mean_spectra(power / NOISE_UNIT, count / NOISE_UNIT, run.particles.groups)
