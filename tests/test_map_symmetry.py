@@ -12,6 +12,7 @@ from cryoiso.core.errors import EXIT_INPUT, InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.metrics.mapmodel import correlation
+from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fit import apply_fit
 from cryoiso.physics.map_symmetry import find_frame, map_symmetry, symmetry_score
 from cryoiso.physics.phantom import pseudo_atoms_to_map, trimer
@@ -49,10 +50,28 @@ def density(group: str, rotation=None, shift_A=(0, 0, 0), noise: float = 0.0) ->
     return DensityMap(found.data + np.float32(noise * found.data.std()) * white, PIXEL)
 
 
+def lowpassed(full: DensityMap, resolution_A: float) -> DensityMap:
+    return DensityMap(np.asarray(lowpass(full.data, full.pixel_size_A, resolution_A), np.float32), full.pixel_size_A)
+
+
 @pytest.mark.parametrize("group", ["C2", "C3", "C7", "D2", "D3", "D4", "T", "O", "I1", "I3"])
 def test_what_has_the_group_in_the_standard_frame_passes(group):
     found = require_symmetry(density(group), group, "a.mrc", 30.0)
     assert found.verdict == "has it" and found.score > 0.93 and found.frame is None
+
+
+@pytest.mark.parametrize("group", ["C3", "C5", "D2", "O"])
+@pytest.mark.parametrize("resolution_A", [40.0, 60.0])
+def test_a_low_passed_map_is_looked_at_where_it_has_density(group, resolution_A):
+    """Beyond, flattened rounding errors would hide the symmetry."""
+    found = require_symmetry(lowpassed(density(group), resolution_A), group, "a.mrc", resolution_A)
+    assert found.score > 0.65 and found.frame is None
+
+
+def test_a_low_passed_map_with_its_axis_elsewhere_is_still_refused():
+    for wrong in (density("C3", turn([1, 0, 0], 25)), density("C3", shift_A=(20, 0, 0)), density("C1")):
+        with pytest.raises(InputError, match="symmetry C3"):
+            require_symmetry(lowpassed(wrong, 40.0), "C3", "a.mrc", 40.0)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from cryoiso.core.types import DensityMap
 from cryoiso.physics import fit_search as fs
+from cryoiso.physics.filters import shell_index
 from cryoiso.physics.fit import Placement, apply_fit, own_frame, rotation_search
 from cryoiso.physics.so3 import angular_distance_deg, fibonacci_sphere, rotvec_to_matrix
 from cryoiso.physics.symmetry import cryosparc_turn, generators, normalise_name, point_group
@@ -36,6 +38,8 @@ asymmetric objects have such axes."""
 ALIKE = 0.03
 """Frames whose scores differ by less are equally good; the one that turns the map least is taken."""
 AXIS_STEP_DEG = 10.0
+NOTHING = 1e-8
+"""Share of the strongest shell's mean power below which a shell holds rounding errors (low-passed and padded maps)."""
 REDUCED_TO_A = 8.0
 """Nothing finer than this is looked at: large boxes are reduced to it first."""
 Verdict = Literal["has it", "noisy", "elsewhere", "none"]
@@ -98,11 +102,11 @@ def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> Map
         InputError: unknown group, an empty map.
     """
     name = normalise_name(group)
-    finest = max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A)
     if name == "C1":
-        return MapSymmetry(name, "has it", 1.0, finest)
+        return MapSymmetry(name, "has it", 1.0, max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A))
     ops = point_group(name)[1:]
     density = fs.reduced_map(density, REDUCED_TO_A)
+    finest = _finest_A(density)
     score = _score(_self_pair(density, finest), ops)
     if score >= CLEAR:
         return MapSymmetry(name, "has it", score, finest)
@@ -117,6 +121,22 @@ def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> Map
     return MapSymmetry(name, "none", score, finest)
 
 
+def filled_to_A(density: DensityMap) -> float:
+    """Resolution of the last shell in which a map holds more than rounding errors: with flattened spectra those would
+    count as much as the density does."""
+    box_px = density.box_px
+    power = torch.fft.rfftn(torch.from_numpy(np.ascontiguousarray(density.data, np.float32))).abs().square()
+    shell = shell_index(box_px, 3).numpy().ravel()
+    sums = np.bincount(shell, power.numpy().ravel().astype(np.float64))[: box_px // 2 + 1]
+    mean = sums / np.maximum(np.bincount(shell)[: box_px // 2 + 1], 1)
+    filled = np.flatnonzero(mean[1:] > NOTHING * mean[1:].max()) + 1
+    return box_px * density.pixel_size_A / max(int(filled[-1]) if len(filled) else 1, 3)
+
+
+def _finest_A(density: DensityMap) -> float:
+    return max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A, filled_to_A(density))
+
+
 def _is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float) -> bool:
     if frame.score >= FOUND or frame.score < DOUBTFUL:
         return frame.score >= FOUND
@@ -126,7 +146,7 @@ def _is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float)
 def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tuple[float, float] | None:
     """Score and resolution at which a noisy map shows the group in the standard frame; None if at none."""
     ops = point_group(name)[1:]
-    finest = max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A)
+    finest = _finest_A(density)
     for resolution in sorted({finest, max(finest, *CHECKED_AT_A, lowpass_A)}):
         pair = _self_pair(density, resolution)
         classes = _class_means(pair.score(ops, np.zeros((len(ops), 3))), ops)
@@ -153,7 +173,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
     """
     name = normalise_name(group)
     density = fs.reduced_map(density, REDUCED_TO_A)
-    resolution_A = max(resolution_A, 2.5 * density.pixel_size_A)
+    resolution_A = max(resolution_A, 2.5 * density.pixel_size_A, filled_to_A(density))
     candidates = [Placement(np.eye(3), np.zeros(3), 0.0)]
     turn = cryosparc_turn(name)
     if turn is not None:
