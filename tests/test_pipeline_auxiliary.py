@@ -162,7 +162,11 @@ def test_post_processing_runs_on_each_half_and_its_failures_are_told(finished, t
 
 @pytest.mark.parametrize(
     ("template", "what"),
-    [("a {input}", "needs"), ("a {input} {output} {moon}", "moon"), ("a '{input} {output}", "quotes or backslashes do not close")],
+    [
+        ("a {input}", "needs"),
+        ("a {input} {output} {moon}", "moon"),
+        ("a '{input} {output}", "quotes or backslashes do not close"),
+    ],
 )
 def test_a_bad_post_command_is_found_before_anything_runs(data, tmp_path, template, what):
     job = write_job(data, "post.toml", **SMALL, auxiliary_post_command=template)

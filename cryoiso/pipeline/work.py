@@ -25,6 +25,7 @@ from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.layout import RunFolder
 from cryoiso.pipeline.reference import PIXEL_TOLERANCE, Reference, prepare_reference
+from cryoiso.pipeline.standard_frame import require_mask_symmetry
 
 if TYPE_CHECKING:
     from cryoiso.pipeline.scratch import Scratch
@@ -206,7 +207,8 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1"
     """A solvent mask on a given grid, which its box decides; another pixel size in its header is said.
 
     Raises:
-        InputError: another box, values outside 0..1, nothing inside, or the solvent inside instead of the particle.
+        InputError: another box, values outside 0..1, nothing inside, the solvent inside instead of the particle, or a
+            mask without the symmetry.
     """
     mask = read_map(path, pixel_size_A)
     if mask.box_px != box_px:
@@ -230,6 +232,7 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1"
             "%s has a pixel size of %g Å in its header, the maps have %g Å: it is used voxel by voxel",
             path, header_A, pixel_size_A,
         )  # fmt: skip
+    require_mask_symmetry(mask.data, symmetry, path)
     return mask
 
 
