@@ -33,6 +33,8 @@ from cryoiso.parallel.rendezvous_store import group_store
 TIMEOUT_S = 900.0
 """A rank that waits longer than this for the others of its group fails."""
 _LEAVE_S = 10.0
+BARRIER = "TORCH_DIST_INIT_BARRIER"
+"""By this variable torch lets the ranks of a new group meet through the store, where they count themselves."""
 
 
 def ranks_of_half(half: int, size: int) -> range:
@@ -279,6 +281,7 @@ def _join(store: Any, backend: str, index: int, size: int, device: str, interfac
     if backend == "nccl":
         torch.cuda.set_device(torch.device(device))
         options["device_id"] = torch.device(device)
+    os.environ.pop(BARRIER, None)  # the ranks have just met, and MPI's store does not count
     with _environment(route.GLOO_INTERFACE, interface):
         dist.init_process_group(
             names, store=store, rank=index, world_size=size, timeout=timedelta(seconds=timeout_s), **options

@@ -23,7 +23,7 @@ MUCH_BYTES = 2**30
 
 
 def abandoned(shm: Path = SHM, proc: Path = PROC) -> list[dict[str, Any]]:
-    """This user's shared-memory files of MPI jobs that no visible process has mapped or open.
+    """This user's shared-memory files of MPI jobs that no visible process has mapped.
 
     MPICH and Open MPI remove theirs when a job ends, not when its processes are killed with SIGKILL.
 
