@@ -313,6 +313,7 @@ def _diagnose(work: Work) -> None:
         first = work.folder.stage("reconstruct") / "initial_poses"
         earlier = [read_map(first / f"half{h}.mrc").data for h in (1, 2)]
         before = work.folder.stage("refine") / "particles.star"
+        logger.info("the same for the maps before the auxiliary particles, to compare with")
         numbers["before"] = numbers_of(earlier[0], earlier[1], before, None)
     if work.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
         numbers["notes"].append(SHARED_NETWORK)
