@@ -107,9 +107,9 @@ def test_unicode_and_odd_image_names(tmp_path):
     unicode = read_cs(save(tmp_path / "u.cs", table(**{"blob/path": np.array([">J1/é.mrc"] * 4)})))
     coded = read_cs(save(tmp_path / "s.cs", table(**{"blob/path": np.array([">J1/é.mrc".encode()] * 4)})))
     assert [Path(name).name for name in unicode.stack] == ["é.mrc"] * 4 == [Path(name).name for name in coded.stack]
-    for bad in (b"", b">", b"a\0b"):
+    for bad in (b"", b">", b"a\0b", b"a\xff.mrc", b"a\nb"):
         with pytest.raises(InputError, match="image name") as caught:
-            read_cs(save(tmp_path / "bad.cs", table(**{"blob/path": np.array([b"a.mrc", bad, b"b.mrc", b"c"])})))
+            read_cs(save(tmp_path / "bad.cs", table(**{"blob/path": np.array([b"a.mrc", bad, b"b.mrc", b"c"], "S9")})))
         assert caught.value.row == 2
 
 

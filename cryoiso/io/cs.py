@@ -22,6 +22,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
 from cryoiso.io.csfile import load_cs
+from cryoiso.io.imagenames import is_name
 from cryoiso.io.ranges import CS_FIELDS, RANGES, Range, check_range
 from cryoiso.io.star import check_ctf, check_groups, resolve_paths
 
@@ -215,8 +216,9 @@ def _names(values: np.ndarray, path: object) -> list[str]:
     """Names of the image stacks, without cryoSPARC's mark for paths of the project."""
     texts = [v.decode("utf-8", "surrogateescape") if isinstance(v, bytes) else v for v in values.tolist()]
     for row, text in enumerate(texts, start=1):
-        if not text.lstrip(">") or "\0" in text:
-            raise InputError("no usable image name", file=path, row=row, expected="blob/path", found=repr(text))
+        if not is_name(text.lstrip(">")):
+            raise InputError("no usable image name", file=path, row=row, expected="blob/path in UTF-8",
+                             found=repr(text[:80]))  # fmt: skip
     return [text.lstrip(">") for text in texts]
 
 

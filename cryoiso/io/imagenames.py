@@ -15,7 +15,8 @@ logger = logging.getLogger("cryoiso")
 
 MAX_NAME = 1_024
 """Characters of the longest name of a stack: a column of names is as wide as the longest of them."""
-_CONTROL = re.compile(r"[\0-\x1f\x7f]")
+_NO_NAME = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and what stands for bytes that are not UTF-8: such names cannot be written to JSON or HDF5."""
 _KIND = re.compile(r":mrcs?$")
 """RELION's way to say what a file is whose name does not end so."""
 SAMPLE = 16
@@ -40,10 +41,15 @@ def parse_image_names(names: list[str], path: object) -> tuple[list[str], np.nda
         )
     stacks = [_KIND.sub("", tail if at else head) for head, at, tail in parts]
     for row, stack in enumerate(stacks):
-        if not stack or len(stack) > MAX_NAME or _CONTROL.search(stack):
-            expected = f"a file name of 1 to {MAX_NAME} characters, none of them a control character"
+        if not is_name(stack):
+            expected = f"a file name in UTF-8 of 1 to {MAX_NAME} characters, none of them a control character"
             raise InputError("bad image name", file=path, row=row + 1, expected=expected, found=_short(names[row]))
     return stacks, index
+
+
+def is_name(stack: str) -> bool:
+    """Whether a text can be the name of an image stack."""
+    return 0 < len(stack) <= MAX_NAME and not _NO_NAME.search(stack)
 
 
 def _number(text: str) -> int:
