@@ -76,7 +76,8 @@ def test_names_of_images(name, stack_, index):
     [
         "0@x.mrcs", "-1@x.mrcs", "+1@x.mrcs", "²@x.mrcs", "١@x.mrcs", "1_0@x.mrcs", "1.0@x.mrcs", " 1@x.mrcs",
         "@x.mrcs", "a@b/x.mrcs", f"{2**31 + 1}@x.mrcs", f"{2**63}@x.mrcs", f"{10**30}@x.mrcs", "9" * 5000 + "@x.mrcs",
-        "1@", "", "1@a\0b.mrcs", "1@a\x1b[31m.mrcs", "1@a\nb.mrcs", "1@a\udcff.mrcs", "1@" + "a/" * 600 + "x.mrcs", "1@:mrcs",
+        "1@", "", "1@a\0b.mrcs", "1@a\x1b[31m.mrcs", "1@a\nb.mrcs", "1@a\udcff.mrcs",
+        "1@" + "a/" * 600 + "x.mrcs", "1@:mrcs",
     ],
 )  # fmt: skip
 def test_names_that_cannot_be(name):
