@@ -15,7 +15,12 @@ from typer.main import get_command
 from cryoiso.cli.main import build_app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MADE = ("commands.md", "job-file.md")
+"""Pages that docs/conf.py makes from the program itself when the documentation is built."""
+PAGES = [
+    ROOT / "README.md", ROOT / "launch" / "README.md",
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in MADE),
+]  # fmt: skip
 SCRIPTS = [
     ROOT / "launch" / "demo.sh", ROOT / "launch" / "test.sh", ROOT / "apptainer.def",
     *sorted((ROOT / "launch" / "templates").glob("*.sh")), *sorted((ROOT / "containers").glob("*.sh")),

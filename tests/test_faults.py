@@ -162,13 +162,14 @@ def test_a_disk_that_fills_up(where, words, data, small_disk, quick, expected, t
 
 def test_a_journal_on_a_full_disk_keeps_whole_lines(small_disk):
     journal = Journal(small_disk / "journal.jsonl")
-    journal.append("start", stage="ingest")
+    journal.append("start", stage="ingest", key="k")
     fill(small_disk)
+    facts = {"stage": "ingest", "key": "k", "seconds": 1.0, "outputs": {}, "more": "x" * 10_000}
     with pytest.raises(DiskFullError, match=r"journal\.jsonl: no space left"):
-        journal.append("end", stage="ingest", outputs="x" * 10_000)
+        journal.append("end", **facts)
     assert [line["event"] for line in journal.lines] == ["start"] and whole_lines(small_disk)
     (small_disk / "filler").unlink()
-    journal.append("end", stage="ingest", outputs="x" * 10_000)
+    journal.append("end", **facts)
     assert [line["event"] for line in read_journal(journal.path)] == ["start", "end"]
 
 

@@ -136,6 +136,7 @@ def test_names_that_cannot_be(name, tmp_path):
 
 def test_command_ends_with_the_code_for_bad_input(tmp_path):
     os.mkfifo(tmp_path / "p.star")
+    signal.alarm(0)  # a process of its own has a limit of its own: it loads the program first
     done = subprocess.run(
         [sys.executable, "-m", "cryoiso.cli.main", "ingest", "p.star", "shards"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,

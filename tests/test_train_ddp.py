@@ -169,7 +169,7 @@ with training_group(ctx) as group:
             go("parts", stop=StopAt(stop if ctx.rank == ctx.size - 1 else -1), resume=stop > 1)
             raise RuntimeError("not interrupted")
         except Interrupted as caught:
-            assert (folder / "parts/checkpoint/state.npz").exists() and "resume" in str(caught)
+            assert (folder / "parts/checkpoint/state.npz").exists() and "training was stopped after step" in str(caught)
     assert go("parts", resume=True) == whole
     class Nan(ToyTask):
         def loss(self, module, batch, step, attempt):

@@ -182,7 +182,7 @@ def test_interrupted_ends_at_the_same_bits(tmp_path, micro):
 def test_the_size_of_parts_belongs_to_the_configuration(tmp_path):
     with pytest.raises(Interrupted):
         train(ToyTask(), ALONE, ONE, tmp_path, stop=StopAt(5))
-    with pytest.raises(InputError, match="another 'micro_batch'"):
+    with pytest.raises(InputError, match="of another training: micro_batch was 1, is 0"):
         train(ToyTask(), ALONE, SETTINGS, tmp_path, resume=True)
 
 
