@@ -183,6 +183,21 @@ def test_one_bad_defocus_and_a_strong_image(whole, caplog):
     assert "1 of 160 images are far stronger than the others: 8@" in caplog.text
 
 
+def test_optics_groups_of_other_scales_are_sound(whole):
+    """Images that were not normalised: another microscope's may be a hundred times as strong."""
+    power = np.concatenate([np.full(20, 1.0), np.full(20, 1e4)])
+    particles = whole.particles.take(np.arange(40))
+    particles = replace(particles, groups=(*particles.groups[:1], replace(particles.groups[0], number=2)),
+                        optics=np.repeat([0, 1], 20).astype(np.int32))  # fmt: skip
+    noise.require_sound_images(particles, np.stack([power, np.ones(40)], 1))
+    power[3] = 1e4  # as strong as the other group's, but not for its own
+    with pytest.raises(InputError, match="images hold most of the power") as caught:
+        noise.require_sound_images(particles, np.stack([power, np.ones(40)], 1))
+    assert caught.value.row == 4
+    medians = noise.group_medians(power[:, None], particles.optics, np.arange(40) < 20)
+    assert medians[:20, 0].tolist() == [1.0] * 20 and medians[20:, 0].tolist() == [1.0] * 20
+
+
 # --- the parts
 
 

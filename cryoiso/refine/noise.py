@@ -62,8 +62,18 @@ def mean_spectra(
     return spectra
 
 
+def group_medians(values: np.ndarray, optics: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """(n, ...) for each row the median over the counted rows of its optics group; over all where the group has none."""
+    medians = np.empty_like(values)
+    for group in np.unique(optics):
+        inside = optics == group
+        rows = inside & counted
+        medians[inside] = np.nanmedian(values[rows if rows.any() else counted], axis=0)
+    return medians
+
+
 def require_sound_images(particles: Particles, facts: np.ndarray) -> None:
-    """Stops at images that would spoil the noise spectra of all others, and names them.
+    """Stops at images that would spoil the noise spectra of the others of their optics group, and names them.
 
     Args:
         facts: (n, 2) mean power of each image's coefficients, and the same of its CTF.
@@ -78,14 +88,16 @@ def require_sound_images(particles: Particles, facts: np.ndarray) -> None:
         found = "defocus U, V, angle = {:g}, {:g}, {:g}".format(*(column[row] for column in defocus))
         _stop_at(~np.isfinite(ctf), particles, "has a CTF that is not a number", found)
     _stop_at(power == 0, particles, "is constant")
-    ratio = power / np.median(power)
+    optics = particles.optics
+    ratio = power / group_medians(power, optics, np.ones(len(power), bool))  # groups may have scales of their own
     loud = ratio > OUTLIER
     if loud.any():
         worst = int(ratio.argmax())
         words = (
             f"{image_name(particles, worst)} (row {worst + 1}) has {ratio[worst]:.3g} times the power of most images"
         )
-        if power[loud].sum() > 0.5 * power.sum():
+        total, of_loud = np.bincount(optics, power), np.bincount(optics, power * loud)
+        if (of_loud > 0.5 * total).any():
             raise InputError(
                 f"{int(loud.sum())} of {len(power)} images hold most of the power of all: {words}", row=worst + 1,
                 expected=f"at most {OUTLIER:g} times the median", found=f"{ratio[worst]:.3g} times",

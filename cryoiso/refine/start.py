@@ -19,7 +19,7 @@ from cryoiso.physics.project import FourierVolume
 from cryoiso.refine import offsets
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
-from cryoiso.refine.noise import empty_facts, mean_spectra, require_sound_images, tell_of_empty
+from cryoiso.refine.noise import empty_facts, group_medians, mean_spectra, require_sound_images, tell_of_empty
 from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px
 from cryoiso.refine.search import Given, SearchPlan
 
@@ -97,7 +97,8 @@ def mean_power(run: Refinement) -> np.ndarray:
     facts, read = np.zeros((len(run.particles), 2)), np.zeros(len(run.particles), bool)
     for rows, values in (item for part in run.comm.allgather(seen) for item in part):
         facts[rows], read[rows] = values, True
-    facts[~read] = np.nanmedian(facts[read], axis=0)  # of particles in no half-set nothing is known
+    # of particles in no half-set nothing is known
+    facts[~read] = group_medians(facts, run.particles.optics, read)[~read]
     require_sound_images(run.particles, facts)
     power, count = run.comm.sum_all(noise.power), run.comm.sum_all(noise.count)
     spectra = mean_spectra(power / NOISE_UNIT, count / NOISE_UNIT, run.particles.groups)
