@@ -32,7 +32,7 @@ _QUIET = logging.getLogger("cryoiso")
 def examples(count: int) -> settings:
     """How often a test is tried, and how."""
     return settings(
-        max_examples=int(_BY_HAND or 3 * count),
+        max_examples=int(_BY_HAND or 6 * count),
         derandomize=not _BY_HAND,
         deadline=None,
         database=None,
