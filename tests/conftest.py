@@ -55,6 +55,27 @@ def data(tmp_path_factory) -> Path:
     return simulate(tmp_path_factory.mktemp("data")).parent
 
 
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A finished run of ``data``, made by stand-ins; not written to."""
+    from pipeline_helper import forget_signals, quick_report, use_quick_parts
+
+    from cryoiso.parallel.context import Context
+    from cryoiso.pipeline.run import run_job
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_quick_parts(patch)
+        folder = run_job(data / "job.toml", tmp_path_factory.mktemp("runs") / "run", Context(), quick_report).path
+    forget_signals()
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The finished run elsewhere, to be spoilt."""
+    return Path(shutil.copytree(finished, tmp_path / "elsewhere" / "copy"))
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Runs of this process use stand-ins for the slow parts."""

@@ -20,6 +20,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.starwrite import write_particles
+from cryoiso.parallel.context import Context
 
 SERIAL = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "OMPI_", "PMIX_", "SLURM_"))}
 
@@ -132,6 +133,18 @@ def use_quick_parts(monkeypatch: Any) -> None:
     monkeypatch.setattr(wire, "reconstructor", lambda: quick_reconstructor)
     # numba's threads, after which a process cannot be forked; the check of the symmetry has tests of its own
     monkeypatch.setattr(reference, "require_symmetry", lambda *args, **options: None)
+
+
+class StopsAt(Context):
+    """Is told to stop when it has asked this often."""
+
+    def __init__(self, asked: int) -> None:
+        super().__init__()
+        self.left = asked
+
+    def stop_requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
 
 
 def forget_signals() -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from pipeline_helper import cryoiso_here, forget_signals, quick_report, use_quick_parts
+from pipeline_helper import cryoiso_here
 from relion_helper import write_task
 
 from cryoiso.core.errors import EXIT_INPUT, InputError
@@ -20,26 +20,10 @@ from cryoiso.pipeline.checksums import read_sums
 from cryoiso.pipeline.hashing import sha256_of
 from cryoiso.pipeline.journal import Journal, read_journal
 from cryoiso.pipeline.replay import replay_stage
-from cryoiso.pipeline.run import resume_run, run_job
+from cryoiso.pipeline.run import resume_run
 from cryoiso.pipeline.verify import verify_run
 
 BAD = ["../.bash_login", "a/../../x", "/etc/passwd", "..", "", ".", "a\nb", "a\0b", "\x1b[2J", 7, None, "a" * 256]
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:
-    """A finished quick run; not written to."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_quick_parts(patch)
-        folder = run_job(data / "job.toml", tmp_path_factory.mktemp("runs") / "run", Context(), quick_report).path
-    forget_signals()
-    return folder
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    """The finished run elsewhere, to be spoilt."""
-    return Path(shutil.copytree(finished, tmp_path / "elsewhere" / "copy"))
 
 
 def edit_journal(run: Path, name: str) -> None:

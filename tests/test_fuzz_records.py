@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from fuzz_helper import (
     bounded,
     byte_edits,
@@ -24,7 +23,6 @@ from fuzz_helper import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline_helper import forget_signals, use_quick_parts, write_job
 
 from cryoiso.engines.relion import files as relion
 from cryoiso.engines.relion.external import read_task
@@ -36,21 +34,10 @@ from cryoiso.pipeline import lock
 from cryoiso.pipeline.checksums import read_sums
 from cryoiso.pipeline.journal import Journal, read_journal
 from cryoiso.pipeline.manifest import read_manifest
-from cryoiso.pipeline.run import read_resolved, run_job
+from cryoiso.pipeline.run import read_resolved
 from cryoiso.pipeline.verify import verify_run
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:
-    """A finished run, made by stand-ins."""
-    folder = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        use_quick_parts(patch)
-        run_job(write_job(data), folder, Context())
-    forget_signals()
-    return folder
 
 
 def changed_json(path: Path, changes: list) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from micelle_helper import BOX, PIXEL_A, correlation_at_20, recover, trimer, trimers
 from mpi_helper import run_mpi
-from pipeline_helper import cryoiso_here, hash_files
+from pipeline_helper import StopsAt, cryoiso_here, hash_files
 
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError, Interrupted
 from cryoiso.core.types import DensityMap
@@ -92,18 +92,6 @@ def test_what_does_not_fit_is_refused(case):
 
 
 # --- stops, ranks, files
-
-
-class StopsAt(Context):
-    """Is told to stop when it has asked this often."""
-
-    def __init__(self, asked: int) -> None:
-        super().__init__()
-        self.left = asked
-
-    def stop_requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 @pytest.mark.parametrize("asked, while_", [(3, "reading images"), (10, "solving")])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pipeline_helper import StopsAt
 
 from cryoiso.core.config import RefineSection
 from cryoiso.core.errors import InputError, Interrupted
@@ -256,18 +257,6 @@ def test_what_unpacks_to_more_and_what_is_of_a_later_version(tmp_path):
     assert checkpoint.load(file) is None
 
 
-class StopsAfter(Context):
-    """Stops at a number of questions."""
-
-    def __init__(self, asked: int) -> None:
-        super().__init__()
-        self.left = asked
-
-    def stop_requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
-
-
 def test_searches_of_other_particles_are_not_taken(images, tmp_path):
     """Stopped in the first iteration, which leaves no checkpoint but its searches: with another defocus they are made
     again, and the result has the bits of a refinement of these particles."""
@@ -281,7 +270,7 @@ def test_searches_of_other_particles_are_not_taken(images, tmp_path):
             begun = request_for(images, folder, images.truth, resume=False)
             while not list(folder.glob("checkpoint/searched-*")):
                 with pytest.raises(Interrupted):
-                    NativeEngine().refine(begun, StopsAfter(asked := asked + 1))
+                    NativeEngine().refine(begun, StopsAt(asked := asked + 1))
             assert list(folder.glob("checkpoint/searched-*")) and not list(folder.rglob("*.npz"))
         results[name] = NativeEngine().refine(request_for(other, folder, images.truth), Context())
     np.testing.assert_array_equal(*(result.particles.rotation for result in results.values()))

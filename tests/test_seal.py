@@ -17,7 +17,6 @@ from pipeline_helper import (
     QuickEngine,
     cryoiso,
     cryoiso_here,
-    forget_signals,
     hash_files,
     quick_report,
     use_quick_parts,
@@ -35,22 +34,6 @@ from cryoiso.pipeline.journal import Journal
 from cryoiso.pipeline.replay import replay_stage
 from cryoiso.pipeline.run import resume_run, run_job
 from cryoiso.pipeline.verify import verify_run
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:
-    """A finished quick run; not written to."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_quick_parts(patch)
-        folder = run_job(data / "job.toml", tmp_path_factory.mktemp("runs") / "run", Context(), quick_report).path
-    forget_signals()
-    return folder
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    """The finished run elsewhere, to be spoilt."""
-    return Path(shutil.copytree(finished, tmp_path / "elsewhere" / "copy"))
 
 
 def damage(path: Path) -> None:

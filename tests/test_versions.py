@@ -37,21 +37,6 @@ def quick(monkeypatch):
     forget_signals()
 
 
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:
-    """A finished quick run; not written to."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_quick_parts(patch)
-        folder = run_job(write_job(data), tmp_path_factory.mktemp("runs") / "run", Context(), quick_report).path
-    forget_signals()
-    return folder
-
-
-@pytest.fixture
-def copy(finished, tmp_path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "copy"))
-
-
 def edit(file: Path, change: Callable[[dict], Any]) -> None:
     facts = json.loads(file.read_text())
     made = change(facts)

@@ -29,12 +29,8 @@ def require_one_line(facts: dict[str, Any]) -> None:
         UsageError: a value with a control character; names the placeholder.
     """
     for key, value in facts.items():
-        if key not in SHELL_LINES:
-            for text in _texts(value):
-                _require_printable(key, text, "")
-        else:
-            for text in _texts(value):
-                _require_printable(key, text, "\n\t")
+        for text in _texts(value):
+            _require_printable(key, text, "\n\t" if key in SHELL_LINES else "")
 
 
 def _require_printable(key: str, text: str, allowed: str) -> None:
