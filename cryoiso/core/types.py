@@ -110,6 +110,12 @@ class Particles:
         """A copy with these result columns added, e.g. rlnLogLikeliContribution."""
         return replace(self, results={**self.results, **columns})
 
+    @property
+    def first_group(self) -> OpticsGroup:
+        """The optics group of the first particle, whose box and pixel size maps take. The first row of the optics
+        table may have no particles."""
+        return self.groups[int(self.optics[0])]
+
     def group_values(self, name: str) -> np.ndarray:
         """(n,) float64: a scalar attribute of each particle's optics group, e.g. ``pixel_size_A``."""
         return np.array([getattr(g, name) for g in self.groups], np.float64)[self.optics]

@@ -40,7 +40,7 @@ class StackSource:
         self._file = file
         self.particles = replace(particles, groups=check_stacks(particles, file))
         self.decision = decide_sign(self.particles, self._settings, file)
-        self.box_px = self.particles.groups[int(self.particles.optics[0])].box_px
+        self.box_px = self.particles.first_group.box_px
         self.chunks = fixed_chunks(len(particles))
         self._reader = StackReader()
 

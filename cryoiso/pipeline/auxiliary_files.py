@@ -149,7 +149,7 @@ def _planned(
 ) -> Particles:
     if count is not None and count < 2:
         raise UsageError("--count: each half-set needs one particle at least")
-    group = raw.groups[int(raw.optics[0])]
+    group = raw.first_group
     sets = []
     for half in HALVES:
         Generator.load(files[half]).check(group.box_px, group.pixel_size_A, inverted, files[half], section.file)

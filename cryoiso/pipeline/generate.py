@@ -175,7 +175,7 @@ def compare(raw: ImageSource, made: ImageSource, comm: Context, seed: int) -> di
         some = slice(start, min(start + COMPARED_BLOCK, mine.stop))
         parts.append(image_sums(raw.read(left[some]), made.read(right[some]), radius))
     sums = np.sum([part for share in comm.allgather(parts) for part in share], axis=0)
-    group = raw.particles.groups[int(raw.particles.optics[0])]
+    group = raw.particles.first_group
     return image_statistics(sums, raw.box_px, group.pixel_size_A)
 
 

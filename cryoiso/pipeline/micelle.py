@@ -84,7 +84,7 @@ def _read(job: Job, choice: MaskChoice, out: Path) -> tuple[Particles, DensityMa
     point_group(job.sample.symmetry)
     found = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
     found = replace(found, groups=io_ingest.check_stacks(found, section.file))
-    group = found.groups[int(found.optics[0])]
+    group = found.first_group
     file = Path(job.reference.file)
     made = prepare_reference(
         file, group.box_px, group.pixel_size_A, max(HOMOLOGUE_A, 2 * group.pixel_size_A),

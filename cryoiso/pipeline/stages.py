@@ -122,7 +122,7 @@ def _facts_of_shards(work: Work) -> dict[str, Any]:
         "half_counts": [int(np.sum(particles.half == number)) for number in (1, 2)],
         "optics_groups": len(np.unique(particles.optics)),
         "box_px": index["box_px"],
-        "pixel_size_A": particles.groups[int(particles.optics[0])].pixel_size_A,
+        "pixel_size_A": particles.first_group.pixel_size_A,
         "inverted": bool(index["inverted"]),
         "sign": index.get("sign", ""),
         "shards": len(index["shards"]),
@@ -132,7 +132,7 @@ def _facts_of_shards(work: Work) -> dict[str, Any]:
 
 
 def _ingest_facts(plan: Any) -> dict[str, Any]:
-    group = plan.particles.groups[int(plan.particles.optics[0])]
+    group = plan.particles.first_group
     return {
         "particles": len(plan.particles),
         "half_counts": [int((plan.particles.half == number).sum()) for number in (1, 2)],

@@ -141,7 +141,7 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
     agree(comm, error)
     write_reconstruction(
         source, particles, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
-        pixel_size_A=particles.groups[int(particles.optics[0])].pixel_size_A,
+        pixel_size_A=particles.first_group.pixel_size_A,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def refine_subtomograms(job: Job, out: Path, comm: Context, *, resume: bool = Fa
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
     source = on_root(comm, _open, job)
-    group = source.particles.groups[int(source.particles.optics[0])]
+    group = source.particles.first_group
     reference = on_root(comm, _reference, job, source.box_px, group.pixel_size_A)
     mask = on_root(comm, _mask, job, source.box_px, group.pixel_size_A)
     on_root(comm, begin_or_go_on, out, job, source.particles, reference.map, mask, resume)

@@ -90,7 +90,7 @@ class Work:
     def grid(self) -> tuple[int, float]:
         """Box and pixel size in Å of the maps: those of the first particle."""
         particles = self.particles()
-        group = particles.groups[int(particles.optics[0])]
+        group = particles.first_group
         return group.box_px, group.pixel_size_A
 
     def reference(self) -> Reference:

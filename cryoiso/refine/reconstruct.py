@@ -59,7 +59,7 @@ def reconstruct_halves(
     Raises:
         InputError: no poses, one that cannot be, or a half-set is empty.
     """
-    pixel = pixel_size_A or _first_pixel_size_A(particles)
+    pixel = pixel_size_A or particles.first_group.pixel_size_A
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
     limits: dict[int, int] = {}
     for half, sums in half_sums(source, particles, comm, symmetry, padding, device, halves, pixel, limits):
@@ -96,7 +96,7 @@ def reconstruct_references(
     Raises:
         InputError: as ``reconstruct_halves``.
     """
-    pixel, box = pixel_size_A or _first_pixel_size_A(particles), source.box_px
+    pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums = dict(half_sums(source, particles, comm, symmetry, padding, device, (1, 2), pixel, limits))
     roots = {h: root_of_half(h, comm.size) for h in (1, 2)}
@@ -114,10 +114,6 @@ def reconstruct_references(
     damped = {h: comm.bcast(smooth[h], roots[h]) for h in (1, 2)}
     as_maps = [{h: DensityMap(m[h], pixel) for h in (1, 2)} for m in (plain, damped)]
     return as_maps[0], as_maps[1], curve
-
-
-def _first_pixel_size_A(particles: Particles) -> float:
-    return particles.groups[int(particles.optics[0])].pixel_size_A
 
 
 def _regularised(sums: FourierSums, inverse: torch.Tensor, curve: np.ndarray, prior: np.ndarray | None) -> np.ndarray:

@@ -18,8 +18,9 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT
 from cryoiso.core.log import logger
 from cryoiso.io import checkpoint
+from cryoiso.nets.weights import PREFIX
 
-_PARAMETER, _OPTIMISER = "parameter ", "optimiser "
+_OPTIMISER = "optimiser "
 
 
 @dataclass
@@ -61,7 +62,7 @@ def save(
         module: not wrapped.
         configuration: plain values that decide the result of the training.
     """
-    arrays = {_PARAMETER + name: _array(value) for name, value in module.state_dict().items()}
+    arrays = {PREFIX + name: _array(value) for name, value in module.state_dict().items()}
     for name, parameter in module.named_parameters():
         for key, value in optimiser.state.get(parameter, {}).items():
             arrays[f"{_OPTIMISER}{key} {name}"] = _array(value)
@@ -90,7 +91,7 @@ def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarra
 
 def restore(arrays: dict[str, np.ndarray], module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """Puts parameters and the optimiser's state back where they were."""
-    tensors = {k.removeprefix(_PARAMETER): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(_PARAMETER)}
+    tensors = {k.removeprefix(PREFIX): torch.from_numpy(v) for k, v in arrays.items() if k.startswith(PREFIX)}
     module.load_state_dict(tensors)
     names = dict(module.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
