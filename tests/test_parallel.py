@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -280,6 +281,24 @@ def test_one_ranks_error_ends_all(n):
     assert done.returncode == EXIT_INPUT
     assert done.stderr.startswith("error: rank 1 on ") and "no such stack" in done.stderr.splitlines()[0]
     assert done.stderr.count("error: ") == 1 and "reached" not in done.stdout
+
+
+@pytest.mark.parametrize("kind", ("pipe", "socket"))
+def test_what_the_launcher_has_not_read_yet_is_waited_for(kind):
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    else:
+        ours, theirs = socket.socketpair()
+        reader, writer = theirs.detach(), ours.detach()
+    try:
+        assert abort._unread_bytes(writer) == 0
+        os.write(writer, b"error: no such stack")
+        assert abort._unread_bytes(writer) > 0
+        os.read(reader, 100)
+        assert abort._unread_bytes(writer) == 0
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.mpi

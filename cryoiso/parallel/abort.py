@@ -7,8 +7,12 @@ first and ends them all.
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
+import stat
 import sys
+import termios
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -106,11 +110,37 @@ def _leave(ctx: Context, message: str, code: int, common: bool, say: Callable[[s
         time.sleep(0.3 + 0.05 * min(ctx.rank, 40))
     say(f"rank {ctx.rank} on {ctx.hostname}: {message}")
     _flush()
+    _wait_until_read()
     ctx.abort(code)
 
 
 def _say(message: str) -> None:
     sys.stderr.write(f"error: {indented(message)}\n")  # one write: ranks share the stream
+
+
+def _wait_until_read(limit_s: float = 5.0) -> None:
+    """Waits until the launcher has read this process's output, at most ``limit_s``.
+
+    A launcher that is told to abort kills its ranks and may leave with their last words still in the pipe.
+    """
+    end = time.monotonic() + limit_s
+    while any(_unread_bytes(fd) for fd in (1, 2)) and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def _unread_bytes(fd: int) -> int:
+    """What was written to a pipe or socket and not yet read by its other end; 0 where that cannot be told."""
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISFIFO(mode):
+            request = termios.FIONREAD
+        elif stat.S_ISSOCK(mode):
+            request = termios.TIOCOUTQ
+        else:
+            return 0
+        return int.from_bytes(fcntl.ioctl(fd, request, b"\0" * 4), sys.byteorder, signed=True)
+    except OSError:
+        return 0
 
 
 def _flush() -> None:
