@@ -174,7 +174,10 @@ ERRORS = {
     "no RELION": (dict(relion={}), dict(engine="relion"), EXIT_MISSING, "refine.engine = 'relion'"),
     "no GPU": (dict(), dict(device="cuda"), EXIT_MISSING, "sees no GPU"),
     "GPUs asked for": (
-        dict(ranks=[{"asked": True, "gpus": [GPU]}, {"asked": True}]), {}, EXIT_MISSING, "asked for GPUs, and rank 1"
+        dict(ranks=[{"asked": True, "gpus": [GPU]}, {"asked": True}]),
+        {},
+        EXIT_MISSING,
+        "asked for GPUs, and rank 1",
     ),
     "no memory": (dict(), dict(memory_bytes=400 * GIB), EXIT_MISSING, "400.0 GiB"),
     "no room": (dict(folder={"free_bytes": 99 * GIB}), {}, EXIT_OTHER, "the run will need 100.0 GiB"),

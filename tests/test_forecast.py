@@ -168,10 +168,10 @@ def test_expected_iterations_never_say_that_it_is_over():
 
 # --- RELION
 
-BEFORE = " Auto-refine: Iteration= {0}\n Estimating accuracies in the orientations ...\n  90/  90 sec ...~~(,_,\">"
-SEARCH = " Expectation iteration {0}\n000/??? sec ~~(,_,\">    [oo]\r"
-BAR = "  {0:.2f}/  2.00 hrs ....~~(,_,\">\r"
-AFTER = "\n Maximization ...\n   0.01/  0.50 min ~~(,_,\">\r"
+BEFORE = ' Auto-refine: Iteration= {0}\n Estimating accuracies in the orientations ...\n  90/  90 sec ...~~(,_,">'
+SEARCH = ' Expectation iteration {0}\n000/??? sec ~~(,_,">    [oo]\r'
+BAR = '  {0:.2f}/  2.00 hrs ....~~(,_,">\r'
+AFTER = '\n Maximization ...\n   0.01/  0.50 min ~~(,_,">\r'
 
 
 def test_relions_iterations_are_pieces_of_the_stage(board, clock, tmp_path):
@@ -225,9 +225,7 @@ def test_rank_0_counts_the_images_that_it_writes_itself(board, tmp_path, monkeyp
     monkeypatch.setattr(images, "STACK_BYTES", 4 * 8 * 8 * 10)
     monkeypatch.setattr(images.ProgressLine, "update", lambda line, done, words="": seen.append((done, line.total)))
     particles = SimpleNamespace(uid=np.arange(95), group_values=lambda name: np.full(95, 2.0))
-    source = SimpleNamespace(
-        particles=particles, box_px=8, read=lambda rows: np.zeros((len(rows), 8, 8), np.float32)
-    )
+    source = SimpleNamespace(particles=particles, box_px=8, read=lambda rows: np.zeros((len(rows), 8, 8), np.float32))
     images._export(source, np.arange(95), tmp_path / "images", Two(), False)
     assert seen == [(10 * k, 50) for k in range(1, 6)]
 

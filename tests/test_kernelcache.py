@@ -91,5 +91,3 @@ print("hits", sum(_to_places.stats.cache_hits.values()), "misses", sum(_to_place
     shipped = place / "shipped"
     assert call(shipped).strip() == "hits 0 misses 1"
     assert call(settled(shipped=shipped)).strip() == "hits 1 misses 0"
-
-

@@ -145,6 +145,33 @@ def test_every_layer_sees_image_projection_and_pose(residual):
         assert float(own.abs().max()) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_a_posterior_sees_the_condition_of_its_own_layer_as_the_prior_does(monkeypatch, name):
+    """Only one layer's context changes, in channels that do not start as the image's: that layer's posterior moves as
+    far as its prior, within a factor of 3."""
+    config = HvaeConfig.preset(name, 32)
+    net = network(config, stirred=0.02)
+    images, condition, pose, noise = inputs(config)
+    contexts = net._contexts(condition, pose)
+    for number, layer in enumerate(net.latent_layers()):
+        means: dict[str, list[Tensor]] = {"prior": [], "posterior": []}
+        hooks = [
+            getattr(layer, which).register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(out[0]))
+            for which, kept in means.items()
+        ]
+        for change in (0.0, 1.0):
+            new = [c.detach().clone() for c in contexts]
+            new[number][:, 4:] += change * normal(*new[number][:, 4:].shape, seed=11)
+            monkeypatch.setattr(net, "_contexts", lambda *_, new=new: new)
+            with torch.no_grad():
+                net(images, condition, pose, noise)
+        for hook in hooks:
+            hook.remove()
+        moved = {which: float((b - a).square().mean().sqrt()) for which, (a, b) in means.items()}
+        assert moved["prior"] > 0.01
+        assert 1 / 3 < moved["posterior"] / moved["prior"] < 3, (number, moved)
+
+
 def test_generation_sees_projection_and_pose():
     config = HvaeConfig(24, **DEEP, residual=False)
     net = network(config)

@@ -105,6 +105,16 @@ def test_what_a_generator_needs_beside_weights(tmp_path, how, words):
         Generator.load(tmp_path / "g.npz")
 
 
+@pytest.mark.parametrize("found", [1, 3, None])
+def test_a_generator_of_another_network_format_is_refused(tmp_path, found):
+    """Its weights have the right names and shapes, and would be taken for those of another network without a word."""
+    path = generator(tmp_path / "g.npz")
+    rewritten(path, lambda a, v: v.pop("network_format") if found is None else v.update(network_format=found))
+    with pytest.raises(InputError, match=rf"another version.*network format 2, found {found or 1}") as error:
+        Generator.load(path)
+    assert "Train the generator again" in str(error.value)
+
+
 @pytest.mark.parametrize("what", FILES)
 def test_a_damaged_file_says_so(tmp_path, what):
     """120 random damages: the file is refused by name, or has the same weights as before."""

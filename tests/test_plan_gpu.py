@@ -31,8 +31,6 @@ def job_file(tmp_path_factory) -> Path:
     return simulate(tmp_path_factory.mktemp("data"))
 
 
-
-
 def problem(n: int, box: int, workflow: str = "refine") -> Problem:
     job = {"particles": {"file": "p.star"}, "reference": {"file": "r.mrc"}, "run": {"workflow": workflow}}
     return Problem(Job.model_validate(job), n, box, 3.0, 150.0, device="cuda")

@@ -119,9 +119,7 @@ def passthrough_beside(path: object) -> list[Path]:
     return sorted(other for other in own.parent.glob("*passthrough_particles*.cs") if other != own)
 
 
-def _require_one_source(
-    name: str, uid: np.ndarray, sources: dict[Path, dict[str, np.ndarray]], path: object
-) -> None:
+def _require_one_source(name: str, uid: np.ndarray, sources: dict[Path, dict[str, np.ndarray]], path: object) -> None:
     """Two passthrough files that say different things of a field: the user must choose."""
     found = [(other, more["uid"], more[name]) for other, more in sources.items() if name in more]
     for other, theirs, values in found[1:]:

@@ -26,6 +26,9 @@ from cryoiso.nets.losses import gaussian_kl
 from cryoiso.nets.start import start_as_wavelets
 
 MIN_BOX_PX = 16
+NETWORK_FORMAT = 2
+"""Changes whenever the same weights would mean another network; files and checkpoints carry it. In format 1 the
+posterior of a layer did not see that layer's own condition."""
 
 
 class HvaeOutput(NamedTuple):
@@ -160,9 +163,10 @@ class ConditionalHvae(nn.Module):
         for layer, context, features, draw in zip(
             self.latent_layers(), contexts, evidence, self._draws(noise), strict=True
         ):
+            # against the state without the context: the features have it too, and it would cancel
+            mu_q, logsigma_q = layer.posterior(features - state)
             state = state + context
             mu_p, logsigma_p = layer.prior(state)
-            mu_q, logsigma_q = layer.posterior(features - state)
             kl.append(gaussian_kl(mu_q, logsigma_q, mu_p, logsigma_p).sum((1, 2, 3)))
             state = layer.refine(state, mu_q + torch.exp(logsigma_q) * draw)
         return HvaeOutput(self._image(state, condition), torch.stack(kl, 1))

@@ -71,7 +71,8 @@ def _rank(comm: Context) -> dict[str, Any]:
         **_gpus(comm),
         **memory(),
         "limits": {
-            "open_files": _limit(resource.RLIMIT_NOFILE), "locked_memory_bytes": _limit(resource.RLIMIT_MEMLOCK)
+            "open_files": _limit(resource.RLIMIT_NOFILE),
+            "locked_memory_bytes": _limit(resource.RLIMIT_MEMLOCK),
         },
         "infiniband": INFINIBAND.is_dir() and any(INFINIBAND.iterdir()),
     }

@@ -118,9 +118,7 @@ def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> 
 # --- refinement
 
 
-def refinement(
-    p: Problem, n: int, ranks: int, assumed: Assumed, loop: Work, local_deg: float | None = None
-) -> Work:
+def refinement(p: Problem, n: int, ranks: int, assumed: Assumed, loop: Work, local_deg: float | None = None) -> Work:
     """All iterations of a refinement of n images, on one rank; ``loop`` is added to each."""
     each = [add(one, loop) for one in iterations(p, n, ranks, assumed, local_deg)]
     first_passes = {"read": 2.0 * n * p.box_px**2 / ranks}

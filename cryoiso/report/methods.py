@@ -53,8 +53,9 @@ def warnings(data: Data) -> list[str]:
     notes = [str(note) for note in data["diagnose"].get("notes") or []]
     realign, auxiliary = section(job, "realign"), section(job, "auxiliary")
     if _has_loop(data) and realign.get("correct", True) and realign.get("mode") == "paired":
-        said.append("One network saw the maps of both half-sets during the refinement (realign.mode = paired), "
-                    f"{NO_GOLD}.")
+        said.append(
+            f"One network saw the maps of both half-sets during the refinement (realign.mode = paired), {NO_GOLD}."
+        )
         notes = [note for note in notes if "gold standard" not in note]
     if _has_auxiliary(data) and auxiliary.get("generators") == "shared":
         said.append(f"One generator was trained on both half-sets (auxiliary.generators = shared), {NO_GOLD}.")
@@ -182,8 +183,11 @@ def _generator(settings: Data, trained: Data, micelle: Data) -> str:
     if kind == "white-noise":
         text = f"projections of the reference{reference} with the particles' CTFs and white noise; "
         return text + "no generator was trained."
-    who = "a conditional hierarchical variational autoencoder for each half-set, trained on its particles alone" \
-        if kind == "per-half" else "one conditional hierarchical variational autoencoder, trained on both half-sets"
+    who = (
+        "a conditional hierarchical variational autoencoder for each half-set, trained on its particles alone"
+        if kind == "per-half"
+        else "one conditional hierarchical variational autoencoder, trained on both half-sets"
+    )
     course = ""
     if number(trained, "steps") is not None:
         course = f" ({trained['steps']:,} steps of {trained.get('batch')} images, preset '{trained.get('preset')}')"

@@ -129,6 +129,5 @@ class CompletionTask(NetworkTask):
         return torch.stack(cubes)[:, None].contiguous(memory_format=torch.channels_last_3d)
 
 
-
 def _arrays(tensors: list[Tensor] | None) -> list[np.ndarray]:
     return [tensor.numpy() for tensor in tensors or []]

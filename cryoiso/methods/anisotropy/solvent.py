@@ -43,7 +43,11 @@ class Solvent:
         return _back(self.rest * torch.fft.rfftn(estimate, dim=AXES), estimate.shape)
 
     def filled(
-        self, measured: Tensor, box_px: int, steps: int, between: Callable[[], None] = lambda: None,
+        self,
+        measured: Tensor,
+        box_px: int,
+        steps: int,
+        between: Callable[[], None] = lambda: None,
         start: Tensor | None = None,
     ) -> Tensor:
         """Coefficients A x completed by so many steps of f = max(f, 0), f = A x + (B - A) f; none: A x.

@@ -16,7 +16,7 @@ from cryoiso.core.rng import stable_hash
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import checkpoint
 from cryoiso.methods.auxiliary.condition import Condition
-from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae, HvaeConfig
 from cryoiso.nets.weights import HINT, load_weights, require_weights, weights_of
 
 KIND = "cryoiso generator"
@@ -47,6 +47,7 @@ class Generator:
         values = {
             "kind": KIND,
             "config": config,
+            "network_format": NETWORK_FORMAT,
             "pixel_size_A": self.reference.pixel_size_A,
             "likelihood_sd": self.likelihood_sd,
             "facts": {**self.facts, "cryoiso": __version__},
@@ -59,12 +60,15 @@ class Generator:
         """Reads a generator.
 
         Raises:
-            InputError: no such file, damaged, not a generator, or with weights that are not its own.
+            InputError: no such file, damaged, not a generator, with weights that are not its own, or with weights that
+                were trained for another format of the network.
         """
         arrays, values = checkpoint.read_kind(
             path, KIND, "not a trained generator", "'cryoiso auxiliary train' writes one."
         )  # fmt: skip
         _require_whole(arrays, values, path)
+        if values["config"] is not None:
+            _require_format(values, path)
         network = None if values["config"] is None else _network(values["config"], arrays, path).to(device).eval()
         reference = DensityMap(arrays["reference"], values["pixel_size_A"])
         return cls(network, reference, arrays["scale"], values["likelihood_sd"], values["facts"])
@@ -141,6 +145,19 @@ def _require_whole(arrays: dict[str, np.ndarray], values: dict[str, Any], path: 
         wrong = "facts or config"
     if wrong:
         raise InputError(f"the generator is damaged: {wrong}", file=path, hint=HINT)
+
+
+def _require_format(values: dict[str, Any], path: Path) -> None:
+    """
+    Raises:
+        InputError: the weights would mean another network than the one that was trained.
+    """
+    found = values.get("network_format", 1)
+    if found != NETWORK_FORMAT:
+        raise InputError(
+            "the generator was trained by another version, in whose network these weights mean something else",
+            file=path, expected=f"network format {NETWORK_FORMAT}", found=found, hint="Train the generator again.",
+        )  # fmt: skip
 
 
 def _network(config: Any, arrays: dict[str, np.ndarray], path: Path) -> ConditionalHvae:

@@ -16,7 +16,7 @@ from cryoiso.io.sources import SubsetSource
 from cryoiso.methods.auxiliary.condition import Condition
 from cryoiso.methods.auxiliary.generator import normal_numbers
 from cryoiso.methods.auxiliary.settings import Training
-from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae, HvaeConfig
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.train.batches import Batches
 from cryoiso.train.watch import Verdict
@@ -137,6 +137,7 @@ class GeneratorTask:
         return {
             **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(c).items()},
             **self.settings.facts(),
+            "network_format": NETWORK_FORMAT,
             "label": self.label,
             "reference": of_map(self.condition.reference),
             "scale": [float(s) for s in self.condition.scale],
