@@ -257,7 +257,9 @@ def test_auxiliary_particles_are_told_with_their_numbers():
     shared = facts("auxiliary", **DONE, job={"auxiliary_generators": "shared"})
     assert "no gold standard" in methods(shared) and "trained on both half-sets" in methods(shared)
     noise = methods(facts("auxiliary", **DONE, job={"auxiliary_generators": "white-noise"}))
-    assert "no generator was trained" in noise and "autoencoder" not in noise
+    assert "no generator was trained" in noise and "autoencoder" not in noise and "white noise" in noise
+    coloured = methods(facts("auxiliary", **DONE, job={"auxiliary_generators": "coloured-noise"}))
+    assert "Gaussian noise of the particles' spectrum; no generator was trained" in coloured
     assert "auxiliary particles [" not in methods(facts("auxiliary")), "no round was finished"
 
 

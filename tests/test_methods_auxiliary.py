@@ -18,9 +18,12 @@ from cryoiso.methods.auxiliary.condition import Condition, fit_scale
 from cryoiso.methods.auxiliary.corefine import co_refine, movement
 from cryoiso.methods.auxiliary.generate import Maker, batches
 from cryoiso.methods.auxiliary.generator import Generator
+from cryoiso.methods.auxiliary.noise import on_grid, residual_spectra
 from cryoiso.methods.auxiliary.particles import FLAG, auxiliary_particles, both_halves
 from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
 from cryoiso.parallel.context import Context
+from cryoiso.physics.filters import power_spectrum
+from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import simulate
 from cryoiso.physics.symmetry import in_asymmetric_unit
@@ -143,6 +146,66 @@ def test_cold_images_have_no_noise(generator, raw):
     cold = [Maker(p, {1: generator}, 0.0, seed).images(np.arange(10))[0] for seed in (1, 2)]
     warm = [Maker(p, {1: generator}, 1.0, seed).images(np.arange(10))[0] for seed in (1, 2)]
     assert np.array_equal(*cold) and not np.allclose(*warm, atol=0.05)
+
+
+def coloured(raw, n_groups=1, seed=4):
+    """300 particles in coloured noise of two strengths, and their spectra: (source, particles, (n_groups, S))."""
+    p = raw.particles
+    optics = (np.arange(len(p)) % n_groups).astype(np.int32)
+    split = replace(p, groups=tuple(replace(p.groups[0], number=i + 1) for i in range(n_groups)), optics=optics)
+    spectra = np.stack([(i + 1) * noise_spectrum(BOX, "coloured", knee=0.15) for i in range(n_groups)])
+    white = torch.from_numpy(np.random.default_rng(seed).standard_normal((len(p), BOX, BOX), np.float32))
+    noise = np.stack([colour_noise(white[i : i + 1], spectra[g])[0].numpy() for i, g in enumerate(optics)])
+    return ArraySource(0.5 * raw.signal(np.arange(len(p))) + noise, split), split, spectra
+
+
+def test_the_noise_of_each_optics_group_is_measured_against_the_reference(raw):
+    """At the true poses what is left is the noise, 8 % in every shell; without the reference it is not."""
+    source, p, spectra = coloured(raw, 2)
+    rows = np.arange(len(p))
+    found = residual_spectra(source, p, rows, raw.volume, np.full(2, 0.5), Context(), 1)
+    assert found.shape == (2, BOX // 2 + 1)
+    assert np.abs(found[:, 3:] / spectra[:, 3:] - 1).max() < 0.08
+    low = slice(1, 5)
+    with_signal = residual_spectra(source, p, rows, raw.volume, np.zeros(2), Context(), 1)
+    assert (with_signal[:, low].mean(1) > 1.3 * spectra[:, low].mean(1)).all()
+    few = residual_spectra(source, p, rows[:100], raw.volume, np.full(2, 0.5), Context(), 1)  # 50 of each: too few
+    assert np.array_equal(few[0], few[1])
+
+
+def test_spectra_are_brought_to_the_grid_of_the_images_that_are_made(raw):
+    p = raw.particles
+    groups = (p.groups[0], replace(p.groups[0], pixel_size_A=2 * PIXEL))
+    spectra = np.stack([np.arange(17.0)] * 2)
+    spectra[:, 16] = np.inf
+    found = on_grid(spectra, replace(p, groups=groups), PIXEL)
+    assert np.array_equal(found[0], [*range(16), 0.0])  # no power in the images: none is made
+    assert np.array_equal(found[1, :8], np.arange(0, 16, 2.0)) and (found[1, 8:] == 0).all()
+
+
+def test_coloured_noise_has_the_spectrum_of_its_group_and_scales_with_the_temperature(raw, tmp_path):
+    _, p, spectra = coloured(raw, 2)
+    facts = {"half": 0, "inverted": False}
+    Generator(None, raw.volume, np.ones(2), 1.0, facts, spectra).save(tmp_path / "g.npz")
+    maker = Maker(p, dict.fromkeys((1, 2), Generator.load(tmp_path / "g.npz")), 1.0, 5)
+    rows = np.flatnonzero(p.half == 1)
+    (made, clean), (cold, _) = (m.images(rows[:64]) for m in (maker, maker.at_temperature(0.5)))
+    assert np.allclose(cold - clean, 0.5 * (made - clean), atol=1e-5)
+    blocks = [maker.images(rows[i : i + 16]) for i in range(0, len(rows), 16)]
+    power = power_spectrum(np.concatenate([m - c for m, c in blocks]))
+    for group in (0, 1):
+        own = power[p.optics[rows] == group].mean(0)
+        assert np.abs(own[3:] / spectra[group, 3:] - 1).max() < 0.15
+    white = Maker(p, dict.fromkeys((1, 2), Generator(None, raw.volume, np.ones(2), 1.0, facts)), 1.0, 5)
+    other, same = white.images(rows[:64])
+    assert np.array_equal(same, clean) and power_spectrum(other - same).mean(0)[10:].min() > 0.9
+
+
+@pytest.mark.parametrize("wrong", [np.ones((2, 17)), np.ones((1, 16)), -np.ones((1, 17)), np.full((1, 17), np.nan)])
+def test_a_damaged_spectrum_of_noise_is_refused(raw, tmp_path, wrong):
+    Generator(None, raw.volume, np.ones(1), 1.0, {"half": 1}, wrong).save(tmp_path / "g.npz")
+    with pytest.raises(InputError, match="damaged: noise"):
+        Generator.load(tmp_path / "g.npz")
 
 
 def test_shards_of_made_images_are_read_back(generator, raw, tmp_path):

@@ -119,6 +119,22 @@ def test_the_baseline_and_given_poses(data, tmp_path):
         run_job(job, tmp_path / "none", Context())
 
 
+def test_coloured_noise_has_the_spectrum_that_the_last_refinement_estimated(data, tmp_path):
+    job = write_job(
+        data, "coloured.toml", **SMALL, auxiliary_generators="coloured-noise", auxiliary_rounds=2,
+        auxiliary_settle_deg=0.0, auxiliary_balance=False,
+    )  # fmt: skip
+    run = run_job(job, tmp_path / "run", Context()).path
+    (corefined,) = run.glob("*_corefine-1")
+    for round_, path in ((1, next(run.glob("*_refine")) / "refine.json"), (2, corefined / "engine/refine.json")):
+        estimated = json.loads(path.read_text())["noise_variance"][:1]
+        noise = facts(run, f"train-{round_}")["noise"]
+        assert noise["from"] == "refinement" and set(noise["spectra"]) == {"1", "2"}
+        assert np.allclose(noise["spectra"]["2"], estimated, atol=1e-5)
+        statistics = facts(run, f"generate-{round_}")["statistics"]
+        assert np.abs(statistics["log_ratio"][-5:]).max() < 0.25
+
+
 def test_a_killed_training_ends_with_the_same_bits(data, tmp_path):
     changes = {**SMALL, "auxiliary_steps": 40, "auxiliary_rounds": 1, "auxiliary_balance": False}
     job = write_job(data, "killed.toml", **changes)
@@ -190,6 +206,22 @@ def trained(data, tmp_path_factory):
     done = cryoiso("auxiliary", "train", data / "truth.star", "--ref", reference, "--out", folder, "--steps", 5)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_coloured_noise_by_commands_is_measured_on_the_images(data, tmp_path):
+    done = cryoiso_here(
+        "auxiliary", "train", data / "truth.star", "--ref", data / "truth_map.mrc", "--generators", "coloured-noise",
+        "--out", tmp_path / "g",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    noise = json.loads((tmp_path / "g/train.json").read_text())["noise"]
+    assert noise["from"] == "images"
+    for half in "12":  # simulated with white noise; normalisation brings noise and signal together to about 1
+        assert np.allclose(np.array(noise["spectra"][half])[0, 3:], 1.0, atol=0.2)
+    made = cryoiso_here(
+        "auxiliary", "generate", tmp_path / "g", data / "truth.star", "--count", 20, "--out", tmp_path / "m"
+    )
+    assert made.returncode == 0 and len(ShardSource(tmp_path / "m").particles) == 20, made.stderr
 
 
 def test_commands_train_and_generate(trained, data, tmp_path):

@@ -84,10 +84,10 @@ class AuxiliarySection(_Section):
     preset: Literal["auto", "paper", "small"] = Field(
         "auto", description="size of the generator: paper (for GPUs), small (for CPUs), auto decides by the device"
     )
-    generators: Literal["per-half", "shared", "white-noise"] = Field(
+    generators: Literal["per-half", "shared", "white-noise", "coloured-noise"] = Field(
         "per-half",
-        description="one generator a half-set keeps the halves independent; shared trains one on both; white-noise "
-        "trains none: projections with white noise, for comparison",
+        description="one generator per half-set keeps the halves independent; shared trains one on both; white-noise "
+        "and coloured-noise train none: projections with white noise, or with the noise spectrum of the particles",
     )
     steps: int | None = Field(None, ge=1, description="training steps (default: paper 20,000, small 300)")
     batch: int | None = Field(None, ge=1, description="images a step, all ranks together (default: paper 8, small 16)")
@@ -121,6 +121,11 @@ class AuxiliarySection(_Section):
         "", description="run on each half's map between rounds; {input}, {output}, {half}, {round}, {pixel_size}"
     )
     export: bool = Field(False, description="also write the auxiliary particles as MRCS and STAR")
+
+    @property
+    def has_network(self) -> bool:
+        """Whether a network makes the images."""
+        return self.generators in ("per-half", "shared")
 
 
 class CorrectSection(_Section):

@@ -18,13 +18,14 @@ from cryoiso.io.atomic import write_text
 from cryoiso.io.sources import as_recorded
 from cryoiso.methods.auxiliary.condition import fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
+from cryoiso.methods.auxiliary.noise import on_grid, residual_spectra
 from cryoiso.methods.auxiliary.settings import Training, network, training
 from cryoiso.methods.auxiliary.training import Course, curves, train_generators
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.pipeline.layout import TIMING
-from cryoiso.pipeline.rounds import HALVES, is_settled, poses_after, references_after, skip
+from cryoiso.pipeline.rounds import HALVES, is_settled, noise_after, poses_after, references_after, skip
 from cryoiso.pipeline.work import Work, write_json
 
 logger = logging.getLogger("cryoiso")
@@ -45,6 +46,7 @@ def train_stage(round_: int, work: Work) -> None:
     train_into(
         work.folder.stage(name), source, particles, references, section, work.comm, work.job.run.seed, facts,
         resume=work.resume, note=lambda label, step: work.note_checkpoint(name, generator=label, step=step),
+        noise=noise_after(work, round_ - 1),
     )  # fmt: skip
 
 
@@ -77,6 +79,7 @@ def train_into(
     *,
     resume: bool = False,
     note: Any = None,
+    noise: np.ndarray | None = None,
 ) -> None:
     """Trains into a folder: generator1.npz and generator2.npz (or generator.npz), train.json, timing.json
     (collective).
@@ -84,15 +87,17 @@ def train_into(
     Args:
         references: half -> map on the images' grid.
         facts: kept with each generator: round, inverted.
+        noise: (G, S) noise spectra that a refinement of the same images estimated, for ``coloured-noise``; None: they
+            are measured, against the reference at the particles' poses.
     """
     # a generator learns images with the microscope's noise, whatever was done to those that it learns from
     source, particles = as_recorded(source, particles)
-    white = section.generators == "white-noise"
     settings = training(section, comm.device())
-    recipe = {"preset": section.generators} if white else settings.facts()
+    recipe = settings.facts() if section.has_network else {"preset": section.generators}
     courses = _courses(folder, particles, references, section, {**facts, "seed": seed, **recipe})
-    if white:
-        return _without_network(folder, courses, source, particles, comm, facts)
+    if not section.has_network:
+        coloured = section.generators == "coloured-noise"
+        return _without_network(folder, courses, source, particles, comm, facts, coloured, noise)
     for course in courses:
         on_root(comm, course.folder.mkdir, parents=True, exist_ok=True)
     if comm.rank == 0:
@@ -111,14 +116,32 @@ def train_into(
 
 
 def _without_network(
-    folder: Path, courses: list[Course], source: Any, particles: Particles, comm: Context, facts: dict[str, Any]
+    folder: Path,
+    courses: list[Course],
+    source: Any,
+    particles: Particles,
+    comm: Context,
+    facts: dict[str, Any],
+    coloured: bool,
+    noise: np.ndarray | None,
 ) -> None:
-    """The baseline: projections on the images' grey scale with white noise of their background's variance."""
+    """The baselines: projections on the images' grey scale with white noise of their background's variance, or with
+    noise of their spectrum."""
+    told: dict[str, Any] = {"round": facts.get("round"), "halves": {}, "settings": {}}
+    if coloured:
+        told["noise"] = {"from": "images" if noise is None else "refinement", "spectra": {}}
     for course in courses:
-        scale = fit_scale(source, particles, course.rows, course.reference, comm, course.facts["seed"])
-        generator = Generator(None, course.reference, scale, 1.0, course.facts)
+        rows, reference, seed = course.rows, course.reference, course.facts["seed"]
+        scale, spectra = fit_scale(source, particles, rows, reference, comm, seed), None
+        if coloured:
+            measured = noise
+            if measured is None:
+                measured = residual_spectra(source, particles, rows, reference, scale, comm, seed)
+            spectra = on_grid(measured, particles, reference.pixel_size_A)
+            told["noise"]["spectra"][course.label] = np.round(spectra, 6).tolist()
+        generator = Generator(None, reference, scale, 1.0, course.facts, spectra)
         on_root(comm, generator.save, course.file)
-    on_root(comm, write_json, folder / "train.json", {"round": facts.get("round"), "halves": {}, "settings": {}})
+    on_root(comm, write_json, folder / "train.json", told)
 
 
 def _shape(settings: Training, box_px: int) -> dict[str, Any]:

@@ -256,7 +256,7 @@ def _auxiliary(kind: str, name: str, p: Problem) -> Stored:
     generators = 1 if p.job.auxiliary.generators == "shared" else 2
     if kind == "train":
         weights = 4 * PARAMETERS["generator", preset_of(p.job.auxiliary.preset, p.device)]
-        if p.job.auxiliary.generators == "white-noise":
+        if not p.job.auxiliary.has_network:
             weights = 0
         left = Stored(name, generators * (p.map_bytes + weights) + 60_000, generators + 1 + bool(weights))
         return with_temporary(left, generators * CHECKPOINTS * weights, 3 * generators * bool(weights))

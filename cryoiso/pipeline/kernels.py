@@ -165,7 +165,7 @@ def _generator(p: Problem, device: str) -> Timed:
     from cryoiso.nets.hvae import ConditionalHvae
     from cryoiso.nets.losses import negative_elbo
 
-    if p.job.auxiliary.generators == "white-noise":
+    if not p.job.auxiliary.has_network:
         return {}
     settings, name = training(p.job.auxiliary, device), preset_of(p.job.auxiliary.preset, device)
     config = network(settings, p.box_px)

@@ -218,7 +218,7 @@ def trained(network: str, preset: str, units: float, device: str, *, alone: bool
 
 def _images_kept(p: Problem) -> int:
     """Images that a training keeps in main memory: those of one half-set, or buffers of them."""
-    if p.job.auxiliary.generators == "white-noise":
+    if not p.job.auxiliary.has_network:
         return 0
     rows = p.particles if p.job.auxiliary.generators == "shared" else ceil(p.particles / 2)
     return min(CACHE_BYTES, 4 * p.box_px**2 * rows)
@@ -229,7 +229,7 @@ def _generator_training(p: Problem, ranks: int) -> int:
     from cryoiso.methods.auxiliary.settings import network, training
 
     section = p.job.auxiliary
-    if section.generators == "white-noise":
+    if not section.has_network:
         return TRAINING_MAPS * p.map_bytes
     settings = training(section, p.device)
     group = ranks if section.generators == "shared" or ranks == 1 else ranks // 2
@@ -241,7 +241,7 @@ def _generator_training(p: Problem, ranks: int) -> int:
 def _generation(p: Problem) -> int:
     from cryoiso.methods.auxiliary.generator import BATCH
 
-    if p.job.auxiliary.generators == "white-noise":
+    if not p.job.auxiliary.has_network:
         return 0
     preset = preset_of(p.job.auxiliary.preset, p.device)
     return int(APPLIED_BYTES["generator", preset] * min(BATCH, p.auxiliaries) * p.box_px**2) + 10 * p.map_bytes

@@ -84,6 +84,23 @@ def poses_after(work: Work, round_: int) -> Particles:
     return on_root(work.comm, read)
 
 
+def noise_after(work: Work, round_: int) -> np.ndarray | None:
+    """The noise spectra of the raw particles that the refinement of a round estimated, the initial one for round 0:
+    (G, S) by optics group and shell, infinite where a shell is empty; None where it left none (collective)."""
+
+    def read() -> np.ndarray | None:
+        folder = work.folder.stage(f"corefine-{round_}") / "engine" if round_ else work.folder.stage("refine")
+        path = folder / "refine.json"
+        found = json.loads(path.read_text(encoding="utf-8")).get("noise_variance") if path.exists() else None
+        if found is None:
+            return None
+        # the groups of auxiliary particles come after those of the raw ones
+        rows = [[np.inf if value is None else value for value in row] for row in found]
+        return np.array(rows[: len(work.particles().groups)], np.float64)
+
+    return on_root(work.comm, read)
+
+
 def references_after(work: Work, round_: int, *, with_micelle: bool = True) -> dict[int, DensityMap]:
     """The reference of each half after a round (collective); one and the same map for both where nothing of the
     data is in it."""

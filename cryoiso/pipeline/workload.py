@@ -102,7 +102,7 @@ def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> 
     if kind == "train":
         return training(p, ranks, device)
     if kind == "generate":
-        if p.job.auxiliary.generators == "white-noise":
+        if not p.job.auxiliary.has_network:
             return {"fixed": 1.0}
         return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
     if kind == "reconstruct":
@@ -182,8 +182,9 @@ def training(p: Problem, ranks: int, device: str) -> Work:
     """Generators of a round: side by side on half of the ranks each, or one after the other."""
     from cryoiso.methods.auxiliary.settings import training as settings_of
 
-    if p.job.auxiliary.generators == "white-noise":
-        return {"read": 2.0 * 2048 * p.box_px**2 / ranks}
+    if not p.job.auxiliary.has_network:  # the grey scale of each half, and perhaps its noise
+        passes = 2 if p.job.auxiliary.generators == "coloured-noise" else 1
+        return {"read": 2.0 * passes * 2048 * p.box_px**2 / ranks}
     settings = settings_of(p.job.auxiliary, device)
     courses = 1 if p.job.auxiliary.generators == "shared" else 2
     group = ranks if courses == 1 or ranks == 1 else ranks // 2

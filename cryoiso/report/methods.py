@@ -180,8 +180,9 @@ def _auxiliary(data: Data, cite: Citations) -> str:
 def _generator(settings: Data, trained: Data, micelle: Data) -> str:
     kind = settings.get("generators")
     reference = " and the micelle reconstructed around it" if micelle.get("enable") else ""
-    if kind == "white-noise":
-        text = f"projections of the reference{reference} with the particles' CTFs and white noise; "
+    if kind in ("white-noise", "coloured-noise"):
+        noise = "white noise" if kind == "white-noise" else "Gaussian noise of the particles' spectrum"
+        text = f"projections of the reference{reference} with the particles' CTFs and {noise}; "
         return text + "no generator was trained."
     who = (
         "a conditional hierarchical variational autoencoder for each half-set, trained on its particles alone"

@@ -18,6 +18,7 @@ from cryoiso.io import checkpoint
 from cryoiso.methods.auxiliary.condition import Condition
 from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae, HvaeConfig
 from cryoiso.nets.weights import HINT, load_weights, require_weights, weights_of
+from cryoiso.physics.noise import colour_noise
 
 KIND = "cryoiso generator"
 BATCH = 32
@@ -30,19 +31,23 @@ class Generator:
     """p(image | reference, pose, CTF), ready to be sampled."""
 
     network: ConditionalHvae | None
-    """None: no network, a projection and white noise (the baseline that a generator must beat)."""
+    """None: no network, a projection and Gaussian noise (the baselines that a generator must beat)."""
     reference: DensityMap
     scale: np.ndarray
     """(G,) grey scale of the reference by optics group."""
     likelihood_sd: float
     facts: dict[str, Any]
     """half (0: both), round, seed, inverted, what it was trained with, versions"""
+    noise: np.ndarray | None = None
+    """(G, D//2+1) power of the pixel noise by optics group and shell, instead of white noise of ``likelihood_sd``."""
 
     def save(self, path: Path) -> None:
         """Writes everything that :meth:`load` needs; atomic, the same bytes for the same generator."""
         state = {} if self.network is None else self.network.state_dict()
         arrays = {f"parameter {k}": v.detach().cpu().numpy() for k, v in state.items()}
         arrays |= {"reference": self.reference.data, "scale": self.scale}
+        if self.noise is not None:
+            arrays["noise"] = self.noise
         config = None if self.network is None else asdict(self.network.config)
         values = {
             "kind": KIND,
@@ -71,7 +76,8 @@ class Generator:
             _require_format(values, path)
         network = None if values["config"] is None else _network(values["config"], arrays, path).to(device).eval()
         reference = DensityMap(arrays["reference"], values["pixel_size_A"])
-        return cls(network, reference, arrays["scale"], values["likelihood_sd"], values["facts"])
+        noise = arrays.get("noise")
+        return cls(network, reference, arrays["scale"], values["likelihood_sd"], values["facts"], noise)
 
     def check(self, box_px: int, pixel_size_A: float, inverted: bool, file: object, data: object) -> None:
         """Refuses data that the generator was not trained for.
@@ -120,8 +126,18 @@ class Generator:
         uids = particles.uid[rows].tolist()
         noise = normal_numbers([f"{seed}/auxiliary image/{uid}" for uid in uids], size + pixels, device)
         mean = seen if self.network is None else self.network.sample(seen, pose, noise[:, :size], temperature)
-        grain = noise[:, size:].reshape(mean.shape)
-        return (mean + temperature * self.likelihood_sd * grain)[:, 0].float(), seen[:, 0]
+        grain = self._grain(noise[:, size:].reshape(mean.shape), particles.optics[rows])
+        return (mean + temperature * grain)[:, 0].float(), seen[:, 0]
+
+    def _grain(self, white: Tensor, optics: np.ndarray) -> Tensor:
+        """(n, 1, D, D) pixel noise, from white noise of variance 1."""
+        if self.noise is None:
+            return self.likelihood_sd * white
+        grain = torch.empty_like(white)
+        for group in np.unique(optics).tolist():
+            mine = torch.as_tensor(np.flatnonzero(optics == group), device=white.device)
+            grain[mine, 0] = colour_noise(white[mine, 0], self.noise[group])
+        return grain
 
 
 def _require_whole(arrays: dict[str, np.ndarray], values: dict[str, Any], path: Path) -> None:
@@ -129,7 +145,7 @@ def _require_whole(arrays: dict[str, np.ndarray], values: dict[str, Any], path: 
     Raises:
         InputError: something beside the weights is missing or no number; names it.
     """
-    reference, scale = arrays.get("reference"), arrays.get("scale")
+    reference, scale, noise = (arrays.get(name) for name in ("reference", "scale", "noise"))
     box = 0 if reference is None or reference.ndim != 3 else reference.shape[0]
     numbers = [values.get(key) for key in ("pixel_size_A", "likelihood_sd")]
     wrong = ""
@@ -137,6 +153,8 @@ def _require_whole(arrays: dict[str, np.ndarray], values: dict[str, Any], path: 
         wrong = "reference"
     elif scale is None or scale.ndim != 1 or not len(scale) or not np.issubdtype(scale.dtype, np.floating):
         wrong = "scale"
+    elif noise is not None and not (noise.shape == (len(scale), box // 2 + 1) and bool((noise >= 0).all())):
+        wrong = "noise"
     elif not np.isfinite(reference).all() or not np.isfinite(scale).all():
         wrong = "reference or scale, which have values that are no numbers"
     elif not all(isinstance(number, int | float) and 0 < number < np.inf for number in numbers):
