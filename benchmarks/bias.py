@@ -24,33 +24,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness
-from benchmarks.cure import HOMOLOGUE, TARGET
+from benchmarks import harness, particle_sets
 from benchmarks.score import soft_mask
 
-BOX, PIXEL_A, SYMMETRY, PARTICLES = 48, 4.5, "C3", 1500
-VIEWS = ("--mode", "preferred", "--fraction", 0.95)
+BOX, PIXEL_A, SYMMETRY = 48, 4.5, "C3"
+SET = particle_sets.ParticleSet({"mode": "preferred", "fraction": 0.95}, -12, preferred=particle_sets.TOP)
 CONTROLS = ("noise", "omitted", "added")
 STEPS = 300
 LOWPASS_A = 15.0
 NOISE_SETS = 12
 
 
-def prepare(models: Path, folder: Path) -> None:
-    """Particles of the target at -12 dB, and the fitted homologue."""
-    grid, log = ("--box", BOX, "--pixel-size", PIXEL_A), folder / "prepare.log"
-    harness.cryoiso(
-        "simulate", models / TARGET, folder, *grid, "--resolution", 2.2 * PIXEL_A, "--n", PARTICLES, "--symmetry",
-        SYMMETRY, "--noise", "coloured", "--snr-db", -12, "--seed", 5, "--overwrite", *VIEWS, log=log,
-    )  # fmt: skip
-    harness.cryoiso(
-        "reference", models / HOMOLOGUE, folder / "homologue.mrc", *grid, "--symmetry", SYMMETRY, "--lowpass", 10,
-        "--fit", folder / "truth_map.mrc", log=log,
-    )  # fmt: skip
-
-
-def make_noise(folder: Path, out: Path, seed: int) -> None:
-    """The same particle file with images of pure noise of the same spectrum."""
+def make_noise(folder: Path, out: Path, seed: int, kind: str = "coloured") -> None:
+    """The same particle file with images of pure noise, white or of the same spectrum."""
     import torch
 
     from cryoiso.core.rng import generator
@@ -61,7 +47,7 @@ def make_noise(folder: Path, out: Path, seed: int) -> None:
     out.mkdir(exist_ok=True)
     shutil.copy(folder / "particles.star", out / "particles.star")
     particles = read_particle_file(folder / "particles.star")
-    spectrum = noise_spectrum(BOX, "coloured")
+    spectrum = noise_spectrum(BOX, kind)
     with write_stack(out / "particles.mrcs", BOX, PIXEL_A) as stack:
         for uid in particles.uid.tolist():
             white = generator(seed, "pure noise", uid).standard_normal((1, BOX, BOX), np.float32)
@@ -147,32 +133,19 @@ def part(volume: np.ndarray, other: np.ndarray, where: np.ndarray, mask: np.ndar
     return float((a[where] * b[where]).sum() / (scale * (b[where] ** 2).sum()))
 
 
-def omitted(folder: Path) -> dict[str, Any]:
-    """The lowest third of the trimer is missing from the reference."""
-    from cryoiso.io.mrc import read_map, write_map
-
-    truth, full = read_map(folder / "truth_map.mrc").data, read_map(folder / "homologue.mrc").data
+def without_third(truth: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The reference without its lowest third, and where the truth has density there."""
     mask = soft_mask(truth, PIXEL_A)
     z = np.arange(BOX)[:, None, None] + np.zeros_like(truth)
     low, high = np.flatnonzero((mask > 0.5).any((1, 2)))[[0, -1]]
     edge = low + (high - low) / 3
     keep = 1 / (1 + np.exp(-(z - edge)))
-    write_map(folder / "omitted.mrc", (full * keep).astype(np.float32), PIXEL_A)
-    made, cost = workflow(folder / "particles.star", folder / "omitted.mrc", folder / "omitted")
     where = (mask > 0.9) & (z < edge - 2) & (smooth(truth) > 0.2 * smooth(truth).max())
-    return {
-        "part_in_reference": part(full * keep, full, where, mask),
-        "part_in_result": part(made, truth, where, mask),
-        "correlation_in_part": float(np.corrcoef(smooth(made)[where], smooth(truth)[where])[0, 1]),
-        **cost.as_dict(),
-    }
+    return (full * keep).astype(np.float32), where
 
 
-def added(folder: Path) -> dict[str, Any]:
-    """A ball beside the trimer (three by symmetry) that is in the reference only."""
-    from cryoiso.io.mrc import read_map, write_map
-
-    truth, full = read_map(folder / "truth_map.mrc").data, read_map(folder / "homologue.mrc").data
+def with_balls(truth: np.ndarray, full: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The reference with a ball beside the trimer (three by symmetry), and where they are."""
     mask = soft_mask(truth, PIXEL_A)
     z, y, x = (np.indices(truth.shape) - BOX // 2) * PIXEL_A
     balls = np.zeros_like(full)
@@ -181,16 +154,40 @@ def added(folder: Path) -> dict[str, Any]:
         r2 = z**2 + (y - reach * np.sin(turn)) ** 2 + (x - reach * np.cos(turn)) ** 2
         balls += np.exp(-0.5 * r2 / 10.0**2)
     height = np.percentile(full[mask > 0.9], 90)
-    with_part = full + height * balls
-    write_map(folder / "added.mrc", with_part.astype(np.float32), PIXEL_A)
-    made, cost = workflow(folder / "particles.star", folder / "added.mrc", folder / "added")
-    where = (balls > 0.6) & (mask < 0.1)
+    return (full + height * balls).astype(np.float32), (balls > 0.6) & (mask < 0.1)
+
+
+def omitted_part(truth: np.ndarray, full: np.ndarray, made: np.ndarray) -> dict[str, float]:
+    """Density of the third that the reference lacks, as a fraction of the truth's."""
+    reference, where = without_third(truth, full)
+    mask = soft_mask(truth, PIXEL_A)
     return {
-        "part_in_reference": part(with_part, with_part, where, mask),
-        "part_in_truth": part(truth, with_part, where, mask),
-        "part_in_result": part(made, with_part, where, mask),
-        **cost.as_dict(),
+        "part_in_reference": part(reference, full, where, mask),
+        "part_in_result": part(made, truth, where, mask),
+        "correlation_in_part": float(np.corrcoef(smooth(made)[where], smooth(truth)[where])[0, 1]),
     }
+
+
+def added_part(truth: np.ndarray, full: np.ndarray, made: np.ndarray) -> dict[str, float]:
+    """Density of the balls that the reference has too many, as a fraction of the reference's."""
+    reference, where = with_balls(truth, full)
+    mask = soft_mask(truth, PIXEL_A)
+    return {
+        "part_in_reference": part(reference, reference, where, mask),
+        "part_in_truth": part(truth, reference, where, mask),
+        "part_in_result": part(made, reference, where, mask),
+    }
+
+
+def changed_reference(folder: Path, name: str) -> dict[str, Any]:
+    """The workflow with a reference that lacks a part ("omitted"), or has one too many ("added")."""
+    from cryoiso.io.mrc import read_map, write_map
+
+    truth, full = read_map(folder / "truth_map.mrc").data, read_map(folder / "homologue.mrc").data
+    change, measure = {"omitted": (without_third, omitted_part), "added": (with_balls, added_part)}[name]
+    write_map(folder / f"{name}.mrc", change(truth, full)[0], PIXEL_A)
+    made, cost = workflow(folder / "particles.star", folder / f"{name}.mrc", folder / name)
+    return {**measure(truth, full, made), **cost.as_dict()}
 
 
 def main() -> None:
@@ -200,15 +197,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "bias.json")
     parser.add_argument("--work", type=Path, help="keep the runs here")
     a = parser.parse_args()
-    models = (a.shared / "data" / "models" / "ha").resolve()
-    if not models.is_dir():
+    models = (a.shared / "data" / "models").resolve()
+    if not (models / "ha").is_dir():
         harness.skip(f"no models in {models}; give --shared")
         return
     result: dict[str, Any] = json.loads(a.out.read_text()) if a.out.exists() else {}
     with harness.work_folder(a.work) as work:
-        prepare(models, work)
+        particle_sets.prepare(SET, 5, models, work)
         for name in a.controls.split(","):
-            result[name] = {"noise": noise, "omitted": omitted, "added": added}[name](work)
+            result[name] = noise(work) if name == "noise" else changed_reference(work, name)
             print(name, json.dumps(result[name], indent=1), flush=True)
             result["machine"] = harness.machine()
             harness.write_json(a.out, result)

@@ -27,11 +27,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness
+from benchmarks import harness, particle_sets
 from benchmarks.score import score
 
-BOX, PIXEL_A, SYMMETRY, PARTICLES, NOISE = 48, 4.5, "C3", 1500, "coloured"
-TARGET, HOMOLOGUE = "6wxb.pdb.gz", "1ti8.pdb.gz"
+SYMMETRY = "C3"
 ROWS = ("true poses", "plain", "homologue", "white noise", "vae")
 TRAINING_STEPS = 300
 SETS: dict[str, dict[str, Any]] = {
@@ -45,20 +44,13 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 def prepare(name: str, models: Path, folder: Path) -> None:
-    """Target, particles, homologue in the target's frame, and the map of the preferred views."""
-    grid = ("--box", BOX, "--pixel-size", PIXEL_A)
-    log = folder / "prepare.log"
-    options = [word for key, value in SETS[name].items() for word in (f"--{key}", value)]
-    harness.cryoiso(
-        "simulate", models / TARGET, folder, *grid, "--resolution", 2.2 * PIXEL_A, "--n", PARTICLES,
-        "--symmetry", SYMMETRY, "--noise", NOISE, "--seed", 3, "--overwrite", *options, log=log,
-    )  # fmt: skip
-    (folder / "truth_map.mrc").replace(folder / "signal_map.mrc")
-    (folder / "truth_map.mrc").symlink_to("signal_map.mrc")
-    harness.cryoiso(
-        "reference", models / HOMOLOGUE, folder / "homologue.mrc", *grid, "--symmetry", SYMMETRY, "--lowpass", 10,
-        "--fit", folder / "signal_map.mrc", log=folder / "fit.log",
-    )  # fmt: skip
+    """Target, particles, homologue in the target's frame, and the map of the preferred views.
+
+    Args:
+        models: the folder of all models.
+    """
+    views = {key: value for key, value in SETS[name].items() if key != "snr-db"}
+    particle_sets.prepare(particle_sets.ParticleSet(views, SETS[name]["snr-db"]), 3, models, folder)
     _preferred_views(name, folder)
 
 
@@ -173,8 +165,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "cure.json")
     parser.add_argument("--work", type=Path, help="keep the runs here")
     a = parser.parse_args()
-    models = (a.shared / "data" / "models" / "ha").resolve()
-    if not models.is_dir():
+    models = (a.shared / "data" / "models").resolve()
+    if not (models / "ha").is_dir():
         harness.skip(f"no models in {models}; give --shared")
         return
     known = json.loads(a.out.read_text()) if a.out.exists() else {"sets": {}}

@@ -137,6 +137,17 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 
 @contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Exclusive lock of a file between threads and processes."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def work_folder(given: Path | None) -> Iterator[Path]:
     """The given folder, kept; else a temporary one, removed at the end."""
     import tempfile

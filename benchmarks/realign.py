@@ -46,7 +46,7 @@ def prepare(name: str, shared: Path, folder: Path) -> None:
     if name in RELION_SETS:
         _link_relion_set(name, shared / "relion_bench", folder)
     else:
-        cure.prepare(name, shared / "data" / "models" / "ha", folder)
+        cure.prepare(name, shared / "data" / "models", folder)
 
 
 def _link_relion_set(name: str, source: Path, folder: Path) -> None:
