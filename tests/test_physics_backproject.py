@@ -21,15 +21,9 @@ from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io.sources import ArraySource
 from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.context import Context
-from cryoiso.physics.backproject import (
-    UNIT,
-    FourierSums,
-    SliceAccumulator,
-    rotate_half_space,
-    to_transform,
-    transform_to_volume,
-)
+from cryoiso.physics.backproject import UNIT, SliceAccumulator
 from cryoiso.physics.fourier import disc, divide_by_gridding, pad_volume
+from cryoiso.physics.fourier_sums import FourierSums, rotate_half_space, to_transform, transform_to_volume
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.project import FourierVolume
 from cryoiso.physics.simulate import Projector, SimulatedSource, make_particles
@@ -322,20 +316,67 @@ def cone_power(volume: np.ndarray, half_angle_deg: float) -> float:
     return float((np.abs(np.fft.fftn(volume)) ** 2)[there].sum())
 
 
+def random_sums(spread: float = 1.0) -> FourierSums:
+    """Sums whose weights span a factor of exp(spread) in every shell."""
+    weight = torch.exp(spread * (torch.rand(21, 21, 11) - 0.5))
+    return FourierSums(torch.complex(torch.randn(21, 21, 11), torch.randn(21, 21, 11)), weight, 9, 2, 4)
+
+
 def test_wiener_term():
-    """Each coefficient is divided by its weight plus 1/SSNR times the mean weight of its shell."""
-    weight = torch.rand(21, 21, 11) + 0.5
-    numerator = torch.complex(torch.randn(21, 21, 11), torch.randn(21, 21, 11))
-    sums = FourierSums(numerator, weight, 9, 2, 4)
-    mean = sums.shell_mean_weight()
-    shells = sums.shells()
+    """Each coefficient is divided by its weight plus the term of its shell."""
+    sums = random_sums()
+    mean, shells = sums.shell_mean_weight(), sums.shells()
     for s in range(5):
-        assert float(mean[s]) == pytest.approx(float(weight[shells == s].double().mean()), rel=1e-6)
-    inverse = torch.tensor([0.0, 0.5, 1.0, 2.0, 10.0])
-    expected = numerator / (weight + (mean[:5].float() * inverse)[shells.clamp(max=4)])
-    by_hand = FourierSums(expected, torch.ones_like(weight), 9, 2, 4).reconstruct()
-    assert relative(sums.reconstruct(inverse), by_hand) < 1e-5
+        assert float(mean[s]) == pytest.approx(float(sums.weight[shells == s].double().mean()), rel=1e-6)
+    term = torch.tensor([0.0, 0.5, 1.0, 2.0, 10.0])
+    expected = sums.numerator / (sums.weight + term[shells.clamp(max=4)])
+    by_hand = FourierSums(expected, torch.ones_like(sums.weight), 9, 2, 4).reconstruct()
+    assert relative(sums.reconstruct(term), by_hand) < 1e-5
     assert relative(sums.reconstruct(torch.zeros(5)), sums.reconstruct()) < 1e-6
+
+
+def test_what_a_division_passes():
+    """Kernel and torch twin against the definition, with and without a term."""
+    sums, shells = random_sums(3.0), None
+    shells = sums.shells()
+    for term in (None, torch.tensor([0.1, 0.5, 1.0, 2.0, 10.0])):
+        signal, noise = sums.passed(term)
+        twin = sums.passed_torch(torch.zeros(5) if term is None else term, sums.floor())
+        for s in range(5):
+            w = sums.weight[shells == s].double()
+            f = 1 / (w + (0.0 if term is None else float(term[s]))).clamp(min=float(sums.floor()[s]))
+            by_hand = (w * f).square().sum(), (w * f * f).sum()
+            assert [float(signal[s]), float(noise[s])] == pytest.approx([float(v) for v in by_hand], rel=1e-5)
+            assert [float(t[s]) for t in twin] == pytest.approx([float(v) for v in by_hand], rel=1e-5)
+
+
+@pytest.mark.parametrize("uneven", [True, False])
+def test_signal_power_from_the_fsc(uneven):
+    """Two half-sets of known signal power whose weights differ a thousandfold within a shell: the term found from their
+    FSC is the true 1 / tau^2, with or without a filter; the mean weight makes it many times too large."""
+    rng = np.random.default_rng(1)
+    rows, tau2 = 61, 2.0
+    weight = torch.as_tensor(np.exp(rng.uniform(np.log(0.01), np.log(10), (rows, rows, 31))).astype(np.float32))
+    signal = np.sqrt(tau2 / 2) * (rng.normal(size=weight.shape) + 1j * rng.normal(size=weight.shape))
+    halves = []
+    for _ in range(2):
+        noise = (rng.normal(size=weight.shape) + 1j * rng.normal(size=weight.shape)) / np.sqrt(2)
+        numerator = weight.numpy() * signal + np.sqrt(weight.numpy()) * noise
+        halves.append(FourierSums(torch.as_tensor(numerator.astype(np.complex64)), weight, 29, 2, 14))
+    shells = halves[0].shells().numpy()
+    for wiener in (None, torch.full((15,), 1 / tau2)):
+        term = torch.zeros(15) if wiener is None else wiener
+        maps = [h.divide_torch(term, h.floor()).numpy() for h in halves]
+        sums = [
+            np.bincount(shells.ravel(), v.ravel(), 99)[:15]
+            for v in ((maps[0] * maps[1].conj()).real, abs(maps[0]) ** 2, abs(maps[1]) ** 2)
+        ]
+        found = halves[0].wiener_term(sums[0] / np.sqrt(sums[1] * sums[2]), wiener, uneven=uneven).numpy()[5:]
+        if uneven:  # unfiltered maps tell it with far more scatter
+            assert found.mean() == pytest.approx(1 / tau2, rel=0.1 if wiener is None else 0.03)
+            np.testing.assert_allclose(found, 1 / tau2, rtol=0.5 if wiener is None else 0.1)
+        elif wiener is None:
+            assert (found > 5 / tau2).all()
 
 
 def test_tiny_weights_do_not_blow_up():

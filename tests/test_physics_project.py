@@ -11,8 +11,9 @@ from analytic_helper import Gaussians, correlations, displacements, relative, so
 
 from cryoiso.core.errors import CryoisoError
 from cryoiso.core.types import DensityMap
-from cryoiso.physics.backproject import SliceAccumulator, half_space_to_volume
+from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import disc, images_to_fourier, shift_phases
+from cryoiso.physics.fourier_sums import half_space_to_volume
 from cryoiso.physics.project import FourierVolume, magnified, project, scatter_to_half_plane
 from cryoiso.physics.resample import resample_map
 from cryoiso.physics.simulate import Projector, make_particles

@@ -355,7 +355,7 @@ def test_images_of_the_wrong_sign_and_of_nothing_are_refused(truth):
 
 def test_exchange_of_low_resolution():
     """Inside the radius both halves get the mean of their sums; outside each keeps its own."""
-    from cryoiso.physics.backproject import FourierSums
+    from cryoiso.physics.fourier_sums import FourierSums
 
     def some() -> FourierSums:
         numerator = torch.complex(torch.randn(33, 33, 17), torch.randn(33, 33, 17))
@@ -370,11 +370,3 @@ def test_exchange_of_low_resolution():
             mean = (before[1][i] + before[2][i]) / 2
             torch.testing.assert_close(now[inside], mean[inside])
             assert torch.equal(now[~inside], before[h][i][~inside])
-
-
-def test_inverse_ssnr():
-    f = np.array([1.0, 0.9, 0.5, 0.1, -0.2])
-    np.testing.assert_allclose(references.inverse_ssnr(f)[1:4], [1 / 9, 1, 9], rtol=1e-5)
-    assert 0 < float(references.inverse_ssnr(f)[0]) < 0.01 and float(references.inverse_ssnr(f)[4]) == pytest.approx(
-        999
-    )

@@ -22,7 +22,8 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import Projector, simulate
 from cryoiso.refine import start
-from cryoiso.refine.iterate import Model, Refinement
+from cryoiso.refine.iterate import Refinement
+from cryoiso.refine.model import Model
 from cryoiso.refine.offsets import check_poses
 
 N, OFF_PX = 120, 5

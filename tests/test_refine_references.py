@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cryoiso.parallel.context import Context
-from cryoiso.physics.backproject import FourierSums
+from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import simulate
 from cryoiso.physics.views import Views

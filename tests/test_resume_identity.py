@@ -187,7 +187,9 @@ def test_the_identity_of_particles_is_that_of_a_set():
     rows = np.random.default_rng(1).permutation(30)
     mixed = taken(source, rows)
     one, two = (of_particles(s.particles, poses=True) for s in (source, mixed))
-    assert one == two and of_images(source) == of_images(mixed)
+    # sketches are compared, not their digits: one image simulated alone has other last bits than in a batch
+    one, two = ({**i, "images": of_images(s)} for i, s in ((one, source), (two, mixed)))
+    assert not list(differences(one, two))
     swapped = source.particles.take(np.arange(30))
     swapped = replace(swapped, uid=source.particles.uid[rows])
     assert "poses differ" in list(differences(one, of_particles(swapped, poses=True)))

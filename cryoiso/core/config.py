@@ -73,6 +73,27 @@ class RefineSection(_Section):
         40.0, ge=0, description="halves share information coarser than this, to keep one frame"
     )
     solvent_mask: bool = Field(True, description="set the solvent of the references to zero")
+    regularisation: Literal["uneven", "mean-weight"] = Field(
+        "uneven",
+        description="signal power of the references from the FSC: with the noise of unevenly measured directions, or "
+        "with the mean weight of a shell, as RELION has it",
+    )
+    weighted_fsc: bool = Field(
+        True, description="search radius and convergence from an FSC that counts directions as they were measured"
+    )
+    view_axial: float = Field(
+        0.0, ge=0, le=1, description="weight of the learned density of views: how often an axis is seen"
+    )
+    view_polarity: float = Field(
+        1.0, ge=0, le=1, description="weight of the learned density of views: from which end an axis is seen"
+    )
+    view_floor: float = Field(0.1, gt=0, le=1, description="share of even views mixed into their learned density")
+    view_kernel_deg: float = Field(
+        10.0, ge=3, le=60, description="standard deviation of the kernel that smooths the density of views"
+    )
+    stalled_iterations: int = Field(
+        1, ge=1, le=10, description="iterations without a better resolution before the refinement has converged"
+    )
     max_resolution_A: float | None = Field(None, gt=0, description="never use information finer than this")
 
 

@@ -131,6 +131,8 @@ class RefineRequest:
     """Half -> its own first reference, on the grid and grey scale of ``reference``; None: ``reference`` for both."""
     correction: ReferenceCorrection | None = None
     """Called after every iteration; None: references stay as the engine makes them."""
+    auxiliary: np.ndarray | None = None
+    """(N,) bool: particles that are in the references but steer nothing (density of views); None: none."""
     program: Any = None
     """cryoiso.core.config.RelionSection for engines that start somebody's program."""
 

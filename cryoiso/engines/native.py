@@ -23,8 +23,9 @@ from cryoiso.io.starwrite import write_particles
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.refine import schedule
-from cryoiso.refine.iterate import HALVES, Model, Refinement
+from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.kept import forget
+from cryoiso.refine.model import HALVES, Model
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import State
@@ -122,6 +123,7 @@ def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays["uid"] = run.particles.uid
     arrays |= {f"reference{h}": model.references[h] for h in HALVES}
     arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
+    arrays |= {f"views{h}": model.views[h] for h in HALVES}
     arrays |= {f"column {name}": values for name, values in model.columns.items()}
     values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
     checkpoint.save(file, arrays, values, run.identity)
@@ -165,6 +167,7 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             arrays["shift_A"][rows],
             {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")},
             {h: arrays[f"half{h}"] for h in HALVES},
+            {h: arrays[f"views{h}"] for h in HALVES},
             values["history"],
         )
     except (KeyError, TypeError) as error:

@@ -54,6 +54,27 @@ def sum_shells(weight, rows, padding, total, count):
                 i += 1
 
 
+@njit(**EXACT)
+def sum_filtered(weight, rows, padding, term, floor, signal, noise):
+    """Adds up (w f)^2 and w f^2 of each shell, f = 1 / max(w + term, floor): how a division passes signal and noise.
+
+    signal, noise (shells,) float64, one number a shell as term and floor; in memory order: the same bits always.
+    """
+    h = (rows - 1) // 2
+    radius = floor.shape[0] - 1
+    i = 0
+    for z in range(-h, h + 1):
+        for y in range(-h, h + 1):
+            for x in range(h + 1):
+                w = weight[i]
+                i += 1
+                shell = _shell(z, y, x, padding)
+                if shell <= radius and w > 0:
+                    f = np.float64(1) / max(w + term[shell], floor[shell])
+                    signal[shell] += (w * f) * (w * f)
+                    noise[shell] += (w * f) * f
+
+
 @njit(parallel=True, **EXACT)
 def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
     """numerator / max(weight + term, floor) * factor; zero where nothing was measured or beyond the shells of floor.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,43 +19,23 @@ from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
 from cryoiso.core.types import Particles
 from cryoiso.metrics.fsc import resolution_at
 from cryoiso.parallel.partition import owned_chunks, root_of_half
-from cryoiso.physics.backproject import FourierSums, SliceAccumulator
+from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import FourierVolume
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
+from cryoiso.refine.agreement import Agreement, agreement
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.kept import KeptSearches
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
+from cryoiso.refine.model import BEST, HALVES, Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Posterior, Searcher, SearchPlan
-
-HALVES = (1, 2)
-BEST = ("",) * 11 + ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
-"""Columns of ``_best_of``: rotation (9) and shift (2), which have no name, then those of the STAR file."""
-
-
-@dataclass
-class Model:
-    """Everything an iteration starts from; a checkpoint is exactly this."""
-
-    state: State
-    references: dict[int, np.ndarray]
-    """Half -> (D, D, D) float32 reference."""
-    sigma2: np.ndarray
-    """(G, S) noise variance by optics group and shell."""
-    rotation: np.ndarray
-    """(N, 3, 3)."""
-    shift_A: np.ndarray
-    """(N, 2) RELION origins."""
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    """Per-particle results by STAR name."""
-    half_maps: dict[int, np.ndarray] = field(default_factory=dict)
-    """Half -> unregularised map of the last iteration."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+from cryoiso.refine.view_density import ViewCounts, ViewPrior, density, log_prior, view_grid
 
 
 class Refinement:
@@ -88,6 +68,7 @@ class Refinement:
         self.empty = np.zeros(0, np.int64)
         """shells up to it in which no image has power"""
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
+        self._cells = ViewPrior.of(np.zeros(len(view_grid())), device)
 
     @cached_property
     def identity(self) -> Identity:
@@ -146,12 +127,13 @@ class Refinement:
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
         sums: dict[int, FourierSums] = {}
+        views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
         for half in HALVES:
             volume = FourierVolume.from_volume(
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
             )
-            searcher = Searcher(plan, volume)
+            searcher = Searcher(plan, volume, self._view_prior(model, half))
             accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
             for batch in self._batches(half, radius, state.iteration, kept):
                 white = whiten(batch, model.sigma2)
@@ -160,13 +142,31 @@ class Refinement:
                     posterior = searcher.search(batch, white, self.given(batch.rows))
                     kept.put(batch.rows, posterior)
                 accumulate(batch, white, posterior, volume, accumulator, noise, scale)
-                found.append((batch.rows, _best_of(posterior)))
+                self._count_views(views[half], batch.rows, posterior)
+                found.append((batch.rows, best_of(posterior)))
             self._reduce(half, accumulator, sums)
         if self.request.correction is not None:  # it may take longer than the search
             kept.flush()
         rotation, shift_px, columns = self._gather(found, len(self.particles))
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
-        return self._maximise(model, sums, noise, rotation, shift_px, columns, plan, time.monotonic() - started)
+        counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES}
+        seconds = time.monotonic() - started
+        return self._maximise(model, sums, noise, counts, rotation, shift_px, columns, plan, seconds)
+
+    def _view_prior(self, model: Model, half: int) -> ViewPrior | None:
+        """Prior on the views of a half's images from its posteriors of the iteration before; None: even."""
+        s = self.settings
+        if not model.views or not s.view_axial + s.view_polarity > 0:
+            return None
+        smooth = density(model.views[half], self.request.symmetry, kernel_deg=s.view_kernel_deg, floor=s.view_floor)
+        return ViewPrior.of(log_prior(smooth, axial=s.view_axial, polarity=s.view_polarity), self.device)
+
+    def _count_views(self, counts: ViewCounts, rows: np.ndarray, posterior: Posterior) -> None:
+        weight = posterior.weight
+        if self.request.auxiliary is not None:
+            raw = torch.as_tensor(~self.request.auxiliary[rows], device=weight.device)
+            weight = weight * raw[posterior.particle]
+        counts.add(posterior.rotation, weight, self._cells)
 
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
         """Where this iteration's searches are put aside (collective)."""
@@ -177,6 +177,7 @@ class Refinement:
         identity = digest_of(
             __version__, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
             self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
+            *(model.views.get(half, np.zeros(0)) for half in HALVES),
         )  # fmt: skip
         kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
         if len(kept) and self.comm.rank == 0:
@@ -222,7 +223,7 @@ class Refinement:
         """Poses and per-particle numbers of all ranks, on all ranks, in row order.
 
         Args:
-            found: rows and what ``_best_of`` says of them, of this rank's batches.
+            found: rows and what ``best_of`` says of them, of this rank's batches.
         """
         rows = np.concatenate([rows for rows, _ in found] or [np.empty(0, np.int64)])
         facts = np.concatenate([facts for _, facts in found] or [np.empty((0, len(BEST)))])
@@ -231,7 +232,7 @@ class Refinement:
         columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}
         return table[:, :9].reshape(n, 3, 3).copy(), table[:, 9:11].copy(), columns
 
-    def _maximise(self, model, sums, noise, rotation, shift_px, columns, plan, seconds) -> Model:
+    def _maximise(self, model, sums, noise, views, rotation, shift_px, columns, plan, seconds) -> Model:
         comm, state = self.comm, model.state
         raw = {}
         for half in HALVES:
@@ -239,19 +240,21 @@ class Refinement:
             if mine is not None and self.limit < self._asked_limit:
                 mine = references.within(mine, self.limit)
             raw[half] = comm.bcast(mine, root_of_half(half, comm.size))
-        curve, tight = (self._fsc(raw, mask, state) for mask in (None, self.sphere))
+        curve = self._fsc(raw, None, state)
+        agreed = self._agreement(sums, raw, state)
+        tight, weighted = agreed.plain, agreed.weighted
         if self.settings.join_halves_A:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:
                 references.exchange_low_resolution(sums, min(joined, self.limit, self.insertion_radius(state)), comm)
-        inverse, resolution = references.inverse_ssnr(tight), self._resolution_A(tight)
+        resolution = self._resolution_A(tight)
         new = {}
         for half in HALVES:
             mine = None
             if half in sums:
-                mine = self._flatten(sums[half].reconstruct(inverse).cpu().numpy(), resolution)
+                mine = self._flatten(sums[half].reconstruct(agreed.wiener[half]).cpu().numpy(), resolution)
             new[half] = comm.bcast(mine, root_of_half(half, comm.size))
-        shell = schedule.agreement_shell(tight)
+        shell = schedule.agreement_shell(weighted)
         moved = angular_distance_deg(model.rotation, rotation, self.operations)
         spread = float(np.sqrt(np.mean(np.square(shift_px - self.centre_px)) + 1e-12))
         range_px, n = self._shift_range_px(), len(shift_px)
@@ -270,6 +273,7 @@ class Refinement:
             "iteration": advanced.iteration,
             "resolution_A": resolution,
             "resolution_unmasked_A": self._resolution_A(curve),
+            "resolution_weighted_A": self._resolution_A(weighted),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
             "step_deg": plan.levels[-1].cell_deg / 2,
             "changes_deg": float(np.median(moved)),
@@ -304,8 +308,16 @@ class Refinement:
             -shift_px * self._pixel_sizes()[:, None],
             columns,
             raw,
+            views,
             [*model.history, record],
         )
+
+    def _agreement(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
+        s = self.settings
+        return agreement(
+            sums, raw, lambda maps: self._fsc(maps, self.sphere, state), self.comm,
+            uneven=s.regularisation == "uneven", weighted=s.weighted_fsc,
+        )  # fmt: skip
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
         """(D//2+1,) between the half-maps where there are data.
@@ -380,10 +392,3 @@ class Refinement:
 
     def _pixel_sizes(self) -> np.ndarray:
         return self.particles.group_values("pixel_size_A")
-
-
-def _best_of(posterior: Posterior) -> np.ndarray:
-    """(B, 14) float64, columns as BEST: all that is kept of a batch's posterior, which itself is ten times larger."""
-    p = posterior
-    parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight)
-    return np.column_stack([part.cpu().numpy().astype(np.float64) for part in parts])

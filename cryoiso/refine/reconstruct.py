@@ -13,10 +13,12 @@ from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.parallel.partition import owned_chunks, root_of_half
-from cryoiso.physics.backproject import FourierSums, SliceAccumulator
+from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import pairs
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
+from cryoiso.refine.agreement import Agreement, agreement
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
@@ -81,8 +83,8 @@ def reconstruct_references(
 ) -> tuple[dict[int, DensityMap], dict[int, DensityMap], np.ndarray]:
     """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
 
-    The regularised map of a half divides by weight + 1/SSNR (Wiener), so that directions which few images saw are
-    damped instead of noisy. Of the other half it knows the FSC curve, nothing else.
+    The regularised map of a half divides by weight + 1/tau^2 (``agreement``), so that directions which few images saw
+    are damped instead of noisy. Of the other half it knows the FSC curve, nothing else.
 
     Args:
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
@@ -103,24 +105,30 @@ def reconstruct_references(
     own = {h: references.within(_as_map(s.reconstruct()), limits[h]) for h, s in sums.items()}
     plain = {h: comm.bcast(own.get(h), roots[h]) for h in (1, 2)}
     sphere = references.spherical(box, pixel, diameter_A or 0.9 * box * pixel)
-    curve = references.half_map_fsc(plain, sphere)
-    if min(limits.values()) < (box - 1) // 2:  # the mask leaks into shells without data
-        curve = np.where(np.arange(len(curve)) <= min(limits.values()), curve, 0.0)
-    inverse = references.inverse_ssnr(curve).to(device)
+
+    def curve_of(maps: dict[int, np.ndarray]) -> np.ndarray:
+        curve = references.half_map_fsc(maps, sphere)
+        if min(limits.values()) < (box - 1) // 2:  # the mask leaks into shells without data
+            curve = np.where(np.arange(len(curve)) <= min(limits.values()), curve, 0.0)
+        return curve
+
+    agreed = agreement(sums, plain, curve_of, comm)
     smooth = {}
     for h in (1, 2):
         given = None if prior is None else prior[h].data
-        smooth[h] = _regularised(sums[h], inverse, curve, given) * sphere if h in sums else None
+        smooth[h] = _regularised(sums[h], agreed, h, given) * sphere if h in sums else None
     damped = {h: comm.bcast(smooth[h], roots[h]) for h in (1, 2)}
     as_maps = [{h: DensityMap(m[h], pixel) for h in (1, 2)} for m in (plain, damped)]
-    return as_maps[0], as_maps[1], curve
+    return as_maps[0], as_maps[1], agreed.plain
 
 
-def _regularised(sums: FourierSums, inverse: torch.Tensor, curve: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
+def _regularised(sums: FourierSums, agreed: Agreement, half: int, prior: np.ndarray | None) -> np.ndarray:
+    wiener = agreed.wiener[half]
     if prior is None:
-        return _as_map(sums.reconstruct(inverse))
+        return _as_map(sums.reconstruct(wiener))
     known = torch.from_numpy(np.ascontiguousarray(prior, np.float32)).to(sums.weight.device)
-    return _as_map(sums.completed(known * _prior_scale(sums, known, curve), inverse).reconstruct())
+    scale = _prior_scale(sums, known, agreed.plain)
+    return _as_map(sums.completed(known * scale, wiener).reconstruct(torch.zeros_like(wiener)))
 
 
 def _prior_scale(sums: FourierSums, prior: torch.Tensor, curve: np.ndarray) -> float:

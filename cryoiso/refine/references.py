@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cryoiso.core.protocols import Communicator
 from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.partition import root_of_half
-from cryoiso.physics.backproject import FourierSums
 from cryoiso.physics.filters import apply_transfer, radius_grid
+from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
 
 
@@ -38,12 +37,6 @@ def _inner(s: FourierSums, radius_px: int) -> tuple[np.ndarray, np.ndarray]:
     h = (s.weight.shape[0] - 1) // 2
     box = (slice(h - edge, h + edge + 1), slice(h - edge, h + edge + 1), slice(0, edge + 1))
     return s.numerator[box].cpu().numpy().copy(), s.weight[box].cpu().numpy().copy()
-
-
-def inverse_ssnr(curve: np.ndarray) -> Tensor:
-    """1/SSNR = (1 - FSC) / FSC of a half-map, shell by shell, FSC kept within (0.001, 0.999)."""
-    f = np.clip(curve, 0.001, 0.999)
-    return torch.as_tensor((1 - f) / f, dtype=torch.float32)
 
 
 def half_map_fsc(maps_of_both_halves: dict[int, np.ndarray], mask: np.ndarray | None) -> np.ndarray:

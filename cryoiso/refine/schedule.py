@@ -168,4 +168,4 @@ def advance(
 
 def is_done(stalled: int, iteration: int, settings: RefineSection) -> bool:
     """Whether no iteration is to follow."""
-    return stalled >= 1 or iteration >= settings.max_iterations
+    return stalled >= settings.stalled_iterations or iteration >= settings.max_iterations

@@ -28,8 +28,10 @@ from cryoiso.refine.likelihood import (
     local_scores,
     shift_factors,
 )
+from cryoiso.refine.view_density import ViewPrior
 
 NEGLIGIBLE = 0.03
+GRID = "prior of the grid"
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Searcher:
 
     plan: SearchPlan
     volume: FourierVolume
+    views: ViewPrior | None = None
+    """Prior on views; None: even."""
     block: int = 1 << 24
     """Scores (image x shift x view) held at once."""
 
@@ -190,6 +194,8 @@ class Searcher:
             part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.where, white.magnification)
             reference = self._reference(white) if given is None else self._near(part, given.take(slice(i, i + step)))
             best, at = global_scores(part, reference, plan.shifts_px, log_prior).max(dim=1)
+            if self.views is not None:
+                best = best + self._prior_of_grid(None if given is None else given.take(slice(i, i + step)))
             top, j = best.topk(beam, dim=1)
             scores.append(top)
             indices.append(j)
@@ -198,6 +204,15 @@ class Searcher:
         if given is not None:
             rotation = rotation @ given._rotation()[:, None]
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
+
+    def _prior_of_grid(self, given: Given | None) -> Tensor:
+        """Log prior of the first step's views: (J,), or (B, J) of turns of the given poses."""
+        assert self.views is not None
+        if given is not None:
+            return self.views(given.turned(self.plan.rotations))
+        if GRID not in self._slices:
+            self._slices[GRID] = self.views(self.plan.rotations)
+        return self._slices[GRID]
 
     def _near(self, white: Whitened, given: Given) -> ReferenceSlices:
         return ReferenceSlices.of(self.volume, given.turned(self.plan.rotations), white.where, white.magnification)
@@ -220,6 +235,8 @@ class Searcher:
         ).reshape(-1, 8, 9)
         places = centre[:, :, None] + lattice(level.spacing_px, rotation.device)
         values = values - places.square().sum(-1) / (2 * self.plan.shift_sd_px**2)
+        if self.views is not None:
+            values = values + self.views(kids)[..., None]
         if given is not None and self.plan.local_deg is not None:
             near = given.is_near(kids, particle, self.plan.local_deg)
             values = torch.where(near[..., None], values, -torch.inf)

@@ -19,12 +19,13 @@ from cryoiso.physics.project import FourierVolume
 from cryoiso.refine import offsets
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
+from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts, group_medians, mean_spectra, require_sound_images, tell_of_empty
 from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px
 from cryoiso.refine.search import Given, SearchPlan
 
 if TYPE_CHECKING:
-    from cryoiso.refine.iterate import Model, Refinement
+    from cryoiso.refine.iterate import Refinement
 
 SCALE_PARTICLES = (512, 2048, 8192)
 """Images that are compared with the reference: the first number, then more where those cannot tell it from chance."""
@@ -35,8 +36,6 @@ CHANCE = 3e-5
 def initial_model(run: Refinement, lowpass_A: float) -> Model:
     """The low-passed reference, the same for both halves unless each was given its own, scaled to the images; noise
     from the images' mean power; for a local search the given poses (collective)."""
-    from cryoiso.refine.iterate import Model
-
     sigma2 = mean_power(run)
     state = first_state(run, lowpass_A)
     reference = first_reference(run, run.request.reference, lowpass_A)

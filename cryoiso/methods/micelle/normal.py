@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryoiso.physics.backproject import FourierSums, to_transform, transform_to_volume
 from cryoiso.physics.filters import lowpass_curve, radius_grid
+from cryoiso.physics.fourier_sums import FourierSums, to_transform, transform_to_volume
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.resample import resample_map
 

@@ -16,7 +16,8 @@ import torch
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.protocols import Communicator
 from cryoiso.parallel.partition import owned_chunks, root_of_half
-from cryoiso.physics.backproject import FourierSums, SliceAccumulator
+from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine.batches import BatchReader
 from cryoiso.refine.likelihood import with_magnification
 from cryoiso.refine.offsets import check_poses

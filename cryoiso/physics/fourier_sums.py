@@ -1,0 +1,266 @@
+"""The reduced sums of one half-set in Fourier space, and the division that makes a map of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.physics.fourier import divide_by_gridding, sinc2_profile
+from cryoiso.physics.masks import sphere_mask
+from cryoiso.physics.project import FourierVolume, corner_shares, flat_pairs
+
+EDGE_PX = 3.0
+LEAST_WEIGHT = 1e-3
+"""Share of a shell's mean weight that no division goes below."""
+LEAST_REGULARISED = 1e-6
+"""The same where a Wiener term is added to the weight."""
+
+
+@dataclass(frozen=True)
+class FourierSums:
+    """Reduced sums of one half-set on the padded half-space grid."""
+
+    numerator: Tensor
+    """(2h+1, 2h+1, h+1) complex64."""
+    weight: Tensor
+    """(2h+1, 2h+1, h+1) float32."""
+    box_px: int
+    padding: int
+    radius_px: int
+
+    def shells(self) -> Tensor:
+        """(2h+1, 2h+1, h+1) int64: radius in units of the unpadded grid, nearest shell."""
+        h = (self.weight.shape[0] - 1) // 2
+        z = torch.arange(-h, h + 1, device=self.weight.device, dtype=torch.float32)
+        x = torch.arange(0, h + 1, device=self.weight.device, dtype=torch.float32)
+        r = torch.sqrt(z[:, None, None] ** 2 + z[None, :, None] ** 2 + x[None, None, :] ** 2)
+        return torch.round(r / self.padding).long()
+
+    def shell_mean_weight(self) -> Tensor:
+        """(R+2,) mean weight of each shell, over all voxels of the shell, measured or not."""
+        if self.weight.device.type == "cpu":
+            from cryoiso.physics import _grid_kernels
+
+            sums, voxels = np.zeros(self.radius_px + 2), np.zeros(self.radius_px + 2, np.int64)
+            flat = self.weight.contiguous().view(-1).numpy()
+            _grid_kernels.sum_shells(flat, self.weight.shape[0], self.padding, sums, voxels)
+            return torch.from_numpy(sums / np.maximum(voxels, 1))
+        shell = self.shells().clamp(max=self.radius_px + 1).reshape(-1)
+        total = torch.bincount(shell, self.weight.reshape(-1).double(), minlength=self.radius_px + 2)
+        return total / torch.bincount(shell, minlength=self.radius_px + 2).clamp(min=1)
+
+    def symmetrised(self, operations: np.ndarray) -> FourierSums:
+        """Adds the copies rotated by every operation of the point group (g, 3, 3), by trilinear interpolation."""
+        if len(operations) == 1:
+            return self
+        numerator, weight = self.numerator.clone(), self.weight.clone()
+        if numerator.device.type == "cpu":
+            from cryoiso.physics import _grid_kernels
+
+            others = np.ascontiguousarray(operations[1:], np.float32)
+            old, old_weight = flat_pairs(self.numerator), self.weight.contiguous().view(-1).numpy()
+            _grid_kernels.add_rotated(
+                old, old_weight, len(weight), others, flat_pairs(numerator), weight.view(-1).numpy()
+            )
+            return FourierSums(numerator, weight, self.box_px, self.padding, self.radius_px)
+        for operation in operations[1:]:
+            rotated_n, rotated_w = rotate_half_space(self.numerator, self.weight, operation)
+            numerator += rotated_n
+            weight += rotated_w
+        return FourierSums(numerator, weight, self.box_px, self.padding, self.radius_px)
+
+    def reconstruct(self, wiener: Tensor | None = None) -> Tensor:
+        """The map (D, D, D) float32: numerator / (weight + Wiener term), inverse transform, gridding correction.
+
+        Zero outside the sphere of diameter D (soft edge of ``EDGE_PX``): what lies beyond leaves the image in some
+        views, and there the gridding correction amplifies the noise most.
+
+        Args:
+            wiener: (>= radius+1,) term of each shell, in units of the weight (``wiener_term``). Without it, weights are
+                only kept from vanishing (``floor``).
+        """
+        term, floor = self._per_shell(wiener), self.floor(wiener is not None)
+        if self.weight.device.type == "cpu":
+            transform = self._divide_numba(term, floor)
+        else:
+            transform = to_transform(self.divide_torch(term, floor), self.box_px * self.padding) * self.box_px
+        volume = transform_to_volume(transform, self.box_px, self.padding)
+        return volume * sphere_mask(self.box_px, self.box_px / 2, EDGE_PX, device=volume.device, dtype=volume.dtype)
+
+    def floor(self, regularised: bool = False) -> Tensor:
+        """(radius+1,) float32: no division is by less. A share of the shell's mean weight; a far smaller one where a
+        Wiener term keeps weak coefficients in their place."""
+        mean = self.shell_mean_weight()[: self.radius_px + 1].float()
+        return (mean * (LEAST_REGULARISED if regularised else LEAST_WEIGHT)).clamp(min=float(mean.max()) * 1e-9 + 1e-30)
+
+    def _per_shell(self, wiener: Tensor | None) -> Tensor:
+        if wiener is None:
+            return torch.zeros(self.radius_px + 1, device=self.weight.device)
+        return wiener[: self.radius_px + 1].to(self.weight)
+
+    def wiener_term(self, curve: np.ndarray, wiener: Tensor | None = None, *, uneven: bool = True) -> Tensor:
+        """(radius+1,) float32: the term 1 / tau^2 that makes the division a Wiener filter, in units of the weight.
+
+        The FSC R of two maps that were divided by max(w + term, floor) sees, in a shell, the signal
+        tau^2 sum (w f)^2 and the noise sum w f^2, f = 1 / max(w + term, floor), so that
+        tau^2 = R / (1 - R) * sum w f^2 / sum (w f)^2 with this half-set's own weights. The arithmetic mean of the
+        weights in its place, as RELION takes it (Scheres 2012, doi 10.1016/j.jsb.2012.09.006), is the same only where
+        all directions were measured alike; elsewhere tau^2 comes out too small (Jensen), by the ratio of the weights'
+        arithmetic and harmonic means. Derived in docs/formulas.md.
+
+        Args:
+            curve: (>= radius+1,) FSC of the two half-maps, kept within (0.001, 0.999) here.
+            wiener: the term that both maps were divided with; None: none.
+            uneven: False: the mean weight, whatever the directions.
+        """
+        ssnr = np.clip(np.asarray(curve, np.float64)[: self.radius_px + 1], 0.001, 0.999)
+        inverse = torch.as_tensor((1 - ssnr) / ssnr)
+        if not uneven:
+            return (self.shell_mean_weight()[: self.radius_px + 1] * inverse.to(self.weight.device)).float()
+        signal, noise = self.passed(wiener)
+        ratio = torch.where(noise > 0, signal / noise.clamp(min=1e-300), self.shell_mean_weight()[: self.radius_px + 1])
+        return (ratio * inverse.to(ratio.device)).float()
+
+    def passed(self, wiener: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """How much of signal and noise the division passes: (radius+1,) float64 sums of (w f)^2 and of w f^2 over the
+        voxels of each shell, f = 1 / max(w + term, floor)."""
+        term, floor = self._per_shell(wiener), self.floor(wiener is not None)
+        if self.weight.device.type == "cpu":
+            from cryoiso.physics import _grid_kernels
+
+            signal, noise = np.zeros(self.radius_px + 1), np.zeros(self.radius_px + 1)
+            flat = self.weight.contiguous().view(-1).numpy()
+            rows = self.weight.shape[0]
+            _grid_kernels.sum_filtered(flat, rows, self.padding, term.numpy(), floor.numpy(), signal, noise)
+            return torch.from_numpy(signal), torch.from_numpy(noise)
+        return self.passed_torch(term, floor)
+
+    def passed_torch(self, term: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
+        shell = self.shells().reshape(-1)
+        w = self.weight.reshape(-1)
+        inside = (shell <= self.radius_px) & (w > 0)
+        shell, w = shell[inside], w[inside]
+        f = 1 / torch.maximum(w + term[shell], floor[shell]).double()
+        a = w.double() * f
+        size = self.radius_px + 1
+        return torch.bincount(shell, a * a, minlength=size), torch.bincount(shell, a * f, minlength=size)
+
+    def completed(self, prior: Tensor, wiener: Tensor) -> FourierSums:
+        """These sums with a prior map added at the weight of the Wiener term: what was measured well is data, what was
+        not is prior (the posterior mean under a Gaussian prior about that map).
+
+        Args:
+            prior: (D, D, D) map on the data's grey scale.
+            wiener: (>= radius+1,) term of each shell, as for ``reconstruct``.
+        """
+        term = self._per_shell(wiener)[self.shells().clamp(max=self.radius_px)]
+        numerator = self.numerator + term * self.sampled(prior)
+        return FourierSums(numerator, self.weight + term, self.box_px, self.padding, self.radius_px)
+
+    def sampled(self, volume: Tensor) -> Tensor:
+        """The transform of a map (D, D, D) where these sums have voxels, as insertion of its slices would see it."""
+        # insertion spreads by the interpolation kernel, whose envelope the reconstruction divides by in the end
+        profile = sinc2_profile(self.box_px, self.padding, volume.device, volume.dtype)
+        envelope = profile[:, None, None] * profile[None, :, None] * profile[None, None, :]
+        volume = volume * envelope.square()  # once for FourierVolume, which divides by it
+        return FourierVolume.from_volume(volume, self.padding, self.radius_px).grid.to(self.numerator)
+
+    def _divide_numba(self, term: Tensor, floor: Tensor) -> Tensor:
+        from cryoiso.physics import _grid_kernels
+
+        size = self.box_px * self.padding
+        transform = np.zeros((size, size, size // 2 + 1), np.complex64)
+        _grid_kernels.divide(
+            flat_pairs(self.numerator),
+            self.weight.contiguous().view(-1).numpy(),
+            self.weight.shape[0],
+            self.padding,
+            term.numpy(),
+            floor.numpy(),
+            np.float32(self.box_px),
+            size,
+            _flat(transform),
+        )
+        return torch.from_numpy(transform)
+
+    def divide_torch(self, term: Tensor, floor: Tensor) -> Tensor:
+        """The plain torch twin of the CPU kernel: numerator / max(weight + term, floor) on the half-space grid.
+
+        Args:
+            term, floor: (radius+1,) a number a shell.
+        """
+        shell = self.shells()
+        inside = (shell <= self.radius_px) & (self.weight > 0)
+        shell = shell.clamp(max=self.radius_px)
+        quotient = self.numerator / torch.maximum(self.weight + term[shell], floor[shell])
+        return torch.where(inside, quotient, torch.zeros_like(quotient))
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """complex64 of any shape -> flat float32 view."""
+    return values.reshape(-1).view(np.float32)
+
+
+def half_space_to_volume(half_space: Tensor, box_px: int, padding: int) -> Tensor:
+    """Inverse of what FourierVolume.from_volume does: centred half-space -> (D, D, D), gridding corrected."""
+    return transform_to_volume(to_transform(half_space, box_px * padding) * box_px, box_px, padding)
+
+
+def to_transform(half_space: Tensor, size: int) -> Tensor:
+    """Centred half-space -> (size, size, size//2+1) with its origin at index 0, zero beyond."""
+    h = min((half_space.shape[0] - 1) // 2, (size - 1) // 2)
+    cut = (half_space.shape[0] - 1) // 2 - h
+    inner = half_space[cut : cut + 2 * h + 1, cut : cut + 2 * h + 1, : h + 1]
+    index = torch.arange(-h, h + 1, device=half_space.device) % size
+    full = torch.zeros(size, size, size // 2 + 1, dtype=half_space.dtype, device=half_space.device)
+    full[index[:, None], index[None, :], : h + 1] = inner
+    return full
+
+
+def transform_to_volume(transform: Tensor, box_px: int, padding: int) -> Tensor:
+    """(P, P, P//2+1) transform, P = padding D, origin at index 0 -> the inner (D, D, D), gridding corrected.
+
+    Axis by axis, keeping only what is inside: less than half the work of the whole transform.
+    """
+    size = box_px * padding
+    inner = (torch.arange(box_px, device=transform.device) - box_px // 2) % size
+    volume = torch.fft.ifft(transform, dim=0)[inner]
+    volume = torch.fft.ifft(volume, dim=1)[:, inner]
+    volume = torch.fft.irfft(volume, n=size, dim=2)[:, :, inner]
+    return divide_by_gridding(volume, padding)
+
+
+def rotate_half_space(numerator: Tensor, weight: Tensor, operation: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Trilinear rotation of Hermitian sums: new(k) = old(S k), zero outside the grid. Works plane by plane to stay
+    small."""
+    rows = numerator.shape[0]
+    h = (rows - 1) // 2
+    device = numerator.device
+    s = torch.as_tensor(np.asarray(operation), dtype=torch.float32, device=device)
+    axis = torch.arange(-h, h + 1, device=device, dtype=torch.float32)
+    x = torch.arange(0, h + 1, device=device, dtype=torch.float32)
+    y_grid, x_grid = torch.meshgrid(axis, x, indexing="ij")
+    flat_n, flat_w = numerator.reshape(-1), weight.reshape(-1)
+    out_n, out_w = torch.zeros_like(numerator), torch.zeros_like(weight)
+    for i in range(rows):
+        k = torch.stack([x_grid, y_grid, torch.full_like(x_grid, float(i - h))])
+        k = torch.einsum("ab,byx->ayx", s, k)
+        flip = k[0] < 0
+        k = torch.where(flip, -k, k)
+        inside = (k[0] < h - 1) & (k[1].abs() < h - 1) & (k[2].abs() < h - 1)
+        k = k + torch.tensor([0.0, h, h], device=device)[:, None, None]
+        low = torch.where(inside, k.floor(), torch.zeros_like(k))
+        x0, y0, z0 = low.long()
+        corner = (z0 * rows + y0) * (h + 1) + x0
+        plane_n = torch.zeros_like(out_n[i])
+        for offset, share in corner_shares(k - low, numerator.shape):
+            share = torch.where(inside, share, torch.zeros_like(share))
+            index = torch.where(inside, corner + offset, torch.zeros_like(corner))
+            plane_n += flat_n[index] * share
+            out_w[i] += flat_w[index] * share
+        out_n[i] = torch.where(flip, plane_n.conj(), plane_n)
+    return out_n, out_w

@@ -1,0 +1,144 @@
+"""The density of views on the sphere, learned from the posteriors of a half-set, and the prior on views made of it.
+
+A refinement with even prior odds for all views puts a large share of noisy images to the opposite side of the particle
+or to a direction that no particle shows; the odds of the set itself settle most of them. They are found by expectation-
+maximisation: the posterior weights of one iteration, counted on cells of equal area, are the next one's density, with a
+floor of even views (pseudo-counts of a Dirichlet prior) that keeps rare views possible.
+
+A density is a product of two factors with weights of their own. The *axial* one, the mean of p(v) and p(-v), says how
+often an axis is seen; it draws rare views to frequent ones. The *polarity*, p(v) over that mean, says from which of its
+two ends; projections along v and -v are mirror images, which noise mistakes for each other most easily, and it draws
+nothing from one axis to another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.metrics.orientation import ViewGrid
+from cryoiso.physics.symmetry import point_group
+
+STEP_DEG = 4.0
+"""Width of a cell: well below the kernel's."""
+COUNT_UNIT = 2.0**32
+"""Posterior weights are counted in fixed point of this unit, exact in any order."""
+
+
+@lru_cache(maxsize=4)
+def view_grid() -> ViewGrid:
+    """The cells that views are counted on."""
+    return ViewGrid.with_step(STEP_DEG)
+
+
+@dataclass(frozen=True)
+class ViewPrior:
+    """Log prior of a view by cell, on a device."""
+
+    log_prior: Tensor
+    """(P,) float32; even views have 0."""
+    rings: Tensor
+    """(R+1,) float32: z of the rings' borders, from -1 up."""
+    first: Tensor
+    """(R,) int64 first cell of each ring, from z = 1 down."""
+    cells: Tensor
+    """(R,) int64 cells of each ring."""
+
+    @classmethod
+    def of(cls, log_prior: np.ndarray, device: str = "cpu") -> ViewPrior:
+        grid = view_grid()
+        first = np.concatenate([[0], np.cumsum(grid.cells)[:-1]])
+        return cls(
+            torch.as_tensor(log_prior, dtype=torch.float32, device=device),
+            torch.as_tensor(-grid.z_edges, dtype=torch.float32, device=device),
+            torch.as_tensor(first, device=device),
+            torch.as_tensor(grid.cells, device=device),
+        )
+
+    def __call__(self, rotation: Tensor) -> Tensor:
+        """(...,) log prior of the views of rotations (..., 3, 3)."""
+        return self.log_prior[self.index(rotation[..., 2, :])]
+
+    def index(self, view: Tensor) -> Tensor:
+        """(...,) int64 cell of unit vectors (..., 3); ``ViewGrid.index`` on a device."""
+        ring = torch.searchsorted(self.rings, -view[..., 2].contiguous(), right=True) - 1
+        ring = ring.clamp(0, len(self.cells) - 1)
+        turn = torch.remainder(torch.atan2(view[..., 1], view[..., 0]) / (2 * np.pi), 1.0)
+        cells = self.cells[ring]
+        return self.first[ring] + torch.minimum((turn * cells).long(), cells - 1)
+
+
+@dataclass(frozen=True)
+class ViewCounts:
+    """Posterior weight of each cell, (P,) int64 in COUNT_UNIT: partial sums, to be added over ranks."""
+
+    counts: np.ndarray
+
+    @classmethod
+    def empty(cls) -> ViewCounts:
+        return cls(np.zeros(len(view_grid()), np.int64))
+
+    def add(self, rotation: Tensor, weight: Tensor, grid: ViewPrior) -> None:
+        """Views of (R, 3, 3) with posterior weights (R,)."""
+        cell = grid.index(rotation[..., 2, :]).cpu().numpy()
+        np.add.at(self.counts, cell, np.rint(weight.double().cpu().numpy() * COUNT_UNIT).astype(np.int64))
+
+
+def density(counts: np.ndarray, symmetry: str, *, kernel_deg: float, floor: float) -> np.ndarray:
+    """Smooth density of views over that of even ones.
+
+    Args:
+        counts: (P,) weight of each cell.
+        symmetry: point group whose mates are alike.
+        kernel_deg: standard deviation of the smoothing kernel (von Mises-Fisher).
+        floor: share of even views that it is mixed with.
+
+    Returns:
+        (P,) float64 with mean 1, nowhere below ``floor``; 1 everywhere without any count.
+    """
+    if not counts.sum() > 0:
+        return np.ones(len(counts))
+    smooth = counts / counts.sum() @ _kernel(symmetry, kernel_deg)
+    return (1 - floor) * smooth / smooth.mean() + floor
+
+
+def log_prior(smooth: np.ndarray, *, axial: float, polarity: float) -> np.ndarray:
+    """(P,) log of axial factor and polarity, each times its weight.
+
+    Args:
+        smooth: (P,) density over that of even views.
+        axial, polarity: weights; both 1: the density itself.
+    """
+    opposite = smooth[_opposite()]
+    mean = (smooth + opposite) / 2
+    return axial * np.log(mean) + polarity * np.log(smooth / mean)
+
+
+@lru_cache(maxsize=2)
+def cell_centres() -> np.ndarray:
+    """(P, 3) unit vectors."""
+    border = view_grid().borders()
+    z = border[:, 2:].mean(1)
+    azimuth = np.radians(border[:, :2].mean(1))
+    r = np.sqrt(1 - z**2)
+    return np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)
+
+
+@lru_cache(maxsize=2)
+def _opposite() -> np.ndarray:
+    return view_grid().index(-cell_centres())
+
+
+@lru_cache(maxsize=2)
+def _kernel(symmetry: str, kernel_deg: float) -> np.ndarray:
+    """(P, P) float32 weights of a count in a cell for each other cell, mean over the symmetry mates of the first."""
+    centres = cell_centres()
+    kappa = 1 / np.radians(kernel_deg) ** 2
+    total = np.zeros((len(centres),) * 2, np.float32)
+    for operation in point_group(symmetry):
+        total += np.exp(kappa * ((centres @ operation) @ centres.T - 1)).astype(np.float32)
+    return total
