@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,10 +21,11 @@ from cryoiso.methods.auxiliary.corefine import co_refine, movement
 from cryoiso.methods.auxiliary.generate import Maker, batches
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.noise import on_grid, residual_spectra
-from cryoiso.methods.auxiliary.particles import FLAG, auxiliary_particles, both_halves
+from cryoiso.methods.auxiliary.particles import FLAG, apart, auxiliary_particles, both_halves, require_poolable
+from cryoiso.methods.auxiliary.transfer import measure as measure_transfer
 from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
 from cryoiso.parallel.context import Context
-from cryoiso.physics.filters import power_spectrum
+from cryoiso.physics.filters import apply_radial, lowpass, power_spectrum
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import simulate
@@ -201,6 +204,73 @@ def test_coloured_noise_has_the_spectrum_of_its_group_and_scales_with_the_temper
     assert np.array_equal(same, clean) and power_spectrum(other - same).mean(0)[10:].min() > 0.9
 
 
+class Made:
+    """Images in memory that go with auxiliary particles."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        return self.images[rows]
+
+
+@pytest.mark.parametrize("noise", ["white", "coloured"])
+def test_the_transfer_of_a_projection_with_noise_is_one(raw, noise):
+    """Within its own standard deviation, of 500 images; the half whose signal was taken down to 0.6 beyond a shell is
+    found out, and nothing is said where the reference has no power."""
+    smooth = replace(raw.volume, data=lowpass(raw.volume.data, PIXEL, 12.0))
+    spectrum = noise_spectrum(BOX, "coloured")[None] if noise == "coloured" else None
+    generator = Generator(None, smooth, np.full(1, 1.3), 1.0, {"half": 0, "inverted": False}, spectrum)
+    p = both_halves(made(raw, 1, 500), made(raw, 2, 500))
+    maker = Maker(p, {1: generator, 2: generator}, 1.0, 5)
+    pairs = [maker.images(rows) for rows in batches(p.half, 0, 1000)]
+    images, clean = (np.concatenate([pair[i] for pair in pairs]) for i in (0, 1))
+    curve = np.where(np.arange(17) > 7, 0.6, 1.0)
+    images[500:] += apply_radial(clean[500:], curve, dims=2) - clean[500:]
+    found = measure_transfer(Made(images), p, maker.conditions, Context(), 1)
+    assert np.allclose(found["frequency_invA"], np.arange(1, 17) / (BOX * PIXEL))
+    one, two = ({k: np.array(found["halves"][h][k], float) for k in ("value", "sd")} for h in "12")
+    known = np.flatnonzero(one["sd"] < 0.15)
+    assert len(known) >= 9 and found["halves"]["1"]["images"] == 500
+    assert (np.abs(one["value"][known] - 1) < 4 * one["sd"][known]).all()
+    assert np.sqrt(np.mean(((one["value"] - 1) / one["sd"])[known] ** 2)) == pytest.approx(1, abs=0.6)
+    assert np.abs(two["value"][[1, 2, 3, 4, 5]] - 1).max() < 0.05 and abs(two["value"][8] - 0.6) < 0.15
+    assert np.isnan(one["value"][-1]) and np.isnan(one["sd"][-1])
+
+
+def test_the_transfer_is_the_same_on_any_number_of_ranks(raw, generator):
+    """Ranks share the images in blocks; the sums are over images in the order of the rows."""
+    p = both_halves(made(raw, 1, 150), made(raw, 2, 100))
+    maker = Maker(p, {1: generator, 2: generator}, 1.0, 5)
+    images = np.concatenate([maker.images(rows)[0] for rows in batches(p.half, 0, 250)])
+    alone = measure_transfer(Made(images), p, maker.conditions, Context(), 1)
+    with ThreadPoolExecutor(2) as pool:
+        ranks = Ranks.of(2)
+        found = [pool.submit(measure_transfer, Made(images), p, maker.conditions, comm, 1) for comm in ranks]
+        assert [f.result(60) for f in found] == [alone, alone]
+
+
+@dataclass
+class Ranks:
+    """Ranks that are threads."""
+
+    rank: int
+    size: int
+    meeting: threading.Barrier
+    table: list
+
+    @classmethod
+    def of(cls, size: int) -> list[Ranks]:
+        meeting, table = threading.Barrier(size), [None] * size
+        return [cls(rank, size, meeting, table) for rank in range(size)]
+
+    def allgather(self, item):
+        self.meeting.wait()
+        self.table[self.rank] = item
+        self.meeting.wait()
+        return list(self.table)
+
+
 @pytest.mark.parametrize("wrong", [np.ones((2, 17)), np.ones((1, 16)), -np.ones((1, 17)), np.full((1, 17), np.nan)])
 def test_a_damaged_spectrum_of_noise_is_refused(raw, tmp_path, wrong):
     Generator(None, raw.volume, np.ones(1), 1.0, {"half": 1}, wrong).save(tmp_path / "g.npz")
@@ -274,6 +344,46 @@ def test_joined_sources_keep_optics_groups_apart_and_refuse_shared_particles(raw
         JoinedSource(first, ArraySource(np.zeros((40, 16, 16), np.float32), made(raw, 1, 40)))
     some = SubsetSource(first, raw.particles.half == 1)
     assert np.array_equal(some.read(np.array([2])), images[np.flatnonzero(raw.particles.half == 1)[[2]]])
+
+
+def test_pooled_sources_share_the_optics_groups_of_the_raw_particles(raw):
+    images, p = raw.read(np.arange(300)), raw.particles
+    groups = (p.groups[0], replace(p.groups[0], number=7, name="other", voltage_kV=200.0))
+    p = replace(p, groups=groups, optics=(np.arange(300) % 2).astype(np.int32))
+    aux = auxiliary_particles(p, 1, 40, round_=1, seed=1, symmetry="C3", box_px=BOX, pixel_size_A=PIXEL)
+    first, second = ArraySource(images, p), ArraySource(images[:40] + 1, aux)
+    joined = JoinedSource(first, second, pooled=True).particles
+    assert joined.groups == groups and np.array_equal(joined.optics[300:], aux.optics) and set(aux.optics) == {0, 1}
+    flipped = ArraySource(images, p.with_ctf_applied("flipped"))
+    with pytest.raises(InputError, match="cannot join an optics group"):
+        JoinedSource(flipped, second, pooled=True)
+    engine = Shuffler()
+    request = RefineRequest(first, raw.volume, "C3", None, None)
+    found = co_refine(engine, request, second, Context(), pooled=True)
+    assert found.result.particles.groups == groups and engine.flags.sum() == 40
+    assert len(co_refine(engine, request, second, Context()).result.particles.groups) == 4
+
+
+def test_only_images_of_the_same_kind_can_be_pooled(raw):
+    p = raw.particles
+    require_poolable(p, PIXEL)
+    other = replace(p.groups[0], number=2, name="second", pixel_size_A=2 * PIXEL)
+    unused = replace(p, groups=(p.groups[0], other))
+    require_poolable(unused, PIXEL)
+    optics = (np.arange(len(p)) % 2).astype(np.int32)
+    for group, words in (
+        (other, r"optics group 2 \(second\).*pixel size of 10 Å, they have 5 Å"),
+        (replace(p.groups[0], number=3, phase_flipped=True), "group 3.*phase-flipped"),
+        (replace(p.groups[0], number=4, ctf_premultiplied=True), "group 4.*premultiplied"),
+    ):
+        with pytest.raises(InputError, match=words):
+            require_poolable(replace(p, groups=(p.groups[0], group), optics=optics), PIXEL, "particles.star")
+
+
+def test_groups_kept_apart_have_other_numbers_and_names(raw):
+    p = replace(raw.particles, groups=(replace(raw.particles.groups[0], number=5, name="Krios"),))
+    group = apart(made(raw), p).groups[0]
+    assert group.number == 6 and group.name == "opticsGroup1_auxiliary"
 
 
 def test_the_balanced_subset_caps_each_direction_and_keeps_the_most_certain(raw):

@@ -54,6 +54,7 @@ def test_stages_are_numbered_and_leave_what_the_next_ones_need(finished):
     assert set(train["halves"]) == {"1", "2"} and train["halves"]["1"]["steps"][-1] == 6
     assert len(train["halves"]["1"]["kl_per_layer"][0]) > 3
     assert generate["counts"] == {"1": 30, "2": 30} and "kl_nats" in generate["statistics"]
+    assert {h: t["images"] for h, t in generate["transfer"]["halves"].items()} == {"1": 30, "2": 30}
     assert corefine["raw"] == corefine["auxiliary"] == 60 and not corefine["settled"]
     assert facts(finished, "local")["kept"] + facts(finished, "local")["dropped"] == 60
     assert not list(finished.rglob("checkpoint/state*")) or not list(finished.glob("*_train-*/half*"))
@@ -126,13 +127,54 @@ def test_coloured_noise_has_the_spectrum_that_the_last_refinement_estimated(data
     )  # fmt: skip
     run = run_job(job, tmp_path / "run", Context()).path
     (corefined,) = run.glob("*_corefine-1")
+    assert len(json.loads((corefined / "engine/refine.json").read_text())["noise_variance"]) == 2
     for round_, path in ((1, next(run.glob("*_refine")) / "refine.json"), (2, corefined / "engine/refine.json")):
         estimated = json.loads(path.read_text())["noise_variance"][:1]
         noise = facts(run, f"train-{round_}")["noise"]
         assert noise["from"] == "refinement" and set(noise["spectra"]) == {"1", "2"}
         assert np.allclose(noise["spectra"]["2"], estimated, atol=1e-5)
-        statistics = facts(run, f"generate-{round_}")["statistics"]
+        made = facts(run, f"generate-{round_}")
+        statistics, transfer = made["statistics"], made["transfer"]
+        for half in transfer["halves"].values():
+            known = [(v, sd) for v, sd in zip(half["value"], half["sd"], strict=True) if v is not None and sd < 0.2]
+            assert len(known) >= 4 and all(abs(v - 1) < 4 * sd + 0.002 for v, sd in known)
         assert np.abs(statistics["log_ratio"][-5:]).max() < 0.25
+
+
+def test_pooled_particles_share_one_noise_spectrum_and_their_optics_group(data, tmp_path, caplog):
+    """At temperature 0 the auxiliary half of the images has no noise: the common spectrum is half of the raw one. The
+    next round's noise is still that of the raw images."""
+    job = write_job(
+        data, "pooled.toml", **SMALL, auxiliary_generators="coloured-noise", auxiliary_rounds=2,
+        auxiliary_settle_deg=0.0, auxiliary_balance=False, auxiliary_export=True, auxiliary_noise_group="raw",
+        auxiliary_temperature=0.0,
+    )  # fmt: skip
+    run = run_job(job, tmp_path / "run", Context()).path
+    assert "at auxiliary.temperature = 0: one noise spectrum serves" in caplog.text
+    pooled, raw = (
+        json.loads(path.read_text())["noise_variance"]
+        for path in (next(run.glob("*_corefine-1")) / "engine/refine.json", next(run.glob("*_refine")) / "refine.json")
+    )
+    assert len(pooled) == len(raw) == 1 and np.allclose(pooled[0][7:-1], 0.5 * np.array(raw[0][7:-1]), rtol=0.15)
+    assert np.allclose(facts(run, "train-2")["noise"]["spectra"]["1"], raw, atol=1e-5)
+    (given,) = read_particle_file(data / "particles.star").groups
+    (group,) = read_particle_file(next(run.glob("*_generate-1")) / "auxiliary.star").groups
+    assert (group.name, group.number) == (given.name, given.number)
+
+
+def test_flipped_images_cannot_be_pooled(data, tmp_path):
+    from dataclasses import replace
+
+    from cryoiso.io.starwrite import write_particles
+
+    p = read_particle_file(data / "truth.star", "", ("pose",))
+    flags = p.optics_table.assign(rlnCtfDataArePhaseFlipped="1")
+    star = data / "flipped.star"
+    write_particles(star, replace(p.with_ctf_applied("flipped"), optics_table=flags))
+    job = write_job(data, "flipped.toml", **SMALL, particles_file=star.name, auxiliary_noise_group="raw")
+    with pytest.raises(InputError, match="phase-flipped"):
+        run_job(job, tmp_path / "run", Context())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_killed_training_ends_with_the_same_bits(data, tmp_path):
@@ -218,10 +260,16 @@ def test_coloured_noise_by_commands_is_measured_on_the_images(data, tmp_path):
     assert noise["from"] == "images"
     for half in "12":  # simulated with white noise; normalisation brings noise and signal together to about 1
         assert np.allclose(np.array(noise["spectra"][half])[0, 3:], 1.0, atol=0.2)
-    made = cryoiso_here(
-        "auxiliary", "generate", tmp_path / "g", data / "truth.star", "--count", 20, "--out", tmp_path / "m"
-    )
-    assert made.returncode == 0 and len(ShardSource(tmp_path / "m").particles) == 20, made.stderr
+    (given,) = read_particle_file(data / "truth.star").groups
+    for kept, name, number in (("own", f"{given.name}_auxiliary", given.number + 1), ("raw", given.name, given.number)):
+        made = cryoiso_here(
+            "auxiliary", "generate", tmp_path / "g", data / "truth.star", "--count", 20, "--export", "--noise-group",
+            kept, "--out", tmp_path / kept,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        assert json.loads((tmp_path / kept / "generate.json").read_text())["transfer"]["halves"]["1"]["images"] == 10
+        exported = read_particle_file(tmp_path / kept / "auxiliary.star")
+        assert len(exported) == 20 and [(g.name, g.number) for g in exported.groups] == [(name, number)]
 
 
 def test_commands_train_and_generate(trained, data, tmp_path):

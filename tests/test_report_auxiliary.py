@@ -25,7 +25,7 @@ from cryoiso.report.files import stage_folder
 BOX, PIXEL_A, N, STEPS, LAYERS = 32, 3.0, 400, 60, 7
 FIGURES = [
     *("maps", "numbers", "fsc", "truth", "directions", "sphere", "fsc3d", "views", "errors-before"),
-    *("samples", "spectra", "training", "moved", "iterations", "posterior"),
+    *("samples", "spectra", "transfer", "training", "moved", "iterations", "posterior"),
 ]
 
 
@@ -121,6 +121,15 @@ def put(path, data) -> None:
     path.write_text(json.dumps(plain(data)))
 
 
+def passing(number: int) -> dict:
+    """A transfer that falls with the frequency, and is not known beyond 10 Å; half 2's is 0.1 lower."""
+    frequency = np.arange(1, BOX // 2 + 1) / (BOX * PIXEL_A)
+    value, sd = 1 - 4 * frequency / number, np.where(frequency > 0.1001, 0.4, 0.01)
+    sd = np.where(frequency > 0.13, np.nan, sd)
+    halves = {h: {"images": 200, "value": np.where(sd > 0, value - 0.1 * (h == "2"), np.nan), "sd": sd} for h in "12"}
+    return {"frequency_invA": frequency, "halves": halves}
+
+
 def write_round(folder, rng, number: int, first_stage: int, world) -> None:
     put(folder / f"{first_stage:02}_train-{number}/train.json", training(rng, number))
     put(folder / f"{first_stage:02}_train-{number}/timing.json", {"1": {"images_per_s": 212.4}, "2": {}})
@@ -128,7 +137,14 @@ def write_round(folder, rng, number: int, first_stage: int, world) -> None:
     statistics = compare_images(some["raw"], some["auxiliary"], PIXEL_A, 10.0)
     made = folder / f"{first_stage + 1:02}_generate-{number}"
     counts = {"1": 200, "2": 200}
-    put(made / "generate.json", {"round": number, "counts": counts, "temperature": 1.0, "statistics": statistics})
+    facts = {
+        "round": number,
+        "counts": counts,
+        "temperature": 1.0,
+        "statistics": statistics,
+        "transfer": passing(number),
+    }
+    put(made / "generate.json", facts)
     np.savez(made / "samples.npz", **{k: v[:8].astype(np.float32) for k, v in some.items()})
     before, after = views(rng, 0.8 if number == 1 else 0.3), views(rng, 0.3 / number)
     numbers = {
@@ -220,6 +236,7 @@ def test_sentences_say_before_and_after(run_folder, world, unrendered):
     assert f"differ by {statistics['kl_nats']:.3f} nats" in joined
     off = 100 * (math.exp(statistics["finer"]["largest"]) - 1)
     assert f"off by {off:+.1f} % at most in any shell beyond 20 Å" in joined
+    assert "that they were made from: 0.88 at 30 Å, 0.85 at 20 Å, 0.82 at 15 Å (1: all" in joined
     assert "keeps 300 of 400 particles (at most 9 of a half-set from each of 60 directions)" in joined
 
 
@@ -236,6 +253,8 @@ def test_the_table_has_a_column_before(run_folder, world, unrendered):
     assert rows["Auxiliary particles, round 2", "raw particles refined with them"]["value"] == N
     assert rows["Auxiliary particles, round 1", "resolution"]["value"] == 8.0
     assert rows["Balanced subset", "particles dropped"]["value"] == 100
+    row = rows["Auxiliary particles, round 2", "transfer of the generator at 20 Å"]
+    assert row["value"] == pytest.approx(0.85, abs=0.002)
     assert '<th class="n">before</th><th class="n">this run</th><th class="n">true poses</th>' in text
 
 
@@ -262,7 +281,7 @@ def test_without_truth_views_and_motion_remain(run_folder, unrendered):
     ("name", "gone"),
     [
         ("*_train-*/train.json", ["training"]),
-        ("*_generate-*/generate.json", ["spectra"]),
+        ("*_generate-*/generate.json", ["spectra", "transfer"]),
         ("*_generate-*/samples.npz", ["samples"]),
         ("*_corefine-*/*", []),
         ("*_local/local.json", []),

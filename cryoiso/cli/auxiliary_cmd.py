@@ -72,6 +72,7 @@ def generate(
     count: Annotated[int | None, typer.Option(min=2, help="How many (default: --ratio).")] = None,
     ratio: Annotated[float, option(A, "ratio")] = default(A, "ratio"),
     temperature: Annotated[float, option(A, "temperature")] = default(A, "temperature"),
+    noise_group: Annotated[str, option(A, "noise_group")] = default(A, "noise_group"),
     symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
     export: Annotated[bool, typer.Option("--export", help="Also write MRCS stacks and auxiliary.star.")] = False,
     project: Annotated[str, option(P, "project")] = "",
@@ -96,7 +97,7 @@ def generate(
         particles={"file": str(particles), "project": project, "passthrough": passthrough, "invert": invert},
         reference={"file": ""},
         sample={"symmetry": symmetry},
-        auxiliary={"ratio": ratio, "temperature": temperature, "export": export},
+        auxiliary={"ratio": ratio, "temperature": temperature, "noise_group": noise_group, "export": export},
         run={"seed": seed, "device": device},
     )  # fmt: skip
     section: ParticlesSection = job.particles

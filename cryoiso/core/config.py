@@ -129,6 +129,11 @@ class AuxiliarySection(_Section):
     temperature: float = Field(
         0.5, ge=0, le=2, description="factor on the noise of auxiliary particles; below 1 they guide the raw ones more"
     )
+    noise_group: Literal["own", "raw"] = Field(
+        "own",
+        description="own: auxiliary particles have optics groups, and noise spectra, of their own; raw: they share "
+        "those of the raw particles, as published (meant for temperature 1)",
+    )
     rounds: int = Field(2, ge=1, le=9, description="rounds of training, generation and co-refinement at most")
     settle_deg: float = Field(
         1.0, ge=0, description="no further round once three quarters of the particles moved by less than this"

@@ -136,11 +136,15 @@ class Particles:
         return self.rotation, self.shift_A
 
 
-def concatenate(first: Particles, second: Particles) -> Particles:
-    """Both sets, one after the other; the second keeps optics groups of its own. Tables of the sources are dropped.
+def concatenate(first: Particles, second: Particles, *, pooled: bool = False) -> Particles:
+    """Both sets, one after the other. Tables of the sources are dropped.
+
+    Args:
+        pooled: particles of the second set join the first one's optics groups, which must be the same ones; else the
+            second keeps optics groups of its own.
 
     Raises:
-        InputError: one of them has poses or half-sets and the other has not.
+        InputError: one of them has poses or half-sets and the other has not, or ``pooled`` and the groups differ.
     """
     columns: dict[str, Any] = {}
     for f in fields(Particles):
@@ -150,11 +154,25 @@ def concatenate(first: Particles, second: Particles) -> Particles:
         if (one is None) != (two is None):
             raise InputError(f"only one of both particle sets has a '{f.name}'", expected="both or none")
         columns[f.name] = None if one is None else np.concatenate([one, two])
-    numbers = max((g.number for g in first.groups), default=0)
-    groups = first.groups + tuple(replace(g, number=numbers + i) for i, g in enumerate(second.groups, 1))
-    optics = np.concatenate([first.optics, second.optics + len(first.groups)]).astype(first.optics.dtype)
+    if pooled:
+        _require_same_optics(first, second)
+        groups, shift = first.groups, 0
+    else:
+        numbers, shift = max((g.number for g in first.groups), default=0), len(first.groups)
+        groups = first.groups + tuple(replace(g, number=numbers + i) for i, g in enumerate(second.groups, 1))
+    optics = np.concatenate([first.optics, second.optics + shift]).astype(first.optics.dtype)
     results = {k: np.concatenate([first.results[k], second.results[k]]) for k in first.results if k in second.results}
     return Particles(groups=groups, optics=optics, results=results, **columns)
+
+
+def _require_same_optics(first: Particles, second: Particles) -> None:
+    """The box does not count: sources bring all images to one."""
+    for i in np.unique(second.optics).tolist():
+        mine = first.groups[i] if i < len(first.groups) else None
+        if mine is None or replace(mine, box_px=0) != replace(second.groups[i], box_px=0):
+            raise InputError(
+                "particles cannot join an optics group of other particles", expected=second.groups[i], found=mine
+            )
 
 
 @dataclass(frozen=True)

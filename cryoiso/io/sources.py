@@ -85,15 +85,16 @@ class ArraySource:
 
 
 class JoinedSource:
-    """Two sources as one, the rows of the second after those of the first (an ``ImageSource``).
+    """Two sources as one, the rows of the second after those of the first (an ``ImageSource``)."""
 
-    The second keeps optics groups of its own, so that a refinement estimates its noise apart.
-    """
-
-    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+    def __init__(self, first: ImageSource, second: ImageSource, *, pooled: bool = False) -> None:
         """
+        Args:
+            pooled: both have the same optics groups, and a refinement estimates one noise for both; else the second
+                keeps groups of its own, so that its noise is estimated apart.
+
         Raises:
-            InputError: different boxes, or a uid that is in both.
+            InputError: different boxes, a uid that is in both, or ``pooled`` and the groups differ.
         """
         if first.box_px != second.box_px:
             raise InputError("both particle sets need one box", expected=first.box_px, found=second.box_px)
@@ -101,7 +102,7 @@ class JoinedSource:
             raise InputError("a particle is in both sets", expected="uids of their own in each")
         self._parts = (first, second)
         self._n = len(first.particles)
-        self.particles = concatenate(first.particles, second.particles)
+        self.particles = concatenate(first.particles, second.particles, pooled=pooled)
         self.box_px = first.box_px
         self.chunks = fixed_chunks(len(self.particles))
 

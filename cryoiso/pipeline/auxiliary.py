@@ -128,7 +128,8 @@ def corefine(round_: int, work: Work) -> None:
         correction=wire.correction(work.job),
         on_checkpoint=lambda record: work.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
-    found = co_refine(wire.engine(work.job.refine.engine), request, auxiliary, comm)
+    pooled = work.job.auxiliary.noise_group == "raw"
+    found = co_refine(wire.engine(work.job.refine.engine), request, auxiliary, comm, pooled=pooled)
     facts = _facts(work, round_, before, found, known)
     _finish_round(work, name, source, found.raw, facts)
     if work.job.auxiliary.post_command:

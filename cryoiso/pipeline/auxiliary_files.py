@@ -17,7 +17,8 @@ from cryoiso.io.contrast import decide_sign
 from cryoiso.io.imageprep import IngestSettings
 from cryoiso.io.shards import ShardSource
 from cryoiso.methods.auxiliary.generator import Generator
-from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
+from cryoiso.methods.auxiliary.particles import apart, auxiliary_particles, both_halves, require_poolable
+from cryoiso.methods.auxiliary.transfer import measure as measure_transfer
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import stages
@@ -107,13 +108,13 @@ def generate_files(
     comm.install_signal_handlers()
     files = on_root(comm, find_generators, generators)
 
-    def plan() -> tuple[Particles, bool]:
+    def plan() -> tuple[Particles, Particles, bool]:
         raw, inverted = _raw(section, seed)
         planned = _planned(raw, inverted, files, section, count, settings, symmetry, seed)
         out.mkdir(parents=True, exist_ok=True)
-        return planned, inverted
+        return planned, apart(planned, raw) if settings.noise_group == "own" else planned, inverted
 
-    particles, inverted = on_root(comm, plan)
+    particles, exported, inverted = on_root(comm, plan)
     maker = load_maker(files, particles, settings.temperature, seed, comm)
     write_images(maker, files, out, comm)
     facts = {
@@ -122,10 +123,11 @@ def generate_files(
         "seed": seed,
         "symmetry": symmetry,
         "generators": {str(h): path.name for h, path in files.items()},
+        "transfer": measure_transfer(ShardSource(out), particles, maker.conditions, comm, seed),
     }
     on_root(comm, write_json, out / "generate.json", facts)
     if settings.export:
-        on_root(comm, export, ShardSource(out), particles, out, inverted)
+        on_root(comm, export, ShardSource(out), exported, out, inverted)
     return len(particles)
 
 
@@ -150,6 +152,8 @@ def _planned(
     if count is not None and count < 2:
         raise UsageError("--count: each half-set needs one particle at least")
     group = raw.first_group
+    if settings.noise_group == "raw":
+        require_poolable(raw, group.pixel_size_A, section.file)
     sets = []
     for half in HALVES:
         Generator.load(files[half]).check(group.box_px, group.pixel_size_A, inverted, files[half], section.file)

@@ -46,7 +46,8 @@ def train_stage(round_: int, work: Work) -> None:
     train_into(
         work.folder.stage(name), source, particles, references, section, work.comm, work.job.run.seed, facts,
         resume=work.resume, note=lambda label, step: work.note_checkpoint(name, generator=label, step=step),
-        noise=noise_after(work, round_ - 1),
+        # where auxiliary particles shared the raw ones' groups, the noise of the co-refinement is not that of the raw
+        noise=noise_after(work, round_ - 1 if section.noise_group == "own" else 0),
     )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from cryoiso.io.sources import as_recorded
 from cryoiso.io.starwrite import write_particles
 from cryoiso.methods.auxiliary.generate import Maker, batches
 from cryoiso.methods.auxiliary.generator import Generator
-from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
+from cryoiso.methods.auxiliary.particles import apart, auxiliary_particles, both_halves
+from cryoiso.methods.auxiliary.transfer import measure as measure_transfer
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
@@ -59,10 +60,12 @@ def generate_stage(round_: int, work: Work) -> None:
     raw, _ = as_recorded(shards, posed)
     facts = {"round": round_, "counts": _counts(particles), "temperature": section.temperature}
     # how well the images are modelled shows at temperature 1; what is made may be colder on purpose
+    facts["transfer"] = measure_transfer(ShardSource(folder), particles, maker.conditions, comm, work.job.run.seed)
     facts["statistics"] = compare(raw, MadeSource(maker.at_temperature(1.0)), comm, work.job.run.seed)
     on_root(comm, _finish, folder, maker, raw, facts, particles)
     if section.export:
-        on_root(comm, export, ShardSource(folder), particles, folder, shards.index["inverted"])
+        written = apart(particles, posed) if section.noise_group == "own" else particles
+        on_root(comm, export, ShardSource(folder), written, folder, shards.index["inverted"])
 
 
 def planned_particles(work: Work, raw: Particles, round_: int) -> Particles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,12 +13,14 @@ from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import disk_full
 from cryoiso.io.shards import read_index
+from cryoiso.methods.auxiliary.particles import require_poolable
 from cryoiso.pipeline import wire
 from cryoiso.pipeline.plan import folder_stages
 from cryoiso.pipeline.postprocess import check_template
 from cryoiso.pipeline.work import Work
 from cryoiso.refine.offsets import check_poses
 
+logger = logging.getLogger("cryoiso")
 PATHS = (
     ("particles", "file"),
     ("particles", "project"),
@@ -67,10 +70,23 @@ def check_job(work: Work) -> None:
     work.truth()
     work.truth_map()
     _check_diameter(work)
-    if with_auxiliary and job.auxiliary.post_command:
-        check_template(job.auxiliary.post_command)
+    if with_auxiliary:
+        if job.auxiliary.post_command:
+            check_template(job.auxiliary.post_command)
+        if job.auxiliary.noise_group == "raw":
+            require_poolable(particles, work.grid()[1], job.particles.file)
+            _warn_of_cold_pool(job)
     if job.run.workflow in ("realign", "both"):
         _check_realign(job)
+
+
+def _warn_of_cold_pool(job: Job) -> None:
+    if job.auxiliary.temperature < 1:
+        logger.warning(
+            "auxiliary.noise_group = 'raw' at auxiliary.temperature = %g: one noise spectrum serves raw images and "
+            "less noisy auxiliary ones, so that the raw ones weigh more than their noise allows; use temperature = 1",
+            job.auxiliary.temperature,
+        )  # fmt: skip
 
 
 def _check_scratch(wanted: str) -> None:

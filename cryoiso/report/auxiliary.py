@@ -12,6 +12,7 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.io.regular_file import open_regular
+from cryoiso.report.canvas import values_of
 from cryoiso.report.files import read_json, stage_folder
 from cryoiso.report.words import percent
 
@@ -22,6 +23,10 @@ _FILES = (
     ("corefine", "corefine", "corefine.json"),
 )
 HALVES = ("1", "2")
+RESOLUTIONS_A = (30.0, 20.0, 15.0, 10.0)
+"""Where the transfer of a generator is told."""
+KNOWN_SD = 0.25
+"""Shells whose transfer is known no better than this are left out."""
 
 
 def collect_rounds(folder: Path) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def sentences(data: dict[str, Any]) -> list[str]:
     ]
     if moved:
         result.append(f"Particles moved by more than 20°: {', '.join(moved)}.")
-    result += _alike(parts["rounds"])
+    result += [*_alike(parts["rounds"]), *_passed_on(parts["rounds"])]
     local = parts.get("local") or {}
     if local.get("kept") is not None and local.get("dropped") is not None:
         text = f"The balanced subset keeps {local['kept']:,} of {local['kept'] + local['dropped']:,} particles"
@@ -209,6 +214,37 @@ def _alike(rounds: list[dict[str, Any]]) -> list[str]:
     return [f"Auxiliary images of round {number} against raw ones: {'; '.join(texts)}."] if texts else []
 
 
+def _passed_on(rounds: list[dict[str, Any]]) -> list[str]:
+    """What the generator of the last round leaves of the reference."""
+    for part in reversed(rounds):
+        known = [(resolution_A, value) for resolution_A, value in transfer_at(part["generate"]) if value is not None]
+        if known:
+            values = ", ".join(f"{value:.2f} at {resolution_A:.0f} Å" for resolution_A, value in known)
+            return [
+                f"Auxiliary images of round {part['round']} hold this share of the projections of the reference that "
+                f"they were made from: {values} (1: all of it, as a projection with noise does)."
+            ]
+    return []
+
+
+def transfer_at(made: dict[str, Any]) -> list[tuple[float, float | None]]:
+    """(resolution in Å, transfer of a round's generators there, mean of the halves), None where it is not known."""
+    known = made.get("transfer") or {}
+    frequency, curves = values_of(known.get("frequency_invA")), []
+    for half in (known.get("halves") or {}).values():
+        curve, sd = values_of(half.get("value")), values_of(half.get("sd"))
+        if len(curve) == len(sd) == len(frequency):
+            curves.append(np.where(sd < KNOWN_SD, curve, np.nan))
+    found: list[tuple[float, float | None]] = []
+    for resolution_A in RESOLUTIONS_A:
+        value: float | None = None
+        if curves and frequency[0] <= 1 / resolution_A <= frequency[-1]:
+            at = [float(np.interp(1 / resolution_A, frequency, curve)) for curve in curves]
+            value = float(np.mean(at)) if np.isfinite(at).all() else None
+        found.append((resolution_A, value))
+    return found
+
+
 def _off(log_ratio: float) -> str:
     return f"{100 * math.expm1(log_ratio):+.1f} %"
 
@@ -245,6 +281,7 @@ def _round_rows(part: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
         (group, "KL of grey values between raw images", s.get("kl_real_nats"), "nats"),
         (group, "SNR of auxiliary images (image over background)", s.get("snr_generated_dB"), "dB"),
         (group, "SNR of raw images (image over background)", s.get("snr_real_dB"), "dB"),
+        *[(group, f"transfer of the generator at {at:.0f} Å", value, "") for at, value in transfer_at(made)],
         (group, f"power of a shell beyond {beyond}, largest deviation", _shell(largest), "%"),
         (group, "raw particles moved, median", moved.get("median_deg"), "°"),
         (group, "raw particles moved by more than 10°", _times(100, moved.get("over_10")), "%"),

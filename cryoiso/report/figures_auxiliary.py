@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.report.auxiliary import KNOWN_SD
 from cryoiso.report.canvas import (
     BLUE,
     DASHED,
@@ -70,6 +71,43 @@ def spectra(rounds: list[dict[str, Any]]) -> str:
         powers.plot(values_of(last["frequency_invA"])[1 : len(raw)], raw[1:], color="black", linestyle=":", label="raw")
         _grey_values(greys, last, "real", "black", "raw", linestyle=":")
         _name_spectra(powers, ratios, greys, last)
+        return address(figure)
+
+
+def with_transfer(rounds: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+    """(round, transfer) of the rounds in which it was measured."""
+    known = [(part["round"], part["generate"].get("transfer") or {}) for part in rounds]
+    return [(number, t) for number, t in known if t.get("frequency_invA") and t.get("halves")]
+
+
+def transfer(rounds: list[dict[str, Any]]) -> str:
+    """How much of the reference each generator passes on, with two standard deviations, where that is known to 0.25."""
+    known = with_transfer(rounds)
+    with styled():
+        figure, axes = new_figure(6.4, 3.3)
+        ax, end, lows, highs = axes[0, 0], 0.0, [0.0], [1.1]
+        for i, (number, t) in enumerate(known):
+            frequency = values_of(t["frequency_invA"])
+            for half, part in sorted(t["halves"].items()):
+                value, sd = values_of(part.get("value")), values_of(part.get("sd"))
+                if len(value) != len(frequency) or len(sd) != len(frequency):
+                    continue
+                shown = np.isfinite(value) & (sd < KNOWN_SD)
+                value = np.where(shown, value, np.nan)
+                style = "-" if half != "2" else DASHED
+                ax.plot(frequency, value, color=_colour(i), linestyle=style, label=f"round {number}, half {half}")
+                ax.fill_between(frequency, value - 2 * sd, value + 2 * sd, color=_colour(i), alpha=0.15, linewidth=0)
+                if shown.any():
+                    end = max(end, float(frequency[shown].max()))
+                    lows.append(float(value[shown].min()) - 0.1)
+                    highs.append(float(value[shown].max()) + 0.1)
+        ax.axhline(1, color="#555555", linewidth=0.7)
+        end = end or float(values_of(known[-1][1]["frequency_invA"])[-1])
+        ax.set(xlim=(0, end), ylim=(max(min(lows), -1), min(max(highs), 3)))
+        ax.set(xlabel="spatial frequency (1/Å)", ylabel="share of the reference\nin auxiliary images")
+        resolution_axis(ax, end)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(loc="best")
         return address(figure)
 
 

@@ -51,6 +51,11 @@ SPECTRA = (
     "way, where it matters most); and their grey values. The raw curves are dotted. At low resolution the ratio "
     "need not be one: raw particles are seen from the preferred side, auxiliary ones from all sides."
 )
+TRANSFER = (
+    "How much of the reference's projection (with CTF, on the images' grey scale) the auxiliary images hold, by "
+    "spatial frequency: 1 is all of it, as a projection with noise has; less means that the generator does not trust "
+    "the reference there. Bands are two standard deviations; half-set 2 is dashed."
+)
 TRAINING = (
     "Loss (with the weight of the KL term, which grows until the dashed line) and reconstruction error; below, the KL "
     "divergence of each latent layer without its weight, from the coarsest layer on. A layer that is dark to the end "
@@ -157,6 +162,13 @@ def _auxiliary(data: dict[str, Any], samples: dict[str, np.ndarray]) -> list[Ent
     return [
         ("samples", "Raw and auxiliary images", samples, SAMPLES, lambda: draw.sample_images(samples)),
         ("spectra", "How alike they are", draw.with_statistics(rounds), SPECTRA, lambda: draw.spectra(rounds)),
+        (
+            "transfer",
+            "What they hold of the reference",
+            draw.with_transfer(rounds),
+            TRANSFER,
+            lambda: draw.transfer(rounds),
+        ),
         ("training", "Training", trained, TRAINING + _speeds(rounds), lambda: draw.training(rounds)),
         ("moved", "How far particles moved", histograms, MOVED, lambda: draw.moved(rounds, local)),
     ]

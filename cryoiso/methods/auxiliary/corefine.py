@@ -27,23 +27,27 @@ class CoRefined:
     result: RefineResult
 
 
-def co_refine(engine: Engine, request: RefineRequest, auxiliary: ImageSource, comm: Communicator) -> CoRefined:
+def co_refine(
+    engine: Engine, request: RefineRequest, auxiliary: ImageSource, comm: Communicator, *, pooled: bool = False
+) -> CoRefined:
     """Refines raw and auxiliary particles together (collective).
 
     The engine sees one set and searches all views of all particles; shifts of the raw ones around the offsets that
-    ``request.source`` gives, those of the auxiliaries, which are made centred, around zero. The auxiliaries have optics
-    groups of their own, so that their noise is estimated apart.
+    ``request.source`` gives, those of the auxiliaries, which are made centred, around zero.
 
     Args:
         engine: any.
         request: as for the raw particles alone; ``source`` holds them.
         auxiliary: its particles carry the true poses that the images were made with.
+        pooled: the auxiliaries join the optics groups of the raw particles, and one noise model serves both; else they
+            have groups of their own, so that their noise is estimated apart.
 
     Raises:
         CryoisoError: the engine lost or reordered particles.
+        InputError: ``pooled``, and the optics groups of both are not the same.
     """
     raw = request.source
-    joined = JoinedSource(_without_views(raw, False), _without_views(auxiliary, True))
+    joined = JoinedSource(_without_views(raw, False), _without_views(auxiliary, True), pooled=pooled)
     result = engine.refine(replace(request, source=joined), comm)
     place = np.argsort(result.particles.uid, kind="stable")
     found = result.particles.uid[place]

@@ -27,13 +27,13 @@ class Maker:
         """
         self.particles, self.generators = particles, generators
         self.temperature, self.seed, self.device = temperature, seed, device
-        self._conditions = {half: g.condition(device) for half, g in generators.items()}
+        self.conditions = {half: g.condition(device) for half, g in generators.items()}
 
     def images(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and the noise-free projections in them, (n, D, D) float32 each, of rows of one half."""
         half = int(self.particles.half[rows[0]])  # type: ignore[index]
         made, clean = self.generators[half].images(
-            self._conditions[half], self.particles, rows, self.temperature, self.seed
+            self.conditions[half], self.particles, rows, self.temperature, self.seed
         )
         return made.cpu().numpy(), clean.cpu().numpy()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 from scipy.special import ndtri
@@ -78,6 +78,37 @@ def auxiliary_particles(
         },
         **columns,
     )
+
+
+def require_poolable(raw: Particles, pixel_size_A: float, file: object = None) -> None:
+    """Auxiliary particles can share the optics groups of the raw ones only if they are images of the same kind.
+
+    Args:
+        pixel_size_A: of the images that are made.
+
+    Raises:
+        InputError: the CTF was applied to a group's images, or they have another pixel size; names the first.
+    """
+    for number in np.unique(raw.optics).tolist():
+        group = raw.groups[number]
+        why = f"has a pixel size of {group.pixel_size_A:g} Å, they have {pixel_size_A:g} Å"
+        if group.ctf_applied:
+            why = (
+                f"has {'phase-flipped' if group.ctf_applied == 'flipped' else 'premultiplied'} images, they are neither"
+            )
+        elif group.pixel_size_A == pixel_size_A:
+            continue
+        raise InputError(
+            f"auxiliary particles cannot share optics group {group.number} ({group.name}) with the raw ones: it {why}",
+            file=file, hint="Set auxiliary.noise_group = 'own'.",
+        )  # fmt: skip
+
+
+def apart(auxiliary: Particles, raw: Particles) -> Particles:
+    """The same with optics groups that no program takes for those of the raw particles: other numbers, other names."""
+    last = max(group.number for group in raw.groups)
+    groups = [replace(g, number=last + i, name=f"{g.name}_auxiliary") for i, g in enumerate(auxiliary.groups, 1)]
+    return replace(auxiliary, groups=tuple(groups))
 
 
 def both_halves(one: Particles, two: Particles) -> Particles:
