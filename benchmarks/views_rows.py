@@ -1,7 +1,8 @@
 """The rows of views.py: names, what each runs, and how one is run and its cost measured.
 
 A row is a command (`refine`, `realign`, or a workflow of `run`), the reference, settings of the engine and further
-keys of the job file. ``ENGINE`` alone names the engine's new settings and their old values.
+keys of the job file. ``FEATURES`` alone names the engine's new settings and their old values; the row ``refine`` has
+all defaults.
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import harness
 from benchmarks.particle_sets import ParticleSet
 
-ENGINE: dict[str, tuple[Any, Any]] = {
-    "regularisation": ("mean-weight", "uneven"),
-    "weighted_fsc": (False, True),
-    "view_density": ("none", "estimated"),
-    "reference_uncertainty": (False, True),
-    "stalled_iterations": (1, 3),
-    "prior_mean": ("none", "reference"),
+FEATURES: dict[str, dict[str, tuple[Any, Any]]] = {
+    "regularisation": {"regularisation": ("mean-weight", "uneven")},
+    "weighted fsc": {"weighted_fsc": (False, True)},
+    "view polarity": {"view_polarity": (0.0, 1.0)},
+    "view density": {"view_polarity": (0.0, 1.0), "view_axial": (0.0, 1.0)},
+    "later stop": {"stalled_iterations": (1, 3)},
+    "reference uncertainty": {"reference_uncertainty": (False, True)},
+    "prior mean": {"prior_mean": ("none", "reference")},
 }
-"""Keys of [refine] that change the treatment of uneven views: before, and switched on."""
-BEFORE: dict[str, Any] = {key: values[0] for key, values in ENGINE.items()}
+"""What the engine does about uneven views: keys of [refine], with their values before and switched on."""
+BEFORE: dict[str, Any] = {key: values[0] for keys in FEATURES.values() for key, values in keys.items()}
 
 
-def _on(*keys: str) -> dict[str, Any]:
+def _on(*features: str) -> dict[str, Any]:
     """The engine before, with these switched on."""
-    return {**BEFORE, **{key: ENGINE[key][1] for key in keys}}
+    return {**BEFORE, **{key: values[1] for name in features for key, values in FEATURES[name].items()}}
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,11 @@ def _auxiliary(generators: str) -> dict[str, dict[str, Any]]:
 ROWS: dict[str, Row] = {
     "true poses": Row("reconstruct"),
     "before": Row(engine=BEFORE),
-    **{key.replace("_", " "): Row(engine=_on(key)) for key in ENGINE},
-    "regularisation + weighted fsc": Row(engine=_on("regularisation", "weighted_fsc")),
-    "regularisation + view density": Row(engine=_on("regularisation", "view_density")),
+    **{name: Row(engine=_on(name)) for name in FEATURES},
+    "regularisation + weighted fsc": Row(engine=_on("regularisation", "weighted fsc")),
+    "regularisation + view polarity": Row(engine=_on("regularisation", "view polarity")),
+    "regularisation + weighted fsc + view density": Row(engine=_on("regularisation", "weighted fsc", "view density")),
     "refine": Row(),
-    "all": Row(engine=_on(*ENGINE)),
     "oracle before": Row(engine=BEFORE, reference="signal_map.mrc"),
     "oracle": Row(reference="signal_map.mrc"),
     "auxiliary white": Row("auxiliary", job=_auxiliary("white-noise")),
