@@ -79,7 +79,7 @@ def measure(task: Task, data: Path, work: Path) -> dict[str, Any]:
     """The record of a task."""
     one, folder = KINDS[task.name], prepare(task.name, task.seed, data, work)
     out = folder / "rows" / task.row.replace(" ", "_")
-    cost, engine = run_row(ROWS[task.row], one, folder, out, views_controls.program(task.name))
+    cost, engine = run_row(ROWS[task.row], one, folder, out, views_controls.guarded(task.name))
     if task.name in CONTROLS:
         scores = views_controls.scores(task.name, folder, out)
     else:

@@ -5,7 +5,7 @@ noise_background                real ice without particles: patches of the micro
                                 several times, in other places and orientations
 omitted, added                  a third of the trimer is missing from the reference; balls are added to it (bias.py)
 
-Noise is refined with the program's refusal switched off (unguarded.py). What counts is how much the result resembles
+Noise is refined with the program's refusal switched off (job_process.py). What counts is how much the result resembles
 the reference inside its mask, and the resolution that the half-maps claim, beside plain refinement before the change.
 """
 
@@ -21,12 +21,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bias, harness, particle_sets
+from benchmarks import bias, particle_sets
 from benchmarks.particle_sets import ParticleSet
 from benchmarks.score import soft_mask
 from benchmarks.views_rows import engine_facts
 
-UNGUARDED = (sys.executable, "-m", "benchmarks.unguarded")
 _NOISE = replace(particle_sets.SETS["one_pole_-15"], invert="no")
 CONTROLS: dict[str, ParticleSet] = {
     **{f"noise_{kind}": _NOISE for kind in ("white", "coloured", "background")},
@@ -37,8 +36,9 @@ PATCHES = Path("particles", "betagal_real_384", "background.mrcs")
 PATCH_PIXEL_A = 0.637
 
 
-def program(name: str) -> tuple[str, ...]:
-    return UNGUARDED if name.startswith("noise") else harness.CRYOISO
+def guarded(name: str) -> bool:
+    """Whether the refusal of noise stays on."""
+    return not name.startswith("noise")
 
 
 def applies(name: str, row: str) -> bool:

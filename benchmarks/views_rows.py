@@ -1,8 +1,8 @@
 """The rows of views.py: names, what each runs, and how one is run and its cost measured.
 
 A row is a command (`refine`, `realign`, or a workflow of `run`), the reference, settings of the engine and further
-keys of the job file. ``FEATURES`` alone names the engine's new settings and their old values; the row ``refine`` has
-all defaults.
+keys of the job file. Every row is run from a job file (job_process.py), which has all keys. ``FEATURES`` alone names
+the engine's new settings and their old values; the row ``refine`` has all defaults.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FEATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "prior mean": {"prior_mean": ("none", "reference")},
 }
 """What the engine does about uneven views: keys of [refine], with their values before and switched on."""
+PROCESS = (sys.executable, "-m", "benchmarks.job_process")
 BEFORE: dict[str, Any] = {key: values[0] for keys in FEATURES.values() for key, values in keys.items()}
 
 
@@ -49,8 +50,6 @@ class Row:
     job: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further keys of the job file, by section."""
     reference: str = "homologue.mrc"
-    options: tuple[object, ...] = ()
-    """Further options of `refine` or `realign`."""
 
 
 def _auxiliary(generators: str) -> dict[str, dict[str, Any]]:
@@ -76,12 +75,12 @@ ROWS: dict[str, Row] = {
 }
 
 
-def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, program: tuple[str, ...] = harness.CRYOISO) -> Any:
+def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, guarded: bool = True) -> Any:
     """Runs a row of a prepared set into a folder that then holds particles.star, half1.mrc, half2.mrc and map.mrc.
 
     Args:
         folder: of the set. out: is emptied first.
-        program: the words that start cryoiso.
+        guarded: false switches the refusal of noise off.
 
     Returns:
         ``harness.Cost`` of the refinement (the reconstruction of the scored maps is not counted), and the settings of
@@ -89,35 +88,34 @@ def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, program: tuple[
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    engine = supported(row.engine)
-    log, star = out / "log.txt", folder / "particles.star"
-    common = ("--symmetry", one.symmetry, "--invert", one.invert)
+    engine, run, log = supported(row.engine), out / "run", out / "log.txt"
+    reconstruct = ("--symmetry", one.symmetry, "--invert", one.invert)
     if row.command == "reconstruct":
-        truth = folder / "truth.star"
-        cost = harness.measure([*program, "reconstruct", truth, "--out", out, *common], log)
-        shutil.copy(truth, out / "particles.star")
+        cost = harness.cryoiso("reconstruct", folder / "truth.star", "--out", run, *reconstruct, log=log)
+        _keep(out, folder / "truth.star", run)
         return cost, engine
-    if row.command in ("refine", "realign"):
-        words = (*_options(engine), *row.options)
-        run, reference = out / "run", folder / row.reference
-        cost = harness.measure([*program, row.command, star, "--ref", reference, "--out", run, *common, *words], log)
-        poses = run / "particles.star"
-        made = out / "maps"
-        harness.measure([*program, "reconstruct", poses, "--out", made, *common], out / "reconstruct.txt")
-        records = run / "refine.json"
+    job = out / "job.toml"
+    job.write_text(_job(row, engine, one, folder))
+    command = row.command if row.command in ("refine", "realign") else "run"
+    words = [*PROCESS, command, job, run, *(() if guarded else ("--unguarded",))]
+    cost = harness.measure(words, log)
+    if command == "run":
+        poses = run / "result" / "particles.star"
+        _keep(out, poses, run / "result", sorted(run.glob("[0-9][0-9]_*/**/refine.json"))[-1])
     else:
-        run = out / "run"
-        (out / "job.toml").write_text(_job(row, engine, one, folder))
-        cost = harness.measure([*program, "run", out / "job.toml", "--out", run], log)
-        made = run / "result"
-        poses = made / "particles.star"
-        records = sorted(run.glob("[0-9][0-9]_*/**/refine.json"))[-1]
-    for file in (poses, records, *(made / name for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc"))):
-        if file.exists():
-            shutil.copy(file, out / file.name)
-    shutil.rmtree(run)
-    shutil.rmtree(out / "maps", ignore_errors=True)
+        poses, maps = run / "particles.star", run / "maps"
+        harness.cryoiso("reconstruct", poses, "--out", maps, *reconstruct, log=out / "reconstruct.txt")
+        _keep(out, poses, maps, run / "refine.json")
     return cost, engine
+
+
+def _keep(out: Path, poses: Path, maps: Path, record: Path | None = None) -> None:
+    """Copies what is scored and removes the rest of the run."""
+    shutil.copy(poses, out / "particles.star")
+    for file in (record, *(maps / name for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc"))):
+        if file is not None and file.exists():
+            shutil.copy(file, out / file.name)
+    shutil.rmtree(out / "run")
 
 
 def supported(engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,23 +133,15 @@ def supported(engine: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in engine.items() if key not in lacking}
 
 
-def _options(engine: Mapping[str, Any]) -> list[object]:
-    """Settings of the engine as options of a command."""
-    words: list[object] = []
-    for key, value in engine.items():
-        name = key.removesuffix("_A").removesuffix("_deg").replace("_", "-")
-        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", value]
-    return words
-
-
 def _job(row: Row, engine: Mapping[str, Any], one: ParticleSet, folder: Path) -> str:
-    """The job file of a workflow."""
+    """The job file of a row."""
+    workflow = row.command if row.command in ("auxiliary", "both", "realign") else "refine"
     sections: dict[str, dict[str, Any]] = {
         "particles": {"file": str(folder / "particles.star"), "invert": one.invert},
         "reference": {"file": str(folder / row.reference)},
         "sample": {"symmetry": one.symmetry},
         "refine": dict(engine),
-        "run": {"workflow": row.command, "device": "cpu"},
+        "run": {"workflow": workflow, "device": "cpu"},
     }
     for name, keys in row.job.items():
         sections[name] = {**sections.get(name, {}), **keys}
