@@ -81,6 +81,9 @@ class RefineSection(_Section):
     weighted_fsc: bool = Field(
         True, description="search radius and convergence from an FSC that counts directions as they were measured"
     )
+    view_density: bool = Field(
+        True, description="learn the density of views from the posteriors and search with it as a prior"
+    )
     view_axial: float = Field(
         0.0, ge=0, le=1, description="weight of the learned density of views: how often an axis is seen"
     )
@@ -90,6 +93,9 @@ class RefineSection(_Section):
     view_floor: float = Field(0.1, gt=0, le=1, description="share of even views mixed into their learned density")
     view_kernel_deg: float = Field(
         10.0, ge=3, le=60, description="standard deviation of the kernel that smooths the density of views"
+    )
+    reference_uncertainty: bool = Field(
+        False, description="the likelihood takes into account how well each coefficient of the reference was measured"
     )
     stalled_iterations: int = Field(
         1, ge=1, le=10, description="iterations without a better resolution before the refinement has converged"

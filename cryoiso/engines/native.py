@@ -30,6 +30,7 @@ from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import State
 from cryoiso.refine.start import initial_model
+from cryoiso.refine.view_density import density_facts
 
 
 class NativeEngine:
@@ -124,6 +125,7 @@ def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays |= {f"reference{h}": model.references[h] for h in HALVES}
     arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
     arrays |= {f"views{h}": model.views[h] for h in HALVES}
+    arrays |= {f"error{h}": values for h, values in model.error.items()}
     arrays |= {f"column {name}": values for name, values in model.columns.items()}
     values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
     checkpoint.save(file, arrays, values, run.identity)
@@ -168,6 +170,7 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")},
             {h: arrays[f"half{h}"] for h in HALVES},
             {h: arrays[f"views{h}"] for h in HALVES},
+            {h: arrays[f"error{h}"] for h in HALVES if f"error{h}" in arrays},
             values["history"],
         )
     except (KeyError, TypeError) as error:
@@ -201,6 +204,8 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
         "iterations": _without_times(result.iterations),
         "noise_variance": [[None if np.isinf(v) else round(v, 6) for v in row] for row in model.sigma2.tolist()],
     }
+    if model.views:
+        summary["view_density"] = density_facts(model.views, request.symmetry, run.settings)
     if empty := empty_facts(model.sigma2, result.particles.groups, run.box):
         summary["empty_shells"] = empty
     if request.local_deg is not None:

@@ -35,6 +35,7 @@ from cryoiso.refine.model import BEST, HALVES, Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Posterior, Searcher, SearchPlan
+from cryoiso.refine.uncertainty import ReferenceVariance, error_variance, reference_variance
 from cryoiso.refine.view_density import ViewCounts, ViewPrior, density, log_prior, view_grid
 
 
@@ -133,7 +134,7 @@ class Refinement:
             volume = FourierVolume.from_volume(
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
             )
-            searcher = Searcher(plan, volume, self._view_prior(model, half))
+            searcher = Searcher(plan, volume, self._view_prior(model, half), self._variance(model, half))
             accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
             for batch in self._batches(half, radius, state.iteration, kept):
                 white = whiten(batch, model.sigma2)
@@ -156,10 +157,15 @@ class Refinement:
     def _view_prior(self, model: Model, half: int) -> ViewPrior | None:
         """Prior on the views of a half's images from its posteriors of the iteration before; None: even."""
         s = self.settings
-        if not model.views or not s.view_axial + s.view_polarity > 0:
+        if not model.views or not s.view_density:
             return None
         smooth = density(model.views[half], self.request.symmetry, kernel_deg=s.view_kernel_deg, floor=s.view_floor)
         return ViewPrior.of(log_prior(smooth, axial=s.view_axial, polarity=s.view_polarity), self.device)
+
+    def _variance(self, model: Model, half: int) -> ReferenceVariance | None:
+        if not model.error:
+            return None
+        return reference_variance(model.error[half], model.state.radius_px, self.device)
 
     def _count_views(self, counts: ViewCounts, rows: np.ndarray, posterior: Posterior) -> None:
         weight = posterior.weight
@@ -177,7 +183,7 @@ class Refinement:
         identity = digest_of(
             __version__, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
             self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
-            *(model.views.get(half, np.zeros(0)) for half in HALVES),
+            *(known.get(half, np.zeros(0)) for known in (model.views, model.error) for half in HALVES),
         )  # fmt: skip
         kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
         if len(kept) and self.comm.rank == 0:
@@ -248,12 +254,7 @@ class Refinement:
             if joined >= 1:
                 references.exchange_low_resolution(sums, min(joined, self.limit, self.insertion_radius(state)), comm)
         resolution = self._resolution_A(tight)
-        new = {}
-        for half in HALVES:
-            mine = None
-            if half in sums:
-                mine = self._flatten(sums[half].reconstruct(agreed.wiener[half]).cpu().numpy(), resolution)
-            new[half] = comm.bcast(mine, root_of_half(half, comm.size))
+        new, error = self._references(sums, agreed, resolution)
         shell = schedule.agreement_shell(weighted)
         moved = angular_distance_deg(model.rotation, rotation, self.operations)
         spread = float(np.sqrt(np.mean(np.square(shift_px - self.centre_px)) + 1e-12))
@@ -274,6 +275,7 @@ class Refinement:
             "resolution_A": resolution,
             "resolution_unmasked_A": self._resolution_A(curve),
             "resolution_weighted_A": self._resolution_A(weighted),
+            "cfar": self._anisotropy(raw, state),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
             "step_deg": plan.levels[-1].cell_deg / 2,
             "changes_deg": float(np.median(moved)),
@@ -285,10 +287,13 @@ class Refinement:
         }
         if comm.rank == 0:
             logger.info(
-                "iteration %d: resolution %.2f Å (unmasked %.2f), step %.2f°, moved by %.2f°, max. probability %.2f",
+                "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
+                "moved by %.2f°, max. probability %.2f",
                 record["iteration"],
                 record["resolution_A"],
                 record["resolution_unmasked_A"],
+                record["resolution_weighted_A"],
+                record["cfar"] if record["cfar"] is not None else 0.0,
                 record["step_deg"],
                 record["changes_deg"],
                 record["max_probability_mean"],
@@ -309,6 +314,7 @@ class Refinement:
             columns,
             raw,
             views,
+            error,
             [*model.history, record],
         )
 
@@ -318,6 +324,29 @@ class Refinement:
             sums, raw, lambda maps: self._fsc(maps, self.sphere, state), self.comm,
             uneven=s.regularisation == "uneven", weighted=s.weighted_fsc,
         )  # fmt: skip
+
+    def _anisotropy(self, raw: dict[int, np.ndarray], state: State) -> float | None:
+        """cFAR of the half-maps; None where they agree in no direction (collective)."""
+        value = None
+        if self.comm.rank == 0:
+            value = references.anisotropy(raw, self.sphere, self.pixel, self.insertion_radius(state))
+            value = value if np.isfinite(value) else None
+        return self.comm.bcast(value)
+
+    def _references(
+        self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
+    ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        """Half -> next reference, half -> mean squared error of its coefficients, on every rank (collective)."""
+        comm, uncertain = self.comm, self.settings.reference_uncertainty
+        own, error = {}, {}
+        for half, s in sums.items():
+            wiener = agreed.wiener[half]
+            own[half] = self._flatten(s.reconstruct(wiener).cpu().numpy(), resolution_A)
+            if uncertain:
+                error[half] = error_variance(s, wiener, own[half])
+        roots = {half: root_of_half(half, comm.size) for half in HALVES}
+        new = {half: comm.bcast(own.get(half), root) for half, root in roots.items()}
+        return new, {half: comm.bcast(error.get(half), root) for half, root in roots.items()} if uncertain else {}
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
         """(D//2+1,) between the half-maps where there are data.

@@ -6,11 +6,15 @@ import numpy as np
 import torch
 
 from cryoiso.core.protocols import Communicator
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.anisotropy import conical_fsc
+from cryoiso.metrics.fsc import fsc, transform
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.filters import apply_transfer, radius_grid
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
+
+CONES = 64
+"""Directions in which half-maps are compared between iterations."""
 
 
 def exchange_low_resolution(sums: dict[int, FourierSums], radius_px: int, comm: Communicator) -> None:
@@ -63,3 +67,16 @@ def without_solvent(volume: np.ndarray, pixel_size_A: float, resolution_A: float
     lowpass_A = max(15.0, 1.5 * resolution_A)
     mask = soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0)
     return (volume * np.asarray(mask)).astype(np.float32)
+
+
+def anisotropy(
+    maps_of_both_halves: dict[int, np.ndarray], mask: np.ndarray, pixel_size_A: float, last_shell: int
+) -> float:
+    """cFAR of the half-maps, coarsely: least over largest area under the conical FSC curves of CONES directions; NaN
+    where they agree in none.
+
+    Args:
+        last_shell: in which there are data.
+    """
+    one, two = (transform(maps_of_both_halves[h], mask) for h in (1, 2))
+    return conical_fsc(one, two, len(mask), pixel_size_A, axes=CONES, last_shell=last_shell).cfar

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cryoiso.core.config import RefineSection
 from cryoiso.metrics.orientation import ViewGrid
 from cryoiso.physics.symmetry import point_group
 
@@ -116,6 +118,17 @@ def log_prior(smooth: np.ndarray, *, axial: float, polarity: float) -> np.ndarra
     opposite = smooth[_opposite()]
     mean = (smooth + opposite) / 2
     return axial * np.log(mean) + polarity * np.log(smooth / mean)
+
+
+def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: RefineSection) -> dict[str, Any]:
+    """Densities of the half-sets, over that of even views, of each cell of ``view_grid``: plain values."""
+    kernel_deg, floor = settings.view_kernel_deg, settings.view_floor
+    facts: dict[str, Any] = {"step_deg": STEP_DEG, "kernel_deg": kernel_deg, "floor": floor}
+    facts |= {"axial": settings.view_axial, "polarity": settings.view_polarity}
+    for half, values in counts.items():
+        smooth = density(values, symmetry, kernel_deg=kernel_deg, floor=floor)
+        facts[f"half{half}"] = [round(float(v), 4) for v in smooth]
+    return facts
 
 
 @lru_cache(maxsize=2)
