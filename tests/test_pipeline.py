@@ -414,5 +414,5 @@ def test_refine_and_reconstruct_alone_on_plain_files(data, tmp_path):
     assert same[0] == same[1]
     done = cryoiso("reconstruct", star, "--out", tmp_path / "maps", "--symmetry", "C3", "--project", data, cwd=data)
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in (tmp_path / "maps").iterdir()} == {"half1.mrc", "half2.mrc", "map.mrc"}
+    assert {p.name for p in (tmp_path / "maps").iterdir()} == {"half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc"}
     assert cryoiso("reconstruct", data / "particles.star", "--out", tmp_path / "no").returncode == EXIT_INPUT

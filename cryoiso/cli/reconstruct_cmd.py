@@ -17,7 +17,7 @@ from cryoiso.core.config import SampleSection as S
 
 def reconstruct(
     particles: Annotated[Path, typer.Argument(help="Particles with poses: a STAR or .cs file.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write half1.mrc, half2.mrc and map.mrc into.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the maps into.")],
     symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
     padding: Annotated[int, option(C, "padding")] = default(C, "padding"),
     project: Annotated[str, option(P, "project")] = "",
@@ -29,8 +29,9 @@ def reconstruct(
 ) -> None:
     """Reconstruct half-maps from given poses.
 
-    Writes the two half-maps and their mean. The images are read from their stacks, not ingested. Ranks share the
-    particles.
+    Writes half1.mrc, half2.mrc, their mean map.mrc, and map_weighted.mrc: both half-sets together, every Fourier
+    coefficient weighted by how well it was measured. The images are read from their stacks, not ingested. Ranks share
+    the particles.
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
@@ -50,4 +51,4 @@ def reconstruct(
     )  # fmt: skip
     reconstruct_files(job, out, comm)
     if comm.rank == 0:
-        echo("\n".join(str(out / name) for name in ("half1.mrc", "half2.mrc", "map.mrc")))
+        echo("\n".join(str(out / name) for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc")))

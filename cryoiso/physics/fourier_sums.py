@@ -31,6 +31,10 @@ class FourierSums:
     padding: int
     radius_px: int
 
+    def to(self, device: str) -> FourierSums:
+        """The same on another device."""
+        return FourierSums(self.numerator.to(device), self.weight.to(device), self.box_px, self.padding, self.radius_px)
+
     def shells(self) -> Tensor:
         """(2h+1, 2h+1, h+1) int64: radius in units of the unpadded grid, nearest shell."""
         h = (self.weight.shape[0] - 1) // 2

@@ -1,4 +1,4 @@
-"""From poses to half-maps, their mean and a mask, as files."""
+"""From poses to half-maps, their mean, the weighted map and a mask, as files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
-from cryoiso.io.mrc import read_map, write_map
+from cryoiso.io.mrc import write_map
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
@@ -20,7 +20,15 @@ logger = logging.getLogger("cryoiso")
 
 
 def write_reconstruction(
-    source: Any, particles: Particles, folder: Path, comm: Context, *, symmetry: str, padding: int, pixel_size_A: float
+    source: Any,
+    particles: Particles,
+    folder: Path,
+    comm: Context,
+    *,
+    symmetry: str,
+    padding: int,
+    pixel_size_A: float,
+    support: Support | None = None,
 ) -> dict[str, Any]:
     """half1.mrc, half2.mrc and their mean map.mrc from the poses of ``particles``. Collective.
 
@@ -28,18 +36,28 @@ def write_reconstruction(
         source: images in the same order as ``particles`` (an ``ImageSource``).
         folder: exists already.
         pixel_size_A: of the maps; that of the whole set's first particle, which a subset may not have.
+        support: with it also map_weighted.mrc, the Wiener-weighted map of both half-sets (``refine.full_map``).
 
     Returns:
         what a report says about it.
     """
-    maps = wire.reconstructor()(
-        source, particles, comm, symmetry=symmetry, padding=padding, device=comm.device(), pixel_size_A=pixel_size_A
-    )  # fmt: skip
-    halves = {half: comm.bcast(maps.get(half), root_of_half(half, comm.size)) for half in (1, 2)}
+    how: dict[str, Any] = {
+        "symmetry": symmetry, "padding": padding, "device": comm.device(), "pixel_size_A": pixel_size_A
+    }  # fmt: skip
+    facts: dict[str, Any] = {"symmetry": symmetry, "padding": padding}
+    if support is None:
+        maps = wire.reconstructor()(source, particles, comm, **how)
+        halves = {half: comm.bcast(maps.get(half), root_of_half(half, comm.size)) for half in (1, 2)}
+    else:
+        full = wire.full_reconstructor()(
+            source, particles, comm, support.mask_of, diameter_A=support.diameter_A, seed=support.seed, **how
+        )
+        halves = full.halves
+        on_root(comm, lambda: write_map(folder / "map_weighted.mrc", full.weighted.data, pixel_size_A))
     on_root(comm, write_half_maps, halves, folder)
     half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
-    counts = [int((half == number).sum()) for number in (1, 2)]
-    return {"symmetry": symmetry, "padding": padding, "half_counts": counts}
+    facts["half_counts"] = [int((half == number).sum()) for number in (1, 2)]
+    return facts
 
 
 def write_half_maps(halves: dict[int, DensityMap], folder: Path) -> None:
@@ -50,21 +68,27 @@ def write_half_maps(halves: dict[int, DensityMap], folder: Path) -> None:
     write_map(folder / "map.mrc", mean.astype(np.float32), halves[1].pixel_size_A)
 
 
-def write_weighted_map(folder: Path, mask: np.ndarray, seed: int) -> None:
-    """map_weighted.mrc, for looking at: the mean map, each shell weighted by what the half-maps agree on.
+class Support:
+    """Where the particle is, for the weighted map: a given mask, or one made from the filtered half-maps.
 
-    C_ref = sqrt(2 FSC / (1 + FSC)) (Rosenthal and Henderson 2003, doi 10.1016/j.jmb.2003.07.013) with the FSC corrected
-    for the mask, nothing beyond the shell where that first falls below 0.143. The half-maps stay as they are.
+    Used for several reconstructions, it keeps the mask of the first. Rank 0's is the one that counts.
     """
-    from cryoiso.metrics.fsc import fsc_corrected
-    from cryoiso.physics.filters import apply_radial
 
-    one, two, mean = (read_map(folder / name) for name in ("half1.mrc", "half2.mrc", "map.mrc"))
-    curve = np.asarray(fsc_corrected(one.data, two.data, mask, seed)["corrected"])
-    below = np.flatnonzero(curve[1:] < 0.143)
-    curve = np.where(np.arange(len(curve)) <= (below[0] if len(below) else len(curve)), np.clip(curve, 0, 1), 0.0)
-    weighted = apply_radial(mean.data.astype(np.float32), np.sqrt(2 * curve / (1 + curve)))
-    write_map(folder / "map_weighted.mrc", np.asarray(weighted, np.float32), mean.pixel_size_A)
+    def __init__(self, given: np.ndarray | None = None, diameter_A: float | None = None, seed: int = 0) -> None:
+        self.diameter_A, self.seed = diameter_A, seed
+        self._mask, self.kind = given, "given"
+
+    def mask_of(self, full: DensityMap) -> np.ndarray:
+        """The mask (D, D, D); made from this map if there is none yet."""
+        if self._mask is None:
+            self._mask, self.kind = mask_and_kind(full, self.diameter_A)
+        return self._mask
+
+    def write_mask(self, folder: Path, pixel_size_A: float) -> str:
+        """mask.mrc, after a reconstruction; returns what it was made from: "given", "map" or "sphere"."""
+        assert self._mask is not None
+        write_map(folder / "mask.mrc", self._mask, pixel_size_A)
+        return self.kind
 
 
 def make_mask(full: DensityMap, diameter_A: float | None = None) -> np.ndarray:

@@ -196,7 +196,8 @@ def _reconstruction(p: Problem, ranks: int) -> int:
     voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
     grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
     waiting = 12 * min(voxels / 2, 2**23) + SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
-    return int(grid + max(waiting, SUMS_VOXEL_BYTES * voxels + 8 * padded) + 6 * p.map_bytes)
+    one_half = SUMS_VOXEL_BYTES * voxels  # the first half's, beside the grid of the second; then that grid is gone
+    return int(grid + one_half + max(waiting, 8 * padded) + 7 * p.map_bytes)
 
 
 # --- networks

@@ -30,7 +30,7 @@ from cryoiso.pipeline.checksums import write_sums
 from cryoiso.pipeline.deposit import fill_result
 from cryoiso.pipeline.hashing import hash_shared
 from cryoiso.pipeline.inputs import hashed_meanwhile
-from cryoiso.pipeline.maps import mask_and_kind, write_reconstruction, write_weighted_map
+from cryoiso.pipeline.maps import Support, write_reconstruction
 from cryoiso.pipeline.rounds import last_round, pose_file, poses_after
 from cryoiso.pipeline.work import Work, bare, write_json
 
@@ -228,21 +228,21 @@ def reconstruct(work: Work) -> None:
     truth = on_root(comm, _true, work)
     sets = 1 + work.folder.has("train-1") + (truth is not None)
     board.expect(0, sets, lines=2)
+    support = on_root(comm, _support, work)
     facts = write_reconstruction(
-        SubsetSource(source, some) if len(some) < len(refined) else source, refined.take(some), folder, comm, **how
-    )
+        SubsetSource(source, some) if len(some) < len(refined) else source, refined.take(some), folder, comm,
+        support=support, **how,
+    )  # fmt: skip
+    facts["mask"] = on_root(comm, support.write_mask, folder, how["pixel_size_A"])
     if work.folder.has("train-1"):
         before = poses_after(work, 0)
         on_root(comm, (folder / "initial_poses").mkdir, exist_ok=True)
         board.expect(1, sets, lines=2)
-        write_reconstruction(source, before, folder / "initial_poses", comm, **how)
+        write_reconstruction(source, before, folder / "initial_poses", comm, support=support, **how)
     if truth is not None:
         on_root(comm, (folder / "truth_poses").mkdir, exist_ok=True)
         board.expect(sets - 1, sets, lines=2)
-        write_reconstruction(source, truth, folder / "truth_poses", comm, **how)
-    facts["mask"] = on_root(comm, _write_mask, work, folder)
-    for maps in (folder, folder / "truth_poses", folder / "initial_poses"):
-        on_root(comm, _write_weighted, work, maps)
+        write_reconstruction(source, truth, folder / "truth_poses", comm, support=support, **how)
     on_root(comm, write_json, folder / "reconstruct.json", facts)
 
 
@@ -272,17 +272,9 @@ def _true(work: Work) -> Particles | None:
     return None if truth is None else bare(truth)
 
 
-def _write_mask(work: Work, folder: Path) -> str:
-    full, given = read_map(folder / "map.mrc"), work.mask()
-    data, kind = mask_and_kind(full, work.diameter_A()) if given is None else (given.data, "given")
-    write_map(folder / "mask.mrc", data, full.pixel_size_A)
-    return kind
-
-
-def _write_weighted(work: Work, maps: Path) -> None:
-    if (maps / "map.mrc").exists():
-        mask = read_map(work.folder.stage("reconstruct") / "mask.mrc")
-        write_weighted_map(maps, mask.data, work.job.run.seed)
+def _support(work: Work) -> Support:
+    given = work.mask()
+    return Support(None if given is None else given.data, work.diameter_A(), work.job.run.seed)
 
 
 def diagnose(work: Work) -> None:

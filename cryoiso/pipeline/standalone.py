@@ -25,7 +25,7 @@ from cryoiso.pipeline.half_maps import read_half_maps
 from cryoiso.pipeline.halves import assign_halves
 from cryoiso.pipeline.hashing import hash_shared
 from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.maps import make_mask, write_reconstruction
+from cryoiso.pipeline.maps import Support, make_mask, write_reconstruction
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.scratch import using_scratch
 from cryoiso.pipeline.standard_frame import warn_of_symmetry
@@ -119,7 +119,10 @@ def _begin_or_go_on(work: Work) -> None:
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
-    """Half-maps and their mean from the poses of a particle file, its images read in place. Collective."""
+    """Half-maps, their mean and the weighted map from the poses of a particle file, its images read in place.
+
+    Collective.
+    """
 
     def read() -> Particles:
         from cryoiso.physics.symmetry import point_group
@@ -141,7 +144,7 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
     agree(comm, error)
     write_reconstruction(
         source, particles, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
-        pixel_size_A=particles.first_group.pixel_size_A,
+        pixel_size_A=particles.first_group.pixel_size_A, support=Support(seed=job.run.seed),
     )  # fmt: skip
 
 

@@ -64,6 +64,13 @@ def reconstructor() -> Callable[..., Any]:
     return reconstruct_halves
 
 
+def full_reconstructor() -> Callable[..., Any]:
+    """``refine.full_map.reconstruct_full``."""
+    from cryoiso.refine.full_map import reconstruct_full
+
+    return reconstruct_full
+
+
 def reference_reconstructor() -> Callable[..., Any]:
     """``refine.reconstruct.reconstruct_references``."""
     from cryoiso.refine.reconstruct import reconstruct_references

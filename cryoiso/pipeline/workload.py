@@ -107,7 +107,7 @@ def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> 
         return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
     if kind == "reconstruct":
         sets = 1 + bool(p.job.truth.particles) + (p.job.run.workflow in ("auxiliary", "both"))
-        return times(reconstruction(p, n, ranks), sets)
+        return times(reconstruction(p, n, ranks, weighted=True), sets)
     if kind == "correct":
         return correction(p, ranks, device)
     if kind == "diagnose":
@@ -166,10 +166,10 @@ def _operations(symmetry: str) -> int:
     return len(point_group(symmetry))
 
 
-def reconstruction(p: Problem, n: int, ranks: int) -> Work:
-    """Both half-maps of n images with given poses."""
+def reconstruction(p: Problem, n: int, ranks: int, *, weighted: bool = False) -> Work:
+    """Both half-maps of n images with given poses; ``weighted``: filtered halves and the map of both as well."""
     padding, limit = p.job.reconstruct.padding, (p.box_px - 1) // 2
-    maps = 2 * (padding * p.box_px) ** 3
+    maps = (5 if weighted else 2) * (padding * p.box_px) ** 3
     maps += 2 * (_operations(p.job.sample.symmetry) - 1) * grid_voxels(limit, padding)
     each = n / ranks
     return {"read": each * p.box_px**2, "insert": each * _coefficients(limit), "transform": float(maps)}

@@ -181,9 +181,14 @@ def half_sums(
             limits[half] = limit
         bound = sum(comm.allgather(accumulator.bound))
         total = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
+        finished = []
         if total is not None:
-            whole = replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound)
-            yield half, whole.finish().symmetrised(operations)
+            finished.append(replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound).finish())
+            total = None
+        if half == halves[-1]:
+            accumulator.grid = torch.empty(0)  # before there are further arrays of its size
+        if finished:
+            yield half, finished.pop().symmetrised(operations)
 
 
 def insert_batches(

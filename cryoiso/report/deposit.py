@@ -22,8 +22,8 @@ PRIMARY = "map_weighted.mrc"
 Row = tuple[str, str, str]
 ROLES: tuple[Row, ...] = (
     (PRIMARY, "EMDB: primary map",
-     "mean of the half-maps, every shell weighted by their FSC, nothing beyond the resolution; not masked, not "
-     "sharpened by a B-factor, no network"),
+     "of all particles, every Fourier coefficient weighted by how well it was measured (Wiener filter); not masked, "
+     "not sharpened by a B-factor, no network"),
     ("half1.mrc", "EMDB: half map 1", "as reconstructed: not masked, filtered or sharpened, touched by no network"),
     ("half2.mrc", "EMDB: half map 2", "the same of the other half-set"),
     ("mask.mrc", "EMDB: mask", "the mask of the FSC (not applied to any map)"),
@@ -123,9 +123,10 @@ def _contents(facts: dict[str, Any], rows: list[Row], data: dict[str, Any]) -> s
 
 def _primary(facts: dict[str, Any]) -> str:
     text = (
-        f"`{PRIMARY}`: the resolution, the figures and the diagnosis of this run are about it, nothing in it lies "
-        "beyond that resolution, and it follows from the half-maps by one radial weight that `fsc.xml` tells. "
-        "`map.mrc` keeps the noise beyond the resolution; it is the mean that anybody can make of the half-maps. If "
+        f"`{PRIMARY}`: the resolution, the figures and the diagnosis of this run are about it, and directions "
+        "that few images saw are damped in it by what they are worth instead of filling it with their noise. "
+        "`map.mrc` keeps that noise, and all beyond the resolution; it is the mean that anybody can make of the "
+        "half-maps. If "
         "you built your model into a map that you sharpened yourself, that one is the primary map: deposit it instead, "
         f"with its B-factor, and `{PRIMARY}` as an additional map."
     )

@@ -224,10 +224,11 @@ def _maps(data: Data, cite: Citations) -> str:
     text = f"The half-maps were reconstructed by back-projection in Fourier space (padding {made.get('padding')}) from "
     text += f"{counts[0]:,} and {counts[1]:,} particles ({sum(counts):,} together). They were neither masked nor "
     text += "filtered nor "
-    text += "sharpened, and no network has touched them. map.mrc is their mean; map_weighted.mrc is the mean with "
-    text += "every shell "
-    text += "weighted by sqrt(2 FSC / (1 + FSC)) and set to zero beyond the first shell below FSC 0.143 "
-    return text + cite("threshold") + "."
+    text += "sharpened, and no network has touched them. map.mrc is their mean; map_weighted.mrc is the "
+    text += "Wiener-filtered map of all particles: the numerators of both half-sets together, divided by the sum of "
+    text += "their weights and of 1/tau^2, where the signal's power tau^2 of a shell follows from the half-map FSC and "
+    text += "the noise of the unevenly measured directions. It is zero from the first shell on in which the filtered "
+    return text + "half-maps do not correlate."
 
 
 def _resolution(data: Data, cite: Citations) -> str:
@@ -239,8 +240,8 @@ def _resolution(data: Data, cite: Citations) -> str:
     mask = {
         "given": f"a mask given by the user ({Path(str(given)).name})",
         "sphere": "a sphere, since the map did not stand out from its solvent",
-        "map": "a soft mask made from the mean map (low-passed at 15 Å, thresholded, extended by 3 Å, with an edge of "
-        "9 Å)",
+        "map": "a soft mask made from the mean of the Wiener-filtered half-maps (low-passed at 15 Å, thresholded, "
+        "extended by 3 Å, with an edge of 9 Å)",
     }.get(str(data["reconstruct"].get("mask")), "that of result/mask.mrc")
     text = f"The resolution is {resolution:.2f} Å, where the Fourier shell correlation of the two half-maps, "
     text += f"corrected for the mask by randomising phases {cite('phases')}"

@@ -192,7 +192,7 @@ def _speeds(rounds: list[dict[str, Any]]) -> str:
 
 def _maps_caption(maps: list[tuple[str, str, DensityMap]]) -> str:
     text = "Central slices (left) and projections (right) across z, y and x, all rows on one grey scale; "
-    text += "each map is weighted by the agreement of its half-maps."
+    text += "each map is weighted by how well its half-sets measured it."
     keys = {key for key, _, _ in maps}
     if "before" in keys and "run" in keys:
         text += BEFORE + " "

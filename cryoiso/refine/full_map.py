@@ -1,0 +1,147 @@
+"""The map of both half-sets together, every Fourier coefficient weighted by how well it was measured.
+
+The plain quotient of sums and weights gives every direction its full strength, so that in sets of uneven views the
+noise of those that few images saw drowns the map. Here it is divided by weight + 1/tau^2, a Wiener filter: what was
+measured well keeps its strength, what was not goes to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cryoiso.core.protocols import Communicator, ImageSource
+from cryoiso.core.types import DensityMap, Particles
+from cryoiso.metrics.fsc import fsc_corrected
+from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.partition import root_of_half
+from cryoiso.physics.fourier_sums import FourierSums
+from cryoiso.refine import references
+from cryoiso.refine.reconstruct import half_sums
+
+HALVES = (1, 2)
+PLANES = 16
+"""Planes of a half's sums that are sent to the other's at once."""
+MaskOf = Callable[[DensityMap], np.ndarray]
+"""Mean of the filtered half-maps -> (D, D, D) mask in [0, 1]; called on rank 0."""
+
+
+@dataclass(frozen=True)
+class FullReconstruction:
+    """Both half-maps and what they are together."""
+
+    halves: dict[int, DensityMap]
+    """Half -> the map as ``reconstruct_halves`` makes it, on every rank."""
+    weighted: DensityMap | None
+    """The Wiener-weighted map of all particles; on rank 0."""
+    fsc: np.ndarray
+    """(D//2+1,) of the filtered half-maps, corrected for the mask: what the weights follow from."""
+
+
+def reconstruct_full(
+    source: ImageSource,
+    particles: Particles,
+    comm: Communicator,
+    mask_of: MaskOf,
+    *,
+    symmetry: str = "C1",
+    padding: int = 2,
+    device: str = "cpu",
+    diameter_A: float | None = None,
+    pixel_size_A: float | None = None,
+    seed: int = 0,
+) -> FullReconstruction:
+    """Half-maps, and (N1 + N2) / (W1 + W2 + 1/tau^2) of their sums (collective).
+
+    tau^2, a number a shell, follows from the half-map FSC and the halves' own weights
+    (``FourierSums.wiener_term``), in two steps: FSC of the plain maps inside a sphere; then, corrected for the mask by
+    phase randomisation, that of the maps filtered with the first estimate. Zero from the first shell on in which these
+    do not correlate. While the second half is back-projected the sums of the first lie beside its grid (half its
+    size); the grid is gone before anything is divided.
+
+    Args:
+        diameter_A: of the sphere (default: 0.9 boxes).
+        seed: of the random phases.
+        symmetry, padding, device, pixel_size_A: as ``reconstruct_halves``.
+
+    Raises:
+        InputError: as ``reconstruct_halves``.
+    """
+    pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
+    limits: dict[int, int] = {}
+    sums: dict[int, FourierSums] = {}
+    for half, made in half_sums(source, particles, comm, symmetry, padding, device, HALVES, pixel, limits):
+        sums[half] = made.to("cpu")  # GPUs need the room for the other half
+    sums = {half: s.to(device) for half, s in sums.items()}
+    last = min(limits.values())
+    plain = _maps(sums, comm, limits)
+    sphere = references.spherical(box, pixel, diameter_A or 0.9 * box * pixel)
+    first = _upto(references.half_map_fsc(plain, sphere), last)
+    terms = {half: s.wiener_term(first) for half, s in sums.items()}
+    filtered = _maps(sums, comm, limits, terms)
+
+    curve = _upto(on_root(comm, _corrected_fsc, filtered, pixel, mask_of, seed), last)  # type: ignore[arg-type]
+    del filtered
+    wiener = _mean_term({half: s.wiener_term(curve, terms[half]) for half, s in sums.items()}, comm)
+    whole = joined(sums, comm)
+    weighted = None
+    if whole is not None:
+        weighted = DensityMap(references.within(whole.reconstruct(wiener).cpu().numpy(), end_of(curve)), pixel)
+    return FullReconstruction({half: DensityMap(m, pixel) for half, m in plain.items()}, weighted, curve)
+
+
+def joined(sums: dict[int, FourierSums], comm: Communicator) -> FourierSums | None:
+    """The sum of both halves' sums, on the root of half 1; those of half 1 are used up (collective).
+
+    Plane by plane, so that nothing of a grid's size is made.
+    """
+    roots = {half: root_of_half(half, comm.size) for half in HALVES}
+    rows = comm.bcast(len(sums[1].weight) if 1 in sums else None, roots[1])
+    for name in ("numerator", "weight"):
+        for start in range(0, rows, PLANES):
+            part = slice(start, start + PLANES)
+            theirs = comm.bcast(getattr(sums[2], name)[part].cpu().numpy() if 2 in sums else None, roots[2])
+            if 1 in sums:
+                mine = getattr(sums[1], name)
+                mine[part] += torch.as_tensor(theirs, device=mine.device)
+    return sums.get(1)
+
+
+def end_of(curve: np.ndarray) -> int:
+    """The last shell before the first one in which the curve is not above zero."""
+    none = np.flatnonzero(~(curve[1:] > 0))
+    return int(none[0]) if len(none) else len(curve) - 1
+
+
+def _corrected_fsc(filtered: dict[int, np.ndarray], pixel_size_A: float, mask_of: MaskOf, seed: int) -> np.ndarray:
+    mask = mask_of(DensityMap((filtered[1] + filtered[2]) / 2, pixel_size_A))
+    return np.asarray(fsc_corrected(filtered[1], filtered[2], mask, seed)["corrected"])
+
+
+def _maps(
+    sums: dict[int, FourierSums], comm: Communicator, limits: dict[int, int], terms: dict | None = None
+) -> dict[int, np.ndarray]:
+    """Half -> (D, D, D) quotient, on every rank (collective)."""
+    maps = {}
+    for half in HALVES:
+        own = None
+        if half in sums:
+            volume = sums[half].reconstruct(None if terms is None else terms[half])
+            own = references.within(volume.cpu().numpy().astype(np.float32), limits[half])
+        maps[half] = comm.bcast(own, root_of_half(half, comm.size))
+    return maps
+
+
+def _mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tensor:
+    """The term of the mean of both halves' tau^2, on every rank (collective)."""
+    both = [comm.bcast(terms[h].cpu().numpy() if h in terms else None, root_of_half(h, comm.size)) for h in HALVES]
+    inverse = [1.0 / np.maximum(term.astype(np.float64), 1e-300) for term in both]
+    return torch.as_tensor(2.0 / (inverse[0] + inverse[1])).float()
+
+
+def _upto(curve: np.ndarray, last: int) -> np.ndarray:
+    """The curve, zero beyond a shell: a mask leaks into those without data."""
+    return np.where(np.arange(len(curve)) <= last, np.nan_to_num(curve), 0.0)
