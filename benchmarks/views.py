@@ -79,7 +79,7 @@ def measure(task: Task, data: Path, work: Path) -> dict[str, Any]:
     """The record of a task."""
     one, folder = KINDS[task.name], prepare(task.name, task.seed, data, work)
     out = folder / "rows" / task.row.replace(" ", "_")
-    cost, engine = run_row(ROWS[task.row], one, folder, out, views_controls.guarded(task.name))
+    cost = run_row(ROWS[task.row], one, folder, out, views_controls.guarded(task.name))
     if task.name in CONTROLS:
         scores = views_controls.scores(task.name, folder, out)
     else:
@@ -87,9 +87,8 @@ def measure(task: Task, data: Path, work: Path) -> dict[str, Any]:
         scores = score(folder, out / "particles.star", *halves, one.symmetry, one.preferred)
         scores |= {**_final_map(folder, out, one), **engine_facts(out)}
     return {
-        "set": task.name, "seed": task.seed, "row": task.row, **scores, **cost.as_dict(), "engine": engine,
-        "settings": task.settings(), "date": time.strftime("%Y-%m-%d %H:%M"), "version": version(),
-        "machine": _machine(),
+        "set": task.name, "seed": task.seed, "row": task.row, **scores, **cost.as_dict(), "settings": task.settings(),
+        "date": time.strftime("%Y-%m-%d %H:%M"), "version": version(), "machine": _machine(),
     }  # fmt: skip
 
 

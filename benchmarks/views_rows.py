@@ -23,11 +23,10 @@ from benchmarks.particle_sets import ParticleSet
 FEATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "regularisation": {"regularisation": ("mean-weight", "uneven")},
     "weighted fsc": {"weighted_fsc": (False, True)},
-    "view polarity": {"view_polarity": (0.0, 1.0)},
-    "view density": {"view_polarity": (0.0, 1.0), "view_axial": (0.0, 1.0)},
+    "view polarity": {"view_density": (False, True)},
+    "view density": {"view_density": (False, True), "view_axial": (0.0, 1.0)},
     "later stop": {"stalled_iterations": (1, 3)},
     "reference uncertainty": {"reference_uncertainty": (False, True)},
-    "prior mean": {"prior_mean": ("none", "reference")},
 }
 """What the engine does about uneven views: keys of [refine], with their values before and switched on."""
 PROCESS = (sys.executable, "-m", "benchmarks.job_process")
@@ -75,7 +74,7 @@ ROWS: dict[str, Row] = {
 }
 
 
-def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, guarded: bool = True) -> Any:
+def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, guarded: bool = True) -> harness.Cost:
     """Runs a row of a prepared set into a folder that then holds particles.star, half1.mrc, half2.mrc and map.mrc.
 
     Args:
@@ -83,19 +82,18 @@ def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, guarded: bool =
         guarded: false switches the refusal of noise off.
 
     Returns:
-        ``harness.Cost`` of the refinement (the reconstruction of the scored maps is not counted), and the settings of
-        the engine that this version has.
+        Cost of the refinement; the reconstruction of the scored maps is not counted.
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    engine, run, log = supported(row.engine), out / "run", out / "log.txt"
+    run, log = out / "run", out / "log.txt"
     reconstruct = ("--symmetry", one.symmetry, "--invert", one.invert)
     if row.command == "reconstruct":
         cost = harness.cryoiso("reconstruct", folder / "truth.star", "--out", run, *reconstruct, log=log)
         _keep(out, folder / "truth.star", run)
-        return cost, engine
+        return cost
     job = out / "job.toml"
-    job.write_text(_job(row, engine, one, folder))
+    job.write_text(job_text(row, one, folder))
     command = row.command if row.command in ("refine", "realign") else "run"
     words = [*PROCESS, command, job, run, *(() if guarded else ("--unguarded",))]
     cost = harness.measure(words, log)
@@ -106,7 +104,7 @@ def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, guarded: bool =
         poses, maps = run / "particles.star", run / "maps"
         harness.cryoiso("reconstruct", poses, "--out", maps, *reconstruct, log=out / "reconstruct.txt")
         _keep(out, poses, maps, run / "refine.json")
-    return cost, engine
+    return cost
 
 
 def _keep(out: Path, poses: Path, maps: Path, record: Path | None = None) -> None:
@@ -118,29 +116,14 @@ def _keep(out: Path, poses: Path, maps: Path, record: Path | None = None) -> Non
     shutil.rmtree(out / "run")
 
 
-def supported(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that this version of the engine has; old values of others are what it does anyway.
-
-    Raises:
-        ValueError: a setting that it lacks is switched on.
-    """
-    from cryoiso.core.config import RefineSection
-
-    lacking = {key: value for key, value in engine.items() if key not in RefineSection.model_fields}
-    new = [key for key, value in lacking.items() if key not in BEFORE or value != BEFORE[key]]
-    if new:
-        raise ValueError(f"this version of the engine has no {', '.join(new)}")
-    return {key: value for key, value in engine.items() if key not in lacking}
-
-
-def _job(row: Row, engine: Mapping[str, Any], one: ParticleSet, folder: Path) -> str:
+def job_text(row: Row, one: ParticleSet, folder: Path) -> str:
     """The job file of a row."""
     workflow = row.command if row.command in ("auxiliary", "both", "realign") else "refine"
     sections: dict[str, dict[str, Any]] = {
         "particles": {"file": str(folder / "particles.star"), "invert": one.invert},
         "reference": {"file": str(folder / row.reference)},
         "sample": {"symmetry": one.symmetry},
-        "refine": dict(engine),
+        "refine": dict(row.engine),
         "run": {"workflow": workflow, "device": "cpu"},
     }
     for name, keys in row.job.items():
@@ -155,4 +138,6 @@ def engine_facts(out: Path) -> dict[str, Any]:
     if not record.exists():
         return {}
     iterations = json.loads(record.read_text())["iterations"]
-    return {"iterations": len(iterations), "claimed_A": iterations[-1].get("resolution_A")}
+    last = iterations[-1]
+    facts = {"claimed_A": "resolution_A", "claimed_weighted_A": "resolution_weighted_A", "cfar": "cfar"}
+    return {"iterations": len(iterations), **{name: last.get(key) for name, key in facts.items()}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from benchmarks import particle_sets, views, views_tables
 from benchmarks.pooling import mean_error, paired, pooled, wilson
 from benchmarks.score import Preferred, slid, truth_scores, view_counts
-from benchmarks.views_rows import BEFORE, ROWS, supported
+from benchmarks.views_rows import BEFORE, ROWS, job_text
+from cryoiso.core.config import parse_job
 from cryoiso.physics.so3 import euler_to_matrix
 
 
@@ -160,10 +162,19 @@ def test_a_folder_holds_a_set_only_if_its_settings_are_the_same(tmp_path):
         assert particle_sets.prepared(one, 3, tmp_path) == same
 
 
-def test_an_engine_without_a_setting_is_not_asked_to_switch_it_on():
-    assert set(supported(BEFORE)) <= set(BEFORE)
-    with pytest.raises(ValueError, match="has no invented"):
-        supported({"invented": True})
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "true poses"])
+def test_every_row_is_a_job(name, tmp_path):
+    """A renamed key would be an error here, not a row that measures something else."""
+    job = parse_job(tomllib.loads(job_text(ROWS[name], particle_sets.SETS["D2"], tmp_path)))
+    assert job.sample.symmetry == "D2" and job.particles.file == str(tmp_path / "particles.star")
+    assert job.refine.model_dump().items() >= dict(ROWS[name].engine).items()
+    assert job.run.workflow == ROWS[name].command
+
+
+def test_the_engine_before_differs_from_the_default():
+    default = parse_job({"particles": {"file": "a"}, "reference": {"file": "b"}}).refine
+    assert BEFORE["regularisation"] == "mean-weight" and not BEFORE["weighted_fsc"] and not BEFORE["view_density"]
+    assert any(getattr(default, key) != value for key, value in BEFORE.items())
 
 
 def test_every_table_has_its_cells():
