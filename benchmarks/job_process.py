@@ -22,10 +22,10 @@ def switch_refusal_off() -> None:
 
     measured = start.grey_scale
 
-    def grey_scale(run: Any, reference: Any, sigma2: Any, state: Any) -> float:
-        match = start.match(run, reference, sigma2, state)
+    def grey_scale(run: Any, reference: Any, sigma2: Any, state: Any, references: Any = None) -> float:
+        match = start.match(run, references or dict.fromkeys((1, 2), reference), sigma2, state)
         known = match.chance < start.CHANCE and not match.inverted
-        return measured(run, reference, sigma2, state) if known else GREY_SCALE
+        return measured(run, reference, sigma2, state, references) if known else GREY_SCALE
 
     start.require_match = lambda *_args, **_keys: None
     start.grey_scale = grey_scale

@@ -292,7 +292,7 @@ def test_resuming_gives_the_same_bits(few, tmp_path):
     straight = NativeEngine().refine(request("straight"), Context())
 
     class Stopped(Context):
-        left = 4 + 3  # two passes before the first iteration, two halves each; then as many questions an iteration
+        left = 6 + 3  # three passes before the first iteration, two halves each; then as many questions an iteration
 
         def stop_requested(self) -> bool:
             self.left -= 1

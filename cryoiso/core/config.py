@@ -140,6 +140,12 @@ class AuxiliarySection(_Section):
         description="own: auxiliary particles have optics groups, and noise spectra, of their own; raw: they share "
         "those of the raw particles, as published (meant for temperature 1)",
     )
+    weight: float = Field(
+        1.0,
+        ge=0,
+        description="factor on the weight that auxiliary particles have in the references (native engine); they never "
+        "count for resolution, signal power or convergence",
+    )
     rounds: int = Field(2, ge=1, le=9, description="rounds of training, generation and co-refinement at most")
     settle_deg: float = Field(
         1.0, ge=0, description="no further round once three quarters of the particles moved by less than this"
@@ -147,6 +153,12 @@ class AuxiliarySection(_Section):
     balance: bool = Field(True, description="end with a local refinement of a subset with balanced views")
     balance_cap: float = Field(
         3.0, gt=0, description="most particles of one direction, in multiples of the median direction that has any"
+    )
+    balance_keep: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="least share of the particles in that subset; the cap rises until it is kept",
     )
     local_deg: float = Field(10.0, gt=0, le=90, description="range of that local refinement")
     post_command: str = Field(

@@ -132,7 +132,12 @@ class RefineRequest:
     correction: ReferenceCorrection | None = None
     """Called after every iteration; None: references stay as the engine makes them."""
     auxiliary: np.ndarray | None = None
-    """(N,) bool: particles that are in the references but steer nothing (density of views); None: none."""
+    """(N,) bool: particles that are in the references but steer nothing, no part of any half-map; None: none."""
+    auxiliary_weight: float = 1.0
+    """Factor on the weight that these particles have in the references."""
+    judged: bool = False
+    """Whether the caller has made sure that the images match the reference, of a larger set that they are part of;
+    otherwise the native engine does."""
     program: Any = None
     """cryoiso.core.config.RelionSection for engines that start somebody's program."""
 

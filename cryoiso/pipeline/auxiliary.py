@@ -128,8 +128,11 @@ def corefine(round_: int, work: Work) -> None:
         correction=wire.correction(work.job),
         on_checkpoint=lambda record: work.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
-    pooled = work.job.auxiliary.noise_group == "raw"
-    found = co_refine(wire.engine(work.job.refine.engine), request, auxiliary, comm, pooled=pooled)
+    section = work.job.auxiliary
+    found = co_refine(
+        wire.engine(work.job.refine.engine), request, auxiliary, comm,
+        pooled=section.noise_group == "raw", weight=section.weight,
+    )  # fmt: skip
     facts = _facts(work, round_, before, found, known)
     _finish_round(work, name, source, found.raw, facts)
     if work.job.auxiliary.post_command:
@@ -162,6 +165,7 @@ def _facts(work: Work, round_: int, before: Particles, found: Any, known: Partic
         "auxiliary": len(found.auxiliary),
         "moved": moved,
         "resolution_A": found.result.resolution_A,
+        "auxiliary_weight_share": (found.result.iterations or [{}])[-1].get("auxiliary_weight_share"),
         "auxiliary_error_deg": movement(known, found.auxiliary, symmetry)["median_deg"],
         "views": views,
         "settled": bool(moved["upper_quartile_deg"] < work.job.auxiliary.settle_deg),
@@ -211,20 +215,23 @@ def local(work: Work) -> None:
     """Local refinement of a subset with balanced views, from the corrected poses; the others keep theirs."""
     from cryoiso.methods.auxiliary.balance import balanced_subset
     from cryoiso.methods.auxiliary.corefine import movement
+    from cryoiso.methods.auxiliary.evidence import require_evidence
 
     comm, job = work.comm, work.job
     rounds = on_root(comm, last_round, work)
     posed = poses_after(work, rounds)
-    balanced = balanced_subset(posed, job.sample.symmetry, job.auxiliary.balance_cap, job.run.seed)
+    section = job.auxiliary
+    balanced = balanced_subset(posed, job.sample.symmetry, section.balance_cap, job.run.seed, keep=section.balance_keep)
     source = work.source(once=job.refine.engine == "relion")
     source.particles = posed
     subset = SubsetSource(source, balanced.keep)
     references = references_after(work, rounds)
     request = request_for(
         work, engine_folder(work, "local"), subset, references, lowpass_A=_start_resolution(work, rounds),
-        local_deg=job.auxiliary.local_deg,
+        local_deg=job.auxiliary.local_deg, judged=True,
         on_checkpoint=lambda record: work.note_checkpoint("local", iteration=record.get("iteration")),
     )  # fmt: skip
+    require_evidence(replace(request, source=source), comm)
     result = wire.engine(job.refine.engine).refine(request, comm)
     refined = _merged(posed, result.particles, balanced.keep)
     moved = movement(posed.take(balanced.keep), refined.take(balanced.keep), job.sample.symmetry)

@@ -40,8 +40,7 @@ def train_stage(round_: int, work: Work) -> None:
     particles = poses_after(work, round_ - 1)
     source.particles = particles
     references = references_after(work, round_ - 1)
-    if round_ == 1:
-        _require_evidence(work, source)
+    _require_evidence(work, source, round_)
     facts = {"round": round_, "inverted": bool(source.index["inverted"])}
     train_into(
         work.folder.stage(name), source, particles, references, section, work.comm, work.job.run.seed, facts,
@@ -51,17 +50,19 @@ def train_stage(round_: int, work: Work) -> None:
     )  # fmt: skip
 
 
-def _require_evidence(work: Work, source: Any) -> None:
-    """Stops where the raw images do not know the reference; the native engine's first refinement has asked already."""
+def _require_evidence(work: Work, source: Any, round_: int) -> None:
+    """Stops where the raw images do not know the references; the native engine asks in every refinement itself."""
     from cryoiso.methods.auxiliary.evidence import require_evidence
 
     job = work.job
-    if job.auxiliary.poses == "refine" and job.refine.engine == "native":
+    if job.refine.engine == "native" and (round_ > 1 or job.auxiliary.poses == "refine"):
         return
+    references = references_after(work, round_ - 1, with_micelle=False)
     request = RefineRequest(
-        source=source, reference=references_after(work, 0, with_micelle=False)[1], symmetry=job.sample.symmetry,
-        folder=work.folder.stage("train-1"), settings=job.refine.model_copy(update={"local_deg": None}),
-        seed=job.run.seed, diameter_A=on_root(work.comm, work.diameter_A), lowpass_A=job.reference.lowpass_A,
+        source=source, reference=references[1], half_references=references if round_ > 1 else None,
+        symmetry=job.sample.symmetry, folder=work.folder.stage(f"train-{round_}"),
+        settings=job.refine.model_copy(update={"local_deg": None}), seed=job.run.seed,
+        diameter_A=on_root(work.comm, work.diameter_A), lowpass_A=job.reference.lowpass_A,
     )  # fmt: skip
     found = require_evidence(request, work.comm)
     if work.comm.rank == 0:

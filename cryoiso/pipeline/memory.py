@@ -167,7 +167,7 @@ def grid_voxels(radius_px: int, padding: int) -> int:
 def _refinement_and_loop(kind: str, p: Problem, ranks: int) -> int:
     """Of a refinement, or of the correction between two of its iterations, which the images stay in memory for."""
     n, workflow = _particles(kind, p), p.job.run.workflow
-    whole = _refinement(p, n, ranks)
+    whole = _refinement(p, n, ranks, 2 if kind == "corefine" else 1)
     if p.job.realign.correct and (workflow, kind) in (("realign", "refine"), ("both", "corefine")):
         whole = max(whole, _images_of_refinement(p, n, ranks) + _correction(p, ranks, p.job.realign.mode))
     return whole
@@ -178,14 +178,18 @@ def _images_of_refinement(p: Problem, n: int, ranks: int) -> int:
     return int(min(CACHE_BYTES, 12 * coefficients * n / ranks))
 
 
-def _refinement(p: Problem, n: int, ranks: int) -> int:
-    """The larger of expectation (images, grid, scores) and the transforms between iterations."""
+def _refinement(p: Problem, n: int, ranks: int, kinds: int = 1) -> int:
+    """The larger of expectation (images, grid, scores) and the transforms between iterations.
+
+    Args:
+        kinds: of particles whose sums are apart: 2 where there are auxiliaries. Their grids are filled in turn.
+    """
     padding, radius = p.job.refine.padding, (p.box_px - 1) // 2
     voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
     coefficients = np.pi / 2 * radius**2
     grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
     sorting = SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
-    sums = SUMS_VOXEL_BYTES * voxels * (2 if ranks == 1 else 1)
+    sums = SUMS_VOXEL_BYTES * voxels * (2 if ranks == 1 else 1) * kinds
     maps = 10 * p.map_bytes + 8 * WEIGHED_SLICES * coefficients
     images = _images_of_refinement(p, n, ranks)
     return int(images + maps + sums + max(grid + sorting + SCORES_BYTES, 16 * padded))

@@ -63,7 +63,7 @@ def _refine_with(work: Work, auxiliary: ShardSource) -> None:
     if work.scratch is not None:
         work.scratch.attach(work, auxiliary, once=job.refine.engine == "relion")
     on_root(comm, request.folder.mkdir, exist_ok=True)
-    found = co_refine(wire.engine(job.refine.engine), request, auxiliary, comm)
+    found = co_refine(wire.engine(job.refine.engine), request, auxiliary, comm, weight=job.auxiliary.weight)
     made = write_reconstruction(
         request.source, found.raw, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
         pixel_size_A=request.reference.pixel_size_A,

@@ -81,13 +81,18 @@ class BatchReader:
     device: str = "cpu"
     with_dc: bool = False
     memory_bytes: int = 1 << 30
+    apart: np.ndarray | None = None
+    """(N,) bool: particles that share no batch with the others; None: none."""
     _kept: dict = field(default_factory=dict)
     _used: int = 0
 
     def plan(self, halves: tuple[int, ...] = (1, 2)) -> list[np.ndarray]:
-        """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of a half and a geometry."""
+        """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of a half and a geometry,
+        of particles that are apart or of others."""
         half = self.particles.half if self.particles.half is not None else np.zeros(len(self.particles), np.int8)
         geometry = self._geometry_of_groups()[self.particles.optics]
+        if self.apart is not None:
+            geometry = 2 * geometry + self.apart
         batches = []
         for h in halves:
             for g in np.unique(geometry):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cryoiso.core.identity import MARK, Identity, digest_of, of_images, of_map, of_particles
 from cryoiso.core.protocols import RefineRequest
 
@@ -34,8 +36,16 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         "local_deg": request.local_deg,
         "seed": request.seed,
         "settings": settings,
+        "auxiliary": _auxiliary(request),
         "correction": "none" if correction is None else getattr(correction, "identity", correction.facts)(),
     }
+
+
+def _auxiliary(request: RefineRequest) -> Any:
+    if request.auxiliary is None:
+        return "none"
+    uids = np.sort(request.source.particles.uid[request.auxiliary])
+    return {"uids": MARK + digest_of(uids), "weight": request.auxiliary_weight}
 
 
 def _volumes(source: Any) -> str:

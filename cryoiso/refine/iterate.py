@@ -15,8 +15,7 @@ from cryoiso.core.errors import Interrupted
 from cryoiso.core.identity import Identity, digest_of, plain
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
-from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
-from cryoiso.core.types import Particles
+from cryoiso.core.protocols import Communicator, RefineRequest
 from cryoiso.metrics.fsc import resolution_at
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
@@ -27,14 +26,16 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
 from cryoiso.refine.agreement import Agreement, agreement
 from cryoiso.refine.batches import Batch, BatchReader
+from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.kept import KeptSearches
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
-from cryoiso.refine.model import BEST, HALVES, Model, best_of
+from cryoiso.refine.model import HALVES, Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.schedule import State
-from cryoiso.refine.search import Given, Posterior, Searcher, SearchPlan
+from cryoiso.refine.search import Given, Searcher, SearchPlan
+from cryoiso.refine.sums import HalfSums, gathered, reduced
 from cryoiso.refine.uncertainty import ReferenceVariance, error_variance, reference_variance
 from cryoiso.refine.view_density import ViewCounts, ViewPrior, density, log_prior, view_grid
 
@@ -45,11 +46,15 @@ class Refinement:
     def __init__(self, request: RefineRequest, comm: Communicator, device: str, diameter_A: float) -> None:
         self.request, self.comm, self.device = request, comm, device
         self.settings = request.settings
-        self.particles: Particles = request.source.particles
+        self.particles = request.source.particles
         self.box = request.source.box_px
         self.pixel = request.reference.pixel_size_A
         self.diameter = diameter_A
-        self.reader = BatchReader(request.source, self.particles, self.pixel, device)
+        self.reader = BatchReader(request.source, self.particles, self.pixel, device, apart=request.auxiliary)
+        self.raw = np.ones(len(self.particles), bool) if request.auxiliary is None else ~request.auxiliary
+        """(N,) bool: the particles that steer the refinement and make its half-maps"""
+        self.kinds = (False,) if request.auxiliary is None else (False, True)
+        """Whether particles are auxiliary ones: their sums are apart."""
         self.operations = point_group(request.symmetry)
         order = self.settings.healpix_order
         if request.local_deg is None:
@@ -79,12 +84,16 @@ class Refinement:
 
     def heed_empty(self, sigma2: np.ndarray) -> None:
         """Leaves out what lies beyond the last shell in which the images have power."""
-        self.limit = last_shell(sigma2, self.particles, self.pixel, self._asked_limit)
-        self.empty = empty_between(sigma2, self.particles, self.pixel, self.limit)
+        raw = self.particles if self.raw.all() else self.particles.take(self.raw)
+        self.limit = last_shell(sigma2, raw, self.pixel, self._asked_limit)
+        self.empty = empty_between(sigma2, raw, self.pixel, self.limit)
 
-    def owned(self, half: int) -> tuple[list[np.ndarray], int]:
-        """This rank's batches of a half, and the largest number that any rank has."""
+    def owned(self, half: int, auxiliary: bool | None = None) -> tuple[list[np.ndarray], int]:
+        """This rank's batches of a half, and the largest number that any rank has; of raw or auxiliary particles
+        alone where that is asked."""
         plan = self.reader.plan((half,))
+        if auxiliary is not None:
+            plan = [rows for rows in plan if self.raw[rows[0]] != auxiliary]
         mine = owned_chunks(len(plan), self.comm.rank, self.comm.size)
         most = max(len(owned_chunks(len(plan), r, self.comm.size)) for r in range(self.comm.size))
         return [plan[i] for i in mine], most
@@ -127,28 +136,31 @@ class Refinement:
         radius = self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        sums: dict[int, FourierSums] = {}
+        sums = HalfSums(self.request.auxiliary_weight)
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
         for half in HALVES:
             volume = FourierVolume.from_volume(
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
             )
-            searcher = Searcher(plan, volume, self._view_prior(model, half), self._variance(model, half))
-            accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
-            for batch in self._batches(half, radius, state.iteration, kept):
-                white = whiten(batch, model.sigma2)
-                posterior = kept.get(batch.rows, self.device)
-                if posterior is None:
-                    posterior = searcher.search(batch, white, self.given(batch.rows))
-                    kept.put(batch.rows, posterior)
-                accumulate(batch, white, posterior, volume, accumulator, noise, scale)
-                self._count_views(views[half], batch.rows, posterior)
-                found.append((batch.rows, best_of(posterior)))
-            self._reduce(half, accumulator, sums)
+            searcher = Searcher(plan, volume, None, self._variance(model, half))
+            for auxiliary in self.kinds:
+                searcher.views = None if auxiliary else self._view_prior(model, half)  # auxiliaries are made even
+                accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
+                for batch in self._batches(half, auxiliary, radius, state.iteration, kept):
+                    white = whiten(batch, model.sigma2)
+                    posterior = kept.get(batch.rows, self.device)
+                    if posterior is None:
+                        posterior = searcher.search(batch, white, self.given(batch.rows))
+                        kept.put(batch.rows, posterior)
+                    accumulate(batch, white, posterior, volume, accumulator, noise, scale)
+                    if not auxiliary:
+                        views[half].add(posterior.rotation, posterior.weight, self._cells)
+                    found.append((batch.rows, best_of(posterior)))
+                sums.put(half, auxiliary, reduced(accumulator, half, self.operations, self.comm))
         if self.request.correction is not None:  # it may take longer than the search
             kept.flush()
-        rotation, shift_px, columns = self._gather(found, len(self.particles))
+        rotation, shift_px, columns = gathered(found, len(self.particles), self.comm)
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES}
         seconds = time.monotonic() - started
@@ -166,13 +178,6 @@ class Refinement:
         if not model.error:
             return None
         return reference_variance(model.error[half], model.state.radius_px, self.device)
-
-    def _count_views(self, counts: ViewCounts, rows: np.ndarray, posterior: Posterior) -> None:
-        weight = posterior.weight
-        if self.request.auxiliary is not None:
-            raw = torch.as_tensor(~self.request.auxiliary[rows], device=weight.device)
-            weight = weight * raw[posterior.particle]
-        counts.add(posterior.rotation, weight, self._cells)
 
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
         """Where this iteration's searches are put aside (collective)."""
@@ -192,11 +197,13 @@ class Refinement:
                         model.state.iteration + 1, len(kept), batches)  # fmt: skip
         return kept
 
-    def _batches(self, half: int, radius: int, iteration: int, kept: KeptSearches):
-        batches, most = self.owned(half)
+    def _batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches):
+        batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
-        board.expect(iteration, schedule.expected_iterations(iteration, self.settings), lines=len(HALVES))
-        line = ProgressLine(f"iteration {iteration + 1}, half {half}", most, active=self.comm.rank == 0)
+        lines = len(HALVES) * len(self.kinds)
+        board.expect(iteration, schedule.expected_iterations(iteration, self.settings), lines=lines)
+        label = f"iteration {iteration + 1}, half {half}" + (", auxiliary particles" if auxiliary else "")
+        line = ProgressLine(label, most, active=self.comm.rank == 0)
         for i in range(most):
             self.heed(kept)
             if i < len(batches):
@@ -216,50 +223,30 @@ class Refinement:
                 kept.flush()
             raise Interrupted("stopped by a signal; what was found so far is kept")
 
-    def _reduce(self, half: int, accumulator: SliceAccumulator, sums: dict[int, FourierSums]) -> None:
-        root = root_of_half(half, self.comm.size)
-        bound = sum(self.comm.allgather(accumulator.bound))
-        total = self.comm.sum_to(accumulator.grid.cpu().numpy(), root)
-        if total is not None:
-            accumulator.grid = torch.as_tensor(total).to(self.device)
-            accumulator.bound = bound
-            sums[half] = accumulator.finish().symmetrised(self.operations)
-
-    def _gather(self, found: list[tuple], n: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Poses and per-particle numbers of all ranks, on all ranks, in row order.
-
-        Args:
-            found: rows and what ``best_of`` says of them, of this rank's batches.
-        """
-        rows = np.concatenate([rows for rows, _ in found] or [np.empty(0, np.int64)])
-        facts = np.concatenate([facts for _, facts in found] or [np.empty((0, len(BEST)))])
-        table = np.zeros((n, len(BEST)))
-        table[self.comm.concat_all(rows)] = self.comm.concat_all(facts)
-        columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}
-        return table[:, :9].reshape(n, 3, 3).copy(), table[:, 9:11].copy(), columns
-
     def _maximise(self, model, sums, noise, views, rotation, shift_px, columns, plan, seconds) -> Model:
         comm, state = self.comm, model.state
-        raw = {}
-        for half in HALVES:
-            mine = sums[half].reconstruct().cpu().numpy() if half in sums else None
-            if mine is not None and self.limit < self._asked_limit:
-                mine = references.within(mine, self.limit)
-            raw[half] = comm.bcast(mine, root_of_half(half, comm.size))
+        raw = self._unregularised(sums.raw)
         curve = self._fsc(raw, None, state)
-        agreed = self._agreement(sums, raw, state)
+        agreed = self._agreement(sums.raw, raw, state)
         tight, weighted = agreed.plain, agreed.weighted
+        share = sums.auxiliary_share(state.radius_px, comm) if len(self.kinds) > 1 else None
+        whole = sums.joined()
+        everything = raw
+        if share is not None and self.request.correction is not None:
+            everything = self._unregularised(whole)
         if self.settings.join_halves_A:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:
-                references.exchange_low_resolution(sums, min(joined, self.limit, self.insertion_radius(state)), comm)
+                references.exchange_low_resolution(whole, min(joined, self.limit, self.insertion_radius(state)), comm)
         resolution = self._resolution_A(tight)
-        new, error = self._references(sums, agreed, resolution)
+        new, error = self._references(whole, agreed, resolution)
         shell = schedule.agreement_shell(weighted)
-        moved = angular_distance_deg(model.rotation, rotation, self.operations)
-        spread = float(np.sqrt(np.mean(np.square(shift_px - self.centre_px)) + 1e-12))
-        range_px, n = self._shift_range_px(), len(shift_px)
-        at_limit = offsets.at_limit(shift_px - self.centre_px, range_px)
+        steering = self.raw
+        moved = angular_distance_deg(model.rotation[steering], rotation[steering], self.operations)
+        residual_px = (shift_px - self.centre_px)[steering]
+        spread = float(np.sqrt(np.mean(np.square(residual_px)) + 1e-12))
+        range_px, n = self._shift_range_px(), len(residual_px)
+        at_limit = offsets.at_limit(residual_px, range_px)
         advanced = schedule.advance(
             state,
             shell,
@@ -281,8 +268,9 @@ class Refinement:
             "changes_deg": float(np.median(moved)),
             "shift_sd_A": spread * self.pixel,
             "at_shift_limit": at_limit / n,
-            "max_probability_mean": float(columns["rlnMaxValueProbDistribution"].mean()),
-            "log_likelihood": float(columns["rlnLogLikeliContribution"].sum()),
+            "max_probability_mean": float(columns["rlnMaxValueProbDistribution"][steering].mean()),
+            "log_likelihood": float(columns["rlnLogLikeliContribution"][steering].sum()),
+            **({} if share is None else {"auxiliary_weight_share": share}),
             "seconds": seconds,
         }
         if comm.rank == 0:
@@ -298,12 +286,14 @@ class Refinement:
                 record["changes_deg"],
                 record["max_probability_mean"],
             )
+            if share is not None:
+                logger.info("auxiliary particles hold %.0f %% of the references' weight", 100 * share)
             if advanced.done:
                 local = self.request.local_deg is not None
                 offsets.warn_of_limit(at_limit, n, range_px * self.pixel, local, self.has_offsets)
         if self.request.correction is not None:
             began = time.monotonic()
-            new, record["correction"] = self._corrected(advanced, raw, new, tight, resolution, plan)
+            new, record["correction"] = corrected(self, advanced, everything, new, tight, resolution, plan)
             record["seconds"] += time.monotonic() - began
         return Model(
             advanced,
@@ -317,6 +307,16 @@ class Refinement:
             error,
             [*model.history, record],
         )
+
+    def _unregularised(self, sums: dict[int, FourierSums]) -> dict[int, np.ndarray]:
+        """Half -> plain quotient within the shells that have data, on every rank (collective)."""
+        maps = {}
+        for half in HALVES:
+            mine = sums[half].reconstruct().cpu().numpy() if half in sums else None
+            if mine is not None and self.limit < self._asked_limit:
+                mine = references.within(mine, self.limit)
+            maps[half] = self.comm.bcast(mine, root_of_half(half, self.comm.size))
+        return maps
 
     def _agreement(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
         s = self.settings
@@ -341,7 +341,7 @@ class Refinement:
         own, error = {}, {}
         for half, s in sums.items():
             wiener = agreed.wiener[half]
-            own[half] = self._flatten(s.reconstruct(wiener).cpu().numpy(), resolution_A)
+            own[half] = self.flatten(s.reconstruct(wiener).cpu().numpy(), resolution_A)
             if uncertain:
                 error[half] = error_variance(s, wiener, own[half])
         roots = {half: root_of_half(half, comm.size) for half in HALVES}
@@ -365,52 +365,7 @@ class Refinement:
         resolution = resolution_at(curve, 0.143, self.box, self.pixel)
         return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)
 
-    def _corrected(
-        self,
-        state: State,
-        raw: dict[int, np.ndarray],
-        new: dict[int, np.ndarray],
-        curve: np.ndarray,
-        resolution_A: float,
-        plan: SearchPlan,
-    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
-        """The references as the correction leaves them, without solvent again, and its record (collective).
-
-        The last level halves the cells that it begins with, as one step of oversampling does, so the size of those is
-        what others call the sampling of the search.
-        """
-        correction, request = self.request.correction, self.request
-        assert correction is not None
-        seen = HalfMaps(
-            iteration=state.iteration,
-            maps=raw,
-            references=new,
-            pixel_size_A=self.pixel,
-            fsc=curve,
-            resolution_A=resolution_A,
-            step_deg=plan.levels[-1].cell_deg,
-            folder=request.folder / "correction",
-            mask=None if request.mask is None else request.mask.data,
-            initial=self._first_references(),
-        )
-        if state.done or not correction.wants(seen):
-            why_not = "no further iteration needs references" if state.done else correction.why_not(seen)
-            if self.comm.rank == 0:
-                logger.info("iteration %d: references not corrected: %s", state.iteration, why_not)
-            return new, {"applied": False, "why_not": why_not}
-        made, facts = correction(seen, self.comm)
-        return {half: self._flatten(made[half], resolution_A) for half in HALVES}, facts
-
-    def _first_references(self) -> dict[int, np.ndarray]:
-        """Half -> the reference that the refinement began with, on its own grey scale."""
-        from cryoiso.refine.start import first_reference
-
-        given, lowpass_A = self.request.half_references, self.request.lowpass_A
-        if given is None:
-            return dict.fromkeys(HALVES, first_reference(self, self.request.reference, lowpass_A))
-        return {half: first_reference(self, given[half], lowpass_A) for half in HALVES}
-
-    def _flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
+    def flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
         """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""
         volume = volume * self.sphere
         if self.request.mask is not None:

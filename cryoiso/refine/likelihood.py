@@ -192,9 +192,7 @@ def local_scores_torch(
             ky, kx = (torch.as_tensor(k, device=weight.device) for k in (white.where.ky, white.where.kx))
             error = variance.slices(rotation[part], ky, kx)
             ratio = 0.5 * weight * error
-            power = power / (1 + ratio) - 2 * (
-                0.25 * data.abs().square() * error / (1 + ratio) - torch.log1p(ratio)
-            )
+            power = power / (1 + ratio) - 2 * (0.25 * data.abs().square() * error / (1 + ratio) - torch.log1p(ratio))
             data = data / (1 + ratio)
         t = slices.conj() * data * shift_factors(white.where, shift_px[part])
         norm = power.sum(1)

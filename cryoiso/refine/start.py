@@ -21,7 +21,7 @@ from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm,
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts, group_medians, mean_spectra, require_sound_images, tell_of_empty
-from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px
+from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px, global_grid, search_plan
 from cryoiso.refine.search import Given, SearchPlan
 
 if TYPE_CHECKING:
@@ -38,15 +38,13 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     from the images' mean power; for a local search the given poses (collective)."""
     sigma2 = mean_power(run)
     state = first_state(run, lowpass_A)
-    reference = first_reference(run, run.request.reference, lowpass_A)
-    scale = grey_scale(run, reference, sigma2, state)
+    references, halves = first_references(run, lowpass_A), run.request.half_references
+    common = references[1] if halves is None else first_reference(run, run.request.reference, lowpass_A)
+    scale = grey_scale(run, common, sigma2, state, None if halves is None else references)
     if run.comm.rank == 0:
         logger.info(
             "reference low-passed at %.1f Å, grey scale multiplied by %.4g to match the images", lowpass_A, scale
         )
-    references = {1: reference, 2: reference}
-    if run.request.half_references is not None:
-        references = {h: first_reference(run, run.request.half_references[h], lowpass_A) for h in (1, 2)}
     scaled = {h: (r * scale).astype(np.float32) for h, r in references.items()}
     n = len(run.particles)
     rotation, shift_A = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))
@@ -66,6 +64,14 @@ def first_state(run: Refinement, lowpass_A: float) -> State:
 def first_reference(run: Refinement, given: DensityMap, lowpass_A: float) -> np.ndarray:
     """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
     return np.asarray(lowpass(torch.as_tensor(given.data), run.pixel, lowpass_A), np.float32) * run.sphere
+
+
+def first_references(run: Refinement, lowpass_A: float) -> dict[int, np.ndarray]:
+    """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
+    given = run.request.half_references
+    if given is None:
+        return dict.fromkeys((1, 2), first_reference(run, run.request.reference, lowpass_A))
+    return {half: first_reference(run, given[half], lowpass_A) for half in (1, 2)}
 
 
 def mean_power(run: Refinement) -> np.ndarray:
@@ -141,24 +147,26 @@ def _chance(cross: np.ndarray) -> float:
     return float(stdtr(n - 1, -mean / error)) if error > 0 else float(mean <= 0)
 
 
-def match(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: State) -> Match:
-    """How well the images match a reference; more of them are asked where few cannot tell (collective).
+def match(run: Refinement, references: dict[int, np.ndarray], sigma2: np.ndarray, state: State) -> Match:
+    """How well the raw images match references; more of them are asked where few cannot tell (collective).
 
     The pose is chosen with one half of the coefficients (even ones) by normalised correlation and the factor fitted
     with the other half, so that the noise which made a pose win does not inflate the factor.
 
-    Noise that was once refined against the reference matches it around the offsets that it was given then. So a global
-    search looks at the same shifts for all images, in a disc wide enough for nearly all offsets.
+    Noise must not match, whatever was made of it before. Noise that was once refined against a reference matches it at
+    the poses and offsets that it was given then, so all views are looked at, in a local search too, and the same shifts
+    for all images, in a disc wide enough for nearly all offsets. Noise also matches a map that was made of it, so the
+    images of a half-set are compared with the reference of the other one.
+
+    Args:
+        references: half -> the half-set's own reference (D, D, D).
     """
-    volume, order = _volume(run, reference, state), _order(run)
-    plan, known = run.plan(state), run.request.local_deg is not None
-    if not known and run.has_offsets:
-        widest_px = float(np.quantile(np.hypot(*run.centre_px.T), 0.95))
-        spacing_px, reach_px = 2 * plan.levels[0].spacing_px, float(plan.shifts_px.norm(dim=1).max())
-        plan = replace(plan, shifts_px=disc_of_shifts(reach_px + widest_px, spacing_px).to(run.device))
+    plan = _plan_for_all_views(run, state)
+    radius_px = state.radius_px if run.request.local_deg is None else min(state.radius_px, plan.coarse_radius_px)
+    volumes, order = _volumes(run, references, radius_px), _order(run)
     terms = np.zeros((0, 4))
     for most in SCALE_PARTICLES:
-        more = _terms(run, np.sort(order[len(terms) : most]), volume, plan, sigma2, state, known)
+        more = _terms(run, np.sort(order[len(terms) : most]), volumes, plan, sigma2, known=False)
         terms = np.concatenate([terms, more])
         found = Match.of(terms)
         if found.chance < CHANCE or len(terms) == len(order):
@@ -166,23 +174,41 @@ def match(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: Sta
     return found
 
 
-def _volume(run: Refinement, reference: np.ndarray, state: State) -> FourierVolume:
-    data = torch.as_tensor(reference, device=run.device)
-    return FourierVolume.from_volume(data, run.settings.padding, state.radius_px)
+def _plan_for_all_views(run: Refinement, state: State) -> SearchPlan:
+    """The global search's first step, with one disc of shifts for all images."""
+    plan = run.plan(state)
+    if run.request.local_deg is not None:
+        rotations = global_grid(run.settings.healpix_order, run.request.symmetry).to(run.device)
+        plan = search_plan(state, run.settings, rotations, run.box, run.pixel, run.diameter)
+    if run.has_offsets:
+        widest_px = float(np.quantile(np.hypot(*run.centre_px.T), 0.95))
+        spacing_px, reach_px = 2 * plan.levels[0].spacing_px, float(plan.shifts_px.norm(dim=1).max())
+        plan = replace(plan, shifts_px=disc_of_shifts(reach_px + widest_px, spacing_px))
+    return replace(plan, shifts_px=plan.shifts_px.to(run.device))
+
+
+def _volumes(run: Refinement, references: dict[int, np.ndarray], radius_px: int) -> dict[int, FourierVolume]:
+    """Half -> what its images are compared with: the reference of the other half-set."""
+    maps = {id(data): data for data in references.values()}
+    made = {
+        key: FourierVolume.from_volume(torch.as_tensor(data, device=run.device), run.settings.padding, radius_px)
+        for key, data in maps.items()
+    }
+    return {half: made[id(references[3 - half])] for half in (1, 2)}
 
 
 def _order(run: Refinement) -> np.ndarray:
-    """Rows in the order in which they are compared with the reference."""
-    return np.argsort(shuffle_keys(run.request.seed, "grey scale", run.particles.uid), kind="stable")
+    """Rows of the raw particles in the order in which they are compared with the reference."""
+    rows = np.flatnonzero(run.raw)
+    return rows[np.argsort(shuffle_keys(run.request.seed, "grey scale", run.particles.uid[rows]), kind="stable")]
 
 
 def _terms(
     run: Refinement,
     rows: np.ndarray,
-    volume: FourierVolume,
+    volumes: dict[int, FourierVolume],
     plan: SearchPlan,
     sigma2: np.ndarray,
-    state: State,
     known: bool,
 ) -> np.ndarray:
     """The columns of ``_fit`` for these rows; ``known``: around what is given of their poses (collective)."""
@@ -196,27 +222,41 @@ def _terms(
             batch_rows = batches[i] if i < len(batches) else np.zeros(0, np.int64)
             some = np.flatnonzero(chosen[batch_rows])
             if len(some):
-                batch = run.reader.read(batch_rows, state.radius_px)
+                batch = run.reader.read(batch_rows, volumes[half].radius_px)
                 near = run.given(batch_rows) if known else None
-                mine.append((batch_rows[some], _fit(whiten(batch, sigma2), some, volume, plan, near)))
+                mine.append((batch_rows[some], _fit(whiten(batch, sigma2), some, volumes[half], plan, near)))
     everything = [item for part in run.comm.allgather(mine) for item in part]
     # in row order, so that the sums have the same bits on any number of ranks
     order = np.argsort(np.concatenate([r for r, _ in everything]), kind="stable")
     return np.concatenate([values for _, values in everything])[order]
 
 
-def grey_scale(run: Refinement, reference: np.ndarray, sigma2: np.ndarray, state: State) -> float:
-    """Least-squares factor between the reference's projections and the images (collective).
+def grey_scale(
+    run: Refinement,
+    reference: np.ndarray,
+    sigma2: np.ndarray,
+    state: State,
+    references: dict[int, np.ndarray] | None = None,
+) -> float:
+    """Least-squares factor between the common reference's projections and the raw images (collective).
+
+    Args:
+        reference: (D, D, D).
+        references: half -> the half-set's own reference; None: the common one. Images must match these.
 
     Raises:
-        InputError: the reference does not correlate with the images, or does so with the opposite sign.
+        InputError: the references do not correlate with the images, or do so with the opposite sign.
     """
-    found = match(run, reference, sigma2, state)
-    require_match(found)
-    if run.request.local_deg is not None or not run.has_offsets:
-        return found.factor
-    rows, volume = np.sort(_order(run)[: found.images]), _volume(run, reference, state)
-    return Match.of(_terms(run, rows, volume, run.plan(state), sigma2, state, True)).factor
+    common, most = dict.fromkeys((1, 2), reference), SCALE_PARTICLES[0]
+    known = run.request.local_deg is not None or run.has_offsets
+    if not run.request.judged:
+        found = match(run, references or common, sigma2, state)
+        require_match(found)
+        if not known and references is None:
+            return found.factor
+        most = found.images
+    rows, volumes = np.sort(_order(run)[:most]), _volumes(run, common, state.radius_px)
+    return Match.of(_terms(run, rows, volumes, run.plan(state), sigma2, known)).factor
 
 
 def require_match(found: Match) -> None:

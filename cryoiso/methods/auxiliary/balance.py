@@ -16,9 +16,6 @@ from cryoiso.core.types import Particles
 from cryoiso.metrics.orientation import ViewGrid
 from cryoiso.physics.symmetry import in_asymmetric_unit, point_group
 
-KEEP_AT_LEAST = 0.5
-"""Resolution wants particles as well as even views: the cap rises until this share is kept."""
-
 
 @dataclass(frozen=True)
 class Balanced:
@@ -47,7 +44,9 @@ class Balanced:
         }
 
 
-def balanced_subset(particles: Particles, symmetry: str, cap: float, seed: int, step_deg: float = 10.0) -> Balanced:
+def balanced_subset(
+    particles: Particles, symmetry: str, cap: float, seed: int, step_deg: float = 10.0, *, keep: float = 0.25
+) -> Balanced:
     """Chooses the subset by the density of views, half-set by half-set.
 
     Args:
@@ -55,13 +54,15 @@ def balanced_subset(particles: Particles, symmetry: str, cap: float, seed: int, 
         symmetry: views are counted modulo this point group.
         cap: most particles of a cell, in multiples of the median cell that holds any.
         step_deg: width of a cell.
+        keep: resolution wants particles as well as even views: the cap rises until this share is kept. The paper kept
+            24 %.
     """
     rotation, _ = particles.require_poses()
     grid = ViewGrid.with_step(step_deg)
     cell = grid.index(_unit_directions(rotation[:, 2], symmetry))
     rank = _rank_in_cell(cell, particles, seed)
     counts = np.unique(cell * 2 + (particles.half == 2), return_counts=True)[1]
-    wanted = np.quantile(rank, KEEP_AT_LEAST) + 1
+    wanted = np.quantile(rank, keep, method="inverted_cdf") + 1
     most = int(max(1, np.ceil(cap * np.median(counts)), np.ceil(wanted)))
     return Balanced(rank < most, most, len(np.unique(cell)), step_deg)
 

@@ -28,12 +28,19 @@ class CoRefined:
 
 
 def co_refine(
-    engine: Engine, request: RefineRequest, auxiliary: ImageSource, comm: Communicator, *, pooled: bool = False
+    engine: Engine,
+    request: RefineRequest,
+    auxiliary: ImageSource,
+    comm: Communicator,
+    *,
+    pooled: bool = False,
+    weight: float = 1.0,
 ) -> CoRefined:
     """Refines raw and auxiliary particles together (collective).
 
     The engine sees one set and searches all views of all particles; shifts of the raw ones around the offsets that
-    ``request.source`` gives, those of the auxiliaries, which are made centred, around zero.
+    ``request.source`` gives, those of the auxiliaries, which are made centred, around zero. They are marked as
+    auxiliary: the native engine lets the raw particles alone make its half-maps and steer; the RELION engine cannot.
 
     Args:
         engine: any.
@@ -41,6 +48,7 @@ def co_refine(
         auxiliary: its particles carry the true poses that the images were made with.
         pooled: the auxiliaries join the optics groups of the raw particles, and one noise model serves both; else they
             have groups of their own, so that their noise is estimated apart.
+        weight: factor on the auxiliaries' weight in the references.
 
     Raises:
         CryoisoError: the engine lost or reordered particles.
@@ -48,7 +56,8 @@ def co_refine(
     """
     raw = request.source
     joined = JoinedSource(_without_views(raw, False), _without_views(auxiliary, True), pooled=pooled)
-    result = engine.refine(replace(request, source=joined), comm)
+    flags = np.arange(len(joined.particles)) >= len(raw.particles)
+    result = engine.refine(replace(request, source=joined, auxiliary=flags, auxiliary_weight=weight), comm)
     place = np.argsort(result.particles.uid, kind="stable")
     found = result.particles.uid[place]
     parts = []

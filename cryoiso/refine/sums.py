@@ -1,0 +1,92 @@
+"""The Fourier sums of half-sets after reduction, those of raw particles apart from those of auxiliary ones.
+
+Auxiliary particles are made from a reference, the same for both half-sets at first, so that what they say of resolution
+and signal is what that reference says. Whatever steers a refinement is taken from the raw particles; the auxiliaries
+join them only in the next references.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from cryoiso.core.protocols import Communicator
+from cryoiso.parallel.partition import root_of_half
+from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.fourier_sums import FourierSums
+from cryoiso.refine.model import BEST, HALVES
+
+
+def reduced(accumulator: SliceAccumulator, half: int, operations: np.ndarray, comm: Communicator) -> FourierSums | None:
+    """Symmetrised sums of all ranks on the half's root, None elsewhere (collective). Uses the accumulator up."""
+    bound = sum(comm.allgather(accumulator.bound))
+    whole = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
+    if whole is None:
+        return None
+    device, total = accumulator.grid.device, [whole]
+    del whole
+    accumulator.grid = torch.empty(0)  # before there are further arrays of its size
+    finished = [replace(accumulator, grid=torch.as_tensor(total.pop()).to(device), bound=bound).finish()]
+    return finished.pop().symmetrised(operations)
+
+
+@dataclass
+class HalfSums:
+    """Sums by half-set, of the halves that this rank is root of."""
+
+    auxiliary_weight: float = 1.0
+    """Factor on the auxiliaries' sums where they join the raw ones."""
+    raw: dict[int, FourierSums] = field(default_factory=dict)
+    auxiliary: dict[int, FourierSums] = field(default_factory=dict)
+    """Empty where there are no auxiliaries."""
+
+    def put(self, half: int, auxiliary: bool, sums: FourierSums | None) -> None:
+        if sums is not None:
+            (self.auxiliary if auxiliary else self.raw)[half] = sums
+
+    def joined(self) -> dict[int, FourierSums]:
+        """Half -> raw sums plus weight times those of the auxiliaries; these are overwritten, to save memory. Without
+        auxiliaries the raw sums themselves."""
+        for half, made in self.auxiliary.items():
+            for target, own in (
+                (made.numerator, self.raw[half].numerator),
+                (made.weight, self.raw[half].weight),
+            ):
+                target.mul_(self.auxiliary_weight).add_(own)
+        return self.auxiliary or self.raw
+
+    def auxiliary_share(self, radius_px: int, comm: Communicator) -> float:
+        """Share of the references' weight that the auxiliaries hold within a radius (collective), before ``joined``."""
+        shell = np.arange(radius_px + 1, dtype=np.float64)
+        totals = np.zeros(2)
+        for half in HALVES:
+            mine = None
+            if half in self.raw:
+                parts = (self.raw, self.auxiliary)
+                mine = [
+                    # a shell has voxels in proportion to its area
+                    float(shell[1:] ** 2 @ sums[half].shell_mean_weight()[1 : radius_px + 1].cpu().numpy())
+                    for sums in parts
+                ]
+            totals += np.array(comm.bcast(mine, root_of_half(half, comm.size)))
+        made = self.auxiliary_weight * totals[1]
+        return float(made / (totals[0] + made))
+
+
+def gathered(
+    found: list[tuple[np.ndarray, np.ndarray]], n: int, comm: Communicator
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Rotations (n, 3, 3), shifts (n, 2) and per-particle numbers of all ranks, on all ranks, in row order
+    (collective).
+
+    Args:
+        found: rows and what ``model.best_of`` says of them, of this rank's batches.
+    """
+    rows = np.concatenate([rows for rows, _ in found] or [np.empty(0, np.int64)])
+    facts = np.concatenate([facts for _, facts in found] or [np.empty((0, len(BEST)))])
+    table = np.zeros((n, len(BEST)))
+    table[comm.concat_all(rows)] = comm.concat_all(facts)
+    columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}
+    return table[:, :9].reshape(n, 3, 3).copy(), table[:, 9:11].copy(), columns
