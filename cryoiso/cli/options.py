@@ -44,6 +44,16 @@ RelionKeys = Annotated[
 ]  # fmt: skip
 
 
+RefineKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--refine", metavar="KEY=VALUE",
+        help="Any other key of the job file's [refine], for example --refine view_density=false. May be given several "
+        "times.",
+    ),
+]  # fmt: skip
+
+
 def keys_of(given: list[str] | None, name: str) -> dict[str, Any]:
     """Keys and values of an option KEY=VALUE that may be given several times.
 

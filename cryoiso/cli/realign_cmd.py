@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import RelionKeys, default, job_of, keys_of, option
+from cryoiso.cli.options import RefineKeys, RelionKeys, default, job_of, keys_of, option
 from cryoiso.core.config import CorrectSection as C
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import RealignSection as L
@@ -66,6 +66,7 @@ def realign(
     device: Annotated[str, option(U, "device")] = default(U, "device"),
     scratch: Annotated[str, option(U, "scratch")] = "",
     engine: Annotated[str, option(E, "engine")] = default(E, "engine"),
+    refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted refinement in --out.")] = False,
 ) -> None:
@@ -88,7 +89,7 @@ def realign(
         refine={
             "engine": engine, "max_iterations": max_iterations, "healpix_order": healpix_order, "local_deg": local,
             "shift_range_A": shift_range, "finest_step_deg": finest_step, "join_halves_A": join_halves,
-            "max_resolution_A": max_resolution,
+            "max_resolution_A": max_resolution, **keys_of(refine_keys, "--refine"),
         },
         realign={
             "mode": mode, "source": source, "start_step_deg": start_step, "start_resolution_A": start_resolution,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import RelionKeys, default, job_of, keys_of, option
+from cryoiso.cli.options import RefineKeys, RelionKeys, default, job_of, keys_of, option
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReferenceSection as R
 from cryoiso.core.config import RefineSection as E
@@ -43,6 +43,7 @@ def refine(
     device: Annotated[str, option(U, "device")] = default(U, "device"),
     scratch: Annotated[str, option(U, "scratch")] = "",
     engine: Annotated[str, option(E, "engine")] = default(E, "engine"),
+    refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
     go_on: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted refinement in --out.")] = False,
 ) -> None:
@@ -65,6 +66,7 @@ def refine(
             "local_deg": local,
             "shift_range_A": shift_range, "shift_step_A": shift_step, "finest_step_deg": finest_step,
             "join_halves_A": join_halves, "solvent_mask": solvent_mask, "max_resolution_A": max_resolution,
+            **keys_of(refine_keys, "--refine"),
         },
         relion=keys_of(relion, "--relion"),
         run={"seed": seed, "device": device, "scratch": scratch},
