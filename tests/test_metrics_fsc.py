@@ -7,12 +7,15 @@ import pytest
 
 from cryoiso.core.errors import InputError
 from cryoiso.metrics.fsc import (
+    curve_area,
     fsc,
     fsc_corrected,
+    non_increasing,
     randomise_phases,
     resolution_at,
     shell_correlation,
     shell_frequencies,
+    smooth_resolution_at,
 )
 from cryoiso.metrics.mapmodel import best_slide, compare_maps, cone_fsc, correlation, to_frame
 
@@ -206,6 +209,38 @@ def test_top_views_are_good_across_and_bad_along_the_axis(shared, halves):
     assert numbers["top10eps10"]["axial_A"] > numbers["top10eps10"]["equatorial_A"] + 1
     assert numbers["top10eps10"]["axial_A"] > numbers["iso"]["axial_A"] + 1
     assert numbers["iso"]["correlation"] > numbers["top10eps10"]["correlation"] > 0.5
+
+
+def test_one_noisy_shell_does_not_move_the_resolution():
+    smooth = np.clip(1.1 - np.arange(25) / 20, 0, 1)  # crosses 0.5 at shell 12
+    box, pixel = 48, 4.0
+    assert smooth_resolution_at(smooth, 0.5, box, pixel) == pytest.approx(box * pixel / 12, rel=1e-9)
+    assert resolution_at(smooth, 0.5, box, pixel) == pytest.approx(box * pixel / 12, rel=1e-9)
+    dip, spike = smooth.copy(), smooth.copy()
+    dip[5], spike[17] = 0.45, 0.7
+    assert resolution_at(dip, 0.5, box, pixel) > 2 * box * pixel / 12
+    for curve in (dip, spike):
+        assert smooth_resolution_at(curve, 0.5, box, pixel) == pytest.approx(box * pixel / 12, rel=0.02)
+    assert curve_area(smooth) - curve_area(dip) == pytest.approx((smooth[5] - 0.45) / 24, rel=1e-9)
+    low = np.concatenate([[1.0], np.full(24, 0.2)])
+    low[10] = 0.9  # a shell of luck is no resolution
+    assert smooth_resolution_at(low, 0.5, box, pixel) == box * pixel
+    with_gap = smooth.copy()
+    with_gap[20:] = np.nan
+    assert smooth_resolution_at(with_gap, 0.5, box, pixel) == pytest.approx(box * pixel / 12, rel=1e-9)
+
+
+def test_the_non_increasing_fit_is_the_least_squares_one():
+    from scipy.optimize import nnls
+
+    n = 9
+    curve = np.random.default_rng(2).normal(0, 1, n) - 0.3 * np.arange(n)
+    fit = non_increasing(curve)
+    assert (np.diff(fit) <= 1e-12).all()
+    steps = np.triu(np.ones((n, n)))  # non-increasing = sum of steps down, the last of either sign
+    other, distance = nnls(np.column_stack([steps, -np.ones(n)]), curve)
+    np.testing.assert_allclose(fit, steps @ other[:n] - other[n], atol=1e-9)
+    assert np.linalg.norm(fit - curve) == pytest.approx(distance, rel=1e-9)
 
 
 def test_frame_change_moves_a_point_where_it_says():

@@ -12,8 +12,12 @@ def report(
     run_folder: Annotated[
         Path, typer.Argument(help="Folder that 'cryoiso run' wrote, or 'cryoiso refine', 'realign' or 'correct'.")
     ],
+    before: Annotated[
+        Path | None,
+        typer.Option(help="Run folder of the same particles with other settings, to show beside this one as 'before'."),
+    ] = None,
 ) -> None:
     """Write report.html and report.json into a folder, from the files that are there."""
     from cryoiso.report import build
 
-    print(build(run_folder))
+    print(build(run_folder, before))

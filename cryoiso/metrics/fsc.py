@@ -125,6 +125,44 @@ def resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A
     return length_A / (i - 1 + float(part))
 
 
+def non_increasing(curve: np.ndarray) -> np.ndarray:
+    """The non-increasing curve that is nearest in least squares (isotonic regression; Barlow & Brunk 1972).
+
+    A dip or a spike of one noisy shell is pooled with the shells beside it; a curve that only falls stays as it is.
+
+    Args:
+        curve: (n,), no NaN.
+
+    Returns:
+        (n,) float64, by the min-max formula min over a <= i of max over b >= i of the mean of curve[a..b].
+    """
+    curve = np.asarray(curve, np.float64)
+    n = len(curve)
+    total = np.concatenate([[0.0], np.cumsum(curve)])
+    first, last = np.arange(n)[:, None], np.arange(n)[None, :]
+    mean = np.where(last >= first, (total[None, 1:] - total[:-1, None]) / np.maximum(last - first + 1, 1), -np.inf)
+    best = np.maximum.accumulate(mean[:, ::-1], axis=1)[:, ::-1]  # over b >= i, for each a
+    best[np.tril_indices(n, -1)] = np.inf  # a > i
+    return best.min(axis=0)
+
+
+def smooth_resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A: float) -> float:
+    """`resolution_at` of the `non_increasing` curve: for curves of few coefficients, such as cones against a truth.
+
+    The first crossing of such a curve jumps by many Å when one noisy shell falls below the threshold.
+
+    Args:
+        curve: (D//2+1,) from `cryoiso.metrics.mapmodel`; shell 0 is not looked at, NaN counts as 0.
+    """
+    curve = np.nan_to_num(np.asarray(curve, np.float64), nan=0.0)
+    return resolution_at(np.concatenate([curve[:1], non_increasing(curve[1:])]), threshold, box_px, pixel_size_A)
+
+
+def curve_area(curve: np.ndarray) -> float:
+    """Mean of a curve (D//2+1,) over the shells from 1 to Nyquist: the area under it, 1 at most; NaN counts as 0."""
+    return float(np.nan_to_num(np.asarray(curve, np.float64)[1:], nan=0.0).mean())
+
+
 def randomise_phases(volume: np.ndarray, from_shell: int, seed: int, uid: int = 0) -> np.ndarray:
     """The map with its phases replaced by random ones from a shell on; amplitudes stay, and the map stays real.
 

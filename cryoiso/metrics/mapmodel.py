@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import Select, check_pair, fsc, resolution_at, shell_correlation, transform
+from cryoiso.metrics.fsc import (
+    Select,
+    check_pair,
+    curve_area,
+    fsc,
+    shell_correlation,
+    smooth_resolution_at,
+    transform,
+)
 
 Axis = tuple[float, float, float]
 Z_AXIS: Axis = (0.0, 0.0, 1.0)
@@ -74,11 +82,14 @@ def truth_mask(truth: np.ndarray, pixel_size_A: float) -> np.ndarray:
 def compare_maps(
     volume: np.ndarray, truth: np.ndarray, pixel_size_A: float, mask: np.ndarray | None = None, axis: Axis = Z_AXIS
 ) -> dict[str, Any]:
-    """All numbers of a map against the true one; resolutions are where the FSC falls below 0.5.
+    """All numbers of a map against the true one.
+
+    Resolutions are where the non-increasing fit of a curve falls below 0.5: the cone about an axis holds so few
+    coefficients that its curve dips and recovers, and its first crossing says little.
 
     Returns:
         ``fsc``, ``axial``, ``equatorial``: (D//2+1,) curves; ``resolution_05_A``, ``axial_A``, ``equatorial_A``;
-        ``correlation``.
+        ``fsc_area``, ``axial_area``, ``equatorial_area``: means of the curves from shell 1 to Nyquist; ``correlation``.
     """
     box_px = check_pair(volume, truth, mask)
     fa, fb = transform(volume, mask), transform(truth, mask)
@@ -88,8 +99,9 @@ def compare_maps(
         "equatorial": shell_correlation(fa, fb, box_px, _cone(axis, 20.0, True)),
     }
     names = {"fsc": "resolution_05_A", "axial": "axial_A", "equatorial": "equatorial_A"}
-    numbers = {names[k]: resolution_at(curve, 0.5, box_px, pixel_size_A) for k, curve in curves.items()}
-    return {**curves, **numbers, "correlation": correlation(volume, truth, mask)}
+    numbers = {names[k]: smooth_resolution_at(curve, 0.5, box_px, pixel_size_A) for k, curve in curves.items()}
+    areas = {f"{k}_area": curve_area(curve) for k, curve in curves.items()}
+    return {**curves, **numbers, **areas, "correlation": correlation(volume, truth, mask)}
 
 
 def to_frame(volume: np.ndarray, rotation: np.ndarray, shift_A: np.ndarray, pixel_size_A: float) -> np.ndarray:

@@ -44,6 +44,13 @@ class ViewGrid:
         turn = np.mod(np.arctan2(directions[:, 1], directions[:, 0]) / (2 * np.pi), 1.0)
         return first[ring] + np.minimum((turn * self.cells[ring]).astype(int), self.cells[ring] - 1)
 
+    def centres(self) -> np.ndarray:
+        """(cells, 3) unit vectors at the middle of azimuth and z of every cell."""
+        border = self.borders()
+        z, azimuth = border[:, 2:].mean(1), np.radians(border[:, :2].mean(1))
+        r = np.sqrt(1 - z**2)
+        return np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)
+
     def borders(self) -> np.ndarray:
         """(cells, 4): azimuth from and to (degrees, 0..360), z from and to of every cell."""
         edges, rows = self.z_edges, []

@@ -17,6 +17,9 @@ from cryoiso.core.errors import InputError
 
 _TRUNCATE_DEG = 30.0
 
+OPPOSITE_DEG = 150.0
+"""A view direction that is wrong by more than this is the one from the opposite end of the axis."""
+
 
 @dataclass(frozen=True)
 class PoseErrors:
@@ -86,6 +89,7 @@ class PoseErrors:
         result: dict[str, Any] = {"n": len(self.errors_deg), "median_deg": self.median_deg, "p90_deg": self.p90_deg}
         result.update({f"fraction_over_{d}": self.fraction_over(d) for d in (5, 10, 20, 30)})
         result["direction_median_deg"] = float(np.median(self.direction_errors_deg))
+        result["fraction_opposite"] = float(np.mean(self.direction_errors_deg > OPPOSITE_DEG))
         result["inplane_median_deg"] = float(np.median(self.inplane_errors_deg))
         result["shift_median_A"] = self.median_shift_A
         result["frame_rotation_deg"] = float(np.degrees(Rotation.from_matrix(self.frame_rotation).magnitude()))

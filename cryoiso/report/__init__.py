@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def build(run_folder: Path | str) -> Path:
+def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
     """Writes ``report.html`` (one self-contained file) and ``report.json`` (the same numbers) into a run folder.
 
     Whatever the run has not made (yet) is left out, so a report can be built of an unfinished run.
+
+    Args:
+        before: folder of another run of the same particles, which is shown beside this one as "before".
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        InputError: the folder is not a run folder, or one of its files cannot be read.
+        InputError: the folder is not a run folder, one of its files cannot be read, or the other run is not of the
+            same particles.
     """
     import json
 
@@ -26,9 +30,11 @@ def build(run_folder: Path | str) -> Path:
     from cryoiso.report.pages import figures
     from cryoiso.report.sharing import figures_for_others, for_others
 
-    folder = Path(run_folder)
-    data = collect(folder)
-    pictures = figures(data, collect_maps(folder, data), collect_samples(folder, data), collect_slices(folder, data))
+    folder, other = Path(run_folder), None if before is None else Path(before)
+    data = collect(folder, other)
+    pictures = figures(
+        data, collect_maps(folder, data, other), collect_samples(folder, data), collect_slices(folder, data)
+    )
     html = page(for_others(data, folder), figures_for_others(pictures, data, folder))
     write_text(folder / "report.json", json.dumps(for_others(data, folder), indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "report.html", html)

@@ -56,7 +56,10 @@ def round_numbers(folder: Path) -> list[int]:
 
 
 def before(data: dict[str, Any]) -> dict[str, Any]:
-    """What `diagnose` found before the cure; where the truth is not known, the views of the first co-refinement."""
+    """What `diagnose` found before the correction, or of the run to compare with.
+
+    Where the truth is not known, the views of the first co-refinement.
+    """
     known = data["diagnose"].get("before") or {}
     rounds = (data.get("auxiliary") or {}).get("rounds") or []
     views = (rounds[0]["corefine"].get("views") or {}) if rounds else {}
@@ -131,7 +134,7 @@ def sentences(data: dict[str, Any]) -> list[str]:
     parts = data.get("auxiliary") or {}
     if not parts:
         return []
-    result = [*_before_truth(before(data)), *_before_views(data)]
+    result = [] if data.get("comparison") else [*_before_truth(before(data)), *_before_views(data)]
     moved = [
         f"{percent(m['over_20'])} in round {r['round']}"
         for r in parts["rounds"]

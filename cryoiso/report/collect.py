@@ -9,33 +9,35 @@ from typing import Any
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.report import anisotropy, auxiliary, correct, realign
+from cryoiso.report import anisotropy, auxiliary, comparison, correct, realign, view_density
 from cryoiso.report.files import read_journal, read_json, read_toml, stage_folder
 from cryoiso.report.sharing import name_of
 from cryoiso.report.words import number, percent, section
 
 MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
 """Key, label, and folder beside the final reconstruction."""
-MAP_NAMES = ("map_weighted.mrc", "map.mrc")
-"""What is shown of a folder: the first of these that is there."""
-
 
 STACKS_LISTED = 5
 """More stacks than this are not listed one by one under where the numbers come from."""
 
 
-def collect(folder: Path) -> dict[str, Any]:
+def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
     """Everything that the report shows.
+
+    Args:
+        before: folder of another run of the same particles to compare with.
 
     Returns:
         ``title``, ``summary`` (sentences), ``numbers`` (rows of label, value, unit, and ``true_poses`` beside it where
-        known; in a run with auxiliary particles also ``before``), ``auxiliary`` (see `cryoiso.report.auxiliary`; only
+        known; in a run with auxiliary particles, or beside another run, also ``before``), ``comparison`` (title,
+        settings that differ, sentences; only beside another run), ``auxiliary`` (see `cryoiso.report.auxiliary`; only
         in such a run), ``correct`` and ``realign`` (see the modules of these names; only where there was such a
         correction), ``iterations``, ``diagnose`` (as in `cryoiso.pipeline.diagnose`), ``stages`` (name, seconds),
         ``provenance`` (label, text), ``job`` (the resolved job).
 
     Raises:
-        InputError: no run in this folder, or a file that is not what its name says.
+        InputError: no run in this folder, a file that is not what its name says, or another run that is not of the same
+            particles.
     """
     job, manifest = read_toml(folder / "resolved.toml"), read_json(folder / "manifest.json")
     journal = read_journal(folder / "journal.jsonl")
@@ -65,6 +67,10 @@ def collect(folder: Path) -> dict[str, Any]:
     }
     if rounds := auxiliary.collect_rounds(folder):
         data["auxiliary"] = rounds
+    if before is not None:
+        other, data["comparison"] = comparison.collect_other(before, diagnose, job)
+        diagnose["before"] = other
+        data["comparison"]["sentences"] = comparison.plain_sentences(data)
     if corrected:
         data["correct"] = corrected
     if loops:
@@ -75,7 +81,7 @@ def collect(folder: Path) -> dict[str, Any]:
     return data
 
 
-def collect_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, str, DensityMap]]:
+def collect_maps(folder: Path, data: dict[str, Any], before: Path | None = None) -> list[tuple[str, str, DensityMap]]:
     """(key, label, map) of the maps before the run's, the run's, the one from true poses and the true one.
 
     Those that exist on one grid, the run's if it is there.
@@ -85,13 +91,23 @@ def collect_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, str, Den
     truth = data["job"].get("truth", {}).get("map") or ""
     made = stage_folder(folder, "reconstruct")
     sources = [
-        (key, label, next((p for n in MAP_NAMES if (p := made / name / n).exists()), made / name / MAP_NAMES[0]))
+        (
+            key,
+            label,
+            next(
+                (p for n in comparison.MAP_NAMES if (p := made / name / n).exists()),
+                made / name / comparison.MAP_NAMES[0],
+            ),
+        )
         for key, label, name in MAPS
     ]
     if truth:
         sources.append(("truth", "the truth", folder / truth))
     found = [(key, label, read_map(path)) for key, label, path in sources if path.exists()]
-    found = [*auxiliary.collect_before_maps(folder, data), *found]
+    earlier = auxiliary.collect_before_maps(folder, data)
+    if before is not None and (other := comparison.other_map(before)) is not None:
+        earlier = [("before", "before", other), *(item for item in earlier if item[0] != "before")]
+    found = [*earlier, *found]
     box_px = next((m.box_px for key, _, m in found if key == "run"), found[0][2].box_px if found else 0)
     return [item for item in found if item[2].box_px == box_px]
 
@@ -113,7 +129,9 @@ def summary(data: dict[str, Any]) -> list[str]:
         sentences.append(
             f"The two half-maps{of}{symmetry} agree to {_at(resolution, d)} (FSC 0.143, corrected for the mask)."
         )
+    sentences = [*(data.get("comparison") or {}).get("sentences", []), *comparison.settings_sentence(data), *sentences]
     sentences += _truth_sentences(d) + anisotropy.sentences(d) + auxiliary.sentences(data)
+    sentences += view_density.sentences(data)
     views = d.get("views", {}).get("estimated") or {}
     both = all(auxiliary.views_before_and_after(data))
     if views.get("top_fraction") is not None and not d.get("pose_errors") and not both:
@@ -161,7 +179,7 @@ def _at(resolution_A: float, d: dict[str, Any]) -> str:
 def numbers(data: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table: group, label, value, unit, and in ``true_poses`` the same number for the true poses.
 
-    In a run with auxiliary particles also ``before``: the same number before them.
+    In a run with auxiliary particles also ``before``: the same number before them, or of the run to compare with.
     """
     names = ("group", "label", "value", "unit", "true_poses")
     rows = [dict(zip(names, row, strict=True)) for row in _rows(data["diagnose"])]
@@ -193,6 +211,9 @@ def _rows(d: dict[str, Any]) -> list[tuple[str, str, Any, str, Any]]:
         ("resolution_05_A", "resolution, FSC 0.5, all directions", "Å"),
         ("axial_A", "resolution along z (cone of 20°)", "Å"),
         ("equatorial_A", "resolution across z (belt of 20°)", "Å"),
+        ("fsc_area", "mean FSC up to the pixel size, all directions", ""),
+        ("axial_area", "mean FSC along z", ""),
+        ("equatorial_area", "mean FSC across z", ""),
         ("correlation", "correlation inside the mask", ""),
     ):
         rows.append(("Map against truth", label, mine.get(key), unit, ideal.get(key)))
@@ -216,6 +237,7 @@ _ERROR_ROWS = (
     ("fraction_over_10", "above 10°", "%"),
     ("fraction_over_20", "above 20°", "%"),
     ("direction_median_deg", "direction of view, median", "°"),
+    ("fraction_opposite", "seen from the opposite end (view wrong by more than 150°)", "%"),
     ("inplane_median_deg", "in the image plane, median", "°"),
     ("shift_median_A", "shift, median", "Å"),
     ("top_n", "true top views (within 36° of z)", ""),

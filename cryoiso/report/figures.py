@@ -262,7 +262,7 @@ def pose_errors(d: dict[str, Any]) -> str:
 
 
 def iterations(rows: list[dict[str, Any]]) -> str:
-    """Resolution by iteration, and the angular step with the change of the poses."""
+    """Resolution by iteration, the angular step with the change of the poses, and cFAR where it is known."""
     number = [row.get("iteration", i + 1) for i, row in enumerate(rows)]
 
     def column(*names: str) -> np.ndarray:
@@ -270,11 +270,18 @@ def iterations(rows: list[dict[str, Any]]) -> str:
         return np.array(values, float)
 
     with styled():
-        figure, axes = new_figure(9.2, 3.0, ncols=2)
-        left, right = axes[0]
-        left.plot(number, column("resolution_A"), "o-", color=BLUE, markersize=4)
+        with_cfar = bool(np.isfinite(column("cfar")).any())
+        figure, axes = new_figure(9.2, 3.0, ncols=2 + with_cfar)
+        left, right = axes[0, :2]
+        left.plot(number, column("resolution_A"), "o-", color=BLUE, markersize=4, label="all alike")
+        if np.isfinite(column("resolution_weighted_A")).any():
+            left.plot(number, column("resolution_weighted_A"), "s-", color=SKY, markersize=4, label="weighted")
+            left.legend(loc="best")
         left.set(xlabel="iteration", ylabel="resolution (Å)", title="half-map resolution (FSC 0.143)")
         from_zero(left)
+        if with_cfar:
+            axes[0, 2].plot(number, column("cfar"), "o-", color=GREEN, markersize=4)
+            axes[0, 2].set(xlabel="iteration", ylabel="cFAR", title="evenness of directions", ylim=(0, 1.02))
         series = [
             (column("step_deg"), "step of the search", BLUE, "s-"),
             (column("changes_deg", "change_deg"), "change of the poses", ORANGE, "o-"),
@@ -286,7 +293,7 @@ def iterations(rows: list[dict[str, Any]]) -> str:
         from_zero(right)
         if right.get_legend_handles_labels()[0]:
             right.legend(loc="upper right")
-        for ax in (left, right):
+        for ax in axes[0]:
             ax.xaxis.get_major_locator().set_params(integer=True)
         return address(figure)
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.types import DensityMap
-from cryoiso.report import anisotropy, correct, realign
+from cryoiso.report import anisotropy, comparison, correct, realign, view_density
 from cryoiso.report.auxiliary import before, views_before_and_after
-from cryoiso.report.words import Entry, Text
+from cryoiso.report.words import Entry, Text, number
 
 FSC = (
     "Fourier shell correlation of the two half-maps, which share no particle. The resolution is read where the "
@@ -18,7 +18,8 @@ FSC = (
     "corrected curve that does not come down to zero at the right-hand end warns of halves that are not independent."
 )
 TRUTH = (
-    "The map against the known truth, read at 0.5; on the right only along z (the symmetry axis, if there is one) and "
+    "The map against the known truth, read where the non-increasing curve nearest to it falls below 0.5 (one noisy "
+    "shell does not move that); on the right only along z (the symmetry axis, if there is one) and "
     "only across it: where those two part, the map is anisotropic. Where this run falls short of the curve with true "
     "poses, poses are to blame, not images. Half-maps can agree far beyond this curve, because they share their errors."
 )
@@ -37,9 +38,9 @@ POSTERIOR = (
 )
 BEFORE = " Before: the refinement without auxiliary particles."
 BEFORE_ERRORS = (
-    "Angle between estimated and true pose, modulo symmetry and the frame of the map, before (refinement without "
-    "auxiliary particles) and after, for top and side views apart, each as a share of its own kind. What lies beyond "
-    "20° (dashed line) are particles that found a wrong view: that hump should be gone."
+    "Angle between estimated and true pose, modulo symmetry and the frame of the map, before and in this run, for top "
+    "and side views apart, each as a share of its own kind. What lies beyond 20° (dashed line) are particles that "
+    "found a wrong view: that hump should be gone."
 )
 SAMPLES = (
     "Raw particles, auxiliary ones on the same grey scale, and under each auxiliary image what it shows without noise. "
@@ -92,25 +93,27 @@ def figures(
     d = data["diagnose"]
     first = before(data)
     known: list[Entry] = [
-        ("maps", "Maps", maps, _maps_caption(maps), lambda: draw.maps(maps, d)),
+        ("maps", "Maps", maps, _maps_caption(maps, _before(data)), lambda: draw.maps(maps, d)),
         ("fsc", "Half-map agreement", d.get("fsc_unmasked"), FSC, lambda: draw.half_map_fsc(d)),
         (
             "truth",
             "Map against truth",
             d.get("map_to_truth"),
-            TRUTH + BEFORE * bool(first.get("map_to_truth")),
+            TRUTH + _before(data) * bool(first.get("map_to_truth")),
             lambda: draw.truth_fsc(d),
         ),
         *anisotropy.entries(d),
         *correct.entries(data, slices or {}),
         _views(data, first),
-        _errors(d, first),
+        _errors(data, first),
+        *view_density.entries(data),
         *_auxiliary(data, samples or {}),
         (
             "iterations",
             "Course of the refinement",
             data["iterations"],
             "Resolution of the half-maps, and the angles of the search, iteration by iteration"
+            + _course(data["iterations"])
             + (", in the refinement before there were auxiliary particles." if data.get("auxiliary") else "."),
             lambda: draw.iterations(data["iterations"]),
         ),
@@ -125,6 +128,16 @@ def figures(
     ]
 
 
+def _course(rows: list[dict[str, Any]]) -> str:
+    """What more the course shows, where the refinement wrote it."""
+    text = ""
+    if any(number(row, "resolution_weighted_A") is not None for row in rows):
+        text += "; weighted: by the FSC that counts directions as they were measured, which steers the search"
+    if any(number(row, "cfar") is not None for row in rows):
+        text += "; cFAR: least over largest agreement of a direction, 1 if all agree alike"
+    return text
+
+
 def _views(data: dict[str, Any], first: dict[str, Any]) -> Entry:
     """Views of this run and the true ones, with those before it where they are known."""
     from cryoiso.report import figures as draw
@@ -136,18 +149,19 @@ def _views(data: dict[str, Any], first: dict[str, Any]) -> Entry:
         return ("views", "Views", part.get("estimated"), caption, lambda: draw.views(data["diagnose"]))
     kinds = [(label, v, v["cells_per_ring"]) for label, v in (("before", old), ("this run", new))]
     kinds += [("true", part["true"], part["cells_per_ring"])] if part.get("true") else []
-    return ("views", "Views before and after", True, caption + BEFORE, lambda: draw.view_discs(kinds))
+    return ("views", "Views before and after", True, caption + _before(data), lambda: draw.view_discs(kinds))
 
 
-def _errors(d: dict[str, Any], first: dict[str, Any]) -> Entry:
+def _errors(data: dict[str, Any], first: dict[str, Any]) -> Entry:
     from cryoiso.report import figures as draw
     from cryoiso.report import figures_auxiliary as draw_auxiliary
 
+    d = data["diagnose"]
     mine, old = d.get("pose_errors") or {}, first.get("pose_errors") or {}
     if not (mine.get("histogram") and old.get("histogram")):
         return ("errors", "Pose errors", mine.get("histogram"), ERRORS, lambda: draw.pose_errors(d))
     title = "Pose errors before and after"
-    return ("errors-before", title, True, BEFORE_ERRORS, lambda: draw_auxiliary.pose_errors(old, mine))
+    return ("errors-before", title, True, BEFORE_ERRORS + _before(data), lambda: draw_auxiliary.pose_errors(old, mine))
 
 
 def _auxiliary(data: dict[str, Any], samples: dict[str, np.ndarray]) -> list[Entry]:
@@ -190,12 +204,17 @@ def _speeds(rounds: list[dict[str, Any]]) -> str:
     return f" In this run: {'; '.join(texts)}." if texts else ""
 
 
-def _maps_caption(maps: list[tuple[str, str, DensityMap]]) -> str:
+def _before(data: dict[str, Any]) -> str:
+    """What "before" is in the figures."""
+    return comparison.label(data) or BEFORE
+
+
+def _maps_caption(maps: list[tuple[str, str, DensityMap]], before: str) -> str:
     text = "Central slices (left) and projections (right) across z, y and x, all rows on one grey scale; "
     text += "each map is weighted by how well its half-sets measured it."
     keys = {key for key, _, _ in maps}
     if "before" in keys and "run" in keys:
-        text += BEFORE + " "
+        text += before + " "
         if any(key.startswith("round-") for key in keys):
             text += "After a round: raw particles alone, in the poses that they found among auxiliary ones. "
         text += "What was smeared or stretched before should be so no more."

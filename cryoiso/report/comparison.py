@@ -1,0 +1,149 @@
+"""Another run of the same particles beside this one: its numbers as "before", what differs, and both in plain words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.types import DensityMap
+from cryoiso.report.files import read_json, read_toml, stage_folder
+from cryoiso.report.words import number, percent, section
+
+MAP_NAMES = ("map_weighted.mrc", "map.mrc")
+"""What is shown of a folder: the first of these that is there."""
+_SETTINGS = ("particles", "reference", "sample", "micelle", "refine", "auxiliary", "realign", "correct", "reconstruct")
+_OF_THE_RUN = ("workflow", "seed")
+
+
+def collect_other(folder: Path, diagnose: dict[str, Any], job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is known of the other run: its quality numbers, and ``title`` and ``settings`` (key, before, this run).
+
+    Args:
+        folder: of the other run. diagnose, job: of this run.
+
+    Raises:
+        InputError: it has not been measured, or its particles have another box, pixel size, symmetry or number.
+    """
+    file = stage_folder(folder, "diagnose") / "diagnose.json"
+    other, other_job = read_json(file), read_toml(folder / "resolved.toml")
+    if not other:
+        raise InputError("the run to compare with has no quality numbers", file=folder, expected="NN_diagnose/")
+    for key in ("box_px", "pixel_size_A", "symmetry", "particles"):
+        if other.get(key) != diagnose.get(key):
+            raise InputError(
+                f"the run to compare with is not of the same particles ({key})", file=file,
+                expected=diagnose.get(key), found=other.get(key),
+            )  # fmt: skip
+    title = section(other_job, "run").get("title") or folder.resolve().name
+    return other, {"title": str(title), "settings": differences(other_job, job)}
+
+
+def other_map(folder: Path) -> DensityMap | None:
+    """The final map of the other run."""
+    from cryoiso.io.mrc import read_map
+
+    made = stage_folder(folder, "reconstruct")
+    path = next((p for name in MAP_NAMES if (p := made / name).exists()), None)
+    return None if path is None else read_map(path)
+
+
+def differences(before: dict[str, Any], this: dict[str, Any]) -> list[dict[str, Any]]:
+    """Settings of two jobs that differ: ``key`` (section.name), ``before``, ``this``; None for a key that is absent."""
+    found = []
+    for name in (*_SETTINGS, "run"):
+        one, two = section(before, name), section(this, name)
+        for key in dict.fromkeys((*one, *two)):
+            if (name != "run" or key in _OF_THE_RUN) and one.get(key) != two.get(key):
+                found.append({"key": f"{name}.{key}", "before": one.get(key), "this": two.get(key)})
+    return found
+
+
+def label(data: dict[str, Any]) -> str:
+    """What the figures call before; empty where no other run was given."""
+    part = data.get("comparison") or {}
+    return f" Before: {part['title']}." if part else ""
+
+
+def settings_sentence(data: dict[str, Any]) -> list[str]:
+    """Which settings differ."""
+    part = data.get("comparison") or {}
+    if not part:
+        return []
+    pairs = [f"{row['key']} = {_said(row['before'])} (here {_said(row['this'])})" for row in part["settings"]]
+    return [f"Before: {part['title']}; its settings differ in {', '.join(pairs) if pairs else 'nothing'}."]
+
+
+def _said(value: Any) -> str:
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def plain_sentences(data: dict[str, Any]) -> list[str]:
+    """Both runs against the truth in at most five sentences, without terms of the trade; empty without a truth."""
+    new, old = data["diagnose"], section(data["diagnose"], "before")
+    known = all(section(d, "pose_errors") and section(d, "map_to_truth") for d in (old, new))
+    if not data.get("comparison") or not known:
+        return []
+    return [_views_sentence(new), _run_sentence("Before", old), _run_sentence("In this run", new), *_gap(old, new),
+            *_half_maps(old, new)]  # fmt: skip
+
+
+def _views_sentence(d: dict[str, Any]) -> str:
+    e = section(d, "pose_errors")
+    n, side = int(e["n"]), int(e["side_n"])
+    text = f"Of {n:,} particles {percent(1 - side / n)} show the molecule along its axis, {side:,} from the side"
+    return text + ("; only the side views tell how it is built along the axis." if side < 0.2 * n else ".")
+
+
+def _run_sentence(when: str, d: dict[str, Any]) -> str:
+    e, m = section(d, "pose_errors"), section(d, "map_to_truth")
+    text = f"{when} {percent(e['fraction_over_20'])} of all particles"
+    if e["side_n"] and number(e, "side_over_20") is not None:
+        text += f" and {round(e['side_over_20'] * e['side_n']):,} of the {e['side_n']:,} side views"
+    text += " got a wrong view (by more than 20°)"
+    if number(e, "fraction_opposite") is not None:
+        text += f", {percent(e['fraction_opposite'])} of all the one from the opposite end"
+    return text + f"; the map is right to {_reach(m)}."
+
+
+def _reach(m: dict[str, Any]) -> str:
+    text = f"{m['resolution_05_A']:.1f} Å"
+    if number(m, "axial_A") is not None:
+        text += f", along the axis to {m['axial_A']:.1f} Å"
+    return text
+
+
+def _gap(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    ideal = section(new, "true_poses")
+    if number(ideal, "resolution_05_A") is None:
+        return []
+    text = f"The same images with their true views give a map that is right to {_reach(ideal)}"
+    parts = (section(old, "map_to_truth"), section(new, "map_to_truth"), ideal)
+    areas = [number(part, "fsc_area") for part in parts]
+    if any(a is None for a in areas):
+        return [text + "."]
+    before, this, best = (float(a or 0.0) for a in areas)
+    text += f"; the mean agreement with the truth (1 at most) is {before:.3f} before, {this:.3f} in this run and "
+    text += f"{best:.3f} with true views"
+    if best <= before:
+        return [text + ": wrong views cost nothing that could be regained."]
+    share = (this - before) / (best - before)
+    if share > 1:
+        return [text + ": more than true views give, which is a sign of bias towards the reference."]
+    if share <= 0:
+        return [text + ": this run regains nothing of what wrong views cost."]
+    return [text + f": this run regains {percent(share, 0)} of what wrong views cost."]
+
+
+def _half_maps(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    claims = [number(d, "resolution_0143_A") for d in (old, new)]
+    truths = [number(section(d, "map_to_truth"), "resolution_05_A") for d in (old, new)]
+    if any(v is None for v in (*claims, *truths)):
+        return []
+    finer = [float(c or 0.0) < 0.9 * float(t or 0.0) for c, t in zip(claims, truths, strict=True)]
+    text = f"The two half-maps agree to {claims[0]:.1f} Å before and to {claims[1]:.1f} Å in this run"
+    if all(finer):
+        return [text + ", finer than either map is right: halves share their errors, and their agreement hides them."]
+    if finer[0]:
+        return [text + ": before, their agreement hid how wrong the map was."]
+    return [text + "."]

@@ -1,0 +1,160 @@
+"""A run beside another one: both in plain words, what differs; and the density of views that a refinement learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cryoiso.core.errors import InputError
+from cryoiso.metrics.orientation import ViewGrid
+from cryoiso.report import build
+from cryoiso.report.view_density import sentences
+
+STEP_DEG = 12.0
+
+
+def measured(errors: tuple[float, float, float], truth: tuple[float, float, float], claim_A: float) -> dict:
+    """What `diagnose` would have found.
+
+    Args:
+        errors: shares of all wrong by 20°, of side views, of the opposite end.
+        truth: resolution, resolution along z, mean FSC.
+    """
+    shells = np.arange(17) / (32 * 3.0)
+    curve = list(np.linspace(1, 0, 17))
+    compare = {"fsc": curve, "axial": curve, "equatorial": curve, "equatorial_A": 9.0}
+    return {
+        "box_px": 32, "pixel_size_A": 3.0, "symmetry": "C3", "particles": 1000, "frequency_invA": list(shells),
+        "resolution_0143_A": claim_A,
+        "map_to_truth": {**compare, "resolution_05_A": truth[0], "axial_A": truth[1], "fsc_area": truth[2]},
+        "true_poses": {**compare, "resolution_05_A": 11.0, "axial_A": 13.0, "fsc_area": 0.6},
+        "pose_errors": {
+            "n": 1000, "median_deg": 3.0, "fraction_over_20": errors[0], "side_n": 25, "side_over_20": errors[1],
+            "fraction_opposite": errors[2], "top_to_side": 0.01, "side_to_top": 0.2,
+        },
+    }  # fmt: skip
+
+
+OLD = measured((0.15, 0.76, 0.12), (18.6, 35.0, 0.40), 13.0)
+NEW = measured((0.04, 0.32, 0.01), (12.0, 15.0, 0.55), 12.5)
+
+
+@pytest.fixture
+def runs(tmp_path) -> tuple[Path, Path]:
+    """The other run and this one."""
+    jobs = {
+        "old": '[refine]\nregularisation = "mean-weight"\nweighted_fsc = false\nview_polarity = 0.0\n'
+        '[run]\nseed = 1\ntitle = "the loop before"\nworkflow = "refine"\n',
+        "new": '[refine]\nregularisation = "uneven"\nweighted_fsc = true\nview_polarity = 0.0\n'
+        '[run]\nseed = 1\ntitle = "now"\nworkflow = "refine"\n',
+    }
+    for (name, job), numbers in zip(jobs.items(), (OLD, NEW), strict=True):
+        (tmp_path / name / "05_diagnose").mkdir(parents=True)
+        (tmp_path / name / "05_diagnose/diagnose.json").write_text(json.dumps(numbers))
+        (tmp_path / name / "resolved.toml").write_text(job)
+    return tmp_path / "old", tmp_path / "new"
+
+
+def test_plain_sentences_have_both_runs_numbers(runs):
+    old, new = runs
+    build(new, old)
+    data = json.loads((new / "report.json").read_text())
+    said = data["comparison"]["sentences"]
+    assert said == [
+        "Of 1,000 particles 97.5 % show the molecule along its axis, 25 from the side; only the side views tell how it "
+        "is built along the axis.",
+        "Before 15.0 % of all particles and 19 of the 25 side views got a wrong view (by more than 20°), 12.0 % of all "
+        "the one from the opposite end; the map is right to 18.6 Å, along the axis to 35.0 Å.",
+        "In this run 4.0 % of all particles and 8 of the 25 side views got a wrong view (by more than 20°), 1.0 % of "
+        "all the one from the opposite end; the map is right to 12.0 Å, along the axis to 15.0 Å.",
+        "The same images with their true views give a map that is right to 11.0 Å, along the axis to 13.0 Å; the mean "
+        "agreement with the truth (1 at most) is 0.400 before, 0.550 in this run and 0.600 with true views: this run "
+        "regains 75 % of what wrong views cost.",
+        "The two half-maps agree to 13.0 Å before and to 12.5 Å in this run: before, their agreement hid how wrong the "
+        "map was.",
+    ]
+    assert data["summary"][:5] == said
+    assert data["summary"][5] == (
+        "Before: the loop before; its settings differ in refine.regularisation = mean-weight (here uneven), "
+        "refine.weighted_fsc = false (here true)."
+    )
+    rows = {(r["group"], r["label"]): r for r in data["numbers"]}
+    row = rows["Map against truth", "mean FSC up to the pixel size, all directions"]
+    assert (row["before"], row["value"], row["true_poses"]) == (0.40, 0.55, 0.6)
+    assert rows["Pose errors", "seen from the opposite end (view wrong by more than 150°)"]["before"] == 12.0
+    page = (new / "report.html").read_text(encoding="utf-8")
+    assert "Before: the loop before." in page and "without auxiliary particles" not in page
+    build(new)
+    assert "comparison" not in json.loads((new / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("area", "said"),
+    [(0.39, "this run regains nothing of what wrong views cost"), (0.65, "more than true views give, which is a sign")],
+)
+def test_a_run_that_gains_nothing_or_too_much_says_so(runs, area, said):
+    old, new = runs
+    numbers = measured((0.04, 0.32, 0.01), (12.0, 15.0, area), 12.5)
+    (new / "05_diagnose/diagnose.json").write_text(json.dumps(numbers))
+    build(new, old)
+    assert said in json.loads((new / "report.json").read_text())["comparison"]["sentences"][3]
+
+
+def test_a_run_of_other_particles_is_refused(runs):
+    old, new = runs
+    (old / "05_diagnose/diagnose.json").write_text(json.dumps({**OLD, "particles": 999}))
+    with pytest.raises(InputError, match=r"not of the same particles \(particles\)"):
+        build(new, old)
+    (old / "05_diagnose/diagnose.json").unlink()
+    with pytest.raises(InputError, match="no quality numbers"):
+        build(new, old)
+
+
+def density(grid: ViewGrid, peak: float) -> list[float]:
+    """Of top views from one end."""
+    values = np.where(grid.centres()[:, 2] > np.cos(np.radians(20)), peak, 0.2)
+    return list(values)
+
+
+def test_the_learned_density_of_views_is_said_and_drawn(runs):
+    _, new = runs
+    grid = ViewGrid.with_step(STEP_DEG)
+    part = {"step_deg": STEP_DEG, "kernel_deg": 10, "floor": 0.1, "axial": 0.0, "polarity": 1.0,
+            "half1": density(grid, 12.0), "half2": density(grid, 8.0)}  # fmt: skip
+    rows = [{"iteration": i, "resolution_A": r} for i, r in ((1, 30.0), (2, 20.0))]
+    (new / "03_refine").mkdir()
+    file = new / "03_refine/refine.json"
+    file.write_text(json.dumps({"iterations": rows, "view_density": part}))
+    plain = build(new).read_text(encoding="utf-8")
+    assert 'id="view-density"' in plain and "cFAR: least over" not in plain and "weighted: by the FSC" not in plain
+    data = json.loads((new / "report.json").read_text())
+    assert data["refine"]["view_density"] == part
+    (said,) = [s for s in data["summary"] if "learned the density" in s]
+    top = np.abs(grid.centres()[:, 2]) > np.cos(np.radians(36))
+    mean = np.array(density(grid, 10.0))
+    assert "10.0 times as often as if views were even, its opposite 0.20 times" in said
+    assert f"{100 * mean[top].sum() / mean.sum():.0f} % within 36°" in said
+    assert "correlate by 1.00" in said
+    assert said.endswith("In the search it counts for from which end an axis is seen (weight 1).")
+    rows = [{**row, "resolution_weighted_A": row["resolution_A"] - 3, "cfar": 0.2} for row in rows]
+    file.write_text(json.dumps({"iterations": rows, "view_density": part}))
+    assert "cFAR: least over" in build(new).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [{"half1": [1.0]}, {"step_deg": 0}, {"step_deg": "x"}, {"half2": None}])
+def test_a_density_that_is_none_is_left_out(change):
+    grid = ViewGrid.with_step(STEP_DEG)
+    part = {"step_deg": STEP_DEG, "axial": 0.0, "polarity": 1.0, "half1": [1.0] * len(grid), "half2": [1.0] * len(grid)}
+    assert sentences({"refine": {"view_density": part}})
+    off = sentences({"refine": {"view_density": part}, "job": {"refine": {"view_density": False}}})
+    assert off[0].endswith("It had no weight in the search.")
+    assert sentences({"refine": {"view_density": {**part, **change}}}) == []
+
+
+def test_centres_lie_in_their_cells():
+    grid = ViewGrid.with_step(7.0)
+    assert np.array_equal(grid.index(grid.centres()), np.arange(len(grid)))
+    assert np.linalg.norm(grid.centres(), axis=1) == pytest.approx(1.0)
