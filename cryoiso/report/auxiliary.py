@@ -241,7 +241,7 @@ def transfer_at(made: dict[str, Any]) -> list[tuple[float, float | None]]:
     found: list[tuple[float, float | None]] = []
     for resolution_A in RESOLUTIONS_A:
         value: float | None = None
-        if curves and frequency[0] <= 1 / resolution_A <= frequency[-1]:
+        if curves and len(frequency) and frequency[0] <= 1 / resolution_A <= frequency[-1]:
             at = [float(np.interp(1 / resolution_A, frequency, curve)) for curve in curves]
             value = float(np.mean(at)) if np.isfinite(at).all() else None
         found.append((resolution_A, value))
