@@ -65,37 +65,40 @@ def test_counts_are_the_same_in_any_order_and_parts():
 
 
 @pytest.mark.parametrize("symmetry", ["C1", "C3", "D2"])
-def test_density_is_smooth_symmetric_and_never_below_its_floor(symmetry):
+def test_density_is_smooth_and_symmetric(symmetry):
     views = top_views()
-    smooth = density(counts_of(views), symmetry, kernel_deg=10.0, floor=0.1)
-    assert smooth.mean() == pytest.approx(1.0) and smooth.min() >= 0.1
+    smooth = density(counts_of(views), symmetry, 10.0)
+    assert smooth.mean() == pytest.approx(1.0) and smooth.min() >= 0
     for operation in point_group(symmetry):
         mates = view_grid().index(cell_centres() @ operation.T)
-        assert np.abs(np.log(smooth[mates] / smooth)).mean() < 0.1  # a cell's mate is not quite a cell
+        assert np.abs(smooth[mates] - smooth).mean() < 0.02  # a cell's mate is not quite a cell
     top = cell_centres()[:, 2] > np.cos(np.radians(20))
-    share = 0.9 * np.mean(views[:, 2, 2] > np.cos(np.radians(20))) / top.mean() / (2 if symmetry == "D2" else 1)
+    share = np.mean(views[:, 2, 2] > np.cos(np.radians(20))) / top.mean() / (2 if symmetry == "D2" else 1)
     assert 0.7 * share < smooth[top].mean() < share  # the kernel spreads some of it
-    assert np.array_equal(density(np.zeros(CELLS), symmetry, kernel_deg=10.0, floor=0.1), np.ones(CELLS))
+    assert np.array_equal(density(np.zeros(CELLS), symmetry, 10.0), np.ones(CELLS))
 
 
 def test_even_views_have_no_prior():
     rotation = random_rotations(np.random.default_rng(2), 20000)
-    smooth = density(counts_of(rotation), "C1", kernel_deg=10.0, floor=0.1)
+    smooth = density(counts_of(rotation), "C1", 10.0)
     assert np.abs(smooth - 1).max() < 0.15 and np.abs(smooth - 1).mean() < 0.04
-    assert np.array_equal(log_prior(np.ones(CELLS), axial=1.0, polarity=1.0), np.zeros(CELLS))
+    assert np.array_equal(log_prior(np.ones(CELLS), axis_floor=0.5, polarity_floor=0.1), np.zeros(CELLS))
 
 
 def test_axial_factor_and_polarity():
-    smooth = density(counts_of(top_views()), "C1", kernel_deg=10.0, floor=0.1)
-    np.testing.assert_allclose(log_prior(smooth, axial=1.0, polarity=1.0), np.log(smooth), atol=1e-12)
-    pole = log_prior(smooth, axial=0.0, polarity=1.0)
+    smooth = density(counts_of(top_views()), "C1", 10.0)
+    mixed = 0.9 * smooth + 0.1
+    np.testing.assert_allclose(log_prior(smooth, axis_floor=0.1, polarity_floor=0.1), np.log(mixed), atol=1e-12)
+    pole = log_prior(smooth, axis_floor=1.0, polarity_floor=0.1)
     top, bottom, side = (view_grid().index(np.array([v])).item() for v in ((0, 0, 1.0), (0, 0, -1.0), (1.0, 0, 0)))
     # the odds of the two ends of an axis are those of the density; they add up to those of even views
-    assert pole[top] - pole[bottom] == pytest.approx(np.log(smooth[top] / smooth[bottom]), abs=2e-2)
+    assert pole[top] - pole[bottom] == pytest.approx(np.log(mixed[top] / mixed[bottom]), abs=2e-2)
     assert np.exp(pole[top]) + np.exp(pole[bottom]) == pytest.approx(2.0, abs=1e-3)
     # a rare axis is as likely as a frequent one: no more than log 2 apart, where the density says log 40 or so
-    assert abs(pole[side]) < 0.4 and np.log(smooth[top] / smooth[side]) > 3
-    assert abs(pole[top] - pole[side]) < np.log(2) + 0.4
+    assert abs(pole[side]) < 0.4 and np.log(mixed[top] / mixed[side]) > 3
+    axis = log_prior(smooth, axis_floor=0.5, polarity_floor=1.0)
+    assert axis[top] == pytest.approx(axis[bottom], abs=2e-2) and axis.min() >= np.log(0.5)
+    assert axis[top] == pytest.approx(np.log(0.25 * (smooth[top] + smooth[bottom]) + 0.5), abs=2e-2)
 
 
 def test_the_search_heeds_the_prior():
@@ -120,4 +123,4 @@ def test_facts_for_the_report():
     facts = density_facts(counts, "C3", RefineSection())
     assert len(facts["half1"]) == len(facts["half2"]) == CELLS
     assert np.mean(facts["half1"]) == pytest.approx(1.0, abs=1e-3)
-    assert {"step_deg", "kernel_deg", "floor", "axial", "polarity"} <= set(facts)
+    assert {"step_deg", "kernel_deg", "axis_floor", "polarity_floor"} <= set(facts) and facts["used"] is True

@@ -84,13 +84,14 @@ class RefineSection(_Section):
     view_density: bool = Field(
         True, description="learn the density of views from the posteriors and search with it as a prior"
     )
-    view_axial: float = Field(
-        0.0, ge=0, le=1, description="weight of the learned density of views: how often an axis is seen"
+    view_axis_floor: float = Field(
+        0.5, gt=0, le=1,
+        description="share of even views in the learned density of axes: how often an axis is seen; 1 switches it off",
     )
-    view_polarity: float = Field(
-        1.0, ge=0, le=1, description="weight of the learned density of views: from which end an axis is seen"
+    view_polarity_floor: float = Field(
+        0.1, gt=0, le=1,
+        description="share of even views in the learned density that tells from which end an axis is seen; 1: off",
     )
-    view_floor: float = Field(0.1, gt=0, le=1, description="share of even views mixed into their learned density")
     view_kernel_deg: float = Field(
         10.0, ge=3, le=60, description="standard deviation of the kernel that smooths the density of views"
     )

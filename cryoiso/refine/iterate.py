@@ -171,8 +171,9 @@ class Refinement:
         s = self.settings
         if not model.views or not s.view_density:
             return None
-        smooth = density(model.views[half], self.request.symmetry, kernel_deg=s.view_kernel_deg, floor=s.view_floor)
-        return ViewPrior.of(log_prior(smooth, axial=s.view_axial, polarity=s.view_polarity), self.device)
+        smooth = density(model.views[half], self.request.symmetry, s.view_kernel_deg)
+        floors = {"axis_floor": s.view_axis_floor, "polarity_floor": s.view_polarity_floor}
+        return ViewPrior.of(log_prior(smooth, **floors), self.device)
 
     def _variance(self, model: Model, half: int) -> ReferenceVariance | None:
         if not model.error:

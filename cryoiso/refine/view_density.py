@@ -5,10 +5,10 @@ or to a direction that no particle shows; the odds of the set itself settle most
 maximisation: the posterior weights of one iteration, counted on cells of equal area, are the next one's density, with a
 floor of even views (pseudo-counts of a Dirichlet prior) that keeps rare views possible.
 
-A density is a product of two factors with weights of their own. The *axial* one, the mean of p(v) and p(-v), says how
-often an axis is seen; it draws rare views to frequent ones. The *polarity*, p(v) over that mean, says from which of its
-two ends; projections along v and -v are mirror images, which noise mistakes for each other most easily, and it draws
-nothing from one axis to another.
+A density is a product of two factors with floors of their own. The *axial* one, the mean of p(v) and p(-v), says how
+often an axis is seen; it draws rare views to frequent ones, so its floor is high. The *polarity*, p(v) over that mean,
+says from which of its two ends; projections along v and -v are mirror images, which noise mistakes for each other most
+easily, and it draws nothing from one axis to another.
 """
 
 from __future__ import annotations
@@ -90,44 +90,44 @@ class ViewCounts:
         np.add.at(self.counts, cell, np.rint(weight.double().cpu().numpy() * COUNT_UNIT).astype(np.int64))
 
 
-def density(counts: np.ndarray, symmetry: str, *, kernel_deg: float, floor: float) -> np.ndarray:
+def density(counts: np.ndarray, symmetry: str, kernel_deg: float) -> np.ndarray:
     """Smooth density of views over that of even ones.
 
     Args:
         counts: (P,) weight of each cell.
         symmetry: point group whose mates are alike.
         kernel_deg: standard deviation of the smoothing kernel (von Mises-Fisher).
-        floor: share of even views that it is mixed with.
 
     Returns:
-        (P,) float64 with mean 1, nowhere below ``floor``; 1 everywhere without any count.
+        (P,) float64 with mean 1; 1 everywhere without any count.
     """
     if not counts.sum() > 0:
         return np.ones(len(counts))
     smooth = counts / counts.sum() @ _kernel(symmetry, kernel_deg)
-    return (1 - floor) * smooth / smooth.mean() + floor
+    return smooth / smooth.mean()
 
 
-def log_prior(smooth: np.ndarray, *, axial: float, polarity: float) -> np.ndarray:
-    """(P,) log of axial factor and polarity, each times its weight.
+def log_prior(smooth: np.ndarray, *, axis_floor: float, polarity_floor: float) -> np.ndarray:
+    """(P,) log of the axial factor times the polarity; 0 for even views.
 
     Args:
         smooth: (P,) density over that of even views.
-        axial, polarity: weights; both 1: the density itself.
+        axis_floor, polarity_floor: shares of even views mixed into the density of either; 1: the factor is 1. With
+            equal floors the product is the mixed density itself.
     """
     opposite = smooth[_opposite()]
-    mean = (smooth + opposite) / 2
-    return axial * np.log(mean) + polarity * np.log(smooth / mean)
+    axial = (1 - axis_floor) * (smooth + opposite) / 2 + axis_floor
+    here, there = ((1 - polarity_floor) * s + polarity_floor for s in (smooth, opposite))
+    return np.log(axial) + np.log(2 * here / (here + there))
 
 
 def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: RefineSection) -> dict[str, Any]:
     """Densities of the half-sets, over that of even views, of each cell of ``view_grid``: plain values."""
-    kernel_deg, floor = settings.view_kernel_deg, settings.view_floor
-    facts: dict[str, Any] = {"step_deg": STEP_DEG, "kernel_deg": kernel_deg, "floor": floor}
-    facts |= {"axial": settings.view_axial, "polarity": settings.view_polarity}
+    s = settings
+    facts: dict[str, Any] = {"step_deg": STEP_DEG, "kernel_deg": s.view_kernel_deg, "used": s.view_density}
+    facts |= {"axis_floor": s.view_axis_floor, "polarity_floor": s.view_polarity_floor}
     for half, values in counts.items():
-        smooth = density(values, symmetry, kernel_deg=kernel_deg, floor=floor)
-        facts[f"half{half}"] = [round(float(v), 4) for v in smooth]
+        facts[f"half{half}"] = [round(float(v), 4) for v in density(values, symmetry, s.view_kernel_deg)]
     return facts
 
 
