@@ -253,6 +253,9 @@ def test_auxiliary_particles_are_told_with_their_numbers():
     text = methods(facts("auxiliary", **DONE))
     assert "one round" in text and "300 steps of 16 images" in text and "for each half-set" in text
     assert "810 particles with balanced views" in text and "no auxiliary image entered any of the maps" in text
+    assert "at most 3 of a direction in each half-set" in text and "of the weight" not in text
+    weighed = {"rounds": [{**ROUND, "corefine": {**ROUND["corefine"], "auxiliary_weight_share": 0.8}}]}
+    assert "held 80.0 % of the weight in the references" in methods(facts("auxiliary", auxiliary=weighed))
     assert "gold standard" not in text and "Zhang, H." in text and references(text)
     shared = facts("auxiliary", **DONE, job={"auxiliary_generators": "shared"})
     assert "no gold standard" in methods(shared) and "trained on both half-sets" in methods(shared)

@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 import torch
 from mpi_helper import run_mpi
-from test_refine_engine import BOX, DIAMETER_A, PIXEL_A, blind, contents, in_memory, request_for
+from test_refine_engine import BOX, DIAMETER_A, PIXEL_A, Stopped, blind, contents, in_memory, request_for
 
-from cryoiso.core.errors import InputError
+from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.protocols import RefineRequest, RefineResult
 from cryoiso.core.types import DensityMap
 from cryoiso.engines.native import NativeEngine
@@ -24,6 +25,7 @@ from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.phantom import phantom_map
+from cryoiso.physics.resample import resample_matrix
 from cryoiso.physics.simulate import Projector, simulate
 from cryoiso.refine import batches, start
 from cryoiso.refine.identity import of_request
@@ -68,9 +70,11 @@ def others(raw) -> ArraySource:
     return auxiliaries_of(raw, replace(truth, data=truth.data + truth.data.max() * ring()))
 
 
-def together(raw, auxiliary, folder: Path, weight: float = 1.0, resume: bool = False, **settings) -> CoRefined:
+def together(
+    raw, auxiliary, folder: Path, weight: float = 1.0, resume: bool = False, comm: Context | None = None, **settings
+) -> CoRefined:
     request = replace(request_for(raw, folder, **{**ONCE, **settings}), resume=resume)
-    return co_refine(NativeEngine(), request, auxiliary, Context(), weight=weight)
+    return co_refine(NativeEngine(), request, auxiliary, comm or Context(), weight=weight)
 
 
 def alone(raw, folder: Path, **settings) -> RefineResult:
@@ -188,6 +192,8 @@ def test_the_same_bits_on_two_ranks(tmp_path, monkeypatch):
 def test_a_resumed_co_refinement_has_the_same_bits_and_one_with_other_auxiliaries_is_refused(raw, others, tmp_path):
     together(raw, others, tmp_path / "straight")
     together(raw, others, tmp_path / "resumed", max_iterations=1)
+    with pytest.raises(Interrupted, match="what was found so far is kept"):  # in the auxiliaries of half-set 1
+        together(raw, others, tmp_path / "resumed", resume=True, comm=Stopped(1))
     together(raw, others, tmp_path / "resumed", resume=True)
     ends = [contents(tmp_path / name) for name in ("straight", "resumed")]
     for end in ends:
@@ -207,12 +213,25 @@ def test_the_identity_knows_which_particles_are_auxiliary(raw):
 # --- noise
 
 
-@pytest.fixture(scope="module")
-def refined_noise(raw) -> tuple[ArraySource, ArraySource, dict[int, DensityMap]]:
-    """400 images of pure noise with the poses that a refinement against the trimer gave them, the same without poses,
-    and the references that a round of co-refinement would make of them."""
-    return of_a_round(ArraySource(np.random.default_rng(0).normal(size=(400, BOX, BOX)).astype(np.float32),
-                                  raw_set(400).particles), raw.truth)  # fmt: skip
+@pytest.fixture(scope="module", params=["white", "ice"])
+def refined_noise(request, raw) -> tuple[ArraySource, ArraySource, dict[int, DensityMap]]:
+    """Images of noise with the poses that a refinement against the trimer gave them, the same without poses, and the
+    references that a round of co-refinement would make of them; white, and patches of micrographs without particles."""
+    if request.param == "ice":
+        noise = patches_of_ice(request.getfixturevalue("shared") / "data/particles/betagal_real_384/background.mrcs")
+    else:
+        noise = np.random.default_rng(0).normal(size=(400, BOX, BOX)).astype(np.float32)
+    return of_a_round(ArraySource(noise, raw_set(len(noise)).particles), raw.truth)
+
+
+def patches_of_ice(file: Path) -> np.ndarray:
+    """(n, D, D): the middle of each patch on the grid of the trimers, normalised."""
+    patches = mrcfile.read(file).astype(np.float32)
+    size = round(BOX * PIXEL_A / 0.637)
+    matrix, edge = resample_matrix(size, 0.637, BOX, size * 0.637 / BOX), (patches.shape[1] - size) // 2
+    middle = patches[:, edge : edge + size, edge : edge + size]
+    images = matrix @ (middle - middle.mean((1, 2), keepdims=True)) @ matrix.T
+    return (images / images.std((1, 2), keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +244,7 @@ def of_a_round(images: ArraySource, truth: DensityMap) -> tuple[ArraySource, Arr
     images.truth = truth
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(start, "require_match", lambda found: None)
-        run = Refinement(request_for(images, None, **ONCE), Context(), "cpu", DIAMETER_A)
+        run = Refinement(request_for(images, None, **ONCE, solvent_mask=False), Context(), "cpu", DIAMETER_A)
         model = start.initial_model(run, 40.0)
         for _ in range(2):
             model = run.step(model)

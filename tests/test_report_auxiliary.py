@@ -154,6 +154,7 @@ def write_round(folder, rng, number: int, first_stage: int, world) -> None:
         "moved": motion(rng, 30 / number**3),
         "resolution_A": 9.0 - number,
         "auxiliary_error_deg": 2.5,
+        "auxiliary_weight_share": 0.8,
         "views": {"cells_per_ring": before.pop("cells"), "before": before, "after": after},
         "settled": number == 2,
     }
@@ -252,6 +253,7 @@ def test_the_table_has_a_column_before(run_folder, world, unrendered):
     assert rows["Views", "entropy of the view distribution (1 = even)"]["before"] is not None
     assert rows["Auxiliary particles, round 2", "raw particles refined with them"]["value"] == N
     assert rows["Auxiliary particles, round 1", "resolution"]["value"] == 8.0
+    assert rows["Auxiliary particles, round 1", "weight of the auxiliaries in the references"]["value"] == 80
     assert rows["Balanced subset", "particles dropped"]["value"] == 100
     row = rows["Auxiliary particles, round 2", "transfer of the generator at 20 Å"]
     assert row["value"] == pytest.approx(0.85, abs=0.002)

@@ -280,6 +280,7 @@ def _round_rows(part: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
         *[(group, f"training, half {half}", speed, "images/s") for half, speed in speeds],
         (group, "auxiliary particles", fitted.get("auxiliary") or sum(counts) or None, ""),
         (group, "raw particles refined with them", fitted.get("raw"), ""),
+        (group, "weight of the auxiliaries in the references", _times(100, fitted.get("auxiliary_weight_share")), "%"),
         (group, "KL of grey values, auxiliary from raw", s.get("kl_nats"), "nats"),
         (group, "KL of grey values between raw images", s.get("kl_real_nats"), "nats"),
         (group, "SNR of auxiliary images (image over background)", s.get("snr_generated_dB"), "dB"),

@@ -161,6 +161,12 @@ def _auxiliary(data: Data, cite: Citations) -> str:
     text += "refined "
     text += "together with the particles" + (", each round anew" if len(rounds) > 1 else "")
     text += ", and then discarded: no auxiliary image entered any of the maps."
+    share = number(last["corefine"], "auxiliary_weight_share")
+    if share is not None:
+        text += (
+            f" They held {percent(share)} of the weight in the references at the end; half-maps, FSC, signal power and "
+        )
+        text += "convergence of these refinements were those of the particles alone."
     moved = section(last["corefine"], "moved")
     if number(moved, "median_deg") is not None:
         text += f" In the last round particles turned by {moved['median_deg']:.2g}° (median)"
@@ -169,10 +175,9 @@ def _auxiliary(data: Data, cite: Citations) -> str:
         text += " Between rounds an outside program was run on each half-set's reference."
     local = parts.get("local") or {}
     if local:
-        text += f" Finally {local['kept']:,} particles with balanced views (at most {local.get('cap', 0):g} times "
-        text += "the median "
-        text += f"of a direction) were refined locally, within {settings.get('local_deg'):g}°, without auxiliary "
-        text += "ones; the "
+        text += f" Finally {local['kept']:,} particles with balanced views (at most {local.get('cap', 0):g} of a "
+        text += f"direction in each half-set) were refined locally, within {settings.get('local_deg'):g}°, "
+        text += "without auxiliary ones; the "
         text += f"other {local['dropped']:,} particles are not in the final maps."
     return text
 
