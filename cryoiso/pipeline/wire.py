@@ -39,7 +39,7 @@ def require_engine(job: Job) -> None:
         from cryoiso.engines.relion.extra import extra_words
         from cryoiso.engines.relion.install import find_relion
 
-        extra_words(job.relion.extra, correction=correction(job) is not None or job.relion.tau2 != "relion")
+        extra_words(job.relion.extra, correction=correction(job) is not None)
         launch(job.relion, find_relion(job.relion.program))
 
 

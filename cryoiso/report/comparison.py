@@ -13,6 +13,8 @@ from cryoiso.report.words import number, percent, section
 MAP_NAMES = ("map_weighted.mrc", "map.mrc")
 """What is shown of a folder: the first of these that is there."""
 _SETTINGS = ("particles", "reference", "sample", "micelle", "refine", "auxiliary", "realign", "correct", "reconstruct")
+_ONLY_IN = {"auxiliary": ("auxiliary", "both"), "realign": ("realign", "both"), "correct": ("realign", "both")}
+"""Sections that matter in these workflows alone."""
 _OF_THE_RUN = ("workflow", "seed")
 
 
@@ -50,8 +52,11 @@ def other_map(folder: Path) -> DensityMap | None:
 
 def differences(before: dict[str, Any], this: dict[str, Any]) -> list[dict[str, Any]]:
     """Settings of two jobs that differ: ``key`` (section.name), ``before``, ``this``; None for a key that is absent."""
+    workflows = {section(job, "run").get("workflow", "refine") for job in (before, this)}
     found = []
     for name in (*_SETTINGS, "run"):
+        if name in _ONLY_IN and not workflows & set(_ONLY_IN[name]):
+            continue
         one, two = section(before, name), section(this, name)
         for key in dict.fromkeys((*one, *two)):
             if (name != "run" or key in _OF_THE_RUN) and one.get(key) != two.get(key):
@@ -84,7 +89,7 @@ def plain_sentences(data: dict[str, Any]) -> list[str]:
     known = all(section(d, "pose_errors") and section(d, "map_to_truth") for d in (old, new))
     if not data.get("comparison") or not known:
         return []
-    return [_views_sentence(new), _run_sentence("Before", old), _run_sentence("In this run", new), *_gap(old, new),
+    return [_views_sentence(new), _run_sentence("Before,", old), _run_sentence("In this run,", new), *_gap(old, new),
             *_half_maps(old, new)]  # fmt: skip
 
 
@@ -103,36 +108,40 @@ def _run_sentence(when: str, d: dict[str, Any]) -> str:
     text += " got a wrong view (by more than 20°)"
     if number(e, "fraction_opposite") is not None:
         text += f", {percent(e['fraction_opposite'])} of all the one from the opposite end"
-    return text + f"; the map is right to {_reach(m)}."
+    return text + f"; the map is right to {m['resolution_05_A']:.1f} Å{_along(m)}."
 
 
-def _reach(m: dict[str, Any]) -> str:
-    text = f"{m['resolution_05_A']:.1f} Å"
-    if number(m, "axial_A") is not None:
-        text += f", along the axis to {m['axial_A']:.1f} Å"
-    return text
+def _along(m: dict[str, Any]) -> str:
+    """How well the map agrees along the axis: the mean FSC there, which does not hang on one shell."""
+    area = number(m, "axial_area")
+    return "" if area is None else f", and its detail along the axis agrees with the truth to {percent(area, 0)}"
 
 
 def _gap(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ideal = section(new, "true_poses")
     if number(ideal, "resolution_05_A") is None:
         return []
-    text = f"The same images with their true views give a map that is right to {_reach(ideal)}"
+    text = f"With their true views the same images give a map that is right to {ideal['resolution_05_A']:.1f} Å"
+    if number(ideal, "axial_area") is not None:
+        text += f" ({percent(ideal['axial_area'], 0)} along the axis)"
     parts = (section(old, "map_to_truth"), section(new, "map_to_truth"), ideal)
     areas = [number(part, "fsc_area") for part in parts]
     if any(a is None for a in areas):
         return [text + "."]
     before, this, best = (float(a or 0.0) for a in areas)
-    text += f"; the mean agreement with the truth (1 at most) is {before:.3f} before, {this:.3f} in this run and "
-    text += f"{best:.3f} with true views"
+    text += f"; in all directions the agreement is {percent(before)} before, {percent(this)} in this run and "
+    text += f"{percent(best)} with true views"
     if best <= before:
         return [text + ": wrong views cost nothing that could be regained."]
     share = (this - before) / (best - before)
     if share > 1:
         return [text + ": more than true views give, which is a sign of bias towards the reference."]
-    if share <= 0:
-        return [text + ": this run regains nothing of what wrong views cost."]
-    return [text + f": this run regains {percent(share, 0)} of what wrong views cost."]
+    gain = f"{percent(share, 0)} of" if share > 0 else "nothing of"
+    text += f": this run regains {gain} what wrong views cost"
+    along = [number(part, "axial_area") for part in (parts[1], ideal)]
+    if along[0] is not None and along[1] is not None and along[0] > along[1] + 0.02:
+        text += ", though what it has along the axis beyond the true views' map is a sign of bias towards the reference"
+    return [text + "."]
 
 
 def _half_maps(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -144,7 +144,29 @@ def _refinement(data: Data, cite: Citations) -> str:
         text += f", {count} iterations. Each half-set had a reference of its own {cite('gold')}"
         if joined := number(settings, "join_halves_A"):
             text += f"; only signal coarser than {joined:g} Å was shared, to keep both in one frame"
+        text += _uneven(settings)
     return text + (f". {symmetry} symmetry was imposed." if symmetry != "C1" else ". No symmetry was imposed.")
+
+
+def _uneven(settings: Data) -> str:
+    """How unevenly distributed views were treated; empty for a job of a version that had no settings for it."""
+    text = ""
+    if settings.get("regularisation") == "uneven":
+        text += ". The signal power that regularises the references follows from the half-map FSC and the noise of "
+        text += "coefficients that were measured unevenly often"
+    elif settings.get("regularisation") == "mean-weight":
+        text += ". The signal power that regularises the references follows from the half-map FSC and the mean weight "
+        text += "of a shell"
+    if settings.get("weighted_fsc"):
+        text += "; search radius and convergence follow an FSC that counts coefficients as they were measured"
+    axis, end = (number(settings, key) for key in ("view_axis_floor", "view_polarity_floor"))
+    if settings.get("view_density") and axis is not None and end is not None and min(axis, end) < 1:
+        text += ". The density of views was learned in each half-set from the posteriors, and its logarithm was part "
+        text += f"of every score (with {percent(axis, 0)} even views mixed into how often an axis is seen, and "
+        text += f"{percent(end, 0)} into from which end)"
+    if settings.get("reference_uncertainty"):
+        text += ". The likelihood took into account how well each coefficient of the reference was measured"
+    return text
 
 
 def _auxiliary(data: Data, cite: Citations) -> str:

@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from cryoiso.report.words import Entry, number, numbers_of, section
+from cryoiso.report.words import Entry, number, numbers_of, percent, section
 
 CAPTION = (
     "Density of views as the refinement learned it from the posteriors, over that of even views; each half-set learned "
     "its own, and both should look alike. Views from the two ends of an axis stand in the same place of the two discs."
 )
 TOP_COSINE = float(np.cos(np.radians(36)))
+LEAST = 0.01
+"""Densities below this are alike."""
 
 
 def learned(data: dict[str, Any]) -> dict[str, Any]:
-    """``cells`` of each ring, ``half1`` and ``half2`` (cells,) densities, ``axial``, ``polarity``, ``floor``.
+    """``cells`` of each ring, ``half1`` and ``half2`` (cells,) densities, ``used``, ``axis_floor``, ``polarity_floor``.
 
     Empty where the refinement wrote none, or none of as many cells as its step makes.
     """
@@ -30,10 +32,11 @@ def learned(data: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"cells": grid.cells}
     for half in ("half1", "half2"):
         values = numbers_of(part, half)
-        if len(values) != len(grid) or any(v is None or not v > 0 for v in values):
+        if len(values) != len(grid) or any(v is None or not v >= 0 for v in values):
             return {}
         found[half] = np.array(values, np.float64)
-    return {**found, **{key: number(part, key) for key in ("axial", "polarity", "floor", "kernel_deg")}}
+    found |= {key: number(part, key) for key in ("axis_floor", "polarity_floor")}
+    return {**found, "used": part.get("used") is not False}
 
 
 def sentences(data: dict[str, Any]) -> list[str]:
@@ -51,21 +54,21 @@ def sentences(data: dict[str, Any]) -> list[str]:
     top = float(mean[np.abs(centres[:, 2]) > TOP_COSINE].sum() / mean.sum())
     text = f"The refinement learned the density of views: the fullest direction {mean[peak]:.1f} times as often as if "
     text += f"views were even, its opposite {opposite:.2f} times, {100 * top:.0f} % within 36° of z"
-    logs = np.log(part["half1"]), np.log(part["half2"])
+    logs = np.log(np.maximum(part["half1"], LEAST)), np.log(np.maximum(part["half2"], LEAST))
     if min(x.std() for x in logs) > 1e-9:
         text += f"; the two half-sets' densities correlate by {np.corrcoef(*logs)[0, 1]:.2f}"
-    used = section(section(data, "job"), "refine").get("view_density") is not False
-    return [text + _use(part["axial"] if used else 0.0, part["polarity"] if used else 0.0)]
+    return [text + _use(part)]
 
 
-def _use(axial: float | None, polarity: float | None) -> str:
-    if axial is None or polarity is None:
+def _use(part: dict[str, Any]) -> str:
+    axis, end = part["axis_floor"], part["polarity_floor"]
+    if axis is None or end is None:
         return "."
-    if not axial and not polarity:
-        return ". It had no weight in the search."
-    parts = [f"which axis is seen (weight {axial:g})"] * bool(axial)
-    parts += [f"from which end an axis is seen (weight {polarity:g})"] * bool(polarity)
-    return f". In the search it counts for {' and '.join(parts)}."
+    parts = [f"how often an axis is seen ({percent(axis, 0)} even views mixed in)"] * (axis < 1)
+    parts += [f"from which end it is seen ({percent(end, 0)})"] * (end < 1)
+    if not part["used"] or not parts:
+        return ". The search made no use of it."
+    return f". The search made use of {' and '.join(parts)}."
 
 
 def entries(data: dict[str, Any]) -> list[Entry]:
