@@ -1,10 +1,10 @@
 """Real RELION with the correction in its loop: `cryoiso refine` and `cryoiso realign` with `--engine relion`.
 
 Each set (C3, 48 px, 90 % of the views from the top; see ../shared/relion_bench/README.md) is refined from the true map
-low-passed at 40 Å four times: by RELION alone; with the anisotropy correction in its external-reconstruct callback;
-with auxiliary particles refined together with the raw ones; and with both. In all rows the raw particles alone are
-scored, and reconstructed with the poses found by `cryoiso reconstruct`. As in that folder RELION's sampling is capped
-at 8 degrees (oversampled; 15 before), so the correction works from 15 degrees on.
+low-passed at 40 Å five times: by RELION alone; with our tau^2 in the place of its own; with the anisotropy correction
+in its external-reconstruct callback; with auxiliary particles refined together with the raw ones; and with both. In
+all rows the raw particles alone are scored, and reconstructed with the poses found by `cryoiso reconstruct`. As in that
+folder RELION's sampling is capped at 8 degrees (oversampled; 15 before), so the correction works from 15 degrees on.
 
     python benchmarks/realign_relion.py [--sets f1_pref,c12_pref] [--rows relion,corrected,auxiliary,both] [--ranks 2]
 """
@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import harness
 from benchmarks.relion_auxiliary import DIAMETER_A, LOWPASS_A, SYMMETRY, score_by_row
 
-ROWS = ("relion", "corrected", "auxiliary", "both")
+ROWS = ("relion", "uneven", "corrected", "auxiliary", "both")
 WORDS = {
-    "relion": "RELION alone", "corrected": "+ correction in its loop", "auxiliary": "+ auxiliary particles",
+    "relion": "RELION alone", "uneven": "RELION alone, `tau2 = uneven`", "corrected": "+ correction in its loop",
+    "auxiliary": "+ auxiliary particles",
     "both": "+ auxiliary particles and correction",
 }  # fmt: skip
 NEVER = 0.001
@@ -55,7 +56,7 @@ def refine(row: str, bench: Path, name: str, work: Path, ranks: int) -> dict[str
     """One refinement, its costs and scores."""
     star, out = bench / "sets" / name / "parts.star", work / row
     shutil.rmtree(out, ignore_errors=True)
-    command = "refine" if row == "relion" else "realign"
+    command = "refine" if row in ("relion", "uneven") else "realign"
     options = [
         "--ref", bench / "sets" / name / "signal_map.mrc", "--out", out, "--symmetry", SYMMETRY, "--project", bench,
         "--diameter", DIAMETER_A, "--lowpass", LOWPASS_A, "--engine", "relion", "--shift-range", 7, "--invert", "no",
@@ -63,7 +64,9 @@ def refine(row: str, bench: Path, name: str, work: Path, ranks: int) -> dict[str
     ]  # fmt: skip
     if row in ("auxiliary", "both"):
         options += ["--auxiliary", auxiliaries(bench, name, work)]
-    if row != "relion":
+    if row == "uneven":
+        options += ["--relion", "tau2=uneven"]
+    if row not in ("relion", "uneven"):
         options += ["--start-step", NEVER if row == "auxiliary" else 15]
     mpirun = Path(sys.executable).parent / "mpirun"
     launcher = [mpirun if mpirun.exists() else "mpirun", "-n", ranks] if ranks > 1 else []

@@ -24,7 +24,7 @@ FEATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "regularisation": {"regularisation": ("mean-weight", "uneven")},
     "weighted fsc": {"weighted_fsc": (False, True)},
     "view polarity": {"view_density": (False, True)},
-    "view density": {"view_density": (False, True), "view_axis_floor": (1.0, 0.5)},
+    "view density": {"view_density": (False, True), "view_axis_odds": (1.0, 4.0)},
     "later stop": {"stalled_iterations": (1, 3)},
     "reference uncertainty": {"reference_uncertainty": (False, True)},
 }

@@ -109,8 +109,8 @@ def test_any_key_of_the_refinement_is_an_option(command, monkeypatch, tmp_path):
         monkeypatch.setattr(module, name, lambda job, *a, **k: seen.append(job.refine))
     words = [command, "a.star", "--ref", "a.mrc", "--out", str(tmp_path), "--refine", "view_density=false"]
     app = get_command(build_app())
-    app.main([*words, "--refine", "view_axis_floor=0.25"], standalone_mode=False)
-    assert seen[0].view_density is False and seen[0].view_axis_floor == 0.25 and seen[0].weighted_fsc is True
+    app.main([*words, "--refine", "view_axis_odds=2"], standalone_mode=False)
+    assert seen[0].view_density is False and seen[0].view_axis_odds == 2 and seen[0].weighted_fsc is True
     done = cryoiso(*words, "--refine", "no_such_key=1")
     assert done.returncode == EXIT_USAGE and "unknown key 'refine.no_such_key'" in done.stderr
 

@@ -245,13 +245,15 @@ def test_a_plain_refinement_claims_nothing_else():
 
 def test_uneven_views_are_told_with_what_was_done_about_them():
     on = {"refine_regularisation": "uneven", "refine_weighted_fsc": True, "refine_view_density": True,
-          "refine_view_axis_floor": 0.25, "refine_view_polarity_floor": 0.1,
+          "refine_view_axis_odds": 4.0, "refine_view_polarity_floor": 0.1,
           "refine_reference_uncertainty": True}  # fmt: skip
     text = methods(facts("refine", job=on))
     assert "measured unevenly often; search radius and convergence follow an FSC that counts coefficients" in text
-    assert "(with 25 % even views mixed into how often an axis is seen, and 10 % into from which end)" in text
+    assert (
+        "(one axis favoured over another 4 times at most, and 10 % even views mixed into from which end it is" in text
+    )
     assert "how well each coefficient of the reference was measured" in text
-    off = {**dict.fromkeys(on, False), "refine_regularisation": "mean-weight", "refine_view_axis_floor": 0.25}
+    off = {**dict.fromkeys(on, False), "refine_regularisation": "mean-weight", "refine_view_axis_odds": 4.0}
     text = methods(facts("refine", job={**off, "refine_view_polarity_floor": 0.1}))
     assert "the mean weight of a shell. C3 symmetry" in text
     assert not re.search("search radius|density of views|how well each", text)

@@ -82,23 +82,23 @@ def test_even_views_have_no_prior():
     rotation = random_rotations(np.random.default_rng(2), 20000)
     smooth = density(counts_of(rotation), "C1", 10.0)
     assert np.abs(smooth - 1).max() < 0.15 and np.abs(smooth - 1).mean() < 0.04
-    assert np.array_equal(log_prior(np.ones(CELLS), axis_floor=0.5, polarity_floor=0.1), np.zeros(CELLS))
+    assert np.array_equal(log_prior(np.ones(CELLS), axis_odds=4.0, polarity_floor=0.1), np.zeros(CELLS))
 
 
 def test_axial_factor_and_polarity():
     smooth = density(counts_of(top_views()), "C1", 10.0)
     mixed = 0.9 * smooth + 0.1
-    np.testing.assert_allclose(log_prior(smooth, axis_floor=0.1, polarity_floor=0.1), np.log(mixed), atol=1e-12)
-    pole = log_prior(smooth, axis_floor=1.0, polarity_floor=0.1)
+    np.testing.assert_allclose(log_prior(mixed, axis_odds=1e9, polarity_floor=1e-12), np.log(mixed), atol=1e-9)
+    pole = log_prior(smooth, axis_odds=1.0, polarity_floor=0.1)
     top, bottom, side = (view_grid().index(np.array([v])).item() for v in ((0, 0, 1.0), (0, 0, -1.0), (1.0, 0, 0)))
     # the odds of the two ends of an axis are those of the density; they add up to those of even views
     assert pole[top] - pole[bottom] == pytest.approx(np.log(mixed[top] / mixed[bottom]), abs=2e-2)
     assert np.exp(pole[top]) + np.exp(pole[bottom]) == pytest.approx(2.0, abs=1e-3)
     # a rare axis is as likely as a frequent one: no more than log 2 apart, where the density says log 40 or so
     assert abs(pole[side]) < 0.4 and np.log(mixed[top] / mixed[side]) > 3
-    axis = log_prior(smooth, axis_floor=0.5, polarity_floor=1.0)
-    assert axis[top] == pytest.approx(axis[bottom], abs=2e-2) and axis.min() >= np.log(0.5)
-    assert axis[top] == pytest.approx(np.log(0.25 * (smooth[top] + smooth[bottom]) + 0.5), abs=2e-2)
+    axis = log_prior(smooth, axis_odds=4.0, polarity_floor=1.0)
+    assert axis[top] == pytest.approx(np.log(2)) == axis[bottom] and axis[side] == pytest.approx(-np.log(2))
+    assert np.ptp(axis) == pytest.approx(np.log(4))
 
 
 def test_the_search_heeds_the_prior():
@@ -123,4 +123,4 @@ def test_facts_for_the_report():
     facts = density_facts(counts, "C3", RefineSection())
     assert len(facts["half1"]) == len(facts["half2"]) == CELLS
     assert np.mean(facts["half1"]) == pytest.approx(1.0, abs=1e-3)
-    assert {"step_deg", "kernel_deg", "axis_floor", "polarity_floor"} <= set(facts) and facts["used"] is True
+    assert {"step_deg", "kernel_deg", "axis_odds", "polarity_floor"} <= set(facts) and facts["used"] is True

@@ -128,7 +128,7 @@ def density(grid: ViewGrid, peak: float) -> list[float]:
 def test_the_learned_density_of_views_is_said_and_drawn(runs):
     _, new = runs
     grid = ViewGrid.with_step(STEP_DEG)
-    part = {"step_deg": STEP_DEG, "kernel_deg": 10, "used": True, "axis_floor": 0.5, "polarity_floor": 0.1,
+    part = {"step_deg": STEP_DEG, "kernel_deg": 10, "used": True, "axis_odds": 4.0, "polarity_floor": 0.1,
             "half1": density(grid, 12.0), "half2": density(grid, 8.0)}  # fmt: skip
     rows = [{"iteration": i, "resolution_A": r} for i, r in ((1, 30.0), (2, 20.0))]
     (new / "03_refine").mkdir()
@@ -145,8 +145,8 @@ def test_the_learned_density_of_views_is_said_and_drawn(runs):
     assert f"{100 * mean[top].sum() / mean.sum():.0f} % within 36°" in said
     assert "correlate by 1.00" in said
     assert said.endswith(
-        "The search made use of how often an axis is seen (50 % even views mixed in) and from which end it is seen "
-        "(10 %)."
+        "The search made use of how often an axis is seen (favoured 4 times at most) and from which end it is seen "
+        "(10 % even views mixed in)."
     )
     rows = [{**row, "resolution_weighted_A": row["resolution_A"] - 3, "cfar": 0.2} for row in rows]
     file.write_text(json.dumps({"iterations": rows, "view_density": part}))
@@ -158,7 +158,7 @@ def test_a_density_that_is_none_is_left_out(change):
     grid = ViewGrid.with_step(STEP_DEG)
     part = {
         "step_deg": STEP_DEG,
-        "axis_floor": 1.0,
+        "axis_odds": 1.0,
         "polarity_floor": 0.1,
         "half1": [1.0] * len(grid),
         "half2": [1.0] * len(grid),

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from cryoiso.cli.options import option
+from cryoiso.core.config import RelionSection as R
+
 
 def relion(
     star: Annotated[Path, typer.Argument(metavar="STAR", help="RELION's ..._external_reconstruct.star.")],
@@ -20,6 +23,7 @@ def relion(
     desk: Annotated[
         Path | None, typer.Option(help="File that says where the ranks of a run wait; they do the work.")
     ] = None,
+    tau2: Annotated[str | None, option(R, "tau2")] = None,
     wait: Annotated[float, typer.Option(help="Longest wait for the other half, in minutes.", min=0.1)] = 720.0,
 ) -> None:
     """Do the reconstruction that 'relion_refine --external_reconstruct' asks for.
@@ -35,4 +39,4 @@ def relion(
         return
     from cryoiso.pipeline.hook import correct_for_relion
 
-    correct_for_relion(star, job, limit_s=60.0 * wait)
+    correct_for_relion(star, job, tau2=tau2, limit_s=60.0 * wait)

@@ -84,9 +84,10 @@ class RefineSection(_Section):
     view_density: bool = Field(
         True, description="learn the density of views from the posteriors and search with it as a prior"
     )
-    view_axis_floor: float = Field(
-        0.5, gt=0, le=1,
-        description="share of even views in the learned density of axes: how often an axis is seen; 1 switches it off",
+    view_axis_odds: float = Field(
+        4.0, ge=1,
+        description="most that the learned density of views favours one axis over another, from whichever end they are "
+        "seen; 1 switches it off",
     )
     view_polarity_floor: float = Field(
         0.1, gt=0, le=1,
@@ -268,6 +269,11 @@ class RelionSection(_Section):
     offset_range_px: float | None = Field(None, gt=0, description="shift search range (default: from shift_range_A)")
     offset_step_px: float = Field(1.0, gt=0, description="shift search step")
     auto_local_order: int = Field(4, ge=2, le=6, description="HEALPix order from which RELION searches locally")
+    tau2: Literal["relion", "uneven"] = Field(
+        "relion",
+        description="signal power that regularises the references: relion: RELION's own, from the mean weight; uneven: "
+        "from the noise that the FSC of unevenly measured directions sees (every iteration goes through our callback)",
+    )
     extra: str = Field("", description="further arguments of relion_refine, as on a command line")
     timeout_min: float = Field(
         0.0, ge=0, description="stop with an error if RELION writes nothing for so long (minutes); 0: wait for ever"

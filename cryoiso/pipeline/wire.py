@@ -39,7 +39,7 @@ def require_engine(job: Job) -> None:
         from cryoiso.engines.relion.extra import extra_words
         from cryoiso.engines.relion.install import find_relion
 
-        extra_words(job.relion.extra, correction=correction(job) is not None)
+        extra_words(job.relion.extra, correction=correction(job) is not None or job.relion.tau2 != "relion")
         launch(job.relion, find_relion(job.relion.program))
 
 

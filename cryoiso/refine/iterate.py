@@ -172,8 +172,8 @@ class Refinement:
         if not model.views or not s.view_density:
             return None
         smooth = density(model.views[half], self.request.symmetry, s.view_kernel_deg)
-        floors = {"axis_floor": s.view_axis_floor, "polarity_floor": s.view_polarity_floor}
-        return ViewPrior.of(log_prior(smooth, **floors), self.device)
+        prior = log_prior(smooth, axis_odds=s.view_axis_odds, polarity_floor=s.view_polarity_floor)
+        return ViewPrior.of(prior, self.device)
 
     def _variance(self, model: Model, half: int) -> ReferenceVariance | None:
         if not model.error:

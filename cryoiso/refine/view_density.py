@@ -5,10 +5,10 @@ or to a direction that no particle shows; the odds of the set itself settle most
 maximisation: the posterior weights of one iteration, counted on cells of equal area, are the next one's density, with a
 floor of even views (pseudo-counts of a Dirichlet prior) that keeps rare views possible.
 
-A density is a product of two factors with floors of their own. The *axial* one, the mean of p(v) and p(-v), says how
-often an axis is seen; it draws rare views to frequent ones, so its floor is high. The *polarity*, p(v) over that mean,
-says from which of its two ends; projections along v and -v are mirror images, which noise mistakes for each other most
-easily, and it draws nothing from one axis to another.
+A density is a product of two factors. The *axial* one, the mean of p(v) and p(-v), says how often an axis is seen; it
+draws rare views to frequent ones, so the odds that it gives are bounded. The *polarity*, p(v) over that mean, says from
+which of its two ends; projections along v and -v are mirror images, which noise mistakes for each other most easily,
+and it draws nothing from one axis to another.
 """
 
 from __future__ import annotations
@@ -107,16 +107,17 @@ def density(counts: np.ndarray, symmetry: str, kernel_deg: float) -> np.ndarray:
     return smooth / smooth.mean()
 
 
-def log_prior(smooth: np.ndarray, *, axis_floor: float, polarity_floor: float) -> np.ndarray:
+def log_prior(smooth: np.ndarray, *, axis_odds: float, polarity_floor: float) -> np.ndarray:
     """(P,) log of the axial factor times the polarity; 0 for even views.
 
     Args:
         smooth: (P,) density over that of even views.
-        axis_floor, polarity_floor: shares of even views mixed into the density of either; 1: the factor is 1. With
-            equal floors the product is the mixed density itself.
+        axis_odds: the axial factor is kept within its root and the inverse of that, so that no axis is favoured over
+            another by more; 1: it is 1.
+        polarity_floor: share of even views mixed into the density that the polarity is taken from; 1: it is 1.
     """
     opposite = smooth[_opposite()]
-    axial = (1 - axis_floor) * (smooth + opposite) / 2 + axis_floor
+    axial = np.clip((smooth + opposite) / 2, axis_odds**-0.5, axis_odds**0.5)
     here, there = ((1 - polarity_floor) * s + polarity_floor for s in (smooth, opposite))
     return np.log(axial) + np.log(2 * here / (here + there))
 
@@ -125,7 +126,7 @@ def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: Refine
     """Densities of the half-sets, over that of even views, of each cell of ``view_grid``: plain values."""
     s = settings
     facts: dict[str, Any] = {"step_deg": STEP_DEG, "kernel_deg": s.view_kernel_deg, "used": s.view_density}
-    facts |= {"axis_floor": s.view_axis_floor, "polarity_floor": s.view_polarity_floor}
+    facts |= {"axis_odds": s.view_axis_odds, "polarity_floor": s.view_polarity_floor}
     for half, values in counts.items():
         facts[f"half{half}"] = [round(float(v), 4) for v in density(values, symmetry, s.view_kernel_deg)]
     return facts

@@ -159,11 +159,13 @@ def _uneven(settings: Data) -> str:
         text += "of a shell"
     if settings.get("weighted_fsc"):
         text += "; search radius and convergence follow an FSC that counts coefficients as they were measured"
-    axis, end = (number(settings, key) for key in ("view_axis_floor", "view_polarity_floor"))
-    if settings.get("view_density") and axis is not None and end is not None and min(axis, end) < 1:
+    axis, end = (number(settings, key) for key in ("view_axis_odds", "view_polarity_floor"))
+    if settings.get("view_density") and axis is not None and end is not None and (axis > 1 or end < 1):
         text += ". The density of views was learned in each half-set from the posteriors, and its logarithm was part "
-        text += f"of every score (with {percent(axis, 0)} even views mixed into how often an axis is seen, and "
-        text += f"{percent(end, 0)} into from which end)"
+        text += (
+            f"of every score (one axis favoured over another {axis:g} times at most, and {percent(end, 0)} even views "
+        )
+        text += "mixed into from which end it is seen)"
     if settings.get("reference_uncertainty"):
         text += ". The likelihood took into account how well each coefficient of the reference was measured"
     return text

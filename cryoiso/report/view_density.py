@@ -18,7 +18,7 @@ LEAST = 0.01
 
 
 def learned(data: dict[str, Any]) -> dict[str, Any]:
-    """``cells`` of each ring, ``half1`` and ``half2`` (cells,) densities, ``used``, ``axis_floor``, ``polarity_floor``.
+    """``cells`` of each ring, ``half1`` and ``half2`` (cells,) densities, ``used``, ``axis_odds``, ``polarity_floor``.
 
     Empty where the refinement wrote none, or none of as many cells as its step makes.
     """
@@ -35,7 +35,7 @@ def learned(data: dict[str, Any]) -> dict[str, Any]:
         if len(values) != len(grid) or any(v is None or not v >= 0 for v in values):
             return {}
         found[half] = np.array(values, np.float64)
-    found |= {key: number(part, key) for key in ("axis_floor", "polarity_floor")}
+    found |= {key: number(part, key) for key in ("axis_odds", "polarity_floor")}
     return {**found, "used": part.get("used") is not False}
 
 
@@ -61,11 +61,11 @@ def sentences(data: dict[str, Any]) -> list[str]:
 
 
 def _use(part: dict[str, Any]) -> str:
-    axis, end = part["axis_floor"], part["polarity_floor"]
+    axis, end = part["axis_odds"], part["polarity_floor"]
     if axis is None or end is None:
         return "."
-    parts = [f"how often an axis is seen ({percent(axis, 0)} even views mixed in)"] * (axis < 1)
-    parts += [f"from which end it is seen ({percent(end, 0)})"] * (end < 1)
+    parts = [f"how often an axis is seen (favoured {axis:g} times at most)"] * (axis > 1)
+    parts += [f"from which end it is seen ({percent(end, 0)} even views mixed in)"] * (end < 1)
     if not part["used"] or not parts:
         return ". The search made no use of it."
     return f". The search made use of {' and '.join(parts)}."

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.engines.relion.external import Task, read_task, uses_iterations
 from cryoiso.engines.relion.files import HALVES, SUFFIX, read_model, read_optimiser, read_sampling
-from cryoiso.engines.relion.serve import Setting, corrected, half_maps, maps_of, write_result
+from cryoiso.engines.relion.serve import Setting, corrected, half_maps, maps_of, regularisation, write_result
 from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
 from cryoiso.parallel.context import Context
@@ -36,7 +37,12 @@ WARN_AFTER_S = 120.0
 
 
 def reconstruct_alone(
-    star: Path, folder: Path, correction: ReferenceCorrection | None, *, limit_s: float = 12 * 3600.0
+    star: Path,
+    folder: Path,
+    correction: ReferenceCorrection | None,
+    *,
+    tau2: str = "relion",
+    limit_s: float = 12 * 3600.0,
 ) -> dict[str, Any]:
     """Makes what RELION waits for in this process alone, or in this and that of the other half.
 
@@ -44,6 +50,7 @@ def reconstruct_alone(
         star: RELION's ``..._external_reconstruct.star``.
         folder: where RELION runs.
         correction: of the references; None: RELION's own reconstruction.
+        tau2: whose signal power regularises: "relion" or "uneven".
         limit_s: how long to wait for the other half.
 
     Returns:
@@ -55,10 +62,12 @@ def reconstruct_alone(
     """
     task = read_task(star, folder)
     setting, step_deg = _surroundings(task, folder, correction)
+    setting = replace(setting, tau2=tau2)
     ranks = Context()
     if correction is None or task.name.half is None:
-        write_result(task, maps_of(task, setting, ranks, ("references",))["references"], setting)
-        return {"applied": False}
+        made = maps_of(task, setting, ranks, ("references",))
+        write_result(task, made["references"], setting)
+        return {"applied": False, **regularisation({task.name.half or 0: task}, {task.name.half or 0: made})}
     setting.folder.mkdir(exist_ok=True)
     own = maps_of(task, setting, ranks, ("maps", "references"))
     meeting = _Meeting(task, limit_s)
@@ -80,6 +89,7 @@ def _correct_both(
         made = {1: own, 2: {kind: file[kind] for kind in own}}
     state: HalfMaps = half_maps({1: meeting.task, 2: other}, made, step_deg, setting)
     references, facts = corrected(state, setting.correction, ranks)
+    facts |= regularisation({1: meeting.task, 2: other}, made)
     for half, task in ((1, meeting.task), (2, other)):
         write_result(task, references[half], setting)
     meeting.say("done")

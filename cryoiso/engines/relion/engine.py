@@ -1,7 +1,7 @@
 """RELION as an engine: particles and reference into its files, its auto-refinement, and its result out of them.
 
-RELION runs in ``request.folder/relion``. Where a correction is wanted, its external-reconstruct callback comes to the
-ranks that wait (``supervise``, ``serve``); otherwise RELION is left alone.
+RELION runs in ``request.folder/relion``. Where a correction is wanted, or another regularisation than its own, its
+external-reconstruct callback comes to the ranks that wait (``supervise``, ``serve``); otherwise RELION is left alone.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _Refinement:
         self.own = request.half_references is not None
         self.first = 2 if self.own else 1
         """number of the first iteration, see ``_place_half_references``"""
-        self.search = _search(request)
+        self.search = _search(request, self.section)
 
     def whole(self) -> RefineResult:
         comm, request = self.comm, self.request
@@ -193,8 +193,8 @@ class _Refinement:
 
     def _not_called(self, iteration: int) -> CryoisoError:
         return CryoisoError(
-            f"RELION {self.relion.version} ended iteration {iteration} without calling for the correction of its "
-            f"references, so they were not corrected. See {self.folder / 'run.log'}: does it know "
+            f"RELION {self.relion.version} ended iteration {iteration} without calling for the correction or "
+            f"regularisation of its references, so they stayed RELION's. See {self.folder / 'run.log'}: does it know "
             f"--external_reconstruct, and does {VARIABLE} reach all its processes (relion.launcher)?"
         )
 
@@ -250,6 +250,7 @@ class _Refinement:
             iterative=False,
             mask=None if request.mask is None else request.mask.data,
             initial={half: own[half].data for half in HALVES},
+            tau2=self.section.tau2,
         )
 
     def _step_of(self, iteration: int) -> float | None:
@@ -288,7 +289,7 @@ def _announce(command: list[str]) -> None:
     logger.info("starting RELION: %s", commands.shown(command))
 
 
-def _search(request: RefineRequest) -> commands.Search:
+def _search(request: RefineRequest, section: RelionSection) -> commands.Search:
     source, reference = request.source, request.reference
     own = request.half_references is not None
     return commands.Search(
@@ -304,7 +305,7 @@ def _search(request: RefineRequest) -> commands.Search:
         mask=MASK if request.mask is not None else "",
         local_deg=request.local_deg,
         on_scale=own,
-        callback=request.correction is not None,
+        callback=request.correction is not None or section.tau2 != "relion",
         three_dimensional=isinstance(source, SubtomogramSource),
         ctf=not isinstance(source, SubtomogramSource) or source.has_ctf,
         phase_flipped=all_flipped(source.particles),

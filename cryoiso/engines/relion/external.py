@@ -54,7 +54,7 @@ class Task:
     weight: Path
     result: Path
     tau2: np.ndarray
-    """(D//2+1,) prior's power, times RELION's tau2_fudge"""
+    """(D//2+1,) prior's power, times ``fudge``"""
     fsc: np.ndarray
     """(D//2+1,)"""
     padding: float
@@ -63,6 +63,8 @@ class Task:
     """Data reach to this size's Nyquist."""
     pixel_size_A: float | None
     """from version 5 on"""
+    fudge: float = 1.0
+    """RELION's tau2_fudge"""
 
     @property
     def arrays(self) -> tuple[Path, Path, Path]:
@@ -110,6 +112,7 @@ def read_task(star: Path, folder: Path) -> Task:
         box_px=box,
         current_px=table.integer(GENERAL, "rlnCurrentImageSize", 1, box),
         pixel_size_A=table.number(GENERAL, "rlnPixelSize") if table.has(GENERAL, "rlnPixelSize") else None,
+        fudge=fudge,
     )
 
 

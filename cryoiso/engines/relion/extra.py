@@ -59,7 +59,7 @@ UNFIT = {
 
 UNFIT_WITH_CORRECTION = {
     "--blush": "RELION then reconstructs with Blush and never calls the correction",
-    "--sequential_halves_recons": "RELION then reconstructs half 2 after half 1, and the correction needs both at the "
+    "--sequential_halves_recons": "RELION then reconstructs half 2 after half 1, and the callback needs both at the "
     "same time: each would wait for the other",
 }
 
@@ -69,7 +69,7 @@ def extra_words(extra: str, *, correction: bool) -> list[str]:
 
     Args:
         extra: as on a command line.
-        correction: whether references are corrected between the iterations.
+        correction: whether references are corrected between the iterations, or regularised in another way.
 
     Raises:
         UsageError: no list of arguments, or an option that cannot be used here.
@@ -87,7 +87,7 @@ def extra_words(extra: str, *, correction: bool) -> list[str]:
             raise UsageError(f"relion.extra: {option} cannot be used: {UNFIT[option]}")
         if correction and option in UNFIT_WITH_CORRECTION:
             raise UsageError(
-                f"relion.extra: {option} cannot be used together with a correction of the references: "
-                f"{UNFIT_WITH_CORRECTION[option]}. Remove it, or refine without the correction."
+                f"relion.extra: {option} cannot be used together with a correction of the references, or with "
+                f"relion.tau2 = uneven: {UNFIT_WITH_CORRECTION[option]}. Remove it, or refine without these."
             )
     return words

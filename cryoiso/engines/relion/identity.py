@@ -24,6 +24,8 @@ def identity_of(request: RefineRequest, section: RelionSection, diameter_A: floa
         "offset_step_px": section.offset_step_px, "images": section.images,
         "extra": " ".join(deciding(section.extra)),
     }  # fmt: skip
+    if section.tau2 != "relion":  # runs begun without it can go on
+        program["tau2"] = section.tau2
     return {**of_request(request, diameter_A, ordered=True), "relion": program}
 
 

@@ -15,6 +15,7 @@ from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.engines.relion import external
 from cryoiso.engines.relion.external import Task
 from cryoiso.engines.relion.files import HALVES
+from cryoiso.engines.relion.tau2 import ratio, with_uneven_tau2
 from cryoiso.io.mrc import write_map
 from cryoiso.metrics.fsc import resolution_at
 from cryoiso.parallel.abort import agree
@@ -39,6 +40,8 @@ class Setting:
     """how to divide, see ``external``"""
     mask: np.ndarray | None = None
     initial: dict[int, np.ndarray] | None = None
+    tau2: str = "relion"
+    """whose signal power regularises: "relion" or "uneven" (``tau2``)"""
 
 
 def serve(tasks: dict[int | None, Task], step_deg: float, setting: Setting, comm: Context) -> dict[str, Any] | None:
@@ -60,8 +63,10 @@ def serve(tasks: dict[int | None, Task], step_deg: float, setting: Setting, comm
         made = on_one(comm, 0, lambda: maps_of(joined, setting, comm, ("references",)))
         on_one(comm, 0, lambda: write_result(joined, made["references"], setting))
         return None
-    state = _state({half: tasks[half] for half in HALVES}, step_deg, setting, comm)
+    made = _both_halves({half: tasks[half] for half in HALVES}, setting, comm)
+    state = half_maps({half: tasks[half] for half in HALVES}, made, step_deg, setting)
     references, facts = corrected(state, setting.correction, comm)
+    facts |= regularisation({half: tasks[half] for half in HALVES}, made)
     for half in HALVES:
         on_one(
             comm, root_of_half(half, comm.size), lambda half=half: write_result(tasks[half], references[half], setting)
@@ -73,8 +78,8 @@ def serve(tasks: dict[int | None, Task], step_deg: float, setting: Setting, comm
     return facts
 
 
-def _state(tasks: dict[int, Task], step_deg: float, setting: Setting, comm: Context) -> HalfMaps:
-    """Both half-maps, each made on one rank and sent to all (collective)."""
+def _both_halves(tasks: dict[int, Task], setting: Setting, comm: Context) -> dict[int, dict[str, np.ndarray]]:
+    """Half -> what ``maps_of`` makes, each half's on one rank and sent to all (collective)."""
     made: dict[int, dict[str, np.ndarray]] = {}
     error: CryoisoError | None = None
     for half, task in tasks.items():
@@ -87,8 +92,15 @@ def _state(tasks: dict[int, Task], step_deg: float, setting: Setting, comm: Cont
     for half in HALVES:
         root = root_of_half(half, comm.size)
         mine = made.get(half, {})
-        made[half] = {kind: comm.bcast(mine.get(kind), root) for kind in KINDS}
-    return half_maps(tasks, made, step_deg, setting)
+        names = [*KINDS, "tau2"] if setting.tau2 == "uneven" else KINDS
+        made[half] = {name: comm.bcast(mine.get(name), root) for name in names}
+    return made
+
+
+def regularisation(tasks: dict[int, Task], made: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """What the record says of a signal power other than RELION's; nothing where it is RELION's."""
+    ours = {str(half): ratio(tasks[half], made[half]["tau2"]) for half in tasks if "tau2" in made[half]}
+    return {"tau2": "uneven", "tau2_over_relion": ours} if ours else {}
 
 
 def half_maps(
@@ -111,10 +123,13 @@ def half_maps(
 
 
 def maps_of(task: Task, setting: Setting, comm: Context, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """kind -> (D, D, D) float32: "maps" without, "references" with RELION's prior."""
+    """kind -> (D, D, D) float32: "maps" without, "references" with the prior; "tau2" -> (D//2+1,) its power, where it
+    is not RELION's."""
     device = _device(task, comm.device())
     arrays = external.read_arrays(task, device)
-    return {
+    if setting.tau2 == "uneven" and "references" in kinds:
+        task = with_uneven_tau2(task, arrays)
+    maps = {
         kind: external.reconstruct(
             task, arrays, regularised=kind == "references", iterative=setting.iterative, dimensions=setting.dimensions
         )
@@ -122,6 +137,7 @@ def maps_of(task: Task, setting: Setting, comm: Context, kinds: tuple[str, ...])
         .numpy()
         for kind in kinds
     }
+    return {**maps, "tau2": task.tau2} if setting.tau2 == "uneven" and "references" in kinds else maps
 
 
 def _device(task: Task, device: str) -> str:
