@@ -27,6 +27,8 @@ from cryoiso.physics.symmetry import point_group
 
 STEP_DEG = 4.0
 """Width of a cell: well below the kernel's."""
+STILL_EVEN = 1.25
+"""An axis whose density is up to this many times that of even views counts as any other."""
 COUNT_UNIT = 2.0**32
 """Posterior weights are counted in fixed point of this unit, exact in any order."""
 
@@ -112,12 +114,12 @@ def log_prior(smooth: np.ndarray, *, axis_odds: float, polarity_floor: float) ->
 
     Args:
         smooth: (P,) density over that of even views.
-        axis_odds: the axial factor is kept within its root and the inverse of that, so that no axis is favoured over
-            another by more; 1: it is 1.
+        axis_odds: no axis is favoured over another by more; 1: the axial factor is 1. Axes are favoured that are seen
+            more than STILL_EVEN times as often as even ones, so that chance favours none in an even set.
         polarity_floor: share of even views mixed into the density that the polarity is taken from; 1: it is 1.
     """
     opposite = smooth[_opposite()]
-    axial = np.clip((smooth + opposite) / 2, axis_odds**-0.5, axis_odds**0.5)
+    axial = np.clip((smooth + opposite) / 2 / STILL_EVEN, 1.0, axis_odds)
     here, there = ((1 - polarity_floor) * s + polarity_floor for s in (smooth, opposite))
     return np.log(axial) + np.log(2 * here / (here + there))
 
