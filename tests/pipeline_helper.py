@@ -120,6 +120,16 @@ def quick_reconstructor(source: Any, particles: Any, comm: Any, **options: Any) 
     return maps
 
 
+def quick_full_reconstructor(source: Any, particles: Any, comm: Any, mask_of: Any, **options: Any) -> Any:
+    """The same maps, and their mean for the weighted one."""
+    from cryoiso.refine.full_map import FullReconstruction
+
+    halves = quick_reconstructor(source, particles, comm)
+    mean = DensityMap((halves[1].data + halves[2].data) / 2, halves[1].pixel_size_A)
+    mask_of(mean)
+    return FullReconstruction(halves, mean, np.ones(source.box_px // 2 + 1))
+
+
 def quick_report(folder: Path) -> None:
     """A report that is made of the result alone."""
     write_text(folder / "report.html", hash_files(folder / "result")["map.mrc"])
@@ -131,6 +141,7 @@ def use_quick_parts(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(wire, "engine", lambda name: QuickEngine())
     monkeypatch.setattr(wire, "reconstructor", lambda: quick_reconstructor)
+    monkeypatch.setattr(wire, "full_reconstructor", lambda: quick_full_reconstructor)
     # numba's threads, after which a process cannot be forked; the check of the symmetry has tests of its own
     monkeypatch.setattr(reference, "require_symmetry", lambda *args, **options: None)
 

@@ -14,6 +14,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
 from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.context import Context
+from cryoiso.physics.fourier_sums import LEAST_WEIGHT
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.project import project
@@ -149,8 +150,11 @@ def test_relion_takes_flags_for_the_same_as_we_do(tmp_path, kind):
         option = ["--ctf_phase_flipped"] if source.particles.groups[0].phase_flipped else []
         theirs = relion_map(folder, "particles.star", "--subset", "1", *option)
         made.append((theirs, reconstruct_halves(source, source.particles, Context(), halves=(1,))[1].data))
+    # images are rounded to single precision, and where the CTF of all of them is next to zero the rounding is divided by a
+    # thousandth of a shell's mean weight at the least, by RELION as by us; how it rounds depends on the processor
+    bound = float(np.finfo(np.float32).eps) / LEAST_WEIGHT
     for untouched, changed in zip(*made, strict=True):
-        assert np.linalg.norm(changed - untouched) < 1e-5 * np.linalg.norm(untouched)
+        assert np.linalg.norm(changed - untouched) < bound * np.linalg.norm(untouched)
 
 
 @pytest.mark.relion

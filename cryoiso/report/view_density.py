@@ -24,7 +24,7 @@ def learned(data: dict[str, Any]) -> dict[str, Any]:
     """
     from cryoiso.metrics.orientation import ViewGrid
 
-    part = section(data["refine"], "view_density")
+    part = section(section(data, "refine"), "view_density")
     step = number(part, "step_deg")
     if step is None or not 1 <= step <= 90:
         return {}
