@@ -150,8 +150,8 @@ def test_relion_takes_flags_for_the_same_as_we_do(tmp_path, kind):
         option = ["--ctf_phase_flipped"] if source.particles.groups[0].phase_flipped else []
         theirs = relion_map(folder, "particles.star", "--subset", "1", *option)
         made.append((theirs, reconstruct_halves(source, source.particles, Context(), halves=(1,))[1].data))
-    # images are rounded to single precision, and where the CTF of all of them is next to zero the rounding is divided by a
-    # thousandth of a shell's mean weight at the least, by RELION as by us; how it rounds depends on the processor
+    # images are rounded to single precision; where the CTF of all is next to zero, RELION and we divide the rounding by
+    # a thousandth of a mean weight at the least; how it rounds depends on the processor
     bound = float(np.finfo(np.float32).eps) / LEAST_WEIGHT
     for untouched, changed in zip(*made, strict=True):
         assert np.linalg.norm(changed - untouched) < bound * np.linalg.norm(untouched)
