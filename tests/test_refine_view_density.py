@@ -22,7 +22,6 @@ from cryoiso.refine.view_density import (
     STILL_EVEN,
     ViewCounts,
     ViewPrior,
-    cell_centres,
     density,
     density_facts,
     log_prior,
@@ -51,7 +50,7 @@ def test_cells_are_those_of_the_grid():
     prior = ViewPrior.of(np.arange(CELLS))
     expected = view_grid().index(rotation[:, 2])
     assert np.mean(prior(tensor(rotation)).numpy() == expected) > 0.999  # float32 at a border may fall either way
-    assert np.array_equal(prior.index(tensor(cell_centres())).numpy(), np.arange(CELLS))
+    assert np.array_equal(prior.index(tensor(view_grid().centres())).numpy(), np.arange(CELLS))
 
 
 def test_counts_are_the_same_in_any_order_and_parts():
@@ -71,9 +70,9 @@ def test_density_is_smooth_and_symmetric(symmetry):
     smooth = density(counts_of(views), symmetry, 10.0)
     assert smooth.mean() == pytest.approx(1.0) and smooth.min() >= 0
     for operation in point_group(symmetry):
-        mates = view_grid().index(cell_centres() @ operation.T)
+        mates = view_grid().index(view_grid().centres() @ operation.T)
         assert np.abs(smooth[mates] - smooth).mean() < 0.02  # a cell's mate is not quite a cell
-    top = cell_centres()[:, 2] > np.cos(np.radians(20))
+    top = view_grid().centres()[:, 2] > np.cos(np.radians(20))
     share = np.mean(views[:, 2, 2] > np.cos(np.radians(20))) / top.mean() / (2 if symmetry == "D2" else 1)
     assert 0.7 * share < smooth[top].mean() < share  # the kernel spreads some of it
     assert np.array_equal(density(np.zeros(CELLS), symmetry, 10.0), np.ones(CELLS))
@@ -101,7 +100,7 @@ def test_axial_factor_and_polarity():
     # together they are the density itself where an axis is seen more often than even, but for what counts as even
     both = log_prior(smooth, axis_odds=1e9, polarity_floor=1e-9)
     assert both[top] == pytest.approx(np.log(smooth[top] / STILL_EVEN), abs=1e-6)
-    slightly = 1 + 0.2 * np.sin(5 * np.arctan2(cell_centres()[:, 1], cell_centres()[:, 0]))
+    slightly = 1 + 0.2 * np.sin(5 * np.arctan2(view_grid().centres()[:, 1], view_grid().centres()[:, 0]))
     assert not log_prior(slightly, axis_odds=4.0, polarity_floor=1.0).any()  # chance favours no axis of an even set
 
 
@@ -115,7 +114,7 @@ def test_the_search_heeds_the_prior():
     white = whiten(batch, np.ones((1, 17)))
     plan = schedule.search_plan(schedule.State(radius_px=6), settings, schedule.global_grid(1, "C1"), 32, 6.0, 100.0)
     volume = FourierVolume.from_volume(torch.as_tensor(truth.data), 2, 6)
-    upper = np.where(cell_centres()[:, 2] > 0.1, 0.0, -1e3)
+    upper = np.where(view_grid().centres()[:, 2] > 0.1, 0.0, -1e3)
     even = Searcher(plan, volume).search(batch, white).best_rotation[:, 2, 2]
     told = Searcher(plan, volume, ViewPrior.of(upper)).search(batch, white)
     assert 0.2 < float((even > 0).float().mean()) < 0.8

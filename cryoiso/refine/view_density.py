@@ -135,24 +135,14 @@ def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: Refine
 
 
 @lru_cache(maxsize=2)
-def cell_centres() -> np.ndarray:
-    """(P, 3) unit vectors."""
-    border = view_grid().borders()
-    z = border[:, 2:].mean(1)
-    azimuth = np.radians(border[:, :2].mean(1))
-    r = np.sqrt(1 - z**2)
-    return np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)
-
-
-@lru_cache(maxsize=2)
 def _opposite() -> np.ndarray:
-    return view_grid().index(-cell_centres())
+    return view_grid().index(-view_grid().centres())
 
 
 @lru_cache(maxsize=2)
 def _kernel(symmetry: str, kernel_deg: float) -> np.ndarray:
     """(P, P) float32 weights of a count in a cell for each other cell, mean over the symmetry mates of the first."""
-    centres = cell_centres()
+    centres = view_grid().centres()
     kappa = 1 / np.radians(kernel_deg) ** 2
     total = np.zeros((len(centres),) * 2, np.float32)
     for operation in point_group(symmetry):
