@@ -9,7 +9,7 @@ import os
 import time
 from typing import Any
 
-from pipeline_helper import QuickEngine, quick_reconstructor, quick_report
+from pipeline_helper import QuickEngine, quick_full_reconstructor, quick_reconstructor, quick_report
 
 from cryoiso.cli.main import main
 
@@ -36,6 +36,7 @@ def with_stand_ins() -> None:
 
     wire.engine = lambda name: WaitingEngine()  # type: ignore[assignment]
     wire.reconstructor = lambda: quick_reconstructor  # type: ignore[assignment]
+    wire.full_reconstructor = lambda: quick_full_reconstructor  # type: ignore[assignment]
     cryoiso.report.publish = quick_report  # type: ignore[assignment]
 
 
