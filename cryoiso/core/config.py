@@ -85,12 +85,15 @@ class RefineSection(_Section):
         True, description="learn the density of views from the posteriors and search with it as a prior"
     )
     view_axis_odds: float = Field(
-        4.0, ge=1,
+        4.0,
+        ge=1,
         description="most that the learned density of views favours one axis over another, from whichever end they are "
         "seen; 1 switches it off",
     )
     view_polarity_floor: float = Field(
-        0.1, gt=0, le=1,
+        0.1,
+        gt=0,
+        le=1,
         description="share of even views in the learned density that tells from which end an axis is seen; 1: off",
     )
     view_kernel_deg: float = Field(

@@ -42,6 +42,7 @@ def agreement(
     *,
     uneven: bool = True,
     weighted: bool = True,
+    fsc_filtered: HalfMapFsc | None = None,
 ) -> Agreement:
     """Compares the half-sets (collective).
 
@@ -53,16 +54,23 @@ def agreement(
         plain: half -> unregularised map, on every rank.
         uneven: whether the noise is that of unevenly measured directions; False: that of the mean weight.
         weighted: whether to compare filtered maps too.
+        fsc_filtered: FSC of the filtered maps (default: ``fsc``).
     """
     curve = fsc(plain)
     wiener = {half: s.wiener_term(curve, uneven=uneven) for half, s in sums.items()}
     if not weighted:
         return Agreement(curve, curve, wiener)
-    filtered = {}
-    for half in HALVES:
-        own = sums[half].reconstruct(wiener[half]).cpu().numpy() if half in sums else None
-        filtered[half] = comm.bcast(own, root_of_half(half, comm.size))
-    better = fsc(filtered)
+    better = (fsc_filtered or fsc)(on_every_rank({h: as_map(s.reconstruct(wiener[h])) for h, s in sums.items()}, comm))
     if uneven:
         wiener = {half: s.wiener_term(better, wiener[half]) for half, s in sums.items()}
     return Agreement(curve, better, wiener)
+
+
+def as_map(volume: Tensor) -> np.ndarray:
+    """(D, D, D) float32 in host memory."""
+    return volume.cpu().numpy().astype(np.float32, copy=False)
+
+
+def on_every_rank(own: dict[int, np.ndarray], comm: Communicator) -> dict[int, np.ndarray]:
+    """Half -> array, sent from the root of that half (collective)."""
+    return {half: comm.bcast(own.get(half), root_of_half(half, comm.size)) for half in HALVES}

@@ -20,9 +20,9 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import references
+from cryoiso.refine.agreement import HALVES, agreement, as_map, on_every_rank
 from cryoiso.refine.reconstruct import half_sums
 
-HALVES = (1, 2)
 PLANES = 16
 """Planes of a half's sums that are sent to the other's at once."""
 MaskOf = Callable[[DensityMap], np.ndarray]
@@ -77,15 +77,18 @@ def reconstruct_full(
         sums[half] = made.to("cpu")  # GPUs need the room for the other half
     sums = {half: s.to(device) for half, s in sums.items()}
     last = min(limits.values())
-    plain = _maps(sums, comm, limits)
+    plain = on_every_rank({h: references.within(as_map(s.reconstruct()), limits[h]) for h, s in sums.items()}, comm)
     sphere = references.spherical(box, pixel, diameter_A or 0.9 * box * pixel)
-    first = _upto(references.half_map_fsc(plain, sphere), last)
-    terms = {half: s.wiener_term(first) for half, s in sums.items()}
-    filtered = _maps(sums, comm, limits, terms)
 
-    curve = _upto(on_root(comm, _corrected_fsc, filtered, pixel, mask_of, seed), last)  # type: ignore[arg-type]
-    del filtered
-    wiener = _mean_term({half: s.wiener_term(curve, terms[half]) for half, s in sums.items()}, comm)
+    def fsc_in_sphere(maps: dict[int, np.ndarray]) -> np.ndarray:
+        return _upto(references.half_map_fsc(maps, sphere), last)
+
+    def fsc_in_mask(maps: dict[int, np.ndarray]) -> np.ndarray:
+        cut = {h: references.within(m, limits[h]) for h, m in maps.items()}
+        return _upto(on_root(comm, _corrected_fsc, cut, pixel, mask_of, seed), last)  # type: ignore[arg-type]
+
+    agreed = agreement(sums, plain, fsc_in_sphere, comm, fsc_filtered=fsc_in_mask)
+    curve, wiener = agreed.weighted, _mean_term(agreed.wiener, comm)
     whole = joined(sums, comm)
     weighted = None
     if whole is not None:
@@ -119,20 +122,6 @@ def end_of(curve: np.ndarray) -> int:
 def _corrected_fsc(filtered: dict[int, np.ndarray], pixel_size_A: float, mask_of: MaskOf, seed: int) -> np.ndarray:
     mask = mask_of(DensityMap((filtered[1] + filtered[2]) / 2, pixel_size_A))
     return np.asarray(fsc_corrected(filtered[1], filtered[2], mask, seed)["corrected"])
-
-
-def _maps(
-    sums: dict[int, FourierSums], comm: Communicator, limits: dict[int, int], terms: dict | None = None
-) -> dict[int, np.ndarray]:
-    """Half -> (D, D, D) quotient, on every rank (collective)."""
-    maps = {}
-    for half in HALVES:
-        own = None
-        if half in sums:
-            volume = sums[half].reconstruct(None if terms is None else terms[half])
-            own = references.within(volume.cpu().numpy().astype(np.float32), limits[half])
-        maps[half] = comm.bcast(own, root_of_half(half, comm.size))
-    return maps
 
 
 def _mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tensor:

@@ -17,14 +17,14 @@ from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, RefineRequest
 from cryoiso.metrics.fsc import resolution_at
-from cryoiso.parallel.partition import owned_chunks, root_of_half
+from cryoiso.parallel.partition import owned_chunks
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import FourierVolume
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
-from cryoiso.refine.agreement import Agreement, agreement
+from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
@@ -227,97 +227,83 @@ class Refinement:
     def _maximise(self, model, sums, noise, views, rotation, shift_px, columns, plan, seconds) -> Model:
         comm, state = self.comm, model.state
         raw = self._unregularised(sums.raw)
-        curve = self._fsc(raw, None, state)
         agreed = self._agreement(sums.raw, raw, state)
-        tight, weighted = agreed.plain, agreed.weighted
         share = sums.auxiliary_share(state.radius_px, comm) if len(self.kinds) > 1 else None
         whole = sums.joined()
         everything = raw
         if share is not None and self.request.correction is not None:
             everything = self._unregularised(whole)
-        if self.settings.join_halves_A:
-            joined = int(self.box * self.pixel / self.settings.join_halves_A)
-            if joined >= 1:
-                references.exchange_low_resolution(whole, min(joined, self.limit, self.insertion_radius(state)), comm)
-        resolution = self._resolution_A(tight)
+        self._join_halves(whole, state)
+        resolution = self._resolution_A(agreed.plain)
         new, error = self._references(whole, agreed, resolution)
-        shell = schedule.agreement_shell(weighted)
-        steering = self.raw
-        moved = angular_distance_deg(model.rotation[steering], rotation[steering], self.operations)
-        residual_px = (shift_px - self.centre_px)[steering]
-        spread = float(np.sqrt(np.mean(np.square(residual_px)) + 1e-12))
-        range_px, n = self._shift_range_px(), len(residual_px)
-        at_limit = offsets.at_limit(residual_px, range_px)
+        changes_deg = float(np.median(angular_distance_deg(
+            model.rotation[self.raw], rotation[self.raw], self.operations
+        )))  # fmt: skip
+        residual_px = (shift_px - self.centre_px)[self.raw]
+        spread_px = float(np.sqrt(np.mean(np.square(residual_px)) + 1e-12))
         advanced = schedule.advance(
-            state,
-            shell,
-            float(np.median(moved)),
-            float(np.degrees(0.25 * resolution / self.diameter)),
-            spread,
-            self.settings,
-            self.box,
-            self.limit,
-        )
+            state, schedule.agreement_shell(agreed.weighted), changes_deg,
+            float(np.degrees(0.25 * resolution / self.diameter)), spread_px, self.settings, self.box, self.limit,
+        )  # fmt: skip
+        at_limit = offsets.at_limit(residual_px, self._shift_range_px())
         record: dict[str, Any] = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
-            "resolution_unmasked_A": self._resolution_A(curve),
-            "resolution_weighted_A": self._resolution_A(weighted),
+            "resolution_unmasked_A": self._resolution_A(self._fsc(raw, None, state)),
+            "resolution_weighted_A": self._resolution_A(agreed.weighted),
             "cfar": self._anisotropy(raw, state),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
             "step_deg": plan.levels[-1].cell_deg / 2,
-            "changes_deg": float(np.median(moved)),
-            "shift_sd_A": spread * self.pixel,
-            "at_shift_limit": at_limit / n,
-            "max_probability_mean": float(columns["rlnMaxValueProbDistribution"][steering].mean()),
-            "log_likelihood": float(columns["rlnLogLikeliContribution"][steering].sum()),
+            "changes_deg": changes_deg,
+            "shift_sd_A": spread_px * self.pixel,
+            "at_shift_limit": at_limit / len(residual_px),
+            "max_probability_mean": float(columns["rlnMaxValueProbDistribution"][self.raw].mean()),
+            "log_likelihood": float(columns["rlnLogLikeliContribution"][self.raw].sum()),
             **({} if share is None else {"auxiliary_weight_share": share}),
             "seconds": seconds,
         }
         if comm.rank == 0:
-            logger.info(
-                "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
-                "moved by %.2f°, max. probability %.2f",
-                record["iteration"],
-                record["resolution_A"],
-                record["resolution_unmasked_A"],
-                record["resolution_weighted_A"],
-                record["cfar"] if record["cfar"] is not None else 0.0,
-                record["step_deg"],
-                record["changes_deg"],
-                record["max_probability_mean"],
-            )
-            if share is not None:
-                logger.info("auxiliary particles hold %.0f %% of the references' weight", 100 * share)
-            if advanced.done:
-                local = self.request.local_deg is not None
-                offsets.warn_of_limit(at_limit, n, range_px * self.pixel, local, self.has_offsets)
+            self._report(record, at_limit, advanced.done)
         if self.request.correction is not None:
             began = time.monotonic()
-            new, record["correction"] = corrected(self, advanced, everything, new, tight, resolution, plan)
+            new, record["correction"] = corrected(self, advanced, everything, new, agreed.plain, resolution, plan)
             record["seconds"] += time.monotonic() - began
         return Model(
-            advanced,
-            new,
-            noise.spectra(model.sigma2),
-            rotation,
-            -shift_px * self._pixel_sizes()[:, None],
-            columns,
-            raw,
-            views,
-            error,
-            [*model.history, record],
-        )
+            advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns,
+            raw, views, error, [*model.history, record],
+        )  # fmt: skip
+
+    def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
+        """Gives both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
+        if self.settings.join_halves_A:
+            joined = int(self.box * self.pixel / self.settings.join_halves_A)
+            if joined >= 1:
+                shell = min(joined, self.limit, self.insertion_radius(state))
+                references.exchange_low_resolution(sums, shell, self.comm)
+
+    def _report(self, record: dict[str, Any], at_limit: int, last: bool) -> None:
+        """Logs an iteration; at the end warns of shifts at the limit of the search."""
+        logger.info(
+            "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
+            "moved by %.2f°, max. probability %.2f",
+            record["iteration"], record["resolution_A"], record["resolution_unmasked_A"],
+            record["resolution_weighted_A"], record["cfar"] or 0.0, record["step_deg"], record["changes_deg"],
+            record["max_probability_mean"],
+        )  # fmt: skip
+        if "auxiliary_weight_share" in record:
+            logger.info("auxiliary particles hold %.0f %% of the references' weight",
+                        100 * record["auxiliary_weight_share"])  # fmt: skip
+        if last:
+            local = self.request.local_deg is not None
+            range_A = self._shift_range_px() * self.pixel
+            offsets.warn_of_limit(at_limit, int(self.raw.sum()), range_A, local, self.has_offsets)
 
     def _unregularised(self, sums: dict[int, FourierSums]) -> dict[int, np.ndarray]:
         """Half -> plain quotient within the shells that have data, on every rank (collective)."""
-        maps = {}
-        for half in HALVES:
-            mine = sums[half].reconstruct().cpu().numpy() if half in sums else None
-            if mine is not None and self.limit < self._asked_limit:
-                mine = references.within(mine, self.limit)
-            maps[half] = self.comm.bcast(mine, root_of_half(half, self.comm.size))
-        return maps
+        own = {half: as_map(s.reconstruct()) for half, s in sums.items()}
+        if self.limit < self._asked_limit:
+            own = {half: references.within(volume, self.limit) for half, volume in own.items()}
+        return on_every_rank(own, self.comm)
 
     def _agreement(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
         s = self.settings
@@ -338,16 +324,14 @@ class Refinement:
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
     ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         """Half -> next reference, half -> mean squared error of its coefficients, on every rank (collective)."""
-        comm, uncertain = self.comm, self.settings.reference_uncertainty
         own, error = {}, {}
         for half, s in sums.items():
             wiener = agreed.wiener[half]
-            own[half] = self.flatten(s.reconstruct(wiener).cpu().numpy(), resolution_A)
-            if uncertain:
+            own[half] = self.flatten(as_map(s.reconstruct(wiener)), resolution_A)
+            if self.settings.reference_uncertainty:
                 error[half] = error_variance(s, wiener, own[half])
-        roots = {half: root_of_half(half, comm.size) for half in HALVES}
-        new = {half: comm.bcast(own.get(half), root) for half, root in roots.items()}
-        return new, {half: comm.bcast(error.get(half), root) for half, root in roots.items()} if uncertain else {}
+        new = on_every_rank(own, self.comm)
+        return new, on_every_rank(error, self.comm) if self.settings.reference_uncertainty else {}
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
         """(D//2+1,) between the half-maps where there are data.

@@ -18,7 +18,7 @@ from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import pairs
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
-from cryoiso.refine.agreement import Agreement, agreement
+from cryoiso.refine.agreement import HALVES, Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
@@ -65,7 +65,7 @@ def reconstruct_halves(
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
     limits: dict[int, int] = {}
     for half, sums in half_sums(source, particles, comm, symmetry, padding, device, halves, pixel, limits):
-        maps[half] = DensityMap(references.within(_as_map(sums.reconstruct()), limits[half]), pixel)
+        maps[half] = DensityMap(references.within(as_map(sums.reconstruct()), limits[half]), pixel)
     return maps
 
 
@@ -100,10 +100,8 @@ def reconstruct_references(
     """
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
-    sums = dict(half_sums(source, particles, comm, symmetry, padding, device, (1, 2), pixel, limits))
-    roots = {h: root_of_half(h, comm.size) for h in (1, 2)}
-    own = {h: references.within(_as_map(s.reconstruct()), limits[h]) for h, s in sums.items()}
-    plain = {h: comm.bcast(own.get(h), roots[h]) for h in (1, 2)}
+    sums = dict(half_sums(source, particles, comm, symmetry, padding, device, HALVES, pixel, limits))
+    plain = on_every_rank({h: references.within(as_map(s.reconstruct()), limits[h]) for h, s in sums.items()}, comm)
     sphere = references.spherical(box, pixel, diameter_A or 0.9 * box * pixel)
 
     def curve_of(maps: dict[int, np.ndarray]) -> np.ndarray:
@@ -113,22 +111,19 @@ def reconstruct_references(
         return curve
 
     agreed = agreement(sums, plain, curve_of, comm)
-    smooth = {}
-    for h in (1, 2):
-        given = None if prior is None else prior[h].data
-        smooth[h] = _regularised(sums[h], agreed, h, given) * sphere if h in sums else None
-    damped = {h: comm.bcast(smooth[h], roots[h]) for h in (1, 2)}
-    as_maps = [{h: DensityMap(m[h], pixel) for h in (1, 2)} for m in (plain, damped)]
+    priors = {h: None if prior is None else prior[h].data for h in HALVES}
+    damped = on_every_rank({h: _regularised(s, agreed, h, priors[h]) * sphere for h, s in sums.items()}, comm)
+    as_maps = [{h: DensityMap(m[h], pixel) for h in HALVES} for m in (plain, damped)]
     return as_maps[0], as_maps[1], agreed.plain
 
 
 def _regularised(sums: FourierSums, agreed: Agreement, half: int, prior: np.ndarray | None) -> np.ndarray:
     wiener = agreed.wiener[half]
     if prior is None:
-        return _as_map(sums.reconstruct(wiener))
+        return as_map(sums.reconstruct(wiener))
     known = torch.from_numpy(np.ascontiguousarray(prior, np.float32)).to(sums.weight.device)
     scale = _prior_scale(sums, known, agreed.plain)
-    return _as_map(sums.completed(known * scale, wiener).reconstruct(torch.zeros_like(wiener)))
+    return as_map(sums.completed(known * scale, wiener).reconstruct(torch.zeros_like(wiener)))
 
 
 def _prior_scale(sums: FourierSums, prior: torch.Tensor, curve: np.ndarray) -> float:
@@ -140,10 +135,6 @@ def _prior_scale(sums: FourierSums, prior: torch.Tensor, curve: np.ndarray) -> f
     cross = (sums.numerator[where].conj() * seen[where]).real.double().sum()
     square = (sums.weight[where] * seen[where].abs().square()).double().sum()
     return max(float(cross / square.clamp(min=1e-30)), 0.0)
-
-
-def _as_map(volume: torch.Tensor) -> np.ndarray:
-    return volume.cpu().numpy().astype(np.float32)
 
 
 def half_sums(
