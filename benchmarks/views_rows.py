@@ -26,7 +26,6 @@ FEATURES: dict[str, dict[str, tuple[Any, Any]]] = {
     "view polarity": {"view_density": (False, True)},
     "view density": {"view_density": (False, True), "view_axis_odds": (1.0, 4.0)},
     "later stop": {"stalled_iterations": (1, 3)},
-    "reference uncertainty": {"reference_uncertainty": (False, True)},
 }
 """What the engine does about uneven views: keys of [refine], with their values before and switched on."""
 PROCESS = (sys.executable, "-m", "benchmarks.job_process")

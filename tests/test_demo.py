@@ -61,7 +61,6 @@ def test_before_is_the_usual_refinement_and_after_the_default(demo):
     assert usual.pop("run")["title"] != default.pop("run")["title"] and usual == default
     now = parse_job(default).refine
     assert all(getattr(now, key) != value for key, value in switches.items())
-    assert not parse_job({**usual, "refine": switches}).refine.reference_uncertainty
 
 
 def test_both_runs_get_the_same_particles_and_are_compared(demo):

@@ -441,9 +441,9 @@ def test_resuming_nothing_starts(few, tmp_path):
 # --- the other implementation of the heavy steps
 
 
-def torch_scores(white, volume, particle, rotation, shift_px, spacing_px, variance):
+def torch_scores(white, volume, particle, rotation, shift_px, spacing_px):
     rotation = with_magnification(rotation, white.magnification)
-    return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px, variance)
+    return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
 
 
 def agree(one, other, particles: Particles) -> None:
@@ -461,7 +461,7 @@ def agree(one, other, particles: Particles) -> None:
 def test_an_iteration_in_plain_torch_is_the_same(few, monkeypatch):
     """What a GPU runs, here on the CPU: slices, scores and insertion without the numba kernels."""
     run = Refinement(request_for(few, None), Context(), "cpu", DIAMETER_A)
-    model = run.step(initial_model(run, 40.0))  # from then on views have a prior and the reference an error
+    model = run.step(initial_model(run, 40.0))  # from then on views have a prior
     one = run.step(model)
     used = []
     monkeypatch.setattr(FourierVolume, "slices", lambda *a: used.append("slices") or FourierVolume.slices_torch(*a))

@@ -99,9 +99,6 @@ class RefineSection(_Section):
     view_kernel_deg: float = Field(
         10.0, ge=3, le=60, description="standard deviation of the kernel that smooths the density of views"
     )
-    reference_uncertainty: bool = Field(
-        False, description="the likelihood takes into account how well each coefficient of the reference was measured"
-    )
     stalled_iterations: int = Field(
         1, ge=1, le=10, description="iterations without a better resolution before the refinement has converged"
     )

@@ -125,7 +125,6 @@ def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays |= {f"reference{h}": model.references[h] for h in HALVES}
     arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
     arrays |= {f"views{h}": model.views[h] for h in HALVES}
-    arrays |= {f"error{h}": values for h, values in model.error.items()}
     arrays |= {f"column {name}": values for name, values in model.columns.items()}
     values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
     checkpoint.save(file, arrays, values, run.identity)
@@ -170,7 +169,6 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")},
             {h: arrays[f"half{h}"] for h in HALVES},
             {h: arrays[f"views{h}"] for h in HALVES},
-            {h: arrays[f"error{h}"] for h in HALVES if f"error{h}" in arrays},
             values["history"],
         )
     except (KeyError, TypeError) as error:

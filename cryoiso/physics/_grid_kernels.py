@@ -75,51 +75,6 @@ def sum_filtered(weight, rows, padding, term, floor, signal, noise):
                     noise[shell] += (w * f) * f
 
 
-@njit(**EXACT)
-def sum_power(numerator, weight, rows, padding, term, floor, power, passed):
-    """Adds up |N f|^2 and w f of each shell, f = 1 / max(w + term, floor); as ``sum_filtered``."""
-    h = (rows - 1) // 2
-    radius = floor.shape[0] - 1
-    i = 0
-    for z in range(-h, h + 1):
-        for y in range(-h, h + 1):
-            for x in range(h + 1):
-                w, re, im = weight[i], np.float64(numerator[2 * i]), np.float64(numerator[2 * i + 1])
-                i += 1
-                shell = _shell(z, y, x, padding)
-                if shell <= radius and w > 0:
-                    f = np.float64(1) / max(w + term[shell], floor[shell])
-                    power[shell] += (re * re + im * im) * f * f
-                    passed[shell] += w * f
-
-
-@njit(parallel=True, **EXACT)
-def average_shares(weight, rows, padding, term, floor, out):
-    """w / max(w + term, floor), averaged over the voxels within half an unpadded step of each unpadded grid point.
-
-    out: (2r+1, 2r+1, r+1) float32, r the last shell of term and floor; zero beyond it.
-    """
-    h = (rows - 1) // 2
-    columns = h + 1
-    n = floor.shape[0] - 1
-    reach = (padding + 1 - padding % 2) // 2
-    share = np.float32(1) / np.float32((2 * reach + 1) ** 3)
-    for plane in prange(2 * n + 1):
-        for line in range(2 * n + 1):
-            for x in range(n + 1):
-                total = np.float32(0)
-                for dz in range(-reach, reach + 1):
-                    for dy in range(-reach, reach + 1):
-                        for dx in range(-reach, reach + 1):
-                            c, b, a = (plane - n) * padding + dz, (line - n) * padding + dy, x * padding + dx
-                            if a < 0:
-                                a, b, c = -a, -b, -c
-                            shell = min(_shell(c, b, a, padding), n)
-                            w = weight[((c + h) * rows + b + h) * columns + a]
-                            total += w / max(w + term[shell], floor[shell])
-                out[plane, line, x] = total * share
-
-
 @njit(parallel=True, **EXACT)
 def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
     """numerator / max(weight + term, floor) * factor; zero where nothing was measured or beyond the shells of floor.

@@ -267,15 +267,11 @@ def _lattice_sums(column, angle, spacing, norm, out, r):
 
 
 @njit(parallel=True, **EXACT)
-def score_local(grid, rows, variance, rotation, ky, kx, scale, particle, data, weight, shift, spacing, out):
+def score_local(grid, rows, rotation, ky, kx, scale, particle, data, weight, shift, spacing, out):
     """Log-likelihood (up to a constant of the particle) of R views with a 3 x 3 lattice of shifts each.
 
     Re sum_k conj(P_k) y_k exp(i k.s) - sum_k w_k |P_k|^2 / 2; the shift factor is taken apart into x and y, so that
     nine shifts cost little more than one.
-
-    variance (2n+1, 2n+1, n+1), or (0, 0, 0) for none: mean squared error v of the reference's coefficients, nearest
-    grid point. With it an image's variance at a coefficient is sigma^2 + c^2 v = sigma^2 (1 + r): both terms over
-    1 + r, plus |x|^2 / sigma^2 r / (1 + r) - log(1 + r).
 
     rotation (R, 3, 3); particle (R,) row of data (B, 2K) float32 pairs (2 x c / sigma^2) and weight (B, K) (2 c^2 /
     sigma^2); shift (R, 2) centre of the lattice (x, y) in radians per frequency unit (2 pi s / D), spacing likewise;
@@ -286,9 +282,6 @@ def score_local(grid, rows, variance, rotation, ky, kx, scale, particle, data, w
     h = np.float32((rows - 1) // 2)
     reach = int(np.max(np.abs(ky))) + 1
     reach_x = int(np.max(kx)) + 1
-    uncertain = variance.shape[0] > 0
-    n = variance.shape[2] - 1
-    inverse = np.float32(1) / scale
     for r in prange(rotation.shape[0]):
         ax, ay, az = rotation[r, 0, 0] * scale, rotation[r, 0, 1] * scale, rotation[r, 0, 2] * scale
         bx, by, bz = rotation[r, 1, 0] * scale, rotation[r, 1, 1] * scale, rotation[r, 1, 2] * scale
@@ -305,19 +298,7 @@ def score_local(grid, rows, variance, rotation, ky, kx, scale, particle, data, w
             x, y, z = u * ax + v * bx, u * ay + v * by, u * az + v * bz
             re, im = _sample(grid, stride, plane, h, x, y, z)
             dr, di = data[i, _TWO * _U(k)], data[i, _TWO * _U(k) + _ONE]
-            power = weight[i, k] * (re * re + im * im)
-            if uncertain:
-                if x < np.float32(0):
-                    x, y, z = -x, -y, -z
-                x, y, z = np.rint(x * inverse), np.rint(y * inverse), np.rint(z * inverse)
-                error = variance[int(z) + n, int(y) + n, int(x)]
-                ratio = np.float32(0.5) * weight[i, k] * error
-                known = np.float32(1) / (np.float32(1) + ratio)
-                # half of norm is subtracted in the end
-                gain = np.float32(0.25) * (dr * dr + di * di) * error * known - np.float32(np.log1p(ratio))
-                power = known * power - np.float32(2) * gain
-                dr, di = known * dr, known * di
-            norm += power
+            norm += weight[i, k] * (re * re + im * im)
             tr, ti = re * dr + im * di, re * di - im * dr
             at, line = _U(np.int32(u)), _U(np.int32(v) + reach)
             for s in range(3):

@@ -153,56 +153,6 @@ class FourierSums:
         size = self.radius_px + 1
         return torch.bincount(shell, a * a, minlength=size), torch.bincount(shell, a * f, minlength=size)
 
-    def signal_power(self, wiener: Tensor) -> Tensor:
-        """(radius+1,) float64 tau^2 of each shell on the grey scale of the filtered map: its power |N f|^2, signal and
-        noise, over the share w f of the signal's variance that it passes."""
-        term, floor = self._per_shell(wiener), self.floor(True)
-        if self.weight.device.type == "cpu":
-            from cryoiso.physics import _grid_kernels
-
-            power, passed = np.zeros(self.radius_px + 1), np.zeros(self.radius_px + 1)
-            flat, rows = self.weight.contiguous().view(-1).numpy(), self.weight.shape[0]
-            _grid_kernels.sum_power(
-                flat_pairs(self.numerator), flat, rows, self.padding, term.numpy(), floor.numpy(), power, passed
-            )
-            return torch.from_numpy(power / np.maximum(passed, 1e-300))
-        shell, size = self.shells().clamp(max=self.radius_px), self.radius_px + 1
-        f = (self.weight > 0) / torch.maximum(self.weight + term[shell], floor[shell])
-        shell = torch.where(self.shells() <= self.radius_px, shell, size).reshape(-1)
-        sums = [
-            torch.bincount(shell, v.double().reshape(-1), minlength=size + 1)[:size]
-            for v in ((self.numerator * f).abs().square(), self.weight * f)
-        ]
-        return sums[0] / sums[1].clamp(min=1e-300)
-
-    def passed_shares(self, wiener: Tensor) -> Tensor:
-        """Share w / (w + 1/tau^2) of every coefficient that the Wiener filter passes, a mean over the voxels around.
-
-        Returns:
-            (2r+1, 2r+1, r+1) float32 on the unpadded half-space grid, r = ``radius_px``.
-        """
-        term, floor = self._per_shell(wiener), self.floor(True)
-        if self.weight.device.type == "cpu":
-            from cryoiso.physics import _grid_kernels
-
-            n, rows = self.radius_px, self.weight.shape[0]
-            out = np.empty((2 * n + 1, 2 * n + 1, n + 1), np.float32)
-            flat = self.weight.contiguous().view(-1).numpy()
-            _grid_kernels.average_shares(flat, rows, self.padding, term.numpy(), floor.numpy(), out)
-            return torch.from_numpy(out)
-        return self.passed_shares_torch(term, floor)
-
-    def passed_shares_torch(self, term: Tensor, floor: Tensor) -> Tensor:
-        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
-        shell = self.shells().clamp(max=self.radius_px)
-        share = self.weight / torch.maximum(self.weight + term[shell], floor[shell])
-        p, n, h = self.padding, self.radius_px, (self.weight.shape[0] - 1) // 2
-        reach = (p + 1 - p % 2) // 2
-        whole = torch.cat([share[:, :, 1 : reach + 1].flip(0, 1, 2), share], dim=2)
-        edge = h - p * n - reach
-        inner = whole[edge : len(whole) - edge, edge : len(whole) - edge, : p * n + 2 * reach + 1]
-        return torch.nn.functional.avg_pool3d(inner[None, None], 2 * reach + 1, stride=p)[0, 0]
-
     def completed(self, prior: Tensor, wiener: Tensor) -> FourierSums:
         """These sums with a prior map added at the weight of the Wiener term: what was measured well is data, what was
         not is prior (the posterior mean under a Gaussian prior about that map).

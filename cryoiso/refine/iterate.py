@@ -36,7 +36,6 @@ from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan
 from cryoiso.refine.sums import HalfSums, gathered, reduced
-from cryoiso.refine.uncertainty import ReferenceVariance, error_variance, reference_variance
 from cryoiso.refine.view_density import ViewCounts, ViewPrior, density, log_prior, view_grid
 
 
@@ -143,7 +142,7 @@ class Refinement:
             volume = FourierVolume.from_volume(
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
             )
-            searcher = Searcher(plan, volume, None, self._variance(model, half))
+            searcher = Searcher(plan, volume)
             for auxiliary in self.kinds:
                 searcher.views = None if auxiliary else self._view_prior(model, half)  # auxiliaries are made even
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
@@ -175,11 +174,6 @@ class Refinement:
         prior = log_prior(smooth, axis_odds=s.view_axis_odds, polarity_floor=s.view_polarity_floor)
         return ViewPrior.of(prior, self.device)
 
-    def _variance(self, model: Model, half: int) -> ReferenceVariance | None:
-        if not model.error:
-            return None
-        return reference_variance(model.error[half], model.state.radius_px, self.device)
-
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
         """Where this iteration's searches are put aside (collective)."""
         if self.request.folder is None:
@@ -189,7 +183,7 @@ class Refinement:
         identity = digest_of(
             __version__, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
             self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
-            *(known.get(half, np.zeros(0)) for known in (model.views, model.error) for half in HALVES),
+            *(model.views.get(half, np.zeros(0)) for half in HALVES),
         )  # fmt: skip
         kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
         if len(kept) and self.comm.rank == 0:
@@ -235,7 +229,7 @@ class Refinement:
             everything = self._unregularised(whole)
         self._join_halves(whole, state)
         resolution = self._resolution_A(agreed.plain)
-        new, error = self._references(whole, agreed, resolution)
+        new = self._references(whole, agreed, resolution)
         changes_deg = float(np.median(angular_distance_deg(
             model.rotation[self.raw], rotation[self.raw], self.operations
         )))  # fmt: skip
@@ -270,7 +264,7 @@ class Refinement:
             record["seconds"] += time.monotonic() - began
         return Model(
             advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns,
-            raw, views, error, [*model.history, record],
+            raw, views, [*model.history, record],
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
@@ -322,16 +316,10 @@ class Refinement:
 
     def _references(
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
-    ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-        """Half -> next reference, half -> mean squared error of its coefficients, on every rank (collective)."""
-        own, error = {}, {}
-        for half, s in sums.items():
-            wiener = agreed.wiener[half]
-            own[half] = self.flatten(as_map(s.reconstruct(wiener)), resolution_A)
-            if self.settings.reference_uncertainty:
-                error[half] = error_variance(s, wiener, own[half])
-        new = on_every_rank(own, self.comm)
-        return new, on_every_rank(error, self.comm) if self.settings.reference_uncertainty else {}
+    ) -> dict[int, np.ndarray]:
+        """Half -> next reference, on every rank (collective)."""
+        own = {h: self.flatten(as_map(s.reconstruct(agreed.wiener[h])), resolution_A) for h, s in sums.items()}
+        return on_every_rank(own, self.comm)
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
         """(D//2+1,) between the half-maps where there are data.

@@ -17,7 +17,6 @@ from torch import Tensor
 from cryoiso.physics.fourier import Disc
 from cryoiso.physics.project import FourierVolume, check_reach, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
-from cryoiso.refine.uncertainty import ReferenceVariance
 
 
 @dataclass(frozen=True)
@@ -116,45 +115,34 @@ def local_scores(
     rotation: Tensor,
     shift_px: Tensor,
     spacing_px: float,
-    variance: ReferenceVariance | None = None,
 ) -> Tensor:
     """Log-likelihood of R views, each with a 3 x 3 lattice of shifts.
-
-    With the reference's variance v, p(x | view, s) = N(x; c P, sigma^2 + c^2 v), over that of noise alone: for
-    r = c^2 v / sigma^2, sum_k [(2 Re conj(c P) x - |c P|^2 + r |x|^2) / ((1 + r) sigma^2) - log(1 + r)].
 
     Args:
         particle: (R,) row of the batch.
         rotation: (R, 3, 3).
         shift_px: (R, 2) centre of the lattice (x, y).
         spacing_px: of the lattice.
-        variance: of the reference's coefficients; None: it is taken for exact.
 
     Returns:
         (R, 9) float32, y slow and x fast.
     """
     rotation = with_magnification(rotation, white.magnification)
     if white.data.device.type == "cpu":
-        return _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px, variance)
-    return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px, variance)
+        return _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
+    return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
 
 
-EXACT_REFERENCE = np.zeros((0, 0, 0), np.float32)
-
-
-def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px, variance) -> Tensor:
+def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px) -> Tensor:
     from cryoiso.physics import _kernels
 
     out = torch.empty(len(particle), 9)
     unit = 2 * np.pi / white.where.box_px
     rot = np.ascontiguousarray(rotation.numpy(), np.float32)
     check_reach(rot, white.where, volume.padding, volume.grid.shape[0])
-    if variance is not None:
-        check_reach(rot, white.where, 1, len(variance.grid))
     _kernels.score_local(
         flat_pairs(volume.grid),
         volume.grid.shape[0],
-        EXACT_REFERENCE if variance is None else variance.grid.numpy(),
         rot,
         white.where.ky,
         white.where.kx,
@@ -176,9 +164,7 @@ def lattice(spacing_px: float, device="cpu") -> Tensor:
     return torch.stack([x.reshape(-1), y.reshape(-1)], 1)
 
 
-def local_scores_torch(
-    white, volume, particle, rotation, shift_px, spacing_px, variance=None, block: int = 1 << 22
-) -> Tensor:
+def local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px, block: int = 1 << 22) -> Tensor:
     """The plain torch twin of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
     offsets = shift_factors(white.where, lattice(spacing_px, shift_px.device))
     step = max(1, block // white.where.size)
@@ -187,14 +173,7 @@ def local_scores_torch(
         part = slice(i, i + step)
         slices = volume.slices(rotation[part], white.where)
         data, weight = white.data[particle[part]], white.weight[particle[part]]
-        power = weight * slices.abs().square()
-        if variance is not None:
-            ky, kx = (torch.as_tensor(k, device=weight.device) for k in (white.where.ky, white.where.kx))
-            error = variance.slices(rotation[part], ky, kx)
-            ratio = 0.5 * weight * error
-            power = power / (1 + ratio) - 2 * (0.25 * data.abs().square() * error / (1 + ratio) - torch.log1p(ratio))
-            data = data / (1 + ratio)
         t = slices.conj() * data * shift_factors(white.where, shift_px[part])
-        norm = power.sum(1)
+        norm = (weight * slices.abs().square()).sum(1)
         out.append(as_real(t) @ as_real(offsets.conj()).T - 0.5 * norm[:, None])
     return torch.cat(out) if out else torch.zeros(0, 9, device=shift_px.device)

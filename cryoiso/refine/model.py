@@ -34,9 +34,6 @@ class Model:
     """Half -> unregularised map of the last iteration."""
     views: dict[int, np.ndarray] = field(default_factory=dict)
     """Half -> (P,) weight of every cell of views in the last iteration's posteriors; empty before the first."""
-    error: dict[int, np.ndarray] = field(default_factory=dict)
-    """Half -> mean squared error of its reference's coefficients (``uncertainty.error_variance``); empty before the
-    first iteration, or where the likelihood takes references for exact."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
 

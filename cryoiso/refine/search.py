@@ -28,7 +28,6 @@ from cryoiso.refine.likelihood import (
     local_scores,
     shift_factors,
 )
-from cryoiso.refine.uncertainty import ReferenceVariance
 from cryoiso.refine.view_density import ViewPrior
 
 NEGLIGIBLE = 0.03
@@ -142,8 +141,6 @@ class Searcher:
     volume: FourierVolume
     views: ViewPrior | None = None
     """Prior on views; None: even."""
-    variance: ReferenceVariance | None = None
-    """Of the reference's coefficients, heeded in the finer levels; None: the reference is taken for exact."""
     block: int = 1 << 24
     """Scores (image x shift x view) held at once."""
 
@@ -234,7 +231,7 @@ class Searcher:
         centre = shift[particle, slot][:, None].expand(-1, 8, 2)
         rows = particle[:, None].expand(-1, 8).reshape(-1)
         values = local_scores(
-            white, self.volume, rows, kids.reshape(-1, 3, 3), centre.reshape(-1, 2), level.spacing_px, self.variance
+            white, self.volume, rows, kids.reshape(-1, 3, 3), centre.reshape(-1, 2), level.spacing_px
         ).reshape(-1, 8, 9)
         places = centre[:, :, None] + lattice(level.spacing_px, rotation.device)
         values = values - places.square().sum(-1) / (2 * self.plan.shift_sd_px**2)

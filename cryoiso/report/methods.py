@@ -166,8 +166,6 @@ def _uneven(settings: Data) -> str:
             f"of every score (one axis favoured over another {axis:g} times at most, and {percent(end, 0)} even views "
         )
         text += "mixed into from which end it is seen)"
-    if settings.get("reference_uncertainty"):
-        text += ". The likelihood took into account how well each coefficient of the reference was measured"
     return text
 
 
