@@ -31,7 +31,7 @@ VOXEL_BYTES = 24
 def prepare(folder: Path, sizes: tuple[int, int], seed: int) -> list[Path]:
     """A simulated set and a STAR file of its first n particles for each n."""
     from cryoiso.io import read_particle_file
-    from cryoiso.io.star import write_particles
+    from cryoiso.io.star.read import write_particles
 
     harness.cryoiso(
         "simulate", "phantom", folder, "--n", max(sizes), "--box", BOX, "--pixel-size", PIXEL_A, "--with-poses",

@@ -60,7 +60,7 @@ def _preferred_views(name: str, folder: Path) -> None:
 
     from cryoiso.io import read_particle_file
     from cryoiso.io.mrc import read_map, write_map
-    from cryoiso.io.starwrite import write_particles
+    from cryoiso.io.star.write import write_particles
 
     truth = read_particle_file(folder / "truth.star", require=("pose",))
     setting = SETS[name]

@@ -18,24 +18,24 @@ GREY_SCALE = 1.9
 
 def switch_refusal_off() -> None:
     """Replaces the refusal and the grey scale; before anything else of cryoiso is imported, since names are copied."""
-    from cryoiso.refine import start
+    from cryoiso.refine import initial_model
 
-    measured = start.grey_scale
+    measured = initial_model.grey_scale
 
     def grey_scale(run: Any, reference: Any, sigma2: Any, state: Any, references: Any = None) -> float:
-        match = start.match(run, references or dict.fromkeys((1, 2), reference), sigma2, state)
-        known = match.chance < start.CHANCE and not match.inverted
+        match = initial_model.match(run, references or dict.fromkeys((1, 2), reference), sigma2, state)
+        known = match.chance < initial_model.CHANCE and not match.inverted
         return measured(run, reference, sigma2, state, references) if known else GREY_SCALE
 
-    start.require_match = lambda *_args, **_keys: None
-    start.grey_scale = grey_scale
+    initial_model.require_match = lambda *_args, **_keys: None
+    initial_model.grey_scale = grey_scale
 
 
 def refine(command: str, job_file: Path, out: Path) -> None:
     from cryoiso.core.config import parse_job
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.realign import realign_files
-    from cryoiso.pipeline.standalone import refine_files
+    from cryoiso.pipeline.commands.basic import refine_files
+    from cryoiso.pipeline.commands.realign import realign_files
 
     logging_as_a_command()
     job = parse_job(tomllib.loads(job_file.read_text()), job_file)

@@ -49,7 +49,7 @@ CASES = (
 def truth() -> tuple[Any, Any, Any]:
     """Protein, protein in its nanodisc, nanodisc alone."""
     from cryoiso.io.models import model_to_map
-    from cryoiso.physics.belt import Belt, in_detergent
+    from cryoiso.physics.detergent_belt import Belt, in_detergent
 
     belt = Belt(centre_z_A=-26.0, radius_A=68.0, half_thickness_A=24.0, shell_density=0.8, core_density=0.3)
     protein = model_to_map(MODEL, BOX, PIXEL_A, 8.0, align_symmetry_axis=SYMMETRY)
@@ -159,7 +159,7 @@ def refine(source: Any, reference: Any, iterations: int) -> Any:
 def next_refinement(case: Case, iterations: int = 8) -> dict[str, Any]:
     """Part two: pose errors from three references."""
     from cryoiso.metrics.pose_error import pose_errors
-    from cryoiso.pipeline.micelle import composite_reference
+    from cryoiso.pipeline.stages.micelle import composite_reference
 
     protein, whole, detergent = truth()
     homologue = relative(protein)

@@ -54,7 +54,7 @@ def _joined(raw: Path, made: Path, bench: Path, out: Path) -> Path:
 
     from cryoiso.core.types import concatenate
     from cryoiso.io import read_particle_file
-    from cryoiso.io.starwrite import write_particles
+    from cryoiso.io.star.write import write_particles
 
     sets = [read_particle_file(raw, str(bench)), read_particle_file(made, str(made.parent))]
     for i, part in enumerate(sets):
@@ -69,7 +69,7 @@ def _joined(raw: Path, made: Path, bench: Path, out: Path) -> Path:
 def relion(star: Path, bench: Path, name: str, work: Path, label: str) -> dict[str, Any]:
     """RELION's run, and the scores of the raw particles."""
     from cryoiso.io import read_particle_file
-    from cryoiso.io.starwrite import write_particles
+    from cryoiso.io.star.write import write_particles
 
     out = work / label
     shutil.rmtree(out, ignore_errors=True)

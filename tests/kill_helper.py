@@ -22,7 +22,7 @@ import numpy as np
 from mpi_helper import start_mpi
 from relion_helper import relion_processes
 
-from cryoiso.io.lease import start_of
+from cryoiso.io.scratch_lease import start_of
 
 GONE_WITHIN_S = 20.0
 CHECKPOINT_WITHIN_S = 60.0

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from cryoiso.pipeline import launch
+from cryoiso.pipeline.batch import launch
 
 STAR = """data_optics
 

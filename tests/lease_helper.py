@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from cryoiso.io import lease
+from cryoiso.io import scratch_lease
 
 
 def root_of(scratch: Path) -> Path:
-    return lease.own_root(scratch)
+    return scratch_lease.own_root(scratch)
 
 
 def holder(root: Path, key: str, then: str = "time.sleep(60)") -> subprocess.Popen:

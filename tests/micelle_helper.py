@@ -11,7 +11,7 @@ from cryoiso.io.sources import ArraySource
 from cryoiso.methods.micelle.protein import protein_mask
 from cryoiso.methods.micelle.recover import MicelleSettings, Recovery, recover_micelle_halves
 from cryoiso.parallel.context import Context
-from cryoiso.physics.belt import Belt, in_detergent
+from cryoiso.physics.detergent_belt import Belt, in_detergent
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map

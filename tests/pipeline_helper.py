@@ -19,7 +19,7 @@ import numpy as np
 from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.context import Context
 
 SERIAL = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "OMPI_", "PMIX_", "SLURM_"))}
@@ -137,11 +137,12 @@ def quick_report(folder: Path) -> None:
 
 def use_quick_parts(monkeypatch: Any) -> None:
     """Lets the pipeline of this process work with the stand-ins."""
-    from cryoiso.pipeline import reference, wire
+    from cryoiso.pipeline.inputs import reference
+    from cryoiso.pipeline.stages import engines
 
-    monkeypatch.setattr(wire, "engine", lambda name: QuickEngine())
-    monkeypatch.setattr(wire, "reconstructor", lambda: quick_reconstructor)
-    monkeypatch.setattr(wire, "full_reconstructor", lambda: quick_full_reconstructor)
+    monkeypatch.setattr(engines, "engine", lambda name: QuickEngine())
+    monkeypatch.setattr(engines, "reconstructor", lambda: quick_reconstructor)
+    monkeypatch.setattr(engines, "full_reconstructor", lambda: quick_full_reconstructor)
     # numba's threads, after which a process cannot be forked; the check of the symmetry has tests of its own
     monkeypatch.setattr(reference, "require_symmetry", lambda *args, **options: None)
 

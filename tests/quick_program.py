@@ -32,11 +32,11 @@ class WaitingEngine(QuickEngine):
 
 def with_stand_ins() -> None:
     import cryoiso.report
-    from cryoiso.pipeline import wire
+    from cryoiso.pipeline.stages import engines
 
-    wire.engine = lambda name: WaitingEngine()  # type: ignore[assignment]
-    wire.reconstructor = lambda: quick_reconstructor  # type: ignore[assignment]
-    wire.full_reconstructor = lambda: quick_full_reconstructor  # type: ignore[assignment]
+    engines.engine = lambda name: WaitingEngine()  # type: ignore[assignment]
+    engines.reconstructor = lambda: quick_reconstructor  # type: ignore[assignment]
+    engines.full_reconstructor = lambda: quick_full_reconstructor  # type: ignore[assignment]
     cryoiso.report.publish = quick_report  # type: ignore[assignment]
 
 

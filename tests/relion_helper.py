@@ -32,7 +32,7 @@ from cryoiso.core.errors import CryoisoError
 from cryoiso.parallel.abort import agree, guard
 from cryoiso.parallel.context import get_context
 from cryoiso.pipeline import wire
-from cryoiso.pipeline.standalone import refine_files
+from cryoiso.pipeline.commands.basic import refine_files
 
 job, out, kind = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 ctx = get_context()

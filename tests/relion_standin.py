@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from cryoiso.io.mrc import read_map, write_map
-from cryoiso.io.startext import StarBlock, read_blocks, write_blocks
+from cryoiso.io.star.text import StarBlock, read_blocks, write_blocks
 
 FLAGS = set(
     """--auto_refine --split_random_halves --external_reconstruct --blush --sequential_halves_recons --force_converge

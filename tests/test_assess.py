@@ -19,8 +19,8 @@ from cryoiso.physics.phantom import homologue, phantom_map, pseudo_atoms_to_map
 from cryoiso.physics.simulate import simulate
 from cryoiso.physics.so3 import rotation_with_view
 from cryoiso.physics.views import Views
-from cryoiso.pipeline.diagnose import diagnose
-from cryoiso.pipeline.maps import make_mask
+from cryoiso.pipeline.stages.diagnose import diagnose
+from cryoiso.pipeline.stages.half_maps import make_mask
 from cryoiso.refine.reconstruct import reconstruct_halves
 
 BOX, PIXEL_A, N = 40, 5.0, 1000

@@ -16,9 +16,9 @@ from cryoiso.metrics.fsc import fsc, randomise_phases, randomise_where, transfor
 from cryoiso.metrics.mask_effect import mask_effect
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.pipeline.diagnose import diagnose
-from cryoiso.pipeline.maps import make_mask
-from cryoiso.report.anisotropy import number_rows, sentences
+from cryoiso.pipeline.stages.diagnose import diagnose
+from cryoiso.pipeline.stages.half_maps import make_mask
+from cryoiso.report.sections.anisotropy import number_rows, sentences
 
 BOX, PIXEL_A = 40, 5.0
 

@@ -18,7 +18,7 @@ from mpi_helper import run_mpi, start_mpi
 from pipeline_helper import SERIAL, cryoiso, cryoiso_here, simulate, write_cube, write_job
 
 from cryoiso.core.errors import EXIT_INPUT, EXIT_MISSING, EXIT_OTHER, EXIT_USAGE
-from cryoiso.io.star import read_particles, write_particles
+from cryoiso.io.star.read import read_particles, write_particles
 
 MRC_HEADER = 1024
 
@@ -153,7 +153,7 @@ def test_such_a_reference_is_taken_when_told_so(data):
     code = f"""
 from pathlib import Path
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.layout import RunFolder
+from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.work import Work

@@ -23,8 +23,8 @@ from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_f
 from cryoiso.metrics.fsc import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.pipeline.apart import apart
-from cryoiso.pipeline.correct import Task, _correct_alone, correct_files
+from cryoiso.pipeline.stages.correct import Task, _correct_alone, correct_files
+from cryoiso.pipeline.stages.isolated_process import apart
 
 BOX, PIXEL = 24, 8.0
 SIZES = {"cube_px": 16, "sub_maps": 4, "batch": 2, "epochs": 1}

@@ -15,7 +15,7 @@ from cryoiso.physics.fit import inverted
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.resample import place_map
 from cryoiso.physics.so3 import rotvec_to_matrix
-from cryoiso.pipeline.reference import prepare_reference
+from cryoiso.pipeline.inputs.reference import prepare_reference
 
 BOX, PIXEL = 28, 6.0
 

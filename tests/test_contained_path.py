@@ -16,12 +16,12 @@ from cryoiso.engines.relion.external import read_task
 from cryoiso.io.contained_path import contained_path, links_out, why_not_contained
 from cryoiso.io.shards import ShardSource, read_index
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.checksums import read_sums
-from cryoiso.pipeline.hashing import sha256_of
-from cryoiso.pipeline.journal import Journal, read_journal
-from cryoiso.pipeline.replay import replay_stage
+from cryoiso.pipeline.records.checksums import read_sums
+from cryoiso.pipeline.records.hashing import sha256_of
+from cryoiso.pipeline.records.journal import Journal, read_journal
+from cryoiso.pipeline.reproduce.replay import replay_stage
+from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import resume_run
-from cryoiso.pipeline.verify import verify_run
 
 BAD = ["../.bash_login", "a/../../x", "/etc/passwd", "..", "", ".", "a\nb", "a\0b", "\x1b[2J", 7, None, "a" * 256]
 

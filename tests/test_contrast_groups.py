@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_io_ingest import BOX, blobs, make_set, settings
 
-from cryoiso.io.contrast import decide_sign
-from cryoiso.io.star import read_particles
+from cryoiso.io.contrast_sign import decide_sign
+from cryoiso.io.star.read import read_particles
 
 
 @pytest.mark.parametrize("factor", [1, -1])

@@ -19,14 +19,14 @@ from cryoiso.engines.relion import command
 from cryoiso.engines.relion.images import all_flipped, image_names, relion_source, write_input
 from cryoiso.engines.relion.install import Relion
 from cryoiso.io import read_particle_file
-from cryoiso.io.contrast import decide_sign
+from cryoiso.io.contrast_sign import decide_sign
 from cryoiso.io.imageprep import IngestSettings, normalise, normalise_particles
 from cryoiso.io.ingest import ingest, plan
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.shards import ShardSource
 from cryoiso.io.sources import ArraySource, JoinedSource, as_recorded
 from cryoiso.io.stack import StackReader
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.methods.auxiliary.condition import Condition, fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.particles import auxiliary_particles
@@ -35,7 +35,7 @@ from cryoiso.physics.ctf import ctf_for
 from cryoiso.physics.ctf_applied import apply_ctf, restored
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import make_particles, simulate
-from cryoiso.pipeline.auxiliary_train import train_into
+from cryoiso.pipeline.stages.train import train_into
 
 BOX, PIXEL_A, N = 32, 6.0, 200
 ROWS = np.arange(N)

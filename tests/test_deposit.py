@@ -22,11 +22,11 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.mrc import build_header, copy_labelled, read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.checksums import read_sums, write_sums
-from cryoiso.pipeline.deposit import ADDITIONAL, COPIED, fill_result, fsc_xml
+from cryoiso.pipeline.records.checksums import read_sums, write_sums
 from cryoiso.pipeline.run import run_job
+from cryoiso.pipeline.stages.result_folder import ADDITIONAL, COPIED, fill_result, fsc_xml
 from cryoiso.report.deposit import ROLES, deposit
-from cryoiso.report.methods import methods, warnings
+from cryoiso.report.methods_text import methods, warnings
 from cryoiso.report.surface import contour_level, surface_png
 
 

@@ -15,10 +15,10 @@ from pipeline_helper import cryoiso, cryoiso_here, write_job
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_DONE, EXIT_INPUT, EXIT_MISSING, EXIT_OTHER
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.probe import family_of_launcher
-from cryoiso.pipeline import filesystem, machine
-from cryoiso.pipeline.finding import ERROR, FINE, NOTE, WARNING, Needs, exit_code
-from cryoiso.pipeline.findings import judge
+from cryoiso.parallel.mpi_probe import family_of_launcher
+from cryoiso.pipeline.site import filesystem, machine
+from cryoiso.pipeline.site.checks import judge
+from cryoiso.pipeline.site.finding import ERROR, FINE, NOTE, WARNING, Needs, exit_code
 
 GIB = 2**30
 GPU = {"name": "NVIDIA A100", "total_bytes": 40 * GIB, "id": "gpu-0", "used_by_this_rank": True, "free_bytes": 39 * GIB}
@@ -284,10 +284,10 @@ def test_doctor_for_a_job_without_its_program_exits_69(data, tmp_path):
 
 
 def test_a_run_stops_before_it_writes_and_warns_in_one_line(data, tmp_path, monkeypatch):
-    from cryoiso.pipeline import examine
+    from cryoiso.pipeline.site import doctor
 
     seen = facts({}, {}, folder={"free_inodes": 2})
-    monkeypatch.setattr(examine, "look", lambda *args, **options: seen)
+    monkeypatch.setattr(doctor, "look", lambda *args, **options: seen)
     done = cryoiso_here("run", data / "job.toml", "--out", tmp_path / "run")
     assert done.returncode == EXIT_OTHER and "no more than 2 files" in done.stderr and "Remove files" in done.stderr
     assert sum("8 threads share 4 cores" in line for line in done.stderr.splitlines()) == 1

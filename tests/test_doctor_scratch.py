@@ -17,15 +17,15 @@ from mpi_helper import run_mpi
 from pipeline_helper import cryoiso_here, forget_signals, quick_report, use_quick_parts, write_job
 
 from cryoiso.core.errors import EXIT_DONE
-from cryoiso.io import lease, staging
+from cryoiso.io import scratch_lease, staging
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import filesystem, scratch_look
-from cryoiso.pipeline.finding import FINE, NOTE, WARNING
-from cryoiso.pipeline.findings_scratch import scratch_findings
 from cryoiso.pipeline.run import run_job
-from cryoiso.pipeline.scratch import shards_of_ranks
-from cryoiso.pipeline.scratch_look import Images, look_for_scratch
+from cryoiso.pipeline.scratch_copies import shards_of_ranks
+from cryoiso.pipeline.site import filesystem, scratch_probe
+from cryoiso.pipeline.site.finding import FINE, NOTE, WARNING
+from cryoiso.pipeline.site.scratch_checks import scratch_findings
+from cryoiso.pipeline.site.scratch_probe import Images, look_for_scratch
 
 HUGE = 10**15
 NODE = {
@@ -133,7 +133,7 @@ def test_what_a_dead_job_left_counts_as_room_and_stays_for_the_next(tmp_path, sc
     os.kill(int(dead.stdout.readline()), signal.SIGKILL)
     dead.kill()
     dead.wait()
-    monkeypatch.setattr(scratch_look, "require_room", lambda folder, size, files: asked.append((folder, size, files)))
+    monkeypatch.setattr(scratch_probe, "require_room", lambda folder, size, files: asked.append((folder, size, files)))
     try:
         kept = sorted(p.name for p in root.rglob("*"))
         old = sum(p.stat().st_size for p in (root / "dead").rglob("*") if p.is_file())
@@ -148,7 +148,7 @@ def test_what_a_dead_job_left_counts_as_room_and_stays_for_the_next(tmp_path, sc
 def test_a_file_called_lock_of_somebody_else_is_left_alone(tmp_path, scratch):
     (scratch / "lock").write_text("theirs")
     (scratch / "data/leases").mkdir(parents=True)
-    assert lease.left_behind(scratch) == (0, 0) and look(scratch, tmp_path)["left_behind_bytes"] == 0
+    assert scratch_lease.left_behind(scratch) == (0, 0) and look(scratch, tmp_path)["left_behind_bytes"] == 0
 
 
 def test_a_node_needs_what_its_ranks_read(data, tmp_path):
@@ -168,15 +168,15 @@ def test_a_node_needs_what_its_ranks_read(data, tmp_path):
 
 
 def test_only_what_is_copied_is_expected(data):
-    from cryoiso.pipeline.layout import RunFolder
-    from cryoiso.pipeline.plan import folder_stages
+    from cryoiso.pipeline.records.run_folder import RunFolder
     from cryoiso.pipeline.run import read_job
     from cryoiso.pipeline.work import Work
+    from cryoiso.pipeline.workflow import folder_stages
 
     def images(**changes) -> Images:
         _, job = read_job(write_job(data, "images.toml", run_scratch="auto", **changes))
         work = Work(job, RunFolder(data / "run", folder_stages(job)), Context())
-        return scratch_look.images_of(work, 1)
+        return scratch_probe.images_of(work, 1)
 
     plain, relion = images(), images(refine_engine="relion")
     assert plain.raw and not plain.auxiliary and not plain.everywhere and not relion.raw

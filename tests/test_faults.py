@@ -30,9 +30,11 @@ from cryoiso.engines.native import NativeEngine
 from cryoiso.io import checkpoint, ingest, staging
 from cryoiso.io.atomic import DiskFullError
 from cryoiso.parallel import signals
-from cryoiso.pipeline import journal as journal_module
-from cryoiso.pipeline import lock, run, scratch, wire
-from cryoiso.pipeline.journal import Journal, read_journal
+from cryoiso.pipeline import run, scratch_copies
+from cryoiso.pipeline.records import journal as journal_module
+from cryoiso.pipeline.records import lock
+from cryoiso.pipeline.records.journal import Journal, read_journal
+from cryoiso.pipeline.stages import engines
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def _full_in_report(patch, disk: Path) -> None:
 def test_a_disk_that_fills_up(where, words, data, small_disk, quick, expected, tmp_path, monkeypatch):
     folder = small_disk / "run"
     if where is _full_in_refine:
-        monkeypatch.setattr(wire, "engine", lambda name: NativeEngine())
+        monkeypatch.setattr(engines, "engine", lambda name: NativeEngine())
         done = cryoiso_here("run", data / "job.toml", "--out", tmp_path / "real")
         assert done.returncode == 0, done.stderr
         expected = hash_files(tmp_path / "real")
@@ -180,7 +182,7 @@ def test_a_scratch_that_fills_up(data, small_disk, quick, expected, tmp_path, mo
         staging.require_room(folder, need, files)
         fill(small_disk)
 
-    monkeypatch.setattr(scratch, "require_room", then_fill)
+    monkeypatch.setattr(scratch_copies, "require_room", then_fill)
     job = write_job(data, "scratch.toml", run_scratch=str(small_disk))
     done = cryoiso_here("run", job, "--out", tmp_path / "run")
     assert done.returncode == 0 and done.stderr.count("No space left on device") == 1, done.stderr
@@ -353,7 +355,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, tmp_path, caplog
 
 
 def test_a_refinement_goes_on_from_the_checkpoint_before(data, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(wire, "engine", lambda name: NativeEngine())
+    monkeypatch.setattr(engines, "engine", lambda name: NativeEngine())
     job = write_job(data, "three.toml", refine_max_iterations=3)
     assert cryoiso_here("run", job, "--out", tmp_path / "whole").returncode == 0
     real, calls = checkpoint.save, []

@@ -14,16 +14,16 @@ from cryoiso.core.progress import LONGEST_STEP_S, Board
 from cryoiso.engines.relion import supervise
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import later
-from cryoiso.pipeline.estimate import Problem
-from cryoiso.pipeline.forecast import Forecast, requeues
-from cryoiso.pipeline.journal import Journal
-from cryoiso.pipeline.later import Ahead, Estimates, measured
-from cryoiso.pipeline.plan import folder_stages
+from cryoiso.pipeline.batch.walltime import End
+from cryoiso.pipeline.planning import remaining_time
+from cryoiso.pipeline.planning.forecast import Forecast, requeues
+from cryoiso.pipeline.planning.job_size import Problem
+from cryoiso.pipeline.planning.remaining_time import Ahead, Estimates, measured
+from cryoiso.pipeline.planning.workload import Assumed, stages
+from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.run import read_resolved, run_job
-from cryoiso.pipeline.walltime import End
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workload import Assumed, stages
+from cryoiso.pipeline.workflow import folder_stages
 from cryoiso.refine.schedule import EXPECTED_ITERATIONS, expected_iterations
 
 
@@ -204,7 +204,7 @@ def test_relions_iterations_are_pieces_of_the_stage(board, clock, tmp_path):
 
 def test_all_places_where_relion_can_be_stopped_are_heard(board, clock):
     """It is looked after twenty times a second, and each time whoever rings is listened to."""
-    from cryoiso.parallel.bell import StopBell
+    from cryoiso.parallel.group_stop import StopBell
 
     bell = StopBell(Context())
     for _ in range(100):
@@ -304,11 +304,13 @@ def test_a_real_run_on_a_device_without_rates(tmp_path, monkeypatch):
     job = simulate(tmp_path / "data")
     run = run_job(job, tmp_path / "run", Context(), until="reference")
     work = Work(read_resolved(run)[1], run, Context(), journal=Journal(run.journal))
-    with_rates = later.later_stages(work)("refine", 60.0, 60.0)
+    with_rates = remaining_time.later_stages(work)("refine", 60.0, 60.0)
     assert with_rates.unknown == () and with_rates.seconds > 0
-    monkeypatch.setattr(later, "predicted_stages", lambda work: dict.fromkeys([*folder_stages(work.job), "report"]))
-    assert later.later_stages(work)("refine", 60.0, 60.0) == Ahead(0.0, ("reconstruct", "diagnose", "report"))
-    assert later.later_stages(work, "refine")("refine", 60.0, 60.0) == Ahead()
+    monkeypatch.setattr(
+        remaining_time, "predicted_stages", lambda work: dict.fromkeys([*folder_stages(work.job), "report"])
+    )
+    assert remaining_time.later_stages(work)("refine", 60.0, 60.0) == Ahead(0.0, ("reconstruct", "diagnose", "report"))
+    assert remaining_time.later_stages(work, "refine")("refine", 60.0, 60.0) == Ahead()
 
 
 # --- what is said

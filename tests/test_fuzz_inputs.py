@@ -29,8 +29,8 @@ from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.models import positions, read_model
 from cryoiso.io.mrc import read_map, read_raw_map
-from cryoiso.io.startext import read_blocks, write_blocks
-from cryoiso.pipeline.launch_templates import fill_site
+from cryoiso.io.star.text import read_blocks, write_blocks
+from cryoiso.pipeline.batch.fill_template import fill_site
 from cryoiso.pipeline.run import read_job
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))

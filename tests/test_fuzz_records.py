@@ -27,15 +27,15 @@ from hypothesis import strategies as st
 from cryoiso.engines.relion import files as relion
 from cryoiso.engines.relion.external import read_task
 from cryoiso.io import checkpoint
-from cryoiso.io.frames import append, content, frames
+from cryoiso.io.append_log import append, content, frames
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import lock
-from cryoiso.pipeline.checksums import read_sums
-from cryoiso.pipeline.journal import Journal, read_journal
-from cryoiso.pipeline.manifest import read_manifest
+from cryoiso.pipeline.records import lock
+from cryoiso.pipeline.records.checksums import read_sums
+from cryoiso.pipeline.records.journal import Journal, read_journal
+from cryoiso.pipeline.records.manifest import read_manifest
+from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import read_resolved
-from cryoiso.pipeline.verify import verify_run
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 
@@ -85,7 +85,7 @@ def test_verify_never_falls_over_what_is_written(finished, name, changes, words,
 @examples(80)
 @given(changes=st.lists(edits, max_size=3), words=st.lists(st.tuples(st.floats(0, 1), pieces), max_size=3))
 def test_resolved_jobs(finished, changes, words):
-    from cryoiso.pipeline.layout import RunFolder
+    from cryoiso.pipeline.records.run_folder import RunFolder
 
     path = finished / "resolved.toml"
     whole = path.read_bytes()

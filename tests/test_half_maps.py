@@ -18,9 +18,9 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import apply_radial, lowpass
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.pipeline.correct import Task, correct_files
-from cryoiso.pipeline.diagnose import diagnose
-from cryoiso.pipeline.half_maps import read_half_maps
+from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+from cryoiso.pipeline.stages.correct import Task, correct_files
+from cryoiso.pipeline.stages.diagnose import diagnose
 from cryoiso.pipeline.work import read_mask
 
 BOX, PIXEL_A = 32, 6.0

@@ -20,11 +20,12 @@ from cryoiso.core.errors import EXIT_INPUT, InputError, Interrupted
 from cryoiso.io.shards import read_index
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import hashing, inputs, stages
-from cryoiso.pipeline.replay import replay_stage
+from cryoiso.pipeline.commands.basic import ingest_files
+from cryoiso.pipeline.records import hashing
+from cryoiso.pipeline.reproduce.replay import replay_stage
+from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import resume_run, run_job
-from cryoiso.pipeline.standalone import ingest_files
-from cryoiso.pipeline.verify import verify_run
+from cryoiso.pipeline.stages import basic, input_hashes
 
 STACKS = ("a.mrcs", "b.mrcs")
 
@@ -154,7 +155,7 @@ def stop_in(name: str, monkeypatch) -> None:
             seen(1)
         return hashing.sha256_of(path, seen)
 
-    monkeypatch.setattr(inputs, "sha256_of", sha256_of)
+    monkeypatch.setattr(input_hashes, "sha256_of", sha256_of)
 
 
 def read_from_now_on(monkeypatch) -> list[str]:
@@ -213,7 +214,7 @@ def test_resume_heeds_a_signal_while_it_hashes(two_stacks, tmp_path, monkeypatch
         raise Interrupted("stopped by a signal")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_ingest_facts", stop)
+        patch.setattr(basic, "_ingest_facts", stop)
         with pytest.raises(Interrupted):
             run_job(two_stacks, tmp_path / "run", Context(), quick_report)
     for name in STACKS:
@@ -242,7 +243,7 @@ def image(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("kind", ["all", "small"])
 def test_a_start_after_ingest_has_the_digest_of_its_image(kind, data, tmp_path, quick, image, monkeypatch):
-    monkeypatch.setattr("cryoiso.pipeline.manifest.HASH_LIMIT", 10)
+    monkeypatch.setattr("cryoiso.pipeline.records.manifest.HASH_LIMIT", 10)
     first, expected = tmp_path / "first.sif", f"sha256:{hashing.sha256_of(image)}"
     first.write_bytes(b"another image")
     monkeypatch.setenv("APPTAINER_CONTAINER", str(first))
@@ -256,7 +257,7 @@ def test_a_start_after_ingest_has_the_digest_of_its_image(kind, data, tmp_path, 
 def test_the_same_image_is_read_once_and_a_replaced_one_again(data, tmp_path, quick, image, monkeypatch):
     run = run_job(data / "job.toml", tmp_path / "run", Context(), until="ingest").path
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "Hasher", None)
+        patch.setattr(input_hashes, "Hasher", None)
         resume_run(run, Context(), until="reference")
     old = f"sha256:{hashing.sha256_of(image)}"
     image.write_bytes(b"AN IMAGE")

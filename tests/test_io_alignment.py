@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cryoiso.engines.relion.images import write_input
-from cryoiso.io.star import read_particles
-from cryoiso.io.startext import read_blocks
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.read import read_particles
+from cryoiso.io.star.text import read_blocks
+from cryoiso.io.star.write import write_particles
 from cryoiso.physics.so3 import euler_to_matrix
 
 STALE = {

@@ -11,7 +11,7 @@ import pytest
 from cryoiso.core.errors import InputError
 from cryoiso.io import conventions, read_particle_file
 from cryoiso.io.cs import read_cs
-from cryoiso.io.star import read_particles, write_particles
+from cryoiso.io.star.read import read_particles, write_particles
 
 J24 = "data/poses/cryosparc_P12_J24/cryosparc_P12_J24_001_particles.cs"
 

@@ -18,8 +18,8 @@ from cryoiso.core.errors import InputError
 from cryoiso.io import csfile
 from cryoiso.io.cs import read_cs
 from cryoiso.io.csfile import load_cs
-from cryoiso.pipeline.manifest import input_files
 from cryoiso.pipeline.preflight import with_absolute_paths
+from cryoiso.pipeline.records.manifest import input_files
 
 
 def with_header(path: Path, text: str, body: bytes = b"", version: int = 1, length: int | None = None) -> Path:

@@ -12,8 +12,8 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import concatenate
 from cryoiso.engines.relion.images import relion_particles
 from cryoiso.io.shards import groups_from_json, groups_to_json
-from cryoiso.io.star import read_particles, write_particles
-from cryoiso.io.startext import read_blocks
+from cryoiso.io.star.read import read_particles, write_particles
+from cryoiso.io.star.text import read_blocks
 from cryoiso.physics.simulate import make_particles
 
 PREMULTIPLIED, FLIPPED = "rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped"

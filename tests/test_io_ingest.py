@@ -18,12 +18,12 @@ from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import ingest as ing
 from cryoiso.io.atomic import DiskFullError, atomic_write
-from cryoiso.io.contrast import decide_sign
+from cryoiso.io.contrast_sign import decide_sign
 from cryoiso.io.imageprep import IngestSettings, background_mask, fit_box, normalise
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.shards import CHUNK_IMAGES, ShardSource
 from cryoiso.io.sources import ArraySource, StackSource
-from cryoiso.io.star import read_particles, write_particles
+from cryoiso.io.star.read import read_particles, write_particles
 
 BOX = 16
 
@@ -272,7 +272,7 @@ def test_pure_noise_is_taken_as_it_is_with_a_warning(tmp_path, caplog):
 
 
 def test_real_images_agree_with_the_sign_that_cryosparc_stored(shared):
-    from cryoiso.io.contrast import contrast
+    from cryoiso.io.contrast_sign import contrast
     from cryoiso.io.cs import read_cs
 
     folder = shared / "data/particles/empiar_10076_7"

@@ -12,7 +12,7 @@ from cryoiso.io import read_particle_file
 from cryoiso.io.conventions import euler_to_matrix
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.ranges import CS_FIELDS, RANGES
-from cryoiso.io.star import read_particles
+from cryoiso.io.star.read import read_particles
 
 OPTICS = {
     "rlnOpticsGroup": "1", "rlnOpticsGroupName": "a", "rlnVoltage": "300", "rlnSphericalAberration": "2.7",

@@ -11,9 +11,9 @@ import pytest
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions, read_particle_file
-from cryoiso.io.star import read_particles, write_particles
-from cryoiso.io.startable import Columns
-from cryoiso.io.startext import read_blocks
+from cryoiso.io.star.columns import Columns
+from cryoiso.io.star.read import read_particles, write_particles
+from cryoiso.io.star.text import read_blocks
 
 PARTICLE_STARS = [
     "particles/aspire_sample17/sample_particles_relion30.star",

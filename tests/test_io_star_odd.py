@@ -16,8 +16,8 @@ from cryoiso.io.imageprep import IngestSettings, normalise
 from cryoiso.io.ingest import check_stacks
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.sources import StackSource
-from cryoiso.io.star import parse_image_names, read_particles
-from cryoiso.io.startext import MAX_BLOCKS, MAX_COLUMNS, MAX_LINE, read_blocks
+from cryoiso.io.star.read import parse_image_names, read_particles
+from cryoiso.io.star.text import MAX_BLOCKS, MAX_COLUMNS, MAX_LINE, read_blocks
 
 BOX = 16
 COLUMNS = ("rlnImageName", "rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle", "rlnVoltage", "rlnSphericalAberration",

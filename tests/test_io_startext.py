@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cryoiso.core.errors import InputError
-from cryoiso.io import startext
-from cryoiso.io.startext import StarBlock, format_blocks, read_blocks, write_blocks
+from cryoiso.io.star import text as star_text
+from cryoiso.io.star.text import StarBlock, format_blocks, read_blocks, write_blocks
 
 
 def test_every_real_star_file_comes_back_from_blocks_unchanged(shared, tmp_path):
@@ -133,7 +133,7 @@ def test_plain_tables_are_read_by_starfile_alone(tmp_path, monkeypatch):
     def looked_up(line: str) -> list[str]:
         raise AssertionError(f"read from its line: {line}")
 
-    monkeypatch.setattr(startext, "_tokens", looked_up)
+    monkeypatch.setattr(star_text, "_tokens", looked_up)
     block = StarBlock("particles", True, {"rlnImageName": ["000001@s.mrcs", "2@s.mrcs"], "rlnX": ["1e3", "None"]})
     assert blocks_of(tmp_path, format_blocks([block])) == [block]
     block.columns["rlnX"][1] = "nan"

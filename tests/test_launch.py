@@ -19,8 +19,8 @@ from pipeline_helper import cryoiso_here
 from cryoiso.core.config import LaunchSection, job_to_toml, parse_job
 from cryoiso.core.errors import EXIT_INPUT, EXIT_MISSING, EXIT_REQUEUE, EXIT_USAGE, CryoisoError, UsageError
 from cryoiso.parallel import launcher
-from cryoiso.pipeline import launch, launch_mpi, launch_submit
-from cryoiso.pipeline.launch_templates import OWN
+from cryoiso.pipeline.batch import launch, mpi_launcher, submit
+from cryoiso.pipeline.batch.fill_template import OWN
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULERS = ("slurm", "pbs", "lsf", "mpirun")
@@ -116,14 +116,14 @@ def test_one_rank_needs_no_launcher(job):
     ],
 )
 def test_the_library_decides_how_ranks_are_started(library, knows, expected, job, monkeypatch):
-    monkeypatch.setattr(launch_mpi, "probe_mpi", lambda: {"library": library})
-    monkeypatch.setattr(launch_mpi, "_srun_knows", lambda: set(knows.split()))
+    monkeypatch.setattr(mpi_launcher, "probe_mpi", lambda: {"library": library})
+    monkeypatch.setattr(mpi_launcher, "_srun_knows", lambda: set(knows.split()))
     assert expected in script(job, mpi="auto", nodes=2, ranks_per_node=4)
 
 
 def test_an_srun_that_fails_is_not_taken_for_one_without_pmi(job, monkeypatch, tmp_path):
     """A controller that cannot be reached just now says nothing of what srun can."""
-    monkeypatch.setattr(launch_mpi, "probe_mpi", lambda: {"library": "MPICH 5.0.2"})
+    monkeypatch.setattr(mpi_launcher, "probe_mpi", lambda: {"library": "MPICH 5.0.2"})
     srun = tmp_path / "bin/srun"
     srun.parent.mkdir()
     monkeypatch.setenv("PATH", f"{srun.parent}:/usr/bin:/bin")
@@ -134,7 +134,7 @@ def test_an_srun_that_fails_is_not_taken_for_one_without_pmi(job, monkeypatch, t
 
 
 def test_without_a_library_the_question_is_asked(job, monkeypatch):
-    monkeypatch.setattr(launch_mpi, "probe_mpi", lambda: {"error": "cannot load MPI library"})
+    monkeypatch.setattr(mpi_launcher, "probe_mpi", lambda: {"error": "cannot load MPI library"})
     with pytest.raises(CryoisoError, match=r"set launch\.mpi") as caught:
         script(job, mpi="auto")
     assert caught.value.exit_code == EXIT_MISSING
@@ -154,7 +154,7 @@ def test_a_chain_is_two_scripts(job):
     check_bash(first.text)
     for scheduler, words in (("slurm", "--dependency=afterok:7 --kill-on-invalid-dep=yes"), ("lsf", "-w done(7)"),
                              ("pbs", "-W depend=afterok:7")):  # fmt: skip
-        assert words in " ".join(launch_submit.submit_command(scheduler, Path("x"), "7"))
+        assert words in " ".join(submit.submit_command(scheduler, Path("x"), "7"))
     with pytest.raises(UsageError, match="needs a batch system"):
         script(job, chain=True, scheduler="mpirun")
 

@@ -13,7 +13,7 @@ from launch_helper import check_bash, make_job, script
 
 from cryoiso.core.errors import MissingError
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import lock
+from cryoiso.pipeline.records import lock
 
 
 @pytest.fixture

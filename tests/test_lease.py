@@ -9,26 +9,26 @@ import time
 import pytest
 from lease_helper import gone, holder, root_of
 
-from cryoiso.io import lease
+from cryoiso.io import scratch_lease
 
 
 def test_a_copy_goes_with_its_last_lease(tmp_path):
     root = root_of(tmp_path)
     other = holder(root, "same")
     heir = int(other.stdout.readline())
-    mine = lease.take(root, "same", run="mine")
+    mine = scratch_lease.take(root, "same", run="mine")
     (mine.files / "shard-00001.h5").write_text("y")
     assert len(list((root / "same/leases").iterdir())) == 2
     mine.release()
     assert sorted(p.name for p in (root / "same/files").iterdir()) == ["shard-00000.h5", "shard-00001.h5"]
-    assert lease.sweep(root) == []
+    assert scratch_lease.sweep(root) == []
     other.kill()
     other.wait()
     assert gone(root / "same"), "the heir tidies up after a killed holder"
     end = time.monotonic() + 20
-    while lease.start_of(heir) and time.monotonic() < end:
+    while scratch_lease.start_of(heir) and time.monotonic() < end:
         time.sleep(0.05)
-    assert lease.start_of(heir) == "", "and then ends"
+    assert scratch_lease.start_of(heir) == "", "and then ends"
 
 
 def test_only_the_provably_dead_are_swept(tmp_path):
@@ -41,8 +41,8 @@ def test_only_the_provably_dead_are_swept(tmp_path):
     old = time.time() - 10 * 86400
     os.utime(next((root / "living/leases").iterdir()), (old, old))  # a clock proves nothing
     try:
-        assert lease.sweep(root, keep="dead") == [] and (root / "dead").exists()
-        assert lease.sweep(root) == ["dead"]
+        assert scratch_lease.sweep(root, keep="dead") == [] and (root / "dead").exists()
+        assert scratch_lease.sweep(root) == ["dead"]
         assert (root / "living/files/shard-00000.h5").exists()
     finally:
         living.kill()
@@ -53,4 +53,4 @@ def test_a_foreign_folder_is_not_ours(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"cryoiso-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError):
-        lease.own_root(tmp_path)
+        scratch_lease.own_root(tmp_path)

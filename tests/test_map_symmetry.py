@@ -18,7 +18,12 @@ from cryoiso.physics.map_symmetry import find_frame, map_symmetry, symmetry_scor
 from cryoiso.physics.phantom import pseudo_atoms_to_map, trimer
 from cryoiso.physics.so3 import rotvec_to_matrix
 from cryoiso.physics.symmetry import cryosparc_turn, generators, point_group
-from cryoiso.pipeline.standard_frame import mask_correlation, require_mask_symmetry, require_symmetry, warn_of_symmetry
+from cryoiso.pipeline.inputs.standard_frame import (
+    mask_correlation,
+    require_mask_symmetry,
+    require_symmetry,
+    warn_of_symmetry,
+)
 
 BOX, PIXEL = 36, 5.0
 

@@ -16,15 +16,15 @@ from cryoiso.core.types import DensityMap, Particles
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.models import model_to_map
 from cryoiso.io.sources import ArraySource
-from cryoiso.methods.micelle import normal, solve
-from cryoiso.methods.micelle.normal import Grid, NormalEquations, Unknowns, inner
+from cryoiso.methods.micelle import normal_equations, solve
+from cryoiso.methods.micelle.image_sums import HalfSums, ImagePass
+from cryoiso.methods.micelle.normal_equations import Grid, NormalEquations, Unknowns, inner
 from cryoiso.methods.micelle.protein import filtered, protein_mask
 from cryoiso.methods.micelle.recover import MicelleSettings, recover_micelle_halves
-from cryoiso.methods.micelle.sums import HalfSums, ImagePass
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
-from cryoiso.physics.belt import belt_map, in_detergent
 from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.detergent_belt import belt_map, in_detergent
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier import disc, fourier_to_images, shift_phases
 from cryoiso.physics.masks import sphere_mask
@@ -33,7 +33,7 @@ from cryoiso.physics.simulate import SimulatedSource, make_particles, simulate
 from cryoiso.physics.so3 import rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 from cryoiso.physics.views import Views
-from cryoiso.pipeline.micelle import composite_reference
+from cryoiso.pipeline.stages.micelle import composite_reference
 from cryoiso.refine.batches import BatchReader
 
 RNG = np.random.default_rng(4)
@@ -314,4 +314,4 @@ def test_the_coarse_grid_holds_the_box():
     grid = Grid.of(64, 2.0, 10.0)
     back = grid.fine(grid.coarse(volume))
     assert grid.size_px < 64 and np.linalg.norm(back - volume) < 0.02 * np.linalg.norm(volume)
-    assert normal.OVERSAMPLING * grid.radius_px <= grid.size_px / 2
+    assert normal_equations.OVERSAMPLING * grid.radius_px <= grid.size_px / 2

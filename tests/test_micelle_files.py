@@ -17,7 +17,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.models import model_to_map, positions, read_model
 from cryoiso.io.mrc import read_map, write_map, write_stack
 from cryoiso.io.sources import ArraySource
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.methods.micelle import protein
 from cryoiso.methods.micelle.protein import PROTEIN_DALTON_A3, filtered, half_height, protein_mask
 from cryoiso.methods.micelle.recover import MicelleSettings
@@ -25,7 +25,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.pipeline.micelle import write_micelle
+from cryoiso.pipeline.stages.micelle import write_micelle
 
 RNG = np.random.default_rng(4)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cryoiso.core.errors import InputError
 from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig, HvaeOutput, pose_vector
 from cryoiso.nets.losses import negative_elbo
-from cryoiso.nets.start import hadamard
+from cryoiso.nets.wavelet_init import hadamard
 from cryoiso.physics.filters import power_spectrum
 from cryoiso.physics.noise import noise_spectrum
 from cryoiso.physics.phantom import phantom_map

@@ -17,8 +17,8 @@ from mpi_helper import mpi_environment, run_mpi, start_mpi
 from cryoiso.core.errors import EXIT_INPUT, EXIT_MISSING, EXIT_REQUEUE, InputError
 from cryoiso.core.protocols import Communicator
 from cryoiso.parallel import abort, launcher, partition
-from cryoiso.parallel.ancestry import hidden_launcher
 from cryoiso.parallel.context import Context
+from cryoiso.parallel.parent_launchers import hidden_launcher
 
 RANKS = (1, 2, 3, 4)
 

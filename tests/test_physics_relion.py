@@ -77,7 +77,7 @@ def test_relion_project_makes_the_same_images(shared, tmp_path, box, with_ctf):
     import mrcfile
 
     from cryoiso.io.mrc import write_map
-    from cryoiso.io.starwrite import write_particles
+    from cryoiso.io.star.write import write_particles
 
     volume = mrcfile.read(shared / "relion_bench/maps/ha_48.mrc").astype(np.float32)
     volume = np.ascontiguousarray(volume[48 - box :, 48 - box :, 48 - box :])  # pixel 24 becomes pixel box // 2
@@ -109,7 +109,7 @@ def test_relion_reconstruct_makes_the_same_map(tmp_path):
     """
     import mrcfile
 
-    from cryoiso.io.starwrite import write_particles
+    from cryoiso.io.star.write import write_particles
 
     truth = phantom_map(48, 4.0, 8.8)
     particles = make_particles(1500, 48, 4.0, shift_sd_A=6.0, seed=3, stack="images.mrcs")
@@ -135,7 +135,7 @@ def test_relion_takes_flags_for_the_same_as_we_do(tmp_path, kind):
     """
     import mrcfile
 
-    from cryoiso.io.starwrite import write_particles
+    from cryoiso.io.star.write import write_particles
 
     particles = make_particles(200, 40, 4.0, shift_sd_A=6.0, seed=3, stack="images.mrcs")
     images = SimulatedSource(phantom_map(40, 4.0, 8.8), particles, noise=False).read(np.arange(200))
@@ -168,7 +168,7 @@ def test_relion_reconstruct_on_noisy_particles(shared, tmp_path, symmetry):
     """
     import mrcfile
 
-    from cryoiso.io.star import read_particles
+    from cryoiso.io.star.read import read_particles
 
     folder = tmp_path / "sets" / "c12_uniform"
     folder.mkdir(parents=True)

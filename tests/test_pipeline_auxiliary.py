@@ -19,8 +19,8 @@ from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.postprocess import arguments, post_process
 from cryoiso.pipeline.run import run_job
+from cryoiso.pipeline.stages.post_command import arguments, post_process
 from cryoiso.report import build
 
 SMALL = {"run_workflow": "auxiliary", "auxiliary_steps": 6, "refine_max_iterations": 2}
@@ -165,7 +165,7 @@ def test_pooled_particles_share_one_noise_spectrum_and_their_optics_group(data, 
 def test_flipped_images_cannot_be_pooled(data, tmp_path):
     from dataclasses import replace
 
-    from cryoiso.io.starwrite import write_particles
+    from cryoiso.io.star.write import write_particles
 
     p = read_particle_file(data / "truth.star", "", ("pose",))
     flags = p.optics_table.assign(rlnCtfDataArePhaseFlipped="1")

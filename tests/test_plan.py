@@ -15,12 +15,12 @@ from pipeline_helper import cryoiso_here, quick_report, use_quick_parts
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import estimate, rates, workload
-from cryoiso.pipeline.estimate import Problem, shard_layout
-from cryoiso.pipeline.planner import Layout, as_lines, make_plan
-from cryoiso.pipeline.rates import Rates
+from cryoiso.pipeline.planning import job_size, rates, workload
+from cryoiso.pipeline.planning.job_size import Problem, shard_layout
+from cryoiso.pipeline.planning.plan import Layout, as_lines, make_plan
+from cryoiso.pipeline.planning.rates import Rates
+from cryoiso.pipeline.planning.workload import KERNELS, Assumed
 from cryoiso.pipeline.run import run_job
-from cryoiso.pipeline.workload import KERNELS, Assumed
 
 ONE = Layout(1, 0, 1)
 
@@ -73,13 +73,13 @@ def test_shards_are_cut_as_ingest_does(n, box, mib):
 def test_generated_shards_are_cut_as_generation_does():
     from cryoiso.core.types import OpticsGroup, Particles
     from cryoiso.io.shardset import plan_shards
-    from cryoiso.pipeline.kernels import _particles
+    from cryoiso.pipeline.planning.microbenchmarks import _particles
 
     p = problem(64, 48, run={"workflow": "auxiliary"})
     some = _particles(p, OpticsGroup, Particles)
     many = some.take(np.arange(2300) % 64)
     p = problem(2300, 48, run={"workflow": "auxiliary"})
-    assert estimate._made_shards("generate-1", p).files == len(plan_shards(many, 48, "x", "y").shards)
+    assert job_size._made_shards("generate-1", p).files == len(plan_shards(many, 48, "x", "y").shards)
 
 
 # --- work
@@ -114,7 +114,7 @@ def test_every_workflow_has_a_plan_in_known_units(workflow):
         assert {kernel for units in work.values() for kernel in units} <= set(KERNELS)
     made = make_plan(p, ONE, rates.built_in("cpu"))
     assert made.seconds and {row.stage for row in made.rows} == set(workload.stages(p, 1, Assumed(), "cpu"))
-    assert sum(row.disk_bytes for row in made.rows) == sum(s.bytes for s in estimate.disk(p))
+    assert sum(row.disk_bytes for row in made.rows) == sum(s.bytes for s in job_size.disk(p))
 
 
 # --- rates

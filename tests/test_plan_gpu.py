@@ -11,16 +11,16 @@ from pipeline_helper import cryoiso_here, simulate
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_USAGE, UsageError
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import rates, timing, workload
-from cryoiso.pipeline.estimate import Problem, problem_of
-from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.plan import folder_stages
-from cryoiso.pipeline.planner import Layout, as_dict, as_lines, make_plan
-from cryoiso.pipeline.rates import BUILT_IN, Rates, built_in, guessed
+from cryoiso.pipeline.planning import rates, timing, workload
+from cryoiso.pipeline.planning.job_size import Problem, problem_of
+from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
+from cryoiso.pipeline.planning.rates import BUILT_IN, Rates, built_in, guessed
+from cryoiso.pipeline.planning.timing import note_timing, predicted_stages, save_timing
+from cryoiso.pipeline.planning.workload import KERNELS, Assumed, kind_of
+from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.run import read_job
-from cryoiso.pipeline.timing import note_timing, predicted_stages, save_timing
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workload import KERNELS, Assumed, kind_of
+from cryoiso.pipeline.workflow import folder_stages
 
 GPU = Layout(1, 1, 1)
 APART = {"gemm": 0.5, "local": 2.0, "insert": 3.0, "transform": 0.4, "read": 2.5}

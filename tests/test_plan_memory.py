@@ -21,15 +21,21 @@ from cryoiso.methods.anisotropy.settings import PRESETS as CORRECTIONS
 from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
 from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import estimate, memory
-from cryoiso.pipeline.estimate import Problem, Stored, most, problem_of
-from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.memory import ALONE_BYTES, TRAINED_BYTES, gpu_memory, memory_of_stages, metadata_of_stages
-from cryoiso.pipeline.plan import folder_stages
-from cryoiso.pipeline.planner import Layout, as_dict, as_lines, make_plan
-from cryoiso.pipeline.rates import built_in
+from cryoiso.pipeline.planning import job_size, memory
+from cryoiso.pipeline.planning.job_size import Problem, Stored, most, problem_of
+from cryoiso.pipeline.planning.memory import (
+    ALONE_BYTES,
+    TRAINED_BYTES,
+    gpu_memory,
+    memory_of_stages,
+    metadata_of_stages,
+)
+from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
+from cryoiso.pipeline.planning.rates import built_in
+from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import folder_stages
 
 GIB = 2**30
 
@@ -179,7 +185,7 @@ def test_the_copy_has_the_files_and_bytes_that_are_planned(n, tmp_path, monkeypa
     monkeypatch.setattr(images, "STACK_BYTES", 4 * 24**2 * 2)  # two images a stack, until there are 40 stacks
     images._export(Blank(n, 24), np.arange(n), tmp_path / "images", Context(), False)
     found = [path.stat().st_size for path in (tmp_path / "images").iterdir()]
-    planned = estimate._images_for_relion(n, 24)
+    planned = job_size._images_for_relion(n, 24)
     assert planned[1] == len(found) and planned[0] == pytest.approx(sum(found), abs=200)
 
 
@@ -195,7 +201,7 @@ def test_a_million_images_are_on_the_disk_twice_while_relion_works():
     for same in (replace(p, originals=True), problem(1_000_000, 256, relion={"images": "original"}, **relion)):
         assert "copy of the images" not in "\n".join(as_lines(make_plan(same, Layout(1, 0, 1), built_in("cpu"))))
     both = replace(problem(1000, 64, run={"workflow": "auxiliary"}, **relion), originals=True)
-    copies = {s.name: s.temporary_bytes for s in estimate.disk(both)}
+    copies = {s.name: s.temporary_bytes for s in job_size.disk(both)}
     assert copies["refine"] == 0 and copies["corefine-1"] == pytest.approx(4 * 1000 * 64**2, rel=0.01)
 
 

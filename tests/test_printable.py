@@ -16,7 +16,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.run import run_job
 from cryoiso.report import publish
 from cryoiso.report.collect import collect, provenance
-from cryoiso.report.html import escape
+from cryoiso.report.page import escape
 from cryoiso.report.sharing import for_others
 
 EVIL = "a\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m\u2028b\udcff"

@@ -19,20 +19,20 @@ from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.core.rng import generator
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io import checkpoint
-from cryoiso.methods.anisotropy import course
+from cryoiso.methods.anisotropy import correction_run
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.correction import MapCorrection, support
 from cryoiso.methods.misalignment.steps import shell_amplitude
 from cryoiso.metrics.fsc import fsc, resolution_at, shell_correlation, transform
-from cryoiso.parallel import bell
+from cryoiso.parallel import group_stop
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
+from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.start import initial_model
 
 BOX = 32
 HALVES = (1, 2)
@@ -397,8 +397,8 @@ def test_stopped_in_the_middle_of_a_training(few, tmp_path, monkeypatch):
                 left[0] -= 1
                 return left[0] < 0
 
-            patch.setattr(bell.StopBell, "heard", lambda self: ring() or self._rung)
-            patch.setattr(course._Trainer, "heed", lambda self: None)  # asks between the trainings
+            patch.setattr(group_stop.StopBell, "heard", lambda self: ring() or self._rung)
+            patch.setattr(correction_run._Trainer, "heed", lambda self: None)  # asks between the trainings
             NativeEngine().refine(replace(request, resume=True), Context())
         began.append(sorted(p.parts[-3] for p in resumed.glob("correction/correction-001/training_*/checkpoint/*")))
     assert began[0] and began[-1] != began[0]

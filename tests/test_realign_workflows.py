@@ -14,10 +14,10 @@ from cryoiso.core.config import Job, parse_job
 from cryoiso.core.errors import UsageError
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map, write_map
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import plan
-from cryoiso.pipeline.halves import assign_halves
+from cryoiso.pipeline import workflow
+from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.run import run_job
 from cryoiso.pipeline.work import Work
 from cryoiso.report import build
@@ -43,12 +43,12 @@ def put_a_corrected_map(work: Work) -> None:
 @pytest.fixture
 def quick(monkeypatch):
     """Neither the loop nor the last stage trains a network; the list of the loop's corrections."""
-    monkeypatch.setattr(plan, "_correct", put_a_corrected_map)
+    monkeypatch.setattr(workflow, "_correct", put_a_corrected_map)
     return use_quick_networks(monkeypatch)
 
 
-def job_of(workflow: str) -> Job:
-    data = {"particles": {"file": "p.star"}, "reference": {"file": "r.mrc"}, "run": {"workflow": workflow}}
+def job_of(name: str) -> Job:
+    data = {"particles": {"file": "p.star"}, "reference": {"file": "r.mrc"}, "run": {"workflow": name}}
     return parse_job({**data, "auxiliary": {"rounds": 1}})
 
 
@@ -58,11 +58,11 @@ def facts(run: Path, stage: str, name: str) -> dict:
 
 def test_stages_of_the_workflows():
     end = ("reconstruct", "correct", "diagnose")
-    assert plan.folder_stages(job_of("realign")) == ("ingest", "reference", "refine", *end)
+    assert workflow.folder_stages(job_of("realign")) == ("ingest", "reference", "refine", *end)
     rounds = ("train-1", "generate-1", "corefine-1", "local")
-    assert plan.folder_stages(job_of("both")) == ("ingest", "reference", "refine", *rounds, *end)
-    for workflow in ("refine", "auxiliary"):
-        assert "correct" not in plan.folder_stages(job_of(workflow))
+    assert workflow.folder_stages(job_of("both")) == ("ingest", "reference", "refine", *rounds, *end)
+    for name in ("refine", "auxiliary"):
+        assert "correct" not in workflow.folder_stages(job_of(name))
 
 
 def test_realign(data, tmp_path):
@@ -70,7 +70,7 @@ def test_realign(data, tmp_path):
     tiny = {"correct_sub_maps": 4, "correct_cube_px": 16, "correct_epochs": 1, "realign_epochs": 1}
     job = write_job(data, "realign.toml", **SMALL, **tiny, run_workflow="realign", realign_mode="paired")
     run = run_job(job, tmp_path / "run", Context(), report=build).path
-    assert [p.name[3:] for p in sorted(run.glob("[0-9][0-9]_*"))] == list(plan.folder_stages(job_of("realign")))
+    assert [p.name[3:] for p in sorted(run.glob("[0-9][0-9]_*"))] == list(workflow.folder_stages(job_of("realign")))
     refined = facts(run, "refine", "refine.json")
     assert refined["correction"]["halves_share_a_network"]
     applied = [record["correction"]["applied"] for record in refined["iterations"]]
@@ -135,7 +135,7 @@ def test_the_command_and_its_resumption(data, tmp_path):
 
 def test_the_command_with_auxiliary_particles(data, tmp_path, quick):
     """Only the particles themselves come back, and only they are in the half-maps."""
-    from cryoiso.pipeline.standalone import ingest_files
+    from cryoiso.pipeline.commands.basic import ingest_files
 
     truth = read_particle_file(data / "truth.star")
     job = parse_job({"particles": {"file": str(data / "particles.star")}, "reference": {"file": "r.mrc"}})

@@ -7,7 +7,7 @@ import pytest
 
 from cryoiso.core.types import DensityMap
 from cryoiso.physics.resample import resample_map
-from cryoiso.pipeline.reference import measure_diameter
+from cryoiso.pipeline.inputs.reference import measure_diameter
 
 
 def _blob(box: int, pixel: float, centre_A=(0.0, 0.0, 0.0), sigma_A: float = 12.0) -> np.ndarray:

@@ -27,7 +27,7 @@ from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.resample import resample_matrix
 from cryoiso.physics.simulate import Projector, simulate
-from cryoiso.refine import batches, start
+from cryoiso.refine import batches, initial_model
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.reconstruct import reconstruct_halves, reconstruct_references
@@ -243,9 +243,9 @@ def of_a_round(images: ArraySource, truth: DensityMap) -> tuple[ArraySource, Arr
     images = blind(images)
     images.truth = truth
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "require_match", lambda found: None)
+        patch.setattr(initial_model, "require_match", lambda found: None)
         run = Refinement(request_for(images, None, **ONCE, solvent_mask=False), Context(), "cpu", DIAMETER_A)
-        model = start.initial_model(run, 40.0)
+        model = initial_model.initial_model(run, 40.0)
         for _ in range(2):
             model = run.step(model)
     posed = images.particles.with_poses(model.rotation, model.shift_A)
@@ -265,8 +265,10 @@ def with_references(source, references: dict[int, DensityMap], **options) -> Ref
 def by_chance(request: RefineRequest) -> float:
     """How probable it is that noise matches as the images of a request do."""
     run = Refinement(request, Context(), "cpu", DIAMETER_A)
-    references = start.first_references(run, request.lowpass_A)
-    return start.match(run, references, start.mean_power(run), start.first_state(run, request.lowpass_A)).chance
+    references = initial_model.first_references(run, request.lowpass_A)
+    return initial_model.match(
+        run, references, initial_model.mean_power(run), initial_model.first_state(run, request.lowpass_A)
+    ).chance
 
 
 def test_noise_is_refused_in_a_later_round_though_the_auxiliaries_match(refined_noise, refined_trimers, tmp_path):
@@ -288,21 +290,21 @@ def test_noise_is_refused_by_a_local_refinement_though_it_matches_at_its_poses(r
         posed, _, references = found
         common = replace(request_for(posed, None, **ONCE), source=posed, local_deg=8.0, lowpass_A=25.0)
         of_halves = with_references(posed, references, local_deg=8.0, lowpass_A=25.0)
-        assert at_given_poses(common) < start.CHANCE
+        assert at_given_poses(common) < initial_model.CHANCE
         for request in (common, of_halves):
-            assert (by_chance(request) < start.CHANCE) == expected
+            assert (by_chance(request) < initial_model.CHANCE) == expected
         run = Refinement(of_halves, Context(), "cpu", DIAMETER_A)
         if expected:
-            start.initial_model(run, 25.0)
+            initial_model.initial_model(run, 25.0)
         else:
             with pytest.raises(InputError, match="does not match the images"):
-                start.initial_model(run, 25.0)
+                initial_model.initial_model(run, 25.0)
 
 
 def at_given_poses(request: RefineRequest) -> float:
     """How probable it is that noise which chose its poses at random matches as these images do around theirs."""
     run = Refinement(request, Context(), "cpu", DIAMETER_A)
-    sigma2, state = start.mean_power(run), start.first_state(run, request.lowpass_A)
-    volumes = start._volumes(run, start.first_references(run, request.lowpass_A), state.radius_px)
+    sigma2, state = initial_model.mean_power(run), initial_model.first_state(run, request.lowpass_A)
+    volumes = initial_model._volumes(run, initial_model.first_references(run, request.lowpass_A), state.radius_px)
     rows = np.arange(len(run.particles))
-    return start.Match.of(start._terms(run, rows, volumes, run.plan(state), sigma2, known=True)).chance
+    return initial_model.Match.of(initial_model._terms(run, rows, volumes, run.plan(state), sigma2, known=True)).chance

@@ -31,10 +31,10 @@ from cryoiso.physics.project import FourierVolume
 from cryoiso.physics.simulate import SimulatedSource, simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
-from cryoiso.refine import batches, iterate, kept, search
+from cryoiso.refine import batches, iterate, search, search_cache
+from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.likelihood import local_scores_torch, with_magnification
-from cryoiso.refine.start import initial_model
 
 BOX, PIXEL_A, DIAMETER_A = 32, 6.0, 145.0
 
@@ -409,7 +409,7 @@ def test_a_new_refinement_uses_nothing_of_an_old_one(few, searched, tmp_path):
 
 def test_searches_are_written_as_time_goes_by_and_a_full_disk_only_warns(few, searched, tmp_path, monkeypatch, caplog):
     """As it would be found after a kill: on the disk before anybody stops."""
-    monkeypatch.setattr(kept, "EVERY_S", 0.0)
+    monkeypatch.setattr(search_cache, "EVERY_S", 0.0)
     request = request_for(few, tmp_path / "killed", **ONCE)
     sizes: list[int] = []
 
@@ -426,7 +426,7 @@ def test_searches_are_written_as_time_goes_by_and_a_full_disk_only_warns(few, se
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept, "append", full)
+    monkeypatch.setattr(search_cache, "append", full)
     caplog.clear()
     NativeEngine().refine(request_for(few, tmp_path / "full", **ONCE), Context())
     assert caplog.text.count("an interruption would cost this iteration") == 2  # one an iteration

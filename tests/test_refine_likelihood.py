@@ -28,6 +28,7 @@ from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_t
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
 from cryoiso.refine.batches import BatchReader
+from cryoiso.refine.initial_model import grey_scale, initial_model, mean_power
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.likelihood import (
     ReferenceSlices,
@@ -45,7 +46,6 @@ from cryoiso.refine.schedule import (
     search_plan,
 )
 from cryoiso.refine.search import Level, Posterior, Searcher, SearchPlan, summarise
-from cryoiso.refine.start import grey_scale, initial_model, mean_power
 
 BOX, PIXEL_A = 32, 6.0
 RNG = np.random.default_rng(6)

@@ -41,11 +41,11 @@ from cryoiso.physics.simulate import simulate as simulate_images
 from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
 from cryoiso.refine import batches, search
 from cryoiso.refine.batches import BatchReader
+from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.likelihood import global_scores, local_scores, whiten
 from cryoiso.refine.schedule import State, local_grid, search_plan
 from cryoiso.refine.search import Given, Searcher
-from cryoiso.refine.start import initial_model
 
 LOCAL_DEG = 8.0
 ROUNDING = 1.001

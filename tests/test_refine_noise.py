@@ -20,11 +20,11 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import simulate
-from cryoiso.pipeline.diagnose import diagnose
+from cryoiso.pipeline.stages.diagnose import diagnose
 from cryoiso.refine import noise
+from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.reconstruct import reconstruct_halves, reconstruct_references
-from cryoiso.refine.start import initial_model
 
 N, CUT = 160, 11
 CUT_A = BOX * PIXEL_A / CUT

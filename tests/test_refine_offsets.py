@@ -16,12 +16,12 @@ from cryoiso.core.types import Particles
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.auxiliary.corefine import co_refine
-from cryoiso.methods.auxiliary.evidence import require_evidence
 from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
+from cryoiso.methods.auxiliary.reference_check import require_evidence
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulate import Projector, simulate
-from cryoiso.refine import start
+from cryoiso.refine import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.model import Model
 from cryoiso.refine.offsets import check_poses
@@ -130,9 +130,9 @@ def test_noise_with_offsets_that_it_was_refined_to_is_still_refused():
     held = ArraySource(noise, replace(source.particles, rotation=None, shift_A=None))
     held.truth = source.truth
     run = Refinement(replace(request_for(source, None), source=held), Context(), "cpu", 145.0)
-    images = start.mean_power(run)
-    state = start.first_state(run, 40.0)
-    references = dict.fromkeys((1, 2), start.first_reference(run, source.truth, 40.0))
+    images = initial_model.mean_power(run)
+    state = initial_model.first_state(run, 40.0)
+    references = dict.fromkeys((1, 2), initial_model.first_reference(run, source.truth, 40.0))
     n = len(noise)
     found = run.step(Model(state, references, images, np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))))
     held.particles = replace(held.particles, shift_A=found.shift_A)

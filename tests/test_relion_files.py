@@ -21,9 +21,9 @@ from cryoiso.engines.relion.files import (
     remove_iterations_after,
     version_of,
 )
-from cryoiso.engines.relion.follow import Progress
 from cryoiso.engines.relion.images import image_names, relion_particles, rows_of_names, write_input
 from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
+from cryoiso.engines.relion.progress_parser import Progress
 from cryoiso.engines.relion.result import Ledger, remove_early_iterations
 from cryoiso.io import read_particle_file
 from cryoiso.io.imageprep import IngestSettings

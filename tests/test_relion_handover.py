@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from cryoiso.core.errors import InputError
-from cryoiso.parallel import handover, private_socket
-from cryoiso.parallel.handover import Address, Desk, HandoverError, ask
+from cryoiso.parallel import private_socket, task_socket
 from cryoiso.parallel.private_socket import listen
+from cryoiso.parallel.task_socket import Address, Desk, HandoverError, ask
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def take_road(monkeypatch, file, road):
     """Leaves a caller with one way to the desk."""
     address = Address.read(file)
     if road != "local":
-        monkeypatch.setattr(handover.socket, "gethostname", lambda: "another-host")
+        monkeypatch.setattr(task_socket.socket, "gethostname", lambda: "another-host")
     if road == "files":
         Address(**{**address.__dict__, "port": 0, "numbers": ()}).write(file)
 
@@ -140,8 +140,8 @@ def test_what_was_said_before_cannot_be_said_again(tmp_path):
     secret = bytes.fromhex(Address.read(tmp_path / "callback.json").secret)
     old = os.urandom(16)
     mine = os.urandom(16)
-    recorded = mine + handover._framed(b'{"n": 1}', secret, b"task", old, mine)
-    with handover._connect(Address.read(tmp_path / "callback.json"), 2.0) as connection:
+    recorded = mine + task_socket._framed(b'{"n": 1}', secret, b"task", old, mine)
+    with task_socket._connect(Address.read(tmp_path / "callback.json"), 2.0) as connection:
         connection.sendall(recorded)
         until = time.monotonic() + 1
         while time.monotonic() < until:
@@ -152,7 +152,7 @@ def test_what_was_said_before_cannot_be_said_again(tmp_path):
 
 def test_silent_and_noisy_strangers_do_not_hold_up_the_desk(desk, tmp_path):
     address = Address.read(tmp_path / "callback.json")
-    silent, noisy = (handover._connect(address, 2.0) for _ in range(2))
+    silent, noisy = (task_socket._connect(address, 2.0) for _ in range(2))
     noisy.sendall(os.urandom(4096))
     thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 7})
     serve(desk, 1)
@@ -200,7 +200,7 @@ def test_a_crowd_of_strangers_neither_ends_the_run_nor_takes_its_file_descriptor
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
             assert desk.look() == []
-            assert len(desk._callers) <= handover.MOST_CALLERS
+            assert len(desk._callers) <= task_socket.MOST_CALLERS
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 3}, limit_s=20.0)
@@ -213,7 +213,7 @@ def test_a_crowd_of_strangers_neither_ends_the_run_nor_takes_its_file_descriptor
 
 
 def test_a_caller_that_lost_its_place_goes_by_the_files(desk, tmp_path, monkeypatch):
-    monkeypatch.setattr(handover, "MOST_CALLERS", 1)
+    monkeypatch.setattr(task_socket, "MOST_CALLERS", 1)
     address = Address.read(tmp_path / "callback.json")
     monkeypatch.setattr(desk, "_doors", [DropsAll(door) for door in desk._doors])
     thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 5}, limit_s=20.0)
@@ -238,8 +238,8 @@ class DropsAll:
 
 
 def test_the_deadline_is_for_the_whole_task(desk, tmp_path, monkeypatch):
-    monkeypatch.setattr(handover, "_HELLO_S", 0.4)
-    trickle = handover._connect(Address.read(tmp_path / "callback.json"), 2.0)
+    monkeypatch.setattr(task_socket, "_HELLO_S", 0.4)
+    trickle = task_socket._connect(Address.read(tmp_path / "callback.json"), 2.0)
     began = time.monotonic()
     with trickle, pytest.raises(OSError):
         while time.monotonic() < began + 10:
@@ -298,7 +298,7 @@ def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_stay(desk, 
 
 def test_a_desk_without_a_local_socket_has_the_other_ways(tmp_path, monkeypatch):
     gone = tmp_path / "gone"  # a cleaner of /tmp was quicker
-    monkeypatch.setattr("cryoiso.parallel.handover.private_folder", lambda purpose: gone)
+    monkeypatch.setattr("cryoiso.parallel.task_socket.private_folder", lambda purpose: gone)
     without = Desk(tmp_path / "callback.json", ["127.0.0.1"])
     address = Address.read(tmp_path / "callback.json")
     assert address.local == "" and address.port > 0

@@ -127,7 +127,7 @@ def test_other_shells_than_ours_do_not_matter(tmp_path):
 @pytest.mark.relion
 def test_alone_with_one_half_and_no_correction(tmp_path):
     """The hook as RELION's program: the same file as relion_external_reconstruct makes, and the arrays are gone."""
-    from cryoiso.engines.relion.alone import reconstruct_alone
+    from cryoiso.engines.relion.callback_standalone import reconstruct_alone
 
     star = write_task(tmp_path, 24, 2, 20)
     text = star.read_text().replace("_rlnCurrentImageSize 20", "_rlnCurrentImageSize 20\n_rlnPixelSize 1.25")

@@ -15,7 +15,7 @@ from cryoiso.io import read_particle_file
 from cryoiso.io.dimensionality import kind_of_particles
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.sources import StackSource
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group

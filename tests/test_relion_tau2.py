@@ -12,14 +12,14 @@ from pipeline_helper import cryoiso
 from relion_helper import job_of, refine, write_task
 
 from cryoiso.core.errors import UsageError
-from cryoiso.engines.relion.alone import reconstruct_alone
+from cryoiso.engines.relion.callback_standalone import reconstruct_alone
 from cryoiso.engines.relion.external import FourierArrays, read_arrays, read_task, reconstruct
 from cryoiso.engines.relion.files import parse_name
 from cryoiso.engines.relion.serve import Setting, serve
 from cryoiso.engines.relion.tau2 import noise_of_shells, ratio, summed, with_uneven_tau2
 from cryoiso.io.mrc import read_map
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.hook import correct_for_relion
+from cryoiso.pipeline.commands.relion_hook import correct_for_relion
 
 TAU2 = 3.0
 

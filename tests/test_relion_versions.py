@@ -15,7 +15,7 @@ from cryoiso.core.config import RefineSection, RelionSection
 from cryoiso.core.errors import CryoisoError, UsageError
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.engines.relion import alone, supervise
+from cryoiso.engines.relion import callback_standalone, supervise
 from cryoiso.engines.relion.engine import RelionEngine
 from cryoiso.engines.relion.external import read_task
 from cryoiso.io.mrc import read_map
@@ -146,10 +146,10 @@ def test_a_half_that_is_not_called_for_does_not_hold_the_job_for_ever(tmp_path, 
 
 
 def test_by_hand_a_half_that_stays_away_is_told_of_before_the_time_is_over(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(alone, "WARN_AFTER_S", 0.1)
+    monkeypatch.setattr(callback_standalone, "WARN_AFTER_S", 0.1)
     task = read_task(Path(write_task(tmp_path, 16, 1, 12).name), tmp_path)
     with pytest.raises(CryoisoError, match="did not say 'ready' in time"):
-        alone._Meeting(task, 0.8).wait_for("ready")
+        callback_standalone._Meeting(task, 0.8).wait_for("ready")
     assert caplog.text.count("without --sequential_halves_recons") == 1
 
 

@@ -17,7 +17,7 @@ from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.mrc import write_map
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.physics.symmetry import point_group
-from cryoiso.pipeline.diagnose import diagnose
+from cryoiso.pipeline.stages.diagnose import diagnose
 from cryoiso.report import build
 
 BOX, PIXEL_A, N = 32, 3.0, 400

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from cryoiso.pipeline.diagnose import plain
-from cryoiso.pipeline.diagnose_directional import directional, sampling, write_volume
-from cryoiso.report import anisotropy, collect, figures_anisotropy, pages
+from cryoiso.pipeline.stages.diagnose import plain
+from cryoiso.pipeline.stages.diagnose_directional import directional, sampling, write_volume
+from cryoiso.report import collect, figure_list
+from cryoiso.report.sections import anisotropy, anisotropy_figures
 
 BOX, PIXEL_A = 32, 3.0
 
@@ -60,7 +61,7 @@ def test_numbers_fit_together(numbers):
 
 
 def test_slices_of_a_large_box_are_thinned():
-    from cryoiso.pipeline.diagnose_directional import _slices
+    from cryoiso.pipeline.stages.diagnose_directional import _slices
 
     box = 201
     k = np.arange(box) - box // 2
@@ -103,15 +104,15 @@ def test_gaps_are_left(numbers):
     part["cfsc_mean"][3] = part["fso"][4] = part["resolution_A"][7] = part["fsc3d_slices"]["x"][2][2] = None
     part.update(cfsc_sd=None, resolution_min_A=None)
     holes["sampling"] = {"estimated": {**numbers["sampling"]["estimated"], "map": None}}
-    for draw in (figures_anisotropy.by_direction, figures_anisotropy.spheres):
+    for draw in (anisotropy_figures.by_direction, anisotropy_figures.spheres):
         assert len(decoded(draw(holes))) > 3000
-    assert len(decoded(figures_anisotropy.fsc3d_slices(part["fsc3d_slices"]))) > 3000
+    assert len(decoded(anisotropy_figures.fsc3d_slices(part["fsc3d_slices"]))) > 3000
 
 
 def test_pages_have_them_between_truth_and_views(numbers, monkeypatch):
-    monkeypatch.setattr(figures_anisotropy, "address", lambda figure, *_: "data:,")
+    monkeypatch.setattr(anisotropy_figures, "address", lambda figure, *_: "data:,")
     data = {"diagnose": numbers, "iterations": [], "job": {}}
-    assert [f.key for f in pages.figures(data, [])] == ["directions", "sphere", "fsc3d"]
+    assert [f.key for f in figure_list.figures(data, [])] == ["directions", "sphere", "fsc3d"]
 
 
 def test_volume_files(tmp_path):

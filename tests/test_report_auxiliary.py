@@ -17,10 +17,11 @@ from cryoiso.io.mrc import write_map
 from cryoiso.metrics.imagestats import compare_images
 from cryoiso.metrics.orientation import view_distribution
 from cryoiso.physics.noise import colour_noise, noise_spectrum
-from cryoiso.pipeline.diagnose import ERROR_EDGES_DEG, diagnose, plain
-from cryoiso.report import build, figures, figures_anisotropy, figures_auxiliary
-from cryoiso.report.auxiliary import collect_rounds
-from cryoiso.report.files import stage_folder
+from cryoiso.pipeline.stages.diagnose import ERROR_EDGES_DEG, diagnose, plain
+from cryoiso.report import build, figures
+from cryoiso.report.run_reader import stage_folder
+from cryoiso.report.sections import anisotropy_figures, auxiliary_figures
+from cryoiso.report.sections.auxiliary import collect_rounds
 
 BOX, PIXEL_A, N, STEPS, LAYERS = 32, 3.0, 400, 60, 7
 FIGURES = [
@@ -188,7 +189,7 @@ def run_folder(tmp_path, world):
 @pytest.fixture
 def unrendered(monkeypatch):
     """Pictures are composed but not rendered, which takes most of the time."""
-    for module in (figures, figures_anisotropy, figures_auxiliary):
+    for module in (figures, anisotropy_figures, auxiliary_figures):
         monkeypatch.setattr(module, "address", lambda figure, *_: "data:,")
 
 

@@ -11,7 +11,7 @@ import pytest
 from cryoiso.core.errors import InputError
 from cryoiso.metrics.orientation import ViewGrid
 from cryoiso.report import build
-from cryoiso.report.view_density import sentences
+from cryoiso.report.sections.view_density import sentences
 
 STEP_DEG = 12.0
 

@@ -19,10 +19,11 @@ from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.pipeline.correct import correct_files
 from cryoiso.pipeline.run import run_job
-from cryoiso.report import build, correct, figures_correct, realign
-from cryoiso.report.files import read_json
+from cryoiso.pipeline.stages.correct import correct_files
+from cryoiso.report import build
+from cryoiso.report.run_reader import read_json
+from cryoiso.report.sections import correct, correct_figures, realign
 
 SECTIONS = ["correct", "correct-fourier", "correct-curves", "correct-training"]
 NOT_A_RESOLUTION = "agreement of network outputs - not a resolution"
@@ -103,21 +104,21 @@ def test_slices_are_those_of_the_maps(made):
 def test_before_and_after_have_one_grey_scale_and_shares_the_whole_one(made, monkeypatch):
     facts = correct.collect_correct(made / "paired")
     slices = correct.collect_slices(made / "paired", {"correct": facts})
-    monkeypatch.setattr(figures_correct, "address", lambda figure, *_: figure)
-    panels = [ax for ax in figures_correct.maps(slices, facts).axes if ax.images]
+    monkeypatch.setattr(correct_figures, "address", lambda figure, *_: figure)
+    panels = [ax for ax in correct_figures.maps(slices, facts).axes if ax.images]
     assert [ax.get_title() for ax in panels[:3]] == ["XY", "XZ", "YZ"]
     assert len({image.get_clim() for ax in panels[:6] for image in ax.images}) == 1
     assert all(ax.images[0].get_clim() == (0, 1) for ax in panels[6:9])
     outside = slices["mask"][0] <= 0.5
     assert outside.any() and panels[6].images[0].get_array().mask.any()  # where a share says nothing
-    for ax in figures_correct.fourier(slices, facts).axes[:6]:
+    for ax in correct_figures.fourier(slices, facts).axes[:6]:
         assert ax.images[0].get_clim() == (0, 1)
 
 
 def test_nobody_takes_the_agreement_of_networks_for_a_resolution(made, monkeypatch):
     facts = correct.collect_correct(made / "paired")
-    monkeypatch.setattr(figures_correct, "address", lambda figure, *_: figure)
-    left, right = figures_correct.curves(facts, correct.AGREEMENT).axes[:2]
+    monkeypatch.setattr(correct_figures, "address", lambda figure, *_: figure)
+    left, right = correct_figures.curves(facts, correct.AGREEMENT).axes[:2]
     curve = next(line for line in right.lines if len(line.get_ydata()) == BOX // 2 + 1)
     np.testing.assert_allclose(curve.get_ydata(), facts[correct.AGREEMENT])
     assert curve.get_linestyle() == "--" and curve.get_marker() == "None"
@@ -131,11 +132,11 @@ def test_nobody_takes_the_agreement_of_networks_for_a_resolution(made, monkeypat
 
 def test_every_numeric_column_of_a_training_has_a_panel(made, monkeypatch):
     facts = correct.collect_correct(made / "paired")
-    assert figures_correct.courses(facts) == ["loss", "without_network", "gradient_norm"]
+    assert correct_figures.courses(facts) == ["loss", "without_network", "gradient_norm"]
     runs = {h: {"step": [5, 10], "word": ["a", "b"], "other": [1, None], "loss": [3, 2], "none": [0, 0]} for h in "12"}
-    assert figures_correct.courses({"training": runs}) == ["loss", "other"]
-    monkeypatch.setattr(figures_correct, "address", lambda figure, *_: figure)
-    first = figures_correct.training({"training": runs}).axes[0]
+    assert correct_figures.courses({"training": runs}) == ["loss", "other"]
+    monkeypatch.setattr(correct_figures, "address", lambda figure, *_: figure)
+    first = correct_figures.training({"training": runs}).axes[0]
     assert [line.get_label() for line in first.lines] == ["half 1", "half 2"]
     assert first.lines[0].get_color() != first.lines[1].get_color() and list(first.lines[0].get_xdata()) == [5, 10]
 

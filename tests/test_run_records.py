@@ -12,14 +12,14 @@ import time
 import pytest
 
 from cryoiso.core.errors import InputError, UsageError
-from cryoiso.pipeline import lock
-from cryoiso.pipeline.journal import Journal, read_journal
+from cryoiso.pipeline.records import lock
+from cryoiso.pipeline.records.journal import Journal, read_journal
 
 
 def test_two_runs_at_once_are_refused(tmp_path):
     with lock.locked(tmp_path / "lock.json"):
         code = (
-            "from cryoiso.pipeline.lock import locked\nfrom pathlib import Path\n"
+            "from cryoiso.pipeline.records.lock import locked\nfrom pathlib import Path\n"
             f"with locked(Path({str(tmp_path)!r}, 'lock.json')): pass"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -29,7 +29,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
 
 def test_lock_of_a_dead_process_is_taken_over(tmp_path):
     code = (
-        "import os\nfrom cryoiso.pipeline.lock import locked\nfrom pathlib import Path\n"
+        "import os\nfrom cryoiso.pipeline.records.lock import locked\nfrom pathlib import Path\n"
         f"with locked(Path({str(tmp_path)!r}, 'lock.json')): os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code])

@@ -25,12 +25,12 @@ from pipeline_helper import (
 )
 
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
-from cryoiso.io import lease, staging
+from cryoiso.io import scratch_lease, staging
 from cryoiso.io.shards import ShardSource
 from cryoiso.io.staging import Copies, NotStaged
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import scratch as pipeline_scratch
+from cryoiso.pipeline import scratch_copies as pipeline_scratch
 from cryoiso.pipeline.run import resume_run, run_job
 
 
@@ -186,7 +186,7 @@ def test_no_scratch_is_no_failure(why, data, tmp_path, scratch, quick, monkeypat
         monkeypatch.setattr(pipeline_scratch, "require_room", _no_room)
         said = "to spare"
     elif why == "not allowed":
-        monkeypatch.setattr(lease, "own_root", _not_allowed)
+        monkeypatch.setattr(scratch_lease, "own_root", _not_allowed)
         said = "Permission denied"
     elif why == "foreign":
         (scratch / f"cryoiso-{os.getuid()}").write_text("mine")

@@ -27,13 +27,14 @@ from cryoiso.core.errors import EXIT_INPUT, EXIT_OTHER, EXIT_USAGE, InputError, 
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import inputs, origin
-from cryoiso.pipeline.compare import compare_files
-from cryoiso.pipeline.hashing import sha256_of, share_by_size
-from cryoiso.pipeline.journal import Journal
-from cryoiso.pipeline.replay import replay_stage
+from cryoiso.pipeline.records import environment
+from cryoiso.pipeline.records.hashing import sha256_of, share_by_size
+from cryoiso.pipeline.records.journal import Journal
+from cryoiso.pipeline.reproduce.compare import compare_files
+from cryoiso.pipeline.reproduce.replay import replay_stage
+from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import resume_run, run_job
-from cryoiso.pipeline.verify import verify_run
+from cryoiso.pipeline.stages import input_hashes
 
 
 def damage(path: Path) -> None:
@@ -79,7 +80,7 @@ def test_digest_of_results_is_that_of_the_job_not_of_the_start(finished, data, t
 
 
 def test_large_stacks_are_hashed_unless_not_wanted(data, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr("cryoiso.pipeline.manifest.HASH_LIMIT", 10)
+    monkeypatch.setattr("cryoiso.pipeline.records.manifest.HASH_LIMIT", 10)
     for kind in ("all", "small"):
         run = run_job(write_job(data, f"{kind}.toml", run_hash_inputs=kind), tmp_path / kind, Context()).path
         stack = json.loads((run / "manifest.json").read_text())["inputs"][str(data / "particles.mrcs")]
@@ -95,7 +96,7 @@ def test_a_stop_signal_ends_the_hashing(data, tmp_path, quick, monkeypatch):
             time.sleep(0.01)
             seen(1)
 
-    monkeypatch.setattr(inputs, "sha256_of", slowly)
+    monkeypatch.setattr(input_hashes, "sha256_of", slowly)
     with pytest.raises(Interrupted, match="stopped by a signal"):
         run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
     monkeypatch.undo()
@@ -108,7 +109,7 @@ def test_a_stop_signal_ends_the_hashing(data, tmp_path, quick, monkeypatch):
 
 
 def test_an_unreadable_stack_is_named(tmp_path):
-    hasher = inputs.Hasher([str(tmp_path / "gone.mrcs")])
+    hasher = input_hashes.Hasher([str(tmp_path / "gone.mrcs")])
     hasher._thread.join()
     assert isinstance(hasher.error, InputError) and "gone.mrcs" in str(hasher.error)
 
@@ -125,14 +126,14 @@ def test_container_and_batch_job_are_told_by_the_environment(tmp_path):
     image, labels, nodes = tmp_path / "c.sif", tmp_path / "labels.json", tmp_path / "nodes"
     image.write_bytes(b"12345")
     labels.write_text('{"org.label-schema.build-date": "Monday"}')
-    found = origin.container({"APPTAINER_CONTAINER": str(image), "CRYOISO_IMAGE_DIGEST": "sha256:ab"}, labels)
+    found = environment.container({"APPTAINER_CONTAINER": str(image), "CRYOISO_IMAGE_DIGEST": "sha256:ab"}, labels)
     assert found["image"] == str(image) and found["bytes"] == 5 and found["digest"] == "sha256:ab"
     assert found["labels"] == {"org.label-schema.build-date": "Monday"}
-    slurm = origin.batch_job({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "1"})
+    slurm = environment.batch_job({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": "1"})
     assert slurm == {"name_of_system": "Slurm", "job": "7", "nodes": "n[1-2]", "restarts": "1"}
     nodes.write_text("a\na\nb\n")
-    assert origin.batch_job({"PBS_JOBID": "8.s", "PBS_NODEFILE": str(nodes)})["nodes"] == "a,b"
-    assert origin.batch_job({}) == {}
+    assert environment.batch_job({"PBS_JOBID": "8.s", "PBS_NODEFILE": str(nodes)})["nodes"] == "a,b"
+    assert environment.batch_job({}) == {}
 
 
 def test_the_image_of_a_container_is_hashed_with_the_stacks(data, tmp_path, quick, monkeypatch):

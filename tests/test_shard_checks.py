@@ -18,7 +18,7 @@ from cryoiso.io.ingest import ingest
 from cryoiso.io.shardcheck import first_not_finite
 from cryoiso.io.shards import ShardSource, read_attributes, read_index
 from cryoiso.io.staging import Copies
-from cryoiso.pipeline.compare import compare_files
+from cryoiso.pipeline.reproduce.compare import compare_files
 
 N, BOX = 40, 24
 

@@ -13,9 +13,9 @@ import time
 import pytest
 from mpi_helper import start_mpi
 
-from cryoiso.pipeline import shared_memory
-from cryoiso.pipeline.finding import NOTE, WARNING
-from cryoiso.pipeline.shared_memory import abandoned, shared_memory_findings
+from cryoiso.pipeline.site import shared_memory
+from cryoiso.pipeline.site.finding import NOTE, WARNING
+from cryoiso.pipeline.site.shared_memory import abandoned, shared_memory_findings
 
 
 def make(folder, name: str, size: int = 8192, age_s: float = 3600.0):

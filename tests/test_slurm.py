@@ -14,7 +14,7 @@ from slurm_helper import DEBIAN_MPI, slurm
 
 from cryoiso.core.errors import EXIT_MISSING
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.probe import probe_mpi
+from cryoiso.parallel.mpi_probe import probe_mpi
 from cryoiso.pipeline.run import run_job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi]

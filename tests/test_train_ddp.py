@@ -21,9 +21,9 @@ from test_two_hosts import VNODE, hosts  # noqa: F401
 from train_helper import ALONE, SETTINGS, HvaeTask, PlainTask, ToyTask, digest
 
 from cryoiso.core.errors import EXIT_INPUT, EXIT_REQUEUE, CryoisoError, Interrupted
-from cryoiso.parallel import ddp, route
-from cryoiso.parallel.bell import group_wide, side_by_side
+from cryoiso.parallel import ddp, rendezvous_address
 from cryoiso.parallel.context import Context
+from cryoiso.parallel.group_stop import group_wide, side_by_side
 from cryoiso.train.loop import CHECKPOINT, train
 
 HEAD = f"""
@@ -35,7 +35,7 @@ import numpy as np, torch
 from train_helper import SETTINGS, HvaeTask, PlainTask, StopAt, ToyTask, digest
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
 from cryoiso.parallel.abort import guard
-from cryoiso.parallel.bell import side_by_side
+from cryoiso.parallel.group_stop import side_by_side
 from cryoiso.parallel.context import get_context
 from cryoiso.parallel.ddp import ranks_of_half, training_group
 from cryoiso.train.loop import train
@@ -102,19 +102,22 @@ def test_halves_share_the_ranks(size):
 
 
 def test_a_host_finds_its_own_addresses_and_interfaces():
-    assert route.interfaces().get("127.0.0.1") == "lo"
-    assert route.candidates(True)[0] == "127.0.0.1" and route.candidates(False)[-1] == "127.0.0.1"
-    with route.Beacon(8, route.candidates(False)) as beacon:
+    assert rendezvous_address.interfaces().get("127.0.0.1") == "lo"
+    assert (
+        rendezvous_address.candidates(True)[0] == "127.0.0.1"
+        and rendezvous_address.candidates(False)[-1] == "127.0.0.1"
+    )
+    with rendezvous_address.Beacon(8, rendezvous_address.candidates(False)) as beacon:
         offers = ["127.0.0.1", "192.0.2.1"]  # the second is reserved for documentation: nobody answers
-        assert route.reachable(offers, beacon.port, limit_s=0.2) == {"127.0.0.1": "lo"}
+        assert rendezvous_address.reachable(offers, beacon.port, limit_s=0.2) == {"127.0.0.1": "lo"}
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        assert route.reachable(["127.0.0.1"], closed.getsockname()[1]) == {}
+        assert rendezvous_address.reachable(["127.0.0.1"], closed.getsockname()[1]) == {}
 
 
 def test_the_users_interface_comes_first(monkeypatch):
-    monkeypatch.setenv(route.GLOO_INTERFACE, "lo")
-    assert route.candidates(False)[0] == "127.0.0.1"
+    monkeypatch.setenv(rendezvous_address.GLOO_INTERFACE, "lo")
+    assert rendezvous_address.candidates(False)[0] == "127.0.0.1"
 
 
 # --- the same training on any number of ranks

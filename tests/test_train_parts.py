@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_arrays, digest
 
 from cryoiso.core.errors import InputError, Interrupted
-from cryoiso.parallel import pairs
+from cryoiso.parallel import pairwise_sum
 from cryoiso.parallel.ddp import TrainingGroup
-from cryoiso.parallel.pairs import sum_in_pairs
+from cryoiso.parallel.pairwise_sum import sum_in_pairs
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.train.loop import train
 from cryoiso.train.prefetch import part_of
@@ -43,7 +43,7 @@ def added(rows: Tensor, first: int = 0, last: int | None = None) -> Tensor:
 
 
 def test_doctests():
-    failed, tried = doctest.testmod(pairs)
+    failed, tried = doctest.testmod(pairwise_sum)
     assert tried and not failed
 
 

@@ -13,10 +13,10 @@ from pipeline_helper import cryoiso_here, quick_report, write_job
 from cryoiso.core.config import parse_job
 from cryoiso.core.errors import EXIT_USAGE, InputError, UsageError
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import trust
-from cryoiso.pipeline.replay import replay_stage
+from cryoiso.pipeline.records import trust
+from cryoiso.pipeline.reproduce.replay import replay_stage
+from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import resume_run, run_job
-from cryoiso.pipeline.verify import verify_run
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from pipeline_helper import cryoiso_here, forget_signals, hash_files, quick_repo
 from cryoiso import __version__
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import lock
 from cryoiso.pipeline import run as pipeline_run
-from cryoiso.pipeline.replay import replay_stage
+from cryoiso.pipeline.records import lock
+from cryoiso.pipeline.reproduce.replay import replay_stage
+from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import resume_run, run_job
-from cryoiso.pipeline.verify import verify_run
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ from pipeline_helper import cryoiso, forget_signals, hash_files, simulate, write
 from cryoiso.core.errors import EXIT_REQUEUE, Interrupted
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import forecast, hashing
-from cryoiso.pipeline.forecast import Forecast
-from cryoiso.pipeline.journal import read_journal
+from cryoiso.pipeline.batch.walltime import End, job_end
+from cryoiso.pipeline.planning import forecast
+from cryoiso.pipeline.planning.forecast import Forecast
+from cryoiso.pipeline.records import hashing
+from cryoiso.pipeline.records.journal import read_journal
 from cryoiso.pipeline.run import resume_run, run_job
-from cryoiso.pipeline.walltime import End, job_end
 from cryoiso.refine.iterate import Refinement
 
 NOON = time.mktime((2026, 3, 1, 12, 0, 0, 0, 0, -1))
@@ -65,7 +66,7 @@ def test_nobody_knows_the_end(env):
 
 
 def test_a_batch_system_that_hangs_is_left_alone(tmp_path, monkeypatch):
-    from cryoiso.pipeline import walltime
+    from cryoiso.pipeline.batch import walltime
 
     monkeypatch.setattr(walltime, "ASK_S", 0.3)
     for name in ("squeue", "scontrol"):
@@ -128,31 +129,31 @@ def test_all_ranks_leave_together_when_rank_0_sees_the_end(data, tmp_path):
 
 
 def test_passes_over_the_images_before_the_first_iteration_can_be_stopped(data, tmp_path, monkeypatch):
-    from cryoiso.refine import start
+    from cryoiso.refine import initial_model
 
-    read = start.mean_power
+    read = initial_model.mean_power
 
     def signalled(run):
         signals.ask_to_stop("test")
         return read(run)
 
-    monkeypatch.setattr(start, "mean_power", signalled)
+    monkeypatch.setattr(initial_model, "mean_power", signalled)
     with pytest.raises(Interrupted):
         run_job(data / "job.toml", tmp_path / "run", Context())
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
 def test_a_shard_that_is_interrupted_leaves_nothing(data, tmp_path, monkeypatch):
-    from cryoiso.pipeline import stages
+    from cryoiso.pipeline.stages import basic
 
-    monkeypatch.setattr(stages.io_ingest, "BLOCK_IMAGES", 8)
-    told = stages._heed_and_tell
+    monkeypatch.setattr(basic.io_ingest, "BLOCK_IMAGES", 8)
+    told = basic._heed_and_tell
 
     def signalled(line, done):
         signals.ask_to_stop("test")
         told(line, done)
 
-    monkeypatch.setattr(stages, "_heed_and_tell", signalled)
+    monkeypatch.setattr(basic, "_heed_and_tell", signalled)
     with pytest.raises(Interrupted):
         run_job(data / "job.toml", tmp_path / "run", Context())
     assert list((tmp_path / "run/01_ingest").iterdir()) == []
@@ -169,7 +170,7 @@ def test_reading_many_files_can_be_stopped(tmp_path, monkeypatch):
 
 
 def test_diagnosis_can_be_stopped_between_its_parts():
-    from cryoiso.pipeline.diagnose import diagnose
+    from cryoiso.pipeline.stages.diagnose import diagnose
 
     maps = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
     signals.ask_to_stop("test")
@@ -185,7 +186,7 @@ def test_a_signal_to_any_rank_stops_the_work_of_rank_0():
         "import time\n"
         "from cryoiso.core.errors import Interrupted\n"
         "from cryoiso.parallel import signals\n"
-        "from cryoiso.parallel.bell import on_root_heeding\n"
+        "from cryoiso.parallel.group_stop import on_root_heeding\n"
         "from cryoiso.parallel.context import get_context\n"
         "ctx = get_context()\n"
         "def work():\n"
@@ -212,14 +213,14 @@ def test_the_stage_of_the_diagnosis_listens_to_all_ranks(monkeypatch):
     """What it does on rank 0 hears the bell that the others ring."""
     from types import SimpleNamespace
 
-    from cryoiso.parallel.bell import StopBell
-    from cryoiso.pipeline import stages
+    from cryoiso.parallel.group_stop import StopBell
+    from cryoiso.pipeline.stages import basic
 
-    monkeypatch.setattr(stages, "_diagnose", lambda work: signals.heed())
-    stages.diagnose(SimpleNamespace(comm=Context()))
+    monkeypatch.setattr(basic, "_diagnose", lambda work: signals.heed())
+    basic.diagnose(SimpleNamespace(comm=Context()))
     monkeypatch.setattr(StopBell, "heard", lambda bell: True)
     with pytest.raises(Interrupted):
-        stages.diagnose(SimpleNamespace(comm=Context()))
+        basic.diagnose(SimpleNamespace(comm=Context()))
 
 
 def test_tiles_of_a_prediction_can_be_stopped():

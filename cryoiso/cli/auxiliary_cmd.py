@@ -45,7 +45,7 @@ def train(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.auxiliary_files import train_files
+    from cryoiso.pipeline.commands.auxiliary import train_files
 
     comm = get_context()
     job = on_root(
@@ -89,7 +89,7 @@ def generate(
     from cryoiso.core.config import AuxiliarySection, ParticlesSection
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.auxiliary_files import generate_files
+    from cryoiso.pipeline.commands.auxiliary import generate_files
 
     comm = get_context()
     job = on_root(

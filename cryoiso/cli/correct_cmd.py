@@ -55,7 +55,7 @@ def correct(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.correct import Task, correct_files
+    from cryoiso.pipeline.stages.correct import Task, correct_files
 
     comm = get_context()
     job = on_root(

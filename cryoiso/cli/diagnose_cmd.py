@@ -36,8 +36,8 @@ def diagnose(
     Resolution (FSC) as a whole and by direction (3DFSC, cFAR, FSO), view distribution and sampling (SCF), a verdict,
     and, where the truth is known, pose and map errors.
     """
-    from cryoiso.pipeline.diagnose_directional import write_volume
-    from cryoiso.pipeline.standalone import diagnose_files
+    from cryoiso.pipeline.commands.basic import diagnose_files
+    from cryoiso.pipeline.stages.diagnose_directional import write_volume
     from cryoiso.pipeline.work import write_json
 
     one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")

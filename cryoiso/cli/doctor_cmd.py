@@ -28,8 +28,8 @@ def doctor(
     file; 1 no room.
     """
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline import finding
-    from cryoiso.pipeline.examine import examine
+    from cryoiso.pipeline.site import finding
+    from cryoiso.pipeline.site.doctor import examine
 
     comm = get_context()
     facts, found = examine(comm, folder, job)

@@ -37,6 +37,6 @@ def relion(
 
         hand_over(desk, str(star))
         return
-    from cryoiso.pipeline.hook import correct_for_relion
+    from cryoiso.pipeline.commands.relion_hook import correct_for_relion
 
     correct_for_relion(star, job, tau2=tau2, limit_s=60.0 * wait)

@@ -82,9 +82,9 @@ def launch(
 def _launch(
     job: Path, run: Path, script: Path, given: dict[str, Any], chain: bool, write: bool, submit: bool, overwrite: bool
 ) -> None:
-    from cryoiso.pipeline.launch import read_launch, scripts_of, write_scripts
-    from cryoiso.pipeline.launch_submit import in_words, submit_command
-    from cryoiso.pipeline.launch_submit import submit as send
+    from cryoiso.pipeline.batch.launch import read_launch, scripts_of, write_scripts
+    from cryoiso.pipeline.batch.submit import in_words, submit_command
+    from cryoiso.pipeline.batch.submit import submit as send
 
     known = read_launch(job, given)
     scheduler = known.launch.scheduler

@@ -56,7 +56,7 @@ def micelle(
     from cryoiso.methods.micelle.recover import MicelleSettings
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.micelle import MaskChoice, micelle_files
+    from cryoiso.pipeline.stages.micelle import MaskChoice, micelle_files
 
     comm = get_context()
     job = on_root(

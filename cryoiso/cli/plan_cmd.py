@@ -45,20 +45,20 @@ def plan(
 
     from cryoiso.core.errors import UsageError
     from cryoiso.parallel.context import Context
-    from cryoiso.pipeline import planner
-    from cryoiso.pipeline import rates as rated
-    from cryoiso.pipeline.estimate import problem_of
-    from cryoiso.pipeline.launch import seconds_of
-    from cryoiso.pipeline.layout import RunFolder
-    from cryoiso.pipeline.plan import folder_stages
+    from cryoiso.pipeline.batch.launch import seconds_of
+    from cryoiso.pipeline.planning import rates as rated
+    from cryoiso.pipeline.planning.job_size import problem_of
+    from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
+    from cryoiso.pipeline.records.run_folder import RunFolder
     from cryoiso.pipeline.run import read_job
     from cryoiso.pipeline.work import Work
+    from cryoiso.pipeline.workflow import folder_stages
 
     if rates is not None and measure:
         raise UsageError("--rates and --measure exclude each other")
     _, found = read_job(job)
     problem = problem_of(Work(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
-    layout = planner.Layout(nodes, gpus, ranks_per_node or max(gpus, 1))
+    layout = Layout(nodes, gpus, ranks_per_node or max(gpus, 1))
     device = layout.device
     if rates is not None:
         known = rated.of_run(rates, cpu=cpu)
@@ -72,5 +72,5 @@ def plan(
     if resolution:
         assumed = replace(assumed, nyquist_share=min(1.0, 2 * problem.pixel_size_A / resolution))
     time_s = float(seconds_of(time, "--time")) if time else None
-    made = planner.make_plan(problem, layout, known, assumed, time_s)
-    echo(json.dumps(planner.as_dict(made), indent=2) if as_json else "\n".join(planner.as_lines(made)))
+    made = make_plan(problem, layout, known, assumed, time_s)
+    echo(json.dumps(as_dict(made), indent=2) if as_json else "\n".join(as_lines(made)))

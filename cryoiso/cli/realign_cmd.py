@@ -78,7 +78,7 @@ def realign(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.realign import realign_files
+    from cryoiso.pipeline.commands.realign import realign_files
 
     comm = get_context()
     job = on_root(

@@ -59,7 +59,7 @@ def reference(
     """
     from cryoiso.core.errors import UsageError
     from cryoiso.io.mrc import write_map
-    from cryoiso.pipeline.reference import finish_reference, prepare_reference
+    from cryoiso.pipeline.inputs.reference import finish_reference, prepare_reference
 
     if file in PHANTOMS and (fit is not None or standard_frame or symmetrise):
         raise UsageError("--fit, --standard-frame and --symmetrise take a file: write the phantom to one first")

@@ -35,7 +35,7 @@ def replay(
     from cryoiso.cli.common import leave_with
     from cryoiso.core.errors import EXIT_OTHER
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.replay import replay_stage
+    from cryoiso.pipeline.reproduce.replay import replay_stage
     from cryoiso.report import publish
 
     comm = get_context()

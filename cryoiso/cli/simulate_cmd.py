@@ -80,7 +80,7 @@ def simulate(
     options = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     from cryoiso.physics import simulate as physics
     from cryoiso.physics.views import Views
-    from cryoiso.pipeline.standard_frame import require_symmetry
+    from cryoiso.pipeline.inputs.standard_frame import require_symmetry
 
     _check_folder(out, overwrite)
     applied = _ctf_applied(phase_flipped, ctf_premultiplied)
@@ -181,7 +181,7 @@ def _write(
     from cryoiso.core.log import ProgressLine
     from cryoiso.io.atomic import require_space, write_text
     from cryoiso.io.mrc import write_map, write_stack
-    from cryoiso.io.star import write_particles
+    from cryoiso.io.star.read import write_particles
     from cryoiso.physics.ctf_applied import apply_ctf
 
     n, box, pixel = len(source), source.box_px, source.volume.pixel_size_A

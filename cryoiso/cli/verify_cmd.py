@@ -38,7 +38,7 @@ def verify(
     from cryoiso.cli.common import leave_with
     from cryoiso.core.errors import EXIT_INPUT
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.verify import verify_run
+    from cryoiso.pipeline.reproduce.verify import verify_run
 
     comm = get_context()
     verdict = verify_run(folder, comm, inputs=inputs == Inputs.check)

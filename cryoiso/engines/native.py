@@ -19,17 +19,17 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.refine import schedule
+from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.kept import forget
 from cryoiso.refine.model import HALVES, Model
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import State
-from cryoiso.refine.start import initial_model
+from cryoiso.refine.search_cache import forget
 from cryoiso.refine.view_density import density_facts
 
 

@@ -51,7 +51,7 @@ def read_particle_file(
         if passthrough:
             raise InputError("passthrough files belong to a .cs file, not to a STAR file", file=path)
         from cryoiso.io.dimensionality import require_images
-        from cryoiso.io.star import read_particles
+        from cryoiso.io.star.read import read_particles
 
         if "ctf" in require:
             require_images(path, project)

@@ -24,7 +24,7 @@ from cryoiso.io import conventions
 from cryoiso.io.csfile import load_cs
 from cryoiso.io.imagenames import is_name
 from cryoiso.io.ranges import CS_FIELDS, RANGES, Range, check_range
-from cryoiso.io.star import check_ctf, check_groups, resolve_paths
+from cryoiso.io.star.read import check_ctf, check_groups, resolve_paths
 
 logger = logging.getLogger("cryoiso")
 

@@ -15,7 +15,7 @@ from typing import Literal
 from cryoiso.core.errors import InputError
 from cryoiso.io.mrc import read_header
 from cryoiso.io.regular_file import open_regular
-from cryoiso.io.star import resolve_paths
+from cryoiso.io.star.read import resolve_paths
 
 Kind = Literal["images", "volumes", "stacks"]
 DIMENSIONS, ARE_STACKS, FRAMES = "rlnImageDimensionality", "rlnTomoSubTomosAre2DStacks", "rlnTomoVisibleFrames"

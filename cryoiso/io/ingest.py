@@ -23,7 +23,7 @@ from cryoiso.core.protocols import Communicator, Progress
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import temporary_name
-from cryoiso.io.contrast import SignDecision, decide_sign
+from cryoiso.io.contrast_sign import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
 from cryoiso.io.regular_file import read_regular_bytes
 from cryoiso.io.shards import (

@@ -21,6 +21,7 @@ from cryoiso import __version__
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
+from cryoiso.io.hdf5_file import Sink
 from cryoiso.io.regular_file import read_regular_text, require_regular_file
 from cryoiso.io.shardcheck import (
     AGAIN,
@@ -32,7 +33,6 @@ from cryoiso.io.shardcheck import (
     open_shard,
     read_columns,
 )
-from cryoiso.io.sink import Sink
 from cryoiso.io.stack import runs
 from cryoiso.io.staging import Copies
 

@@ -10,7 +10,7 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import Particles, concatenate
-from cryoiso.io.contrast import decide_sign
+from cryoiso.io.contrast_sign import decide_sign
 from cryoiso.io.imageprep import IngestSettings, read_prepared
 from cryoiso.io.ingest import check_stacks
 from cryoiso.io.shards import CHUNK_IMAGES

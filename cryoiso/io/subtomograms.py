@@ -18,8 +18,8 @@ from cryoiso.core.types import Particles
 from cryoiso.io.alignment import ANGLES, OFFSETS_Z, is_body_table, outdated
 from cryoiso.io.dimensionality import CTF_VOLUME, DIMENSIONS
 from cryoiso.io.mrc import read_header
-from cryoiso.io.star import read_particles, resolve_paths
-from cryoiso.io.startext import StarBlock, block_of_frame, write_blocks
+from cryoiso.io.star.read import read_particles, resolve_paths
+from cryoiso.io.star.text import StarBlock, block_of_frame, write_blocks
 
 
 class SubtomogramSource:

@@ -23,7 +23,7 @@ from torch.nn import functional
 from cryoiso.core.errors import InputError
 from cryoiso.nets.blocks import DenseBlock, Down, GaussianHead, ImagePyramid, Pointwise, PoseEmbedding, Up, convolution
 from cryoiso.nets.losses import gaussian_kl
-from cryoiso.nets.start import start_as_wavelets
+from cryoiso.nets.wavelet_init import start_as_wavelets
 
 MIN_BOX_PX = 16
 NETWORK_FORMAT = 2

@@ -20,7 +20,7 @@ import numpy as np
 from cryoiso.core.errors import MissingError
 from cryoiso.parallel import launcher as launch
 from cryoiso.parallel import reduce, signals
-from cryoiso.parallel.ancestry import hidden_launcher
+from cryoiso.parallel.parent_launchers import hidden_launcher
 from cryoiso.parallel.stall_watch import LocalNeighbour, Process, RemoteNeighbour, StallWatch, next_host
 
 logger = logging.getLogger("cryoiso")

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from cryoiso.core.errors import MissingError
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
-from cryoiso.parallel import route
-from cryoiso.parallel.pairs import sum_in_pairs
+from cryoiso.parallel import rendezvous_address
+from cryoiso.parallel.pairwise_sum import sum_in_pairs
 from cryoiso.parallel.rendezvous_store import group_store
 
 TIMEOUT_S = 900.0
@@ -249,13 +249,13 @@ def _backend(device: str, places: list[tuple[str, str]]) -> str:
 def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_host: bool) -> tuple[str, str]:
     """Address of the group's first rank that every member reaches, and this rank's interface to it (collective)."""
     needed = len(members) > 1
-    addresses = route.candidates(one_host)
-    if addresses[0] == route.LOOPBACK:
+    addresses = rendezvous_address.candidates(one_host)
+    if addresses[0] == rendezvous_address.LOOPBACK:
         addresses = addresses[:1]  # nothing of the group need be seen from outside
-    beacon = route.Beacon(64 + 8 * len(members), addresses) if needed and index == 0 else None
+    beacon = rendezvous_address.Beacon(64 + 8 * len(members), addresses) if needed and index == 0 else None
     offers = comm.allgather((addresses, beacon.port) if beacon is not None else None)
     offer = offers[members[0]] if needed and index >= 0 else None
-    mine = route.reachable(*offer) if offer is not None else {}
+    mine = rendezvous_address.reachable(*offer) if offer is not None else {}
     answers = comm.allgather((members if needed and index >= 0 else (), sorted(mine)))
     if beacon is not None:
         with beacon:
@@ -266,7 +266,7 @@ def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_ho
             tried = ", ".join(offers[group[0]][0])
             raise MissingError(
                 f"no address of rank {group[0]} can be reached by all ranks of its training group (tried {tried}). "
-                f"Set {route.GLOO_INTERFACE} to the network interface that joins the nodes."
+                f"Set {rendezvous_address.GLOO_INTERFACE} to the network interface that joins the nodes."
             )
         if group == members:
             return common[0], mine.get(common[0], "")
@@ -282,7 +282,7 @@ def _join(store: Any, backend: str, index: int, size: int, device: str, interfac
         torch.cuda.set_device(torch.device(device))
         options["device_id"] = torch.device(device)
     os.environ.pop(BARRIER, None)  # the ranks have just met, and MPI's store does not count
-    with _environment(route.GLOO_INTERFACE, interface):
+    with _environment(rendezvous_address.GLOO_INTERFACE, interface):
         dist.init_process_group(
             names, store=store, rank=index, world_size=size, timeout=timedelta(seconds=timeout_s), **options
         )

@@ -14,10 +14,10 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import disk_full
 from cryoiso.io.shards import read_index
 from cryoiso.methods.auxiliary.particles import require_poolable
-from cryoiso.pipeline import wire
-from cryoiso.pipeline.plan import folder_stages
-from cryoiso.pipeline.postprocess import check_template
+from cryoiso.pipeline.stages import engines
+from cryoiso.pipeline.stages.post_command import check_template
 from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import folder_stages
 from cryoiso.refine.offsets import check_poses
 
 logger = logging.getLogger("cryoiso")
@@ -59,7 +59,7 @@ def check_job(work: Work) -> None:
     job = work.job
     folder_stages(job)
     _check_scratch(job.run.scratch)
-    wire.require_engine(job)
+    engines.require_engine(job)
     point_group(job.sample.symmetry)
     particles, with_auxiliary = work.particles(), job.run.workflow in ("auxiliary", "both")
     if job.refine.local_deg is not None or (with_auxiliary and job.auxiliary.poses == "given"):

@@ -26,24 +26,24 @@ from cryoiso.io.atomic import write_text
 from cryoiso.io.regular_file import read_regular_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline import manifest as provenance
-from cryoiso.pipeline import origin, versions
-from cryoiso.pipeline.examine import check_machine
-from cryoiso.pipeline.forecast import watching
-from cryoiso.pipeline.hashing import hash_outputs, next_key, verify_outputs
-from cryoiso.pipeline.inputs import check_given_shards, image_hashed_meanwhile
-from cryoiso.pipeline.journal import Journal
-from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.lock import locked
-from cryoiso.pipeline.plan import WITHOUT_GPU, Stage, folder_stages, stages_of
+from cryoiso.pipeline.planning.forecast import watching
+from cryoiso.pipeline.planning.timing import note_timing, save_timing
 from cryoiso.pipeline.preflight import check_job, check_space, images_of, with_absolute_paths
-from cryoiso.pipeline.remainder import check_what_is_left
-from cryoiso.pipeline.scratch import using_scratch
-from cryoiso.pipeline.seal import write_seal
-from cryoiso.pipeline.stages import STOPPED
-from cryoiso.pipeline.timing import note_timing, save_timing
-from cryoiso.pipeline.trust import programs_of, require_trust, signature
+from cryoiso.pipeline.records import environment, versions
+from cryoiso.pipeline.records import manifest as provenance
+from cryoiso.pipeline.records.hashing import hash_outputs, next_key, verify_outputs
+from cryoiso.pipeline.records.journal import Journal
+from cryoiso.pipeline.records.lock import locked
+from cryoiso.pipeline.records.run_folder import RunFolder
+from cryoiso.pipeline.records.seal import write_seal
+from cryoiso.pipeline.records.trust import programs_of, require_trust, signature
+from cryoiso.pipeline.scratch_copies import using_scratch
+from cryoiso.pipeline.site.doctor import check_machine
+from cryoiso.pipeline.site.resume_check import check_what_is_left
+from cryoiso.pipeline.stages.basic import STOPPED
+from cryoiso.pipeline.stages.input_hashes import check_given_shards, image_hashed_meanwhile
 from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import WITHOUT_GPU, Stage, folder_stages, stages_of
 
 logger = logging.getLogger("cryoiso")
 Report = Callable[[Path], object]
@@ -272,7 +272,7 @@ def _reopen(work: Work, stack: ExitStack) -> None:
 def _start(work: Work, event: str) -> None:
     """Opens the logs, notes who works. Collective."""
     comm, run = work.comm, work.folder
-    facts = origin.describe(comm, comm.device())
+    facts = environment.describe(comm, comm.device())
     on_root(comm, run.logs.mkdir, exist_ok=True)
     _log_to_file(run, comm.rank)
     comm.watch_other_hosts(run.logs)

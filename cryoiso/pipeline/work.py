@@ -21,14 +21,14 @@ from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.physics.masks import sphere_mask
-from cryoiso.pipeline.halves import assign_halves
-from cryoiso.pipeline.journal import Journal
-from cryoiso.pipeline.layout import RunFolder
-from cryoiso.pipeline.reference import PIXEL_TOLERANCE, Reference, prepare_reference
-from cryoiso.pipeline.standard_frame import require_mask_symmetry
+from cryoiso.pipeline.inputs.half_sets import assign_halves
+from cryoiso.pipeline.inputs.reference import PIXEL_TOLERANCE, Reference, prepare_reference
+from cryoiso.pipeline.inputs.standard_frame import require_mask_symmetry
+from cryoiso.pipeline.records.journal import Journal
+from cryoiso.pipeline.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from cryoiso.pipeline.scratch import Scratch
+    from cryoiso.pipeline.scratch_copies import Scratch
 
 logger = logging.getLogger("cryoiso")
 
@@ -51,9 +51,9 @@ class Work:
     scratch: Scratch | None = None
     """copies of the images on the nodes' own disks"""
     timing: dict[str, Any] | None = None
-    """what the stages of this process took, see ``pipeline.timing``"""
+    """what the stages of this process took, see ``pipeline.planning.timing``"""
     originals: bool | None = None
-    """whether RELION needs no copy of the images; None until ``pipeline.estimate`` has looked at a sample"""
+    """whether RELION needs no copy of the images; None until ``pipeline.planning.job_size`` has looked at a sample"""
     _plan: ingest.IngestPlan | None = None
     _particles: Particles | None = None
     _reference: Reference | None = None

@@ -8,10 +8,10 @@ import numpy as np
 
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import HalfMaps
+from cryoiso.refine.initial_model import first_references
 from cryoiso.refine.model import HALVES
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import SearchPlan
-from cryoiso.refine.start import first_references
 
 if TYPE_CHECKING:
     from cryoiso.refine.iterate import Refinement

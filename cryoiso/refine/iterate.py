@@ -28,13 +28,13 @@ from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
-from cryoiso.refine.kept import KeptSearches
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.model import HALVES, Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan
+from cryoiso.refine.search_cache import KeptSearches
 from cryoiso.refine.sums import HalfSums, gathered, reduced
 from cryoiso.refine.view_density import ViewCounts, ViewPrior, density, log_prior, view_grid
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
-    """Writes ``report.html`` (one self-contained file) and ``report.json`` (the same numbers) into a run folder.
+    """Writes ``report.page`` (one self-contained file) and ``report.json`` (the same numbers) into a run folder.
 
     Whatever the run has not made (yet) is left out, so a report can be built of an unfinished run.
 
@@ -14,7 +14,7 @@ def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
         before: folder of another run of the same particles, which is shown beside this one as "before".
 
     Returns:
-        The path of ``report.html``.
+        The path of ``report.page``.
 
     Raises:
         InputError: the folder is not a run folder, one of its files cannot be read, or the other run is not of the
@@ -23,11 +23,11 @@ def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
     import json
 
     from cryoiso.io.atomic import write_text
-    from cryoiso.report.auxiliary import collect_samples
     from cryoiso.report.collect import collect, collect_maps
-    from cryoiso.report.correct import collect_slices
-    from cryoiso.report.html import page
-    from cryoiso.report.pages import figures
+    from cryoiso.report.figure_list import figures
+    from cryoiso.report.page import page
+    from cryoiso.report.sections.auxiliary import collect_samples
+    from cryoiso.report.sections.correct import collect_slices
     from cryoiso.report.sharing import figures_for_others, for_others
 
     folder, other = Path(run_folder), None if before is None else Path(before)
@@ -45,7 +45,7 @@ def publish(run_folder: Path | str) -> Path:
     """What a run does at its end: the report, and in ``result/`` picture, texts and numbers for a deposition.
 
     Returns:
-        The path of ``report.html``.
+        The path of ``report.page``.
 
     Raises:
         InputError: as ``build``.

@@ -9,10 +9,11 @@ from typing import Any
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.report import anisotropy, auxiliary, comparison, correct, realign, view_density
-from cryoiso.report.files import read_journal, read_json, read_toml, stage_folder
+from cryoiso.report import comparison
+from cryoiso.report.run_reader import read_journal, read_json, read_toml, stage_folder
+from cryoiso.report.sections import anisotropy, auxiliary, correct, realign, view_density
 from cryoiso.report.sharing import name_of
-from cryoiso.report.words import number, percent, section
+from cryoiso.report.text import number, percent, section
 
 MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
 """Key, label, and folder beside the final reconstruction."""
@@ -30,9 +31,9 @@ def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
     Returns:
         ``title``, ``summary`` (sentences), ``numbers`` (rows of label, value, unit, and ``true_poses`` beside it where
         known; in a run with auxiliary particles, or beside another run, also ``before``), ``comparison`` (title,
-        settings that differ, sentences; only beside another run), ``auxiliary`` (see `cryoiso.report.auxiliary`; only
+        settings that differ, sentences; only beside another run), ``auxiliary`` (see ``report.sections.auxiliary``; only
         in such a run), ``correct`` and ``realign`` (see the modules of these names; only where there was such a
-        correction), ``iterations``, ``diagnose`` (as in `cryoiso.pipeline.diagnose`), ``stages`` (name, seconds),
+        correction), ``iterations``, ``diagnose`` (as in ``pipeline.stages.diagnose``), ``stages`` (name, seconds),
         ``provenance`` (label, text), ``job`` (the resolved job).
 
     Raises:

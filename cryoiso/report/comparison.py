@@ -7,8 +7,8 @@ from typing import Any
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.report.files import read_json, read_toml, stage_folder
-from cryoiso.report.words import number, percent, section
+from cryoiso.report.run_reader import read_json, read_toml, stage_folder
+from cryoiso.report.text import number, percent, section
 
 MAP_NAMES = ("map_weighted.mrc", "map.mrc")
 """What is shown of a folder: the first of these that is there."""

@@ -11,10 +11,10 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
 from cryoiso.report.collect import collect
-from cryoiso.report.methods import final_counts, methods, warnings, workflow
+from cryoiso.report.methods_text import final_counts, methods, warnings, workflow
 from cryoiso.report.sharing import for_others
 from cryoiso.report.surface import contour_level, surface_png
-from cryoiso.report.words import number, section
+from cryoiso.report.text import number, section
 
 IMAGE, METHODS, CONTENTS, DEPOSITION = "image_500x500.png", "METHODS.md", "CONTENTS.md", "deposition.json"
 PRIMARY = "map_weighted.mrc"

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cryoiso.core.log import printable
-from cryoiso.report.pages import Figure
-from cryoiso.report.words import Text
+from cryoiso.report.figure_list import Figure
+from cryoiso.report.text import Text
 
 _PATH = re.compile(r"""(?<![\w.)\]}/:~-])/(?:[^\s/'"<>,;:()|]+/)+[^\s/'"<>,;:()|]*""")
 """An absolute path of at least one folder in running text (and no part of an address or a fraction)."""

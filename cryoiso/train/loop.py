@@ -22,8 +22,8 @@ from cryoiso.core.log import BY_ANY_RANK, logger
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel import signals
-from cryoiso.parallel.bell import group_wide
 from cryoiso.parallel.ddp import TrainingGroup
+from cryoiso.parallel.group_stop import group_wide
 from cryoiso.parallel.partition import chunk_bounds, owned_rows
 from cryoiso.train import state as states
 from cryoiso.train.prefetch import Prefetcher, part_of

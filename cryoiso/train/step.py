@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cryoiso.core.log import logger
 from cryoiso.core.rng import stable_hash
-from cryoiso.parallel.pairs import sum_in_pairs
+from cryoiso.parallel.pairwise_sum import sum_in_pairs
 
 
 class Stepper:

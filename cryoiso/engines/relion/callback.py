@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryoiso.core.errors import EXIT_OTHER, EXIT_USAGE, CryoisoError
-from cryoiso.parallel.handover import ask
+from cryoiso.parallel.task_socket import ask
 
 VARIABLE = "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE"
 DESK_FILE = "callback.json"

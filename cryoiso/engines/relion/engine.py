@@ -38,8 +38,8 @@ from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import on_root
-from cryoiso.parallel.bell import StopBell, side_by_side
 from cryoiso.parallel.context import Context
+from cryoiso.parallel.group_stop import StopBell, side_by_side
 from cryoiso.physics.filters import lowpass
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import expected_iterations

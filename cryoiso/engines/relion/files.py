@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.io.startext import StarBlock, read_blocks
+from cryoiso.io.star.text import StarBlock, read_blocks
 
 HALVES = (1, 2)
 SUFFIX = "_external_reconstruct"

@@ -23,7 +23,7 @@ from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.sources import RestoredSource, as_recorded
 from cryoiso.io.stack import StackReader
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cryoiso.core.errors import MissingError
 from cryoiso.engines.process import clean_environment
-from cryoiso.parallel.probe import MPICH, OPEN_MPI, family_of_library
+from cryoiso.parallel.mpi_probe import MPICH, OPEN_MPI, family_of_library
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from cryoiso.engines.relion.files import (
 from cryoiso.engines.relion.images import rows_of_names
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import read_header, read_map, write_map
-from cryoiso.io.star import read_particles
-from cryoiso.io.startable import Columns
-from cryoiso.io.starwrite import write_particles
+from cryoiso.io.star.columns import Columns
+from cryoiso.io.star.read import read_particles
+from cryoiso.io.star.write import write_particles
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 

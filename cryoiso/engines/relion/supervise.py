@@ -19,14 +19,14 @@ from cryoiso.engines.process import Program, describe_status
 from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
 from cryoiso.engines.relion.external import Task, read_task
 from cryoiso.engines.relion.files import HALVES
-from cryoiso.engines.relion.follow import Progress
+from cryoiso.engines.relion.progress_parser import Progress
 from cryoiso.engines.relion.serve import Setting, serve
 from cryoiso.parallel.abort import agree
-from cryoiso.parallel.bell import StopBell
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.handover import Call, Desk
-from cryoiso.parallel.route import candidates
-from cryoiso.parallel.vigil import keep_watch
+from cryoiso.parallel.group_stop import StopBell
+from cryoiso.parallel.idle_wait import keep_watch
+from cryoiso.parallel.rendezvous_address import candidates
+from cryoiso.parallel.task_socket import Call, Desk
 
 logger = logging.getLogger("cryoiso")
 LOG = "run.log"

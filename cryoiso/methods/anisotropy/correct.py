@@ -10,11 +10,11 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.methods.anisotropy.course import BOTH, Course, Done, Job, network_file
+from cryoiso.methods.anisotropy.correction_run import BOTH, Course, Done, Job, network_file
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.parallel.abort import agree
-from cryoiso.parallel.bell import side_by_side
 from cryoiso.parallel.ddp import ranks_of_half, training_group
+from cryoiso.parallel.group_stop import side_by_side
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from cryoiso.methods.auxiliary.condition import Condition, fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.settings import Training, network
 from cryoiso.methods.auxiliary.task import GeneratorTask
-from cryoiso.parallel.bell import side_by_side
 from cryoiso.parallel.ddp import ranks_of_half, training_group
+from cryoiso.parallel.group_stop import side_by_side
 from cryoiso.train.loop import LoopSettings, TrainOutcome, train
 
 RECORDS = 200

@@ -15,10 +15,10 @@ from cryoiso.core.identity import Identity, of_images, of_particles, sketch_of
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import checkpoint
-from cryoiso.methods.micelle.normal import Grid, NormalEquations
+from cryoiso.methods.micelle.image_sums import HALVES, HalfSums, ImagePass
+from cryoiso.methods.micelle.normal_equations import Grid, NormalEquations
 from cryoiso.methods.micelle.protein import ProteinMask
 from cryoiso.methods.micelle.solve import CgState, start, step
-from cryoiso.methods.micelle.sums import HALVES, HalfSums, ImagePass
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half

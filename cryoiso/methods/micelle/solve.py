@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cryoiso.methods.micelle.normal import NormalEquations, Unknowns
+from cryoiso.methods.micelle.normal_equations import NormalEquations, Unknowns
 
 
 @dataclass(frozen=True)

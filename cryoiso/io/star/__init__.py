@@ -1,0 +1,1 @@
+"""RELION STAR files of particles: text, columns, reading and writing."""

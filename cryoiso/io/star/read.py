@@ -1,0 +1,263 @@
+"""RELION STAR files of particles: 3.0 (everything in each row) and 3.1, 4, 5 (optics groups), into ``Particles``.
+
+Reading keeps every row in its place and every column as text (``Particles.table``, ``optics_table``); only the
+columns that are used become numbers. Writing is in ``starwrite``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.errors import InputError
+from cryoiso.core.rng import stable_hash
+from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.io.imagenames import parse_image_names, resolve_paths
+from cryoiso.io.mrc import read_header
+from cryoiso.io.ranges import check_defocus, check_scale
+from cryoiso.io.star.columns import (
+    Columns,
+    half_of_table,
+    optics_of_rows,
+    optics_of_table,
+    rotation_of_table,
+    shift_of_table,
+)
+from cryoiso.io.star.text import StarBlock, read_blocks
+from cryoiso.io.star.write import write_particles
+
+logger = logging.getLogger("cryoiso")
+
+__all__ = ["Columns", "parse_image_names", "particles_from_table", "read_particles", "resolve_paths", "write_particles"]
+
+
+def read_particles(path: object, project: str = "", require: tuple[str, ...] = ("image", "ctf")) -> Particles:
+    """Particles of a STAR file, in the order of its rows.
+
+    Args:
+        path: RELION 3.0, 3.1, 4 or 5 STAR file.
+        project: folder that relative image paths start from; empty: found as ``imagenames.resolve_paths`` says.
+        require: what must be in the file: any of "image", "ctf", "pose". What is not required may be missing and is
+            then empty text, NaN or None.
+
+    Returns:
+        Particles; poses are None if any of the three angles is not in the file.
+
+    Raises:
+        InputError: no such file, missing column, bad or impossible number (with its row), unknown optics group, the
+            same image twice.
+    """
+    blocks = read_blocks(path)
+    block = _particle_block(blocks, path)
+    tables = [b for b in blocks if b.name == "optics" and b is not block]
+    if len(tables) > 1:
+        raise InputError("two tables data_optics in one file", file=path, expected="one table of optics groups")
+    optics = tables[0] if tables else None
+    others = [b for b in blocks if b is not block and b is not optics]
+    table = block.frame()
+    table.attrs["star_block"] = block.name
+    table.attrs["star_others"] = [(b.name, b.loop, b.columns) for b in others]
+    return particles_from_table(table, optics.frame() if optics else None, path, project, require)
+
+
+def _particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
+    loops = [b for b in blocks if b.loop and b.name != "optics"]
+    for wanted in (
+        [b for b in loops if b.name == "particles"],
+        [b for b in loops if "rlnImageName" in b.columns],
+        [b for b in loops if "rlnAngleRot" in b.columns],
+    ):
+        if len(wanted) > 1 and wanted[1].name == wanted[0].name:
+            raise InputError(
+                f"two tables data_{wanted[0].name} in one file", file=path, expected="one table of particles",
+                found=f"{len(wanted[0])} and {len(wanted[1])} rows", hint="Join them (relion_star_handler --combine).",
+            )  # fmt: skip
+        if wanted:
+            return wanted[0]
+    found = ", ".join(f"data_{b.name}" for b in blocks[:5])
+    raise InputError("no table of particles", file=path, expected="a loop with _rlnImageName", found=found)
+
+
+def particles_from_table(
+    table: Any, optics_table: Any, path: object, project: str = "", require: tuple[str, ...] = ("image", "ctf")
+) -> Particles:
+    """Particles of tables of text as a STAR file has them; arguments and errors as ``read_particles``."""
+    strict = "ctf" in require
+    columns = Columns(table, path)
+    n = len(columns)
+    if n == 0:
+        raise InputError("the table of particles is empty", file=path)
+    for what, names in (
+        ("image", ("rlnImageName",)),
+        ("ctf", ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")),
+        ("pose", ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")),
+    ):
+        missing = [name for name in names if what in require and not columns.has(name)]
+        if missing:
+            raise InputError("a column is missing", file=path, expected=f"_{missing[0]}", hint=_HINTS[what])
+    stack, index = _images(columns, path, project)
+    if optics_table is not None:
+        groups, optics = optics_of_table(columns, Columns(optics_table, path, block="optics"), strict)
+    else:
+        groups, optics = optics_of_rows(columns, strict)
+    groups = _with_boxes(groups, optics, stack)
+    check_groups(groups, optics, stack, path, strict)
+    nan = float("nan")
+    pixel = np.array([g.pixel_size_A for g in groups])[optics]
+    particles = Particles(
+        uid=_uids(columns, path, "image" in require),
+        optics=optics.astype(np.int32),
+        groups=tuple(groups),
+        stack=stack,
+        index=index,
+        defocus_u_A=columns.number("rlnDefocusU", nan, ranged=strict),
+        defocus_v_A=columns.number("rlnDefocusV", nan, ranged=strict),
+        defocus_angle_deg=columns.number("rlnDefocusAngle", nan, ranged=strict),
+        phase_shift_deg=columns.number("rlnPhaseShift", 0.0, ranged=strict),
+        ctf_bfactor_A2=columns.number("rlnCtfBfactor", 0.0, ranged=strict),
+        ctf_scale=columns.number("rlnCtfScalefactor", 1.0, ranged=strict),
+        rotation=rotation_of_table(columns),
+        shift_A=shift_of_table(columns, pixel),
+        half=half_of_table(columns),
+        table=table,
+        optics_table=optics_table,
+    )
+    if strict:
+        check_ctf(particles, path, "column _rlnCtfScalefactor")
+    return particles
+
+
+def check_ctf(particles: Particles, path: object, scale: str) -> None:
+    """Is the CTF of this set as a whole possible? The values one by one are checked as they are read.
+
+    Raises:
+        InputError: see ``ranges.check_defocus`` and ``check_scale``.
+    """
+    contrast = particles.group_values("amplitude_contrast")
+    check_defocus(particles.defocus_u_A, particles.defocus_v_A, particles.phase_shift_deg, contrast, path)
+    check_scale(particles.ctf_scale, path, scale)
+
+
+_HINTS = {
+    "image": "Give the particle STAR file of an extraction or refinement, not that of micrographs.",
+    "ctf": "Estimate the CTF first; every particle needs its defocus.",
+    "pose": "Give the output of a refinement.",
+}
+
+
+def _images(columns: Columns, path: object, project: str) -> tuple[np.ndarray, np.ndarray]:
+    if not columns.has("rlnImageName"):
+        return np.full(len(columns), "", dtype=str), np.full(len(columns), -1, np.int64)
+    names, index = parse_image_names(columns.text("rlnImageName"), path)
+    return resolve_paths(names, path, project), index
+
+
+def _uids(columns: Columns, path: object, unique: bool) -> np.ndarray:
+    """cryoisoUid where there, else the hash of the image's name, else (no images) of the row number."""
+    names = [f"row {i}" for i in range(len(columns))]
+    if columns.has("rlnImageName"):
+        stacks, index = parse_image_names(columns.text("rlnImageName"), path)
+        names = [f"{i + 1}@{s}" for s, i in zip(stacks, index.tolist())]
+        if unique:
+            _no_duplicates(names, "the same image stands in two rows", path, columns.text("rlnImageName"))
+        elif len(set(names)) < len(names):
+            names = _numbered_repeats(names)
+    if columns.has("cryoisoUid"):
+        text = columns.text("cryoisoUid")
+        for row, value in enumerate(text):
+            if not (value.isascii() and value.isdigit()) or len(value) > 20 or int(value) >= 2**64:
+                raise InputError(
+                    "bad cryoisoUid", file=path, row=row + 1, expected="an integer below 2^64", found=value[:40]
+                )
+        uid = np.array([int(v) for v in text], np.uint64)
+    else:
+        uid = np.array([stable_hash(name) for name in names], np.uint64)
+    _no_duplicates(uid.tolist(), "two particles have the same identity (cryoisoUid)", path, uid.tolist())
+    return uid
+
+
+def _numbered_repeats(names: list[str]) -> list[str]:
+    """The second and later copies of a name get a number, so that symmetry-expanded rows keep apart."""
+    seen: dict[str, int] = {}
+    out = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        out.append(name if seen[name] == 1 else f"{name} copy {seen[name]}")
+    return out
+
+
+def _no_duplicates(keys: list, problem: str, path: object, shown: list) -> None:
+    if len(set(keys)) == len(keys):
+        return
+    first: dict = {}
+    for row, key in enumerate(keys):
+        if key in first:
+            raise InputError(
+                f"{problem}: {first[key] + 1} and {row + 1}",
+                file=path,
+                row=row + 1,
+                found=shown[row],
+                hint="Remove the duplicates (and symmetry-expanded copies) first.",
+            )
+        first[key] = row
+
+
+def _with_boxes(groups: list[OpticsGroup], optics: np.ndarray, stack: np.ndarray) -> list[OpticsGroup]:
+    """Fills in image sizes that the file does not say, from the header of each group's first stack if it is there."""
+    out = []
+    for number, group in enumerate(groups):
+        rows = np.flatnonzero((optics == number) & (group.box_px <= 0))
+        if len(rows) and stack[rows[0]] and os.path.isfile(stack[rows[0]]):
+            group = replace(group, box_px=read_header(stack[rows[0]]).shape[2])
+        out.append(group)
+    return out
+
+
+LEAST_FIELD_A, SMALL_FIELD_A = 20.0, 50.0
+"""Width of the smallest image that can hold a particle, and of the smallest that likely does."""
+PIXEL_TOLERANCE = 0.1
+
+
+def check_groups(
+    groups: list[OpticsGroup] | tuple[OpticsGroup, ...],
+    optics: np.ndarray,
+    stack: np.ndarray,
+    path: object,
+    strict: bool,
+) -> None:
+    """Do pixel size and box go together, and with what the stacks say? Looks into one stack a group.
+
+    Raises:
+        InputError: images too small to hold a particle (``strict``): their pixel size is in nm.
+    """
+    for number, group in enumerate(groups):
+        rows = np.flatnonzero(optics == number)
+        pixel, width = group.pixel_size_A, group.pixel_size_A * group.box_px
+        if not len(rows) or not pixel > 0:
+            continue
+        if strict and 0 < width < LEAST_FIELD_A:
+            raise InputError(
+                f"the images of optics group {group.number} are too small to hold a particle", file=path,
+                expected=f"at least {LEAST_FIELD_A:g} Å across",
+                found=f"{group.box_px} px of {pixel:g} Å = {width:.3g} Å", hint="Is the pixel size in nm?",
+            )  # fmt: skip
+        if 0 < width < SMALL_FIELD_A:
+            logger.warning("%s: the images of optics group %d are only %.3g Å across; is the pixel size (%g Å) right?",
+                           path, group.number, width, pixel)  # fmt: skip
+        said = _pixel_of_stack(str(stack[rows[0]]))
+        if said and abs(np.log(said / pixel)) > PIXEL_TOLERANCE:
+            logger.warning("%s: the pixel size of optics group %d is %g Å, but %g Å in the header of %s; the former is "
+                           "used", path, group.number, pixel, said, stack[rows[0]])  # fmt: skip
+
+
+def _pixel_of_stack(stack: str) -> float:
+    """The pixel size in a stack's header, or 0 where there is none or one that means nothing (1)."""
+    try:
+        pixel = read_header(stack).voxel_A[0] if os.path.isfile(stack) else 0.0
+    except InputError:
+        return 0.0  # whoever reads the images says what is wrong
+    return pixel if 0 < pixel < np.inf and pixel != 1.0 else 0.0

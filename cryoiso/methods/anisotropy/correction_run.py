@@ -1,0 +1,257 @@
+"""One network from its maps to the corrected maps: what each method trains on, and what it makes of the result.
+
+``completion`` (the default), in rounds, with S the solvent constraint of ``solvent`` and f the network:
+
+    w = A x + (B - A) f(S[A x]), a few steps;   y = S[A w] from y = w on, many steps
+
+First f is the identity; in each round it is trained to restore turned copies of the last y.
+
+``published``: the losses of the publication train f on sub-maps of A x, and y = f(A x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cryoiso.core.errors import InputError, Interrupted
+from cryoiso.core.log import ProgressLine
+from cryoiso.core.types import DensityMap
+from cryoiso.methods.anisotropy import network as networks
+from cryoiso.methods.anisotropy.completion import CompletionTask
+from cryoiso.methods.anisotropy.filter import band, checked, filtered
+from cryoiso.methods.anisotropy.predict import predict
+from cryoiso.methods.anisotropy.settings import Correction
+from cryoiso.methods.anisotropy.solvent import Solvent, noise_amplitude, on_device
+from cryoiso.methods.anisotropy.submaps import GreyScale, particle_region
+from cryoiso.methods.anisotropy.task import CorrectionTask
+from cryoiso.parallel.ddp import TrainingGroup
+from cryoiso.parallel.group_stop import group_wide
+from cryoiso.train.loop import LoopSettings, TrainOutcome, train
+
+RECORDS = 100
+"""Records of a training, for its curves."""
+BOTH = "both"
+ESTIMATE_STEPS = 100
+"""Of the solvent constraint, for an estimate of the map from what a network made; more change little."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """One network to be trained, and the halves that it sees and corrects."""
+
+    label: str
+    halves: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a course."""
+
+    maps: dict[int, np.ndarray]
+    inferred: dict[int, np.ndarray]
+    history: list[dict[str, Any]]
+    attempts: int
+    scale: GreyScale
+
+
+@dataclass(frozen=True)
+class Job:
+    """One course with everything that it works on."""
+
+    course: Course
+    data: dict[int, np.ndarray]
+    transfer: np.ndarray
+    reach: np.ndarray
+    inside: np.ndarray
+    settings: Correction
+    seed: int
+    warm: dict[str, np.ndarray] | None
+    pixel_size_A: float
+
+    @classmethod
+    def of(
+        cls, course: Course, halves: dict[int, DensityMap], transfer: np.ndarray, mask: np.ndarray | None,
+        settings: Correction, seed: int, warm: dict[str, Path] | None, resolution_A: float | None,
+    ) -> Job:  # fmt: skip
+        """Checks and prepares; every rank of the course's group gets the same."""
+        maps = {half: halves[half] for half in course.halves}
+        box, pixel = next(iter(maps.values())).box_px, next(iter(maps.values())).pixel_size_A
+        for half, one in maps.items():
+            if one.box_px != box:
+                raise InputError(f"half-map {half} has another box", expected=box, found=one.box_px)
+        reach = band(box, pixel, resolution_A)
+        file = (warm or {}).get(course.label)
+        return cls(
+            course, {half: np.asarray(one.data, np.float32) for half, one in maps.items()},
+            checked(transfer, box) * reach, reach, particle_region(mask, box), settings, seed,
+            None if file is None else networks.matching_weights(file, settings.network), pixel,
+        )  # fmt: skip
+
+    def run(self, group: TrainingGroup, folder: Path, resume: bool, stop: Callable[[], bool]) -> Done:
+        """Trains and applies the network (collective over the group)."""
+        seen = {half: filtered(data, self.transfer) for half, data in self.data.items()}
+        scale = GreyScale.of(list(seen.values()), self.inside)
+        method = self._by_completion if self.settings.method == "completion" else self._as_published
+        network, found, outcomes = method(scale, group, folder, _Trainer(self, group, folder, resume, stop))
+        maps, inferred = {}, {}
+        for half, (whole, part) in found.items():
+            inferred[half] = (part * scale.spread).astype(np.float32)
+            maps[half] = seen[half] + inferred[half] if self.settings.keep_measured else scale.restored(whole)
+        if group.is_first:
+            networks.save(network_file(folder, self.course.label), network, self._facts(scale, outcomes))
+        group.barrier()
+        return Done(maps, inferred, _joined(outcomes), outcomes[-1].attempts, scale)
+
+    def _by_completion(
+        self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
+    ) -> tuple[Any, dict[int, tuple[np.ndarray, np.ndarray]], list[TrainOutcome]]:
+        """Network, half -> (corrected map, the network's part of it), outcomes of the rounds."""
+        settings, device, box, heed = self.settings, group.device, len(self.transfer), trainer.heed
+        solvent = Solvent(self.transfer, self.reach, device)
+        x = {half: scale.normalised(data) for half, data in self.data.items()}
+        measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
+        given = {half: solvent.filled(one, box, settings.solvent_steps, heed) for half, one in measured.items()}
+        # no training: nobody looks at the first estimate
+        estimate = self._estimates(solvent, measured, given, heed) if settings.steps else given
+        noise = None
+        if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
+            noise = [noise_amplitude(data, self.transfer) for data in x.values()]
+        weights, outcomes = self.warm, []
+        # a given network has learnt what the first round teaches: it is applied, and one round follows
+        first = 1 if self.warm is None or settings.steps == 0 else 0
+        last = settings.rounds if settings.steps and self.warm is None else 1
+        for number in range(first, last + 1):
+            task = CompletionTask(
+                [one.cpu().numpy() for one in estimate.values()], solvent, self.inside, settings, self.seed,
+                noise=noise, device=device, index=group.index, size=group.size,
+                label=f"{self.course.label}, round {number}", warm=weights,
+            )  # fmt: skip
+            outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
+            network = task.module.eval()
+            made = {}
+            for half, one in given.items():
+                change = predict(network, one.cpu().numpy(), tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
+                made[half] = on_device(change, device)
+            estimate = self._estimates(solvent, measured, made, heed)
+            weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
+        return network, {h: self._parts(solvent, one.clamp(min=0)) for h, one in estimate.items()}, outcomes
+
+    @staticmethod
+    def _estimates(
+        solvent: Solvent, measured: dict[int, Tensor], made: dict[int, Tensor], heed: Callable[[], None]
+    ) -> dict[int, Tensor]:
+        """Half -> w, and what the solvent constraint makes of it."""
+        found = {}
+        for half, one in measured.items():
+            whole = solvent.joined(one, made[half])
+            # held to A w: held to A x, it would forget what the network made of weak data
+            held = solvent.measured(whole)
+            found[half] = solvent.filled(held, whole.shape[-1], ESTIMATE_STEPS, heed, whole)
+        return found
+
+    def _parts(self, solvent: Solvent, made: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return filtered(made.cpu().numpy(), self.reach), solvent.inferred(made).cpu().numpy()
+
+    def _as_published(
+        self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
+    ) -> tuple[Any, dict[int, tuple[np.ndarray, np.ndarray]], list[TrainOutcome]]:
+        """As :meth:`_by_completion`."""
+        settings = self.settings
+        given = {half: scale.normalised(filtered(data, self.transfer)) for half, data in self.data.items()}
+        task = CorrectionTask(
+            list(given.values()), self.transfer, self.inside, settings, self.seed, device=group.device,
+            index=group.index, size=group.size, label=self.course.label, warm=self.warm,
+        )  # fmt: skip
+        outcome = trainer(task, settings.steps, 1, 1)
+        network = task.module.eval()
+        found = {}
+        for half, data in given.items():
+            made = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)  # type: ignore
+            found[half] = filtered(made, self.reach), filtered(made, self.reach - self.transfer)
+        return network, found, [outcome]
+
+    def _facts(self, scale: GreyScale, outcomes: list[TrainOutcome]) -> dict[str, Any]:
+        return {
+            "label": self.course.label,
+            "halves": list(self.course.halves),
+            "settings": self.settings.facts(),
+            "seed": self.seed,
+            "pixel_size_A": self.pixel_size_A,
+            "grey_level": scale.level,
+            "grey_spread": scale.spread,
+            "steps": sum(outcome.step for outcome in outcomes),
+            "warm": self.warm is not None,
+        }
+
+
+def network_file(folder: Path, label: str) -> Path:
+    """Where the network of a label lies."""
+    return Path(folder) / ("network.npz" if label == BOTH else f"network{label}.npz")
+
+
+def tile_px(settings: Correction, box_px: int) -> int:
+    """Edge of the tiles of a prediction: half as large again as the sub-maps, but no larger than the box needs."""
+    multiple = settings.network.multiple
+    wanted = min(settings.cube_px * 3 // 2, box_px * 4 // 3)
+    return max(settings.cube_px, -(-wanted // multiple) * multiple)
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Trains a task; each round has a folder of its own for checkpoints."""
+
+    job: Job
+    group: TrainingGroup
+    folder: Path
+    resume: bool
+    stop: Callable[[], bool]
+
+    def heed(self) -> None:
+        """Stops the whole group if a rank of it was told to (collective over the group).
+
+        Raises:
+            Interrupted: one was; what was trained is in the checkpoints.
+        """
+        if float(self.group.all_sum(torch.tensor([float(self.stop())]))):
+            raise group_wide(Interrupted("stopped by a signal while correcting maps"))
+
+    def __call__(self, task: Any, steps: int, number: int, rounds: int) -> TrainOutcome:
+        settings, label, group = self.job.settings, self.job.course.label, self.group
+        if steps == 0:  # the network that was given is applied as it is
+            task.start(0)
+            task.module.to(group.device)
+            return TrainOutcome([], 0, 0)
+        loop = LoopSettings(
+            steps=steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=self.job.seed,
+            log_every=max(1, settings.steps // RECORDS), clip_norm=1.0, amp=settings.bfloat16,
+            compile=group.device != "cpu", channels_last=True, flat_window=steps + 1,
+            micro_batch=0 if group.device != "cpu" else 1,  # the same bits on one rank, two and four
+        )  # fmt: skip
+        name = "the anisotropy network" + ("" if label == BOTH else f" of half {label}")
+        name += f", round {number} of {rounds}" if rounds > 1 else ""
+        folder = self.folder / (f"training_{label}" + (f"_{number}" if number > 1 else ""))
+        line = ProgressLine(f"training {name}", steps, active=group.is_first)
+        if group.is_first:
+            with suppress(FileExistsError):
+                folder.mkdir()
+        outcome = train(task, group, loop, folder, stop=self.stop, resume=self.resume, on_progress=line.update)
+        last = outcome.history[-1]["loss"]
+        line.close(f"{outcome.step:,} steps, loss {last:.4f}" if last is not None else "")
+        return outcome
+
+
+def _joined(outcomes: list[TrainOutcome]) -> list[dict[str, Any]]:
+    """Records of all rounds, steps counted on."""
+    records, before = [], 0
+    for number, outcome in enumerate((outcome for outcome in outcomes if outcome.history), 1):
+        records += [{**record, "step": record["step"] + before, "round": number} for record in outcome.history]
+        before += outcome.step
+    return records

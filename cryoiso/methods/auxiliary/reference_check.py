@@ -1,0 +1,29 @@
+"""Do the raw images know the reference at all? Asked of the raw images alone, before anything is made from it.
+
+For engines other than the native one, which asks by itself, and for sets of which only a part is refined.
+"""
+
+from __future__ import annotations
+
+from cryoiso.core.protocols import Communicator, RefineRequest
+from cryoiso.refine.initial_model import Match, first_references, first_state, match, mean_power, require_match
+from cryoiso.refine.iterate import Refinement
+
+
+def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
+    """Stops where the raw images match the references no better than noise does (collective);
+    ``refine.initial_model.match`` says how noise is kept from matching what it was refined against or what was made of it.
+
+    Args:
+        request: as for a refinement of the raw particles.
+
+    Raises:
+        InputError: they do not correlate beyond chance, or do so with the opposite sign.
+    """
+    diameter_A = request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
+    run = Refinement(request, comm, comm.device(), diameter_A)
+    references = first_references(run, request.lowpass_A)
+    sigma2 = mean_power(run)
+    found = match(run, references, sigma2, first_state(run, request.lowpass_A))
+    require_match(found)
+    return found

@@ -1,0 +1,46 @@
+"""Rank 0 looks after something outside of MPI while the others sleep, all of them ready to stop or to work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from cryoiso.parallel import signals
+from cryoiso.parallel.context import Context
+from cryoiso.parallel.group_stop import StopBell
+
+T = TypeVar("T")
+_LONGEST_NAP_S = 0.05
+
+
+def keep_watch(comm: Context, bell: StopBell, look: Callable[[bool], T | None]) -> T:
+    """Rank 0 calls ``look`` again and again until it finds something; every rank gets that. Collective.
+
+    Nobody spins: rank 0 naps between two looks, the others ask now and then whether it is over.
+
+    Args:
+        bell: any rank that gets a stop signal rings it.
+        look: on rank 0; is told whether anybody was told to stop, returns None to go on watching. It must not raise.
+    """
+    found: Any = None
+    if comm.rank == 0:
+        pause = 1e-3
+        while (found := look(bell.heard())) is None:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_NAP_S)
+    _arrive(comm, bell)
+    return comm.bcast(found)
+
+
+def _arrive(comm: Context, bell: StopBell) -> None:
+    """As ``Context.wait_for_all``, and a signal of this rank is passed on meanwhile."""
+    if comm.size == 1:
+        return
+    request = comm.comm.Ibarrier()  # type: ignore[attr-defined]
+    pause = 1e-4
+    while not request.Test():
+        if signals.stop_signal():
+            bell.ring()
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_NAP_S)

@@ -1,0 +1,1 @@
+"""Batch scripts: filling, submitting, and the wall time of the job."""

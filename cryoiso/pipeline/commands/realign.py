@@ -1,0 +1,78 @@
+"""``cryoiso realign`` on plain files: a refinement with the correction in its loop, with auxiliary particles or not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.config import Job
+from cryoiso.core.errors import InputError
+from cryoiso.io.shards import ShardSource
+from cryoiso.io.star.write import write_particles
+from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline.commands.basic import begin_refinement, refine_files
+from cryoiso.pipeline.scratch_copies import using_scratch
+from cryoiso.pipeline.stages import basic, engines
+from cryoiso.pipeline.stages.half_maps import write_reconstruction
+from cryoiso.pipeline.work import PIXEL_TOLERANCE, Work, write_json
+
+
+def realign_files(job: Job, out: Path, comm: Context, *, auxiliary: Path | None = None, resume: bool = False) -> None:
+    """Refines the particles of a job (of the workflow ``realign``) into a folder. Collective.
+
+    Args:
+        auxiliary: shards that are refined together with the particles. The particles alone are kept and reconstructed;
+            the engine's own files lie in ``engine``.
+        resume: go on with an interrupted refinement in the same folder.
+
+    Raises:
+        InputError: what ``preflight.check_job`` finds, or auxiliary particles on another grid.
+    """
+    if auxiliary is None:
+        return refine_files(job, out, comm, resume=resume)
+    work = begin_refinement(job, out, comm, resume=resume)
+    on_root(comm, _check, work, auxiliary)
+    with using_scratch(work, everything=True):
+        _refine_with(work, ShardSource(auxiliary))
+
+
+def _check(work: Work, folder: Path) -> None:
+    found = ShardSource(folder)
+    box, pixel = work.grid()
+    theirs = found.particles.groups[0].pixel_size_A
+    if found.box_px != box or abs(theirs / pixel - 1) > PIXEL_TOLERANCE:
+        raise InputError(
+            "the auxiliary particles are on another grid than the particles", file=folder,
+            expected=f"{box} px of {pixel:g} Å", found=f"{found.box_px} px of {theirs:g} Å",
+        )  # fmt: skip
+    if found.particles.half is None or not np.isin(found.particles.half, (1, 2)).all():
+        raise InputError("the auxiliary particles have no half-sets", file=folder, expected="1 or 2 for each")
+    found.close()
+
+
+def _refine_with(work: Work, auxiliary: ShardSource) -> None:
+    from cryoiso.methods.auxiliary.corefine import co_refine
+
+    comm, job, out = work.comm, work.job, work.folder.path
+    request = replace(basic.refine_request(work), folder=out / "engine")
+    if work.scratch is not None:
+        work.scratch.attach(work, auxiliary, once=job.refine.engine == "relion")
+    on_root(comm, request.folder.mkdir, exist_ok=True)
+    found = co_refine(engines.engine(job.refine.engine), request, auxiliary, comm, weight=job.auxiliary.weight)
+    made = write_reconstruction(
+        request.source, found.raw, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
+        pixel_size_A=request.reference.pixel_size_A,
+    )  # fmt: skip
+
+    def write() -> None:
+        write_particles(out / "particles.star", found.raw)
+        whole: dict[str, Any] = json.loads((request.folder / "refine.json").read_text(encoding="utf-8"))
+        counts = {"particles": len(found.raw), "auxiliary": len(found.auxiliary)}
+        write_json(out / "refine.json", {**whole, **counts, **made})
+
+    on_root(comm, write)

@@ -1,0 +1,1 @@
+"""Run time, memory and disk usage of a job, before it runs and while it runs."""

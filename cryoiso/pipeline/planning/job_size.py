@@ -1,0 +1,277 @@
+"""The size of a job, and what it will take of the disk: sizes of files follow from what the stages write (``stages``,
+``auxiliary``, ``correct``, ``engines.relion``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core.config import Job
+from cryoiso.core.errors import InputError
+from cryoiso.io.imageprep import read_prepared
+from cryoiso.io.ingest import IngestPlan
+from cryoiso.io.shards import CHUNK_IMAGES, ShardSource
+from cryoiso.io.shardset import SHARD_BYTES, SPREAD
+from cryoiso.io.stack import StackReader
+from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import folder_stages
+
+PARAMETERS = {
+    ("generator", "small"): 122_000, ("generator", "paper"): 7_292_000, ("unet", "small"): 429_000,
+    ("unet", "paper"): 26_410_000,
+}  # fmt: skip
+"""Weights of the networks."""
+POSE_TEXT_BYTES = 120
+"""What a row of a STAR file grows by with poses and results."""
+CHECKPOINTS = 2 * 3
+"""Copies of a network's weights in the two checkpoints of a training: themselves and two moments."""
+STATE_BYTES = 5000
+"""History and names in a checkpoint."""
+REPORT_BYTES = 1_800_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The size of a job."""
+
+    job: Job
+    particles: int
+    box_px: int
+    pixel_size_A: float
+    diameter_A: float
+    row_bytes: int = 150
+    """of a row of the particle file"""
+    with_shards: bool = False
+    """the particles are shards already"""
+    groups: int = 1
+    largest_input_bytes: int = 0
+    device: str = "cpu"
+    originals: bool = False
+    """RELION may read the particles' own stacks; unless it is told to, it gets a copy of all others"""
+
+    @property
+    def auxiliaries(self) -> int:
+        return round(self.particles * self.job.auxiliary.ratio)
+
+    @property
+    def map_bytes(self) -> int:
+        return 4 * self.box_px**3 + 1024
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a stage leaves on the disk, and what it removes again when it ends."""
+
+    name: str
+    bytes: int
+    files: int
+    temporary_bytes: int = 0
+    temporary_files: int = 0
+
+
+def problem_of(work: Work) -> Problem:
+    """Reads what it needs of the inputs (rank 0)."""
+    job, particles = work.job, work.particles()
+    box, pixel = work.grid()
+    diameter = job.sample.diameter_A or work.reference().diameter_A
+    file = Path(job.particles.file)
+    text = file.suffix == ".star" and file.is_file()
+    stacks = {str(name) for name in np.unique(particles.stack).tolist()} if not file.is_dir() else set()
+    largest = max((Path(name).stat().st_size for name in stacks), default=0)
+    row = max(60, file.stat().st_size // max(len(particles), 1)) if text else 250
+    if work.originals is None:  # images are read for it, and every stage asks
+        work.originals = job.refine.engine == "relion" and _original_images_do(work)
+    return Problem(
+        job, len(particles), box, pixel, diameter, row, file.is_dir(), len(particles.groups), largest,
+        originals=work.originals,
+    )  # fmt: skip
+
+
+def _original_images_do(work: Work) -> bool:
+    """Whether RELION needs no copy of them, as the engine decides it: by a sample, prepared as ingest does."""
+    from cryoiso.engines.relion.images import usable_originals
+
+    try:
+        given = Path(work.job.particles.file).is_dir()
+        source = ShardSource(work.shards) if given else _AsIngested(work.plan())
+        return bool(usable_originals(source, work.job.relion.images)[0].all())
+    except InputError:  # the run will tell
+        return False
+
+
+class _AsIngested:
+    """The images that the shards will have (an ``ImageSource``)."""
+
+    def __init__(self, plan: IngestPlan) -> None:
+        self.particles, self.box_px, self._plan = plan.particles, plan.box_px, plan
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D, D) float32."""
+        plan = self._plan
+        with StackReader() as reader:
+            return read_prepared(reader, plan.particles, rows, plan.decision.sign, plan.settings, plan.box_px)[0]
+
+
+# --- disk
+
+
+def shard_layout(n: int, box_px: int, storage: str, shard_mib: int) -> list[int]:
+    """Images of every shard of n images, as ``io.ingest.plan`` cuts them."""
+    image = box_px * box_px * np.dtype(storage).itemsize
+    chunk = max(1, (1 << 20) // image)
+    per_shard = max(chunk, (shard_mib << 20) // image // chunk * chunk)
+    return [min(per_shard, n - start) for start in range(0, n, per_shard)]
+
+
+def _shards(name: str, n: int, p: Problem) -> Stored:
+    """Shards hold whole HDF5 chunks; 69 B of columns an image and 15 kB of structure were measured."""
+    section = p.job.particles
+    image = p.box_px**2 * np.dtype(section.storage).itemsize
+    total, layout = 0, shard_layout(n, p.box_px, section.storage, section.shard_mib)
+    for count in layout:
+        chunk = min(max(1, (1 << 20) // image), count)
+        total += ceil(count / chunk) * chunk * image + 69 * count + 15_000
+    return Stored(name, total, len(layout))
+
+
+def _made_shards(name: str, p: Problem) -> Stored:
+    """As ``io.shardset.plan_shards`` cuts them, float16."""
+    n, image = p.auxiliaries, 2 * p.box_px**2
+    wanted = max(ceil(n * image / SHARD_BYTES), min(SPREAD, ceil(n / CHUNK_IMAGES)))
+    per_shard = max(1, ceil(n / (wanted * CHUNK_IMAGES))) * CHUNK_IMAGES
+    shards = ceil(n / per_shard)
+    chunk = max(1, (1 << 20) // image)
+    waste = (chunk - per_shard % chunk) % chunk if per_shard > chunk else 0
+    return Stored(name, n * image + shards * (waste * image + 15_000) + 69 * n, shards)
+
+
+def disk(p: Problem, ranks: int = 1) -> list[Stored]:
+    """Bytes and files that every stage leaves, in order, the folder's own files last."""
+    known = {"truth": bool(p.job.truth.particles), "true_map": bool(p.job.truth.map)}
+    found = [_stage(name, p, known["truth"]) for name in folder_stages(p.job)]
+    return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 8 + ranks)]
+
+
+def most(stored: list[Stored]) -> tuple[int, int]:
+    """Most bytes and files that are there at once: what was left so far and what the present stage removes again."""
+    before = peak = (0, 0)
+    for one in stored:
+        before = before[0] + one.bytes, before[1] + one.files
+        peak = max(peak[0], before[0] + one.temporary_bytes), max(peak[1], before[1] + one.temporary_files)
+    return peak
+
+
+def preset_of(preset: str, device: str) -> str:
+    """auto: by the device."""
+    return preset if preset != "auto" else "small" if device == "cpu" else "paper"
+
+
+def _pictures(p: Problem) -> int:
+    """A report that compares before and after is twice as large."""
+    return 2 if p.job.run.workflow in ("auxiliary", "both") else 1
+
+
+def _stage(name: str, p: Problem, truth: bool) -> Stored:
+    kind = re.sub(r"-\d+$", "", name)
+    if kind == "ingest":
+        if p.with_shards:
+            return Stored(name, 0, 0)
+        made = _shards(name, p.particles, p)
+        return Stored(name, made.bytes + 1200, made.files + 2)
+    if kind == "reference":
+        return Stored(name, 2 * p.map_bytes + 300, 3)
+    if kind == "refine":
+        if p.job.auxiliary.poses == "given" and p.job.run.workflow in ("auxiliary", "both"):
+            return Stored(name, 3 * p.map_bytes + _star(p), 5)
+        return _refined(name, p)
+    if kind == "reconstruct":
+        return _reconstructed(name, p, truth)
+    if kind == "diagnose":
+        return Stored(name, 140_000 * _pictures(p), 1)
+    if kind == "correct":
+        return _corrected(name, p)
+    return _auxiliary(kind, name, p)
+
+
+def _star(p: Problem, n: int | None = None) -> int:
+    return (p.row_bytes + POSE_TEXT_BYTES) * (p.particles if n is None else n)
+
+
+def _refined(name: str, p: Problem, auxiliaries: int = 0) -> Stored:
+    """Two generations of the checkpoint, two maps, particles, two summaries."""
+    n = p.particles + auxiliaries
+    if p.job.refine.engine == "relion":
+        whole = Stored(name, p.job.refine.max_iterations * (6 * p.map_bytes + 350 * n) + 2 * p.map_bytes, 40)
+        copied = auxiliaries + (0 if p.originals or p.job.relion.images == "original" else p.particles)
+        return with_temporary(whole, *_images_for_relion(copied, p.box_px))
+    state = 4 * (p.map_bytes - 1024) + 112 * n + STATE_BYTES
+    return Stored(name, 2 * state + 2 * p.map_bytes + _star(p, n) + 2500, 7)
+
+
+def _images_for_relion(n: int, box_px: int) -> tuple[int, int]:
+    """Bytes and files of its own stacks (``engines.relion.images``), which are removed when it has ended."""
+    from cryoiso.engines.relion.images import images_a_stack
+
+    if not n:
+        return 0, 0
+    stacks = ceil(n / images_a_stack(n, box_px))
+    return 4 * n * box_px**2 + 1024 * stacks + 200, stacks + 1
+
+
+def with_temporary(stored: Stored, size: int, files: int) -> Stored:
+    """The same with more that goes again."""
+    more = stored.temporary_bytes + size, stored.temporary_files + files
+    return replace(stored, temporary_bytes=more[0], temporary_files=more[1])
+
+
+def _reconstructed(name: str, p: Problem, truth: bool) -> Stored:
+    """Halves, mean, weighted mean and mask; halves, mean and weighted mean again for each further set of poses."""
+    more = truth + (p.job.run.workflow in ("auxiliary", "both"))
+    maps = 5 + 4 * more
+    return Stored(name, maps * p.map_bytes + 100, maps + 1)
+
+
+def _result(p: Problem) -> Stored:
+    """Maps and particles; two FSC curves, a picture, two texts, numbers and checksums."""
+    maps = 5 + 2 * (p.job.run.workflow in ("realign", "both"))
+    return Stored("result", maps * p.map_bytes + _star(p) + 150_000, maps + 8)
+
+
+def _corrected(name: str, p: Problem) -> Stored:
+    """Mask, filter, corrected halves and mean, two maps of what was measured, networks; while it works also at most two
+    checkpoints of each training."""
+    networks, rounds = 1 if p.job.correct.mode == "paired" else 2, p.job.correct.rounds
+    weights = 4 * PARAMETERS["unet", preset_of(p.job.correct.preset, p.device)]
+    trainings = networks * rounds
+    left = Stored(name, 7 * p.map_bytes + networks * weights, 8 + networks)
+    return with_temporary(left, trainings * CHECKPOINTS * weights, 3 * trainings)
+
+
+def _auxiliary(kind: str, name: str, p: Problem) -> Stored:
+    generators = 1 if p.job.auxiliary.generators == "shared" else 2
+    if kind == "train":
+        weights = 4 * PARAMETERS["generator", preset_of(p.job.auxiliary.preset, p.device)]
+        if not p.job.auxiliary.has_network:
+            weights = 0
+        left = Stored(name, generators * (p.map_bytes + weights) + 60_000, generators + 1 + bool(weights))
+        return with_temporary(left, generators * CHECKPOINTS * weights, 3 * generators * bool(weights))
+    if kind == "generate":
+        made = _made_shards(name, p)
+        stacks = (4 * p.box_px**2 + 1024) * p.auxiliaries if p.job.auxiliary.export else 0
+        return Stored(name, made.bytes + stacks + 100_000, made.files + 3 + 3 * p.job.auxiliary.export)
+    if kind == "corefine":
+        return _round_of(_refined(name, p, p.auxiliaries), p)
+    if kind == "local":
+        return _round_of(_refined(name, p), p)
+    return Stored(name, 8 * p.map_bytes + 10_000, 10)  # micelle
+
+
+def _round_of(engine: Stored, p: Problem) -> Stored:
+    """A round's maps, particles and summary beside what the engine leaves."""
+    size, files = engine.bytes + 5 * p.map_bytes + _star(p) + 20_000, engine.files + 7
+    return replace(engine, bytes=size, files=files)

@@ -1,0 +1,271 @@
+"""What a job will take of memory: from the arrays that are alive together in the largest step of each stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+
+from cryoiso.core.errors import MissingError
+from cryoiso.pipeline.planning.job_size import PARAMETERS, Problem, Stored, disk, most, preset_of, problem_of
+from cryoiso.pipeline.site.finding import Needs
+from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import folder_stages
+
+GRID_VOXEL_BYTES = 24
+"""Of the sums of back-projection: three 64-bit integers."""
+SUMS_VOXEL_BYTES = 12
+SORTED_SAMPLE_BYTES = 28
+SCORES_BYTES = 4 * 4 << 24
+"""Four arrays of the scores that the search holds at once."""
+WEIGHED_SLICES = 128 * 8 * 5
+"""Slices of a batch that wait for insertion: images x views x arrays."""
+CACHE_BYTES = 1 << 30
+"""Of ``refine.batches.BatchReader`` and of ``train.batches.Batches``."""
+MEMORY_MARGIN = 1.15
+"""On top of what is counted: measured peaks were 0.93 to 1.17 times that."""
+PROGRAM_BYTES = 480 << 20
+"""Python, torch, numba and their kernels, measured."""
+GPU_BYTES = 600 << 20
+"""Of a GPU: its context and kernels."""
+ROW_BYTES, REFINED_ROW_BYTES = 1900, 3200
+"""Metadata of a particle on rank 0: text of its row and columns; in a refinement also poses of two iterations and the
+file that is written. Measured (docs/scaling.md)."""
+COLUMNS_BYTES = 700
+"""Of that what every rank has: columns without the text, poses, the name of the stack. Measured with names of 22
+characters: 450 held, 720 while poses are handed out; a character of the name is 4 bytes each time."""
+TRAINED_BYTES = {
+    ("generator", "small"): (640.5, 368.3, 1.7), ("generator", "paper"): (22533.0, 12078.5, 1.2),
+    ("unet", "small"): (596.0, 300.0, 1.8), ("unet", "paper"): (3122.0, 1561.0, 1.3),
+}  # fmt: skip
+"""A pixel of an image, or a voxel of a sub-map, in a training step: bytes that the forward pass leaves for the backward
+one, in float32 and in bfloat16 (counted: tests/test_plan_memory.py), and the peak of a step over that (measured)."""
+ALONE_BYTES = {"small": 1000.0, "paper": 5600.0}
+"""The same in float32 for one sub-map alone on a CPU, which is convolved as two slabs (``nets.unet``)."""
+APPLIED_BYTES = {
+    ("generator", "small"): 400.0, ("generator", "paper"): 5100.0, ("unet", "small"): 830.0, ("unet", "paper"): 3000.0,
+}  # fmt: skip
+"""The peak a pixel or voxel where a network is only applied, in float32, measured."""
+STATES = 4
+"""Copies of a network's parameters in a training: themselves, gradients, two moments."""
+TRAINING_MAPS = 15
+"""Maps beside a training: references, estimates, transforms, filters."""
+
+
+def needs_of(work: Work, ranks: int) -> Needs:
+    """What the machine is asked for (rank 0)."""
+    problem = problem_here(work)
+    return needs_of_stages(problem, ranks, folder_stages(problem.job), disk(problem, ranks))
+
+
+def problem_here(work: Work) -> Problem:
+    """The job's problem on the device that it would get on this rank."""
+    if "cpu" in (work.job.run.device, work.comm.device_preference):
+        return replace(problem_of(work), device="cpu")
+    with suppress(MissingError):  # what a GPU would have to hold is of interest all the same
+        return replace(problem_of(work), device=work.comm.device("auto"))
+    return replace(problem_of(work), device="cuda")
+
+
+def needs_of_stages(p: Problem, ranks: int, stages: Sequence[str], stored: list[Stored]) -> Needs:
+    """What some of the stages of a job ask of the machine.
+
+    Args:
+        stages: their names.
+        stored: what they will still write.
+    """
+
+    def largest(found: dict[str, int]) -> int:
+        return max((found.get(stage, 0) for stage in stages), default=0)
+
+    most_bytes, most_files = most(stored)
+    return Needs(
+        p.job, largest(memory_of_stages(p, ranks)), most_bytes, most_files, p.largest_input_bytes,
+        gpu_bytes=largest(gpu_memory(p, ranks)), first_rank_bytes=largest(metadata_of_stages(p)),
+    )  # fmt: skip
+
+
+def metadata_of_stages(p: Problem) -> dict[str, int]:
+    """Bytes of main memory that rank 0 holds in each stage beside what every rank does: the source's text."""
+    found = {}
+    for name in folder_stages(p.job):
+        kind = _kind(name)
+        each = REFINED_ROW_BYTES if kind in ("refine", "corefine", "local") else ROW_BYTES
+        found[name] = int(MEMORY_MARGIN * (each - COLUMNS_BYTES) * _particles(kind, p))
+    return found
+
+
+def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
+    """Most bytes of main memory that any rank holds in each stage, without rank 0's metadata.
+
+    Of a run on GPUs as well: refinement is counted as on CPUs there, which is more than it takes.
+    """
+    found = {}
+    for name in folder_stages(p.job):
+        kind = _kind(name)
+        held = PROGRAM_BYTES + COLUMNS_BYTES * _particles(kind, p) + _stage(kind, p, ranks)
+        found[name] = int(MEMORY_MARGIN * held)
+    return found
+
+
+def gpu_memory(p: Problem, ranks: int) -> dict[str, int]:
+    """Most bytes of a GPU that a rank holds in each stage that computes there."""
+    p = p if p.device != "cpu" else replace(p, device="cuda")
+    works: dict[str, Callable[[], int]] = {
+        "refine": lambda: _refinement_and_loop("refine", p, ranks),
+        "corefine": lambda: _refinement_and_loop("corefine", p, ranks),
+        "local": lambda: _refinement_and_loop("local", p, ranks),
+        "micelle": lambda: _reconstruction(p, ranks),
+        "reconstruct": lambda: _reconstruction(p, ranks),
+        "train": lambda: _generator_training(p, ranks),
+        "generate": lambda: _generation(p),
+        "correct": lambda: _correction(p, ranks, p.job.correct.mode),
+    }
+    kinds = {name: _kind(name) for name in folder_stages(p.job)}
+    return {name: int(MEMORY_MARGIN * (GPU_BYTES + works[kind]())) for name, kind in kinds.items() if kind in works}
+
+
+def _kind(stage: str) -> str:
+    return re.sub(r"-\d+$", "", stage)
+
+
+def _particles(kind: str, p: Problem) -> int:
+    return p.particles + (p.auxiliaries if kind in ("corefine", "generate") else 0)
+
+
+def _stage(kind: str, p: Problem, ranks: int) -> int:
+    """Main memory of a stage's own arrays."""
+    on_gpu = p.device != "cpu"
+    if kind in ("refine", "corefine", "local"):
+        return _refinement_and_loop(kind, p, ranks)
+    if kind in ("reconstruct", "micelle"):
+        return _reconstruction(p, ranks)
+    if kind == "diagnose":
+        return 25 * p.map_bytes
+    if kind == "train":
+        return _images_kept(p) + (TRAINING_MAPS * p.map_bytes if on_gpu else _generator_training(p, ranks))
+    if kind == "generate":
+        return (128 << 20) + (0 if on_gpu else _generation(p))
+    if kind == "correct":
+        return (128 << 20) + (TRAINING_MAPS * p.map_bytes if on_gpu else _correction(p, ranks, p.job.correct.mode))
+    return 128 << 20
+
+
+# --- refinement
+
+
+def grid_voxels(radius_px: int, padding: int) -> int:
+    """Of the half-space grid of slices up to a radius."""
+    h = padding * radius_px + 2
+    return (2 * h + 1) ** 2 * (h + 1)
+
+
+def _refinement_and_loop(kind: str, p: Problem, ranks: int) -> int:
+    """Of a refinement, or of the correction between two of its iterations, which the images stay in memory for."""
+    n, workflow = _particles(kind, p), p.job.run.workflow
+    whole = _refinement(p, n, ranks, 2 if kind == "corefine" else 1)
+    if p.job.realign.correct and (workflow, kind) in (("realign", "refine"), ("both", "corefine")):
+        whole = max(whole, _images_of_refinement(p, n, ranks) + _correction(p, ranks, p.job.realign.mode))
+    return whole
+
+
+def _images_of_refinement(p: Problem, n: int, ranks: int) -> int:
+    coefficients = np.pi / 2 * ((p.box_px - 1) // 2) ** 2
+    return int(min(CACHE_BYTES, 12 * coefficients * n / ranks))
+
+
+def _refinement(p: Problem, n: int, ranks: int, kinds: int = 1) -> int:
+    """The larger of expectation (images, grid, scores) and the transforms between iterations.
+
+    Args:
+        kinds: of particles whose sums are apart: 2 where there are auxiliaries. Their grids are filled in turn.
+    """
+    padding, radius = p.job.refine.padding, (p.box_px - 1) // 2
+    voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
+    coefficients = np.pi / 2 * radius**2
+    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
+    sorting = SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
+    sums = SUMS_VOXEL_BYTES * voxels * (2 if ranks == 1 else 1) * kinds
+    maps = 10 * p.map_bytes + 8 * WEIGHED_SLICES * coefficients
+    images = _images_of_refinement(p, n, ranks)
+    return int(images + maps + sums + max(grid + sorting + SCORES_BYTES, 16 * padded))
+
+
+def _reconstruction(p: Problem, ranks: int) -> int:
+    padding, radius = p.job.reconstruct.padding, (p.box_px - 1) // 2
+    voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
+    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
+    waiting = 12 * min(voxels / 2, 2**23) + SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
+    one_half = SUMS_VOXEL_BYTES * voxels  # the first half's, beside the grid of the second; then that grid is gone
+    return int(grid + one_half + max(waiting, 8 * padded) + 7 * p.map_bytes)
+
+
+# --- networks
+
+
+def trained(network: str, preset: str, units: float, device: str, *, alone: bool = False) -> int:
+    """Bytes of a training step: parameters in ``STATES`` copies, and what the forward pass leaves.
+
+    Args:
+        network: "generator" or "unet".
+        units: pixels of the images, or voxels of the sub-maps, that a rank has in memory at once.
+        device: GPUs compute in bfloat16.
+        alone: one sub-map at a time on a CPU.
+    """
+    full, half, peak = TRAINED_BYTES[network, preset]
+    each = half if device != "cpu" else ALONE_BYTES[preset] if alone else full
+    return int(4 * STATES * PARAMETERS[network, preset] + peak * each * units)
+
+
+def _images_kept(p: Problem) -> int:
+    """Images that a training keeps in main memory: those of one half-set, or buffers of them."""
+    if not p.job.auxiliary.has_network:
+        return 0
+    rows = p.particles if p.job.auxiliary.generators == "shared" else ceil(p.particles / 2)
+    return min(CACHE_BYTES, 4 * p.box_px**2 * rows)
+
+
+def _generator_training(p: Problem, ranks: int) -> int:
+    """All images of a rank at a time: two generators have half of the ranks each, where there are several."""
+    from cryoiso.methods.auxiliary.settings import network, training
+
+    section = p.job.auxiliary
+    if not section.has_network:
+        return TRAINING_MAPS * p.map_bytes
+    settings = training(section, p.device)
+    group = ranks if section.generators == "shared" or ranks == 1 else ranks // 2
+    pixels = network(settings, p.box_px).padded_px ** 2
+    images = ceil(settings.batch / group)
+    return trained("generator", settings.preset, images * pixels, p.device) + TRAINING_MAPS * p.map_bytes
+
+
+def _generation(p: Problem) -> int:
+    from cryoiso.methods.auxiliary.generator import BATCH
+
+    if not p.job.auxiliary.has_network:
+        return 0
+    preset = preset_of(p.job.auxiliary.preset, p.device)
+    return int(APPLIED_BYTES["generator", preset] * min(BATCH, p.auxiliaries) * p.box_px**2) + 10 * p.map_bytes
+
+
+def _correction(p: Problem, ranks: int, mode: str) -> int:
+    """The larger of a training step and of applying the network to a tile.
+
+    On CPUs sub-maps are trained on one by one (``methods.anisotropy.correction_run``); the published losses keep two or
+    three passes through the network until the backward one.
+    """
+    from cryoiso.methods.anisotropy.correction_run import tile_px
+    from cryoiso.methods.anisotropy.settings import resolve
+
+    settings = resolve(p.job.correct, p.device)
+    on_cpu = p.device == "cpu"
+    group = ranks if mode == "paired" else max(1, ranks // 2)
+    maps = 1 if on_cpu else ceil(settings.batch / group)
+    passes = 1 if settings.method == "completion" else 3 if mode == "paired" and p.job.correct.beta > 0 else 2
+    step = trained("unet", settings.preset, passes * maps * settings.cube_px**3, p.device, alone=maps == 1)
+    applied = APPLIED_BYTES["unet", settings.preset] * tile_px(settings, p.box_px) ** 3
+    return int(max(step, applied) + TRAINING_MAPS * p.map_bytes)

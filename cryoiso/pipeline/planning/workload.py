@@ -1,0 +1,209 @@
+"""What a job has to work, in units that machines can be timed by, stage by stage.
+
+Units (``KERNELS``): each names an inner loop of the program; the counts follow its formulas: the schedule of the search
+(``refine.schedule``), levels and beams (``refine.search``), insertion and transforms (``physics``), steps of trainings.
+What depends on the data is assumed, see ``Assumed``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cryoiso.pipeline.planning.job_size import Problem, preset_of
+from cryoiso.pipeline.planning.memory import grid_voxels
+from cryoiso.pipeline.workflow import folder_stages
+
+Work = dict[str, float]
+"""Kernel -> units."""
+KERNELS = {
+    "write": "byte of image read, normalised and written to a shard, on a CPU",
+    "prepare": "voxel of the reference brought onto the particles' grid and low-passed, on a CPU",
+    "read": "pixel of an image read, transformed and given its CTF",
+    "gemm": "multiplication and addition of the global search",
+    "local": "coefficient of a view of the local search, with its nine shifts",
+    "insert": "coefficient put into the grid",
+    "transform": "voxel of a padded box, there and back between a map and its transform",
+    "train_small": "pixel of an image of a training step, small generator",
+    "train_paper": "the same, generator as published",
+    "generate_small": "pixel of a generated image, small generator",
+    "generate_paper": "the same, generator as published",
+    "unet_small": "voxel of a sub-map of a training step, small network",
+    "unet_paper": "the same, network as published",
+    "measure": "voxel of a map whose quality is measured, on a CPU",
+    "fixed": "second that any run takes for it",
+}
+POSTERIOR_VIEWS = 4
+"""Views that an image is inserted at, on average."""
+ALIVE = 0.5
+"""Share of the beam that goes on."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What the images decide."""
+
+    iterations: int = 8
+    nyquist_share: float = 0.7
+    """Resolution that the search reaches, as a share of the finest that the grid holds."""
+    rounds: int | None = None
+    """Rounds of auxiliary particles; None: as many as the job allows."""
+
+
+def add(*parts: Work) -> Work:
+    total: Work = {}
+    for part in parts:
+        for kernel, units in part.items():
+            total[kernel] = total.get(kernel, 0.0) + units
+    return total
+
+
+def times(work: Work, factor: float) -> Work:
+    return {kernel: factor * units for kernel, units in work.items()}
+
+
+def kind_of(stage: str) -> str:
+    """Stages that do the same have one kind: corefine-2 -> corefine."""
+    return re.sub(r"-\d+$", "", stage)
+
+
+def stages(p: Problem, ranks: int, assumed: Assumed, device: str) -> dict[str, Work]:
+    """Stage -> work of one rank, of stages that have a folder and the report."""
+    found = {name: _stage(kind_of(name), p, ranks, assumed, device) for name in folder_stages(p.job)}
+    rounds = assumed.rounds or p.job.auxiliary.rounds
+    for name in list(found):
+        match = re.search(r"-(\d+)$", name)
+        if match and int(match[1]) > rounds:
+            found[name] = {}
+    return {**found, "report": {"fixed": 5.0, "measure": 2.0 * p.box_px**3}}
+
+
+def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    n = p.particles
+    if kind == "ingest":
+        return {} if p.with_shards else {"write": n * p.box_px**2 * 4 / ranks}
+    if kind == "reference":
+        return {"prepare": float(p.box_px**3)}
+    if kind == "refine":
+        if p.job.auxiliary.poses == "given" and p.job.run.workflow in ("auxiliary", "both"):
+            return reconstruction(p, n, ranks)
+        loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "realign" else {}
+        return refinement(p, n, ranks, assumed, loop)
+    if kind == "corefine":
+        loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "both" else {}
+        whole = refinement(p, n + p.auxiliaries, ranks, assumed, loop)
+        return add(whole, reconstruction(p, n, ranks))
+    if kind == "local":
+        near = refinement(p, n, ranks, assumed, {}, local_deg=p.job.auxiliary.local_deg)
+        return add(near, reconstruction(p, n, ranks))
+    if kind == "train":
+        return training(p, ranks, device)
+    if kind == "generate":
+        if not p.job.auxiliary.has_network:
+            return {"fixed": 1.0}
+        return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
+    if kind == "reconstruct":
+        sets = 1 + bool(p.job.truth.particles) + (p.job.run.workflow in ("auxiliary", "both"))
+        return times(reconstruction(p, n, ranks, weighted=True), sets)
+    if kind == "correct":
+        return correction(p, ranks, device)
+    if kind == "diagnose":
+        return {"measure": 6.0 * p.box_px**3 * (2 if p.job.run.workflow in ("auxiliary", "both") else 1), "fixed": 2.0}
+    return times(reconstruction(p, n, ranks), 6)  # micelle: two passes to set up, and some to solve
+
+
+# --- refinement
+
+
+def refinement(p: Problem, n: int, ranks: int, assumed: Assumed, loop: Work, local_deg: float | None = None) -> Work:
+    """All iterations of a refinement of n images, on one rank; ``loop`` is added to each."""
+    each = [add(one, loop) for one in iterations(p, n, ranks, assumed, local_deg)]
+    first_passes = {"read": 2.0 * n * p.box_px**2 / ranks}
+    return add(first_passes, *each)
+
+
+def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: float | None = None) -> Iterator[Work]:
+    """Work of each iteration."""
+    from cryoiso.refine.schedule import State, global_grid, local_grid, search_plan
+
+    settings = p.job.refine
+    limit = (p.box_px - 1) // 2
+    if settings.max_resolution_A:
+        limit = min(limit, int(p.box_px * p.pixel_size_A / settings.max_resolution_A))
+    first = int(np.clip(round(p.box_px * p.pixel_size_A / p.job.reference.lowpass_A), 3, limit))
+    last = int(np.clip(round(assumed.nyquist_share * p.box_px / 2), first, limit))
+    order = settings.healpix_order
+    grid = global_grid(order, p.job.sample.symmetry) if local_deg is None else local_grid(order, local_deg)
+    kept = n / ranks * p.box_px**2 * 5 <= 1 << 30
+    operations = _operations(p.job.sample.symmetry)
+    for i in range(min(assumed.iterations, settings.max_iterations)):
+        radius = first if i == 0 else last
+        state = State(i, radius, max(2.0, 0.03 * p.box_px) if i == 0 else 2.0)
+        plan = search_plan(state, settings, grid, p.box_px, p.pixel_size_A, p.diameter_A, local_deg)
+        inserted = min(limit, int(1.5 * radius) + 6)
+        views, shifts = len(grid), len(plan.shifts_px)
+        image = add(
+            {"gemm": _coefficients(plan.coarse_radius_px) * views * (4.0 * shifts + 2)},
+            *({"local": 8 * ALIVE * level.beam * _coefficients(level.radius_px)} for level in plan.levels),
+            {"insert": POSTERIOR_VIEWS * _coefficients(inserted)},
+            {} if kept else {"read": float(p.box_px**2)},
+        )
+        maps = 8 * (settings.padding * p.box_px) ** 3 + 2 * (operations - 1) * grid_voxels(inserted, settings.padding)
+        yield add(times(image, n / ranks), {"transform": maps / (1 if ranks == 1 else 2)})
+
+
+def _coefficients(radius_px: int) -> float:
+    """Of a slice, one of each Friedel pair."""
+    return np.pi / 2 * radius_px**2
+
+
+def _operations(symmetry: str) -> int:
+    from cryoiso.physics.symmetry import point_group
+
+    return len(point_group(symmetry))
+
+
+def reconstruction(p: Problem, n: int, ranks: int, *, weighted: bool = False) -> Work:
+    """Both half-maps of n images with given poses; ``weighted``: filtered halves and the map of both as well."""
+    padding, limit = p.job.reconstruct.padding, (p.box_px - 1) // 2
+    maps = (5 if weighted else 2) * (padding * p.box_px) ** 3
+    maps += 2 * (_operations(p.job.sample.symmetry) - 1) * grid_voxels(limit, padding)
+    each = n / ranks
+    return {"read": each * p.box_px**2, "insert": each * _coefficients(limit), "transform": float(maps)}
+
+
+# --- networks
+
+
+def training(p: Problem, ranks: int, device: str) -> Work:
+    """Generators of a round: side by side on half of the ranks each, or one after the other."""
+    from cryoiso.methods.auxiliary.settings import training as settings_of
+
+    if not p.job.auxiliary.has_network:  # the grey scale of each half, and perhaps its noise
+        passes = 2 if p.job.auxiliary.generators == "coloured-noise" else 1
+        return {"read": 2.0 * passes * 2048 * p.box_px**2 / ranks}
+    settings = settings_of(p.job.auxiliary, device)
+    courses = 1 if p.job.auxiliary.generators == "shared" else 2
+    group = ranks if courses == 1 or ranks == 1 else ranks // 2
+    turns = courses if ranks == 1 else 1
+    images = settings.steps * max(1.0, settings.batch / max(group, 1))
+    return {f"train_{settings.preset}": turns * images * p.box_px**2}
+
+
+def correction(p: Problem, ranks: int, device: str, *, inside: bool = False) -> Work:
+    """The anisotropy correction: networks' trainings and the map through them; ``inside`` a refinement."""
+    from cryoiso.methods.anisotropy.settings import resolve
+
+    if inside and not p.job.realign.correct:
+        return {"measure": float(p.box_px**3)}
+    epochs = p.job.realign.epochs or (5 if device != "cpu" else 3) if inside else None
+    settings = resolve(p.job.correct, device, epochs)
+    mode = p.job.realign.mode if inside else p.job.correct.mode
+    alone = 1 if mode == "paired" or ranks > 1 else 2
+    group = ranks if mode == "paired" else max(1, ranks // 2)
+    voxels = settings.steps * max(1.0, settings.batch / group) * settings.cube_px**3
+    applied = settings.rounds * 2 * (2 * p.box_px) ** 3 / (3 * group)  # overlapping tiles, forward only
+    return {f"unet_{settings.preset}": alone * (voxels + applied), "measure": float(p.box_px**3)}

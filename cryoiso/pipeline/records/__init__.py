@@ -1,0 +1,1 @@
+"""Records of a run folder: its layout, journal, manifest, hashes, lock and seal."""

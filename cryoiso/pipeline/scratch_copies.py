@@ -1,0 +1,285 @@
+"""Shards on the nodes' own disks: copied once a node, read there by its ranks, removed at the end (``run.scratch``).
+
+Nothing depends on a copy being there. Where there is none, or where it goes away, the shared files are read instead,
+and the result is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core.errors import Interrupted
+from cryoiso.core.log import ProgressLine, duration
+from cryoiso.io import scratch_lease as leases
+from cryoiso.io.atomic import write_text
+from cryoiso.io.shards import ShardSource
+from cryoiso.io.staging import Copies, NotStaged, Stopped, copy_checked, find_place, require_room
+from cryoiso.parallel import signals
+from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.context import Context
+from cryoiso.parallel.partition import owned_chunks
+from cryoiso.pipeline.records.hashing import digest_of, sha256_of
+from cryoiso.pipeline.records.run_folder import TIMING
+from cryoiso.pipeline.work import Work
+from cryoiso.refine.batches import BatchReader
+
+logger = logging.getLogger("cryoiso")
+STOPPED = "stopped by a signal while images were copied to scratch"
+
+
+@dataclass
+class _Set:
+    """A set of shards as this rank sees it: which of them its node wants, and what became of that."""
+
+    key: str
+    names: list[str]
+    """Of all shards that this rank's node wants."""
+    hashes: dict[str, str]
+    target: Path | None = None
+    """Folder of the copies; None: the originals are read."""
+    why_not: str = ""
+    bytes: int = 0
+    """Copied by this rank."""
+    reused: int = 0
+    """Bytes found there already, of this rank's share."""
+
+
+@dataclass
+class Scratch:
+    """All copies of a run. One rank a node holds the leases."""
+
+    wanted: str
+    """run.scratch"""
+    comm: Context
+    run: Path
+    everything: bool
+    """Every node copies all shards; else only those that its ranks read in a refinement."""
+    _held: dict[str, leases.Lease] = field(default_factory=dict)
+    _copies: dict[str, Copies] = field(default_factory=dict)
+    """By folder of the originals."""
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def mates(self) -> list[int]:
+        """The ranks of this rank's node; the first one is responsible for it."""
+        return self.comm.nodes[self.comm.hostname]
+
+    def attach(self, work: Work, source: ShardSource, *, everything: bool = False, once: bool = False) -> None:
+        """Lets a source read from this node's copies, which are made if need be. Collective.
+
+        Args:
+            everything: copy all shards; else what ``self.everything`` says.
+            once: the images will be read but once or twice: not worth a copy, only used where there is one.
+
+        Raises:
+            Interrupted: a stop signal.
+        """
+        name = str(source.folder)
+        if name not in self._copies and not once:
+            hashes = recorded_hashes(work, source.folder)
+            self._copies[name] = self._stage(source, hashes, everything or self.everything)
+        if name in self._copies:
+            source.use_copies(self._copies[name])
+
+    def close(self) -> None:
+        """Gives the leases back; copies that nobody else reads are removed."""
+        while self._held:
+            self._held.popitem()[1].release()
+
+    def _stage(self, source: ShardSource, hashes: dict[str, str], everything: bool) -> Copies:
+        began = time.monotonic()
+        names = [str(s["file"]) for s in source.index["shards"]]
+        mine = names if everything else [names[k] for k in shards_of_ranks(source, self.mates, self.comm.size)]
+        known = {n: hashes[n] for n in mine if n in hashes}
+        found = _Set(_key(source, hashes), mine, known)
+        if self.comm.rank == self.mates[0]:
+            self._prepare(source.folder, found)
+        outcome = self.comm.allgather((found.target, found.why_not))
+        found.target, found.why_not = outcome[self.mates[0]]
+        self._copy(source.folder, found)
+        if found.why_not:
+            self._drop(found.key)
+        self._tell(source, found, time.monotonic() - began)
+        target = found.target if not found.why_not else None
+        return Copies({n: target / n for n in mine} if target else None)
+
+    def _prepare(self, originals: Path, found: _Set) -> None:
+        """Takes the lease and makes sure that there is room; notes why not where that fails."""
+        try:
+            place = find_place(self.wanted, originals, self.comm.hostname)
+            root = leases.own_root(place)
+            for gone in leases.sweep(root, found.key):
+                logger.info("scratch: removed %s, which a job left behind that is gone", root / gone)
+            held = self._held[found.key] = leases.take(root, found.key, run=str(self.run))
+            missing = [originals / n for n in found.names if not (held.files / n).exists()]
+            require_room(root, sum(path.stat().st_size for path in missing), len(missing))
+            found.target = held.files
+        except NotStaged as why:
+            found.why_not = str(why)
+        except OSError as error:
+            found.why_not = f"{error.filename or self.wanted}: {error.strerror or error}"
+        if found.why_not:
+            self._drop(found.key)
+
+    def _drop(self, key: str) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            held.release()
+
+    def _copy(self, originals: Path, found: _Set) -> None:
+        """The ranks of a node share the copying; after each file all agree whether to go on. Collective."""
+        comm, mates = self.comm, self.mates
+        mine = [] if found.why_not else found.names[mates.index(comm.rank) :: len(mates)]
+        rounds = int(comm.max_all(len(mine)))
+        sizes = [(originals / n).stat().st_size for n in mine]
+        line = ProgressLine("copying images to scratch, MB", int(sum(comm.allgather(sum(sizes)))) // 1_000_000,
+                            active=comm.rank == 0)  # fmt: skip
+        others = 0
+        for number in range(rounds):
+            if number < len(mine) and not found.why_not:
+
+                def told(_: int, before: int = others) -> None:
+                    line.update((before + found.bytes) // 1_000_000)
+
+                _copy_one(originals, mine[number], found, told)
+            state = comm.allgather((found.why_not, found.bytes + found.reused))
+            found.why_not = next((state[r][0] for r in mates if state[r][0]), "")
+            others = sum(done for _, done in state) - found.bytes
+            if comm.stop_requested():
+                raise Interrupted(STOPPED)
+        line.close()
+
+    def _tell(self, source: ShardSource, found: _Set, seconds: float) -> None:
+        """One line for each kind of outcome, and the numbers of every node for ``logs/timing.json``."""
+        comm = self.comm
+        mine = {
+            "host": comm.hostname, "folder": str(found.target or ""), "why_not": found.why_not,
+            "bytes": found.bytes, "reused_bytes": found.reused, "shards": len(found.names),
+        }  # fmt: skip
+        nodes: dict[str, dict[str, Any]] = {}
+        for each in comm.allgather(mine):
+            node = nodes.setdefault(each["host"], {**each, "bytes": 0, "reused_bytes": 0})
+            for name in ("bytes", "reused_bytes"):
+                node[name] += each[name]
+        copied = sum(node["bytes"] for node in nodes.values())
+        rate = round(copied / 1e6 / max(seconds, 1e-3), 1)
+        facts = {
+            "images": str(source.folder), "bytes": copied, "seconds": round(seconds, 3), "MB_per_s": rate,
+            "nodes": list(nodes.values()),
+        }  # fmt: skip
+        self.facts.append(facts)
+        if comm.rank == 0:
+            _log(facts)
+            on_disk = self.run / "logs" / TIMING
+            with suppress(OSError):  # numbers to read, not worth a run
+                on_disk.parent.mkdir(exist_ok=True)
+                write_text(on_disk, json.dumps({"scratch": self.facts}, indent=1) + "\n")
+
+
+def _copy_one(originals: Path, name: str, found: _Set, told: Any) -> None:
+    if found.target is None:
+        return
+    target, expected = found.target / name, found.hashes.get(name, "")
+    try:
+        if expected and target.is_file() and sha256_of(target) == expected:
+            found.reused += target.stat().st_size
+            return
+
+        def count(n: int) -> None:
+            found.bytes += n
+            told(n)
+
+        copy_checked(originals / name, target, expected, signals.stop_signal, count)
+    except NotStaged as why:
+        found.why_not = str(why)
+    except OSError as error:
+        found.why_not = f"{error.filename or target}: {error.strerror or error}"
+    except Stopped:
+        pass  # all ranks hear of the signal at the end of this round
+
+
+def _log(facts: dict[str, Any]) -> None:
+    there = [node for node in facts["nodes"] if not node["why_not"]]
+    if there:
+        reused = sum(node["reused_bytes"] for node in there)
+        logger.info(
+            "scratch: %.3g GB copied to %s on %d node(s) in %s, %.0f MB/s%s", facts["bytes"] / 1e9, there[0]["folder"],
+            len(there), duration(facts["seconds"]), facts["MB_per_s"],
+            f"; {reused / 1e9:.3g} GB were there already" if reused else "",
+        )  # fmt: skip
+    reasons: dict[str, list[str]] = {}
+    for node in facts["nodes"]:
+        if node["why_not"]:
+            reasons.setdefault(node["why_not"], []).append(node["host"])
+    for why, hosts in reasons.items():
+        logger.warning("scratch is not used on %s, images are read from %s: %s", ", ".join(hosts), facts["images"], why)
+
+
+def shards_of_ranks(source: ShardSource, ranks: list[int], size: int) -> list[int]:
+    """The shards that some ranks read in a refinement and a reconstruction by the native engine.
+
+    Each rank has the same contiguous share of every half-set's batches in all iterations, so a node reads little more
+    than its share of the shards.
+    """
+    reader = BatchReader(source, source.particles, 1.0)
+    wanted: set[int] = set()
+    for half in (1, 2):
+        plan = reader.plan((half,))
+        for rank in ranks:
+            for k in owned_chunks(len(plan), rank, size):
+                wanted.update(source.shards_of(plan[k]))
+    return sorted(wanted)
+
+
+def _key(source: ShardSource, hashes: dict[str, str]) -> str:
+    """Name of the copy: what is in the shards, or, where their hashes are not known, which files they are."""
+    names = [str(s["file"]) for s in source.index["shards"]]
+    facts: list[Any] = [source.index["plan"]]
+    if all(name in hashes for name in names):
+        facts += [[name, hashes[name]] for name in names]
+    else:
+        for name in names:
+            found = (source.folder / name).stat()
+            facts.append([str(source.folder.resolve()), name, found.st_size, found.st_mtime_ns])
+    return digest_of(json.dumps(facts))[:24]
+
+
+@contextmanager
+def using_scratch(work: Work, *, everything: bool = False) -> Iterator[None]:
+    """While the block runs, the images of a work are read from scratch, if its job says so.
+
+    A training draws images from everywhere, and in a co-refinement the auxiliary particles shift the shares of the
+    ranks: then every node copies everything.
+    """
+    if not work.job.run.scratch:
+        yield
+        return
+    everything = everything or work.job.run.workflow in ("auxiliary", "both")
+    scratch = Scratch(work.job.run.scratch, work.comm, work.folder.path, everything)
+    work.scratch = scratch
+    try:
+        yield
+    finally:
+        work.scratch = None
+        scratch.close()
+
+
+def recorded_hashes(work: Work, folder: Path) -> dict[str, str]:
+    """SHA-256 by name of a stage's files, as the journal has them; empty where there is none. Collective."""
+
+    def read() -> dict[str, str]:
+        prefix = f"{folder.name}/"
+        for line in reversed(work.journal.lines if work.journal is not None else []):
+            outputs = line.get("outputs") or {}
+            if line["event"] == "end" and any(name.startswith(prefix) for name in outputs):
+                return {n.removeprefix(prefix): f["sha256"] for n, f in outputs.items() if n.startswith(prefix)}
+        return {}
+
+    return on_root(work.comm, read)

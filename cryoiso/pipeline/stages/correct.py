@@ -1,0 +1,320 @@
+"""Anisotropy correction of maps on disk: the last stage of some workflows, and the command ``correct``.
+
+In mode ``independent`` no process that corrects a half-map opens the other one. What needs both, the filter and the
+comparison at the end, happens in processes of its own, which never see a network.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cryoiso.core.config import CorrectSection
+from cryoiso.core.errors import InputError, UsageError
+from cryoiso.core.progress import board
+from cryoiso.core.types import DensityMap
+from cryoiso.io.mrc import read_map, write_map
+from cryoiso.parallel import signals
+from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+from cryoiso.pipeline.stages.half_maps import make_mask
+from cryoiso.pipeline.stages.isolated_process import apart
+from cryoiso.pipeline.work import Work, read_mask, write_json
+
+logger = logging.getLogger("cryoiso")
+NOT_A_RESOLUTION = "agreement of what networks made, not a resolution: deposit and judge the half-maps that went in"
+NOTHING_MEASURED = "the half-maps agree at no resolution: there was nothing to correct"
+SHARED = "one network saw both half-maps, so that the corrected ones are not independent of each other"
+NOT_SEEN = (
+    "the half-maps do not agree beyond chance all the way to the resolution of the correction: nothing finer than "
+    "inferred_to_A is inferred"
+)
+FEW_SHELLS = 2
+"""Half-maps that part in the first shells have nothing in common but the shape of their box."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Which files are corrected, and how."""
+
+    maps: dict[int, Path]
+    """Half -> map; one map alone is {1: map}."""
+    out: Path
+    section: CorrectSection
+    mask: Path | None = None
+    transfer: Path | None = None
+    """Filter (D, D, D); None: measured, or a missing cone."""
+    missing_cone_deg: float | None = None
+    axis: tuple[float, float, float] = (0.0, 0.0, 1.0)
+    pixel_size_A: float | None = None
+    warm: Path | None = None
+    """Folder of an earlier correction, whose networks are trained on."""
+    seed: int = 1
+    device: str = "auto"
+    of_a_pair: bool = False
+    """Whether a single map here is one of two half-maps."""
+
+    @property
+    def mode(self) -> Literal["paired", "independent", "single"]:
+        return "single" if len(self.maps) == 1 and not self.of_a_pair else self.section.mode
+
+    @property
+    def alone(self) -> bool:
+        """Whether every half is corrected by processes that know nothing of the other."""
+        return self.mode == "independent"
+
+
+def correct(work: Work) -> None:
+    """The stage: corrects the half-maps of the stage ``reconstruct``."""
+    maps, job = work.folder.stage("reconstruct"), work.job
+    correct_files(
+        Task({h: maps / f"half{h}.mrc" for h in (1, 2)}, work.folder.stage("correct"), job.correct, maps / "mask.mrc",
+             seed=job.run.seed, device=job.run.device),
+        work.comm, resume=work.resume,
+    )  # fmt: skip
+
+
+def correct_files(task: Task, comm: Context, *, resume: bool = False) -> None:
+    """Corrects maps into a folder (collective).
+
+    Writes corrected_half1.mrc, corrected_half2.mrc and their mean corrected_map.mrc (of one map only the last),
+    filter.mrc, measured.mrc, measured_fourier.mrc, network*.npz and correct.json.
+
+    Raises:
+        UsageError: options that do not go together.
+        InputError: maps, mask and filter that do not belong together.
+        Interrupted: stopped by a signal; the same command with resume goes on.
+    """
+    comm.device_preference = task.device
+    comm.install_signal_handlers()
+    on_root(comm, _begin, task)
+    limit_A = on_root(comm, lambda: (apart if task.alone else _here)(_write_filter, task))
+    _correct_maps(task, limit_A, comm, resume)
+
+
+def _here(function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+def _begin(task: Task) -> None:
+    if len(task.maps) == 1 and task.transfer is None and task.missing_cone_deg is None:
+        raise UsageError("one map alone does not tell what it lacks: give --missing-cone, --filter, or both half-maps")
+    if task.transfer is not None and task.missing_cone_deg is not None:
+        raise UsageError("--missing-cone and --filter exclude each other")
+    for path in (*task.maps.values(), task.mask, task.transfer):
+        if path is not None and not path.is_file():
+            raise InputError("no such file", file=path)
+    task.out.mkdir(parents=True, exist_ok=True)
+
+
+def _write_filter(task: Task) -> float | None:
+    """Writes filter.mrc, and mask.mrc where none was given; returns the resolution up to which is corrected."""
+    from cryoiso.methods.anisotropy.filter import checked, missing_cone, nothing_beyond, seen_shells
+    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc3d import fsc3d
+
+    if len(task.maps) == 2:
+        one, two, _ = read_half_maps(task.maps[1], task.maps[2], task.pixel_size_A)
+        known = {1: one, 2: two}
+    else:
+        known = {half: read_map(path, task.pixel_size_A) for half, path in task.maps.items()}
+    first = known[min(known)]
+    box, pixel = first.box_px, first.pixel_size_A
+    mean = replace(first, data=_mean([density.data for density in known.values()]))
+    mask = make_mask(mean) if task.mask is None else read_mask(task.mask, box, pixel).data
+    write_map(task.out / "mask.mrc", np.asarray(mask, np.float32), pixel)
+    limit_A = task.section.resolution_A
+    curve = fsc(known[1].data, known[2].data, mask) if len(known) == 2 else None
+    if limit_A is None and curve is not None:
+        limit_A = resolution_at(curve, 0.143, box, pixel)
+        if limit_A >= box * pixel / FEW_SHELLS:
+            logger.warning("%s; are these the two half-maps of one particle, in one frame?", NOTHING_MEASURED)
+    if task.transfer is not None:
+        transfer = checked(read_map(task.transfer, pixel).data, box, task.transfer)
+    elif task.missing_cone_deg is not None:
+        transfer = missing_cone(box, task.missing_cone_deg, task.axis)
+    else:
+        last = box // 2 if limit_A is None else min(box // 2, int(np.ceil(box * pixel / limit_A)) + 1)
+        found = fsc3d(known[1].data, known[2].data, mask, cone_deg=task.section.cone_deg, max_shell=last)
+        transfer = checked(np.clip(found, 0, 1), box)
+    if curve is not None and (seen := seen_shells(curve, float(np.mean(mask)))) < len(curve) - 1:
+        transfer = nothing_beyond(transfer, seen)
+        if limit_A is not None and _is_short(seen, box * pixel / limit_A):
+            up_to = f"{box * pixel / seen:.1f} Å" if seen else "no resolution"
+            logger.warning("the half-maps agree beyond chance up to %s only: nothing finer is inferred", up_to)
+    write_map(task.out / "filter.mrc", np.asarray(transfer, np.float32), pixel)
+    return limit_A
+
+
+def _is_short(seen_shell: int, last_shell: float) -> bool:
+    """Whether the half-maps' agreement ends before the correction does; one shell is the edge of its band."""
+    return last_shell > seen_shell + 1
+
+
+def _correct_maps(task: Task, limit_A: float | None, comm: Context, resume: bool) -> None:
+    """Trains, applies, writes (collective)."""
+    if task.alone and comm.size == 1:
+        facts = {}
+        for number, half in enumerate(task.maps):
+            board.expect(number, len(task.maps))  # lines of the other process are not seen here
+            one = replace(task, maps={half: task.maps[half]}, of_a_pair=True)
+            facts[half] = apart(_correct_alone, one, limit_A, resume, stop=lambda: bool(signals.stop_signal()))
+        on_root(comm, _finish, task, facts)
+        return
+    found = _corrected(task, _read_mine(task, comm), limit_A, comm, resume)
+    on_root(comm, _write_parts, task, found)
+    on_root(comm, _finish, task, {0: (found.facts, found.history)})
+
+
+def _correct_alone(task: Task, limit_A: float | None, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One half in a process that was told of no other."""
+    comm = Context()
+    comm.device_preference = task.device
+    found = _corrected(task, _read_mine(task, comm), limit_A, comm, resume)
+    _write_parts(task, found)
+    return found.facts, found.history
+
+
+def _read_mine(task: Task, comm: Context) -> dict[int, DensityMap]:
+    """The maps that this rank corrects, and no other."""
+    from cryoiso.parallel.ddp import ranks_of_half
+
+    error, maps = None, {}
+    try:
+        for half, path in task.maps.items():
+            if not task.alone or comm.rank in ranks_of_half(half, comm.size):
+                maps[half] = read_map(path, task.pixel_size_A)
+    except InputError as caught:
+        error = caught
+    agree(comm, error)
+    return maps
+
+
+def _corrected(task: Task, maps: dict[int, DensityMap], limit_A: float | None, comm: Context, resume: bool) -> Any:
+    from cryoiso.methods.anisotropy.correct import correct_halves, network_file
+    from cryoiso.methods.anisotropy.settings import resolve
+
+    settings = replace(resolve(task.section, comm.device()), mode=task.mode)
+    board.expect(0, 1, lines=settings.rounds if task.warm is None else 1)
+    transfer, mask = (on_root(comm, read_map, task.out / f"{name}.mrc").data for name in ("filter", "mask"))
+    warm = None
+    if task.warm is not None:
+        labels = [str(half) for half in task.maps] if task.alone else ["both"]
+        warm = {label: network_file(task.warm, label) for label in labels}
+    return correct_halves(
+        maps, transfer, mask, settings, comm, task.out, seed=task.seed, resume=resume, warm=warm, resolution_A=limit_A
+    )
+
+
+def _write_parts(task: Task, found: Any) -> None:
+    pixel = read_map(task.out / "filter.mrc").pixel_size_A
+    for half in found.maps:
+        write_map(_part(task, "corrected", half), found.maps[half], pixel)
+        write_map(_part(task, "inferred", half), found.inferred[half], pixel)
+
+
+def _part(task: Task, kind: str, half: int) -> Path:
+    return task.out / (f"{kind}_map.mrc" if task.mode == "single" else f"{kind}_half{half}.mrc")
+
+
+def _finish(task: Task, parts: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """The mean map, what of it was measured, and the numbers."""
+    from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_fourier
+
+    def mean_of(kind: str) -> DensityMap:
+        found = [read_map(_part(task, kind, half)) for half in task.maps]
+        return replace(found[0], data=_mean([density.data for density in found]))
+
+    whole, inferred = mean_of("corrected"), mean_of("inferred")
+    pixel, first = whole.pixel_size_A, next(iter(parts.values()))[0]
+    limit_A = first["resolution_A"] or 2 * pixel
+    measured = whole.data - inferred.data
+    width_px = max(1.0, limit_A / pixel / 2)
+    share = measured_share(measured, inferred.data, width_px)
+    write_map(task.out / "corrected_map.mrc", whole.data, pixel)
+    write_map(task.out / "measured.mrc", share, pixel)
+    write_map(task.out / "measured_fourier.mrc", measured_share_fourier(measured, inferred.data), pixel)
+    for half in task.maps:
+        _part(task, "inferred", half).unlink(missing_ok=True)
+    curves = {} if len(task.maps) == 1 else (apart if task.alone else _here)(_curves, task)
+    write_json(task.out / "correct.json", _facts(task, parts, share, limit_A, curves))
+    for folder in task.out.glob("training_*"):  # the checkpoints have done their duty
+        shutil.rmtree(folder)
+
+
+def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]) -> Any:
+    mask = read_map(task.out / "mask.mrc")
+    transfer = read_map(task.out / "filter.mrc")
+    inside, length_A = share[mask.data > 0.5], mask.box_px * mask.pixel_size_A
+    networks = {label: one for facts, _ in parts.values() for label, one in facts["networks"].items()}
+    history = {label: records for _, records in parts.values() for label, records in records.items()}
+    return {
+        "mode": task.mode,
+        "maps": {str(half): _shown(path, task.out) for half, path in task.maps.items()},
+        "box_px": mask.box_px,
+        "pixel_size_A": mask.pixel_size_A,
+        "resolution_A": limit_A,
+        "keep_measured": task.section.keep_measured,
+        "filter_mean": _mean_within(transfer, limit_A),
+        "measured_share_mean": float(inside.mean()) if inside.size else None,
+        "settings": next(iter(parts.values()))[0]["settings"],
+        "networks": networks,
+        "training": {
+            label: {key: [record.get(key) for record in records] for key in _columns(records)}
+            for label, records in sorted(history.items())
+        },
+        **curves,
+        "notes": [
+            NOT_A_RESOLUTION,
+            *([SHARED] if task.mode == "paired" else []),
+            *([NOT_SEEN] if curves and _is_short(curves["inferred_to_shell"], length_A / limit_A) else []),
+            *([NOTHING_MEASURED] if limit_A >= length_A / FEW_SHELLS else []),
+        ],
+    }
+
+
+def _shown(path: Path, out: Path) -> str:
+    """A map's name; that of another stage of the same run relative, so that it does not tell where the run lies."""
+    beside = path.is_absolute() and path.parent.parent == out.parent and path.parent.name[:3].rstrip("_").isdecimal()
+    return f"../{path.parent.name}/{path.name}" if beside else str(path)
+
+
+def _mean(maps: list[np.ndarray]) -> np.ndarray:
+    return np.asarray(np.mean(maps, axis=0, dtype=np.float64), np.float32)
+
+
+def _columns(records: list[dict[str, Any]]) -> list[str]:
+    return [key for key, value in (records[-1] if records else {}).items() if isinstance(value, int | float)]
+
+
+def _mean_within(transfer: DensityMap, limit_A: float) -> float:
+    from cryoiso.methods.anisotropy.filter import radii
+
+    r = radii(transfer.box_px)
+    return float(transfer.data[(r > 0) & (r <= transfer.box_px * transfer.pixel_size_A / limit_A)].mean())
+
+
+def _curves(task: Task) -> dict[str, Any]:
+    """FSC of what went in, and of what came out under a name that nobody takes for a resolution."""
+    from cryoiso.methods.anisotropy.filter import seen_shells
+    from cryoiso.metrics.fsc import fsc, shell_frequencies
+
+    mask = read_map(task.out / "mask.mrc").data
+    raw = [read_map(path, task.pixel_size_A) for path in task.maps.values()]
+    made = [read_map(_part(task, "corrected", half)) for half in task.maps]
+    frequency = shell_frequencies(raw[0].box_px, raw[0].pixel_size_A)
+    curves = {
+        "frequency_invA": frequency,
+        "fsc_half_maps": fsc(raw[0].data, raw[1].data, mask),
+        "agreement_of_network_outputs_not_a_resolution": fsc(made[0].data, made[1].data, mask),
+    }
+    seen = seen_shells(curves["fsc_half_maps"], float(np.mean(mask)))
+    to_A = raw[0].box_px * raw[0].pixel_size_A / seen if seen else None
+    rounded = {name: [round(float(v), 6) for v in values] for name, values in curves.items()}
+    return {**rounded, "inferred_to_shell": seen, "inferred_to_A": to_A}

@@ -1,0 +1,200 @@
+"""The stage and the command that train generators."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cryoiso.core.config import AuxiliarySection
+from cryoiso.core.errors import InputError
+from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.types import DensityMap, Particles
+from cryoiso.io.atomic import write_text
+from cryoiso.io.sources import as_recorded
+from cryoiso.methods.auxiliary.condition import fit_scale
+from cryoiso.methods.auxiliary.generator import Generator
+from cryoiso.methods.auxiliary.noise import on_grid, residual_spectra
+from cryoiso.methods.auxiliary.settings import Training, network, training
+from cryoiso.methods.auxiliary.training import Course, curves, train_generators
+from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.context import Context
+from cryoiso.physics.filters import lowpass
+from cryoiso.pipeline.records.run_folder import TIMING
+from cryoiso.pipeline.stages.rounds import HALVES, is_settled, noise_after, poses_after, references_after, skip
+from cryoiso.pipeline.work import Work, write_json
+
+logger = logging.getLogger("cryoiso")
+
+
+def train_stage(round_: int, work: Work) -> None:
+    """A generator for each half-set, or one for both, on the poses that the round before left."""
+    name, section = f"train-{round_}", work.job.auxiliary
+    if is_settled(work, round_):
+        return skip(work, name)
+    source = work.source()
+    particles = poses_after(work, round_ - 1)
+    source.particles = particles
+    references = references_after(work, round_ - 1)
+    _require_evidence(work, source, round_)
+    facts = {"round": round_, "inverted": bool(source.index["inverted"])}
+    train_into(
+        work.folder.stage(name), source, particles, references, section, work.comm, work.job.run.seed, facts,
+        resume=work.resume, note=lambda label, step: work.note_checkpoint(name, generator=label, step=step),
+        # where auxiliary particles shared the raw ones' groups, the noise of the co-refinement is not that of the raw
+        noise=noise_after(work, round_ - 1 if section.noise_group == "own" else 0),
+    )  # fmt: skip
+
+
+def _require_evidence(work: Work, source: Any, round_: int) -> None:
+    """Stops where the raw images do not know the references; the native engine asks in every refinement itself."""
+    from cryoiso.methods.auxiliary.reference_check import require_evidence
+
+    job = work.job
+    if job.refine.engine == "native" and (round_ > 1 or job.auxiliary.poses == "refine"):
+        return
+    references = references_after(work, round_ - 1, with_micelle=False)
+    request = RefineRequest(
+        source=source, reference=references[1], half_references=references if round_ > 1 else None,
+        symmetry=job.sample.symmetry, folder=work.folder.stage(f"train-{round_}"),
+        settings=job.refine.model_copy(update={"local_deg": None}), seed=job.run.seed,
+        diameter_A=on_root(work.comm, work.diameter_A), lowpass_A=job.reference.lowpass_A,
+    )  # fmt: skip
+    found = require_evidence(request, work.comm)
+    if work.comm.rank == 0:
+        logger.info("%d raw images match the reference beyond chance", found.images)
+
+
+def train_into(
+    folder: Path,
+    source: Any,
+    particles: Particles,
+    references: dict[int, DensityMap],
+    section: AuxiliarySection,
+    comm: Context,
+    seed: int,
+    facts: dict[str, Any],
+    *,
+    resume: bool = False,
+    note: Any = None,
+    noise: np.ndarray | None = None,
+) -> None:
+    """Trains into a folder: generator1.npz and generator2.npz (or generator.npz), train.json, timing.json
+    (collective).
+
+    Args:
+        references: half -> map on the images' grid.
+        facts: kept with each generator: round, inverted.
+        noise: (G, S) noise spectra that a refinement of the same images estimated, for ``coloured-noise``; None: they
+            are measured, against the reference at the particles' poses.
+    """
+    # a generator learns images with the microscope's noise, whatever was done to those that it learns from
+    source, particles = as_recorded(source, particles)
+    settings = training(section, comm.device())
+    recipe = settings.facts() if section.has_network else {"preset": section.generators}
+    courses = _courses(folder, particles, references, section, {**facts, "seed": seed, **recipe})
+    if not section.has_network:
+        coloured = section.generators == "coloured-noise"
+        return _without_network(folder, courses, source, particles, comm, facts, coloured, noise)
+    for course in courses:
+        on_root(comm, course.folder.mkdir, parents=True, exist_ok=True)
+    if comm.rank == 0:
+        config = network(settings, source.box_px)
+        logger.info(
+            "training %s: %d latent layers, width %d, %d steps of %d images",
+            "a generator of each half-set" if len(courses) == 2 else "one generator",
+            config.latent_layers, config.width, settings.steps, settings.batch,
+        )  # fmt: skip
+    outcomes = train_generators(
+        courses, source, particles, settings, comm, seed=seed, resume=resume, on_checkpoint=note
+    )  # fmt: skip
+    halves = {label: curves(outcome) for label, outcome in outcomes.items()}
+    shown = {**settings.facts(), **_shape(settings, source.box_px)}
+    on_root(comm, _finish, folder, courses, halves, shown, facts)
+
+
+def _without_network(
+    folder: Path,
+    courses: list[Course],
+    source: Any,
+    particles: Particles,
+    comm: Context,
+    facts: dict[str, Any],
+    coloured: bool,
+    noise: np.ndarray | None,
+) -> None:
+    """The baselines: projections on the images' grey scale with white noise of their background's variance, or with
+    noise of their spectrum."""
+    told: dict[str, Any] = {"round": facts.get("round"), "halves": {}, "settings": {}}
+    if coloured:
+        told["noise"] = {"from": "images" if noise is None else "refinement", "spectra": {}}
+    for course in courses:
+        rows, reference, seed = course.rows, course.reference, course.facts["seed"]
+        scale, spectra = fit_scale(source, particles, rows, reference, comm, seed), None
+        if coloured:
+            measured = noise
+            if measured is None:
+                measured = residual_spectra(source, particles, rows, reference, scale, comm, seed)
+            spectra = on_grid(measured, particles, reference.pixel_size_A)
+            told["noise"]["spectra"][course.label] = np.round(spectra, 6).tolist()
+        generator = Generator(None, reference, scale, 1.0, course.facts, spectra)
+        on_root(comm, generator.save, course.file)
+    on_root(comm, write_json, folder / "train.json", told)
+
+
+def _shape(settings: Training, box_px: int) -> dict[str, Any]:
+    config = network(settings, box_px)
+    return {"levels": list(config.levels), "width": config.width, "latent_channels": config.latent_channels}
+
+
+def _courses(
+    folder: Path,
+    particles: Particles,
+    references: dict[int, DensityMap],
+    section: AuxiliarySection,
+    facts: dict[str, Any],
+) -> list[Course]:
+    half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
+    if section.generators == "shared":
+        whole = _filtered(references[1], section.condition_lowpass_A)
+        facts = {**facts, "half": 0}
+        return [Course("both", np.arange(len(half)), whole, folder / "both", folder / "generator.npz", facts)]
+    courses = []
+    for h in HALVES:
+        rows = np.flatnonzero(half == h)
+        if len(rows) == 0:
+            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+        reference = _filtered(references[h], section.condition_lowpass_A)
+        file = folder / f"generator{h}.npz"
+        courses.append(Course(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))
+    return courses
+
+
+def _filtered(reference: DensityMap, lowpass_A: float) -> DensityMap:
+    if not lowpass_A or lowpass_A <= 2 * reference.pixel_size_A:
+        return reference
+    data = lowpass(reference.data, reference.pixel_size_A, lowpass_A)
+    return DensityMap(np.asarray(data, np.float32), reference.pixel_size_A)
+
+
+def _finish(
+    folder: Path, courses: list[Course], halves: dict[str, Any], settings: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Curves and speeds; the checkpoints have done their duty."""
+    times: dict[str, Any] = {}
+    for course in courses:
+        timing = course.folder / TIMING
+        if timing.exists():
+            found = json.loads(timing.read_text(encoding="utf-8"))
+            steps = [n["images_per_s"] for n in found["notes"]]
+            times[course.label] = {
+                "seconds": found["seconds"],
+                "images_per_s": float(np.median(steps)) if steps else None,
+            }
+        shutil.rmtree(course.folder)
+    write_text(folder / TIMING, json.dumps(times, indent=1) + "\n")
+    write_json(folder / "train.json", {"round": facts.get("round"), "halves": halves, "settings": settings})

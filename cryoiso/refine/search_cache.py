@@ -1,0 +1,122 @@
+"""What an unfinished iteration has found so far, on disk, so that an interruption costs no search twice.
+
+The search of a batch depends on the model of the iteration and on the batch alone, so its posterior can be put aside
+and used again on any number of ranks. The sums that are made of it are exact in any order; they are made again, which
+is cheap beside the search.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cryoiso.core.log import logger
+from cryoiso.core.protocols import Communicator
+from cryoiso.io.append_log import Frame, append, content, frames
+from cryoiso.refine.search import Posterior
+
+EVERY_S = 60.0
+"""Posteriors are written this often; shorter iterations leave nothing on the disk."""
+EVERY_BYTES = 1 << 26
+"""... or when so much waits."""
+PATTERN = "searched-*.frames"
+"""Not ".part": what a resumed run finds under that ending it takes for unfinished files, and removes."""
+
+
+@dataclass
+class KeptSearches:
+    """Posteriors of one iteration, batch by batch: one file a rank, read by all after an interruption."""
+
+    folder: Path | None
+    """None: nothing is kept."""
+    identity: str = ""
+    _known: dict[tuple[int, ...], Frame] = field(default_factory=dict)
+    _waiting: list[tuple[str, bytes]] = field(default_factory=list)
+    _file: Path = Path()
+    _end: int = 0
+    _written: float = 0.0
+
+    @classmethod
+    def of(cls, folder: Path, identity: str, comm: Communicator) -> KeptSearches:
+        """Finds what an earlier attempt at the same iteration left; what is not of it is removed (collective).
+
+        Args:
+            identity: of the iteration: everything that the posteriors depend on, but the batch.
+        """
+        found: list[Frame] = []
+        if comm.rank == 0:
+            found = [frame for path in sorted(folder.glob(PATTERN)) for frame in _of_iteration(path, identity)]
+        found = comm.bcast(found)
+        kept = cls(folder, identity, _file=folder / PATTERN.replace("*", str(comm.rank)), _written=time.monotonic())
+        kept._known = {_rows_of(frame.key): frame for frame in found}
+        kept._end = max((frame.end for frame in found if frame.path == kept._file), default=0)
+        return kept
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, rows: np.ndarray, device: str) -> Posterior | None:
+        """The posterior of the batch with these rows, if it is there."""
+        frame = self._known.get(_brief(rows))
+        data = None if frame is None else content(frame)
+        if data is None:
+            return None
+        arrays = np.load(io.BytesIO(data))
+        return Posterior(**{f.name: torch.as_tensor(arrays[f.name]).to(device) for f in fields(Posterior)})
+
+    def put(self, rows: np.ndarray, posterior: Posterior) -> None:
+        """Takes what was found for a batch; writes when it is time to."""
+        if self.folder is None:
+            return
+        stream = io.BytesIO()
+        np.savez(stream, **{f.name: getattr(posterior, f.name).cpu().numpy() for f in fields(Posterior)})
+        self._waiting.append((f"{self.identity} {' '.join(map(str, _brief(rows)))}", stream.getvalue()))
+        due = time.monotonic() - self._written > EVERY_S or sum(len(d) for _, d in self._waiting) > EVERY_BYTES
+        if due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits. A disk that takes no more is told of once; the iteration goes on without."""
+        if self.folder is None or not self._waiting:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._end = append(self._file, self._end, self._waiting)
+        except OSError as error:
+            logger.warning("%s: cannot be written (%s); an interruption would cost this iteration", self._file, error)
+            self.folder = None
+        self._waiting, self._written = [], time.monotonic()
+
+
+def forget(folder: Path) -> None:
+    """Removes what was kept of a finished iteration."""
+    for path in folder.glob(PATTERN):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _of_iteration(path: Path, identity: str) -> list[Frame]:
+    """The records of a file up to the first of another iteration; a file without any is removed."""
+    found: list[Frame] = []
+    with suppress(OSError):
+        for frame in frames(path):
+            if frame.key.split(" ")[0] != identity:
+                break
+            found.append(frame)
+        if not found:
+            path.unlink()
+    return found
+
+
+def _brief(rows: np.ndarray) -> tuple[int, ...]:
+    return int(rows[0]), int(rows[-1]), len(rows)
+
+
+def _rows_of(key: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in key.split(" ")[1:])

@@ -1,0 +1,159 @@
+"""The report as one self-contained HTML page: no network, no scripts, prints on paper, follows a dark screen."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from cryoiso.core.log import duration, printable
+from cryoiso.report.figure_list import Figure
+from cryoiso.report.text import Text
+
+_CSS = """
+:root{--ink:#1b1f24;--soft:#5b6470;--line:#d9dee4;--page:#f6f7f9;--card:#fff;--accent:#0072B2}
+@media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#a2abb6;--line:#3a414a;--page:#15181c;--card:#1e2328;
+--accent:#56B4E9}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1020px;margin:0 auto;padding:2.2rem 1.2rem 4rem}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 .2rem}
+h2{font-size:1.2rem;margin:2.4rem 0 .6rem}
+.kind{color:var(--soft);margin:0 0 1.4rem}
+.summary,figure,.table{background:var(--card);border:1px solid var(--line);border-radius:10px}
+.summary{padding:1rem 1.3rem;border-left:5px solid var(--accent);font-size:1.06rem}
+.summary p{margin:.35rem 0}
+.summary p:first-child{font-weight:600}
+figure{margin:0 0 .4rem;padding:.9rem}
+figure img{display:block;width:100%;height:auto;background:#fff;border-radius:6px;padding:6px}
+figure.narrow img{max-width:700px;margin:0 auto}
+figcaption{color:var(--soft);font-size:.92rem;margin:.7rem .2rem 0}
+.table{overflow-x:auto;padding:.3rem .9rem}
+table{border-collapse:collapse;width:100%;font-size:.94rem}
+th,td{padding:.34rem .5rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+tr:last-child td{border-bottom:0}
+th{font-weight:600;color:var(--soft)}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.table.named td:first-child{color:var(--soft);width:34%}
+.words{margin:0 .2rem .8rem}.words p{margin:.3rem 0}.table+figure{margin-top:.8rem}
+tr.group td{font-weight:600;padding-top:.9rem;border-bottom:1px solid var(--line)}
+footer{margin-top:3rem;color:var(--soft);font-size:.86rem}
+footer td{border:0;padding:.12rem .5rem .12rem 0;overflow-wrap:anywhere}
+footer td:first-child{white-space:nowrap;padding-right:1.2rem}
+summary{cursor:pointer}
+@media print{:root{--ink:#000;--soft:#333;--line:#bbb;--page:#fff;--card:#fff}body{font-size:11pt}
+main{max-width:none;padding:0}
+figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
+"""
+
+_NARROW = {"fsc", "errors", "moved", "correct"}
+_COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true poses"))
+
+
+def escape(text: str) -> str:
+    """A text as it may stand in a page: no tags, no control characters, nothing that turns the direction of reading."""
+    return html.escape(printable(text))
+
+
+def page(data: dict[str, Any], figures: list[Figure]) -> str:
+    """The whole page.
+
+    Args:
+        data: from `cryoiso.report.collect.collect`.
+        figures: from `cryoiso.report.figure_list.figures`.
+    """
+    title = escape(str(data["title"]))
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f"<title>{title} - cryoiso report</title><style>{_CSS}</style></head><body><main>",
+        f'<h1>{title}</h1><p class="kind">cryoiso report: what this run measured of its maps and poses.</p>',
+        _summary(data["summary"]),
+        *[_figure(f) for f in figures if f.key == "maps"],
+        _numbers(data["numbers"]),
+        *[_figure(f) for f in figures if f.key != "maps"],
+        _footer(data),
+        "</main></body></html>",
+    ]
+    return "\n".join(p for p in parts if p) + "\n"
+
+
+def _summary(sentences: list[str]) -> str:
+    shown = sentences or ["This run has not been measured yet."]
+    return '<div class="summary">' + "".join(f"<p>{escape(s)}</p>" for s in shown) + "</div>"
+
+
+def _figure(figure: Figure) -> str:
+    kind = ' class="narrow"' if figure.key in _NARROW else ""
+    parts = [f'<h2 id="{escape(figure.key)}">{escape(figure.title)}</h2>', _text(figure.text)]
+    if figure.image:
+        parts.append(
+            f'<figure{kind}><img alt="{escape(figure.title)}" src="{figure.image}">'
+            f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+        )
+    return "".join(parts)
+
+
+def _text(text: Text) -> str:
+    """Sentences and a table of words; with no head, the first column names the rows."""
+    said = "".join(f"<p>{escape(s)}</p>" for s in text.sentences)
+    said = f'<div class="words">{said}</div>' if said else ""
+    if not text.rows:
+        return said
+    head = "<tr>" + "".join(f"<th>{escape(h)}</th>" for h in text.head) + "</tr>" if text.head else ""
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in text.rows]
+    kind = "" if text.head else " named"
+    return f'{said}<div class="table{kind}"><table>{head}' + "\n".join(lines) + "</table></div>"
+
+
+def _numbers(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    columns = [(key, name) for key, name in _COLUMNS if key == "value" or any(r.get(key) is not None for r in rows)]
+    head = "<tr><th></th>" + "".join(f'<th class="n">{name}</th>' for _, name in columns) + "</tr>"
+    lines, group = [head], None
+    for row in rows:
+        if row["group"] != group:
+            group = row["group"]
+            lines.append(f'<tr class="group"><td colspan="{len(columns) + 1}">{escape(group)}</td></tr>')
+        values = "".join(f'<td class="n">{_number(row.get(key), row["unit"])}</td>' for key, _ in columns)
+        lines.append(f"<tr><td>{escape(row['label'])}</td>{values}</tr>")
+    return '<h2 id="numbers">Numbers</h2><div class="table"><table>' + "\n".join(lines) + "</table></div>"
+
+
+def _number(value: Any, unit: str) -> str:
+    """A value with its unit as people write it; empty if there is none.
+
+    >>> _number(24.713, "Å"), _number(1234, ""), _number(None, "%"), _number(0.913, "")
+    ('24.7 Å', '1,234', '', '0.913')
+    """
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        text = f"{value:,}"
+    elif isinstance(value, float):
+        text = (
+            f"{value:.3f}"
+            if unit in ("", "nats", "dB")
+            else f"{value:.2f}"
+            if unit == "Å" and value < 3
+            else f"{value:.1f}"
+        )
+    else:
+        text = str(value)
+    return escape(text) + ("" if not unit else unit if unit == "°" else f" {escape(unit)}")
+
+
+def _footer(data: dict[str, Any]) -> str:
+    rows = [(escape(str(k)), escape(str(v))) for k, v in data["provenance"]]
+    times = [s for s in data["stages"] if isinstance(s.get("seconds"), int | float)]
+    if times:
+        text = ", ".join(f"{s['stage']} {duration(s['seconds'])}" for s in times)
+        rows.append(("time", escape(f"{text}; together {duration(sum(s['seconds'] for s in times))}")))
+    if not rows:
+        return ""
+    table = "".join(f"<tr><td>{k}</td><td>{v}</td></tr>" for k, v in rows)
+    hint = "The same numbers are in report.json beside this page."
+    return f"<footer><h2>Where this comes from</h2><table>{table}</table><p>{hint}</p></footer>"

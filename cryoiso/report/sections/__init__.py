@@ -1,0 +1,1 @@
+"""Sections of the report, one subject per file, with its figures beside it."""
