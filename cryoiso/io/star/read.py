@@ -1,7 +1,7 @@
 """RELION STAR files of particles: 3.0 (everything in each row) and 3.1, 4, 5 (optics groups), into ``Particles``.
 
 Reading keeps every row in its place and every column as text (``Particles.table``, ``optics_table``); only the
-columns that are used become numbers. Writing is in ``starwrite``.
+columns that are used become numbers. Writing is in ``write``.
 """
 
 from __future__ import annotations

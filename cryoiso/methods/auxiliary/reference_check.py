@@ -12,7 +12,8 @@ from cryoiso.refine.iterate import Refinement
 
 def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
     """Stops where the raw images match the references no better than noise does (collective);
-    ``refine.initial_model.match`` says how noise is kept from matching what it was refined against or what was made of it.
+    ``refine.initial_model.match`` says how noise is kept from matching what it was refined against or what was made of
+    it.
 
     Args:
         request: as for a refinement of the raw particles.

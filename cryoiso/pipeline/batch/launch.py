@@ -1,6 +1,6 @@
 """``cryoiso launch``: what a batch script needs to know, from the job file's [launch] section, and the scripts.
 
-The templates are in ``launch_templates``; sending scripts to the batch system is ``launch_submit``'s.
+The templates are in ``fill_template``; sending scripts to the batch system is ``submit``'s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the ranks find on their machines: processors, memory, GPUs, limits, clocks. Facts only.
 
-``findings`` judges them. Nothing here needs a run folder, and nothing stays behind.
+``checks`` judges them. Nothing here needs a run folder, and nothing stays behind.
 """
 
 from __future__ import annotations

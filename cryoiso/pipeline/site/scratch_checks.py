@@ -14,7 +14,7 @@ SCRATCH = "scratch"
 
 
 def scratch_findings(nodes: dict[str, dict[str, Any]]) -> Iterator[Finding]:
-    """Findings of the facts that ``scratch_look.look_for_scratch`` gives, by host."""
+    """Findings of the facts that ``scratch_probe.look_for_scratch`` gives, by host."""
     for host, node in nodes.items():
         if not node["why_not"]:
             needed = f"; the images take about {gib(node['needed_bytes'])}" if node["needed_bytes"] else ""
