@@ -433,7 +433,8 @@ def test_an_installed_package_has_the_templates(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert [path.name for path in OWN.glob("*.sh") if f"cryoiso/pipeline/batch/templates/{path.name}" not in names] == []
+    inside = "cryoiso/pipeline/batch/templates"
+    assert [path.name for path in OWN.glob("*.sh") if f"{inside}/{path.name}" not in names] == []
 
 
 def test_doubt_about_srun_and_the_library():
