@@ -131,7 +131,8 @@ def ours(particles: Particles, name: str, preset: str = "paper") -> Variant:
     """This repository's network; the name says precision and compilation."""
     import torch
 
-    from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig, pose_vector
+    from cryoiso.nets.hvae import ConditionalHvae, pose_vector
+    from cryoiso.nets.hvae_parts import HvaeConfig
     from cryoiso.nets.losses import negative_elbo
 
     p = particles

@@ -16,9 +16,9 @@ from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_DONE, EXIT_INPUT, EXIT_MISSING, EXIT_OTHER
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.mpi_probe import family_of_launcher
+from cryoiso.pipeline.finding import ERROR, FINE, NOTE, WARNING, Needs, exit_code
 from cryoiso.pipeline.site import filesystem, machine
 from cryoiso.pipeline.site.checks import judge
-from cryoiso.pipeline.site.finding import ERROR, FINE, NOTE, WARNING, Needs, exit_code
 
 GIB = 2**30
 GPU = {"name": "NVIDIA A100", "total_bytes": 40 * GIB, "id": "gpu-0", "used_by_this_rank": True, "free_bytes": 39 * GIB}

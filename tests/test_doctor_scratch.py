@@ -20,10 +20,10 @@ from cryoiso.core.errors import EXIT_DONE
 from cryoiso.io import scratch_lease, staging
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.finding import FINE, NOTE, WARNING
 from cryoiso.pipeline.run import run_job
 from cryoiso.pipeline.scratch_copies import shards_of_ranks
 from cryoiso.pipeline.site import filesystem, scratch_probe
-from cryoiso.pipeline.site.finding import FINE, NOTE, WARNING
 from cryoiso.pipeline.site.scratch_checks import scratch_findings
 from cryoiso.pipeline.site.scratch_probe import Images, look_for_scratch
 
@@ -168,8 +168,8 @@ def test_a_node_needs_what_its_ranks_read(data, tmp_path):
 
 
 def test_only_what_is_copied_is_expected(data):
+    from cryoiso.pipeline.jobfile import read_job
     from cryoiso.pipeline.records.run_folder import RunFolder
-    from cryoiso.pipeline.run import read_job
     from cryoiso.pipeline.work import Work
     from cryoiso.pipeline.workflow import folder_stages
 

@@ -15,13 +15,14 @@ from cryoiso.engines.relion import supervise
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.batch.walltime import End
+from cryoiso.pipeline.jobfile import read_resolved
 from cryoiso.pipeline.planning import remaining_time
 from cryoiso.pipeline.planning.forecast import Forecast, requeues
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.remaining_time import Ahead, Estimates, measured
 from cryoiso.pipeline.planning.workload import Assumed, stages
 from cryoiso.pipeline.records.journal import Journal
-from cryoiso.pipeline.run import read_resolved, run_job
+from cryoiso.pipeline.run import run_job
 from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages
 from cryoiso.refine.schedule import EXPECTED_ITERATIONS, expected_iterations

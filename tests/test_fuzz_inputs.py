@@ -31,7 +31,7 @@ from cryoiso.io.models import positions, read_model
 from cryoiso.io.mrc import read_map, read_raw_map
 from cryoiso.io.star.text import read_blocks, write_blocks
 from cryoiso.pipeline.batch.fill_template import fill_site
-from cryoiso.pipeline.run import read_job
+from cryoiso.pipeline.jobfile import read_job
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 

@@ -30,12 +30,12 @@ from cryoiso.io import checkpoint
 from cryoiso.io.append_log import append, content, frames
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.jobfile import read_resolved
 from cryoiso.pipeline.records import lock
 from cryoiso.pipeline.records.checksums import read_sums
 from cryoiso.pipeline.records.journal import Journal, read_journal
 from cryoiso.pipeline.records.manifest import read_manifest
 from cryoiso.pipeline.reproduce.verify import verify_run
-from cryoiso.pipeline.run import read_resolved
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 

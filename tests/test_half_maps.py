@@ -18,10 +18,10 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import apply_radial, lowpass
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
+from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
 from cryoiso.pipeline.stages.correct import Task, correct_files
 from cryoiso.pipeline.stages.diagnose import diagnose
-from cryoiso.pipeline.work import read_mask
 
 BOX, PIXEL_A = 32, 6.0
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -18,7 +18,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.io import csfile
 from cryoiso.io.cs import read_cs
 from cryoiso.io.csfile import load_cs
-from cryoiso.pipeline.preflight import with_absolute_paths
+from cryoiso.pipeline.jobfile import with_absolute_paths
 from cryoiso.pipeline.records.manifest import input_files
 
 

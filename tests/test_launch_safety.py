@@ -13,7 +13,7 @@ from cryoiso.core.commands import COMMANDS, fill_words, split_command
 from cryoiso.core.config import parse_job
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError, UsageError
 from cryoiso.pipeline.batch import launch
-from cryoiso.pipeline.run import read_job
+from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.stages.post_command import arguments, check_template
 
 SCHEDULERS = ("slurm", "pbs", "lsf", "mpirun")

@@ -23,7 +23,8 @@ from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.noise import on_grid, residual_spectra
 from cryoiso.methods.auxiliary.particles import FLAG, apart, auxiliary_particles, both_halves, require_poolable
 from cryoiso.methods.auxiliary.transfer import measure as measure_transfer
-from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import ConditionalHvae
+from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import apply_radial, lowpass, power_spectrum
 from cryoiso.physics.noise import colour_noise, noise_spectrum

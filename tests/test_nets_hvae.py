@@ -13,7 +13,8 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from cryoiso.core.errors import InputError
-from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig, HvaeOutput, pose_vector
+from cryoiso.nets.hvae import ConditionalHvae, pose_vector
+from cryoiso.nets.hvae_parts import HvaeConfig, HvaeOutput
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.nets.wavelet_init import hadamard
 from cryoiso.physics.filters import power_spectrum

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from cryoiso.nets.hvae import HvaeOutput
+from cryoiso.nets.hvae_parts import HvaeOutput
 from cryoiso.nets.losses import gaussian_kl, negative_elbo
 
 

@@ -14,7 +14,8 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io import checkpoint
 from cryoiso.methods.anisotropy import network as networks
 from cryoiso.methods.auxiliary.generator import Generator
-from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import ConditionalHvae
+from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.unet import Unet3d, UnetConfig
 
 SHAPE = HvaeConfig(16, (1, 1), 16, 8, 2, 4, 16)

@@ -11,6 +11,7 @@ from pipeline_helper import cryoiso_here, simulate
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_USAGE, UsageError
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.planning import rates, timing, workload
 from cryoiso.pipeline.planning.job_size import Problem, problem_of
 from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
@@ -18,7 +19,6 @@ from cryoiso.pipeline.planning.rates import BUILT_IN, Rates, built_in, guessed
 from cryoiso.pipeline.planning.timing import note_timing, predicted_stages, save_timing
 from cryoiso.pipeline.planning.workload import KERNELS, Assumed, kind_of
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages
 

@@ -18,9 +18,11 @@ from cryoiso.io.imageprep import IngestSettings
 from cryoiso.io.ingest import ingest
 from cryoiso.io.shards import ShardSource
 from cryoiso.methods.anisotropy.settings import PRESETS as CORRECTIONS
-from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import ConditionalHvae
+from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.planning import job_size, memory
 from cryoiso.pipeline.planning.job_size import Problem, Stored, most, problem_of
 from cryoiso.pipeline.planning.memory import (
@@ -33,7 +35,6 @@ from cryoiso.pipeline.planning.memory import (
 from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
 from cryoiso.pipeline.planning.rates import built_in
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages
 

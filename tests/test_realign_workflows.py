@@ -19,6 +19,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline import workflow
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.run import run_job
+from cryoiso.pipeline.stages import table
 from cryoiso.pipeline.work import Work
 from cryoiso.report import build
 
@@ -43,7 +44,7 @@ def put_a_corrected_map(work: Work) -> None:
 @pytest.fixture
 def quick(monkeypatch):
     """Neither the loop nor the last stage trains a network; the list of the loop's corrections."""
-    monkeypatch.setattr(workflow, "_correct", put_a_corrected_map)
+    monkeypatch.setattr(table, "_correct", put_a_corrected_map)
     return use_quick_networks(monkeypatch)
 
 

@@ -265,7 +265,7 @@ def with_references(source, references: dict[int, DensityMap], **options) -> Ref
 def by_chance(request: RefineRequest) -> float:
     """How probable it is that noise matches as the images of a request do."""
     run = Refinement(request, Context(), "cpu", DIAMETER_A)
-    references = initial_model.first_references(run, request.lowpass_A)
+    references = run.first_references(request.lowpass_A)
     return initial_model.match(
         run, references, initial_model.mean_power(run), initial_model.first_state(run, request.lowpass_A)
     ).chance
@@ -305,6 +305,6 @@ def at_given_poses(request: RefineRequest) -> float:
     """How probable it is that noise which chose its poses at random matches as these images do around theirs."""
     run = Refinement(request, Context(), "cpu", DIAMETER_A)
     sigma2, state = initial_model.mean_power(run), initial_model.first_state(run, request.lowpass_A)
-    volumes = initial_model._volumes(run, initial_model.first_references(run, request.lowpass_A), state.radius_px)
+    volumes = initial_model._volumes(run, run.first_references(request.lowpass_A), state.radius_px)
     rows = np.arange(len(run.particles))
     return initial_model.Match.of(initial_model._terms(run, rows, volumes, run.plan(state), sigma2, known=True)).chance

@@ -132,7 +132,7 @@ def test_noise_with_offsets_that_it_was_refined_to_is_still_refused():
     run = Refinement(replace(request_for(source, None), source=held), Context(), "cpu", 145.0)
     images = initial_model.mean_power(run)
     state = initial_model.first_state(run, 40.0)
-    references = dict.fromkeys((1, 2), initial_model.first_reference(run, source.truth, 40.0))
+    references = dict.fromkeys((1, 2), run.first_reference(source.truth, 40.0))
     n = len(noise)
     found = run.step(Model(state, references, images, np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))))
     held.particles = replace(held.particles, shift_A=found.shift_A)

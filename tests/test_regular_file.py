@@ -19,10 +19,10 @@ from cryoiso.io.shards import ShardSource, read_attributes, read_index
 from cryoiso.io.stack import StackReader
 from cryoiso.io.staging import NotStaged, copy_checked
 from cryoiso.pipeline.batch.fill_template import read_template
+from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.records.hashing import sha256_of
 from cryoiso.pipeline.records.journal import read_journal
 from cryoiso.pipeline.records.manifest import read_record
-from cryoiso.pipeline.run import read_job
 from cryoiso.report.run_reader import read_json
 
 KINDS = {"fifo": "named pipe", "device": "character device", "socket": "a socket", "folder": "a folder"}

@@ -12,11 +12,12 @@ from pipeline_helper import cryoiso_here, quick_report, use_quick_parts
 from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError, MissingError
 from cryoiso.io.atomic import DiskFullError
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.jobfile import read_resolved
 from cryoiso.pipeline.planning.memory import needs_of
 from cryoiso.pipeline.preflight import check_space
 from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.run import read_resolved, resume_run, run_job
+from cryoiso.pipeline.run import resume_run, run_job
 from cryoiso.pipeline.site import machine
 from cryoiso.pipeline.site.resume_check import _require_gpus_as_before, needs_left, stages_left
 from cryoiso.pipeline.work import Work

@@ -192,7 +192,9 @@ def test_no_scratch_is_no_failure(why, data, tmp_path, scratch, quick, monkeypat
         (scratch / f"cryoiso-{os.getuid()}").write_text("mine")
         said = "not a folder of this user"
     else:
-        monkeypatch.setattr(pipeline_scratch, "recorded_hashes", lambda work, folder: {"shard-00000.h5": "0" * 64})
+        monkeypatch.setattr(
+            pipeline_scratch, "recorded_hashes", lambda journal, folder, comm: {"shard-00000.h5": "0" * 64}
+        )
         said = "another checksum"
     job = write_job(data, f"{why.replace(' ', '')}.toml", run_scratch=wanted)
     run = run_job(job, tmp_path / "run", Context(), quick_report).path

@@ -13,8 +13,8 @@ import time
 import pytest
 from mpi_helper import start_mpi
 
+from cryoiso.pipeline.finding import NOTE, WARNING
 from cryoiso.pipeline.site import shared_memory
-from cryoiso.pipeline.site.finding import NOTE, WARNING
 from cryoiso.pipeline.site.shared_memory import abandoned, shared_memory_findings
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cryoiso.core.rng import stable_hash
 from cryoiso.io.sources import ArraySource
-from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import ConditionalHvae
+from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.physics.simulate import make_particles

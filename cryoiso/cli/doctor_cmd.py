@@ -28,7 +28,7 @@ def doctor(
     file; 1 no room.
     """
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.site import finding
+    from cryoiso.pipeline import finding
     from cryoiso.pipeline.site.doctor import examine
 
     comm = get_context()

@@ -46,11 +46,11 @@ def plan(
     from cryoiso.core.errors import UsageError
     from cryoiso.parallel.context import Context
     from cryoiso.pipeline.batch.launch import seconds_of
+    from cryoiso.pipeline.jobfile import read_job
     from cryoiso.pipeline.planning import rates as rated
     from cryoiso.pipeline.planning.job_size import problem_of
     from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
     from cryoiso.pipeline.records.run_folder import RunFolder
-    from cryoiso.pipeline.run import read_job
     from cryoiso.pipeline.work import Work
     from cryoiso.pipeline.workflow import folder_stages
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -120,6 +121,11 @@ def write_text(path: object, text: str) -> None:
     """Writes a whole text file atomically."""
     with atomic_write(path, "w") as stream:
         stream.write(text)
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    """A JSON file, atomically."""
+    write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
 def _size(n: int | None) -> str:

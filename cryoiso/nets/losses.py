@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cryoiso.nets.hvae import HvaeOutput
+from cryoiso.nets.hvae_parts import HvaeOutput
 
 
 class ElboTerms(NamedTuple):

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cryoiso.nets.blocks import SIGMA_RANGE, DenseBlock, Down, Pointwise, Up
-
-if TYPE_CHECKING:
-    from cryoiso.nets.hvae import ConditionalHvae, HvaeConfig, LatentLayer
+from cryoiso.nets.hvae_parts import HvaeConfig, HvaeModules, LatentLayer
 
 COARSE_SD = 0.5
 """What all but the finest resolution leave unknown."""
@@ -33,7 +31,7 @@ LEAST_STEP = 0.05
 
 
 @torch.no_grad()
-def start_as_wavelets(network: ConditionalHvae) -> None:
+def start_as_wavelets(network: HvaeModules) -> None:
     """Overwrites the starting weights in place."""
     config = network.config
     finest = image_channels(config, 0)
@@ -110,7 +108,7 @@ def _pass_on(layer: LatentLayer, count: int) -> None:
         cast(nn.Conv2d, cast(DenseBlock, block).layers[-1]).weight[:count] = 0
 
 
-def _silence_contexts(network: ConditionalHvae) -> None:
+def _silence_contexts(network: HvaeModules) -> None:
     """Projection and pose leave the image channels alone at first."""
     config, width = network.config, network.config.width
     last, done = network.pose.last, 0

@@ -21,30 +21,6 @@ from cryoiso.pipeline.workflow import folder_stages
 from cryoiso.refine.offsets import check_poses
 
 logger = logging.getLogger("cryoiso")
-PATHS = (
-    ("particles", "file"),
-    ("particles", "project"),
-    ("reference", "file"),
-    ("reference", "fit"),
-    ("sample", "mask"),
-    ("truth", "particles"),
-    ("truth", "map"),
-)
-
-
-def with_absolute_paths(job: Job, folder: Path) -> Job:
-    """A copy of the job whose relative paths start from ``folder`` (that of the job file) and are absolute."""
-    copy = job.model_copy(deep=True)
-    for section, key in PATHS:
-        value = getattr(getattr(copy, section), key)
-        if value:
-            setattr(getattr(copy, section), key, _absolute(value, folder))
-    copy.particles.passthrough = [_absolute(name, folder) for name in copy.particles.passthrough]
-    return copy
-
-
-def _absolute(name: str, folder: Path) -> str:
-    return os.path.abspath(folder / Path(name).expanduser())
 
 
 def check_job(work: Work) -> None:

@@ -11,24 +11,23 @@ import logging
 import os
 import shutil
 import time
-import tomllib
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from cryoiso import __version__
-from cryoiso.core.config import Job, job_to_toml, parse_job
-from cryoiso.core.errors import CryoisoError, InputError, Interrupted, UsageError
+from cryoiso.core.config import job_to_toml
+from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import LineFormatter, PatientFileHandler, duration
 from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
-from cryoiso.io.regular_file import read_regular_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.jobfile import read_job, read_resolved, require_run
 from cryoiso.pipeline.planning.forecast import watching
 from cryoiso.pipeline.planning.timing import note_timing, save_timing
-from cryoiso.pipeline.preflight import check_job, check_space, images_of, with_absolute_paths
+from cryoiso.pipeline.preflight import check_job, check_space, images_of
 from cryoiso.pipeline.records import environment, versions
 from cryoiso.pipeline.records import manifest as provenance
 from cryoiso.pipeline.records.hashing import hash_outputs, next_key, verify_outputs
@@ -37,13 +36,13 @@ from cryoiso.pipeline.records.lock import locked
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.seal import write_seal
 from cryoiso.pipeline.records.trust import programs_of, require_trust, signature
-from cryoiso.pipeline.scratch_copies import using_scratch
 from cryoiso.pipeline.site.doctor import check_machine
 from cryoiso.pipeline.site.resume_check import check_what_is_left
 from cryoiso.pipeline.stages.basic import STOPPED
 from cryoiso.pipeline.stages.input_hashes import check_given_shards, image_hashed_meanwhile
-from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import WITHOUT_GPU, Stage, folder_stages, stages_of
+from cryoiso.pipeline.stages.table import Stage, stages_of
+from cryoiso.pipeline.work import Work, using_scratch
+from cryoiso.pipeline.workflow import WITHOUT_GPU, folder_stages
 
 logger = logging.getLogger("cryoiso")
 Report = Callable[[Path], object]
@@ -139,26 +138,6 @@ def resume_run(
     return run
 
 
-def read_job(path: Path) -> tuple[str, Job]:
-    """The text of a job file and the job in it, with absolute paths.
-
-    Raises:
-        UsageError: not there, not TOML, an unknown key, a wrong value.
-    """
-    try:
-        text = read_regular_text(path).removeprefix("\ufeff")  # a mark that Windows editors put first
-        data = tomllib.loads(text)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such job file. 'cryoiso init particles.star' writes one.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the job file cannot be read: {error}") from None
-    except InputError as error:
-        raise UsageError(str(error)) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from None
-    return text, with_absolute_paths(parse_job(data, path), path.absolute().parent)
-
-
 # --- starting
 
 
@@ -194,21 +173,6 @@ def _check_until(work: Work, until: str) -> None:
     names = [stage.name for stage in stages_of(work.job, work.folder)]
     if until and until not in names:
         raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})")
-
-
-def read_resolved(run: RunFolder) -> tuple[str, Job]:
-    """Text and job of a run folder.
-
-    Raises:
-        UsageError: there is no run in it.
-    """
-    _require_run(run)
-    return read_job(run.resolved)
-
-
-def _require_run(run: RunFolder) -> None:
-    if not run.resolved.exists() or not run.manifest.exists():
-        raise UsageError(f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.")
 
 
 def prepare_device(work: Work, until: str = "") -> None:
@@ -248,7 +212,7 @@ def _create(work: Work, text: str, stack: ExitStack) -> None:
 
 
 def _require_version(run: RunFolder, other_version: bool) -> None:
-    _require_run(run)
+    require_run(run)
     manifest = provenance.read_manifest(run.manifest)
     versions.require_version(manifest, run.manifest, other_version)
     for note in versions.notes(manifest):
@@ -322,7 +286,13 @@ def _work_through(work: Work, until: str) -> None:
     if work.journal is not None:
         work.journal.append("done", seconds=round(time.monotonic() - began, 3))
         logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
-    on_root(work.comm, write_seal, work, [stage.name for stage in stages_of(work.job, work.folder)])
+    on_root(work.comm, _seal, work)
+
+
+def _seal(work: Work) -> None:
+    if work.journal is None or work.manifest is None:
+        raise ValueError("only rank 0 of a run seals it")
+    write_seal(work.folder, work.journal, work.manifest, [s.name for s in stages_of(work.job, work.folder)])
 
 
 def _all_stages(work: Work, until: str) -> None:

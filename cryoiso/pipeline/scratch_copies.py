@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.pipeline.records.hashing import digest_of, sha256_of
+from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.run_folder import TIMING
-from cryoiso.pipeline.work import Work
 from cryoiso.refine.batches import BatchReader
 
 logger = logging.getLogger("cryoiso")
@@ -61,6 +60,8 @@ class Scratch:
     run: Path
     everything: bool
     """Every node copies all shards; else only those that its ranks read in a refinement."""
+    journal: Journal | None = None
+    """of the run, on rank 0: knows the hashes of the shards"""
     _held: dict[str, leases.Lease] = field(default_factory=dict)
     _copies: dict[str, Copies] = field(default_factory=dict)
     """By folder of the originals."""
@@ -71,7 +72,7 @@ class Scratch:
         """The ranks of this rank's node; the first one is responsible for it."""
         return self.comm.nodes[self.comm.hostname]
 
-    def attach(self, work: Work, source: ShardSource, *, everything: bool = False, once: bool = False) -> None:
+    def attach(self, source: ShardSource, *, everything: bool = False, once: bool = False) -> None:
         """Lets a source read from this node's copies, which are made if need be. Collective.
 
         Args:
@@ -83,7 +84,7 @@ class Scratch:
         """
         name = str(source.folder)
         if name not in self._copies and not once:
-            hashes = recorded_hashes(work, source.folder)
+            hashes = recorded_hashes(self.journal, source.folder, self.comm)
             self._copies[name] = self._stage(source, hashes, everything or self.everything)
         if name in self._copies:
             source.use_copies(self._copies[name])
@@ -251,35 +252,15 @@ def _key(source: ShardSource, hashes: dict[str, str]) -> str:
     return digest_of(json.dumps(facts))[:24]
 
 
-@contextmanager
-def using_scratch(work: Work, *, everything: bool = False) -> Iterator[None]:
-    """While the block runs, the images of a work are read from scratch, if its job says so.
-
-    A training draws images from everywhere, and in a co-refinement the auxiliary particles shift the shares of the
-    ranks: then every node copies everything.
-    """
-    if not work.job.run.scratch:
-        yield
-        return
-    everything = everything or work.job.run.workflow in ("auxiliary", "both")
-    scratch = Scratch(work.job.run.scratch, work.comm, work.folder.path, everything)
-    work.scratch = scratch
-    try:
-        yield
-    finally:
-        work.scratch = None
-        scratch.close()
-
-
-def recorded_hashes(work: Work, folder: Path) -> dict[str, str]:
+def recorded_hashes(journal: Journal | None, folder: Path, comm: Context) -> dict[str, str]:
     """SHA-256 by name of a stage's files, as the journal has them; empty where there is none. Collective."""
 
     def read() -> dict[str, str]:
         prefix = f"{folder.name}/"
-        for line in reversed(work.journal.lines if work.journal is not None else []):
+        for line in reversed(journal.lines if journal is not None else []):
             outputs = line.get("outputs") or {}
             if line["event"] == "end" and any(name.startswith(prefix) for name in outputs):
                 return {n.removeprefix(prefix): f["sha256"] for n, f in outputs.items() if n.startswith(prefix)}
         return {}
 
-    return on_root(work.comm, read)
+    return on_root(comm, read)

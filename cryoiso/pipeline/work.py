@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,20 +16,17 @@ from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest, read_job_particles, read_particle_file
-from cryoiso.io.atomic import write_text
-from cryoiso.io.mrc import read_map, read_raw_map
+from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.physics.masks import sphere_mask
+from cryoiso.pipeline.inputs.grids import read_mask, require_grid
 from cryoiso.pipeline.inputs.half_sets import assign_halves
-from cryoiso.pipeline.inputs.reference import PIXEL_TOLERANCE, Reference, prepare_reference
-from cryoiso.pipeline.inputs.standard_frame import require_mask_symmetry
+from cryoiso.pipeline.inputs.particle_tables import applied_to, bare, with_poses_of
+from cryoiso.pipeline.inputs.reference import Reference, prepare_reference
 from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from cryoiso.pipeline.scratch_copies import Scratch
+from cryoiso.pipeline.scratch_copies import Scratch
 
 logger = logging.getLogger("cryoiso")
 
@@ -154,88 +152,25 @@ class Work:
             )  # fmt: skip
         source.particles = self.particles() if self.comm.rank == 0 else particles
         if self.scratch is not None:
-            self.scratch.attach(self, source, once=once)
+            self.scratch.attach(source, once=once)
         return source
 
 
-def applied_to(particles: Particles) -> list[str]:
-    """What was done to the images, by optics group in the order of first appearance."""
-    _, first = np.unique(particles.optics, return_index=True)
-    return [particles.groups[particles.optics[row]].ctf_applied for row in np.sort(first).tolist()]
+@contextmanager
+def using_scratch(work: Work, *, everything: bool = False) -> Iterator[None]:
+    """While the block runs, the images of a work are read from scratch, if its job says so.
 
-
-def bare(particles: Particles) -> Particles:
-    """Without the text of the source, but for the sign of each image: what ranks other than 0 need."""
-    table = particles.table
-    signs = table[["cryoisoSign"]] if table is not None and "cryoisoSign" in table else None
-    return replace(particles, table=signs, optics_table=None)
-
-
-def with_poses_of(particles: Particles, posed: Particles, file: object, source: object) -> Particles:
-    """The particles with the poses that another file has for the same uids.
-
-    Raises:
-        InputError: ``posed`` (of ``file``) lacks a particle, or has no poses.
+    A training draws images from everywhere, and in a co-refinement the auxiliary particles shift the shares of the
+    ranks: then every node copies everything.
     """
-    order = np.argsort(posed.uid, kind="stable")
-    place = np.searchsorted(posed.uid[order], particles.uid)
-    rows = order[np.minimum(place, len(order) - 1)]
-    missing = np.flatnonzero(posed.uid[rows] != particles.uid)
-    if len(missing):
-        raise InputError(
-            f"{len(missing)} of the particles are not in this file", file=file, expected="the image names of "
-            f"{source}", hint=f"The first that is missing stands in row {int(missing[0]) + 1} there.",
-        )  # fmt: skip
-    rotation, shift_A = posed.require_poses(file)
-    return particles.with_poses(rotation[rows], shift_A[rows])
-
-
-def require_grid(found: DensityMap, box_px: int, pixel_size_A: float, file: object, other: str) -> None:
-    """Stops at a map that is not on the grid of something else.
-
-    Raises:
-        InputError: another box, or a pixel size that differs by more than 1 %.
-    """
-    if found.box_px != box_px or abs(found.pixel_size_A / pixel_size_A - 1) > PIXEL_TOLERANCE:
-        raise InputError(
-            f"the map is on another grid than {other}", file=file, expected=f"{box_px} px of {pixel_size_A:g} Å",
-            found=f"{found.box_px} px of {found.pixel_size_A:g} Å",
-        )  # fmt: skip
-
-
-def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1") -> DensityMap:
-    """A solvent mask on a given grid, which its box decides; another pixel size in its header is said.
-
-    Raises:
-        InputError: another box, values outside 0..1, nothing inside, the solvent inside instead of the particle, or a
-            mask without the symmetry.
-    """
-    mask = read_map(path, pixel_size_A)
-    if mask.box_px != box_px:
-        raise InputError("the mask has another box than the particles", file=path, expected=box_px, found=mask.box_px)
-    low, high = float(mask.data.min()), float(mask.data.max())
-    if low < -1e-3 or not 0 < high <= 1 + 1e-3:
-        raise InputError("the mask is not between 0 and 1", file=path, found=f"{low:g} to {high:g}")
-    if high < 0.5:
-        raise InputError(f"the mask reaches no more than {high:g}", file=path, expected="1 inside the particle")
-    sphere = sphere_mask(box_px, box_px / 2 - 1).numpy() > 0.5
-    corners, inside = float(mask.data[~sphere].mean()), float(mask.data[sphere].mean())
-    if corners > 0.5 and inside < corners - 0.05:
-        raise InputError(
-            "the mask is inverted", file=path, expected="the particle inside",
-            found=f"{corners:.2f} in the corners of the box, {inside:.2f} within its sphere", hint="Give 1 - mask.",
-        )  # fmt: skip
-    header_A = read_raw_map(path)[1].voxel_A[0]
-    unset = header_A <= 0 or header_A == 1.0  # what programs write that do not know it
-    if not unset and abs(header_A / pixel_size_A - 1) > PIXEL_TOLERANCE:
-        logger.warning(
-            "%s has a pixel size of %g Å in its header, the maps have %g Å: it is used voxel by voxel",
-            path, header_A, pixel_size_A,
-        )  # fmt: skip
-    require_mask_symmetry(mask.data, symmetry, path)
-    return mask
-
-
-def write_json(path: Path, facts: dict[str, Any]) -> None:
-    """A JSON file, atomically."""
-    write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    if not work.job.run.scratch:
+        yield
+        return
+    everything = everything or work.job.run.workflow in ("auxiliary", "both")
+    scratch = Scratch(work.job.run.scratch, work.comm, work.folder.path, everything, work.journal)
+    work.scratch = scratch
+    try:
+        yield
+    finally:
+        work.scratch = None
+        scratch.close()

@@ -12,8 +12,6 @@ from scipy.special import stdtr
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.rng import shuffle_keys
-from cryoiso.core.types import DensityMap
-from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.project import FourierVolume
 from cryoiso.refine import offsets
@@ -38,8 +36,8 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     from the images' mean power; for a local search the given poses (collective)."""
     sigma2 = mean_power(run)
     state = first_state(run, lowpass_A)
-    references, halves = first_references(run, lowpass_A), run.request.half_references
-    common = references[1] if halves is None else first_reference(run, run.request.reference, lowpass_A)
+    references, halves = run.first_references(lowpass_A), run.request.half_references
+    common = references[1] if halves is None else run.first_reference(run.request.reference, lowpass_A)
     scale = grey_scale(run, common, sigma2, state, None if halves is None else references)
     if run.comm.rank == 0:
         logger.info(
@@ -59,19 +57,6 @@ def first_state(run: Refinement, lowpass_A: float) -> State:
     """The search is as fine as the low-passed reference, and no shift has been found yet."""
     radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
     return State(radius_px=radius, shift_sd_px=first_shift_sd_px(run.box))
-
-
-def first_reference(run: Refinement, given: DensityMap, lowpass_A: float) -> np.ndarray:
-    """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
-    return np.asarray(lowpass(torch.as_tensor(given.data), run.pixel, lowpass_A), np.float32) * run.sphere
-
-
-def first_references(run: Refinement, lowpass_A: float) -> dict[int, np.ndarray]:
-    """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
-    given = run.request.half_references
-    if given is None:
-        return dict.fromkeys((1, 2), first_reference(run, run.request.reference, lowpass_A))
-    return {half: first_reference(run, given[half], lowpass_A) for half in (1, 2)}
 
 
 def mean_power(run: Refinement) -> np.ndarray:

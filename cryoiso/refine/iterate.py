@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from cryoiso.core.errors import Interrupted
 from cryoiso.core.identity import Identity, digest_of, plain
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
-from cryoiso.core.protocols import Communicator, RefineRequest
+from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
+from cryoiso.core.types import DensityMap
 from cryoiso.metrics.fsc import resolution_at
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import FourierVolume
 from cryoiso.physics.so3 import angular_distance_deg
@@ -260,7 +262,7 @@ class Refinement:
             self._report(record, at_limit, advanced.done)
         if self.request.correction is not None:
             began = time.monotonic()
-            new, record["correction"] = corrected(self, advanced, everything, new, agreed.plain, resolution, plan)
+            new, record["correction"] = self._corrected(advanced, everything, new, agreed.plain, resolution, plan)
             record["seconds"] += time.monotonic() - began
         return Model(
             advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns,
@@ -320,6 +322,33 @@ class Refinement:
         """Half -> next reference, on every rank (collective)."""
         own = {h: self.flatten(as_map(s.reconstruct(agreed.wiener[h])), resolution_A) for h, s in sums.items()}
         return on_every_rank(own, self.comm)
+
+    def _corrected(self, state, maps, references_now, curve, resolution_A, plan) -> tuple[dict, dict]:
+        """Half -> reference as the correction leaves it, and its record (collective)."""
+        request = self.request
+        assert request.correction is not None
+        seen = HalfMaps(
+            iteration=state.iteration, maps=maps, references=references_now, pixel_size_A=self.pixel, fsc=curve,
+            resolution_A=resolution_A,
+            # the last level halves the cells that it begins with, as one step of oversampling does: the size of those
+            # is what others call the sampling of the search
+            step_deg=plan.levels[-1].cell_deg,
+            folder=request.folder / "correction", mask=None if request.mask is None else request.mask.data,
+            initial=self.first_references(request.lowpass_A),
+        )  # fmt: skip
+        flatten = partial(self.flatten, resolution_A=resolution_A)
+        return corrected(request.correction, seen, state.done, flatten, self.comm)
+
+    def first_reference(self, given: DensityMap, lowpass_A: float) -> np.ndarray:
+        """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
+        return np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32) * self.sphere
+
+    def first_references(self, lowpass_A: float) -> dict[int, np.ndarray]:
+        """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
+        given = self.request.half_references
+        if given is None:
+            return dict.fromkeys(HALVES, self.first_reference(self.request.reference, lowpass_A))
+        return {half: self.first_reference(given[half], lowpass_A) for half in HALVES}
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
         """(D//2+1,) between the half-maps where there are data.

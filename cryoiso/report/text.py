@@ -49,3 +49,9 @@ def numbers_of(part: Any, key: str) -> list[float | None]:
     """The list of numbers under a key, None for what is no number; empty where there is no list."""
     values = part.get(key) if isinstance(part, dict) else None
     return [number({"v": v}, "v") for v in values] if isinstance(values, list) else []
+
+
+def span(parts: dict[str, Any], label: str) -> tuple[float, float] | None:
+    """The two numbers under a label, if they are two numbers."""
+    values = [v for v in numbers_of(parts, label) if v is not None]
+    return (values[0], values[1]) if len(values) == 2 else None

@@ -16,7 +16,8 @@ from cryoiso.core.rng import stable_hash
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import checkpoint
 from cryoiso.methods.auxiliary.condition import Condition
-from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae
+from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.weights import HINT, load_weights, require_weights, weights_of
 from cryoiso.physics.noise import colour_noise
 

@@ -6,7 +6,7 @@ For engines other than the native one, which asks by itself, and for sets of whi
 from __future__ import annotations
 
 from cryoiso.core.protocols import Communicator, RefineRequest
-from cryoiso.refine.initial_model import Match, first_references, first_state, match, mean_power, require_match
+from cryoiso.refine.initial_model import Match, first_state, match, mean_power, require_match
 from cryoiso.refine.iterate import Refinement
 
 
@@ -23,7 +23,7 @@ def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
     """
     diameter_A = request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
     run = Refinement(request, comm, comm.device(), diameter_A)
-    references = first_references(run, request.lowpass_A)
+    references = run.first_references(request.lowpass_A)
     sigma2 = mean_power(run)
     found = match(run, references, sigma2, first_state(run, request.lowpass_A))
     require_match(found)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from cryoiso.core.config import AuxiliarySection
-from cryoiso.nets.hvae import HvaeConfig
+from cryoiso.nets.hvae_parts import HvaeConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from cryoiso.io.sources import SubsetSource
 from cryoiso.methods.auxiliary.condition import Condition
 from cryoiso.methods.auxiliary.generator import normal_numbers
 from cryoiso.methods.auxiliary.settings import Training
-from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae, HvaeConfig
+from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae
+from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.train.batches import Batches
 from cryoiso.train.watch import Verdict

@@ -22,8 +22,8 @@ from cryoiso.pipeline.batch.container import started_in, words_for_script
 from cryoiso.pipeline.batch.fill_template import fill_own, fill_site, read_template, words_of
 from cryoiso.pipeline.batch.mpi_launcher import Start, how_to_start
 from cryoiso.pipeline.batch.script_safety import require_name, require_one_line, require_plain
+from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.records.manifest import input_files
-from cryoiso.pipeline.run import read_job
 from cryoiso.pipeline.workflow import WITHOUT_GPU
 
 CARRIED = ("MPI4PY_LIBMPI",)
@@ -74,7 +74,7 @@ def scripts_of(job: Job, job_file: Path, run: Path, script: Path, chain: bool = 
     """The batch scripts of a job, in the order in which they run: one, or two with ``chain``.
 
     Args:
-        job: as read by ``run.read_job``; its section ``launch`` as amended by options.
+        job: as read by ``jobfile.read_job``; its section ``launch`` as amended by options.
         job_file: the file it was read from.
         run: the run folder.
         script: where the script will lie; PBS jobs may have to submit it again.

@@ -13,6 +13,7 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
+from cryoiso.io.atomic import write_json
 from cryoiso.io.contrast_sign import decide_sign
 from cryoiso.io.imageprep import IngestSettings
 from cryoiso.io.shards import ShardSource
@@ -23,12 +24,13 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.basic import FlatFolder
 from cryoiso.pipeline.inputs.half_sets import assign_halves
+from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.stages import basic
 from cryoiso.pipeline.stages.generate import export, generator_files, load_maker, write_images
 from cryoiso.pipeline.stages.rounds import HALVES
 from cryoiso.pipeline.stages.train import train_into
-from cryoiso.pipeline.work import Work, bare, write_json
+from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 

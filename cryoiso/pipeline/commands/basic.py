@@ -21,16 +21,17 @@ from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.begin import begin_or_go_on
 from cryoiso.pipeline.commands.subtomograms import refine_subtomograms
+from cryoiso.pipeline.inputs.grids import read_mask, require_grid
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.inputs.standard_frame import warn_of_symmetry
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.records.hashing import hash_shared
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.scratch_copies import using_scratch
 from cryoiso.pipeline.stages import basic
 from cryoiso.pipeline.stages.half_maps import Support, make_mask, write_reconstruction
-from cryoiso.pipeline.work import Work, bare, read_mask, require_grid
+from cryoiso.pipeline.work import Work, using_scratch
 
 logger = logging.getLogger("cryoiso")
 

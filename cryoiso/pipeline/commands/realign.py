@@ -11,15 +11,16 @@ import numpy as np
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
+from cryoiso.io.atomic import write_json
 from cryoiso.io.shards import ShardSource
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.basic import begin_refinement, refine_files
-from cryoiso.pipeline.scratch_copies import using_scratch
+from cryoiso.pipeline.inputs.reference import PIXEL_TOLERANCE
 from cryoiso.pipeline.stages import basic, engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
-from cryoiso.pipeline.work import PIXEL_TOLERANCE, Work, write_json
+from cryoiso.pipeline.work import Work, using_scratch
 
 
 def realign_files(job: Job, out: Path, comm: Context, *, auxiliary: Path | None = None, resume: bool = False) -> None:
@@ -61,7 +62,7 @@ def _refine_with(work: Work, auxiliary: ShardSource) -> None:
     comm, job, out = work.comm, work.job, work.folder.path
     request = replace(basic.refine_request(work), folder=out / "engine")
     if work.scratch is not None:
-        work.scratch.attach(work, auxiliary, once=job.refine.engine == "relion")
+        work.scratch.attach(auxiliary, once=job.refine.engine == "relion")
     on_root(comm, request.folder.mkdir, exist_ok=True)
     found = co_refine(engines.engine(job.refine.engine), request, auxiliary, comm, weight=job.auxiliary.weight)
     made = write_reconstruction(

@@ -42,6 +42,6 @@ def correct_for_relion(star: Path, job_file: Path | None, *, tau2: str | None = 
 
 
 def _job(file: Path) -> Any:
-    from cryoiso.pipeline.run import read_job
+    from cryoiso.pipeline.jobfile import read_job
 
     return read_job(file)[1]

@@ -16,10 +16,10 @@ from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.begin import begin_or_go_on
+from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.reference import Reference, prepare_reference
 from cryoiso.pipeline.stages import engines
-from cryoiso.pipeline.work import read_mask
 
 logger = logging.getLogger("cryoiso")
 

@@ -11,7 +11,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.io.mrc import read_map
 from cryoiso.metrics.half_maps import check_half_maps
-from cryoiso.pipeline.work import require_grid
+from cryoiso.pipeline.inputs.grids import require_grid
 
 logger = logging.getLogger("cryoiso")
 SAME_PIXEL = 1e-3

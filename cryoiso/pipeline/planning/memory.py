@@ -11,8 +11,8 @@ from math import ceil
 import numpy as np
 
 from cryoiso.core.errors import MissingError
+from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.planning.job_size import PARAMETERS, Problem, Stored, disk, most, preset_of, problem_of
-from cryoiso.pipeline.site.finding import Needs
 from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from cryoiso.core.errors import UsageError
 from cryoiso.core.log import duration
+from cryoiso.pipeline.finding import gib
 from cryoiso.pipeline.planning import job_size, memory, workload
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.rates import Rates
 from cryoiso.pipeline.planning.workload import Assumed, kind_of
-from cryoiso.pipeline.site.finding import gib
 
 MARGIN = 1.25
 """Of the wall-time that is suggested, on top of the uncertainty."""

@@ -16,8 +16,8 @@ from cryoiso.pipeline.planning.job_size import problem_of
 from cryoiso.pipeline.planning.rates import built_in, of_stages
 from cryoiso.pipeline.planning.timing import predicted_stages
 from cryoiso.pipeline.planning.workload import Assumed, kind_of
+from cryoiso.pipeline.stages.table import stages_of
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import stages_of
 
 logger = logging.getLogger("cryoiso")
 LIKE = {"corefine": "refine", "local": "refine"}

@@ -5,27 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
+from typing import Any
 
 from cryoiso import __version__
 from cryoiso.io.atomic import write_text
 from cryoiso.pipeline.records import manifest as provenance
 from cryoiso.pipeline.records.checksums import sum_line
 from cryoiso.pipeline.records.hashing import Outputs, sha256_of
-from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.records.journal import Journal
+from cryoiso.pipeline.records.run_folder import RunFolder
 
 REPORTS = ("report.html", "report.json")
 """Outputs that tell of times and machines, and so differ between two runs of one job."""
 
 
-def write_seal(work: Work, stages: list[str]) -> None:
+def write_seal(run: RunFolder, journal: Journal, manifest: dict[str, Any], stages: list[str]) -> None:
     """Completes manifest.json with the finished stages and writes seal.json (rank 0 of a run, after its last line).
 
     Args:
         stages: names of all stages, in order.
     """
-    run, journal, manifest = work.folder, work.journal, work.manifest
-    if journal is None or manifest is None:
-        raise ValueError("only rank 0 of a run seals it")
     provenance.note_stages(run, manifest, stages, journal.lines)
     outputs: Outputs = {}
     for stage in manifest["stages"]:

@@ -12,8 +12,10 @@ from typing import Any
 
 from cryoiso import __version__
 from cryoiso.core.errors import InputError, UsageError
+from cryoiso.io.atomic import write_json
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.jobfile import read_resolved
 from cryoiso.pipeline.planning.workload import kind_of
 from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.hashing import Outputs, verify_outputs
@@ -23,10 +25,11 @@ from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.seal import REPORTS
 from cryoiso.pipeline.records.trust import require_recorded_job, require_trust
 from cryoiso.pipeline.reproduce.compare import Comparison, compare_files
-from cryoiso.pipeline.run import do_stage, prepare_device, read_resolved
+from cryoiso.pipeline.run import do_stage, prepare_device
 from cryoiso.pipeline.stages.input_hashes import require_unchanged
-from cryoiso.pipeline.work import Work, write_json
-from cryoiso.pipeline.workflow import folder_stages, stages_of
+from cryoiso.pipeline.stages.table import stages_of
+from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import folder_stages
 
 logger = logging.getLogger("cryoiso")
 RECORD = "replay.json"

@@ -13,6 +13,7 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.contained_path import require_contained
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.checksums import SUMS, read_sums
 from cryoiso.pipeline.records.hashing import Outputs, hash_shared, list_outputs, next_key
@@ -20,8 +21,8 @@ from cryoiso.pipeline.records.journal import read_journal
 from cryoiso.pipeline.records.manifest import check_manifest, job_key, read_record
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.seal import digest_of_files
-from cryoiso.pipeline.run import read_job
-from cryoiso.pipeline.workflow import folder_stages, stages_of
+from cryoiso.pipeline.stages.table import stages_of
+from cryoiso.pipeline.workflow import folder_stages
 
 GONE, SIZE, CONTENT = "is gone", "has another size", "has another content"
 

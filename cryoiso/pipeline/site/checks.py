@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cryoiso.core.errors import EXIT_DONE, EXIT_MISSING
-from cryoiso.pipeline.site.finding import ERROR, FINE, NOTE, WARNING, Finding, Needs, gib
+from cryoiso.pipeline.finding import ERROR, FINE, NOTE, WARNING, Finding, Needs, gib
 from cryoiso.pipeline.site.folder_checks import folder_findings
 from cryoiso.pipeline.site.scratch_checks import SCRATCH, scratch_findings
 from cryoiso.pipeline.site.shared_memory import shared_memory_findings

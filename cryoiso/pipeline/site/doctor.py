@@ -10,11 +10,11 @@ from typing import Any
 from cryoiso.core.errors import CryoisoError
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline import finding as report
+from cryoiso.pipeline.finding import Finding, Needs
 from cryoiso.pipeline.planning.memory import needs_of
 from cryoiso.pipeline.preflight import existing_parent
-from cryoiso.pipeline.site import finding as report
 from cryoiso.pipeline.site.checks import judge
-from cryoiso.pipeline.site.finding import Finding, Needs
 from cryoiso.pipeline.site.machine import look
 from cryoiso.pipeline.site.scratch_checks import SCRATCH
 from cryoiso.pipeline.site.scratch_probe import Images, images_of, look_for_scratch
@@ -39,8 +39,8 @@ def examine(comm: Context, folder: Path, job_file: Path | None) -> tuple[dict[st
 
 
 def _of_job(job_file: Path, folder: Path, comm: Context) -> tuple[Needs, Images]:
+    from cryoiso.pipeline.jobfile import read_job
     from cryoiso.pipeline.records.run_folder import RunFolder
-    from cryoiso.pipeline.run import read_job
     from cryoiso.pipeline.workflow import folder_stages
 
     _, job = read_job(job_file)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cryoiso.core.errors import EXIT_INPUT, EXIT_OTHER
+from cryoiso.pipeline.finding import ERROR, FINE, GIB, NOTE, WARNING, Finding, Needs, gib
 from cryoiso.pipeline.site.filesystem import NETWORK
-from cryoiso.pipeline.site.finding import ERROR, FINE, GIB, NOTE, WARNING, Finding, Needs, gib
 
 CLOCKS_APART_S = 5.0
 SLOW_MBPS = 50.0

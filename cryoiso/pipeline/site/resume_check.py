@@ -10,14 +10,15 @@ from pathlib import Path
 from cryoiso.core.errors import CryoisoError, MissingError
 from cryoiso.io.atomic import disk_full
 from cryoiso.parallel.abort import agree, on_root
+from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.planning.job_size import Stored, disk
 from cryoiso.pipeline.planning.memory import needs_of_stages, problem_here
 from cryoiso.pipeline.records.hashing import next_key
 from cryoiso.pipeline.records.manifest import job_key
 from cryoiso.pipeline.site.doctor import check_machine
-from cryoiso.pipeline.site.finding import Needs
+from cryoiso.pipeline.stages.table import stages_of
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import WITHOUT_GPU, stages_of
+from cryoiso.pipeline.workflow import WITHOUT_GPU
 
 logger = logging.getLogger("cryoiso")
 ON_CPUS = (*WITHOUT_GPU, "diagnose", "report")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cryoiso.io.staging import MEMORY, NETWORK
-from cryoiso.pipeline.site.finding import FINE, NOTE, WARNING, Finding, gib
+from cryoiso.pipeline.finding import FINE, NOTE, WARNING, Finding, gib
 from cryoiso.pipeline.site.folder_checks import SLOW_MBPS, free_words, speed_words
 
 SCRATCH = "scratch"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.site.finding import NOTE, WARNING, Finding, gib
+from cryoiso.pipeline.finding import NOTE, WARNING, Finding, gib
 
 SHM = Path("/dev/shm")
 PROC = Path("/proc")

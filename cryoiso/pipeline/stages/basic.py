@@ -17,6 +17,7 @@ from cryoiso.core.protocols import Progress, RefineRequest
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_particle_file
+from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.shards import read_index, shard_name
 from cryoiso.io.sources import SubsetSource
@@ -25,6 +26,7 @@ from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.group_stop import on_root_heeding
+from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.records.checksums import write_sums
 from cryoiso.pipeline.records.hashing import hash_shared
 from cryoiso.pipeline.stages import engines
@@ -32,7 +34,7 @@ from cryoiso.pipeline.stages.half_maps import Support, write_reconstruction
 from cryoiso.pipeline.stages.input_hashes import hashed_meanwhile
 from cryoiso.pipeline.stages.result_folder import fill_result
 from cryoiso.pipeline.stages.rounds import last_round, pose_file, poses_after
-from cryoiso.pipeline.work import Work, bare, write_json
+from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 SHARED_NETWORK = (

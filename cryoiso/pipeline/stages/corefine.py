@@ -22,11 +22,13 @@ import numpy as np
 from cryoiso.core.config import Job
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap, Particles
+from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
 from cryoiso.io.shards import ShardSource
 from cryoiso.io.sources import SubsetSource
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.generate import generate_stage, planned_particles
 from cryoiso.pipeline.stages.post_command import post_process
@@ -40,19 +42,9 @@ from cryoiso.pipeline.stages.rounds import (
     skip,
 )
 from cryoiso.pipeline.stages.train import train_stage
-from cryoiso.pipeline.work import Work, bare, write_json
+from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
-WORKFLOWS = ("auxiliary", "both")
-
-
-def stage_names(job: Job) -> tuple[str, ...]:
-    """Stages with a folder, in order."""
-    rounds = [f"{name}-{r}" for r in range(1, job.auxiliary.rounds + 1) for name in ("train", "generate", "corefine")]
-    micelle = ["micelle"] if job.micelle.enable else []
-    local = ["local"] if job.auxiliary.balance else []
-    correct = ["correct"] if job.run.workflow == "both" else []
-    return ("ingest", "reference", "refine", *micelle, *rounds, *local, "reconstruct", *correct, "diagnose")
 
 
 def stages_between(job: Job) -> list[tuple[str, Callable[[Work], None], bool]]:
@@ -118,7 +110,7 @@ def corefine(round_: int, work: Work) -> None:
     before = poses_after(work, round_ - 1)
     auxiliary = ShardSource(work.folder.stage(f"generate-{round_}"))
     if work.scratch is not None:
-        work.scratch.attach(work, auxiliary, once=exported)
+        work.scratch.attach(auxiliary, once=exported)
     known = on_root(comm, planned_particles, work, before, round_)
     auxiliary.particles = known
     references = references_after(work, round_ - 1)

@@ -18,14 +18,16 @@ from cryoiso.core.config import CorrectSection
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.progress import board
 from cryoiso.core.types import DensityMap
+from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
 from cryoiso.pipeline.stages.half_maps import make_mask
 from cryoiso.pipeline.stages.isolated_process import apart
-from cryoiso.pipeline.work import Work, read_mask, write_json
+from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 NOT_A_RESOLUTION = "agreement of what networks made, not a resolution: deposit and judge the half-maps that went in"

@@ -198,9 +198,9 @@ def write_volume(
     from cryoiso.io.mrc import write_map
     from cryoiso.metrics.anisotropy import phase_cosine
     from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.pipeline.inputs.grids import read_mask
     from cryoiso.pipeline.inputs.map_pairs import read_half_maps
     from cryoiso.pipeline.stages.half_maps import make_mask
-    from cryoiso.pipeline.work import read_mask
 
     one, two, _ = read_half_maps(half1, half2, pixel_size_A)
     full = replace(one, data=(one.data + two.data) / 2)

@@ -15,6 +15,7 @@ from cryoiso.core.progress import board
 from cryoiso.core.protocols import ImageSource, Progress
 from cryoiso.core.types import Particles
 from cryoiso.io import shardset
+from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.shards import ShardSource
 from cryoiso.io.sources import as_recorded
@@ -29,7 +30,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.pipeline.records.hashing import digest_of, sha256_of
 from cryoiso.pipeline.stages.rounds import HALVES, is_settled, poses_after, skip
-from cryoiso.pipeline.work import Work, write_json
+from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 SAMPLES = 8

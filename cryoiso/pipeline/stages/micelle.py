@@ -15,13 +15,15 @@ from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
+from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
 from cryoiso.io.sources import StackSource
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.half_sets import assign_halves
+from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.inputs.reference import prepare_reference
-from cryoiso.pipeline.work import bare, read_mask, write_json
 
 if TYPE_CHECKING:
     from cryoiso.methods.micelle.protein import ProteinMask

@@ -13,7 +13,7 @@ from cryoiso.core.commands import fill_words, split_command
 from cryoiso.core.errors import CryoisoError, Interrupted, MissingError, UsageError
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
-from cryoiso.pipeline.work import require_grid
+from cryoiso.pipeline.inputs.grids import require_grid
 
 logger = logging.getLogger("cryoiso")
 KEY = "auxiliary.post_command"

@@ -11,9 +11,11 @@ import numpy as np
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import read_particle_file
+from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map
 from cryoiso.parallel.abort import on_root
-from cryoiso.pipeline.work import Work, bare, write_json
+from cryoiso.pipeline.inputs.particle_tables import bare
+from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 HALVES = (1, 2)

@@ -14,7 +14,7 @@ from cryoiso.core.config import AuxiliarySection
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap, Particles
-from cryoiso.io.atomic import write_text
+from cryoiso.io.atomic import write_json, write_text
 from cryoiso.io.sources import as_recorded
 from cryoiso.methods.auxiliary.condition import fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
@@ -26,7 +26,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.pipeline.records.run_folder import TIMING
 from cryoiso.pipeline.stages.rounds import HALVES, is_settled, noise_after, poses_after, references_after, skip
-from cryoiso.pipeline.work import Work, write_json
+from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 

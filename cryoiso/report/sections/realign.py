@@ -8,7 +8,7 @@ from typing import Any
 
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.sections.auxiliary import round_numbers
-from cryoiso.report.text import Entry, Text, number, numbers_of, percent, section
+from cryoiso.report.text import Entry, Text, number, percent, section, span
 
 CAPTION = (
     "Iteration by iteration: resolution of the half-maps (filled: the references were corrected afterwards; open: they "
@@ -169,9 +169,3 @@ def _spans(parts: dict[str, Any], form: str) -> str:
     return "; ".join(
         ("" if label == "both" else f"half {label}: ") + form.format(*pair) for label, pair in known if pair
     )
-
-
-def span(parts: dict[str, Any], label: str) -> tuple[float, float] | None:
-    """The two numbers under a label, if they are two numbers."""
-    values = [v for v in numbers_of(parts, label) if v is not None]
-    return (values[0], values[1]) if len(values) == 2 else None

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso.report.canvas import BLUE, address, by_half, from_zero, new_figure, styled
-from cryoiso.report.sections.realign import span
-from cryoiso.report.text import number, section
+from cryoiso.report.text import number, section, span
 
 
 def by_iteration(rows: list[dict[str, Any]]) -> str:

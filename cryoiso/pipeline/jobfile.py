@@ -1,0 +1,72 @@
+"""The job file: read, checked against the schema, its relative paths made absolute."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+from cryoiso.core.config import Job, parse_job
+from cryoiso.core.errors import InputError, UsageError
+from cryoiso.io.regular_file import read_regular_text
+from cryoiso.pipeline.records.run_folder import RunFolder
+
+PATHS = (
+    ("particles", "file"),
+    ("particles", "project"),
+    ("reference", "file"),
+    ("reference", "fit"),
+    ("sample", "mask"),
+    ("truth", "particles"),
+    ("truth", "map"),
+)
+
+
+def read_job(path: Path) -> tuple[str, Job]:
+    """The text of a job file and the job in it, with absolute paths.
+
+    Raises:
+        UsageError: not there, not TOML, an unknown key, a wrong value.
+    """
+    try:
+        text = read_regular_text(path).removeprefix("\ufeff")  # a mark that Windows editors put first
+        data = tomllib.loads(text)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such job file. 'cryoiso init particles.star' writes one.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: the job file cannot be read: {error}") from None
+    except InputError as error:
+        raise UsageError(str(error)) from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from None
+    return text, with_absolute_paths(parse_job(data, path), path.absolute().parent)
+
+
+def read_resolved(run: RunFolder) -> tuple[str, Job]:
+    """Text and job of a run folder.
+
+    Raises:
+        UsageError: there is no run in it.
+    """
+    require_run(run)
+    return read_job(run.resolved)
+
+
+def require_run(run: RunFolder) -> None:
+    if not run.resolved.exists() or not run.manifest.exists():
+        raise UsageError(f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.")
+
+
+def with_absolute_paths(job: Job, folder: Path) -> Job:
+    """A copy of the job whose relative paths start from ``folder`` (that of the job file) and are absolute."""
+    copy = job.model_copy(deep=True)
+    for section, key in PATHS:
+        value = getattr(getattr(copy, section), key)
+        if value:
+            setattr(getattr(copy, section), key, _absolute(value, folder))
+    copy.particles.passthrough = [_absolute(name, folder) for name in copy.particles.passthrough]
+    return copy
+
+
+def _absolute(name: str, folder: Path) -> str:
+    return os.path.abspath(folder / Path(name).expanduser())

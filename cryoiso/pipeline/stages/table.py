@@ -1,0 +1,58 @@
+"""What each stage of a run does: its function, its place in the run folder, and whether it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cryoiso.core.config import Job
+from cryoiso.pipeline.records.run_folder import RunFolder
+from cryoiso.pipeline.stages import basic, corefine
+from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import CO_REFINEMENTS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run."""
+
+    name: str
+    do: Callable[[Work], None]
+    """called by all ranks together"""
+    places: tuple[str, ...]
+    """files and folders of the run folder that are its result"""
+    continues: bool = False
+    """whether it can go on from what an interrupted attempt left; otherwise it starts afresh"""
+
+
+def _stage(folder: RunFolder, name: str, do: Callable[[Work], None], continues: bool = False) -> Stage:
+    return Stage(name, do, (folder.folder_name(name),), continues)
+
+
+def _correct(work: Work) -> None:
+    from cryoiso.pipeline.stages.correct import correct
+
+    correct(work)
+
+
+def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
+    """The stages of a job, in order."""
+    first: tuple[Stage, ...] = (
+        _stage(folder, "ingest", basic.ingest, continues=True),
+        _stage(folder, "reference", basic.reference),
+        _stage(folder, "refine", basic.refine, continues=True),
+    )
+    if job.run.workflow in CO_REFINEMENTS:
+        middle = tuple(_stage(folder, name, do, goes_on) for name, do, goes_on in corefine.stages_between(job))
+        if not folder.has("refine"):
+            first = first[:2]
+    else:
+        middle = ()
+    corrected = (_stage(folder, "correct", _correct, continues=True),) if folder.has("correct") else ()
+    last = (
+        _stage(folder, "reconstruct", basic.reconstruct),
+        *corrected,
+        _stage(folder, "diagnose", basic.diagnose),
+        Stage("report", basic.report, ("result", "report.html", "report.json")),
+    )
+    return first + middle + last
