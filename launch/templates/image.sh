@@ -1,1 +1,1 @@
-../../cryoiso/pipeline/templates/image.sh
+../../cryoiso/pipeline/batch/templates/image.sh

@@ -1,1 +1,1 @@
-../../cryoiso/pipeline/templates/lsf.sh
+../../cryoiso/pipeline/batch/templates/lsf.sh

@@ -1,1 +1,1 @@
-../../cryoiso/pipeline/templates/mpirun.sh
+../../cryoiso/pipeline/batch/templates/mpirun.sh

@@ -1,1 +1,1 @@
-../../cryoiso/pipeline/templates/pbs.sh
+../../cryoiso/pipeline/batch/templates/pbs.sh

@@ -1,1 +1,1 @@
-../../cryoiso/pipeline/templates/prepare.sh
+../../cryoiso/pipeline/batch/templates/prepare.sh

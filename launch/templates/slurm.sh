@@ -1,1 +1,1 @@
-../../cryoiso/pipeline/templates/slurm.sh
+../../cryoiso/pipeline/batch/templates/slurm.sh

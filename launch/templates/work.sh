@@ -1,1 +1,1 @@
-../../cryoiso/pipeline/templates/work.sh
+../../cryoiso/pipeline/batch/templates/work.sh
