@@ -17,8 +17,8 @@ def root_of(scratch: Path) -> Path:
 def holder(root: Path, key: str, then: str = "time.sleep(60)") -> subprocess.Popen:
     """Another job of this user that holds a lease on a copy."""
     code = (
-        "import sys, time, os\nfrom pathlib import Path\nfrom cryoiso.io import lease\n"
-        f"held = lease.take(Path({str(root)!r}), {key!r}, run='other')\n"
+        "import sys, time, os\nfrom pathlib import Path\nfrom cryoiso.io import scratch_lease\n"
+        f"held = scratch_lease.take(Path({str(root)!r}), {key!r}, run='other')\n"
         f"(held.files / 'shard-00000.h5').write_text('x')\nprint(held._heir.pid, flush=True)\n{then}\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

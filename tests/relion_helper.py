@@ -31,8 +31,8 @@ from cryoiso.core.config import parse_job
 from cryoiso.core.errors import CryoisoError
 from cryoiso.parallel.abort import agree, guard
 from cryoiso.parallel.context import get_context
-from cryoiso.pipeline import wire
 from cryoiso.pipeline.commands.basic import refine_files
+from cryoiso.pipeline.stages import engines
 
 job, out, kind = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 ctx = get_context()
@@ -73,7 +73,7 @@ class Correction:
         return {h: m.copy() for h, m in state.references.items()}, {"applied": True, "ranks": ranks}
 
 
-wire.correction = lambda job: None if kind == "plain" else Correction()
+engines.correction = lambda job: None if kind == "plain" else Correction()
 with guard(ctx):
     refine_files(parse_job(job), out, ctx, resume="--resume" in sys.argv)
 '''

@@ -155,7 +155,7 @@ from pathlib import Path
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.preflight import check_job
-from cryoiso.pipeline.run import read_job
+from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.work import Work
 work = Work(read_job(Path({str(job)!r}))[1], RunFolder(Path("none")), Context())
 check_job(work)

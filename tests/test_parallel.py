@@ -389,12 +389,12 @@ def test_a_group_without_rank_0_tells_its_end_and_rank_0_that_it_waits():
 import logging, time
 from cryoiso.cli.common import log_to_stderr
 from cryoiso.core.log import BY_ANY_RANK, ProgressLine
-from cryoiso.parallel import bell
+from cryoiso.parallel import group_stop
 from cryoiso.parallel.context import get_context
 comm = get_context()
 log_to_stderr(comm.rank)
-bell.TELL_AFTER_S = 0.3
-with bell.side_by_side(comm):
+group_stop.TELL_AFTER_S = 0.3
+with group_stop.side_by_side(comm):
     time.sleep(1.5 * comm.rank)
     logging.getLogger("cryoiso").warning(f"usual {comm.rank}")
     logging.getLogger("cryoiso").warning(f"odd {comm.rank}", extra=BY_ANY_RANK)
