@@ -34,8 +34,8 @@ def switch_refusal_off() -> None:
 def refine(command: str, job_file: Path, out: Path) -> None:
     from cryoiso.core.config import parse_job
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.commands.basic import refine_files
     from cryoiso.pipeline.commands.realign import realign_files
+    from cryoiso.pipeline.commands.refine import refine_files
 
     logging_as_a_command()
     job = parse_job(tomllib.loads(job_file.read_text()), job_file)

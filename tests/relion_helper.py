@@ -31,7 +31,7 @@ from cryoiso.core.config import parse_job
 from cryoiso.core.errors import CryoisoError
 from cryoiso.parallel.abort import agree, guard
 from cryoiso.parallel.context import get_context
-from cryoiso.pipeline.commands.basic import refine_files
+from cryoiso.pipeline.commands.refine import refine_files
 from cryoiso.pipeline.stages import engines
 
 job, out, kind = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

@@ -12,6 +12,7 @@ from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.sources import ArraySource
+from cryoiso.methods.assess.measure import diagnose
 from cryoiso.methods.assess.verdict import judge
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
@@ -19,7 +20,6 @@ from cryoiso.physics.phantom import homologue, phantom_map, pseudo_atoms_to_map
 from cryoiso.physics.simulate import simulate
 from cryoiso.physics.so3 import rotation_with_view
 from cryoiso.physics.views import Views
-from cryoiso.pipeline.stages.diagnose import diagnose
 from cryoiso.pipeline.stages.half_maps import make_mask
 from cryoiso.refine.reconstruct import reconstruct_halves
 

@@ -100,12 +100,12 @@ def test_any_key_of_the_refinement_is_an_option(command, monkeypatch, tmp_path):
     from typer.main import get_command
 
     from cryoiso.cli.main import build_app
-    from cryoiso.pipeline.commands import basic, realign
+    from cryoiso.pipeline.commands import realign, refine
 
     seen = []
     monkeypatch.setattr("cryoiso.cli.refine_cmd.echo", lambda text: None)
     monkeypatch.setattr("cryoiso.cli.realign_cmd.echo", lambda text: None)
-    for module, name in ((basic, "refine_files"), (realign, "realign_files")):
+    for module, name in ((refine, "refine_files"), (realign, "realign_files")):
         monkeypatch.setattr(module, name, lambda job, *a, **k: seen.append(job.refine))
     words = [command, "a.star", "--ref", "a.mrc", "--out", str(tmp_path), "--refine", "view_density=false"]
     app = get_command(build_app())

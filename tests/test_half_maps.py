@@ -12,6 +12,7 @@ from cryoiso.core.config import CorrectSection, RealignSection
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import HalfMaps
 from cryoiso.io.mrc import read_map, write_map
+from cryoiso.methods.assess.measure import diagnose
 from cryoiso.methods.misalignment.correction import MapCorrection
 from cryoiso.metrics.half_maps import DARK, check_half_maps, tail_asymmetry
 from cryoiso.parallel.context import Context
@@ -21,7 +22,6 @@ from cryoiso.physics.phantom import phantom_map
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
 from cryoiso.pipeline.stages.correct import Task, correct_files
-from cryoiso.pipeline.stages.diagnose import diagnose
 
 BOX, PIXEL_A = 32, 6.0
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -20,12 +20,12 @@ from cryoiso.core.errors import EXIT_INPUT, InputError, Interrupted
 from cryoiso.io.shards import read_index
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.commands.basic import ingest_files
+from cryoiso.pipeline.commands.ingest import ingest_files
 from cryoiso.pipeline.records import hashing
 from cryoiso.pipeline.reproduce.replay import replay_stage
 from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import resume_run, run_job
-from cryoiso.pipeline.stages import basic, input_hashes
+from cryoiso.pipeline.stages import ingest, input_hashes
 
 STACKS = ("a.mrcs", "b.mrcs")
 
@@ -214,7 +214,7 @@ def test_resume_heeds_a_signal_while_it_hashes(two_stacks, tmp_path, monkeypatch
         raise Interrupted("stopped by a signal")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(basic, "_ingest_facts", stop)
+        patch.setattr(ingest, "_ingest_facts", stop)
         with pytest.raises(Interrupted):
             run_job(two_stacks, tmp_path / "run", Context(), quick_report)
     for name in STACKS:

@@ -35,7 +35,7 @@ from cryoiso.core.errors import (
 )
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.commands.basic import ingest_files
+from cryoiso.pipeline.commands.ingest import ingest_files
 from cryoiso.pipeline.records.journal import Journal, read_journal
 from cryoiso.pipeline.records.run_folder import REFINE_STAGES
 from cryoiso.pipeline.run import resume_run, run_job
@@ -288,20 +288,20 @@ def test_changed_input_stops_a_resume(data, tmp_path, quick):
 
 
 def test_a_signal_stops_between_stages_and_is_noted(data, tmp_path, quick, monkeypatch):
-    from cryoiso.pipeline.stages import basic
+    from cryoiso.pipeline.stages import reference
 
-    real = basic._write_reference
+    real = reference._write_reference
 
     def then_signal(work):
         real(work)
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    monkeypatch.setattr(basic, "_write_reference", then_signal)
+    monkeypatch.setattr(reference, "_write_reference", then_signal)
     with pytest.raises(Interrupted):
         run_job(data / "job.toml", tmp_path / "run", Context(), quick_report)
     assert events(tmp_path / "run")[-1] == ("stop", "") and not (tmp_path / "run/03_refine/particles.star").exists()
     signals.clear()
-    monkeypatch.setattr(basic, "_write_reference", real)
+    monkeypatch.setattr(reference, "_write_reference", real)
     resume_run(tmp_path / "run", Context(), quick_report)
     whole = run_job(data / "job.toml", tmp_path / "whole", Context(), quick_report)
     assert hash_files(tmp_path / "run") == hash_files(whole.path)

@@ -136,7 +136,7 @@ def test_the_command_and_its_resumption(data, tmp_path):
 
 def test_the_command_with_auxiliary_particles(data, tmp_path, quick):
     """Only the particles themselves come back, and only they are in the half-maps."""
-    from cryoiso.pipeline.commands.basic import ingest_files
+    from cryoiso.pipeline.commands.ingest import ingest_files
 
     truth = read_particle_file(data / "truth.star")
     job = parse_job({"particles": {"file": str(data / "particles.star")}, "reference": {"file": "r.mrc"}})

@@ -15,9 +15,9 @@ from scipy.spatial.transform import Rotation
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.mrc import write_map
+from cryoiso.methods.assess.measure import diagnose
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.physics.symmetry import point_group
-from cryoiso.pipeline.stages.diagnose import diagnose
 from cryoiso.report import build
 
 BOX, PIXEL_A, N = 32, 3.0, 400

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from cryoiso.pipeline.stages.diagnose import plain
-from cryoiso.pipeline.stages.diagnose_directional import directional, sampling, write_volume
+from cryoiso.methods.assess.directional import directional, sampling
+from cryoiso.methods.assess.measure import plain
+from cryoiso.pipeline.commands.diagnose import write_volume
 from cryoiso.report import collect, figure_list
 from cryoiso.report.sections import anisotropy, anisotropy_figures
 
@@ -61,7 +62,7 @@ def test_numbers_fit_together(numbers):
 
 
 def test_slices_of_a_large_box_are_thinned():
-    from cryoiso.pipeline.stages.diagnose_directional import _slices
+    from cryoiso.methods.assess.directional import _slices
 
     box = 201
     k = np.arange(box) - box // 2

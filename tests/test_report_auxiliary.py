@@ -14,10 +14,10 @@ from test_report import Page, make_particles
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.mrc import write_map
+from cryoiso.methods.assess.measure import ERROR_EDGES_DEG, diagnose, plain
 from cryoiso.metrics.imagestats import compare_images
 from cryoiso.metrics.orientation import view_distribution
 from cryoiso.physics.noise import colour_noise, noise_spectrum
-from cryoiso.pipeline.stages.diagnose import ERROR_EDGES_DEG, diagnose, plain
 from cryoiso.report import build, figures
 from cryoiso.report.run_reader import stage_folder
 from cryoiso.report.sections import anisotropy_figures, auxiliary_figures

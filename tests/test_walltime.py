@@ -144,16 +144,16 @@ def test_passes_over_the_images_before_the_first_iteration_can_be_stopped(data, 
 
 
 def test_a_shard_that_is_interrupted_leaves_nothing(data, tmp_path, monkeypatch):
-    from cryoiso.pipeline.stages import basic
+    from cryoiso.pipeline.stages import ingest
 
-    monkeypatch.setattr(basic.io_ingest, "BLOCK_IMAGES", 8)
-    told = basic._heed_and_tell
+    monkeypatch.setattr(ingest.io_ingest, "BLOCK_IMAGES", 8)
+    told = ingest._heed_and_tell
 
     def signalled(line, done):
         signals.ask_to_stop("test")
         told(line, done)
 
-    monkeypatch.setattr(basic, "_heed_and_tell", signalled)
+    monkeypatch.setattr(ingest, "_heed_and_tell", signalled)
     with pytest.raises(Interrupted):
         run_job(data / "job.toml", tmp_path / "run", Context())
     assert list((tmp_path / "run/01_ingest").iterdir()) == []
@@ -170,7 +170,7 @@ def test_reading_many_files_can_be_stopped(tmp_path, monkeypatch):
 
 
 def test_diagnosis_can_be_stopped_between_its_parts():
-    from cryoiso.pipeline.stages.diagnose import diagnose
+    from cryoiso.methods.assess.measure import diagnose
 
     maps = np.random.default_rng(0).standard_normal((2, 16, 16, 16)).astype(np.float32)
     signals.ask_to_stop("test")
@@ -214,13 +214,13 @@ def test_the_stage_of_the_diagnosis_listens_to_all_ranks(monkeypatch):
     from types import SimpleNamespace
 
     from cryoiso.parallel.group_stop import StopBell
-    from cryoiso.pipeline.stages import basic
+    from cryoiso.pipeline.stages import diagnose
 
-    monkeypatch.setattr(basic, "_diagnose", lambda work: signals.heed())
-    basic.diagnose(SimpleNamespace(comm=Context()))
+    monkeypatch.setattr(diagnose, "_diagnose", lambda work: signals.heed())
+    diagnose.diagnose(SimpleNamespace(comm=Context()))
     monkeypatch.setattr(StopBell, "heard", lambda bell: True)
     with pytest.raises(Interrupted):
-        basic.diagnose(SimpleNamespace(comm=Context()))
+        diagnose.diagnose(SimpleNamespace(comm=Context()))
 
 
 def test_tiles_of_a_prediction_can_be_stopped():

@@ -37,8 +37,7 @@ def diagnose(
     and, where the truth is known, pose and map errors.
     """
     from cryoiso.io.atomic import write_json
-    from cryoiso.pipeline.commands.basic import diagnose_files
-    from cryoiso.pipeline.stages.diagnose_directional import write_volume
+    from cryoiso.pipeline.commands.diagnose import diagnose_files, write_volume
 
     one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
     numbers = diagnose_files(

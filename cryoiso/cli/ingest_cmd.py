@@ -29,7 +29,7 @@ def ingest(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.commands.basic import ingest_files
+    from cryoiso.pipeline.commands.ingest import ingest_files
 
     comm = get_context()
     facts = {

@@ -35,7 +35,7 @@ def reconstruct(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.commands.basic import reconstruct_files
+    from cryoiso.pipeline.commands.reconstruct import reconstruct_files
 
     comm = get_context()
     job = on_root(

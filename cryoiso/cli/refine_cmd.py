@@ -53,7 +53,7 @@ def refine(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.commands.basic import refine_files
+    from cryoiso.pipeline.commands.refine import refine_files
 
     comm = get_context()
     job = on_root(

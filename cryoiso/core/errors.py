@@ -9,6 +9,8 @@ EXIT_INPUT = 65
 EXIT_MISSING = 69
 EXIT_REQUEUE = 75
 
+STOPPED = "stopped by a signal; what is finished is kept"
+
 
 class CryoisoError(Exception):
     """Something the user can understand and act upon; printed without a traceback."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from cryoiso import __version__
 from cryoiso.core.config import job_to_toml
-from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
+from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import LineFormatter, PatientFileHandler, duration
 from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
@@ -38,7 +38,6 @@ from cryoiso.pipeline.records.seal import write_seal
 from cryoiso.pipeline.records.trust import programs_of, require_trust, signature
 from cryoiso.pipeline.site.doctor import check_machine
 from cryoiso.pipeline.site.resume_check import check_what_is_left
-from cryoiso.pipeline.stages.basic import STOPPED
 from cryoiso.pipeline.stages.input_hashes import check_given_shards, image_hashed_meanwhile
 from cryoiso.pipeline.stages.table import Stage, stages_of
 from cryoiso.pipeline.work import Work, using_scratch

@@ -33,7 +33,7 @@ def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
         known; in a run with auxiliary particles, or beside another run, also ``before``), ``comparison`` (title,
         settings that differ, sentences; only beside another run), ``auxiliary`` (see ``report.sections.auxiliary``;
         only in such a run), ``correct`` and ``realign`` (see the modules of these names; only where there was such a
-        correction), ``iterations``, ``diagnose`` (as in ``pipeline.stages.diagnose``), ``stages`` (name, seconds),
+        correction), ``iterations``, ``diagnose`` (as in ``methods.assess.measure``), ``stages`` (name, seconds),
         ``provenance`` (label, text), ``job`` (the resolved job).
 
     Raises:

@@ -64,7 +64,7 @@ class Verdict:
 
 
 def judge(numbers: dict[str, Any]) -> Verdict:
-    """The verdict on what `cryoiso.pipeline.stages.diagnose` measured.
+    """The verdict on what `cryoiso.methods.assess.measure` measured.
 
     Args:
         numbers: with ``directional`` and, where poses are known, ``sampling`` and ``views``.

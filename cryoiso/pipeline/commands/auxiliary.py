@@ -22,11 +22,11 @@ from cryoiso.methods.auxiliary.particles import apart, auxiliary_particles, both
 from cryoiso.methods.auxiliary.transfer import measure as measure_transfer
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.commands.basic import FlatFolder
+from cryoiso.pipeline.commands.refine import FlatFolder
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.preflight import check_job
-from cryoiso.pipeline.stages import basic
+from cryoiso.pipeline.stages import ingest
 from cryoiso.pipeline.stages.generate import export, generator_files, load_maker, write_images
 from cryoiso.pipeline.stages.rounds import HALVES
 from cryoiso.pipeline.stages.train import train_into
@@ -54,7 +54,7 @@ def train_files(job: Job, out: Path, comm: Context, *, resume: bool = False) -> 
 
     on_root(comm, check)
     if on_root(comm, lambda: work.shards == work.folder.stage("ingest")):
-        basic.ingest(work)
+        ingest.ingest(work)
     source = work.source()
     particles = on_root(comm, lambda: bare(work.particles()))
     source.particles = particles

@@ -16,10 +16,11 @@ from cryoiso.io.shards import ShardSource
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.commands.basic import begin_refinement, refine_files
+from cryoiso.pipeline.commands.refine import begin_refinement, refine_files
 from cryoiso.pipeline.inputs.reference import PIXEL_TOLERANCE
-from cryoiso.pipeline.stages import basic, engines
+from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
+from cryoiso.pipeline.stages.refine import refine_request
 from cryoiso.pipeline.work import Work, using_scratch
 
 
@@ -60,7 +61,7 @@ def _refine_with(work: Work, auxiliary: ShardSource) -> None:
     from cryoiso.methods.auxiliary.corefine import co_refine
 
     comm, job, out = work.comm, work.job, work.folder.path
-    request = replace(basic.refine_request(work), folder=out / "engine")
+    request = replace(refine_request(work), folder=out / "engine")
     if work.scratch is not None:
         work.scratch.attach(auxiliary, once=job.refine.engine == "relion")
     on_root(comm, request.folder.mkdir, exist_ok=True)

@@ -97,7 +97,7 @@ def _reading(p: Problem, device: str) -> Timed:
 
 def _on_cpu(p: Problem) -> Timed:
     """What runs on CPUs wherever the rest does. Files go into the temporary folder and are removed."""
-    from cryoiso.pipeline.stages.diagnose import diagnose
+    from cryoiso.methods.assess.measure import diagnose
 
     draw = np.random.default_rng(1)
     images = draw.standard_normal((IMAGES, p.box_px, p.box_px), np.float32)

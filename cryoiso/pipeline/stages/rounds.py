@@ -128,3 +128,12 @@ def _post_processed(folder: Path, half: int) -> Path:
     """The map that the user's command made of this half's reference, if there is one."""
     path = folder / f"post{half}.mrc"
     return path if path.exists() else folder / f"reference{half}.mrc"
+
+
+def final_poses(work: Work) -> Path:
+    """The particle file with the run's last poses (rank 0)."""
+    if not work.folder.has("train-1"):
+        return work.folder.stage("refine") / "particles.star"
+    if work.folder.has("local"):
+        return work.folder.stage("local") / "particles.star"
+    return pose_file(work, last_round(work))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cryoiso.core.config import Job
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.stages import basic, corefine
+from cryoiso.pipeline.stages import corefine, diagnose, ingest, reconstruct, reference, refine, report
 from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
@@ -38,9 +38,9 @@ def _correct(work: Work) -> None:
 def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
     """The stages of a job, in order."""
     first: tuple[Stage, ...] = (
-        _stage(folder, "ingest", basic.ingest, continues=True),
-        _stage(folder, "reference", basic.reference),
-        _stage(folder, "refine", basic.refine, continues=True),
+        _stage(folder, "ingest", ingest.ingest, continues=True),
+        _stage(folder, "reference", reference.reference),
+        _stage(folder, "refine", refine.refine, continues=True),
     )
     if job.run.workflow in CO_REFINEMENTS:
         middle = tuple(_stage(folder, name, do, goes_on) for name, do, goes_on in corefine.stages_between(job))
@@ -50,9 +50,9 @@ def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
         middle = ()
     corrected = (_stage(folder, "correct", _correct, continues=True),) if folder.has("correct") else ()
     last = (
-        _stage(folder, "reconstruct", basic.reconstruct),
+        _stage(folder, "reconstruct", reconstruct.reconstruct),
         *corrected,
-        _stage(folder, "diagnose", basic.diagnose),
-        Stage("report", basic.report, ("result", "report.html", "report.json")),
+        _stage(folder, "diagnose", diagnose.diagnose),
+        Stage("report", report.report, ("result", "report.html", "report.json")),
     )
     return first + middle + last

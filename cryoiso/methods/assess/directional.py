@@ -23,9 +23,7 @@ Keys of `sampling` (``estimated``, and ``true`` where known):
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -179,31 +177,3 @@ def sampling(rotation: np.ndarray, symmetry: str) -> dict[str, Any]:
         "points": len(coarse.points),
         "map": np.round(coarse.counts / max(float(coarse.counts.mean()), 1e-9), 3),
     }
-
-
-def write_volume(
-    kind: Literal["fsc3d", "phase-cosine"],
-    half1: Path,
-    half2: Path,
-    mask: Path | None,
-    out: Path,
-    *,
-    pixel_size_A: float | None = None,
-) -> None:
-    """3DFSC, or spIsoNet's mean phase cosine, of two half-map files as an MRC file (its voxel is that of the maps).
-
-    Raises:
-        InputError: unreadable files, or maps on different grids.
-    """
-    from cryoiso.io.mrc import write_map
-    from cryoiso.metrics.anisotropy import phase_cosine
-    from cryoiso.metrics.fsc3d import fsc3d
-    from cryoiso.pipeline.inputs.grids import read_mask
-    from cryoiso.pipeline.inputs.map_pairs import read_half_maps
-    from cryoiso.pipeline.stages.half_maps import make_mask
-
-    one, two, _ = read_half_maps(half1, half2, pixel_size_A)
-    full = replace(one, data=(one.data + two.data) / 2)
-    inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
-    measure = fsc3d if kind == "fsc3d" else phase_cosine
-    write_map(out, measure(one.data, two.data, inside), one.pixel_size_A)

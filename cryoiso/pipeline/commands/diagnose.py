@@ -1,0 +1,82 @@
+"""The command ``diagnose`` on plain files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cryoiso.core.types import Particles
+from cryoiso.io import read_particle_file
+from cryoiso.io.mrc import read_map
+from cryoiso.pipeline.inputs.grids import read_mask, require_grid
+from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+from cryoiso.pipeline.inputs.standard_frame import warn_of_symmetry
+from cryoiso.pipeline.stages.half_maps import make_mask
+
+logger = logging.getLogger("cryoiso")
+
+
+def diagnose_files(
+    half1: Path, half2: Path, mask: Path | None, particles: Path | None, symmetry: str,
+    truth_particles: Path | None, truth_map: Path | None, *, pixel_size_A: float | None = None, seed: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """The numbers of ``methods.assess.measure`` from files.
+
+    Raises:
+        InputError: unreadable files, or maps on different grids.
+    """
+    from cryoiso.methods.assess.measure import diagnose
+    from cryoiso.physics.symmetry import point_group
+
+    point_group(symmetry)
+    one, two, _ = read_half_maps(half1, half2, pixel_size_A)
+    truth = read_map(truth_map, pixel_size_A) if truth_map else None
+    if truth is not None:
+        require_grid(truth, one.box_px, one.pixel_size_A, truth_map, "the half-maps")
+    full = replace(one, data=(one.data + two.data) / 2)
+    inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
+    doubt = warn_of_symmetry(full, symmetry, f"the mean of {half1.name} and {half2.name}")
+    found = diagnose(
+        one.data, two.data, inside, one.pixel_size_A,
+        _posed(particles, symmetry),
+        symmetry,
+        truth_particles=_posed(truth_particles, symmetry),
+        truth_map=None if truth is None else truth.data,
+        seed=seed,
+    )  # fmt: skip
+    found["notes"] += [doubt] if doubt else []
+    return found
+
+
+def _posed(file: Path | None, symmetry: str) -> Particles | None:
+    return read_particle_file(file, "", ("pose",), symmetry=symmetry) if file else None
+
+
+def write_volume(
+    kind: Literal["fsc3d", "phase-cosine"],
+    half1: Path,
+    half2: Path,
+    mask: Path | None,
+    out: Path,
+    *,
+    pixel_size_A: float | None = None,
+) -> None:
+    """3DFSC, or spIsoNet's mean phase cosine, of two half-map files as an MRC file (its voxel is that of the maps).
+
+    Raises:
+        InputError: unreadable files, or maps on different grids.
+    """
+    from cryoiso.io.mrc import write_map
+    from cryoiso.metrics.anisotropy import phase_cosine
+    from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.pipeline.inputs.grids import read_mask
+    from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+    from cryoiso.pipeline.stages.half_maps import make_mask
+
+    one, two, _ = read_half_maps(half1, half2, pixel_size_A)
+    full = replace(one, data=(one.data + two.data) / 2)
+    inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
+    measure = fsc3d if kind == "fsc3d" else phase_cosine
+    write_map(out, measure(one.data, two.data, inside), one.pixel_size_A)

@@ -1,0 +1,51 @@
+"""The command ``reconstruct`` on plain files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from cryoiso.core.config import Job
+from cryoiso.core.errors import CryoisoError
+from cryoiso.core.types import Particles
+from cryoiso.io import ingest as io_ingest
+from cryoiso.io import read_job_particles
+from cryoiso.io.sources import StackSource
+from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline.inputs.half_sets import assign_halves
+from cryoiso.pipeline.inputs.particle_tables import bare
+from cryoiso.pipeline.stages.half_maps import Support, write_reconstruction
+
+logger = logging.getLogger("cryoiso")
+
+
+def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
+    """Half-maps, their mean and the weighted map from the poses of a particle file, its images read in place.
+
+    Collective.
+    """
+
+    def read() -> Particles:
+        from cryoiso.physics.symmetry import point_group
+
+        section = job.particles
+        point_group(job.sample.symmetry)
+        found = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
+        found = replace(found, groups=io_ingest.check_stacks(found, section.file))
+        out.mkdir(parents=True, exist_ok=True)
+        return bare(assign_halves(found, job.run.seed, section.file))
+
+    comm.device_preference = job.run.device
+    particles = on_root(comm, read)
+    source, error = None, None
+    try:
+        source = StackSource(particles, job.particles, job.particles.file)
+    except CryoisoError as caught:
+        error = caught
+    agree(comm, error)
+    write_reconstruction(
+        source, particles, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
+        pixel_size_A=particles.first_group.pixel_size_A, support=Support(seed=job.run.seed),
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""The stage ``reference``: the starting reference on the particles' grid."""
+
+from __future__ import annotations
+
+import logging
+
+from cryoiso.io.atomic import write_json
+from cryoiso.io.mrc import write_map
+from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.work import Work
+
+logger = logging.getLogger("cryoiso")
+
+
+def reference(work: Work) -> None:
+    """The reference on the particles' grid: as it is, and low-passed as the refinement starts from it."""
+    on_root(work.comm, _write_reference, work)
+
+
+def _write_reference(work: Work) -> None:
+    made, folder, lowpass_A = work.reference(), work.folder.stage("reference"), work.job.reference.lowpass_A
+    write_map(folder / "reference.mrc", made.map.data, made.map.pixel_size_A)
+    write_map(folder / "initial.mrc", made.initial.data, made.initial.pixel_size_A)
+    facts = {
+        "source": made.source,
+        "lowpass_A": lowpass_A,
+        "diameter_A": round(made.diameter_A, 3),
+        "box_px": made.map.box_px,
+        "pixel_size_A": made.map.pixel_size_A,
+    }
+    if made.fit is not None:
+        facts["fit"] = made.fit.facts()
+    write_json(folder / "reference.json", facts)
+    logger.info("reference: %s, low-passed at %g Å, diameter %.0f Å", made.source, lowpass_A, made.diameter_A)
