@@ -15,14 +15,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cryoiso.core.batch_system import SYSTEMS
 from cryoiso.core.errors import MissingError
 from cryoiso.engines import watchdog
 
 _MPI = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL", "MPIR_", "PALS_", "MV2_COMM", "ORTE_")
-_STEP = (
-    "SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_GTIDS", "SLURM_TASK_PID", "SLURM_SRUN",
-    "SLURM_LAUNCH", "SLURM_MPI", "SLURM_PMI", "SLURM_DISTRIBUTION", "SLURM_CPU_BIND", "SLURM_NTASKS_PER", "SLURM_UMASK",
-)  # fmt: skip
 _MEANT_BY_USER = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_", "PRTE_MCA_")
 
 
@@ -37,7 +34,9 @@ def clean_environment(extra: Mapping[str, str] | None = None, *, keep_allocation
         keep_allocation: leave the batch system's description of the allocation (SLURM_JOB_*, ...), for launchers of
             the site such as ``srun``; what describes the step and rank of this process goes all the same.
     """
-    gone = _MPI + (_STEP if keep_allocation else ("SLURM_",))
+    gone: tuple[str, ...] = _MPI
+    for system in SYSTEMS:
+        gone += system.step if keep_allocation or not system.prefix else (system.prefix,)
     kept = {k: v for k, v in os.environ.items() if not k.startswith(gone) or _by_user(k)}
     return {**kept, **(extra or {})}
 

@@ -45,25 +45,15 @@ def start_of(pid: int) -> str:
 
 def whoami() -> dict[str, Any]:
     """This process, as nothing else is called: host and its boot, number and start, and the batch job it belongs to."""
+    from cryoiso.core.batch_system import this_start  # this file is also started alone, without the package
+
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
         "pid_namespace": pid_namespace(),
         "pid": os.getpid(),
         "started": start_of(os.getpid()),
-        **batch_job(),
-    }
-
-
-def batch_job() -> dict[str, str]:
-    """The batch job of this process, and which start of it: a requeued job keeps its number.
-
-    Only Slurm counts starts; the scripts for PBS and LSF say when theirs was (CRYOISO_JOB_START).
-    """
-    env = os.environ
-    return {
-        "job": env.get("SLURM_JOB_ID") or env.get("PBS_JOBID") or env.get("LSB_JOBID") or "",
-        "restart": env.get("SLURM_RESTART_COUNT") or env.get("CRYOISO_JOB_START") or "0",
+        **this_start(),
     }
 
 

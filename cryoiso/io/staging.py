@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cryoiso.core.batch_system import PBS, SLURM
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.io.atomic import temporary_name
 from cryoiso.io.regular_file import open_regular
 
 logger = logging.getLogger("cryoiso")
 BLOCK = 8 << 20
-VARIABLES = ("SLURM_TMPDIR", "LOCAL_SCRATCH", "SNIC_TMP", "PBS_JOBFS", "TMPDIR")
+VARIABLES = (SLURM.local_disk, "LOCAL_SCRATCH", "SNIC_TMP", PBS.local_disk, "TMPDIR")
 """Where sites say that a node's own disk is, the more telling names first."""
 NETWORK = (
     "nfs", "lustre", "gpfs", "beegfs", "fhgfs", "cifs", "smb", "ceph", "glusterfs", "pvfs", "orangefs", "afs", "9p",

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from cryoiso.core.batch_system import BY_KEY, Submission
 from cryoiso.core.errors import CryoisoError, MissingError, UsageError
 from cryoiso.parallel.mpi_probe import outside_launcher
 
@@ -23,22 +24,25 @@ def submit_command(scheduler: str, script: Path, after: str = "") -> list[str]:
     Raises:
         UsageError: there is no batch system.
     """
-    if scheduler == "slurm":
-        wait = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-        return ["sbatch", "--parsable", *wait, str(script)]
-    if scheduler == "pbs":
-        return ["qsub", *(["-W", f"depend=afterok:{after}"] if after else []), str(script)]
-    if scheduler == "lsf":
-        return ["bsub", *(["-w", f"done({after})"] if after else [])]
-    raise UsageError(f"--submit: there is no batch system to submit to; start it with 'bash {script}'")
+    how = _submission(scheduler)
+    if how is None:
+        raise UsageError(f"--submit: there is no batch system to submit to; start it with 'bash {script}'")
+    wait = [word.format(job=after) for word in how.after] if after else []
+    return [*how.command, *wait, *([] if how.script_on_stdin else [str(script)])]
+
+
+def _submission(scheduler: str) -> Submission | None:
+    system = BY_KEY.get(scheduler)
+    return None if system is None else system.submission
 
 
 def in_words(scheduler: str, script: Path, after: str = "") -> str:
     """What a person would type to submit, or start, a script."""
-    if scheduler == "mpirun":
+    how = _submission(scheduler)
+    if how is None:
         return f"bash {shlex.quote(str(script))}"
     words = shlex.join(submit_command(scheduler, script, after))
-    return f"{words} < {shlex.quote(str(script))}" if scheduler == "lsf" else words
+    return f"{words} < {shlex.quote(str(script))}" if how.script_on_stdin else words
 
 
 def submit(scheduler: str, scripts: list[Path]) -> list[str]:
@@ -61,10 +65,12 @@ def submit(scheduler: str, scripts: list[Path]) -> list[str]:
 
 
 def _job_id(scheduler: str, command: list[str], script: Path) -> str:
+    how = _submission(scheduler)
+    assert how is not None  # or there is no command
     try:
         with open(script, encoding="utf-8") as stream:
             done = subprocess.run(
-                command, stdin=stream if scheduler == "lsf" else subprocess.DEVNULL, capture_output=True, text=True,
+                command, stdin=stream if how.script_on_stdin else subprocess.DEVNULL, capture_output=True, text=True,
                 timeout=_TIMEOUT_S, env=outside_launcher(), check=False,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -72,8 +78,7 @@ def _job_id(scheduler: str, command: list[str], script: Path) -> str:
             f"{command[0]} has not answered for {_TIMEOUT_S:.0f} s; look whether {script} is queued"
         ) from None
     said = done.stdout.strip()
-    found = {"slurm": r"^(\d+)", "pbs": r"^(\S+)$", "lsf": r"Job <(\d+)>"}[scheduler]
-    number = re.search(found, said, flags=re.MULTILINE)
+    number = re.search(how.job_id, said, flags=re.MULTILINE)
     if done.returncode != 0 or number is None:
         raise CryoisoError(f"{command[0]} did not take {script}: {done.stderr.strip() or said or 'no reason given'}")
     return number[1]

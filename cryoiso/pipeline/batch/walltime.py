@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from cryoiso.core.batch_system import LSF, PBS, SLURM, SYSTEMS, current
+
 ASK_S = 5.0
 """A batch system that has not answered by then is not asked again."""
 Ask = Callable[[list[str]], str]
+END = "CRYOISO_END_TIME"
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,20 @@ class End:
 def job_end(env: Mapping[str, str] | None = None, ask: Ask | None = None, now: float | None = None) -> End | None:
     """The job's end by the environment, else by the batch system's programs; None if nobody knows.
 
-    CRYOISO_END_TIME and SLURM_JOB_END_TIME are seconds since the epoch; the first is what our batch scripts export, and
-    may be set by hand.
+    CRYOISO_END_TIME, which our batch scripts export and which may be set by hand, and a system's own variable are
+    seconds since the epoch.
     """
     env, ask, now = os.environ if env is None else env, ask or _ask, time.time() if now is None else now
-    for name in ("CRYOISO_END_TIME", "SLURM_JOB_END_TIME"):
+    for name in (END, *(system.end for system in SYSTEMS if system.end)):
         seconds = _number(env.get(name, ""))
         if seconds is not None:
             return End(seconds, name)
-    if job := env.get("SLURM_JOB_ID"):
-        return _slurm(job, ask)
-    if job := env.get("PBS_JOBID"):
-        return _pbs(job, env, ask, now)
-    if job := env.get("LSB_JOBID"):
-        return _lsf(job, ask, now)
-    return None
+    system = current(env)
+    query = None if system is None else QUERIES.get(system.key)
+    return None if system is None or query is None else query(env[system.variables["job"]], env, ask, now)
 
 
-def _slurm(job: str, ask: Ask) -> End | None:
+def _slurm(job: str, env: Mapping[str, str], ask: Ask, now: float) -> End | None:
     end = _date(ask(["squeue", "-h", "-j", job, "-o", "%e"]).strip())
     if end is not None:
         return End(end, "squeue")
@@ -69,9 +68,13 @@ def _pbs(job: str, env: Mapping[str, str], ask: Ask, now: float) -> End | None:
     return None if seconds is None else End(_session_began(now) + seconds, "PBS_WALLTIME")
 
 
-def _lsf(job: str, ask: Ask, now: float) -> End | None:
+def _lsf(job: str, env: Mapping[str, str], ask: Ask, now: float) -> End | None:
     match = re.search(r"(\d+):(\d+)", ask(["bjobs", "-noheader", "-o", "time_left", job]))
     return End(now + 3600 * int(match[1]) + 60 * int(match[2]), "bjobs") if match else None
+
+
+QUERIES = {SLURM.key: _slurm, PBS.key: _pbs, LSF.key: _lsf}
+"""(job number, environment, how to ask a program, now) -> its end."""
 
 
 def _ask(command: list[str]) -> str:

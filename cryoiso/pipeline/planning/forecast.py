@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from cryoiso.core import batch_system
 from cryoiso.core.log import duration
 from cryoiso.core.progress import Board, board
 from cryoiso.parallel import signals
@@ -162,5 +163,6 @@ def _keep_looking(forecast: Forecast, done: threading.Event) -> None:
 
 def _began() -> float:
     """When the batch job began; now, if nobody says."""
-    text = os.environ.get("SLURM_JOB_START_TIME", "")
+    system = batch_system.current()
+    text = os.environ.get(system.start, "") if system is not None and system.start else ""
     return float(text) if text.isdigit() else time.time()

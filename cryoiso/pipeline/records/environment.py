@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cryoiso
+from cryoiso.core import batch_system
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.launcher import thread_count
 
@@ -22,18 +23,6 @@ PACKAGES = (
 )
 LABELS = Path("/.singularity.d/labels.json")
 """Where Apptainer and Singularity keep the labels of an image, its build date among them."""
-SCHEDULERS: dict[str, dict[str, str]] = {
-    "Slurm": {
-        "job": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "cluster": "SLURM_CLUSTER_NAME",
-        "partition": "SLURM_JOB_PARTITION", "name": "SLURM_JOB_NAME", "restarts": "SLURM_RESTART_COUNT",
-        "array_task": "SLURM_ARRAY_TASK_ID",
-    },
-    "PBS": {"job": "PBS_JOBID", "nodes": "PBS_NODEFILE", "partition": "PBS_QUEUE", "name": "PBS_JOBNAME"},
-    "LSF": {"job": "LSB_JOBID", "nodes": "LSB_HOSTS", "partition": "LSB_QUEUE", "name": "LSB_JOBNAME"},
-    "Flux": {"job": "FLUX_JOB_ID"},
-    "Grid Engine": {"job": "JOB_ID", "nodes": "PE_HOSTFILE", "partition": "QUEUE", "name": "JOB_NAME"},
-}  # fmt: skip
-"""Variables by which a batch system tells a job of itself; the first one with a job counts."""
 
 
 def describe(comm: Context, device: str) -> dict[str, Any]:
@@ -102,16 +91,14 @@ def container(env: Mapping[str, str] | None = None, labels: Path = LABELS) -> di
 
 def batch_job(env: Mapping[str, str] | None = None) -> dict[str, str]:
     """The batch job that the program runs in, as its batch system tells; empty outside of one."""
-    env = os.environ if env is None else env
-    for name, variables in SCHEDULERS.items():
-        if env.get(variables["job"]):
-            facts = {key: env[variable] for key, variable in variables.items() if env.get(variable)}
-            if "nodes" in facts and os.path.isfile(facts["nodes"]):
-                with suppress(OSError):
-                    lines = Path(facts["nodes"]).read_text(encoding="utf-8").splitlines()
-                    facts["nodes"] = ",".join(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
-            return {"name_of_system": name, **facts}
-    return {}
+    system, facts = batch_system.current(env), batch_system.job_facts(env)
+    if system is None:
+        return {}
+    if "nodes" in facts and os.path.isfile(facts["nodes"]):
+        with suppress(OSError):
+            lines = Path(facts["nodes"]).read_text(encoding="utf-8").splitlines()
+            facts["nodes"] = ",".join(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+    return {"name_of_system": system.title, **facts}
 
 
 def cpu_model() -> str:

@@ -19,10 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core.batch_system import this_start
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.io.atomic import disk_full, is_full
 from cryoiso.io.regular_file import read_regular_text
-from cryoiso.io.scratch_lease import batch_job, pid_namespace, start_of
+from cryoiso.io.scratch_lease import pid_namespace, start_of
 
 BEAT_S = 20.0
 STALE_AFTER_S = 300.0
@@ -90,7 +91,7 @@ def _self() -> dict[str, Any]:
         "pid": os.getpid(),
         "numbering": pid_namespace(),
         "started": start_of(os.getpid()),
-        **batch_job(),
+        **this_start(),
     }
 
 
