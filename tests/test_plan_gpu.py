@@ -17,10 +17,10 @@ from cryoiso.pipeline.planning.job_size import Problem, problem_of
 from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
 from cryoiso.pipeline.planning.rates import BUILT_IN, Rates, built_in, guessed
 from cryoiso.pipeline.planning.timing import note_timing, predicted_stages, save_timing
-from cryoiso.pipeline.planning.workload import KERNELS, Assumed, kind_of
+from cryoiso.pipeline.planning.workload import KERNELS, Assumed
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import folder_stages
+from cryoiso.pipeline.workflow import folder_stages, kind_of
 
 GPU = Layout(1, 1, 1)
 APART = {"gemm": 0.5, "local": 2.0, "insert": 3.0, "transform": 0.4, "read": 2.5}

@@ -15,6 +15,8 @@ logger = logging.getLogger("cryoiso")
 
 SURE = 4.0
 """Standard errors that a contrast must reach to be believed."""
+CONTRADICTION = 0.5
+"""A contrast of the other sign at another radius may reach this share of the largest; hollow particles exceed it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def decide_sign(particles: Particles, settings: IngestSettings, file: object = N
     "yes" and "no" of ``settings.invert`` win; then blob/sign of the source; then the data: the mean of the centre
     against the background, after weighting the Fourier transform by the CTF where that is known (so that the low
     frequencies all count with the right sign). Where neither tells, the images are taken as they are, with a warning:
-    RELION's own extraction stores white protein.
+    RELION's own extraction stores white protein. So they are where the particles are hollow, seen as they mostly are:
+    their centre is darker than the background around them, and tells nothing about the protein.
 
     Args:
         sample: number of images looked at, spread evenly over the set; five times as many if they leave a doubt.
@@ -72,11 +75,14 @@ def decide_sign(particles: Particles, settings: IngestSettings, file: object = N
             logger.warning("%s: blob/sign contradicts the images (contrast %.1f); blob/sign is believed", file, z)
         return SignDecision(known, "blob/sign of the .cs file", z)
     _warn_of_both_signs(particles, rows, differences, file)
-    if abs(z) < SURE:
+    against = _against(_errors(differences))
+    hollow = against > max(SURE, CONTRADICTION * abs(z))
+    if abs(z) < SURE or hollow:
+        other = f" at one radius, {-np.sign(z) * against:.1f} at another" if hollow else ""
         logger.warning(
-            "the images do not tell whether protein is white or dark (contrast %.1f); taken as white. "
+            "the images do not tell whether protein is white or dark (%s); taken as white. "
             "Set invert under [particles] if that is wrong.",
-            z,
+            f"contrast {z:.1f}{other}",
         )
         return SignDecision(ones, "undecided by the data, taken as white", z)
     return SignDecision(ones * np.int8(1 if z > 0 else -1), "decided by the data", z)
@@ -117,6 +123,12 @@ def _errors(d: np.ndarray) -> np.ndarray:
 
 def _largest(z: np.ndarray) -> float:
     return float(z[np.abs(z).argmax()])
+
+
+def _against(z: np.ndarray) -> float:
+    """The largest contrast whose sign is not that of the largest of all, without its sign."""
+    other = z[np.sign(z) != np.sign(_largest(z))]
+    return float(np.abs(other).max(initial=0.0))
 
 
 def _warn_of_both_signs(particles: Particles, rows: np.ndarray, differences: np.ndarray, file: object) -> None:

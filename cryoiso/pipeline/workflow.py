@@ -1,11 +1,54 @@
-"""Which stages a workflow has: names alone, from the job."""
+"""Which stages a workflow has, and one record per kind of stage: what everybody else needs to know about it.
+
+What a stage does is in ``stages.table``; what it costs, by the same kinds, in ``planning``.
+"""
 
 from __future__ import annotations
+
+import re
+from dataclasses import dataclass
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
 from cryoiso.pipeline.records.run_folder import REALIGN_STAGES, REFINE_STAGES
 
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A kind of stage; the rounds of a co-refinement (``corefine-2``) are of one kind."""
+
+    kind: str
+    resumes: bool = False
+    """Whether it can go on from what an interrupted attempt left; otherwise it starts afresh."""
+    on_gpu: bool = True
+    """Whether it computes on the GPU of a run that has one."""
+    reads_images: bool = True
+    searches: bool = False
+    """Whether an engine refines poses in it."""
+    auxiliaries: bool = False
+    """Whether it holds auxiliary particles beside the raw ones."""
+    like: str = ""
+    """Kind that does mostly the same with another number of images: its times tell about this one."""
+
+
+RECORDS = {
+    record.kind: record
+    for record in (
+        StageRecord("ingest", resumes=True, on_gpu=False),
+        StageRecord("reference", on_gpu=False, reads_images=False),
+        StageRecord("refine", resumes=True, searches=True),
+        StageRecord("micelle", resumes=True),
+        StageRecord("train", resumes=True),
+        StageRecord("generate", resumes=True, auxiliaries=True),
+        StageRecord("corefine", resumes=True, searches=True, auxiliaries=True, like="refine"),
+        StageRecord("local", resumes=True, searches=True, like="refine"),
+        StageRecord("reconstruct"),
+        StageRecord("correct", resumes=True, reads_images=False),
+        StageRecord("diagnose", on_gpu=False, reads_images=False),
+        StageRecord("report", on_gpu=False, reads_images=False),
+    )
+}
+"""Kind -> record, of every stage of every workflow."""
 WITHOUT_GPU = ("ingest", "reference")
 """The first stages of every workflow; nothing in them is computed on a GPU."""
 CO_REFINEMENTS = ("auxiliary", "both")
@@ -34,3 +77,17 @@ def _co_refinement_stages(job: Job) -> tuple[str, ...]:
     local = ["local"] if job.auxiliary.balance else []
     correct = ["correct"] if job.run.workflow == "both" else []
     return ("ingest", "reference", "refine", *micelle, *rounds, *local, "reconstruct", *correct, "diagnose")
+
+
+def kind_of(stage: str) -> str:
+    """Kind of a stage: corefine-2 -> corefine."""
+    return re.sub(r"-\d+$", "", stage)
+
+
+def record_of(stage: str) -> StageRecord:
+    """The record of a stage.
+
+    Raises:
+        KeyError: no such kind.
+    """
+    return RECORDS[kind_of(stage)]

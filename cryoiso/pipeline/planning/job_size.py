@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -19,7 +19,7 @@ from cryoiso.io.shards import CHUNK_IMAGES, ShardSource
 from cryoiso.io.shardset import SHARD_BYTES, SPREAD
 from cryoiso.io.stack import StackReader
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import folder_stages
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages, kind_of
 
 PARAMETERS = {
     ("generator", "small"): 122_000, ("generator", "paper"): 7_292_000, ("unet", "small"): 429_000,
@@ -152,8 +152,7 @@ def _made_shards(name: str, p: Problem) -> Stored:
 
 def disk(p: Problem, ranks: int = 1) -> list[Stored]:
     """Bytes and files that every stage leaves, in order, the folder's own files last."""
-    known = {"truth": bool(p.job.truth.particles), "true_map": bool(p.job.truth.map)}
-    found = [_stage(name, p, known["truth"]) for name in folder_stages(p.job)]
+    found = [DISK[kind_of(name)](name, p) for name in folder_stages(p.job)]
     return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 8 + ranks)]
 
 
@@ -173,29 +172,20 @@ def preset_of(preset: str, device: str) -> str:
 
 def _pictures(p: Problem) -> int:
     """A report that compares before and after is twice as large."""
-    return 2 if p.job.run.workflow in ("auxiliary", "both") else 1
+    return 2 if p.job.run.workflow in CO_REFINEMENTS else 1
 
 
-def _stage(name: str, p: Problem, truth: bool) -> Stored:
-    kind = re.sub(r"-\d+$", "", name)
-    if kind == "ingest":
-        if p.with_shards:
-            return Stored(name, 0, 0)
-        made = _shards(name, p.particles, p)
-        return Stored(name, made.bytes + 1200, made.files + 2)
-    if kind == "reference":
-        return Stored(name, 2 * p.map_bytes + 300, 3)
-    if kind == "refine":
-        if p.job.auxiliary.poses == "given" and p.job.run.workflow in ("auxiliary", "both"):
-            return Stored(name, 3 * p.map_bytes + _star(p), 5)
-        return _refined(name, p)
-    if kind == "reconstruct":
-        return _reconstructed(name, p, truth)
-    if kind == "diagnose":
-        return Stored(name, 140_000 * _pictures(p), 1)
-    if kind == "correct":
-        return _corrected(name, p)
-    return _auxiliary(kind, name, p)
+def _ingested(name: str, p: Problem) -> Stored:
+    if p.with_shards:
+        return Stored(name, 0, 0)
+    made = _shards(name, p.particles, p)
+    return Stored(name, made.bytes + 1200, made.files + 2)
+
+
+def _refined_or_given(name: str, p: Problem) -> Stored:
+    if p.job.auxiliary.poses == "given" and p.job.run.workflow in CO_REFINEMENTS:
+        return Stored(name, 3 * p.map_bytes + _star(p), 5)
+    return _refined(name, p)
 
 
 def _star(p: Problem, n: int | None = None) -> int:
@@ -229,9 +219,9 @@ def with_temporary(stored: Stored, size: int, files: int) -> Stored:
     return replace(stored, temporary_bytes=more[0], temporary_files=more[1])
 
 
-def _reconstructed(name: str, p: Problem, truth: bool) -> Stored:
+def _reconstructed(name: str, p: Problem) -> Stored:
     """Halves, mean, weighted mean and mask; halves, mean and weighted mean again for each further set of poses."""
-    more = truth + (p.job.run.workflow in ("auxiliary", "both"))
+    more = bool(p.job.truth.particles) + (p.job.run.workflow in CO_REFINEMENTS)
     maps = 5 + 4 * more
     return Stored(name, maps * p.map_bytes + 100, maps + 1)
 
@@ -252,26 +242,38 @@ def _corrected(name: str, p: Problem) -> Stored:
     return with_temporary(left, trainings * CHECKPOINTS * weights, 3 * trainings)
 
 
-def _auxiliary(kind: str, name: str, p: Problem) -> Stored:
+def _trained(name: str, p: Problem) -> Stored:
     generators = 1 if p.job.auxiliary.generators == "shared" else 2
-    if kind == "train":
-        weights = 4 * PARAMETERS["generator", preset_of(p.job.auxiliary.preset, p.device)]
-        if not p.job.auxiliary.has_network:
-            weights = 0
-        left = Stored(name, generators * (p.map_bytes + weights) + 60_000, generators + 1 + bool(weights))
-        return with_temporary(left, generators * CHECKPOINTS * weights, 3 * generators * bool(weights))
-    if kind == "generate":
-        made = _made_shards(name, p)
-        stacks = (4 * p.box_px**2 + 1024) * p.auxiliaries if p.job.auxiliary.export else 0
-        return Stored(name, made.bytes + stacks + 100_000, made.files + 3 + 3 * p.job.auxiliary.export)
-    if kind == "corefine":
-        return _round_of(_refined(name, p, p.auxiliaries), p)
-    if kind == "local":
-        return _round_of(_refined(name, p), p)
-    return Stored(name, 8 * p.map_bytes + 10_000, 10)  # micelle
+    weights = 4 * PARAMETERS["generator", preset_of(p.job.auxiliary.preset, p.device)]
+    if not p.job.auxiliary.has_network:
+        weights = 0
+    left = Stored(name, generators * (p.map_bytes + weights) + 60_000, generators + 1 + bool(weights))
+    return with_temporary(left, generators * CHECKPOINTS * weights, 3 * generators * bool(weights))
+
+
+def _generated(name: str, p: Problem) -> Stored:
+    made = _made_shards(name, p)
+    stacks = (4 * p.box_px**2 + 1024) * p.auxiliaries if p.job.auxiliary.export else 0
+    return Stored(name, made.bytes + stacks + 100_000, made.files + 3 + 3 * p.job.auxiliary.export)
 
 
 def _round_of(engine: Stored, p: Problem) -> Stored:
     """A round's maps, particles and summary beside what the engine leaves."""
     size, files = engine.bytes + 5 * p.map_bytes + _star(p) + 20_000, engine.files + 7
     return replace(engine, bytes=size, files=files)
+
+
+DISK: dict[str, Callable[[str, Problem], Stored]] = {
+    "ingest": _ingested,
+    "reference": lambda name, p: Stored(name, 2 * p.map_bytes + 300, 3),
+    "refine": _refined_or_given,
+    "micelle": lambda name, p: Stored(name, 8 * p.map_bytes + 10_000, 10),
+    "train": _trained,
+    "generate": _generated,
+    "corefine": lambda name, p: _round_of(_refined(name, p, p.auxiliaries), p),
+    "local": lambda name, p: _round_of(_refined(name, p), p),
+    "reconstruct": _reconstructed,
+    "correct": _corrected,
+    "diagnose": lambda name, p: Stored(name, 140_000 * _pictures(p), 1),
+}
+"""Kind of stage with a folder -> bytes and files that it leaves there."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -14,7 +14,7 @@ from cryoiso.core.errors import MissingError
 from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.planning.job_size import PARAMETERS, Problem, Stored, disk, most, preset_of, problem_of
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import folder_stages
+from cryoiso.pipeline.workflow import RECORDS, folder_stages, kind_of
 
 GRID_VOXEL_BYTES = 24
 """Of the sums of back-projection: three 64-bit integers."""
@@ -93,8 +93,8 @@ def metadata_of_stages(p: Problem) -> dict[str, int]:
     """Bytes of main memory that rank 0 holds in each stage beside what every rank does: the source's text."""
     found = {}
     for name in folder_stages(p.job):
-        kind = _kind(name)
-        each = REFINED_ROW_BYTES if kind in ("refine", "corefine", "local") else ROW_BYTES
+        kind = kind_of(name)
+        each = REFINED_ROW_BYTES if RECORDS[kind].searches else ROW_BYTES
         found[name] = int(MEMORY_MARGIN * (each - COLUMNS_BYTES) * _particles(kind, p))
     return found
 
@@ -106,8 +106,8 @@ def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
     """
     found = {}
     for name in folder_stages(p.job):
-        kind = _kind(name)
-        held = PROGRAM_BYTES + COLUMNS_BYTES * _particles(kind, p) + _stage(kind, p, ranks)
+        kind = kind_of(name)
+        held = PROGRAM_BYTES + COLUMNS_BYTES * _particles(kind, p) + MEMORY[kind](p, ranks)
         found[name] = int(MEMORY_MARGIN * held)
     return found
 
@@ -115,44 +115,33 @@ def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
 def gpu_memory(p: Problem, ranks: int) -> dict[str, int]:
     """Most bytes of a GPU that a rank holds in each stage that computes there."""
     p = p if p.device != "cpu" else replace(p, device="cuda")
-    works: dict[str, Callable[[], int]] = {
-        "refine": lambda: _refinement_and_loop("refine", p, ranks),
-        "corefine": lambda: _refinement_and_loop("corefine", p, ranks),
-        "local": lambda: _refinement_and_loop("local", p, ranks),
-        "micelle": lambda: _reconstruction(p, ranks),
-        "reconstruct": lambda: _reconstruction(p, ranks),
-        "train": lambda: _generator_training(p, ranks),
-        "generate": lambda: _generation(p),
-        "correct": lambda: _correction(p, ranks, p.job.correct.mode),
+    kinds = {name: kind_of(name) for name in folder_stages(p.job)}
+    return {
+        name: int(MEMORY_MARGIN * (GPU_BYTES + GPU[kind](p, ranks)))
+        for name, kind in kinds.items()
+        if RECORDS[kind].on_gpu
     }
-    kinds = {name: _kind(name) for name in folder_stages(p.job)}
-    return {name: int(MEMORY_MARGIN * (GPU_BYTES + works[kind]())) for name, kind in kinds.items() if kind in works}
-
-
-def _kind(stage: str) -> str:
-    return re.sub(r"-\d+$", "", stage)
 
 
 def _particles(kind: str, p: Problem) -> int:
-    return p.particles + (p.auxiliaries if kind in ("corefine", "generate") else 0)
+    return p.particles + (p.auxiliaries if RECORDS[kind].auxiliaries else 0)
 
 
-def _stage(kind: str, p: Problem, ranks: int) -> int:
-    """Main memory of a stage's own arrays."""
-    on_gpu = p.device != "cpu"
-    if kind in ("refine", "corefine", "local"):
-        return _refinement_and_loop(kind, p, ranks)
-    if kind in ("reconstruct", "micelle"):
-        return _reconstruction(p, ranks)
-    if kind == "diagnose":
-        return 25 * p.map_bytes
-    if kind == "train":
-        return _images_kept(p) + (TRAINING_MAPS * p.map_bytes if on_gpu else _generator_training(p, ranks))
-    if kind == "generate":
-        return (128 << 20) + (0 if on_gpu else _generation(p))
-    if kind == "correct":
-        return (128 << 20) + (TRAINING_MAPS * p.map_bytes if on_gpu else _correction(p, ranks, p.job.correct.mode))
+def _little(p: Problem, ranks: int) -> int:
     return 128 << 20
+
+
+def _train(p: Problem, ranks: int) -> int:
+    return _images_kept(p) + (TRAINING_MAPS * p.map_bytes if p.device != "cpu" else _generator_training(p, ranks))
+
+
+def _generate(p: Problem, ranks: int) -> int:
+    return _little(p, ranks) + (0 if p.device != "cpu" else _generation(p))
+
+
+def _correct(p: Problem, ranks: int) -> int:
+    own = TRAINING_MAPS * p.map_bytes if p.device != "cpu" else _correction(p, ranks, p.job.correct.mode)
+    return _little(p, ranks) + own
 
 
 # --- refinement
@@ -269,3 +258,22 @@ def _correction(p: Problem, ranks: int, mode: str) -> int:
     step = trained("unet", settings.preset, passes * maps * settings.cube_px**3, p.device, alone=maps == 1)
     applied = APPLIED_BYTES["unet", settings.preset] * tile_px(settings, p.box_px) ** 3
     return int(max(step, applied) + TRAINING_MAPS * p.map_bytes)
+
+
+# --- by kind of stage
+
+Bytes = Callable[[Problem, int], int]
+MEMORY: dict[str, Bytes] = {
+    "ingest": _little, "reference": _little, "refine": partial(_refinement_and_loop, "refine"),
+    "micelle": _reconstruction, "train": _train, "generate": _generate,
+    "corefine": partial(_refinement_and_loop, "corefine"), "local": partial(_refinement_and_loop, "local"),
+    "reconstruct": _reconstruction, "correct": _correct, "diagnose": lambda p, ranks: 25 * p.map_bytes,
+    "report": _little,
+}  # fmt: skip
+"""Kind of stage -> main memory of its own arrays."""
+GPU: dict[str, Bytes] = {
+    "refine": MEMORY["refine"], "corefine": MEMORY["corefine"], "local": MEMORY["local"], "micelle": _reconstruction,
+    "reconstruct": _reconstruction, "train": _generator_training, "generate": lambda p, ranks: _generation(p),
+    "correct": lambda p, ranks: _correction(p, ranks, p.job.correct.mode),
+}  # fmt: skip
+"""Kind of stage that computes on a GPU -> memory there."""

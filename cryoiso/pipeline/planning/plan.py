@@ -12,14 +12,13 @@ from cryoiso.pipeline.finding import gib
 from cryoiso.pipeline.planning import job_size, memory, workload
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.rates import Rates
-from cryoiso.pipeline.planning.workload import Assumed, kind_of
+from cryoiso.pipeline.planning.workload import Assumed
+from cryoiso.pipeline.workflow import kind_of, record_of
 
 MARGIN = 1.25
 """Of the wall-time that is suggested, on top of the uncertainty."""
 SEARCH = ("gemm", "local")
 """Units of work whose results an interrupted refinement keeps."""
-SEARCHING = ("refine", "corefine", "local")
-"""Kinds of stages that an engine does."""
 START_S = 60.0
 """What every start of the program takes on a cluster: imports, reading inputs."""
 
@@ -241,7 +240,7 @@ def _fact_lines(plan: Plan, told: dict[str, Any]) -> list[str]:
         f"memory of a node: {gib(plan.node_bytes)}" + (" (that of rank 0, which has all metadata)" if others else ""),
         f"disk at the most at once: {gib(told['disk_bytes_at_once'])}, {told['files_at_once']} files",
     ]
-    if p.job.refine.engine == "relion" and any(r.temporary_bytes for r in plan.rows if kind_of(r.stage) in SEARCHING):
+    if p.job.refine.engine == "relion" and any(r.temporary_bytes for r in plan.rows if record_of(r.stage).searches):
         lines.append("RELION gets a copy of the images, which is removed when it has ended")
     if plan.gpu_bytes:
         lines.append(f"GPU memory: {gib(plan.gpu_bytes[0])} a rank ({plan.gpu_bytes[1]})")

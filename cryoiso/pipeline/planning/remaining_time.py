@@ -15,13 +15,12 @@ from cryoiso.pipeline.planning import workload
 from cryoiso.pipeline.planning.job_size import problem_of
 from cryoiso.pipeline.planning.rates import built_in, of_stages
 from cryoiso.pipeline.planning.timing import predicted_stages
-from cryoiso.pipeline.planning.workload import Assumed, kind_of
+from cryoiso.pipeline.planning.workload import Assumed
 from cryoiso.pipeline.stages.table import stages_of
 from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import kind_of, record_of
 
 logger = logging.getLogger("cryoiso")
-LIKE = {"corefine": "refine", "local": "refine"}
-"""Kinds of stages that do mostly the same, with another number of images."""
 SHORT_S = 10.0
 """A stage that took less was left out, or tells nothing of a longer one."""
 
@@ -165,5 +164,5 @@ def _work_of(work: Work) -> dict[str, workload.Work]:
 
 
 def _like(stage: str) -> str:
-    kind = kind_of(stage)
-    return LIKE.get(kind, kind)
+    record = record_of(stage)
+    return record.like or record.kind

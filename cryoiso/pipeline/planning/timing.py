@@ -13,10 +13,11 @@ from cryoiso.io.atomic import write_json
 from cryoiso.parallel.launcher import thread_count
 from cryoiso.pipeline.planning.job_size import Problem, problem_of
 from cryoiso.pipeline.planning.rates import CPU, Rates, built_in, kind_of_device, of_stages, tells_rates
-from cryoiso.pipeline.planning.workload import Assumed, kind_of, stages
+from cryoiso.pipeline.planning.workload import Assumed, stages
 from cryoiso.pipeline.records.environment import computes_on
 from cryoiso.pipeline.records.run_folder import TIMING
 from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
 

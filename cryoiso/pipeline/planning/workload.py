@@ -8,14 +8,14 @@ What depends on the data is assumed, see ``Assumed``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from cryoiso.pipeline.planning.job_size import Problem, preset_of
 from cryoiso.pipeline.planning.memory import grid_voxels
-from cryoiso.pipeline.workflow import folder_stages
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages, kind_of
 
 Work = dict[str, float]
 """Kernel -> units."""
@@ -65,54 +65,80 @@ def times(work: Work, factor: float) -> Work:
     return {kernel: factor * units for kernel, units in work.items()}
 
 
-def kind_of(stage: str) -> str:
-    """Stages that do the same have one kind: corefine-2 -> corefine."""
-    return re.sub(r"-\d+$", "", stage)
-
-
 def stages(p: Problem, ranks: int, assumed: Assumed, device: str) -> dict[str, Work]:
     """Stage -> work of one rank, of stages that have a folder and the report."""
-    found = {name: _stage(kind_of(name), p, ranks, assumed, device) for name in folder_stages(p.job)}
+    found = {name: WORKS[kind_of(name)](p, ranks, assumed, device) for name in (*folder_stages(p.job), "report")}
     rounds = assumed.rounds or p.job.auxiliary.rounds
     for name in list(found):
         match = re.search(r"-(\d+)$", name)
         if match and int(match[1]) > rounds:
             found[name] = {}
-    return {**found, "report": {"fixed": 5.0, "measure": 2.0 * p.box_px**3}}
+    return found
 
 
-def _stage(kind: str, p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
-    n = p.particles
-    if kind == "ingest":
-        return {} if p.with_shards else {"write": n * p.box_px**2 * 4 / ranks}
-    if kind == "reference":
-        return {"prepare": float(p.box_px**3)}
-    if kind == "refine":
-        if p.job.auxiliary.poses == "given" and p.job.run.workflow in ("auxiliary", "both"):
-            return reconstruction(p, n, ranks)
-        loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "realign" else {}
-        return refinement(p, n, ranks, assumed, loop)
-    if kind == "corefine":
-        loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "both" else {}
-        whole = refinement(p, n + p.auxiliaries, ranks, assumed, loop)
-        return add(whole, reconstruction(p, n, ranks))
-    if kind == "local":
-        near = refinement(p, n, ranks, assumed, {}, local_deg=p.job.auxiliary.local_deg)
-        return add(near, reconstruction(p, n, ranks))
-    if kind == "train":
-        return training(p, ranks, device)
-    if kind == "generate":
-        if not p.job.auxiliary.has_network:
-            return {"fixed": 1.0}
-        return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
-    if kind == "reconstruct":
-        sets = 1 + bool(p.job.truth.particles) + (p.job.run.workflow in ("auxiliary", "both"))
-        return times(reconstruction(p, n, ranks, weighted=True), sets)
-    if kind == "correct":
-        return correction(p, ranks, device)
-    if kind == "diagnose":
-        return {"measure": 6.0 * p.box_px**3 * (2 if p.job.run.workflow in ("auxiliary", "both") else 1), "fixed": 2.0}
-    return times(reconstruction(p, n, ranks), 6)  # micelle: two passes to set up, and some to solve
+def _ingest(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    return {} if p.with_shards else {"write": p.particles * p.box_px**2 * 4 / ranks}
+
+
+def _reference(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    return {"prepare": float(p.box_px**3)}
+
+
+def _refine(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    if p.job.auxiliary.poses == "given" and p.job.run.workflow in CO_REFINEMENTS:
+        return reconstruction(p, p.particles, ranks)
+    loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "realign" else {}
+    return refinement(p, p.particles, ranks, assumed, loop)
+
+
+def _micelle(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    return times(reconstruction(p, p.particles, ranks), 6)  # two passes to set up, and some to solve
+
+
+def _train(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    return training(p, ranks, device)
+
+
+def _generate(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    if not p.job.auxiliary.has_network:
+        return {"fixed": 1.0}
+    return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
+
+
+def _corefine(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "both" else {}
+    whole = refinement(p, p.particles + p.auxiliaries, ranks, assumed, loop)
+    return add(whole, reconstruction(p, p.particles, ranks))
+
+
+def _local(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    near = refinement(p, p.particles, ranks, assumed, {}, local_deg=p.job.auxiliary.local_deg)
+    return add(near, reconstruction(p, p.particles, ranks))
+
+
+def _reconstruct(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    sets = 1 + bool(p.job.truth.particles) + (p.job.run.workflow in CO_REFINEMENTS)
+    return times(reconstruction(p, p.particles, ranks, weighted=True), sets)
+
+
+def _correct(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    return correction(p, ranks, device)
+
+
+def _diagnose(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    return {"measure": 6.0 * p.box_px**3 * (2 if p.job.run.workflow in CO_REFINEMENTS else 1), "fixed": 2.0}
+
+
+def _report(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+    return {"fixed": 5.0, "measure": 2.0 * p.box_px**3}
+
+
+WORKS: dict[str, Callable[[Problem, int, Assumed, str], Work]] = {
+    "ingest": _ingest, "reference": _reference, "refine": _refine, "micelle": _micelle, "train": _train,
+    "generate": _generate, "corefine": _corefine, "local": _local, "reconstruct": _reconstruct, "correct": _correct,
+    "diagnose": _diagnose, "report": _report,
+}  # fmt: skip
+"""Kind of stage -> its work of one rank."""
 
 
 # --- refinement

@@ -16,7 +16,6 @@ from cryoiso.io.atomic import write_json
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.jobfile import read_resolved
-from cryoiso.pipeline.planning.workload import kind_of
 from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.hashing import Outputs, verify_outputs
 from cryoiso.pipeline.records.journal import read_journal
@@ -29,12 +28,10 @@ from cryoiso.pipeline.run import do_stage, prepare_device
 from cryoiso.pipeline.stages.input_hashes import require_unchanged
 from cryoiso.pipeline.stages.table import stages_of
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import folder_stages
+from cryoiso.pipeline.workflow import folder_stages, record_of
 
 logger = logging.getLogger("cryoiso")
 RECORD = "replay.json"
-WITHOUT_IMAGES = ("reference", "correct", "diagnose", "report")
-"""Stages that read no particle image."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def replay_stage(
     prepare_device(work)
     if wrong := verify_outputs(run.path, before, comm):
         raise InputError(f"{wrong} since the run; a replay would start from other files", file=run.path)
-    if kind_of(stage) not in WITHOUT_IMAGES:
+    if record_of(stage).reads_images:
         require_unchanged(work, on_root(comm, lambda: given_shards(read_record(run.manifest))))
     on_root(comm, _link, run, target, list(before))
     comm.install_signal_handlers()

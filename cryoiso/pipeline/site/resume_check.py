@@ -18,10 +18,10 @@ from cryoiso.pipeline.records.manifest import job_key
 from cryoiso.pipeline.site.doctor import check_machine
 from cryoiso.pipeline.stages.table import stages_of
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import WITHOUT_GPU
+from cryoiso.pipeline.workflow import RECORDS
 
 logger = logging.getLogger("cryoiso")
-ON_CPUS = (*WITHOUT_GPU, "diagnose", "report")
+ON_CPUS = tuple(kind for kind, record in RECORDS.items() if not record.on_gpu)
 """Stages in which nothing is computed on a GPU."""
 
 

@@ -47,17 +47,17 @@ from cryoiso.pipeline.work import Work
 logger = logging.getLogger("cryoiso")
 
 
-def stages_between(job: Job) -> list[tuple[str, Callable[[Work], None], bool]]:
-    """(name, what it does, whether it can go on after an interruption) from the first poses to the last ones."""
-    found: list[tuple[str, Callable[[Work], None], bool]] = []
+def stages_between(job: Job) -> list[tuple[str, Callable[[Work], None]]]:
+    """(name, what it does) from the first poses to the last ones."""
+    found: list[tuple[str, Callable[[Work], None]]] = []
     if job.micelle.enable:
-        found.append(("micelle", micelle, True))
+        found.append(("micelle", micelle))
     for r in range(1, job.auxiliary.rounds + 1):
-        found.append((f"train-{r}", partial(train_stage, r), True))
-        found.append((f"generate-{r}", partial(generate_stage, r), True))
-        found.append((f"corefine-{r}", partial(corefine, r), True))
+        found.append((f"train-{r}", partial(train_stage, r)))
+        found.append((f"generate-{r}", partial(generate_stage, r)))
+        found.append((f"corefine-{r}", partial(corefine, r)))
     if job.auxiliary.balance:
-        found.append(("local", local, True))
+        found.append(("local", local))
     return found
 
 

@@ -9,7 +9,7 @@ from cryoiso.core.config import Job
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.stages import corefine, diagnose, ingest, reconstruct, reference, refine, report
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import CO_REFINEMENTS
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, record_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Stage:
     """whether it can go on from what an interrupted attempt left; otherwise it starts afresh"""
 
 
-def _stage(folder: RunFolder, name: str, do: Callable[[Work], None], continues: bool = False) -> Stage:
-    return Stage(name, do, (folder.folder_name(name),), continues)
+def _stage(folder: RunFolder, name: str, do: Callable[[Work], None]) -> Stage:
+    return Stage(name, do, (folder.folder_name(name),), record_of(name).resumes)
 
 
 def _correct(work: Work) -> None:
@@ -38,17 +38,17 @@ def _correct(work: Work) -> None:
 def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
     """The stages of a job, in order."""
     first: tuple[Stage, ...] = (
-        _stage(folder, "ingest", ingest.ingest, continues=True),
+        _stage(folder, "ingest", ingest.ingest),
         _stage(folder, "reference", reference.reference),
-        _stage(folder, "refine", refine.refine, continues=True),
+        _stage(folder, "refine", refine.refine),
     )
     if job.run.workflow in CO_REFINEMENTS:
-        middle = tuple(_stage(folder, name, do, goes_on) for name, do, goes_on in corefine.stages_between(job))
+        middle = tuple(_stage(folder, name, do) for name, do in corefine.stages_between(job))
         if not folder.has("refine"):
             first = first[:2]
     else:
         middle = ()
-    corrected = (_stage(folder, "correct", _correct, continues=True),) if folder.has("correct") else ()
+    corrected = (_stage(folder, "correct", _correct),) if folder.has("correct") else ()
     last = (
         _stage(folder, "reconstruct", reconstruct.reconstruct),
         *corrected,
