@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs all checks: ruff, mypy, import-linter, the documentation's links, pytest.
+# Sets up .venv and runs all checks: ruff (lint and format), mypy, import-linter, the documentation's links, pytest.
 #
 #   bash launch/test.sh                       everything but the slow tests
 #   bash launch/test.sh --slow                those too
@@ -23,6 +23,7 @@ check() {
   "$venv/bin/$1" "${@:2}" || failed="$failed $1"
 }
 check ruff check .
+check ruff format --check .
 check mypy
 check lint-imports
 check sphinx-build -W --keep-going -q -b html docs docs/_build
