@@ -218,7 +218,7 @@ def test_options_named_in_messages_exist():
     """Hints and help texts name no option that no command has."""
     wrong = []
     for source in SOURCES:
-        if source.name == "html.py":  # style sheets
+        if source.name == "page.py":  # style sheets
             continue
         for number, text in ((n, t) for n, t in strings_of(source) if " " in t):  # by itself it is for another program
             wrong += [f"{source.name}:{number}: {o}" for o in options_in(text) if o not in OPTIONS]
