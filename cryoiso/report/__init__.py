@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
-    """Writes ``report.page`` (one self-contained file) and ``report.json`` (the same numbers) into a run folder.
+    """Writes ``report.html`` (one self-contained file) and ``report.json`` (the same numbers) into a run folder.
 
     Whatever the run has not made (yet) is left out, so a report can be built of an unfinished run.
 
@@ -14,7 +14,7 @@ def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
         before: folder of another run of the same particles, which is shown beside this one as "before".
 
     Returns:
-        The path of ``report.page``.
+        The path of ``report.html``.
 
     Raises:
         InputError: the folder is not a run folder, one of its files cannot be read, or the other run is not of the
@@ -45,7 +45,7 @@ def publish(run_folder: Path | str) -> Path:
     """What a run does at its end: the report, and in ``result/`` picture, texts and numbers for a deposition.
 
     Returns:
-        The path of ``report.page``.
+        The path of ``report.html``.
 
     Raises:
         InputError: as ``build``.
