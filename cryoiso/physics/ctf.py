@@ -112,7 +112,7 @@ def ctf_for(
         device, dtype: of the result.
 
     Returns:
-        (n, D, D//2+1), or (n, *P).
+        (n, D, D//2+1), or n times the shape P.
 
     Raises:
         InputError: the groups of these rows have different boxes and none was given.
