@@ -9,7 +9,7 @@ import pytest
 import torch
 from analytic_helper import Gaussians, correlations, displacements, relative, some_gaussians
 
-from cryoiso.core.errors import CryoisoError
+from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import disc, images_to_fourier, shift_phases
@@ -272,3 +272,9 @@ def test_back_projection_is_the_adjoint_of_projection(box):
     left, right = (images * y).double().sum(), (x * adjoint).double().sum()
     assert float(left - right) == pytest.approx(0, abs=1e-6 * float(images.norm() * y.norm()))
     assert abs(float(left)) > 100 * abs(float(left - right))
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 20), (32, 32), (1, 8, 8, 8)])
+def test_a_map_that_is_no_cube_is_named_as_such(shape):
+    with pytest.raises(InputError, match=r"a map is a cube.*\(D, D, D\)"):
+        FourierVolume.from_volume(torch.zeros(shape))

@@ -15,6 +15,8 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 
+HALVES = (1, 2)
+"""Numbers of the two half-sets of a gold-standard refinement."""
 CtfApplied = Literal["", "flipped", "premultiplied"]
 """How the images of an optics group were changed by their CTF c: not at all, times sign(c), times c."""
 

@@ -15,7 +15,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT, rows_by_uid
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
-from cryoiso.core.types import DensityMap
+from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
@@ -25,7 +25,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.refine import schedule
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.model import HALVES, Model
+from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import State

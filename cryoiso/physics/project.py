@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryoiso.core.errors import CryoisoError
+from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
 
 SAMPLES_AT_ONCE = 1 << 23
@@ -31,7 +31,13 @@ class FourierVolume:
 
     @classmethod
     def from_volume(cls, volume: Tensor, padding: int = 2, radius_px: int | None = None) -> FourierVolume:
-        """Prepares a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist)."""
+        """Prepares a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist).
+
+        Raises:
+            InputError: the volume is not a cube.
+        """
+        if volume.ndim != 3 or len(set(volume.shape)) != 1:
+            raise InputError("a map is a cube", expected="(D, D, D)", found=tuple(volume.shape))
         box = volume.shape[0]
         radius = min(radius_px or (box - 1) // 2, (box - 1) // 2)
         padded = pad_volume(divide_by_gridding(volume, padding), box * padding)

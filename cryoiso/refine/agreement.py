@@ -14,10 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from cryoiso.core.protocols import Communicator
+from cryoiso.core.types import HALVES
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 
-HALVES = (1, 2)
 HalfMapFsc = Callable[[dict[int, np.ndarray]], np.ndarray]
 """(D//2+1,) FSC of half -> map, inside the mask that an FSC is taken in."""
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, HalfMaps, ReferenceCorrection
-from cryoiso.refine.model import HALVES
+from cryoiso.core.types import HALVES
 
 
 def corrected(

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from cryoiso.core.protocols import Communicator, ImageSource
-from cryoiso.core.types import DensityMap, Particles
+from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.metrics.fsc import fsc_corrected
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import references
-from cryoiso.refine.agreement import HALVES, agreement, as_map, on_every_rank
+from cryoiso.refine.agreement import agreement, as_map, on_every_rank
 from cryoiso.refine.reconstruct import half_sums
 
 PLANES = 16

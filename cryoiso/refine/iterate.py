@@ -16,7 +16,7 @@ from cryoiso.core.identity import Identity, digest_of, plain
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
-from cryoiso.core.types import DensityMap
+from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.metrics.fsc import resolution_at
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.physics.backproject import SliceAccumulator
@@ -32,7 +32,7 @@ from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
-from cryoiso.refine.model import HALVES, Model, best_of
+from cryoiso.refine.model import Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan

@@ -10,7 +10,6 @@ import numpy as np
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
-HALVES = (1, 2)
 BEST = ("",) * 11 + ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
 """Columns of ``best_of``: rotation (9) and shift (2), which have no name, then those of the STAR file."""
 

@@ -11,14 +11,14 @@ import torch
 from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.protocols import Communicator, ImageSource
-from cryoiso.core.types import DensityMap, Particles
+from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import pairs
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
-from cryoiso.refine.agreement import HALVES, Agreement, agreement, as_map, on_every_rank
+from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.likelihood import shift_factors, with_magnification
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from cryoiso.core.protocols import Communicator
+from cryoiso.core.types import HALVES
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.refine.model import BEST, HALVES
+from cryoiso.refine.model import BEST
 
 
 def reduced(accumulator: SliceAccumulator, half: int, operations: np.ndarray, comm: Communicator) -> FourierSums | None:

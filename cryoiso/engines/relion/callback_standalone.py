@@ -23,8 +23,9 @@ import numpy as np
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
+from cryoiso.core.types import HALVES
 from cryoiso.engines.relion.external import Task, read_task, uses_iterations
-from cryoiso.engines.relion.files import HALVES, SUFFIX, read_model, read_optimiser, read_sampling
+from cryoiso.engines.relion.files import SUFFIX, read_model, read_optimiser, read_sampling
 from cryoiso.engines.relion.serve import Setting, corrected, half_maps, maps_of, regularisation, write_result
 from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map

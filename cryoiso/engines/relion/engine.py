@@ -16,18 +16,13 @@ from typing import Any, cast
 from cryoiso.core.config import RelionSection
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
+from cryoiso.core.types import HALVES
 from cryoiso.engines.process import clean_environment
 from cryoiso.engines.relion import command as commands
 from cryoiso.engines.relion import result as results
 from cryoiso.engines.relion.callback import VARIABLE
 from cryoiso.engines.relion.extra import extra_words
-from cryoiso.engines.relion.files import (
-    HALVES,
-    PARTS,
-    complete_iterations,
-    read_sampling,
-    remove_iterations_after,
-)
+from cryoiso.engines.relion.files import PARTS, complete_iterations, read_sampling, remove_iterations_after
 from cryoiso.engines.relion.identity import identity_of
 from cryoiso.engines.relion.images import all_flipped, image_names, relion_source, write_input
 from cryoiso.engines.relion.install import Relion, find_relion

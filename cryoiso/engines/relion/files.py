@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.types import HALVES
 from cryoiso.io.star.text import StarBlock, read_blocks
 
-HALVES = (1, 2)
 SUFFIX = "_external_reconstruct"
 _STEM = re.compile(
     r"(?P<root>.+?)(?:_it(?P<iteration>\d{3,}))?(?:_half(?P<half>[12]))?(?:_class(?P<kind>\d{3,}))?$", re.DOTALL

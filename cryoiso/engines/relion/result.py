@@ -15,14 +15,8 @@ import numpy as np
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import RefineRequest, RefineResult
-from cryoiso.core.types import Particles
-from cryoiso.engines.relion.files import (
-    HALVES,
-    complete_iterations,
-    read_model,
-    read_optimiser,
-    read_sampling,
-)
+from cryoiso.core.types import HALVES, Particles
+from cryoiso.engines.relion.files import complete_iterations, read_model, read_optimiser, read_sampling
 from cryoiso.engines.relion.images import rows_of_names
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import read_header, read_map, write_map

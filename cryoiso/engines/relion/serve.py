@@ -12,9 +12,9 @@ import numpy as np
 
 from cryoiso.core.errors import CryoisoError
 from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
+from cryoiso.core.types import HALVES
 from cryoiso.engines.relion import external
 from cryoiso.engines.relion.external import Task
-from cryoiso.engines.relion.files import HALVES
 from cryoiso.engines.relion.tau2 import ratio, with_uneven_tau2
 from cryoiso.io.mrc import write_map
 from cryoiso.metrics.fsc import resolution_at

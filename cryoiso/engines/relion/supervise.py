@@ -15,10 +15,10 @@ from typing import Any
 from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted
 from cryoiso.core.log import duration, indented
 from cryoiso.core.progress import board
+from cryoiso.core.types import HALVES
 from cryoiso.engines.process import Program, describe_status
 from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
 from cryoiso.engines.relion.external import Task, read_task
-from cryoiso.engines.relion.files import HALVES
 from cryoiso.engines.relion.progress_parser import Progress
 from cryoiso.engines.relion.serve import Setting, serve
 from cryoiso.parallel.abort import agree

@@ -15,6 +15,7 @@ import torch
 
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.protocols import Communicator
+from cryoiso.core.types import HALVES
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
@@ -23,7 +24,6 @@ from cryoiso.refine.likelihood import with_magnification
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.reconstruct import weigh
 
-HALVES = (1, 2)
 LEAST_CTF = 0.1
 """Of premultiplied images, coefficients with a smaller |c| count less in the power: the image over c is not known."""
 

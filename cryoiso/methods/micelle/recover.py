@@ -13,9 +13,9 @@ import numpy as np
 from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.identity import Identity, of_images, of_particles, sketch_of
 from cryoiso.core.protocols import ImageSource
-from cryoiso.core.types import DensityMap, Particles
+from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io import checkpoint
-from cryoiso.methods.micelle.image_sums import HALVES, HalfSums, ImagePass
+from cryoiso.methods.micelle.image_sums import HalfSums, ImagePass
 from cryoiso.methods.micelle.normal_equations import Grid, NormalEquations
 from cryoiso.methods.micelle.protein import ProteinMask
 from cryoiso.methods.micelle.solve import CgState, start, step

@@ -20,7 +20,7 @@ from cryoiso.core.config import CorrectSection, RealignSection
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import HalfMaps
 from cryoiso.core.rng import generator
-from cryoiso.core.types import DensityMap
+from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.io.atomic import write_text
 from cryoiso.methods.anisotropy.filter import band
 from cryoiso.methods.misalignment import networks
@@ -31,7 +31,6 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.partition import root_of_half
 
 logger = logging.getLogger("cryoiso")
-HALVES = (1, 2)
 EPOCHS = {"paper": 5, "small": 3}
 """Passes over the sub-maps in one iteration, by preset."""
 STEP_TOLERANCE = 1.01

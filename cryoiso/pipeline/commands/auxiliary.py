@@ -10,7 +10,7 @@ import numpy as np
 
 from cryoiso.core.config import AuxiliarySection, Job, ParticlesSection
 from cryoiso.core.errors import InputError, UsageError
-from cryoiso.core.types import Particles
+from cryoiso.core.types import HALVES, Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
 from cryoiso.io.atomic import write_json
@@ -28,7 +28,6 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.stages import ingest
 from cryoiso.pipeline.stages.generate import export, generator_files, load_maker, write_images
-from cryoiso.pipeline.stages.rounds import HALVES
 from cryoiso.pipeline.stages.train import train_into
 from cryoiso.pipeline.work import Work
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from cryoiso.core.config import Job
 from cryoiso.core.protocols import RefineRequest
-from cryoiso.core.types import DensityMap, Particles
+from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
 from cryoiso.io.shards import ShardSource
@@ -32,15 +32,7 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.generate import generate_stage, planned_particles
 from cryoiso.pipeline.stages.post_command import post_process
-from cryoiso.pipeline.stages.rounds import (
-    HALVES,
-    engine_folder,
-    is_settled,
-    last_round,
-    poses_after,
-    references_after,
-    skip,
-)
+from cryoiso.pipeline.stages.rounds import engine_folder, is_settled, last_round, poses_after, references_after, skip
 from cryoiso.pipeline.stages.train import train_stage
 from cryoiso.pipeline.work import Work
 

@@ -13,7 +13,7 @@ from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import ImageSource, Progress
-from cryoiso.core.types import Particles
+from cryoiso.core.types import HALVES, Particles
 from cryoiso.io import shardset
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_stack
@@ -29,7 +29,7 @@ from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.pipeline.records.hashing import digest_of, sha256_of
-from cryoiso.pipeline.stages.rounds import HALVES, is_settled, poses_after, skip
+from cryoiso.pipeline.stages.rounds import is_settled, poses_after, skip
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.core.types import DensityMap, Particles
+from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map
@@ -18,7 +18,6 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
-HALVES = (1, 2)
 CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from cryoiso.core.config import AuxiliarySection
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import RefineRequest
-from cryoiso.core.types import DensityMap, Particles
+from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io.atomic import write_json, write_text
 from cryoiso.io.sources import as_recorded
 from cryoiso.methods.auxiliary.condition import fit_scale
@@ -25,7 +25,7 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.pipeline.records.run_folder import TIMING
-from cryoiso.pipeline.stages.rounds import HALVES, is_settled, noise_after, poses_after, references_after, skip
+from cryoiso.pipeline.stages.rounds import is_settled, noise_after, poses_after, references_after, skip
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
