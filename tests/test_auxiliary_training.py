@@ -83,7 +83,7 @@ def test_an_untrained_or_collapsed_network_has_not(trained, data):
 
 
 def held_out(generator: Generator, data) -> tuple[float, np.ndarray]:
-    """Bound in nats a pixel, and KL a pixel by layer, of images that were not trained on."""
+    """Bound in nats per pixel, and KL a pixel by layer, of images that were not trained on."""
     particles, images, _ = data
     rows = np.arange(N, N + HELD_OUT)
     condition = Condition(generator.reference, generator.scale)

@@ -348,7 +348,7 @@ def test_a_run_that_does_not_fit_is_foretold(at_half, caplog, end_in, again):
     facts, text = told_of(at_half, end_in, Ahead(300.0), caplog)
     assert facts["requeues"] == again and facts["stage"] == "refine" and facts["unknown_stages"] == []
     assert facts["run_ends"] == facts["run_ends_not_before"] > facts["stage_ends"]
-    assert ("its time will not do" in text) == bool(again) and ("unknown" not in text)
+    assert ("its wall-time limit is too short" in text) == bool(again) and ("unknown" not in text)
 
 
 @pytest.mark.parametrize("end_in, again", [(2500.0, 0), (1800.0, 1), (None, None)])

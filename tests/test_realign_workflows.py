@@ -95,7 +95,7 @@ def test_independent_networks_need_no_note(data, tmp_path, quick):
 
 
 def test_both(data, tmp_path, quick):
-    """The correction works in the co-refinement, not in the first refinement, which is the state before the cure."""
+    """The correction works in the co-refinement, not in the first refinement, which is "before"."""
     job = write_job(data, "both.toml", **SMALL, run_workflow="both", auxiliary_balance=False)
     run = run_job(job, tmp_path / "run", Context()).path
     assert "correction" not in facts(run, "refine", "refine.json")

@@ -43,7 +43,7 @@ COMMANDS = (
 
 GROUPS = {
     "hook": (
-        "Programs that other programs call.",
+        "Entry points called by other programs (RELION).",
         (("relion", "hook_cmd", "relion", False),),
     ),
     "auxiliary": (
@@ -63,7 +63,7 @@ def _version(wanted: bool) -> None:
 
 def _top(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Correct poses, independent half-maps and an isotropic map from cryo-EM particles with preferred orientation.

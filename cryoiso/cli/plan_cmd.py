@@ -30,13 +30,13 @@ def plan(
     time: Annotated[
         str, typer.Option("--time", metavar="[D-]HH:MM[:SS]", help="Length of a batch job, to see how many it takes.")
     ] = "",
-    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Iterations to reckon with.")] = None,
+    iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Assumed number of iterations.")] = None,
     resolution: Annotated[
         float | None, typer.Option("--resolution", min=0.1, help="Resolution in Å to reckon with.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tell time, memory, disk and files that a job will take.
+    """Estimate run time, memory, disk space and number of files of a job.
 
     Reads the job's inputs (headers, a sample of images) and leaves no files. Times go by the rates that were built in,
     by those timed on this machine (--measure), or, best, by those that an earlier run of a similar job left (--rates).

@@ -53,7 +53,7 @@ def reference(
     """Make a reference from a model or a map.
 
     Writes it on the given grid, low-passed, and prints the particle's diameter measured in it. A map of another box or
-    pixel size is interpolated exactly, in Fourier space. With --fit it is laid into the frame of another map: all
+    pixel size is interpolated exactly, in Fourier space. With --fit it is aligned to another map: all
     rotations and shifts are searched, both hands compared, and a sentence says how sure the answer is. A map whose
     symmetry axes lie elsewhere (also one in cryoSPARC's frame of D3, D5, D7 ...) is refused; --standard-frame moves it.
     """

@@ -25,7 +25,7 @@ def verify(
     ] = Inputs.check,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
-    """Check that a run folder is what its run left.
+    """Verify a run folder against its recorded checksums.
 
     Hashes all inputs and outputs again and compares with the manifest, the journal and the seal, and result/ with its
     SHA256SUMS. Says of every difference what, where and since when. Nothing in the folder is changed. Ranks share the

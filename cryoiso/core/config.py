@@ -186,8 +186,8 @@ class CorrectSection(_Section):
     )
     method: Literal["completion", "published"] = Field(
         "completion",
-        description="completion: the network learns to restore turned copies of the map that were measured as the data "
-        "were; published: the losses of the publication",
+        description="completion: the network learns to restore rotated copies of the map, filtered like "
+        "the data; published: the losses of the publication",
     )
     solvent_steps: int = Field(
         10, ge=0, description="completion: steps that keep density from going below the solvent, before the network"

@@ -15,11 +15,11 @@ class ElboTerms(NamedTuple):
     """Parts of the negative evidence lower bound; the bound itself is reconstruction + kl_per_layer.sum()."""
 
     loss: Tensor
-    """Scalar to be minimised, nats a pixel: reconstruction + kl_weight * sum of kl_per_layer."""
+    """Scalar to be minimised, nats per pixel: reconstruction + kl_weight * sum of kl_per_layer."""
     reconstruction: Tensor
-    """Scalar, nats a pixel: -log N(images; mean, likelihood_sd), its constant included."""
+    """Scalar, nats per pixel: -log N(images; mean, likelihood_sd), its constant included."""
     kl_per_layer: Tensor
-    """(L,) nats a pixel of the image, not weighted, coarse to fine."""
+    """(L,) nats per pixel of the image, not weighted, coarse to fine."""
     mean_square_error: Tensor
     """Scalar: of the decoder's mean against the images."""
 

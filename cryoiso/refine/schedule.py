@@ -12,7 +12,7 @@ from cryoiso.physics.so3 import grid_step_deg, local_rotations, so3_grid
 from cryoiso.refine.search import Level, SearchPlan
 
 FIRST_BEAM, LAST_BEAM = 16, 4
-"""Nominees an image at the first level of the local search, and at least at every later one."""
+"""Candidates per image at the first level of the local search, and at least at every later one."""
 
 EXPECTED_ITERATIONS = 8
 """Of a refinement from a low-passed reference; simulated sets take 4 to 10."""

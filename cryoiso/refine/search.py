@@ -1,4 +1,4 @@
-"""Search over views and shifts: a global grid nominates, finer levels around the nominees decide.
+"""Coarse-to-fine search over views and shifts: a global grid selects candidates, finer levels refine them.
 
 A local search has another first step: the nominees are turns by less than a given angle from each image's given pose,
 and no level steps over that limit.
@@ -44,7 +44,7 @@ class Level:
     """Of the 3 x 3 lattice of shifts."""
     radius_px: int
     beam: int
-    """Nominees an image that enter the level."""
+    """Candidates per image that enter the level."""
     threshold: float
     """Nominees worse than the best by more than this (in log-likelihood) are left out."""
 

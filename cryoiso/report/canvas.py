@@ -10,7 +10,7 @@ import numpy as np
 
 BLUE, GREEN, VERMILLION, ORANGE, SKY, GREY = "#0072B2", "#009E73", "#D55E00", "#E69F00", "#56B4E9", "#8A8A8A"
 """Okabe and Ito's colours, which colour-blind people tell apart. Blue is this run, green the true poses, vermillion
-what was before the cure."""
+what was before the correction."""
 DASHED = (0, (4, 3))
 _HALVES = {"1": BLUE, "2": ORANGE}
 

@@ -4,7 +4,7 @@
 
     w = A x + (B - A) f(S[A x]), a few steps;   y = S[A w] from y = w on, many steps
 
-First f is the identity; in each round it is trained to restore turned copies of the last y.
+First f is the identity; in each round it is trained to restore rotated copies of the last y.
 
 ``published``: the losses of the publication train f on sub-maps of A x, and y = f(A x).
 """

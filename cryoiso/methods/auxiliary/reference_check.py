@@ -1,4 +1,4 @@
-"""Do the raw images know the reference at all? Asked of the raw images alone, before anything is made from it.
+"""Tests whether the raw images correlate with the reference above chance, before anything is made from it.
 
 For engines other than the native one, which asks by itself, and for sets of which only a part is refined.
 """

@@ -158,7 +158,7 @@ def collapsed_layers(kl_per_layer: np.ndarray, box_px: int) -> np.ndarray:
     """(L,) bool: which layers say less than COLLAPSE_NATS about an image.
 
     Args:
-        kl_per_layer: (L,) nats a pixel of the image, not weighted.
+        kl_per_layer: (L,) nats per pixel of the image, not weighted.
         box_px: D.
     """
     return np.asarray(kl_per_layer) * box_px**2 < COLLAPSE_NATS

@@ -123,7 +123,7 @@ def _train_one(
         generator = Generator(task.module, course.reference, scale, settings.likelihood_sd, course.facts)  # type: ignore[arg-type]
         generator.save(course.file)
         bound = outcome.history[-1].get("bound")
-        line.close(f"{outcome.step:,} steps, bound {bound:.4f} nats a pixel" if bound is not None else "")
+        line.close(f"{outcome.step:,} steps, bound {bound:.4f} nats per pixel" if bound is not None else "")
     group.barrier()
     return outcome
 

@@ -99,7 +99,8 @@ class Forecast:
         if again:
             often = f"{'at least' if ahead.unknown else 'about'} {again} time{'s' * (again > 1)}"
             logger.warning(
-                "%s: its time will not do. The run stops with a checkpoint about %s and must be started again %s "
+                "%s: its wall-time limit is too short. "
+                "The run stops with a checkpoint about %s and must be started again %s "
                 "('cryoiso resume')", words, clock(stop_at, now), often,
             )  # fmt: skip
         else:

@@ -32,7 +32,7 @@ def is_outputs(value: Any) -> bool:
 
 
 class Stopped(Exception):
-    """Whoever watches the reading of a file wants it to end."""
+    """Raised when hashing is cancelled."""
 
 
 def sha256_of(path: Path, seen: Callable[[int], object] | None = None) -> str:

@@ -93,7 +93,7 @@ def _sizes(folder: Path) -> list[int]:
 
 
 def _require_gpus_as_before(work: Work) -> None:
-    """A run that went on by CPU would take many times as long without a word, and end with other last bits."""
+    """A run that went on by CPU would be much slower without warning, and not bit-identical."""
     comm = work.comm
     before = on_root(comm, _gpus_before, work)
     if not before or comm.device_preference == "cpu":

@@ -40,7 +40,7 @@ def skip(work: Work, name: str) -> None:
     facts = {"skipped": True, "reason": "the poses had settled in the round before"}
     on_root(work.comm, write_json, work.folder.stage(name) / f"{name.split('-')[0]}.json", facts)
     if work.comm.rank == 0:
-        logger.info("%s is left out: the poses have settled", name)
+        logger.info("%s is left out: the poses have converged", name)
 
 
 def last_round(work: Work) -> int:

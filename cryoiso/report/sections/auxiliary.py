@@ -88,7 +88,7 @@ def collect_samples(folder: Path, data: dict[str, Any]) -> dict[str, np.ndarray]
 
 
 def collect_before_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, str, DensityMap]]:
-    """(key, label, map) of the map before the cure and of the raw particles after each round, for looking at."""
+    """(key, label, map) of the map before the correction and of the raw particles after each round, for looking at."""
     from cryoiso.io.mrc import read_map
     from cryoiso.physics.filters import lowpass
 
@@ -170,7 +170,7 @@ def _before_truth(d: dict[str, Any]) -> list[str]:
 
 
 def views_before_and_after(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Estimated views before the cure and at the end of the run (or after the last co-refinement), with cells_per_ring.
+    """Estimated views before auxiliary particles and at the end (or after the last co-refinement), with cells_per_ring.
 
     Empty where they are not known.
     """
