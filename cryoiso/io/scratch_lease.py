@@ -5,9 +5,9 @@ host, process and batch job, is touched now and then (so that cleaners of /tmp l
 (flock) as long as its process lives. The kernel drops the lock when the process is gone, however that ended; so a lease
 that can be locked is dead, whatever the clock says. A copy goes with its last living lease.
 
-Standard library only: it is also run as a file by a bare interpreter, ``python -I -S lease.py LEASE``, which waits for
-the end of its standard input (the holder is gone) and then does what the holder would have done. A job that was killed
-leaves nothing behind.
+It is also run as a file by a bare interpreter, ``python -I -S scratch_lease.py LEASE``, which waits for the end of its
+standard input (the holder is gone) and then does what the holder would have done. A job that was killed leaves nothing
+behind. So the module's head imports the standard library only, and nothing that ``_inherit`` calls needs the package.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def correct_halves(
     """Trains the network(s) on these maps and corrects the maps with them (collective).
 
     corrected = A x + (B - A) y: x the map, B the band up to the resolution (or everything), y what the method makes of
-    A x (see ``course``); without ``keep_measured`` B y. Products are in Fourier space.
+    A x (see ``correction_run``); without ``keep_measured`` B y. Products are in Fourier space.
 
     Args:
         halves: half -> map; one map in mode "single". In mode "independent" a rank of two or more needs only the half

@@ -1,5 +1,5 @@
-"""The size of a job, and what it will take of the disk: sizes of files follow from what the stages write (``stages``,
-``auxiliary``, ``correct``, ``engines.relion``).
+"""The size of a job, and what it will take of the disk: sizes of files follow from what the stages write
+(``pipeline.stages``, ``engines.relion``).
 """
 
 from __future__ import annotations

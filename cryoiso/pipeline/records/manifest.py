@@ -235,7 +235,7 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
 
 def check_images(manifest: dict[str, Any], images: list[Path], job: Job) -> None:
     """Stops if the files of the images are not those that the run started with; for a run that still has to read them.
-    What is in them is looked at while they are read (``inputs.hashed_meanwhile``).
+    What is in them is looked at while they are read (``stages.input_hashes.hashed_meanwhile``).
 
     Raises:
         InputError: names the file, or, where there are many, says that one has another name or size.

@@ -1,6 +1,7 @@
 """What ``doctor`` finds out of each node's scratch: where it is, its room, its speed, and whether a run would use it.
 
-The conditions are those of ``scratch``, which falls back to the shared files where one fails. Nothing stays behind.
+The conditions are those of ``scratch_copies``, which falls back to the shared files where one fails. Nothing stays
+behind.
 """
 
 from __future__ import annotations
