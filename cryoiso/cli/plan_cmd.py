@@ -32,7 +32,7 @@ def plan(
     ] = "",
     iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Assumed number of iterations.")] = None,
     resolution: Annotated[
-        float | None, typer.Option("--resolution", min=0.1, help="Resolution in Å to reckon with.")
+        float | None, typer.Option("--resolution", min=0.1, help="Assumed final resolution in Å.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
