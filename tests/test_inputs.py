@@ -168,7 +168,7 @@ def read_from_now_on(monkeypatch) -> list[str]:
             read.append(path.name)
         return hashing.sha256_of(path, seen)
 
-    for module in ("inputs", "manifest"):
+    for module in ("stages.input_hashes", "records.manifest"):
         monkeypatch.setattr(f"cryoiso.pipeline.{module}.sha256_of", sha256_of)
     return read
 

@@ -140,7 +140,7 @@ def test_local_scores_kernel_twin_and_global_scores_agree(source, reference, rad
     white = whiten(batch, RNG.uniform(0.5, 2, (1, BOX // 2 + 1)))
     rows = torch.as_tensor(np.sort(RNG.integers(0, 12, 50)))
     rotation, shift, spacing = tensor(random_rotations(RNG, 50)), tensor(RNG.normal(0, 3, (50, 2))), 0.75
-    fast = _local_scores_numba(white, reference, rows, with_m(rotation, batch), shift, spacing, None)
+    fast = _local_scores_numba(white, reference, rows, with_m(rotation, batch), shift, spacing)
     plain = local_scores_torch(white, reference, rows, with_m(rotation, batch), shift, spacing)
     assert fast.shape == plain.shape == (50, 9)
     scale = float(plain.abs().max())
