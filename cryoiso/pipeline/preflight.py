@@ -17,7 +17,7 @@ from cryoiso.methods.auxiliary.particles import require_poolable
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.post_command import check_template
 from cryoiso.pipeline.work import Work
-from cryoiso.pipeline.workflow import folder_stages
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages
 from cryoiso.refine.offsets import check_poses
 
 logger = logging.getLogger("cryoiso")
@@ -37,7 +37,7 @@ def check_job(work: Work) -> None:
     _check_scratch(job.run.scratch)
     engines.require_engine(job)
     point_group(job.sample.symmetry)
-    particles, with_auxiliary = work.particles(), job.run.workflow in ("auxiliary", "both")
+    particles, with_auxiliary = work.particles(), job.run.workflow in CO_REFINEMENTS
     if job.refine.local_deg is not None or (with_auxiliary and job.auxiliary.poses == "given"):
         particles.require_poses(job.particles.file)
     check_poses(particles, work.grid()[0], job.particles.file)

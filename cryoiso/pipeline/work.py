@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ from cryoiso.pipeline.inputs.reference import Reference, prepare_reference
 from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.scratch_copies import Scratch
-
-logger = logging.getLogger("cryoiso")
+from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
 
 @dataclass
@@ -166,7 +164,7 @@ def using_scratch(work: Work, *, everything: bool = False) -> Iterator[None]:
     if not work.job.run.scratch:
         yield
         return
-    everything = everything or work.job.run.workflow in ("auxiliary", "both")
+    everything = everything or work.job.run.workflow in CO_REFINEMENTS
     scratch = Scratch(work.job.run.scratch, work.comm, work.folder.path, everything, work.journal)
     work.scratch = scratch
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +29,6 @@ from cryoiso.pipeline.stages import ingest
 from cryoiso.pipeline.stages.generate import export, generator_files, load_maker, write_images
 from cryoiso.pipeline.stages.train import train_into
 from cryoiso.pipeline.work import Work
-
-logger = logging.getLogger("cryoiso")
 
 
 def train_files(job: Job, out: Path, comm: Context, *, resume: bool = False) -> None:

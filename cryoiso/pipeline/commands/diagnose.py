@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +13,6 @@ from cryoiso.pipeline.inputs.grids import read_mask, require_grid
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
 from cryoiso.pipeline.inputs.standard_frame import warn_of_symmetry
 from cryoiso.pipeline.stages.half_maps import make_mask
-
-logger = logging.getLogger("cryoiso")
 
 
 def diagnose_files(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
 from cryoiso.core.config import Job
-from cryoiso.core.errors import CryoisoError
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
-from cryoiso.io.sources import StackSource
-from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
+from cryoiso.pipeline.inputs.stacks import open_stacks
 from cryoiso.pipeline.stages.half_maps import Support, write_reconstruction
-
-logger = logging.getLogger("cryoiso")
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
@@ -39,12 +35,7 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
 
     comm.device_preference = job.run.device
     particles = on_root(comm, read)
-    source, error = None, None
-    try:
-        source = StackSource(particles, job.particles, job.particles.file)
-    except CryoisoError as caught:
-        error = caught
-    agree(comm, error)
+    source = open_stacks(particles, job.particles, comm)
     write_reconstruction(
         source, particles, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
         pixel_size_A=particles.first_group.pixel_size_A, support=Support(seed=job.run.seed),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.stages import ingest, reference, refine
 from cryoiso.pipeline.work import Work, using_scratch
-
-logger = logging.getLogger("cryoiso")
 
 
 @dataclass(frozen=True)

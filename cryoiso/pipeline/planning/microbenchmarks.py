@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cryoiso.pipeline.planning.job_size import Problem, preset_of
+from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
 Timed = dict[str, tuple[float, Callable[[], Any]]]
 """Kernel -> (units that a call does, the call)."""
@@ -25,7 +26,7 @@ MEASURED_PX, PREPARED_PX = 32, 64
 def timings(p: Problem, device: str) -> Timed:
     """The kernels that the job's workflow uses."""
     found = _search(p, device) | _reading(p, device) | _on_cpu(p)
-    if p.job.run.workflow in ("auxiliary", "both"):
+    if p.job.run.workflow in CO_REFINEMENTS:
         found |= _generator(p, device)
     if p.job.run.workflow in ("realign", "both"):
         found |= _unet(p, device)

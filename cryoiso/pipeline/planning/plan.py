@@ -13,7 +13,7 @@ from cryoiso.pipeline.planning import job_size, memory, workload
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.rates import Rates
 from cryoiso.pipeline.planning.workload import Assumed
-from cryoiso.pipeline.workflow import kind_of, record_of
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, record_of
 
 MARGIN = 1.25
 """Of the wall-time that is suggested, on top of the uncertainty."""
@@ -176,7 +176,7 @@ def make_plan(
 def _repeated(p: Problem, layout: Layout, rates: Rates, assumed: Assumed) -> float | None:
     """Of the native engine's interrupted iteration everything but the search; of RELION's all."""
     kept = () if p.job.refine.engine == "relion" else SEARCH
-    n = p.particles + (p.auxiliaries if p.job.run.workflow in ("auxiliary", "both") else 0)
+    n = p.particles + (p.auxiliaries if p.job.run.workflow in CO_REFINEMENTS else 0)
     works = [
         {unit: amount for unit, amount in one.items() if unit not in kept}
         for one in workload.iterations(p, n, layout.ranks, assumed)

@@ -18,6 +18,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.planning.job_size import disk, problem_of, shard_layout
 from cryoiso.pipeline.site import filesystem
 from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Images:
 def images_of(work: Work, ranks: int) -> Images:
     """What the stages of a job will ask of scratch, see ``Scratch.attach`` (rank 0; reads the inputs)."""
     job = work.job
-    with_auxiliary, relion = job.run.workflow in ("auxiliary", "both"), job.refine.engine == "relion"
+    with_auxiliary, relion = job.run.workflow in CO_REFINEMENTS, job.refine.engine == "relion"
     if not job.run.scratch or (relion and not with_auxiliary):
         return Images(job.run.scratch)
     problem = problem_of(work)

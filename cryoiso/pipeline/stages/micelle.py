@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryoiso.core.config import Job
-from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
+from cryoiso.core.errors import Interrupted, UsageError
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
-from cryoiso.io.sources import StackSource
-from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.inputs.reference import prepare_reference
+from cryoiso.pipeline.inputs.stacks import open_stacks
 
 if TYPE_CHECKING:
     from cryoiso.methods.micelle.protein import ProteinMask
@@ -68,13 +68,7 @@ def micelle_files(
     if choice.file is not None and choice.threshold is not None:
         raise UsageError("--mask and --threshold exclude each other: the threshold makes the mask")
     particles, homologue, mask = on_root(comm, _read, job, choice, out)
-    source, error = None, None
-    try:
-        source = StackSource(particles, job.particles, job.particles.file)
-    except CryoisoError as caught:
-        error = caught
-    agree(comm, error)
-    assert source is not None
+    source = open_stacks(particles, job.particles, comm)
     return write_micelle(source, particles, homologue, mask, settings, out, comm, resume=resume)
 
 

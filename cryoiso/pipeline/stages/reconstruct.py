@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,6 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.stages.half_maps import Support, write_reconstruction
 from cryoiso.pipeline.stages.rounds import final_poses, poses_after
 from cryoiso.pipeline.work import Work
-
-logger = logging.getLogger("cryoiso")
 
 
 def reconstruct(work: Work) -> None:

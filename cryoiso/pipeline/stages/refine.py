@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.io.atomic import write_json
@@ -14,8 +12,6 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
 from cryoiso.pipeline.work import Work
-
-logger = logging.getLogger("cryoiso")
 
 
 def refine(work: Work) -> None:

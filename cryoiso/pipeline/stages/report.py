@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 
 from cryoiso.parallel.abort import on_root
 from cryoiso.pipeline.records.checksums import write_sums
 from cryoiso.pipeline.stages.result_folder import fill_result
 from cryoiso.pipeline.stages.rounds import final_poses
 from cryoiso.pipeline.work import Work
-
-logger = logging.getLogger("cryoiso")
 
 
 def report(work: Work) -> None:
