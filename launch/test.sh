@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh                       everything but the slow tests
 #   bash launch/test.sh --slow                those too
-#   bash launch/test.sh tests/test_cli.py -x  arguments go to pytest
+#   bash launch/test.sh tests/cli/test_cli.py -x  arguments go to pytest
 #
 # Variables: CRYOISO_VENV, PYTHON; CRYOISO_SHARED, folder of reference data (default: ../shared);
 # CRYOISO_TEST_WORKERS, test files that run at the same time (default: one a core).

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+# also for the processes that tests start
+HERE = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path[:0] = HERE
+os.environ["PYTHONPATH"] = os.pathsep.join([*HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("MPLBACKEND", "Agg")
 # the key that signs runs: not that of the user
 os.environ["CRYOISO_STATE_DIR"] = str(Path(tempfile.gettempdir()) / f"cryoiso-tests-{os.getuid()}")

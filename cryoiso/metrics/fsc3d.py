@@ -11,8 +11,8 @@ Shells up to `EXACT_SHELL` are summed as they are, coefficient by coefficient. B
 pairs of them k^4, so its three sums are gathered in small cells of direction first (`Sphere`). A cone then takes of
 each cell the share that lies inside it; for cells along one ring that share depends on the difference of azimuth alone,
 and the cone sum is a convolution in azimuth: a Fourier transform along the rings, then one small matrix an azimuthal
-order. Between the nodes of the cells the 3DFSC is interpolated linearly. ``tests/test_metrics_fsc3d.py`` holds how
-far this is from the plain sums.
+order. Between the nodes of the cells the 3DFSC is interpolated linearly. How far this is from the plain sums is
+in ``tests/metrics/test_metrics_fsc3d.py``.
 """
 
 from __future__ import annotations

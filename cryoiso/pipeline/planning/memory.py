@@ -43,7 +43,8 @@ TRAINED_BYTES = {
     ("unet", "small"): (596.0, 300.0, 1.8), ("unet", "paper"): (3122.0, 1561.0, 1.3),
 }  # fmt: skip
 """A pixel of an image, or a voxel of a sub-map, in a training step: bytes that the forward pass leaves for the backward
-one, in float32 and in bfloat16 (counted: tests/test_plan_memory.py), and the peak of a step over that (measured)."""
+one, in float32 and in bfloat16 (counted in tests/pipeline/test_plan_memory.py), and the peak of a step over that
+(measured)."""
 ALONE_BYTES = {"small": 1000.0, "paper": 5600.0}
 """The same in float32 for one sub-map alone on a CPU, which is convolved as two slabs (``nets.unet``)."""
 APPLIED_BYTES = {

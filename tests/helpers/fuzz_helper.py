@@ -2,7 +2,7 @@
 
 The suite repeats the same examples at every run. By hand, for as many others as one likes:
 
-    CRYOISO_FUZZ_EXAMPLES=20000 pytest tests/test_fuzz_inputs.py tests/test_fuzz_records.py
+    CRYOISO_FUZZ_EXAMPLES=20000 pytest tests/system/test_fuzz_inputs.py tests/system/test_fuzz_records.py
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import cryoiso
-from test_io_cs import save, table
+from cs_helper import save, table
+from pipeline_helper import cryoiso
 
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import InputError

@@ -24,7 +24,7 @@ from cryoiso.pipeline.inputs.map_pairs import read_half_maps
 from cryoiso.pipeline.stages.correct import Task, correct_files
 
 BOX, PIXEL_A = 32, 6.0
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def halves(noise: float = 0.4, box: int = BOX) -> list[np.ndarray]:

@@ -18,8 +18,8 @@ from cryoiso.parallel.mpi_probe import probe_mpi
 from cryoiso.pipeline.run import run_job
 
 pytestmark = [pytest.mark.slurm, pytest.mark.mpi]
-ROOT = Path(__file__).resolve().parent.parent
-QUICK = f"{sys.executable} {Path(__file__).with_name('quick_program.py')}"
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = f"{sys.executable} {Path(__file__).parents[1] / 'helpers' / 'quick_program.py'}"
 SMALL = ("--ranks-per-node", 2, "--cpus-per-rank", 1, "--time", "00:10:00", "--grace-s", 60)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cs_helper import table
 from fuzz_helper import (
     byte_edits,
     edited,
@@ -21,7 +22,6 @@ from fuzz_helper import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from test_io_cs import table
 
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import CryoisoError

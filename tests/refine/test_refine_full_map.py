@@ -89,7 +89,7 @@ def test_joined_sums_are_those_of_all_particles(top_views):
 
 SCRIPT = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/refine")
 import test_refine_full_map as t
 from cryoiso.parallel.context import get_context
 comm = get_context()

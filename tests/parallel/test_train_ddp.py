@@ -11,46 +11,19 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from mpi_helper import find_mpirun, mpi_environment, run_mpi, start_mpi
 from test_parallel import said
 from test_two_hosts import VNODE, hosts  # noqa: F401
-from train_helper import ALONE, SETTINGS, HvaeTask, PlainTask, ToyTask, digest
+from train_helper import ALONE, SETTINGS, HvaeTask, PlainTask, ToyTask, digest, script
 
 from cryoiso.core.errors import EXIT_INPUT, EXIT_REQUEUE, CryoisoError, Interrupted
 from cryoiso.parallel import ddp, rendezvous_address
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.group_stop import group_wide, side_by_side
 from cryoiso.train.loop import CHECKPOINT, train
-
-HEAD = f"""
-import json, os, sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from dataclasses import replace
-from pathlib import Path
-import numpy as np, torch
-from train_helper import SETTINGS, HvaeTask, PlainTask, StopAt, ToyTask, digest
-from cryoiso.core.errors import CryoisoError, InputError, Interrupted
-from cryoiso.parallel.abort import guard
-from cryoiso.parallel.group_stop import side_by_side
-from cryoiso.parallel.context import get_context
-from cryoiso.parallel.ddp import ranks_of_half, training_group
-from cryoiso.train.loop import train
-ctx = get_context()
-ctx.install_signal_handlers()
-folder = Path(sys.argv[1])
-"""
-
-
-def script(tmp_path: Path, body: str, *arguments: object) -> list[str | Path]:
-    """Arguments for the interpreter: this text, run below HEAD inside ``guard``."""
-    file = tmp_path / f"script{len(list(tmp_path.glob('script*')))}.py"
-    inside = "\n".join("    " + line for line in body.strip().splitlines())
-    file.write_text(HEAD + "with guard(ctx):\n" + inside + "\n")
-    return [file, tmp_path, *map(str, arguments)]
 
 
 def test_doctests():

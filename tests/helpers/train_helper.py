@@ -147,3 +147,29 @@ class StopAt:
     def __call__(self) -> bool:
         self.left -= 1
         return self.left == 0
+
+
+HEAD = """
+import json, os, sys, time
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, torch
+from train_helper import SETTINGS, HvaeTask, PlainTask, StopAt, ToyTask, digest
+from cryoiso.core.errors import CryoisoError, InputError, Interrupted
+from cryoiso.parallel.abort import guard
+from cryoiso.parallel.group_stop import side_by_side
+from cryoiso.parallel.context import get_context
+from cryoiso.parallel.ddp import ranks_of_half, training_group
+from cryoiso.train.loop import train
+ctx = get_context()
+ctx.install_signal_handlers()
+folder = Path(sys.argv[1])
+"""
+
+
+def script(tmp_path: Path, body: str, *arguments: object) -> list[str | Path]:
+    """Arguments for the interpreter: this text, run below HEAD inside ``guard``."""
+    file = tmp_path / f"script{len(list(tmp_path.glob('script*')))}.py"
+    inside = "\n".join("    " + line for line in body.strip().splitlines())
+    file.write_text(HEAD + "with guard(ctx):\n" + inside + "\n")
+    return [file, tmp_path, *map(str, arguments)]

@@ -1,6 +1,6 @@
 """Ends a job of ranks again and again, stage by stage, at instants that a seed decides, and lets it go on each time.
 
-``python tests/kill_helper.py RECORD`` makes a table of the rows that the kill matrix has left in a file.
+``python tests/helpers/kill_helper.py RECORD`` makes a table of the rows that the kill matrix has left in a file.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from mpi_helper import run_mpi
-from test_train_ddp import script
 from torch.distributed import TCPStore
+from train_helper import script
 
 LISTENING = """
 def listening():
@@ -34,6 +35,7 @@ def listening():
 OUTSIDER = (
     LISTENING
     + """
+sys.path.insert(0, sys.argv[2])
 from test_rendezvous import GREETINGS, answers
 before = listening()
 with training_group(ctx) as group:
@@ -72,7 +74,7 @@ def test_the_store_of_torch_answers_anybody():
 
 @pytest.mark.mpi
 def test_an_outsider_gets_nothing_and_changes_nothing(tmp_path):
-    done = run_mpi(2, script(tmp_path, OUTSIDER), 180)
+    done = run_mpi(2, script(tmp_path, OUTSIDER, Path(__file__).parent), 180)
     opened = [line for line in done.stdout.splitlines() if line.startswith("opened ")]
     assert len(opened) == 2 and "[[" in opened[0], done.stdout
     for line in opened:  # 0100007F is 127.0.0.1: on one host nothing of the group can be seen from outside

@@ -16,7 +16,7 @@ from mpi_helper import find_mpirun, mpi_environment
 from cryoiso import __version__
 from cryoiso.core.errors import EXIT_MISSING, EXIT_USAGE
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEFINITIONS = (ROOT / "apptainer.def", ROOT / "containers" / "rocm.def")
 DOCKERFILE = ROOT / "containers" / "Dockerfile"
 BUILD = ROOT / "containers" / "build.sh"

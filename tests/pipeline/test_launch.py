@@ -22,7 +22,7 @@ from cryoiso.parallel import launcher
 from cryoiso.pipeline.batch import launch, mpi_launcher, submit
 from cryoiso.pipeline.batch.fill_template import OWN
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCHEDULERS = ("slurm", "pbs", "lsf", "mpirun")
 FULL = {
     "nodes": 2, "gpus": 4, "gpu_type": "a100", "ranks_per_node": 4, "cpus_per_rank": 8, "ram_gb": 64.5,

@@ -14,7 +14,7 @@ import pytest
 
 from cryoiso.core.config import parse_job
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SENTENCES = ["Of 7 particles 3 are seen from the side.", "Before 2 of them got a wrong view.", "In this run 1 of them."]
 STANDIN = """#!{python}
 import json, sys

@@ -235,7 +235,7 @@ def test_real_files_are_within_all_limits(shared, caplog):
 
 
 def test_the_documentation_has_every_limit():
-    text = (Path(__file__).parents[1] / "docs/formats.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
     section = text.split("### Numbers that are admitted")[1].split("###")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `rln")]
     for column, limits in RANGES.items():

@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from cryoiso.cli.main import build_app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MADE = ("commands.md", "job-file.md")
 """Pages that docs/conf.py makes from the program itself when the documentation is built."""
 PAGES = [

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from mpi_helper import run_mpi
-from test_train_ddp import script
 from torch import Tensor, nn
-from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_arrays, digest
+from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_arrays, digest, script
 
 from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.parallel import pairwise_sum

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from correct_helper import BOX, PIXEL, task_of
 from pipeline_helper import cryoiso_here, simulate, write_job
 from realign_helper import use_quick_networks
-from test_cli_correct import BOX, PIXEL, task_of
 
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel.context import Context

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from correct_helper import BOX, PIXEL, SIZES, task_of
 from mpi_helper import run_mpi
 from pipeline_helper import cryoiso_here
 
@@ -26,8 +27,6 @@ from cryoiso.physics.phantom import phantom_map
 from cryoiso.pipeline.stages.correct import Task, _correct_alone, correct_files
 from cryoiso.pipeline.stages.isolated_process import apart
 
-BOX, PIXEL = 24, 8.0
-SIZES = {"cube_px": 16, "sub_maps": 4, "batch": 2, "epochs": 1}
 OPTIONS = ["--cube", 16, "--sub-maps", 4, "--batch", 2, "--epochs", 1]
 
 
@@ -43,10 +42,6 @@ def halves(tmp_path) -> dict[int, Path]:
         paths[half] = tmp_path / f"in{half}.mrc"
         write_map(paths[half], truth + 0.3 * truth.std() * noise, PIXEL)
     return paths
-
-
-def task_of(halves, out, **keys) -> Task:
-    return Task(halves, out, CorrectSection(**{**SIZES, **keys}), seed=2)
 
 
 @pytest.mark.parametrize("mode", ["paired", "independent"])
