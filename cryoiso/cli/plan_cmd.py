@@ -46,18 +46,18 @@ def plan(
     from cryoiso.core.errors import UsageError
     from cryoiso.parallel.context import Context
     from cryoiso.pipeline.batch.launch import seconds_of
+    from cryoiso.pipeline.job_inputs import Inputs
     from cryoiso.pipeline.jobfile import read_job
     from cryoiso.pipeline.planning import rates as rated
     from cryoiso.pipeline.planning.job_size import problem_of
     from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
     from cryoiso.pipeline.records.run_folder import RunFolder
-    from cryoiso.pipeline.work import Work
     from cryoiso.pipeline.workflow import folder_stages
 
     if rates is not None and measure:
         raise UsageError("--rates and --measure exclude each other")
     _, found = read_job(job)
-    problem = problem_of(Work(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
+    problem = problem_of(Inputs(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
     layout = Layout(nodes, gpus, ranks_per_node or max(gpus, 1))
     device = layout.device
     if rates is not None:

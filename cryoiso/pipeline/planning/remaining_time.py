@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning import workload
 from cryoiso.pipeline.planning.job_size import problem_of
 from cryoiso.pipeline.planning.rates import built_in, of_stages
 from cryoiso.pipeline.planning.timing import predicted_stages
 from cryoiso.pipeline.planning.workload import Assumed
 from cryoiso.pipeline.stages.table import stages_of
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import kind_of, record_of
 
 logger = logging.getLogger("cryoiso")
@@ -89,7 +90,7 @@ class Estimates:
 
     thought: Mapping[str, float | None]
     """stage, in order -> seconds by the built-in rates"""
-    work: Mapping[str, workload.Work]
+    work: Mapping[str, workload.WorkUnits]
     """stage -> what there is to do"""
     device: str = "cpu"
 
@@ -136,17 +137,17 @@ Later = Callable[[str, float, float], Ahead]
 """(stage, seconds since this process began it, seconds left of it) -> the stages after it"""
 
 
-def later_stages(work: Work, until: str = "") -> Later:
+def later_stages(run: RunContext, inputs: Inputs, until: str = "") -> Later:
     """Foretells the stages after the running one, up to ``until`` if given (rank 0)."""
-    names = [stage.name for stage in stages_of(work.job, work.folder)]
+    names = [stage.name for stage in stages_of(run.job, run.folder)]
     names = names[: names.index(until) + 1] if until else names
-    predicted = predicted_stages(work)
-    estimates = Estimates({name: predicted.get(name) for name in names}, _work_of(work), work.comm.device())
+    predicted = predicted_stages(run, inputs)
+    estimates = Estimates({name: predicted.get(name) for name in names}, _units_of(inputs), run.comm.device())
 
     def after(stage: str, elapsed_s: float, left_s: float) -> Ahead:
         if stage not in names:
             return Ahead()
-        so_far = measured(list(work.journal.lines) if work.journal is not None else [], work.comm.size)
+        so_far = measured(list(run.journal.lines) if run.journal is not None else [], run.comm.size)
         found = dict(so_far.ended)
         if stage not in so_far.elsewhere:
             found[stage] = so_far.begun.get(stage, 0.0) + elapsed_s + left_s
@@ -155,9 +156,9 @@ def later_stages(work: Work, until: str = "") -> Later:
     return after
 
 
-def _work_of(work: Work) -> dict[str, workload.Work]:
+def _units_of(inputs: Inputs) -> dict[str, workload.WorkUnits]:
     try:
-        return workload.stages(problem_of(work), work.comm.size, Assumed(), work.comm.device())
+        return workload.stages(problem_of(inputs), inputs.comm.size, Assumed(), inputs.comm.device())
     except Exception:  # a forecast must never end a run
         logger.debug("no plan of this run", exc_info=True)
         return {}

@@ -23,11 +23,12 @@ from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages.half_maps import make_mask
 from cryoiso.pipeline.stages.isolated_process import apart
-from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 NOT_A_RESOLUTION = "agreement of what networks made, not a resolution: deposit and judge the half-maps that went in"
@@ -72,13 +73,13 @@ class Task:
         return self.mode == "independent"
 
 
-def correct(work: Work) -> None:
+def correct(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """The stage: corrects the half-maps of the stage ``reconstruct``."""
-    maps, job = work.folder.stage("reconstruct"), work.job
+    maps, job = run.folder.stage("reconstruct"), run.job
     correct_files(
-        Task({h: maps / f"half{h}.mrc" for h in (1, 2)}, work.folder.stage("correct"), job.correct, maps / "mask.mrc",
+        Task({h: maps / f"half{h}.mrc" for h in (1, 2)}, run.folder.stage("correct"), job.correct, maps / "mask.mrc",
              seed=job.run.seed, device=job.run.device),
-        work.comm, resume=work.resume,
+        run.comm, resume=resume,
     )  # fmt: skip
 
 

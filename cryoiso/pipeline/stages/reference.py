@@ -7,18 +7,19 @@ import logging
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
 from cryoiso.parallel.abort import on_root
-from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 
 logger = logging.getLogger("cryoiso")
 
 
-def reference(work: Work) -> None:
+def reference(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """The reference on the particles' grid: as it is, and low-passed as the refinement starts from it."""
-    on_root(work.comm, _write_reference, work)
+    on_root(run.comm, _write_reference, run, inputs)
 
 
-def _write_reference(work: Work) -> None:
-    made, folder, lowpass_A = work.reference(), work.folder.stage("reference"), work.job.reference.lowpass_A
+def _write_reference(run: RunContext, inputs: Inputs) -> None:
+    made, folder, lowpass_A = inputs.reference(), run.folder.stage("reference"), run.job.reference.lowpass_A
     write_map(folder / "reference.mrc", made.map.data, made.map.pixel_size_A)
     write_map(folder / "initial.mrc", made.initial.data, made.initial.pixel_size_A)
     facts = {
