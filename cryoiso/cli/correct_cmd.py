@@ -9,6 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
+from cryoiso.core import products
 from cryoiso.core.config import CorrectSection as C
 from cryoiso.core.config import RunSection as U
 
@@ -75,4 +76,5 @@ def correct(
     )  # fmt: skip
     correct_files(task, comm, resume=go_on)
     if comm.rank == 0:
-        echo("\n".join(str(out / name) for name in ("corrected_map.mrc", "measured.mrc", "correct.json")))
+        made = (products.CORRECTED_MAP, products.MEASURED, products.facts("correct"))
+        echo("\n".join(str(out / name) for name in made))

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
+from cryoiso.core import products
 
 HALF1, HALF2 = "First half-map (MRC), neither masked nor filtered.", "Second half-map (MRC)."
-OUT = Path("diagnose.json")
+OUT = Path(products.facts("diagnose"))
 
 
 def diagnose(

@@ -9,6 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
+from cryoiso.core import products
 from cryoiso.core.config import ParticlesSection as P
 
 
@@ -40,4 +41,4 @@ def ingest(
     job = on_root(comm, job_of, particles=facts, reference={"file": ""})
     ingest_files(job.particles, out, comm)
     if comm.rank == 0:
-        echo(out / "index.json")
+        echo(out / products.INDEX)

@@ -9,6 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
+from cryoiso.core import products
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReferenceSection as R
 from cryoiso.core.config import RunSection as U
@@ -73,4 +74,4 @@ def micelle(
     facts = micelle_files(job, MaskChoice(threshold, mask), settings, out, comm, resume=go_on)
     if comm.rank == 0:
         same = facts["agreement_of_halves"]
-        echo(f"{out / 'composite.mrc'}: threshold {facts['threshold']}, half-sets' micelles correlate by {same}")
+        echo(f"{out / products.COMPOSITE}: threshold {facts['threshold']}, half-sets' micelles correlate by {same}")

@@ -9,6 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.options import RefineKeys, RelionKeys, default, job_of, keys_of, option
+from cryoiso.core import products
 from cryoiso.core.config import CorrectSection as C
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import RealignSection as L
@@ -106,4 +107,4 @@ def realign(
     )  # fmt: skip
     realign_files(job, out, comm, auxiliary=auxiliary, resume=go_on)
     if comm.rank == 0:
-        echo("\n".join(str(out / name) for name in ("particles.star", "half1.mrc", "half2.mrc")))
+        echo("\n".join(str(out / name) for name in (products.PARTICLES, *products.HALF_MAPS)))

@@ -9,6 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.options import default, job_of, option
+from cryoiso.core import products
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReconstructSection as C
 from cryoiso.core.config import RunSection as U
@@ -51,4 +52,4 @@ def reconstruct(
     )  # fmt: skip
     reconstruct_files(job, out, comm)
     if comm.rank == 0:
-        echo("\n".join(str(out / name) for name in ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc")))
+        echo("\n".join(str(out / name) for name in (*products.HALF_MAPS, products.MAP, products.WEIGHTED_MAP)))

@@ -9,6 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.options import RefineKeys, RelionKeys, default, job_of, keys_of, option
+from cryoiso.core import products
 from cryoiso.core.config import ParticlesSection as P
 from cryoiso.core.config import ReferenceSection as R
 from cryoiso.core.config import RefineSection as E
@@ -73,4 +74,4 @@ def refine(
     )  # fmt: skip
     refine_files(job, out, comm, resume=go_on)
     if comm.rank == 0:
-        echo("\n".join(str(out / name) for name in ("particles.star", "half1.mrc", "half2.mrc")))
+        echo("\n".join(str(out / name) for name in (products.PARTICLES, *products.HALF_MAPS)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
@@ -106,7 +107,8 @@ class Inputs:
         """The particle's diameter: the job's, else as measured by the reference stage."""
         if self.job.sample.diameter_A:
             return self.job.sample.diameter_A
-        return float(json.loads((self.folder.stage("reference") / "reference.json").read_text())["diameter_A"])
+        measured = self.folder.stage("reference") / products.facts("reference")
+        return float(json.loads(measured.read_text())["diameter_A"])
 
     def sample(self) -> Sample:
         """What all ranks need of it, in one broadcast. Collective."""

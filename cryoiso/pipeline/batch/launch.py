@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.commands import split_command
 from cryoiso.core.config import Job, LaunchSection, parse_job
 from cryoiso.core.errors import InputError, UsageError
@@ -142,8 +143,8 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     own_bin = "" if section.image or section.program else str(Path(sys.prefix) / "bin")
     facts = {
         "name": _name(section, job_file), "job": str(job_file), "run": str(run), "script": str(script),
-        "folder": str(run.parent), "log": str(run), "journal": str(run / "journal.jsonl"),
-        "lock": str(run / "lock.json"),
+        "folder": str(run.parent), "log": str(run), "journal": str(run / products.JOURNAL),
+        "lock": str(run / products.LOCK),
         "nodes": section.nodes, "ranks": ranks, "ranks_per_node": per_node, "cpus_per_rank": section.cpus_per_rank,
         "cpus_per_node": per_node * section.cpus_per_rank, "cpus_total": ranks * section.cpus_per_rank,
         "gpus": section.gpus, "gpu_type": section.gpu_type,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import AuxiliarySection, Job, ParticlesSection
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.types import HALVES, Particles
@@ -125,7 +126,7 @@ def generate_files(
         "generators": {str(h): path.name for h, path in files.items()},
         "transfer": measure_transfer(ShardSource(out), particles, maker.conditions, comm, seed),
     }
-    on_root(comm, write_json, out / "generate.json", facts)
+    on_root(comm, write_json, out / products.facts("generate"), facts)
     if settings.export:
         on_root(comm, export, ShardSource(out), exported, out, inverted)
     return len(particles)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_json
@@ -73,9 +74,9 @@ def _refine_with(run: RunContext, inputs: Inputs, auxiliary: ShardSource, resume
     )  # fmt: skip
 
     def write() -> None:
-        write_particles(out / "particles.star", found.raw)
-        whole: dict[str, Any] = json.loads((request.folder / "refine.json").read_text(encoding="utf-8"))
+        write_particles(out / products.PARTICLES, found.raw)
+        whole: dict[str, Any] = json.loads((request.folder / products.facts("refine")).read_text(encoding="utf-8"))
         counts = {"particles": len(found.raw), "auxiliary": len(found.auxiliary)}
-        write_json(out / "refine.json", {**whole, **counts, **made})
+        write_json(out / products.facts("refine"), {**whole, **counts, **made})
 
     on_root(comm, write)

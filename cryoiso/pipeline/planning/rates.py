@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.regular_file import read_regular_text
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.workload import Assumed, WorkUnits
-from cryoiso.pipeline.records.run_folder import TIMING
 
 CPU, GPU = "cpu", "cuda"
 HOST = ("write", "prepare", "measure")
@@ -96,7 +96,7 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
     Raises:
         InputError: no such file, or nothing in it.
     """
-    file = path / TIMING if path.is_dir() else path
+    file = path / products.TIMING if path.is_dir() else path
     try:
         found = json.loads(read_regular_text(file))
         return _of_facts(found, "cpu_seconds" if cpu else "seconds")

@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError
 from cryoiso.io.atomic import write_json
 from cryoiso.parallel.launcher import thread_count
@@ -17,7 +18,6 @@ from cryoiso.pipeline.planning.job_size import Problem, problem_of
 from cryoiso.pipeline.planning.rates import CPU, Rates, built_in, kind_of_device, of_stages, tells_rates
 from cryoiso.pipeline.planning.workload import Assumed, stages
 from cryoiso.pipeline.records.environment import computes_on
-from cryoiso.pipeline.records.run_folder import TIMING
 from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
@@ -48,7 +48,7 @@ def _note(run: RunContext, inputs: Inputs, stage: str, took: dict[str, Any]) -> 
 
 def _so_far(run: RunContext, device: str) -> dict[str, Any] | None:
     """What this run has timed, if on such a device and as many ranks: times of others say nothing of this one."""
-    timing = run.timing or _read(run.folder.path / TIMING)
+    timing = run.timing or _read(run.folder.path / products.TIMING)
     if timing is None or (kind_of_device(timing["device"]), timing["ranks"]) != (kind_of_device(device), run.comm.size):
         return None
     return timing
@@ -56,7 +56,7 @@ def _so_far(run: RunContext, device: str) -> dict[str, Any] | None:
 
 def _was_skipped(run: RunContext, stage: str) -> bool:
     """Whether a round left the stage out."""
-    facts = _read(run.folder.stage(stage) / f"{kind_of(stage)}.json") if run.folder.has(stage) else None
+    facts = _read(run.folder.stage(stage) / products.facts(kind_of(stage))) if run.folder.has(stage) else None
     return bool(facts and facts.get("skipped"))
 
 
@@ -64,7 +64,7 @@ def save_timing(run: RunContext) -> None:
     """Writes timing.json, when this process leaves the run."""
     if run.timing:
         try:
-            write_json(run.folder.path / TIMING, run.timing)
+            write_json(run.folder.path / products.TIMING, run.timing)
         except (OSError, CryoisoError):
             logger.debug("no timing of this run", exc_info=True)
 
@@ -96,7 +96,7 @@ def _new(run: RunContext, p: Problem, device: str) -> dict[str, Any]:
 
 def _course(run: RunContext, p: Problem) -> tuple[int | None, float | None]:
     """Iterations of the first refinement, and the resolution of its search as a share of Nyquist's."""
-    found = _read(run.folder.stage("refine") / "refine.json") or {}
+    found = _read(run.folder.stage("refine") / products.facts("refine")) or {}
     records = found.get("iterations") or []
     if not records or "search_resolution_A" not in records[-1]:
         return None, None

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.io.regular_file import open_regular
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.records.run_folder import TIMING
 
 _BLOCK = 4 << 20
 _PER_FILE = 1 << 20
@@ -75,7 +75,7 @@ def list_outputs(folder: Path, places: tuple[str, ...]) -> list[str]:
     for place in places:
         path = folder / place
         found += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sorted(str(p.relative_to(folder)) for p in found if p.suffix != ".part" and p.name != TIMING)
+    return sorted(str(p.relative_to(folder)) for p in found if p.suffix != ".part" and p.name != products.TIMING)
 
 
 def hash_outputs(folder: Path, places: tuple[str, ...], comm: Context) -> Outputs:

@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.contained_path import require_contained
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.records import versions
-from cryoiso.pipeline.records.checksums import SUMS, read_sums
+from cryoiso.pipeline.records.checksums import read_sums
 from cryoiso.pipeline.records.hashing import Outputs, hash_shared, list_outputs, next_key
 from cryoiso.pipeline.records.journal import read_journal
 from cryoiso.pipeline.records.manifest import check_manifest, job_key, read_record
@@ -135,13 +136,13 @@ def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[R
     if seal:
         known = {name: facts["sha256"] for name, facts in seal["files"].items()}
         if digest_of_files(seal["files"]) != seal["digest"]:
-            verdict.differences.append(Difference("seal.json", "does not agree with itself", "seal", seal["time"]))
+            verdict.differences.append(Difference(products.SEAL, "does not agree with itself", "seal", seal["time"]))
         for name, facts in seal["files"].items():
             if name not in recorded:
                 recorded[name] = Recorded(name, facts["sha256"], facts["bytes"], "seal", seal["time"])
             elif recorded[name].sha256 != known[name]:
                 verdict.differences.append(
-                    Difference("journal.jsonl", f"names another hash for {name} than the seal", "seal", seal["time"])
+                    Difference(products.JOURNAL, f"names another hash for {name} than the seal", "seal", seal["time"])
                 )
     given = list(_inputs(manifest, verdict)) if inputs else []
     if not inputs:
@@ -189,7 +190,7 @@ def _outputs(
             continue
         if end["key"] != key:
             verdict.differences.append(
-                Difference("journal.jsonl", f"stage {stage.name} was done with another job, or after other results of "
+                Difference(products.JOURNAL, f"stage {stage.name} was done with another job, or after other results of "
                            "the stages before it, than are noted", stage.name, end["time"])
             )  # fmt: skip
         key = next_key(end["key"], stage.name, end["outputs"])
@@ -278,17 +279,18 @@ def _result_differences(run: RunFolder, found: Outputs) -> list[Difference]:
         found: the files that are as they were noted; of the others enough has been said.
     """
     differences = []
-    listed = read_sums(run.result / SUMS)
+    sums = f"result/{products.SUMS}"
+    listed = read_sums(run.path / sums)
     for name, sha256 in listed.items():
         facts = found.get(f"result/{name}")
         if facts is not None and facts["sha256"] != sha256:
-            differences.append(Difference(f"result/{name}", f"is not what {SUMS} says", f"result/{SUMS}", ""))
+            differences.append(Difference(f"result/{name}", f"is not what {products.SUMS} says", sums, ""))
     if listed:
-        present = {name.removeprefix("result/") for name in list_outputs(run.path, ("result",))} - {SUMS}
+        present = {name.removeprefix("result/") for name in list_outputs(run.path, ("result",))} - {products.SUMS}
         for name in sorted(present - set(listed)):
             if f"result/{name}" in found:
-                differences.append(Difference(f"result/{name}", f"is not listed in {SUMS}", f"result/{SUMS}", ""))
-    for made in run.path.glob("[0-9][0-9]_reconstruct/half[12].mrc"):
+                differences.append(Difference(f"result/{name}", f"is not listed in {products.SUMS}", sums, ""))
+    for made in (p for name in products.HALF_MAPS for p in run.path.glob(f"[0-9][0-9]_reconstruct/{name}")):
         one, two = found.get(f"{made.parent.name}/{made.name}"), found.get(f"result/{made.name}")
         if one is not None and two is not None and one["sha256"] != two["sha256"]:
             name = f"result/{made.name}"

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import HALVES, DensityMap, Particles
@@ -33,6 +34,7 @@ from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.generate import planned_particles
 from cryoiso.pipeline.stages.post_command import post_process
 from cryoiso.pipeline.stages.rounds import engine_folder, is_settled, last_round, poses_after, references_after, skip
+from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
 
@@ -108,7 +110,7 @@ def _post_process(run: RunContext, round_: int) -> None:
     """The user's command on the reference of each half, so that the halves stay apart."""
     folder = run.folder.stage(f"corefine-{round_}")
     for half in HALVES:
-        given, made = folder / f"reference{half}.mrc", folder / f"post{half}.mrc"
+        given, made = folder / products.half_reference(half), folder / products.post_processed(half)
         post_process(run.job.auxiliary.post_command, given, made, half, round_)
 
 
@@ -162,12 +164,12 @@ def _finish_round(
 
     def write() -> None:
         for half in HALVES:
-            write_map(folder / f"half{half}.mrc", plain[half].data, plain[half].pixel_size_A)
-            write_map(folder / f"reference{half}.mrc", damped[half].data, damped[half].pixel_size_A)
+            write_map(folder / products.half_map(half), plain[half].data, plain[half].pixel_size_A)
+            write_map(folder / products.half_reference(half), damped[half].data, damped[half].pixel_size_A)
         mean = (damped[1].data.astype(np.float64) + damped[2].data) / 2
-        write_map(folder / "raw_map.mrc", mean.astype(np.float32), damped[1].pixel_size_A)
-        write_particles(folder / "particles.star", _with_source_columns(inputs, raw if posed is None else posed))
-        write_json(folder / f"{name.split('-')[0]}.json", {**facts, "fsc": np.round(curve, 6).tolist()})
+        write_map(folder / products.RAW_MAP, mean.astype(np.float32), damped[1].pixel_size_A)
+        write_particles(folder / products.PARTICLES, _with_source_columns(inputs, raw if posed is None else posed))
+        write_json(folder / products.facts(kind_of(name)), {**facts, "fsc": np.round(curve, 6).tolist()})
         if "moved" in facts:
             logger.info(
                 "%s: raw particles moved by %.2f° (median), %.1f %% of them by more than 20°",
@@ -217,7 +219,7 @@ def _start_resolution(run: RunContext, inputs: Inputs, rounds: int) -> float:
 
     def read() -> float:
         name = f"corefine-{rounds}"
-        curve = json.loads((run.folder.stage(name) / "corefine.json").read_text())["fsc"]
+        curve = json.loads((run.folder.stage(name) / products.facts("corefine")).read_text())["fsc"]
         return resolution_at(np.array(curve), 0.143, *inputs.grid())
 
     return float(on_root(run.comm, read))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map
@@ -34,8 +35,8 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
     from cryoiso.methods.assess.measure import diagnose as measure
 
     maps, job = run.folder.stage("reconstruct"), run.job
-    half1, half2, mask = (read_map(maps / name) for name in ("half1.mrc", "half2.mrc", "mask.mrc"))
-    with_true_poses = maps / "truth_poses" / "map.mrc"
+    half1, half2, mask = (read_map(maps / name) for name in (*products.HALF_MAPS, products.MASK))
+    with_true_poses = maps / products.TRUE_POSES / products.MAP
 
     def numbers_of(one: np.ndarray, two: np.ndarray, star: Path, true_poses: Path | None) -> dict[str, Any]:
         return measure(
@@ -50,11 +51,11 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
 
     numbers = numbers_of(half1.data, half2.data, final_poses(run), with_true_poses)
     if run.folder.has("train-1"):
-        first = run.folder.stage("reconstruct") / "initial_poses"
-        earlier = [read_map(first / f"half{h}.mrc").data for h in (1, 2)]
-        before = run.folder.stage("refine") / "particles.star"
+        first = run.folder.stage("reconstruct") / products.INITIAL_POSES
+        earlier = [read_map(first / products.half_map(h)).data for h in (1, 2)]
+        before = run.folder.stage("refine") / products.PARTICLES
         logger.info("the same for the maps before the auxiliary particles, to compare with")
         numbers["before"] = numbers_of(earlier[0], earlier[1], before, None)
     if run.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
         numbers["notes"].append(SHARED_NETWORK)
-    write_json(run.folder.stage("diagnose") / "diagnose.json", numbers)
+    write_json(run.folder.stage("diagnose") / products.facts("diagnose"), numbers)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.progress import board
@@ -43,7 +44,7 @@ COMPARED_BLOCK = 64
 
 def generator_files(folder: Path, shared: bool) -> dict[int, Path]:
     """Half -> file of its generator."""
-    return {h: folder / ("generator.npz" if shared else f"generator{h}.npz") for h in HALVES}
+    return {h: folder / (products.SHARED_GENERATOR if shared else products.generator(h)) for h in HALVES}
 
 
 def generate_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
@@ -191,9 +192,9 @@ def _finish(folder: Path, maker: Maker, raw: ImageSource, facts: dict[str, Any],
     mine = np.arange(min(SAMPLES, int(np.sum(particles.half == 1))))
     made, clean = maker.at_temperature(1.0).images(mine)
     shown = raw.read(np.arange(min(SAMPLES, len(raw.particles))))
-    with atomic_write(folder / "samples.npz") as stream:
+    with atomic_write(folder / products.SAMPLES) as stream:
         np.savez(stream, raw=shown, auxiliary=made, projections=clean)
-    write_json(folder / "generate.json", facts)
+    write_json(folder / products.facts("generate"), facts)
     kl = facts["statistics"].get("kl_nats")
     logger.info("%d auxiliary particles%s", len(particles), "" if kl is None else f", KL to the raw ones {kl:.3g} nats")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.progress import board
@@ -43,7 +44,7 @@ def ingest(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
 
             write_shards(plan, folder, comm, note)
             facts = _ingest_facts(plan)
-    on_root(comm, write_json, folder / "ingest.json", facts)
+    on_root(comm, write_json, folder / products.facts("ingest"), facts)
 
 
 def bare_plan(plan: Any) -> Any:

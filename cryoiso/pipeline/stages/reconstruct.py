@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.progress import board
 from cryoiso.core.types import Particles
@@ -42,14 +43,14 @@ def reconstruct(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     facts["mask"] = on_root(comm, support.write_mask, folder, how["pixel_size_A"])
     if run.folder.has("train-1"):
         before = poses_after(run, inputs, 0)
-        on_root(comm, (folder / "initial_poses").mkdir, exist_ok=True)
+        on_root(comm, (folder / products.INITIAL_POSES).mkdir, exist_ok=True)
         board.expect(1, sets, lines=2)
-        write_reconstruction(source, before, folder / "initial_poses", comm, support=support, **how)
+        write_reconstruction(source, before, folder / products.INITIAL_POSES, comm, support=support, **how)
     if truth is not None:
-        on_root(comm, (folder / "truth_poses").mkdir, exist_ok=True)
+        on_root(comm, (folder / products.TRUE_POSES).mkdir, exist_ok=True)
         board.expect(sets - 1, sets, lines=2)
-        write_reconstruction(source, truth, folder / "truth_poses", comm, support=support, **how)
-    on_root(comm, write_json, folder / "reconstruct.json", facts)
+        write_reconstruction(source, truth, folder / products.TRUE_POSES, comm, support=support, **how)
+    on_root(comm, write_json, folder / products.facts("reconstruct"), facts)
 
 
 def _refined(run: RunContext, inputs: Inputs) -> Particles:

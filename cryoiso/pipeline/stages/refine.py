@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cryoiso.core import products
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.io.atomic import write_json
@@ -26,7 +27,7 @@ def refine_request(run: RunContext, inputs: Inputs, *, resume: bool) -> RefineRe
     """What the stage ``refine`` asks an engine for. Collective."""
     job, sample = run.job, inputs.sample()
     source = inputs.source(once=job.refine.engine == "relion")
-    start = on_root(run.comm, read_map, run.folder.stage("reference") / "reference.mrc", sample.pixel_size_A)
+    start = on_root(run.comm, read_map, run.folder.stage("reference") / products.REFERENCE, sample.pixel_size_A)
     return RefineRequest(
         source=source,
         reference=start,
@@ -55,5 +56,5 @@ def _take_given_poses(run: RunContext, inputs: Inputs) -> None:
         symmetry=run.job.sample.symmetry, padding=run.job.reconstruct.padding,
         pixel_size_A=on_root(comm, inputs.grid)[1],
     )  # fmt: skip
-    on_root(comm, lambda: write_particles(folder / "particles.star", inputs.particles()))
-    on_root(comm, write_json, folder / "refine.json", {**facts, "engine": "given", "particles": len(posed)})
+    on_root(comm, lambda: write_particles(folder / products.PARTICLES, inputs.particles()))
+    on_root(comm, write_json, folder / products.facts("refine"), {**facts, "engine": "given", "particles": len(posed)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from cryoiso.core import products
 from cryoiso.parallel.abort import on_root
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
@@ -19,7 +20,7 @@ def report(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
 
 def _publish(run: RunContext) -> None:
     folder = run.folder
-    numbers = json.loads((folder.stage("diagnose") / "diagnose.json").read_text(encoding="utf-8"))
+    numbers = json.loads((folder.stage("diagnose") / products.facts("diagnose")).read_text(encoding="utf-8"))
     corrected = folder.stage("correct") if folder.has("correct") else None
     fill_result(folder.result, final_poses(run), folder.stage("reconstruct"), corrected, numbers)
     if run.report is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io import read_particle_file
@@ -17,6 +18,7 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
 CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy")
@@ -27,7 +29,7 @@ def is_settled(run: RunContext, round_: int) -> bool:
 
     def read() -> bool:
         for earlier in range(1, round_):
-            path = run.folder.stage(f"corefine-{earlier}") / "corefine.json"
+            path = run.folder.stage(f"corefine-{earlier}") / products.facts("corefine")
             facts = json.loads(path.read_text(encoding="utf-8"))
             if facts.get("settled") or facts.get("skipped"):
                 return True
@@ -39,7 +41,7 @@ def is_settled(run: RunContext, round_: int) -> bool:
 def skip(run: RunContext, name: str) -> None:
     """Notes that a stage was left out because the poses had settled."""
     facts = {"skipped": True, "reason": "the poses had settled in the round before"}
-    on_root(run.comm, write_json, run.folder.stage(name) / f"{name.split('-')[0]}.json", facts)
+    on_root(run.comm, write_json, run.folder.stage(name) / products.facts(kind_of(name)), facts)
     if run.comm.rank == 0:
         logger.info("%s is left out: the poses have converged", name)
 
@@ -48,7 +50,7 @@ def last_round(run: RunContext) -> int:
     """The last round that was done; 0 if there is none yet (reads files, so call it on rank 0)."""
     done = 0
     for r in range(1, run.job.auxiliary.rounds + 1):
-        path = run.folder.stage(f"corefine-{r}") / "corefine.json"
+        path = run.folder.stage(f"corefine-{r}") / products.facts("corefine")
         if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("skipped"):
             break
         done = r
@@ -64,7 +66,7 @@ def engine_folder(run: RunContext, name: str) -> Path:
 
 def pose_file(run: RunContext, round_: int) -> Path:
     """The poses after a round; those of the initial refinement for round 0."""
-    return run.folder.stage(f"corefine-{round_}" if round_ else "refine") / "particles.star"
+    return run.folder.stage(f"corefine-{round_}" if round_ else "refine") / products.PARTICLES
 
 
 def poses_after(run: RunContext, inputs: Inputs, round_: int) -> Particles:
@@ -92,7 +94,7 @@ def noise_after(run: RunContext, inputs: Inputs, round_: int) -> np.ndarray | No
 
     def read() -> np.ndarray | None:
         folder = run.folder.stage(f"corefine-{round_}") / "engine" if round_ else run.folder.stage("refine")
-        path = folder / "refine.json"
+        path = folder / products.facts("refine")
         found = json.loads(path.read_text(encoding="utf-8")).get("noise_variance") if path.exists() else None
         if found is None:
             return None
@@ -114,8 +116,8 @@ def references_after(run: RunContext, round_: int, *, with_micelle: bool = True)
             return {h: read_map(_post_processed(folder, h)) for h in HALVES}
         if micelle:
             folder = run.folder.stage("micelle")
-            return {h: read_map(folder / f"composite_half{h}.mrc") for h in HALVES}
-        both = read_map(run.folder.stage("reference") / "reference.mrc")
+            return {h: read_map(folder / products.composite_half(h)) for h in HALVES}
+        both = read_map(run.folder.stage("reference") / products.REFERENCE)
         return {1: both, 2: both}
 
     maps = on_root(run.comm, read)
@@ -126,14 +128,14 @@ def references_after(run: RunContext, round_: int, *, with_micelle: bool = True)
 
 def _post_processed(folder: Path, half: int) -> Path:
     """The map that the user's command made of this half's reference, if there is one."""
-    path = folder / f"post{half}.mrc"
-    return path if path.exists() else folder / f"reference{half}.mrc"
+    path = folder / products.post_processed(half)
+    return path if path.exists() else folder / products.half_reference(half)
 
 
 def final_poses(run: RunContext) -> Path:
     """The particle file with the run's last poses (rank 0)."""
     if not run.folder.has("train-1"):
-        return run.folder.stage("refine") / "particles.star"
+        return run.folder.stage("refine") / products.PARTICLES
     if run.folder.has("local"):
-        return run.folder.stage("local") / "particles.star"
+        return run.folder.stage("local") / products.PARTICLES
     return pose_file(run, last_round(run))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
@@ -82,6 +83,6 @@ def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
         _stage(folder, "reconstruct", reconstruct.reconstruct),
         *corrected,
         _stage(folder, "diagnose", diagnose.diagnose),
-        Stage("report", report.report, ("result", "report.html", "report.json")),
+        Stage("report", report.report, ("result", products.REPORT_PAGE, products.REPORT_NUMBERS)),
     )
     return first + middle + last

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import AuxiliarySection
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import RefineRequest
@@ -26,7 +27,6 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.records.run_folder import TIMING
 from cryoiso.pipeline.stages.rounds import is_settled, noise_after, poses_after, references_after, skip
 
 logger = logging.getLogger("cryoiso")
@@ -144,7 +144,7 @@ def _without_network(
             told["noise"]["spectra"][course.label] = np.round(spectra, 6).tolist()
         generator = Generator(None, reference, scale, 1.0, course.facts, spectra)
         on_root(comm, generator.save, course.file)
-    on_root(comm, write_json, folder / "train.json", told)
+    on_root(comm, write_json, folder / products.facts("train"), told)
 
 
 def _shape(settings: Training, box_px: int) -> dict[str, Any]:
@@ -163,14 +163,14 @@ def _courses(
     if section.generators == "shared":
         whole = _filtered(references[1], section.condition_lowpass_A)
         facts = {**facts, "half": 0}
-        return [Course("both", np.arange(len(half)), whole, folder / "both", folder / "generator.npz", facts)]
+        return [Course("both", np.arange(len(half)), whole, folder / "both", folder / products.SHARED_GENERATOR, facts)]
     courses = []
     for h in HALVES:
         rows = np.flatnonzero(half == h)
         if len(rows) == 0:
             raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
         reference = _filtered(references[h], section.condition_lowpass_A)
-        file = folder / f"generator{h}.npz"
+        file = folder / products.generator(h)
         courses.append(Course(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))
     return courses
 
@@ -188,7 +188,7 @@ def _finish(
     """Curves and speeds; the checkpoints have done their duty."""
     times: dict[str, Any] = {}
     for course in courses:
-        timing = course.folder / TIMING
+        timing = course.folder / products.TIMING
         if timing.exists():
             found = json.loads(timing.read_text(encoding="utf-8"))
             steps = [n["images_per_s"] for n in found["notes"]]
@@ -197,5 +197,5 @@ def _finish(
                 "images_per_s": float(np.median(steps)) if steps else None,
             }
         shutil.rmtree(course.folder)
-    write_text(folder / TIMING, json.dumps(times, indent=1) + "\n")
-    write_json(folder / "train.json", {"round": facts.get("round"), "halves": halves, "settings": settings})
+    write_text(folder / products.TIMING, json.dumps(times, indent=1) + "\n")
+    write_json(folder / products.facts("train"), {"round": facts.get("round"), "halves": halves, "settings": settings})
