@@ -56,7 +56,7 @@ def correct(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.stages.correct import Task, correct_files
+    from cryoiso.pipeline.stages.correct import CorrectionTask, correct_files
 
     comm = get_context()
     job = on_root(
@@ -70,7 +70,7 @@ def correct(
         },
     )  # fmt: skip
     maps = {1: half1} if half2 is None else {1: half1, 2: half2}
-    task = Task(
+    task = CorrectionTask(
         maps, out, job.correct, mask=mask, transfer=filter_, missing_cone_deg=missing_cone, axis=axis,
         pixel_size_A=pixel_size, warm=warm, seed=seed, device=job.run.device,
     )  # fmt: skip

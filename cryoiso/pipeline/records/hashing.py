@@ -31,7 +31,7 @@ def is_outputs(value: Any) -> bool:
     )
 
 
-class Stopped(Exception):
+class HashingStopped(Exception):
     """Raised when hashing is cancelled."""
 
 
@@ -39,7 +39,7 @@ def sha256_of(path: Path, seen: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file, read in blocks.
 
     Args:
-        seen: called with the bytes of each block; may raise ``Stopped``.
+        seen: called with the bytes of each block; may raise ``HashingStopped``.
     """
     digest = hashlib.sha256()
     with open_regular(path) as stream:

@@ -64,7 +64,7 @@ class Difference:
 
 
 @dataclass
-class Verdict:
+class VerifyReport:
     """What a run folder was found to be."""
 
     folder: str
@@ -90,7 +90,7 @@ class Verdict:
         return {"schema": 1, "good": self.good, **asdict(self)}
 
 
-def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> Verdict:
+def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> VerifyReport:
     """Hashes a run's files again and compares; nothing in the folder is written to. Collective; ranks share the work.
 
     Args:
@@ -120,7 +120,7 @@ def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> Verdict:
 # --- what was noted
 
 
-def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[Recorded]]:
+def _read(run: RunFolder, inputs: bool) -> tuple[VerifyReport, list[Recorded], list[Recorded]]:
     """What is known before anything is hashed: the state, and the files with their hashes."""
     if not run.holds_a_run():
         raise UsageError(f"{run.path} holds no run that could be verified. 'cryoiso run' makes one.")
@@ -128,7 +128,7 @@ def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[R
     check_manifest(manifest, run.manifest)
     if manifest:
         versions.require_schema(manifest, run.manifest)
-    verdict = Verdict(
+    verdict = VerifyReport(
         str(run.path), sealed=bool(seal), digest=seal.get("digest", ""), made_by=versions.made_by(manifest)
     )
     verdict.notes += versions.notes(manifest)
@@ -175,7 +175,7 @@ def _is_noted(facts: Any) -> bool:
 
 
 def _outputs(
-    run: RunFolder, manifest: dict[str, Any], lines: list[dict[str, Any]], verdict: Verdict
+    run: RunFolder, manifest: dict[str, Any], lines: list[dict[str, Any]], verdict: VerifyReport
 ) -> Iterator[Recorded]:
     """Outputs of the finished stages; says of the others that the run is unfinished."""
     job = versions.understood(manifest, run.manifest, lambda: read_job(run.resolved)[1])
@@ -212,7 +212,7 @@ def _how_unfinished(run: RunFolder, lines: list[dict[str, Any]], missing: list[s
     return f"{what}; the run {how} at {end['time']}. 'cryoiso resume {run.path}' goes on"
 
 
-def _inputs(manifest: dict[str, Any], verdict: Verdict) -> Iterator[Recorded]:
+def _inputs(manifest: dict[str, Any], verdict: VerifyReport) -> Iterator[Recorded]:
     starts = manifest.get("starts") or [{}]
     unhashed = []
     for name, facts in (manifest.get("inputs") or {}).items():
@@ -229,7 +229,7 @@ def _inputs(manifest: dict[str, Any], verdict: Verdict) -> Iterator[Recorded]:
         verdict.notes.append(f"{len(unhashed)} input(s) were not hashed by the run; their sizes alone were compared")
 
 
-def _note_strangers(run: RunFolder, recorded: dict[str, Recorded], verdict: Verdict) -> None:
+def _note_strangers(run: RunFolder, recorded: dict[str, Recorded], verdict: VerifyReport) -> None:
     places = (*sorted(p.name for p in run.path.glob("[0-9][0-9]_*")), "result")
     done = {name.split("/")[0] for name in recorded}
     strange = [n for n in list_outputs(run.path, tuple(p for p in places if p in done)) if n not in recorded]
@@ -252,7 +252,7 @@ def _there(run: RunFolder, entries: list[Recorded]) -> list[str]:
 
 
 def _compare(
-    run: RunFolder, entry: Recorded, found: dict[str, Any] | None, is_input: bool, verdict: Verdict
+    run: RunFolder, entry: Recorded, found: dict[str, Any] | None, is_input: bool, verdict: VerifyReport
 ) -> list[Difference]:
     """What is wrong with one file; an input that is gone is noted instead."""
     path = run.path / entry.name

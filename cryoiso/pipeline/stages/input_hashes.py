@@ -20,7 +20,7 @@ from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.records import manifest as provenance
-from cryoiso.pipeline.records.hashing import Stopped, sha256_of, share_by_size, verify_outputs
+from cryoiso.pipeline.records.hashing import HashingStopped, sha256_of, share_by_size, verify_outputs
 
 logger = logging.getLogger("cryoiso")
 WRITE_EVERY_S = 30.0
@@ -51,13 +51,13 @@ class Hasher:
             except OSError as error:
                 self.error = InputError(f"cannot be read: {error.strerror}", file=path)
                 return
-            except Stopped:
+            except HashingStopped:
                 return
 
     def _seen(self, size: int) -> None:
         self.bytes += size
         if self._stop.is_set():
-            raise Stopped
+            raise HashingStopped
 
     @property
     def working(self) -> bool:
