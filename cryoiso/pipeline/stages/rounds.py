@@ -18,7 +18,7 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
-CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy")
+CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy", "cryoisoPoseSpread")
 
 
 def is_settled(work: Work, round_: int) -> bool:
