@@ -34,6 +34,7 @@ COMMANDS = (
     ("correct", "correct_cmd", "correct", True),
     ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),
+    ("rebalance", "rebalance_cmd", "rebalance", False),
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),

@@ -37,7 +37,7 @@ def realign(
     healpix_order: Annotated[int, option(E, "healpix_order")] = default(E, "healpix_order"),
     local: Annotated[float | None, option(E, "local_deg", "--local", metavar="DEGREES")] = None,
     shift_range: Annotated[float | None, option(E, "shift_range_A")] = None,
-    finest_step: Annotated[float, option(E, "finest_step_deg")] = default(E, "finest_step_deg"),
+    finest_step: Annotated[str, option(E, "finest_step_deg")] = default(E, "finest_step_deg"),
     join_halves: Annotated[float, option(E, "join_halves_A")] = default(E, "join_halves_A"),
     max_resolution: Annotated[float | None, option(E, "max_resolution_A")] = None,
     mode: Annotated[str, option(L, "mode")] = default(L, "mode"),

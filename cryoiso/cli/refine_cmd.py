@@ -32,7 +32,7 @@ def refine(
     local: Annotated[float | None, option(E, "local_deg", "--local", metavar="DEGREES")] = None,
     shift_range: Annotated[float | None, option(E, "shift_range_A")] = None,
     shift_step: Annotated[float | None, option(E, "shift_step_A")] = None,
-    finest_step: Annotated[float, option(E, "finest_step_deg")] = default(E, "finest_step_deg"),
+    finest_step: Annotated[str, option(E, "finest_step_deg")] = default(E, "finest_step_deg"),
     padding: Annotated[int, option(E, "padding")] = default(E, "padding"),
     join_halves: Annotated[float, option(E, "join_halves_A")] = default(E, "join_halves_A"),
     solvent_mask: Annotated[bool, option(E, "solvent_mask")] = default(E, "solvent_mask"),

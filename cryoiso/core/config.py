@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import reprlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cryoiso.core.commands import COMMANDS, split_command
 from cryoiso.core.errors import UsageError
@@ -15,6 +17,22 @@ from cryoiso.core.errors import UsageError
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+def _auto_or_positive(value: Any) -> Any:
+    """A number above 0, or the word."""
+    if value == "auto":
+        return value
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise PydanticCustomError("auto_or_positive", "Input should be 'auto' or a finite number above 0")
+    return number
+
+
+AutoOrPositive = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_positive)]
 
 
 class ParticlesSection(_Section):
@@ -67,7 +85,11 @@ class RefineSection(_Section):
     shift_step_A: float | None = Field(
         None, gt=0, description="coarsest step of the shift search (default: by resolution)"
     )
-    finest_step_deg: float = Field(0.5, gt=0, description="the local search never gets finer than this")
+    finest_step_deg: AutoOrPositive = Field(
+        "auto",
+        description="the local search never gets finer than this; auto: as resolution and diameter ask, below 0.5 "
+        "degrees only while the posteriors are narrower",
+    )
     padding: int = Field(2, ge=1, le=4, description="Fourier padding of references and reconstructions")
     join_halves_A: float = Field(
         40.0, ge=0, description="halves share information coarser than this, to keep one frame"

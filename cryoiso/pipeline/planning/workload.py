@@ -169,7 +169,8 @@ def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: floa
     operations = _operations(p.job.sample.symmetry)
     for i in range(min(assumed.iterations, settings.max_iterations)):
         radius = first if i == 0 else last
-        state = State(i, radius, max(2.0, 0.03 * p.box_px) if i == 0 else 2.0)
+        # poses that allow any step: the resolution alone decides
+        state = State(i, radius, max(2.0, 0.03 * p.box_px) if i == 0 else 2.0, uncertainty_deg=0.0)
         plan = search_plan(state, settings, grid, p.box_px, p.pixel_size_A, p.diameter_A, local_deg)
         inserted = min(limit, int(1.5 * radius) + 6)
         views, shifts = len(grid), len(plan.shifts_px)

@@ -21,7 +21,7 @@ from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
-CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy")
+CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy", "cryoisoPoseSpread")
 
 
 def is_settled(run: RunContext, round_: int) -> bool:
