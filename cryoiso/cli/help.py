@@ -31,7 +31,7 @@ class PanelledCommand(TyperCommand):
 
 def _unbroken(record: tuple[str, str]) -> tuple[str, str]:
     """The record of an option, whose notes in square brackets stay on one line where they fit."""
-    name, text = record
+    name, text = record[0], record[1].replace("]  [", "; ")
     meaning, bracket, notes = text.rpartition("  [")
     short = bracket and len(notes) <= LONGEST_NOTES
     return name, meaning + bracket + notes.replace(" ", NO_BREAK) if short else text
