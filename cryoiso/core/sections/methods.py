@@ -134,7 +134,7 @@ class CorrectSection(Section):
         None, gt=0, description="finest resolution to correct (default: where the half-map FSC falls below 0.143)"
     )
     keep_measured: bool = Field(
-        True, description="keep measured Fourier coefficients and take only the rest from the network; off: all from it"
+        True, description="take measured Fourier coefficients from the data and only the rest from the network"
     )
 
 
@@ -174,8 +174,8 @@ class RealignSection(Section):
     )
     lowpass: bool = Field(
         False,
-        description="low-pass filter corrected references at the resolution, as published; off: keep the engine's own "
-        "reference beyond it",
+        description="low-pass filter corrected references at the resolution, as published, instead of keeping the "
+        "engine's own reference beyond it",
     )
     match_scale: bool = Field(
         True, description="scale every shell of a corrected reference to the grey scale of the measured directions"
