@@ -186,6 +186,13 @@ def test_a_bad_value_by_refine_key_names_the_key(tmp_path):
     assert done.returncode == EXIT_USAGE and "'refine.padding'" in done.stderr
 
 
+def test_a_bad_setting_of_a_batch_job_names_its_option(tmp_path):
+    job = tmp_path / "job.toml"
+    job.write_text('[particles]\nfile = "a.star"\n[reference]\nfile = "b.mrc"\n')
+    done = cryoiso_here("launch", job, "--nodes", 0)
+    assert done.returncode == EXIT_USAGE and "--nodes: Input should be greater than or equal to 1" in done.stderr
+
+
 def test_a_refine_key_goes_before_its_option(monkeypatch, tmp_path):
     job = given_to("refine", monkeypatch, tmp_path, "--padding", 2, "--refine", "padding=3")
     assert job.refine.padding == 3
