@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import default, option
-from cryoiso.core.config import ParticlesSection as P
-from cryoiso.core.config import SampleSection as S
+from cryoiso.cli.groups import SYMMETRY
+from cryoiso.cli.options import Given, keys, with_keys
 
 
 class Better(StrEnum):
@@ -21,7 +20,9 @@ class Better(StrEnum):
     LOWER = "lower"
 
 
+@with_keys(SYMMETRY, keys("particles", "Images", "passthrough"), keys("run", "Computing", "seed"))
 def rebalance(
+    given: Given,
     particles: Annotated[Path, typer.Argument(help="Particles with poses: a STAR or .cs file of a refinement.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("rebalanced"),
     cap: Annotated[int | None, typer.Option(min=1, help="Most particles of a cone of views.")] = None,
@@ -39,10 +40,7 @@ def rebalance(
     better: Annotated[
         Better | None, typer.Option(help="Which values of the column are better, where that is not known.")
     ] = None,
-    cone: Annotated[float, typer.Option(min=1.0, max=90.0, help="Width of a cone of views. In degrees.")] = 10.0,
-    symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
-    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw, and of the order of equal particles.")] = 1,
+    cone: Annotated[float, typer.Option(min=1.0, max=90.0, help="Width of a cone of views.  [degrees]")] = 10.0,
 ) -> None:
     """Cap the particles of every viewing direction.
 
@@ -54,10 +52,12 @@ def rebalance(
     from cryoiso.report.canvas import decoded
     from cryoiso.report.figures import view_discs
 
+    job = given.job(particles={"file": str(particles)}, reference={"file": "-"})
     choice = QualityChoice(quality, better.value if better else None)
     facts, views = rebalance_files(
-        particles, out, symmetry, choice, cap=cap, keep=keep, cone_deg=cone, seed=seed, passthrough=passthrough or ()
-    )
+        particles, out, job.sample.symmetry, choice, cap=cap, keep=keep, cone_deg=cone, seed=job.run.seed,
+        passthrough=job.particles.passthrough,
+    )  # fmt: skip
     picture = view_discs([(name, part, part["cells_per_ring"]) for name, part in views.items()])
     _write(out / "views.png", decoded(picture))
     echo("\n".join(_lines(facts)))

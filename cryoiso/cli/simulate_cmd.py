@@ -17,6 +17,7 @@ logger = logging.getLogger("cryoiso")
 
 PHANTOMS = {"phantom": 0, "phantom-homologue": 1}
 FILES = ("particles.mrcs", "truth_map.mrc", "truth.star", "particles.star", "simulation.json")
+VIEWS, IMAGES = "Views", "Images"
 DEFAULT_BOX_PX, DEFAULT_PIXEL_A = 64, 3.0
 PARTICLES_A_MICROGRAPH = 100
 
@@ -25,55 +26,111 @@ def simulate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL_OR_MAP", help="PDB, mmCIF or MRC file, or 'phantom' or 'phantom-homologue'.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write into.")],
+    out: Annotated[Path, typer.Argument(help="Output folder.")],
     n: Annotated[int, typer.Option("--n", min=1, help="Number of particles.")] = 1000,
-    box: Annotated[int | None, typer.Option(min=8, help="Box in pixels (default 64, or the map's).")] = None,
-    pixel_size: Annotated[float | None, typer.Option(min=0.1, help="Å per pixel (default 3, or the map's).")] = None,
-    resolution: Annotated[
-        float | None, typer.Option(min=0.1, help="Å; a model is blurred to it (default 2.5 pixels), a map filtered.")
+    box: Annotated[int | None, typer.Option(min=8, help="Box (default: 64, or the map's).  [pixels]")] = None,
+    pixel_size: Annotated[
+        float | None, typer.Option(min=0.1, help="Pixel size (default: 3, or the map's).  [Å]")
     ] = None,
-    symmetry: Annotated[
-        str, typer.Option(help="Point group that the object must have (in its standard frame); recorded.")
-    ] = "",
+    resolution: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            help="Resolution of a model (default: 2.5 pixels) or low-pass filter of a map (default: none).  [Å]",
+        ),
+    ] = None,
+    symmetry: Annotated[str, typer.Option(help="Point group of the object, checked in its standard frame.")] = "",
     mode: Annotated[
-        str, typer.Option(help="Views: uniform, preferred, retained (fewer side views) or missing-cone.")
+        str,
+        typer.Option(
+            metavar="[uniform|preferred|retained|missing-cone]",
+            rich_help_panel=VIEWS,
+            help="View distribution; retained: uniform with fewer side views.",
+        ),
     ] = "uniform",
-    fraction: Annotated[float, typer.Option(help="preferred: share of the views inside the cone(s).")] = 0.9,
+    fraction: Annotated[
+        float, typer.Option(rich_help_panel=VIEWS, help="preferred: fraction of views inside the cone(s).")
+    ] = 0.9,
     cone: Annotated[
         float | None,
-        typer.Option(help="Half-angle in degrees of the preferred (36), of the kept (45) or of the missing (30) cone."),
+        typer.Option(
+            rich_help_panel=VIEWS, help="Half angle of the preferred (36), kept (45) or missing (30) cone.  [degrees]"
+        ),
     ] = None,
-    spread: Annotated[float, typer.Option(help="preferred: Rayleigh sigma in degrees; 0 = even over the cone.")] = 12.0,
-    poles: Annotated[int | None, typer.Option(help="1 or 2 ends (default: preferred 1, other modes 2).")] = None,
-    pole_tilt: Annotated[float, typer.Option(help="Tilt of the preferred direction: 0 top, 90 side views.")] = 0.0,
-    pole_rot: Annotated[float, typer.Option(help="Its rot angle.")] = 0.0,
-    retained: Annotated[float, typer.Option(help="retained: share of the side views that is kept, 0 to 1.")] = 0.1,
+    spread: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=VIEWS, help="preferred: Rayleigh sigma of the tilt; 0: uniform over the cone.  [degrees]"
+        ),
+    ] = 12.0,
+    poles: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=VIEWS, help="Number of poles of the cone, 1 or 2 (default: preferred 1, other modes 2)."
+        ),
+    ] = None,
+    pole_tilt: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=VIEWS, help="Tilt of the preferred direction; 0: top views, 90: side views.  [degrees]"
+        ),
+    ] = 0.0,
+    pole_rot: Annotated[
+        float, typer.Option(rich_help_panel=VIEWS, help="Rot angle of the preferred direction.  [degrees]")
+    ] = 0.0,
+    retained: Annotated[
+        float, typer.Option(rich_help_panel=VIEWS, help="retained: fraction of side views kept, 0 to 1.")
+    ] = 0.1,
     snr_db: Annotated[
-        float, typer.Option(help="10 log10 of variance of CTF'd projections over variance of noise, uniform views.")
+        float,
+        typer.Option(
+            rich_help_panel=IMAGES,
+            help="Variance of CTF-modulated projections of uniform views over that of the noise.  [dB]",
+        ),
     ] = -10.0,
-    noise: Annotated[str, typer.Option(help="white, coloured, or none.")] = "white",
-    defocus: Annotated[tuple[float, float], typer.Option(metavar="MIN MAX", help="Range in Å.")] = (10000.0, 30000.0),
+    noise: Annotated[
+        str, typer.Option(metavar="[white|coloured|none]", rich_help_panel=IMAGES, help="Noise of the images.")
+    ] = "white",
+    defocus: Annotated[
+        tuple[float, float], typer.Option(rich_help_panel=IMAGES, metavar="MIN MAX", help="Defocus range.  [Å]")
+    ] = (
+        10000.0,
+        30000.0,
+    ),
     ctf_from: Annotated[
-        Path | None, typer.Option(help="STAR or .cs file to draw CTFs and optics groups from instead.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=IMAGES, help="STAR or .cs file from which CTFs and optics groups are drawn instead."
+        ),
     ] = None,
-    shift_sd: Annotated[float, typer.Option(min=0.0, help="Standard deviation of the shifts in Å.")] = 4.0,
-    voltage: Annotated[float, typer.Option(min=1.0, help="kV.")] = 300.0,
-    cs: Annotated[float, typer.Option(min=0.0, help="Spherical aberration in mm.")] = 2.7,
-    amplitude_contrast: Annotated[float, typer.Option(min=0.0, max=0.99, help="Fraction.")] = 0.1,
+    shift_sd: Annotated[
+        float, typer.Option(rich_help_panel=IMAGES, min=0.0, help="Standard deviation of the shifts.  [Å]")
+    ] = 4.0,
+    voltage: Annotated[
+        float, typer.Option(rich_help_panel=IMAGES, min=1.0, help="Acceleration voltage.  [kV]")
+    ] = 300.0,
+    cs: Annotated[float, typer.Option(rich_help_panel=IMAGES, min=0.0, help="Spherical aberration.  [mm]")] = 2.7,
+    amplitude_contrast: Annotated[
+        float, typer.Option(rich_help_panel=IMAGES, min=0.0, max=0.99, help="Amplitude contrast.")
+    ] = 0.1,
     phase_flipped: Annotated[
-        bool, typer.Option("--phase-flipped", help="Write images multiplied by the sign of their CTF, flagged as such.")
+        bool,
+        typer.Option("--phase-flipped", rich_help_panel=IMAGES, help="Write phase-flipped images, flagged as such."),
     ] = False,
     ctf_premultiplied: Annotated[
-        bool, typer.Option("--ctf-premultiplied", help="Write images multiplied by their CTF, flagged as such.")
+        bool,
+        typer.Option(
+            "--ctf-premultiplied", rich_help_panel=IMAGES, help="Write CTF-premultiplied images, flagged as such."
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Every random number follows from it.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 1,
     halves: Annotated[bool, typer.Option("--halves", help="Write half-sets into particles.star as well.")] = False,
     with_poses: Annotated[bool, typer.Option("--with-poses", help="Write true poses into particles.star.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier simulation in OUT.")] = False,
 ) -> None:
     """Simulate particle images of known truth.
 
-    Writes OUT/particles.star and particles.mrcs (what a refinement gets), truth.star (with poses and half-sets),
+    Writes OUT/particles.star and particles.mrcs (input of a refinement), truth.star (with poses and half-sets),
     truth_map.mrc (the object on the images' grey scale) and simulation.json (all settings and the measured
     signal-to-noise ratio).
     """

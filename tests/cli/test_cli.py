@@ -77,14 +77,6 @@ def test_every_option_of_every_command_has_help():
             assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
 
 
-def test_options_share_help_and_default_with_the_job_file():
-    done = cryoiso("refine", "--help", COLUMNS="200")
-    from cryoiso.core.config import RefineSection
-
-    assert str(RefineSection.model_fields["max_iterations"].default) in done.stdout
-    assert "In Å." in done.stdout and "In degrees." in done.stdout
-
-
 @pytest.mark.parametrize(
     "words",
     [["nonsense"], ["refine", "a.star"], ["run"], ["run", "a.toml", "--nonsense"], ["refine", "a", "--padding", "x"]],

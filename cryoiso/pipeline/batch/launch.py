@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ class Script:
     """how its ranks are started, for people"""
 
 
-def read_launch(job_file: Path, given: dict[str, Any]) -> Job:
+def read_launch(job_file: Path, given: dict[str, Any], options: Mapping[str, str] | None = None) -> Job:
     """A job file with absolute paths, its section ``launch`` amended by ``given``.
+
+    Args:
+        options: SECTION.KEY -> name of the option behind a value of ``given``, for messages.
 
     Raises:
         UsageError: a bad job file, or a bad value in ``given``.
@@ -55,7 +59,7 @@ def read_launch(job_file: Path, given: dict[str, Any]) -> Job:
     facts = job.model_dump()
     variables = {**facts["launch"]["variables"], **given.get("variables", {})}
     facts["launch"].update(given, variables=variables)
-    return parse_job(facts, "options")
+    return parse_job(facts, "options", options)
 
 
 def write_scripts(scripts: list[Script], overwrite: bool) -> None:
