@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import Voice, as_command
+from cryoiso.cli.grouped_help import GroupedCommand
 from cryoiso.core.errors import EXIT_OTHER
 from cryoiso.parallel.launcher import OVERRIDE, limit_threads_early, speaks
 
@@ -94,7 +95,7 @@ def build_app() -> typer.Typer:
 def _add(app: typer.Typer, commands: tuple[tuple[str, str, str, bool], ...]) -> None:
     for name, module, function, collective in commands:
         body = getattr(importlib.import_module(f"cryoiso.cli.{module}"), function)
-        app.command(name)(as_command(body, collective))
+        app.command(name, cls=GroupedCommand)(as_command(body, collective))
 
 
 def _save_overheads() -> None:
