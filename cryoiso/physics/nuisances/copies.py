@@ -65,7 +65,8 @@ def draw_copies(
     some = [_pairs(particles, np.flatnonzero(pairs), outline, views, seed)]
     if neighbours.density > 0:
         diameter = neighbours.diameter_A or outline.diameter_A
-        some.append(_neighbours(particles, neighbours, diameter, field_A / 2 + outline.diameter_A / 2, views, seed))
+        half = (field_A + outline.diameter_A) / 2 + np.abs(particles.require_poses()[1]).max(1)
+        some.append(_neighbours(particles, neighbours, diameter, half, views, seed))
     order = np.argsort(np.concatenate([c.row for c in some]), kind="stable")
     names = ("row", "kind", "rotation", "position_A")
     return Copies(*(np.concatenate([getattr(c, name) for c in some])[order] for name in names))

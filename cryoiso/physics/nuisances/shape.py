@@ -12,13 +12,15 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
 
+HALO_A = 8.0
+"""Density this far around the outline belongs to the object: its own blur."""
 CUT_SOFT_A = 3.0
 """Distance over which a cut through a density falls from 1 to 1/e^2 and less."""
 
 
-def inside(volume: DensityMap) -> np.ndarray:
-    """(D, D, D) bool: where the object is."""
-    mask = np.asarray(soft_mask_from_map(volume.data, volume.pixel_size_A, extend_A=0.0, soft_A=0.0))
+def inside(volume: DensityMap, extend_A: float = 0.0) -> np.ndarray:
+    """(D, D, D) bool: where the object is, or what is at most ``extend_A`` from it."""
+    mask = np.asarray(soft_mask_from_map(volume.data, volume.pixel_size_A, extend_A=extend_A, soft_A=0.0))
     return mask > 0.5
 
 
@@ -62,22 +64,29 @@ def without_part(volume: DensityMap, share: float, direction: np.ndarray) -> Den
     """The object without what lies farthest along a direction (3,): x, y, z.
 
     Args:
-        share: of the mass (density inside the outline) that is cut off, with an edge of some Å.
+        share: of the mass (density in and around the outline) that is cut off, with an edge of some Å.
     """
-    where = inside(volume)
+    where = inside(volume, HALO_A)
     along = coordinates_A(np.ones_like(where), volume.pixel_size_A) @ (direction / np.linalg.norm(direction))
     along = along.reshape(where.shape)
-    order = np.argsort(along[where], kind="stable")
-    mass = np.cumsum(np.clip(volume.data[where][order], 0, None))
-    cut = along[where][order][np.searchsorted(mass, (1 - share) * mass[-1])]
-    kept = 1 / (1 + np.exp(np.clip((along - cut) / (CUT_SOFT_A / 2), -50, 50)))
-    return replace(volume, data=(volume.data * kept).astype(np.float32))
+    mass, place = np.clip(volume.data[where], 0, None).astype(np.float64), along[where]
+    low, high = float(place.min()) - 10 * CUT_SOFT_A, float(place.max()) + 10 * CUT_SOFT_A
+    while high - low > 1e-3 * volume.pixel_size_A:
+        middle = (low + high) / 2
+        enough = float(mass @ _before(place, middle)) >= (1 - share) * mass.sum()
+        low, high = (low, middle) if enough else (middle, high)
+    return replace(volume, data=(volume.data * _before(along, high)).astype(np.float32))
+
+
+def _before(along_A: np.ndarray, cut_A: float) -> np.ndarray:
+    """1 before a cut, 0 behind it, and a logistic edge between."""
+    return 1 / (1 + np.exp(np.clip((along_A - cut_A) / (CUT_SOFT_A / 2), -50, 50)))
 
 
 def blob(volume: DensityMap, resolution_A: float) -> DensityMap:
-    """A ball of the object's mass, of its mean density inside the outline, blurred to a resolution."""
+    """A ball of the object's mass and of the volume inside its outline, blurred to a resolution."""
     where = inside(volume)
-    mass = float(volume.data[where].sum(dtype=np.float64))
+    mass = float(volume.data[inside(volume, HALO_A)].sum(dtype=np.float64))
     radius = float((3 * where.sum() / (4 * np.pi)) ** (1 / 3))
     if not mass > 0 or radius + 2 > volume.box_px / 2:
         raise InputError("no ball of the object's mass fits into the box", found=f"radius {radius:.0f} px")
