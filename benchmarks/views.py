@@ -2,7 +2,8 @@
 
 Sets are in particle_sets.py and nuisance_sets.py (one folder for each set and seed under --work, prepared once), rows
 in views_rows.py, controls (pure noise, a changed reference) in views_controls.py. A run adds records to --out and
-leaves out those that are there already with the same settings. Shares are pooled over the seeds, with Wilson's 95 % interval.
+leaves out those that are there already with the same settings. Shares are pooled over the seeds, with Wilson's 95 %
+interval.
 
     python benchmarks/views.py --work sets --jobs 2 --sets one_pole_-13,noise_white --rows before,refine --seeds 3,4
     python benchmarks/views.py --tables [--pairs before:refine,refine:auxiliary vae]
