@@ -25,7 +25,7 @@ REAL_NOISE = "particles/betagal_real_384/background.mrcs"
 """In shared/data: 101 patches of ice of 384 px of 0.637 Å."""
 MICROGRAPHS = {"micrographs": 30}
 NUISANCES: dict[str, Mapping[str, object]] = {
-    "neighbours": {"neighbours": 0.5, "neighbour-distance": 1.0},
+    "neighbours": {"neighbours": 0.8, "neighbour-distance": 0.6},
     "ice_by_view": {**MICROGRAPHS, "ice": (200.0, 900.0), "ice-view-correlation": 0.8},
     "scale": {**MICROGRAPHS, "scale-sd": 0.15, "micrograph-scale-sd": 0.3, "bfactor": (0.0, 150.0)},
     "defocus_error": {
@@ -35,7 +35,8 @@ NUISANCES: dict[str, Mapping[str, object]] = {
     "junk_20": {"junk": ["broken=0.08", "empty=0.05", "pair=0.04", "other=0.03"]},
     "real_noise": {"noise-from": REAL_NOISE},
 }  # fmt: skip
-"""Options of `cryoiso simulate`. The defocus errors are those of a fit per micrograph of a tilted, uneven film."""
+"""Options of `cryoiso simulate`. Diameters are those of the long axis: top views 0.6 apart do not overlap. The
+defocus errors are those of a fit per micrograph of a tilted, uneven film."""
 NUISANCES["all"] = {key: value for some in tuple(NUISANCES.values()) for key, value in some.items()}
 BASES: dict[str, ParticleSet] = {
     "HA": particle_sets.SETS["one_pole_-13"],
