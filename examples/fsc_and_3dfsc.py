@@ -11,8 +11,8 @@ import numpy as np
 
 from cryoiso.io.mrc import read_map
 from cryoiso.metrics.anisotropy import conical_fsc, resolved_region, sphericity
-from cryoiso.metrics.fsc import fsc, resolution_at, transform
-from cryoiso.metrics.fsc3d import fsc3d
+from cryoiso.metrics.directional_fsc import fsc3d
+from cryoiso.metrics.fsc_curve import fsc, resolution_at, transform
 from cryoiso.physics.phantom import phantom_map
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cryoiso.physics.ctf import ctf, frequency_grid
+from cryoiso.physics.contrast_transfer import ctf, frequency_grid
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import project
+from cryoiso.physics.projection import project
 from cryoiso.physics.so3 import euler_to_matrix
 
 PIXEL_A = 3.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import write_map
 from cryoiso.io.sources import StackSource
-from cryoiso.metrics.fsc import fsc, resolution_at
+from cryoiso.metrics.fsc_curve import fsc, resolution_at
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.refine.reconstruct import reconstruct_halves

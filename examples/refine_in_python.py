@@ -14,7 +14,7 @@ from cryoiso.engines.native import NativeEngine
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 
 
 def main(particles: int = 200, iterations: int = 3) -> float:

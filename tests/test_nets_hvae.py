@@ -20,7 +20,7 @@ from cryoiso.nets.wavelet_init import hadamard
 from cryoiso.physics.filters import power_spectrum
 from cryoiso.physics.noise import noise_spectrum
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import random_rotations
 
 DEEP = {"levels": (2, 1, 1), "width": 16, "growth": 8, "convolutions": 3, "latent_channels": 4, "pose_features": 16}

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from cryoiso.core.types import CtfApplied, DensityMap
-    from cryoiso.physics.simulate import SimulatedSource
+    from cryoiso.physics.simulation import SimulatedSource
 
 logger = logging.getLogger("cryoiso")
 
@@ -78,7 +78,7 @@ def simulate(
     signal-to-noise ratio).
     """
     options = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
-    from cryoiso.physics import simulate as physics
+    from cryoiso.physics import simulation as physics
     from cryoiso.physics.views import Views
     from cryoiso.pipeline.inputs.standard_frame import require_symmetry
 

@@ -165,7 +165,7 @@ def _ctf_weighted(images: np.ndarray, particles: Particles, rows: np.ndarray) ->
     pixel = particles.group_values("pixel_size_A")[rows]
     if not np.isfinite(particles.defocus_u_A[rows] + particles.defocus_v_A[rows] + pixel).all():
         return images
-    from cryoiso.physics.ctf import ctf_for
+    from cryoiso.physics.contrast_transfer import ctf_for
 
     weights = ctf_for(particles, rows, images.shape[-1]).numpy()
     done = np.array([g.ctf_applied == "premultiplied" for g in particles.groups])[particles.optics[rows]]

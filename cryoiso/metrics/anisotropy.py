@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cryoiso.metrics.fsc import check_pair, resolution_at, transform
-from cryoiso.metrics.fsc3d import NO_POWER, fsc3d_of_transforms
+from cryoiso.metrics.directional_fsc import NO_POWER, fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import check_pair, resolution_at, transform
 from cryoiso.metrics.sampling import fibonacci_half_sphere
 
 CFAR_AXES = 256
@@ -30,7 +30,7 @@ def cone_curves(
     """FSC within the double cone about each axis.
 
     Args:
-        fa, fb: (D, D, D//2+1) from `cryoiso.metrics.fsc.transform`.
+        fa, fb: (D, D, D//2+1) from `cryoiso.metrics.fsc_curve.transform`.
         axes: (n, 3) unit vectors (x, y, z).
         cone_deg: half angle. falloff: a coefficient at angle t from the axis weighs
             exp(-falloff ((cos t - 1) / (cos cone - 1))^2).
@@ -166,10 +166,10 @@ def phase_cosine(
     """Mean cosine of the phase difference within a cone: what spIsoNet computes under the name 3DFSC.
 
     It is no Fourier shell correlation: weak coefficients count as much as strong ones, so its values are lower than
-    those of `cryoiso.metrics.fsc3d.fsc3d` where both maps agree. Use it only to compare with that program.
+    those of `cryoiso.metrics.directional_fsc.fsc3d` where both maps agree. Use it only to compare with that program.
 
     Returns:
-        (D, D, D) float32 as `cryoiso.metrics.fsc3d.fsc3d`.
+        (D, D, D) float32 as `cryoiso.metrics.directional_fsc.fsc3d`.
     """
     box_px = check_pair(half1, half2, mask)
     fa, fb = (_unit(transform(half, mask)) for half in (half1, half2))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from cryoiso.core.rng import generator
-from cryoiso.metrics.fsc import shell_correlation, transform
-from cryoiso.metrics.fsc3d import Sphere
+from cryoiso.metrics.directional_fsc import Sphere
+from cryoiso.metrics.fsc_curve import shell_correlation, transform
 from cryoiso.metrics.sampling import symmetric_views
 
 _RADII = (2, 4, 8, 16, 32, 50)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import check_pair, shell_correlation, transform
+from cryoiso.metrics.fsc_curve import check_pair, shell_correlation, transform
 
 SAME = 1e-3
 """Residual of a linear fit of one map to the other, over its standard deviation; below, they are one map. Rounding to

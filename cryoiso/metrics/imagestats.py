@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import shell_frequencies
+from cryoiso.metrics.fsc_curve import shell_frequencies
 
 BINS, LIMIT = 1024, 4.0
 """Histograms of grey values: bins between -LIMIT and LIMIT, to which values outside are clipped."""
@@ -140,7 +140,7 @@ def _add_pairs(parts: dict[str, np.ndarray], names: tuple[str, str], p: np.ndarr
 
 def _add_set(parts: dict[str, np.ndarray], name: str, images: np.ndarray, radius_px: float) -> None:
     from cryoiso.physics.filters import power_spectrum
-    from cryoiso.physics.simulate import image_to_background_db
+    from cryoiso.physics.simulation import image_to_background_db
 
     parts[f"{name} snr_dB"] += len(images) * image_to_background_db(images, radius_px)
     power = power_spectrum(np.ascontiguousarray(images, np.float32))
@@ -160,7 +160,7 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
         n_real, n_generated, left_out (of each set), pairs;
         kl_nats: KL(generated || real) of grey values, mean over pairs; kl_real_nats: the same between real images, what
         chance alone gives; kl_pooled_nats: of all pixels of each set together;
-        snr_real_dB, snr_generated_dB: `cryoiso.physics.simulate.image_to_background_db`;
+        snr_real_dB, snr_generated_dB: `cryoiso.physics.simulation.image_to_background_db`;
         histogram: edges, real, generated (share of the pixels, in SHOWN_BINS bins);
         frequency_invA, power_real, power_generated: (D//2+1,); log_ratio: ln(generated / real) of each shell (shell 0
         None) and log_ratio_sd, its standard error;

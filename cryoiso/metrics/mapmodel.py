@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import (
+from cryoiso.metrics.fsc_curve import (
     Select,
     check_pair,
     curve_area,

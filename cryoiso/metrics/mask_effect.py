@@ -16,8 +16,8 @@ import numpy as np
 
 from cryoiso.metrics._directional_kernels import connected_to_centre
 from cryoiso.metrics.anisotropy import ConicalFSC, conical_fsc
-from cryoiso.metrics.fsc import randomise_where, transform
-from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.directional_fsc import fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import randomise_where, transform
 
 AGREES = 0.8
 """Unmasked agreement below which phases are made random (Chen et al. 2013)."""

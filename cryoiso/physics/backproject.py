@@ -16,7 +16,7 @@ from torch import Tensor
 from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
+from cryoiso.physics.projection import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
 
 UNIT = float(2**32)
 MOST_SAMPLES = 2**24

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cryoiso.core.rng import generator
 from cryoiso.core.types import Particles
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.filters import friedel_weights, radius_grid
 
 LEAST_CTF = 1e-6

@@ -26,7 +26,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import apply_radial, power_spectrum
 from cryoiso.physics.fourier import fourier_to_volume, pad_volume, volume_to_fourier
 from cryoiso.physics.masks import density_threshold, sphere_mask
-from cryoiso.physics.project import FourierVolume, flat_pairs, pairs
+from cryoiso.physics.projection import FourierVolume, flat_pairs, pairs
 from cryoiso.physics.so3 import rotvec_to_matrix
 
 PADDING = 2

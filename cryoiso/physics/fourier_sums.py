@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cryoiso.physics.fourier import divide_by_gridding, sinc2_profile
 from cryoiso.physics.masks import sphere_mask
-from cryoiso.physics.project import FourierVolume, corner_shares, flat_pairs
+from cryoiso.physics.projection import FourierVolume, corner_shares, flat_pairs
 
 EDGE_PX = 3.0
 LEAST_WEIGHT = 1e-3

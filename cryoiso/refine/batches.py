@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import OpticsGroup, Particles
-from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
 from cryoiso.physics.ctf_applied import divide_by_ctf
 from cryoiso.physics.fourier import Disc, disc, images_to_fourier
 

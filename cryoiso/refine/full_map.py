@@ -15,7 +15,7 @@ import torch
 
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
-from cryoiso.metrics.fsc import fsc_corrected
+from cryoiso.metrics.fsc_curve import fsc_corrected
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums

@@ -17,12 +17,12 @@ from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
 from cryoiso.core.types import HALVES, DensityMap
-from cryoiso.metrics.fsc import resolution_at
+from cryoiso.metrics.fsc_curve import resolution_at
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics.fourier import Disc
-from cryoiso.physics.project import FourierVolume, check_reach, flat_pairs, magnified, pairs
+from cryoiso.physics.projection import FourierVolume, check_reach, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
 
 

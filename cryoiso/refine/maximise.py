@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
 from cryoiso.refine.noise import floored

@@ -15,7 +15,7 @@ from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import pairs
+from cryoiso.physics.projection import pairs
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank

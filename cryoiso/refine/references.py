@@ -7,7 +7,7 @@ import torch
 
 from cryoiso.core.protocols import Communicator
 from cryoiso.metrics.anisotropy import conical_fsc
-from cryoiso.metrics.fsc import fsc, transform
+from cryoiso.metrics.fsc_curve import fsc, transform
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.filters import apply_transfer, radius_grid
 from cryoiso.physics.fourier_sums import FourierSums

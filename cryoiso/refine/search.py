@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics.fourier import disc
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import (
     ReferenceSlices,

@@ -36,9 +36,9 @@ from cryoiso.metrics.anisotropy import (
     resolved_region,
     sphericity,
 )
+from cryoiso.metrics.directional_fsc import fsc3d_of_transforms
 from cryoiso.metrics.expected import Surrogate, relative_sampling
-from cryoiso.metrics.fsc import fsc, last_filled_shell, shell_correlation, transform, without_shells_beyond
-from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import fsc, last_filled_shell, shell_correlation, transform, without_shells_beyond
 from cryoiso.metrics.mask_effect import mask_effect
 from cryoiso.metrics.sampling import even_rotations, fourier_sampling, view_efficiency
 

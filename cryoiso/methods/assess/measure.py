@@ -26,7 +26,7 @@ import numpy as np
 from cryoiso.core.types import Particles
 from cryoiso.methods.assess import verdict
 from cryoiso.methods.assess.directional import directional, sampling
-from cryoiso.metrics.fsc import fsc_corrected, resolution_at, shell_frequencies
+from cryoiso.metrics.fsc_curve import fsc_corrected, resolution_at, shell_frequencies
 from cryoiso.metrics.half_maps import check_half_maps
 from cryoiso.metrics.mapmodel import Axis, best_slide, compare_maps, correlation, to_frame, truth_mask
 from cryoiso.metrics.orientation import view_distribution

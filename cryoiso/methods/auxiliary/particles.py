@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import shuffle_keys, stable_hash
 from cryoiso.core.types import Particles
-from cryoiso.physics.simulate import draw_ctf
+from cryoiso.physics.simulation import draw_ctf
 from cryoiso.physics.symmetry import in_asymmetric_unit, point_group
 from cryoiso.physics.views import Views, sample_rotations, uniforms
 from cryoiso.refine.schedule import first_shift_sd_px

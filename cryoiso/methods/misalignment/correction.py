@@ -25,7 +25,7 @@ from cryoiso.io.atomic import write_text
 from cryoiso.methods.anisotropy.filter import band
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.steps import fsc_weight, keep_low_resolution, lowpass_at, match_scale, whiten
-from cryoiso.metrics.fsc3d import fsc3d
+from cryoiso.metrics.directional_fsc import fsc3d
 from cryoiso.metrics.half_maps import check_half_maps
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.partition import root_of_half

@@ -67,7 +67,7 @@ def write_volume(
     """
     from cryoiso.io.mrc import write_map
     from cryoiso.metrics.anisotropy import phase_cosine
-    from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.metrics.directional_fsc import fsc3d
     from cryoiso.pipeline.inputs.grids import read_mask
     from cryoiso.pipeline.inputs.map_pairs import read_half_maps
     from cryoiso.pipeline.stages.half_maps import make_mask

@@ -225,7 +225,7 @@ def local(work: Work) -> None:
 
 def _start_resolution(work: Work, rounds: int) -> float:
     """Where the half-maps of the last round agree (FSC 0.143)."""
-    from cryoiso.metrics.fsc import resolution_at
+    from cryoiso.metrics.fsc_curve import resolution_at
 
     def read() -> float:
         name = f"corefine-{rounds}"

@@ -118,8 +118,8 @@ def _begin(task: Task) -> None:
 def _write_filter(task: Task) -> float | None:
     """Writes filter.mrc, and mask.mrc where none was given; returns the resolution up to which is corrected."""
     from cryoiso.methods.anisotropy.filter import checked, missing_cone, nothing_beyond, seen_shells
-    from cryoiso.metrics.fsc import fsc, resolution_at
-    from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.metrics.directional_fsc import fsc3d
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     if len(task.maps) == 2:
         one, two, _ = read_half_maps(task.maps[1], task.maps[2], task.pixel_size_A)
@@ -305,7 +305,7 @@ def _mean_within(transfer: DensityMap, limit_A: float) -> float:
 def _curves(task: Task) -> dict[str, Any]:
     """FSC of what went in, and of what came out under a name that nobody takes for a resolution."""
     from cryoiso.methods.anisotropy.filter import seen_shells
-    from cryoiso.metrics.fsc import fsc, shell_frequencies
+    from cryoiso.metrics.fsc_curve import fsc, shell_frequencies
 
     mask = read_map(task.out / "mask.mrc").data
     raw = [read_map(path, task.pixel_size_A) for path in task.maps.values()]

@@ -111,7 +111,7 @@ def collect_before_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, s
 def _before_map(folder: Path) -> DensityMap | None:
     """The initial reconstruction, or else the mean of the initial half-maps, weighted by their FSC."""
     from cryoiso.io.mrc import read_map
-    from cryoiso.metrics.fsc import fsc
+    from cryoiso.metrics.fsc_curve import fsc
     from cryoiso.physics.filters import apply_radial
 
     made = stage_folder(folder, "reconstruct") / "initial_poses"

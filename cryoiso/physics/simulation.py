@@ -19,10 +19,10 @@ from torch import Tensor
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator, shuffle_keys
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
 from cryoiso.physics.fourier import Disc, disc, fourier_to_images, shift_phases
 from cryoiso.physics.noise import colour_noise, noise_spectrum
-from cryoiso.physics.project import FourierVolume, magnified, scatter_to_half_plane
+from cryoiso.physics.projection import FourierVolume, magnified, scatter_to_half_plane
 from cryoiso.physics.views import Views, sample_rotations, uniforms
 
 BLOCK_PIXELS = 2**21

@@ -23,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import check_pair, transform
+from cryoiso.metrics.fsc_curve import check_pair, transform
 
 EXACT_SHELL = 32
 """Default of the last shell that is summed coefficient by coefficient; all of a 64 px box."""
@@ -77,7 +77,7 @@ def fsc3d_of_transforms(
     max_shell: int | None = None,
     exact_shell: int = EXACT_SHELL,
 ) -> np.ndarray:
-    """As `fsc3d`, of half-complex transforms (D, D, D//2+1) from `cryoiso.metrics.fsc.transform`."""
+    """As `fsc3d`, of half-complex transforms (D, D, D//2+1) from `cryoiso.metrics.fsc_curve.transform`."""
     from cryoiso.metrics import _directional_kernels as kernels
 
     if not 0 < cone_deg <= 90:
