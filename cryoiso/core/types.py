@@ -17,6 +17,8 @@ from cryoiso.core.errors import InputError
 
 HALVES = (1, 2)
 """Numbers of the two half-sets of a gold-standard refinement."""
+Rows = slice | np.ndarray | list[int]
+"""Which particles: a slice, indices or a boolean mask."""
 CtfApplied = Literal["", "flipped", "premultiplied"]
 """How the images of an optics group were changed by their CTF c: not at all, times sign(c), times c."""
 
@@ -92,7 +94,7 @@ class Particles:
     def __len__(self) -> int:
         return len(self.uid)
 
-    def take(self, rows: Any) -> Particles:
+    def take(self, rows: Rows) -> Particles:
         """The particles of these rows (slice, index array or boolean mask), every column alike."""
         new: dict[str, Any] = {}
         for f in fields(self):
@@ -120,7 +122,8 @@ class Particles:
 
     def group_values(self, name: str) -> np.ndarray:
         """(n,) float64: a scalar attribute of each particle's optics group, e.g. ``pixel_size_A``."""
-        return np.array([getattr(g, name) for g in self.groups], np.float64)[self.optics]
+        values: np.ndarray = np.array([getattr(g, name) for g in self.groups], np.float64)[self.optics]
+        return values
 
     def with_ctf_applied(self, applied: CtfApplied) -> Particles:
         """A copy whose optics groups say that all images are of this kind; the images themselves are not touched."""

@@ -118,7 +118,8 @@ def _errors(d: np.ndarray) -> np.ndarray:
         return np.zeros(d.shape[1])
     error = d.std(axis=0, ddof=1) / np.sqrt(len(d))
     mean = d.mean(axis=0)
-    return np.where(error > 0, mean / np.where(error > 0, error, 1), np.sign(mean) * 1e3)
+    significance: np.ndarray = np.where(error > 0, mean / np.where(error > 0, error, 1), np.sign(mean) * 1e3)
+    return significance
 
 
 def _largest(z: np.ndarray) -> float:
@@ -157,7 +158,8 @@ def _centre_minus_rim(images: np.ndarray) -> np.ndarray:
     radius = np.hypot(axis[:, None], axis[None, :])
     rim = images[:, radius > 0.45 * box].mean(1, dtype=np.float64)
     centres = [images[:, radius <= max(r * box, 1.0)].mean(1, dtype=np.float64) for r in CENTRES]
-    return np.stack(centres, 1) - rim[:, None]
+    difference: np.ndarray = np.stack(centres, 1) - rim[:, None]
+    return difference
 
 
 def _ctf_weighted(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:

@@ -54,7 +54,8 @@ def matrix_to_rotvec(rotation: np.ndarray) -> np.ndarray:
     from scipy.spatial.transform import Rotation
 
     a = np.asarray(rotation, np.float64).reshape(-1, 3, 3)
-    return Rotation.from_matrix(np.swapaxes(a, 1, 2)).as_rotvec()
+    rotvec: np.ndarray = Rotation.from_matrix(np.swapaxes(a, 1, 2)).as_rotvec()
+    return rotvec
 
 
 def from_cryosparc_frame(rotation: np.ndarray, symmetry: str) -> np.ndarray:

@@ -71,7 +71,7 @@ def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
         logger.warning("%s: %d bytes longer than its header says; they are left out", path, header.spare_bytes)
     try:
         with open_regular(path) as stream:
-            data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)  # type: ignore[call-overload]
+            data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise CryoisoError(f"{path}: {header.data_bytes / 1e9:.3g} GB cannot be mapped into memory: {why}") from None

@@ -75,7 +75,8 @@ class ConicalFSC:
         below = self.curves <= 0.143  # False for NaN
         below[:, 0] = False
         before = np.cumsum(below, axis=1) == 0
-        return np.where(before & (shells > 0), np.nan_to_num(self.curves) * shells**2, 0.0).sum(1)
+        area: np.ndarray = np.where(before & (shells > 0), np.nan_to_num(self.curves) * shells**2, 0.0).sum(1)
+        return area
 
     @property
     def cfar(self) -> float:
@@ -179,10 +180,13 @@ def phase_cosine(
 def _unit(spectrum: np.ndarray) -> np.ndarray:
     """Every coefficient divided by its size; zeros stay."""
     size = np.abs(spectrum)
-    return np.divide(spectrum, size, out=np.zeros_like(spectrum), where=size > 0)
+    mean: np.ndarray = np.divide(spectrum, size, out=np.zeros_like(spectrum), where=size > 0)
+    return mean
 
 
-def resolved_region(volume: np.ndarray, pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0):
+def resolved_region(
+    volume: np.ndarray, pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0
+) -> np.ndarray:
     """Where a 3DFSC reaches a threshold on the whole way from the origin; what is coarser than ``highpass_A`` counts.
 
     Returns:

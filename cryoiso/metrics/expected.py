@@ -84,7 +84,8 @@ class Surrogate:
 def _odds(curve: np.ndarray) -> np.ndarray:
     """Signal over noise of half-maps with this FSC."""
     agreement = np.clip(np.nan_to_num(curve), 0.01, 0.999)
-    return agreement / (1 - agreement)
+    ratio: np.ndarray = agreement / (1 - agreement)
+    return ratio
 
 
 def relative_sampling(rotation: np.ndarray, symmetry: str | np.ndarray, box_px: int, seed: int = 0) -> np.ndarray:

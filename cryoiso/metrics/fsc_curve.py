@@ -40,7 +40,8 @@ def transform(volume: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
     volume = np.asarray(volume)
     if volume.dtype not in (np.float32, np.float64):
         volume = volume.astype(np.float64)
-    return fft.rfftn(volume if mask is None else volume * np.asarray(mask, volume.dtype))
+    coefficients: np.ndarray = fft.rfftn(volume if mask is None else volume * np.asarray(mask, volume.dtype))
+    return coefficients
 
 
 def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Select | None = None) -> np.ndarray:
@@ -79,7 +80,8 @@ def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Selec
 
 
 def _power(x: np.ndarray) -> np.ndarray:
-    return x.real**2 + x.imag**2
+    power: np.ndarray = x.real**2 + x.imag**2
+    return power
 
 
 def fsc(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -143,7 +145,8 @@ def non_increasing(curve: np.ndarray) -> np.ndarray:
     mean = np.where(last >= first, (total[None, 1:] - total[:-1, None]) / np.maximum(last - first + 1, 1), -np.inf)
     best = np.maximum.accumulate(mean[:, ::-1], axis=1)[:, ::-1]  # over b >= i, for each a
     best[np.tril_indices(n, -1)] = np.inf  # a > i
-    return best.min(axis=0)
+    lowest: np.ndarray = best.min(axis=0)
+    return lowest
 
 
 def smooth_resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A: float) -> float:
@@ -198,7 +201,8 @@ def randomise_where(volume: np.ndarray, change: np.ndarray, seed: int, uid: int 
     size = np.abs(noise)
     change = change & (size > 0)
     spectrum[change] *= noise[change] / size[change]
-    return fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
+    density: np.ndarray = fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
+    return density
 
 
 NOTHING = 1e-11

@@ -86,7 +86,8 @@ def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
     """
     p, q = (np.asarray(c, np.float64) + EMPTY_BIN_PIXELS for c in (counts_p, counts_q))
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    return np.maximum((p * np.log(p / q)).sum(-1), 0)
+    divergence: np.ndarray = np.maximum((p * np.log(p / q)).sum(-1), 0)
+    return divergence
 
 
 def image_sums(real: np.ndarray, generated: np.ndarray, radius_px: float) -> np.ndarray:
@@ -133,7 +134,9 @@ def _add_block(total: np.ndarray, box_px: int, images: list[np.ndarray], radius_
     _add_pairs(parts, ("real_pairs", "kl_real_nats"), counts[0][0:even:2], counts[0][1:even:2], both)
 
 
-def _add_pairs(parts: dict[str, np.ndarray], names: tuple[str, str], p: np.ndarray, q: np.ndarray, good) -> None:
+def _add_pairs(
+    parts: dict[str, np.ndarray], names: tuple[str, str], p: np.ndarray, q: np.ndarray, good: np.ndarray
+) -> None:
     parts[names[0]] += good.sum()
     parts[names[1]] += kl_divergence(p[good], q[good]).sum()
 
@@ -188,7 +191,8 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
     result["beyond_A"] = float(beyond_A)
     result["finer"], result["coarser"] = (_deviation(ratio, frequency, where) for where in (fine, ~fine))
     result["bands"] = _bands(power, ratio, frequency, box_px)
-    return _json_able(result)
+    record: dict[str, Any] = _json_able(result)
+    return record
 
 
 def compare_images(
@@ -232,7 +236,9 @@ def _deviation(ratio: np.ndarray, frequency_invA: np.ndarray, where: np.ndarray)
     return {"largest": ratio[worst], "at_A": 1 / frequency_invA[worst], "rms": rms}
 
 
-def _bands(power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int):
+def _bands(
+    power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int
+) -> list[dict[str, Any]]:
     """Each shell weighs as many coefficients as it holds, its circumference."""
     weight = np.arange(box_px // 2 + 1.0)
     bands = []

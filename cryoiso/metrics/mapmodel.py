@@ -51,7 +51,8 @@ def _cone(axis: Axis, half_angle_deg: float, belt: bool) -> Select:
 
     def select(kz: np.ndarray, ky: np.ndarray, kx: np.ndarray, radius: np.ndarray) -> np.ndarray:
         cosine = np.abs(x * kx + y * ky + z * kz) / np.maximum(radius, 1e-9)
-        return cosine < np.sin(angle) if belt else cosine > np.cos(angle)
+        inside: np.ndarray = cosine < np.sin(angle) if belt else cosine > np.cos(angle)
+        return inside
 
     return select
 
@@ -76,7 +77,8 @@ def truth_mask(truth: np.ndarray, pixel_size_A: float) -> np.ndarray:
     smooth = gaussian_filter(np.asarray(truth, np.float32), 3.0 / pixel_size_A)
     distance_A = distance_transform_edt(smooth <= 0.1 * smooth.max()) * pixel_size_A
     part = np.clip((distance_A - 6.0) / 8.0, 0, 1)
-    return (0.5 * (1 + np.cos(np.pi * part))).astype(np.float32)
+    edge: np.ndarray = (0.5 * (1 + np.cos(np.pi * part))).astype(np.float32)
+    return edge
 
 
 def compare_maps(
@@ -124,14 +126,16 @@ def to_frame(volume: np.ndarray, rotation: np.ndarray, shift_A: np.ndarray, pixe
     for ramp, shift_px in zip(ramps, np.asarray(shift_A)[::-1] / pixel_size_A, strict=True):
         spectrum *= np.exp(2j * np.pi * ramp * shift_px).astype(np.complex64)
     if np.allclose(rotation, np.eye(3), atol=1e-5):
-        return fft.irfftn(spectrum, s=volume.shape)
+        shifted: np.ndarray = fft.irfftn(spectrum, s=volume.shape)
+        return shifted
     times = 2 if box_px <= 320 else 1  # a finer grid of a large box would take many gigabytes
     fine = _upsampled(spectrum, box_px) if times == 2 else fft.irfftn(spectrum, s=volume.shape)
     matrix = rotation[::-1, ::-1]  # on (z, y, x)
     centre = float(box_px // 2)
     offset = times * centre - times * matrix @ np.full(3, centre)
     shape = (box_px,) * 3
-    return ndimage.affine_transform(fine, times * matrix, offset, shape, np.float32, 3, "constant")
+    placed: np.ndarray = ndimage.affine_transform(fine, times * matrix, offset, shape, np.float32, 3, "constant")
+    return placed
 
 
 def _upsampled(spectrum: np.ndarray, box_px: int) -> np.ndarray:
@@ -144,7 +148,8 @@ def _upsampled(spectrum: np.ndarray, box_px: int) -> np.ndarray:
     to = low[keep] % (2 * box_px)
     columns = (box_px + 1) // 2
     big[np.ix_(to, to, np.arange(columns))] = spectrum[np.ix_(keep, keep, np.arange(columns))]
-    return 8 * fft.irfftn(big, s=(2 * box_px,) * 3)
+    doubled: np.ndarray = 8 * fft.irfftn(big, s=(2 * box_px,) * 3)
+    return doubled
 
 
 def best_slide(volume: np.ndarray, truth: np.ndarray, axis: Axis | None = None) -> np.ndarray:

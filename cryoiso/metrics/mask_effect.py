@@ -81,7 +81,8 @@ def _first_below(cones: ConicalFSC, threshold: float) -> np.ndarray:
     """(n, 1) the first shell of each cone at a threshold or below it; D//2+1 if none is. NaN says nothing."""
     below = cones.curves <= threshold
     below[:, 0] = False
-    return np.where(below.any(1), below.argmax(1), cones.curves.shape[1])[:, None]
+    first: np.ndarray = np.where(below.any(1), below.argmax(1), cones.curves.shape[1])[:, None]
+    return first
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -42,7 +42,8 @@ class ViewGrid:
         ring = np.searchsorted(-self.z_edges, -directions[:, 2], side="right") - 1
         ring = np.clip(ring, 0, len(self.cells) - 1)
         turn = np.mod(np.arctan2(directions[:, 1], directions[:, 0]) / (2 * np.pi), 1.0)
-        return first[ring] + np.minimum((turn * self.cells[ring]).astype(int), self.cells[ring] - 1)
+        cell: np.ndarray = first[ring] + np.minimum((turn * self.cells[ring]).astype(int), self.cells[ring] - 1)
+        return cell
 
     def centres(self) -> np.ndarray:
         """(cells, 3) unit vectors at the middle of azimuth and z of every cell."""

@@ -215,7 +215,8 @@ def fit_displacement(
 
 def _is_top(rotation: np.ndarray, axis: tuple[float, float, float], cut_deg: float) -> np.ndarray:
     unit = np.asarray(axis, np.float64) / np.linalg.norm(axis)
-    return np.abs(rotation[:, 2] @ unit) > np.cos(np.radians(cut_deg))
+    near: np.ndarray = np.abs(rotation[:, 2] @ unit) > np.cos(np.radians(cut_deg))
+    return near
 
 
 def _is_cyclic_z(ops: np.ndarray) -> bool:

@@ -119,7 +119,8 @@ def view_efficiency(rotation: np.ndarray, symmetry: str | np.ndarray = "C1", *, 
 def _sine_bins(axes: np.ndarray, views: np.ndarray, bins: int) -> np.ndarray:
     """(axes, views) bin of the squared sine of the angle between each axis and view."""
     squares = 1 - (axes @ views.T) ** 2
-    return np.clip((squares * bins).astype(np.intp), 0, bins - 1)
+    bin_index: np.ndarray = np.clip((squares * bins).astype(np.intp), 0, bins - 1)
+    return bin_index
 
 
 def symmetric_views(rotation: np.ndarray, symmetry: str | np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

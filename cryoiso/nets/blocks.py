@@ -82,7 +82,8 @@ class Down(nn.Module):
         self.layer = convolution(4 * width, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(functional.pixel_unshuffle(x, 2))
+        features: Tensor = self.layer(functional.pixel_unshuffle(x, 2))
+        return features
 
 
 class Up(nn.Module):
@@ -93,7 +94,8 @@ class Up(nn.Module):
         self.layer = convolution(width // 4, width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(functional.pixel_shuffle(x, 2))
+        features: Tensor = self.layer(functional.pixel_shuffle(x, 2))
+        return features
 
 
 class GaussianHead(nn.Module):
@@ -152,4 +154,5 @@ class PoseEmbedding(nn.Module):
             self.last.weight.mul_(QUIET)
 
     def forward(self, pose: Tensor) -> Tensor:
-        return self.last(functional.silu(self.second(functional.silu(self.first(pose)))))
+        code: Tensor = self.last(functional.silu(self.second(functional.silu(self.first(pose)))))
+        return code

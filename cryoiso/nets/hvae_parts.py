@@ -114,11 +114,13 @@ class LatentLayer(nn.Module):
 
     def encode(self, x: Tensor, context: Tensor) -> Tensor:
         """Features at this layer's resolution, from those of the layer below."""
-        return self.encoder(x) + context
+        state: Tensor = self.encoder(x) + context
+        return state
 
     def refine(self, state: Tensor, latents: Tensor) -> Tensor:
         """The next state from this one and this layer's latents."""
-        return self.decoder(state + self.inject(latents))
+        features: Tensor = self.decoder(state + self.inject(latents))
+        return features
 
 
 class HvaeModules(Protocol):

@@ -31,7 +31,7 @@ class UnetConfig:
     @property
     def multiple(self) -> int:
         """The edge of a volume must be a multiple of this."""
-        return 2 ** (len(self.widths) - 1)
+        return 1 << (len(self.widths) - 1)
 
 
 def _in_slabs(x: Tensor, unit: int) -> bool:
@@ -148,4 +148,5 @@ class Unet3d(nn.Module):
         y = self.bottom(y)
         for block, grow in zip(reversed(self.up), reversed(self.grow), strict=True):
             y = block(torch.cat([skips.pop(), grow(y)], 1))
-        return self.last(y).float()
+        volume: Tensor = self.last(y).float()
+        return volume

@@ -37,7 +37,9 @@ class SliceAccumulator:
     _sample: np.ndarray = field(default_factory=lambda: np.empty((0, 6), np.float32), repr=False, compare=False)
 
     @classmethod
-    def empty(cls, box_px: int, radius_px: int | None = None, padding: int = 2, device="cpu") -> SliceAccumulator:
+    def empty(
+        cls, box_px: int, radius_px: int | None = None, padding: int = 2, device: str | torch.device = "cpu"
+    ) -> SliceAccumulator:
         radius = min(radius_px or (box_px - 1) // 2, (box_px - 1) // 2)
         h = padding * radius + 2
         shape = (2 * h + 1, 2 * h + 1, h + 1, 3)

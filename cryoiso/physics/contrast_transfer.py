@@ -14,7 +14,10 @@ import numpy as np
 import torch
 
 from cryoiso.core.errors import InputError
-from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.core.types import OpticsGroup, Particles, Rows
+
+Number = torch.Tensor | float
+"""A parameter that is the same for all images, or a tensor of one each that broadcasts with the frequencies."""
 
 _BLOCK = 2**17
 """Values of a CTF computed at once: the intermediate float64 phases stay in the cache."""
@@ -30,7 +33,9 @@ def wavelength_A(voltage_kV: float) -> float:
     return 12.2643247 / math.sqrt(volts * (1 + 0.978466e-6 * volts))
 
 
-def frequency_grid(box_px: int, pixel_size_A: float, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def frequency_grid(
+    box_px: int, pixel_size_A: float, device: str | torch.device = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Frequencies of the half-plane in 1/Å: (freq_y (D, 1), freq_x (1, D//2+1)), float64, y in FFT order."""
     fy = torch.fft.fftfreq(box_px, pixel_size_A, dtype=torch.float64, device=device)
     fx = torch.arange(box_px // 2 + 1, dtype=torch.float64, device=device) / (box_px * pixel_size_A)
@@ -41,15 +46,15 @@ def ctf(
     freq_y_invA: torch.Tensor,
     freq_x_invA: torch.Tensor,
     *,
-    defocus_u_A,
-    defocus_v_A,
-    defocus_angle_deg,
+    defocus_u_A: Number,
+    defocus_v_A: Number,
+    defocus_angle_deg: Number,
     voltage_kV: float,
     spherical_aberration_mm: float,
     amplitude_contrast: float,
-    phase_shift_deg=0.0,
-    bfactor_A2=0.0,
-    scale=1.0,
+    phase_shift_deg: Number = 0.0,
+    bfactor_A2: Number = 0.0,
+    scale: Number = 1.0,
 ) -> torch.Tensor:
     """The contrast transfer function at any frequencies; differentiable in every tensor given.
 
@@ -79,7 +84,7 @@ def ctf(
     return (factor * torch.exp(-0.25 * bfactor * s2) * value).to(dtype)
 
 
-def _f64(value, device) -> torch.Tensor:
+def _f64(value: Number, device: torch.device) -> torch.Tensor:
     # a Python float would become float32 on the way, which costs 1e-5 of the CTF
     return torch.as_tensor(value, dtype=torch.float64, device=device)
 
@@ -90,12 +95,12 @@ def _cs_term(lam: float, spherical_aberration_mm: float) -> float:
 
 def ctf_for(
     particles: Particles,
-    rows=None,
+    rows: Rows | None = None,
     box_px: int | None = None,
     *,
     pixel_size_A: float | None = None,
     freq_invA: tuple[torch.Tensor, torch.Tensor] | None = None,
-    device="cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """CTFs of particles with everything their optics groups say (magnification anisotropy, even Zernike terms).
@@ -138,10 +143,17 @@ def _common_box(particles: Particles, groups: np.ndarray) -> int:
     boxes = {particles.groups[g].box_px for g in np.unique(groups)}
     if len(boxes) != 1:
         raise InputError("the optics groups have different box sizes", expected="one", found=sorted(boxes))
-    return boxes.pop()
+    return int(boxes.pop())
 
 
-def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq) -> None:
+def _group_ctf(
+    out: torch.Tensor,
+    where: np.ndarray,
+    particles: Particles,
+    rows: np.ndarray,
+    group: OpticsGroup,
+    freq: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     """Writes the CTFs of one optics group's particles into ``out[where]``.
 
     Within a group the phase is linear in six numbers per particle, so all phases are one matrix product.
@@ -171,7 +183,7 @@ def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq)
         out[place] = value.reshape(-1, *out.shape[1:])
 
 
-def _phase_coefficients(particles: Particles, rows, lam: float) -> np.ndarray:
+def _phase_coefficients(particles: Particles, rows: np.ndarray, lam: float) -> np.ndarray:
     du, dv, axis, phase = (
         np.asarray(getattr(particles, name), np.float64)[rows]
         for name in ("defocus_u_A", "defocus_v_A", "defocus_angle_deg", "phase_shift_deg")

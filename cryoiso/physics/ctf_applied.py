@@ -31,7 +31,7 @@ def is_applied(particles: Particles, rows: np.ndarray | None = None) -> bool:
     return any(particles.groups[g].ctf_applied for g in used.tolist())
 
 
-def microscope_ctf(particles: Particles, rows: np.ndarray, box_px: int, device="cpu") -> Tensor:
+def microscope_ctf(particles: Particles, rows: np.ndarray, box_px: int, device: str | torch.device = "cpu") -> Tensor:
     """(n, D, D//2+1) float32: c, whatever was done to the images."""
     return ctf_for(particles.with_ctf_applied(""), rows, box_px, device=device)
 
@@ -66,7 +66,8 @@ def apply_ctf(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.
 
 def _filtered(images: np.ndarray, factor: Tensor) -> np.ndarray:
     given = torch.from_numpy(np.ascontiguousarray(images, np.float32))
-    return torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+    filtered: np.ndarray = torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+    return filtered
 
 
 def low_frequencies_restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
@@ -128,9 +129,10 @@ def _whole(images: np.ndarray, ctf: Tensor, uids: np.ndarray) -> np.ndarray:
     # where an image was cut out of a larger one after the multiplication, more than c x stands at the zeros of c
     found = restored_spectrum(parts.abs().square(), torch.ones_like(ctf))
     limit = (LEAKED * power / found.clamp(min=1e-30)).clamp(max=1).sqrt()[:, shell]
-    return torch.fft.irfft2(
+    whole: np.ndarray = torch.fft.irfft2(
         parts * limit + white * (power[:, shell] * (1 - known.square())).sqrt(), s=(box, box)
     ).numpy()
+    return whole
 
 
 def shells(box_px: int) -> Tensor:

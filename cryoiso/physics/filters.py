@@ -25,7 +25,7 @@ def like(tensor: Tensor, array: Array) -> Array:
     return tensor if isinstance(array, Tensor) else tensor.detach().cpu().numpy()
 
 
-def radius_grid(box_px: int, dims: int, device="cpu") -> Tensor:
+def radius_grid(box_px: int, dims: int, device: str | torch.device = "cpu") -> Tensor:
     """Distance from zero frequency in Fourier pixels: (D, [D,] D//2+1) float64 for dims 2 or 3."""
     full = torch.fft.fftfreq(box_px, dtype=torch.float64, device=device) * box_px
     r2 = torch.arange(box_px // 2 + 1, dtype=torch.float64, device=device) ** 2
@@ -34,12 +34,12 @@ def radius_grid(box_px: int, dims: int, device="cpu") -> Tensor:
     return r2.sqrt()
 
 
-def shell_index(box_px: int, dims: int, device="cpu") -> Tensor:
+def shell_index(box_px: int, dims: int, device: str | torch.device = "cpu") -> Tensor:
     """Nearest radial shell of every coefficient: (D, [D,] D//2+1) int64; corners lie beyond shell D//2."""
     return radius_grid(box_px, dims, device).round().long()
 
 
-def friedel_weights(box_px: int, device="cpu") -> Tensor:
+def friedel_weights(box_px: int, device: str | torch.device = "cpu") -> Tensor:
     """(D//2+1,) float64: how often a column of the half-plane occurs in the whole plane, 2 or 1."""
     weights = torch.full((box_px // 2 + 1,), 2.0, dtype=torch.float64, device=device)
     weights[0] = 1
@@ -85,7 +85,7 @@ def power_spectrum(array: Array, dims: int | None = None) -> Array:
     return like(radial_average(torch.fft.rfftn(x, dim=axes, norm="ortho").abs().square(), dims), array)
 
 
-def apply_radial(array: Array, curve, dims: int = 3) -> Array:
+def apply_radial(array: Array, curve: np.ndarray | Tensor, dims: int = 3) -> Array:
     """Multiplies the transform by a radial curve, interpolated linearly between shells, its last value beyond.
 
     Args:

@@ -238,7 +238,8 @@ class _Task:
 
 def _middle(pair: fs.Pair, rotation: np.ndarray, mirrored: bool) -> np.ndarray:
     """(n, 3): where rotations about the moving map's centre carry the body's middle."""
-    return (-1 if mirrored else 1) * rotation @ pair.body.centre_A
+    centre_A: np.ndarray = (-1 if mirrored else 1) * rotation @ pair.body.centre_A
+    return centre_A
 
 
 def _about_axes(task: _Task, moving: DensityMap, base: Placement, group: str) -> dict[bool, list[Placement]]:
@@ -256,7 +257,8 @@ def _normaliser(group: str) -> np.ndarray:
     from cryoiso.physics.so3 import rotvec_to_matrix
 
     def about(axis: Any, deg: float) -> np.ndarray:
-        return rotvec_to_matrix(np.radians(deg) * np.asarray(axis, np.float64))[0]
+        rotation: np.ndarray = rotvec_to_matrix(np.radians(deg) * np.asarray(axis, np.float64))[0]
+        return rotation
 
     fold = int(group[1:]) if group[0] in "CD" else 0
     if group[0] == "C":

@@ -30,7 +30,8 @@ class Placement:
     def points(self, xyz_A: np.ndarray) -> np.ndarray:
         """Points (n, 3) of the moving map in the target's frame."""
         xyz = np.asarray(xyz_A, np.float64)
-        return (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
+        placed_A: np.ndarray = (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
+        return placed_A
 
     def after(self, first: Placement) -> Placement:
         """The placement that does ``first`` (not mirrored) and then this one."""

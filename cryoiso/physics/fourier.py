@@ -17,23 +17,27 @@ from torch import Tensor
 
 def images_to_fourier(images: Tensor) -> Tensor:
     """Orthonormal centred transform: (n, D, D) real -> (n, D, D//2+1) complex."""
-    return torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho")
+    coefficients: Tensor = torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho")
+    return coefficients
 
 
 def fourier_to_images(coefficients: Tensor, box_px: int) -> Tensor:
     """Inverse of :func:`images_to_fourier`: (n, D, D//2+1) complex -> (n, D, D) real."""
     images = torch.fft.irfft2(coefficients, s=(box_px, box_px), norm="ortho")
-    return torch.fft.fftshift(images, dim=(-2, -1))
+    centred: Tensor = torch.fft.fftshift(images, dim=(-2, -1))
+    return centred
 
 
 def volume_to_fourier(volume: Tensor) -> Tensor:
     """Centred transform without a factor: (D, D, D) real -> (D, D, D//2+1) complex."""
-    return torch.fft.rfftn(torch.fft.ifftshift(volume), dim=(0, 1, 2))
+    coefficients: Tensor = torch.fft.rfftn(torch.fft.ifftshift(volume), dim=(0, 1, 2))
+    return coefficients
 
 
 def fourier_to_volume(coefficients: Tensor, box_px: int) -> Tensor:
     """Inverse of :func:`volume_to_fourier`."""
-    return torch.fft.fftshift(torch.fft.irfftn(coefficients, s=(box_px,) * 3, dim=(0, 1, 2)))
+    volume: Tensor = torch.fft.fftshift(torch.fft.irfftn(coefficients, s=(box_px,) * 3, dim=(0, 1, 2)))
+    return volume
 
 
 def pad_volume(volume: Tensor, box_px: int) -> Tensor:
@@ -119,7 +123,9 @@ def shift_phases(ky: Tensor, kx: Tensor, shift_px: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def sinc2_profile(box_px: int, padding: int, device=None, dtype=torch.float32) -> Tensor:
+def sinc2_profile(
+    box_px: int, padding: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """(D,) envelope that trilinear interpolation on a grid padded by ``padding`` multiplies a volume with, per axis."""
     x = (torch.arange(box_px, device=device, dtype=torch.float64) - box_px // 2) / (padding * box_px)
     return torch.sinc(x).square().to(dtype)

@@ -11,7 +11,13 @@ from cryoiso.physics.filters import Array, as_tensor, like, lowpass
 
 
 def sphere_mask(
-    box_px: int, radius_px: float, soft_px: float = 0.0, *, dims: int = 3, device="cpu", dtype=torch.float32
+    box_px: int,
+    radius_px: float,
+    soft_px: float = 0.0,
+    *,
+    dims: int = 3,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """1 up to a radius around pixel D//2, then a raised cosine to 0 over ``soft_px``.
 
@@ -31,7 +37,14 @@ def sphere_mask(
     return _soft_edge(r2.sqrt() - radius_px, soft_px).to(dtype)
 
 
-def circle_mask(box_px: int, radius_px: float, soft_px: float = 0.0, *, device="cpu", dtype=torch.float32) -> Tensor:
+def circle_mask(
+    box_px: int,
+    radius_px: float,
+    soft_px: float = 0.0,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """(D, D): :func:`sphere_mask` in two dimensions."""
     return sphere_mask(box_px, radius_px, soft_px, dims=2, device=device, dtype=dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
@@ -46,7 +47,7 @@ def normalise_background(images: Array, radius_px: float) -> Array:
     return like(((x.double() - mean[:, None, None]) / sd[:, None, None]).to(x.dtype), images)
 
 
-def _outside(box_px: int, radius_px: float, device) -> Tensor:
+def _outside(box_px: int, radius_px: float, device: torch.device) -> Tensor:
     outside = circle_mask(box_px, radius_px, device=device) < 0.5
     if not bool(outside.any()):
         raise InputError("no background left", expected=f"a radius below {box_px / 2**0.5:.0f} px", found=radius_px)
@@ -74,7 +75,9 @@ def background_spectrum(images: Array, radius_px: float, soft_px: float = 4.0) -
     return like(spectrum / float(window.square().mean()), images)
 
 
-def noise_spectrum(box_px: int, kind: str = "white", knee: float = 0.1, floor: float = 0.2, table=None) -> np.ndarray:
+def noise_spectrum(
+    box_px: int, kind: str = "white", knee: float = 0.1, floor: float = 0.2, table: ArrayLike | None = None
+) -> np.ndarray:
     """A radial spectrum of total variance 1 for simulated noise.
 
     Args:
@@ -127,4 +130,5 @@ def colour_noise(white: Tensor, spectrum: np.ndarray) -> Tensor:
     if np.all(spectrum == spectrum[0]):
         return white * float(np.sqrt(spectrum[0]))
     amplitude = _on_plane(spectrum, white.shape[-1]).sqrt().to(white)
-    return torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=white.shape[-2:])
+    images: Tensor = torch.fft.irfft2(torch.fft.rfft2(white) * amplitude, s=white.shape[-2:])
+    return images

@@ -162,7 +162,8 @@ def _helix(e: _Element) -> np.ndarray:
     length, u, v, axis = _frame(e)
     t = np.arange(0, length, HELIX_RISE_A)[:, None]
     angle = np.radians(e.twist_deg + HELIX_TURN_DEG * t / HELIX_RISE_A)
-    return e.start_A + axis * t + HELIX_RADIUS_A * (np.cos(angle) * u + np.sin(angle) * v)
+    points_A: np.ndarray = e.start_A + axis * t + HELIX_RADIUS_A * (np.cos(angle) * u + np.sin(angle) * v)
+    return points_A
 
 
 def _strand(e: _Element) -> np.ndarray:
@@ -171,7 +172,8 @@ def _strand(e: _Element) -> np.ndarray:
     t = np.arange(0, length, STRAND_RISE_A)[:, None]
     angle = np.radians(e.twist_deg + 20 * t / STRAND_RISE_A)
     pleat = np.where(np.arange(len(t)) % 2, 0.9, -0.9)[:, None]
-    return e.start_A + axis * t + pleat * (np.cos(angle) * u + np.sin(angle) * v)
+    points_A: np.ndarray = e.start_A + axis * t + pleat * (np.cos(angle) * u + np.sin(angle) * v)
+    return points_A
 
 
 def _loop(start: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -181,13 +183,14 @@ def _loop(start: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.nd
     t = (np.arange(count) + 1)[:, None] / (count + 1)
     bulge = rng.standard_normal(3)
     bulge *= min(4.0, 0.25 * gap) / np.linalg.norm(bulge)
-    return start + (end - start) * t + bulge * np.sin(np.pi * t) + rng.normal(0, 0.4, (count, 3))
+    points_A: np.ndarray = start + (end - start) * t + bulge * np.sin(np.pi * t) + rng.normal(0, 0.4, (count, 3))
+    return points_A
 
 
 def pseudo_atoms_to_map(
     coords_A: np.ndarray,
     weights: np.ndarray,
-    sigma_A,
+    sigma_A: np.ndarray | float,
     box_px: int,
     pixel_size_A: float,
     resolution_A: float,

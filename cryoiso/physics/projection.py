@@ -5,6 +5,7 @@ Trilinear interpolation on a grid padded by 2; the volume is divided by the inte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,7 +145,7 @@ def slice_corners(rotation: Tensor, where: Disc, padding: int, grid_rows: int) -
     return (z0 * grid_rows + y0) * (h + 1) + x0, k3 - low, flip
 
 
-def corner_shares(fraction: Tensor, shape: torch.Size | tuple[int, ...]):
+def corner_shares(fraction: Tensor, shape: torch.Size | tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
     """Yields (flat offset, trilinear share) of the eight corners."""
     fx, fy, fz = fraction
     row = shape[2]

@@ -88,4 +88,5 @@ def place_map(
     matrix = back * (pixel_new / pixel)
     centre_in, centre_out = np.full(3, len(fine) // 2), np.full(3, box_new // 2)
     offset = centre_in - matrix @ centre_out - back @ (np.asarray(shift_A, np.float64)[::-1] / pixel)
-    return affine_transform(fine, matrix, offset, (box_new,) * 3, np.float32, 3, "constant")
+    placed: np.ndarray = affine_transform(fine, matrix, offset, (box_new,) * 3, np.float32, 3, "constant")
+    return placed

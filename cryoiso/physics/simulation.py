@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
@@ -98,7 +99,8 @@ def make_particles(
 def _normals(seed: int, purpose: str, uid: np.ndarray) -> np.ndarray:
     from scipy.special import ndtri
 
-    return ndtri(uniforms(seed, purpose, uid))
+    normal: np.ndarray = ndtri(uniforms(seed, purpose, uid))
+    return normal
 
 
 def draw_ctf(
@@ -166,7 +168,15 @@ class Projector:
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
         return disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
 
-    def _group(self, particles: Particles, rows, group: OpticsGroup, seen: Disc, rotation, shift) -> Tensor:
+    def _group(
+        self,
+        particles: Particles,
+        rows: np.ndarray,
+        group: OpticsGroup,
+        seen: Disc,
+        rotation: np.ndarray,
+        shift: np.ndarray,
+    ) -> Tensor:
         """(n, K) Fourier coefficients of particles of one optics group."""
         poses = torch.from_numpy(np.ascontiguousarray(rotation[rows], np.float32)).to(self.device)
         if group.magnification != (1.0, 0.0, 0.0, 1.0):
@@ -268,7 +278,7 @@ def simulate(
     ctf: CtfRanges | Particles | None = None,
     shift_sd_A: float = 0.0,
     noise: str = "white",
-    noise_table=None,
+    noise_table: ArrayLike | None = None,
     seed: int = 1,
 ) -> SimulatedSource:
     """A simulated particle set.

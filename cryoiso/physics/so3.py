@@ -9,11 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cryoiso.physics.symmetry import in_asymmetric_unit, normalise_name, point_group
 
 
-def euler_to_matrix(rot_deg, tilt_deg, psi_deg) -> np.ndarray:
+def euler_to_matrix(rot_deg: ArrayLike, tilt_deg: ArrayLike, psi_deg: ArrayLike) -> np.ndarray:
     """Rotation matrices of RELION's Euler angles.
 
     Args:
@@ -49,7 +50,8 @@ def matrix_to_euler(rotation: np.ndarray) -> np.ndarray:
     pole = sin_tilt < 1e-9
     rot = np.where(pole, 0.0, rot)
     psi = np.where(pole, np.arctan2(a[:, 0, 1], a[:, 0, 0] * np.sign(a[:, 2, 2])), psi)
-    return np.degrees(np.stack([rot, tilt, psi], 1))
+    angles_deg: np.ndarray = np.degrees(np.stack([rot, tilt, psi], 1))
+    return angles_deg
 
 
 def view_direction(rotation: np.ndarray) -> np.ndarray:
@@ -57,7 +59,7 @@ def view_direction(rotation: np.ndarray) -> np.ndarray:
     return np.array(np.asarray(rotation)[..., 2, :])
 
 
-def rotation_with_view(directions: np.ndarray, psi_deg=0.0) -> np.ndarray:
+def rotation_with_view(directions: np.ndarray, psi_deg: ArrayLike = 0.0) -> np.ndarray:
     """Rotations that look along given directions.
 
     Args:
@@ -79,7 +81,8 @@ def rotvec_to_matrix(rotvec_rad: np.ndarray) -> np.ndarray:
     k = np.zeros((len(v), 3, 3))
     k[:, 0, 1], k[:, 0, 2], k[:, 1, 2] = -v[:, 2], v[:, 1], -v[:, 0]
     k -= np.swapaxes(k, 1, 2)
-    return np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
+    rotation: np.ndarray = np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
+    return rotation
 
 
 def random_rotations(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -111,7 +114,8 @@ def angular_distance_deg(a: np.ndarray, b: np.ndarray, ops: np.ndarray | None = 
     best = np.full(max(len(a), len(b)), np.inf)
     for op in np.eye(3)[None] if ops is None else np.asarray(ops, np.float64):
         best = np.minimum(best, ((a @ op - b) ** 2).sum((1, 2)))
-    return np.degrees(2 * np.arcsin(np.clip(np.sqrt(best / 8), 0, 1)))
+    angle_deg: np.ndarray = np.degrees(2 * np.arcsin(np.clip(np.sqrt(best / 8), 0, 1)))
+    return angle_deg
 
 
 def healpix_directions(order: int) -> np.ndarray:
@@ -162,7 +166,7 @@ def fibonacci_sphere(n: int) -> np.ndarray:
 
 def grid_step_deg(order: int) -> float:
     """Nominal step of ``so3_grid``: 60 / 2**order degrees."""
-    return 60.0 / 2**order
+    return 60.0 / 2.0**order
 
 
 def so3_directions(order: int, symmetry: str = "C1") -> np.ndarray:

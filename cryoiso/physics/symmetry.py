@@ -115,7 +115,8 @@ def _axis_rotation(axis: tuple[float, float, float], angle_rad: float) -> np.nda
     """Rodrigues' formula: rotation by an angle about a unit axis."""
     x, y, z = axis
     k = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]], np.float64)
-    return np.eye(3) + np.sin(angle_rad) * k + (1 - np.cos(angle_rad)) * (k @ k)
+    rotation: np.ndarray = np.eye(3) + np.sin(angle_rad) * k + (1 - np.cos(angle_rad)) * (k @ k)
+    return rotation
 
 
 def _closure(generators: list[np.ndarray]) -> np.ndarray:
@@ -187,4 +188,6 @@ def symmetrise_rotations(rotations: np.ndarray, name: str) -> np.ndarray:
     Returns:
         (n, g, 3, 3): A S for every operation S, the pose itself first.
     """
-    return np.einsum("nij,gjk->ngik", np.asarray(rotations, np.float64), _point_group(normalise_name(name)))
+    operations = _point_group(normalise_name(name))
+    mates: np.ndarray = np.einsum("nij,gjk->ngik", np.asarray(rotations, np.float64), operations)
+    return mates

@@ -120,9 +120,11 @@ def _cone_angle(views: Views, u: np.ndarray) -> np.ndarray:
     """Angles from the pole in radians, up to the cone's half-angle (inverse of the truncated distribution)."""
     cone = np.radians(views.cone)
     if views.sigma_deg is None:
-        return np.arccos(1 - u * (1 - np.cos(cone)))
+        within: np.ndarray = np.arccos(1 - u * (1 - np.cos(cone)))
+        return within
     sigma = np.radians(views.sigma_deg)
-    return sigma * np.sqrt(-2 * np.log1p(-u * -np.expm1(-0.5 * (cone / sigma) ** 2)))
+    angle: np.ndarray = sigma * np.sqrt(-2 * np.log1p(-u * -np.expm1(-0.5 * (cone / sigma) ** 2)))
+    return angle
 
 
 def _from_bands(u: np.ndarray, bands: list[tuple[float, float, float]]) -> np.ndarray:
@@ -133,4 +135,5 @@ def _from_bands(u: np.ndarray, bands: list[tuple[float, float, float]]) -> np.nd
     start = np.concatenate([[0.0], ends[:-1]])
     low, high = np.array([b[:2] for b in bands]).T
     share = (u - start[which]) / np.where(mass[which] > 0, mass[which] / mass.sum(), 1)
-    return low[which] + (high - low)[which] * np.clip(share, 0, 1)
+    angle: np.ndarray = low[which] + (high - low)[which] * np.clip(share, 0, 1)
+    return angle

@@ -83,7 +83,7 @@ class BatchReader:
     memory_bytes: int = 1 << 30
     apart: np.ndarray | None = None
     """(N,) bool: particles that share no batch with the others; None: none."""
-    _kept: dict = field(default_factory=dict)
+    _kept: dict[tuple[int, int, int], tuple[int, Batch]] = field(default_factory=dict)
     _used: int = 0
 
     def plan(self, halves: tuple[int, ...] = (1, 2)) -> list[np.ndarray]:

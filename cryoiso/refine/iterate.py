@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
@@ -194,7 +195,7 @@ class Refinement:
                         model.state.iteration + 1, len(kept), batches)  # fmt: skip
         return kept
 
-    def _batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches):
+    def _batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches) -> Iterator[Batch]:
         batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
         lines = len(HALVES) * len(self.kinds)
@@ -220,7 +221,18 @@ class Refinement:
                 kept.flush()
             raise Interrupted("stopped by a signal; what was found so far is kept")
 
-    def _maximise(self, model, sums, noise, views, rotation, shift_px, columns, plan, seconds) -> Model:
+    def _maximise(
+        self,
+        model: Model,
+        sums: HalfSums,
+        noise: NoiseSums,
+        views: dict[int, np.ndarray],
+        rotation: np.ndarray,
+        shift_px: np.ndarray,
+        columns: dict[str, np.ndarray],
+        plan: SearchPlan,
+        seconds: float,
+    ) -> Model:
         comm, state = self.comm, model.state
         raw = self._unregularised(sums.raw)
         agreed = self._agreement(sums.raw, raw, state)
@@ -314,7 +326,8 @@ class Refinement:
         if self.comm.rank == 0:
             value = references.anisotropy(raw, self.sphere, self.pixel, self.insertion_radius(state))
             value = value if np.isfinite(value) else None
-        return self.comm.bcast(value)
+        shared: float | None = self.comm.bcast(value)
+        return shared
 
     def _references(
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
@@ -323,7 +336,15 @@ class Refinement:
         own = {h: self.flatten(as_map(s.reconstruct(agreed.wiener[h])), resolution_A) for h, s in sums.items()}
         return on_every_rank(own, self.comm)
 
-    def _corrected(self, state, maps, references_now, curve, resolution_A, plan) -> tuple[dict, dict]:
+    def _corrected(
+        self,
+        state: State,
+        maps: dict[int, np.ndarray],
+        references_now: dict[int, np.ndarray],
+        curve: np.ndarray,
+        resolution_A: float,
+        plan: SearchPlan,
+    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
         """Half -> reference as the correction leaves it, and its record (collective)."""
         request = self.request
         assert request.correction is not None
@@ -341,7 +362,9 @@ class Refinement:
 
     def first_reference(self, given: DensityMap, lowpass_A: float) -> np.ndarray:
         """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
-        return np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32) * self.sphere
+        coarse = np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32)
+        reference: np.ndarray = coarse * self.sphere
+        return reference
 
     def first_references(self, lowpass_A: float) -> dict[int, np.ndarray]:
         """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
@@ -371,7 +394,8 @@ class Refinement:
         """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""
         volume = volume * self.sphere
         if self.request.mask is not None:
-            return (volume * self.request.mask.data).astype(np.float32)
+            masked: np.ndarray = (volume * self.request.mask.data).astype(np.float32)
+            return masked
         if not self.settings.solvent_mask:
             return volume
         return references.without_solvent(volume, self.pixel, resolution_A)

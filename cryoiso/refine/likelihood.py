@@ -67,7 +67,9 @@ class ReferenceSlices:
     where: Disc
 
     @classmethod
-    def of(cls, volume: FourierVolume, rotations: Tensor, where: Disc, magnification: np.ndarray | None):
+    def of(
+        cls, volume: FourierVolume, rotations: Tensor, where: Disc, magnification: np.ndarray | None
+    ) -> ReferenceSlices:
         """Slices of every rotation (J, 3, 3) or (B, J, 3, 3) at the coefficients of ``where``."""
         slices = volume.slices(with_magnification(rotations.reshape(-1, 3, 3), magnification), where)
         slices = slices.reshape(*rotations.shape[:-2], where.size)
@@ -133,7 +135,9 @@ def local_scores(
     return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
 
 
-def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px) -> Tensor:
+def _local_scores_numba(
+    white: Whitened, volume: FourierVolume, particle: Tensor, rotation: Tensor, shift_px: Tensor, spacing_px: float
+) -> Tensor:
     from cryoiso.physics import _kernels
 
     out = torch.empty(len(particle), 9)
@@ -157,14 +161,22 @@ def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
     return out
 
 
-def lattice(spacing_px: float, device="cpu") -> Tensor:
+def lattice(spacing_px: float, device: str | torch.device = "cpu") -> Tensor:
     """(9, 2) offsets (x, y), y slow."""
     axis = torch.tensor([-1.0, 0.0, 1.0], device=device) * spacing_px
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x.reshape(-1), y.reshape(-1)], 1)
 
 
-def local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px, block: int = 1 << 22) -> Tensor:
+def local_scores_torch(
+    white: Whitened,
+    volume: FourierVolume,
+    particle: Tensor,
+    rotation: Tensor,
+    shift_px: Tensor,
+    spacing_px: float,
+    block: int = 1 << 22,
+) -> Tensor:
     """The plain torch twin of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
     offsets = shift_factors(white.where, lattice(spacing_px, shift_px.device))
     step = max(1, block // white.where.size)

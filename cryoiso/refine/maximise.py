@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics.backproject import SliceAccumulator
+from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
@@ -100,9 +101,7 @@ def _residual_power(
     return power.clamp_(min=0)
 
 
-def _inside(batch: Batch, volume: FourierVolume):
-    from cryoiso.physics.fourier import disc
-
+def _inside(batch: Batch, volume: FourierVolume) -> Disc:
     ratio = 1.0 if batch.magnification is None else float(np.linalg.norm(batch.magnification, 2))
     radius = min(volume.radius_px / ratio, batch.where.radius_px)
     return disc(batch.where.box_px, radius)

@@ -72,7 +72,8 @@ def given_centres_px(particles: Particles) -> np.ndarray | None:
     shift_A = particles.shift_A
     if shift_A is None or not np.any(shift_A):
         return None
-    return -shift_A / particles.group_values("pixel_size_A")[:, None]
+    offsets_px: np.ndarray = -shift_A / particles.group_values("pixel_size_A")[:, None]
+    return offsets_px
 
 
 def tell_of_given(centre_px: np.ndarray, box_px: int) -> None:

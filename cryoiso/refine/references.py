@@ -66,7 +66,8 @@ def without_solvent(volume: np.ndarray, pixel_size_A: float, resolution_A: float
     """The map inside a soft mask made from itself, low-passed at 15 Å or one and a half times the resolution."""
     lowpass_A = max(15.0, 1.5 * resolution_A)
     mask = soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0)
-    return (volume * np.asarray(mask)).astype(np.float32)
+    masked: np.ndarray = (volume * np.asarray(mask)).astype(np.float32)
+    return masked
 
 
 def anisotropy(

@@ -31,7 +31,6 @@ from cryoiso.refine.likelihood import (
 from cryoiso.refine.view_density import ViewPrior
 
 NEGLIGIBLE = 0.03
-GRID = "prior of the grid"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Given:
         """Itself for a local search, None for a global one."""
         return None if self.rotation is None else self
 
-    def take(self, rows) -> Given:
+    def take(self, rows: slice | Tensor) -> Given:
         return Given(None if self.rotation is None else self.rotation[rows], self.shift_px[rows])
 
     def centre(self, white: Whitened) -> Whitened:
@@ -98,7 +97,8 @@ class Given:
         """(R, C): which of ``rotation`` (R, C, 3, 3) are within an angle of those given for their ``particle`` (R,)."""
         # |A - B|^2 = 8 sin^2(angle / 2), exact for small angles
         distance2 = (rotation - self._rotation()[particle][:, None]).square().sum((-2, -1))
-        return distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
+        near: Tensor = distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
+        return near
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ class Searcher:
     """Scores (image x shift x view) held at once."""
 
     def __post_init__(self) -> None:
-        self._slices: dict = {}
+        self._slices: dict[bytes | None, ReferenceSlices] = {}
+        self._grid_prior: Tensor | None = None
 
     def _reference(self, white: Whitened) -> ReferenceSlices:
         key = None if white.magnification is None else white.magnification.tobytes()
@@ -210,14 +211,23 @@ class Searcher:
         assert self.views is not None
         if given is not None:
             return self.views(given.turned(self.plan.rotations))
-        if GRID not in self._slices:
-            self._slices[GRID] = self.views(self.plan.rotations)
-        return self._slices[GRID]
+        if self._grid_prior is None:
+            self._grid_prior = self.views(self.plan.rotations)
+        return self._grid_prior
 
     def _near(self, white: Whitened, given: Given) -> ReferenceSlices:
         return ReferenceSlices.of(self.volume, given.turned(self.plan.rotations), white.where, white.magnification)
 
-    def _level(self, white, level: Level, rotation, shift, score, given: Given | None, keep_lattice: bool):
+    def _level(
+        self,
+        white: Whitened,
+        level: Level,
+        rotation: Tensor,
+        shift: Tensor,
+        score: Tensor,
+        given: Given | None,
+        keep_lattice: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
         level."""
         if score.shape[1] > level.beam:

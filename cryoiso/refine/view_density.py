@@ -106,7 +106,8 @@ def density(counts: np.ndarray, symmetry: str, kernel_deg: float) -> np.ndarray:
     if not counts.sum() > 0:
         return np.ones(len(counts))
     smooth = counts / counts.sum() @ _kernel(symmetry, kernel_deg)
-    return smooth / smooth.mean()
+    density: np.ndarray = smooth / smooth.mean()
+    return density
 
 
 def log_prior(smooth: np.ndarray, *, axis_odds: float, polarity_floor: float) -> np.ndarray:
@@ -121,7 +122,8 @@ def log_prior(smooth: np.ndarray, *, axis_odds: float, polarity_floor: float) ->
     opposite = smooth[_opposite()]
     axial = np.clip((smooth + opposite) / 2 / STILL_EVEN, 1.0, axis_odds)
     here, there = ((1 - polarity_floor) * s + polarity_floor for s in (smooth, opposite))
-    return np.log(axial) + np.log(2 * here / (here + there))
+    prior: np.ndarray = np.log(axial) + np.log(2 * here / (here + there))
+    return prior
 
 
 def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: RefineSection) -> dict[str, Any]:

@@ -35,4 +35,5 @@ def measured_share_fourier(measured: np.ndarray, inferred: np.ndarray, width_px:
 def _share(ours: np.ndarray, rest: np.ndarray) -> np.ndarray:
     total = ours + rest
     some = total > 1e-12 * float(total.max(initial=0.0))
-    return np.divide(ours, total, out=np.ones_like(total), where=some).astype(np.float32)
+    share: np.ndarray = np.divide(ours, total, out=np.ones_like(total), where=some).astype(np.float32)
+    return share

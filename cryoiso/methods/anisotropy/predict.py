@@ -74,7 +74,8 @@ def predict(
         total[along] += line[inside]
     change /= total[:, None, None] * total[None, :, None] * total
     summed = group.all_sum(torch.from_numpy(change))
-    return (data + summed.numpy()).astype(np.float32)
+    corrected: np.ndarray = (data + summed.numpy()).astype(np.float32)
+    return corrected
 
 
 def _overlap(corner: tuple[int, ...], tile_px: int, box_px: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,8 @@ def diagnose(
     result["verdict"] = verdict.judge(result).as_dict()
     if "unmasked" in result["directional"]:
         logger.warning("the mask makes much of the half-maps' agreement; the verdict is on the maps without it")
-    return plain({**result, "notes": notes})
+    record: dict[str, Any] = plain({**result, "notes": notes})
+    return record
 
 
 LEFT_OUT = 0.3
@@ -144,7 +146,8 @@ def _half_map_curves(
     finest_A = box_px * pixel_size_A / max(last, 1)
 
     def resolution(name: str, threshold: float) -> float:
-        return max(resolution_at(curves[name], threshold, box_px, pixel_size_A), finest_A)
+        reached_A: float = max(resolution_at(curves[name], threshold, box_px, pixel_size_A), finest_A)
+        return reached_A
 
     return {
         "frequency_invA": shell_frequencies(box_px, pixel_size_A),
@@ -240,7 +243,9 @@ def _against_truth(
     return {**numbers, "frame_rotation": best[1], "frame_shift_A": best[2]}
 
 
-def _frames(full: np.ndarray, truth: np.ndarray, pixel_size_A: float, symmetry: str, errors: PoseErrors | None):
+def _frames(
+    full: np.ndarray, truth: np.ndarray, pixel_size_A: float, symmetry: str, errors: PoseErrors | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Candidate frame changes (G, d): an asymmetric map may have moved anywhere, one of Cn along and about its axis."""
     identity, still = np.eye(3), np.zeros(3)
     yield identity, still

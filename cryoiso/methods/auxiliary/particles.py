@@ -146,4 +146,5 @@ def _in_unit(rotation: np.ndarray, symmetry: str) -> np.ndarray:
         return rotation
     mates = np.einsum("nij,gjk->ngik", rotation, operations)
     inside = in_asymmetric_unit(mates[:, :, 2].reshape(-1, 3), symmetry).reshape(len(rotation), -1)
-    return mates[np.arange(len(rotation)), inside.argmax(1)]
+    mate: np.ndarray = mates[np.arange(len(rotation)), inside.argmax(1)]
+    return mate

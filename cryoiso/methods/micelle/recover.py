@@ -148,7 +148,17 @@ def recover_micelle_halves(
 class _Run:
     """The parts of :func:`recover_micelle_halves`."""
 
-    def __init__(self, source, particles, homologue, mask, comm, settings, device, on_iteration) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        particles: Particles,
+        homologue: DensityMap,
+        mask: ProteinMask,
+        comm: Context,
+        settings: MicelleSettings,
+        device: str,
+        on_iteration: Callable[[int, dict[str, Any]], None] | None,
+    ) -> None:
         self.comm, self.settings, self.device, self.particles = comm, settings, device, particles
         self.source = source
         self.on_iteration = on_iteration or (lambda half, record: None)

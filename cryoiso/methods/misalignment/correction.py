@@ -97,7 +97,8 @@ class MapCorrection:
         found = fsc3d(
             state.maps[1], state.maps[2], mask, cone_deg=self.correct.cone_deg, max_shell=min(shells, len(mask) // 2)
         )  # fmt: skip
-        return np.clip(found, 0.0, 1.0)
+        clipped: np.ndarray = np.clip(found, 0.0, 1.0)
+        return clipped
 
     def _known(self, state: HalfMaps, transfer: np.ndarray) -> np.ndarray:
         """What the correction need not infer: the measured directions, and all of the low resolution that was kept."""

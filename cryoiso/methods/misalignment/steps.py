@@ -35,7 +35,9 @@ def shell_amplitude(volume: np.ndarray, mask: np.ndarray | None = None) -> np.nd
     Returns:
         (D//2+1,) float64.
     """
-    return np.sqrt(power_spectrum(volume if mask is None else volume * np.asarray(mask, volume.dtype), dims=3))
+    inside = volume if mask is None else volume * np.asarray(mask, volume.dtype)
+    amplitude: np.ndarray = np.sqrt(power_spectrum(inside, dims=3))
+    return amplitude
 
 
 def keep_low_resolution(
@@ -71,7 +73,8 @@ def keep_low_resolution(
     matched = np.where(have > NOTHING * have.max(), want / np.maximum(have, 1e-300), 0.0)
     low = lowpass_curve(len(volume), pixel_size_A, resolution_A, edge_shells).numpy()
     change = apply_radial(np.asarray(initial, np.float32), low * matched) - apply_radial(volume, low)
-    return (volume + change).astype(np.float32)
+    changed: np.ndarray = (volume + change).astype(np.float32)
+    return changed
 
 
 def whiten(
@@ -171,7 +174,8 @@ def match_scale(
 
 
 def _transform(volume: np.ndarray) -> Tensor:
-    return torch.fft.rfftn(torch.from_numpy(np.ascontiguousarray(volume, np.float64)))
+    transform: Tensor = torch.fft.rfftn(torch.from_numpy(np.ascontiguousarray(volume, np.float64)))
+    return transform
 
 
 def _same_shape(one: np.ndarray, other: np.ndarray) -> None:

@@ -199,7 +199,8 @@ def _read_mine(task: Task, comm: Context) -> dict[int, DensityMap]:
 
 
 def _corrected(task: Task, maps: dict[int, DensityMap], limit_A: float | None, comm: Context, resume: bool) -> Any:
-    from cryoiso.methods.anisotropy.correct import correct_halves, network_file
+    from cryoiso.methods.anisotropy.correct import correct_halves
+    from cryoiso.methods.anisotropy.correction_run import network_file
     from cryoiso.methods.anisotropy.settings import resolve
 
     settings = replace(resolve(task.section, comm.device()), mode=task.mode)
