@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from cryoiso.core.types import DensityMap, Particles
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Shaped
 
 
 @runtime_checkable
@@ -19,7 +22,7 @@ class ImageSource(Protocol):
     particles: Particles
     box_px: int
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows of ``particles``: (n, D, D) float32, protein white, normalised."""
         ...
 
@@ -62,12 +65,12 @@ class HalfMaps:
 
     iteration: int
     """Number of the iteration that has just ended, from 1."""
-    maps: dict[int, np.ndarray]
+    maps: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 map without regularisation, on the engine's grey scale."""
-    references: dict[int, np.ndarray]
+    references: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 regularised map: what the engine would search with next."""
     pixel_size_A: float
-    fsc: np.ndarray
+    fsc: Float[np.ndarray, " box//2+1"]
     """(D//2+1,) of the two maps as the engine measured it, before any correction."""
     resolution_A: float
     """Where that curve drops below 0.143."""
@@ -75,9 +78,9 @@ class HalfMaps:
     """Angular sampling of the iteration that has just ended, HEALPix-like (order 3 = 7.5)."""
     folder: Path
     """For files of the correction; exists on every rank's file system."""
-    mask: np.ndarray | None = None
+    mask: Float[np.ndarray, "box box box"] | None = None
     """(D, D, D) solvent mask in [0, 1]; None: none was given."""
-    initial: dict[int, np.ndarray] | None = None
+    initial: dict[int, Float[np.ndarray, "box box box"]] | None = None
     """Half -> reference that the refinement began with, on any grey scale; for keeping its low resolution."""
 
 
@@ -131,7 +134,7 @@ class RefineRequest:
     """Half -> its own first reference, on the grid and grey scale of ``reference``; None: ``reference`` for both."""
     correction: ReferenceCorrection | None = None
     """Called after every iteration; None: references stay as the engine makes them."""
-    auxiliary: np.ndarray | None = None
+    auxiliary: Bool[np.ndarray, " n"] | None = None
     """(N,) bool: particles that are in the references but steer nothing, no part of any half-map; None: none."""
     auxiliary_weight: float = 1.0
     """Factor on the weight that these particles have in the references."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Trace = dict[tuple[str, str], np.ndarray]
 """(number, residue) -> position of CA or P, of one chain."""
@@ -19,7 +22,9 @@ COPY_RMSD_A = 5.0
 TRACE_ATOMS = ("CA", "P")
 
 
-def superpose(moving: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def superpose(
+    moving: Float[np.ndarray, "n 3"], target: Float[np.ndarray, "n 3"]
+) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"], float]:
     """Rotation R and shift t with R moving + t nearest to target (Kabsch, Acta Cryst. A32, 922, 1976), and the RMSD.
 
     Args:
@@ -65,7 +70,9 @@ def _axis_angle(rotation: np.ndarray) -> tuple[np.ndarray, float]:
     return (vector / angle if angle > 1e-6 else np.array([0.0, 0.0, 1.0])), angle
 
 
-def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np.ndarray, np.ndarray]:
+def symmetry_frame(
+    model: Any, group_name: str, file: object = None
+) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]]:
     """The rotation that turns a model into the standard frame of a point group, and a point all its axes go through.
 
     Args:

@@ -7,12 +7,16 @@ Definitions and what the numbers can and cannot say: docs/diagnose.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.metrics.directional_fsc import NO_POWER, fsc3d_of_transforms
 from cryoiso.metrics.fsc_curve import check_pair, resolution_at, transform
 from cryoiso.metrics.sampling import fibonacci_half_sphere
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Complex, Float, Real, Shaped
 
 CFAR_AXES = 256
 CFAR_CONE_DEG = 20.0
@@ -25,8 +29,14 @@ _PARTS = 8
 
 
 def cone_curves(
-    fa: np.ndarray, fb: np.ndarray, box_px: int, axes: np.ndarray, cone_deg: float, *, falloff: float = 0.0
-) -> np.ndarray:
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
+    box_px: int,
+    axes: Float[np.ndarray, "n 3"],
+    cone_deg: float,
+    *,
+    falloff: float = 0.0,
+) -> Float[np.ndarray, "n box//2+1"]:
     """FSC within the double cone about each axis.
 
     Args:
@@ -58,15 +68,15 @@ def cone_curves(
 class ConicalFSC:
     """FSC curves in cones about evenly spread axes."""
 
-    axes: np.ndarray
+    axes: Float[np.ndarray, "n 3"]
     """(n, 3)."""
-    curves: np.ndarray
+    curves: Float[np.ndarray, "n shells"]
     """(n, D//2+1), NaN where a cone has too few coefficients."""
     box_px: int
     pixel_size_A: float
 
     @property
-    def areas(self) -> np.ndarray:
+    def areas(self) -> Float[np.ndarray, " n"]:
         """(n,) sum of cFSC times shell^2 over the shells 1.. before the first at which it is 0.143 or less.
 
         Cones with too few coefficients, in the first shells, are passed over.
@@ -90,15 +100,15 @@ class ConicalFSC:
         low, high = np.percentile(self.areas, (5, 95))
         return float(low / high) if high > 0 else float("nan")
 
-    def resolutions_A(self, threshold: float = 0.143) -> np.ndarray:
+    def resolutions_A(self, threshold: float = 0.143) -> Float[np.ndarray, " n"]:
         """(n,) resolution in each direction, where its curve first drops below a threshold."""
         full = np.where(np.isnan(self.curves), 1.0, self.curves)  # too few coefficients say nothing
         return np.array([resolution_at(c, threshold, self.box_px, self.pixel_size_A) for c in full])
 
 
 def conical_fsc(
-    fa: np.ndarray,
-    fb: np.ndarray,
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
     box_px: int,
     pixel_size_A: float,
     *,
@@ -119,9 +129,9 @@ def conical_fsc(
 class Occupancy:
     """Fourier shell occupancy (Vilas et al. 2020/2023) and Bingham's test of each shell."""
 
-    occupancy: np.ndarray
+    occupancy: Float[np.ndarray, " shells"]
     """(D//2+1,) fraction of the directions whose FSC reaches the threshold."""
-    bingham_p: np.ndarray
+    bingham_p: Float[np.ndarray, " shells"]
     """(D//2+1,) probability of directions as unevenly spread as those, if they were drawn evenly; NaN if none.
 
     Neighbouring cones share coefficients, so it describes, it does not prove.
@@ -135,7 +145,12 @@ class Occupancy:
 
 
 def fourier_shell_occupancy(
-    fa: np.ndarray, fb: np.ndarray, box_px: int, *, threshold: float = 0.143, cone_deg: float = FSO_CONE_DEG
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
+    box_px: int,
+    *,
+    threshold: float = 0.143,
+    cone_deg: float = FSO_CONE_DEG,
 ) -> Occupancy:
     """FSO: of 321 directions, the fraction whose FSC (cone of 17 degrees, weight falling to exp(-4)) is 0.143 or more.
 
@@ -157,13 +172,13 @@ def fourier_shell_occupancy(
 
 
 def phase_cosine(
-    half1: np.ndarray,
-    half2: np.ndarray,
-    mask: np.ndarray | None = None,
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
     *,
     cone_deg: float = 10.0,
     max_shell: int | None = None,
-) -> np.ndarray:
+) -> Float[np.ndarray, "box box box"]:
     """Mean cosine of the phase difference within a cone: what spIsoNet computes under the name 3DFSC.
 
     It is no Fourier shell correlation: weak coefficients count as much as strong ones, so its values are lower than
@@ -185,8 +200,8 @@ def _unit(spectrum: np.ndarray) -> np.ndarray:
 
 
 def resolved_region(
-    volume: np.ndarray, pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0
-) -> np.ndarray:
+    volume: Real[np.ndarray, "box box box"], pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0
+) -> Bool[np.ndarray, "box box box"]:
     """Where a 3DFSC reaches a threshold on the whole way from the origin; what is coarser than ``highpass_A`` counts.
 
     Returns:
@@ -201,7 +216,7 @@ def resolved_region(
     return region
 
 
-def sphericity(region: np.ndarray) -> float:
+def sphericity(region: Shaped[np.ndarray, "box box box"]) -> float:
     """Sphericity pi^(1/3) (6 V)^(2/3) / A of a region of voxels smoothed by a Gaussian of one voxel (Tan et al. 2017).
 
     A is the area of the surface at one half, V the number of voxels within; 1 for a sphere. Like the published number

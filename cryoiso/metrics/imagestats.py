@@ -13,12 +13,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.metrics.fsc_curve import shell_frequencies
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
 
 BINS, LIMIT = 1024, 4.0
 """Histograms of grey values: bins between -LIMIT and LIMIT, to which values outside are clipped."""
@@ -61,7 +64,7 @@ class _Layout:
         return dict(zip(self.sizes, np.split(sums, ends[:-1]), strict=True))
 
 
-def histograms(images: np.ndarray) -> np.ndarray:
+def histograms(images: Real[np.ndarray, "n box box"]) -> Int[np.ndarray, "n bins"]:
     """(n, BINS) int64: how many pixels of each image (n, D, D) lie in each bin of [-LIMIT, LIMIT]."""
     flat = np.asarray(images).reshape(len(images), math.prod(np.shape(images)[1:]))
     inside = np.clip(flat, -LIMIT, LIMIT)
@@ -70,7 +73,9 @@ def histograms(images: np.ndarray) -> np.ndarray:
     return np.bincount(bins.reshape(-1), minlength=BINS * len(flat)).reshape(len(flat), BINS)
 
 
-def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
+def kl_divergence(
+    counts_p: Real[np.ndarray, "... bins"], counts_q: Real[np.ndarray, "... bins"]
+) -> Float[np.ndarray, " ..."]:
     """KL(p || q) = sum p ln(p / q) of histograms given as counts, in nats.
 
     The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods), which does not
@@ -90,7 +95,9 @@ def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
     return divergence
 
 
-def image_sums(real: np.ndarray, generated: np.ndarray, radius_px: float) -> np.ndarray:
+def image_sums(
+    real: Real[np.ndarray, "n box box"], generated: Real[np.ndarray, "m box box"], radius_px: float
+) -> Float[np.ndarray, " sums"]:
     """The sums of a block of real and generated images.
 
     Args:
@@ -151,7 +158,9 @@ def _add_set(parts: dict[str, np.ndarray], name: str, images: np.ndarray, radius
     parts[f"{name} power squared"] += np.square(power).sum(0)
 
 
-def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_A: float = 20.0) -> dict[str, Any]:
+def image_statistics(
+    sums: Float[np.ndarray, " sums"], box_px: int, pixel_size_A: float, beyond_A: float = 20.0
+) -> dict[str, Any]:
     """The numbers of all images, from their sums.
 
     Args:
@@ -196,7 +205,11 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
 
 
 def compare_images(
-    real: np.ndarray, generated: np.ndarray, pixel_size_A: float, radius_px: float, beyond_A: float = 20.0
+    real: Real[np.ndarray, "n box box"],
+    generated: Real[np.ndarray, "m box box"],
+    pixel_size_A: float,
+    radius_px: float,
+    beyond_A: float = 20.0,
 ) -> dict[str, Any]:
     """`image_statistics` of images that are all here: (n, D, D) real and (m, D, D) generated ones."""
     sums = image_sums(real, generated, radius_px)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,18 +17,21 @@ from cryoiso.metrics.fsc_curve import (
     transform,
 )
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real, Shaped
+
 Axis = tuple[float, float, float]
 Z_AXIS: Axis = (0.0, 0.0, 1.0)
 
 
 def cone_fsc(
-    a: np.ndarray,
-    b: np.ndarray,
-    mask: np.ndarray | None = None,
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
     axis: Axis = Z_AXIS,
     half_angle_deg: float = 20.0,
     belt: bool = False,
-) -> np.ndarray:
+) -> Float[np.ndarray, " box//2+1"]:
     """FSC over the coefficients in a double cone about an axis, or in the belt about the plane across it.
 
     Top views (along z) fill the belt of z and leave its cone empty: an anisotropic map is good in one and bad in the
@@ -57,7 +60,11 @@ def _cone(axis: Axis, half_angle_deg: float, belt: bool) -> Select:
     return select
 
 
-def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
+def correlation(
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Shaped[np.ndarray, "box box box"] | None = None,
+) -> float:
     """Pearson correlation of two maps, multiplied by the mask, where that exceeds 0.1; NaN for a constant map."""
     check_pair(a, b, mask)
     if mask is None:
@@ -70,7 +77,7 @@ def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) ->
     return float(x @ y) / size if size > 0 else float("nan")
 
 
-def truth_mask(truth: np.ndarray, pixel_size_A: float) -> np.ndarray:
+def truth_mask(truth: Real[np.ndarray, "box box box"], pixel_size_A: float) -> Float[np.ndarray, "box box box"]:
     """Soft mask of a noise-free map: all above a tenth of its maximum after a 3 Å blur, grown 6 Å, 8 Å cosine edge."""
     from scipy.ndimage import distance_transform_edt, gaussian_filter
 
@@ -82,7 +89,11 @@ def truth_mask(truth: np.ndarray, pixel_size_A: float) -> np.ndarray:
 
 
 def compare_maps(
-    volume: np.ndarray, truth: np.ndarray, pixel_size_A: float, mask: np.ndarray | None = None, axis: Axis = Z_AXIS
+    volume: Real[np.ndarray, "box box box"],
+    truth: Real[np.ndarray, "box box box"],
+    pixel_size_A: float,
+    mask: Shaped[np.ndarray, "box box box"] | None = None,
+    axis: Axis = Z_AXIS,
 ) -> dict[str, Any]:
     """All numbers of a map against the true one.
 
@@ -106,7 +117,12 @@ def compare_maps(
     return {**curves, **numbers, **areas, "correlation": correlation(volume, truth, mask)}
 
 
-def to_frame(volume: np.ndarray, rotation: np.ndarray, shift_A: np.ndarray, pixel_size_A: float) -> np.ndarray:
+def to_frame(
+    volume: Real[np.ndarray, "box box box"],
+    rotation: Float[np.ndarray, "3 3"],
+    shift_A: Real[np.ndarray, " 3"],
+    pixel_size_A: float,
+) -> Float[np.ndarray, "box box box"]:
     """The map seen from another frame: out(x) = volume(G x + d), the frame change that `pose_error` fits.
 
     Args:
@@ -152,7 +168,9 @@ def _upsampled(spectrum: np.ndarray, box_px: int) -> np.ndarray:
     return doubled
 
 
-def best_slide(volume: np.ndarray, truth: np.ndarray, axis: Axis | None = None) -> np.ndarray:
+def best_slide(
+    volume: Real[np.ndarray, "box box box"], truth: Real[np.ndarray, "box box box"], axis: Axis | None = None
+) -> Real[np.ndarray, " 3"]:
     """Whole-voxel shift (x, y, z) of the map that correlates best with another; only along ``axis`` if given.
 
     A map of Cn symmetry may slide along its axis without harm, one of C1 anywhere.

@@ -6,19 +6,22 @@ A view is the third row of a pose, the direction in the map along which the imag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.metrics.pose_error import symmetry_operations
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
+
 
 @dataclass(frozen=True)
 class ViewGrid:
     """The sphere cut into rings of constant z and the rings into equal cells, so that every cell has the same area."""
 
-    cells: np.ndarray
+    cells: Int[np.ndarray, " rings"]
     """(rings,) int: cells of each ring, from z = 1 down."""
 
     @classmethod
@@ -32,11 +35,11 @@ class ViewGrid:
         return int(self.cells.sum())
 
     @property
-    def z_edges(self) -> np.ndarray:
+    def z_edges(self) -> Float[np.ndarray, " edges"]:
         """(rings + 1,) z of the rings' borders, from 1 to -1."""
         return 1 - 2 * np.concatenate([[0], np.cumsum(self.cells)]) / len(self)
 
-    def index(self, directions: np.ndarray) -> np.ndarray:
+    def index(self, directions: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " n"]:
         """(n,) cell of each unit vector (n, 3)."""
         first = np.concatenate([[0], np.cumsum(self.cells)])
         ring = np.searchsorted(-self.z_edges, -directions[:, 2], side="right") - 1
@@ -45,14 +48,14 @@ class ViewGrid:
         cell: np.ndarray = first[ring] + np.minimum((turn * self.cells[ring]).astype(int), self.cells[ring] - 1)
         return cell
 
-    def centres(self) -> np.ndarray:
+    def centres(self) -> Float[np.ndarray, "cells 3"]:
         """(cells, 3) unit vectors at the middle of azimuth and z of every cell."""
         border = self.borders()
         z, azimuth = border[:, 2:].mean(1), np.radians(border[:, :2].mean(1))
         r = np.sqrt(1 - z**2)
         return np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)
 
-    def borders(self) -> np.ndarray:
+    def borders(self) -> Float[np.ndarray, "cells 4"]:
         """(cells, 4): azimuth from and to (degrees, 0..360), z from and to of every cell."""
         edges, rows = self.z_edges, []
         for ring, n in enumerate(self.cells):
@@ -67,7 +70,7 @@ class ViewDistribution:
     """Counts of n views, each spread evenly over its symmetry mates."""
 
     grid: ViewGrid
-    counts: np.ndarray
+    counts: Real[np.ndarray, " cells"]
     """(cells,) float64, sum n."""
     views: int
     group_order: int
@@ -98,8 +101,8 @@ class ViewDistribution:
 
 
 def view_distribution(
-    rotation: np.ndarray,
-    symmetry: str | np.ndarray = "C1",
+    rotation: Float[np.ndarray, "n 3 3"],
+    symmetry: str | Float[np.ndarray, "g 3 3"] = "C1",
     *,
     step_deg: float | None = None,
     axis: tuple[float, float, float] = (0.0, 0.0, 1.0),

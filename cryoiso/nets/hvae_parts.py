@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from cryoiso.core.errors import InputError
 from cryoiso.nets.blocks import DenseBlock, Down, GaussianHead, ImagePyramid, Pointwise, PoseEmbedding, Up
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MIN_BOX_PX = 16
 
@@ -16,9 +19,9 @@ MIN_BOX_PX = 16
 class HvaeOutput(NamedTuple):
     """What the network makes of a batch."""
 
-    mean: Tensor
+    mean: Float[Tensor, "n 1 box box"]
     """(B, 1, D, D) float32: mean of the likelihood."""
-    kl: Tensor
+    kl: Float[Tensor, "n layers"]
     """(B, L) float32: KL(q || p) in nats an image and layer, coarse to fine."""
 
 

@@ -8,6 +8,7 @@ values that are inserted (order 1 a coefficient), and leaves room for sums up to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from cryoiso.physics.fourier import Disc
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.projection import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
 
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int
+
 UNIT = float(2**32)
 MOST_SAMPLES = 2**24
 """Samples that are sorted at once: 28 B each."""
@@ -27,7 +31,7 @@ MOST_SAMPLES = 2**24
 class SliceAccumulator:
     """Numerator and weight of one half-set: (2h+1, 2h+1, h+1, 3) int64 (re, im, weight), h = padding * radius + 2."""
 
-    grid: Tensor
+    grid: Int[Tensor, "rows rows columns 3"]
     box_px: int
     padding: int
     radius_px: int
@@ -54,7 +58,9 @@ class SliceAccumulator:
         self.grid.zero_()
         self.bound = 0.0
 
-    def insert(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
+    def insert(
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+    ) -> None:
         """Adds slices.
 
         Args:
@@ -110,7 +116,9 @@ class SliceAccumulator:
             self._sample = np.empty((samples, 6), np.float32)
         return len(self._tile) // size
 
-    def insert_torch(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
+    def insert_torch(
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+    ) -> None:
         """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
         largest = torch.maximum(torch.maximum(data.real.abs(), data.imag.abs()), weight).amax(dim=1)
         self.bound += 8 * float(largest.double().sum())

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles, Rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
 
 Number = torch.Tensor | float
 """A parameter that is the same for all images, or a tensor of one each that broadcasts with the frequencies."""
@@ -35,7 +39,7 @@ def wavelength_A(voltage_kV: float) -> float:
 
 def frequency_grid(
     box_px: int, pixel_size_A: float, device: str | torch.device = "cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Float[torch.Tensor, "{box_px} 1"], Float[torch.Tensor, "1 {box_px}//2+1"]]:
     """Frequencies of the half-plane in 1/Å: (freq_y (D, 1), freq_x (1, D//2+1)), float64, y in FFT order."""
     fy = torch.fft.fftfreq(box_px, pixel_size_A, dtype=torch.float64, device=device)
     fx = torch.arange(box_px // 2 + 1, dtype=torch.float64, device=device) / (box_px * pixel_size_A)
@@ -43,8 +47,8 @@ def frequency_grid(
 
 
 def ctf(
-    freq_y_invA: torch.Tensor,
-    freq_x_invA: torch.Tensor,
+    freq_y_invA: Float[torch.Tensor, "*#plane"],
+    freq_x_invA: Float[torch.Tensor, "*#plane"],
     *,
     defocus_u_A: Number,
     defocus_v_A: Number,
@@ -55,7 +59,7 @@ def ctf(
     phase_shift_deg: Number = 0.0,
     bfactor_A2: Number = 0.0,
     scale: Number = 1.0,
-) -> torch.Tensor:
+) -> Float[torch.Tensor, " ..."]:
     """The contrast transfer function at any frequencies; differentiable in every tensor given.
 
     Args:
@@ -99,10 +103,10 @@ def ctf_for(
     box_px: int | None = None,
     *,
     pixel_size_A: float | None = None,
-    freq_invA: tuple[torch.Tensor, torch.Tensor] | None = None,
+    freq_invA: tuple[Float[torch.Tensor, "*#plane"], Float[torch.Tensor, "*#plane"]] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+) -> Float[torch.Tensor, " n *plane"]:
     """CTFs of particles with everything their optics groups say (magnification anisotropy, even Zernike terms).
 
     Groups of phase-flipped images get the absolute value, which is what those images show. Groups of premultiplied
@@ -195,8 +199,8 @@ def _phase_coefficients(particles: Particles, rows: np.ndarray, lam: float) -> n
 
 
 def magnify(
-    freq_y: torch.Tensor, freq_x: torch.Tensor, magnification: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    freq_y: Float[torch.Tensor, "*#plane"], freq_x: Float[torch.Tensor, "*#plane"], magnification: Sequence[float]
+) -> tuple[Float[torch.Tensor, "*plane"], Float[torch.Tensor, "*plane"]]:
     """Frequencies at which an anisotropically magnified image sees the undistorted one: M (x, y), broadcast.
 
     Args:
@@ -213,7 +217,9 @@ def magnify(
     return m10 * fx + m11 * fy, m00 * fx + m01 * fy
 
 
-def beam_tilt_phase(freq_y_invA: torch.Tensor, freq_x_invA: torch.Tensor, group: OpticsGroup) -> torch.Tensor:
+def beam_tilt_phase(
+    freq_y_invA: Float[torch.Tensor, "*#plane"], freq_x_invA: Float[torch.Tensor, "*#plane"], group: OpticsGroup
+) -> Complex[torch.Tensor, "*plane"]:
     """Phase factors that a group's beam tilt and odd Zernike terms (coma, trefoil) put on its images.
 
     Beam tilt gives the phase -2 pi Cs lambda^2 s^2 (tilt . s), Cs in Å and tilt in radians, RELION's sign. An image is
@@ -238,8 +244,12 @@ def beam_tilt_phase(freq_y_invA: torch.Tensor, freq_x_invA: torch.Tensor, group:
 
 
 def zernike_sum(
-    freq_y: torch.Tensor, freq_x: torch.Tensor, coefficients: Sequence[float], *, odd: bool
-) -> torch.Tensor:
+    freq_y: Float[torch.Tensor, "*#plane"],
+    freq_x: Float[torch.Tensor, "*#plane"],
+    coefficients: Sequence[float],
+    *,
+    odd: bool,
+) -> Float[torch.Tensor, "*plane"]:
     """Sum of Zernike polynomials Z(m, n) times coefficients, in RELION's order; the radius is the frequency in 1/Å.
 
     Args:
@@ -273,7 +283,7 @@ def zernike_index(i: int, odd: bool) -> tuple[int, int]:
     return 2 * i - n, n
 
 
-def zernike_radial(m: int, n: int, rho: torch.Tensor) -> torch.Tensor:
+def zernike_radial(m: int, n: int, rho: Float[torch.Tensor, "*plane"]) -> Float[torch.Tensor, "*plane"]:
     """Radial Zernike polynomial R(m, n) at ``rho``, for m >= 0 and n - m even (Born and Wolf)."""
     total = torch.zeros_like(rho)
     for k in range((n - m) // 2 + 1):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
 from cryoiso.physics.filters import Array, as_tensor, like, lowpass
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
 
 def sphere_mask(
@@ -18,7 +23,7 @@ def sphere_mask(
     dims: int = 3,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> Float[Tensor, " ..."]:
     """1 up to a radius around pixel D//2, then a raised cosine to 0 over ``soft_px``.
 
     Args:
@@ -44,7 +49,7 @@ def circle_mask(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> Float[Tensor, "{box_px} {box_px}"]:
     """(D, D): :func:`sphere_mask` in two dimensions."""
     return sphere_mask(box_px, radius_px, soft_px, dims=2, device=device, dtype=dtype)
 
@@ -56,7 +61,7 @@ def _soft_edge(distance_px: Tensor, soft_px: float) -> Tensor:
     return 0.5 * (1 + torch.cos(torch.pi * (distance_px / soft_px).clamp(0, 1)))
 
 
-def density_threshold(volume: Array) -> float:
+def density_threshold(volume: Real[Array, "box box box"]) -> float:
     """A level that separates a (low-passed) particle from its solvent.
 
     Five robust standard deviations above the solvent, at least 15 % of the particle's density: most of the sphere
@@ -85,7 +90,7 @@ CLEARLY_PARTED = 0.7
 """Share of the variance that is between Otsu's classes; 2 / pi = 0.64 for a single Gaussian."""
 
 
-def otsu(values: np.ndarray, bins: int = 512) -> tuple[float, float]:
+def otsu(values: Float[np.ndarray, " n"], bins: int = 512) -> tuple[float, float]:
     """The level that parts values into the two classes with the largest variance between them, and its share of all."""
     counts, edges = np.histogram(values, bins)
     centre, share = (edges[1:] + edges[:-1]) / 2, counts / max(counts.sum(), 1)
@@ -96,7 +101,7 @@ def otsu(values: np.ndarray, bins: int = 512) -> tuple[float, float]:
 
 
 def soft_mask_from_map(
-    volume: Array,
+    volume: Real[Array, "box box box"],
     pixel_size_A: float,
     lowpass_A: float = 15.0,
     threshold: float | None = None,
@@ -104,7 +109,7 @@ def soft_mask_from_map(
     soft_A: float = 9.0,
     *,
     keep_fraction: float = 0.1,
-) -> Array:
+) -> Float[Array, "box box box"]:
     """A soft mask around the particle of a map: low-pass, threshold, drop specks, extend, soften.
 
     Args:
@@ -160,7 +165,7 @@ def _distance_px(binary: np.ndarray, reach_px: float) -> np.ndarray:
     return distance
 
 
-def mask_diameter_A(mask: Array, pixel_size_A: float) -> float:
+def mask_diameter_A(mask: Real[Array, "box box box"], pixel_size_A: float) -> float:
     """Diameter in Å of the smallest sphere around the box's centre that holds the mask above one half."""
     m = as_tensor(mask)
     where = torch.nonzero(m > 0.5).double() - m.shape[0] // 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -11,8 +13,13 @@ from cryoiso.core.errors import InputError
 from cryoiso.physics.filters import Array, as_tensor, friedel_weights, like, power_spectrum, radius_grid
 from cryoiso.physics.masks import circle_mask
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def background_statistics(images: Array, radius_px: float) -> tuple[Array, Array]:
+
+def background_statistics(
+    images: Float[Array, "n box box"], radius_px: float
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     """Mean and standard deviation of each image outside a circle around its centre.
 
     Args:
@@ -31,7 +38,7 @@ def background_statistics(images: Array, radius_px: float) -> tuple[Array, Array
     return like(values.mean(-1), images), like(values.std(-1, unbiased=False), images)
 
 
-def normalise_background(images: Array, radius_px: float) -> Array:
+def normalise_background(images: Float[Array, "n box box"], radius_px: float) -> Float[Array, "n box box"]:
     """Images with mean 0 and standard deviation 1 outside a circle; a constant background only loses its mean.
 
     Args:
@@ -54,7 +61,9 @@ def _outside(box_px: int, radius_px: float, device: torch.device) -> Tensor:
     return outside
 
 
-def background_spectrum(images: Array, radius_px: float, soft_px: float = 4.0) -> Array:
+def background_spectrum(
+    images: Float[Array, "n box box"], radius_px: float, soft_px: float = 4.0
+) -> Float[Array, " box//2+1"]:
     """Radial noise spectrum of images from what lies outside a circle, averaged over the images.
 
     The image inside a soft circle is set to zero and the power divided by the mean square of the window, which makes
@@ -77,7 +86,7 @@ def background_spectrum(images: Array, radius_px: float, soft_px: float = 4.0) -
 
 def noise_spectrum(
     box_px: int, kind: str = "white", knee: float = 0.1, floor: float = 0.2, table: ArrayLike | None = None
-) -> np.ndarray:
+) -> Float[np.ndarray, " {box_px}//2+1"]:
     """A radial spectrum of total variance 1 for simulated noise.
 
     Args:
@@ -117,7 +126,9 @@ def _on_plane(curve: np.ndarray, box_px: int) -> Tensor:
     return torch.from_numpy(np.interp(radius, np.arange(len(curve)), curve))
 
 
-def colour_noise(white: Tensor, spectrum: np.ndarray) -> Tensor:
+def colour_noise(
+    white: Float[Tensor, "n box box"], spectrum: Float[np.ndarray, " box//2+1"]
+) -> Float[Tensor, "n box box"]:
     """Gives white noise of variance 1 a radial spectrum.
 
     Args:

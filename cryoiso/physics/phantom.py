@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.so3 import rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 HELIX_RISE_A, HELIX_TURN_DEG, HELIX_RADIUS_A = 1.5, 100.0, 2.3
 STRAND_RISE_A, LOOP_STEP_A, SIDE_CHAIN_A = 3.3, 3.6, 2.4
 
@@ -28,11 +31,11 @@ STRAND_RISE_A, LOOP_STEP_A, SIDE_CHAIN_A = 3.3, 3.6, 2.4
 class PseudoAtoms(NamedTuple):
     """Gaussian blobs that make a density."""
 
-    coords_A: np.ndarray
+    coords_A: Float[np.ndarray, "n 3"]
     """(n, 3) x, y, z relative to the centre."""
-    weights: np.ndarray
+    weights: Float[np.ndarray, " n"]
     """(n,) integral of each blob."""
-    sigma_A: np.ndarray
+    sigma_A: Float[np.ndarray, " n"]
     """(n,) standard deviation of each blob."""
 
 
@@ -188,9 +191,9 @@ def _loop(start: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def pseudo_atoms_to_map(
-    coords_A: np.ndarray,
-    weights: np.ndarray,
-    sigma_A: np.ndarray | float,
+    coords_A: Float[np.ndarray, "n 3"],
+    weights: Float[np.ndarray, " n"],
+    sigma_A: Float[np.ndarray, " n"] | float,
     box_px: int,
     pixel_size_A: float,
     resolution_A: float,

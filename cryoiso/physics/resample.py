@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
-def resample_matrix(box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: float) -> np.ndarray:
+
+def resample_matrix(
+    box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: float
+) -> Float[np.ndarray, "{box_out} {box_in}"]:
     """(box_out, box_in) float64: samples on the old axis -> samples on the new one, both centred at pixel D//2.
 
     Row i is the trigonometric interpolation kernel of the old grid at the position of the new pixel i, with the
@@ -28,7 +35,9 @@ def resample_matrix(box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: f
     return np.where(inside[:, None], (1.0 + kernel) / box_in, 0.0)
 
 
-def resample_map(data: np.ndarray, pixel_in_A: float, box_out: int, pixel_out_A: float) -> np.ndarray:
+def resample_map(
+    data: Real[np.ndarray, "box box box"], pixel_in_A: float, box_out: int, pixel_out_A: float
+) -> Float[np.ndarray, "{box_out} {box_out} {box_out}"]:
     """A cubic map on a grid of another box and pixel size; the centre (voxel D//2) stays where it is.
 
     Args:
@@ -52,13 +61,13 @@ LARGEST_DOUBLED_PX = 320
 
 
 def place_map(
-    data: np.ndarray,
+    data: Real[np.ndarray, "box box box"],
     pixel_in_A: float,
-    rotation: np.ndarray,
-    shift_A: np.ndarray,
+    rotation: Real[np.ndarray, "3 3"],
+    shift_A: Real[np.ndarray, " 3"],
     box_out: int | None = None,
     pixel_out_A: float | None = None,
-) -> np.ndarray:
+) -> Float[np.ndarray, "new new new"]:
     """A map turned and shifted: out(x) = map(R^T (x - d)), a point at x goes to R x + d.
 
     A cubic spline on a grid of half the spacing. Its error, as a fraction of the map's norm, is 0.024 for a density

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from cryoiso.physics.fourier import Disc, disc, fourier_to_images, shift_phases
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.projection import FourierVolume, magnified, scatter_to_half_plane
 from cryoiso.physics.views import Views, sample_rotations, uniforms
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 BLOCK_PIXELS = 2**21
 SNR_IMAGES = 256
@@ -104,7 +107,7 @@ def _normals(seed: int, purpose: str, uid: np.ndarray) -> np.ndarray:
 
 
 def draw_ctf(
-    ctf: CtfRanges | Particles, uid: np.ndarray, box_px: int, pixel_size_A: float, seed: int
+    ctf: CtfRanges | Particles, uid: Shaped[np.ndarray, " n"], box_px: int, pixel_size_A: float, seed: int
 ) -> tuple[tuple[OpticsGroup, ...], dict[str, Any]]:
     """Optics groups and per-particle CTF columns (whole rows of given particles, or uniform in ranges), by uid.
 
@@ -150,7 +153,7 @@ class Projector:
         data = torch.from_numpy(np.ascontiguousarray(volume.data, np.float32))
         self._volume = FourierVolume.from_volume(data.to(device))
 
-    def images(self, particles: Particles, rows: np.ndarray) -> Tensor:
+    def images(self, particles: Particles, rows: Shaped[np.ndarray, " n"]) -> Float[Tensor, "n box box"]:
         """Signals of these rows: (n, D, D) float32."""
         rotation, shift = particles.require_poses()
         out = torch.empty(len(rows), self.box_px, self.box_px, device=self.device)
@@ -227,7 +230,7 @@ class SimulatedSource:
     def __len__(self) -> int:
         return len(self.particles)
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
@@ -245,7 +248,7 @@ class SimulatedSource:
         for i in range(0, len(self), size):
             yield self.read(np.arange(i, min(i + size, len(self))))
 
-    def signal(self, rows: np.ndarray) -> np.ndarray:
+    def signal(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """The images without their noise: (n, D, D) float32."""
         return self._projector.images(self.particles, np.arange(len(self.particles))[rows]).numpy()
 
@@ -321,7 +324,7 @@ def scale_for_snr(volume: DensityMap, particles: Particles, snr_db: float, seed:
     return np.float32(np.sqrt(10 ** (snr_db / 10) / variance))
 
 
-def image_to_background_db(images: np.ndarray, radius_px: float) -> float:
+def image_to_background_db(images: Float[np.ndarray, "n box box"], radius_px: float) -> float:
     """The SNR of the cryoPROS paper: (10 / N) sum_i [log10 var(x_i - mu_b) - log10 var(b_i)].
 
     Image x and its background b, here the pixels outside a circle, whose mean is mu_b. Signal and noise together stand

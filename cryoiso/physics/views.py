@@ -7,6 +7,7 @@ coefficients perpendicular to v.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,11 +15,14 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.rng import shuffle_keys
 from cryoiso.physics.so3 import rotation_with_view
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
 MODES = ("uniform", "preferred", "retained", "missing-cone")
 _DEFAULT_CONE_DEG = {"uniform": 0.0, "preferred": 36.0, "retained": 45.0, "missing-cone": 30.0}
 
 
-def uniforms(seed: int, purpose: str, uids: np.ndarray) -> np.ndarray:
+def uniforms(seed: int, purpose: str, uids: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """(n,) float64 in (0, 1), one a uid, independent for every purpose."""
     keys = shuffle_keys(seed, purpose, np.asarray(uids, np.uint64))
     return ((keys >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
@@ -75,7 +79,7 @@ class Views:
         return self.poles or (1 if self.mode == "preferred" else 2)
 
 
-def sample_rotations(views: Views, uids: np.ndarray, seed: int) -> np.ndarray:
+def sample_rotations(views: Views, uids: Shaped[np.ndarray, " n"], seed: int) -> Float[np.ndarray, "n 3 3"]:
     """Poses drawn from a view distribution.
 
     Args:

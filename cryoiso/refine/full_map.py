@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import references
 from cryoiso.refine.agreement import agreement, as_map, on_every_rank
 from cryoiso.refine.reconstruct import half_sums
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 PLANES = 16
 """Planes of a half's sums that are sent to the other's at once."""
@@ -37,7 +41,7 @@ class FullReconstruction:
     """Half -> the map as ``reconstruct_halves`` makes it, on every rank."""
     weighted: DensityMap | None
     """The Wiener-weighted map of all particles; on rank 0."""
-    fsc: np.ndarray
+    fsc: Float[np.ndarray, " shells"]
     """(D//2+1,) of the filtered half-maps, corrected for the mask: what the weights follow from."""
 
 

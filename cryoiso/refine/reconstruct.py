@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from cryoiso.refine.likelihood import shift_factors, with_magnification
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.noise import ROUNDING, last_shell, mean_spectra
 from cryoiso.refine.offsets import check_poses
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
 
 BLOCK_IMAGES = 64
 """Images that are prepared at once: few enough to stay in the cache."""
@@ -80,7 +84,7 @@ def reconstruct_references(
     diameter_A: float | None = None,
     prior: dict[int, DensityMap] | None = None,
     pixel_size_A: float | None = None,
-) -> tuple[dict[int, DensityMap], dict[int, DensityMap], np.ndarray]:
+) -> tuple[dict[int, DensityMap], dict[int, DensityMap], Float[np.ndarray, " shells"]]:
     """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
 
     The regularised map of a half divides by weight + 1/tau^2 (``agreement``), so that directions which few images saw
@@ -185,8 +189,8 @@ def half_sums(
 def insert_batches(
     reader: BatchReader,
     plan: list[np.ndarray],
-    rotation: np.ndarray,
-    shift_A: np.ndarray,
+    rotation: Float[np.ndarray, "n 3 3"],
+    shift_A: Float[np.ndarray, "n 2"],
     accumulator: SliceAccumulator,
     comm: Communicator,
     label: str,
@@ -289,7 +293,12 @@ class _Waiting:
         self.count = 0
 
 
-def weigh(batch: Batch, content_px: torch.Tensor, data: torch.Tensor, weight: torch.Tensor) -> None:
+def weigh(
+    batch: Batch,
+    content_px: Float[torch.Tensor, "n 2"],
+    data: Complex[torch.Tensor, "n k"],
+    weight: Float[torch.Tensor, "n k"],
+) -> None:
     """Writes x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
     where = batch.where
     if data.device.type == "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,14 +16,17 @@ from cryoiso.parallel.abort import agree
 from cryoiso.parallel.ddp import ranks_of_half, training_group
 from cryoiso.parallel.group_stop import side_by_side
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 @dataclass(frozen=True)
 class Corrected:
     """What a correction gives back; maps and facts on every rank."""
 
-    maps: dict[int, np.ndarray]
+    maps: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 on the grey scale of the input. Not for a resolution."""
-    inferred: dict[int, np.ndarray]
+    inferred: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> the part of it that came from the network."""
     network: dict[str, Path]
     """"both", or "1" and "2" -> network file."""
@@ -34,8 +37,8 @@ class Corrected:
 
 def correct_halves(
     halves: dict[int, DensityMap],
-    transfer: np.ndarray,
-    mask: np.ndarray | None,
+    transfer: Float[np.ndarray, "box box box"],
+    mask: Float[np.ndarray, "box box box"] | None,
     settings: Correction,
     comm: Any,
     folder: Path,

@@ -6,11 +6,16 @@ array, are their own.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
 
 def coordinates(box_px: int) -> np.ndarray:
@@ -25,7 +30,9 @@ def radii(box_px: int) -> np.ndarray:
     return radius
 
 
-def missing_cone(box_px: int, half_angle_deg: float, axis: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> np.ndarray:
+def missing_cone(
+    box_px: int, half_angle_deg: float, axis: tuple[float, float, float] = (0.0, 0.0, 1.0)
+) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
     """1 where a double cone about an axis leaves something, 0 inside; an edge of one Fourier pixel; 1 at zero.
 
     Args:
@@ -84,7 +91,7 @@ def friedel_mate(a: np.ndarray) -> np.ndarray:
     return np.roll(mate, 1, (0, 1, 2)) if a.shape[0] % 2 == 0 else mate
 
 
-def on_grid(transfer: np.ndarray, box_px: int) -> np.ndarray:
+def on_grid(transfer: Float[np.ndarray, "box box box"], box_px: int) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
     """The filter at the frequencies of another box of the same pixel size.
 
     Its point-spread function is cut to the new box with a triangular window, which is a convolution of the filter with
@@ -129,7 +136,7 @@ def seen_shells(curve: np.ndarray, share: float = 1.0) -> int:
     return int(below[0]) if len(below) else len(curve) - 1
 
 
-def nothing_beyond(transfer: np.ndarray, shell: int) -> np.ndarray:
+def nothing_beyond(transfer: Float[np.ndarray, "box box box"], shell: int) -> Float[np.ndarray, "box box box"]:
     """The filter, 1 beyond a shell (an edge of one shell): what lies there stays as it is, nothing is inferred."""
     beyond = np.clip(radii(transfer.shape[0]) - shell, 0, 1)
     filled: np.ndarray = np.maximum(transfer, beyond).astype(np.float32)
@@ -150,7 +157,9 @@ def band(box_px: int, pixel_size_A: float, resolution_A: float | None) -> np.nda
     return (0.5 * (1 + np.cos(np.pi * t))).astype(np.float32)
 
 
-def filtered(data: np.ndarray, transfer: np.ndarray) -> np.ndarray:
+def filtered(
+    data: Real[np.ndarray, "box box box"], transfer: Float[np.ndarray, "box box box"]
+) -> Float[np.ndarray, "box box box"]:
     """The map with its Fourier coefficients multiplied by a centred filter of the same box: (D, D, D) float32."""
     from scipy import fft
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,21 +36,24 @@ from cryoiso.parallel import signals
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import density_threshold
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 logger = logging.getLogger("cryoiso")
 ERROR_EDGES_DEG = np.concatenate([[0.0], np.geomspace(0.25, 180, 39)])
 
 
 def diagnose(
-    half1: np.ndarray,
-    half2: np.ndarray,
-    mask: np.ndarray | None,
+    half1: Float[np.ndarray, "box box box"],
+    half2: Float[np.ndarray, "box box box"],
+    mask: Float[np.ndarray, "box box box"] | None,
     pixel_size_A: float,
     particles: Particles | None,
     symmetry: str = "C1",
     *,
     truth_particles: Particles | None = None,
-    truth_map: np.ndarray | None = None,
-    truth_pose_map: np.ndarray | None = None,
+    truth_map: Float[np.ndarray, "box box box"] | None = None,
+    truth_pose_map: Float[np.ndarray, "box box box"] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measures half-maps and poses, against the truth where it is known.

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.batches import BatchReader
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 logger = logging.getLogger("cryoiso")
 FINEST_OF_LOWPASS = 0.5
@@ -54,7 +57,7 @@ class MicelleSettings:
 class HalfMicelle:
     """What one half-set says."""
 
-    micelle: np.ndarray
+    micelle: Float[np.ndarray, "box box box"]
     """(D, D, D) float32 (1 - M) V_M, zero inside the mask."""
     grey_scale: float
     """g: factor on the homologue."""
