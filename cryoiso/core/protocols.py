@@ -160,7 +160,13 @@ class Engine(Protocol):
 
     name: str
 
-    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult: ...
+    def refine(self, request: RefineRequest, comm: Communicator | None = None) -> RefineResult:
+        """Result of the request.
+
+        Args:
+            comm: the ranks that share the work; None: this process alone.
+        """
+        ...
 
 
 Progress = Callable[[int, int], None]

@@ -38,7 +38,7 @@ class NativeEngine:
 
     name = "native"
 
-    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult:
+    def refine(self, request: RefineRequest, comm: Communicator | None = None) -> RefineResult:
         """Refines until nothing improves, a checkpoint after every iteration (collective).
 
         Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised, untouched), refine.json,
@@ -49,6 +49,7 @@ class NativeEngine:
                 has no poses to stay near, or the checkpoint to resume from is of another refinement.
             Interrupted: stopped by a signal; the last iteration's checkpoint is there, and what the next one had found.
         """
+        comm = comm if comm is not None else Context()
         _check(request)
         device = comm.device()
         run = Refinement(

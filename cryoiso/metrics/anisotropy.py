@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryoiso.metrics.directional_fsc import NO_POWER, fsc3d_of_transforms
-from cryoiso.metrics.fsc_curve import check_pair, resolution_at, transform
+from cryoiso.metrics.fsc_curve import check_pair, require_transforms, resolution_at, transform
 from cryoiso.metrics.sampling import fibonacci_half_sphere
 
 if TYPE_CHECKING:
@@ -117,7 +117,12 @@ def conical_fsc(
     last_shell: int | None = None,
 ) -> ConicalFSC:
     """Conical FSC of two half-complex transforms about Fibonacci axes of the half sphere; 0 beyond ``last_shell``,
-    where the maps hold nothing and a mask would correlate what leaks there."""
+    where the maps hold nothing and a mask would correlate what leaks there.
+
+    Raises:
+        InputError: the transforms are not those of maps of this box.
+    """
+    require_transforms(fa, fb, box_px)
     directions = fibonacci_half_sphere(axes)
     curves = cone_curves(fa, fb, box_px, directions, cone_deg)
     if last_shell is not None and last_shell < box_px // 2:

@@ -36,6 +36,18 @@ def check_pair(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> 
     return int(np.shape(a)[0])
 
 
+def require_transforms(fa: np.ndarray, fb: np.ndarray, box_px: int) -> None:
+    """Makes sure that both are half-complex transforms of maps of this box, see `transform`.
+
+    Raises:
+        InputError: one has another shape.
+    """
+    expected = (box_px, box_px, box_px // 2 + 1)
+    for spectrum in (fa, fb):
+        if np.shape(spectrum) != expected:
+            raise InputError("no transform of a map of this box", expected=expected, found=np.shape(spectrum))
+
+
 def transform(
     volume: Real[np.ndarray, "box box box"], mask: Real[np.ndarray, "box box box"] | None = None
 ) -> Complex[np.ndarray, "box box box//2+1"]:
@@ -64,7 +76,11 @@ def shell_correlation(
 
     Returns:
         (D//2+1,) float64; 0 where a shell is empty or has no power, and 1 at shell 0 (see `fsc`).
+
+    Raises:
+        InputError: the transforms are not those of maps of this box.
     """
+    require_transforms(fa, fb, box_px)
     half = box_px // 2
     k = np.fft.fftfreq(box_px) * box_px
     ky, kx = k[None, :, None], np.arange(half + 1.0)[None, None, :]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.shapes import require_rotations
 from cryoiso.metrics.pose_error import symmetry_operations
 
 if TYPE_CHECKING:
@@ -116,10 +117,10 @@ def view_distribution(
         axis, cone_deg: what counts as a top view.
 
     Raises:
-        InputError: no poses.
+        InputError: no poses, or no rotation matrices.
     """
     rotation = np.asarray(rotation, np.float64)
-    if rotation.ndim != 3 or len(rotation) == 0:
+    if require_rotations(rotation) == 0:
         raise InputError("no poses to take views from", expected="(n, 3, 3) with n > 0", found=rotation.shape)
     ops = symmetry_operations(symmetry)
     if step_deg is None:

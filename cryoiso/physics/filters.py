@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoiso.core.shapes import require_box
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Real, Shaped
 
@@ -82,8 +84,9 @@ def power_spectrum(array: Real[Array, "... box box"], dims: int | None = None) -
     Returns:
         (..., D//2+1) float64.
     """
-    x = as_tensor(array)
     dims = 2 if dims is None else dims
+    require_box(array, dims)
+    x = as_tensor(array)
     axes = tuple(range(-dims, 0))
     return like(radial_average(torch.fft.rfftn(x, dim=axes, norm="ortho").abs().square(), dims), array)
 
@@ -100,9 +103,12 @@ def apply_radial(
 
     Returns:
         Same shape and dtype.
+
+    Raises:
+        InputError: neither images nor volumes.
     """
+    box = require_box(array, dims)
     x = as_tensor(array)
-    box = x.shape[-1]
     values = torch.as_tensor(np.asarray(curve, np.float64) if not isinstance(curve, Tensor) else curve)
     values = values.to(x.device, x.dtype)
     radius = radius_grid(box, dims, x.device).clamp(max=len(values) - 1)
@@ -152,9 +158,12 @@ def lowpass(
 
     Returns:
         Same shape and dtype.
+
+    Raises:
+        InputError: neither images nor volumes.
     """
+    box = require_box(array, dims)
     x = as_tensor(array)
-    box = x.shape[-1]
     radius = radius_grid(box, dims, x.device)
     factor = _raised_cosine(radius, box * pixel_size_A / resolution_A, edge_shells)
     return like(apply_transfer(x, factor.to(x.dtype), dims), array)
@@ -184,7 +193,11 @@ def apply_bfactor(
 
     Returns:
         Same shape and dtype.
+
+    Raises:
+        InputError: neither images nor volumes.
     """
+    box = require_box(array, dims)
     x = as_tensor(array)
-    s = radius_grid(x.shape[-1], dims, x.device) / (x.shape[-1] * pixel_size_A)
+    s = radius_grid(box, dims, x.device) / (box * pixel_size_A)
     return like(apply_transfer(x, torch.exp(-0.25 * bfactor_A2 * s * s).to(x.dtype), dims), array)

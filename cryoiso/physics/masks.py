@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.shapes import require_cube
 from cryoiso.physics.filters import Array, as_tensor, like, lowpass
 
 if TYPE_CHECKING:
@@ -74,9 +75,12 @@ def density_threshold(volume: Real[Array, "box box box"]) -> float:
 
     Returns:
         The threshold, in the volume's unit.
+
+    Raises:
+        InputError: the map is no cube.
     """
+    box = require_cube(volume)
     v = as_tensor(volume)
-    box = v.shape[0]
     inside = v[sphere_mask(box, box / 2 - 1, device=v.device) > 0.5].double().cpu().numpy()
     middle = np.median(inside)
     noise = 1.4826 * np.median(np.abs(inside - middle))
@@ -125,12 +129,12 @@ def soft_mask_from_map(
         (D, D, D) in [0, 1], float32.
 
     Raises:
-        InputError: nothing lies above the threshold.
+        InputError: the map is no cube, or nothing lies above the threshold.
     """
     from scipy import ndimage
 
+    box = require_cube(volume)
     v = as_tensor(volume)
-    box = v.shape[0]
     filtered = lowpass(v.float(), pixel_size_A, max(lowpass_A, 2 * pixel_size_A))
     level = density_threshold(filtered) if threshold is None else threshold
     binary = (filtered > level).cpu().numpy()
@@ -167,6 +171,7 @@ def _distance_px(binary: np.ndarray, reach_px: float) -> np.ndarray:
 
 def mask_diameter_A(mask: Real[Array, "box box box"], pixel_size_A: float) -> float:
     """Diameter in Å of the smallest sphere around the box's centre that holds the mask above one half."""
+    require_cube(mask, "a mask")
     m = as_tensor(mask)
     where = torch.nonzero(m > 0.5).double() - m.shape[0] // 2
     return 2 * pixel_size_A * float(where.norm(dim=1).max()) if len(where) else 0.0

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.shapes import require_images
 from cryoiso.physics.filters import Array, as_tensor, friedel_weights, like, power_spectrum, radius_grid
 from cryoiso.physics.masks import circle_mask
 
@@ -30,8 +31,9 @@ def background_statistics(
         mean (n,), sd (n,) float64.
 
     Raises:
-        InputError: nothing lies outside the circle.
+        InputError: no set of images, or nothing lies outside the circle.
     """
+    require_images(images)
     x = as_tensor(images)
     outside = _outside(x.shape[-1], radius_px, x.device)
     values = x[..., outside].double()

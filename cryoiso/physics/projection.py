@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.shapes import require_cube, require_rotations
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ class FourierVolume:
         Raises:
             InputError: the volume is not a cube.
         """
-        if volume.ndim != 3 or len(set(volume.shape)) != 1:
-            raise InputError("a map is a cube", expected="(D, D, D)", found=tuple(volume.shape))
-        box = volume.shape[0]
+        box = require_cube(volume)
         radius = min(radius_px or (box - 1) // 2, (box - 1) // 2)
         padded = pad_volume(divide_by_gridding(volume, padding), box * padding)
         transform = torch.fft.rfftn(torch.fft.ifftshift(padded), dim=(0, 1, 2)) / box
@@ -190,8 +189,13 @@ def project(
 
     Returns:
         (n, D, D) real, band-limited to the Nyquist circle, differentiable in volume, rotation and shift.
+
+    Raises:
+        InputError: a shape is another.
     """
-    box = volume.shape[0]
+    box, n = require_cube(volume), require_rotations(rotation)
+    if shift_A is not None and tuple(shift_A.shape) != (n, 2):
+        raise InputError("a shift for each rotation", expected=(n, 2), found=tuple(shift_A.shape))
     where = disc(box, (box - 1) // 2, with_dc=True)
     slices = FourierVolume.from_volume(volume, padding).slices(rotation.to(volume.dtype), where)
     if shift_A is not None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cryoiso.core.shapes import require_cube
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Real
 
@@ -48,8 +50,11 @@ def resample_map(
 
     Returns:
         (E, E, E) float32. Densities keep their values; what lies outside the old box is zero.
+
+    Raises:
+        InputError: the map is no cube.
     """
-    matrix = resample_matrix(data.shape[0], pixel_in_A, box_out, pixel_out_A)
+    matrix = resample_matrix(require_cube(data), pixel_in_A, box_out, pixel_out_A)
     out = np.asarray(data, np.float64)
     for axis in range(3):
         out = np.moveaxis(np.tensordot(matrix, out, axes=(1, axis)), 0, axis)
@@ -82,11 +87,14 @@ def place_map(
 
     Returns:
         (E, E, E) float32, zero where the map has nothing.
+
+    Raises:
+        InputError: the map is no cube.
     """
     from scipy.ndimage import affine_transform
 
     pixel = pixel_in_A
-    box_new, pixel_new = box_out or data.shape[0], pixel_out_A or pixel_in_A
+    box_new, pixel_new = box_out or require_cube(data), pixel_out_A or pixel_in_A
     fine = np.asarray(data, np.float32)
     if pixel_new > 1.001 * pixel:  # what the new grid cannot hold would fold back
         pixel = pixel_new

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.shapes import require_rotations
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -191,7 +192,11 @@ def symmetrise_rotations(rotations: Float[np.ndarray, "n 3 3"], name: str) -> Fl
 
     Returns:
         (n, g, 3, 3): A S for every operation S, the pose itself first.
+
+    Raises:
+        InputError: no rotation matrices, or an unknown point group.
     """
-    operations = _point_group(normalise_name(name))
-    mates: np.ndarray = np.einsum("nij,gjk->ngik", np.asarray(rotations, np.float64), operations)
+    rotations = np.asarray(rotations, np.float64)
+    require_rotations(rotations)
+    mates: np.ndarray = np.einsum("nij,gjk->ngik", rotations, _point_group(normalise_name(name)))
     return mates

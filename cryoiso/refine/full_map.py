@@ -18,6 +18,7 @@ from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.metrics.fsc_curve import fsc_corrected
 from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import references
@@ -48,7 +49,7 @@ class FullReconstruction:
 def reconstruct_full(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None,
     mask_of: MaskOf,
     *,
     symmetry: str = "C1",
@@ -67,13 +68,15 @@ def reconstruct_full(
     size); the grid is gone before anything is divided.
 
     Args:
+        mask_of: makes the mask, (D, D, D) in [0, 1], from a map.
         diameter_A: of the sphere (default: 0.9 boxes).
         seed: of the random phases.
-        symmetry, padding, device, pixel_size_A: as ``reconstruct_halves``.
+        comm, symmetry, padding, device, pixel_size_A: as ``reconstruct_halves``.
 
     Raises:
         InputError: as ``reconstruct_halves``.
     """
+    comm = comm if comm is not None else Context()
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums: dict[int, FourierSums] = {}

@@ -13,6 +13,7 @@ from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
@@ -40,7 +41,7 @@ WAITING_COEFFICIENTS = 2**23
 def reconstruct_halves(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None = None,
     *,
     symmetry: str = "C1",
     padding: int = 2,
@@ -57,6 +58,7 @@ def reconstruct_halves(
     Args:
         source: images, row for row those of ``particles``.
         particles: poses and half numbers.
+        comm: the ranks that share the work; None: this process alone.
         pixel_size_A: of the map's grid (default: the first particle's, which need not be in the first optics group).
 
     Returns:
@@ -65,6 +67,7 @@ def reconstruct_halves(
     Raises:
         InputError: no poses, one that cannot be, or a half-set is empty.
     """
+    comm = comm if comm is not None else Context()
     pixel = pixel_size_A or particles.first_group.pixel_size_A
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
     limits: dict[int, int] = {}
@@ -76,7 +79,7 @@ def reconstruct_halves(
 def reconstruct_references(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None = None,
     *,
     symmetry: str = "C1",
     padding: int = 2,
@@ -94,7 +97,7 @@ def reconstruct_references(
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
         prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
             scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
-        pixel_size_A: as ``reconstruct_halves``.
+        comm, pixel_size_A: as ``reconstruct_halves``.
 
     Returns:
         half -> plain map, half -> regularised map inside the sphere, both on every rank; FSC (D//2+1,).
@@ -102,6 +105,7 @@ def reconstruct_references(
     Raises:
         InputError: as ``reconstruct_halves``.
     """
+    comm = comm if comm is not None else Context()
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums = dict(half_sums(source, particles, comm, symmetry, padding, device, HALVES, pixel, limits))

@@ -13,6 +13,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.methods.anisotropy.correction_run import BOTH, Course, Done, Job, network_file
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.parallel.abort import agree
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.ddp import ranks_of_half, training_group
 from cryoiso.parallel.group_stop import side_by_side
 
@@ -40,7 +41,7 @@ def correct_halves(
     transfer: Float[np.ndarray, "box box box"],
     mask: Float[np.ndarray, "box box box"] | None,
     settings: Correction,
-    comm: Any,
+    comm: Context | None,
     folder: Path,
     *,
     seed: int = 0,
@@ -59,6 +60,7 @@ def correct_halves(
         transfer: (D, D, D) filter A in [0, 1], centred, Friedel-symmetric.
         mask: (D, D, D) in [0, 1], sub-maps are drawn where it exceeds 0.5; None: the sphere in the box.
         settings: from ``settings.resolve``.
+        comm: the ranks that share the work; None: this process alone.
         folder: exists; for networks and checkpoints.
         seed: of all random numbers.
         resume: go on from checkpoints in ``folder``.
@@ -69,6 +71,7 @@ def correct_halves(
         InputError: maps, filter and mask do not fit together; a network file of another shape.
         Interrupted, CryoisoError: as ``train.loop.train``.
     """
+    comm = comm if comm is not None else Context()
     courses = _courses(settings, tuple(sorted({h for hs in comm.allgather(tuple(halves)) for h in hs})))
     apart = len(courses) == 2 and comm.size > 1
     done: dict[str, Done] = {}

@@ -95,7 +95,7 @@ def recover_micelle_halves(
     particles: Particles,
     homologue: DensityMap,
     mask: ProteinMask,
-    comm: Context,
+    comm: Context | None,
     settings: MicelleSettings,
     *,
     device: str = "cpu",
@@ -114,6 +114,7 @@ def recover_micelle_halves(
         particles: with poses and half-set numbers.
         homologue: protein, in the frame of the poses, on the images' grid, on any grey scale.
         mask: of the protein, see ``protein.protein_mask``.
+        comm: the ranks that share the work; None: this process alone.
         checkpoint_file: where a stop signal leaves its checkpoint.
         resume: go on from there, if it is there.
         on_iteration: called on the half's root as on_iteration(half, record).
@@ -126,6 +127,7 @@ def recover_micelle_halves(
         InputError: no poses, an empty half-set, a homologue that is not in the images, a checkpoint of another job.
         Interrupted: stopped by a signal before any image of either half was read.
     """
+    comm = comm if comm is not None else Context()
     run = _Run(source, particles, homologue, mask, comm, settings, device, on_iteration)
     found = run.load(checkpoint_file) if resume and checkpoint_file else {}
     if not resume and checkpoint_file:  # else a later resumption would find that of an earlier job
