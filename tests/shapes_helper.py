@@ -48,6 +48,21 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     return jaxtyping.jaxtyped(typechecker=beartype.beartype)(twin)
 
 
+def checked_or_refused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``checked``, but where the function itself refuses its arguments, its own error is raised."""
+    strict = checked(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return strict(*args, **options)
+        except jaxtyping.TypeCheckError:
+            function(*args, **options)
+            raise
+
+    return call
+
+
 def check_module(module: ModuleType) -> int:
     """Replaces the functions and methods that a module defines; gives their number."""
     count = 0
@@ -59,7 +74,7 @@ def check_module(module: ModuleType) -> int:
             plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             if not isinstance(plain, FunctionType) or plain.__module__ != module.__name__ or not shaped(plain):
                 continue
-            new = checked(plain)
+            new = checked_or_refused(plain)
             setattr(owner, name, type(value)(new) if isinstance(value, classmethod | staticmethod) else new)
             count += 1
     return count

@@ -16,7 +16,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.metrics.fsc_curve import check_pair, shell_correlation, transform
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Real
 
 SAME = 1e-3
 """Residual of a linear fit of one map to the other, over its standard deviation; below, they are one map. Rounding to
@@ -40,7 +40,9 @@ EMPTY = 0.2
 
 
 def check_half_maps(
-    half1: np.ndarray, half2: np.ndarray, names: tuple[object, object] = ("half-map 1", "half-map 2")
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    names: tuple[object, object] = ("half-map 1", "half-map 2"),
 ) -> list[str]:
     """Stops at what is no pair of half-maps, and says what is odd about one.
 

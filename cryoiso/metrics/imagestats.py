@@ -75,7 +75,7 @@ def histograms(images: Real[np.ndarray, "n box box"]) -> Int[np.ndarray, "n bins
 
 def kl_divergence(
     counts_p: Real[np.ndarray, "... bins"], counts_q: Real[np.ndarray, "... bins"]
-) -> Float[np.ndarray, " ..."]:
+) -> Float[np.ndarray, " ..."] | np.float64:
     """KL(p || q) = sum p ln(p / q) of histograms given as counts, in nats.
 
     The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods), which does not

@@ -28,8 +28,8 @@ class ElboTerms(NamedTuple):
 
 
 def gaussian_kl(
-    mu_q: Float[Tensor, "*shape"],
-    logsigma_q: Float[Tensor, "*shape"],
+    mu_q: Float[Tensor, "*#shape"],
+    logsigma_q: Float[Tensor, "*#shape"],
     mu_p: Float[Tensor, "*#shape"],
     logsigma_p: Float[Tensor, "*#shape"],
 ) -> Float[Tensor, "*shape"]:
@@ -49,7 +49,7 @@ def gaussian_kl(
 
 
 def negative_elbo(
-    output: HvaeOutput, images: Float[Tensor, "n 1 box box"], likelihood_sd: float, kl_weight: float | Tensor
+    output: HvaeOutput, images: Float[Tensor, "n 1 box box"], likelihood_sd: float, kl_weight: float | Float[Tensor, ""]
 ) -> ElboTerms:
     """The loss of a conditional variational autoencoder, -E[log p(x | z)] + w KL(q || p), a pixel.
 

@@ -230,7 +230,7 @@ class SimulatedSource:
     def __len__(self) -> int:
         return len(self.particles)
 
-    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
+    def read(self, rows: Shaped[np.ndarray, " n"] | slice) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
@@ -248,7 +248,7 @@ class SimulatedSource:
         for i in range(0, len(self), size):
             yield self.read(np.arange(i, min(i + size, len(self))))
 
-    def signal(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
+    def signal(self, rows: Shaped[np.ndarray, " n"] | slice) -> Float[np.ndarray, "n box box"]:
         """The images without their noise: (n, D, D) float32."""
         return self._projector.images(self.particles, np.arange(len(self.particles))[rows]).numpy()
 

@@ -63,7 +63,7 @@ def view_direction(rotation: Float[np.ndarray, "*n 3 3"]) -> Float[np.ndarray, "
     return np.array(np.asarray(rotation)[..., 2, :])
 
 
-def rotation_with_view(directions: Real[np.ndarray, "n 3"], psi_deg: ArrayLike = 0.0) -> Float[np.ndarray, "n 3 3"]:
+def rotation_with_view(directions: Real[np.ndarray, "*n 3"], psi_deg: ArrayLike = 0.0) -> Float[np.ndarray, "m 3 3"]:
     """Rotations that look along given directions.
 
     Args:

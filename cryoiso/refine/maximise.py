@@ -19,7 +19,7 @@ from cryoiso.refine.noise import floored
 from cryoiso.refine.search import Posterior
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 NOISE_UNIT = 2.0**24
 """Residual power, and what counts as a coefficient, are summed in fixed point of this unit, exact in any order."""
@@ -33,8 +33,8 @@ class NoiseSums:
     sum |y - c model|^2 / sum c^2 of the images as they are.
     """
 
-    power: Float[np.ndarray, "groups shells"]
-    count: Float[np.ndarray, "groups shells"]
+    power: Int[np.ndarray, "groups shells"]
+    count: Int[np.ndarray, "groups shells"]
 
     @classmethod
     def empty(cls, n_groups: int, n_shells: int) -> NoiseSums:

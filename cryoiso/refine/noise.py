@@ -18,7 +18,7 @@ from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.refine.offsets import image_name
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, Shaped
+    from jaxtyping import Bool, Float, Int, Real, Shaped
 
 EMPTY = 1e-4
 """A shell with less than this share of the mean power of all coefficients of its optics group is empty."""
@@ -34,8 +34,8 @@ OUTLIER = 100.0
 
 
 def mean_spectra(
-    power: Float[np.ndarray, "groups shells"],
-    count: Float[np.ndarray, "groups shells"],
+    power: Real[np.ndarray, "groups shells"],
+    count: Real[np.ndarray, "groups shells"],
     groups: Sequence[OpticsGroup],
     share: float = EMPTY,
 ) -> Float[np.ndarray, "groups shells"]:
