@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import DensityMap, Particles
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class RefineRequest:
     resume: bool = False
     lowpass_A: float = 30.0
     """The reference is low-passed to this resolution before the first iteration."""
-    on_checkpoint: Callable[[dict[str, Any]], None] | None = None
+    on_checkpoint: Callable[[IterationRecord], None] | None = None
     """Called on rank 0 after each checkpoint with that iteration's record."""
     local_deg: float | None = None
     """Search only within this angle of the poses of ``source.particles``, and shifts only near theirs; None: all."""
@@ -151,7 +152,7 @@ class RefineResult:
 
     particles: Particles
     half_maps: dict[int, Path]
-    iterations: list[dict[str, Any]] = field(default_factory=list)
+    iterations: list[IterationRecord] = field(default_factory=list)
     resolution_A: float = float("nan")
 
 

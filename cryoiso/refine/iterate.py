@@ -17,6 +17,7 @@ from cryoiso.core.identity import Identity, digest_of, plain
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.metrics.fsc_curve import resolution_at
 from cryoiso.parallel.partition import owned_chunks
@@ -222,17 +223,9 @@ class Refinement:
             raise Interrupted("stopped by a signal; what was found so far is kept")
 
     def _maximise(
-        self,
-        model: Model,
-        sums: HalfSums,
-        noise: NoiseSums,
-        views: dict[int, np.ndarray],
-        rotation: np.ndarray,
-        shift_px: np.ndarray,
-        columns: dict[str, np.ndarray],
-        plan: SearchPlan,
-        seconds: float,
-    ) -> Model:
+        self, model: Model, sums: HalfSums, noise: NoiseSums, views: dict[int, np.ndarray], rotation: np.ndarray,
+        shift_px: np.ndarray, columns: dict[str, np.ndarray], plan: SearchPlan, seconds: float,
+    ) -> Model:  # fmt: skip
         comm, state = self.comm, model.state
         raw = self._unregularised(sums.raw)
         agreed = self._agreement(sums.raw, raw, state)
@@ -254,7 +247,7 @@ class Refinement:
             float(np.degrees(0.25 * resolution / self.diameter)), spread_px, self.settings, self.box, self.limit,
         )  # fmt: skip
         at_limit = offsets.at_limit(residual_px, self._shift_range_px())
-        record: dict[str, Any] = {
+        record: IterationRecord = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
             "resolution_unmasked_A": self._resolution_A(self._fsc(raw, None, state)),
@@ -267,9 +260,10 @@ class Refinement:
             "at_shift_limit": at_limit / len(residual_px),
             "max_probability_mean": float(columns["rlnMaxValueProbDistribution"][self.raw].mean()),
             "log_likelihood": float(columns["rlnLogLikeliContribution"][self.raw].sum()),
-            **({} if share is None else {"auxiliary_weight_share": share}),
             "seconds": seconds,
         }
+        if share is not None:
+            record["auxiliary_weight_share"] = share
         if comm.rank == 0:
             self._report(record, at_limit, advanced.done)
         if self.request.correction is not None:
@@ -289,7 +283,7 @@ class Refinement:
                 shell = min(joined, self.limit, self.insertion_radius(state))
                 references.exchange_low_resolution(sums, shell, self.comm)
 
-    def _report(self, record: dict[str, Any], at_limit: int, last: bool) -> None:
+    def _report(self, record: IterationRecord, at_limit: int, last: bool) -> None:
         """Logs an iteration; at the end warns of shifts at the limit of the search."""
         logger.info(
             "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
@@ -337,14 +331,9 @@ class Refinement:
         return on_every_rank(own, self.comm)
 
     def _corrected(
-        self,
-        state: State,
-        maps: dict[int, np.ndarray],
-        references_now: dict[int, np.ndarray],
-        curve: np.ndarray,
-        resolution_A: float,
-        plan: SearchPlan,
-    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+        self, state: State, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray], curve: np.ndarray,
+        resolution_A: float, plan: SearchPlan,
+    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:  # fmt: skip
         """Half -> reference as the correction leaves it, and its record (collective)."""
         request = self.request
         assert request.correction is not None

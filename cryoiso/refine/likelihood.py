@@ -64,7 +64,7 @@ def as_real(x: Complex[Tensor, "*n k"]) -> Float[Tensor, "*n 2*k"]:
 class ReferenceSlices:
     """Views as matrices: those of the global grid, the same for all images, or some of its own for each of B images."""
 
-    real: Float[Tensor, "*n 2*k j"]
+    real: Float[Tensor, "*n parts j"]
     """(2K, J) float32, or (B, 2K, J)."""
     power: Float[Tensor, "*n k j"]
     """(K, J) float32: |P|^2, or (B, K, J)."""

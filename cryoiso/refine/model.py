@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cryoiso.core.records import IterationRecord
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
@@ -36,7 +37,7 @@ class Model:
     """Half -> unregularised map of the last iteration."""
     views: dict[int, Float[np.ndarray, " cells"]] = field(default_factory=dict)
     """Half -> (P,) weight of every cell of views in the last iteration's posteriors; empty before the first."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[IterationRecord] = field(default_factory=list)
 
 
 def best_of(posterior: Posterior) -> Float[np.ndarray, "n 14"]:

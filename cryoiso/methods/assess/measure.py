@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.core.types import Particles
 from cryoiso.methods.assess import verdict
 from cryoiso.methods.assess.directional import directional, sampling
@@ -55,7 +56,7 @@ def diagnose(
     truth_map: Float[np.ndarray, "box box box"] | None = None,
     truth_pose_map: Float[np.ndarray, "box box box"] | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> DiagnoseRecord:
     """Measures half-maps and poses, against the truth where it is known.
 
     Args:
@@ -108,7 +109,7 @@ def diagnose(
     result["verdict"] = verdict.judge(result).as_dict()
     if "unmasked" in result["directional"]:
         logger.warning("the mask makes much of the half-maps' agreement; the verdict is on the maps without it")
-    record: dict[str, Any] = plain({**result, "notes": notes})
+    record: DiagnoseRecord = plain({**result, "notes": notes})
     return record
 
 
