@@ -155,7 +155,7 @@ def map_scores(
     half1: np.ndarray, half2: np.ndarray, truth: np.ndarray, pixel_size_A: float, symmetry: str = "C3"
 ) -> dict[str, Any]:
     """Half-maps at 0.143, and their mean against the true map (see `truth_scores`)."""
-    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     box = len(truth)
     mask = soft_mask(truth, pixel_size_A)
@@ -175,7 +175,7 @@ def truth_scores(
     under the curve), which does not jump when one noisy shell crosses a threshold. Each of all coefficients, of those
     within 20 degrees of z (axial) and of those within 20 degrees of the plane across it (equatorial).
     """
-    from cryoiso.metrics.fsc import resolution_at, shell_correlation, transform
+    from cryoiso.metrics.fsc_curve import resolution_at, shell_correlation, transform
 
     box = len(truth)
     mask = soft_mask(truth, pixel_size_A) if mask is None else mask

@@ -11,6 +11,7 @@ from cryoiso.cli.common import echo
 from cryoiso.cli.groups import SYMMETRY
 from cryoiso.cli.options import Given, help_of, keys, with_keys
 from cryoiso.core import products
+from cryoiso.core.records import DiagnoseRecord
 
 HALF1, HALF2 = "First half-map (MRC), unmasked and unfiltered.", "Second half-map (MRC)."
 TRUTH = keys("truth", "Simulated particles", ("particles", "--truth-particles"), ("map", "--truth-map"))
@@ -72,7 +73,7 @@ def _given(argument: Path | None, option: Path | None, name: str) -> Path:
     return argument or option  # type: ignore[return-value]
 
 
-def _lines(d: dict[str, Any]) -> list[str]:
+def _lines(d: DiagnoseRecord) -> list[str]:
     """The main numbers, one a line."""
     rows: list[tuple[str, Any, str]] = [
         ("resolution, FSC 0.143, corrected for the mask", d.get("resolution_0143_A"), " Å"),
@@ -89,12 +90,13 @@ def _lines(d: dict[str, Any]) -> list[str]:
     ]
     rows += _directional_rows(d)
     lines = [f"{label:48s} {value:8.2f}{unit}" for label, value, unit in rows if value is not None]
-    verdict = d.get("verdict") or {}
-    said = [f"verdict: {verdict['verdict']}. {verdict['sentence']} {verdict['advice']}"] if verdict else []
+    said = []
+    if verdict := d.get("verdict"):
+        said = [f"verdict: {verdict['verdict']}. {verdict['sentence']} {verdict['advice']}"]
     return [*lines, *said, *d.get("notes", [])]
 
 
-def _directional_rows(d: dict[str, Any]) -> list[tuple[str, Any, str]]:
+def _directional_rows(d: DiagnoseRecord) -> list[tuple[str, Any, str]]:
     by_direction, sampling = d.get("directional") or {}, (d.get("sampling") or {}).get("estimated") or {}
     mask = by_direction.get("mask") or {}
     return [

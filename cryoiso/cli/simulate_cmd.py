@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cryoiso.core.types import CtfApplied, DensityMap, Particles
     from cryoiso.physics.nuisances.settings import Nuisances
     from cryoiso.physics.nuisances.source import NuisanceSource
-    from cryoiso.physics.simulate import CtfRanges
+    from cryoiso.physics.simulation import CtfRanges
     from cryoiso.physics.views import GivenViews, Views
 
 
@@ -165,7 +165,7 @@ def simulate(
     each image really shows is then in truth.star and copies.star.
     """
     options = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
-    from cryoiso.physics import simulate as physics
+    from cryoiso.physics import simulation as physics
     from cryoiso.pipeline.commands import simulate as command
     from cryoiso.pipeline.commands import simulation_inputs as inputs
     from cryoiso.pipeline.inputs.standard_frame import require_symmetry
@@ -277,7 +277,7 @@ def _shares(entries: list[str] | None) -> dict[str, float]:
 
 def _ctf(options: dict[str, Any]) -> CtfRanges | Particles:
     """What CTFs are drawn from."""
-    from cryoiso.physics.simulate import CtfRanges
+    from cryoiso.physics.simulation import CtfRanges
     from cryoiso.pipeline.commands.simulation_inputs import read_set
 
     ranges = CtfRanges(
@@ -319,7 +319,7 @@ def _source(
     from cryoiso.core.types import Particles
     from cryoiso.physics.nuisances.source import NuisanceSource, scaled
     from cryoiso.physics.nuisances.truth import draw_truth
-    from cryoiso.physics.simulate import make_particles, scale_for_snr
+    from cryoiso.physics.simulation import make_particles, scale_for_snr
     from cryoiso.pipeline.commands import simulation_inputs as inputs
 
     get, seed = options.__getitem__, options["seed"]

@@ -84,7 +84,7 @@ def _explain(file: object, e: Any, options: Mapping[str, str]) -> str:
     return f"{file}: '{where}': {e['msg']} (found {reprlib.repr(e.get('input'))})"
 
 
-def _known_keys(path: tuple) -> list[str]:
+def _known_keys(path: tuple[str, ...]) -> list[str]:
     model: Any = Job
     for part in path:
         model = model.model_fields[part].annotation

@@ -16,6 +16,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT, rows_by_uid
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
+from cryoiso.core.records import IterationRecord, RefineRecord
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
@@ -39,7 +40,7 @@ class NativeEngine:
 
     name = "native"
 
-    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult:
+    def refine(self, request: RefineRequest, comm: Communicator | None = None) -> RefineResult:
         """Refines until nothing improves, a checkpoint after every iteration (collective).
 
         Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised, untouched), refine.json,
@@ -50,6 +51,7 @@ class NativeEngine:
                 has no poses to stay near, or the checkpoint to resume from is of another refinement.
             Interrupted: stopped by a signal; the last iteration's checkpoint is there, and what the next one had found.
         """
+        comm = comm if comm is not None else Context()
         _check(request)
         device = comm.device()
         run = Refinement(
@@ -131,9 +133,12 @@ def _save(file: Path, model: Model, run: Refinement) -> None:
     checkpoint.save(file, arrays, values, run.identity)
 
 
-def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_times(history: list[IterationRecord]) -> list[IterationRecord]:
     """Files that are compared bit by bit hold no timings."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+    kept = [record.copy() for record in history]
+    for record in kept:
+        record.pop("seconds", None)
+    return kept
 
 
 def _resume(file: Path, run: Refinement) -> Model | None:
@@ -194,7 +199,7 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
     for half, path in result.half_maps.items():
         write_map(path, model.half_maps[half], run.pixel)
     write_particles(request.folder / products.PARTICLES, result.particles)
-    summary: dict[str, Any] = {
+    summary: RefineRecord = {
         "engine": "native",
         "symmetry": request.symmetry,
         "diameter_A": run.diameter,

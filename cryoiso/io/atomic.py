@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -123,7 +123,7 @@ def write_text(path: object, text: str) -> None:
         stream.write(text)
 
 
-def write_json(path: Path, facts: dict[str, Any]) -> None:
+def write_json(path: Path, facts: Mapping[str, object]) -> None:
     """A JSON file, atomically."""
     write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 

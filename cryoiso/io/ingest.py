@@ -22,10 +22,10 @@ from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import Communicator, Progress
 from cryoiso.core.types import OpticsGroup, Particles
-from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import temporary_name
 from cryoiso.io.contrast_sign import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
+from cryoiso.io.particle_file import read_particle_file
 from cryoiso.io.regular_file import read_regular_bytes
 from cryoiso.io.shards import (
     COLUMNS,

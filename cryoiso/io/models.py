@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from cryoiso.io.modelcheck import (
     without_solvent,
 )
 from cryoiso.io.regular_file import require_regular_file
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 logger = logging.getLogger("cryoiso")
 
@@ -119,7 +122,7 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
     return whole
 
 
-def positions(model: Any) -> tuple[np.ndarray, np.ndarray]:
+def positions(model: Any) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
     """Coordinates (n, 3) in Å (x, y, z) and atomic masses (n,)."""
     atoms = [(a.pos.x, a.pos.y, a.pos.z, a.element.weight) for chain in model for residue in chain for a in residue]
     table = np.array(atoms, np.float64)
@@ -134,7 +137,7 @@ def model_to_map(
     centre: bool = True,
     assembly: str = "auto",
     align_symmetry_axis: str = "",
-    placement: tuple[np.ndarray, np.ndarray] | None = None,
+    placement: tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]] | None = None,
 ) -> DensityMap:
     """Density of an atomic model.
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from cryoiso.io.packed import packing_of, read_exactly, unpacking
 from cryoiso.io.ranges import PIXEL_SIZE, check_range
 from cryoiso.io.regular_file import open_regular
 
+if TYPE_CHECKING:
+    from jaxtyping import Real, Shaped
+
 __all__ = ["MrcHeader", "build_header", "copy_labelled", "parse_header", "read_header", "read_map", "read_raw_map",
            "write_map", "write_stack"]  # fmt: skip
 
@@ -51,7 +54,7 @@ UNPACKED_LIMIT = 4 << 30
 logger = logging.getLogger("cryoiso")
 
 
-def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
+def read_raw_map(path: object) -> tuple[Shaped[np.ndarray, "z y x"], MrcHeader]:
     """A map of any shape, memory-mapped, with axes brought to (z, y, x) and the number type of the file.
 
     Returns:
@@ -71,7 +74,7 @@ def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
         logger.warning("%s: %d bytes longer than its header says; they are left out", path, header.spare_bytes)
     try:
         with open_regular(path) as stream:
-            data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)  # type: ignore[call-overload]
+            data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise CryoisoError(f"{path}: {header.data_bytes / 1e9:.3g} GB cannot be mapped into memory: {why}") from None
@@ -231,7 +234,10 @@ def build_header(
 
 
 def write_map(
-    path: object, data: np.ndarray, pixel_size_A: float, origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    path: object,
+    data: Real[np.ndarray, "... y x"],
+    pixel_size_A: float,
+    origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> None:
     """Writes a volume (or one image) as float32, atomically.
 
@@ -287,7 +293,7 @@ class StackWriter:
         self.count = 0
         stream.write(bytes(HEADER_BYTES))
 
-    def append(self, images: np.ndarray) -> None:
+    def append(self, images: Real[np.ndarray, "*n box box"]) -> None:
         """Appends (n, D, D) or (D, D) images."""
         block = np.ascontiguousarray(images, "<" + MODES[self._mode])
         block = block[None] if block.ndim == 2 else block

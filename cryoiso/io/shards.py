@@ -262,7 +262,8 @@ class ShardSource:
 
     def shards_of(self, rows: np.ndarray) -> list[int]:
         """Numbers of the shards that these rows are in."""
-        return np.unique(np.searchsorted(self._edges, rows, side="right") - 1).tolist()
+        numbers: list[int] = np.unique(np.searchsorted(self._edges, rows, side="right") - 1).tolist()
+        return numbers
 
     def use_copies(self, copies: Copies) -> None:
         """From now on images are read from copies of the shards, where there are any that can be read."""
@@ -316,7 +317,8 @@ class ShardSource:
         """Images of one shard; where its copy fails, those of the original."""
         while True:
             try:
-                return self._file(number)["images"][rows]
+                images: np.ndarray = self._file(number)["images"][rows]
+                return images
             except HDF5_ERRORS as error:
                 opened = self._open.pop(number, None)
                 if opened is not None and opened.filename == str(self._path(number)):
@@ -381,7 +383,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / products.INDEX
     try:
-        index = json.loads(read_regular_text(path))
+        index: dict[str, Any] = json.loads(read_regular_text(path))
     except FileNotFoundError:
         raise InputError("no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).") from None
     except (OSError, ValueError, RecursionError) as error:

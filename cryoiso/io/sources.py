@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from cryoiso.io.ingest import check_stacks
 from cryoiso.io.shards import CHUNK_IMAGES
 from cryoiso.io.stack import StackReader
 from cryoiso.physics.ctf_applied import is_applied, restored
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 
 def fixed_chunks(n: int) -> list[tuple[int, int]]:
@@ -44,7 +47,7 @@ class StackSource:
         self.chunks = fixed_chunks(len(particles))
         self._reader = StackReader()
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32, protein white, normalised."""
         images, _ = read_prepared(
             self._reader,
@@ -79,7 +82,7 @@ class ArraySource:
         self.box_px = int(images.shape[1])
         self.chunks = fixed_chunks(len(particles))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         return np.asarray(self._images[rows], np.float32)
 
@@ -106,7 +109,7 @@ class JoinedSource:
         self.box_px = first.box_px
         self.chunks = fixed_chunks(len(self.particles))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
@@ -130,7 +133,7 @@ class SubsetSource:
         self.box_px = source.box_px
         self.chunks = fixed_chunks(len(self._rows))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         return self._source.read(self._rows[np.arange(len(self._rows))[rows]])
 
@@ -159,7 +162,7 @@ class RestoredSource:
         self.box_px = source.box_px
         self.chunks = getattr(source, "chunks", None) or fixed_chunks(len(particles))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         return restored(self._source.read(rows), self._given, rows)

@@ -9,12 +9,16 @@ import logging
 import os
 from collections import OrderedDict
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.mrc import MrcHeader, read_header
 from cryoiso.io.regular_file import open_regular_handle
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
 
 logger = logging.getLogger("cryoiso")
 
@@ -90,7 +94,13 @@ class StackReader:
             )
         return header
 
-    def read(self, path: str, index: np.ndarray, file: object = None, rows: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        path: str,
+        index: Shaped[np.ndarray, " n"],
+        file: object = None,
+        rows: Shaped[np.ndarray, " n"] | None = None,
+    ) -> Float[np.ndarray, "n y x"]:
         """Images of one stack: (n, ny, nx) float32 in the order of ``index`` (0-based), y and x as the header says."""
         index = np.asarray(index, np.int64)
         header = self.check(path, index, file, rows)
@@ -125,7 +135,7 @@ def _header_of_images(path: str) -> MrcHeader:
     return header
 
 
-def number_of_file(stacks: np.ndarray) -> np.ndarray:
+def number_of_file(stacks: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """(n,) numbers, equal for names that lead to one file (links included), else different."""
     names, inverse = np.unique(stacks, return_inverse=True)
     first: dict[object, int] = {}
@@ -140,7 +150,7 @@ def number_of_file(stacks: np.ndarray) -> np.ndarray:
     return numbers[inverse.reshape(-1)]
 
 
-def runs(index: np.ndarray) -> list[tuple[int, int]]:
+def runs(index: Shaped[np.ndarray, " n"]) -> list[tuple[int, int]]:
     """Cuts an index array into stretches of consecutive numbers: [(start, stop), ...] positions in ``index``."""
     if not len(index):
         return []

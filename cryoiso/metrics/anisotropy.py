@@ -7,12 +7,16 @@ Definitions and what the numbers can and cannot say: docs/diagnose.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryoiso.metrics.fsc import check_pair, resolution_at, transform
-from cryoiso.metrics.fsc3d import NO_POWER, fsc3d_of_transforms
+from cryoiso.metrics.directional_fsc import NO_POWER, fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import check_pair, require_transforms, resolution_at, transform
 from cryoiso.metrics.sampling import fibonacci_half_sphere
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Complex, Float, Real, Shaped
 
 CFAR_AXES = 256
 CFAR_CONE_DEG = 20.0
@@ -25,12 +29,18 @@ _PARTS = 8
 
 
 def cone_curves(
-    fa: np.ndarray, fb: np.ndarray, box_px: int, axes: np.ndarray, cone_deg: float, *, falloff: float = 0.0
-) -> np.ndarray:
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
+    box_px: int,
+    axes: Float[np.ndarray, "n 3"],
+    cone_deg: float,
+    *,
+    falloff: float = 0.0,
+) -> Float[np.ndarray, "n box//2+1"]:
     """FSC within the double cone about each axis.
 
     Args:
-        fa, fb: (D, D, D//2+1) from `cryoiso.metrics.fsc.transform`.
+        fa, fb: (D, D, D//2+1) from `cryoiso.metrics.fsc_curve.transform`.
         axes: (n, 3) unit vectors (x, y, z).
         cone_deg: half angle. falloff: a coefficient at angle t from the axis weighs
             exp(-falloff ((cos t - 1) / (cos cone - 1))^2).
@@ -58,15 +68,15 @@ def cone_curves(
 class ConicalFSC:
     """FSC curves in cones about evenly spread axes."""
 
-    axes: np.ndarray
+    axes: Float[np.ndarray, "n 3"]
     """(n, 3)."""
-    curves: np.ndarray
+    curves: Float[np.ndarray, "n shells"]
     """(n, D//2+1), NaN where a cone has too few coefficients."""
     box_px: int
     pixel_size_A: float
 
     @property
-    def areas(self) -> np.ndarray:
+    def areas(self) -> Float[np.ndarray, " n"]:
         """(n,) sum of cFSC times shell^2 over the shells 1.. before the first at which it is 0.143 or less.
 
         Cones with too few coefficients, in the first shells, are passed over.
@@ -75,7 +85,8 @@ class ConicalFSC:
         below = self.curves <= 0.143  # False for NaN
         below[:, 0] = False
         before = np.cumsum(below, axis=1) == 0
-        return np.where(before & (shells > 0), np.nan_to_num(self.curves) * shells**2, 0.0).sum(1)
+        area: np.ndarray = np.where(before & (shells > 0), np.nan_to_num(self.curves) * shells**2, 0.0).sum(1)
+        return area
 
     @property
     def cfar(self) -> float:
@@ -89,15 +100,15 @@ class ConicalFSC:
         low, high = np.percentile(self.areas, (5, 95))
         return float(low / high) if high > 0 else float("nan")
 
-    def resolutions_A(self, threshold: float = 0.143) -> np.ndarray:
+    def resolutions_A(self, threshold: float = 0.143) -> Float[np.ndarray, " n"]:
         """(n,) resolution in each direction, where its curve first drops below a threshold."""
         full = np.where(np.isnan(self.curves), 1.0, self.curves)  # too few coefficients say nothing
         return np.array([resolution_at(c, threshold, self.box_px, self.pixel_size_A) for c in full])
 
 
 def conical_fsc(
-    fa: np.ndarray,
-    fb: np.ndarray,
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
     box_px: int,
     pixel_size_A: float,
     *,
@@ -106,7 +117,12 @@ def conical_fsc(
     last_shell: int | None = None,
 ) -> ConicalFSC:
     """Conical FSC of two half-complex transforms about Fibonacci axes of the half sphere; 0 beyond ``last_shell``,
-    where the maps hold nothing and a mask would correlate what leaks there."""
+    where the maps hold nothing and a mask would correlate what leaks there.
+
+    Raises:
+        InputError: the transforms are not those of maps of this box.
+    """
+    require_transforms(fa, fb, box_px)
     directions = fibonacci_half_sphere(axes)
     curves = cone_curves(fa, fb, box_px, directions, cone_deg)
     if last_shell is not None and last_shell < box_px // 2:
@@ -118,9 +134,9 @@ def conical_fsc(
 class Occupancy:
     """Fourier shell occupancy (Vilas et al. 2020/2023) and Bingham's test of each shell."""
 
-    occupancy: np.ndarray
+    occupancy: Float[np.ndarray, " shells"]
     """(D//2+1,) fraction of the directions whose FSC reaches the threshold."""
-    bingham_p: np.ndarray
+    bingham_p: Float[np.ndarray, " shells"]
     """(D//2+1,) probability of directions as unevenly spread as those, if they were drawn evenly; NaN if none.
 
     Neighbouring cones share coefficients, so it describes, it does not prove.
@@ -134,7 +150,12 @@ class Occupancy:
 
 
 def fourier_shell_occupancy(
-    fa: np.ndarray, fb: np.ndarray, box_px: int, *, threshold: float = 0.143, cone_deg: float = FSO_CONE_DEG
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
+    box_px: int,
+    *,
+    threshold: float = 0.143,
+    cone_deg: float = FSO_CONE_DEG,
 ) -> Occupancy:
     """FSO: of 321 directions, the fraction whose FSC (cone of 17 degrees, weight falling to exp(-4)) is 0.143 or more.
 
@@ -156,20 +177,20 @@ def fourier_shell_occupancy(
 
 
 def phase_cosine(
-    half1: np.ndarray,
-    half2: np.ndarray,
-    mask: np.ndarray | None = None,
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
     *,
     cone_deg: float = 10.0,
     max_shell: int | None = None,
-) -> np.ndarray:
+) -> Float[np.ndarray, "box box box"]:
     """Mean cosine of the phase difference within a cone: what spIsoNet computes under the name 3DFSC.
 
     It is no Fourier shell correlation: weak coefficients count as much as strong ones, so its values are lower than
-    those of `cryoiso.metrics.fsc3d.fsc3d` where both maps agree. Use it only to compare with that program.
+    those of `cryoiso.metrics.directional_fsc.fsc3d` where both maps agree. Use it only to compare with that program.
 
     Returns:
-        (D, D, D) float32 as `cryoiso.metrics.fsc3d.fsc3d`.
+        (D, D, D) float32 as `cryoiso.metrics.directional_fsc.fsc3d`.
     """
     box_px = check_pair(half1, half2, mask)
     fa, fb = (_unit(transform(half, mask)) for half in (half1, half2))
@@ -179,10 +200,13 @@ def phase_cosine(
 def _unit(spectrum: np.ndarray) -> np.ndarray:
     """Every coefficient divided by its size; zeros stay."""
     size = np.abs(spectrum)
-    return np.divide(spectrum, size, out=np.zeros_like(spectrum), where=size > 0)
+    mean: np.ndarray = np.divide(spectrum, size, out=np.zeros_like(spectrum), where=size > 0)
+    return mean
 
 
-def resolved_region(volume: np.ndarray, pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0):
+def resolved_region(
+    volume: Real[np.ndarray, "box box box"], pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0
+) -> Bool[np.ndarray, "box box box"]:
     """Where a 3DFSC reaches a threshold on the whole way from the origin; what is coarser than ``highpass_A`` counts.
 
     Returns:
@@ -197,7 +221,7 @@ def resolved_region(volume: np.ndarray, pixel_size_A: float, threshold: float = 
     return region
 
 
-def sphericity(region: np.ndarray) -> float:
+def sphericity(region: Shaped[np.ndarray, "box box box"]) -> float:
     """Sphericity pi^(1/3) (6 V)^(2/3) / A of a region of voxels smoothed by a Gaussian of one voxel (Tan et al. 2017).
 
     A is the area of the surface at one half, V the number of voxels within; 1 for a sphere. Like the published number

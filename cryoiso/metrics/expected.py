@@ -9,12 +9,17 @@ shows beyond it does not come from the views.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.core.rng import generator
-from cryoiso.metrics.fsc import shell_correlation, transform
-from cryoiso.metrics.fsc3d import Sphere
+from cryoiso.metrics.directional_fsc import Sphere
+from cryoiso.metrics.fsc_curve import shell_correlation, transform
 from cryoiso.metrics.sampling import symmetric_views
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
 
 _RADII = (2, 4, 8, 16, 32, 50)
 """Radii in Fourier pixels at which planes are counted; a shell takes the next smaller one."""
@@ -44,7 +49,9 @@ class Surrogate:
         self._particle = particle / size.astype(np.float32)[self._shell]
         self._noise = [self._white(seed, half) for half in (1, 2)]
 
-    def pair(self, sampled: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def pair(
+        self, sampled: Float[np.ndarray, "box box box//2+1"] | None = None
+    ) -> tuple[Complex[np.ndarray, "box box box//2+1"], Complex[np.ndarray, "box box box//2+1"]]:
         """Transforms (D, D, D//2+1) of two masked half-maps.
 
         Args:
@@ -84,10 +91,13 @@ class Surrogate:
 def _odds(curve: np.ndarray) -> np.ndarray:
     """Signal over noise of half-maps with this FSC."""
     agreement = np.clip(np.nan_to_num(curve), 0.01, 0.999)
-    return agreement / (1 - agreement)
+    ratio: np.ndarray = agreement / (1 - agreement)
+    return ratio
 
 
-def relative_sampling(rotation: np.ndarray, symmetry: str | np.ndarray, box_px: int, seed: int = 0) -> np.ndarray:
+def relative_sampling(
+    rotation: Float[np.ndarray, "n 3 3"], symmetry: str | Float[np.ndarray, "g 3 3"], box_px: int, seed: int = 0
+) -> Float[np.ndarray, "{box_px} {box_px} {box_px}//2+1"]:
     """(D, D, D//2+1) float32: views whose plane holds each coefficient, over the mean of its shell."""
     from cryoiso.metrics._directional_kernels import count_near_planes, in_threads, paint_shells
 

@@ -8,10 +8,15 @@ different spectra or grey scales, or that lie beside each other.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import check_pair, shell_correlation, transform
+from cryoiso.metrics.fsc_curve import check_pair, shell_correlation, transform
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
 SAME = 1e-3
 """Residual of a linear fit of one map to the other, over its standard deviation; below, they are one map. Rounding to
@@ -35,7 +40,9 @@ EMPTY = 0.2
 
 
 def check_half_maps(
-    half1: np.ndarray, half2: np.ndarray, names: tuple[object, object] = ("half-map 1", "half-map 2")
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    names: tuple[object, object] = ("half-map 1", "half-map 2"),
 ) -> list[str]:
     """Stops at what is no pair of half-maps, and says what is odd about one.
 
@@ -202,7 +209,7 @@ def _beside(transforms: list[np.ndarray], box_px: int) -> str:
     )
 
 
-def tail_asymmetry(volume: np.ndarray) -> tuple[float, float]:
+def tail_asymmetry(volume: Float[np.ndarray, "box box box"]) -> tuple[float, float]:
     """(u - d) / (u + d) of a map low-passed at 8 px, and its skewness; both positive where protein is white.
 
     u and d are the distances from the median of the mean of the highest and of the lowest 1/500 of the voxels.

@@ -13,12 +13,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import shell_frequencies
+from cryoiso.metrics.fsc_curve import shell_frequencies
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
 
 BINS, LIMIT = 1024, 4.0
 """Histograms of grey values: bins between -LIMIT and LIMIT, to which values outside are clipped."""
@@ -61,7 +64,7 @@ class _Layout:
         return dict(zip(self.sizes, np.split(sums, ends[:-1]), strict=True))
 
 
-def histograms(images: np.ndarray) -> np.ndarray:
+def histograms(images: Real[np.ndarray, "n box box"]) -> Int[np.ndarray, "n bins"]:
     """(n, BINS) int64: how many pixels of each image (n, D, D) lie in each bin of [-LIMIT, LIMIT]."""
     flat = np.asarray(images).reshape(len(images), math.prod(np.shape(images)[1:]))
     inside = np.clip(flat, -LIMIT, LIMIT)
@@ -70,7 +73,9 @@ def histograms(images: np.ndarray) -> np.ndarray:
     return np.bincount(bins.reshape(-1), minlength=BINS * len(flat)).reshape(len(flat), BINS)
 
 
-def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
+def kl_divergence(
+    counts_p: Real[np.ndarray, "... bins"], counts_q: Real[np.ndarray, "... bins"]
+) -> Float[np.ndarray, " ..."] | np.float64:
     """KL(p || q) = sum p ln(p / q) of histograms given as counts, in nats.
 
     The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods), which does not
@@ -86,10 +91,13 @@ def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
     """
     p, q = (np.asarray(c, np.float64) + EMPTY_BIN_PIXELS for c in (counts_p, counts_q))
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    return np.maximum((p * np.log(p / q)).sum(-1), 0)
+    divergence: np.ndarray = np.maximum((p * np.log(p / q)).sum(-1), 0)
+    return divergence
 
 
-def image_sums(real: np.ndarray, generated: np.ndarray, radius_px: float) -> np.ndarray:
+def image_sums(
+    real: Real[np.ndarray, "n box box"], generated: Real[np.ndarray, "m box box"], radius_px: float
+) -> Float[np.ndarray, " sums"]:
     """The sums of a block of real and generated images.
 
     Args:
@@ -133,14 +141,16 @@ def _add_block(total: np.ndarray, box_px: int, images: list[np.ndarray], radius_
     _add_pairs(parts, ("real_pairs", "kl_real_nats"), counts[0][0:even:2], counts[0][1:even:2], both)
 
 
-def _add_pairs(parts: dict[str, np.ndarray], names: tuple[str, str], p: np.ndarray, q: np.ndarray, good) -> None:
+def _add_pairs(
+    parts: dict[str, np.ndarray], names: tuple[str, str], p: np.ndarray, q: np.ndarray, good: np.ndarray
+) -> None:
     parts[names[0]] += good.sum()
     parts[names[1]] += kl_divergence(p[good], q[good]).sum()
 
 
 def _add_set(parts: dict[str, np.ndarray], name: str, images: np.ndarray, radius_px: float) -> None:
     from cryoiso.physics.filters import power_spectrum
-    from cryoiso.physics.simulate import image_to_background_db
+    from cryoiso.physics.simulation import image_to_background_db
 
     parts[f"{name} snr_dB"] += len(images) * image_to_background_db(images, radius_px)
     power = power_spectrum(np.ascontiguousarray(images, np.float32))
@@ -148,7 +158,9 @@ def _add_set(parts: dict[str, np.ndarray], name: str, images: np.ndarray, radius
     parts[f"{name} power squared"] += np.square(power).sum(0)
 
 
-def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_A: float = 20.0) -> dict[str, Any]:
+def image_statistics(
+    sums: Float[np.ndarray, " sums"], box_px: int, pixel_size_A: float, beyond_A: float = 20.0
+) -> dict[str, Any]:
     """The numbers of all images, from their sums.
 
     Args:
@@ -160,7 +172,7 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
         n_real, n_generated, left_out (of each set), pairs;
         kl_nats: KL(generated || real) of grey values, mean over pairs; kl_real_nats: the same between real images, what
         chance alone gives; kl_pooled_nats: of all pixels of each set together;
-        snr_real_dB, snr_generated_dB: `cryoiso.physics.simulate.image_to_background_db`;
+        snr_real_dB, snr_generated_dB: `cryoiso.physics.simulation.image_to_background_db`;
         histogram: edges, real, generated (share of the pixels, in SHOWN_BINS bins);
         frequency_invA, power_real, power_generated: (D//2+1,); log_ratio: ln(generated / real) of each shell (shell 0
         None) and log_ratio_sd, its standard error;
@@ -188,11 +200,16 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
     result["beyond_A"] = float(beyond_A)
     result["finer"], result["coarser"] = (_deviation(ratio, frequency, where) for where in (fine, ~fine))
     result["bands"] = _bands(power, ratio, frequency, box_px)
-    return _json_able(result)
+    record: dict[str, Any] = _json_able(result)
+    return record
 
 
 def compare_images(
-    real: np.ndarray, generated: np.ndarray, pixel_size_A: float, radius_px: float, beyond_A: float = 20.0
+    real: Real[np.ndarray, "n box box"],
+    generated: Real[np.ndarray, "m box box"],
+    pixel_size_A: float,
+    radius_px: float,
+    beyond_A: float = 20.0,
 ) -> dict[str, Any]:
     """`image_statistics` of images that are all here: (n, D, D) real and (m, D, D) generated ones."""
     sums = image_sums(real, generated, radius_px)
@@ -232,7 +249,9 @@ def _deviation(ratio: np.ndarray, frequency_invA: np.ndarray, where: np.ndarray)
     return {"largest": ratio[worst], "at_A": 1 / frequency_invA[worst], "rms": rms}
 
 
-def _bands(power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int):
+def _bands(
+    power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int
+) -> list[dict[str, Any]]:
     """Each shell weighs as many coefficients as it holds, its circumference."""
     weight = np.arange(box_px // 2 + 1.0)
     bands = []

@@ -11,13 +11,17 @@ high.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.metrics._directional_kernels import connected_to_centre
 from cryoiso.metrics.anisotropy import ConicalFSC, conical_fsc
-from cryoiso.metrics.fsc import randomise_where, transform
-from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.directional_fsc import fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import randomise_where, transform
+
+if TYPE_CHECKING:
+    from jaxtyping import Real
 
 AGREES = 0.8
 """Unmasked agreement below which phases are made random (Chen et al. 2013)."""
@@ -41,7 +45,12 @@ class MaskEffect:
 
 
 def mask_effect(
-    half1: np.ndarray, half2: np.ndarray, mask: np.ndarray, masked: ConicalFSC, *, seed: int = 0
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"],
+    masked: ConicalFSC,
+    *,
+    seed: int = 0,
 ) -> MaskEffect:
     """Compares masked half-maps with those whose phases are random wherever the maps themselves do not agree.
 
@@ -81,7 +90,8 @@ def _first_below(cones: ConicalFSC, threshold: float) -> np.ndarray:
     """(n, 1) the first shell of each cone at a threshold or below it; D//2+1 if none is. NaN says nothing."""
     below = cones.curves <= threshold
     below[:, 0] = False
-    return np.where(below.any(1), below.argmax(1), cones.curves.shape[1])[:, None]
+    first: np.ndarray = np.where(below.any(1), below.argmax(1), cones.curves.shape[1])[:, None]
+    return first
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -9,11 +9,14 @@ because a point lands at (A x)_xy - origin. G and d are fitted robustly: most pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _TRUNCATE_DEG = 30.0
 
@@ -25,21 +28,21 @@ OPPOSITE_DEG = 150.0
 class PoseErrors:
     """Errors of n poses. Angles in degrees, lengths in Å."""
 
-    errors_deg: np.ndarray
+    errors_deg: Float[np.ndarray, " n"]
     """(n,) angle of the rotation between estimated and true pose, modulo symmetry."""
-    direction_errors_deg: np.ndarray
+    direction_errors_deg: Float[np.ndarray, " n"]
     """(n,) angle between the viewing directions (the swing part of that rotation)."""
-    inplane_errors_deg: np.ndarray
+    inplane_errors_deg: Float[np.ndarray, " n"]
     """(n,) rotation about the viewing direction (its twist part)."""
-    shift_errors_A: np.ndarray | None
+    shift_errors_A: Float[np.ndarray, " n"] | None
     """(n,) distance between the origins after the frame displacement is taken out; None if no shifts were given."""
-    frame_rotation: np.ndarray
+    frame_rotation: Float[np.ndarray, "3 3"]
     """(3, 3) G: aligned estimated poses are A_est G."""
-    frame_shift_A: np.ndarray
+    frame_shift_A: Float[np.ndarray, " 3"]
     """(3,) d in Å: estimated coordinates of the true origin."""
-    estimated: np.ndarray
+    estimated: Float[np.ndarray, "n 3 3"]
     """(n, 3, 3) A_est G."""
-    true: np.ndarray
+    true: Float[np.ndarray, "n 3 3"]
     """(n, 3, 3)."""
     mirrored_median_deg: float
     """Median error if the estimated map had the opposite hand; far below ``median_deg`` means that it has."""
@@ -100,13 +103,13 @@ class PoseErrors:
 
 
 def pose_errors(
-    estimated: np.ndarray,
-    true: np.ndarray,
-    symmetry: str | np.ndarray = "C1",
+    estimated: Float[np.ndarray, "n 3 3"],
+    true: Float[np.ndarray, "n 3 3"],
+    symmetry: str | Float[np.ndarray, "g 3 3"] = "C1",
     *,
     align: bool | str = True,
-    shift_estimated_A: np.ndarray | None = None,
-    shift_true_A: np.ndarray | None = None,
+    shift_estimated_A: Float[np.ndarray, "n 2"] | None = None,
+    shift_true_A: Float[np.ndarray, "n 2"] | None = None,
 ) -> PoseErrors:
     """Errors of estimated poses against true ones, modulo symmetry and frame.
 
@@ -153,7 +156,7 @@ def pose_errors(
     return PoseErrors(best, swing, twist, shifts, frame, displacement, aligned, true, mirrored_median)
 
 
-def symmetry_operations(symmetry: str | np.ndarray) -> np.ndarray:
+def symmetry_operations(symmetry: str | Float[np.ndarray, "g 3 3"]) -> Float[np.ndarray, "g 3 3"]:
     """(g, 3, 3) proper rotations of a point group given by name or already as operations."""
     if not isinstance(symmetry, str):
         return np.asarray(symmetry, np.float64)
@@ -164,7 +167,9 @@ def symmetry_operations(symmetry: str | np.ndarray) -> np.ndarray:
     return np.asarray(point_group(symmetry), np.float64)
 
 
-def fit_frame(relative: np.ndarray, ops: np.ndarray, mode: str = "any") -> np.ndarray:
+def fit_frame(
+    relative: Float[np.ndarray, "n 4"], ops: Float[np.ndarray, "g 4"], mode: str = "any"
+) -> Float[np.ndarray, " 4"]:
     """The frame rotation G that most particles agree upon, as a quaternion (x, y, z, w); deterministic.
 
     Minimises the mean of min(error, 30 degrees): first over the frames that single particles propose, then by
@@ -184,8 +189,11 @@ def fit_frame(relative: np.ndarray, ops: np.ndarray, mode: str = "any") -> np.nd
 
 
 def fit_displacement(
-    rotation: np.ndarray, offset_A: np.ndarray, allowed: np.ndarray, weight: np.ndarray | None = None
-) -> np.ndarray:
+    rotation: Float[np.ndarray, "n 3 3"],
+    offset_A: Float[np.ndarray, "n 2"],
+    allowed: Float[np.ndarray, "3 3"],
+    weight: Float[np.ndarray, " n"] | None = None,
+) -> Float[np.ndarray, " 3"]:
     """Displacement d of the frame that explains origin differences: offset = (A d)_xy, by least absolute deviations.
 
     Args:
@@ -215,7 +223,8 @@ def fit_displacement(
 
 def _is_top(rotation: np.ndarray, axis: tuple[float, float, float], cut_deg: float) -> np.ndarray:
     unit = np.asarray(axis, np.float64) / np.linalg.norm(axis)
-    return np.abs(rotation[:, 2] @ unit) > np.cos(np.radians(cut_deg))
+    near: np.ndarray = np.abs(rotation[:, 2] @ unit) > np.cos(np.radians(cut_deg))
+    return near
 
 
 def _is_cyclic_z(ops: np.ndarray) -> bool:

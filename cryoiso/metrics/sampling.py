@@ -8,6 +8,7 @@ them better (docs/diagnose.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,11 +16,14 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator
 from cryoiso.metrics.pose_error import symmetry_operations
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
+
 MOST_VIEWS = 10_000
 """Views that are looked at; of a larger set, so many drawn at random. SCF* depends on their number."""
 
 
-def fibonacci_half_sphere(n: int, offset: float = 0.5) -> np.ndarray:
+def fibonacci_half_sphere(n: int, offset: float = 0.5) -> Float[np.ndarray, "{n} 3"]:
     """(n, 3) unit vectors (x, y, z) of a Fibonacci spiral with z >= 0, spread evenly: z = (i + offset) / n."""
     i = np.arange(n)
     z = (i + offset) / n
@@ -32,9 +36,9 @@ def fibonacci_half_sphere(n: int, offset: float = 0.5) -> np.ndarray:
 class Sampling:
     """Sampling of a shell of Fourier space by n views and their symmetry mates (Baldwin & Lyumkis 2020)."""
 
-    points: np.ndarray
+    points: Float[np.ndarray, "points 3"]
     """(p, 3) directions of the half sphere."""
-    counts: np.ndarray
+    counts: Real[np.ndarray, " points"]
     """(p,) views (with their mates) whose plane contains each direction."""
     views: int
 
@@ -59,8 +63,8 @@ class Sampling:
 
 
 def fourier_sampling(
-    rotation: np.ndarray,
-    symmetry: str | np.ndarray = "C1",
+    rotation: Float[np.ndarray, "n 3 3"],
+    symmetry: str | Float[np.ndarray, "g 3 3"] = "C1",
     *,
     radius_px: int = 50,
     most_points: int = 5000,
@@ -85,7 +89,7 @@ def fourier_sampling(
     return Sampling(points, counts, len(views))
 
 
-def even_rotations(n: int, seed: int = 0) -> np.ndarray:
+def even_rotations(n: int, seed: int = 0) -> Float[np.ndarray, "{n} 3 3"]:
     """(n, 3, 3) poses with random, evenly distributed views: what ``n`` views are at best, counting noise and all."""
     from cryoiso.physics.so3 import rotation_with_view
 
@@ -93,7 +97,9 @@ def even_rotations(n: int, seed: int = 0) -> np.ndarray:
     return rotation_with_view(draw / np.linalg.norm(draw, axis=1)[:, None])
 
 
-def view_efficiency(rotation: np.ndarray, symmetry: str | np.ndarray = "C1", *, seed: int = 0) -> float:
+def view_efficiency(
+    rotation: Float[np.ndarray, "n 3 3"], symmetry: str | Float[np.ndarray, "g 3 3"] = "C1", *, seed: int = 0
+) -> float:
     """Evenness of the resolution that the views allow: 1 - 2 sd(R) / mean(R), at most 1 (even) and at least -1.
 
     R is the half width, by direction, of the point spread function of an unweighted back-projection: a view v spreads
@@ -119,10 +125,13 @@ def view_efficiency(rotation: np.ndarray, symmetry: str | np.ndarray = "C1", *, 
 def _sine_bins(axes: np.ndarray, views: np.ndarray, bins: int) -> np.ndarray:
     """(axes, views) bin of the squared sine of the angle between each axis and view."""
     squares = 1 - (axes @ views.T) ** 2
-    return np.clip((squares * bins).astype(np.intp), 0, bins - 1)
+    bin_index: np.ndarray = np.clip((squares * bins).astype(np.intp), 0, bins - 1)
+    return bin_index
 
 
-def symmetric_views(rotation: np.ndarray, symmetry: str | np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def symmetric_views(
+    rotation: Float[np.ndarray, "n 3 3"], symmetry: str | Float[np.ndarray, "g 3 3"], seed: int
+) -> tuple[Float[np.ndarray, "m 3"], Float[np.ndarray, "mates 3"]]:
     """At most `MOST_VIEWS` views (n, 3) of the poses, and with their symmetry mates (n g, 3)."""
     rotation = np.asarray(rotation, np.float64)
     if rotation.ndim != 3 or rotation.shape[1:] != (3, 3) or len(rotation) == 0:

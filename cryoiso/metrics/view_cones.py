@@ -57,7 +57,8 @@ class ViewCones:
 
     def index(self, directions: np.ndarray) -> np.ndarray:
         """(n,) cone of each unit vector (n, 3), the same for all of its symmetry mates."""
-        return self._tree.query(directions)[1] % len(self.axes)
+        nearest: np.ndarray = self._tree.query(directions)[1]
+        return nearest % len(self.axes)
 
     def _centred(self, points: np.ndarray) -> np.ndarray:
         """The axes moved to the middle of those of ``points`` (evenly spread) that are nearest to them."""

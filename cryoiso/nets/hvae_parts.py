@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from cryoiso.core.errors import InputError
 from cryoiso.nets.blocks import DenseBlock, Down, GaussianHead, ImagePyramid, Pointwise, PoseEmbedding, Up
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MIN_BOX_PX = 16
 
@@ -16,9 +19,9 @@ MIN_BOX_PX = 16
 class HvaeOutput(NamedTuple):
     """What the network makes of a batch."""
 
-    mean: Tensor
+    mean: Float[Tensor, "n 1 box box"]
     """(B, 1, D, D) float32: mean of the likelihood."""
-    kl: Tensor
+    kl: Float[Tensor, "n layers"]
     """(B, L) float32: KL(q || p) in nats an image and layer, coarse to fine."""
 
 
@@ -114,11 +117,13 @@ class LatentLayer(nn.Module):
 
     def encode(self, x: Tensor, context: Tensor) -> Tensor:
         """Features at this layer's resolution, from those of the layer below."""
-        return self.encoder(x) + context
+        state: Tensor = self.encoder(x) + context
+        return state
 
     def refine(self, state: Tensor, latents: Tensor) -> Tensor:
         """The next state from this one and this layer's latents."""
-        return self.decoder(state + self.inject(latents))
+        features: Tensor = self.decoder(state + self.inject(latents))
+        return features
 
 
 class HvaeModules(Protocol):

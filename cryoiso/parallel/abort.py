@@ -49,7 +49,8 @@ def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any
             error = _remade(*message)
         setattr(error, _COMMON, True)
         raise error
-    return ctx.bcast(result)
+    value: T = ctx.bcast(result)
+    return value
 
 
 def agree(ctx: Context, error: CryoisoError | None) -> None:

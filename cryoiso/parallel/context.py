@@ -191,10 +191,12 @@ class MpiContext(Context):
         return self.comm.bcast(value, root)
 
     def gather(self, value: Any, root: int = 0) -> list[Any] | None:
-        return self.comm.gather(value, root)
+        values: list[Any] | None = self.comm.gather(value, root)
+        return values
 
     def allgather(self, value: Any) -> list[Any]:
-        return self.comm.allgather(value)
+        values: list[Any] = self.comm.allgather(value)
+        return values
 
     def sum_to(self, array: np.ndarray, root: int) -> np.ndarray | None:
         return reduce.sum_to(self.comm, array, root)

@@ -324,7 +324,7 @@ def _destroy_quietly() -> None:
         logger.debug("the training group could not be left in order", exc_info=True)
 
 
-def _average_in_pairs(group, bucket):  # DDP accepts no annotations in the form of text
+def _average_in_pairs(group, bucket):  # type: ignore[no-untyped-def]  # DDP accepts no annotations as text
     """A communication hook of DDP whose result does not depend on how gradients lie in buckets.
 
     An all-reduce adds in an order that depends on an element's place, and DDP moves the places after its first step:
@@ -332,7 +332,7 @@ def _average_in_pairs(group, bucket):  # DDP accepts no annotations in the form 
     """
     gradients = bucket.buffer()
     gradients.copy_(_sum_slices(group, gradients)).div_(group.size)
-    done: torch.futures.Future = torch.futures.Future()
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(gradients)
     return done
 

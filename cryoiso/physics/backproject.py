@@ -8,6 +8,7 @@ values that are inserted (order 1 a coefficient), and leaves room for sums up to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
+from cryoiso.physics.projection import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int
 
 UNIT = float(2**32)
 MOST_SAMPLES = 2**24
@@ -27,7 +31,7 @@ MOST_SAMPLES = 2**24
 class SliceAccumulator:
     """Numerator and weight of one half-set: (2h+1, 2h+1, h+1, 3) int64 (re, im, weight), h = padding * radius + 2."""
 
-    grid: Tensor
+    grid: Int[Tensor, "rows rows columns 3"]
     box_px: int
     padding: int
     radius_px: int
@@ -37,7 +41,9 @@ class SliceAccumulator:
     _sample: np.ndarray = field(default_factory=lambda: np.empty((0, 6), np.float32), repr=False, compare=False)
 
     @classmethod
-    def empty(cls, box_px: int, radius_px: int | None = None, padding: int = 2, device="cpu") -> SliceAccumulator:
+    def empty(
+        cls, box_px: int, radius_px: int | None = None, padding: int = 2, device: str | torch.device = "cpu"
+    ) -> SliceAccumulator:
         radius = min(radius_px or (box_px - 1) // 2, (box_px - 1) // 2)
         h = padding * radius + 2
         shape = (2 * h + 1, 2 * h + 1, h + 1, 3)
@@ -52,7 +58,9 @@ class SliceAccumulator:
         self.grid.zero_()
         self.bound = 0.0
 
-    def insert(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
+    def insert(
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+    ) -> None:
         """Adds slices.
 
         Args:
@@ -108,7 +116,9 @@ class SliceAccumulator:
             self._sample = np.empty((samples, 6), np.float32)
         return len(self._tile) // size
 
-    def insert_torch(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
+    def insert_torch(
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+    ) -> None:
         """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
         largest = torch.maximum(torch.maximum(data.real.abs(), data.imag.abs()), weight).amax(dim=1)
         self.bound += 8 * float(largest.double().sum())

@@ -8,14 +8,19 @@ and c^2; only what is made of the power of x has to weigh coefficients by c^2 (d
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.rng import generator
 from cryoiso.core.types import Particles
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.filters import friedel_weights, radius_grid
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int, Shaped
 
 LEAST_CTF = 1e-6
 """Below it a coefficient of a premultiplied image holds nothing but rounding."""
@@ -25,18 +30,22 @@ LEAKED = 1.5
 """A shell of a restored image has at most this times the power that its coefficients have on average by c^2."""
 
 
-def is_applied(particles: Particles, rows: np.ndarray | None = None) -> bool:
+def is_applied(particles: Particles, rows: Shaped[np.ndarray, " n"] | None = None) -> bool:
     """Whether any of these particles' images (None: of all) was phase-flipped or premultiplied."""
     used = np.unique(particles.optics if rows is None else particles.optics[rows])
     return any(particles.groups[g].ctf_applied for g in used.tolist())
 
 
-def microscope_ctf(particles: Particles, rows: np.ndarray, box_px: int, device="cpu") -> Tensor:
+def microscope_ctf(
+    particles: Particles, rows: Shaped[np.ndarray, " n"], box_px: int, device: str | torch.device = "cpu"
+) -> Float[Tensor, "n {box_px} {box_px}//2+1"]:
     """(n, D, D//2+1) float32: c, whatever was done to the images."""
     return ctf_for(particles.with_ctf_applied(""), rows, box_px, device=device)
 
 
-def applied_factor(particles: Particles, rows: np.ndarray, ctf: Tensor) -> Tensor:
+def applied_factor(
+    particles: Particles, rows: Shaped[np.ndarray, " n"], ctf: Float[Tensor, "n box columns"]
+) -> Float[Tensor, "n box columns"]:
     """(n, D, D//2+1): what the transforms of these images were multiplied by, 1, sign(c) or c."""
     factor = torch.ones_like(ctf)
     for number, kind in _kinds(particles, rows):
@@ -56,7 +65,9 @@ def _kinds(particles: Particles, rows: np.ndarray) -> list[tuple[Tensor, str]]:
     ]
 
 
-def apply_ctf(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
+def apply_ctf(
+    images: Float[np.ndarray, "n box box"], particles: Particles, rows: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, "n box box"]:
     """Images as the microscope gave them -> images of the kind that their optics groups name: (n, D, D) float32."""
     if not is_applied(particles, rows):
         return images
@@ -66,23 +77,26 @@ def apply_ctf(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.
 
 def _filtered(images: np.ndarray, factor: Tensor) -> np.ndarray:
     given = torch.from_numpy(np.ascontiguousarray(images, np.float32))
-    return torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+    filtered: np.ndarray = torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+    return filtered
 
 
-def low_frequencies_restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
+def low_frequencies_restored(
+    images: Float[np.ndarray, "n box box"], particles: Particles, rows: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, "n box box"]:
     """Premultiplied images divided by their CTF where it is above ``LEAST_DIVISOR``: good for the mean of a region,
     whose weight lies at low frequencies, and for nothing else: (n, D, D) float32."""
     ctf = microscope_ctf(particles, rows, images.shape[-1])
     return _filtered(images, ctf / ctf.square().clamp(min=LEAST_DIVISOR**2))
 
 
-def mean_square_ctf(particles: Particles, rows: np.ndarray, box_px: int) -> np.ndarray:
+def mean_square_ctf(particles: Particles, rows: Shaped[np.ndarray, " n"], box_px: int) -> Float[np.ndarray, " n"]:
     """(n,) float64: c^2 averaged over all frequencies of an image."""
     square = microscope_ctf(particles, rows, box_px).double().square().sum(1)
     return ((square * friedel_weights(box_px)).sum(1) / box_px**2).clamp(min=1e-12).numpy()
 
 
-def divide_by_ctf(values: Tensor, ctf: Tensor) -> Tensor:
+def divide_by_ctf(values: Complex[Tensor, "... k"], ctf: Float[Tensor, "... k"]) -> Complex[Tensor, "... k"]:
     """y / c of premultiplied coefficients, 0 where c is 0: times c it is y again, and it has the noise of x.
 
     Args:
@@ -91,7 +105,9 @@ def divide_by_ctf(values: Tensor, ctf: Tensor) -> Tensor:
     return torch.where(ctf.abs() > LEAST_CTF, values / torch.where(ctf.abs() > LEAST_CTF, ctf, 1.0), 0.0)
 
 
-def restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
+def restored(
+    images: Float[np.ndarray, "n box box"], particles: Particles, rows: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, "n box box"]:
     """Images as the microscope would have given them, from images of any kind: (n, D, D) float32.
 
     Flipped images are flipped back, without loss (but at Nyquist's frequency). Of premultiplied ones,
@@ -128,17 +144,20 @@ def _whole(images: np.ndarray, ctf: Tensor, uids: np.ndarray) -> np.ndarray:
     # where an image was cut out of a larger one after the multiplication, more than c x stands at the zeros of c
     found = restored_spectrum(parts.abs().square(), torch.ones_like(ctf))
     limit = (LEAKED * power / found.clamp(min=1e-30)).clamp(max=1).sqrt()[:, shell]
-    return torch.fft.irfft2(
+    whole: np.ndarray = torch.fft.irfft2(
         parts * limit + white * (power[:, shell] * (1 - known.square())).sqrt(), s=(box, box)
     ).numpy()
+    return whole
 
 
-def shells(box_px: int) -> Tensor:
+def shells(box_px: int) -> Int[Tensor, "{box_px} {box_px}//2+1"]:
     """(D, D//2+1) int64: the shell of each coefficient of a transform with its origin at index 0."""
     return radius_grid(box_px, 2).round().long()
 
 
-def restored_spectrum(power: Tensor, ctf: Tensor, least: float = 1e-6) -> Tensor:
+def restored_spectrum(
+    power: Float[Tensor, "n box columns"], ctf: Float[Tensor, "n box columns"], least: float = 1e-6
+) -> Float[Tensor, "n shells"]:
     """(n, S) power of x by shell from that of y = c x: sum |y|^2 / sum c^2.
 
     Every coefficient counts by c^2, so that what leaks into the zeros of the CTF when a premultiplied image is cut out

@@ -38,7 +38,8 @@ def belt_map(belt: Belt, box_px: int, pixel_size_A: float) -> DensityMap:
 
     def body(shrink_A: float) -> np.ndarray:
         level = (radius / (belt.radius_A - shrink_A)) ** 4 + (z / (belt.half_thickness_A - shrink_A)) ** 4
-        return (level <= 1).astype(np.float32)
+        inside: np.ndarray = (level <= 1).astype(np.float32)
+        return inside
 
     whole, core = body(0.0), body(belt.shell_A)
     density = belt.shell_density * (whole - core) + belt.core_density * core

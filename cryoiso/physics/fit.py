@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from cryoiso.physics.fit_result import Fit, Hand, Placement
 from cryoiso.physics.resample import place_map
 from cryoiso.physics.so3 import angular_distance_deg, grid_step_deg, so3_grid
 from cryoiso.physics.symmetry import normalise_name, point_group
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 COARSE_CANDIDATES, FINE_CANDIDATES = 40, 8
 """Placements that are refined at the coarse and at the fine resolution, per hand."""
@@ -128,7 +131,7 @@ def apply_fit(
     return DensityMap(place_map(data, moving.pixel_size_A, placement.rotation, placement.shift_A, box, pixel), pixel)
 
 
-def inverted(data: np.ndarray) -> np.ndarray:
+def inverted(data: Shaped[np.ndarray, "box box box"]) -> Shaped[np.ndarray, "box box box"]:
     """The mirror image through the centre voxel D//2: out(x) = map(-x). In even boxes the edge at -D/2 stays."""
     flipped = data[::-1, ::-1, ::-1]
     return np.ascontiguousarray(flipped if len(data) % 2 else np.roll(flipped, 1, (0, 1, 2)))
@@ -238,7 +241,8 @@ class _Task:
 
 def _middle(pair: fs.Pair, rotation: np.ndarray, mirrored: bool) -> np.ndarray:
     """(n, 3): where rotations about the moving map's centre carry the body's middle."""
-    return (-1 if mirrored else 1) * rotation @ pair.body.centre_A
+    centre_A: np.ndarray = (-1 if mirrored else 1) * rotation @ pair.body.centre_A
+    return centre_A
 
 
 def _about_axes(task: _Task, moving: DensityMap, base: Placement, group: str) -> dict[bool, list[Placement]]:
@@ -256,7 +260,8 @@ def _normaliser(group: str) -> np.ndarray:
     from cryoiso.physics.so3 import rotvec_to_matrix
 
     def about(axis: Any, deg: float) -> np.ndarray:
-        return rotvec_to_matrix(np.radians(deg) * np.asarray(axis, np.float64))[0]
+        rotation: np.ndarray = rotvec_to_matrix(np.radians(deg) * np.asarray(axis, np.float64))[0]
+        return rotation
 
     fold = int(group[1:]) if group[0] in "CD" else 0
     if group[0] == "C":
@@ -276,7 +281,9 @@ def _is_small(placement: Placement, resolution_A: float) -> bool:
     return angle < NEAR_DEG and float(np.linalg.norm(placement.shift_A)) < NEAR * resolution_A
 
 
-def rotation_search(density: DensityMap, rotation: np.ndarray, resolution_A: float, step_deg: float) -> list[Placement]:
+def rotation_search(
+    density: DensityMap, rotation: Float[np.ndarray, "n 3 3"], resolution_A: float, step_deg: float
+) -> list[Placement]:
     """The best distinct placements of a map in itself that a grid of rotations leads to, best first.
 
     Args:

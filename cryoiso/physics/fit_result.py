@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Hand = Literal["same", "mirrored", "undecided", "not tried"]
 FREER = 0.05
@@ -19,18 +22,19 @@ FREER = 0.05
 class Placement:
     """One way to lay the moving map into the target."""
 
-    rotation: np.ndarray
+    rotation: Float[np.ndarray, "3 3"]
     """(3, 3) R"""
-    shift_A: np.ndarray
+    shift_A: Float[np.ndarray, " 3"]
     """(3,) d"""
     score: float
     """normalised cross-correlation of both maps with flattened spectra, up to the resolution of the fit"""
     mirrored: bool = False
 
-    def points(self, xyz_A: np.ndarray) -> np.ndarray:
+    def points(self, xyz_A: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
         """Points (n, 3) of the moving map in the target's frame."""
         xyz = np.asarray(xyz_A, np.float64)
-        return (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
+        placed_A: np.ndarray = (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
+        return placed_A
 
     def after(self, first: Placement) -> Placement:
         """The placement that does ``first`` (not mirrored) and then this one."""
@@ -64,11 +68,11 @@ class Fit:
     error_runner_up: float
 
     @property
-    def rotation(self) -> np.ndarray:
+    def rotation(self) -> Float[np.ndarray, "3 3"]:
         return self.best.rotation
 
     @property
-    def shift_A(self) -> np.ndarray:
+    def shift_A(self) -> Float[np.ndarray, " 3"]:
         return self.best.shift_A
 
     @property

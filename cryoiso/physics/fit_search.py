@@ -26,7 +26,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import apply_radial, power_spectrum
 from cryoiso.physics.fourier import fourier_to_volume, pad_volume, volume_to_fourier
 from cryoiso.physics.masks import density_threshold, sphere_mask
-from cryoiso.physics.project import FourierVolume, flat_pairs, pairs
+from cryoiso.physics.projection import FourierVolume, flat_pairs, pairs
 from cryoiso.physics.so3 import rotvec_to_matrix
 
 PADDING = 2
@@ -107,7 +107,8 @@ class Pair:
 
     def score(self, rotation: np.ndarray, shift_A: np.ndarray, mirrored: bool = False) -> np.ndarray:
         """(n,) normalised cross-correlations."""
-        return self.agreement(rotation, shift_A, mirrored).sum(1)
+        score: np.ndarray = self.agreement(rotation, shift_A, mirrored).sum(1)
+        return score
 
 
 def make_body(moving: DensityMap, resolution_A: float, *, hold: str = FULL) -> Body:
@@ -229,10 +230,13 @@ def _sphere(reach: float) -> np.ndarray:
     grid = np.stack(np.meshgrid(np.arange(top + 1), full, full, indexing="ij"), -1).reshape(-1, 3)
     length2 = (grid**2).sum(1)
     grid, length2 = grid[(length2 > 0) & (length2 <= reach**2)], length2[(length2 > 0) & (length2 <= reach**2)]
-    return grid[np.argsort(length2, kind="stable")]
+    ordered: np.ndarray = grid[np.argsort(length2, kind="stable")]
+    return ordered
 
 
-def search(pair: Pair, rotation: np.ndarray, allowed: str, hands: tuple[bool, ...]) -> dict[bool, tuple]:
+def search(
+    pair: Pair, rotation: np.ndarray, allowed: str, hands: tuple[bool, ...]
+) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
     """The best shift of every rotation.
 
     Args:
@@ -249,7 +253,7 @@ def search(pair: Pair, rotation: np.ndarray, allowed: str, hands: tuple[bool, ..
     box = next_fast_len(2 * top + 2, real=True)
     kx, ky, kz = pair.index.T
     flat = torch.as_tensor(((kz % box) * box + ky % box) * (box // 2 + 1) + kx)
-    found: dict[bool, list] = {hand: [] for hand in hands}
+    found: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {hand: [] for hand in hands}
     step = max(1, (1 << 21) // box**3)
     for first in range(0, len(rotation), step):
         values = pair.sample(rotation[first : first + step])

@@ -19,7 +19,8 @@ import torch
 from cryoiso.core.types import DensityMap
 from cryoiso.physics import fit_search as fs
 from cryoiso.physics.filters import shell_index
-from cryoiso.physics.fit import Placement, apply_fit, own_frame, rotation_search
+from cryoiso.physics.fit import apply_fit, own_frame, rotation_search
+from cryoiso.physics.fit_result import Placement
 from cryoiso.physics.so3 import angular_distance_deg, fibonacci_sphere, rotvec_to_matrix
 from cryoiso.physics.symmetry import cryosparc_turn, generators, normalise_name, point_group
 
@@ -265,7 +266,8 @@ def _axis(rotation: np.ndarray) -> np.ndarray:
     from scipy.spatial.transform import Rotation
 
     vector = Rotation.from_matrix(rotation).as_rotvec()
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+    direction: np.ndarray = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    return direction
 
 
 def _onto(target: np.ndarray, source: np.ndarray) -> np.ndarray:
@@ -273,19 +275,22 @@ def _onto(target: np.ndarray, source: np.ndarray) -> np.ndarray:
     from scipy.spatial.transform import Rotation
 
     if target.ndim == 2:
-        return Rotation.align_vectors(target, source)[0].as_matrix()
+        aligned: np.ndarray = Rotation.align_vectors(target, source)[0].as_matrix()
+        return aligned
     cross, cosine = np.cross(source, target), float(source @ target)
     angle = np.arctan2(np.linalg.norm(cross), cosine)
     if np.linalg.norm(cross) < 1e-9:
         cross = np.array([1.0, 0.0, 0.0])
-    return rotvec_to_matrix(angle * cross / np.linalg.norm(cross))[0]
+    rotation: np.ndarray = rotvec_to_matrix(angle * cross / np.linalg.norm(cross))[0]
+    return rotation
 
 
 def _fixed_point(parts: list[Placement]) -> np.ndarray:
     """The point that rotations with shifts leave where it is, as near to the box centre as they allow."""
     system = np.concatenate([np.eye(3) - p.rotation for p in parts])
     shifts = np.concatenate([p.shift_A for p in parts])
-    return np.linalg.lstsq(system, shifts, rcond=0.05)[0]
+    centre: np.ndarray = np.linalg.lstsq(system, shifts, rcond=0.05)[0]
+    return centre
 
 
 def _self_pair(density: DensityMap, resolution_A: float, hold: str = fs.FIXED) -> fs.Pair:

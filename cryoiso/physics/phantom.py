@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.so3 import rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 HELIX_RISE_A, HELIX_TURN_DEG, HELIX_RADIUS_A = 1.5, 100.0, 2.3
 STRAND_RISE_A, LOOP_STEP_A, SIDE_CHAIN_A = 3.3, 3.6, 2.4
 
@@ -28,11 +31,11 @@ STRAND_RISE_A, LOOP_STEP_A, SIDE_CHAIN_A = 3.3, 3.6, 2.4
 class PseudoAtoms(NamedTuple):
     """Gaussian blobs that make a density."""
 
-    coords_A: np.ndarray
+    coords_A: Float[np.ndarray, "n 3"]
     """(n, 3) x, y, z relative to the centre."""
-    weights: np.ndarray
+    weights: Float[np.ndarray, " n"]
     """(n,) integral of each blob."""
-    sigma_A: np.ndarray
+    sigma_A: Float[np.ndarray, " n"]
     """(n,) standard deviation of each blob."""
 
 
@@ -162,7 +165,8 @@ def _helix(e: _Element) -> np.ndarray:
     length, u, v, axis = _frame(e)
     t = np.arange(0, length, HELIX_RISE_A)[:, None]
     angle = np.radians(e.twist_deg + HELIX_TURN_DEG * t / HELIX_RISE_A)
-    return e.start_A + axis * t + HELIX_RADIUS_A * (np.cos(angle) * u + np.sin(angle) * v)
+    points_A: np.ndarray = e.start_A + axis * t + HELIX_RADIUS_A * (np.cos(angle) * u + np.sin(angle) * v)
+    return points_A
 
 
 def _strand(e: _Element) -> np.ndarray:
@@ -171,7 +175,8 @@ def _strand(e: _Element) -> np.ndarray:
     t = np.arange(0, length, STRAND_RISE_A)[:, None]
     angle = np.radians(e.twist_deg + 20 * t / STRAND_RISE_A)
     pleat = np.where(np.arange(len(t)) % 2, 0.9, -0.9)[:, None]
-    return e.start_A + axis * t + pleat * (np.cos(angle) * u + np.sin(angle) * v)
+    points_A: np.ndarray = e.start_A + axis * t + pleat * (np.cos(angle) * u + np.sin(angle) * v)
+    return points_A
 
 
 def _loop(start: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -181,13 +186,14 @@ def _loop(start: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.nd
     t = (np.arange(count) + 1)[:, None] / (count + 1)
     bulge = rng.standard_normal(3)
     bulge *= min(4.0, 0.25 * gap) / np.linalg.norm(bulge)
-    return start + (end - start) * t + bulge * np.sin(np.pi * t) + rng.normal(0, 0.4, (count, 3))
+    points_A: np.ndarray = start + (end - start) * t + bulge * np.sin(np.pi * t) + rng.normal(0, 0.4, (count, 3))
+    return points_A
 
 
 def pseudo_atoms_to_map(
-    coords_A: np.ndarray,
-    weights: np.ndarray,
-    sigma_A,
+    coords_A: Float[np.ndarray, "n 3"],
+    weights: Float[np.ndarray, " n"],
+    sigma_A: Float[np.ndarray, " n"] | float,
     box_px: int,
     pixel_size_A: float,
     resolution_A: float,

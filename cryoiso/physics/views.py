@@ -7,6 +7,7 @@ coefficients perpendicular to v.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,21 +15,25 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.rng import shuffle_keys
 from cryoiso.physics.so3 import rotation_with_view
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
 MODES = ("uniform", "preferred", "retained", "missing-cone")
 _DEFAULT_CONE_DEG = {"uniform": 0.0, "preferred": 36.0, "retained": 45.0, "missing-cone": 30.0}
 
 
-def uniforms(seed: int, purpose: str, uids: np.ndarray) -> np.ndarray:
+def uniforms(seed: int, purpose: str, uids: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """(n,) float64 in (0, 1), one a uid, independent for every purpose."""
     keys = shuffle_keys(seed, purpose, np.asarray(uids, np.uint64))
     return ((keys >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def normals(seed: int, purpose: str, uids: np.ndarray) -> np.ndarray:
+def normals(seed: int, purpose: str, uids: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """(n,) float64 normally distributed, one a uid, independent for every purpose."""
     from scipy.special import ndtri
 
-    return ndtri(uniforms(seed, purpose, uids))
+    scores: np.ndarray = ndtri(uniforms(seed, purpose, uids))
+    return scores
 
 
 def rows_of(seed: int, purpose: str, uids: np.ndarray, count: int) -> np.ndarray:
@@ -91,7 +96,7 @@ class Views:
 class GivenViews:
     """View directions drawn from a list, such as that of a real set; in-plane angles are uniform."""
 
-    directions: np.ndarray
+    directions: Float[np.ndarray, "m 3"]
     """(m, 3) unit vectors."""
     purpose: str = "view row"
     """Of the draw. With that of the CTFs, both are of the same row."""
@@ -101,7 +106,9 @@ class GivenViews:
             raise InputError("no views to draw from")
 
 
-def sample_rotations(views: Views | GivenViews, uids: np.ndarray, seed: int) -> np.ndarray:
+def sample_rotations(
+    views: Views | GivenViews, uids: Shaped[np.ndarray, " n"], seed: int
+) -> Float[np.ndarray, "n 3 3"]:
     """Poses drawn from a view distribution.
 
     Args:
@@ -149,9 +156,11 @@ def _cone_angle(views: Views, u: np.ndarray) -> np.ndarray:
     """Angles from the pole in radians, up to the cone's half-angle (inverse of the truncated distribution)."""
     cone = np.radians(views.cone)
     if views.sigma_deg is None:
-        return np.arccos(1 - u * (1 - np.cos(cone)))
+        within: np.ndarray = np.arccos(1 - u * (1 - np.cos(cone)))
+        return within
     sigma = np.radians(views.sigma_deg)
-    return sigma * np.sqrt(-2 * np.log1p(-u * -np.expm1(-0.5 * (cone / sigma) ** 2)))
+    angle: np.ndarray = sigma * np.sqrt(-2 * np.log1p(-u * -np.expm1(-0.5 * (cone / sigma) ** 2)))
+    return angle
 
 
 def _from_bands(u: np.ndarray, bands: list[tuple[float, float, float]]) -> np.ndarray:
@@ -162,4 +171,5 @@ def _from_bands(u: np.ndarray, bands: list[tuple[float, float, float]]) -> np.nd
     start = np.concatenate([[0.0], ends[:-1]])
     low, high = np.array([b[:2] for b in bands]).T
     share = (u - start[which]) / np.where(mass[which] > 0, mass[which] / mass.sum(), 1)
-    return low[which] + (high - low)[which] * np.clip(share, 0, 1)
+    angle: np.ndarray = low[which] + (high - low)[which] * np.clip(share, 0, 1)
+    return angle

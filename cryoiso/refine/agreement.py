@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +19,9 @@ from cryoiso.core.types import HALVES
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 HalfMapFsc = Callable[[dict[int, np.ndarray]], np.ndarray]
 """(D//2+1,) FSC of half -> map, inside the mask that an FSC is taken in."""
 
@@ -26,11 +30,11 @@ HalfMapFsc = Callable[[dict[int, np.ndarray]], np.ndarray]
 class Agreement:
     """FSC of the half-maps, and the Wiener terms that follow from it."""
 
-    plain: np.ndarray
+    plain: Float[np.ndarray, " shells"]
     """(D//2+1,) of the unregularised maps."""
-    weighted: np.ndarray
+    weighted: Float[np.ndarray, " shells"]
     """(D//2+1,) of the Wiener-filtered maps; ``plain`` where none was asked for."""
-    wiener: dict[int, Tensor]
+    wiener: dict[int, Float[Tensor, " shells"]]
     """Half -> (radius+1,) term of each shell; of the halves that this rank is root of."""
 
 
@@ -66,7 +70,7 @@ def agreement(
     return Agreement(curve, better, wiener)
 
 
-def as_map(volume: Tensor) -> np.ndarray:
+def as_map(volume: Float[Tensor, "box box box"]) -> Float[np.ndarray, "box box box"]:
     """(D, D, D) float32 in host memory."""
     return volume.cpu().numpy().astype(np.float32, copy=False)
 

@@ -7,6 +7,7 @@ has the same shape wherever it is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import OpticsGroup, Particles
-from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
 from cryoiso.physics.ctf_applied import divide_by_ctf
 from cryoiso.physics.fourier import Disc, disc, images_to_fourier
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int, Shaped
 
 BATCH_IMAGES = 128
 
@@ -25,16 +29,16 @@ BATCH_IMAGES = 128
 class Batch:
     """B images of one half-set and one sampling geometry."""
 
-    rows: np.ndarray
+    rows: Int[np.ndarray, " n"]
     """(B,) rows of the particle table."""
-    group: np.ndarray
+    group: Int[np.ndarray, " n"]
     """(B,) optics group indices."""
-    coefficients: Tensor
+    coefficients: Complex[Tensor, "n k"]
     """(B, K) complex64: centred transform, beam tilt removed."""
-    ctf: Tensor
+    ctf: Float[Tensor, "n k"]
     """(B, K) float32."""
     where: Disc
-    magnification: np.ndarray | None
+    magnification: Float[np.ndarray, "2 2"] | None
     """(2, 2): image frequency -> frequency on the reference's grid; None for the identity."""
     premultiplied: np.ndarray | None = None
     """(B,) bool: coefficients that are y / c of a premultiplied image, unknown where c is 0; None: none is."""
@@ -42,7 +46,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def power_weight(self, full_from: float | None = None) -> Tensor | None:
+    def power_weight(self, full_from: float | None = None) -> Float[Tensor, "n k"] | None:
         """(B, K) by how much the power of each coefficient counts where noise is measured; None: 1 everywhere.
 
         In premultiplied images that is c^2, so that a sum is one of y and not of y / c.
@@ -83,7 +87,7 @@ class BatchReader:
     memory_bytes: int = 1 << 30
     apart: np.ndarray | None = None
     """(N,) bool: particles that share no batch with the others; None: none."""
-    _kept: dict = field(default_factory=dict)
+    _kept: dict[tuple[int, int, int], tuple[int, Batch]] = field(default_factory=dict)
     _used: int = 0
 
     def plan(self, halves: tuple[int, ...] = (1, 2)) -> list[np.ndarray]:
@@ -105,12 +109,12 @@ class BatchReader:
         distinct = list(dict.fromkeys(keys))
         return np.array([distinct.index(k) for k in keys])
 
-    def matrix(self, group: OpticsGroup) -> np.ndarray | None:
+    def matrix(self, group: OpticsGroup) -> Float[np.ndarray, "2 2"] | None:
         """(2, 2) from the image's frequency index to the reference's: magnification times the ratio of pixel sizes."""
         m = np.array(group.magnification, float).reshape(2, 2) * (self.pixel_size_A / group.pixel_size_A)
         return None if np.allclose(m, np.eye(2), atol=1e-6) else m
 
-    def read(self, rows: np.ndarray, radius_px: int) -> Batch:
+    def read(self, rows: Shaped[np.ndarray, " n"], radius_px: int) -> Batch:
         """The batch of these rows with all coefficients up to radius_px of the reference's grid."""
         key = (int(rows[0]), int(rows[-1]), len(rows))
         kept = self._kept.get(key)

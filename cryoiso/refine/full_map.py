@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
-from cryoiso.metrics.fsc import fsc_corrected
+from cryoiso.metrics.fsc_curve import fsc_corrected
 from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import references
 from cryoiso.refine.agreement import agreement, as_map, on_every_rank
 from cryoiso.refine.reconstruct import half_sums
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 PLANES = 16
 """Planes of a half's sums that are sent to the other's at once."""
@@ -37,14 +42,14 @@ class FullReconstruction:
     """Half -> the map as ``reconstruct_halves`` makes it, on every rank."""
     weighted: DensityMap | None
     """The Wiener-weighted map of all particles; on rank 0."""
-    fsc: np.ndarray
+    fsc: Float[np.ndarray, " shells"]
     """(D//2+1,) of the filtered half-maps, corrected for the mask: what the weights follow from."""
 
 
 def reconstruct_full(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None,
     mask_of: MaskOf,
     *,
     symmetry: str = "C1",
@@ -63,13 +68,15 @@ def reconstruct_full(
     size); the grid is gone before anything is divided.
 
     Args:
+        mask_of: makes the mask, (D, D, D) in [0, 1], from a map.
         diameter_A: of the sphere (default: 0.9 boxes).
         seed: of the random phases.
-        symmetry, padding, device, pixel_size_A: as ``reconstruct_halves``.
+        comm, symmetry, padding, device, pixel_size_A: as ``reconstruct_halves``.
 
     Raises:
         InputError: as ``reconstruct_halves``.
     """
+    comm = comm if comm is not None else Context()
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums: dict[int, FourierSums] = {}

@@ -13,7 +13,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.rng import shuffle_keys
 from cryoiso.physics.fourier import Disc, disc
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine import offsets
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums

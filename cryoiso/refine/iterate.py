@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,13 +17,14 @@ from cryoiso.core.identity import Identity, digest_of, plain
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import HALVES, DensityMap
-from cryoiso.metrics.fsc import resolution_at
+from cryoiso.metrics.fsc_curve import resolution_at
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
@@ -194,7 +196,7 @@ class Refinement:
                         model.state.iteration + 1, len(kept), batches)  # fmt: skip
         return kept
 
-    def _batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches):
+    def _batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches) -> Iterator[Batch]:
         batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
         lines = len(HALVES) * len(self.kinds)
@@ -220,7 +222,10 @@ class Refinement:
                 kept.flush()
             raise Interrupted("stopped by a signal; what was found so far is kept")
 
-    def _maximise(self, model, sums, noise, views, rotation, shift_px, columns, plan, seconds) -> Model:
+    def _maximise(
+        self, model: Model, sums: HalfSums, noise: NoiseSums, views: dict[int, np.ndarray], rotation: np.ndarray,
+        shift_px: np.ndarray, columns: dict[str, np.ndarray], plan: SearchPlan, seconds: float,
+    ) -> Model:  # fmt: skip
         comm, state = self.comm, model.state
         raw = self._unregularised(sums.raw)
         agreed = self._agreement(sums.raw, raw, state)
@@ -247,7 +252,7 @@ class Refinement:
         next_deg = self.plan(advanced).levels[-1].cell_deg / 2
         advanced = schedule.with_finer_steps(advanced, step_deg, next_deg, self.settings)
         at_limit = offsets.at_limit(residual_px, self._shift_range_px())
-        record: dict[str, Any] = {
+        record: IterationRecord = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
             "resolution_unmasked_A": self._resolution_A(self._fsc(raw, None, state)),
@@ -261,9 +266,10 @@ class Refinement:
             "at_shift_limit": at_limit / len(residual_px),
             "max_probability_mean": float(columns["rlnMaxValueProbDistribution"][self.raw].mean()),
             "log_likelihood": float(columns["rlnLogLikeliContribution"][self.raw].sum()),
-            **({} if share is None else {"auxiliary_weight_share": share}),
             "seconds": seconds,
         }
+        if share is not None:
+            record["auxiliary_weight_share"] = share
         if comm.rank == 0:
             self._report(record, at_limit, advanced.done)
         if self.request.correction is not None:
@@ -283,7 +289,7 @@ class Refinement:
                 shell = min(joined, self.limit, self.insertion_radius(state))
                 references.exchange_low_resolution(sums, shell, self.comm)
 
-    def _report(self, record: dict[str, Any], at_limit: int, last: bool) -> None:
+    def _report(self, record: IterationRecord, at_limit: int, last: bool) -> None:
         """Logs an iteration; at the end warns of shifts at the limit of the search."""
         logger.info(
             "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
@@ -320,7 +326,8 @@ class Refinement:
         if self.comm.rank == 0:
             value = references.anisotropy(raw, self.sphere, self.pixel, self.insertion_radius(state))
             value = value if np.isfinite(value) else None
-        return self.comm.bcast(value)
+        shared: float | None = self.comm.bcast(value)
+        return shared
 
     def _references(
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
@@ -329,7 +336,10 @@ class Refinement:
         own = {h: self.flatten(as_map(s.reconstruct(agreed.wiener[h])), resolution_A) for h, s in sums.items()}
         return on_every_rank(own, self.comm)
 
-    def _corrected(self, state, maps, references_now, curve, resolution_A, plan) -> tuple[dict, dict]:
+    def _corrected(
+        self, state: State, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray], curve: np.ndarray,
+        resolution_A: float, plan: SearchPlan,
+    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:  # fmt: skip
         """Half -> reference as the correction leaves it, and its record (collective)."""
         request = self.request
         assert request.correction is not None
@@ -347,7 +357,9 @@ class Refinement:
 
     def first_reference(self, given: DensityMap, lowpass_A: float) -> np.ndarray:
         """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
-        return np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32) * self.sphere
+        coarse = np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32)
+        reference: np.ndarray = coarse * self.sphere
+        return reference
 
     def first_references(self, lowpass_A: float) -> dict[int, np.ndarray]:
         """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
@@ -377,7 +389,8 @@ class Refinement:
         """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""
         volume = volume * self.sphere
         if self.request.mask is not None:
-            return (volume * self.request.mask.data).astype(np.float32)
+            masked: np.ndarray = (volume * self.request.mask.data).astype(np.float32)
+            return masked
         if not self.settings.solvent_mask:
             return volume
         return references.without_solvent(volume, self.pixel, resolution_A)

@@ -4,17 +4,22 @@ reduces here."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.fourier import Disc, disc
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
 from cryoiso.refine.noise import floored
 from cryoiso.refine.search import Posterior
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 NOISE_UNIT = 2.0**24
 """Residual power, and what counts as a coefficient, are summed in fixed point of this unit, exact in any order."""
@@ -28,14 +33,14 @@ class NoiseSums:
     sum |y - c model|^2 / sum c^2 of the images as they are.
     """
 
-    power: np.ndarray
-    count: np.ndarray
+    power: Int[np.ndarray, "groups shells"]
+    count: Int[np.ndarray, "groups shells"]
 
     @classmethod
     def empty(cls, n_groups: int, n_shells: int) -> NoiseSums:
         return cls(np.zeros((n_groups, n_shells), np.int64), np.zeros((n_groups, n_shells), np.int64))
 
-    def add(self, batch: Batch, residual: Tensor) -> None:
+    def add(self, batch: Batch, residual: Float[Tensor, "n k"]) -> None:
         """residual (B, K): |x - model|^2 of every coefficient."""
         weight = batch.power_weight()
         if weight is None:
@@ -54,7 +59,7 @@ class NoiseSums:
         per_image.index_add_(1, shell.clamp(max=size - 1), values.double())
         return (per_image * NOISE_UNIT).round().to(torch.int64).cpu().numpy()
 
-    def spectra(self, previous: np.ndarray) -> np.ndarray:
+    def spectra(self, previous: Float[np.ndarray, "groups shells"]) -> Float[np.ndarray, "groups shells"]:
         """(G, S) variances; shells that nothing was measured in keep the previous value, empty ones stay infinite."""
         value = self.power / NOISE_UNIT / np.where(self.count > 0, self.count / NOISE_UNIT, 1.0)
         measured = (self.count > 0) & (value > 0)
@@ -100,9 +105,7 @@ def _residual_power(
     return power.clamp_(min=0)
 
 
-def _inside(batch: Batch, volume: FourierVolume):
-    from cryoiso.physics.fourier import disc
-
+def _inside(batch: Batch, volume: FourierVolume) -> Disc:
     ratio = 1.0 if batch.magnification is None else float(np.linalg.norm(batch.magnification, 2))
     radius = min(volume.radius_px / ratio, batch.where.radius_px)
     return disc(batch.where.box_px, radius)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cryoiso.core.records import IterationRecord
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 BEST = ("",) * 11 + (
     "rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution", "cryoisoPoseSpread",
@@ -21,24 +25,24 @@ class Model:
     """Everything an iteration starts from; a checkpoint is exactly this."""
 
     state: State
-    references: dict[int, np.ndarray]
+    references: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 reference."""
-    sigma2: np.ndarray
+    sigma2: Float[np.ndarray, "groups shells"]
     """(G, S) noise variance by optics group and shell."""
-    rotation: np.ndarray
+    rotation: Float[np.ndarray, "n 3 3"]
     """(N, 3, 3)."""
-    shift_A: np.ndarray
+    shift_A: Float[np.ndarray, "n 2"]
     """(N, 2) RELION origins."""
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, Shaped[np.ndarray, " n"]] = field(default_factory=dict)
     """Per-particle results by STAR name."""
-    half_maps: dict[int, np.ndarray] = field(default_factory=dict)
+    half_maps: dict[int, Float[np.ndarray, "box box box"]] = field(default_factory=dict)
     """Half -> unregularised map of the last iteration."""
-    views: dict[int, np.ndarray] = field(default_factory=dict)
+    views: dict[int, Float[np.ndarray, " cells"]] = field(default_factory=dict)
     """Half -> (P,) weight of every cell of views in the last iteration's posteriors; empty before the first."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[IterationRecord] = field(default_factory=list)
 
 
-def best_of(posterior: Posterior) -> np.ndarray:
+def best_of(posterior: Posterior) -> Float[np.ndarray, "n 15"]:
     """(B, 15) float64, columns as BEST: all that is kept of a batch's posterior, which itself is ten times larger."""
     p = posterior
     parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight, p.spread_deg)

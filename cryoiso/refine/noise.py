@@ -8,7 +8,7 @@ data. Such shells have the variance infinity in a spectrum: weight zero in the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.refine.offsets import image_name
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Real, Shaped
 
 EMPTY = 1e-4
 """A shell with less than this share of the mean power of all coefficients of its optics group is empty."""
@@ -31,8 +34,11 @@ OUTLIER = 100.0
 
 
 def mean_spectra(
-    power: np.ndarray, count: np.ndarray, groups: Sequence[OpticsGroup], share: float = EMPTY
-) -> np.ndarray:
+    power: Real[np.ndarray, "groups shells"],
+    count: Real[np.ndarray, "groups shells"],
+    groups: Sequence[OpticsGroup],
+    share: float = EMPTY,
+) -> Float[np.ndarray, "groups shells"]:
     """(G, S) mean power of the images by optics group and shell, infinite where a shell is empty, 1 where nothing was
     measured.
 
@@ -62,7 +68,9 @@ def mean_spectra(
     return spectra
 
 
-def group_medians(values: np.ndarray, optics: np.ndarray, counted: np.ndarray) -> np.ndarray:
+def group_medians(
+    values: Float[np.ndarray, " n *rest"], optics: Int[np.ndarray, " n"], counted: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, " n *rest"]:
     """(n, ...) for each row the median over the counted rows of its optics group; over all where the group has none."""
     medians = np.empty_like(values)
     for group in np.unique(optics):
@@ -72,7 +80,7 @@ def group_medians(values: np.ndarray, optics: np.ndarray, counted: np.ndarray) -
     return medians
 
 
-def require_sound_images(particles: Particles, facts: np.ndarray) -> None:
+def require_sound_images(particles: Particles, facts: Float[np.ndarray, "n 2"]) -> None:
     """Stops at images that would spoil the noise spectra of the others of their optics group, and names them.
 
     Args:
@@ -116,7 +124,9 @@ def _stop_at(bad: np.ndarray, particles: Particles, problem: str, found: str | N
         )  # fmt: skip
 
 
-def floored(spectra: np.ndarray, previous: np.ndarray) -> np.ndarray:
+def floored(
+    spectra: Float[np.ndarray, "groups shells"], previous: Float[np.ndarray, "groups shells"]
+) -> Float[np.ndarray, "groups shells"]:
     """(G, S) new spectra: infinite where the previous ones are, nowhere below FLOOR times the median of the rest."""
     out = np.array(spectra, np.float64)
     for value, empty in zip(out, np.isinf(previous), strict=True):
@@ -127,7 +137,9 @@ def floored(spectra: np.ndarray, previous: np.ndarray) -> np.ndarray:
     return out
 
 
-def last_shell(spectra: np.ndarray, particles: Particles, pixel_size_A: float, limit_px: int) -> int:
+def last_shell(
+    spectra: Float[np.ndarray, "groups shells"], particles: Particles, pixel_size_A: float, limit_px: int
+) -> int:
     """Radius, in shells of a grid with this pixel size and the images' box, up to which any optics group with particles
     has power, ``limit_px`` at most."""
     used = np.unique(particles.optics).tolist()
@@ -135,7 +147,9 @@ def last_shell(spectra: np.ndarray, particles: Particles, pixel_size_A: float, l
     return min(limit_px, int(max(reach) * pixel_size_A + 1e-6))
 
 
-def empty_between(spectra: np.ndarray, particles: Particles, pixel_size_A: float, limit_px: int) -> np.ndarray:
+def empty_between(
+    spectra: Float[np.ndarray, "groups shells"], particles: Particles, pixel_size_A: float, limit_px: int
+) -> Shaped[np.ndarray, " _"]:
     """Shells of such a grid from 1 to ``limit_px`` in which no group with particles has power."""
     shells = np.arange(1, limit_px + 1)
     seen = np.zeros(len(shells), bool)
@@ -145,7 +159,7 @@ def empty_between(spectra: np.ndarray, particles: Particles, pixel_size_A: float
     return shells[~seen]
 
 
-def weight_scale(spectra: np.ndarray) -> float:
+def weight_scale(spectra: Float[np.ndarray, "groups shells"]) -> float:
     """Power of two that the weights of a back-projection are multiplied by, so that none is beyond LARGEST_WEIGHT; 1
     for normalised images with ordinary noise. It cancels in the division."""
     smallest = float(spectra[np.isfinite(spectra)].min())

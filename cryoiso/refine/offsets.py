@@ -6,11 +6,16 @@ refinement), so a search over all views looks for shifts around it. Nothing else
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.types import Particles
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FAR = 0.25
 """Particles farther off centre than this share of the box may be cut off by its edge."""
@@ -66,16 +71,17 @@ def _stop_at(bad: np.ndarray, particles: Particles, file: object, problem: str, 
     )
 
 
-def given_centres_px(particles: Particles) -> np.ndarray | None:
+def given_centres_px(particles: Particles) -> Float[np.ndarray, "n 2"] | None:
     """(n, 2) where the content of each image sits according to its offset, in pixels of its own, from pixel D//2;
     None where no particle has an offset other than zero."""
     shift_A = particles.shift_A
     if shift_A is None or not np.any(shift_A):
         return None
-    return -shift_A / particles.group_values("pixel_size_A")[:, None]
+    offsets_px: np.ndarray = -shift_A / particles.group_values("pixel_size_A")[:, None]
+    return offsets_px
 
 
-def tell_of_given(centre_px: np.ndarray, box_px: int) -> None:
+def tell_of_given(centre_px: Float[np.ndarray, "n 2"], box_px: int) -> None:
     """Logs that shifts are searched around given offsets, and warns where many particles sit near the edge."""
     distance = np.hypot(*centre_px.T)
     logger.info(
@@ -91,7 +97,7 @@ def tell_of_given(centre_px: np.ndarray, box_px: int) -> None:
         )  # fmt: skip
 
 
-def at_limit(residual_px: np.ndarray, range_px: float) -> int:
+def at_limit(residual_px: Float[np.ndarray, "n 2"], range_px: float) -> int:
     """How many of the shifts found (n, 2), counted from the centre of each search, lie at or beyond its range."""
     return int(np.sum(np.hypot(*residual_px.T) >= range_px * (1 - 1e-6)))
 

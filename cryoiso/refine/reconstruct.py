@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import pairs
+from cryoiso.physics.projection import pairs
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
@@ -24,6 +26,9 @@ from cryoiso.refine.likelihood import shift_factors, with_magnification
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.noise import ROUNDING, last_shell, mean_spectra
 from cryoiso.refine.offsets import check_poses
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
 
 BLOCK_IMAGES = 64
 """Images that are prepared at once: few enough to stay in the cache."""
@@ -36,7 +41,7 @@ WAITING_COEFFICIENTS = 2**23
 def reconstruct_halves(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None = None,
     *,
     symmetry: str = "C1",
     padding: int = 2,
@@ -53,6 +58,7 @@ def reconstruct_halves(
     Args:
         source: images, row for row those of ``particles``.
         particles: poses and half numbers.
+        comm: the ranks that share the work; None: this process alone.
         pixel_size_A: of the map's grid (default: the first particle's, which need not be in the first optics group).
 
     Returns:
@@ -61,6 +67,7 @@ def reconstruct_halves(
     Raises:
         InputError: no poses, one that cannot be, or a half-set is empty.
     """
+    comm = comm if comm is not None else Context()
     pixel = pixel_size_A or particles.first_group.pixel_size_A
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
     limits: dict[int, int] = {}
@@ -72,7 +79,7 @@ def reconstruct_halves(
 def reconstruct_references(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None = None,
     *,
     symmetry: str = "C1",
     padding: int = 2,
@@ -80,7 +87,7 @@ def reconstruct_references(
     diameter_A: float | None = None,
     prior: dict[int, DensityMap] | None = None,
     pixel_size_A: float | None = None,
-) -> tuple[dict[int, DensityMap], dict[int, DensityMap], np.ndarray]:
+) -> tuple[dict[int, DensityMap], dict[int, DensityMap], Float[np.ndarray, " shells"]]:
     """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
 
     The regularised map of a half divides by weight + 1/tau^2 (``agreement``), so that directions which few images saw
@@ -90,7 +97,7 @@ def reconstruct_references(
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
         prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
             scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
-        pixel_size_A: as ``reconstruct_halves``.
+        comm, pixel_size_A: as ``reconstruct_halves``.
 
     Returns:
         half -> plain map, half -> regularised map inside the sphere, both on every rank; FSC (D//2+1,).
@@ -98,6 +105,7 @@ def reconstruct_references(
     Raises:
         InputError: as ``reconstruct_halves``.
     """
+    comm = comm if comm is not None else Context()
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums = dict(half_sums(source, particles, comm, symmetry, padding, device, HALVES, pixel, limits))
@@ -185,8 +193,8 @@ def half_sums(
 def insert_batches(
     reader: BatchReader,
     plan: list[np.ndarray],
-    rotation: np.ndarray,
-    shift_A: np.ndarray,
+    rotation: Float[np.ndarray, "n 3 3"],
+    shift_A: Float[np.ndarray, "n 2"],
     accumulator: SliceAccumulator,
     comm: Communicator,
     label: str,
@@ -289,7 +297,12 @@ class _Waiting:
         self.count = 0
 
 
-def weigh(batch: Batch, content_px: torch.Tensor, data: torch.Tensor, weight: torch.Tensor) -> None:
+def weigh(
+    batch: Batch,
+    content_px: Float[torch.Tensor, "n 2"],
+    data: Complex[torch.Tensor, "n k"],
+    weight: Float[torch.Tensor, "n k"],
+) -> None:
     """Writes x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
     where = batch.where
     if data.device.type == "cpu":

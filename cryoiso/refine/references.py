@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from cryoiso.core.protocols import Communicator
 from cryoiso.metrics.anisotropy import conical_fsc
-from cryoiso.metrics.fsc import fsc, transform
+from cryoiso.metrics.fsc_curve import fsc, transform
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.filters import apply_transfer, radius_grid
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.masks import soft_mask_from_map, sphere_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 CONES = 64
 """Directions in which half-maps are compared between iterations."""
@@ -43,12 +48,14 @@ def _inner(s: FourierSums, radius_px: int) -> tuple[np.ndarray, np.ndarray]:
     return s.numerator[box].cpu().numpy().copy(), s.weight[box].cpu().numpy().copy()
 
 
-def half_map_fsc(maps_of_both_halves: dict[int, np.ndarray], mask: np.ndarray | None) -> np.ndarray:
+def half_map_fsc(
+    maps_of_both_halves: dict[int, Float[np.ndarray, "box box box"]], mask: Float[np.ndarray, "box box box"] | None
+) -> Float[np.ndarray, " box//2+1"]:
     """FSC between the two half-maps (D//2+1,)."""
     return fsc(maps_of_both_halves[1], maps_of_both_halves[2], mask)
 
 
-def within(volume: np.ndarray, radius_px: int) -> np.ndarray:
+def within(volume: Float[np.ndarray, "box box box"], radius_px: int) -> Float[np.ndarray, "box box box"]:
     """The map without its Fourier coefficients beyond a shell (what a mask left there would correlate as data do)."""
     box = np.shape(volume)[0]
     if radius_px >= (box - 1) // 2:
@@ -56,21 +63,27 @@ def within(volume: np.ndarray, radius_px: int) -> np.ndarray:
     return np.asarray(apply_transfer(volume, (radius_grid(box, 3).round() <= radius_px).float()), np.float32)
 
 
-def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> np.ndarray:
+def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
     """Soft sphere of the particle's diameter (D, D, D)."""
     radius = min(diameter_A / 2 / pixel_size_A, box_px / 2 - 3)
     return np.asarray(sphere_mask(box_px, radius, 3.0), np.float32)
 
 
-def without_solvent(volume: np.ndarray, pixel_size_A: float, resolution_A: float) -> np.ndarray:
+def without_solvent(
+    volume: Float[np.ndarray, "box box box"], pixel_size_A: float, resolution_A: float
+) -> Float[np.ndarray, "box box box"]:
     """The map inside a soft mask made from itself, low-passed at 15 Å or one and a half times the resolution."""
     lowpass_A = max(15.0, 1.5 * resolution_A)
     mask = soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0)
-    return (volume * np.asarray(mask)).astype(np.float32)
+    masked: np.ndarray = (volume * np.asarray(mask)).astype(np.float32)
+    return masked
 
 
 def anisotropy(
-    maps_of_both_halves: dict[int, np.ndarray], mask: np.ndarray, pixel_size_A: float, last_shell: int
+    maps_of_both_halves: dict[int, Float[np.ndarray, "box box box"]],
+    mask: Float[np.ndarray, "box box box"],
+    pixel_size_A: float,
+    last_shell: int,
 ) -> float:
     """cFAR of the half-maps, coarsely: least over largest area under the conical FSC curves of CONES directions; NaN
     where they agree in none.

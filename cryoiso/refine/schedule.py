@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ import torch
 from cryoiso.core.config import RefineSection
 from cryoiso.physics.so3 import grid_step_deg, local_rotations, so3_grid
 from cryoiso.refine.search import Level, SearchPlan
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FIRST_BEAM, LAST_BEAM = 16, 4
 """Candidates per image at the first level of the local search, and at least at every later one."""
@@ -46,7 +50,7 @@ def expected_iterations(done: int, settings: RefineSection) -> int:
     return min(max(EXPECTED_ITERATIONS, done + 2), max(settings.max_iterations, done + 1))
 
 
-def global_grid(order: int, symmetry: str) -> torch.Tensor:
+def global_grid(order: int, symmetry: str) -> Float[torch.Tensor, "j 3 3"]:
     """(J, 3, 3) float32 rotations of the global search."""
     return torch.as_tensor(so3_grid(order, symmetry), dtype=torch.float32)
 
@@ -57,13 +61,13 @@ def first_cell_deg(order: int, local_deg: float | None = None) -> float:
     return step if local_deg is None else min(step, local_deg / 2)
 
 
-def local_grid(order: int, local_deg: float) -> torch.Tensor:
+def local_grid(order: int, local_deg: float) -> Float[torch.Tensor, "j 3 3"]:
     """(J, 3, 3) float32 turns of a given pose by ``local_deg`` at most, none of it (the identity) first."""
     step = first_cell_deg(order, local_deg)
     return torch.as_tensor(local_rotations(step, local_deg / step), dtype=torch.float32)
 
 
-def disc_of_shifts(range_px: float, step_px: float) -> torch.Tensor:
+def disc_of_shifts(range_px: float, step_px: float) -> Float[torch.Tensor, "shifts 2"]:
     """(S, 2) square lattice of shifts inside a circle, the centre first."""
     reach = int(np.floor(range_px / step_px + 1e-6))
     axis = np.arange(-reach, reach + 1) * step_px
@@ -113,7 +117,7 @@ def last_step_deg(cell_deg: float, finest_deg: float) -> float:
 def search_plan(
     state: State,
     settings: RefineSection,
-    rotations: torch.Tensor,
+    rotations: Float[torch.Tensor, "j 3 3"],
     box_px: int,
     pixel_size_A: float,
     diameter_A: float,
@@ -152,7 +156,7 @@ def search_plan(
     return SearchPlan(rotations, disc_of_shifts(span, spacing), coarse, tuple(levels), state.shift_sd_px, local_deg)
 
 
-def agreement_shell(fsc: np.ndarray, threshold: float = 0.143) -> int:
+def agreement_shell(fsc: Float[np.ndarray, " shells"], threshold: float = 0.143) -> int:
     """Last shell before the curve first falls below the threshold."""
     below = np.flatnonzero(fsc[1:] < threshold)
     return int(below[0]) if len(below) else len(fsc) - 1

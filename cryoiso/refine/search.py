@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.physics.fourier import disc
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import (
     ReferenceSlices,
@@ -30,8 +31,10 @@ from cryoiso.refine.likelihood import (
 )
 from cryoiso.refine.view_density import ViewPrior
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 NEGLIGIBLE = 0.03
-GRID = "prior of the grid"
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Level:
 class SearchPlan:
     """What the search does in one iteration; the same for all images."""
 
-    rotations: Tensor
+    rotations: Float[Tensor, "j 3 3"]
     """(J, 3, 3) global grid; in a local search the turns of the given pose, in the image's frame."""
-    shifts_px: Tensor
+    shifts_px: Float[Tensor, "shifts 2"]
     """(S, 2) coarse shifts, from the given one where there is one."""
     coarse_radius_px: int
     levels: tuple[Level, ...]
@@ -70,23 +73,23 @@ class Given:
     """What is known of poses before the search, row for row those of a batch: it looks for shifts around the given
     ones and, if it is a local one, stays near the given rotations."""
 
-    rotation: Tensor | None
+    rotation: Float[Tensor, "n 3 3"] | None
     """(B, 3, 3) float32; None in a global search."""
-    shift_px: Tensor
+    shift_px: Float[Tensor, "n 2"]
     """(B, 2) float32, of the content."""
 
     def near(self) -> Given | None:
         """Itself for a local search, None for a global one."""
         return None if self.rotation is None else self
 
-    def take(self, rows) -> Given:
+    def take(self, rows: slice | Tensor) -> Given:
         return Given(None if self.rotation is None else self.rotation[rows], self.shift_px[rows])
 
     def centre(self, white: Whitened) -> Whitened:
         """The images with their content moved back by the given shifts: a search of them finds what is left."""
         return replace(white, data=white.data * shift_factors(white.where, self.shift_px))
 
-    def turned(self, turns: Tensor) -> Tensor:
+    def turned(self, turns: Float[Tensor, "j 3 3"]) -> Float[Tensor, "n j 3 3"]:
         """(B, J, 3, 3): every given rotation turned by every one of ``turns`` (J, 3, 3)."""
         return torch.einsum("jik,bkl->bjil", turns, self._rotation())
 
@@ -94,35 +97,38 @@ class Given:
         assert self.rotation is not None  # asked for in local searches only
         return self.rotation
 
-    def is_near(self, rotation: Tensor, particle: Tensor, limit_deg: float) -> Tensor:
+    def is_near(
+        self, rotation: Float[Tensor, "r c 3 3"], particle: Int[Tensor, " r"], limit_deg: float
+    ) -> Bool[Tensor, "r c"]:
         """(R, C): which of ``rotation`` (R, C, 3, 3) are within an angle of those given for their ``particle`` (R,)."""
         # |A - B|^2 = 8 sin^2(angle / 2), exact for small angles
         distance2 = (rotation - self._rotation()[particle][:, None]).square().sum((-2, -1))
-        return distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
+        near: Tensor = distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
+        return near
 
 
 @dataclass(frozen=True)
 class Posterior:
     """What is left of the search for a batch: weighted samples, best poses, evidence."""
 
-    particle: Tensor
+    particle: Int[Tensor, " r"]
     """(R,) row of the batch, sorted."""
-    rotation: Tensor
+    rotation: Float[Tensor, "r 3 3"]
     """(R, 3, 3)."""
-    shift_px: Tensor
+    shift_px: Float[Tensor, "r 2"]
     """(R, 2): posterior mean of the shift at that view."""
-    weight: Tensor
+    weight: Float[Tensor, " r"]
     """(R,) sums to 1 an image."""
-    best_rotation: Tensor
+    best_rotation: Float[Tensor, "n 3 3"]
     """(B, 3, 3): posterior mean of the leading mode."""
-    best_shift_px: Tensor
-    log_evidence: Tensor
+    best_shift_px: Float[Tensor, "n 2"]
+    log_evidence: Float[Tensor, " n"]
     """(B,) log of the marginal likelihood over the samples, up to the image's own constant."""
-    entropy: Tensor
+    entropy: Float[Tensor, " n"]
     """(B,) nats, over the last level's samples."""
-    max_weight: Tensor
+    max_weight: Float[Tensor, " n"]
     """(B,) posterior probability of the best sample's view."""
-    spread_deg: Tensor
+    spread_deg: Float[Tensor, " n"]
     """(B,) root mean square angle of the leading mode's views from the best pose; 0 where one has all the weight."""
 
 
@@ -147,7 +153,8 @@ class Searcher:
     """Scores (image x shift x view) held at once."""
 
     def __post_init__(self) -> None:
-        self._slices: dict = {}
+        self._slices: dict[bytes | None, ReferenceSlices] = {}
+        self._grid_prior: Tensor | None = None
 
     def _reference(self, white: Whitened) -> ReferenceSlices:
         key = None if white.magnification is None else white.magnification.tobytes()
@@ -212,14 +219,23 @@ class Searcher:
         assert self.views is not None
         if given is not None:
             return self.views(given.turned(self.plan.rotations))
-        if GRID not in self._slices:
-            self._slices[GRID] = self.views(self.plan.rotations)
-        return self._slices[GRID]
+        if self._grid_prior is None:
+            self._grid_prior = self.views(self.plan.rotations)
+        return self._grid_prior
 
     def _near(self, white: Whitened, given: Given) -> ReferenceSlices:
         return ReferenceSlices.of(self.volume, given.turned(self.plan.rotations), white.where, white.magnification)
 
-    def _level(self, white, level: Level, rotation, shift, score, given: Given | None, keep_lattice: bool):
+    def _level(
+        self,
+        white: Whitened,
+        level: Level,
+        rotation: Tensor,
+        shift: Tensor,
+        score: Tensor,
+        given: Given | None,
+        keep_lattice: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
         level."""
         if score.shape[1] > level.beam:
@@ -257,7 +273,13 @@ class Searcher:
         return out_rotation, out_shift.gather(2, at[..., None, None].expand(-1, -1, 1, 2))[:, :, 0], best
 
 
-def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep: int = 12) -> Posterior:
+def summarise(
+    rotation: Float[Tensor, "n m 3 3"],
+    shift: Float[Tensor, "n m 9 2"],
+    score: Float[Tensor, "n m 9"],
+    level: Level,
+    keep: int = 12,
+) -> Posterior:
     """Normalises the last level's samples.
 
     Args:
@@ -290,7 +312,9 @@ def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep
     )
 
 
-def leading_mode(rotation: Tensor, shift: Tensor, weight: Tensor, cell_deg: float) -> tuple[Tensor, Tensor, Tensor]:
+def leading_mode(
+    rotation: Float[Tensor, "n s 3 3"], shift: Float[Tensor, "n s 2"], weight: Float[Tensor, "n s"], cell_deg: float
+) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Float[Tensor, " n"]]:
     """Posterior mean over the samples within two cells of the best, rotation (B, 3, 3) and shift (B, 2), and the root
     mean square angle (B,) in degrees of these samples from it.
 

@@ -8,6 +8,7 @@ join them only in the next references.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,8 +20,13 @@ from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine.model import BEST
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
-def reduced(accumulator: SliceAccumulator, half: int, operations: np.ndarray, comm: Communicator) -> FourierSums | None:
+
+def reduced(
+    accumulator: SliceAccumulator, half: int, operations: Float[np.ndarray, "g 3 3"], comm: Communicator
+) -> FourierSums | None:
     """Symmetrised sums of all ranks on the half's root, None elsewhere (collective). Uses the accumulator up."""
     bound = sum(comm.allgather(accumulator.bound))
     whole = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
@@ -78,7 +84,7 @@ class HalfSums:
 
 def gathered(
     found: list[tuple[np.ndarray, np.ndarray]], n: int, comm: Communicator
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[Float[np.ndarray, "{n} 3 3"], Float[np.ndarray, "{n} 2"], dict[str, Shaped[np.ndarray, " {n}"]]]:
     """Rotations (n, 3, 3), shifts (n, 2) and per-particle numbers of all ranks, on all ranks, in row order
     (collective).
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 from cryoiso.core.config import RefineSection
 from cryoiso.metrics.orientation import ViewGrid
 from cryoiso.physics.symmetry import point_group
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 STEP_DEG = 4.0
 """Width of a cell: well below the kernel's."""
@@ -67,7 +70,7 @@ class ViewPrior:
         """(...,) log prior of the views of rotations (..., 3, 3)."""
         return self.log_prior[self.index(rotation[..., 2, :])]
 
-    def index(self, view: Tensor) -> Tensor:
+    def index(self, view: Float[Tensor, "... 3"]) -> Int[Tensor, " ..."]:
         """(...,) int64 cell of unit vectors (..., 3); ``ViewGrid.index`` on a device."""
         ring = torch.searchsorted(self.rings, -view[..., 2].contiguous(), right=True) - 1
         ring = ring.clamp(0, len(self.cells) - 1)
@@ -86,13 +89,13 @@ class ViewCounts:
     def empty(cls) -> ViewCounts:
         return cls(np.zeros(len(view_grid()), np.int64))
 
-    def add(self, rotation: Tensor, weight: Tensor, grid: ViewPrior) -> None:
+    def add(self, rotation: Float[Tensor, "r 3 3"], weight: Float[Tensor, " r"], grid: ViewPrior) -> None:
         """Views of (R, 3, 3) with posterior weights (R,)."""
         cell = grid.index(rotation[..., 2, :]).cpu().numpy()
         np.add.at(self.counts, cell, np.rint(weight.double().cpu().numpy() * COUNT_UNIT).astype(np.int64))
 
 
-def density(counts: np.ndarray, symmetry: str, kernel_deg: float) -> np.ndarray:
+def density(counts: Float[np.ndarray, " cells"], symmetry: str, kernel_deg: float) -> Float[np.ndarray, " cells"]:
     """Smooth density of views over that of even ones.
 
     Args:
@@ -106,10 +109,13 @@ def density(counts: np.ndarray, symmetry: str, kernel_deg: float) -> np.ndarray:
     if not counts.sum() > 0:
         return np.ones(len(counts))
     smooth = counts / counts.sum() @ _kernel(symmetry, kernel_deg)
-    return smooth / smooth.mean()
+    density: np.ndarray = smooth / smooth.mean()
+    return density
 
 
-def log_prior(smooth: np.ndarray, *, axis_odds: float, polarity_floor: float) -> np.ndarray:
+def log_prior(
+    smooth: Float[np.ndarray, " cells"], *, axis_odds: float, polarity_floor: float
+) -> Float[np.ndarray, " cells"]:
     """(P,) log of the axial factor times the polarity; 0 for even views.
 
     Args:
@@ -121,7 +127,8 @@ def log_prior(smooth: np.ndarray, *, axis_odds: float, polarity_floor: float) ->
     opposite = smooth[_opposite()]
     axial = np.clip((smooth + opposite) / 2 / STILL_EVEN, 1.0, axis_odds)
     here, there = ((1 - polarity_floor) * s + polarity_floor for s in (smooth, opposite))
-    return np.log(axial) + np.log(2 * here / (here + there))
+    prior: np.ndarray = np.log(axial) + np.log(2 * here / (here + there))
+    return prior
 
 
 def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: RefineSection) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def new_figure(width_in: float, height_in: float, **layout: Any):
     return figure, figure.subplots(squeeze=False, **layout)
 
 
-def styled():
+def styled() -> AbstractContextManager[None]:
     """The context in which a figure is made and saved."""
     from matplotlib import rc_context
 

@@ -13,6 +13,7 @@ from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
 from cryoiso.report.collect import collect
 from cryoiso.report.methods_text import final_counts, methods, warnings, workflow
+from cryoiso.report.records import ReportData
 from cryoiso.report.sharing import for_others
 from cryoiso.report.surface import contour_level, surface_png
 from cryoiso.report.text import number, section
@@ -74,7 +75,7 @@ def deposit(folder: Path) -> None:
     write_text(result / CONTENTS, _contents(facts, present, data))
 
 
-def _facts(data: dict[str, Any], density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:
+def _facts(data: ReportData, density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:
     d, counts = data["diagnose"], final_counts(data)
     return {
         "schema": 1,
@@ -95,7 +96,7 @@ def _facts(data: dict[str, Any], density: DensityMap, levels: dict[str, float], 
     }
 
 
-def _contents(facts: dict[str, Any], rows: list[Row], data: dict[str, Any]) -> str:
+def _contents(facts: dict[str, Any], rows: list[Row], data: ReportData) -> str:
     table = ["| file | goes to | what it is |", "|---|---|---|"]
     table += [f"| `{name}` | {role} | {what} |" for name, role, what in rows]
     levels = ["| map | contour level to begin with |", "|---|---|"]

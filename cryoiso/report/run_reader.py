@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cryoiso.core import products
 from cryoiso.core.errors import InputError
+from cryoiso.core.records import JournalLine
 from cryoiso.io.regular_file import read_regular_bytes, read_regular_text
 
 
@@ -54,9 +55,9 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"not a TOML file: {error}", file=path) from None
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_journal(path: Path) -> list[JournalLine]:
     """Lines of the journal; one torn by a crash is passed over."""
-    lines = []
+    lines: list[JournalLine] = []
     text = read_regular_bytes(path).decode(errors="replace") if path.exists() else ""
     for row in text.splitlines():
         try:
@@ -64,5 +65,5 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
-            lines.append(line)
+            lines.append(cast(JournalLine, line))
     return lines

@@ -66,7 +66,8 @@ class BatchPlan:
 
     def rows_of(self, step: int) -> np.ndarray:
         """(batch,) rows of a step; the last batch of an epoch is filled from the next."""
-        return self.rows[self.positions(np.arange(step * self.batch, (step + 1) * self.batch))]
+        rows: np.ndarray = self.rows[self.positions(np.arange(step * self.batch, (step + 1) * self.batch))]
+        return rows
 
     def positions(self, places: np.ndarray) -> np.ndarray:
         """Positions in ``rows`` of places in the endless sequence of epochs."""
@@ -158,7 +159,8 @@ class Batches:
         """(b, D, D) float32: this rank's images of a step, in the order of ``rows_of``."""
         places = self.places_of(step)
         if self.in_memory:
-            return self._all()[self.plan.positions(places)]
+            images: np.ndarray = self._all()[self.plan.positions(places)]
+            return images
         out = np.empty((len(places), self.source.box_px, self.source.box_px), np.float32)
         n = len(self.plan)
         self._leave_others(int(places[0]))
@@ -242,7 +244,8 @@ class _Buffer:
             self._done += 1
 
     def image(self, place: int) -> np.ndarray:
-        return self._images[self._slot[np.searchsorted(self._places, place)]]
+        images: np.ndarray = self._images[self._slot[np.searchsorted(self._places, place)]]
+        return images
 
 
 def _read_into(out: np.ndarray, source: ImageSource, rows: np.ndarray, start: int, stop: int) -> None:

@@ -21,7 +21,7 @@ from cryoiso.core.config import CorrectSection
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.methods.anisotropy.filter import band, filtered, missing_cone, radii
 from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_fourier
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.pipeline.stages.correct import CorrectionTask, _correct_alone, correct_files

@@ -16,11 +16,11 @@ from cryoiso.cli.simulate_cmd import simulate as simulate_command
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.fourier import images_to_fourier
 from cryoiso.physics.noise import noise_spectrum
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import (
+from cryoiso.physics.simulation import (
     CtfRanges,
     SimulatedSource,
     image_to_background_db,

@@ -13,11 +13,11 @@ from scipy import stats
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, OpticsGroup
-from cryoiso.physics.ctf import wavelength_A
+from cryoiso.physics.contrast_transfer import wavelength_A
 from cryoiso.physics.nuisances.settings import Ice, Junk, Micrographs, Neighbours, Nuisances, Optics
 from cryoiso.physics.nuisances.shape import Outline, blob, inside, without_part
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import CtfRanges, SimulatedSource, make_particles
+from cryoiso.physics.simulation import CtfRanges, SimulatedSource, make_particles
 from cryoiso.physics.so3 import view_direction
 from cryoiso.physics.views import GivenViews, Views
 
@@ -355,7 +355,7 @@ def test_relion_takes_the_beam_tilt_out_again(small, tmp_path):
 
 
 def _fsc(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    from cryoiso.metrics.fsc import fsc
+    from cryoiso.metrics.fsc_curve import fsc
 
     return np.asarray(fsc(a, b))
 

@@ -10,7 +10,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.nuisances.settings import Nuisances
 from cryoiso.physics.nuisances.source import NuisanceSource
 from cryoiso.physics.nuisances.truth import draw_truth
-from cryoiso.physics.simulate import CtfRanges, SimulatedSource, make_particles
+from cryoiso.physics.simulation import CtfRanges, SimulatedSource, make_particles
 from cryoiso.physics.views import Views
 
 FLAT = CtfRanges((0.0, 0.0), 0.0, spherical_aberration_mm=0.0, amplitude_contrast=0.99)

@@ -31,10 +31,10 @@ from cryoiso.methods.auxiliary.condition import Condition, fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.particles import auxiliary_particles
 from cryoiso.parallel.context import Context
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.ctf_applied import apply_ctf, restored
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import make_particles, simulate
+from cryoiso.physics.simulation import make_particles, simulate
 from cryoiso.pipeline.stages.train import train_into
 
 BOX, PIXEL_A, N = 32, 6.0, 200

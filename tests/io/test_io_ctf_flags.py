@@ -14,7 +14,7 @@ from cryoiso.engines.relion.images import relion_particles
 from cryoiso.io.shards import groups_from_json, groups_to_json
 from cryoiso.io.star.read import read_particles, write_particles
 from cryoiso.io.star.text import read_blocks
-from cryoiso.physics.simulate import make_particles
+from cryoiso.physics.simulation import make_particles
 
 PREMULTIPLIED, FLIPPED = "rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped"
 OPTICS = ("rlnOpticsGroup", "rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast", "rlnImagePixelSize")

@@ -19,7 +19,7 @@ from cryoiso.methods.anisotropy.filter import checked, filtered, friedel_mate, m
 from cryoiso.methods.anisotropy.predict import predict
 from cryoiso.methods.anisotropy.settings import resolve
 from cryoiso.methods.anisotropy.submaps import SubMaps, axis_rotations, turned
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.nets.unet import Unet3d, UnetConfig
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.ddp import TrainingGroup

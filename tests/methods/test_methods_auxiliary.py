@@ -29,7 +29,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import apply_radial, lowpass, power_spectrum
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.symmetry import in_asymmetric_unit
 from cryoiso.physics.views import Views
 

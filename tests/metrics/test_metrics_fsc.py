@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import (
+from cryoiso.metrics.fsc_curve import (
     curve_area,
     fsc,
     fsc_corrected,

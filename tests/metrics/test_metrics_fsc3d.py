@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import fsc, transform
-from cryoiso.metrics.fsc3d import Sphere, _shares, fsc3d, fsc3d_of_transforms
+from cryoiso.metrics.directional_fsc import Sphere, _shares, fsc3d, fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import fsc, transform
 
 
 def shells(box: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.metrics import imagestats
 from cryoiso.metrics.imagestats import compare_images, histograms, image_statistics, image_sums, kl_divergence
 from cryoiso.physics.noise import colour_noise, noise_spectrum
-from cryoiso.physics.simulate import image_to_background_db
+from cryoiso.physics.simulation import image_to_background_db
 
 BOX, PIXEL_A, RADIUS_PX = 64, 3.0, 20.0
 

@@ -8,7 +8,7 @@ import torch
 
 from cryoiso.core.errors import InputError
 from cryoiso.physics import phantom
-from cryoiso.physics.project import project
+from cryoiso.physics.projection import project
 from cryoiso.physics.so3 import euler_to_matrix
 from cryoiso.physics.symmetry import point_group
 

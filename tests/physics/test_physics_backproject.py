@@ -19,14 +19,14 @@ from mixed_helper import two_microscopes
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io.sources import ArraySource
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import UNIT, SliceAccumulator
 from cryoiso.physics.fourier import disc, divide_by_gridding, pad_volume
 from cryoiso.physics.fourier_sums import FourierSums, rotate_half_space, to_transform, transform_to_volume
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import FourierVolume
-from cryoiso.physics.simulate import Projector, SimulatedSource, make_particles
+from cryoiso.physics.projection import FourierVolume
+from cryoiso.physics.simulation import Projector, SimulatedSource, make_particles
 from cryoiso.physics.so3 import random_rotations
 from cryoiso.physics.symmetry import point_group
 from cryoiso.physics.views import Views

@@ -13,7 +13,15 @@ import torch
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.physics import so3
-from cryoiso.physics.ctf import beam_tilt_phase, ctf, ctf_for, frequency_grid, wavelength_A, zernike_index, zernike_sum
+from cryoiso.physics.contrast_transfer import (
+    beam_tilt_phase,
+    ctf,
+    ctf_for,
+    frequency_grid,
+    wavelength_A,
+    zernike_index,
+    zernike_sum,
+)
 
 BOX, PIXEL_A = 64, 1.5
 MICROSCOPE = {"voltage_kV": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1}

@@ -14,9 +14,9 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import disc, images_to_fourier, shift_phases
 from cryoiso.physics.fourier_sums import half_space_to_volume
-from cryoiso.physics.project import FourierVolume, magnified, project, scatter_to_half_plane
+from cryoiso.physics.projection import FourierVolume, magnified, project, scatter_to_half_plane
 from cryoiso.physics.resample import resample_map
-from cryoiso.physics.simulate import Projector, make_particles
+from cryoiso.physics.simulation import Projector, make_particles
 from cryoiso.physics.so3 import euler_to_matrix, random_rotations
 from cryoiso.physics.symmetry import point_group
 

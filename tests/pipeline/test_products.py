@@ -18,7 +18,7 @@ BY_HALF = (
 NAMES = {value for name, value in vars(products).items() if name.isupper() and isinstance(value, str)}
 NAMES |= {products.facts(kind) for kind in RECORDS} | {name(half) for name in BY_HALF for half in ("{}", "1", "2")}
 OTHER_THINGS = {
-    ("cli/simulate_cmd.py", products.PARTICLES),  # of a simulated set
+    ("pipeline/commands/simulate.py", products.PARTICLES),  # of a simulated set
     ("cli/init_cmd.py", products.REFERENCE),  # stands for the user's own
 }
 

@@ -28,7 +28,7 @@ from cryoiso.methods.auxiliary.settings import network, training
 from cryoiso.methods.auxiliary.task import GeneratorTask
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 
 BOX, PIXEL_A, N = 32, 6.0, 40
 

@@ -15,7 +15,7 @@ from cryoiso.methods.misalignment.steps import (
     shell_amplitude,
     whiten,
 )
-from cryoiso.metrics.fsc import shell_correlation, transform
+from cryoiso.metrics.fsc_curve import shell_correlation, transform
 from cryoiso.physics.filters import apply_radial, lowpass
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map

@@ -23,7 +23,7 @@ from cryoiso.methods.anisotropy import correction_run
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.correction import MapCorrection, support
 from cryoiso.methods.misalignment.steps import shell_amplitude
-from cryoiso.metrics.fsc import fsc, resolution_at, shell_correlation, transform
+from cryoiso.metrics.fsc_curve import fsc, resolution_at, shell_correlation, transform
 from cryoiso.parallel import group_stop
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass

@@ -21,12 +21,12 @@ from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.auxiliary.corefine import CoRefined, co_refine
 from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.resample import resample_matrix
-from cryoiso.physics.simulate import Projector, simulate
+from cryoiso.physics.simulation import Projector, simulate
 from cryoiso.refine import batches, initial_model
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.iterate import Refinement

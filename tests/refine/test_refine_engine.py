@@ -22,13 +22,13 @@ from cryoiso.core.types import Particles
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
-from cryoiso.metrics.fsc import fsc, resolution_at
+from cryoiso.metrics.fsc_curve import fsc, resolution_at
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.phantom import phantom_map, pseudo_atoms_to_map, trimer
-from cryoiso.physics.project import FourierVolume
-from cryoiso.physics.simulate import SimulatedSource, simulate
+from cryoiso.physics.projection import FourierVolume
+from cryoiso.physics.simulation import SimulatedSource, simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import batches, iterate, search, search_cache

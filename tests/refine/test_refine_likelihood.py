@@ -16,14 +16,14 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
 from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.filters import lowpass, power_spectrum
 from cryoiso.physics.fourier import disc
 from cryoiso.physics.noise import noise_spectrum
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import FourierVolume, project
+from cryoiso.physics.projection import FourierVolume, project
 from cryoiso.physics.resample import resample_map
-from cryoiso.physics.simulate import SimulatedSource, make_particles, simulate
+from cryoiso.physics.simulation import SimulatedSource, make_particles, simulate
 from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references

@@ -16,11 +16,11 @@ from cryoiso.engines.native import NativeEngine
 from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.assess.measure import diagnose
-from cryoiso.metrics.fsc import fsc, fsc_corrected
+from cryoiso.metrics.fsc_curve import fsc, fsc_corrected
 from cryoiso.parallel.context import Context
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.refine import noise
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement

@@ -20,7 +20,7 @@ from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
 from cryoiso.methods.auxiliary.reference_check import require_evidence
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import Projector, simulate
+from cryoiso.physics.simulation import Projector, simulate
 from cryoiso.refine import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.model import Model

@@ -22,7 +22,7 @@ from cryoiso.io.sources import ArraySource
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 

@@ -13,7 +13,7 @@ from benchmarks import nuisance_sets, particle_sets
 from benchmarks.score import without_junk
 from cryoiso.cli.simulate_cmd import simulate
 from cryoiso.core.errors import InputError
-from cryoiso.physics.simulate import make_particles
+from cryoiso.physics.simulation import make_particles
 from cryoiso.report.contact_sheet import write_contact_sheet
 
 

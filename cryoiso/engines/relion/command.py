@@ -12,7 +12,8 @@ from cryoiso.core.commands import split_command
 from cryoiso.core.config import RefineSection, RelionSection
 from cryoiso.core.errors import MissingError, UsageError
 from cryoiso.engines.relion.extra import extra_words
-from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
+from cryoiso.engines.relion.install import Relion
+from cryoiso.parallel.mpi_probe import MPICH, OPEN_MPI
 
 OUTPUT = "run"
 """Root of the output names, in the folder where RELION runs; it is given as ./run, without a folder RELION stops."""

@@ -50,7 +50,7 @@ class RelionEngine:
 
     name = "relion"
 
-    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult:
+    def refine(self, request: RefineRequest, comm: Communicator | None = None) -> RefineResult:
         """Runs relion_refine_mpi until it converges or ``max_iterations`` are over (collective).
 
         Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised), refine.json, relion/ and,
@@ -64,7 +64,7 @@ class RelionEngine:
             CryoisoError: RELION failed, or the correction did.
             Interrupted: stopped by a signal; RELION is gone.
         """
-        return _Refinement(request, cast(Context, comm)).whole()
+        return _Refinement(request, Context() if comm is None else cast(Context, comm)).whole()
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,8 @@ def _to_real_space(task: Task, transform: Tensor, dimensions: int) -> Tensor:
     volume = torch.fft.fftshift(volume)
     start = side // 2 - box // 2
     volume = volume[(slice(start, start + box),) * 3]
-    return volume / (task.padding**3 * (box if dimensions == 2 else 1))
+    scaled: Tensor = volume / (task.padding**3 * (box if dimensions == 2 else 1))
+    return scaled
 
 
 def _without_corners(volume: Tensor, task: Task) -> Tensor:

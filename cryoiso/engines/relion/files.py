@@ -137,7 +137,7 @@ class Sampling:
     @property
     def step_deg(self) -> float:
         """Order 3 is 7.5 degrees."""
-        return 60.0 / 2**self.healpix_order
+        return 60.0 / 2.0**self.healpix_order
 
 
 def read_sampling(path: Path) -> Sampling:

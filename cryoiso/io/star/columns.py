@@ -117,7 +117,8 @@ def shift_of_table(columns: Columns, pixel_size_A: np.ndarray) -> np.ndarray | N
         return np.stack([columns.number("rlnOriginXAngst"), columns.number("rlnOriginYAngst")], 1)
     if columns.has("rlnOriginX", "rlnOriginY"):
         pixels = np.stack([columns.number("rlnOriginX"), columns.number("rlnOriginY")], 1)
-        return pixels * pixel_size_A[:, None]
+        lengths_A: np.ndarray = pixels * pixel_size_A[:, None]
+        return lengths_A
     return np.zeros((len(columns), 2)) if columns.has("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi") else None
 
 
@@ -218,7 +219,8 @@ def _flags(table: Columns, name: str) -> np.ndarray:
             f"bad value in column _{name}", file=table.file, row=int(bad[0]) + 1, expected="0 or 1",
             found=table.text(name)[int(bad[0])],
         )  # fmt: skip
-    return values == 1
+    flags: np.ndarray = values == 1
+    return flags
 
 
 _PER_GROUP = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -195,10 +196,10 @@ def _numbered_repeats(names: list[str]) -> list[str]:
     return out
 
 
-def _no_duplicates(keys: list, problem: str, path: object, shown: list) -> None:
+def _no_duplicates(keys: Sequence[Hashable], problem: str, path: object, shown: Sequence[object]) -> None:
     if len(set(keys)) == len(keys):
         return
-    first: dict = {}
+    first: dict[Hashable, int] = {}
     for row, key in enumerate(keys):
         if key in first:
             raise InputError(

@@ -72,7 +72,8 @@ def _unit_directions(directions: np.ndarray, symmetry: str) -> np.ndarray:
     """Each view's mate in the asymmetric unit (n, 3)."""
     mates = np.einsum("nj,gjk->ngk", directions, point_group(symmetry))
     inside = in_asymmetric_unit(mates.reshape(-1, 3), symmetry).reshape(len(directions), -1)
-    return mates[np.arange(len(directions)), inside.argmax(1)]
+    mate: np.ndarray = mates[np.arange(len(directions)), inside.argmax(1)]
+    return mate
 
 
 def _rank_in_cell(cell: np.ndarray, particles: Particles, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from cryoiso.core.rng import shuffle_keys
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.nets.hvae import pose_vector
 from cryoiso.parallel.partition import owned_rows
-from cryoiso.physics.simulate import Projector
+from cryoiso.physics.simulation import Projector
 
 SCALE_PARTICLES = 2048
 SCALE_BLOCK = 64

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import shuffle_keys, stable_hash
 from cryoiso.core.types import Particles
-from cryoiso.physics.simulate import draw_ctf
+from cryoiso.physics.simulation import draw_ctf
 from cryoiso.physics.symmetry import in_asymmetric_unit, point_group
 from cryoiso.physics.views import Views, sample_rotations, uniforms
 from cryoiso.refine.schedule import first_shift_sd_px
@@ -146,4 +146,5 @@ def _in_unit(rotation: np.ndarray, symmetry: str) -> np.ndarray:
         return rotation
     mates = np.einsum("nij,gjk->ngik", rotation, operations)
     inside = in_asymmetric_unit(mates[:, :, 2].reshape(-1, 3), symmetry).reshape(len(rotation), -1)
-    return mates[np.arange(len(rotation)), inside.argmax(1)]
+    mate: np.ndarray = mates[np.arange(len(rotation)), inside.argmax(1)]
+    return mate

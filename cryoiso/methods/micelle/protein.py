@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import density_threshold, soft_mask_from_map, sphere_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MASK_LOWPASS_A = 10.0
 """The homologue is filtered to this before thresholding: side chains differ between homologues, the fold does not."""
@@ -24,7 +28,7 @@ PROTEIN_DALTON_A3 = 1 / 1.21
 class ProteinMask:
     """A mask and how it came about."""
 
-    data: np.ndarray
+    data: Float[np.ndarray, "box box box"]
     """(D, D, D) float32 in [0, 1]."""
     threshold: float | None
     """On the grey scale of the homologue filtered to MASK_LOWPASS_A; None for a given mask."""
@@ -39,13 +43,13 @@ class ProteinMask:
         }
 
 
-def filtered(homologue: DensityMap) -> np.ndarray:
+def filtered(homologue: DensityMap) -> Float[np.ndarray, "box box box"]:
     """The homologue as it is thresholded: (D, D, D) float32."""
     pixel = homologue.pixel_size_A
     return np.asarray(lowpass(np.asarray(homologue.data, np.float32), pixel, max(MASK_LOWPASS_A, 2 * pixel)))
 
 
-def half_height(volume: np.ndarray) -> float:
+def half_height(volume: Float[np.ndarray, "box box box"]) -> float:
     """The level half-way between the solvent and the mean of what lies above the level.
 
     For a body of even density, however blurred, the surface at half its height encloses its own volume, so this level

@@ -13,8 +13,8 @@ from cryoiso.core.types import DensityMap, Particles
 from cryoiso.physics.fourier import disc, fourier_to_images, pad_volume, shift_phases
 from cryoiso.physics.nuisances.settings import Neighbours
 from cryoiso.physics.nuisances.shape import Outline
-from cryoiso.physics.project import FourierVolume, magnified, scatter_to_half_plane
-from cryoiso.physics.simulate import through_optics
+from cryoiso.physics.projection import FourierVolume, magnified, scatter_to_half_plane
+from cryoiso.physics.simulation import through_optics
 from cryoiso.physics.views import GivenViews, Views, sample_rotations, uniforms
 
 MAX_NEIGHBOURS = 64
@@ -141,7 +141,9 @@ class CopyProjector:
             out[torch.from_numpy(target)] = self._group(particles, rows[target], g, copies, index[used], place)
         return out
 
-    def _group(self, particles: Particles, rows, g: int, copies: Copies, index, place) -> Tensor:
+    def _group(
+        self, particles: Particles, rows: np.ndarray, g: int, copies: Copies, index: np.ndarray, place: np.ndarray
+    ) -> Tensor:
         """Sums of the copies of particles of one optics group; ``place`` is each copy's position in ``rows``."""
         group, wide = particles.groups[g], 2 * self.box_px
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))

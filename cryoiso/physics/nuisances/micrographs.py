@@ -10,7 +10,7 @@ import numpy as np
 from cryoiso.core.rng import shuffle_keys
 from cryoiso.core.types import Particles
 from cryoiso.physics.nuisances.settings import PARTICLES_A_MICROGRAPH, Ice, Micrographs
-from cryoiso.physics.simulate import CtfRanges, ctf_rows, draw_ctf
+from cryoiso.physics.simulation import CtfRanges, ctf_rows, draw_ctf
 from cryoiso.physics.views import normals, uniforms
 
 
@@ -89,7 +89,7 @@ def _normal_scores(values: np.ndarray) -> np.ndarray:
 
     rank = np.empty(len(values))
     rank[np.argsort(values, kind="stable")] = np.arange(len(values))
-    return ndtri((rank + 0.5) / len(values))
+    return np.asarray(ndtri((rank + 0.5) / len(values)))
 
 
 def _mean_scores(scores: np.ndarray, of: np.ndarray, count: int) -> np.ndarray:
@@ -129,7 +129,7 @@ def height_A(layout: MicrographTruth, settings: Micrographs, uid: np.ndarray, se
     towards = np.radians(layout.tilt_axis_deg[layout.of])
     x, y = (layout.position_A - settings.field_A / 2).T
     plane = np.tan(np.radians(settings.stage_tilt_deg)) * (x * np.cos(towards) + y * np.sin(towards))
-    return plane + settings.height_sd_A * normals(seed, "height", uid)
+    return np.asarray(plane) + settings.height_sd_A * normals(seed, "height", uid)
 
 
 def ice_factors(thickness_A: np.ndarray, ice: Ice) -> tuple[np.ndarray, np.ndarray]:

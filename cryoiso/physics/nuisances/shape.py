@@ -21,12 +21,12 @@ CUT_SOFT_A = 3.0
 def inside(volume: DensityMap, extend_A: float = 0.0) -> np.ndarray:
     """(D, D, D) bool: where the object is, or what is at most ``extend_A`` from it."""
     mask = np.asarray(soft_mask_from_map(volume.data, volume.pixel_size_A, extend_A=extend_A, soft_A=0.0))
-    return mask > 0.5
+    return np.asarray(mask > 0.5)
 
 
 def coordinates_A(where: np.ndarray, pixel_size_A: float) -> np.ndarray:
     """(m, 3) x, y, z in Å from the centre of the voxels that are True."""
-    return (np.argwhere(where)[:, ::-1] - where.shape[0] // 2) * float(pixel_size_A)
+    return np.asarray((np.argwhere(where)[:, ::-1] - where.shape[0] // 2) * float(pixel_size_A))
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Outline:
     def reach_A(self, rotation: np.ndarray, direction: np.ndarray) -> np.ndarray:
         """(n,): how far the object reaches along directions (n, 3) of the image frame when rotated by (n, 3, 3)."""
         in_map = np.einsum("nij,ni->nj", rotation, direction)
-        return (in_map @ self.corners_A.T).max(1)
+        return np.asarray((in_map @ self.corners_A.T).max(1))
 
     def contact_A(self, first: np.ndarray, second: np.ndarray, direction: np.ndarray) -> np.ndarray:
         """(n,): distance of two rotated objects' centres along a direction at which one plane separates them."""
-        return self.reach_A(first, direction) + self.reach_A(second, -direction)
+        return np.asarray(self.reach_A(first, direction) + self.reach_A(second, -direction))
 
 
 def without_part(volume: DensityMap, share: float, direction: np.ndarray) -> DensityMap:

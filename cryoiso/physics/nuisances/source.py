@@ -19,7 +19,7 @@ from cryoiso.physics.nuisances.patches import PatchStack, RealNoise
 from cryoiso.physics.nuisances.settings import PARTICLE
 from cryoiso.physics.nuisances.truth import NuisanceTruth
 from cryoiso.physics.resample import resample_map
-from cryoiso.physics.simulate import BLOCK_PIXELS, SNR_IMAGES, Projector, image_to_background_db
+from cryoiso.physics.simulation import BLOCK_PIXELS, SNR_IMAGES, Projector, image_to_background_db
 from cryoiso.physics.views import rows_of
 
 Grid = tuple[int, float]

@@ -13,7 +13,7 @@ from cryoiso.physics.nuisances.copies import Copies, draw_copies
 from cryoiso.physics.nuisances.micrographs import MicrographTruth, height_A, ice_factors, lay_out, shared_ctf
 from cryoiso.physics.nuisances.settings import PARTICLE, Nuisances, Optics
 from cryoiso.physics.nuisances.shape import Outline
-from cryoiso.physics.simulate import CtfRanges
+from cryoiso.physics.simulation import CtfRanges
 from cryoiso.physics.views import GivenViews, Views, normals, uniforms
 
 

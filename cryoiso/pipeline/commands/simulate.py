@@ -21,7 +21,7 @@ from cryoiso.io.star.write import format_column, write_particles
 from cryoiso.physics.ctf_applied import apply_ctf
 from cryoiso.physics.nuisances.settings import PARTICLES_A_MICROGRAPH, Nuisances
 from cryoiso.physics.nuisances.source import NuisanceSource
-from cryoiso.physics.simulate import SimulatedSource
+from cryoiso.physics.simulation import SimulatedSource
 from cryoiso.physics.so3 import matrix_to_euler
 
 logger = logging.getLogger("cryoiso")

@@ -13,7 +13,7 @@ from cryoiso.io.models import is_model
 from cryoiso.physics.nuisances.patches import PatchStack
 from cryoiso.physics.nuisances.settings import PARTICLE, Junk
 from cryoiso.physics.nuisances.shape import blob, coordinates_A, inside, without_part
-from cryoiso.physics.simulate import CTF_ROW
+from cryoiso.physics.simulation import CTF_ROW
 from cryoiso.physics.so3 import fibonacci_sphere
 from cryoiso.physics.views import GivenViews
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.physics.fit import Fit, fit_into
+from cryoiso.physics.fit import fit_into
+from cryoiso.physics.fit_result import Fit
 from cryoiso.pipeline.inputs.standard_frame import require_symmetry
 
 logger = logging.getLogger("cryoiso")

@@ -14,7 +14,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.pipeline.inputs.standard_frame import require_symmetry, symmetrised, to_standard_frame
 
 if TYPE_CHECKING:
-    from cryoiso.physics.fit import Fit
+    from cryoiso.physics.fit_result import Fit
 
 logger = logging.getLogger("cryoiso")
 

@@ -67,7 +67,7 @@ def _same_text(old: Path, new: Path, names: dict[str, str]) -> bool:
 def _maps(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
     """Relative difference, and the FSC of both."""
     from cryoiso.io.mrc import read_raw_map
-    from cryoiso.metrics.fsc import fsc
+    from cryoiso.metrics.fsc_curve import fsc
 
     a, b = (np.array(read_raw_map(path)[0], np.float64) for path in (old, new))
     if a.shape != b.shape:

@@ -215,7 +215,7 @@ def local(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
 
 def _start_resolution(run: RunContext, inputs: Inputs, rounds: int) -> float:
     """Where the half-maps of the last round agree (FSC 0.143)."""
-    from cryoiso.metrics.fsc import resolution_at
+    from cryoiso.metrics.fsc_curve import resolution_at
 
     def read() -> float:
         name = f"corefine-{rounds}"

@@ -121,8 +121,8 @@ def _begin(task: CorrectionTask) -> None:
 def _write_filter(task: CorrectionTask) -> float | None:
     """Writes filter.mrc, and mask.mrc where none was given; returns the resolution up to which is corrected."""
     from cryoiso.methods.anisotropy.filter import checked, missing_cone, nothing_beyond, seen_shells
-    from cryoiso.metrics.fsc import fsc, resolution_at
-    from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.metrics.directional_fsc import fsc3d
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     if len(task.maps) == 2:
         one, two, _ = read_half_maps(task.maps[1], task.maps[2], task.pixel_size_A)
@@ -204,7 +204,8 @@ def _read_mine(task: CorrectionTask, comm: Context) -> dict[int, DensityMap]:
 def _corrected(
     task: CorrectionTask, maps: dict[int, DensityMap], limit_A: float | None, comm: Context, resume: bool
 ) -> Any:
-    from cryoiso.methods.anisotropy.correct import correct_halves, network_file
+    from cryoiso.methods.anisotropy.correct import correct_halves
+    from cryoiso.methods.anisotropy.correction_run import network_file
     from cryoiso.methods.anisotropy.settings import resolve
 
     settings = replace(resolve(task.section, comm.device()), mode=task.mode)
@@ -317,7 +318,7 @@ def _mean_within(transfer: DensityMap, limit_A: float) -> float:
 def _curves(task: CorrectionTask) -> dict[str, Any]:
     """FSC of what went in, and of what came out under a name that nobody takes for a resolution."""
     from cryoiso.methods.anisotropy.filter import seen_shells
-    from cryoiso.metrics.fsc import fsc, shell_frequencies
+    from cryoiso.metrics.fsc_curve import fsc, shell_frequencies
 
     mask = read_map(task.out / products.MASK).data
     raw = [read_map(path, task.pixel_size_A) for path in task.maps.values()]

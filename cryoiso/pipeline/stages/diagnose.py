@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cryoiso.core import products
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map
@@ -38,7 +38,7 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
     half1, half2, mask = (read_map(maps / name) for name in (*products.HALF_MAPS, products.MASK))
     with_true_poses = maps / products.TRUE_POSES / products.MAP
 
-    def numbers_of(one: np.ndarray, two: np.ndarray, star: Path, true_poses: Path | None) -> dict[str, Any]:
+    def numbers_of(one: np.ndarray, two: np.ndarray, star: Path, true_poses: Path | None) -> DiagnoseRecord:
         return measure(
             one, two, mask.data, half1.pixel_size_A,
             read_particle_file(star, job.particles.project, ("pose",)),

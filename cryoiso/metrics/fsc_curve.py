@@ -8,12 +8,15 @@ and even boxes give what the full transform gives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Complex, Float, Real
 
 Select = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Called with (kz, ky, kx, |k|) of a slab of coefficients, broadcastable; returns the weight (or a bool) of each."""
@@ -33,17 +36,37 @@ def check_pair(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> 
     return int(np.shape(a)[0])
 
 
-def transform(volume: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def require_transforms(fa: np.ndarray, fb: np.ndarray, box_px: int) -> None:
+    """Makes sure that both are half-complex transforms of maps of this box, see `transform`.
+
+    Raises:
+        InputError: one has another shape.
+    """
+    expected = (box_px, box_px, box_px // 2 + 1)
+    for spectrum in (fa, fb):
+        if np.shape(spectrum) != expected:
+            raise InputError("no transform of a map of this box", expected=expected, found=np.shape(spectrum))
+
+
+def transform(
+    volume: Real[np.ndarray, "box box box"], mask: Real[np.ndarray, "box box box"] | None = None
+) -> Complex[np.ndarray, "box box box//2+1"]:
     """Half-complex transform (D, D, D//2+1) of a real map, in the map's own precision; its origin does not matter."""
     from scipy import fft
 
     volume = np.asarray(volume)
     if volume.dtype not in (np.float32, np.float64):
         volume = volume.astype(np.float64)
-    return fft.rfftn(volume if mask is None else volume * np.asarray(mask, volume.dtype))
+    coefficients: np.ndarray = fft.rfftn(volume if mask is None else volume * np.asarray(mask, volume.dtype))
+    return coefficients
 
 
-def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Select | None = None) -> np.ndarray:
+def shell_correlation(
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
+    box_px: int,
+    select: Select | None = None,
+) -> Float[np.ndarray, " box//2+1"]:
     """Sum Re(A conj B) / sqrt(sum |A|^2 sum |B|^2) over each shell of two half-complex transforms.
 
     Args:
@@ -53,7 +76,11 @@ def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Selec
 
     Returns:
         (D//2+1,) float64; 0 where a shell is empty or has no power, and 1 at shell 0 (see `fsc`).
+
+    Raises:
+        InputError: the transforms are not those of maps of this box.
     """
+    require_transforms(fa, fb, box_px)
     half = box_px // 2
     k = np.fft.fftfreq(box_px) * box_px
     ky, kx = k[None, :, None], np.arange(half + 1.0)[None, None, :]
@@ -79,10 +106,15 @@ def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Selec
 
 
 def _power(x: np.ndarray) -> np.ndarray:
-    return x.real**2 + x.imag**2
+    power: np.ndarray = x.real**2 + x.imag**2
+    return power
 
 
-def fsc(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def fsc(
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
+) -> Float[np.ndarray, " box//2+1"]:
     """Fourier shell correlation of two real maps (Harauz & van Heel 1986).
 
     Args:
@@ -97,12 +129,12 @@ def fsc(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> np.ndar
     return shell_correlation(transform(a, mask), transform(b, mask), box_px)
 
 
-def shell_frequencies(box_px: int, pixel_size_A: float) -> np.ndarray:
+def shell_frequencies(box_px: int, pixel_size_A: float) -> Float[np.ndarray, " {box_px}//2+1"]:
     """(D//2+1,) spatial frequency of each shell in 1/Å."""
     return np.arange(box_px // 2 + 1) / (box_px * pixel_size_A)
 
 
-def resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A: float) -> float:
+def resolution_at(curve: Float[np.ndarray, " shells"], threshold: float, box_px: int, pixel_size_A: float) -> float:
     """Resolution in Å at which a curve first drops below a threshold, linear in frequency between shells.
 
     Args:
@@ -125,7 +157,7 @@ def resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A
     return length_A / (i - 1 + float(part))
 
 
-def non_increasing(curve: np.ndarray) -> np.ndarray:
+def non_increasing(curve: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """The non-increasing curve that is nearest in least squares (isotonic regression; Barlow & Brunk 1972).
 
     A dip or a spike of one noisy shell is pooled with the shells beside it; a curve that only falls stays as it is.
@@ -143,10 +175,13 @@ def non_increasing(curve: np.ndarray) -> np.ndarray:
     mean = np.where(last >= first, (total[None, 1:] - total[:-1, None]) / np.maximum(last - first + 1, 1), -np.inf)
     best = np.maximum.accumulate(mean[:, ::-1], axis=1)[:, ::-1]  # over b >= i, for each a
     best[np.tril_indices(n, -1)] = np.inf  # a > i
-    return best.min(axis=0)
+    lowest: np.ndarray = best.min(axis=0)
+    return lowest
 
 
-def smooth_resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A: float) -> float:
+def smooth_resolution_at(
+    curve: Float[np.ndarray, " shells"], threshold: float, box_px: int, pixel_size_A: float
+) -> float:
     """`resolution_at` of the `non_increasing` curve: for curves of few coefficients, such as cones against a truth.
 
     The first crossing of such a curve jumps by many Å when one noisy shell falls below the threshold.
@@ -158,12 +193,14 @@ def smooth_resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel
     return resolution_at(np.concatenate([curve[:1], non_increasing(curve[1:])]), threshold, box_px, pixel_size_A)
 
 
-def curve_area(curve: np.ndarray) -> float:
+def curve_area(curve: Float[np.ndarray, " shells"]) -> float:
     """Mean of a curve (D//2+1,) over the shells from 1 to Nyquist: the area under it, 1 at most; NaN counts as 0."""
     return float(np.nan_to_num(np.asarray(curve, np.float64)[1:], nan=0.0).mean())
 
 
-def randomise_phases(volume: np.ndarray, from_shell: int, seed: int, uid: int = 0) -> np.ndarray:
+def randomise_phases(
+    volume: Float[np.ndarray, "box box box"], from_shell: int, seed: int, uid: int = 0
+) -> Float[np.ndarray, "box box box"]:
     """The map with its phases replaced by random ones from a shell on; amplitudes stay, and the map stays real.
 
     Every coefficient is multiplied by the phase of the transform of real white noise, which has the Hermitian symmetry
@@ -184,7 +221,9 @@ def randomise_phases(volume: np.ndarray, from_shell: int, seed: int, uid: int = 
     return randomise_where(volume, np.rint(radius) >= max(from_shell, 1), seed, uid)
 
 
-def randomise_where(volume: np.ndarray, change: np.ndarray, seed: int, uid: int = 0) -> np.ndarray:
+def randomise_where(
+    volume: Float[np.ndarray, "box box box"], change: Bool[np.ndarray, "box box box//2+1"], seed: int, uid: int = 0
+) -> Float[np.ndarray, "box box box"]:
     """As `randomise_phases`, of chosen coefficients.
 
     Args:
@@ -198,14 +237,15 @@ def randomise_where(volume: np.ndarray, change: np.ndarray, seed: int, uid: int 
     size = np.abs(noise)
     change = change & (size > 0)
     spectrum[change] *= noise[change] / size[change]
-    return fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
+    density: np.ndarray = fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
+    return density
 
 
 NOTHING = 1e-11
 """Shells of a map with less than this share of its strongest shell's power hold rounding errors only."""
 
 
-def last_filled_shell(a: np.ndarray, b: np.ndarray) -> int:
+def last_filled_shell(a: Real[np.ndarray, "box box box"], b: Real[np.ndarray, "box box box"]) -> int:
     """The last shell in which both maps, not masked, hold more than rounding errors (low-passed and padded maps end
     before D//2)."""
     from cryoiso.physics.filters import shell_index
@@ -221,7 +261,9 @@ def last_filled_shell(a: np.ndarray, b: np.ndarray) -> int:
     return last
 
 
-def without_shells_beyond(spectrum: np.ndarray, box_px: int, last: int) -> np.ndarray:
+def without_shells_beyond(
+    spectrum: Complex[np.ndarray, "box box box//2+1"], box_px: int, last: int
+) -> Complex[np.ndarray, "box box box//2+1"]:
     """A half-complex transform (D, D, D//2+1) with zeros beyond a shell; itself where that is the last."""
     from cryoiso.physics.filters import shell_index
 
@@ -230,7 +272,12 @@ def without_shells_beyond(spectrum: np.ndarray, box_px: int, last: int) -> np.nd
     return np.where(shell_index(box_px, 3).numpy() <= last, spectrum, 0).astype(spectrum.dtype)
 
 
-def fsc_corrected(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, seed: int = 0) -> dict[str, Any]:
+def fsc_corrected(
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """FSC of half-maps freed from what the mask adds (Chen et al. 2013, doi 10.1016/j.ultramic.2013.06.004).
 
     Phases of both maps are made random, independently, from the first shell at which the unmasked FSC is below 0.8;

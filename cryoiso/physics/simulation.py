@@ -10,20 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator, shuffle_keys
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
 from cryoiso.physics.fourier import Disc, disc, fourier_to_images, shift_phases
 from cryoiso.physics.noise import colour_noise, noise_spectrum
-from cryoiso.physics.project import FourierVolume, magnified, scatter_to_half_plane
+from cryoiso.physics.projection import FourierVolume, magnified, scatter_to_half_plane
 from cryoiso.physics.views import GivenViews, Views, normals, rows_of, sample_rotations, uniforms
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 BLOCK_PIXELS = 2**21
 SNR_IMAGES = 256
@@ -96,7 +100,7 @@ def make_particles(
 
 
 def draw_ctf(
-    ctf: CtfRanges | Particles, uid: np.ndarray, box_px: int, pixel_size_A: float, seed: int
+    ctf: CtfRanges | Particles, uid: Shaped[np.ndarray, " n"], box_px: int, pixel_size_A: float, seed: int
 ) -> tuple[tuple[OpticsGroup, ...], dict[str, Any]]:
     """Optics groups and per-particle CTF columns (whole rows of given particles, or uniform in ranges), by uid.
 
@@ -150,7 +154,7 @@ class Projector:
         data = torch.from_numpy(np.ascontiguousarray(volume.data, np.float32))
         self._volume = FourierVolume.from_volume(data.to(device))
 
-    def images(self, particles: Particles, rows: np.ndarray) -> Tensor:
+    def images(self, particles: Particles, rows: Shaped[np.ndarray, " n"]) -> Float[Tensor, "n box box"]:
         """Signals of these rows: (n, D, D) float32."""
         rotation, shift = particles.require_poses()
         out = torch.empty(len(rows), self.box_px, self.box_px, device=self.device)
@@ -168,7 +172,15 @@ class Projector:
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
         return disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
 
-    def _group(self, particles: Particles, rows, group: OpticsGroup, seen: Disc, rotation, shift) -> Tensor:
+    def _group(
+        self,
+        particles: Particles,
+        rows: np.ndarray,
+        group: OpticsGroup,
+        seen: Disc,
+        rotation: np.ndarray,
+        shift: np.ndarray,
+    ) -> Tensor:
         """(n, K) Fourier coefficients of particles of one optics group."""
         poses = torch.from_numpy(np.ascontiguousarray(rotation[rows], np.float32)).to(self.device)
         if group.magnification != (1.0, 0.0, 0.0, 1.0):
@@ -180,7 +192,9 @@ class Projector:
         return through_optics(values, particles, rows, group, seen, self.pixel_size_A) if self.with_ctf else values
 
 
-def through_optics(values: Tensor, particles: Particles, rows, group: OpticsGroup, seen: Disc, pixel_size_A: float):
+def through_optics(
+    values: Tensor, particles: Particles, rows: np.ndarray, group: OpticsGroup, seen: Disc, pixel_size_A: float
+) -> Tensor:
     """Coefficients (n, K) of particles of one optics group, multiplied by their CTFs and the phases of the optics."""
     freq = seen.frequencies(pixel_size_A)
     transfer = ctf_for(particles, rows, freq_invA=freq, device=values.device)
@@ -223,7 +237,7 @@ class SimulatedSource:
     def __len__(self) -> int:
         return len(self.particles)
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"] | slice) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
@@ -241,7 +255,7 @@ class SimulatedSource:
         for i in range(0, len(self), size):
             yield self.read(np.arange(i, min(i + size, len(self))))
 
-    def signal(self, rows: np.ndarray) -> np.ndarray:
+    def signal(self, rows: Shaped[np.ndarray, " n"] | slice) -> Float[np.ndarray, "n box box"]:
         """The images without their noise: (n, D, D) float32."""
         return self._projector.images(self.particles, np.arange(len(self.particles))[rows]).numpy()
 
@@ -274,7 +288,7 @@ def simulate(
     ctf: CtfRanges | Particles | None = None,
     shift_sd_A: float = 0.0,
     noise: str = "white",
-    noise_table=None,
+    noise_table: ArrayLike | None = None,
     seed: int = 1,
 ) -> SimulatedSource:
     """A simulated particle set.
@@ -317,7 +331,7 @@ def scale_for_snr(volume: DensityMap, particles: Particles, snr_db: float, seed:
     return np.float32(np.sqrt(10 ** (snr_db / 10) / variance))
 
 
-def image_to_background_db(images: np.ndarray, radius_px: float) -> float:
+def image_to_background_db(images: Float[np.ndarray, "n box box"], radius_px: float) -> float:
     """The SNR of the cryoPROS paper: (10 / N) sum_i [log10 var(x_i - mu_b) - log10 var(b_i)].
 
     Image x and its background b, here the pixels outside a circle, whose mean is mu_b. Signal and noise together stand

@@ -19,11 +19,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import check_pair, transform
+from cryoiso.metrics.fsc_curve import check_pair, transform
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Real
 
 EXACT_SHELL = 32
 """Default of the last shell that is summed coefficient by coefficient; all of a 64 px box."""
@@ -34,14 +38,14 @@ NO_POWER = 1e-11
 
 
 def fsc3d(
-    half1: np.ndarray,
-    half2: np.ndarray,
-    mask: np.ndarray | None = None,
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
     *,
     cone_deg: float = 20.0,
     max_shell: int | None = None,
     exact_shell: int = EXACT_SHELL,
-) -> np.ndarray:
+) -> Float[np.ndarray, "box box box"]:
     """3DFSC of two half-maps (Tan et al. 2017, equation 1 with one cone a coefficient).
 
     Args:
@@ -69,15 +73,15 @@ def fsc3d(
 
 
 def fsc3d_of_transforms(
-    fa: np.ndarray,
-    fb: np.ndarray,
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
     box_px: int,
     *,
     cone_deg: float = 20.0,
     max_shell: int | None = None,
     exact_shell: int = EXACT_SHELL,
-) -> np.ndarray:
-    """As `fsc3d`, of half-complex transforms (D, D, D//2+1) from `cryoiso.metrics.fsc.transform`."""
+) -> Float[np.ndarray, "box box box"]:
+    """As `fsc3d`, of half-complex transforms (D, D, D//2+1) from `cryoiso.metrics.fsc_curve.transform`."""
     from cryoiso.metrics import _directional_kernels as kernels
 
     if not 0 < cone_deg <= 90:
