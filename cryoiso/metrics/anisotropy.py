@@ -1,7 +1,7 @@
 """Half-map agreement by direction: conical FSC and cFAR, Fourier shell occupancy with Bingham's test, 3DFSC sphericity.
 
-Everything is made of sums over double cones (k and -k are one coefficient), taken over the coefficients themselves.
-Definitions and what the numbers can and cannot say: docs/diagnose.md.
+All numbers are sums of coefficients over double cones (k and -k are one coefficient). For definitions and limitations
+see docs/diagnose.md.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ class ConicalFSC:
 
     @property
     def areas(self) -> np.ndarray:
-        """(n,) sum of cFSC times shell^2 over the shells 1.. before the first at which it is 0.143 or less.
+        """(n,) sum of cFSC times shell^2 over the shells from 1 to before the first at which it is 0.143 or less.
 
-        Cones with too few coefficients, in the first shells, are passed over.
+        Shells with too few coefficients in the cone, the first ones, are skipped.
         """
         shells = np.arange(self.curves.shape[1])
         below = self.curves <= 0.143  # False for NaN
@@ -79,13 +79,13 @@ class ConicalFSC:
 
     @property
     def cfar(self) -> float:
-        """cFAR by the open definition: least over largest area; 1 = isotropic; NaN if no cone has any."""
+        """cFAR by the open definition: smallest over largest area; 1 = isotropic; NaN if all areas are zero."""
         areas = self.areas
         return float(areas.min() / areas.max()) if areas.max() > 0 else float("nan")
 
     @property
     def evenness(self) -> float:
-        """5th over 95th percentile of the areas: as cFAR, but without the two extreme axes, which noise decides."""
+        """5th over 95th percentile of the areas: as cFAR, but without the two extreme axes, which depend on noise."""
         low, high = np.percentile(self.areas, (5, 95))
         return float(low / high) if high > 0 else float("nan")
 
@@ -106,7 +106,7 @@ def conical_fsc(
     last_shell: int | None = None,
 ) -> ConicalFSC:
     """Conical FSC of two half-complex transforms about Fibonacci axes of the half sphere; 0 beyond ``last_shell``,
-    where the maps hold nothing and a mask would correlate what leaks there."""
+    where the maps are empty and a mask would correlate only leakage."""
     directions = fibonacci_half_sphere(axes)
     curves = cone_curves(fa, fb, box_px, directions, cone_deg)
     if last_shell is not None and last_shell < box_px // 2:
@@ -138,9 +138,10 @@ def fourier_shell_occupancy(
 ) -> Occupancy:
     """FSO: of 321 directions, the fraction whose FSC (cone of 17 degrees, weight falling to exp(-4)) is 0.143 or more.
 
-    Directions whose cone has too few coefficients in a shell do not count there. Bingham's statistic of the directions
-    x that do reach the threshold is p (p + 2) / 2 * 2n * (tr(T T) - 1/p) with p = 3 and T = sum x x' / n (directions
-    and their opposites are 2n points), chi-square distributed with 5 degrees of freedom if they are spread evenly.
+    Directions whose cone has too few coefficients in a shell are not counted in that shell. Bingham's statistic of the
+    directions x that reach the threshold is p (p + 2) / 2 * 2n * (tr(T T) - 1/p) with p = 3 and T = sum x x' / n
+    (directions and their opposites are 2n points), chi-square distributed with 5 degrees of freedom if they are evenly
+    spread.
     """
     from scipy.stats import chi2
 
@@ -165,8 +166,8 @@ def phase_cosine(
 ) -> np.ndarray:
     """Mean cosine of the phase difference within a cone: what spIsoNet computes under the name 3DFSC.
 
-    It is no Fourier shell correlation: weak coefficients count as much as strong ones, so its values are lower than
-    those of `cryoiso.metrics.fsc3d.fsc3d` where both maps agree. Use it only to compare with that program.
+    This is not a Fourier shell correlation: weak coefficients count as much as strong ones, so its values are lower
+    than those of `cryoiso.metrics.fsc3d.fsc3d` where both maps agree. Use it only for comparison with that program.
 
     Returns:
         (D, D, D) float32 as `cryoiso.metrics.fsc3d.fsc3d`.
@@ -183,7 +184,8 @@ def _unit(spectrum: np.ndarray) -> np.ndarray:
 
 
 def resolved_region(volume: np.ndarray, pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0):
-    """Where a 3DFSC reaches a threshold on the whole way from the origin; what is coarser than ``highpass_A`` counts.
+    """Region in which a 3DFSC reaches a threshold all the way from the origin; coarser than ``highpass_A`` always
+    counts.
 
     Returns:
         (D, D, D) bool.
@@ -201,11 +203,11 @@ def sphericity(region: np.ndarray) -> float:
     """Sphericity pi^(1/3) (6 V)^(2/3) / A of a region of voxels smoothed by a Gaussian of one voxel (Tan et al. 2017).
 
     A is the area of the surface at one half, V the number of voxels within; 1 for a sphere. Like the published number
-    it depends on the size of the region in voxels, hence on box and resolution: below some 10 voxels of radius take it
-    with care.
+    it depends on the size of the region in voxels, hence on box and resolution; below about 10 voxels of radius it is
+    unreliable.
 
     Returns:
-        NaN if nothing is inside.
+        NaN if the region is empty.
     """
     from scipy.ndimage import gaussian_filter
 

@@ -1,9 +1,9 @@
-"""Are these two half-maps? One check for every place where a pair of them comes in.
+"""Validate a pair of half-maps; one check for every place where a pair is read.
 
-What cannot be meant stops: a map that is constant or no numbers, one map given twice (also scaled, shifted by a
-constant, inverted or sharpened), and one half-map with the sign of the other turned. What may be meant, but makes
-numbers other than they seem, is said: dark protein, maps that agree too well, that were filtered or masked, that have
-different spectra or grey scales, or that lie beside each other.
+Errors: a map that is constant or not finite, one map given twice (also scaled, shifted by a constant, inverted or
+sharpened), and one half-map inverted. Warnings, for cases that may be intended but distort the numbers: dark protein,
+maps that agree too well, that were filtered or masked, that have different spectra or grey scales, or that are
+displaced.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ EMPTY = 0.2
 def check_half_maps(
     half1: np.ndarray, half2: np.ndarray, names: tuple[object, object] = ("half-map 1", "half-map 2")
 ) -> list[str]:
-    """Stops at what is no pair of half-maps, and says what is odd about one.
+    """Refuse maps that are not a pair of half-maps, and report what is unusual about a pair.
 
     Args:
         half1, half2: (D, D, D). names: of the files.
 
     Returns:
-        Warnings, a sentence each; empty for the half-maps of a refinement as it wrote them.
+        Warnings, one sentence each; empty for the half-maps of a refinement as it wrote them.
 
     Raises:
-        InputError: values that are no numbers, a constant map, one map twice, or one of them inverted.
+        InputError: values that are not finite, a constant map, one map twice, or one of them inverted.
     """
     box_px = check_pair(half1, half2)
     pair = [np.asarray(half, np.float32) for half in (half1, half2)]
@@ -203,9 +203,9 @@ def _beside(transforms: list[np.ndarray], box_px: int) -> str:
 
 
 def tail_asymmetry(volume: np.ndarray) -> tuple[float, float]:
-    """(u - d) / (u + d) of a map low-passed at 8 px, and its skewness; both positive where protein is white.
+    """(u - d) / (u + d) of a map low-passed at 8 px, and its skewness; both are positive for white protein.
 
-    u and d are the distances from the median of the mean of the highest and of the lowest 1/500 of the voxels.
+    u and d are the distances of the mean of the highest and of the lowest 1/500 of the voxels from the median.
     """
     from cryoiso.physics.filters import lowpass
 

@@ -1,11 +1,11 @@
-"""How alike generated and real particle images are: grey values, signal-to-noise ratio and power spectra.
+"""Similarity of generated and real particle images: grey values, signal-to-noise ratio and power spectra.
 
-Images are in units of the standard deviation of their background, which has mean 0 (as ``ingest`` makes them).
+Images are in units of the standard deviation of their background, which has mean 0 (as made by ``ingest``).
 
-`image_sums` gives one flat vector for a block of images. Vectors of blocks add up to the vector of the whole, whoever
-made them; `image_statistics` makes the numbers from it. Neither the order of the blocks nor their size matters, but for
-the pairs: image i of one set is compared with image i of the other, and real images with their neighbours (0 with 1,
-2 with 3, ...), so blocks should hold an even number of images.
+`image_sums` gives one flat vector for a block of images. Vectors of blocks add up to the vector of the whole set, also
+across ranks; `image_statistics` computes the numbers from it. Order and size of the blocks are irrelevant except for
+the pairs: image i of one set is compared with image i of the other, and real images with their neighbours (0 with 1, 2
+with 3, ...), so blocks should hold an even number of images.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Layout:
 
 
 def histograms(images: np.ndarray) -> np.ndarray:
-    """(n, BINS) int64: how many pixels of each image (n, D, D) lie in each bin of [-LIMIT, LIMIT]."""
+    """(n, BINS) int64: number of pixels of each image (n, D, D) in each bin of [-LIMIT, LIMIT]."""
     flat = np.asarray(images).reshape(len(images), math.prod(np.shape(images)[1:]))
     inside = np.clip(flat, -LIMIT, LIMIT)
     bins = np.minimum(((inside + LIMIT) * (BINS / (2 * LIMIT))).astype(np.int64), BINS - 1)
@@ -73,9 +73,9 @@ def histograms(images: np.ndarray) -> np.ndarray:
 def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
     """KL(p || q) = sum p ln(p / q) of histograms given as counts, in nats.
 
-    The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods), which does not
-    say what becomes of empty bins: here EMPTY_BIN_PIXELS are added to every bin of both before they are normalised.
-    Even two draws from one distribution differ, by about (occupied bins) / (pixels) for histograms of as many pixels:
+    The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods). The paper does
+    not define the treatment of empty bins; here EMPTY_BIN_PIXELS are added to every bin of both before normalisation.
+    Two samples of one distribution also differ, by about (occupied bins) / (pixels) for histograms of as many pixels:
     compare with pairs of real images.
 
     Args:
@@ -90,12 +90,12 @@ def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
 
 
 def image_sums(real: np.ndarray, generated: np.ndarray, radius_px: float) -> np.ndarray:
-    """The sums of a block of real and generated images.
+    """Sums over a block of real and generated images.
 
     Args:
         real, generated: (n, D, D) and (m, D, D), n and m may be 0; image i of one is paired with image i of the other.
             Images that are constant or not finite are left out and counted.
-        radius_px: of the circle that holds the particle; what is outside is background.
+        radius_px: of the circle that contains the particle; the background is outside.
 
     Returns:
         (k,) float64; blocks add.
@@ -149,17 +149,17 @@ def _add_set(parts: dict[str, np.ndarray], name: str, images: np.ndarray, radius
 
 
 def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_A: float = 20.0) -> dict[str, Any]:
-    """The numbers of all images, from their sums.
+    """Statistics of all images, from their sums.
 
     Args:
         sums: from `image_sums`, added over blocks and ranks.
-        beyond_A: ``finer`` is of the shells finer than this resolution, ``coarser`` of the others.
+        beyond_A: ``finer`` refers to the shells finer than this resolution, ``coarser`` to the others.
 
     Returns:
-        What a JSON file can hold (None for a number that could not be had):
+        JSON-compatible values (None for a number that could not be computed):
         n_real, n_generated, left_out (of each set), pairs;
-        kl_nats: KL(generated || real) of grey values, mean over pairs; kl_real_nats: the same between real images, what
-        chance alone gives; kl_pooled_nats: of all pixels of each set together;
+        kl_nats: KL(generated || real) of grey values, mean over pairs; kl_real_nats: the same between real images, the
+        value expected by chance; kl_pooled_nats: of all pixels of each set together;
         snr_real_dB, snr_generated_dB: `cryoiso.physics.simulate.image_to_background_db`;
         histogram: edges, real, generated (share of the pixels, in SHOWN_BINS bins);
         frequency_invA, power_real, power_generated: (D//2+1,); log_ratio: ln(generated / real) of each shell (shell 0
@@ -194,7 +194,7 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
 def compare_images(
     real: np.ndarray, generated: np.ndarray, pixel_size_A: float, radius_px: float, beyond_A: float = 20.0
 ) -> dict[str, Any]:
-    """`image_statistics` of images that are all here: (n, D, D) real and (m, D, D) generated ones."""
+    """`image_statistics` of images in memory: (n, D, D) real and (m, D, D) generated ones."""
     sums = image_sums(real, generated, radius_px)
     return image_statistics(sums, int(np.shape(real)[1]), pixel_size_A, beyond_A)
 

@@ -1,11 +1,10 @@
-"""How much of the agreement of masked half-maps is made by the mask.
+"""Share of the agreement of masked half-maps that comes from the mask.
 
-A mask multiplies both half-maps, so it convolves their transforms: what they share at one coefficient reaches others
-near it. Chen et al. (2013, doi 10.1016/j.ultramic.2013.06.004) measure that by making phases random beyond the shell at
-which the unmasked FSC falls below 0.8: what still correlates there is the mask's doing. Here this is done direction by
-direction. In each direction phases are random from where the unmasked 3DFSC first falls below 0.8, so that agreement
-that a mask carries from the measured directions into a missing cone is seen as well, in shells whose FSC as a whole is
-high.
+A mask multiplies both half-maps and so convolves their transforms: agreement at one coefficient spreads to its
+neighbours. Chen et al. (2013, doi 10.1016/j.ultramic.2013.06.004) measure this by randomising phases beyond the shell
+at which the unmasked FSC falls below 0.8: the remaining correlation comes from the mask. Here this is done direction by
+direction: phases are random from where the unmasked 3DFSC first falls below 0.8, which also detects agreement that a
+mask carries from the measured directions into a missing cone, in shells whose overall FSC is high.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ WORST = 0.1
 
 @dataclass(frozen=True)
 class MaskEffect:
-    """What masked half-maps with random phases still agree on."""
+    """Remaining agreement of masked half-maps with random phases."""
 
     share: float
     """Sum of FSC times shell^2 with random phases over that with the true ones, in all cones, from `MARGIN` shells
@@ -43,7 +42,7 @@ class MaskEffect:
 def mask_effect(
     half1: np.ndarray, half2: np.ndarray, mask: np.ndarray, masked: ConicalFSC, *, seed: int = 0
 ) -> MaskEffect:
-    """Compares masked half-maps with those whose phases are random wherever the maps themselves do not agree.
+    """Compare masked half-maps with those whose phases are random wherever the maps themselves do not agree.
 
     Args:
         half1, half2: (D, D, D) half-maps, not masked. mask: (D, D, D) in [0, 1].

@@ -1,4 +1,4 @@
-"""How the views of a particle set are spread over the sphere: counts on cells of exactly equal area, and numbers.
+"""Distribution of the views of a particle set over the sphere: counts on cells of equal area, and summary numbers.
 
 A view is the third row of a pose, the direction in the map along which the image was projected.
 """
@@ -16,7 +16,8 @@ from cryoiso.metrics.pose_error import symmetry_operations
 
 @dataclass(frozen=True)
 class ViewGrid:
-    """The sphere cut into rings of constant z and the rings into equal cells, so that every cell has the same area."""
+    """The sphere divided into rings of constant z and the rings into equal cells, so that every cell has the same
+    area."""
 
     cells: np.ndarray
     """(rings,) int: cells of each ring, from z = 1 down."""
@@ -77,7 +78,8 @@ class ViewDistribution:
     def entropy(self) -> float:
         """Entropy of the view distribution over that of the uniform one: 1 even, 0 all in one cell (and its mates).
 
-        Miller-Madow: (occupied - 1) / 2n is added for what few views miss; cells that are symmetry mates count once.
+        Miller-Madow correction for small numbers of views: (occupied - 1) / 2n is added. Symmetry-equivalent cells
+        count once.
         """
         independent = len(self.grid) / self.group_order
         p = self.counts[self.counts > 0] / self.counts.sum()
@@ -108,8 +110,8 @@ def view_distribution(
 
     Args:
         rotation: (n, 3, 3). symmetry: point group name or (g, 3, 3) operations.
-        step_deg: width of a cell; default: an even spread would put ten views into a cell; within 5 to 30 degrees.
-        axis, cone_deg: what counts as a top view.
+        step_deg: width of a cell; default: ten views per cell if evenly spread; within 5 to 30 degrees.
+        axis, cone_deg: definition of a top view.
 
     Raises:
         InputError: no poses.
