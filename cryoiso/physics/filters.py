@@ -1,6 +1,6 @@
 """Radial filters and radial averages of images and volumes, odd and even boxes.
 
-Functions take torch tensors or numpy arrays and give back the same kind. Half-plane (``rfft``) layout as in fourier.py.
+Functions take torch tensors or numpy arrays and return the same kind. Half-plane (``rfft``) layout as in fourier.py.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def power_spectrum(array: Array, dims: int | None = None) -> Array:
 
 
 def apply_radial(array: Array, curve, dims: int = 3) -> Array:
-    """Multiplies the transform by a radial curve, interpolated linearly between shells, its last value beyond.
+    """Multiply the transform by a radial curve, linear between shells, with its last value beyond.
 
     Args:
         array: (..., D, D) or (..., D, D, D) real.
@@ -146,7 +146,7 @@ def lowpass(array: Array, pixel_size_A: float, resolution_A: float, edge_shells:
 
 
 def highpass(array: Array, pixel_size_A: float, resolution_A: float, edge_shells: float = 3.0, dims: int = 3) -> Array:
-    """What :func:`lowpass` takes away."""
+    """The complement of :func:`lowpass`."""
     x = as_tensor(array)
     return like(x - lowpass(x, pixel_size_A, resolution_A, edge_shells, dims), array)
 

@@ -1,8 +1,8 @@
-"""Rigid fitting of a map into the frame of another: where it belongs, how sure that is, and of which hand it is.
+"""Rigid alignment of a map to another: position, uncertainty and hand.
 
 Coordinates are (x, y, z) in Å from voxel D//2. A placement takes a point x of the moving map to R x + d of the target;
-its mirrored twin takes it to R (-x) + d (the inversion through the centre is a mirror image that leaves symmetry axes
-where they are). In terms of ``metrics.mapmodel.to_frame``, the fitted map is to_frame(moving, R^T, -R^T d).
+its mirror image takes it to R (-x) + d (the inversion through the centre is a mirror image that preserves the symmetry
+axes). In terms of ``metrics.mapmodel.to_frame``, the fitted map is to_frame(moving, R^T, -R^T d).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def fit_into(
     mirror: bool = True,
     order: int = 2,
 ) -> Fit:
-    """Finds the rotation and shift that lay a map into another one.
+    """Find the rotation and shift that align a map to another one.
 
-    Every rotation of a grid over SO(3) (15 degrees apart at order 2) is tried with every shift, at a resolution coarse
-    enough that the grid misses nothing (the step times the particle's radius); the best distinct placements are refined
-    there, the best of those at ``resolution_A``. With a symmetry, a moving map that has it is afterwards put with its
-    axes exactly onto the target's (Cn: only spin about z, slide along z and flip stay free).
+    Every rotation of a grid over SO(3) (15 degrees apart at order 2) is combined with every shift, at a resolution
+    coarse enough for the grid (the step times the particle's radius); the best distinct placements are refined there,
+    the best of those at ``resolution_A``. With a symmetry, a moving map that has it is then placed with its axes
+    exactly on the target's (Cn: only spin about z, slide along z and flip remain free).
 
     Args:
         moving: any grid.
@@ -87,10 +87,10 @@ def fit_about_axis(
     symmetry: str,
     mirror: bool = True,
 ) -> Fit:
-    """Fits a map whose symmetry axes already are the target's: for Cn only spin, slide along z and flip over are free.
+    """Align a map whose symmetry axes already coincide with the target's: for Cn only spin, slide along z and flip are
+    free.
 
-    For the other groups nothing continuous is free, and the few rotations that carry the axes onto one another are
-    tried.
+    The other groups have no continuous freedom, and the few rotations that map the axes onto one another are tried.
 
     Args:
         moving, target: both in the standard frame of the group.
@@ -115,11 +115,11 @@ def apply_fit(
 
     Args:
         moving: the map that was fitted.
-        fit: what :func:`fit_into` returned, or one of its placements.
+        fit: the result of :func:`fit_into`, or one of its placements.
         box_px, pixel_size_A: grid of the result, by default the moving map's.
 
     Returns:
-        DensityMap; interpolated as ``physics.resample.place_map`` does; its error is stated there.
+        DensityMap, interpolated by ``physics.resample.place_map``, which states the error.
     """
     placement = fit.best if isinstance(fit, Fit) else fit
     data = inverted(moving.data) if placement.mirrored else moving.data
@@ -129,7 +129,7 @@ def apply_fit(
 
 
 def inverted(data: np.ndarray) -> np.ndarray:
-    """The mirror image through the centre voxel D//2: out(x) = map(-x). In even boxes the edge at -D/2 stays."""
+    """The mirror image through the centre voxel D//2: out(x) = map(-x). In even boxes the edge at -D/2 is unchanged."""
     flipped = data[::-1, ::-1, ::-1]
     return np.ascontiguousarray(flipped if len(data) % 2 else np.roll(flipped, 1, (0, 1, 2)))
 
@@ -277,13 +277,13 @@ def _is_small(placement: Placement, resolution_A: float) -> bool:
 
 
 def rotation_search(density: DensityMap, rotation: np.ndarray, resolution_A: float, step_deg: float) -> list[Placement]:
-    """The best distinct placements of a map in itself that a grid of rotations leads to, best first.
+    """The best distinct placements of a map on itself from a grid of rotations, best first.
 
     Args:
         density: any map.
         rotation: (n, 3, 3) the grid; every shift is tried with each.
         resolution_A: finest information used.
-        step_deg: of the grid; a coarser resolution nominates if the grid needs it.
+        step_deg: of the grid; candidates are selected at a coarser resolution if the grid requires it.
 
     Raises:
         InputError: a map that is empty or too coarse.
@@ -295,7 +295,7 @@ def rotation_search(density: DensityMap, rotation: np.ndarray, resolution_A: flo
 def own_frame(density: DensityMap, group: str, resolution_A: float, least: float = SYMMETRIC) -> Placement | None:
     """The small rotation and shift that bring a map's own symmetry axes into the standard frame.
 
-    The map is fitted into itself, starting from each operation of the group: the rotations found have the map's own
+    The map is aligned to itself, starting from each operation of the group: the resulting rotations have the map's own
     axes. None if the map does not have the symmetry nearby: a score below ``least``, or axes more than 20 degrees away.
     """
     from scipy.spatial.transform import Rotation

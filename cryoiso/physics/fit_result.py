@@ -1,4 +1,4 @@
-"""What a rigid fit found: placements, their scores and errors, and the same in words."""
+"""Result of a rigid fit: placements, their scores and errors, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FREER = 0.05
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to lay the moving map into the target."""
+    """One placement of the moving map in the target."""
 
     rotation: np.ndarray
     """(3, 3) R"""
@@ -33,7 +33,7 @@ class Placement:
         return (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
 
     def after(self, first: Placement) -> Placement:
-        """The placement that does ``first`` (not mirrored) and then this one."""
+        """The placement that applies ``first`` (not mirrored) and then this one."""
         sign = -1 if self.mirrored else 1
         shift = self.shift_A + sign * self.rotation @ first.shift_A
         return replace(self, rotation=self.rotation @ first.rotation, shift_A=shift)
@@ -41,7 +41,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Fit:
-    """The best placement, its rivals, and what they say."""
+    """The best placement, its rivals, and the comparison between them."""
 
     best: Placement
     mirror: Placement | None
@@ -81,12 +81,12 @@ class Fit:
 
     @property
     def off_axis(self) -> bool:
-        """Whether the free search found a clearly better place, off the symmetry axes."""
+        """Whether the free search found a clearly better placement off the symmetry axes."""
         return self.on_axes and self.free is not None and self.free.score > self.score + FREER
 
     @property
     def verdict(self) -> str:
-        """What was found, in one to four sentences."""
+        """The result in one to four sentences."""
         return " ".join(filter(None, (self._where(), self._hand(), self._rivals(), self._axes())))
 
     def _where(self) -> str:

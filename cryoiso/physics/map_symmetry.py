@@ -1,11 +1,11 @@
-"""Whether a map has a point group in its standard frame, and where its axes lie if not.
+"""Test whether a map has a point group in its standard frame, and find its axes otherwise.
 
 A map V has the operation S of a group if V(S x) = V(x). The score of an operation is the normalised correlation of the
 map with its rotated copy, both with flattened spectra up to a resolution (``physics.fit_search``). Measured at 20 Å on
 13 maps and models of C3, C4, C6, C7, D2, D3, D7 and O: 0.92 to 1.00 in the right frame, 0.46 to 0.88 with axes tilted
-by 5 degrees, under 0.30 by 25 degrees (apoferritin, nearly a sphere: 0.49), under 0.15 a 7 Å shift off the axis, and
-under 0.55 for groups that the object does not have. Noise lowers the score of a right map as well, but then no other
-frame has a better one, and rotations that do not belong to the group have a worse one.
+by 5 degrees, under 0.30 by 25 degrees (apoferritin, nearly a sphere: 0.49), under 0.15 with a shift of 7 Å off the
+axis, and under 0.55 for groups that the object does not have. Noise lowers the score of a right map as well, but then
+no other frame scores better, and rotations outside the group score worse.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Verdict = Literal["has it", "noisy", "elsewhere", "none"]
 
 @dataclass(frozen=True)
 class MapSymmetry:
-    """What was found."""
+    """Result of the symmetry test."""
 
     group: str
     verdict: Verdict
@@ -72,7 +72,7 @@ class MapSymmetry:
 
     @property
     def offset_A(self) -> float:
-        """How far the centre of the box lies from the axis (Cn), or from the point where all axes meet."""
+        """Distance of the box centre from the axis (Cn), or from the point where all axes meet."""
         return 0.0 if self.frame is None else float(np.linalg.norm(self.frame.shift_A))
 
 
@@ -91,12 +91,12 @@ def symmetry_score(density: DensityMap, group: str, resolution_A: float) -> floa
 
 
 def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> MapSymmetry:
-    """Whether a map has a point group in the standard frame, and where its axes are if not.
+    """Test whether a map has a point group in the standard frame, and find its axes if not.
 
     Args:
         density: any map with the box's centre at voxel D//2.
         group: point group.
-        lowpass_A: resolution at which the map will be used; coarser than 20 Å, nothing finer is looked at.
+        lowpass_A: resolution at which the map will be used; if coarser than 20 Å, nothing finer is used.
 
     Raises:
         InputError: unknown group, an empty map.
@@ -122,8 +122,8 @@ def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> Map
 
 
 def filled_to_A(density: DensityMap) -> float:
-    """Resolution of the last shell in which a map holds more than rounding errors: with flattened spectra those would
-    count as much as the density does."""
+    """Resolution of the last shell in which a map contains more than rounding errors, which flattened spectra would
+    weight like the density."""
     box_px = density.box_px
     power = torch.fft.rfftn(torch.from_numpy(np.ascontiguousarray(density.data, np.float32))).abs().square()
     shell = shell_index(box_px, 3).numpy().ravel()
@@ -159,9 +159,10 @@ def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tup
 def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT_A[0]) -> Placement | None:
     """The placement that brings a map's own symmetry axes into the standard frame; its score is that of the placed map.
 
-    The rotations that carry the map onto itself are searched: the angle of a generator of the group, every axis,
-    every shift. Axes that include the right angle make a frame; the best frame is refined against all operations.
-    What stays free is left as it is: the spin and slide of Cn, and of equivalent placements the smallest rotation.
+    The rotations that map the density onto itself are searched: the angle of a generator of the group, every axis,
+    every shift. Axes that include the right angle form a frame; the best frame is refined against all operations.
+    Undetermined parameters are unchanged: the spin and slide of Cn, and among equivalent placements the smallest
+    rotation.
 
     Args:
         density: any map.
@@ -169,7 +170,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
         resolution_A: of the search.
 
     Returns:
-        None where no rotation of the map onto itself was found.
+        None if no rotation of the map onto itself was found.
     """
     name = normalise_name(group)
     density = fs.reduced_map(density, REDUCED_TO_A)

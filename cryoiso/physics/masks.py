@@ -1,4 +1,4 @@
-"""Soft masks: spheres, circles, and the region of a particle found in its own map."""
+"""Soft masks: spheres, circles, and the region of a particle determined from its own map."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def density_threshold(volume: Array) -> float:
     """A level that separates a (low-passed) particle from its solvent.
 
     Five robust standard deviations above the solvent, at least 15 % of the particle's density: most of the sphere
-    inside the box is solvent, so its median and median deviation are the solvent's. Where a missing cone fills the
-    solvent with streaks, that lies above most of the particle: then Otsu's level (IEEE Trans. SMC 1979), which parts
-    the grey values into two classes, if they are parted more clearly than those of pure noise are.
+    inside the box is solvent, so its median and median deviation are the solvent's. If a missing cone fills the solvent
+    with streaks, this level is above most of the particle; Otsu's level (IEEE Trans. SMC 1979), which separates the
+    grey values into two classes, is used instead if it separates them more clearly than it does for pure noise.
 
     Args:
         volume: (D, D, D), protein positive.
@@ -73,7 +73,8 @@ CLEARLY_PARTED = 0.7
 
 
 def otsu(values: np.ndarray, bins: int = 512) -> tuple[float, float]:
-    """The level that parts values into the two classes with the largest variance between them, and its share of all."""
+    """The level that separates values into the two classes with the largest variance between them, and its share of
+    all."""
     counts, edges = np.histogram(values, bins)
     centre, share = (edges[1:] + edges[:-1]) / 2, counts / max(counts.sum(), 1)
     below, moment = np.cumsum(share), np.cumsum(share * centre)
@@ -92,16 +93,16 @@ def soft_mask_from_map(
     *,
     keep_fraction: float = 0.1,
 ) -> Array:
-    """A soft mask around the particle of a map: low-pass, threshold, drop specks, extend, soften.
+    """A soft mask around the particle of a map: low-pass, threshold, remove specks, extend, soften.
 
     Args:
         volume: (D, D, D), protein positive.
         pixel_size_A: Å.
         lowpass_A: filter before thresholding.
-        threshold: of the filtered map; None finds one (:func:`density_threshold`).
-        extend_A: how far the border is moved out.
+        threshold: of the filtered map; None: automatic (:func:`density_threshold`).
+        extend_A: distance by which the border is moved out.
         soft_A: width of the raised-cosine edge beyond that.
-        keep_fraction: separate pieces smaller than this fraction of the largest are dropped.
+        keep_fraction: separate pieces smaller than this fraction of the largest are removed.
 
     Returns:
         (D, D, D) in [0, 1], float32.
@@ -148,7 +149,7 @@ def _distance_px(binary: np.ndarray, reach_px: float) -> np.ndarray:
 
 
 def mask_diameter_A(mask: Array, pixel_size_A: float) -> float:
-    """Diameter in Å of the smallest sphere around the box's centre that holds the mask above one half."""
+    """Diameter in Å of the smallest sphere around the box's centre that contains the mask above one half."""
     m = as_tensor(mask)
     where = torch.nonzero(m > 0.5).double() - m.shape[0] // 2
     return 2 * pixel_size_A * float(where.norm(dim=1).max()) if len(where) else 0.0

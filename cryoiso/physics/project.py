@@ -31,7 +31,7 @@ class FourierVolume:
 
     @classmethod
     def from_volume(cls, volume: Tensor, padding: int = 2, radius_px: int | None = None) -> FourierVolume:
-        """Prepares a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist).
+        """Prepare a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist).
 
         Raises:
             InputError: the volume is not a cube.
@@ -48,8 +48,8 @@ class FourierVolume:
         """Central slices at the coefficients of ``where``.
 
         Args:
-            rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in
-                beforehand, see :func:`magnified`).
+            rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in before,
+                see :func:`magnified`).
 
         Returns:
             (J, K) complex, before CTF and shift.
@@ -74,7 +74,7 @@ class FourierVolume:
         return out
 
     def slices_torch(self, rotation: Tensor, where: Disc) -> Tensor:
-        """The plain torch twin of the CPU kernel: any device and precision, differentiable in grid and rotation."""
+        """The plain torch version of the CPU kernel: any device and precision, differentiable in grid and rotation."""
         corner, fraction, flip = slice_corners(
             rotation.to(self.grid.real.dtype), where, self.padding, self.grid.shape[0]
         )
@@ -86,7 +86,7 @@ class FourierVolume:
 
 
 def check_reach(rotation: np.ndarray, where: Disc, padding: int, grid_rows: int) -> None:
-    """Refuses samples beyond the grid, and NaN: the CPU kernels would read and write memory that is not theirs.
+    """Refuse samples beyond the grid, and NaN, for which the CPU kernels would access memory out of bounds.
 
     Args:
         rotation: (J, 3, 3), possibly magnified: the largest singular value of the upper two rows is the magnification.
@@ -108,7 +108,7 @@ def check_reach(rotation: np.ndarray, where: Disc, padding: int, grid_rows: int)
 
 
 def pairs(values: Tensor) -> np.ndarray:
-    """(J, K) complex64 on the CPU -> (J, 2K) float32 view, as the kernels take it."""
+    """(J, K) complex64 on the CPU -> (J, 2K) float32 view, the layout of the kernels."""
     return torch.view_as_real(values.contiguous()).numpy().reshape(len(values), -1)
 
 

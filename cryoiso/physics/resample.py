@@ -1,4 +1,4 @@
-"""A density map on another grid, by exact band-limited interpolation, or in another place, by splines."""
+"""A density map on another grid, by exact band-limited interpolation, or at another position, by splines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resample_matrix(box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: f
 
 
 def resample_map(data: np.ndarray, pixel_in_A: float, box_out: int, pixel_out_A: float) -> np.ndarray:
-    """A cubic map on a grid of another box and pixel size; the centre (voxel D//2) stays where it is.
+    """A cubic map on a grid of another box and pixel size; the centre (voxel D//2) is fixed.
 
     Args:
         data: (D, D, D), (z, y, x).
@@ -38,7 +38,7 @@ def resample_map(data: np.ndarray, pixel_in_A: float, box_out: int, pixel_out_A:
         pixel_out_A: new pixel size.
 
     Returns:
-        (E, E, E) float32. Densities keep their values; what lies outside the old box is zero.
+        (E, E, E) float32. Densities keep their values; voxels outside the old box are zero.
     """
     matrix = resample_matrix(data.shape[0], pixel_in_A, box_out, pixel_out_A)
     out = np.asarray(data, np.float64)
@@ -59,7 +59,7 @@ def place_map(
     box_out: int | None = None,
     pixel_out_A: float | None = None,
 ) -> np.ndarray:
-    """A map turned and shifted: out(x) = map(R^T (x - d)), a point at x goes to R x + d.
+    """A rotated and shifted map: out(x) = map(R^T (x - d)), a point at x goes to R x + d.
 
     A cubic spline on a grid of half the spacing. Its error, as a fraction of the map's norm, is 0.024 for a density
     blurred to a resolution of two pixels, 0.007 at three and 0.0015 at four.
@@ -72,7 +72,7 @@ def place_map(
         box_out, pixel_out_A: grid of the result; by default the same as the map's.
 
     Returns:
-        (E, E, E) float32, zero where the map has nothing.
+        (E, E, E) float32, zero outside the source map.
     """
     from scipy.ndimage import affine_transform
 
