@@ -1,8 +1,8 @@
-"""The map of both half-sets together, every Fourier coefficient weighted by how well it was measured.
+"""The map of both half-sets together, with every Fourier coefficient weighted by how well it was measured.
 
-The plain quotient of sums and weights gives every direction its full strength, so that in sets of uneven views the
-noise of those that few images saw drowns the map. Here it is divided by weight + 1/tau^2, a Wiener filter: what was
-measured well keeps its strength, what was not goes to zero.
+The plain quotient of sums and weights gives every direction its full strength, so that for uneven views the noise of
+poorly sampled directions dominates the map. Here the sums are divided by weight + 1/tau^2, a Wiener filter:
+well-measured coefficients keep their strength, the others tend to zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MaskOf = Callable[[DensityMap], np.ndarray]
 
 @dataclass(frozen=True)
 class FullReconstruction:
-    """Both half-maps and what they are together."""
+    """Both half-maps and their weighted combination."""
 
     halves: dict[int, DensityMap]
     """Half -> the map as ``reconstruct_halves`` makes it, on every rank."""
@@ -56,11 +56,11 @@ def reconstruct_full(
 ) -> FullReconstruction:
     """Half-maps, and (N1 + N2) / (W1 + W2 + 1/tau^2) of their sums (collective).
 
-    tau^2, a number a shell, follows from the half-map FSC and the halves' own weights
+    tau^2, one number per shell, follows from the half-map FSC and the halves' own weights
     (``FourierSums.wiener_term``), in two steps: FSC of the plain maps inside a sphere; then, corrected for the mask by
-    phase randomisation, that of the maps filtered with the first estimate. Zero from the first shell on in which these
-    do not correlate. While the second half is back-projected the sums of the first lie beside its grid (half its
-    size); the grid is gone before anything is divided.
+    phase randomisation, that of the maps filtered with the first estimate. Zero from the first shell in which these do
+    not correlate. During the back-projection of the second half, the sums of the first are in memory beside its grid
+    (half its size); the grid is released before the division.
 
     Args:
         diameter_A: of the sphere (default: 0.9 boxes).
@@ -97,9 +97,9 @@ def reconstruct_full(
 
 
 def joined(sums: dict[int, FourierSums], comm: Communicator) -> FourierSums | None:
-    """The sum of both halves' sums, on the root of half 1; those of half 1 are used up (collective).
+    """The sum of both halves' sums, on the root of half 1; those of half 1 are consumed (collective).
 
-    Plane by plane, so that nothing of a grid's size is made.
+    Plane by plane, to avoid temporaries of the grid's size.
     """
     roots = {half: root_of_half(half, comm.size) for half in HALVES}
     rows = comm.bcast(len(sums[1].weight) if 1 in sums else None, roots[1])

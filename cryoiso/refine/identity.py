@@ -1,4 +1,4 @@
-"""What decides the course of a refinement: see ``core.identity``."""
+"""Identity of a refinement: everything that affects its result; see ``core.identity``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ONLY_WHEN = ("max_iterations",)
 
 
 def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: bool = False) -> Identity:
-    """Everything that decides what an engine finds, but for the number of iterations.
+    """Everything that affects an engine's result, except the number of iterations.
 
     Args:
-        diameter_A: as the engine takes it.
-        ordered: whether the order of the rows matters to the engine.
+        diameter_A: as used by the engine.
+        ordered: whether the order of the rows affects the engine.
     """
     settings = {k: v for k, v in request.settings.model_dump().items() if k not in ONLY_WHEN and k != "local_deg"}
     source, halves = request.source, request.half_references

@@ -79,19 +79,19 @@ class Refinement:
 
     @cached_property
     def identity(self) -> Identity:
-        """What the refinement is of, the same on every rank (collective at the first call)."""
+        """Identity of the refinement's inputs, the same on every rank (collective at the first call)."""
         made = of_request(self.request, self.diameter) if self.comm.rank == 0 else None
         return dict(self.comm.bcast(made))
 
     def heed_empty(self, sigma2: np.ndarray) -> None:
-        """Leaves out what lies beyond the last shell in which the images have power."""
+        """Limit the resolution to the last shell in which the images have power."""
         raw = self.particles if self.raw.all() else self.particles.take(self.raw)
         self.limit = last_shell(sigma2, raw, self.pixel, self._asked_limit)
         self.empty = empty_between(sigma2, raw, self.pixel, self.limit)
 
     def owned(self, half: int, auxiliary: bool | None = None) -> tuple[list[np.ndarray], int]:
-        """This rank's batches of a half, and the largest number that any rank has; of raw or auxiliary particles
-        alone where that is asked."""
+        """This rank's batches of a half, and the largest number on any rank; on request of raw or auxiliary particles
+        alone."""
         plan = self.reader.plan((half,))
         if auxiliary is not None:
             plan = [rows for rows in plan if self.raw[rows[0]] != auxiliary]
@@ -100,15 +100,15 @@ class Refinement:
         return [plan[i] for i in mine], most
 
     def plan(self, state: State) -> SearchPlan:
-        """How to search now, on this rank's device."""
+        """The search plan of this iteration, on this rank's device."""
         plan = schedule.search_plan(
             state, self.settings, self.rotations, self.box, self.pixel, self.diameter, self.request.local_deg
         )
         return replace(plan, shifts_px=plan.shifts_px.to(self.device))
 
     def given(self, rows: np.ndarray) -> Given | None:
-        """What a search of these particles starts from: in a local one their poses, in a global one their offsets; None
-        where there is nothing."""
+        """Starting point of the search for these particles: in a local search their poses, in a global one their
+        offsets; None without either."""
         centre = self.centre_px[rows]
         if self.request.local_deg is not None:
             return Given(self._tensor(self.particles.require_poses()[0][rows]), self._tensor(centre))
@@ -124,7 +124,7 @@ class Refinement:
         return schedule.shift_range_px(self.settings, self.box, self.pixel, self.diameter, self.request.local_deg)
 
     def insertion_radius(self, state: State) -> int:
-        """Data are back-projected beyond the search radius, so that the FSC can be seen to extend."""
+        """Radius of the back-projection, beyond the search radius so that the FSC can extend."""
         return min(self.limit, int(1.5 * state.radius_px) + 6)
 
     def step(self, model: Model) -> Model:
@@ -210,10 +210,10 @@ class Refinement:
         line.close()
 
     def heed(self, kept: KeptSearches | None = None) -> None:
-        """Stops on all ranks if any was told to (collective); what was found is put aside first.
+        """Stop on all ranks if any received a stop signal (collective); search results are saved first.
 
         Raises:
-            Interrupted: one was.
+            Interrupted: a rank received one.
         """
         if self.comm.stop_requested():
             if kept is not None:
@@ -344,7 +344,7 @@ class Refinement:
         return np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32) * self.sphere
 
     def first_references(self, lowpass_A: float) -> dict[int, np.ndarray]:
-        """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
+        """Half -> its first reference, before any grey scale; the same array for both if there is only one."""
         given = self.request.half_references
         if given is None:
             return dict.fromkeys(HALVES, self.first_reference(self.request.reference, lowpass_A))
@@ -368,7 +368,7 @@ class Refinement:
         return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)
 
     def flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
-        """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""
+        """Set the solvent to zero: outside the given mask, or outside one made from this half's own map."""
         volume = volume * self.sphere
         if self.request.mask is not None:
             return (volume * self.request.mask.data).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The state of a refinement between two iterations, and what is kept of a batch's posterior."""
+"""The state of a refinement between two iterations, and the summary of a batch's posterior."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEST = ("",) * 11 + ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxVa
 
 @dataclass
 class Model:
-    """Everything an iteration starts from; a checkpoint is exactly this."""
+    """Complete state at the start of an iteration, and the content of a checkpoint."""
 
     state: State
     references: dict[int, np.ndarray]
@@ -37,7 +37,7 @@ class Model:
 
 
 def best_of(posterior: Posterior) -> np.ndarray:
-    """(B, 14) float64, columns as BEST: all that is kept of a batch's posterior, which itself is ten times larger."""
+    """(B, 14) float64, columns as BEST: summary of a batch's posterior, which is ten times larger."""
     p = posterior
     parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight)
     return np.column_stack([part.cpu().numpy().astype(np.float64) for part in parts])

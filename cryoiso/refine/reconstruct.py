@@ -47,8 +47,8 @@ def reconstruct_halves(
     """CTF-corrected maps of the half-sets (collective).
 
     Numerator sum x c, weight sum c^2, both with trilinear interpolation on a grid padded by ``padding``, symmetrised,
-    divided, corrected for the interpolation; nothing beyond the last shell in which the images have power. One half
-    after the other, so that one grid is in memory at a time.
+    divided, corrected for the interpolation; empty beyond the last shell in which the images have power. One half after
+    the other, so that only one grid is in memory.
 
     Args:
         source: images, row for row those of ``particles``.
@@ -59,7 +59,7 @@ def reconstruct_halves(
         half -> map on the half's root rank, None elsewhere. Half h's root is ``parallel.partition.root_of_half``.
 
     Raises:
-        InputError: no poses, one that cannot be, or a half-set is empty.
+        InputError: no poses, an invalid pose, or an empty half-set.
     """
     pixel = pixel_size_A or particles.first_group.pixel_size_A
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
@@ -81,14 +81,14 @@ def reconstruct_references(
     prior: dict[int, DensityMap] | None = None,
     pixel_size_A: float | None = None,
 ) -> tuple[dict[int, DensityMap], dict[int, DensityMap], np.ndarray]:
-    """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
+    """Half-maps twice: unregularised, and regularised by the half-map FSC like references (collective).
 
-    The regularised map of a half divides by weight + 1/tau^2 (``agreement``), so that directions which few images saw
-    are damped instead of noisy. Of the other half it knows the FSC curve, nothing else.
+    The regularised map of a half divides by weight + 1/tau^2 (``agreement``), so that poorly sampled directions are
+    damped instead of noisy. It depends on the other half only through the FSC curve.
 
     Args:
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
-        prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
+        prior: half -> map to which the regularised map falls back where that half's images measured nothing (its grey
             scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
         pixel_size_A: as ``reconstruct_halves``.
 
@@ -148,11 +148,10 @@ def half_sums(
     pixel_size_A: float,
     limits: dict[int, int] | None = None,
 ) -> Iterator[tuple[int, FourierSums]]:
-    """Yields (half, symmetrised sums) for the halves that this rank is the root of; all ranks must exhaust it
-    together.
+    """Yield (half, symmetrised sums) for the halves of which this rank is the root; all ranks must exhaust it together.
 
     Args:
-        limits: gets half -> last shell in which its images have power, on every rank.
+        limits: receives half -> last shell in which its images have power, on every rank.
     """
     rotation, shift_A = particles.require_poses()
     check_poses(particles, source.box_px)
@@ -192,10 +191,10 @@ def insert_batches(
     label: str,
     noise: NoiseSums,
 ) -> None:
-    """Back-projects this rank's batches with one pose an image (collective only in asking whether to stop).
+    """Back-project this rank's batches with one pose per image (collective only in the check for stop signals).
 
     Args:
-        noise: gets the power of some images of each optics group.
+        noise: receives the power of some images of each optics group.
     """
     some = _first_of_groups(reader.particles, plan)
     mine = owned_chunks(len(plan), comm.rank, comm.size)
@@ -290,7 +289,7 @@ class _Waiting:
 
 
 def weigh(batch: Batch, content_px: torch.Tensor, data: torch.Tensor, weight: torch.Tensor) -> None:
-    """Writes x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
+    """Write x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
     where = batch.where
     if data.device.type == "cpu":
         from cryoiso.physics import _kernels

@@ -1,4 +1,4 @@
-"""Decisions between iterations: which resolution to use next, how finely to search, when to stop. Pure functions."""
+"""Decisions between iterations: next resolution, fineness of the search, convergence. Pure functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPECTED_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class State:
-    """What the schedule remembers; plain numbers, the same on every rank."""
+    """State of the schedule; plain numbers, the same on every rank."""
 
     iteration: int = 0
     radius_px: int = 1
@@ -35,7 +35,7 @@ class State:
 
 
 def expected_iterations(done: int, settings: RefineSection) -> int:
-    """A guess of how many there will be in all, when ``done`` have ended and no other is known to be the last."""
+    """Estimated total number of iterations when ``done`` have ended and the last one is not yet known."""
     return min(max(EXPECTED_ITERATIONS, done + 2), max(settings.max_iterations, done + 1))
 
 
@@ -51,7 +51,7 @@ def first_cell_deg(order: int, local_deg: float | None = None) -> float:
 
 
 def local_grid(order: int, local_deg: float) -> torch.Tensor:
-    """(J, 3, 3) float32 turns of a given pose by ``local_deg`` at most, none of it (the identity) first."""
+    """(J, 3, 3) float32 rotations of a given pose by at most ``local_deg``, the identity first."""
     step = first_cell_deg(order, local_deg)
     return torch.as_tensor(local_rotations(step, local_deg / step), dtype=torch.float32)
 
@@ -68,15 +68,15 @@ def disc_of_shifts(range_px: float, step_px: float) -> torch.Tensor:
 
 
 def first_shift_sd_px(box_px: int) -> float:
-    """Spread of the shifts that a search expects before it has found any."""
+    """Assumed spread of the shifts before any has been estimated."""
     return max(2.0, 0.03 * box_px)
 
 
 def shift_range_px(
     settings: RefineSection, box_px: int, pixel_size_A: float, diameter_A: float, local_deg: float | None = None
 ) -> float:
-    """How far from its centre a search for shifts goes at most: as the settings say, else a tenth of the box; in a
-    local search no farther than its turns move the particle's rim."""
+    """Range of the search for shifts about its centre: as set, otherwise a tenth of the box; in a local search at most
+    the distance by which its rotations move the particle's rim."""
     reach_A = box_px * pixel_size_A / 10
     if local_deg is not None:
         reach_A = min(reach_A, np.radians(local_deg) * diameter_A / 2)
@@ -92,14 +92,14 @@ def search_plan(
     diameter_A: float,
     local_deg: float | None = None,
 ) -> SearchPlan:
-    """How to search in this iteration.
+    """The search plan of this iteration.
 
-    The global grid of step d sees detail down to about d * diameter / 2 / 1.2 (RELION's rule): finer detail would
-    vanish between its views, so it is left out there. Levels halve the cell until it is no more than 0.3 of the
-    resolution over the diameter.
+    The global grid of step d resolves detail down to about d * diameter / 2 / 1.2 (RELION's rule); finer detail would
+    vanish between its views and is left out there. Levels halve the cell until it is no more than 0.3 of the resolution
+    over the diameter.
 
-    A local search's ``rotations`` are those of ``local_grid``; its shifts go as far from the given ones as its turns
-    move the particle's rim, unless the settings say how far.
+    A local search's ``rotations`` are those of ``local_grid``; its shifts extend from the given ones as far as its
+    rotations move the particle's rim, unless the settings give a range.
     """
     extent = box_px * pixel_size_A
     cell = first_cell_deg(settings.healpix_order, local_deg)
@@ -142,13 +142,13 @@ def advance(
     box_px: int,
     limit_px: int,
 ) -> State:
-    """The next iteration's state.
+    """State of the next iteration.
 
     Args:
-        shell: where the half-maps agree now.
-        change_deg: median angle that the particles moved in this iteration.
+        shell: shell up to which the half-maps agree now.
+        change_deg: median angle by which the particles moved in this iteration.
         tolerance_deg: smaller changes count as none.
-        limit_px: no radius beyond this.
+        limit_px: upper limit of the radius.
     """
     better = shell > state.best_shell
     settled = change_deg < tolerance_deg or change_deg > 0.8 * state.last_change_deg
@@ -167,5 +167,5 @@ def advance(
 
 
 def is_done(stalled: int, iteration: int, settings: RefineSection) -> bool:
-    """Whether no iteration is to follow."""
+    """Whether no further iteration follows."""
     return stalled >= settings.stalled_iterations or iteration >= settings.max_iterations

@@ -1,11 +1,11 @@
 """Coarse-to-fine search over views and shifts: a global grid selects candidates, finer levels refine them.
 
-A local search has another first step: the nominees are turns by less than a given angle from each image's given pose,
-and no level steps over that limit.
+A local search differs in the first step: its candidates are rotations of each image's given pose by less than a given
+angle, and no level exceeds that limit.
 
-At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation,
-and a shift by the 3 x 3 lattice at half the spacing. Only nominees within ``threshold`` of the best log-likelihood go
-on, at most ``beam`` an image. The last level's samples are the posterior.
+At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation, and
+a shift by the 3 x 3 lattice at half the spacing. Only candidates within ``threshold`` of the best log-likelihood are
+refined, at most ``beam`` per image. The samples of the last level are the posterior.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Level:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What the search does in one iteration; the same for all images."""
+    """Search plan of one iteration; the same for all images."""
 
     rotations: Tensor
     """(J, 3, 3) global grid; in a local search the turns of the given pose, in the image's frame."""
@@ -67,8 +67,8 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of poses before the search, row for row those of a batch: it looks for shifts around the given
-    ones and, if it is a local one, stays near the given rotations."""
+    """Poses known before the search, row for row those of a batch: shifts are searched around the given ones, and a
+    local search stays near the given rotations."""
 
     rotation: Tensor | None
     """(B, 3, 3) float32; None in a global search."""
@@ -83,11 +83,11 @@ class Given:
         return Given(None if self.rotation is None else self.rotation[rows], self.shift_px[rows])
 
     def centre(self, white: Whitened) -> Whitened:
-        """The images with their content moved back by the given shifts: a search of them finds what is left."""
+        """The images with their content moved back by the given shifts, so that a search finds the remaining shift."""
         return replace(white, data=white.data * shift_factors(white.where, self.shift_px))
 
     def turned(self, turns: Tensor) -> Tensor:
-        """(B, J, 3, 3): every given rotation turned by every one of ``turns`` (J, 3, 3)."""
+        """(B, J, 3, 3): every given rotation combined with every one of ``turns`` (J, 3, 3)."""
         return torch.einsum("jik,bkl->bjil", turns, self._rotation())
 
     def _rotation(self) -> Tensor:
@@ -103,7 +103,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What is left of the search for a batch: weighted samples, best poses, evidence."""
+    """Result of the search for a batch: weighted samples, best poses, evidence."""
 
     particle: Tensor
     """(R,) row of the batch, sorted."""
@@ -157,7 +157,7 @@ class Searcher:
         """Posterior over poses of every image of the batch; near the given poses if the plan is that of a local search.
 
         Args:
-            given: row for row those of the batch; None: nothing is known of them.
+            given: row for row those of the batch; None: no prior poses.
         """
         if given is not None:
             white = given.centre(white)
@@ -256,11 +256,12 @@ class Searcher:
 
 
 def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep: int = 12) -> Posterior:
-    """Normalises the last level's samples.
+    """Normalise the samples of the last level.
 
     Args:
         rotation: (B, M, 3, 3); shift: (B, M, 9, 2); score: (B, M, 9).
-        keep: views an image that back-projection gets, at most; those below NEGLIGIBLE times the best are left out.
+        keep: largest number of views per image passed to the back-projection; those below NEGLIGIBLE times the best are
+            left out.
     """
     log_evidence = score.flatten(1).logsumexp(1)
     p = (score - log_evidence[:, None, None]).exp()
