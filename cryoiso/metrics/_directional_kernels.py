@@ -24,7 +24,7 @@ FREE: Any = {**EXACT, "nogil": True}
 
 
 def in_threads(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Runs ``kernel(start, stop, *arguments)`` on parts of 0..count, in as many threads as numba is configured for."""
+    """Run ``kernel(start, stop, *arguments)`` on parts of 0..count, in as many threads as numba is configured for."""
     threads = int(vars(config)["NUMBA_NUM_THREADS"])
     if threads == 1:
         kernel(0, count, *arguments)
@@ -67,7 +67,7 @@ def _on_sphere(kz, ky, kx, radius):
 
 @njit(**EXACT)
 def bin_directions(fa, fb, first, last, cells):
-    """Adds Re(A conj B), |A|^2 and |B|^2 of the shells first..last to the cells of their directions.
+    """Add Re(A conj B), |A|^2 and |B|^2 of the shells first..last to the cells of their directions.
 
     fa, fb (D, D, D//2+1) complex: half of a transform, which stands for both halves; cells (last-first+1, rings,
     columns, 3) float32.

@@ -19,9 +19,9 @@ CFAR_CONE_DEG = 20.0
 FSO_AXES = 321
 FSO_CONE_DEG = 17.0
 FEWEST = 3
-"""Coefficients (k and -k are one) that a cone must have for its correlation to mean anything."""
+"""Smallest number of coefficients in a cone (k and -k are one) for a meaningful correlation."""
 _PARTS = 8
-"""Slabs whose sums are taken apart and then added: a fixed number, so that threads do not change the last bits."""
+"""Slabs that are summed separately and then added: a fixed number, so that threads do not change the last bits."""
 
 
 def cone_curves(
@@ -121,10 +121,8 @@ class Occupancy:
     occupancy: np.ndarray
     """(D//2+1,) fraction of the directions whose FSC reaches the threshold."""
     bingham_p: np.ndarray
-    """(D//2+1,) probability of directions as unevenly spread as those, if they were drawn evenly; NaN if none.
-
-    Neighbouring cones share coefficients, so it describes, it does not prove.
-    """
+    """(D//2+1,) probability of directions as unevenly spread as those under an even distribution; NaN if none.
+    Descriptive only, since neighbouring cones share coefficients."""
 
     def resolution_A(self, level: float, box_px: int, pixel_size_A: float) -> float | None:
         """Resolution at which the occupancy first drops below a level; None if it never does."""

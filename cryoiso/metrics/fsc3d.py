@@ -118,7 +118,7 @@ def low_shells(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int) -> list[t
 
 
 def _paint_exact(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int, cone_deg: float, out: np.ndarray) -> None:
-    """Writes the shells 1..last of the 3DFSC, every sum over the coefficients themselves."""
+    """Write the shells 1..last of the 3DFSC, every sum over the coefficients themselves."""
     from cryoiso.metrics._directional_kernels import double_cone_ratios, in_threads
 
     centre = box_px // 2

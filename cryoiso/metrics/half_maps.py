@@ -17,17 +17,18 @@ SAME = 1e-3
 """Residual of a linear fit of one map to the other, over its standard deviation; below, they are one map. Rounding to
 float16 leaves 3e-4; half-maps with an FSC of 0.999 in every shell leave 0.04."""
 SAME_PHASES = 0.99999
-"""Cosine of the phase differences, weighted by the amplitudes, in every shell; above, one map is the other filtered."""
+"""Cosine of the phase differences, weighted by the amplitudes, in every shell; above, one map is a filtered copy of the
+other."""
 TOO_ALIKE = 0.95
-"""FSC in every shell up to Nyquist's frequency; above, the half-maps are hardly independent."""
+"""FSC in every shell up to the Nyquist frequency; above, the half-maps are hardly independent."""
 INVERTED = -0.5
 """FSC of the coarsest shells, by their numbers of coefficients; below, one map is inverted."""
 DARK = -0.1
-"""`tail_asymmetry` below which protein is dark. Of 20 maps of protein and RNA (real ones of 40 to 100 px, models,
-simulated half-maps) as they are and in noise of 1 and 3 times their standard deviation it was 0.14 to 0.89, of noise
-alone -0.03 to 0.03; a turned sign turns it."""
+"""`tail_asymmetry` below which protein is dark. For 20 maps of protein and RNA (real ones of 40 to 100 px, models,
+simulated half-maps), as they are and with noise of 1 and 3 times their standard deviation, it is 0.14 to 0.89, for
+noise alone -0.03 to 0.03; inverting a map changes its sign."""
 NO_POWER = 1e-10
-"""Power of a coefficient over that of the strongest shell; below, there is none but rounding."""
+"""Power of a coefficient over that of the strongest shell; below, there are only rounding errors."""
 UNLIKE_POWER = 4.0
 """Factor between the power of both maps, or between that of their shells; above, one was scaled or filtered."""
 EMPTY = 0.2

@@ -23,10 +23,10 @@ from cryoiso.metrics.fsc import shell_frequencies
 BINS, LIMIT = 1024, 4.0
 """Histograms of grey values: bins between -LIMIT and LIMIT, to which values outside are clipped."""
 EMPTY_BIN_PIXELS = 0.5
-"""What is added to every bin of a histogram, in pixels, so that no probability is zero."""
+"""Added to every bin of a histogram, in pixels, so that no probability is zero."""
 SHOWN_BINS = 64
 BAND_EDGES_A = (math.inf, 40.0, 20.0, 10.0, 5.0, 0.0)
-"""Borders of the resolution bands that are summed up."""
+"""Limits of the resolution bands in the summary."""
 BLOCK_PIXELS = 2**22
 _SETS = ("real", "generated")
 _COUNTS = ("n", "left_out")

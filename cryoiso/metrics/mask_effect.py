@@ -19,11 +19,11 @@ from cryoiso.metrics.fsc import randomise_where, transform
 from cryoiso.metrics.fsc3d import fsc3d_of_transforms
 
 AGREES = 0.8
-"""Unmasked agreement below which phases are made random (Chen et al. 2013)."""
+"""Unmasked agreement below which phases are randomised (Chen et al. 2013)."""
 MARGIN = 2
-"""Shells beyond the first random one that are not looked at: a mask of any kind reaches so far."""
+"""Shells after the first randomised one that are ignored, because any mask extends correlation into them."""
 WORST = 0.1
-"""Part of the directions that counts as those which agree least without the mask."""
+"""Fraction of the directions that form the group with the least agreement without the mask."""
 
 
 @dataclass(frozen=True)

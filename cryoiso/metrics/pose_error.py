@@ -18,7 +18,7 @@ from cryoiso.core.errors import InputError
 _TRUNCATE_DEG = 30.0
 
 OPPOSITE_DEG = 150.0
-"""A view direction that is wrong by more than this is the one from the opposite end of the axis."""
+"""A view direction that is wrong by more than this is assigned to the opposite end of the axis."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PoseErrors:
     inplane_errors_deg: np.ndarray
     """(n,) rotation about the viewing direction (its twist part)."""
     shift_errors_A: np.ndarray | None
-    """(n,) distance between the origins after the frame displacement is taken out; None if no shifts were given."""
+    """(n,) distance between the origins after removing the displacement of the frame; None if no shifts were given."""
     frame_rotation: np.ndarray
     """(3, 3) G: aligned estimated poses are A_est G."""
     frame_shift_A: np.ndarray
@@ -42,7 +42,7 @@ class PoseErrors:
     true: np.ndarray
     """(n, 3, 3)."""
     mirrored_median_deg: float
-    """Median error if the estimated map had the opposite hand; far below ``median_deg`` means that it has."""
+    """Median error if the estimated map had the opposite hand; far below ``median_deg`` if it does."""
 
     @property
     def median_deg(self) -> float:

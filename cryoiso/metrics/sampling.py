@@ -16,7 +16,7 @@ from cryoiso.core.rng import generator
 from cryoiso.metrics.pose_error import symmetry_operations
 
 MOST_VIEWS = 10_000
-"""Views that are looked at; of a larger set, so many drawn at random. SCF* depends on their number."""
+"""Largest number of views used; from a larger set this many are drawn at random. SCF* depends on their number."""
 
 
 def fibonacci_half_sphere(n: int, offset: float = 0.5) -> np.ndarray:

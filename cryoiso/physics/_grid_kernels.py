@@ -105,7 +105,7 @@ def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
 
 @njit(parallel=True, **EXACT)
 def add_rotated(numerator, weight, rows, operations, out, out_weight):
-    """Adds sum_S old(S k) to every voxel k, by trilinear interpolation; nothing from beyond the grid.
+    """Add sum_S old(S k) to every voxel k, by trilinear interpolation; nothing from beyond the grid.
 
     operations (g, 3, 3) float32; numerator, out: float32 pairs.
     """

@@ -87,7 +87,7 @@ TILE_BITS = 3
 
 @njit(**EXACT)
 def _find_tiles(rotation, ky, kx, scale, rows, first, last, tile, count):
-    """Writes the tile of every sample of the slices first..last and counts how many fall into each."""
+    """Write the tile of every sample of the slices first..last, and count how many fall into each."""
     n = kx.shape[0]
     across = np.int32((rows >> TILE_BITS) + 1)
     h = np.float32((rows - 1) // 2)
@@ -128,7 +128,7 @@ def _largest(values):
 
 @njit(**EXACT)
 def _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last, tile, place, sample):
-    """Writes each sample (x, y, z, re, im, weight) to its tile's place; returns the sum of the slices' largest."""
+    """Write each sample (x, y, z, re, im, weight) to its tile's place; return the sum of the slices' largest."""
     n = kx.shape[0]
     h = np.float32((rows - 1) // 2)
     bound = 0.0
@@ -152,7 +152,7 @@ def _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last
 
 @njit(**EXACT)
 def _fetch_tile(grid, rows, z, y):
-    """Reads a tile in the order of memory, so that it is in the cache when samples come in any order."""
+    """Read a tile in the order of memory, so that it is in the cache when samples come in any order."""
     row = 3 * ((rows + 1) // 2)
     reach = (1 << TILE_BITS) + 1
     seen = np.int64(0)
@@ -251,7 +251,7 @@ def centre_and_weigh(data, ctf, ky, kx, shift, out, out_weight):
 
 @njit(inline="always")
 def _lattice_sums(column, angle, spacing, norm, out, r):
-    """Finishes the 3 x 3 shifts: column (rows, 6) holds, for three x shifts, the sums over kx of each ky (re, im)."""
+    """Finish the 3 x 3 shifts: column (rows, 6) holds, for three x shifts, the sums over kx of each ky (re, im)."""
     reach = (column.shape[0] - 1) // 2
     for s in range(3):
         t0, t1, t2 = np.float32(0), np.float32(0), np.float32(0)

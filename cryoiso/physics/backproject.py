@@ -96,7 +96,7 @@ class SliceAccumulator:
             )
 
     def _working_space(self, slices: int, size: int) -> int:
-        """Makes the room that samples are sorted in: 28 B for every second voxel of the grid at most.
+        """Make the room that samples are sorted in: 28 B for every second voxel of the grid at most.
 
         Returns:
             the number of slices that fit.

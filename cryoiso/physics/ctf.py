@@ -142,7 +142,7 @@ def _common_box(particles: Particles, groups: np.ndarray) -> int:
 
 
 def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq) -> None:
-    """Writes the CTFs of one optics group's particles into ``out[where]``.
+    """Write the CTFs of one optics group's particles into ``out[where]``.
 
     Within a group the phase is linear in six numbers per particle, so all phases are one matrix product.
     """

@@ -18,11 +18,11 @@ from cryoiso.physics.ctf import ctf_for
 from cryoiso.physics.filters import friedel_weights, radius_grid
 
 LEAST_CTF = 1e-6
-"""Below it a coefficient of a premultiplied image holds nothing but rounding."""
+"""Below it a coefficient of a premultiplied image contains only rounding errors."""
 LEAST_DIVISOR = 0.05
-"""Smallest |c| that pixels of a restored image are divided by; at zero frequency c is the amplitude contrast."""
+"""Smallest |c| used as a divisor for restored images; at zero frequency c is the amplitude contrast."""
 LEAKED = 1.5
-"""A shell of a restored image has at most this times the power that its coefficients have on average by c^2."""
+"""Upper limit of the power of a shell of a restored image, as a multiple of its c^2-weighted mean."""
 
 
 def is_applied(particles: Particles, rows: np.ndarray | None = None) -> bool:

@@ -28,7 +28,7 @@ class Belt:
     """Relative to the inside of the protein."""
     core_density: float = 0.15
     softness_A: float = 3.0
-    """Standard deviation of the Gaussian that it is blurred with."""
+    """Standard deviation of the Gaussian blur."""
 
 
 def belt_map(belt: Belt, box_px: int, pixel_size_A: float) -> DensityMap:

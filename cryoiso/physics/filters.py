@@ -108,7 +108,7 @@ def apply_radial(array: Array, curve, dims: int = 3) -> Array:
 
 
 def apply_transfer(array: Array, factor: Tensor, dims: int = 3) -> Array:
-    """Multiplies the transform by a factor in half-plane layout that broadcasts; same shape and dtype as ``array``."""
+    """Multiply the transform by a factor in half-plane layout that broadcasts; same shape and dtype as ``array``."""
     x = as_tensor(array)
     axes = tuple(range(-dims, 0))
     result = torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * factor, s=x.shape[-dims:], dim=axes)
@@ -152,7 +152,7 @@ def highpass(array: Array, pixel_size_A: float, resolution_A: float, edge_shells
 
 
 def apply_bfactor(array: Array, pixel_size_A: float, bfactor_A2: float, dims: int = 3) -> Array:
-    """Multiplies the transform by exp(-B s^2 / 4): a positive B blurs, a negative one sharpens.
+    """Multiply the transform by exp(-B s^2 / 4): a positive B blurs, a negative one sharpens.
 
     Args:
         array: (..., D, D, D), or (..., D, D) with dims=2.

@@ -25,11 +25,11 @@ COARSE_CANDIDATES, FINE_CANDIDATES = 40, 8
 SURE = 3.0
 """Two scores differ clearly if they are this many standard errors apart, ..."""
 WORTH = 0.01
-"""... and by this much: correlations that differ by less are the same for every purpose."""
+"""... and by this much: smaller differences of correlations are irrelevant."""
 SYMMETRIC = 0.6
-"""Correlation of a map with its own copy, turned by the point group, from which it counts as symmetric."""
+"""Correlation of a map with its own copy, rotated by the point group, above which it counts as symmetric."""
 NEAR_DEG, NEAR = 0.2, 0.05
-"""A map whose axes are this close (degrees; shift in resolutions) to the standard frame is left where it is."""
+"""A map whose axes are this close (degrees; shift in resolutions) to the standard frame is not moved."""
 AXIS_STEP_DEG = 5.0
 
 
@@ -197,7 +197,7 @@ class _Task:
         return replace(placement, rotation=turns[nearest], shift_A=self.ops[nearest] @ placement.shift_A)
 
     def judge(self, moving: DensityMap, found: dict[bool, list[Placement]], group: str, free: Placement | None) -> Fit:
-        """Compares the best placements with their errors."""
+        """Compare the best placements with their errors."""
         best, *others = (self.least_turned(p) for p in found[False])
         mirror = self.least_turned(found[True][0]) if found.get(True) else None
         runner_up = others[0] if others else None

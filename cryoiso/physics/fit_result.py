@@ -12,7 +12,7 @@ from cryoiso.physics.symmetry import point_group
 
 Hand = Literal["same", "mirrored", "undecided", "not tried"]
 FREER = 0.05
-"""A free search whose score is higher by this than that of a placement on the axes casts doubt on the axes."""
+"""A free search that scores higher by this than a placement on the axes casts doubt on the axes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Fit:
     optima: tuple[Placement, ...]
     """the best few of this hand, ``best`` first"""
     free: Placement | None
-    """what a search without regard to the symmetry axes finds; None if none was made"""
+    """result of a search without regard to the symmetry axes; None if none was made"""
     hand: Hand
     ambiguous: bool
     """``runner_up`` fits as well"""

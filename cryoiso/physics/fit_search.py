@@ -33,9 +33,10 @@ PADDING = 2
 SMALLEST_GAIN = 1e-6
 """A refinement ends when a step adds less to the score."""
 WEAKEST = 1e-4
-"""Shells whose amplitude is below this fraction of the strongest hold only rounding errors and are not raised more."""
+"""Shells whose amplitude is below this fraction of the strongest contain only rounding errors and are not amplified
+more."""
 FULL, AXIS, FIXED = "full", "axis", "fixed"
-"""Where a placement may go: anywhere; spin and slide along z; nowhere."""
+"""Freedom of a placement: any; spin and slide along z; none."""
 _FREEDOM: dict[str, list[int]] = {FULL: [0, 1, 2, 3, 4, 5], AXIS: [2, 5], FIXED: []}
 
 
@@ -46,9 +47,9 @@ class Body:
     fourier: FourierVolume
     pixel_size_A: float
     centre_A: np.ndarray
-    """(3,) x, y, z of its middle in its own map"""
+    """(3,) x, y, z of its centre in its own map"""
     radius_A: float
-    """of the sphere about the middle that holds its density"""
+    """of the sphere about the centre that contains its density"""
 
     @property
     def spacing(self) -> float:

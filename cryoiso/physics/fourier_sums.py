@@ -14,9 +14,9 @@ from cryoiso.physics.project import FourierVolume, corner_shares, flat_pairs
 
 EDGE_PX = 3.0
 LEAST_WEIGHT = 1e-3
-"""Share of a shell's mean weight that no division goes below."""
+"""Smallest divisor as a share of a shell's mean weight."""
 LEAST_REGULARISED = 1e-6
-"""The same where a Wiener term is added to the weight."""
+"""The same if a Wiener term is added to the weight."""
 
 
 @dataclass(frozen=True)

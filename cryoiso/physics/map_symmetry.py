@@ -24,24 +24,24 @@ from cryoiso.physics.so3 import angular_distance_deg, fibonacci_sphere, rotvec_t
 from cryoiso.physics.symmetry import cryosparc_turn, generators, normalise_name, point_group
 
 CHECKED_AT_A = (20.0, 30.0)
-"""Resolutions of the check; the second is looked at where noise hides the symmetry at the first."""
+"""Resolutions of the check; the second is used if noise hides the symmetry at the first."""
 CLEAR = 0.85
-"""A score from which a map has the group, without further search."""
+"""Score above which a map has the group, without further search."""
 BETTER = 0.15
-"""Another frame whose score is higher by this is where the axes really are."""
+"""A frame that scores higher by this than the standard one is the true frame."""
 SEEN, CONTRAST, EVEN = 0.3, 0.1, 0.75
 """A noisy map still has the group if its score is this high, this much above that of other spins about the axis, and
 this fraction of the best class's: noise hides all operations alike."""
 FOUND, DOUBTFUL = 0.6, 0.42
-"""A frame elsewhere with the first score is real without that further test; with less than the second it never is:
-asymmetric objects have such axes."""
+"""Another frame with at least the first score is accepted without that further test; below the second it is always
+rejected, because asymmetric objects have such axes."""
 ALIKE = 0.03
-"""Frames whose scores differ by less are equally good; the one that turns the map least is taken."""
+"""Frames whose scores differ by less are equally good; the one with the smallest rotation is taken."""
 AXIS_STEP_DEG = 10.0
 NOTHING = 1e-8
 """Share of the strongest shell's mean power below which a shell holds rounding errors (low-passed and padded maps)."""
 REDUCED_TO_A = 8.0
-"""Nothing finer than this is looked at: large boxes are reduced to it first."""
+"""Nothing finer than this is used: large boxes are reduced to it first."""
 Verdict = Literal["has it", "noisy", "elsewhere", "none"]
 
 
@@ -55,7 +55,7 @@ class MapSymmetry:
     """lowest mean score of a class of operations (those of equal angle) in the standard frame"""
     resolution_A: float
     frame: Placement | None = None
-    """where the axes lie elsewhere: the placement that brings the map into the standard frame, with its score"""
+    """if the axes are elsewhere: the placement that brings the map into the standard frame, with its score"""
     cryosparc: bool = False
     """the map is in cryoSPARC's frame, with a two-fold axis of Dn on y"""
 

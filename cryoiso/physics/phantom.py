@@ -115,7 +115,7 @@ def _protomer_elements(seed: int) -> list[_Element]:
 
 
 def _assemble(elements: list[_Element], seed: int, chain_seed: int) -> PseudoAtoms:
-    """Threads the chain, adds side chains, and makes the three copies."""
+    """Thread the chain, add side chains, and make the three copies."""
     path_rng = generator(chain_seed, "phantom loops")
     common, own = generator(seed, "phantom side chains"), generator(chain_seed, "phantom side chains of its own")
     backbone, outward = _thread(elements, path_rng)

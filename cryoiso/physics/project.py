@@ -15,7 +15,7 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
 
 SAMPLES_AT_ONCE = 1 << 23
-"""Samples that the torch path works on together: the eight corners' temporaries are some hundred bytes a sample."""
+"""Samples processed at once by the torch path: the eight corners' temporaries are some hundred bytes per sample."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def slice_corners(rotation: Tensor, where: Disc, padding: int, grid_rows: int) -
 
 
 def corner_shares(fraction: Tensor, shape: torch.Size | tuple[int, ...]):
-    """Yields (flat offset, trilinear share) of the eight corners."""
+    """Yield (flat offset, trilinear share) of the eight corners."""
     fx, fy, fz = fraction
     row = shape[2]
     for dz, wz in ((0, 1 - fz), (1, fz)):

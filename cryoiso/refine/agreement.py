@@ -19,7 +19,7 @@ from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 
 HalfMapFsc = Callable[[dict[int, np.ndarray]], np.ndarray]
-"""(D//2+1,) FSC of half -> map, inside the mask that an FSC is taken in."""
+"""(D//2+1,) FSC of half -> map, inside the mask used for FSCs."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Agreement:
     plain: np.ndarray
     """(D//2+1,) of the unregularised maps."""
     weighted: np.ndarray
-    """(D//2+1,) of the Wiener-filtered maps; ``plain`` where none was asked for."""
+    """(D//2+1,) of the Wiener-filtered maps; ``plain`` if they are not compared."""
     wiener: dict[int, Tensor]
-    """Half -> (radius+1,) term of each shell; of the halves that this rank is root of."""
+    """Half -> (radius+1,) term of each shell; for the halves of which this rank is root."""
 
 
 def agreement(

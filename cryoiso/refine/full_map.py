@@ -24,7 +24,7 @@ from cryoiso.refine.agreement import agreement, as_map, on_every_rank
 from cryoiso.refine.reconstruct import half_sums
 
 PLANES = 16
-"""Planes of a half's sums that are sent to the other's at once."""
+"""Planes of a half's sums sent to the root of the other at once."""
 MaskOf = Callable[[DensityMap], np.ndarray]
 """Mean of the filtered half-maps -> (D, D, D) mask in [0, 1]; called on rank 0."""
 
@@ -34,11 +34,11 @@ class FullReconstruction:
     """Both half-maps and their weighted combination."""
 
     halves: dict[int, DensityMap]
-    """Half -> the map as ``reconstruct_halves`` makes it, on every rank."""
+    """Half -> the map from ``reconstruct_halves``, on every rank."""
     weighted: DensityMap | None
     """The Wiener-weighted map of all particles; on rank 0."""
     fsc: np.ndarray
-    """(D//2+1,) of the filtered half-maps, corrected for the mask: what the weights follow from."""
+    """(D//2+1,) of the filtered half-maps, corrected for the mask: the basis of the weights."""
 
 
 def reconstruct_full(

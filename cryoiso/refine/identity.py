@@ -10,7 +10,7 @@ from cryoiso.core.identity import MARK, Identity, digest_of, of_images, of_map, 
 from cryoiso.core.protocols import RefineRequest
 
 ONLY_WHEN = ("max_iterations",)
-"""Settings that say when a refinement ends; it may go on with others."""
+"""Settings that determine when a refinement ends; it may be continued with other values."""
 
 
 def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: bool = False) -> Identity:

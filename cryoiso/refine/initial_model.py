@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cryoiso.refine.iterate import Refinement
 
 SCALE_PARTICLES = (512, 2048, 8192)
-"""Images that are compared with the reference: the first number, then more where those cannot tell it from chance."""
+"""Images compared with the reference: the first number, then more if those are not conclusive."""
 CHANCE = 3e-5
 """Images of noise match a reference by chance in fewer cases than this (four standard errors)."""
 
@@ -106,11 +106,11 @@ class Match:
     factor: float
     """Least-squares grey scale of the reference."""
     chance: float
-    """Of agreeing so well if the images had nothing to do with the reference."""
+    """Probability of such agreement if the images were unrelated to the reference."""
     inverted: bool
     """They agree better with their sign changed; ``chance`` is then that of this agreement."""
     images: int
-    """that were looked at"""
+    """number of images compared"""
 
     @classmethod
     def of(cls, terms: np.ndarray) -> Match:

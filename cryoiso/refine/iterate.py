@@ -270,7 +270,7 @@ class Refinement:
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
-        """Gives both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
+        """Give both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
         if self.settings.join_halves_A:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:
@@ -278,7 +278,7 @@ class Refinement:
                 references.exchange_low_resolution(sums, shell, self.comm)
 
     def _report(self, record: dict[str, Any], at_limit: int, last: bool) -> None:
-        """Logs an iteration; at the end warns of shifts at the limit of the search."""
+        """Log an iteration; at the end warn of shifts at the limit of the search."""
         logger.info(
             "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
             "moved by %.2f°, max. probability %.2f",

@@ -17,7 +17,7 @@ from cryoiso.refine.noise import floored
 from cryoiso.refine.search import Posterior
 
 NOISE_UNIT = 2.0**24
-"""Residual power, and what counts as a coefficient, are summed in fixed point of this unit, exact in any order."""
+"""Residual power and coefficient counts are summed in fixed point of this unit, exact in any order."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
 BEST = ("",) * 11 + ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
-"""Columns of ``best_of``: rotation (9) and shift (2), which have no name, then those of the STAR file."""
+"""Columns of ``best_of``: rotation (9) and shift (2), which are unnamed, then those of the STAR file."""
 
 
 @dataclass

@@ -27,7 +27,7 @@ LARGEST_WEIGHT = 64.0
 """Inverse variances beyond this are scaled down for the back-projection, whose sums have a fixed range."""
 TOLD_GROUPS = 5
 OUTLIER = 100.0
-"""An image with more than this many times the median image's power is not like the others."""
+"""An image with more than this many times the median image's power is an outlier."""
 
 
 def mean_spectra(
@@ -173,7 +173,7 @@ def empty_facts(spectra: np.ndarray, groups: Sequence[OpticsGroup], box_px: int)
 
 
 def tell_of_empty(facts: list[dict[str, Any]]) -> None:
-    """Warns of empty shells."""
+    """Warn of empty shells."""
     for fact in facts[:TOLD_GROUPS]:
         where = f"beyond {fact['from_A']:.2f} Å"
         if fact["to_A"] is not None:

@@ -16,7 +16,7 @@ from cryoiso.core.types import Particles
 FAR = 0.25
 """Particles farther off centre than this share of the box may be cut off by its edge."""
 MANY = 0.05
-"""Share of the particles from which on a warning is due."""
+"""Share of the particles above which a warning is given."""
 
 
 def check_poses(particles: Particles, box_px: int, file: object = None) -> None:

@@ -26,11 +26,11 @@ from cryoiso.refine.noise import ROUNDING, last_shell, mean_spectra
 from cryoiso.refine.offsets import check_poses
 
 BLOCK_IMAGES = 64
-"""Images that are prepared at once: few enough to stay in the cache."""
+"""Images prepared at once: few enough to stay in the cache."""
 SAMPLED_IMAGES = 128
-"""Images of each optics group and half that are looked at for shells without power."""
+"""Images of each optics group and half that are examined for shells without power."""
 WAITING_COEFFICIENTS = 2**23
-"""Coefficients that wait for insertion at most, 12 B each."""
+"""Largest number of coefficients waiting for insertion, 12 B each."""
 
 
 def reconstruct_halves(
@@ -261,7 +261,7 @@ class _Waiting:
         self.count = 0
 
     def add(self, batch: Batch, rotation: np.ndarray, content_px: np.ndarray) -> None:
-        """Takes a batch whose content sits at content_px (B, 2) from the centre."""
+        """Add a batch whose content sits at content_px (B, 2) from the centre."""
         if self.first is None or not batch.alike(self.first) or self.count + len(batch) > len(self.weight):
             self.insert()
             self._make_room(batch)
@@ -281,7 +281,7 @@ class _Waiting:
         self.first = batch
 
     def insert(self) -> None:
-        """Inserts all that wait."""
+        """Insert all waiting slices."""
         if self.first is not None and self.count:
             rotation = with_magnification(self.rotation[: self.count], self.first.magnification)
             self.accumulator.insert(self.data[: self.count], self.weight[: self.count], rotation, self.first.where)

@@ -27,7 +27,7 @@ class State:
     """Radius of the references used in the search."""
     shift_sd_px: float = 3.0
     best_shell: int = 0
-    """Highest shell the half-maps ever agreed at."""
+    """Highest shell at which the half-maps ever agreed."""
     stalled: int = 0
     """Iterations without a better shell and without better likelihood."""
     last_change_deg: float = 180.0

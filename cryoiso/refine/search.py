@@ -39,14 +39,14 @@ class Level:
     """One step of refinement."""
 
     cell_deg: float
-    """Size of the cells it starts from; children lie cell/4 from their parent along each axis."""
+    """Size of the cells at the start of the level; children lie cell/4 from their parent along each axis."""
     spacing_px: float
     """Of the 3 x 3 lattice of shifts."""
     radius_px: int
     beam: int
     """Candidates per image that enter the level."""
     threshold: float
-    """Nominees worse than the best by more than this (in log-likelihood) are left out."""
+    """Candidates worse than the best by more than this (in log-likelihood) are left out."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class SearchPlan:
     """Search plan of one iteration; the same for all images."""
 
     rotations: Tensor
-    """(J, 3, 3) global grid; in a local search the turns of the given pose, in the image's frame."""
+    """(J, 3, 3) global grid; in a local search the rotations of the given pose, in the image's frame."""
     shifts_px: Tensor
-    """(S, 2) coarse shifts, from the given one where there is one."""
+    """(S, 2) coarse shifts, relative to the given one if there is one."""
     coarse_radius_px: int
     levels: tuple[Level, ...]
     shift_sd_px: float
     """Of the Gaussian prior on shifts."""
     local_deg: float | None = None
-    """A local search goes no farther than this from the given poses."""
+    """Limit of a local search about the given poses."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Posterior:
     shift_px: Tensor
     """(R, 2): posterior mean of the shift at that view."""
     weight: Tensor
-    """(R,) sums to 1 an image."""
+    """(R,) sums to 1 per image."""
     best_rotation: Tensor
     """(B, 3, 3): posterior mean of the leading mode."""
     best_shift_px: Tensor
@@ -142,7 +142,7 @@ class Searcher:
     views: ViewPrior | None = None
     """Prior on views; None: even."""
     block: int = 1 << 24
-    """Scores (image x shift x view) held at once."""
+    """Scores (image x shift x view) in memory at once."""
 
     def __post_init__(self) -> None:
         self._slices: dict = {}

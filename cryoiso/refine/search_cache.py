@@ -22,11 +22,11 @@ from cryoiso.io.append_log import Frame, append, content, frames
 from cryoiso.refine.search import Posterior
 
 EVERY_S = 60.0
-"""Posteriors are written this often; shorter iterations leave nothing on the disk."""
+"""Interval at which posteriors are written; shorter iterations leave nothing on the disk."""
 EVERY_BYTES = 1 << 26
-"""... or when so much waits."""
+"""... or when this much is pending."""
 PATTERN = "searched-*.frames"
-"""Not ".part": what a resumed run finds under that ending it takes for unfinished files, and removes."""
+"""Not ".part", which a resumed run treats as an unfinished file and removes."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class KeptSearches:
     """Posteriors of one iteration, batch by batch: one file per rank, read by all after an interruption."""
 
     folder: Path | None
-    """None: nothing is kept."""
+    """None: nothing is saved."""
     identity: str = ""
     _known: dict[tuple[int, ...], Frame] = field(default_factory=dict)
     _waiting: list[tuple[str, bytes]] = field(default_factory=list)

@@ -38,10 +38,10 @@ class HalfSums:
     """Sums by half-set, for the halves of which this rank is root."""
 
     auxiliary_weight: float = 1.0
-    """Factor on the auxiliaries' sums where they join the raw ones."""
+    """Factor on the sums of the auxiliary particles when they join the raw ones."""
     raw: dict[int, FourierSums] = field(default_factory=dict)
     auxiliary: dict[int, FourierSums] = field(default_factory=dict)
-    """Empty where there are no auxiliaries."""
+    """Empty without auxiliary particles."""
 
     def put(self, half: int, auxiliary: bool, sums: FourierSums | None) -> None:
         if sums is not None:

@@ -28,7 +28,7 @@ from cryoiso.physics.symmetry import point_group
 STEP_DEG = 4.0
 """Width of a cell: well below the kernel's."""
 STILL_EVEN = 1.25
-"""An axis whose density is up to this many times that of even views counts as any other."""
+"""An axis whose density is up to this many times that of even views is not favoured."""
 COUNT_UNIT = 2.0**32
 """Posterior weights are counted in fixed point of this unit, exact in any order."""
 
