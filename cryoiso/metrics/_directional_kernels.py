@@ -58,7 +58,7 @@ def double_cone_ratios(start, stop, points, values, centres, cosine, least, out)
 
 @njit(inline="always")
 def _on_sphere(kz, ky, kx, radius):
-    """Tilt (0 .. pi/2) and azimuth (0 .. 2 pi) of the direction, turned to z >= 0."""
+    """Tilt (0 .. pi/2) and azimuth (0 .. 2 pi) of the direction, folded to z >= 0."""
     if kz < 0:
         kz, ky, kx = -kz, -ky, -kx
     azimuth = atan2(np.float64(ky), np.float64(kx))
@@ -248,7 +248,7 @@ def _triangle(p, q, r):
 
 @njit(inline="always")
 def _cut(level, corner_a, value_a, corner_b, value_b):
-    """Where the level lies between two corners of a unit cell, which are numbered 4 z + 2 y + x."""
+    """Position of the level between two corners of a unit cell, which are numbered 4 z + 2 y + x."""
     t = (level - value_a) / (value_b - value_a)
     return (
         (1 - t) * (corner_a >> 2) + t * (corner_b >> 2),

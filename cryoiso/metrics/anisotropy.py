@@ -176,7 +176,7 @@ def phase_cosine(
 
 
 def _unit(spectrum: np.ndarray) -> np.ndarray:
-    """Every coefficient divided by its size; zeros stay."""
+    """Every coefficient divided by its modulus; zeros are unchanged."""
     size = np.abs(spectrum)
     return np.divide(spectrum, size, out=np.zeros_like(spectrum), where=size > 0)
 

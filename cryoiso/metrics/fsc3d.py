@@ -118,7 +118,7 @@ def low_shells(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int) -> list[t
 
 
 def _paint_exact(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int, cone_deg: float, out: np.ndarray) -> None:
-    """Write the shells 1..last of the 3DFSC, every sum over the coefficients themselves."""
+    """Write the shells 1..last of the 3DFSC, summed coefficient by coefficient."""
     from cryoiso.metrics._directional_kernels import double_cone_ratios, in_threads
 
     centre = box_px // 2
@@ -183,7 +183,7 @@ class Sphere:
 
 @lru_cache(maxsize=2)
 def _shares(sphere: Sphere, cone_deg: float) -> np.ndarray:
-    """What the double cone about the node (i, 0) holds of each cell of ring j, transformed along the azimuth.
+    """Share of each cell of ring j inside the double cone about the node (i, 0), transformed along the azimuth.
 
     Returns:
         (columns//2+1, rings i, rings j) float64.

@@ -107,7 +107,8 @@ def _refuse_one_map_twice(one: np.ndarray, two: np.ndarray, names: tuple[object,
 def _refuse_filtered(
     transforms: list[np.ndarray], power: list[np.ndarray], box_px: int, names: tuple[object, object]
 ) -> None:
-    """A filter changes amplitudes and no phase; that the FSC does not show it where the filter is steep."""
+    """Refuse a filtered copy: a filter changes amplitudes and no phases, which the FSC does not reveal where the filter
+    is steep."""
     fa, fb = transforms
     shell = _shells(box_px)
     cross = np.bincount(shell, (fa.real * fb.real + fa.imag * fb.imag).ravel())
@@ -187,7 +188,7 @@ def _spectra(power: list[np.ndarray], both: np.ndarray) -> str:
 
 
 def _beside(transforms: list[np.ndarray], box_px: int) -> str:
-    """Where the cross-correlation has its peak."""
+    """Position of the peak of the cross-correlation."""
     from scipy import fft
 
     cross = fft.irfftn(transforms[0] * transforms[1].conj(), s=(box_px,) * 3)

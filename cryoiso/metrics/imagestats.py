@@ -35,7 +35,7 @@ _PAIRS = ("pairs", "kl_nats", "real_pairs", "kl_real_nats")
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each sum lies in the flat vector."""
+    """Position of each sum in the flat vector."""
 
     box_px: int
 
@@ -200,7 +200,7 @@ def compare_images(
 
 
 def _grey_values(part: dict[str, np.ndarray], n: dict[str, float]) -> dict[str, Any]:
-    """All numbers that pay no heed to where in an image a pixel is."""
+    """All numbers that do not depend on the position of a pixel in its image."""
     counts = {name: part[f"{name} counts"] for name in _SETS}
     shown = {name: c.reshape(SHOWN_BINS, -1).sum(1) / c.sum() for name, c in counts.items()}
     return {
@@ -233,7 +233,7 @@ def _deviation(ratio: np.ndarray, frequency_invA: np.ndarray, where: np.ndarray)
 
 
 def _bands(power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int):
-    """Each shell weighs as many coefficients as it holds, its circumference."""
+    """Each shell is weighted by its number of coefficients, its circumference."""
     weight = np.arange(box_px // 2 + 1.0)
     bands = []
     for start, end in pairwise(BAND_EDGES_A):

@@ -69,7 +69,7 @@ def mask_effect(
 
 
 def _agreeing(fa: np.ndarray, fb: np.ndarray, box_px: int) -> np.ndarray:
-    """(D, D, D//2+1) bool: coefficients up to which the 3DFSC is `AGREES` or more on the whole way from the origin."""
+    """(D, D, D//2+1) bool: coefficients up to which the 3DFSC is `AGREES` or more all the way from the origin."""
     volume = fsc3d_of_transforms(fa, fb, box_px)
     region = np.zeros(volume.shape, bool)
     connected_to_centre(volume, AGREES, 1.5, region)
@@ -77,7 +77,7 @@ def _agreeing(fa: np.ndarray, fb: np.ndarray, box_px: int) -> np.ndarray:
 
 
 def _first_below(cones: ConicalFSC, threshold: float) -> np.ndarray:
-    """(n, 1) the first shell of each cone at a threshold or below it; D//2+1 if none is. NaN says nothing."""
+    """(n, 1) the first shell of each cone at a threshold or below it; D//2+1 if none is. NaN is ignored."""
     below = cones.curves <= threshold
     below[:, 0] = False
     return np.where(below.any(1), below.argmax(1), cones.curves.shape[1])[:, None]

@@ -46,7 +46,7 @@ class ViewGrid:
         return first[ring] + np.minimum((turn * self.cells[ring]).astype(int), self.cells[ring] - 1)
 
     def centres(self) -> np.ndarray:
-        """(cells, 3) unit vectors at the middle of azimuth and z of every cell."""
+        """(cells, 3) unit vectors at the mean azimuth and z of every cell."""
         border = self.borders()
         z, azimuth = border[:, 2:].mean(1), np.radians(border[:, :2].mean(1))
         r = np.sqrt(1 - z**2)

@@ -136,7 +136,7 @@ def inverted(data: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Task:
-    """What all searches of one fit have in common."""
+    """Data shared by all searches of one fit."""
 
     target: DensityMap
     resolution_A: float
@@ -154,7 +154,7 @@ class _Task:
     def run(
         self, moving: DensityMap, rotation: np.ndarray, allowed: str, step_deg: float
     ) -> dict[bool, list[Placement]]:
-        """The distinct optima of each hand that a grid of rotations leads to, best first."""
+        """The distinct optima of each hand from a grid of rotations, best first."""
         fine = self.pair(moving, self.resolution_A, allowed)
         coarse_A = max(self.resolution_A, math.radians(max(step_deg, AXIS_STEP_DEG * 2)) * fine.body.radius_A)
         coarse = self.pair(moving, coarse_A, allowed) if coarse_A > 1.05 * self.resolution_A else fine
@@ -191,7 +191,7 @@ class _Task:
         return np.array(chosen, int)
 
     def least_turned(self, placement: Placement) -> Placement:
-        """Of the equivalent placements the one with the smallest angle, so that what lies right stays."""
+        """Among equivalent placements the one with the smallest rotation, so that an aligned map is not moved."""
         turns = self.ops @ placement.rotation
         nearest = int(np.argmax(np.round(np.einsum("gii->g", turns), 9)))
         return replace(placement, rotation=turns[nearest], shift_A=self.ops[nearest] @ placement.shift_A)
@@ -220,9 +220,9 @@ class _Task:
     def _difference(self, pair: fs.Pair, a: Placement, b: Placement) -> tuple[float, float]:
         """Difference of two scores and its standard error.
 
-        The terms of the scores are summed in cubes of Fourier space about as wide as the transform of the particle's
-        volume is correlated, which makes the sums independent of each other, but for the symmetry; the error is that of
-        a sum of independent terms of unknown mean, times the square root of the order of the group.
+        The terms of the scores are summed in cubes of Fourier space about as wide as the correlation length of the
+        particle's transform, so that the sums are independent except for the symmetry; the error is that of a sum of
+        independent terms of unknown mean, times the square root of the order of the group.
         """
         terms = []
         for p in (a, b):
@@ -237,7 +237,7 @@ class _Task:
 
 
 def _middle(pair: fs.Pair, rotation: np.ndarray, mirrored: bool) -> np.ndarray:
-    """(n, 3): where rotations about the moving map's centre carry the body's middle."""
+    """(n, 3): position of the body's centre after rotations about the moving map's centre."""
     return (-1 if mirrored else 1) * rotation @ pair.body.centre_A
 
 
@@ -252,7 +252,7 @@ def _about_axes(task: _Task, moving: DensityMap, base: Placement, group: str) ->
 
 
 def _normaliser(group: str) -> np.ndarray:
-    """Rotations that carry a group's axes onto themselves, modulo the group; for Cn a grid of spins, and flips."""
+    """Rotations that map a group's axes onto themselves, modulo the group; for Cn a grid of spins, and flips."""
     from cryoiso.physics.so3 import rotvec_to_matrix
 
     def about(axis: Any, deg: float) -> np.ndarray:

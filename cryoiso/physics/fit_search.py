@@ -81,7 +81,7 @@ class Pair:
         return self.side_A / float(np.linalg.norm(self.index[-1]))
 
     def sample(self, rotation: np.ndarray) -> Tensor:
-        """The body's coefficients at these rotations, about its middle: (n, 3, 3) -> (n, K), unit norm each."""
+        """The body's coefficients at these rotations, about its centre: (n, 3, 3) -> (n, K), unit norm each."""
         from cryoiso.physics._fit_kernels import extract_points
 
         grid, turn = self.body.fourier.grid, np.ascontiguousarray(rotation, np.float32)
@@ -97,7 +97,7 @@ class Pair:
         return torch.from_numpy(np.exp(-2j * np.pi * cycles).astype(np.complex64))
 
     def placed(self, rotation: np.ndarray, shift_A: np.ndarray, mirrored: bool = False) -> Tensor:
-        """Coefficients of the body after rotation and shift of its middle: (n, 3, 3), (n, 3) -> (n, K)."""
+        """Coefficients of the body after rotation and shift of its centre: (n, 3, 3), (n, 3) -> (n, K)."""
         values = self.sample(rotation)
         return (values.conj() if mirrored else values) * self.phases(shift_A)
 
@@ -205,7 +205,8 @@ def _reduced(density: DensityMap, resolution_A: float, role: str) -> tuple[Tenso
 
 
 def _extent(volume: Tensor, pixel_size_A: float, resolution_A: float) -> tuple[np.ndarray, float]:
-    """Middle (x, y, z) of a map's density in whole pixels from the box centre, and the radius of what lies about it."""
+    """Centre (x, y, z) of a map's density in whole pixels from the box centre, and the radius of the density about
+    it."""
     from scipy import ndimage
 
     smooth = ndimage.gaussian_filter(volume.numpy(), 0.25 * max(resolution_A, 15.0) / pixel_size_A)

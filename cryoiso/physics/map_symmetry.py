@@ -144,7 +144,7 @@ def _is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float)
 
 
 def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tuple[float, float] | None:
-    """Score and resolution at which a noisy map shows the group in the standard frame; None if at none."""
+    """Score and resolution at which a noisy map has the group in the standard frame; None if at none."""
     ops = point_group(name)[1:]
     finest = _finest_A(density)
     for resolution in sorted({finest, max(finest, *CHECKED_AT_A, lowpass_A)}):
@@ -199,7 +199,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
 
 
 def _refined(density: DensityMap, name: str, start: Placement, resolution_A: float) -> Placement:
-    """The frame refined on the operations of the placed map, by the finest information that shows them."""
+    """The frame refined on the operations of the placed map, with the finest information in which they are visible."""
     laid = apply_fit(density, start)
     fine = max(10.0, 2.5 * density.pixel_size_A)
     for resolution in dict.fromkeys((min(fine, resolution_A), resolution_A, max(resolution_A, CHECKED_AT_A[-1]))):
@@ -224,7 +224,7 @@ def _least_turned(placement: Placement, name: str) -> Placement:
 
 
 def _candidates(density: DensityMap, name: str, resolution_A: float) -> list[Placement]:
-    """Frames that the map's rotations onto itself allow, the best rotations first."""
+    """Frames compatible with the map's rotations onto itself, the best rotations first."""
     first, *others = generators(name)
     found = [_self_rotations(density, fold, resolution_A) for fold, _ in (first, *others[:1])]
     target1 = np.array(first[1], np.float64)
@@ -246,7 +246,7 @@ def _candidates(density: DensityMap, name: str, resolution_A: float) -> list[Pla
 
 
 def _self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list[Placement]:
-    """Rotations by 360/fold degrees, about any axis anywhere, that carry the map best onto itself."""
+    """Rotations by 360/fold degrees, about any axis at any position, that best map the density onto itself."""
     count = round(4 * np.pi / np.radians(AXIS_STEP_DEG) ** 2)
     axes = fibonacci_sphere(count)
     axes = np.concatenate([np.eye(3), axes[axes[:, 2] >= 0] if fold == 2 else axes])
@@ -270,7 +270,7 @@ def _axis(rotation: np.ndarray) -> np.ndarray:
 
 
 def _onto(target: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """The rotation that takes unit vectors nearest to others; for one vector the smallest such rotation."""
+    """The rotation that best takes unit vectors to others; for one vector the smallest such rotation."""
     from scipy.spatial.transform import Rotation
 
     if target.ndim == 2:
@@ -283,7 +283,7 @@ def _onto(target: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 
 def _fixed_point(parts: list[Placement]) -> np.ndarray:
-    """The point that rotations with shifts leave where it is, as near to the box centre as they allow."""
+    """The fixed point of rotations with shifts, as near to the box centre as they allow."""
     system = np.concatenate([np.eye(3) - p.rotation for p in parts])
     shifts = np.concatenate([p.shift_A for p in parts])
     return np.linalg.lstsq(system, shifts, rcond=0.05)[0]
@@ -299,7 +299,7 @@ def _score(pair: fs.Pair, ops: np.ndarray) -> float:
 
 
 def _class_means(score: np.ndarray, ops: np.ndarray) -> list[float]:
-    """Mean scores of the operations of equal angle: one by one, noise would always find a low one."""
+    """Mean scores of the operations of equal angle: one by one, noise would always give a low one."""
     angle = np.rint(angular_distance_deg(ops, np.eye(3)))
     return [float(score[angle == a].mean()) for a in np.unique(angle)]
 

@@ -163,7 +163,7 @@ class Projector:
         return out
 
     def _frequencies(self, group: OpticsGroup) -> Disc:
-        """The image frequencies at which the map has something to say: |M k| up to the map's Nyquist circle."""
+        """The image frequencies covered by the map: |M k| up to the map's Nyquist circle."""
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
         return disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
 

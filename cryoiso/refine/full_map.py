@@ -132,5 +132,5 @@ def _mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tens
 
 
 def _upto(curve: np.ndarray, last: int) -> np.ndarray:
-    """The curve, zero beyond a shell: a mask leaks into those without data."""
+    """The curve, zero beyond a shell: a mask leaks into shells without data."""
     return np.where(np.arange(len(curve)) <= last, np.nan_to_num(curve), 0.0)

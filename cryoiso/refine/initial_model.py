@@ -114,7 +114,7 @@ class Match:
 
     @classmethod
     def of(cls, terms: np.ndarray) -> Match:
-        """From the columns of ``_fit``, (n, 4)."""
+        """Match from the columns of ``_fit``, (n, 4)."""
         white, dark, norm, norm_dark = terms.sum(0)
         factor = float(white / norm) if norm > 0 else 0.0
         inverted = bool(dark > 0 and dark**2 * norm > max(white, 0.0) ** 2 * norm_dark)
@@ -122,9 +122,9 @@ class Match:
 
 
 def _chance(cross: np.ndarray) -> float:
-    """Student's one-sided test that the images' cross terms (n,) have a mean above zero.
+    """Student's one-sided test for a positive mean of the images' cross terms (n,).
 
-    Poses and factor come from different coefficients, so that noise gives terms of either sign, whatever pose it chose.
+    Poses and factor come from different coefficients, so that noise gives terms of either sign for any selected pose.
     """
     n, mean = len(cross), float(cross.mean())
     if n < 2 or not np.isfinite(mean):
@@ -174,7 +174,7 @@ def _plan_for_all_views(run: Refinement, state: State) -> SearchPlan:
 
 
 def _volumes(run: Refinement, references: dict[int, np.ndarray], radius_px: int) -> dict[int, FourierVolume]:
-    """Half -> what its images are compared with: the reference of the other half-set."""
+    """Half -> reference for the comparison with its images: that of the other half-set."""
     maps = {id(data): data for data in references.values()}
     made = {
         key: FourierVolume.from_volume(torch.as_tensor(data, device=run.device), run.settings.padding, radius_px)
@@ -197,7 +197,7 @@ def _terms(
     sigma2: np.ndarray,
     known: bool,
 ) -> np.ndarray:
-    """The columns of ``_fit`` for these rows; ``known``: around what is given of their poses (collective)."""
+    """The columns of ``_fit`` for these rows; ``known``: around their given poses (collective)."""
     chosen = np.zeros(len(run.particles), bool)
     chosen[rows] = True
     mine: list[tuple[np.ndarray, np.ndarray]] = []
@@ -300,7 +300,7 @@ def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchP
 
 
 def _held_out(choose: tuple[torch.Tensor, torch.Tensor], fit: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Terms of the second half of the coefficients at the poses that the first half chose, (B, 4) float64."""
+    """Terms of the second half of the coefficients at the poses chosen with the first half, (B, 4) float64."""
     correlation = (choose[0] / choose[1].sqrt()[:, None, :]).flatten(1)
     cross, views = fit[0].flatten(1), fit[1].shape[1]
     best, worst = correlation.argmax(1, keepdim=True), correlation.argmin(1, keepdim=True)

@@ -120,7 +120,7 @@ class Refinement:
         return torch.as_tensor(values, dtype=torch.float32, device=self.device)
 
     def _shift_range_px(self) -> float:
-        """How far from the centre of its search a shift may be found, whatever the spread of the others."""
+        """Largest distance of a shift from the centre of its search, whatever the spread of the others."""
         return schedule.shift_range_px(self.settings, self.box, self.pixel, self.diameter, self.request.local_deg)
 
     def insertion_radius(self, state: State) -> int:
@@ -177,7 +177,7 @@ class Refinement:
         return ViewPrior.of(prior, self.device)
 
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
-        """Where this iteration's searches are put aside (collective)."""
+        """Store for this iteration's search results (collective)."""
         if self.request.folder is None:
             return KeptSearches(None)
         grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
@@ -324,7 +324,7 @@ class Refinement:
         return on_every_rank(own, self.comm)
 
     def _corrected(self, state, maps, references_now, curve, resolution_A, plan) -> tuple[dict, dict]:
-        """Half -> reference as the correction leaves it, and its record (collective)."""
+        """Half -> corrected reference, and the correction's record (collective)."""
         request = self.request
         assert request.correction is not None
         seen = HalfMaps(
@@ -351,9 +351,9 @@ class Refinement:
         return {half: self.first_reference(given[half], lowpass_A) for half in HALVES}
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
-        """(D//2+1,) between the half-maps where there are data.
+        """(D//2+1,) between the half-maps, in the shells with data.
 
-        Beyond what was inserted the maps are empty, and a mask would correlate its own leakage there; between shells
+        Beyond the inserted data the maps are empty, and a mask would correlate its own leakage there; between shells
         with data the curve is linear.
         """
         curve, shells = references.half_map_fsc(maps, mask), np.arange(self.box // 2 + 1)
@@ -363,7 +363,7 @@ class Refinement:
         return np.where(shells <= self.insertion_radius(state), curve, 0.0)
 
     def _resolution_A(self, curve: np.ndarray) -> float:
-        """Where it drops below 0.143, but nothing finer than the images."""
+        """Resolution at which the curve drops below 0.143, limited to that of the images."""
         resolution = resolution_at(curve, 0.143, self.box, self.pixel)
         return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)
 

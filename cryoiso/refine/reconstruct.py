@@ -237,7 +237,7 @@ def _note_power(batch: Batch, some: np.ndarray, noise: NoiseSums) -> None:
 
 
 def _power_limit(noise: NoiseSums, particles: Particles, pixel_size_A: float, box_px: int, comm: Communicator) -> int:
-    """Last shell in which the images have power (collective); a warning where that is not the last of all."""
+    """Last shell in which the images have power (collective); with a warning if that is not the last shell."""
     power, count = comm.sum_all(noise.power) / NOISE_UNIT, comm.sum_all(noise.count) / NOISE_UNIT
     full = (box_px - 1) // 2
     spectra = mean_spectra(power, count, particles.groups, ROUNDING)
@@ -249,7 +249,7 @@ def _power_limit(noise: NoiseSums, particles: Particles, pixel_size_A: float, bo
 
 
 class _Waiting:
-    """Weighted slices that wait for enough company: insertion is fastest for many at a time."""
+    """Buffer of weighted slices: insertion is fastest for many at a time."""
 
     data: torch.Tensor
     weight: torch.Tensor

@@ -206,7 +206,7 @@ class Searcher:
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
     def _prior_of_grid(self, given: Given | None) -> Tensor:
-        """Log prior of the first step's views: (J,), or (B, J) of turns of the given poses."""
+        """Log prior of the first step's views: (J,), or (B, J) for rotations of the given poses."""
         assert self.views is not None
         if given is not None:
             return self.views(given.turned(self.plan.rotations))
@@ -218,8 +218,7 @@ class Searcher:
         return ReferenceSlices.of(self.volume, given.turned(self.plan.rotations), white.where, white.magnification)
 
     def _level(self, white, level: Level, rotation, shift, score, given: Given | None, keep_lattice: bool):
-        """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
-        level."""
+        """Children of the selected candidates: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""
         if score.shape[1] > level.beam:
             score, order = score.topk(level.beam, dim=1)
             rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
