@@ -49,7 +49,7 @@ def _auxiliary(request: RefineRequest) -> Any:
 
 
 def _volumes(source: Any) -> str:
-    """Digest of the table of subtomograms, which identifies them because only the engine's program reads the volumes."""
+    """Digest of the table of subtomograms, which identifies them: only the engine's program reads the volumes."""
     table = source.particles.table
     order = source.particles.uid.argsort(kind="stable")
     return MARK + digest_of(*(f"{name} {table[name].iloc[order].tolist()}" for name in sorted(table.columns)))
