@@ -47,14 +47,14 @@ def score(
 
     Args:
         folder: holds truth.star and signal_map.mrc, the true map.
-        star: estimated poses; particles that are not in truth.star are left out.
+        star: estimated poses; particles that are not in truth.star, or are junk there, are left out.
         half1, half2: unregularised half-maps.
         preferred: adds the counts of `view_counts`.
     """
     from cryoiso.io import read_particle_file
     from cryoiso.io.mrc import read_map
 
-    true = read_particle_file(folder / "truth.star", require=("pose",))
+    true = without_junk(read_particle_file(folder / "truth.star", require=("pose",)))
     found = read_particle_file(star, require=("pose",))
     _, i, j = np.intersect1d(found.uid, true.uid, return_indices=True)
     truth = read_map(folder / "signal_map.mrc")
@@ -65,6 +65,13 @@ def score(
         "shift_median_A": float(np.median(np.linalg.norm(found.shift_A[i] - true.shift_A[j], axis=1))),
         **map_scores(*maps, truth.data, truth.pixel_size_A, symmetry),
     }
+
+
+def without_junk(true: Any) -> Any:
+    """The particles of a simulated set that show the object, whole and alone."""
+    if true.table is None or "cryoisoKind" not in true.table.columns:
+        return true
+    return true.take(np.array([kind == "particle" for kind in true.table["cryoisoKind"].tolist()]))
 
 
 def best_spin(estimated: np.ndarray, true: np.ndarray, symmetry: str) -> tuple[float, np.ndarray]:

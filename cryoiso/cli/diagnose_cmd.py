@@ -8,41 +8,47 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
+from cryoiso.cli.groups import SYMMETRY
+from cryoiso.cli.options import Given, help_of, keys, with_keys
+from cryoiso.core import products
 
-HALF1, HALF2 = "First half-map (MRC), neither masked nor filtered.", "Second half-map (MRC)."
-OUT = Path("diagnose.json")
+HALF1, HALF2 = "First half-map (MRC), unmasked and unfiltered.", "Second half-map (MRC)."
+TRUTH = keys("truth", "Simulated particles", ("particles", "--truth-particles"), ("map", "--truth-map"))
+OUT = Path(products.facts("diagnose"))
 
 
+@with_keys(SYMMETRY, TRUTH, keys("run", "Computing", "seed"))
 def diagnose(
+    given: Given,
     half1: Annotated[Path | None, typer.Argument(metavar="HALF1", help=HALF1)] = None,
     half2: Annotated[Path | None, typer.Argument(metavar="HALF2", help=HALF2)] = None,
-    half1_option: Annotated[Path | None, typer.Option("--half1", help="The same as HALF1.")] = None,
-    half2_option: Annotated[Path | None, typer.Option("--half2", help="The same as HALF2.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Solvent mask (MRC); made from the maps if not given.")] = None,
+    half1_option: Annotated[Path | None, typer.Option("--half1", help="Same as HALF1.")] = None,
+    half2_option: Annotated[Path | None, typer.Option("--half2", help="Same as HALF2.")] = None,
+    mask: Annotated[Path | None, typer.Option(help=help_of("sample", "mask"))] = None,
     particles: Annotated[Path | None, typer.Option(help="STAR or .cs file with the poses.")] = None,
-    symmetry: Annotated[str, typer.Option(help="Point group: Cn, Dn, T, O or I.")] = "C1",
-    truth_particles: Annotated[Path | None, typer.Option(help="STAR file with the true poses.")] = None,
-    truth_map: Annotated[Path | None, typer.Option(help="The true map (MRC), on the same grid.")] = None,
-    pixel_size: Annotated[float | None, typer.Option(help="Å per pixel, if the headers are wrong.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the phase randomisation.")] = 1,
+    pixel_size: Annotated[float | None, typer.Option(help="Pixel size, if the headers are wrong.  [Å]")] = None,
     fsc3d: Annotated[Path | None, typer.Option("--fsc3d", help="Also write the 3DFSC (MRC).")] = None,
     phase_cosine: Annotated[
-        Path | None, typer.Option("--phase-cosine", help="Also write spIsoNet's mean phase cosine (MRC); no 3DFSC.")
+        Path | None,
+        typer.Option("--phase-cosine", help="Also write spIsoNet's mean phase cosine (MRC), which is no 3DFSC."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="JSON file for all numbers and curves.")] = OUT,
 ) -> None:
     """Measure half-maps and poses.
 
-    Resolution (FSC) as a whole and by direction (3DFSC, cFAR, FSO), view distribution and sampling (SCF), a verdict,
-    and, where the truth is known, pose and map errors.
+    Prints global (FSC) and directional resolution (3DFSC, cFAR, FSO), view distribution and sampling (SCF), a verdict
+    and, for simulated particles, the errors of poses and map.
     """
     from cryoiso.io.atomic import write_json
     from cryoiso.pipeline.commands.diagnose import diagnose_files, write_volume
 
     one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
+    job = given.job(particles={"file": "-"}, reference={"file": "-"})
+    true_poses, true_map = (Path(name) if name else None for name in (job.truth.particles, job.truth.map))
     numbers = diagnose_files(
-        one, two, mask, particles, symmetry, truth_particles, truth_map, pixel_size_A=pixel_size, seed=seed
-    )
+        one, two, mask, particles, job.sample.symmetry, true_poses, true_map,
+        pixel_size_A=pixel_size, seed=job.run.seed,
+    )  # fmt: skip
     echo("\n".join(_lines(numbers)))
     write_json(out, numbers)
     echo(f"all numbers: {out}")

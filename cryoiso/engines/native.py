@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT, rows_by_uid
 from cryoiso.core.log import logger
@@ -185,14 +186,14 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
 
 def _result(request: RefineRequest, model: Model) -> RefineResult:
     particles = request.source.particles.with_poses(model.rotation, model.shift_A).with_results(**model.columns)
-    maps = {h: request.folder / f"half{h}.mrc" for h in HALVES}
+    maps = {h: request.folder / products.half_map(h) for h in HALVES}
     return RefineResult(particles, maps, model.history, float(model.history[-1]["resolution_A"]))
 
 
 def _write(request: RefineRequest, run: Refinement, model: Model, result: RefineResult) -> None:
     for half, path in result.half_maps.items():
         write_map(path, model.half_maps[half], run.pixel)
-    write_particles(request.folder / "particles.star", result.particles)
+    write_particles(request.folder / products.PARTICLES, result.particles)
     summary: dict[str, Any] = {
         "engine": "native",
         "symmetry": request.symmetry,
@@ -210,6 +211,6 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
         summary["local_deg"] = request.local_deg
     if request.correction is not None:
         summary["correction"] = request.correction.facts()
-    write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
+    write_text(request.folder / products.facts("refine"), json.dumps(summary, indent=1) + "\n")
     seconds = {"seconds": [record.get("seconds") for record in result.iterations]}
-    write_text(request.folder / "timing.json", json.dumps(seconds, indent=1) + "\n")
+    write_text(request.folder / products.TIMING, json.dumps(seconds, indent=1) + "\n")

@@ -35,6 +35,7 @@ FITS = (
     "rlnGroupNumber",
     "rlnGroupNrParticles",
     "cryoisoPoseEntropy",
+    "cryoisoPoseSpread",
     "cryoisoBalanced",
 )
 """How particles fitted the reference, and numbers that point into that refinement's model file."""

@@ -90,6 +90,25 @@ def read_cs(
     return particles
 
 
+def read_cs_field(path: object, name: str, passthrough: Sequence[object] = ()) -> np.ndarray:
+    """(n,) float64: one field of a .cs file or of its passthrough files, which are found as in ``read_cs``.
+
+    Raises:
+        InputError: no such field, not one number per row, or a value that is not finite.
+    """
+    data = _completed(load_cs(path), (name,), passthrough, path)
+    if name not in data:
+        raise InputError("no such field", file=path, expected=name, found=", ".join(data))
+    values = data[name]
+    if values.dtype.kind not in "fiu" or values.ndim != 1:
+        raise InputError(f"field {name} is not one number per row", file=path, found=f"type {values.dtype}")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise InputError(f"bad value in field {name}", file=path, row=int(bad[0]) + 1, expected="a number",
+                         found=values[bad[0]])  # fmt: skip
+    return values.astype(np.float64)
+
+
 def _completed(
     data: dict[str, np.ndarray], needed: Sequence[str], given: Sequence[object], path: object
 ) -> dict[str, np.ndarray]:

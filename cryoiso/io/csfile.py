@@ -67,13 +67,7 @@ def load_cs(path: object) -> dict[str, np.ndarray]:
         InputError: not a .cs file, cut short, larger than its header says or smaller, without particles or uid, a
             particle that stands twice, a field of another type, a value that is no number.
     """
-    try:
-        with open_regular(path) as stream:
-            array = _read(stream, path)
-    except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", file=path) from None
+    array = read_rows(path)
     names = array.dtype.names or ()
     if "uid" not in names:
         raise InputError("not a cryoSPARC particle file", file=path, expected="a field uid", found=_listed(names))
@@ -85,6 +79,21 @@ def load_cs(path: object) -> dict[str, np.ndarray]:
             data[name] = _checked(data[name], name, field, path)
     _require_unique(data["uid"], path)
     return data
+
+
+def read_rows(path: object) -> np.ndarray:
+    """(n,) structured array of a .cs file as it stands, its fields not checked.
+
+    Raises:
+        InputError: not a .cs file, cut short, larger than its header says or smaller.
+    """
+    try:
+        with open_regular(path) as stream:
+            return _read(stream, path)
+    except FileNotFoundError:
+        raise InputError("no such file", file=path) from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", file=path) from None
 
 
 def _read(stream: IO[bytes], path: object) -> np.ndarray:

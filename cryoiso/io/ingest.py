@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import Communicator, Progress
 from cryoiso.core.types import OpticsGroup, Particles
@@ -328,7 +329,7 @@ def ingest(
         finish_index(plan_, folder)
     if comm is not None:
         comm.barrier()
-    return folder / "index.json"
+    return folder / products.INDEX
 
 
 def _sign_column(particles: Particles) -> Any:
@@ -340,7 +341,7 @@ def _sign_column(particles: Particles) -> Any:
 
 def is_ingested(folder: object) -> bool:
     """Whether a folder holds a finished set of shards."""
-    path = Path(str(folder)) / "index.json"
+    path = Path(str(folder)) / products.INDEX
     return path.is_file() and not temporary_name(path).exists()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
@@ -192,7 +193,7 @@ def write_index(
             for name, (a, b) in zip(names, shards, strict=True)
         ],
     }
-    path = folder / "index.json"
+    path = folder / products.INDEX
     write_text(path, json.dumps(index, indent=1) + "\n")
     return path
 
@@ -366,7 +367,7 @@ class ShardSource:
             for name, values in found.items():
                 parts[name].append(values)
         columns: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
-        check_columns(columns, self.index, self.folder / "index.json")
+        check_columns(columns, self.index, self.folder / products.INDEX)
         if (columns["half"] < 0).all():
             columns["half"] = None
         return Particles(groups=groups_from_json(self.index["groups"]), **columns)
@@ -378,7 +379,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: not there, unreadable, not of this version, or it names a file outside of the folder.
     """
-    path = folder / "index.json"
+    path = folder / products.INDEX
     try:
         index = json.loads(read_regular_text(path))
     except FileNotFoundError:

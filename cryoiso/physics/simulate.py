@@ -24,7 +24,7 @@ from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
 from cryoiso.physics.fourier import Disc, disc, fourier_to_images, shift_phases
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.project import FourierVolume, magnified, scatter_to_half_plane
-from cryoiso.physics.views import Views, sample_rotations, uniforms
+from cryoiso.physics.views import GivenViews, Views, normals, rows_of, sample_rotations, uniforms
 
 BLOCK_PIXELS = 2**21
 SNR_IMAGES = 256
@@ -54,7 +54,7 @@ def make_particles(
     box_px: int,
     pixel_size_A: float,
     *,
-    views: Views | None = None,
+    views: Views | GivenViews | None = None,
     ctf: CtfRanges | Particles | None = None,
     shift_sd_A: float = 0.0,
     seed: int = 1,
@@ -90,16 +90,10 @@ def make_particles(
         stack=np.full(n, stack),
         index=np.arange(n, dtype=np.int64),
         rotation=sample_rotations(views or Views(), uid, seed),
-        shift_A=shift_sd_A * np.stack([_normals(seed, f"shift {a}", uid) for a in "xy"], 1),
+        shift_A=shift_sd_A * np.stack([normals(seed, f"shift {a}", uid) for a in "xy"], 1),
         half=half,
         **columns,
     )
-
-
-def _normals(seed: int, purpose: str, uid: np.ndarray) -> np.ndarray:
-    from scipy.special import ndtri
-
-    return ndtri(uniforms(seed, purpose, uid))
 
 
 def draw_ctf(
@@ -126,7 +120,7 @@ def draw_ctf(
         }
     if len(ctf) == 0:
         raise InputError("no particles to draw CTFs from")
-    rows = np.minimum((uniforms(seed, "CTF row", uid) * len(ctf)).astype(np.int64), len(ctf) - 1)
+    rows = ctf_rows(ctf, uid, seed)
     names = (
         "optics",
         "defocus_u_A",
@@ -138,6 +132,14 @@ def draw_ctf(
     )
     groups = tuple(replace(g.with_ctf_applied(""), pixel_size_A=pixel_size_A, box_px=box_px) for g in ctf.groups)
     return groups, {name: np.asarray(getattr(ctf, name))[rows] for name in names}
+
+
+CTF_ROW = "CTF row"
+
+
+def ctf_rows(ctf: Particles, uid: np.ndarray, seed: int) -> np.ndarray:
+    """(n,) int64: the row of given particles that each uid's CTF comes from."""
+    return rows_of(seed, CTF_ROW, uid, len(ctf))
 
 
 class Projector:
@@ -176,13 +178,17 @@ class Projector:
         ky, kx = seen.frequencies(1.0)
         phases = shift_phases(ky, kx, torch.from_numpy(-shift[rows] / self.pixel_size_A))
         values = values * phases.to(values)
-        if self.with_ctf:
-            freq = seen.frequencies(self.pixel_size_A)
-            transfer = ctf_for(particles, rows, freq_invA=freq, device=self.device)
-            values = values * (transfer.square() if group.ctf_applied == "premultiplied" else transfer)
-            if any(group.beam_tilt_mrad) or any(group.odd_zernike):
-                values = values * beam_tilt_phase(*freq, group).to(values)
-        return values
+        return through_optics(values, particles, rows, group, seen, self.pixel_size_A) if self.with_ctf else values
+
+
+def through_optics(values: Tensor, particles: Particles, rows, group: OpticsGroup, seen: Disc, pixel_size_A: float):
+    """Coefficients (n, K) of particles of one optics group, multiplied by their CTFs and the phases of the optics."""
+    freq = seen.frequencies(pixel_size_A)
+    transfer = ctf_for(particles, rows, freq_invA=freq, device=values.device)
+    values = values * (transfer.square() if group.ctf_applied == "premultiplied" else transfer)
+    if any(group.beam_tilt_mrad) or any(group.odd_zernike):
+        values = values * beam_tilt_phase(*freq, group).to(values)
+    return values
 
 
 class SimulatedSource:
@@ -265,7 +271,7 @@ def simulate(
     n: int,
     *,
     snr_db: float | None = -10.0,
-    views: Views | None = None,
+    views: Views | GivenViews | None = None,
     ctf: CtfRanges | Particles | None = None,
     shift_sd_A: float = 0.0,
     noise: str = "white",

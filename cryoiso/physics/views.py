@@ -24,6 +24,18 @@ def uniforms(seed: int, purpose: str, uids: np.ndarray) -> np.ndarray:
     return ((keys >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
+def normals(seed: int, purpose: str, uids: np.ndarray) -> np.ndarray:
+    """(n,) float64 normally distributed, one a uid, independent for every purpose."""
+    from scipy.special import ndtri
+
+    return ndtri(uniforms(seed, purpose, uids))
+
+
+def rows_of(seed: int, purpose: str, uids: np.ndarray, count: int) -> np.ndarray:
+    """(n,) int64: a row below ``count`` for each uid, all alike."""
+    return np.minimum((uniforms(seed, purpose, uids) * count).astype(np.int64), count - 1)
+
+
 @dataclass(frozen=True)
 class Views:
     """A distribution of view directions; in-plane angles are always uniform.
@@ -75,7 +87,21 @@ class Views:
         return self.poles or (1 if self.mode == "preferred" else 2)
 
 
-def sample_rotations(views: Views, uids: np.ndarray, seed: int) -> np.ndarray:
+@dataclass(frozen=True)
+class GivenViews:
+    """View directions drawn from a list, such as that of a real set; in-plane angles are uniform."""
+
+    directions: np.ndarray
+    """(m, 3) unit vectors."""
+    purpose: str = "view row"
+    """Of the draw. With that of the CTFs, both are of the same row."""
+
+    def __post_init__(self) -> None:
+        if not len(self.directions):
+            raise InputError("no views to draw from")
+
+
+def sample_rotations(views: Views | GivenViews, uids: np.ndarray, seed: int) -> np.ndarray:
     """Poses drawn from a view distribution.
 
     Args:
@@ -86,6 +112,9 @@ def sample_rotations(views: Views, uids: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         (n, 3, 3).
     """
+    if isinstance(views, GivenViews):
+        chosen = views.directions[rows_of(seed, views.purpose, uids, len(views.directions))]
+        return rotation_with_view(chosen, 360 * uniforms(seed, "in-plane angle", uids))
     cosine = _pole_cosine(views, uids, seed)
     azimuth = 2 * np.pi * uniforms(seed, "view azimuth", uids)
     sine = np.sqrt(np.clip(1 - cosine**2, 0, 1))

@@ -237,10 +237,15 @@ class Refinement:
         )))  # fmt: skip
         residual_px = (shift_px - self.centre_px)[self.raw]
         spread_px = float(np.sqrt(np.mean(np.square(residual_px)) + 1e-12))
+        step_deg = plan.levels[-1].cell_deg / 2
+        uncertainty_deg = max(float(np.median(columns["cryoisoPoseSpread"][self.raw])), step_deg / 2)
         advanced = schedule.advance(
             state, schedule.agreement_shell(agreed.weighted), changes_deg,
             float(np.degrees(0.25 * resolution / self.diameter)), spread_px, self.settings, self.box, self.limit,
+            uncertainty_deg,
         )  # fmt: skip
+        next_deg = self.plan(advanced).levels[-1].cell_deg / 2
+        advanced = schedule.with_finer_steps(advanced, step_deg, next_deg, self.settings)
         at_limit = offsets.at_limit(residual_px, self._shift_range_px())
         record: dict[str, Any] = {
             "iteration": advanced.iteration,
@@ -249,7 +254,8 @@ class Refinement:
             "resolution_weighted_A": self._resolution_A(agreed.weighted),
             "cfar": self._anisotropy(raw, state),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
-            "step_deg": plan.levels[-1].cell_deg / 2,
+            "step_deg": step_deg,
+            "uncertainty_deg": uncertainty_deg,
             "changes_deg": changes_deg,
             "shift_sd_A": spread_px * self.pixel,
             "at_shift_limit": at_limit / len(residual_px),

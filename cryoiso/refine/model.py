@@ -10,7 +10,9 @@ import numpy as np
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
-BEST = ("",) * 11 + ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
+BEST = ("",) * 11 + (
+    "rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution", "cryoisoPoseSpread",
+)  # fmt: skip
 """Columns of ``best_of``: rotation (9) and shift (2), which are unnamed, then those of the STAR file."""
 
 
@@ -37,7 +39,7 @@ class Model:
 
 
 def best_of(posterior: Posterior) -> np.ndarray:
-    """(B, 14) float64, columns as BEST: summary of a batch's posterior, which is ten times larger."""
+    """(B, 15) float64, columns as BEST: summary of a batch's posterior, which is ten times larger."""
     p = posterior
-    parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight)
+    parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight, p.spread_deg)
     return np.column_stack([part.cpu().numpy().astype(np.float64) for part in parts])

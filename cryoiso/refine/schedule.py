@@ -14,6 +14,11 @@ from cryoiso.refine.search import Level, SearchPlan
 FIRST_BEAM, LAST_BEAM = 16, 4
 """Candidates per image at the first level of the local search, and at least at every later one."""
 
+SETTLED_STEP_DEG = 0.5
+"""Steps down to this are taken wherever the resolution asks for them, finer ones only where posteriors are narrower."""
+STEP_SLACK = 1.42
+"""The last step may be so many times the one that is asked for; steps halve."""
+
 EXPECTED_ITERATIONS = 8
 """Of a refinement from a low-passed reference; simulated sets take 4 to 10."""
 
@@ -31,6 +36,8 @@ class State:
     stalled: int = 0
     """Iterations without a better shell and without better likelihood."""
     last_change_deg: float = 180.0
+    uncertainty_deg: float = 180.0
+    """Least that the particles' poses were ever uncertain by (median), no less than half of the step that told it."""
     done: bool = False
 
 
@@ -83,6 +90,26 @@ def shift_range_px(
     return float((settings.shift_range_A or reach_A) / pixel_size_A)
 
 
+def finest_step_deg(state: State, settings: RefineSection, resolution_A: float, diameter_A: float) -> float:
+    """Step that the search should end with: 0.3 of the angle that the resolution spans on the diameter.
+
+    No finer than the settings say. "auto": below SETTLED_STEP_DEG no finer than poses are uncertain, since the mean of
+    a posterior that is spread over several cells lies between them already, and finer cells give the same mean.
+    """
+    asked = float(np.degrees(0.3 * resolution_A / diameter_A))
+    if settings.finest_step_deg == "auto":
+        return max(asked, min(SETTLED_STEP_DEG, state.uncertainty_deg))
+    return max(asked, settings.finest_step_deg)
+
+
+def last_step_deg(cell_deg: float, finest_deg: float) -> float:
+    """Step of the last of the levels that halve cells of ``cell_deg``; there is one at least."""
+    step = cell_deg / 2
+    while step > finest_deg * STEP_SLACK:
+        step /= 2
+    return step
+
+
 def search_plan(
     state: State,
     settings: RefineSection,
@@ -95,8 +122,7 @@ def search_plan(
     """The search plan of this iteration.
 
     The global grid of step d resolves detail down to about d * diameter / 2 / 1.2 (RELION's rule); finer detail would
-    vanish between its views and is left out there. Levels halve the cell until it is no more than 0.3 of the resolution
-    over the diameter.
+    vanish between its views and is left out there. Levels halve the cell until it is about ``finest_step_deg``.
 
     A local search's ``rotations`` are those of ``local_grid``; its shifts extend from the given ones as far as its
     rotations move the particle's rim, unless the settings give a range.
@@ -114,10 +140,10 @@ def search_plan(
     reach_px = shift_range_px(settings, box_px, pixel_size_A, diameter_A, local_deg)
     span = min(reach_px, 3.5 * state.shift_sd_px + 0.5 * spacing)
     span = max(span, 1.01 * spacing)
-    finest = max(settings.finest_step_deg, np.degrees(0.3 * resolution / diameter_A))
+    last = last_step_deg(cell, finest_step_deg(state, settings, resolution, diameter_A))
     levels: list[Level] = []
     step, beam, threshold = spacing, FIRST_BEAM, 10.0
-    while not levels or cell > finest * 1.42:
+    while cell > last:
         cell, step = cell / 2, step / 2
         levels.append(Level(2 * cell, step, radius_for(1.25 * cell), beam, threshold))
         beam, threshold = max(LAST_BEAM, beam // 2), 6.0
@@ -141,6 +167,7 @@ def advance(
     settings: RefineSection,
     box_px: int,
     limit_px: int,
+    uncertainty_deg: float = 180.0,
 ) -> State:
     """State of the next iteration.
 
@@ -149,6 +176,7 @@ def advance(
         change_deg: median angle by which the particles moved in this iteration.
         tolerance_deg: smaller changes count as none.
         limit_px: upper limit of the radius.
+        uncertainty_deg: of the poses, as estimated in this iteration.
     """
     better = shell > state.best_shell
     settled = change_deg < tolerance_deg or change_deg > 0.8 * state.last_change_deg
@@ -162,8 +190,19 @@ def advance(
         best_shell=max(shell, state.best_shell),
         stalled=stalled,
         last_change_deg=change_deg,
+        uncertainty_deg=min(uncertainty_deg, state.uncertainty_deg),
         done=is_done(stalled, iteration, settings),
     )
+
+
+def with_finer_steps(state: State, step_deg: float, next_step_deg: float, settings: RefineSection) -> State:
+    """The same state, but not converged where the next search goes finer than this one's ``step_deg``.
+
+    Down to SETTLED_STEP_DEG steps follow the resolution alone, whose growth keeps a refinement going.
+    """
+    if next_step_deg > 0.99 * step_deg or next_step_deg >= SETTLED_STEP_DEG:
+        return state
+    return replace(state, stalled=0, done=is_done(0, state.iteration, settings))
 
 
 def is_done(stalled: int, iteration: int, settings: RefineSection) -> bool:

@@ -122,6 +122,8 @@ class Posterior:
     """(B,) nats, over the last level's samples."""
     max_weight: Tensor
     """(B,) posterior probability of the best sample's view."""
+    spread_deg: Tensor
+    """(B,) root mean square angle of the leading mode's views from the best pose; 0 where one has all the weight."""
 
 
 @lru_cache(maxsize=32)
@@ -272,7 +274,7 @@ def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep
     top = top / top.sum(1, keepdim=True)
     chosen_rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
     chosen_shift = mean_shift.gather(1, order[..., None].expand(-1, -1, 2))
-    best_rotation, best_shift = leading_mode(chosen_rotation, chosen_shift, top, level.cell_deg)
+    best_rotation, best_shift, spread_deg = leading_mode(chosen_rotation, chosen_shift, top, level.cell_deg)
     particle, slot = (top > 0).nonzero(as_tuple=True)
     return Posterior(
         particle,
@@ -284,11 +286,13 @@ def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep
         log_evidence,
         entropy,
         view.amax(1),
+        spread_deg,
     )
 
 
-def leading_mode(rotation: Tensor, shift: Tensor, weight: Tensor, cell_deg: float) -> tuple[Tensor, Tensor]:
-    """Posterior mean over the samples within two cells of the best: rotation (B, 3, 3), shift (B, 2).
+def leading_mode(rotation: Tensor, shift: Tensor, weight: Tensor, cell_deg: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior mean over the samples within two cells of the best, rotation (B, 3, 3) and shift (B, 2), and the root
+    mean square angle (B,) in degrees of these samples from it.
 
     The mean of a mode is nearer to the truth than its best sample, which lies on a grid.
     """
@@ -300,4 +304,7 @@ def leading_mode(rotation: Tensor, shift: Tensor, weight: Tensor, cell_deg: floa
     u, _, vh = torch.linalg.svd(mean)
     sign = torch.det(u @ vh)
     u = torch.cat([u[:, :, :2], u[:, :, 2:] * sign[:, None, None]], 2)
-    return u @ vh, (w[..., None] * shift).sum(1)
+    best = u @ vh
+    # |A - B|^2 = 8 sin^2(angle / 2), about twice the square of a small angle
+    square = (w * (rotation - best[:, None]).square().sum((-2, -1))).sum(1) / 2
+    return best, (w[..., None] * shift).sum(1), torch.rad2deg(square.sqrt())

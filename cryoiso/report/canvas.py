@@ -65,6 +65,11 @@ def address(figure, kind: str = "svg", dpi: int = 150) -> str:
     return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
+def decoded(data_address: str) -> bytes:
+    """The bytes of the file that ``address`` holds."""
+    return base64.b64decode(data_address.partition(",")[2])
+
+
 def picture(ax, image, low: float, high: float) -> None:
     """A grey picture without ticks or frame."""
     ax.imshow(image, cmap="gray", origin="lower", vmin=low, vmax=high, interpolation="bilinear")

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
@@ -15,7 +16,7 @@ from cryoiso.report.sections import anisotropy, auxiliary, correct, realign, vie
 from cryoiso.report.sharing import name_of
 from cryoiso.report.text import number, percent, section
 
-MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
+MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", products.TRUE_POSES))
 """Key, label, and folder beside the final reconstruction."""
 
 STACKS_LISTED = 5
@@ -40,10 +41,10 @@ def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
         InputError: no run in this folder, a file that is not what its name says, or another run that is not of the same
             particles.
     """
-    job, manifest = read_toml(folder / "resolved.toml"), read_json(folder / "manifest.json")
-    journal = read_journal(folder / "journal.jsonl")
+    job, manifest = read_toml(folder / products.RESOLVED), read_json(folder / products.MANIFEST)
+    journal = read_journal(folder / products.JOURNAL)
     diagnose, ingest, reference, refine, reconstruct = (
-        read_json(stage_folder(folder, name) / f"{name}.json")
+        read_json(stage_folder(folder, name) / products.facts(name))
         for name in ("diagnose", "ingest", "reference", "refine", "reconstruct")
     )
     corrected, loops = correct.collect_correct(folder), realign.collect_realign(folder)

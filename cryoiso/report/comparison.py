@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.report.run_reader import read_json, read_toml, stage_folder
 from cryoiso.report.text import number, percent, section
 
-MAP_NAMES = ("map_weighted.mrc", "map.mrc")
+MAP_NAMES = (products.WEIGHTED_MAP, products.MAP)
 """What is shown of a folder: the first of these that is there."""
 _SETTINGS = ("particles", "reference", "sample", "micelle", "refine", "auxiliary", "realign", "correct", "reconstruct")
 _ONLY_IN = {"auxiliary": ("auxiliary", "both"), "realign": ("realign", "both"), "correct": ("realign", "both")}
@@ -27,8 +28,8 @@ def collect_other(folder: Path, diagnose: dict[str, Any], job: dict[str, Any]) -
     Raises:
         InputError: it has not been measured, or its particles have another box, pixel size, symmetry or number.
     """
-    file = stage_folder(folder, "diagnose") / "diagnose.json"
-    other, other_job = read_json(file), read_toml(folder / "resolved.toml")
+    file = stage_folder(folder, "diagnose") / products.facts("diagnose")
+    other, other_job = read_json(file), read_toml(folder / products.RESOLVED)
     if not other:
         raise InputError("the run to compare with has no quality numbers", file=folder, expected="NN_diagnose/")
     for key in ("box_px", "pixel_size_A", "symmetry", "particles"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.report.citations import Citations
 from cryoiso.report.text import number, percent, section
 
@@ -269,7 +270,7 @@ def _resolution(data: Data, cite: Citations) -> str:
         "sphere": "a sphere, since the map did not stand out from its solvent",
         "map": "a soft mask made from the mean of the Wiener-filtered half-maps (low-passed at 15 Å, thresholded, "
         "extended by 3 Å, with an edge of 9 Å)",
-    }.get(str(data["reconstruct"].get("mask")), "that of result/mask.mrc")
+    }.get(str(data["reconstruct"].get("mask")), f"that of result/{products.MASK}")
     text = f"The resolution is {resolution:.2f} Å, where the Fourier shell correlation of the two half-maps, "
     text += f"corrected for the mask by randomising phases {cite('phases')}"
     start = number(d, "randomise_from_shell")

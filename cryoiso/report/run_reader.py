@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.io.regular_file import read_regular_bytes, read_regular_text
 
@@ -19,7 +20,7 @@ def stage_folder(folder: Path, name: str) -> Path:
     found = sorted(folder.glob(f"[0-9][0-9]_{name}"))
     if found:
         return found[-1]
-    return folder if (folder / f"{name}.json").exists() else folder / f"00_{name}"
+    return folder if (folder / products.facts(name)).exists() else folder / f"00_{name}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

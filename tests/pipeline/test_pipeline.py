@@ -292,8 +292,8 @@ def test_a_signal_stops_between_stages_and_is_noted(data, tmp_path, quick, monke
 
     real = reference._write_reference
 
-    def then_signal(work):
-        real(work)
+    def then_signal(*given):
+        real(*given)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(reference, "_write_reference", then_signal)

@@ -250,6 +250,8 @@ def test_summary_of_samples():
     expected = rotvec_to_matrix(np.radians([[0, 0, 1.0]]))
     assert angular_distance_deg(found.best_rotation.double().numpy(), expected)[0] < 0.01
     np.testing.assert_allclose(found.best_shift_px[0], [0.25, -0.5], atol=1e-6)
+    # views 1 and 3 degrees from it, with weights 3:1
+    assert float(found.spread_deg[0]) == pytest.approx(np.sqrt(0.75 * 1 + 0.25 * 9), abs=0.01)
 
 
 # --- noise and grey scale
@@ -259,7 +261,7 @@ def true_posterior(source, rows: np.ndarray, pixel_A: float = PIXEL_A) -> Poster
     n = len(rows)
     rotation, shift = tensor(source.particles.rotation[rows]), tensor(-source.particles.shift_A[rows] / pixel_A)
     one = torch.ones(n)
-    return Posterior(torch.arange(n), rotation, shift, one, rotation, shift, one, one, one)
+    return Posterior(torch.arange(n), rotation, shift, one, rotation, shift, one, one, one, torch.zeros(n))
 
 
 @pytest.mark.parametrize("kind", ["white", "coloured"])

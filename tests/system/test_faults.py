@@ -284,14 +284,14 @@ def _stopped(data: Path, folder: Path, stage: str, job: Path | None = None) -> N
     """A run that was stopped by a signal at the start of a stage."""
     real = run.do_stage
 
-    def stop_there(work, found, key):
+    def stop_there(context, inputs, found, key, *, resume):
         if found.name == stage:
             os.kill(os.getpid(), signal.SIGTERM)
-            if work.comm.stop_requested():
+            if context.comm.stop_requested():
                 from cryoiso.core.errors import Interrupted
 
                 raise Interrupted("stopped")
-        return real(work, found, key)
+        return real(context, inputs, found, key, resume=resume)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "do_stage", stop_there)

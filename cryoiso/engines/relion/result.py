@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import RefineRequest, RefineResult
 from cryoiso.core.types import HALVES, Particles
@@ -90,11 +91,11 @@ def publish(request: RefineRequest, ledger: Ledger, names: list[str], program: d
     particles = request.source.particles.with_poses(rotation, shift_A).with_results(**columns)
     ledger.note_iterations(max(complete_iterations(root, len(names)), default=0))
     records = ledger.records()
-    maps = {half: request.folder / f"half{half}.mrc" for half in HALVES}
+    maps = {half: request.folder / products.half_map(half) for half in HALVES}
     pixel = request.reference.pixel_size_A
     for half, path in maps.items():
         write_map(path, read_map(files[f"half{half}"], pixel).data, pixel)
-    write_particles(request.folder / "particles.star", particles)
+    write_particles(request.folder / products.PARTICLES, particles)
     resolution = read_model(files["model"])["resolution_A"]
     summary: dict[str, Any] = {
         "engine": "relion",
@@ -109,7 +110,7 @@ def publish(request: RefineRequest, ledger: Ledger, names: list[str], program: d
         summary |= {"local_deg": request.local_deg, "moved": _moved(request, particles)}
     if request.correction is not None:
         summary["correction"] = request.correction.facts()
-    write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
+    write_text(request.folder / products.facts("refine"), json.dumps(summary, indent=1) + "\n")
     _tidy_up(root, records[-1]["iteration"] if records else 0)
     return Found(rotation, shift_A, columns, maps, records, resolution)
 

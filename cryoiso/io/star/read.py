@@ -52,7 +52,7 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
             same image twice.
     """
     blocks = read_blocks(path)
-    block = _particle_block(blocks, path)
+    block = particle_block(blocks, path)
     tables = [b for b in blocks if b.name == "optics" and b is not block]
     if len(tables) > 1:
         raise InputError("two tables data_optics in one file", file=path, expected="one table of optics groups")
@@ -64,7 +64,12 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
     return particles_from_table(table, optics.frame() if optics else None, path, project, require)
 
 
-def _particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
+def particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
+    """The table of particles among the blocks of a STAR file.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
     loops = [b for b in blocks if b.loop and b.name != "optics"]
     for wanted in (
         [b for b in loops if b.name == "particles"],

@@ -10,10 +10,12 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.commands import split_command
 from cryoiso.core.config import Job, LaunchSection, parse_job
 from cryoiso.core.errors import InputError, UsageError
@@ -44,8 +46,11 @@ class Script:
     """how its ranks are started, for people"""
 
 
-def read_launch(job_file: Path, given: dict[str, Any]) -> Job:
+def read_launch(job_file: Path, given: dict[str, Any], options: Mapping[str, str] | None = None) -> Job:
     """A job file with absolute paths, its section ``launch`` amended by ``given``.
+
+    Args:
+        options: SECTION.KEY -> name of the option behind a value of ``given``, for messages.
 
     Raises:
         UsageError: a bad job file, or a bad value in ``given``.
@@ -54,7 +59,7 @@ def read_launch(job_file: Path, given: dict[str, Any]) -> Job:
     facts = job.model_dump()
     variables = {**facts["launch"]["variables"], **given.get("variables", {})}
     facts["launch"].update(given, variables=variables)
-    return parse_job(facts, "options")
+    return parse_job(facts, "options", options)
 
 
 def write_scripts(scripts: list[Script], overwrite: bool) -> None:
@@ -142,8 +147,8 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     own_bin = "" if section.image or section.program else str(Path(sys.prefix) / "bin")
     facts = {
         "name": _name(section, job_file), "job": str(job_file), "run": str(run), "script": str(script),
-        "folder": str(run.parent), "log": str(run), "journal": str(run / "journal.jsonl"),
-        "lock": str(run / "lock.json"),
+        "folder": str(run.parent), "log": str(run), "journal": str(run / products.JOURNAL),
+        "lock": str(run / products.LOCK),
         "nodes": section.nodes, "ranks": ranks, "ranks_per_node": per_node, "cpus_per_rank": section.cpus_per_rank,
         "cpus_per_node": per_node * section.cpus_per_rank, "cpus_total": ranks * section.cpus_per_rank,
         "gpus": section.gpus, "gpu_type": section.gpu_type,

@@ -144,7 +144,7 @@ def _prepare(density: np.ndarray, pixel_size_A: float) -> None:
     from cryoiso.pipeline.inputs.reference import prepare_reference
 
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "map.mrc"
+        path = Path(folder) / "density.mrc"
         write_map(path, density, pixel_size_A)
         prepare_reference(path, len(density), pixel_size_A, 10 * pixel_size_A)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
 from cryoiso.io.contained_path import require_contained
 from cryoiso.pipeline.records.hashing import sha256_of
-
-SUMS = "SHA256SUMS"
 
 
 def sum_line(name: str, sha256: str) -> str:
@@ -26,10 +25,10 @@ def write_sums(folder: Path) -> Path:
     names = sorted(
         str(p.relative_to(folder))
         for p in folder.rglob("*")
-        if p.is_file() and p.suffix != ".part" and p != folder / SUMS
+        if p.is_file() and p.suffix != ".part" and p != folder / products.SUMS
     )
-    write_text(folder / SUMS, "".join(sum_line(name, sha256_of(folder / name)) for name in names))
-    return folder / SUMS
+    write_text(folder / products.SUMS, "".join(sum_line(name, sha256_of(folder / name)) for name in names))
+    return folder / products.SUMS
 
 
 def read_sums(path: Path) -> dict[str, str]:

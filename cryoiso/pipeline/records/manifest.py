@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
@@ -23,7 +24,6 @@ from cryoiso.pipeline.records.run_folder import RunFolder
 SCHEMA = 2
 HASH_LIMIT = 2 << 30
 """With run.hash_inputs = "small" images up to this size together are hashed; of more only the sizes are noted."""
-INDEX = "index.json"
 NO_RESULT = ("title", "device", "hash_inputs", "scratch", "stop_before_end_s")
 """Keys of [run] that do not decide the result."""
 IMAGES = ("stack", "shard")
@@ -38,7 +38,7 @@ def input_files(job: Job) -> list[Path]:
         job.truth.particles, job.truth.map,
     )  # fmt: skip
     files = [Path(name) for name in names if name]
-    return [path / INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
+    return [path / products.INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
 
 
 def passthrough_files(job: Job) -> list[str]:

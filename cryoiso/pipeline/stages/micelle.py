@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import Interrupted, UsageError
 from cryoiso.core.protocols import ImageSource
@@ -149,14 +150,14 @@ def _write(
     folder: Path,
 ) -> dict[str, Any]:
     pixel = homologue.pixel_size_A
-    write_map(folder / "mask.mrc", mask.data, pixel)
+    write_map(folder / products.MASK, mask.data, pixel)
     composites = []
     for half, result in found.halves.items():
         composite = composite_reference(result, homologue, mask)
         composites.append(composite)
-        write_map(folder / f"micelle_half{half}.mrc", result.micelle, pixel)
-        write_map(folder / f"composite_half{half}.mrc", composite, pixel)
-    write_map(folder / "composite.mrc", np.asarray(sum(composites) / len(composites), np.float32), pixel)
+        write_map(folder / products.micelle_half(half), result.micelle, pixel)
+        write_map(folder / products.composite_half(half), composite, pixel)
+    write_map(folder / products.COMPOSITE, np.asarray(sum(composites) / len(composites), np.float32), pixel)
     facts = {
         "finished": not found.stopped,
         "particles": len(particles),
@@ -170,7 +171,7 @@ def _write(
         "agreement_of_halves": agreement_of_halves(found),
         "halves": {str(half): result.facts() for half, result in found.halves.items()},
     }
-    write_json(folder / "micelle.json", facts)
+    write_json(folder / products.facts("micelle"), facts)
     for half, result in found.halves.items():
         last = result.history[-1]
         logger.info(

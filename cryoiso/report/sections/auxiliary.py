@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.io.regular_file import open_regular
@@ -17,10 +18,10 @@ from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.text import percent
 
 _FILES = (
-    ("train", "train", "train.json"),
-    ("timing", "train", "timing.json"),
-    ("generate", "generate", "generate.json"),
-    ("corefine", "corefine", "corefine.json"),
+    ("train", "train", products.facts("train")),
+    ("timing", "train", products.TIMING),
+    ("generate", "generate", products.facts("generate")),
+    ("corefine", "corefine", products.facts("corefine")),
 )
 HALVES = ("1", "2")
 RESOLUTIONS_A = (30.0, 20.0, 15.0, 10.0)
@@ -44,7 +45,7 @@ def collect_rounds(folder: Path) -> dict[str, Any]:
         parts = {key: read_json(stage_folder(folder, f"{stage}-{number}") / name) for key, stage, name in _FILES}
         if any(parts.values()):
             rounds.append({"round": number, **parts})
-    local = read_json(stage_folder(folder, "local") / "local.json")
+    local = read_json(stage_folder(folder, "local") / products.facts("local"))
     return {"rounds": rounds, "local": local} if rounds or local else {}
 
 
@@ -75,7 +76,7 @@ def collect_samples(folder: Path, data: dict[str, Any]) -> dict[str, np.ndarray]
         InputError: the file cannot be read.
     """
     for part in reversed((data.get("auxiliary") or {}).get("rounds") or []):
-        path = stage_folder(folder, f"generate-{part['round']}") / "samples.npz"
+        path = stage_folder(folder, f"generate-{part['round']}") / products.SAMPLES
         if not path.exists():
             continue
         try:
@@ -97,7 +98,7 @@ def collect_before_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, s
     first = _before_map(folder)
     found = [] if first is None else [("before", "before", first)]
     for part in data["auxiliary"]["rounds"]:
-        path = stage_folder(folder, f"corefine-{part['round']}") / "raw_map.mrc"
+        path = stage_folder(folder, f"corefine-{part['round']}") / products.RAW_MAP
         if path.exists():
             density = read_map(path)
             resolution_A = part["corefine"].get("resolution_A")
@@ -114,11 +115,11 @@ def _before_map(folder: Path) -> DensityMap | None:
     from cryoiso.metrics.fsc import fsc
     from cryoiso.physics.filters import apply_radial
 
-    made = stage_folder(folder, "reconstruct") / "initial_poses"
-    for name in ("map_weighted.mrc", "map.mrc"):
+    made = stage_folder(folder, "reconstruct") / products.INITIAL_POSES
+    for name in (products.WEIGHTED_MAP, products.MAP):
         if (made / name).exists():
             return read_map(made / name)
-    paths = [stage_folder(folder, "refine") / f"half{half}.mrc" for half in HALVES]
+    paths = [stage_folder(folder, "refine") / products.half_map(half) for half in HALVES]
     if not all(path.exists() for path in paths):
         return None
     one, two = (read_map(path) for path in paths)

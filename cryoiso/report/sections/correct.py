@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.types import DensityMap
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.text import Entry, Text, number, numbers_of, percent, section
 
 AGREEMENT = "agreement_of_network_outputs_not_a_resolution"
 VOLUMES = {
-    "after": "corrected_map.mrc",
-    "share": "measured.mrc",
-    "mask": "mask.mrc",
-    "filter": "filter.mrc",
-    "fourier": "measured_fourier.mrc",
+    "after": products.CORRECTED_MAP,
+    "share": products.MEASURED,
+    "mask": products.MASK,
+    "filter": products.FILTER,
+    "fourier": products.MEASURED_FOURIER,
 }
 Slices = dict[str, list[np.ndarray]]
 """Name of a volume -> its planes XY, XZ, YZ through the centre."""
@@ -50,7 +51,7 @@ TRAINING = (
 
 def collect_correct(folder: Path) -> dict[str, Any]:
     """correct.json of a run's stage or of the command's folder; empty where nothing was corrected."""
-    return read_json(stage_folder(folder, "correct") / "correct.json")
+    return read_json(stage_folder(folder, "correct") / products.facts("correct"))
 
 
 def collect_slices(folder: Path, data: dict[str, Any]) -> Slices:
@@ -103,7 +104,7 @@ def _before(folder: Path, facts: dict[str, Any]) -> DensityMap | None:
 
 def _given(folder: Path, half: str, path: str) -> Path | None:
     """Where a map that was corrected lies now: in this run, which may have been moved, or where it was."""
-    own = stage_folder(folder, "reconstruct") / f"half{half}.mrc"
+    own = stage_folder(folder, "reconstruct") / products.half_map(half)
     return next((p for p in (own, Path(path), folder.parent / path) if p.is_file()), None)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.sections.auxiliary import round_numbers
 from cryoiso.report.text import Entry, Text, number, percent, section, span
@@ -47,7 +48,7 @@ def collect_realign(folder: Path) -> list[dict[str, Any]]:
 def _refinement(name: str, folder: Path) -> dict[str, Any]:
     """Of one stage; its engine may have worked in a folder of its own. Empty if nothing was to be corrected."""
     for place in (folder, folder / "engine"):
-        refine = read_json(place / "refine.json")
+        refine = read_json(place / products.facts("refine"))
         settings = section(refine, "correction")
         records = refine.get("iterations")
         rows = [_iteration(i, r) for i, r in enumerate(records if isinstance(records, list) else [])]
