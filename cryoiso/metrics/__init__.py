@@ -1,4 +1,4 @@
-"""Every quality number: FSC, map against map, pose errors, views. numpy in, numpy out; no files, no ranks."""
+"""Quality measures: FSC, map against map, pose errors, views. numpy in, numpy out; no files, no ranks."""
 
 from typing import TYPE_CHECKING
 

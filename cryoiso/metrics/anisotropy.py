@@ -1,7 +1,7 @@
 """Half-map agreement by direction: conical FSC and cFAR, Fourier shell occupancy with Bingham's test, 3DFSC sphericity.
 
-Everything is made of sums over double cones (k and -k are one coefficient), taken over the coefficients themselves.
-Definitions and what the numbers can and cannot say: docs/diagnose.md.
+All numbers are sums of coefficients over double cones (k and -k are one coefficient). For definitions and limitations
+see docs/diagnose.md.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ CFAR_CONE_DEG = 20.0
 FSO_AXES = 321
 FSO_CONE_DEG = 17.0
 FEWEST = 3
-"""Coefficients (k and -k are one) that a cone must have for its correlation to mean anything."""
+"""Smallest number of coefficients in a cone (k and -k are one) for a meaningful correlation."""
 _PARTS = 8
-"""Slabs whose sums are taken apart and then added: a fixed number, so that threads do not change the last bits."""
+"""Slabs that are summed separately and then added: a fixed number, so that threads do not change the last bits."""
 
 
 def cone_curves(
@@ -77,9 +77,9 @@ class ConicalFSC:
 
     @property
     def areas(self) -> Float[np.ndarray, " n"]:
-        """(n,) sum of cFSC times shell^2 over the shells 1.. before the first at which it is 0.143 or less.
+        """(n,) sum of cFSC times shell^2 over the shells from 1 to before the first at which it is 0.143 or less.
 
-        Cones with too few coefficients, in the first shells, are passed over.
+        Shells with too few coefficients in the cone, the first ones, are skipped.
         """
         shells = np.arange(self.curves.shape[1])
         below = self.curves <= 0.143  # False for NaN
@@ -90,13 +90,13 @@ class ConicalFSC:
 
     @property
     def cfar(self) -> float:
-        """cFAR by the open definition: least over largest area; 1 = isotropic; NaN if no cone has any."""
+        """cFAR by the open definition: smallest over largest area; 1 = isotropic; NaN if all areas are zero."""
         areas = self.areas
         return float(areas.min() / areas.max()) if areas.max() > 0 else float("nan")
 
     @property
     def evenness(self) -> float:
-        """5th over 95th percentile of the areas: as cFAR, but without the two extreme axes, which noise decides."""
+        """5th over 95th percentile of the areas: as cFAR, but without the two extreme axes, which depend on noise."""
         low, high = np.percentile(self.areas, (5, 95))
         return float(low / high) if high > 0 else float("nan")
 
@@ -137,10 +137,8 @@ class Occupancy:
     occupancy: Float[np.ndarray, " shells"]
     """(D//2+1,) fraction of the directions whose FSC reaches the threshold."""
     bingham_p: Float[np.ndarray, " shells"]
-    """(D//2+1,) probability of directions as unevenly spread as those, if they were drawn evenly; NaN if none.
-
-    Neighbouring cones share coefficients, so it describes, it does not prove.
-    """
+    """(D//2+1,) probability of directions as unevenly spread as those under an even distribution; NaN if none.
+    Descriptive only, since neighbouring cones share coefficients."""
 
     def resolution_A(self, level: float, box_px: int, pixel_size_A: float) -> float | None:
         """Resolution at which the occupancy first drops below a level; None if it never does."""
@@ -159,9 +157,10 @@ def fourier_shell_occupancy(
 ) -> Occupancy:
     """FSO: of 321 directions, the fraction whose FSC (cone of 17 degrees, weight falling to exp(-4)) is 0.143 or more.
 
-    Directions whose cone has too few coefficients in a shell do not count there. Bingham's statistic of the directions
-    x that do reach the threshold is p (p + 2) / 2 * 2n * (tr(T T) - 1/p) with p = 3 and T = sum x x' / n (directions
-    and their opposites are 2n points), chi-square distributed with 5 degrees of freedom if they are spread evenly.
+    Directions whose cone has too few coefficients in a shell are not counted in that shell. Bingham's statistic of the
+    directions x that reach the threshold is p (p + 2) / 2 * 2n * (tr(T T) - 1/p) with p = 3 and T = sum x x' / n
+    (directions and their opposites are 2n points), chi-square distributed with 5 degrees of freedom if they are evenly
+    spread.
     """
     from scipy.stats import chi2
 
@@ -198,7 +197,7 @@ def phase_cosine(
 
 
 def _unit(spectrum: np.ndarray) -> np.ndarray:
-    """Every coefficient divided by its size; zeros stay."""
+    """Every coefficient divided by its modulus; zeros are unchanged."""
     size = np.abs(spectrum)
     mean: np.ndarray = np.divide(spectrum, size, out=np.zeros_like(spectrum), where=size > 0)
     return mean
@@ -207,7 +206,8 @@ def _unit(spectrum: np.ndarray) -> np.ndarray:
 def resolved_region(
     volume: Real[np.ndarray, "box box box"], pixel_size_A: float, threshold: float = 0.5, highpass_A: float = 200.0
 ) -> Bool[np.ndarray, "box box box"]:
-    """Where a 3DFSC reaches a threshold on the whole way from the origin; what is coarser than ``highpass_A`` counts.
+    """Region in which a 3DFSC reaches a threshold all the way from the origin; coarser than ``highpass_A`` always
+    counts.
 
     Returns:
         (D, D, D) bool.
@@ -225,11 +225,11 @@ def sphericity(region: Shaped[np.ndarray, "box box box"]) -> float:
     """Sphericity pi^(1/3) (6 V)^(2/3) / A of a region of voxels smoothed by a Gaussian of one voxel (Tan et al. 2017).
 
     A is the area of the surface at one half, V the number of voxels within; 1 for a sphere. Like the published number
-    it depends on the size of the region in voxels, hence on box and resolution: below some 10 voxels of radius take it
-    with care.
+    it depends on the size of the region in voxels, hence on box and resolution; below about 10 voxels of radius it is
+    unreliable.
 
     Returns:
-        NaN if nothing is inside.
+        NaN if the region is empty.
     """
     from scipy.ndimage import gaussian_filter
 

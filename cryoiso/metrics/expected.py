@@ -1,10 +1,10 @@
-"""Half-maps as they would be if every pose were right: a yardstick for the measured anisotropy.
+"""Half-maps expected if every pose were right: a standard of comparison for the measured anisotropy.
 
-The views say how often each coefficient was measured, S(k). With right poses a half-map holds signal with noise of
-power proportional to 1 / S there, whatever the particle looks like. So a random density of the measured spectrum, in
-the mask, stands in for it, with as much noise as gives the measured FSC, shell by shell, within the same mask. What
-directional numbers make of this pair contains the views, the box, the mask and counting noise; what the real pair
-shows beyond it does not come from the views.
+The views determine how often each coefficient was measured, S(k). With right poses a half-map contains signal and noise
+of power proportional to 1 / S there, whatever the particle. A random density of the measured spectrum inside the mask
+therefore represents it, with as much noise as gives the measured FSC, shell by shell, inside the same mask. Directional
+numbers of this pair contain the effects of views, box, mask and counting noise; what the real pair shows beyond them
+does not come from the views.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Surrogate:
     """Random half-maps with the spectrum, the FSC and the mask of given ones."""
 
     def __init__(self, half1: np.ndarray, curve: np.ndarray, mask: np.ndarray | None, *, seed: int = 0) -> None:
-        """Draws signal and noise.
+        """Draw signal and noise.
 
         Args:
-            half1: (D, D, D) a half-map, whose spectrum is taken.
+            half1: (D, D, D) a half-map, from which the spectrum is taken.
             curve: (D//2+1,) FSC of the masked halves, which a pair will have (to the accuracy of one correction).
             mask: (D, D, D).
         """

@@ -51,7 +51,7 @@ def require_transforms(fa: np.ndarray, fb: np.ndarray, box_px: int) -> None:
 def transform(
     volume: Real[np.ndarray, "box box box"], mask: Real[np.ndarray, "box box box"] | None = None
 ) -> Complex[np.ndarray, "box box box//2+1"]:
-    """Half-complex transform (D, D, D//2+1) of a real map, in the map's own precision; its origin does not matter."""
+    """Half-complex transform (D, D, D//2+1) of a real map, in the map's own precision; its origin is irrelevant."""
     from scipy import fft
 
     volume = np.asarray(volume)
@@ -118,12 +118,12 @@ def fsc(
     """Fourier shell correlation of two real maps (Harauz & van Heel 1986).
 
     Args:
-        a, b: (D, D, D) maps of one grid.
+        a, b: (D, D, D) maps on the same grid.
         mask: (D, D, D), multiplies both.
 
     Returns:
-        (D//2+1,) float64. Shell 0 is one number, the product of the two means, whose correlation says nothing but a
-        sign; it is set to 1.
+        (D//2+1,) float64. Shell 0 is a single number, the product of the two means, whose correlation is only a sign;
+        it is set to 1.
     """
     box_px = check_pair(a, b, mask)
     return shell_correlation(transform(a, mask), transform(b, mask), box_px)
@@ -138,12 +138,12 @@ def resolution_at(curve: Float[np.ndarray, " shells"], threshold: float, box_px:
     """Resolution in Å at which a curve first drops below a threshold, linear in frequency between shells.
 
     Args:
-        curve: (D//2+1,) from `fsc`; shell 0 is not looked at, NaN counts as below.
+        curve: (D//2+1,) from `fsc`; shell 0 is ignored, NaN counts as below.
         threshold: 0.143 for independent half-maps (Rosenthal & Henderson 2003), 0.5 for a map against its truth.
 
     Returns:
-        The box length in Å if the first shell is below already; the resolution of the last shell (in an even
-        box Nyquist, two pixels) if no shell is.
+        The box length in Å if the first shell is already below; the resolution of the last shell (in an even box
+        Nyquist, two pixels) if no shell is.
     """
     curve = np.nan_to_num(np.asarray(curve, np.float64), nan=-1.0)
     length_A = float(box_px * pixel_size_A)
@@ -158,9 +158,9 @@ def resolution_at(curve: Float[np.ndarray, " shells"], threshold: float, box_px:
 
 
 def non_increasing(curve: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The non-increasing curve that is nearest in least squares (isotonic regression; Barlow & Brunk 1972).
+    """The non-increasing curve nearest in least squares (isotonic regression; Barlow & Brunk 1972).
 
-    A dip or a spike of one noisy shell is pooled with the shells beside it; a curve that only falls stays as it is.
+    A dip or a spike of one noisy shell is pooled with its neighbours; a curve that only falls is unchanged.
 
     Args:
         curve: (n,), no NaN.
@@ -187,7 +187,7 @@ def smooth_resolution_at(
     The first crossing of such a curve jumps by many Å when one noisy shell falls below the threshold.
 
     Args:
-        curve: (D//2+1,) from `cryoiso.metrics.mapmodel`; shell 0 is not looked at, NaN counts as 0.
+        curve: (D//2+1,) from `cryoiso.metrics.mapmodel`; shell 0 is ignored, NaN counts as 0.
     """
     curve = np.nan_to_num(np.asarray(curve, np.float64), nan=0.0)
     return resolution_at(np.concatenate([curve[:1], non_increasing(curve[1:])]), threshold, box_px, pixel_size_A)
@@ -201,10 +201,10 @@ def curve_area(curve: Float[np.ndarray, " shells"]) -> float:
 def randomise_phases(
     volume: Float[np.ndarray, "box box box"], from_shell: int, seed: int, uid: int = 0
 ) -> Float[np.ndarray, "box box box"]:
-    """The map with its phases replaced by random ones from a shell on; amplitudes stay, and the map stays real.
+    """Replace the phases of a map by random ones from a shell on; amplitudes are unchanged, and the map remains real.
 
     Every coefficient is multiplied by the phase of the transform of real white noise, which has the Hermitian symmetry
-    that phases drawn one by one lack on the self-conjugate planes.
+    that independently drawn phases lack on the self-conjugate planes.
 
     Args:
         volume: (D, D, D).
@@ -224,7 +224,7 @@ def randomise_phases(
 def randomise_where(
     volume: Float[np.ndarray, "box box box"], change: Bool[np.ndarray, "box box box//2+1"], seed: int, uid: int = 0
 ) -> Float[np.ndarray, "box box box"]:
-    """As `randomise_phases`, of chosen coefficients.
+    """As `randomise_phases`, for selected coefficients.
 
     Args:
         volume: (D, D, D). change: (D, D, D//2+1) bool, the same at k and -k.
@@ -246,8 +246,8 @@ NOTHING = 1e-11
 
 
 def last_filled_shell(a: Real[np.ndarray, "box box box"], b: Real[np.ndarray, "box box box"]) -> int:
-    """The last shell in which both maps, not masked, hold more than rounding errors (low-passed and padded maps end
-    before D//2)."""
+    """Last shell in which both unmasked maps contain more than rounding errors (low-passed and padded maps end before
+    D//2)."""
     from cryoiso.physics.filters import shell_index
 
     box_px = check_pair(a, b)
@@ -278,10 +278,10 @@ def fsc_corrected(
     mask: Real[np.ndarray, "box box box"] | None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """FSC of half-maps freed from what the mask adds (Chen et al. 2013, doi 10.1016/j.ultramic.2013.06.004).
+    """FSC of half-maps corrected for the mask (Chen et al. 2013, doi 10.1016/j.ultramic.2013.06.004).
 
-    Phases of both maps are made random, independently, from the first shell at which the unmasked FSC is below 0.8;
-    what correlates then is the mask's doing: corrected = (masked - randomised) / (1 - randomised) from two shells on.
+    Phases of both maps are randomised, independently, from the first shell at which the unmasked FSC is below 0.8; the
+    remaining correlation comes from the mask: corrected = (masked - randomised) / (1 - randomised) from two shells on.
 
     Args:
         a, b: (D, D, D) half-maps, not masked. mask: (D, D, D) in [0, 1]; None gives the unmasked curve four times.
@@ -290,7 +290,7 @@ def fsc_corrected(
     Returns:
         ``unmasked``, ``masked``, ``randomised``, ``corrected``: (D//2+1,) each; ``randomise_from_shell``: int, or None
         where the unmasked FSC never falls below 0.8 (or there is no mask) and nothing was randomised. ``last_shell``:
-        the last one with data; beyond it all curves are 0, since a mask there correlates what leaks from the others.
+        the last one with data; beyond it all curves are 0, since a mask would correlate leakage from the others there.
     """
     last = last_filled_shell(a, b)
     result = _fsc_corrected(a, b, mask, seed)

@@ -1,11 +1,11 @@
-"""How alike generated and real particle images are: grey values, signal-to-noise ratio and power spectra.
+"""Similarity of generated and real particle images: grey values, signal-to-noise ratio and power spectra.
 
-Images are in units of the standard deviation of their background, which has mean 0 (as ``ingest`` makes them).
+Images are in units of the standard deviation of their background, which has mean 0 (as made by ``ingest``).
 
-`image_sums` gives one flat vector for a block of images. Vectors of blocks add up to the vector of the whole, whoever
-made them; `image_statistics` makes the numbers from it. Neither the order of the blocks nor their size matters, but for
-the pairs: image i of one set is compared with image i of the other, and real images with their neighbours (0 with 1,
-2 with 3, ...), so blocks should hold an even number of images.
+`image_sums` gives one flat vector for a block of images. Vectors of blocks add up to the vector of the whole set, also
+across ranks; `image_statistics` computes the numbers from it. Order and size of the blocks are irrelevant except for
+the pairs: image i of one set is compared with image i of the other, and real images with their neighbours (0 with 1, 2
+with 3, ...), so blocks should hold an even number of images.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 BINS, LIMIT = 1024, 4.0
 """Histograms of grey values: bins between -LIMIT and LIMIT, to which values outside are clipped."""
 EMPTY_BIN_PIXELS = 0.5
-"""What is added to every bin of a histogram, in pixels, so that no probability is zero."""
+"""Added to every bin of a histogram, in pixels, so that no probability is zero."""
 SHOWN_BINS = 64
 BAND_EDGES_A = (math.inf, 40.0, 20.0, 10.0, 5.0, 0.0)
-"""Borders of the resolution bands that are summed up."""
+"""Limits of the resolution bands in the summary."""
 BLOCK_PIXELS = 2**22
 _SETS = ("real", "generated")
 _COUNTS = ("n", "left_out")
@@ -38,7 +38,7 @@ _PAIRS = ("pairs", "kl_nats", "real_pairs", "kl_real_nats")
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each sum lies in the flat vector."""
+    """Position of each sum in the flat vector."""
 
     box_px: int
 
@@ -65,7 +65,7 @@ class _Layout:
 
 
 def histograms(images: Real[np.ndarray, "n box box"]) -> Int[np.ndarray, "n bins"]:
-    """(n, BINS) int64: how many pixels of each image (n, D, D) lie in each bin of [-LIMIT, LIMIT]."""
+    """(n, BINS) int64: number of pixels of each image (n, D, D) in each bin of [-LIMIT, LIMIT]."""
     flat = np.asarray(images).reshape(len(images), math.prod(np.shape(images)[1:]))
     inside = np.clip(flat, -LIMIT, LIMIT)
     bins = np.minimum(((inside + LIMIT) * (BINS / (2 * LIMIT))).astype(np.int64), BINS - 1)
@@ -78,9 +78,9 @@ def kl_divergence(
 ) -> Float[np.ndarray, " ..."] | np.float64:
     """KL(p || q) = sum p ln(p / q) of histograms given as counts, in nats.
 
-    The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods), which does not
-    say what becomes of empty bins: here EMPTY_BIN_PIXELS are added to every bin of both before they are normalised.
-    Even two draws from one distribution differ, by about (occupied bins) / (pixels) for histograms of as many pixels:
+    The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods). The paper does
+    not define the treatment of empty bins; here EMPTY_BIN_PIXELS are added to every bin of both before normalisation.
+    Two samples of one distribution also differ, by about (occupied bins) / (pixels) for histograms of as many pixels:
     compare with pairs of real images.
 
     Args:
@@ -98,12 +98,12 @@ def kl_divergence(
 def image_sums(
     real: Real[np.ndarray, "n box box"], generated: Real[np.ndarray, "m box box"], radius_px: float
 ) -> Float[np.ndarray, " sums"]:
-    """The sums of a block of real and generated images.
+    """Sums over a block of real and generated images.
 
     Args:
         real, generated: (n, D, D) and (m, D, D), n and m may be 0; image i of one is paired with image i of the other.
             Images that are constant or not finite are left out and counted.
-        radius_px: of the circle that holds the particle; what is outside is background.
+        radius_px: of the circle that contains the particle; the background is outside.
 
     Returns:
         (k,) float64; blocks add.
@@ -211,13 +211,13 @@ def compare_images(
     radius_px: float,
     beyond_A: float = 20.0,
 ) -> dict[str, Any]:
-    """`image_statistics` of images that are all here: (n, D, D) real and (m, D, D) generated ones."""
+    """`image_statistics` of images in memory: (n, D, D) real and (m, D, D) generated ones."""
     sums = image_sums(real, generated, radius_px)
     return image_statistics(sums, int(np.shape(real)[1]), pixel_size_A, beyond_A)
 
 
 def _grey_values(part: dict[str, np.ndarray], n: dict[str, float]) -> dict[str, Any]:
-    """All numbers that pay no heed to where in an image a pixel is."""
+    """All numbers that do not depend on the position of a pixel in its image."""
     counts = {name: part[f"{name} counts"] for name in _SETS}
     shown = {name: c.reshape(SHOWN_BINS, -1).sum(1) / c.sum() for name, c in counts.items()}
     return {
@@ -252,7 +252,7 @@ def _deviation(ratio: np.ndarray, frequency_invA: np.ndarray, where: np.ndarray)
 def _bands(
     power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int
 ) -> list[dict[str, Any]]:
-    """Each shell weighs as many coefficients as it holds, its circumference."""
+    """Each shell is weighted by its number of coefficients, its circumference."""
     weight = np.arange(box_px // 2 + 1.0)
     bands = []
     for start, end in pairwise(BAND_EDGES_A):

@@ -1,4 +1,4 @@
-"""A map against a known map: FSC in all directions, along and across an axis; correlation; laying one on the other."""
+"""A map against a known map: FSC in all directions, along and across an axis; correlation; alignment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cone_fsc(
     half_angle_deg: float = 20.0,
     belt: bool = False,
 ) -> Float[np.ndarray, " box//2+1"]:
-    """FSC over the coefficients in a double cone about an axis, or in the belt about the plane across it.
+    """FSC over the coefficients in a double cone about an axis, or in the belt about the plane normal to it.
 
     Top views (along z) fill the belt of z and leave its cone empty: an anisotropic map is good in one and bad in the
     other.
@@ -78,7 +78,8 @@ def correlation(
 
 
 def truth_mask(truth: Real[np.ndarray, "box box box"], pixel_size_A: float) -> Float[np.ndarray, "box box box"]:
-    """Soft mask of a noise-free map: all above a tenth of its maximum after a 3 Å blur, grown 6 Å, 8 Å cosine edge."""
+    """Soft mask of a noise-free map: above a tenth of its maximum after a 3 Å blur, extended by 6 Å, 8 Å cosine
+    edge."""
     from scipy.ndimage import distance_transform_edt, gaussian_filter
 
     smooth = gaussian_filter(np.asarray(truth, np.float32), 3.0 / pixel_size_A)
@@ -98,7 +99,7 @@ def compare_maps(
     """All numbers of a map against the true one.
 
     Resolutions are where the non-increasing fit of a curve falls below 0.5: the cone about an axis holds so few
-    coefficients that its curve dips and recovers, and its first crossing says little.
+    coefficients that its curve dips and recovers, so its first crossing is not meaningful.
 
     Returns:
         ``fsc``, ``axial``, ``equatorial``: (D//2+1,) curves; ``resolution_05_A``, ``axial_A``, ``equatorial_A``;
@@ -123,7 +124,7 @@ def to_frame(
     shift_A: Real[np.ndarray, " 3"],
     pixel_size_A: float,
 ) -> Float[np.ndarray, "box box box"]:
-    """The map seen from another frame: out(x) = volume(G x + d), the frame change that `pose_error` fits.
+    """Transform a map to another frame: out(x) = volume(G x + d), the change of frame fitted by `pose_error`.
 
     Args:
         volume: (D, D, D), array (z, y, x), centre D//2. rotation: (3, 3) G on (x, y, z). shift_A: (3,) d.
@@ -173,7 +174,7 @@ def best_slide(
 ) -> Real[np.ndarray, " 3"]:
     """Whole-voxel shift (x, y, z) of the map that correlates best with another; only along ``axis`` if given.
 
-    A map of Cn symmetry may slide along its axis without harm, one of C1 anywhere.
+    The position of a map of Cn symmetry is undetermined along its axis, that of a C1 map in all directions.
 
     Args:
         volume, truth: (D, D, D). axis: one of the three coordinate axes, or None for all directions.

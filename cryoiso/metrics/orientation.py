@@ -1,4 +1,4 @@
-"""How the views of a particle set are spread over the sphere: counts on cells of exactly equal area, and numbers.
+"""Distribution of the views of a particle set over the sphere: counts on cells of equal area, and summary numbers.
 
 A view is the third row of a pose, the direction in the map along which the image was projected.
 """
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ViewGrid:
-    """The sphere cut into rings of constant z and the rings into equal cells, so that every cell has the same area."""
+    """The sphere divided into rings of constant z and the rings into equal cells, so that every cell has the same
+    area."""
 
     cells: Int[np.ndarray, " rings"]
     """(rings,) int: cells of each ring, from z = 1 down."""
@@ -50,7 +51,7 @@ class ViewGrid:
         return cell
 
     def centres(self) -> Float[np.ndarray, "cells 3"]:
-        """(cells, 3) unit vectors at the middle of azimuth and z of every cell."""
+        """(cells, 3) unit vectors at the mean azimuth and z of every cell."""
         border = self.borders()
         z, azimuth = border[:, 2:].mean(1), np.radians(border[:, :2].mean(1))
         r = np.sqrt(1 - z**2)
@@ -82,7 +83,8 @@ class ViewDistribution:
     def entropy(self) -> float:
         """Entropy of the view distribution over that of the uniform one: 1 even, 0 all in one cell (and its mates).
 
-        Miller-Madow: (occupied - 1) / 2n is added for what few views miss; cells that are symmetry mates count once.
+        Miller-Madow correction for small numbers of views: (occupied - 1) / 2n is added. Symmetry-equivalent cells
+        count once.
         """
         independent = len(self.grid) / self.group_order
         p = self.counts[self.counts > 0] / self.counts.sum()

@@ -1,9 +1,9 @@
-"""Pose errors against known poses, modulo the point group and modulo the frame that the estimate ended in.
+"""Pose errors against known poses, modulo the point group and modulo the frame of the estimate.
 
-A pose A takes map coordinates to image coordinates; A and A S are one pose where S is a symmetry of the map. A
+A pose A takes map coordinates to image coordinates; A and A S are equivalent poses if S is a symmetry of the map. A
 refinement may end in a frame of its own, y = G x + d (x true, y estimated coordinates of one point). Then
     A_true = A_est G S    and    origin_est = origin_true + (A_est d)_xy,
-because a point lands at (A x)_xy - origin. G and d are fitted robustly: most particles may be wrong.
+because a point is projected to (A x)_xy - origin. G and d are fitted robustly: most particles may be wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _TRUNCATE_DEG = 30.0
 
 OPPOSITE_DEG = 150.0
-"""A view direction that is wrong by more than this is the one from the opposite end of the axis."""
+"""A view direction that is wrong by more than this is assigned to the opposite end of the axis."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PoseErrors:
     inplane_errors_deg: Float[np.ndarray, " n"]
     """(n,) rotation about the viewing direction (its twist part)."""
     shift_errors_A: Float[np.ndarray, " n"] | None
-    """(n,) distance between the origins after the frame displacement is taken out; None if no shifts were given."""
+    """(n,) distance between the origins after removing the displacement of the frame; None if no shifts were given."""
     frame_rotation: Float[np.ndarray, "3 3"]
     """(3, 3) G: aligned estimated poses are A_est G."""
     frame_shift_A: Float[np.ndarray, " 3"]
@@ -45,7 +45,7 @@ class PoseErrors:
     true: Float[np.ndarray, "n 3 3"]
     """(n, 3, 3)."""
     mirrored_median_deg: float
-    """Median error if the estimated map had the opposite hand; far below ``median_deg`` means that it has."""
+    """Median error if the estimated map had the opposite hand; far below ``median_deg`` if it does."""
 
     @property
     def median_deg(self) -> float:
@@ -64,11 +64,11 @@ class PoseErrors:
         return float(np.mean(self.errors_deg > deg))
 
     def by_view(self, axis: tuple[float, float, float] = (0.0, 0.0, 1.0), cut_deg: float = 36.0) -> dict[str, Any]:
-        """Numbers apart for top views (within ``cut_deg`` of ``axis`` or its opposite, by the true pose) and the rest.
+        """Numbers for top views (within ``cut_deg`` of ``axis`` or its opposite, by the true pose) and for the rest.
 
         Returns:
             Per ``top_`` and ``side_``: n, median_deg, over_10, over_20; ``top_to_side`` and ``side_to_top``: fraction
-            of the true ones that were put among the other kind; ``top_fraction_true`` and ``top_fraction_estimated``.
+            of the true views of one kind assigned to the other; ``top_fraction_true`` and ``top_fraction_estimated``.
             Numbers of an empty kind are NaN.
         """
         top, top_estimated = (_is_top(r, axis, cut_deg) for r in (self.true, self.estimated))
@@ -170,9 +170,9 @@ def symmetry_operations(symmetry: str | Float[np.ndarray, "g 3 3"]) -> Float[np.
 def fit_frame(
     relative: Float[np.ndarray, "n 4"], ops: Float[np.ndarray, "g 4"], mode: str = "any"
 ) -> Float[np.ndarray, " 4"]:
-    """The frame rotation G that most particles agree upon, as a quaternion (x, y, z, w); deterministic.
+    """The frame rotation G with which most particles agree, as a quaternion (x, y, z, w); deterministic.
 
-    Minimises the mean of min(error, 30 degrees): first over the frames that single particles propose, then by
+    Minimises the mean of min(error, 30 degrees): first over the frames suggested by single particles, then by
     iteratively reweighted averaging (Welsch weights that narrow down to the spread of the particles that agree).
 
     Args:

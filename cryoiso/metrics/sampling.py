@@ -1,8 +1,8 @@
-"""How well the views of a particle set sample Fourier space, from poses alone.
+"""Sampling of Fourier space by the views of a particle set, from poses alone.
 
-A view along v measures the plane of coefficients perpendicular to v. Numbers of this kind say what the images could
-give if their poses were right; they cannot see that poses are wrong, and particles put to the side by mistake make
-them better (docs/diagnose.md).
+A view along v measures the plane of coefficients perpendicular to v. These numbers describe what the images would give
+if their poses were right; they cannot detect wrong poses, and top views misassigned to the side improve them
+(docs/diagnose.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Real
 
 MOST_VIEWS = 10_000
-"""Views that are looked at; of a larger set, so many drawn at random. SCF* depends on their number."""
+"""Largest number of views used; from a larger set this many are drawn at random. SCF* depends on their number."""
 
 
 def fibonacci_half_sphere(n: int, offset: float = 0.5) -> Float[np.ndarray, "{n} 3"]:
@@ -55,7 +55,7 @@ class Sampling:
 
     @property
     def scf_star(self) -> float:
-        """SCF / (1 + (Q/P) <S> SCF / 2), Q/P = empty over covered: with a gap it falls as there are more views."""
+        """SCF / (1 + (Q/P) <S> SCF / 2), Q/P = empty over covered: with a gap it falls as the number of views grows."""
         empty = self.empty_fraction
         if empty == 1:
             return 0.0
@@ -70,11 +70,11 @@ def fourier_sampling(
     most_points: int = 5000,
     seed: int = 0,
 ) -> Sampling:
-    """Counts, on a shell of radius R, the views that measure each direction: |direction . view| < 0.5 / R.
+    """Count, on a shell of radius R, the views that measure each direction: |direction . view| < 0.5 / R.
 
     Args:
         rotation: (n, 3, 3) poses. symmetry: point group name or (g, 3, 3) operations.
-        radius_px: R, in Fourier pixels; points are as many as half a shell of it has, at most ``most_points``.
+        radius_px: R, in Fourier pixels; the number of points is that of half a shell, at most ``most_points``.
         seed: of the draw of `MOST_VIEWS` views from a larger set.
 
     Raises:
@@ -90,7 +90,8 @@ def fourier_sampling(
 
 
 def even_rotations(n: int, seed: int = 0) -> Float[np.ndarray, "{n} 3 3"]:
-    """(n, 3, 3) poses with random, evenly distributed views: what ``n`` views are at best, counting noise and all."""
+    """(n, 3, 3) poses with random, evenly distributed views: the best that ``n`` views can be, counting noise
+    included."""
     from cryoiso.physics.so3 import rotation_with_view
 
     draw = generator(seed, "even views").standard_normal((n, 3))
@@ -102,10 +103,10 @@ def view_efficiency(
 ) -> float:
     """Evenness of the resolution that the views allow: 1 - 2 sd(R) / mean(R), at most 1 (even) and at least -1.
 
-    R is the half width, by direction, of the point spread function of an unweighted back-projection: a view v spreads
-    a Gaussian spot into a rod along v, so PSF(r u) is the mean over the views of exp(-r^2 (1 - (u.v)^2) / 2) in
-    units of the spot's width, and R(u) is where it falls to one half. The form of the number follows cryoEF
-    (Naydenova & Russo 2017, doi 10.1038/s41467-017-00782-3); its values need not be the same.
+    R is the half width, by direction, of the point spread function of an unweighted back-projection: a view v spreads a
+    Gaussian spot into a rod along v, so PSF(r u) is the mean over the views of exp(-r^2 (1 - (u.v)^2) / 2) in units of
+    the spot's width, and R(u) is where it falls to one half. The form of the number follows cryoEF (Naydenova & Russo
+    2017, doi 10.1038/s41467-017-00782-3); its values may differ.
     """
     _, mates = symmetric_views(rotation, symmetry, seed)
     if len(mates) > MOST_VIEWS:

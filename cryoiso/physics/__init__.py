@@ -1,4 +1,4 @@
-"""Every formula of image formation, in torch and numpy. No files, no ranks. Sources and tests: docs/formulas.md."""
+"""Formulas of image formation, in torch and numpy. No files, no ranks. Sources and tests: docs/formulas.md."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
 """Back-projection: insertion of slices into a Fourier grid.
 
-Sums are kept in fixed point (64-bit integers). Integer addition is associative, so the grid has the same bits whatever
-the order of particles, the number of threads or of ranks. The unit 2^-32 is far below single precision for the whitened
-values that are inserted (order 1 a coefficient), and leaves room for sums up to 2^31.
+Sums are in fixed point (64-bit integers). Integer addition is associative, so the grid has the same bits for any order
+of particles and any number of threads or ranks. The unit 2^-32 is far below single precision for the whitened values
+that are inserted (of order 1 per coefficient), and leaves room for sums up to 2^31.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ class SliceAccumulator:
         return cls(grid, box_px, padding, radius)
 
     def clear(self) -> None:
-        """Makes it empty again; its memory is there already, which new memory is not."""
+        """Reset to zero, reusing the memory: newly allocated memory would have to be mapped first."""
         self.grid.zero_()
         self.bound = 0.0
 
     def insert(
         self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
     ) -> None:
-        """Adds slices.
+        """Add slices.
 
         Args:
             data: (J, K) complex: CTF-weighted, centred coefficients (over the noise variance).
             weight: (J, K) real: CTF^2 (over the noise variance), times the posterior weight.
-            rotation: (J, 3, 3); ``where`` must hold each Friedel pair once.
+            rotation: (J, 3, 3); ``where`` must contain each Friedel pair once.
         """
         if data.numel() == 0:
             return
@@ -104,7 +104,7 @@ class SliceAccumulator:
             )
 
     def _working_space(self, slices: int, size: int) -> int:
-        """Makes the room that samples are sorted in: 28 B for every second voxel of the grid at most.
+        """Make the room that samples are sorted in: 28 B for every second voxel of the grid at most.
 
         Returns:
             the number of slices that fit.
@@ -119,7 +119,7 @@ class SliceAccumulator:
     def insert_torch(
         self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
     ) -> None:
-        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
+        """The plain torch version of the CPU kernel, for GPUs and as its reference."""
         largest = torch.maximum(torch.maximum(data.real.abs(), data.imag.abs()), weight).amax(dim=1)
         self.bound += 8 * float(largest.double().sum())
         corner, fraction, flip = slice_corners(rotation.float(), where, self.padding, self.grid.shape[0])
@@ -130,7 +130,7 @@ class SliceAccumulator:
             flat.index_add_(0, (corner + offset).reshape(-1), (rows * share[..., None]).to(torch.int64).reshape(-1, 3))
 
     def finish(self) -> FourierSums:
-        """Converts the sums to floating point, with the x = 0 plane made whole by its Friedel mates.
+        """Convert the sums to floating point, with the x = 0 plane completed by its Friedel mates.
 
         Raises:
             CryoisoError: if the sums may have overflowed.
@@ -156,7 +156,7 @@ class SliceAccumulator:
         )
 
     def finish_torch(self) -> FourierSums:
-        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
+        """The plain torch version of the CPU kernel, for GPUs and as its reference."""
         grid = self.grid
         plane = grid[:, :, 0, :]
         mate = plane.flip(0, 1) * torch.tensor([1, -1, 1], dtype=torch.int64, device=grid.device)

@@ -2,7 +2,7 @@
 
 CTF = scale exp(-B s^2 / 4) (sqrt(1 - w^2) sin g + w cos g), g = pi lambda df s^2 - pi/2 Cs lambda^3 s^4 + phase shift,
 with df > 0 for underfocus and df = (dU + dV)/2 + (dU - dV)/2 cos 2(theta - theta_ast): RELION's formula, positive at
-zero frequency for white protein. Phases are computed in float64, whatever the type of the result.
+zero frequency for white protein. Phases are computed in float64, for any type of the result.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def ctf_for(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Float[torch.Tensor, " n *plane"]:
-    """CTFs of particles with everything their optics groups say (magnification anisotropy, even Zernike terms).
+    """CTFs of particles with all parameters of their optics groups (magnification anisotropy, even Zernike terms).
 
-    Groups of phase-flipped images get the absolute value, which is what those images show. Groups of premultiplied
-    images get the CTF itself: see ``physics.ctf_applied`` for what to do with the images.
+    Groups of phase-flipped images get the absolute value, which is the CTF of those images. Groups of premultiplied
+    images get the CTF itself; for the images see ``physics.ctf_applied``.
 
     Args:
         particles: the set.
@@ -158,7 +158,7 @@ def _group_ctf(
     group: OpticsGroup,
     freq: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Writes the CTFs of one optics group's particles into ``out[where]``.
+    """Write the CTFs of one optics group's particles into ``out[where]``.
 
     Within a group the phase is linear in six numbers per particle, so all phases are one matrix product.
     """
@@ -220,11 +220,11 @@ def magnify(
 def beam_tilt_phase(
     freq_y_invA: Float[torch.Tensor, "*#plane"], freq_x_invA: Float[torch.Tensor, "*#plane"], group: OpticsGroup
 ) -> Complex[torch.Tensor, "*plane"]:
-    """Phase factors that a group's beam tilt and odd Zernike terms (coma, trefoil) put on its images.
+    """Phase factors of a group's beam tilt and odd Zernike terms (coma, trefoil) on its images.
 
     Beam tilt gives the phase -2 pi Cs lambda^2 s^2 (tilt . s), Cs in Å and tilt in radians, RELION's sign. An image is
     the true one times these factors; multiply by the conjugate to correct it. (RELION 3.1 overwrites the third-order
-    terms of a group that has both beam tilt and odd Zernike terms; here, as in RELION 5, they add up.)
+    terms of a group with both beam tilt and odd Zernike terms; here, as in RELION 5, they add up.)
 
     Args:
         freq_y_invA, freq_x_invA: frequencies that broadcast to one shape P, before magnification.
@@ -255,7 +255,7 @@ def zernike_sum(
     Args:
         freq_y, freq_x: same shape.
         coefficients: radians; even: (m, n) = (0,0); (-2,2), (0,2), (2,2); (-4,4) ...; odd: (-1,1), (1,1); (-3,3) ...
-        odd: which of both series.
+        odd: selects the series.
 
     Returns:
         The phase in radians, same shape.

@@ -1,6 +1,6 @@
 """Radial filters and radial averages of images and volumes, odd and even boxes.
 
-Functions take torch tensors or numpy arrays and give back the same kind. Half-plane (``rfft``) layout as in fourier.py.
+Functions take torch tensors or numpy arrays and return the same kind. Half-plane (``rfft``) layout as in fourier.py.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def apply_radial(
 def apply_transfer(
     array: Float[Array, "*batch box box"], factor: Shaped[Tensor, "*#filter"], dims: int = 3
 ) -> Float[Array, "*batch box box"]:
-    """Multiplies the transform by a factor in half-plane layout that broadcasts; same shape and dtype as ``array``."""
+    """Multiply the transform by a factor in half-plane layout that broadcasts; same shape and dtype as ``array``."""
     x = as_tensor(array)
     axes = tuple(range(-dims, 0))
     result = torch.fft.irfftn(torch.fft.rfftn(x, dim=axes) * factor, s=x.shape[-dims:], dim=axes)
@@ -176,7 +176,7 @@ def highpass(
     edge_shells: float = 3.0,
     dims: int = 3,
 ) -> Float[Array, "*batch box box"]:
-    """What :func:`lowpass` takes away."""
+    """The complement of :func:`lowpass`."""
     x = as_tensor(array)
     return like(x - lowpass(x, pixel_size_A, resolution_A, edge_shells, dims), array)
 

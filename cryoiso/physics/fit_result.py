@@ -1,4 +1,4 @@
-"""What a rigid fit found: placements, their scores and errors, and the same in words."""
+"""Result of a rigid fit: placements, their scores and errors, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 Hand = Literal["same", "mirrored", "undecided", "not tried"]
 FREER = 0.05
-"""A free search whose score is higher by this than that of a placement on the axes casts doubt on the axes."""
+"""A free search that scores higher by this than a placement on the axes casts doubt on the axes."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to lay the moving map into the target."""
+    """One placement of the moving map in the target."""
 
     rotation: Float[np.ndarray, "3 3"]
     """(3, 3) R"""
@@ -37,7 +37,7 @@ class Placement:
         return placed_A
 
     def after(self, first: Placement) -> Placement:
-        """The placement that does ``first`` (not mirrored) and then this one."""
+        """The placement that applies ``first`` (not mirrored) and then this one."""
         sign = -1 if self.mirrored else 1
         shift = self.shift_A + sign * self.rotation @ first.shift_A
         return replace(self, rotation=self.rotation @ first.rotation, shift_A=shift)
@@ -45,7 +45,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Fit:
-    """The best placement, its rivals, and what they say."""
+    """The best placement, its rivals, and the comparison between them."""
 
     best: Placement
     mirror: Placement | None
@@ -55,7 +55,7 @@ class Fit:
     optima: tuple[Placement, ...]
     """the best few of this hand, ``best`` first"""
     free: Placement | None
-    """what a search without regard to the symmetry axes finds; None if none was made"""
+    """result of a search without regard to the symmetry axes; None if none was made"""
     hand: Hand
     ambiguous: bool
     """``runner_up`` fits as well"""
@@ -85,12 +85,12 @@ class Fit:
 
     @property
     def off_axis(self) -> bool:
-        """Whether the free search found a clearly better place, off the symmetry axes."""
+        """Whether the free search found a clearly better placement off the symmetry axes."""
         return self.on_axes and self.free is not None and self.free.score > self.score + FREER
 
     @property
     def verdict(self) -> str:
-        """What was found, in one to four sentences."""
+        """The result in one to four sentences."""
         return " ".join(filter(None, (self._where(), self._hand(), self._rivals(), self._axes())))
 
     def _where(self) -> str:

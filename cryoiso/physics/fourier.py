@@ -1,4 +1,4 @@
-"""Centred Fourier transforms and the set of Fourier coefficients that an image is worth.
+"""Centred Fourier transforms, and the set of independent Fourier coefficients of an image.
 
 Layout: half-plane of ``rfft`` (ky in FFT order, kx = 0..D//2), centre of images and volumes at pixel D//2 (odd and
 even). Images use the orthonormal transform, so that white noise of standard deviation 1 has E|X|^2 = 1 at every
@@ -93,8 +93,7 @@ class Disc:
 def disc(box_px: int, radius_px: float, with_dc: bool = False) -> Disc:
     """Coefficients with |k| <= radius_px, ordered by shell so that a smaller radius is a prefix of a larger one.
 
-    The Nyquist column of an even box is left out: its Friedel mate is itself and interpolation has nothing to say
-    about it.
+    The Nyquist column of an even box is left out: it is its own Friedel mate and cannot be interpolated.
     """
     ky = np.fft.fftfreq(box_px) * box_px
     kx = np.arange(box_px // 2 + 1, dtype=np.float64)
@@ -136,12 +135,12 @@ def shift_phases(
 def sinc2_profile(
     box_px: int, padding: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " {box_px}"]:
-    """(D,) envelope that trilinear interpolation on a grid padded by ``padding`` multiplies a volume with, per axis."""
+    """(D,) envelope by which trilinear interpolation on a grid padded by ``padding`` multiplies a volume, per axis."""
     x = (torch.arange(box_px, device=device, dtype=torch.float64) - box_px // 2) / (padding * box_px)
     return torch.sinc(x).square().to(dtype)
 
 
 def divide_by_gridding(volume: Float[Tensor, "box box box"], padding: int) -> Float[Tensor, "box box box"]:
-    """Undoes the separable sinc^2 envelope of trilinear interpolation (before projecting, after back-projecting)."""
+    """Undo the separable sinc^2 envelope of trilinear interpolation (before projecting, after back-projecting)."""
     s = sinc2_profile(volume.shape[0], padding, volume.device, volume.dtype)
     return volume / (s[:, None, None] * s[None, :, None] * s[None, None, :])

@@ -1,4 +1,4 @@
-"""Soft masks: spheres, circles, and the region of a particle found in its own map."""
+"""Soft masks: spheres, circles, and the region of a particle determined from its own map."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ CLEARLY_PARTED = 0.7
 
 
 def otsu(values: Float[np.ndarray, " n"], bins: int = 512) -> tuple[float, float]:
-    """The level that parts values into the two classes with the largest variance between them, and its share of all."""
+    """The level that separates values into the two classes with the largest variance between them, and its share of
+    all."""
     counts, edges = np.histogram(values, bins)
     centre, share = (edges[1:] + edges[:-1]) / 2, counts / max(counts.sum(), 1)
     below, moment = np.cumsum(share), np.cumsum(share * centre)
@@ -170,7 +171,7 @@ def _distance_px(binary: np.ndarray, reach_px: float) -> np.ndarray:
 
 
 def mask_diameter_A(mask: Real[Array, "box box box"], pixel_size_A: float) -> float:
-    """Diameter in Å of the smallest sphere around the box's centre that holds the mask above one half."""
+    """Diameter in Å of the smallest sphere around the box's centre that contains the mask above one half."""
     require_cube(mask, "a mask")
     m = as_tensor(mask)
     where = torch.nonzero(m > 0.5).double() - m.shape[0] // 2

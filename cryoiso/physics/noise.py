@@ -1,4 +1,4 @@
-"""Noise of particle images: spectra measured outside the particle, and noise made to a given spectrum."""
+"""Noise of particle images: spectra measured outside the particle, and synthetic noise of a given spectrum."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def _outside(box_px: int, radius_px: float, device: torch.device) -> Tensor:
 def background_spectrum(
     images: Float[Array, "n box box"], radius_px: float, soft_px: float = 4.0
 ) -> Float[Array, " box//2+1"]:
-    """Radial noise spectrum of images from what lies outside a circle, averaged over the images.
+    """Radial noise spectrum of images from the area outside a circle, averaged over the images.
 
-    The image inside a soft circle is set to zero and the power divided by the mean square of the window, which makes
-    the result right for white noise and smooths other spectra over about D / (D - radius) shells.
+    The image inside a soft circle is set to zero and the power divided by the mean square of the window, which is exact
+    for white noise and smooths other spectra over about D / (D - radius) shells.
 
     Args:
         images: (n, D, D).
@@ -131,11 +131,11 @@ def _on_plane(curve: np.ndarray, box_px: int) -> Tensor:
 def colour_noise(
     white: Float[Tensor, "n box box"], spectrum: Float[np.ndarray, " box//2+1"]
 ) -> Float[Tensor, "n box box"]:
-    """Gives white noise of variance 1 a radial spectrum.
+    """Give white noise of variance 1 a radial spectrum.
 
     Args:
         white: (n, D, D).
-        spectrum: (D//2+1,) power per coefficient, as :func:`noise_spectrum` gives it.
+        spectrum: (D//2+1,) power per coefficient, from :func:`noise_spectrum`.
 
     Returns:
         (n, D, D) same dtype.

@@ -1,9 +1,9 @@
-"""A protein-like C3 trimer made from a seed, and homologues of it: test objects that need no downloaded model.
+"""A protein-like C3 trimer generated from a seed, and homologues of it: test objects that need no downloaded model.
 
 A protomer is a chain of pseudo-residues threaded through helices and strands: a long central helix, a helix packed
-against it and a small sheet make a thin stem (negative z), two sheets face to face with three helices make a wider head
-(positive z). Three copies around z are about 135 Å long and 45 Å wide. Both ends differ and nothing is its own mirror
-image, so a wrong pose shows.
+against it and a small sheet form a thin stem (negative z), two sheets face to face with three helices form a wider head
+(positive z). Three copies around z are about 135 Å long and 45 Å wide. Both ends differ and no part is its own mirror
+image, so wrong poses are detectable.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STRAND_RISE_A, LOOP_STEP_A, SIDE_CHAIN_A = 3.3, 3.6, 2.4
 
 
 class PseudoAtoms(NamedTuple):
-    """Gaussian blobs that make a density."""
+    """Gaussian blobs that form a density."""
 
     coords_A: Float[np.ndarray, "n 3"]
     """(n, 3) x, y, z relative to the centre."""
@@ -53,7 +53,7 @@ def trimer(seed: int = 1) -> PseudoAtoms:
     """The trimer of a seed: pseudo-atoms (about 1,600) with C3 symmetry about z.
 
     Args:
-        seed: any integer; every seed gives another protein of the same build.
+        seed: any integer; every seed gives another protein of the same architecture.
 
     Returns:
         PseudoAtoms, unpackable as coords_A (n,3), weights (n,), sigma_A (n,).
@@ -64,8 +64,8 @@ def trimer(seed: int = 1) -> PseudoAtoms:
 def homologue(seed: int = 1, variant: int = 1, displacement_A: float = 2.5) -> PseudoAtoms:
     """A relative of ``trimer(seed)``: the same fold with displaced and exchanged parts and other side chains.
 
-    Every helix and strand is moved by about ``displacement_A`` and turned by some degrees, loops and most side chains
-    are drawn anew, and one strand of the head becomes a helix.
+    Every helix and strand is moved by about ``displacement_A`` and rotated by some degrees, loops and most side chains
+    are redrawn, and one strand of the head becomes a helix.
 
     Args:
         seed: of the trimer.
@@ -118,7 +118,7 @@ def _protomer_elements(seed: int) -> list[_Element]:
 
 
 def _assemble(elements: list[_Element], seed: int, chain_seed: int) -> PseudoAtoms:
-    """Threads the chain, adds side chains, and makes the three copies."""
+    """Thread the chain, add side chains, and make the three copies."""
     path_rng = generator(chain_seed, "phantom loops")
     common, own = generator(seed, "phantom side chains"), generator(chain_seed, "phantom side chains of its own")
     backbone, outward = _thread(elements, path_rng)

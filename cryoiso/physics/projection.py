@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Complex, Float, Int
 
 SAMPLES_AT_ONCE = 1 << 23
-"""Samples that the torch path works on together: the eight corners' temporaries are some hundred bytes a sample."""
+"""Samples processed at once by the torch path: the eight corners' temporaries are some hundred bytes per sample."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FourierVolume:
     def from_volume(
         cls, volume: Float[Tensor, "box box box"], padding: int = 2, radius_px: int | None = None
     ) -> FourierVolume:
-        """Prepares a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist).
+        """Prepare a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist).
 
         Raises:
             InputError: the volume is not a cube.
@@ -54,8 +54,8 @@ class FourierVolume:
         """Central slices at the coefficients of ``where``.
 
         Args:
-            rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in
-                beforehand, see :func:`magnified`).
+            rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in before,
+                see :func:`magnified`).
 
         Returns:
             (J, K) complex, before CTF and shift.
@@ -80,7 +80,7 @@ class FourierVolume:
         return out
 
     def slices_torch(self, rotation: Float[Tensor, "n 3 3"], where: Disc) -> Complex[Tensor, "n k"]:
-        """The plain torch twin of the CPU kernel: any device and precision, differentiable in grid and rotation."""
+        """The plain torch version of the CPU kernel: any device and precision, differentiable in grid and rotation."""
         corner, fraction, flip = slice_corners(
             rotation.to(self.grid.real.dtype), where, self.padding, self.grid.shape[0]
         )
@@ -92,7 +92,7 @@ class FourierVolume:
 
 
 def check_reach(rotation: Float[np.ndarray, "n 3 3"], where: Disc, padding: int, grid_rows: int) -> None:
-    """Refuses samples beyond the grid, and NaN: the CPU kernels would read and write memory that is not theirs.
+    """Refuse samples beyond the grid, and NaN, for which the CPU kernels would access memory out of bounds.
 
     Args:
         rotation: (J, 3, 3), possibly magnified: the largest singular value of the upper two rows is the magnification.
@@ -114,7 +114,7 @@ def check_reach(rotation: Float[np.ndarray, "n 3 3"], where: Disc, padding: int,
 
 
 def pairs(values: Complex[Tensor, "n k"]) -> Float[np.ndarray, "n 2*k"]:
-    """(J, K) complex64 on the CPU -> (J, 2K) float32 view, as the kernels take it."""
+    """(J, K) complex64 on the CPU -> (J, 2K) float32 view, the layout of the kernels."""
     return torch.view_as_real(values.contiguous()).numpy().reshape(len(values), -1)
 
 
@@ -155,7 +155,7 @@ def slice_corners(
 def corner_shares(
     fraction: Float[Tensor, "3 n k"], shape: torch.Size | tuple[int, ...]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yields (flat offset, trilinear share) of the eight corners."""
+    """Yield (flat offset, trilinear share) of the eight corners."""
     fx, fy, fz = fraction
     row = shape[2]
     for dz, wz in ((0, 1 - fz), (1, fz)):

@@ -1,4 +1,4 @@
-"""A density map on another grid, by exact band-limited interpolation, or in another place, by splines."""
+"""A density map on another grid, by exact band-limited interpolation, or at another position, by splines."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Particle images of known truth: x = scale C(optics) P(pose, shift) V + noise, image by image from (seed, uid) alone.
+"""Particle images of known truth: x = scale C(optics) P(pose, shift) V + noise, each image a function of (seed, uid)
+alone.
 
-The noise has variance 1, so the map is scaled to reach the wanted signal-to-noise ratio,
-SNR_dB = 10 log10(variance of the CTF-multiplied projection / variance of the noise), both over the whole image and
-averaged over uniformly distributed views. The number of the cryoPROS paper, an image's variance over its background's,
-is measured by :func:`image_to_background_db`.
+The noise has variance 1, so the map is scaled to the requested signal-to-noise ratio, SNR_dB = 10 log10(variance of the
+CTF-multiplied projection / variance of the noise), both over the whole image and averaged over uniformly distributed
+views. The cryoPROS paper's definition, an image's variance over its background's, is measured by
+:func:`image_to_background_db`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SNR_IMAGES = 256
 
 @dataclass(frozen=True)
 class CtfRanges:
-    """What CTFs are drawn from: mean defocus and astigmatism uniform in their ranges, any axis."""
+    """Distribution of simulated CTFs: mean defocus and astigmatism uniform in their ranges, any axis."""
 
     defocus_A: tuple[float, float] = (10000.0, 30000.0)
     astigmatism_A: float = 400.0
@@ -66,10 +67,10 @@ def make_particles(
     """A set of simulated particles: identities, CTFs, poses, shifts and balanced random halves, but no images.
 
     Args:
-        n: how many; the first m of n are those of a set of m.
+        n: number of particles; the first m of n are those of a set of m.
         box_px, pixel_size_A: of the images.
         views: view distribution (default uniform).
-        ctf: ranges, or particles whose CTFs and optics groups are drawn from (whole rows; pixel size and box become the
+        ctf: ranges, or particles from which CTFs and optics groups are drawn (whole rows; pixel size and box become the
             simulation's).
         shift_sd_A: standard deviation of the origin along x and y.
         seed: of everything.
@@ -104,7 +105,7 @@ def draw_ctf(
 ) -> tuple[tuple[OpticsGroup, ...], dict[str, Any]]:
     """Optics groups and per-particle CTF columns (whole rows of given particles, or uniform in ranges), by uid.
 
-    The groups are those of images that no CTF was applied to, whatever the given particles' images are.
+    The groups declare unprocessed images, regardless of the given particles' flags.
     """
     if isinstance(ctf, CtfRanges):
         mean = np.interp(uniforms(seed, "defocus", uid), [0, 1], ctf.defocus_A)
@@ -146,7 +147,7 @@ def ctf_rows(ctf: Particles, uid: np.ndarray, seed: int) -> np.ndarray:
 
 
 class Projector:
-    """Noise-free images of a map: CTF, beam tilt, magnification and shift as the particles' metadata say."""
+    """Noise-free images of a map with the CTF, beam tilt, magnification and shift of the particles' metadata."""
 
     def __init__(self, volume: DensityMap, *, with_ctf: bool = True, device: str = "cpu") -> None:
         self.box_px, self.pixel_size_A, self.with_ctf = volume.box_px, volume.pixel_size_A, with_ctf
@@ -168,7 +169,7 @@ class Projector:
         return out
 
     def _frequencies(self, group: OpticsGroup) -> Disc:
-        """The image frequencies at which the map has something to say: |M k| up to the map's Nyquist circle."""
+        """The image frequencies covered by the map: |M k| up to the map's Nyquist circle."""
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
         return disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
 
@@ -205,10 +206,10 @@ def through_optics(
 
 
 class SimulatedSource:
-    """Simulated particles as an image source (``core.protocols.ImageSource``): any algorithm takes known truth.
+    """Simulated particles as an image source (``core.protocols.ImageSource``), to test algorithms against known truth.
 
-    An image depends on (map, seed, its own row) and on nothing else; in particular neither on the order nor on the
-    number of images read together (to the rounding of float32).
+    An image depends only on (map, seed, its own row); in particular neither on the order nor on the number of images
+    read together (up to the rounding of float32).
     """
 
     def __init__(
@@ -265,7 +266,7 @@ class SimulatedSource:
         return colour_noise(torch.from_numpy(np.stack(white)), self.spectrum)
 
     def measured(self) -> dict[str, float]:
-        """What the set really has, from its first images: dB of signal over noise, and the paper's number.
+        """Measured properties of the set, from its first images: dB of signal over noise, and the paper's number.
 
         Empty for noise-free images.
         """
@@ -315,8 +316,8 @@ def simulate(
 def scale_for_snr(volume: DensityMap, particles: Particles, snr_db: float, seed: int = 1) -> np.float32:
     """Factor on a map that gives its images a signal-to-noise ratio against noise of variance 1.
 
-    The signal's variance is the mean over uniform views with the particles' CTFs, whatever their own views are, so that
-    sets of different view distributions share one map.
+    The signal's variance is the mean over uniform views with the particles' CTFs, regardless of their own views, so
+    that sets of different view distributions share one map.
 
     Raises:
         InputError: the map is constant.
@@ -334,12 +335,12 @@ def scale_for_snr(volume: DensityMap, particles: Particles, snr_db: float, seed:
 def image_to_background_db(images: Float[np.ndarray, "n box box"], radius_px: float) -> float:
     """The SNR of the cryoPROS paper: (10 / N) sum_i [log10 var(x_i - mu_b) - log10 var(b_i)].
 
-    Image x and its background b, here the pixels outside a circle, whose mean is mu_b. Signal and noise together stand
-    in the numerator, so an image without signal has 0 dB.
+    Image x and its background b, here the pixels outside a circle, with mean mu_b. The numerator contains signal and
+    noise, so an image without signal has 0 dB.
 
     Args:
         images: (N, D, D).
-        radius_px: of the circle that holds the particle.
+        radius_px: of the circle that contains the particle.
     """
     from cryoiso.physics.noise import background_statistics
 

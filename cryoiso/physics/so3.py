@@ -64,7 +64,7 @@ def view_direction(rotation: Float[np.ndarray, "*n 3 3"]) -> Float[np.ndarray, "
 
 
 def rotation_with_view(directions: Real[np.ndarray, "*n 3"], psi_deg: ArrayLike = 0.0) -> Float[np.ndarray, "m 3 3"]:
-    """Rotations that look along given directions.
+    """Rotations with given view directions.
 
     Args:
         directions: (n, 3) vectors, any length.
@@ -176,9 +176,9 @@ def grid_step_deg(order: int) -> float:
 
 
 def so3_directions(order: int, symmetry: str = "C1") -> Float[np.ndarray, "j 3"]:
-    """HEALPix directions that cover the views that differ under a point group.
+    """HEALPix directions that cover the distinct views under a point group.
 
-    Those in the asymmetric unit, and some from just outside where the grid, which does not share the group's symmetry,
+    Those in the asymmetric unit, and some from just outside where the grid, which does not have the group's symmetry,
     would leave a gap along the unit's edge.
 
     Returns:
@@ -231,8 +231,8 @@ def local_rotations(step_deg: float, extent: float, *, cube: bool = False) -> Fl
 
     Args:
         step_deg: spacing.
-        extent: how far to go, in steps: 1 gives 7 rotations (27 with ``cube``), 2 gives 33 (125).
-        cube: all of the cube rather than the ball inside it.
+        extent: range in steps: 1 gives 7 rotations (27 with ``cube``), 2 gives 33 (125).
+        cube: the whole cube instead of the ball inside it.
 
     Returns:
         (m, 3, 3), the identity first, then by increasing angle. Multiply from the left (in the image's frame) or right

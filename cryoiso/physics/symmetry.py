@@ -1,6 +1,6 @@
 """Point groups in RELION's axis conventions, and the asymmetric unit of view directions.
 
-An operation S of the group leaves the map as it is, V(S x) = V(x), so the poses A and A S give the same image.
+An operation S of the group leaves the map unchanged, V(S x) = V(x), so the poses A and A S give the same image.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _point_group(name: str) -> np.ndarray:
 
 
 def generators(name: str) -> list[tuple[int, tuple[float, float, float]]]:
-    """One or two (fold, axis) whose rotations make the group, the axis on z first.
+    """One or two (fold, axis) whose rotations generate the group, the axis on z first.
 
     Raises:
         InputError: unknown group.
@@ -97,12 +97,12 @@ def generators(name: str) -> list[tuple[int, tuple[float, float, float]]]:
 
 
 def cryosparc_turn(name: str) -> Float[np.ndarray, "3 3"] | None:
-    """The rotation T that takes a map from cryoSPARC's frame of a point group to ours; None where they are the same.
+    """The rotation T that takes a map from cryoSPARC's frame of a point group to cryoiso's; None if they are the same.
 
-    cryoSPARC's Dn has a two-fold axis on y, RELION's and ours on x (a cryoSPARC developer, discuss.cryosparc.com topic
-    12482; Scipion's plugin calls it Dyn). For even n both lie on two-fold axes; for odd n, T is a rotation by
-    90/n degrees about z. T (3-fold on z) and O are as in RELION by the same source; I1 and I2 as well, by the axes in
-    cryosparc-issues 127. A pose A of the map becomes A T^-1.
+    cryoSPARC's Dn has a two-fold axis on y, RELION's and cryoiso's on x (a cryoSPARC developer, discuss.cryosparc.com
+    topic 12482; Scipion's plugin calls it Dyn). For even n both are on two-fold axes; for odd n, T is a rotation by
+    90/n degrees about z. T (3-fold on z) and O are as in RELION according to the same source; so are I1 and I2, by the
+    axes in cryosparc-issues 127. A pose A of the map becomes A T^-1.
 
     Returns:
         (3, 3) or None.
@@ -136,7 +136,7 @@ def _closure(generators: list[np.ndarray]) -> np.ndarray:
 
 
 def in_asymmetric_unit(directions: Float[np.ndarray, "n 3"], name: str) -> Bool[np.ndarray, " n"]:
-    """Which view directions lie in the asymmetric unit: of every orbit under the group exactly one.
+    """Whether view directions are in the asymmetric unit: exactly one of every orbit under the group is.
 
     The representative is the one with the largest z, then x, then y; for Cn that is the wedge of 360/n degrees around
     x, for T, O and I a wedge of the cell around the axis on z. Directions that differ by less than 1e-9 count as equal.
@@ -161,7 +161,7 @@ def in_asymmetric_unit(directions: Float[np.ndarray, "n 3"], name: str) -> Bool[
 
 
 def to_asymmetric_unit(directions: Float[np.ndarray, "n 3"], name: str) -> Float[np.ndarray, "n 3"]:
-    """Moves every direction to its representative in the asymmetric unit.
+    """Move every direction to its representative in the asymmetric unit.
 
     Args:
         directions: (n, 3) unit vectors.

@@ -1,6 +1,6 @@
-"""How simulated particles lie: view distributions with preferred orientation and missing directions.
+"""View distributions of simulated particles: preferred orientation and missing directions.
 
-Every draw depends on (seed, uid) alone. A view direction v is the third row of the pose; the image holds the Fourier
+Every draw depends on (seed, uid) alone. A view direction v is the third row of the pose; the image contains the Fourier
 coefficients perpendicular to v.
 """
 
@@ -23,7 +23,7 @@ _DEFAULT_CONE_DEG = {"uniform": 0.0, "preferred": 36.0, "retained": 45.0, "missi
 
 
 def uniforms(seed: int, purpose: str, uids: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """(n,) float64 in (0, 1), one a uid, independent for every purpose."""
+    """(n,) float64 in (0, 1), one per uid, independent for every purpose."""
     keys = shuffle_keys(seed, purpose, np.asarray(uids, np.uint64))
     return ((keys >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
@@ -45,11 +45,11 @@ def rows_of(seed: int, purpose: str, uids: np.ndarray, count: int) -> np.ndarray
 class Views:
     """A distribution of view directions; in-plane angles are always uniform.
 
-    - ``uniform``: all directions alike.
-    - ``preferred``: ``fraction`` of the views lie within ``cone_deg`` of the pole(s), their angles to the pole spread
-      like a Rayleigh distribution of ``sigma_deg`` (None: evenly over the cone); the rest is uniform outside.
-    - ``retained``: uniform, but of the side views, those more than ``cone_deg`` from the pole(s), only the fraction
-      ``retained`` is kept.
+    - ``uniform``: all directions equally likely.
+    - ``preferred``: ``fraction`` of the views are within ``cone_deg`` of the pole(s), with angles to the pole in a
+      Rayleigh distribution of ``sigma_deg`` (None: uniform over the cone); the rest is uniform outside.
+    - ``retained``: uniform, but only the fraction ``retained`` of the side views, those more than ``cone_deg`` from the
+      pole(s), is kept.
     - ``missing-cone``: no image measures a Fourier coefficient closer than ``cone_deg`` to the axis through the poles.
       The plane perpendicular to a view at angle t from the axis comes as close as |90 - t| degrees to it, so views keep
       t <= 90 - cone_deg (or t >= 90 + cone_deg), uniformly there.

@@ -1,4 +1,4 @@
-"""The native engine's mathematics: likelihood, search, maximisation, reconstruction, the loop over iterations."""
+"""Mathematics of the native engine: likelihood, search, maximisation, reconstruction, the loop over iterations."""
 
 from typing import TYPE_CHECKING
 

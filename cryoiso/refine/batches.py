@@ -1,7 +1,8 @@
-"""Particle images as the likelihood sees them: Fourier coefficients inside a radius with their CTF, in fixed batches.
+"""Particle images in the form used by the likelihood: Fourier coefficients inside a radius with their CTF, in fixed
+batches.
 
-The batches are cut from the source's row order alone, never from the number of ranks, so that every matrix product
-has the same shape wherever it is computed.
+Batches follow from the source's row order alone, never from the number of ranks, so that every matrix product has the
+same shape wherever it is computed.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class Batch:
         return len(self.rows)
 
     def power_weight(self, full_from: float | None = None) -> Float[Tensor, "n k"] | None:
-        """(B, K) by how much the power of each coefficient counts where noise is measured; None: 1 everywhere.
+        """(B, K) weight of the power of each coefficient where noise is measured; None: 1 everywhere.
 
-        In premultiplied images that is c^2, so that a sum is one of y and not of y / c.
+        For premultiplied images it is c^2, so that a sum is one of y and not of y / c.
 
         Args:
-            full_from: smallest |c| of coefficients that count fully; those below count c^2 / full_from^2.
+            full_from: smallest |c| of coefficients with full weight; those below have the weight c^2 / full_from^2.
         """
         if self.premultiplied is None:
             return None
@@ -72,10 +73,10 @@ class Batch:
 
 @dataclass
 class BatchReader:
-    """Makes batches, and keeps them in memory while they fit, since every iteration needs them again.
+    """Read batches, and cache them in memory while they fit, since every iteration uses them again.
 
-    Phase-flipped and premultiplied images become what the rest of the engine expects here and nowhere else: |c| stands
-    for the CTF of the first, and the second are divided by theirs (``physics.ctf_applied``).
+    Phase-flipped and premultiplied images are converted only here to the form used by the rest of the engine: |c|
+    replaces the CTF of the first, and the second are divided by theirs (``physics.ctf_applied``).
     """
 
     source: ImageSource
@@ -91,8 +92,8 @@ class BatchReader:
     _used: int = 0
 
     def plan(self, halves: tuple[int, ...] = (1, 2)) -> list[np.ndarray]:
-        """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of a half and a geometry,
-        of particles that are apart or of others."""
+        """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of one half and one geometry,
+        separately for particles that are summed apart (auxiliary ones) and the others."""
         half = self.particles.half if self.particles.half is not None else np.zeros(len(self.particles), np.int8)
         geometry = self._geometry_of_groups()[self.particles.optics]
         if self.apart is not None:
@@ -128,7 +129,8 @@ class BatchReader:
         return batch
 
     def preload_radius(self, radius_px: int, rows: list[np.ndarray]) -> int:
-        """The radius to read at first, so that later iterations find more than they need: all of it if it fits."""
+        """The radius to read at first, larger than needed so that later iterations find their data cached: everything
+        if it fits."""
         box = self.source.box_px
         full = (box - 1) // 2
         return full if sum(map(len, rows)) * box * box * 5 <= self.memory_bytes else radius_px

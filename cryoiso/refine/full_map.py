@@ -1,8 +1,8 @@
-"""The map of both half-sets together, every Fourier coefficient weighted by how well it was measured.
+"""The map of both half-sets together, with every Fourier coefficient weighted by how well it was measured.
 
-The plain quotient of sums and weights gives every direction its full strength, so that in sets of uneven views the
-noise of those that few images saw drowns the map. Here it is divided by weight + 1/tau^2, a Wiener filter: what was
-measured well keeps its strength, what was not goes to zero.
+The plain quotient of sums and weights gives every direction its full strength, so that for uneven views the noise of
+poorly sampled directions dominates the map. Here the sums are divided by weight + 1/tau^2, a Wiener filter:
+well-measured coefficients keep their strength, the others tend to zero.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PLANES = 16
-"""Planes of a half's sums that are sent to the other's at once."""
+"""Planes of a half's sums sent to the root of the other at once."""
 MaskOf = Callable[[DensityMap], np.ndarray]
 """Mean of the filtered half-maps -> (D, D, D) mask in [0, 1]; called on rank 0."""
 
 
 @dataclass(frozen=True)
 class FullReconstruction:
-    """Both half-maps and what they are together."""
+    """Both half-maps and their weighted combination."""
 
     halves: dict[int, DensityMap]
-    """Half -> the map as ``reconstruct_halves`` makes it, on every rank."""
+    """Half -> the map from ``reconstruct_halves``, on every rank."""
     weighted: DensityMap | None
     """The Wiener-weighted map of all particles; on rank 0."""
     fsc: Float[np.ndarray, " shells"]
-    """(D//2+1,) of the filtered half-maps, corrected for the mask: what the weights follow from."""
+    """(D//2+1,) of the filtered half-maps, corrected for the mask: the basis of the weights."""
 
 
 def reconstruct_full(
@@ -104,9 +104,9 @@ def reconstruct_full(
 
 
 def joined(sums: dict[int, FourierSums], comm: Communicator) -> FourierSums | None:
-    """The sum of both halves' sums, on the root of half 1; those of half 1 are used up (collective).
+    """The sum of both halves' sums, on the root of half 1; those of half 1 are consumed (collective).
 
-    Plane by plane, so that nothing of a grid's size is made.
+    Plane by plane, to avoid temporaries of the grid's size.
     """
     roots = {half: root_of_half(half, comm.size) for half in HALVES}
     rows = comm.bcast(len(sums[1].weight) if 1 in sums else None, roots[1])
@@ -139,5 +139,5 @@ def _mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tens
 
 
 def _upto(curve: np.ndarray, last: int) -> np.ndarray:
-    """The curve, zero beyond a shell: a mask leaks into those without data."""
+    """The curve, zero beyond a shell: a mask leaks into shells without data."""
     return np.where(np.arange(len(curve)) <= last, np.nan_to_num(curve), 0.0)

@@ -81,19 +81,19 @@ class Refinement:
 
     @cached_property
     def identity(self) -> Identity:
-        """What the refinement is of, the same on every rank (collective at the first call)."""
+        """Identity of the refinement's inputs, the same on every rank (collective at the first call)."""
         made = of_request(self.request, self.diameter) if self.comm.rank == 0 else None
         return dict(self.comm.bcast(made))
 
     def heed_empty(self, sigma2: np.ndarray) -> None:
-        """Leaves out what lies beyond the last shell in which the images have power."""
+        """Limit the resolution to the last shell in which the images have power."""
         raw = self.particles if self.raw.all() else self.particles.take(self.raw)
         self.limit = last_shell(sigma2, raw, self.pixel, self._asked_limit)
         self.empty = empty_between(sigma2, raw, self.pixel, self.limit)
 
     def owned(self, half: int, auxiliary: bool | None = None) -> tuple[list[np.ndarray], int]:
-        """This rank's batches of a half, and the largest number that any rank has; of raw or auxiliary particles
-        alone where that is asked."""
+        """This rank's batches of a half, and the largest number on any rank; on request of raw or auxiliary particles
+        alone."""
         plan = self.reader.plan((half,))
         if auxiliary is not None:
             plan = [rows for rows in plan if self.raw[rows[0]] != auxiliary]
@@ -102,15 +102,15 @@ class Refinement:
         return [plan[i] for i in mine], most
 
     def plan(self, state: State) -> SearchPlan:
-        """How to search now, on this rank's device."""
+        """The search plan of this iteration, on this rank's device."""
         plan = schedule.search_plan(
             state, self.settings, self.rotations, self.box, self.pixel, self.diameter, self.request.local_deg
         )
         return replace(plan, shifts_px=plan.shifts_px.to(self.device))
 
     def given(self, rows: np.ndarray) -> Given | None:
-        """What a search of these particles starts from: in a local one their poses, in a global one their offsets; None
-        where there is nothing."""
+        """Starting point of the search for these particles: in a local search their poses, in a global one their
+        offsets; None without either."""
         centre = self.centre_px[rows]
         if self.request.local_deg is not None:
             return Given(self._tensor(self.particles.require_poses()[0][rows]), self._tensor(centre))
@@ -122,11 +122,11 @@ class Refinement:
         return torch.as_tensor(values, dtype=torch.float32, device=self.device)
 
     def _shift_range_px(self) -> float:
-        """How far from the centre of its search a shift may be found, whatever the spread of the others."""
+        """Largest distance of a shift from the centre of its search, whatever the spread of the others."""
         return schedule.shift_range_px(self.settings, self.box, self.pixel, self.diameter, self.request.local_deg)
 
     def insertion_radius(self, state: State) -> int:
-        """Data are back-projected beyond the search radius, so that the FSC can be seen to extend."""
+        """Radius of the back-projection, beyond the search radius so that the FSC can extend."""
         return min(self.limit, int(1.5 * state.radius_px) + 6)
 
     def step(self, model: Model) -> Model:
@@ -179,7 +179,7 @@ class Refinement:
         return ViewPrior.of(prior, self.device)
 
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
-        """Where this iteration's searches are put aside (collective)."""
+        """Store for this iteration's search results (collective)."""
         if self.request.folder is None:
             return KeptSearches(None)
         grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
@@ -212,10 +212,10 @@ class Refinement:
         line.close()
 
     def heed(self, kept: KeptSearches | None = None) -> None:
-        """Stops on all ranks if any was told to (collective); what was found is put aside first.
+        """Stop on all ranks if any received a stop signal (collective); search results are saved first.
 
         Raises:
-            Interrupted: one was.
+            Interrupted: a rank received one.
         """
         if self.comm.stop_requested():
             if kept is not None:
@@ -282,7 +282,7 @@ class Refinement:
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
-        """Gives both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
+        """Give both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
         if self.settings.join_halves_A:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:
@@ -290,7 +290,7 @@ class Refinement:
                 references.exchange_low_resolution(sums, shell, self.comm)
 
     def _report(self, record: IterationRecord, at_limit: int, last: bool) -> None:
-        """Logs an iteration; at the end warns of shifts at the limit of the search."""
+        """Log an iteration; at the end warn of shifts at the limit of the search."""
         logger.info(
             "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
             "moved by %.2f°, max. probability %.2f",
@@ -340,7 +340,7 @@ class Refinement:
         self, state: State, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray], curve: np.ndarray,
         resolution_A: float, plan: SearchPlan,
     ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:  # fmt: skip
-        """Half -> reference as the correction leaves it, and its record (collective)."""
+        """Half -> corrected reference, and the correction's record (collective)."""
         request = self.request
         assert request.correction is not None
         seen = HalfMaps(
@@ -362,16 +362,16 @@ class Refinement:
         return reference
 
     def first_references(self, lowpass_A: float) -> dict[int, np.ndarray]:
-        """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
+        """Half -> its first reference, before any grey scale; the same array for both if there is only one."""
         given = self.request.half_references
         if given is None:
             return dict.fromkeys(HALVES, self.first_reference(self.request.reference, lowpass_A))
         return {half: self.first_reference(given[half], lowpass_A) for half in HALVES}
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
-        """(D//2+1,) between the half-maps where there are data.
+        """(D//2+1,) between the half-maps, in the shells with data.
 
-        Beyond what was inserted the maps are empty, and a mask would correlate its own leakage there; between shells
+        Beyond the inserted data the maps are empty, and a mask would correlate its own leakage there; between shells
         with data the curve is linear.
         """
         curve, shells = references.half_map_fsc(maps, mask), np.arange(self.box // 2 + 1)
@@ -381,12 +381,12 @@ class Refinement:
         return np.where(shells <= self.insertion_radius(state), curve, 0.0)
 
     def _resolution_A(self, curve: np.ndarray) -> float:
-        """Where it drops below 0.143, but nothing finer than the images."""
+        """Resolution at which the curve drops below 0.143, limited to that of the images."""
         resolution = resolution_at(curve, 0.143, self.box, self.pixel)
         return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)
 
     def flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
-        """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""
+        """Set the solvent to zero: outside the given mask, or outside one made from this half's own map."""
         volume = volume * self.sphere
         if self.request.mask is not None:
             masked: np.ndarray = (volume * self.request.mask.data).astype(np.float32)

@@ -1,9 +1,8 @@
-"""The likelihood of an image at a view and a shift, in the two forms the search needs.
+"""The likelihood of an image at a view and a shift, in the two forms used by the search.
 
-With x = c exp(-2 pi i k.s / D) P + n and Gaussian noise of variance sigma^2 = E|n|^2 per coefficient, up to a
-constant of
-the image, log p(x | view, s) = sum_k [2 Re conj(c P) x exp(2 pi i k.s / D) - |c P|^2] / sigma^2, the sum over Friedel
-pairs.
+With x = c exp(-2 pi i k.s / D) P + n and Gaussian noise of variance sigma^2 = E|n|^2 per coefficient, up to a constant
+of the image, log p(x | view, s) = sum_k [2 Re conj(c P) x exp(2 pi i k.s / D) - |c P|^2] / sigma^2, the sum over
+Friedel pairs.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Whitened:
-    """A batch with the noise divided out: what the likelihood needs of it."""
+    """A batch divided by the noise: the input of the likelihood."""
 
     data: Complex[Tensor, "n k"]
     """(B, K) complex64: 2 x c / sigma^2."""
@@ -40,7 +39,7 @@ class Whitened:
 
 
 def whiten(batch: Batch, sigma2: Float[np.ndarray, "groups shells"]) -> Whitened:
-    """Divides by the noise spectra sigma2 (G, S), variance E|n|^2 of a coefficient by optics group and shell."""
+    """Divide by the noise spectra sigma2 (G, S), variance E|n|^2 of a coefficient by optics group and shell."""
     shell = np.minimum(batch.where.shell, sigma2.shape[1] - 1)
     inverse = torch.as_tensor(2.0 / sigma2[batch.group][:, shell], dtype=torch.float32, device=batch.ctf.device)
     weighted = batch.ctf * inverse
@@ -48,7 +47,7 @@ def whiten(batch: Batch, sigma2: Float[np.ndarray, "groups shells"]) -> Whitened
 
 
 def shift_factors(where: Disc, shift_px: Float[Tensor, "*n 2"]) -> Complex[Tensor, "*n k"]:
-    """exp(2 pi i k.s / D): takes content at ``shift_px`` (..., 2) back to the centre; (..., K) complex64."""
+    """exp(2 pi i k.s / D): moves content at ``shift_px`` (..., 2) back to the centre; (..., K) complex64."""
     kx = torch.as_tensor(where.kx, device=shift_px.device)
     ky = torch.as_tensor(where.ky, device=shift_px.device)
     angle = (2 * np.pi / where.box_px) * (shift_px[..., :1] * kx + shift_px[..., 1:] * ky)
@@ -62,7 +61,7 @@ def as_real(x: Complex[Tensor, "*n k"]) -> Float[Tensor, "*n 2*k"]:
 
 @dataclass(frozen=True)
 class ReferenceSlices:
-    """Views as matrices: those of the global grid, the same for all images, or some of its own for each of B images."""
+    """Views as matrices: those of the global grid, common to all images, or separate ones for each of B images."""
 
     real: Float[Tensor, "*n parts j"]
     """(2K, J) float32, or (B, 2K, J)."""
@@ -191,7 +190,7 @@ def local_scores_torch(
     spacing_px: float,
     block: int = 1 << 22,
 ) -> Float[Tensor, "r 9"]:
-    """The plain torch twin of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
+    """The plain torch version of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
     offsets = shift_factors(white.where, lattice(spacing_px, shift_px.device))
     step = max(1, block // white.where.size)
     out = []

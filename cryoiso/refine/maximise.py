@@ -1,5 +1,5 @@
-"""The maximisation step's sums: back-projection of the posterior and residual power. Partial sums only; nobody
-reduces here."""
+"""Sums of the maximisation step: back-projection of the posterior and residual power. Partial sums of this rank; the
+reduction follows elsewhere."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 NOISE_UNIT = 2.0**24
-"""Residual power, and what counts as a coefficient, are summed in fixed point of this unit, exact in any order."""
+"""Residual power and coefficient counts are summed in fixed point of this unit, exact in any order."""
 
 
 @dataclass
 class NoiseSums:
     """Sums for the noise spectra: (G, S) int64 of power and of coefficient counts, both in NOISE_UNIT.
 
-    A coefficient counts 1, in premultiplied images c^2: sigma^2 = sum c^2 |x - model|^2 / sum c^2, which is
-    sum |y - c model|^2 / sum c^2 of the images as they are.
+    A coefficient counts 1, and c^2 in premultiplied images: sigma^2 = sum c^2 |x - model|^2 / sum c^2, which is sum |y
+    - c model|^2 / sum c^2 of the images as they are.
     """
 
     power: Int[np.ndarray, "groups shells"]
@@ -60,7 +60,7 @@ class NoiseSums:
         return (per_image * NOISE_UNIT).round().to(torch.int64).cpu().numpy()
 
     def spectra(self, previous: Float[np.ndarray, "groups shells"]) -> Float[np.ndarray, "groups shells"]:
-        """(G, S) variances; shells that nothing was measured in keep the previous value, empty ones stay infinite."""
+        """(G, S) variances; shells without measurements keep the previous value, empty ones remain infinite."""
         value = self.power / NOISE_UNIT / np.where(self.count > 0, self.count / NOISE_UNIT, 1.0)
         measured = (self.count > 0) & (value > 0)
         return np.where(measured, floored(np.where(measured, value, previous), previous), previous)
@@ -75,7 +75,7 @@ def accumulate(
     noise: NoiseSums,
     scale: float = 1.0,
 ) -> None:
-    """Adds a batch's posterior to the half-set's sums.
+    """Add a batch's posterior to the half-set's sums.
 
     Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to
     both), each times ``scale`` (``noise.weight_scale``).

@@ -1,4 +1,4 @@
-"""The state of a refinement between two iterations, and what is kept of a batch's posterior."""
+"""The state of a refinement between two iterations, and the summary of a batch's posterior."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 BEST = ("",) * 11 + (
     "rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution", "cryoisoPoseSpread",
 )  # fmt: skip
-"""Columns of ``best_of``: rotation (9) and shift (2), which have no name, then those of the STAR file."""
+"""Columns of ``best_of``: rotation (9) and shift (2), which are unnamed, then those of the STAR file."""
 
 
 @dataclass
 class Model:
-    """Everything an iteration starts from; a checkpoint is exactly this."""
+    """Complete state at the start of an iteration, and the content of a checkpoint."""
 
     state: State
     references: dict[int, Float[np.ndarray, "box box box"]]

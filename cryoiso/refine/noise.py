@@ -1,8 +1,8 @@
 """Noise spectra of the images: shells without power, and a floor that keeps weights finite.
 
-Low-passed, denoised and Fourier-padded images hold nothing beyond some radius (and high-passed ones nothing inside
-another). There "noise" is rounding error, 1e-8 of the images' variance in float16, and its inverse would outweigh all
-data. Such shells have the variance infinity in a spectrum: weight zero in the search and in the back-projection.
+Low-passed, denoised and Fourier-padded images are empty beyond some radius (and high-passed ones inside another). There
+"noise" is rounding error, 1e-8 of the images' variance in float16, and its inverse would outweigh all data. Such shells
+have infinite variance in a spectrum: weight zero in the search and in the back-projection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST_WEIGHT = 64.0
 """Inverse variances beyond this are scaled down for the back-projection, whose sums have a fixed range."""
 TOLD_GROUPS = 5
 OUTLIER = 100.0
-"""An image with more than this many times the median image's power is not like the others."""
+"""An image with more than this many times the median image's power is an outlier."""
 
 
 def mean_spectra(
@@ -44,8 +44,8 @@ def mean_spectra(
 
     Args:
         power: (G, S) sums of |x|^2.
-        count: (G, S) sums of what their coefficients count (see ``maximise.NoiseSums``).
-        share: of the group's mean power, below which a shell is empty.
+        count: (G, S) sums of the coefficients' counts (see ``maximise.NoiseSums``).
+        share: fraction of the group's mean power below which a shell is empty.
 
     Raises:
         InputError: the images of a group have no power at all.
@@ -71,7 +71,8 @@ def mean_spectra(
 def group_medians(
     values: Float[np.ndarray, " n *rest"], optics: Int[np.ndarray, " n"], counted: Bool[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n *rest"]:
-    """(n, ...) for each row the median over the counted rows of its optics group; over all where the group has none."""
+    """(n, ...) for each row the median over the counted rows of its optics group; over all rows if the group has
+    none."""
     medians = np.empty_like(values)
     for group in np.unique(optics):
         inside = optics == group
@@ -81,13 +82,13 @@ def group_medians(
 
 
 def require_sound_images(particles: Particles, facts: Float[np.ndarray, "n 2"]) -> None:
-    """Stops at images that would spoil the noise spectra of the others of their optics group, and names them.
+    """Refuse images that would spoil the noise spectra of the others of their optics group, and name them.
 
     Args:
         facts: (n, 2) mean power of each image's coefficients, and the same of its CTF.
 
     Raises:
-        InputError: values that are not numbers, an image without power, or a few images with most of the power.
+        InputError: values that are not finite, an image without power, or a few images with most of the power.
     """
     power, ctf = facts.T
     defocus = (particles.defocus_u_A, particles.defocus_v_A, particles.defocus_angle_deg)
@@ -127,7 +128,7 @@ def _stop_at(bad: np.ndarray, particles: Particles, problem: str, found: str | N
 def floored(
     spectra: Float[np.ndarray, "groups shells"], previous: Float[np.ndarray, "groups shells"]
 ) -> Float[np.ndarray, "groups shells"]:
-    """(G, S) new spectra: infinite where the previous ones are, nowhere below FLOOR times the median of the rest."""
+    """(G, S) new spectra: infinite where the previous ones are, and at least FLOOR times the median of the rest."""
     out = np.array(spectra, np.float64)
     for value, empty in zip(out, np.isinf(previous), strict=True):
         held = value[1:][~empty[1:]]
@@ -141,7 +142,7 @@ def last_shell(
     spectra: Float[np.ndarray, "groups shells"], particles: Particles, pixel_size_A: float, limit_px: int
 ) -> int:
     """Radius, in shells of a grid with this pixel size and the images' box, up to which any optics group with particles
-    has power, ``limit_px`` at most."""
+    has power; at most ``limit_px``."""
     used = np.unique(particles.optics).tolist()
     reach = [np.flatnonzero(np.isfinite(spectra[g]))[-1] / particles.groups[g].pixel_size_A for g in used]
     return min(limit_px, int(max(reach) * pixel_size_A + 1e-6))
@@ -160,14 +161,14 @@ def empty_between(
 
 
 def weight_scale(spectra: Float[np.ndarray, "groups shells"]) -> float:
-    """Power of two that the weights of a back-projection are multiplied by, so that none is beyond LARGEST_WEIGHT; 1
-    for normalised images with ordinary noise. It cancels in the division."""
+    """Power of two by which the weights of a back-projection are multiplied to keep them below LARGEST_WEIGHT; 1 for
+    normalised images with ordinary noise. It cancels in the division."""
     smallest = float(spectra[np.isfinite(spectra)].min())
     return 1.0 if smallest * LARGEST_WEIGHT >= 1 else float(2.0 ** np.floor(np.log2(smallest * LARGEST_WEIGHT)))
 
 
 def empty_facts(spectra: np.ndarray, groups: Sequence[OpticsGroup], box_px: int) -> list[dict[str, Any]]:
-    """Which shells of which optics groups are empty, as plain values.
+    """The empty shells of each optics group, as plain values.
 
     Returns:
         for each band of each group: optics_group, name, from_A, to_A (None: up to the end), shells [first, last].
@@ -186,7 +187,7 @@ def empty_facts(spectra: np.ndarray, groups: Sequence[OpticsGroup], box_px: int)
 
 
 def tell_of_empty(facts: list[dict[str, Any]]) -> None:
-    """Warns of empty shells."""
+    """Warn of empty shells."""
     for fact in facts[:TOLD_GROUPS]:
         where = f"beyond {fact['from_A']:.2f} Å"
         if fact["to_A"] is not None:

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from jaxtyping import Complex, Float
 
 BLOCK_IMAGES = 64
-"""Images that are prepared at once: few enough to stay in the cache."""
+"""Images prepared at once: few enough to stay in the cache."""
 SAMPLED_IMAGES = 128
-"""Images of each optics group and half that are looked at for shells without power."""
+"""Images of each optics group and half that are examined for shells without power."""
 WAITING_COEFFICIENTS = 2**23
-"""Coefficients that wait for insertion at most, 12 B each."""
+"""Largest number of coefficients waiting for insertion, 12 B each."""
 
 
 def reconstruct_halves(
@@ -156,11 +156,10 @@ def half_sums(
     pixel_size_A: float,
     limits: dict[int, int] | None = None,
 ) -> Iterator[tuple[int, FourierSums]]:
-    """Yields (half, symmetrised sums) for the halves that this rank is the root of; all ranks must exhaust it
-    together.
+    """Yield (half, symmetrised sums) for the halves of which this rank is the root; all ranks must exhaust it together.
 
     Args:
-        limits: gets half -> last shell in which its images have power, on every rank.
+        limits: receives half -> last shell in which its images have power, on every rank.
     """
     rotation, shift_A = particles.require_poses()
     check_poses(particles, source.box_px)
@@ -200,10 +199,10 @@ def insert_batches(
     label: str,
     noise: NoiseSums,
 ) -> None:
-    """Back-projects this rank's batches with one pose an image (collective only in asking whether to stop).
+    """Back-project this rank's batches with one pose per image (collective only in the check for stop signals).
 
     Args:
-        noise: gets the power of some images of each optics group.
+        noise: receives the power of some images of each optics group.
     """
     some = _first_of_groups(reader.particles, plan)
     mine = owned_chunks(len(plan), comm.rank, comm.size)
@@ -246,7 +245,7 @@ def _note_power(batch: Batch, some: np.ndarray, noise: NoiseSums) -> None:
 
 
 def _power_limit(noise: NoiseSums, particles: Particles, pixel_size_A: float, box_px: int, comm: Communicator) -> int:
-    """Last shell in which the images have power (collective); a warning where that is not the last of all."""
+    """Last shell in which the images have power (collective); with a warning if that is not the last shell."""
     power, count = comm.sum_all(noise.power) / NOISE_UNIT, comm.sum_all(noise.count) / NOISE_UNIT
     full = (box_px - 1) // 2
     spectra = mean_spectra(power, count, particles.groups, ROUNDING)
@@ -258,7 +257,7 @@ def _power_limit(noise: NoiseSums, particles: Particles, pixel_size_A: float, bo
 
 
 class _Waiting:
-    """Weighted slices that wait for enough company: insertion is fastest for many at a time."""
+    """Buffer of weighted slices: insertion is fastest for many at a time."""
 
     data: torch.Tensor
     weight: torch.Tensor
@@ -270,7 +269,7 @@ class _Waiting:
         self.count = 0
 
     def add(self, batch: Batch, rotation: np.ndarray, content_px: np.ndarray) -> None:
-        """Takes a batch whose content sits at content_px (B, 2) from the centre."""
+        """Add a batch whose content sits at content_px (B, 2) from the centre."""
         if self.first is None or not batch.alike(self.first) or self.count + len(batch) > len(self.weight):
             self.insert()
             self._make_room(batch)
@@ -290,7 +289,7 @@ class _Waiting:
         self.first = batch
 
     def insert(self) -> None:
-        """Inserts all that wait."""
+        """Insert all waiting slices."""
         if self.first is not None and self.count:
             rotation = with_magnification(self.rotation[: self.count], self.first.magnification)
             self.accumulator.insert(self.data[: self.count], self.weight[: self.count], rotation, self.first.where)
@@ -303,7 +302,7 @@ def weigh(
     data: Complex[torch.Tensor, "n k"],
     weight: Float[torch.Tensor, "n k"],
 ) -> None:
-    """Writes x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
+    """Write x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
     where = batch.where
     if data.device.type == "cpu":
         from cryoiso.physics import _kernels

@@ -1,4 +1,4 @@
-"""From a half-set's Fourier sums to its next reference, and the first reference of all."""
+"""From a half-set's Fourier sums to its next reference, and the initial reference."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CONES = 64
 
 
 def exchange_low_resolution(sums: dict[int, FourierSums], radius_px: int, comm: Communicator) -> None:
-    """Replaces both half-sets' sums inside radius_px by their common sum, in place (collective).
+    """Replace both half-sets' sums inside radius_px by their common sum, in place (collective).
 
-    The only place where information of one half reaches the other: coarser than 40 Å by default, so that the two maps
-    keep one frame. ``sums`` holds the halves this rank is root of.
+    The only place where information passes between the halves: coarser than 40 Å by default, to keep the two maps in
+    one frame. ``sums`` has the halves of which this rank is root.
     """
     parts = {
         h: comm.bcast(_inner(sums[h], radius_px) if h in sums else None, root_of_half(h, comm.size)) for h in (1, 2)
@@ -56,7 +56,8 @@ def half_map_fsc(
 
 
 def within(volume: Float[np.ndarray, "box box box"], radius_px: int) -> Float[np.ndarray, "box box box"]:
-    """The map without its Fourier coefficients beyond a shell (what a mask left there would correlate as data do)."""
+    """The map without its Fourier coefficients beyond a shell, where a mask leaves leakage that correlates like
+    data."""
     box = np.shape(volume)[0]
     if radius_px >= (box - 1) // 2:
         return volume
@@ -85,11 +86,11 @@ def anisotropy(
     pixel_size_A: float,
     last_shell: int,
 ) -> float:
-    """cFAR of the half-maps, coarsely: least over largest area under the conical FSC curves of CONES directions; NaN
-    where they agree in none.
+    """cFAR of the half-maps, coarsely: smallest over largest area under the conical FSC curves of CONES directions; NaN
+    if they agree in none.
 
     Args:
-        last_shell: in which there are data.
+        last_shell: last shell with data.
     """
     one, two = (transform(maps_of_both_halves[h], mask) for h in (1, 2))
     return conical_fsc(one, two, len(mask), pixel_size_A, axes=CONES, last_shell=last_shell).cfar

@@ -1,4 +1,4 @@
-"""Decisions between iterations: which resolution to use next, how finely to search, when to stop. Pure functions."""
+"""Decisions between iterations: next resolution, fineness of the search, convergence. Pure functions."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ EXPECTED_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class State:
-    """What the schedule remembers; plain numbers, the same on every rank."""
+    """State of the schedule; plain numbers, the same on every rank."""
 
     iteration: int = 0
     radius_px: int = 1
     """Radius of the references used in the search."""
     shift_sd_px: float = 3.0
     best_shell: int = 0
-    """Highest shell the half-maps ever agreed at."""
+    """Highest shell at which the half-maps ever agreed."""
     stalled: int = 0
     """Iterations without a better shell and without better likelihood."""
     last_change_deg: float = 180.0
@@ -46,7 +46,7 @@ class State:
 
 
 def expected_iterations(done: int, settings: RefineSection) -> int:
-    """A guess of how many there will be in all, when ``done`` have ended and no other is known to be the last."""
+    """Estimated total number of iterations when ``done`` have ended and the last one is not yet known."""
     return min(max(EXPECTED_ITERATIONS, done + 2), max(settings.max_iterations, done + 1))
 
 
@@ -62,7 +62,7 @@ def first_cell_deg(order: int, local_deg: float | None = None) -> float:
 
 
 def local_grid(order: int, local_deg: float) -> Float[torch.Tensor, "j 3 3"]:
-    """(J, 3, 3) float32 turns of a given pose by ``local_deg`` at most, none of it (the identity) first."""
+    """(J, 3, 3) float32 rotations of a given pose by at most ``local_deg``, the identity first."""
     step = first_cell_deg(order, local_deg)
     return torch.as_tensor(local_rotations(step, local_deg / step), dtype=torch.float32)
 
@@ -79,15 +79,15 @@ def disc_of_shifts(range_px: float, step_px: float) -> Float[torch.Tensor, "shif
 
 
 def first_shift_sd_px(box_px: int) -> float:
-    """Spread of the shifts that a search expects before it has found any."""
+    """Assumed spread of the shifts before any has been estimated."""
     return max(2.0, 0.03 * box_px)
 
 
 def shift_range_px(
     settings: RefineSection, box_px: int, pixel_size_A: float, diameter_A: float, local_deg: float | None = None
 ) -> float:
-    """How far from its centre a search for shifts goes at most: as the settings say, else a tenth of the box; in a
-    local search no farther than its turns move the particle's rim."""
+    """Range of the search for shifts about its centre: as set, otherwise a tenth of the box; in a local search at most
+    the distance by which its rotations move the particle's rim."""
     reach_A = box_px * pixel_size_A / 10
     if local_deg is not None:
         reach_A = min(reach_A, np.radians(local_deg) * diameter_A / 2)
@@ -210,5 +210,5 @@ def with_finer_steps(state: State, step_deg: float, next_step_deg: float, settin
 
 
 def is_done(stalled: int, iteration: int, settings: RefineSection) -> bool:
-    """Whether no iteration is to follow."""
+    """Whether no further iteration follows."""
     return stalled >= settings.stalled_iterations or iteration >= settings.max_iterations

@@ -1,11 +1,11 @@
 """Coarse-to-fine search over views and shifts: a global grid selects candidates, finer levels refine them.
 
-A local search has another first step: the nominees are turns by less than a given angle from each image's given pose,
-and no level steps over that limit.
+A local search differs in the first step: its candidates are rotations of each image's given pose by less than a given
+angle, and no level exceeds that limit.
 
-At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation,
-and a shift by the 3 x 3 lattice at half the spacing. Only nominees within ``threshold`` of the best log-likelihood go
-on, at most ``beam`` an image. The last level's samples are the posterior.
+At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation, and
+a shift by the 3 x 3 lattice at half the spacing. Only candidates within ``threshold`` of the best log-likelihood are
+refined, at most ``beam`` per image. The samples of the last level are the posterior.
 """
 
 from __future__ import annotations
@@ -42,36 +42,36 @@ class Level:
     """One step of refinement."""
 
     cell_deg: float
-    """Size of the cells it starts from; children lie cell/4 from their parent along each axis."""
+    """Size of the cells at the start of the level; children lie cell/4 from their parent along each axis."""
     spacing_px: float
     """Of the 3 x 3 lattice of shifts."""
     radius_px: int
     beam: int
     """Candidates per image that enter the level."""
     threshold: float
-    """Nominees worse than the best by more than this (in log-likelihood) are left out."""
+    """Candidates worse than the best by more than this (in log-likelihood) are left out."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What the search does in one iteration; the same for all images."""
+    """Search plan of one iteration; the same for all images."""
 
     rotations: Float[Tensor, "j 3 3"]
-    """(J, 3, 3) global grid; in a local search the turns of the given pose, in the image's frame."""
+    """(J, 3, 3) global grid; in a local search the rotations of the given pose, in the image's frame."""
     shifts_px: Float[Tensor, "shifts 2"]
-    """(S, 2) coarse shifts, from the given one where there is one."""
+    """(S, 2) coarse shifts, relative to the given one if there is one."""
     coarse_radius_px: int
     levels: tuple[Level, ...]
     shift_sd_px: float
     """Of the Gaussian prior on shifts."""
     local_deg: float | None = None
-    """A local search goes no farther than this from the given poses."""
+    """Limit of a local search about the given poses."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of poses before the search, row for row those of a batch: it looks for shifts around the given
-    ones and, if it is a local one, stays near the given rotations."""
+    """Poses known before the search, row for row those of a batch: shifts are searched around the given ones, and a
+    local search stays near the given rotations."""
 
     rotation: Float[Tensor, "n 3 3"] | None
     """(B, 3, 3) float32; None in a global search."""
@@ -86,11 +86,11 @@ class Given:
         return Given(None if self.rotation is None else self.rotation[rows], self.shift_px[rows])
 
     def centre(self, white: Whitened) -> Whitened:
-        """The images with their content moved back by the given shifts: a search of them finds what is left."""
+        """The images with their content moved back by the given shifts, so that a search finds the remaining shift."""
         return replace(white, data=white.data * shift_factors(white.where, self.shift_px))
 
     def turned(self, turns: Float[Tensor, "j 3 3"]) -> Float[Tensor, "n j 3 3"]:
-        """(B, J, 3, 3): every given rotation turned by every one of ``turns`` (J, 3, 3)."""
+        """(B, J, 3, 3): every given rotation combined with every one of ``turns`` (J, 3, 3)."""
         return torch.einsum("jik,bkl->bjil", turns, self._rotation())
 
     def _rotation(self) -> Tensor:
@@ -109,7 +109,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Posterior:
-    """What is left of the search for a batch: weighted samples, best poses, evidence."""
+    """Result of the search for a batch: weighted samples, best poses, evidence."""
 
     particle: Int[Tensor, " r"]
     """(R,) row of the batch, sorted."""
@@ -118,7 +118,7 @@ class Posterior:
     shift_px: Float[Tensor, "r 2"]
     """(R, 2): posterior mean of the shift at that view."""
     weight: Float[Tensor, " r"]
-    """(R,) sums to 1 an image."""
+    """(R,) sums to 1 per image."""
     best_rotation: Float[Tensor, "n 3 3"]
     """(B, 3, 3): posterior mean of the leading mode."""
     best_shift_px: Float[Tensor, "n 2"]
@@ -150,7 +150,7 @@ class Searcher:
     views: ViewPrior | None = None
     """Prior on views; None: even."""
     block: int = 1 << 24
-    """Scores (image x shift x view) held at once."""
+    """Scores (image x shift x view) in memory at once."""
 
     def __post_init__(self) -> None:
         self._slices: dict[bytes | None, ReferenceSlices] = {}
@@ -166,7 +166,7 @@ class Searcher:
         """Posterior over poses of every image of the batch; near the given poses if the plan is that of a local search.
 
         Args:
-            given: row for row those of the batch; None: nothing is known of them.
+            given: row for row those of the batch; None: no prior poses.
         """
         if given is not None:
             white = given.centre(white)
@@ -215,7 +215,7 @@ class Searcher:
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
     def _prior_of_grid(self, given: Given | None) -> Tensor:
-        """Log prior of the first step's views: (J,), or (B, J) of turns of the given poses."""
+        """Log prior of the first step's views: (J,), or (B, J) for rotations of the given poses."""
         assert self.views is not None
         if given is not None:
             return self.views(given.turned(self.plan.rotations))
@@ -236,8 +236,7 @@ class Searcher:
         given: Given | None,
         keep_lattice: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
-        level."""
+        """Children of the selected candidates: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""
         if score.shape[1] > level.beam:
             score, order = score.topk(level.beam, dim=1)
             rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
@@ -280,11 +279,12 @@ def summarise(
     level: Level,
     keep: int = 12,
 ) -> Posterior:
-    """Normalises the last level's samples.
+    """Normalise the samples of the last level.
 
     Args:
         rotation: (B, M, 3, 3); shift: (B, M, 9, 2); score: (B, M, 9).
-        keep: views an image that back-projection gets, at most; those below NEGLIGIBLE times the best are left out.
+        keep: largest number of views per image passed to the back-projection; those below NEGLIGIBLE times the best are
+            left out.
     """
     log_evidence = score.flatten(1).logsumexp(1)
     p = (score - log_evidence[:, None, None]).exp()

@@ -1,14 +1,14 @@
-"""The density of views on the sphere, learned from the posteriors of a half-set, and the prior on views made of it.
+"""The density of views on the sphere, estimated from the posteriors of a half-set, and the resulting prior on views.
 
-A refinement with even prior odds for all views puts a large share of noisy images to the opposite side of the particle
-or to a direction that no particle shows; the odds of the set itself settle most of them. They are found by expectation-
-maximisation: the posterior weights of one iteration, counted on cells of equal area, are the next one's density, with a
-floor of even views (pseudo-counts of a Dirichlet prior) that keeps rare views possible.
+A refinement with a uniform prior over views assigns a large share of noisy images to the opposite side of the particle
+or to a direction that no particle has; the densities of the set itself settle most of them. They are estimated by
+expectation-maximisation: the posterior weights of one iteration, accumulated on cells of equal area, are the density of
+the next one, with a floor of even views (pseudo-counts of a Dirichlet prior) that keeps rare views possible.
 
-A density is a product of two factors. The *axial* one, the mean of p(v) and p(-v), says how often an axis is seen; it
-draws rare views to frequent ones, so the odds that it gives are bounded. The *polarity*, p(v) over that mean, says from
-which of its two ends; projections along v and -v are mirror images, which noise mistakes for each other most easily,
-and it draws nothing from one axis to another.
+A density is a product of two factors. The *axial* one, the mean of p(v) and p(-v), is the frequency of an axis; it
+draws rare views to frequent ones, so its odds are bounded. The *polarity*, p(v) over that mean, is the preference for
+one of its two ends; projections along v and -v are mirror images, which are most easily confused by noise, and it
+favours no axis over another.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 STEP_DEG = 4.0
 """Width of a cell: well below the kernel's."""
 STILL_EVEN = 1.25
-"""An axis whose density is up to this many times that of even views counts as any other."""
+"""An axis whose density is up to this many times that of even views is not favoured."""
 COUNT_UNIT = 2.0**32
 """Posterior weights are counted in fixed point of this unit, exact in any order."""
 
 
 @lru_cache(maxsize=4)
 def view_grid() -> ViewGrid:
-    """The cells that views are counted on."""
+    """The cells on which views are counted."""
     return ViewGrid.with_step(STEP_DEG)
 
 
@@ -96,11 +96,11 @@ class ViewCounts:
 
 
 def density(counts: Float[np.ndarray, " cells"], symmetry: str, kernel_deg: float) -> Float[np.ndarray, " cells"]:
-    """Smooth density of views over that of even ones.
+    """Smooth density of views, relative to that of even views.
 
     Args:
         counts: (P,) weight of each cell.
-        symmetry: point group whose mates are alike.
+        symmetry: point group whose symmetry mates are equivalent.
         kernel_deg: standard deviation of the smoothing kernel (von Mises-Fisher).
 
     Returns:
@@ -119,10 +119,10 @@ def log_prior(
     """(P,) log of the axial factor times the polarity; 0 for even views.
 
     Args:
-        smooth: (P,) density over that of even views.
-        axis_odds: no axis is favoured over another by more; 1: the axial factor is 1. Axes are favoured that are seen
-            more than STILL_EVEN times as often as even ones, so that chance favours none in an even set.
-        polarity_floor: share of even views mixed into the density that the polarity is taken from; 1: it is 1.
+        smooth: (P,) density relative to that of even views.
+        axis_odds: largest factor by which an axis is favoured over another; 1: the axial factor is 1. Favoured are axes
+            seen more than STILL_EVEN times as often as in an even set, so that chance favours none there.
+        polarity_floor: share of even views mixed into the density for the polarity; 1: the polarity is 1.
     """
     opposite = smooth[_opposite()]
     axial = np.clip((smooth + opposite) / 2 / STILL_EVEN, 1.0, axis_odds)
@@ -132,7 +132,7 @@ def log_prior(
 
 
 def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: RefineSection) -> dict[str, Any]:
-    """Densities of the half-sets, over that of even views, of each cell of ``view_grid``: plain values."""
+    """Densities of the half-sets, relative to that of even views, for each cell of ``view_grid``: plain values."""
     s = settings
     facts: dict[str, Any] = {"step_deg": STEP_DEG, "kernel_deg": s.view_kernel_deg, "used": s.view_density}
     facts |= {"axis_odds": s.view_axis_odds, "polarity_floor": s.view_polarity_floor}
