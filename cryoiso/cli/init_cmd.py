@@ -39,7 +39,9 @@ def init(
     from cryoiso.physics.symmetry import point_group
 
     if out.exists() and not overwrite:
-        raise UsageError(f"{out} is there already; give --overwrite to replace it, or another name with --out")
+        raise UsageError(
+            f"{out} is there already; give --overwrite to replace it, or another name with --out", code="file-exists"
+        )
     found = read_particle_file(particles, project, passthrough=passthrough or ())
     point_group(symmetry)
     job = job_of(

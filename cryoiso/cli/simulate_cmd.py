@@ -113,7 +113,9 @@ def _ctf_applied(phase_flipped: bool, ctf_premultiplied: bool) -> CtfApplied:
     from cryoiso.core.errors import UsageError
 
     if phase_flipped and ctf_premultiplied:
-        raise UsageError("--phase-flipped and --ctf-premultiplied exclude each other: c |c| is neither")
+        raise UsageError(
+            "--phase-flipped and --ctf-premultiplied exclude each other: c |c| is neither", code="options-conflict"
+        )
     return "premultiplied" if ctf_premultiplied else "flipped" if phase_flipped else ""
 
 
@@ -122,11 +124,13 @@ def _check_folder(out: Path, overwrite: bool) -> None:
 
     present = [name for name in FILES if (out / name).exists()]
     if present and not overwrite:
-        raise UsageError(f"{out} already holds {present[0]}; give --overwrite to replace it, or another folder")
+        raise UsageError(
+            f"{out} already holds {present[0]}; give --overwrite to replace it, or another folder", code="file-exists"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder: {error.strerror}", file=out) from None
+        raise InputError(f"cannot make the folder: {error.strerror}", file=out, code="not-writable") from None
 
 
 def _volume(model: str, box: int | None, pixel_size: float | None, resolution: float | None, seed: int) -> DensityMap:
@@ -140,7 +144,9 @@ def _volume(model: str, box: int | None, pixel_size: float | None, resolution: f
         variant = PHANTOMS[model]
         return phantom_map(box or DEFAULT_BOX_PX, pixel, resolution or 2.5 * pixel, seed=seed, variant=variant)
     if not Path(model).is_file():
-        raise InputError("there is no such file", file=model, hint=f"Or one of: {', '.join(PHANTOMS)}.")
+        raise InputError(
+            "there is no such file", file=model, hint=f"Or one of: {', '.join(PHANTOMS)}.", code="file-not-found"
+        )
     if Path(model.removesuffix(".gz")).suffix.lower() in (".mrc", ".map", ".ccp4"):
         return _map(model, box, pixel_size, resolution)
     from cryoiso.io.models import model_to_map

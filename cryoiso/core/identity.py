@@ -131,11 +131,13 @@ def require_same(was: Any, now: Identity, file: object, what: str = "refinement"
         raise InputError(
             "the checkpoint does not say which particles, reference and settings it was made from", file=file,
             hint="An earlier version wrote it. Begin anew: without --resume, or in another folder.",
+            code="checkpoint-not-continuable",
         )  # fmt: skip
     found = list(differences(was, plain(now)))
     if found:
         raise InputError(
-            f"the checkpoint is of another {what}: {'; '.join(found)}", file=file, hint=HINT
+            f"the checkpoint is of another {what}: {'; '.join(found)}", file=file, hint=HINT,
+            code="checkpoint-of-another-run",
         )  # fmt: skip
 
 

@@ -37,13 +37,25 @@ def parse_image_names(names: list[str], path: object) -> tuple[list[str], np.nda
     if (index < 0).any():
         row = int(np.flatnonzero(index < 0)[0])
         raise InputError(
-            "bad image name", file=path, row=row + 1, expected="NUMBER@STACK, NUMBER from 1", found=_short(names[row])
+            "bad image name",
+            file=path,
+            row=row + 1,
+            expected="NUMBER@STACK, NUMBER from 1",
+            found=_short(names[row]),
+            code="image-name-invalid",
         )
     stacks = [_KIND.sub("", tail if at else head) for head, at, tail in parts]
     for row, stack in enumerate(stacks):
         if not is_name(stack):
             expected = f"a file name in UTF-8 of 1 to {MAX_NAME} characters, none of them a control character"
-            raise InputError("bad image name", file=path, row=row + 1, expected=expected, found=_short(names[row]))
+            raise InputError(
+                "bad image name",
+                file=path,
+                row=row + 1,
+                expected=expected,
+                found=_short(names[row]),
+                code="image-name-invalid",
+            )
     return stacks, index
 
 

@@ -90,7 +90,7 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
         raise InputError(
             f"the chains of the model are rotated as {group_name} has it, but shifted besides (a screw, or a chain out "
             "of place)", file=file, expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
-            found=f"{away:.1f} Å", hint="Check the file and the point group.",
+            found=f"{away:.1f} Å", hint="Check the file and the point group.", code="symmetry-mismatch",
         )  # fmt: skip
     counts = ", ".join(f"{len(g)} x {len(g[0])} residues" for g in equal_chains(model)[:4]) or "none"
     raise InputError(
@@ -99,6 +99,7 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
         expected=f"{len(operators)} equal chains related by {group_name}",
         found=f"equal chains: {counts}",
         hint="Use the whole assembly, or leave the alignment out.",
+        code="symmetry-mismatch",
     )
 
 

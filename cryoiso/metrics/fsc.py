@@ -27,9 +27,14 @@ def check_pair(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> 
     """
     for name, other in (("the other map", b), ("the mask", mask)):
         if other is not None and np.shape(other) != np.shape(a):
-            raise InputError(f"{name} has another shape than the map", expected=np.shape(a), found=np.shape(other))
+            raise InputError(
+                f"{name} has another shape than the map",
+                expected=np.shape(a),
+                found=np.shape(other),
+                code="arrays-do-not-fit",
+            )
     if np.ndim(a) != 3 or len(set(np.shape(a))) != 1:
-        raise InputError("the map is not cubic", expected="(D, D, D)", found=np.shape(a))
+        raise InputError("the map is not cubic", expected="(D, D, D)", found=np.shape(a), code="map-not-cubic")
     return int(np.shape(a)[0])
 
 

@@ -84,9 +84,10 @@ def test_several_callers_at_once_each_get_their_own_answer(desk, tmp_path, monke
 def test_a_refusal_and_its_reason_reach_the_caller(desk, tmp_path, monkeypatch, road):
     take_road(monkeypatch, tmp_path / "callback.json", road)
     thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
-    serve(desk, 1, lambda call: call.answer(False, "the network broke"))
+    serve(desk, 1, lambda call: call.answer(False, "the network broke", "network-file-damaged"))
     thread.join(10)
     assert isinstance(found["error"], HandoverError) and "network broke" in str(found["error"])
+    assert found["error"].code == "network-file-damaged"
 
 
 @pytest.mark.parametrize("road", ROADS)

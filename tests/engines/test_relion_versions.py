@@ -58,7 +58,7 @@ class Doubling:
 
     def __call__(self, state, comm):
         if state.iteration == self.fails_in:
-            raise CryoisoError("the network broke")
+            raise CryoisoError("the network broke", code="correction-unusable")
         self.iterations.append(state.iteration)
         return {half: 2 * volume for half, volume in state.references.items()}, {"applied": True}
 

@@ -206,7 +206,7 @@ def test_inputs_that_changed_or_went(data, tmp_path, quick):
 
 def test_an_unfinished_run_is_said_to_be_unfinished(data, tmp_path, quick, monkeypatch):
     def fail(*a, **k):
-        raise InputError("no more")
+        raise InputError("no more", code="file-unreadable")
 
     monkeypatch.setattr(QuickEngine, "refine", fail)
     with pytest.raises(InputError):

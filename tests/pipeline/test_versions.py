@@ -95,7 +95,7 @@ def test_an_unfinished_stage_of_another_version_begins_anew(data, tmp_path, monk
 
     def broken(folder, places, comm):
         if any("refine" in place for place in places):
-            raise CryoisoError("broken off")
+            raise CryoisoError("broken off", code="unexpected-error")
         return real(folder, places, comm)
 
     monkeypatch.setattr(pipeline_run, "hash_outputs", broken)

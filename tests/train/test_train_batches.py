@@ -202,7 +202,7 @@ def test_leaving_early_ends_the_thread_and_wastes_little():
 def test_errors_of_the_thread_are_raised_where_the_batch_is_wanted():
     def prepare(step: int):
         if step == 2:
-            raise InputError("no such image", file="a.mrcs", row=7)
+            raise InputError("no such image", file="a.mrcs", row=7, code="stack-too-short")
         return step
 
     with Prefetcher(prepare, 0, 5, "cpu") as batches:

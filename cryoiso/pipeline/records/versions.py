@@ -28,7 +28,7 @@ def require_schema(manifest: dict[str, Any], path: Path) -> None:
             "the records of this run are those of another version of the program", file=path,
             expected=f"schema {SCHEMA}, cryoiso {__version__}",
             found=f"schema {found}, cryoiso {manifest.get('cryoiso', 'unknown')}",
-            hint="Use the version that made the run.",
+            hint="Use the version that made the run.", code="version-mismatch",
         )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def require_version(manifest: dict[str, Any], path: Path, other_version: bool) -
             "another version of the program made this run: what is finished would not come out with the same bits",
             file=path, expected=f"cryoiso {__version__}", found=f"cryoiso {last}",
             hint="Use that version. To go on with this one nevertheless: 'cryoiso resume --other-version'; the journal "
-            "and the manifest then name both.",
+            "and the manifest then name both.", code="version-mismatch",
         )  # fmt: skip
 
 
@@ -112,5 +112,5 @@ def understood(manifest: dict[str, Any], path: Path, read: Callable[[], T]) -> T
             raise
         raise InputError(
             f"cryoiso {last_version(manifest)} made this run, and this is {__version__}, which does not understand its "
-            f"job: {error}", file=path, hint="Use the version that made the run.",
+            f"job: {error}", file=path, hint="Use the version that made the run.", code="version-mismatch",
         ) from None  # fmt: skip

@@ -69,6 +69,6 @@ def check_machine(work: Work, asked: Callable[[Work, int], Needs] = needs_of) ->
     first = report.worst(found)
     error = None
     if first is not None and first.severity == report.ERROR:
-        error = CryoisoError(first.line())
+        error = CryoisoError(first.line(), code=first.code)
         error.exit_code = first.exit_code
     agree(comm, error)

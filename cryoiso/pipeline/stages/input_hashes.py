@@ -48,7 +48,7 @@ class Hasher:
                 modified = provenance.modified_ns(path)
                 self.found[path] = sha256_of(Path(path), self._seen), modified
             except OSError as error:
-                self.error = InputError(f"cannot be read: {error.strerror}", file=path)
+                self.error = InputError(f"cannot be read: {error.strerror}", file=path, code="file-unreadable")
                 return
             except Stopped:
                 return
@@ -197,7 +197,12 @@ def require_unchanged(work: Work, shards: dict[str, dict[str, object]]) -> None:
         Interrupted: a signal came.
     """
     wrong = verify_outputs(Path(), shards, work.comm, "checking shards") if shards else ""
-    agree(work.comm, InputError(f"{wrong} since this run started. {provenance.PUT_BACK}") if wrong else None)
+    agree(
+        work.comm,
+        InputError(f"{wrong} since this run started. {provenance.PUT_BACK}", code="run-inputs-changed")
+        if wrong
+        else None,
+    )
 
 
 @contextmanager

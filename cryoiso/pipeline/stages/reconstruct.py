@@ -56,7 +56,12 @@ def _refined(work: Work) -> Particles:
     path = final_poses(work)
     refined = read_particle_file(path, work.job.particles.project, ("pose",))
     if not np.array_equal(refined.uid, work.particles().uid):
-        raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.")
+        raise InputError(
+            "the refined particles are not those of this run",
+            file=path,
+            hint="Start a new run.",
+            code="run-particles-differ",
+        )
     posed = bare(work.particles()).with_poses(*refined.require_poses(path))
     if refined.table is None or "cryoisoBalanced" not in refined.table:
         return posed

@@ -74,7 +74,12 @@ def poses_after(work: Work, round_: int) -> Particles:
         found = read_particle_file(path, work.job.particles.project, ("pose",))
         particles = bare(work.particles())
         if not np.array_equal(found.uid, particles.uid):
-            raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.")
+            raise InputError(
+                "the refined particles are not those of this run",
+                file=path,
+                hint="Start a new run.",
+                code="run-particles-differ",
+            )
         columns = {
             name: np.asarray(found.table[name], np.float64)
             for name in CERTAINTY
