@@ -30,7 +30,7 @@ def stopped(monkeypatch):
 def said(*command: object) -> str:
     done = cryoiso_here(*command)
     assert done.returncode == 75 and done.stderr.count("error:") == 1, done.stderr
-    return done.stderr.splitlines()[-1]
+    return done.stderr.splitlines()[-1].removesuffix(" [stopped-by-signal]")
 
 
 def test_every_command_names_its_own_way(data, tmp_path, stopped):

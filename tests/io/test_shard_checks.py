@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import ParticlesSection
@@ -96,7 +97,7 @@ def test_a_shard_that_leads_into_another_file_is_refused(case, shards, written):
     edit, words = LEADS_OUT[case]
     with h5py.File(shards / "shard-00000.h5", "r+") as file:
         edit(file, str(written / "shard-00000.h5"))
-    with pytest.raises(InputError, match="the data set") as error:
+    with raises_code("shards-damaged", InputError, match="the data set") as error:
         ShardSource(shards)
     assert words in str(error.value) and str(shards / "shard-00000.h5") in str(error.value)
 
@@ -125,7 +126,7 @@ def test_columns_that_cannot_be_are_named(case, shards):
     edit, words = VALUES[case]
     with h5py.File(shards / "shard-00000.h5", "r+") as file:
         edit(file)
-    with pytest.raises(InputError, match=words):
+    with raises_code("shards-damaged", InputError, match=words):
         ShardSource(shards)
 
 
@@ -174,7 +175,7 @@ def test_an_index_of_another_form_is_named(case, shards):
 def test_the_box_of_index_and_images_is_the_same(shards):
     index = json.loads((shards / "index.json").read_text())
     (shards / "index.json").write_text(json.dumps({**index, "box_px": 64}))
-    with pytest.raises(InputError, match=r"expected 40 of 64 x 64 px in float16, found 40 x 24 x 24"):
+    with raises_code("shards-damaged", InputError, match=r"expected 40 of 64 x 64 px in float16, found 40 x 24 x 24"):
         ShardSource(shards)
 
 
@@ -184,7 +185,9 @@ def test_an_image_that_is_no_numbers_is_named_when_it_is_read(shards):
     source = ShardSource(shards)
     assert np.isfinite(source.read(np.arange(17))).all()
     for rows in (np.arange(N), np.array([3, 17, 2])):
-        with pytest.raises(InputError, match=r"shard-00000\.h5, row 18: an image has values that are no numbers"):
+        with raises_code(
+            "shards-damaged", InputError, match=r"shard-00000\.h5, row 18: an image has values that are no numbers"
+        ):
             source.read(rows)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
@@ -88,7 +89,7 @@ def test_wrong_weights_are_named(tmp_path, what, how):
     name = first(checkpoint.read(path)[0]).removeprefix("parameter ")
     load(path)
     rewritten(path, change)
-    with pytest.raises(InputError, match=re.escape(words.format(name=name))) as error:
+    with raises_code("network-file-damaged", InputError, match=re.escape(words.format(name=name))) as error:
         load(path)
     assert str(error.value).startswith(str(path))
 
@@ -146,5 +147,5 @@ def test_a_network_to_begin_with_is_looked_at_too(tmp_path):
         Unet3d(UnetConfig((4, 8), 1)).state_dict()
     )
     rewritten(path, put(with_nan))
-    with pytest.raises(InputError, match="no numbers"):
+    with raises_code("network-file-damaged", InputError, match="no numbers"):
         networks.matching_weights(path, UnetConfig((4, 8), 1))

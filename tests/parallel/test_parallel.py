@@ -269,7 +269,7 @@ def said(done) -> list[str]:
 def test_common_error_is_said_once(n):
     done = _guarded(n, "on_root(ctx, bad)")
     assert done.returncode == EXIT_INPUT
-    assert said(done) == ["error: a.mrcs: no such stack"] and done.stdout == ""
+    assert said(done) == ["error: a.mrcs: no such stack [file-not-found]"] and done.stdout == ""
 
 
 @pytest.mark.mpi
@@ -313,7 +313,7 @@ def test_agree_raises_the_lowest_ranks_error_everywhere():
     error = "InputError(f'row {ctx.rank}', code='value-not-a-number')"
     body = f"agree(ctx, None)\nagree(ctx, {error} if ctx.rank in (1, 2) else None)"
     done = _guarded(3, body)
-    assert done.returncode == EXIT_INPUT and said(done) == ["error: row 1"]
+    assert done.returncode == EXIT_INPUT and said(done) == ["error: row 1 [value-not-a-number]"]
 
 
 @pytest.mark.mpi

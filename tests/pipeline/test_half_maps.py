@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import CorrectSection, RealignSection
@@ -164,7 +165,7 @@ def test_the_correction_in_a_refinement_refuses_one_map_twice(tmp_path):
 
     correction = MapCorrection(RealignSection(correct=False), CorrectSection())
     assert set(correction(state(TWO), Context())[0]) == {1, 2}
-    with pytest.raises(InputError, match="the half-maps are one map"):
+    with raises_code("half-maps-identical", InputError):
         correction(state(ONE), Context())
 
 
