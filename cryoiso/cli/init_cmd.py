@@ -40,7 +40,7 @@ def init(
 
     if out.exists() and not overwrite:
         raise UsageError(
-            f"{out} is there already; give --overwrite to replace it, or another name with --out", code="file-exists"
+            f"{out} already exists; give --overwrite to replace it, or another name with --out", code="file-exists"
         )
     found = read_particle_file(particles, project, passthrough=passthrough or ())
     point_group(symmetry)

@@ -144,9 +144,7 @@ def _volume(model: str, box: int | None, pixel_size: float | None, resolution: f
         variant = PHANTOMS[model]
         return phantom_map(box or DEFAULT_BOX_PX, pixel, resolution or 2.5 * pixel, seed=seed, variant=variant)
     if not Path(model).is_file():
-        raise InputError(
-            "there is no such file", file=model, hint=f"Or one of: {', '.join(PHANTOMS)}.", code="file-not-found"
-        )
+        raise InputError("no such file", file=model, hint=f"Or one of: {', '.join(PHANTOMS)}.", code="file-not-found")
     if Path(model.removesuffix(".gz")).suffix.lower() in (".mrc", ".map", ".ccp4"):
         return _map(model, box, pixel_size, resolution)
     from cryoiso.io.models import model_to_map

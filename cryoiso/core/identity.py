@@ -129,8 +129,8 @@ def require_same(was: Any, now: Identity, file: object, what: str = "refinement"
     """
     if not isinstance(was, dict):
         raise InputError(
-            "the checkpoint does not say which particles, reference and settings it was made from", file=file,
-            hint="An earlier version wrote it. Begin anew: without --resume, or in another folder.",
+            "the checkpoint does not record its particles, reference and settings", file=file,
+            hint="Written by an earlier version. Start again without --resume, or in another folder.",
             code="checkpoint-not-continuable",
         )  # fmt: skip
     found = list(differences(was, plain(now)))

@@ -156,7 +156,9 @@ def concatenate(first: Particles, second: Particles, *, pooled: bool = False) ->
             continue
         if (one is None) != (two is None):
             raise InputError(
-                f"only one of both particle sets has a '{f.name}'", expected="both or none", code="particle-sets-differ"
+                f"only one of the two particle sets has a '{f.name}'",
+                expected="both or none",
+                code="particle-sets-differ",
             )
         columns[f.name] = None if one is None else np.concatenate([one, two])
     if pooled:

@@ -111,7 +111,7 @@ def read(path: Path) -> Contents:
     found, digest = meta.pop("format", None), meta.pop("digest", "")
     if isinstance(found, int) and found > FORMAT:
         raise InputError(
-            "a later version wrote this file",
+            "a later version of the program wrote this file",
             file=path,
             expected=f"format {FORMAT}",
             found=found,

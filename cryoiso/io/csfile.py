@@ -84,7 +84,7 @@ def load_cs(path: object) -> dict[str, np.ndarray]:
             code="cs-malformed",
         )
     if not len(array):
-        raise InputError("there are no particles in it", file=path, code="particles-too-few")
+        raise InputError("no particles in the file", file=path, code="particles-too-few")
     data = {name: array[name] for name in names}
     for name, field in FIELDS.items():
         if name in data:
@@ -130,7 +130,7 @@ def _read_numpy(stream: IO[bytes], size: int, path: object) -> np.ndarray:
     left = size - stream.tell()
     if length > min(left, MOST_HEADER_BYTES):
         found = f"{length:,} bytes" + (f", {max(left, 0):,} in the file" if length > left else "")
-        raise InputError("the header is cut short or too long", file=path,
+        raise InputError("the header is truncated or too long", file=path,
                          expected=f"at most {MOST_HEADER_BYTES:,} bytes", found=found, code="cs-malformed")  # fmt: skip
     dtype, shape = _header(stream.read(length).decode("utf-8" if version[0] == 3 else "latin-1", "replace"), path)
     if len(shape) != 1:
@@ -140,14 +140,14 @@ def _read_numpy(stream: IO[bytes], size: int, path: object) -> np.ndarray:
     expected, left = shape[0] * dtype.itemsize, size - stream.tell()
     if left != expected:
         raise InputError(
-            "the file is cut short" if left < expected else "the file is longer than its header says", file=path,
+            "the file is truncated" if left < expected else "the file is longer than its header says", file=path,
             expected=f"{shape[0]:,} rows of {dtype.itemsize:,} bytes", found=f"{left:,} bytes",
             hint="Copy it again, or export it again from cryoSPARC.", code="file-truncated",
         )  # fmt: skip
     data = stream.read(expected)
     if len(data) < expected:
         raise InputError(
-            "the file is cut short",
+            "the file is truncated",
             file=path,
             expected=f"{expected:,} bytes",
             found=f"{len(data):,}",
@@ -230,7 +230,7 @@ def _require_unique(uid: np.ndarray, path: object) -> None:
         return
     row = int(np.setdiff1d(np.arange(len(uid)), first)[0])
     other = int(np.flatnonzero(uid == uid[row])[0])
-    problem = f"the same particle (uid) stands in two rows: {other + 1} and {row + 1}"
+    problem = f"the same particle (uid) is in two rows: {other + 1} and {row + 1}"
     raise InputError(problem, file=path, row=row + 1, found=int(uid[row]), code="duplicate-particles")
 
 

@@ -79,7 +79,7 @@ def _short(name: str) -> str:
 def resolve_paths(names: list[str], file: object, project: str = "") -> np.ndarray:
     """Where image files lie: (n,) str. Each different name is looked up once.
 
-    Relative names start from ``project``, else the current folder (as in RELION); if there is no such file, from the
+    Relative names start from ``project``, else the current folder (as in RELION); if no such file, from the
     folder of ``file`` and then the folders above it. Where both have a file of that name, ``project`` wins if it was
     given, or if ``file`` lies in the current folder; a particle file from elsewhere belongs to the images beside it.
     Either way a warning names both. A name that is found nowhere stays as it would be in the project folder.

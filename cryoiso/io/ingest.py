@@ -76,7 +76,10 @@ def check_stacks(particles: Particles, file: object = None) -> tuple[OpticsGroup
     """
     if not len(particles) or (particles.index < 0).any():
         raise InputError(
-            "the particles have no images", file=file, expected="_rlnImageName in every row", code="star-column-missing"
+            "the particles have no image names",
+            file=file,
+            expected="_rlnImageName in every row",
+            code="star-column-missing",
         )
     groups = list(particles.groups)
     with StackReader() as reader:
@@ -97,7 +100,7 @@ def _refuse_doubles(particles: Particles, file: object) -> None:
             first, second = rows[index == values[counts.argmax()]][:2].tolist()
             names = [str(particles.stack[row]) for row in (first, second)]
             raise InputError(
-                f"the same image stands in two rows: {first + 1} and {second + 1}"
+                f"the same image is in two rows: {first + 1} and {second + 1}"
                 + (f"; {names[0]} and {names[1]} are one file" if names[0] != names[1] else ""),
                 file=file,
                 row=second + 1,

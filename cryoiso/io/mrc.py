@@ -198,7 +198,7 @@ def _require_one_straight_volume(header: MrcHeader, path: object) -> None:
             file=path,
             expected="one map",
             found=header.volumes,
-            hint="Write the one that is wanted into a file of its own.",
+            hint="Extract the one to use into its own file.",
             code="map-several-volumes",
         )
     if header.is_stack:

@@ -83,7 +83,7 @@ class MrcHeader:
                 file=path,
                 expected="cell angles of 90°",
                 found=", ".join(f"{a:g}°" for a in self.angles_deg),
-                hint="Resample it on a grid at right angles, or write 90 into the header if that is what it has.",
+                hint="Resample it on an orthogonal grid, or correct the header if the axes are orthogonal.",
                 code="mrc-unsupported",
             )
 
@@ -160,7 +160,7 @@ def _axes(h: Any, path: object) -> list[int]:
         return [2, 1, 0]
     if sorted(axes) != [0, 1, 2]:
         raise InputError(
-            "an impossible order of axes in the header",
+            "an impossible axis order in the header",
             file=path,
             expected="MAPC, MAPR and MAPS being 1, 2 and 3 in some order",
             found=", ".join(str(a + 1) for a in reversed(axes)),

@@ -177,7 +177,7 @@ def check_defocus(
         raise InputError(
             f"negative defocus in {int(over.sum()):,} of {len(over):,} rows", file=file, row=row + 1,
             expected="positive values: underfocus", found=f"{u_A[row]:g} and {v_A[row]:g}",
-            hint="If the program that wrote it counts underfocus as negative, turn the sign of both defocus columns.",
+            hint="If the program that wrote it counts underfocus as negative, change the sign of both defocus columns.",
             code="defocus-invalid",
         )  # fmt: skip
     if over.any():
@@ -195,6 +195,6 @@ def check_scale(scale: np.ndarray, file: object, what: str) -> None:
     if len(scale) and not np.any(scale):
         raise InputError(
             f"0 in every row of {what}", file=file, expected="a scale, usually 1",
-            hint="With it no image would count. Remove the column, or estimate the CTF again.",
+            hint="It would multiply every image by 0. Remove the column, or estimate the CTF again.",
             code="value-out-of-range",
         )  # fmt: skip

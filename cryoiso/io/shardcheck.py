@@ -64,7 +64,7 @@ def check_index(index: dict[str, Any], folder: Path, path: Path) -> None:
                              found=repr(shard)[:120], hint=AGAIN, code="shards-damaged")  # fmt: skip
         contained_path(folder, shard.get("file"), path)
         if shard["start"] != end or shard["stop"] <= end:
-            raise InputError(f"shard {number} does not follow the one before it", file=path,
+            raise InputError(f"shard {number} is not contiguous with the one before it", file=path,
                              expected=f"rows from {end}", found=f"{shard['start']} to {shard['stop']}",
                              hint=AGAIN, code="shards-damaged")  # fmt: skip
         end = shard["stop"]
@@ -182,15 +182,15 @@ def read_columns(file: Any, path: Path, rows: int, names: tuple[str, ...]) -> di
     for name in (*names, "stack"):
         found = plain_dataset(file, name, path)
         if found.shape != (rows,) or found.dtype.kind not in ("iu" if name in WHOLE else "iuf"):
-            raise InputError(f"the column '{name}' has another form", file=path, expected=f"{rows} numbers",
+            raise InputError(f"the column '{name}' has another shape or type", file=path, expected=f"{rows} numbers",
                              found=f"{found.shape} of {found.dtype}", hint=AGAIN, code="shards-damaged")  # fmt: skip
         columns[name] = found[()]
         if columns[name].dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(columns[name]))):
-            raise InputError(f"the column '{name}' has a value that is no number", file=path, row=int(bad[0]) + 1,
+            raise InputError(f"the column '{name}' has a value that is not a number", file=path, row=int(bad[0]) + 1,
                              found=float(columns[name][bad[0]]), hint=AGAIN, code="shards-damaged")  # fmt: skip
     stacks = plain_dataset(file, "stacks", path)
     if stacks.ndim != 1 or stacks.dtype.kind != "S" or stacks.dtype.itemsize > LONGEST_NAME_BYTES:
-        raise InputError("the names of the stacks have another form", file=path, expected="a list of texts",
+        raise InputError("the names of the stacks have another shape or type", file=path, expected="a list of texts",
                          found=f"{stacks.shape} of {stacks.dtype}", hint=AGAIN, code="shards-damaged")  # fmt: skip
     _require_within(columns["stack"], 0, len(stacks) - 1, "stack", path)
     names_of_stacks = np.char.decode(stacks[()], "utf-8")
@@ -235,7 +235,7 @@ def _require_within(values: np.ndarray, low: int, high: int, name: str, path: Pa
     bad = np.flatnonzero((values < low) | (values > high))
     if len(bad):
         raise InputError(
-            f"the column '{name}' has a value that cannot be",
+            f"the column '{name}' has an impossible value",
             file=path,
             row=int(bad[0]) + 1,
             expected=f"{low} to {high}",

@@ -171,7 +171,7 @@ def write_index(
     missing = [name for k, name in enumerate(names) if not shard_matches(folder, k, digest, shards[k])]
     if missing:
         raise CryoisoError(
-            f"{folder}: {len(missing)} shards are not there, first {missing[0]}; run the same command again",
+            f"{folder}: {len(missing)} shards are missing, first {missing[0]}; run the same command again",
             code="shards-missing",
         )
     for stale in folder.glob("shard-*.h5*"):
@@ -305,7 +305,7 @@ class ShardSource:
         if bad is not None:
             row = int(rows[bad])
             number = self.shards_of(rows[bad : bad + 1])[0]
-            problem = "an image has values that are no numbers"
+            problem = "an image has values that are not numbers"
             raise InputError(problem, file=self._path(number), row=row + 1, hint=AGAIN, code="shards-damaged")
         return images
 
@@ -365,14 +365,10 @@ class ShardSource:
             file, path = self._file(number), self._path(number)
             try:
                 if file.attrs.get("plan") != self.index["plan"]:
-                    raise InputError(
-                        "the shard does not belong to this index", file=path, hint=AGAIN, code="shards-damaged"
-                    )
+                    raise InputError("not of this index", file=path, hint=AGAIN, code="shards-damaged")
                 found = read_columns(file, path, shard["stop"] - shard["start"], COLUMNS)
             except HDF5_ERRORS as error:
-                raise InputError(
-                    f"the shard is damaged: {error}", file=path, hint=AGAIN, code="shards-damaged"
-                ) from None
+                raise InputError(f"damaged shard: {error}", file=path, hint=AGAIN, code="shards-damaged") from None
             for name, values in found.items():
                 parts[name].append(values)
         columns: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
@@ -396,13 +392,9 @@ def read_index(folder: Path) -> dict[str, Any]:
             "no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).", code="shards-missing"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"cannot be read: {error}", file=path, hint="Run ingest again.", code="shards-damaged"
-        ) from None
+        raise InputError(f"cannot be read: {error}", file=path, hint=AGAIN, code="shards-damaged") from None
     ours = isinstance(index, dict) and (index.get("format"), index.get("version")) == (FORMAT, VERSION)
     if not ours:
-        raise InputError(
-            "not an index of shards of this version", file=path, expected=f"{FORMAT} {VERSION}", code="version-mismatch"
-        )
+        raise InputError("no index of this version", file=path, expected=f"{FORMAT} {VERSION}", code="version-mismatch")
     check_index(index, folder, path)
     return index

@@ -101,7 +101,10 @@ class JoinedSource:
         """
         if first.box_px != second.box_px:
             raise InputError(
-                "both particle sets need one box", expected=first.box_px, found=second.box_px, code="box-mismatch"
+                "the particle sets have different boxes",
+                expected=first.box_px,
+                found=second.box_px,
+                code="box-mismatch",
             )
         if len(np.intersect1d(first.particles.uid, second.particles.uid)):
             raise InputError(

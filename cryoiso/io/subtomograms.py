@@ -65,7 +65,7 @@ class SubtomogramSource:
         if flat and len(flat) < len(table):
             raise InputError(
                 f"some optics groups are of volumes and some of images ({DIMENSIONS})", file=self.file, expected="3",
-                found=flat[0], hint="Refine them apart.", code="subtomograms-inconsistent",
+                found=flat[0], hint="Refine them separately.", code="subtomograms-inconsistent",
             )  # fmt: skip
         _, firsts = np.unique(self.particles.optics, return_index=True)
         shapes = {read_header(self.volumes[row]).shape for row in firsts.tolist()}

@@ -88,8 +88,9 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
         if away <= COPY_RMSD_A:
             return frame, centre
         raise InputError(
-            f"the chains of the model are rotated as {group_name} has it, but shifted besides (a screw, or a chain out "
-            "of place)", file=file, expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
+            f"the chains of the model are related by the rotations of {group_name} plus a shift (a screw axis, or a "
+            "misplaced chain)", file=file,
+            expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
             found=f"{away:.1f} Å", hint="Check the file and the point group.", code="symmetry-mismatch",
         )  # fmt: skip
     counts = ", ".join(f"{len(g)} x {len(g[0])} residues" for g in equal_chains(model)[:4]) or "none"

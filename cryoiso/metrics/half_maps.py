@@ -46,7 +46,7 @@ def check_half_maps(
         Warnings, a sentence each; empty for the half-maps of a refinement as it wrote them.
 
     Raises:
-        InputError: values that are no numbers, a constant map, one map twice, or one of them inverted.
+        InputError: values that are not numbers, a constant map, one map twice, or one of them inverted.
     """
     box_px = check_pair(half1, half2)
     pair = [np.asarray(half, np.float32) for half in (half1, half2)]
@@ -90,7 +90,7 @@ def _check_values(half: np.ndarray, name: object) -> None:
     typical = float(np.median(size[size > 0]))
     if largest > 1e12 * typical:
         raise InputError(
-            "these are no densities", file=name, expected="values of one order of magnitude or some",
+            "the values are not densities", file=name, expected="values of one order of magnitude or some",
             found=f"{typical:.3g} typically, {largest:.3g} at most",
             hint="Their bytes may be in another order than the header says; write the map again.",
             code="map-not-finite",
@@ -104,7 +104,7 @@ def _refuse_one_map_twice(one: np.ndarray, two: np.ndarray, names: tuple[object,
         return
     how = "inverted" if r < 0 else "scaled or shifted by a constant" if not np.array_equal(one, two) else ""
     raise InputError(
-        "the half-maps are one map" + (f", {how}" if how else ""), file=names[1],
+        "the half-maps are the same map" + (f", {how}" if how else ""), file=names[1],
         expected=f"the other half of {names[0]}", found=f"a correlation of {r:.6f}",
         hint="Give the two maps that the refinement wrote from its half-sets of particles.", code="half-maps-identical",
     )  # fmt: skip
@@ -122,7 +122,8 @@ def _refuse_filtered(
     if len(known) < 3 or (least := float((cross[known] / size[known]).min())) < SAME_PHASES:
         return
     raise InputError(
-        "the half-maps are one map, filtered or sharpened", file=names[1], expected=f"the other half of {names[0]}",
+        "the half-maps are the same map, filtered or sharpened", file=names[1],
+        expected=f"the other half of {names[0]}",
         found=f"the same phases in every shell (cosine {least:.6f} or more)",
         hint="Give the two maps that the refinement wrote from its half-sets of particles.", code="half-maps-identical",
     )  # fmt: skip

@@ -116,9 +116,7 @@ def view_distribution(
     """
     rotation = np.asarray(rotation, np.float64)
     if rotation.ndim != 3 or len(rotation) == 0:
-        raise InputError(
-            "no poses to take views from", expected="(n, 3, 3) with n > 0", found=rotation.shape, code="poses-missing"
-        )
+        raise InputError("no poses given", expected="(n, 3, 3) with n > 0", found=rotation.shape, code="poses-missing")
     ops = symmetry_operations(symmetry)
     if step_deg is None:
         wanted = len(rotation) * len(ops) / 10

@@ -61,7 +61,7 @@ def require_weights(make: Callable[[], nn.Module], weights: dict[str, np.ndarray
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())
             raise InputError(
-                f"the weight '{name}' has values that are no numbers", file=file, expected="finite values",
+                f"the weight '{name}' has values that are not numbers", file=file, expected="finite values",
                 found=f"{bad} of {values.size} are not", hint=HINT, code="network-file-damaged",
             )  # fmt: skip
 

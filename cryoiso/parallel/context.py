@@ -257,9 +257,9 @@ def _refuse_hidden_launcher() -> None:
         name, count = hidden
         time.sleep(GRACE_S)
         raise MissingError(
-            f"{name} started {count} processes on this host, this one among them, but of what it told them nothing is "
-            "left in the environment, so each would do the whole work by itself. Something on the way empties it: "
-            "leave out --cleanenv of apptainer, or env -i. If this process is meant to work alone, set "
+            f"{name} started {count} processes on this host, but its variables did not reach them, so each would do "
+            "the whole work by itself. Leave out whatever empties the environment (--cleanenv of apptainer, env -i). "
+            "To run this process alone on purpose, set "
             f"{launch.OVERRIDE}=0.",
             code="mpi-mismatch",
         )

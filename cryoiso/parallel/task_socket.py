@@ -31,7 +31,7 @@ from cryoiso.parallel.private_socket import SOCKET, accept_all, listen, private_
 
 _NONCE, _MAC, _LONGEST = 16, 32, 1 << 20
 _ACCEPTED = b"\x06"
-"""What the desk says when it has a signed task: from now on a broken connection means that the ranks are gone."""
+"""What the desk says when it has a signed task: from now on a broken connection means that the ranks have ended."""
 _HELLO_S = 20.0
 """Time that a caller has for its whole task; nobody holds up the desk."""
 MOST_CALLERS = 32
@@ -65,13 +65,11 @@ class Address:
         """
         try:
             if os.stat(file).st_mode & 0o077:
-                raise InputError(
-                    "others may read the secret in this file", file=file, expected="mode 600", code="ranks-unreachable"
-                )
+                raise InputError("readable by other users", file=file, expected="mode 600", code="ranks-unreachable")
             values = json.loads(file.read_text(encoding="utf-8"))
             return cls(**{**values, "numbers": tuple(values["numbers"])})
         except FileNotFoundError:
-            raise InputError("no ranks wait here", file=file, code="ranks-unreachable") from None
+            raise InputError("no ranks are waiting", file=file, code="ranks-unreachable") from None
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"cannot be used: {error}", file=file, code="ranks-unreachable") from None
 
@@ -199,7 +197,7 @@ def _opened(message: bytes, secret: bytes, *about: bytes) -> bytes:
     """
     mac, length, body = message[:_MAC], int.from_bytes(message[_MAC : _MAC + 4], "big"), message[_MAC + 4 :]
     if len(message) < _MAC + 4 or len(body) != length:
-        raise HandoverError("the message was cut short", code="ranks-unreachable")
+        raise HandoverError("the message was truncated", code="ranks-unreachable")
     if not hmac.compare_digest(mac, _sign(secret, *about, body)):
         raise HandoverError("the message was not signed with the secret of this run", code="ranks-unreachable")
     return body
@@ -376,7 +374,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     while len(found) < count:
         new = connection.recv(count - len(found))
         if not new:
-            raise ConnectionResetError("the ranks are gone")
+            raise ConnectionResetError("the ranks have ended")
         found += new
     return found
 
@@ -396,7 +394,7 @@ def _by_letter(file: Path, address: Address, secret: bytes, body: bytes, until: 
         if until is not None and time.monotonic() > until:
             raise HandoverError("no answer from the ranks in time", code="ranks-unreachable")
         if not file.exists() or Address.read(file).secret != address.secret:
-            raise HandoverError("the ranks are gone", code="ranks-unreachable")
+            raise HandoverError("the ranks have ended", code="ranks-unreachable")
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     return _opened(answer.read_bytes(), secret, b"answer", nonce)

@@ -190,7 +190,7 @@ def _reduced(density: DensityMap, resolution_A: float, role: str) -> tuple[Tenso
     volume = torch.as_tensor(np.asarray(density.data, np.float32))
     if not 0 < float(volume.std()) < float("inf"):  # NaN if any density is not finite
         raise InputError(
-            f"the {role} map of a fit holds nothing", expected="finite densities that vary", code="map-without-density"
+            f"the {role} map of the fit is empty", expected="finite densities that vary", code="map-without-density"
         )
     box = volume.shape[0]
     reach = math.ceil(box * density.pixel_size_A / resolution_A)

@@ -37,7 +37,9 @@ class FourierVolume:
             InputError: the volume is not a cube.
         """
         if volume.ndim != 3 or len(set(volume.shape)) != 1:
-            raise InputError("a map is a cube", expected="(D, D, D)", found=tuple(volume.shape), code="map-not-cubic")
+            raise InputError(
+                "the map is not a cube", expected="(D, D, D)", found=tuple(volume.shape), code="map-not-cubic"
+            )
         box = volume.shape[0]
         radius = min(radius_px or (box - 1) // 2, (box - 1) // 2)
         padded = pad_volume(divide_by_gridding(volume, padding), box * padding)
@@ -103,7 +105,7 @@ def check_reach(rotation: np.ndarray, where: Disc, padding: int, grid_rows: int)
     if not padding * radius * largest < (grid_rows - 1) // 2:
         raise CryoisoError(
             f"slices reach to {radius * largest:.1f} Fourier pixels but the grid ends at "
-            f"{((grid_rows - 1) // 2 - 2) / padding:g}. The frequencies of magnified images must be cut before.",
+            f"{((grid_rows - 1) // 2 - 2) / padding:g}. Cut the frequencies of magnified images first.",
             code="grid-too-coarse",
         )
 

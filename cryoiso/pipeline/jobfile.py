@@ -57,7 +57,7 @@ def read_resolved(run: RunFolder) -> tuple[str, Job]:
 def require_run(run: RunFolder) -> None:
     if not run.resolved.exists() or not run.manifest.exists():
         raise UsageError(
-            f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.", code="run-missing"
+            f"{run.path} holds no run to resume. Start one with 'cryoiso run job.toml'.", code="run-missing"
         )
 
 

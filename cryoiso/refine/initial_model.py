@@ -260,7 +260,7 @@ def require_match(found: Match) -> None:
         )
     if found.inverted:
         raise InputError(
-            "the images match the reference's projections better with their sign changed",
+            "the images match the reference's projections better with inverted contrast",
             expected="protein white in both",
             found="opposite signs",
             hint="Set invert = 'yes' under [particles] if protein is dark in the images, or invert the reference.",

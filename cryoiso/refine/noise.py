@@ -100,7 +100,7 @@ def require_sound_images(particles: Particles, facts: np.ndarray) -> None:
         total, of_loud = np.bincount(optics, power), np.bincount(optics, power * loud)
         if (of_loud > 0.5 * total).any():
             raise InputError(
-                f"{int(loud.sum())} of {len(power)} images hold most of the power of all: {words}", row=worst + 1,
+                f"{int(loud.sum())} of {len(power)} images have most of the total power: {words}", row=worst + 1,
                 expected=f"at most {OUTLIER:g} times the median", found=f"{ratio[worst]:.3g} times",
                 hint="Remove these rows, or ingest with normalise = true.", code="image-unusable",
             )  # fmt: skip

@@ -51,7 +51,7 @@ class BatchPlan:
         if not len(self.rows):
             raise InputError("there are no particles to train on", code="particles-too-few")
         if self.batch < 1:
-            raise InputError("a batch has at least one image", found=self.batch, code="option-out-of-range")
+            raise InputError("a batch needs at least one image", found=self.batch, code="option-out-of-range")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +84,7 @@ class BatchPlan:
         """
         if size > self.batch:
             raise InputError(
-                "a batch needs an image for each rank",
+                "a batch needs at least one image per rank",
                 expected=f"{size} or more",
                 found=self.batch,
                 code="particles-too-few",

@@ -267,7 +267,7 @@ def test_a_missing_value_names_file_block_and_column(tmp_path):
     star = Star.read(tmp_path / "run_it001_sampling.star")
     with raises_code("relion-file-invalid", InputError, match=r"sampling\.star.*_rlnPsiStep in data_sampling_general"):
         star.number("sampling_general", "rlnPsiStep")
-    with raises_code("relion-file-invalid", InputError, match=r"a value that is no number"):
+    with raises_code("relion-file-invalid", InputError, match=r"a value that is not a number"):
         star.numbers("sampling_general", "rlnSymmetryGroup")
 
 
@@ -354,5 +354,5 @@ def test_rows_come_back_whatever_their_order():
     names = ["000001@a.mrcs", "000002@a.mrcs", "000001@b.mrcs"]
     assert rows_of_names(["1@b.mrcs", "2@a.mrcs", "01@a.mrcs"], names, "f").tolist() == [2, 1, 0]
     for lost in (names[:2], [*names, "000003@a.mrcs"], [names[0], names[0], names[1]]):
-        with raises_code("relion-particles-lost", CryoisoError, match="did not give back all particles"):
+        with raises_code("relion-particles-lost", CryoisoError, match="did not return all particles"):
             rows_of_names(lost, names, "f")

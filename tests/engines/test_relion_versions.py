@@ -151,7 +151,7 @@ def test_a_half_that_is_not_called_for_does_not_hold_the_job_for_ever(tmp_path, 
 def test_by_hand_a_half_that_stays_away_is_told_of_before_the_time_is_over(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(callback_standalone, "WARN_AFTER_S", 0.1)
     task = read_task(Path(write_task(tmp_path, 16, 1, 12).name), tmp_path)
-    with raises_code("relion-callback-failed", CryoisoError, match="did not say 'ready' in time"):
+    with raises_code("relion-callback-failed", CryoisoError, match="no message 'ready' from"):
         callback_standalone._Meeting(task, 0.8).wait_for("ready")
     assert caplog.text.count("without --sequential_halves_recons") == 1
 

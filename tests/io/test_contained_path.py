@@ -85,7 +85,7 @@ def test_the_seal_and_the_checksums_name_no_file_outside(copy, name):
 def test_a_seal_of_another_form_is_an_error(copy, edit):
     seal = json.loads((copy / "seal.json").read_text())
     (copy / "seal.json").write_text(json.dumps({**seal, **edit}))
-    with raises_code("record-damaged", InputError, match=r"seal.json: not a seal as a run writes it \(expected"):
+    with raises_code("record-damaged", InputError, match=r"seal.json: not a valid seal \(expected"):
         verify_run(copy, Context())
 
 

@@ -38,8 +38,8 @@ def header(shape: str, descr: object = table().dtype.descr) -> str:
 
 UID = ("uid", "<u8")
 HEADERS = {
-    "a billion rows": (header("(1000000000,)"), "cut short"),
-    "10^30 rows": (header(f"({10**30},)"), "cut short"),
+    "a billion rows": (header("(1000000000,)"), "truncated"),
+    "10^30 rows": (header(f"({10**30},)"), "truncated"),
     "fewer rows than there are": (header("(1,)"), "longer than its header"),
     "negative": (header("(-4,)"), "structured array"),
     "true": (header("(True,)"), "structured array"),
@@ -72,7 +72,7 @@ def test_headers_that_lie_are_refused_before_anything_is_read(tmp_path, name):
 @pytest.mark.parametrize(("version", "length"), [(1, 60_000), (2, 4_000_000_000), (3, 2_000_000_000), (2, 3_000_000)])
 def test_a_header_longer_than_the_file_or_the_limit(tmp_path, version, length):
     path = with_header(tmp_path / "bad.cs", "{}", bytes(4_000_000 if length == 3_000_000 else 0), version, length)
-    with raises_code("cs-malformed", InputError, match=r"header is cut short or too long .*2,097,152"):
+    with raises_code("cs-malformed", InputError, match=r"header is truncated or too long .*2,097,152"):
         load_cs(path)
 
 

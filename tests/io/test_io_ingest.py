@@ -350,7 +350,7 @@ def test_the_same_image_under_two_names_is_noticed(tmp_path):
         index=np.where(np.arange(40) == 30, p.index[2], p.index),
         stack=np.where(np.arange(40) == 30, p.stack[2], p.stack),
     )
-    with raises_code("duplicate-particles", InputError, match="row 31: the same image stands in two rows: 3 and 31"):
+    with raises_code("duplicate-particles", InputError, match="row 31: the same image is in two rows: 3 and 31"):
         ing.check_stacks(twice, "p.star")
 
 
@@ -374,7 +374,7 @@ def test_a_bad_image_leaves_finished_shards_and_no_index(tmp_path, monkeypatch):
     assert sorted(f.name for f in (tmp_path / "shards").iterdir()) == [f"shard-{k:05d}.h5" for k in range(3)]
     with raises_code("shards-missing", InputError, match=r"index\.json: no shards here"):
         ShardSource(tmp_path / "shards")
-    with raises_code("shards-missing", CryoisoError, match=r"1 shards are not there, first shard-00003"):
+    with raises_code("shards-missing", CryoisoError, match=r"1 shards are missing, first shard-00003"):
         ing.finish_index(ing.plan(p, settings(), star), tmp_path / "shards")
 
 

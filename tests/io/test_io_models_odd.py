@@ -101,7 +101,7 @@ def test_models_that_are_neither_are_refused(tmp_path):
 )
 def test_a_screw_or_a_chain_out_of_place_is_no_symmetry(tmp_path, places, away):
     path = write(tmp_path / "a.pdb", *(lines(xyz, of) for xyz, of in zip(places, "ABC", strict=True)))
-    with raises_code("symmetry-mismatch", InputError, match=rf"shifted besides.*within 5 Å, found {away} Å"):
+    with raises_code("symmetry-mismatch", InputError, match=rf"plus a shift.*within 5 Å, found {away} Å"):
         density(path, align_symmetry_axis="C3")
     density(path)
 

@@ -150,7 +150,7 @@ def defocus(folder: Path, u: list[float], **every: str) -> Path:
         ([0.0, 0.0, 0.0], "row 1: no usable defocus in 3 rows.*the CTF was not estimated"),
         ([15000.0, 0.0, 15000.0], r"row 2: no usable defocus \(expected at least 100 Å"),
         ([15000.0, 16000.0, 1.5], "row 3: no usable defocus"),
-        ([-15000.0, -16000.0, -17000.0], "row 1: negative defocus in 3 of 3 rows.*turn the sign"),
+        ([-15000.0, -16000.0, -17000.0], "row 1: negative defocus in 3 of 3 rows.*change the sign"),
         ([15000.0, -16000.0, -17000.0], "row 2: negative defocus in 2 of 3 rows"),
     ],
 )

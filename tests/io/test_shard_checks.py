@@ -107,16 +107,16 @@ VALUES = {
     "2d": (lambda f: put(f, "images", images(shape=(N, BOX * BOX))), "not as index.json says"),
     "float32": (lambda f: put(f, "images", images("f4")), "found 40 x 24 x 24 in float32"),
     "texts": (lambda f: put(f, "images", images("S4")), "not as index.json says"),
-    "one uid": (lambda f: put(f, "uid", 5), "column 'uid' has another form"),
+    "one uid": (lambda f: put(f, "uid", 5), "column 'uid' has another shape or type"),
     "uid twice": (lambda f: put(f, "uid", np.r_[7, 8, 7, 10 : N + 7].astype("u8")), "rows 1 and 3 .* same uid.* 7"),
-    "uid of fractions": (lambda f: put(f, "uid", np.arange(N) / 2), "column 'uid' has another form"),
+    "uid of fractions": (lambda f: put(f, "uid", np.arange(N) / 2), "column 'uid' has another shape or type"),
     "optics 99": (lambda f: put(f, "optics", np.full(N, 99, "i4")), "row 1: the column 'optics'.*expected 0 to 0"),
     "stack -1": (lambda f: put(f, "stack", np.full(N, -1, "i4")), "row 1: the column 'stack'.*found -1"),
     "half 7": (lambda f: put(f, "half", np.r_[np.ones(N - 1), 7].astype("i1")), "row 40: the column 'half'.*found 7"),
     "half here and there": (lambda f: put(f, "half", np.r_[np.ones(N - 1), -1].astype("i1")), "row 40: the col.*-1"),
-    "defocus short": (lambda f: put(f, "defocus_u_A", np.zeros(3)), "column 'defocus_u_A' has another form"),
+    "defocus short": (lambda f: put(f, "defocus_u_A", np.zeros(3)), "column 'defocus_u_A' has another shape or type"),
     "defocus nan": (lambda f: put(f, "defocus_u_A", np.r_[np.zeros(4), np.nan, np.zeros(N - 5)]), "row 5: .*found nan"),
-    "no uid": (lambda f: f.pop("uid"), "the shard is damaged"),
+    "no uid": (lambda f: f.pop("uid"), "damaged shard"),
     "names of 5000": (lambda f: put(f, "stacks", np.array([b"a" * 5000])), "the names of the stacks"),
 }  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_an_image_that_is_no_numbers_is_named_when_it_is_read(shards):
     assert np.isfinite(source.read(np.arange(17))).all()
     for rows in (np.arange(N), np.array([3, 17, 2])):
         with raises_code(
-            "shards-damaged", InputError, match=r"shard-00000\.h5, row 18: an image has values that are no numbers"
+            "shards-damaged", InputError, match=r"shard-00000\.h5, row 18: an image has values that are not numbers"
         ):
             source.read(rows)
 

@@ -74,7 +74,7 @@ def test_masks_that_cannot_be_are_refused():
         protein_mask(trimer(), threshold=1e6, file="homo.mrc")
     with raises_code("mask-fills-box", InputError, match=r"no room for a micelle.*threshold"):
         protein_mask(trimer(), threshold=-1e6)
-    with raises_code("map-without-density", InputError, match="stands out"):
+    with raises_code("map-without-density", InputError, match="above the solvent"):
         protein_mask(DensityMap(np.zeros((24, 24, 24), np.float32), 5.0))
     with raises_code("mask-fills-box", InputError):
         protein.checked_mask(np.ones((24, 24, 24), np.float32), 5.0)
@@ -103,7 +103,7 @@ def test_a_stop_leaves_maps_and_a_checkpoint_and_the_rest_is_the_same(tmp_path, 
     folder, file = tmp_path, tmp_path / "checkpoint" / "micelle.npz"
     settings = MicelleSettings("C3")
     arguments = source, source.particles, trimer(), mask, settings, folder
-    with pytest.raises(Interrupted, match=f"{while_}; the maps are those so far"):
+    with pytest.raises(Interrupted, match=f"{while_}; the maps so far are kept"):
         write_micelle(*arguments, StopsAt(asked))
     facts = json.loads((folder / "micelle.json").read_text())
     assert file.exists() and facts["finished"] is False

@@ -311,8 +311,8 @@ def test_a_copy_of_our_template_is_a_site_template(scheduler, job):
         ("{{ run_cmd }}\n{{ (ram_gb*1000)|int }}\n", {}, ["row 2", "launch.ram_gb"]),
         ("{{ run_cmd }}\n{% if %}\n", {}, ["row 2", "cannot be filled"]),
         ("{{ run_cmd }}\n{{ ''.__class__.__mro__ }}\n", {}, ["cannot be filled", "unsafe"]),
-        ("#!/bin/bash\necho {{ num_gpu }}\n", {}, ["where cryoiso is to be started"]),
-        ("#!/bin/bash\necho hello\n", {}, ["where cryoiso is to be started"]),
+        ("#!/bin/bash\necho {{ num_gpu }}\n", {}, ["no placeholder for the cryoiso command"]),
+        ("#!/bin/bash\necho hello\n", {}, ["no placeholder for the cryoiso command"]),
         ("{{ run_cmd }} XXXcommandXXX\n", {}, ["two kinds"]),
     ],
 )

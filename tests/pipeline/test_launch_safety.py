@@ -37,7 +37,7 @@ def test_a_name_with_anything_else_in_it_is_refused(scheduler, key, value, job):
         check_bash(text)
         assert not any(bad in text for bad in ("\ntouch", ";touch", "$(touch", "q w", 'a"b', "\x1b"))
         return
-    with pytest.raises(UsageError, match=f"launch.{key}: not a name that a batch system takes"):
+    with pytest.raises(UsageError, match=f"launch.{key}: not a valid name for a batch system"):
         script(job, **given)
 
 

@@ -154,7 +154,7 @@ def test_maps_of_low_passed_images_claim_nothing_beyond(whole, caplog):
     [
         (np.nan, r"row 8: the image 8@.* has NaN or infinite pixels"),
         (0.0, r"row 8: the image 8@.* is constant"),
-        (1e4, r"row 8: 1 of 160 images hold most of the power of all: 8@.*at most 100 times"),
+        (1e4, r"row 8: 1 of 160 images have most of the total power: 8@.*at most 100 times"),
     ],
 )
 def test_one_bad_image_is_named(whole, factor, words):

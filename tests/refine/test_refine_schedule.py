@@ -133,5 +133,5 @@ def test_checkpoints_of_another_format_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     checkpoint.save(path, ARRAYS, {"iteration": 0})
     monkeypatch.undo()
-    with raises_code("version-mismatch", InputError, match="a later version wrote this file"):
+    with raises_code("version-mismatch", InputError, match="a later version of the program wrote this file"):
         checkpoint.load(path)

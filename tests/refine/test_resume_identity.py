@@ -254,7 +254,7 @@ def test_what_unpacks_to_more_and_what_is_of_a_later_version(tmp_path):
     rewritten(file, b'{"format": 1}', zipfile.ZIP_DEFLATED, x=np.zeros(10**6))
     assert checkpoint.load(file)[1]["n"] == 1
     rewritten(file, b'{"format": 3}')
-    with raises_code("version-mismatch", InputError, match="a later version wrote this file"):
+    with raises_code("version-mismatch", InputError, match="a later version of the program wrote this file"):
         checkpoint.load(file)
     checkpoint.remove(file)
     assert checkpoint.load(file) is None

@@ -170,7 +170,7 @@ def test_a_set_smaller_than_a_batch():
 def test_bad_requests():
     with raises_code("particles-too-few", InputError, match="no particles"):
         Batches(CountingSource(5), np.empty(0, int), 2, 1)
-    with raises_code("particles-too-few", InputError, match="an image for each rank"):
+    with raises_code("particles-too-few", InputError, match="at least one image per rank"):
         Batches(CountingSource(5), np.arange(5), 2, 1, index=0, size=3)
     with raises_code("option-out-of-range", InputError, match="at least one image"):
         Batches(CountingSource(5), np.arange(5), 0, 1)

@@ -110,7 +110,7 @@ def _leave_to_first(meeting: _Meeting, own: dict[str, np.ndarray]) -> dict[str, 
     meeting.say("gone")
     if not meeting.task.result.exists():
         raise CryoisoError(
-            f"{meeting.task.result}: half 1 said that it is done, but there is no result", code="relion-callback-failed"
+            f"{meeting.task.result}: half 1 reported success, but its result is missing", code="relion-callback-failed"
         )
     return {}
 
@@ -173,11 +173,11 @@ class _Meeting:
                 )  # fmt: skip
             if time.monotonic() > self._until:
                 raise CryoisoError(
-                    f"{self._other}: the process of the other half did not say '{stage}' in time",
+                    f"{self._other}: no message '{stage}' from the process of the other half in time",
                     code="relion-callback-failed",
                 )
             if os.getppid() != self._parent:
-                raise CryoisoError("RELION is gone", code="relion-callback-failed")
+                raise CryoisoError("RELION has ended", code="relion-callback-failed")
             time.sleep(LOOK_S)
         return found
 
@@ -202,7 +202,7 @@ def _surroundings(task: Task, folder: Path, correction: ReferenceCorrection | No
         initial = _first_references(task, pixel)
     if pixel is None:
         raise InputError(
-            "the pixel size is not known", file=task.star,
+            "no pixel size found", file=task.star,
             expected=f"{name.of((name.iteration or 1) - 1, 'half1_model.star')} beside it", code="pixel-size-missing",
         )  # fmt: skip
     setting = Setting(

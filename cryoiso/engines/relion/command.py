@@ -195,7 +195,7 @@ def launch(section: RelionSection, relion: Relion, exported: tuple[str, ...] = (
         words = split_command(section.launcher, "relion.launcher")
         if not any("{ranks}" in word for word in words):
             raise UsageError(
-                "relion.launcher: {ranks} is missing: the number of processes is put in its place",
+                "relion.launcher: the placeholder {ranks} for the number of processes is missing",
                 code="placeholder-missing",
             )
         return [*(word.replace("{ranks}", str(section.ranks)) for word in words), relion.program]

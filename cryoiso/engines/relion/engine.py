@@ -191,8 +191,8 @@ class _Refinement:
     def _not_called(self, iteration: int) -> CryoisoError:
         return CryoisoError(
             f"RELION {self.relion.version} ended iteration {iteration} without calling for the correction or "
-            f"regularisation of its references, so they stayed RELION's. See {self.folder / 'run.log'}: does it know "
-            f"--external_reconstruct, and does {VARIABLE} reach all its processes (relion.launcher)?",
+            f"regularisation of its references. See {self.folder / 'run.log'}: RELION must support "
+            f"--external_reconstruct, and {VARIABLE} must reach all its processes (relion.launcher).",
             code="relion-not-corrected",
         )
 

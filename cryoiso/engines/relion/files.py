@@ -52,7 +52,7 @@ def parse_name(path: object) -> Name:
     file = Path(str(path))
     match = _STEM.match(re.sub(r"\.(star|mrc)$", "", file.name).removesuffix(SUFFIX))
     if match is None:
-        raise InputError("not a name that RELION gives to its outputs", file=path, code="relion-file-invalid")
+        raise InputError("not the name of a RELION output file", file=path, code="relion-file-invalid")
     found = match.groupdict()
     root = str(file.with_name(found["root"]))
     number = {key: None if found[key] is None else int(found[key]) for key in ("iteration", "half", "kind")}
@@ -132,7 +132,10 @@ class Star:
             return np.array(values, dtype=str).astype(np.float64)
         except ValueError:
             raise InputError(
-                f"_{name} has a value that is no number", file=self.path, found=values[:5], code="relion-file-invalid"
+                f"_{name} has a value that is not a number",
+                file=self.path,
+                found=values[:5],
+                code="relion-file-invalid",
             ) from None
 
 

@@ -177,7 +177,7 @@ def _uids(columns: Columns, path: object, unique: bool) -> np.ndarray:
         stacks, index = parse_image_names(columns.text("rlnImageName"), path)
         names = [f"{i + 1}@{s}" for s, i in zip(stacks, index.tolist())]
         if unique:
-            _no_duplicates(names, "the same image stands in two rows", path, columns.text("rlnImageName"))
+            _no_duplicates(names, "the same image is in two rows", path, columns.text("rlnImageName"))
         elif len(set(names)) < len(names):
             names = _numbered_repeats(names)
     if columns.has("cryoisoUid"):

@@ -160,7 +160,7 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object) 
         )
     elif name in block.columns:
         raise InputError(
-            f"the column _{name} stands twice in the block data_{block.name}", file=path, code="star-malformed"
+            f"the column _{name} appears twice in the block data_{block.name}", file=path, code="star-malformed"
         )
     else:
         if len(block.columns) >= MAX_COLUMNS:

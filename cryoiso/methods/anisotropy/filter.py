@@ -40,7 +40,7 @@ def missing_cone(box_px: int, half_angle_deg: float, axis: tuple[float, float, f
     """
     length = float(np.linalg.norm(axis))
     if not 0 < half_angle_deg < 90 or length == 0:
-        raise InputError("no such missing cone", expected="0 < half angle < 90 degrees and an axis that is not zero",
+        raise InputError("impossible missing cone", expected="0 < half angle < 90 degrees and an axis that is not zero",
                          found=f"{half_angle_deg:g} degrees about {axis}", code="option-out-of-range")  # fmt: skip
     x, y, z = np.asarray(axis, np.float64) / length
     k = coordinates(box_px)
@@ -70,7 +70,7 @@ def checked(transfer: np.ndarray, box_px: int, file: object = None) -> np.ndarra
             code="box-mismatch",
         )
     if not np.isfinite(a).all() or a.max() > 1.01 or a.max() <= 0:
-        raise InputError("the filter is no weight of Fourier coefficients", file=file, expected="values from 0 to 1",
+        raise InputError("the filter has weights outside 0 to 1", file=file, expected="values from 0 to 1",
                          found=f"{a.min():g} to {a.max():g}", code="filter-invalid")  # fmt: skip
     mate = friedel_mate(a)
     if float(np.abs(a - mate).mean()) > 0.02:

@@ -80,8 +80,8 @@ def matching_weights(path: Path, config: UnetConfig) -> dict[str, np.ndarray]:
     """
     saved = load(path)
     if saved.config != config:
-        raise InputError("the network to begin with has another shape", file=path,
+        raise InputError("the initial network has another shape", file=path,
                          expected=f"widths {config.widths}, {config.convolutions} convolutions",
                          found=f"widths {saved.config.widths}, {saved.config.convolutions} convolutions",
-                         hint="Use the same preset, or begin without it.", code="network-mismatch")  # fmt: skip
+                         hint="Use the same preset, or start without it.", code="network-mismatch")  # fmt: skip
     return saved.weights

@@ -157,7 +157,7 @@ def _require_whole(arrays: dict[str, np.ndarray], values: dict[str, Any], path: 
     elif noise is not None and not (noise.shape == (len(scale), box // 2 + 1) and bool((noise >= 0).all())):
         wrong = "noise"
     elif not np.isfinite(reference).all() or not np.isfinite(scale).all():
-        wrong = "reference or scale, which have values that are no numbers"
+        wrong = "reference or scale, which have values that are not numbers"
     elif not all(isinstance(number, int | float) and 0 < number < np.inf for number in numbers):
         wrong = "pixel_size_A or likelihood_sd"
     elif not isinstance(values.get("facts"), dict) or "config" not in values:
@@ -174,7 +174,7 @@ def _require_format(values: dict[str, Any], path: Path) -> None:
     found = values.get("network_format", 1)
     if found != NETWORK_FORMAT:
         raise InputError(
-            "the generator was trained by another version, in whose network these weights mean something else",
+            "the generator was trained by another version, whose network is different",
             file=path, expected=f"network format {NETWORK_FORMAT}", found=found, hint="Train the generator again.",
             code="version-mismatch",
         )  # fmt: skip

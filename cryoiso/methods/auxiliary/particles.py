@@ -56,7 +56,7 @@ def auxiliary_particles(
     if len(mine) == 0 or count < 1:
         expected = f"raw particles of half {half}"
         raise InputError(
-            "no auxiliary particles can be made", expected=expected, found=len(mine), code="particles-too-few"
+            "cannot make auxiliary particles", expected=expected, found=len(mine), code="particles-too-few"
         )
     base = stable_hash(f"{seed}/auxiliary/round {round_}/half {half}")
     with np.errstate(over="ignore"):

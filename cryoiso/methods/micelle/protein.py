@@ -67,9 +67,7 @@ def half_height(volume: np.ndarray) -> float:
     for _ in range(200):
         above = inside[inside > level]
         if not len(above) or not above.mean() > solvent:
-            raise InputError(
-                "the homologue holds no density that stands out of its solvent", code="map-without-density"
-            )
+            raise InputError("no density above the solvent in the homologue", code="map-without-density")
         new = 0.5 * (solvent + float(above.mean()))
         if abs(new - level) <= 1e-7 * abs(new - solvent):
             break

@@ -111,7 +111,7 @@ class MapCorrection:
         if r.keep_lowres_A:
             if state.initial is None:
                 raise InputError(
-                    "this engine does not tell its first reference, so its low resolution cannot be kept",
+                    "this engine does not return its first reference, so low resolution cannot be kept",
                     code="options-conflict",
                 )
             volume = keep_low_resolution(volume, state.initial[half], pixel, r.keep_lowres_A, mask=mask)

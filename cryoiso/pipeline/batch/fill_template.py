@@ -60,7 +60,7 @@ def fill_site(file: Path, facts: dict[str, Any], relion: dict[str, Any]) -> str:
     starts = words_of(text) & _RUNS or _OWN_START in text if jinja else "XXXcommandXXX" in text
     if not starts:
         raise InputError(
-            "the template does not say where cryoiso is to be started",
+            "the template has no placeholder for the cryoiso command",
             file=file,
             expected="XXXcommandXXX" if older else "{{ run_cmd }} or XXXcommandXXX",
             code="placeholder-missing",

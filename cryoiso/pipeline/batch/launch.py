@@ -66,7 +66,7 @@ def write_scripts(scripts: list[Script], overwrite: bool) -> None:
     for script in scripts:
         if script.path.exists() and not overwrite:
             raise UsageError(
-                f"{script.path} is there already; give --overwrite, or another name with --out", code="file-exists"
+                f"{script.path} already exists; give --overwrite, or another name with --out", code="file-exists"
             )
     for script in scripts:
         write_text(script.path, script.text)
@@ -139,7 +139,7 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     ranks, seconds = section.nodes * per_node, seconds_of(section.time)
     if section.grace_s >= seconds:
         raise UsageError(
-            f"launch.grace_s = {section.grace_s}: the wall-time is {seconds} s, so nothing would be done",
+            f"launch.grace_s = {section.grace_s}: no time for work is left of the wall time, {seconds} s",
             code="option-out-of-range",
         )
     for key in ("account", "queue", "gpu_type"):

@@ -78,14 +78,14 @@ def _job_id(scheduler: str, command: list[str], script: Path) -> str:
             )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise CryoisoError(
-            f"{command[0]} has not answered for {_TIMEOUT_S:.0f} s; look whether {script} is queued",
+            f"no answer from {command[0]} for {_TIMEOUT_S:.0f} s. Check whether {script} is queued",
             code="submission-failed",
         ) from None
     said = done.stdout.strip()
     number = re.search(how.job_id, said, flags=re.MULTILINE)
     if done.returncode != 0 or number is None:
         raise CryoisoError(
-            f"{command[0]} did not take {script}: {done.stderr.strip() or said or 'no reason given'}",
+            f"{command[0]} rejected {script}: {done.stderr.strip() or said or 'no reason given'}",
             code="submission-failed",
         )
     return number[1]

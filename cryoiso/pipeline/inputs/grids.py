@@ -51,7 +51,7 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1"
         )
     if high < 0.5:
         raise InputError(
-            f"the mask reaches no more than {high:g}",
+            f"the maximum of the mask is only {high:g}",
             file=path,
             expected="1 inside the particle",
             code="mask-values-invalid",

@@ -92,7 +92,7 @@ def prepare_reference(
         full, source = _from_map(file, box_px, pixel_size_A, map_pixel_size_A, resample)
     if float(full.data.max()) <= 0:
         raise InputError(
-            "the reference holds no positive density",
+            "no positive density in the reference",
             file=file,
             hint="Protein must be white in it.",
             code="map-without-density",
@@ -133,8 +133,8 @@ def finish_reference(full: DensityMap, lowpass_A: float, source: str, fit: Fit |
 def _check_lowpass(lowpass_A: float, pixel_size_A: float, file: Path) -> None:
     if lowpass_A and lowpass_A < 2 * pixel_size_A:
         raise InputError(
-            "the low-pass is finer than the grid can hold", file=file, expected=f"{2 * pixel_size_A:g} Å or more",
-            found=f"{lowpass_A:g} Å", code="grid-too-coarse",
+            "the low-pass is beyond the Nyquist frequency of the grid", file=file,
+            expected=f"{2 * pixel_size_A:g} Å or more", found=f"{lowpass_A:g} Å", code="grid-too-coarse",
         )  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def require_mask_symmetry(mask: np.ndarray, group: str, file: object) -> None:
         raise InputError(
             f"the mask does not have the symmetry {name} in the standard frame", file=file,
             expected=f"a correlation with its rotated copies above {MASK_CORRELATION:g}", found=f"{lowest:.2f}",
-            hint="Make it from a map that lies right; a mask of one part only goes with symmetry C1.",
+            hint="Make it from a map in the standard frame; use C1 for a mask of one part only.",
             code="symmetry-mismatch",
         )  # fmt: skip
 

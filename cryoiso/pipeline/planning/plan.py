@@ -148,7 +148,7 @@ def make_plan(
     """
     if layout.ranks < 1:
         raise UsageError(
-            "a plan needs one rank at least: give --nodes and --ranks-per-node or --gpus", code="option-missing"
+            "a plan needs at least one rank: give --nodes and --ranks-per-node or --gpus", code="option-missing"
         )
     if rates.device and rates.device != layout.device:
         words = {"cpu": "CPUs", "cuda": "GPUs"}

@@ -65,7 +65,9 @@ def _acquire(path: Path) -> None:
         raise InputError(
             f"the run folder cannot be written to: {error.strerror}", file=path.parent, code="not-writable"
         ) from None
-    raise UsageError(f"{path}: several runs want this folder at the same time; start one", code="run-locked")
+    raise UsageError(
+        f"{path}: several runs were started in this folder at the same time; start only one", code="run-locked"
+    )
 
 
 def _take(path: Path) -> bool:

@@ -79,8 +79,8 @@ def require_trust(run: RunFolder, job: Job, trust: bool, named: dict[str, str] |
     if not own and not trust and (links := links_out(run.path)):
         raise UsageError(
             f"{run.path} is not of a run that you have started, and {links[0]} leads out of it, to "
-            f"{os.path.realpath(links[0])}: what is written there would go elsewhere. 'cryoiso resume --trust' goes on "
-            "if that is meant.",
+            f"{os.path.realpath(links[0])}: what is written there would go elsewhere. If this is intended: "
+            "'cryoiso resume --trust'.",
             code="run-not-trusted",
         )
     if not own:

@@ -138,7 +138,7 @@ def _recorded(run: RunFolder, name: str, stages: list[str]) -> tuple[str, Output
     for stage in stages[: stages.index(name) + 1]:
         if stage not in ends:
             raise UsageError(
-                f"{run.path}: the stage '{stage}' was never finished. 'cryoiso resume' goes on with it.",
+                f"{run.path}: the stage '{stage}' is not finished. Continue it with 'cryoiso resume'.",
                 code="stage-unfinished",
             )
         if stage != name:
@@ -153,7 +153,7 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
         raise UsageError(f"{target} is not empty. Give a new folder with --out.", code="file-exists")
     if target == run.path or run.path in target.parents:
         raise UsageError(
-            f"{target} lies in the run. Give a folder outside of it with --out.", code="option-out-of-range"
+            f"{target} is inside the run. Give a folder outside of it with --out.", code="option-out-of-range"
         )
     target.mkdir(parents=True, exist_ok=True)
     for name in names:

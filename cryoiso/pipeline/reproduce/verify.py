@@ -122,9 +122,7 @@ def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> Verdict:
 def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[Recorded]]:
     """What is known before anything is hashed: the state, and the files with their hashes."""
     if not run.holds_a_run():
-        raise UsageError(
-            f"{run.path} holds no run that could be verified. 'cryoiso run' makes one.", code="run-missing"
-        )
+        raise UsageError(f"{run.path} holds no run to verify. 'cryoiso run' makes one.", code="run-missing")
     manifest, seal, lines = read_record(run.manifest), _read_seal(run), read_journal(run.journal)
     check_manifest(manifest, run.manifest)
     if manifest:
@@ -164,7 +162,7 @@ def _read_seal(run: RunFolder) -> dict[str, Any]:
     files = seal.get("files")
     texts = all(isinstance(seal.get(key), str) for key in ("digest", "time"))
     if not isinstance(files, dict) or not all(map(_is_noted, files.values())) or not texts:
-        raise InputError("not a seal as a run writes it", file=run.seal,
+        raise InputError("not a valid seal", file=run.seal,
                          expected="digest, time and files with bytes and sha256",
                          hint="Take the file from a copy of the run folder.", code="record-damaged")  # fmt: skip
     require_contained(run.path, files, run.seal)

@@ -102,7 +102,7 @@ def _require_gpus_as_before(work: Work) -> None:
     if comm.device() == "cpu":
         error = MissingError(
             f"rank {comm.rank} on {comm.hostname} sees no GPU, and this run computed on GPUs before ({before}). Ask "
-            f"the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. {_by_cpu(work)}",
+            f"the batch system for a GPU per rank; 'cryoiso doctor' shows what is missing. {_by_cpu(work)}",
             code="gpu-missing",
         )
     agree(comm, error)

@@ -107,7 +107,7 @@ def _here(function: Any, *args: Any) -> Any:
 def _begin(task: Task) -> None:
     if len(task.maps) == 1 and task.transfer is None and task.missing_cone_deg is None:
         raise UsageError(
-            "one map alone does not tell what it lacks: give --missing-cone, --filter, or both half-maps",
+            "a single map needs --missing-cone or --filter; otherwise give both half-maps",
             code="option-missing",
         )
     if task.transfer is not None and task.missing_cone_deg is not None:

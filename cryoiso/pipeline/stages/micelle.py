@@ -138,7 +138,7 @@ def write_micelle(
     )  # fmt: skip
     facts = on_root(comm, _write, found, particles, homologue, mask, settings, folder)
     if found.stopped:
-        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps are those so far")
+        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps so far are kept")
     return facts
 
 
