@@ -139,8 +139,8 @@ def group(**change: Any) -> Any:
 
 
 INDEX = {
-    "list": (lambda i: [], "not an index of shards"),
-    "text": (lambda i: "x", "not an index of shards"),
+    "list": (lambda i: [], "no index of this version"),
+    "text": (lambda i: "x", "no index of this version"),
     **{f"no {k}": (lambda i, k=k: {a: b for a, b in i.items() if a != k}, f"'{k}' is wrong or missing")
        for k in ("box_px", "images", "shards", "groups", "plan", "storage")},
     "null box": (lambda i: {**i, "box_px": None}, "'box_px' is wrong or missing"),
