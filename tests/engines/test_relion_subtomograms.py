@@ -114,7 +114,7 @@ def test_stacks_of_tilt_images_are_refused_for_what_they_are(tmp_path, text):
 
 def test_volumes_are_not_asked_for_a_ctf_where_images_are_wanted(data, tmp_path):
     done = cryoiso_here("ingest", data / "particles.star", tmp_path / "out")
-    assert done.returncode == 65 and "subtomograms, not images" in done.stderr and "Estimate" not in done.stderr
+    assert done.returncode == 65 and "[subtomograms-unsupported]" in done.stderr and "Estimate" not in done.stderr
 
 
 def test_volumes_and_images_in_one_file_are_refused(data, tmp_path):

@@ -304,7 +304,7 @@ def test_generation_refuses_other_data(trained, tmp_path):
     )  # fmt: skip
     assert found.returncode == 65 and "26 px" in found.stderr and "24 px" in found.stderr
     missing = cryoiso_here("auxiliary", "generate", tmp_path, tmp_path / "other/particles.star", "--out", tmp_path)
-    assert missing.returncode == 65 and "no generators" in missing.stderr
+    assert missing.returncode == 65 and "[file-not-found]" in missing.stderr
     assert not (tmp_path / "out").exists()
 
 

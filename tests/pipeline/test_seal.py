@@ -277,7 +277,7 @@ def test_replay_refuses_what_it_cannot_judge(copy, tmp_path, quick, finished):
         assert cryoiso_here("replay", *words).returncode == EXIT_USAGE
     damage(copy / "02_reference/reference.mrc")
     done = cryoiso_here("replay", "refine", copy, "--out", tmp_path / "c")
-    assert done.returncode == EXIT_INPUT and "has changed since the run" in done.stderr
+    assert done.returncode == EXIT_INPUT and "[run-inputs-changed]" in done.stderr
     assert not (tmp_path / "c").exists()
 
 

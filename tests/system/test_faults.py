@@ -269,7 +269,7 @@ def test_two_runs_start_in_one_folder_at_once(data, tmp_path, quick, expected):
             torch.set_num_threads(1)
             time.sleep(max(0, go - time.monotonic()))
             done = cryoiso_here("run", data / "job.toml", "--out", tmp_path / "run")
-            refused = "another run works in" in done.stderr or "holds a run already" in done.stderr
+            refused = "[run-locked]" in done.stderr or "[run-exists]" in done.stderr
             os._exit(done.returncode if done.returncode == 0 or refused else 99)
         pids.append(pid)
     statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
