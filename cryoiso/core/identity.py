@@ -34,7 +34,7 @@ ORDER = "row order"
 _NOT_CTF = ("uid", "optics", "stack", "index", "rotation", "shift_A", "half")
 _SETS = ("number", "uids")
 """Where these differ, all the rest of a particle set differs as well."""
-HINT = "Give what it was begun with, or begin anew: without --resume, or in another folder."
+HINT = "Give the same inputs and settings, or start again without --resume or in another folder."
 
 
 def digest_of(*parts: object) -> str:
