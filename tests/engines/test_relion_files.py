@@ -354,5 +354,9 @@ def test_rows_come_back_whatever_their_order():
     names = ["000001@a.mrcs", "000002@a.mrcs", "000001@b.mrcs"]
     assert rows_of_names(["1@b.mrcs", "2@a.mrcs", "01@a.mrcs"], names, "f").tolist() == [2, 1, 0]
     for lost in (names[:2], [*names, "000003@a.mrcs"], [names[0], names[0], names[1]]):
-        with raises_code("relion-particles-lost", CryoisoError, match="did not return all particles"):
+        with raises_code(
+            "relion-particles-lost",
+            CryoisoError,
+            match="each particle exactly once .3 were given, 2 came back, 1 are missing",
+        ):
             rows_of_names(lost, names, "f")

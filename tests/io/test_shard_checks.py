@@ -150,7 +150,7 @@ INDEX = {
     "true": (lambda i: {**i, "images": True}, "'images' is wrong"),
     "float64": (lambda i: {**i, "storage": "float64"}, "'storage' is wrong"),
     "start": (first(start=-10), "shard 0 is not described"),
-    "gap": (first(start=3), "shard 0 does not follow"),
+    "gap": (first(start=3), "shard 0 is not contiguous"),
     "stop": (first(stop=10**12), "expected 1000000000000, as the shards have"),
     "no groups": (lambda i: {**i, "groups": []}, "'groups' is wrong"),
     "group": (lambda i: {**i, "groups": [7]}, "optics group 1: not an object"),
