@@ -69,7 +69,9 @@ def _given(argument: Path | None, option: Path | None, name: str) -> Path:
 
     if (argument is None) == (option is None):
         found = "is missing" if option is None else "is given twice"
-        raise UsageError(f"{name} {found}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2")
+        raise UsageError(
+            f"{name} {found}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2", code="option-missing"
+        )
     return argument or option  # type: ignore[return-value]
 
 

@@ -50,7 +50,7 @@ def _lines(found: list) -> list[str]:
     lines, last = [], ""
     for one in found:
         label = "" if one.check == last else one.check
-        lines.append(f"{label:<13}{mark[one.severity]}{one.found}")
+        lines.append(f"{label:<13}{mark[one.severity]}{one.found}{f' [{one.code}]' if one.code else ''}")
         if one.remedy:
             lines.append(f"{'':<13}{'-> ' + one.remedy}")
         last = one.check

@@ -36,7 +36,9 @@ def init(
     from cryoiso.physics.symmetry import point_group
 
     if out.exists() and not overwrite:
-        raise UsageError(f"{out} is there already; give --overwrite to replace it, or another name with --out")
+        raise UsageError(
+            f"{out} already exists; give --overwrite to replace it, or another name with --out", code="file-exists"
+        )
     options = given.job(particles={"file": str(particles)}, reference={"file": ""})
     project, passthrough = options.particles.project, options.particles.passthrough
     found = read_particle_file(particles, project, passthrough=passthrough)

@@ -153,7 +153,7 @@ def keys_of(given: list[str] | None, name: str) -> dict[str, Any]:
     """
     for entry in given or []:
         if "=" not in entry:
-            raise UsageError(f"{name}: KEY=VALUE is expected (found '{entry}')")
+            raise UsageError(f"{name}: KEY=VALUE is expected (found '{entry}')", code="option-malformed")
     return {key.strip(): value.strip() for key, _, value in (entry.partition("=") for entry in given or [])}
 
 

@@ -62,7 +62,7 @@ def plan(
     from cryoiso.pipeline.workflow import folder_stages
 
     if rates is not None and measure:
-        raise UsageError("--rates and --measure exclude each other")
+        raise UsageError("--rates and --measure exclude each other", code="options-conflict")
     _, found = read_job(job)
     problem = problem_of(Inputs(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
     layout = Layout(nodes, gpus, ranks_per_node or max(gpus, 1))

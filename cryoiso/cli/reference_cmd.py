@@ -60,7 +60,10 @@ def reference(
     from cryoiso.pipeline.inputs.reference import finish_reference, prepare_reference
 
     if file in PHANTOMS and (fit is not None or standard_frame or symmetrise):
-        raise UsageError("--fit, --standard-frame and --symmetrise take a file: write the phantom to one first")
+        raise UsageError(
+            "--fit, --standard-frame and --symmetrise take a file: write the phantom to one first",
+            code="options-conflict",
+        )
     box, pixel_size = _grid(file, box, pixel_size, map_pixel_size)
     if file in PHANTOMS:
         from cryoiso.physics.phantom import phantom_map
@@ -89,7 +92,7 @@ def _grid(file: str, box: int | None, pixel_size: float | None, map_pixel_size: 
     from cryoiso.io.models import is_model
 
     if file in PHANTOMS or is_model(file):
-        raise UsageError("a model needs --box and --pixel-size: those of the particles")
+        raise UsageError("a model needs --box and --pixel-size: those of the particles", code="option-missing")
     from cryoiso.io.mrc import read_map
 
     found = read_map(file, map_pixel_size)

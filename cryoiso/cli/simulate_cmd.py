@@ -219,11 +219,11 @@ def _nuisances(options: dict[str, Any]) -> Nuisances:
 
     get = options.__getitem__
     if get("micrographs_from_ctf") and not get("ctf_from"):
-        raise UsageError("--micrographs-from-ctf needs --ctf-from")
+        raise UsageError("--micrographs-from-ctf needs --ctf-from", code="option-missing")
     if get("noise_from") and get("noise") == "none":
-        raise UsageError("--noise-from and --noise none exclude each other")
+        raise UsageError("--noise-from and --noise none exclude each other", code="options-conflict")
     if get("junk_other") and not any(str(j).startswith("other=") for j in get("junk") or ()):
-        raise UsageError("--junk-other needs --junk other=SHARE")
+        raise UsageError("--junk-other needs --junk other=SHARE", code="option-missing")
     return s.Nuisances(
         s.Neighbours(get("neighbours"), get("neighbour_distance"), get("diameter")),
         s.Ice(get("ice"), get("ice_view_correlation"), get("ice_mean_free_path"), get("ice_noise")),
@@ -262,7 +262,9 @@ def _grid(text: str) -> tuple[int, float]:
     try:
         return int(box), float(pixel)
     except ValueError:
-        raise UsageError(f"--grid: box and pixel size are expected, as in 64x3.0 (found '{text}')") from None
+        raise UsageError(
+            f"--grid: box and pixel size are expected, as in 64x3.0 (found '{text}')", code="option-malformed"
+        ) from None
 
 
 def _shares(entries: list[str] | None) -> dict[str, float]:
@@ -272,7 +274,9 @@ def _shares(entries: list[str] | None) -> dict[str, float]:
     try:
         return {kind: float(share) for kind, share in keys_of(entries, "--junk").items()}
     except ValueError:
-        raise UsageError(f"--junk: KIND=SHARE with a number is expected (found {entries})") from None
+        raise UsageError(
+            f"--junk: KIND=SHARE with a number is expected (found {entries})", code="option-malformed"
+        ) from None
 
 
 def _ctf(options: dict[str, Any]) -> CtfRanges | Particles:
@@ -342,5 +346,7 @@ def _ctf_applied(phase_flipped: bool, ctf_premultiplied: bool) -> CtfApplied:
     from cryoiso.core.errors import UsageError
 
     if phase_flipped and ctf_premultiplied:
-        raise UsageError("--phase-flipped and --ctf-premultiplied exclude each other: c |c| is neither")
+        raise UsageError(
+            "--phase-flipped and --ctf-premultiplied exclude each other: c |c| is neither", code="options-conflict"
+        )
     return "premultiplied" if ctf_premultiplied else "flipped" if phase_flipped else ""

@@ -48,6 +48,10 @@ MOST_EXPLAINED = 6
 """Mistakes of a job file that are told at once; a lost section head makes one of every key."""
 
 
+_CODES = {"extra_forbidden": "job-unknown-key", "missing": "job-key-missing"}
+"""pydantic's kind of mistake -> code; the code of a job file is that of its first mistake"""
+
+
 def parse_job(data: dict[str, Any], file: object = "job.toml", options: Mapping[str, str] | None = None) -> Job:
     """Checks a decoded job file, or the options of a command.
 
@@ -63,7 +67,9 @@ def parse_job(data: dict[str, Any], file: object = "job.toml", options: Mapping[
         wrong = error.errors()
         text = "; ".join(_explain(file, e, options or {}) for e in wrong[:MOST_EXPLAINED])
         more = len(wrong) - MOST_EXPLAINED
-        raise UsageError(text + (f"; and {more} more" if more > 0 else "")) from None
+        raise UsageError(
+            text + (f"; and {more} more" if more > 0 else ""), code=_CODES.get(wrong[0]["type"], "job-bad-value")
+        ) from None
     for section, key in COMMANDS:
         split_command(getattr(getattr(job, section), key), f"{file}: '{section}.{key}'")
     return job

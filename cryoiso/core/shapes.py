@@ -24,7 +24,7 @@ def require_cube(volume: HasShape, what: str = "a map") -> int:
     """
     shape = tuple(volume.shape)
     if len(shape) != 3 or len(set(shape)) != 1:
-        raise InputError(f"{what} is a cube", expected="(D, D, D)", found=shape)
+        raise InputError(f"{what} is a cube", expected="(D, D, D)", found=shape, code="map-not-cubic")
     return int(shape[0])
 
 
@@ -37,7 +37,7 @@ def require_box(array: HasShape, dims: int) -> int:
     shape = tuple(array.shape)
     if len(shape) < dims or len(set(shape[-dims:])) != 1:
         what, expected = ("images are squares", "(..., D, D)") if dims == 2 else ("maps are cubes", "(..., D, D, D)")
-        raise InputError(what, expected=expected, found=shape)
+        raise InputError(what, expected=expected, found=shape, code="arrays-do-not-fit")
     return int(shape[-1])
 
 
@@ -49,7 +49,9 @@ def require_images(images: HasShape) -> int:
     """
     shape = tuple(images.shape)
     if len(shape) != 3 or shape[1] != shape[2]:
-        raise InputError("a set of images has one square for each image", expected="(n, D, D)", found=shape)
+        raise InputError(
+            "a set of images has one square for each image", expected="(n, D, D)", found=shape, code="arrays-do-not-fit"
+        )
     return int(shape[-1])
 
 
@@ -61,7 +63,9 @@ def require_rotations(rotation: HasShape) -> int:
     """
     shape = tuple(rotation.shape)
     if len(shape) != 3 or shape[1:] != (3, 3):
-        raise InputError("a set of rotations has one matrix for each", expected="(n, 3, 3)", found=shape)
+        raise InputError(
+            "a set of rotations has one matrix for each", expected="(n, 3, 3)", found=shape, code="arrays-do-not-fit"
+        )
     return int(shape[0])
 
 
@@ -72,4 +76,6 @@ def require_like(array: HasShape, other: HasShape, what: str) -> None:
         InputError: it has not.
     """
     if tuple(array.shape) != tuple(other.shape):
-        raise InputError(f"{what} has another shape", expected=tuple(other.shape), found=tuple(array.shape))
+        raise InputError(
+            f"{what} has another shape", expected=tuple(other.shape), found=tuple(array.shape), code="arrays-do-not-fit"
+        )

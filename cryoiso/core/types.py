@@ -140,6 +140,7 @@ class Particles:
                 file=file,
                 expected="rlnAngleRot, rlnAngleTilt, rlnAnglePsi, rlnOriginXAngst, rlnOriginYAngst",
                 hint="Give the output of a refinement, or run 'cryoiso refine' first.",
+                code="poses-missing",
             )
         return self.rotation, self.shift_A
 
@@ -160,7 +161,11 @@ def concatenate(first: Particles, second: Particles, *, pooled: bool = False) ->
         if f.name in ("groups", "table", "optics_table", "results", "optics"):
             continue
         if (one is None) != (two is None):
-            raise InputError(f"only one of both particle sets has a '{f.name}'", expected="both or none")
+            raise InputError(
+                f"only one of the two particle sets has a '{f.name}'",
+                expected="both or none",
+                code="particle-sets-differ",
+            )
         columns[f.name] = None if one is None else np.concatenate([one, two])
     if pooled:
         _require_same_optics(first, second)
@@ -179,7 +184,10 @@ def _require_same_optics(first: Particles, second: Particles) -> None:
         mine = first.groups[i] if i < len(first.groups) else None
         if mine is None or replace(mine, box_px=0) != replace(second.groups[i], box_px=0):
             raise InputError(
-                "particles cannot join an optics group of other particles", expected=second.groups[i], found=mine
+                "particles cannot join an optics group of other particles",
+                expected=second.groups[i],
+                found=mine,
+                code="particle-sets-differ",
             )
 
 

@@ -89,29 +89,42 @@ def _check(request: RefineRequest) -> None:
             expected=f"{source.box_px} px",
             found=f"{reference.box_px} px",
             hint="Use 'cryoiso reference' to bring it to the particles' grid.",
+            code="box-mismatch",
         )
     if request.half_references is not None:
         _check_half_references(request.half_references, reference)
     if request.local_deg is not None:
         if not 0 < request.local_deg <= 90:
-            raise InputError("not an angle for a local search", expected="0 to 90 degrees", found=request.local_deg)
+            raise InputError(
+                "not an angle for a local search",
+                expected="0 to 90 degrees",
+                found=request.local_deg,
+                code="option-out-of-range",
+            )
         source.particles.require_poses()
     check_poses(source.particles, source.box_px)
     half = source.particles.half
     for h in HALVES:
         if half is None or not (half == h).any():
-            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+            raise InputError(
+                f"half-set {h} is empty",
+                hint="Both half-sets need particles: check rlnRandomSubset.",
+                code="half-set-empty",
+            )
 
 
 def _check_half_references(found: dict[int, DensityMap], reference: DensityMap) -> None:
     if set(found) != set(HALVES):
-        raise InputError("each half-set needs a reference of its own", expected=HALVES, found=tuple(found))
+        raise InputError(
+            "each half-set needs a reference of its own", expected=HALVES, found=tuple(found), code="arrays-do-not-fit"
+        )
     for h, own in found.items():
         if own.box_px != reference.box_px or abs(own.pixel_size_A / reference.pixel_size_A - 1) > 0.01:
             raise InputError(
                 f"the reference of half-set {h} is on another grid than the common one",
                 expected=f"{reference.box_px} px of {reference.pixel_size_A:g} Å",
                 found=f"{own.box_px} px of {own.pixel_size_A:g} Å",
+                code="grid-mismatch",
             )
 
 
@@ -178,13 +191,16 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             values["history"],
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint is of another version ({error})", file=file, hint=HINT) from None
+        raise InputError(
+            f"the checkpoint is of another version ({error})", file=file, hint=HINT, code="version-mismatch"
+        ) from None
     if not np.array_equal(rows, np.arange(len(rows))):
         logger.info("the rows of the particle file are in another order than those of %s; matched by uid", file)
     if state.done and not model.state.done and run.request.correction is not None:
         raise InputError(
             "the checkpoint is of a refinement that had reached max_iterations: its last references were not corrected",
             file=file, expected=f"max_iterations = {state.iteration}", found=run.settings.max_iterations, hint=HINT,
+            code="checkpoint-not-continuable",
         )  # fmt: skip
     return model
 

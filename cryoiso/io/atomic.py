@@ -20,6 +20,9 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 class DiskFullError(CryoisoError):
     """No room (or quota) left for a file; nothing half-written stays behind."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="disk-full")
+
 
 def temporary_name(path: Path) -> Path:
     """The name a file has until it is complete."""
@@ -80,7 +83,12 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
     """
     final = Path(str(path))
     if not final.parent.is_dir():
-        raise InputError("the folder to write into does not exist", file=final, hint=f"Create {final.parent} first.")
+        raise InputError(
+            "the folder to write into does not exist",
+            file=final,
+            hint=f"Create {final.parent} first.",
+            code="folder-not-found",
+        )
     if need_bytes is not None:
         require_space(final, need_bytes)
     part = temporary_name(final)
@@ -97,9 +105,13 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
         with suppress(OSError):
             part.unlink()
         if isinstance(error, OSError) and error.errno in _FORBIDDEN:
-            raise InputError(f"not allowed to write this file: {error.strerror}", file=final) from error
+            raise InputError(
+                f"not allowed to write this file: {error.strerror}", file=final, code="not-writable"
+            ) from error
         if isinstance(error, FileNotFoundError) and not final.parent.is_dir():
-            raise CryoisoError(f"{final}: the folder was removed while this file was written") from error
+            raise CryoisoError(
+                f"{final}: the folder was removed while this file was written", code="folder-removed"
+            ) from error
         if isinstance(error, OSError) and is_full(error):
             raise disk_full(final, need_bytes) from error
         raise

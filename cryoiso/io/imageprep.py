@@ -53,7 +53,10 @@ def background_mask(box_px: int, fraction: float) -> Bool[np.ndarray, "{box_px} 
     mask = axis[:, None] ** 2 + axis[None, :] ** 2 > (fraction * box_px / 2) ** 2
     if mask.sum() < 8:
         raise InputError(
-            "no background is left outside the particle", expected="a fraction of the box below 1", found=fraction
+            "no background is left outside the particle",
+            expected="a fraction of the box below 1",
+            found=fraction,
+            code="option-out-of-range",
         )
     return mask
 
@@ -183,6 +186,7 @@ def check_images(images: np.ndarray, rows: np.ndarray, particles: Particles, fil
                 file=file,
                 row=row + 1,
                 hint="Remove this row from the particle file, or copy the stack again.",
+                code="image-unusable",
             )
 
 

@@ -76,7 +76,12 @@ def check_stacks(particles: Particles, file: object = None) -> tuple[OpticsGroup
         InputError: missing or truncated stack, image beyond its stack, the same image twice, wrong or non-square size.
     """
     if not len(particles) or (particles.index < 0).any():
-        raise InputError("the particles have no images", file=file, expected="_rlnImageName in every row")
+        raise InputError(
+            "the particles have no image names",
+            file=file,
+            expected="_rlnImageName in every row",
+            code="star-column-missing",
+        )
     groups = list(particles.groups)
     with StackReader() as reader:
         for rows in by_stack(particles.stack):
@@ -96,10 +101,11 @@ def _refuse_doubles(particles: Particles, file: object) -> None:
             first, second = rows[index == values[counts.argmax()]][:2].tolist()
             names = [str(particles.stack[row]) for row in (first, second)]
             raise InputError(
-                f"the same image stands in two rows: {first + 1} and {second + 1}"
+                f"the same image is in two rows: {first + 1} and {second + 1}"
                 + (f"; {names[0]} and {names[1]} are one file" if names[0] != names[1] else ""),
                 file=file,
                 row=second + 1,
+                code="duplicate-particles",
             )
 
 
@@ -110,7 +116,11 @@ def _check_box(
     stack = particles.stack[row]
     if shape[1] != shape[2]:
         raise InputError(
-            f"the images of {stack} are not square", file=file, row=row + 1, found=f"{shape[2]} x {shape[1]} px"
+            f"the images of {stack} are not square",
+            file=file,
+            row=row + 1,
+            found=f"{shape[2]} x {shape[1]} px",
+            code="stack-not-of-images",
         )
     if group.box_px not in (0, shape[2]):
         raise InputError(
@@ -119,6 +129,7 @@ def _check_box(
             row=row + 1,
             expected=f"{group.box_px} px",
             found=f"{shape[2]} px",
+            code="box-mismatch",
         )
     return replace(group, box_px=shape[2])
 
@@ -243,6 +254,7 @@ def _blocks(plan: IngestPlan, start: int, stop: int, progress: Progress | None) 
                     expected=f"at most {limit:g}",
                     found=f"{peaks.max():g}",
                     hint="Set storage = 'float32', or leave normalise on.",
+                    code="images-not-normalised",
                 )
             yield images.astype(plan.settings.storage)
             if progress:

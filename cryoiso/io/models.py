@@ -70,13 +70,22 @@ def read_model(path: object, assembly: str = "auto") -> Any:
         structure = gemmi.read_structure(str(path), format=kind)
     except Exception as error:  # whatever the parser stumbles over
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"not a readable atomic model: {message}", file=path, expected="a PDB or mmCIF file") from None
+        raise InputError(
+            f"not a readable atomic model: {message}", file=path, expected="a PDB or mmCIF file", code="model-malformed"
+        ) from None
     if not len(structure) or all(model.count_atom_sites() == 0 for model in structure):
-        raise InputError("there are no atoms in it", file=path, expected="a PDB or mmCIF file with coordinates")
+        raise InputError(
+            "there are no atoms in it",
+            file=path,
+            expected="a PDB or mmCIF file with coordinates",
+            code="model-malformed",
+        )
     try:
         return _cleaned(structure, assembly, path, pdb)
     except UnicodeDecodeError:
-        raise InputError("the name of an atom, residue or chain is not text", file=path) from None
+        raise InputError(
+            "the name of an atom, residue or chain is not text", file=path, code="model-malformed"
+        ) from None
 
 
 def _cleaned(structure: Any, assembly: str, path: object, pdb: bool) -> Any:
@@ -93,7 +102,7 @@ def _cleaned(structure: Any, assembly: str, path: object, pdb: bool) -> Any:
     without_solvent(model)
     model.remove_waters()
     if model.count_atom_sites() == 0:
-        raise InputError("there are no atoms in it but water, hydrogen and markers", file=path)
+        raise InputError("there are no atoms in it but water, hydrogen and markers", file=path, code="model-malformed")
     return model
 
 
@@ -108,13 +117,22 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
         if assembly == "auto":
             return model
         names = ", ".join(a.name for a in structure.assemblies) or "none"
-        raise InputError("no such biological assembly", file=path, expected=f"one of: {names}", found=assembly)
+        raise InputError(
+            "no such biological assembly",
+            file=path,
+            expected=f"one of: {names}",
+            found=assembly,
+            code="assembly-unavailable",
+        )
     operators = sum(len(g.operators) for g in found.generators)
     try:
         whole = gemmi.make_assembly(found, model, gemmi.HowToNameCopiedChain.AddNumber)
     except RuntimeError as error:
         raise InputError(
-            f"its biological assembly {wanted} cannot be built: {error}", file=path, hint="Set assembly to none."
+            f"its biological assembly {wanted} cannot be built: {error}",
+            file=path,
+            hint="Set assembly to none.",
+            code="assembly-unavailable",
         ) from None
     if assembly == "auto" and (operators < 2 or whole.count_atom_sites() <= model.count_atom_sites()):
         return model
@@ -179,6 +197,7 @@ def model_to_map(
             file=path,
             expected=f"at least {math.ceil(2 * reach / pixel_size_A)} px of {pixel_size_A:g} Å",
             found=f"{box_px} px",
+            code="model-exceeds-box",
         )
     _transform(model, rotation, offset + (box_px // 2) * pixel_size_A)
     return DensityMap(_rasterise(model, box_px, pixel_size_A, resolution_A), float(pixel_size_A))

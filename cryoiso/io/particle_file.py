@@ -49,14 +49,21 @@ def read_particle_file(
         return _in_our_frame(read_cs(path, project, require, passthrough), symmetry, path)
     if suffix == ".star":
         if passthrough:
-            raise InputError("passthrough files belong to a .cs file, not to a STAR file", file=path)
+            raise InputError(
+                "passthrough files belong to a .cs file, not to a STAR file", file=path, code="passthrough-mismatch"
+            )
         from cryoiso.io.dimensionality import require_images
         from cryoiso.io.star.read import read_particles
 
         if "ctf" in require:
             require_images(path, project)
         return read_particles(path, project, require)
-    raise InputError("unknown kind of particle file", file=path, expected="a name that ends in .star or .cs")
+    raise InputError(
+        "unknown kind of particle file",
+        file=path,
+        expected="a name that ends in .star or .cs",
+        code="particle-file-unknown-kind",
+    )
 
 
 def _in_our_frame(particles: Particles, symmetry: str, path: object) -> Particles:

@@ -28,10 +28,18 @@ def read_pose_archive(path: object, require: tuple[str, ...] = ("pose",)) -> Par
         name, shape = wanted[what]
         found = arrays[name].shape if name in arrays else "no such array"
         if found != shape or not n:
-            raise InputError(f"wrong array '{name}'", file=path, expected=f"shape {shape}, at least 1 row", found=found)
+            raise InputError(
+                f"wrong array '{name}'",
+                file=path,
+                expected=f"shape {shape}, at least 1 row",
+                found=found,
+                code="arrays-do-not-fit",
+            )
     rotation = arrays.get("rotation")
     if rotation is not None and np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() > 1e-3:
-        raise InputError("not all of 'rotation' are rotations", file=path, expected="orthonormal matrices")
+        raise InputError(
+            "not all of 'rotation' are rotations", file=path, expected="orthonormal matrices", code="value-out-of-range"
+        )
     ctf = arrays.get("ctf", np.full((n, CTF_COLUMNS), np.nan))
     groups, optics = _groups(ctf)
     return Particles(
@@ -47,11 +55,13 @@ def _arrays(path: object) -> dict[str, np.ndarray]:
         with np.load(str(path), allow_pickle=False) as archive:
             arrays = {name: np.asarray(archive[name], np.float64) for name in ("rotation", "ctf") if name in archive}
     except FileNotFoundError:
-        raise InputError("there is no such file", file=path) from None
+        raise InputError("no such file", file=path, code="file-not-found") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"not a readable archive: {error}", file=path, expected="a .npz file of numbers") from None
+        raise InputError(
+            f"not a readable archive: {error}", file=path, expected="a .npz file of numbers", code="file-unreadable"
+        ) from None
     if not all(np.isfinite(a).all() for a in arrays.values()):
-        raise InputError("the archive holds values that are no numbers", file=path)
+        raise InputError("the archive holds values that are no numbers", file=path, code="value-not-a-number")
     return arrays
 
 

@@ -49,7 +49,7 @@ def write_rows(source: object, out: object, rows: np.ndarray) -> None:
 def _require_number(found: int, rows: np.ndarray, source: object) -> None:
     if found != len(rows):
         raise InputError("the file has changed while it was read", file=source, expected=f"{len(rows):,} particles",
-                         found=f"{found:,}")  # fmt: skip
+                         found=f"{found:,}", code="particle-sets-differ")  # fmt: skip
 
 
 def _taken(block: StarBlock, rows: np.ndarray) -> StarBlock:
@@ -72,6 +72,7 @@ def column_of(path: object, particles: Particles, name: str, passthrough: Sequen
         return read_cs_field(path, name, passthrough)
     columns = Columns(particles.table, path)
     if not columns.has(name.removeprefix("_")):
-        raise InputError("no such column", file=path, expected=f"_{name.removeprefix('_')}",
-                         found=", ".join(str(c) for c in columns.frame.columns))  # fmt: skip
+        names = ", ".join(str(c) for c in columns.frame.columns)
+        wanted = f"_{name.removeprefix('_')}"
+        raise InputError("no such column", file=path, expected=wanted, found=names, code="star-column-missing")
     return columns.number(name.removeprefix("_"), ranged=False)

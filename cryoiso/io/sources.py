@@ -75,7 +75,10 @@ class ArraySource:
         """
         if images.ndim != 3 or images.shape[1] != images.shape[2] or len(images) != len(particles):
             raise InputError(
-                "images and particles do not fit", expected=f"({len(particles)}, D, D)", found=tuple(images.shape)
+                "images and particles do not fit",
+                expected=f"({len(particles)}, D, D)",
+                found=tuple(images.shape),
+                code="arrays-do-not-fit",
             )
         self._images = images
         self.particles = particles
@@ -100,9 +103,16 @@ class JoinedSource:
             InputError: different boxes, a uid that is in both, or ``pooled`` and the groups differ.
         """
         if first.box_px != second.box_px:
-            raise InputError("both particle sets need one box", expected=first.box_px, found=second.box_px)
+            raise InputError(
+                "the particle sets have different boxes",
+                expected=first.box_px,
+                found=second.box_px,
+                code="box-mismatch",
+            )
         if len(np.intersect1d(first.particles.uid, second.particles.uid)):
-            raise InputError("a particle is in both sets", expected="uids of their own in each")
+            raise InputError(
+                "a particle is in both sets", expected="uids of their own in each", code="particle-sets-differ"
+            )
         self._parts = (first, second)
         self._n = len(first.particles)
         self.particles = concatenate(first.particles, second.particles, pooled=pooled)

@@ -60,10 +60,16 @@ class StackReader:
                     raise
                 problem = f"image stack {path}: {error.problem}"
                 hint = error.hint
-                if error.problem == "no such file":
+                if error.code == "file-not-found":
                     hint = "Relative paths start from the project folder; give it if it is not the current one."
                 raise InputError(
-                    problem, file=file, row=row, expected=error.expected, found=error.found, hint=hint
+                    problem,
+                    file=file,
+                    row=row,
+                    expected=error.expected,
+                    found=error.found,
+                    hint=hint,
+                    code=error.code,
                 ) from None
             if self._headers[path].spare_bytes and not self._told:
                 self._told = True
@@ -91,6 +97,7 @@ class StackReader:
                 row=row,
                 expected=f"an image from 1 to {header.shape[0]}",
                 found=f"image {int(index[bad[0]]) + 1}",
+                code="stack-too-short",
             )
         return header
 
@@ -127,10 +134,20 @@ def _header_of_images(path: str) -> MrcHeader:
     header.require_right_angles(path, images=True)
     if header.axes[0] != 2 or header.volumes > 1:
         found = f"{header.volumes} volumes" if header.volumes > 1 else f"sections along {'xyz'[header.axes[0]]}"
-        raise InputError("not a stack of images", file=path, expected="images of x and y, one a section", found=found)
+        raise InputError(
+            "not a stack of images",
+            file=path,
+            expected="images of x and y, one a section",
+            found=found,
+            code="stack-not-of-images",
+        )
     if max(header.shape[1:]) > MAX_IMAGE_PX:
         raise InputError(
-            "the images are too large", file=path, expected=f"at most {MAX_IMAGE_PX} px", found=max(header.shape[1:])
+            "the images are too large",
+            file=path,
+            expected=f"at most {MAX_IMAGE_PX} px",
+            found=max(header.shape[1:]),
+            code="size-above-limit",
         )
     return header
 
@@ -164,5 +181,7 @@ def _read_fully(handle: int, view: memoryview, offset: int, path: object) -> Non
     while done < len(view):
         got = os.preadv(handle, [view[done:]], offset + done)
         if got <= 0:
-            raise InputError("the file ended while it was read", file=path, hint="Copy it again.")
+            raise InputError(
+                "the file ended while it was read", file=path, hint="Copy it again.", code="file-truncated"
+            )
         done += got

@@ -100,9 +100,10 @@ def symmetry_frame(
         if away <= COPY_RMSD_A:
             return frame, centre
         raise InputError(
-            f"the chains of the model are rotated as {group_name} has it, but shifted besides (a screw, or a chain out "
-            "of place)", file=file, expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
-            found=f"{away:.1f} Å", hint="Check the file and the point group.",
+            f"the chains of the model are related by the rotations of {group_name} plus a shift (a screw axis, or a "
+            "misplaced chain)", file=file,
+            expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
+            found=f"{away:.1f} Å", hint="Check the file and the point group.", code="symmetry-mismatch",
         )  # fmt: skip
     counts = ", ".join(f"{len(g)} x {len(g[0])} residues" for g in equal_chains(model)[:4]) or "none"
     raise InputError(
@@ -111,6 +112,7 @@ def symmetry_frame(
         expected=f"{len(operators)} equal chains related by {group_name}",
         found=f"equal chains: {counts}",
         hint="Use the whole assembly, or leave the alignment out.",
+        code="symmetry-mismatch",
     )
 
 

@@ -61,10 +61,12 @@ def rebalance(
         InputError: no poses, both or neither of ``cap`` and ``keep``, or one of them out of range.
     """
     if (cap is None) == (keep is None):
-        raise InputError("one of a cap and a fraction to keep is needed", expected="cap or keep, not both")
+        raise InputError(
+            "one of a cap and a fraction to keep is needed", expected="cap or keep, not both", code="options-conflict"
+        )
     if (cap is not None and cap < 1) or (keep is not None and not 0 < keep <= 1):
         raise InputError("impossible size of the subset", expected="cap of 1 or more, or keep above 0 and at most 1",
-                         found=f"cap {cap}, keep {keep}")  # fmt: skip
+                         found=f"cap {cap}, keep {keep}", code="option-out-of-range")  # fmt: skip
     rotation, _ = particles.require_poses()
     cones = ViewCones.with_step(cone_deg, symmetry)
     cone = cones.index(rotation[:, 2])

@@ -85,7 +85,12 @@ def fsc3d_of_transforms(
     from cryoiso.metrics import _directional_kernels as kernels
 
     if not 0 < cone_deg <= 90:
-        raise InputError("impossible half angle of a cone", expected="above 0 and up to 90 degrees", found=cone_deg)
+        raise InputError(
+            "impossible half angle of a cone",
+            expected="above 0 and up to 90 degrees",
+            found=cone_deg,
+            code="option-out-of-range",
+        )
     last = box_px // 2 if max_shell is None else max(0, min(int(max_shell), box_px // 2))
     out = np.zeros((box_px,) * 3, np.float32)
     out[(box_px // 2,) * 3] = 1.0

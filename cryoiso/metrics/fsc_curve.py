@@ -30,9 +30,14 @@ def check_pair(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> 
     """
     for name, other in (("the other map", b), ("the mask", mask)):
         if other is not None and np.shape(other) != np.shape(a):
-            raise InputError(f"{name} has another shape than the map", expected=np.shape(a), found=np.shape(other))
+            raise InputError(
+                f"{name} has another shape than the map",
+                expected=np.shape(a),
+                found=np.shape(other),
+                code="arrays-do-not-fit",
+            )
     if np.ndim(a) != 3 or len(set(np.shape(a))) != 1:
-        raise InputError("the map is not cubic", expected="(D, D, D)", found=np.shape(a))
+        raise InputError("the map is not cubic", expected="(D, D, D)", found=np.shape(a), code="map-not-cubic")
     return int(np.shape(a)[0])
 
 
@@ -45,7 +50,12 @@ def require_transforms(fa: np.ndarray, fb: np.ndarray, box_px: int) -> None:
     expected = (box_px, box_px, box_px // 2 + 1)
     for spectrum in (fa, fb):
         if np.shape(spectrum) != expected:
-            raise InputError("no transform of a map of this box", expected=expected, found=np.shape(spectrum))
+            raise InputError(
+                "no transform of a map of this box",
+                expected=expected,
+                found=np.shape(spectrum),
+                code="arrays-do-not-fit",
+            )
 
 
 def transform(

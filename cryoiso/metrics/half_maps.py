@@ -82,19 +82,26 @@ def check_half_maps(
 def _check_values(half: np.ndarray, name: object) -> None:
     if not np.isfinite(half).all():
         bad = int(half.size - np.isfinite(half).sum())
-        raise InputError("the half-map has voxels that are NaN or infinite", file=name, found=f"{bad} of them")
+        raise InputError(
+            "the half-map has voxels that are NaN or infinite", file=name, found=f"{bad} of them", code="map-not-finite"
+        )
     size = np.abs(half)
     largest = float(size.max())
     if float(half.max()) - float(half.min()) <= 1e-6 * largest:
         raise InputError(
-            "the half-map is constant", file=name, expected="a density", found=f"{float(half.flat[0]):g} in every voxel"
+            "the half-map is constant",
+            file=name,
+            expected="a density",
+            found=f"{float(half.flat[0]):g} in every voxel",
+            code="map-without-density",
         )
     typical = float(np.median(size[size > 0]))
     if largest > 1e12 * typical:
         raise InputError(
-            "these are no densities", file=name, expected="values of one order of magnitude or some",
+            "the values are not densities", file=name, expected="values of one order of magnitude or some",
             found=f"{typical:.3g} typically, {largest:.3g} at most",
             hint="Their bytes may be in another order than the header says; write the map again.",
+            code="map-not-finite",
         )  # fmt: skip
 
 
@@ -105,9 +112,9 @@ def _refuse_one_map_twice(one: np.ndarray, two: np.ndarray, names: tuple[object,
         return
     how = "inverted" if r < 0 else "scaled or shifted by a constant" if not np.array_equal(one, two) else ""
     raise InputError(
-        "the half-maps are one map" + (f", {how}" if how else ""), file=names[1],
+        "the half-maps are the same map" + (f", {how}" if how else ""), file=names[1],
         expected=f"the other half of {names[0]}", found=f"a correlation of {r:.6f}",
-        hint="Give the two maps that the refinement wrote from its half-sets of particles.",
+        hint="Give the two maps that the refinement wrote from its half-sets of particles.", code="half-maps-identical",
     )  # fmt: skip
 
 
@@ -124,9 +131,10 @@ def _refuse_filtered(
     if len(known) < 3 or (least := float((cross[known] / size[known]).min())) < SAME_PHASES:
         return
     raise InputError(
-        "the half-maps are one map, filtered or sharpened", file=names[1], expected=f"the other half of {names[0]}",
+        "the half-maps are the same map, filtered or sharpened", file=names[1],
+        expected=f"the other half of {names[0]}",
         found=f"the same phases in every shell (cosine {least:.6f} or more)",
-        hint="Give the two maps that the refinement wrote from its half-sets of particles.",
+        hint="Give the two maps that the refinement wrote from its half-sets of particles.", code="half-maps-identical",
     )  # fmt: skip
 
 
@@ -137,6 +145,7 @@ def _refuse_one_inverted(curve: np.ndarray, box_px: int, names: tuple[object, ob
         raise InputError(
             "one half-map is inverted", file=names[1], expected=f"protein of the same sign as in {names[0]}",
             found=f"an FSC of {mean:.2f} in the coarsest shells", hint="Multiply the dark one by -1.",
+            code="half-map-inverted",
         )  # fmt: skip
 
 

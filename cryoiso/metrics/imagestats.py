@@ -59,7 +59,9 @@ class _Layout:
         """
         total = sum(self.sizes.values())
         if np.shape(sums) != (total,):
-            raise InputError("not the sums of images of this box", expected=(total,), found=np.shape(sums))
+            raise InputError(
+                "not the sums of images of this box", expected=(total,), found=np.shape(sums), code="arrays-do-not-fit"
+            )
         ends = np.cumsum(list(self.sizes.values()))
         return dict(zip(self.sizes, np.split(sums, ends[:-1]), strict=True))
 
@@ -113,7 +115,12 @@ def image_sums(
     """
     shapes = [np.shape(real), np.shape(generated)]
     if any(len(s) != 3 or s[1] != s[2] for s in shapes) or shapes[0][1] != shapes[1][1]:
-        raise InputError("real and generated images cannot be compared", expected="(n, D, D) both", found=shapes)
+        raise InputError(
+            "real and generated images cannot be compared",
+            expected="(n, D, D) both",
+            found=shapes,
+            code="arrays-do-not-fit",
+        )
     box_px = shapes[0][1]
     total = np.zeros(sum(_Layout(box_px).sizes.values()))
     step = max(2, BLOCK_PIXELS // box_px**2 // 2 * 2)

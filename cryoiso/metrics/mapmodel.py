@@ -190,7 +190,9 @@ def best_slide(
     if axis is not None:
         unit = np.asarray(axis, np.float64)
         if np.count_nonzero(unit) != 1:
-            raise InputError("can only slide along a coordinate axis", expected="x, y or z", found=axis)
+            raise InputError(
+                "can only slide along a coordinate axis", expected="x, y or z", found=axis, code="option-out-of-range"
+            )
         line = np.zeros(score.shape, bool)
         line[tuple(slice(None) if u else 0 for u in unit[::-1])] = True
         score = np.where(line, score, -np.inf)

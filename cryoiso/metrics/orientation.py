@@ -123,7 +123,12 @@ def view_distribution(
     """
     rotation = np.asarray(rotation, np.float64)
     if require_rotations(rotation) == 0:
-        raise InputError("no poses to take views from", expected="(n, 3, 3) with n > 0", found=rotation.shape)
+        raise InputError(
+            "no poses to take views from",
+            expected="(n, 3, 3) with n > 0",
+            found=rotation.shape,
+            code="particles-too-few",
+        )
     ops = symmetry_operations(symmetry)
     if step_deg is None:
         wanted = len(rotation) * len(ops) / 10

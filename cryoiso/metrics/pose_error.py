@@ -129,10 +129,12 @@ def pose_errors(
     estimated, true = np.asarray(estimated, np.float64), np.asarray(true, np.float64)
     if estimated.shape != true.shape or estimated.ndim != 3 or len(estimated) == 0:
         found = (estimated.shape, true.shape)
-        raise InputError("poses to compare do not fit", expected="two arrays (n, 3, 3)", found=found)
+        raise InputError(
+            "poses to compare do not fit", expected="two arrays (n, 3, 3)", found=found, code="arrays-do-not-fit"
+        )
     mode = ("any" if align else "none") if isinstance(align, bool) else align
     if mode not in ("any", "axis", "none"):
-        raise InputError("unknown frame alignment", expected="any, axis or none", found=align)
+        raise InputError("unknown frame alignment", expected="any, axis or none", found=align, code="choice-unknown")
     ops = symmetry_operations(symmetry)
     if mode == "axis" and not _is_cyclic_z(ops):
         mode = "any"

@@ -136,7 +136,7 @@ def symmetric_views(
     """At most `MOST_VIEWS` views (n, 3) of the poses, and with their symmetry mates (n g, 3)."""
     rotation = np.asarray(rotation, np.float64)
     if rotation.ndim != 3 or rotation.shape[1:] != (3, 3) or len(rotation) == 0:
-        raise InputError("no poses to take views from", expected="(n, 3, 3) with n > 0", found=rotation.shape)
+        raise InputError("no poses given", expected="(n, 3, 3) with n > 0", found=rotation.shape, code="poses-missing")
     views = rotation[:, 2]
     if len(views) > MOST_VIEWS:
         views = views[np.sort(generator(seed, "views for the sampling").permutation(len(views))[:MOST_VIEWS])]

@@ -37,7 +37,9 @@ class ViewCones:
             InputError: unknown point group, or no width between 1 and 90 degrees.
         """
         if not 1 <= step_deg <= 90:
-            raise InputError("impossible width of a cone", expected="1 to 90 degrees", found=step_deg)
+            raise InputError(
+                "impossible width of a cone", expected="1 to 90 degrees", found=step_deg, code="option-out-of-range"
+            )
         centres = ViewGrid.with_step(step_deg).centres()
         axes = centres[in_asymmetric_unit(centres, symmetry)]
         upper = fibonacci_half_sphere(POINTS * len(centres) // 2)

@@ -266,7 +266,8 @@ def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_ho
             tried = ", ".join(offers[group[0]][0])
             raise MissingError(
                 f"no address of rank {group[0]} can be reached by all ranks of its training group (tried {tried}). "
-                f"Set {rendezvous_address.GLOO_INTERFACE} to the network interface that joins the nodes."
+                f"Set {rendezvous_address.GLOO_INTERFACE} to the network interface that joins the nodes.",
+                code="network-unreachable",
             )
         if group == members:
             return common[0], mine.get(common[0], "")

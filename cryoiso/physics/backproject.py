@@ -138,7 +138,8 @@ class SliceAccumulator:
         if self.bound * UNIT >= 2.0**63:
             raise CryoisoError(
                 f"the back-projection sums reach {self.bound:.3g}, beyond the fixed-point range of "
-                f"{2.0**63 / UNIT:.3g}. The images are not normalised; ingest them with normalise = true."
+                f"{2.0**63 / UNIT:.3g}. The images are not normalised; ingest them with normalise = true.",
+                code="images-not-normalised",
             )
         if self.grid.device.type == "cpu":
             return self._finish_numba()

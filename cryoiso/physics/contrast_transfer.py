@@ -146,7 +146,9 @@ def ctf_for(
 def _common_box(particles: Particles, groups: np.ndarray) -> int:
     boxes = {particles.groups[g].box_px for g in np.unique(groups)}
     if len(boxes) != 1:
-        raise InputError("the optics groups have different box sizes", expected="one", found=sorted(boxes))
+        raise InputError(
+            "the optics groups have different box sizes", expected="one", found=sorted(boxes), code="box-mismatch"
+        )
     return int(boxes.pop())
 
 

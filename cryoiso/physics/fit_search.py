@@ -187,11 +187,13 @@ def _reduced(density: DensityMap, resolution_A: float, role: str) -> tuple[Tenso
     if resolution_A < 2 * density.pixel_size_A:
         raise InputError(
             f"the {role} map's grid is too coarse for this fit", expected=f"pixels of {resolution_A / 2:g} Å or less",
-            found=f"{density.pixel_size_A:g} Å", hint="Fit at a lower resolution.",
+            found=f"{density.pixel_size_A:g} Å", hint="Fit at a lower resolution.", code="grid-too-coarse",
         )  # fmt: skip
     volume = torch.as_tensor(np.asarray(density.data, np.float32))
     if not 0 < float(volume.std()) < float("inf"):  # NaN if any density is not finite
-        raise InputError(f"the {role} map of a fit holds nothing", expected="finite densities that vary")
+        raise InputError(
+            f"the {role} map of the fit is empty", expected="finite densities that vary", code="map-without-density"
+        )
     box = volume.shape[0]
     reach = math.ceil(box * density.pixel_size_A / resolution_A)
     small = min(box, next_fast_len(2 * math.ceil(1.15 * reach) + 6, real=True))

@@ -145,6 +145,7 @@ def soft_mask_from_map(
             "the mask would be empty: no density above the threshold",
             expected=f"a threshold below {float(filtered.max()):.4g}",
             found=f"{level:.4g}",
+            code="mask-empty",
         )
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0

@@ -59,7 +59,12 @@ def normalise_background(images: Float[Array, "n box box"], radius_px: float) ->
 def _outside(box_px: int, radius_px: float, device: torch.device) -> Tensor:
     outside = circle_mask(box_px, radius_px, device=device) < 0.5
     if not bool(outside.any()):
-        raise InputError("no background left", expected=f"a radius below {box_px / 2**0.5:.0f} px", found=radius_px)
+        raise InputError(
+            "no background left",
+            expected=f"a radius below {box_px / 2**0.5:.0f} px",
+            found=radius_px,
+            code="option-out-of-range",
+        )
     return outside
 
 
@@ -114,9 +119,11 @@ def noise_spectrum(
         table = np.asarray(table, np.float64)
         curve = np.interp(shells / (box_px / 2), np.linspace(0, 1, len(table)), table)
     else:
-        raise InputError("unknown noise", expected="white, coloured, or table with values", found=repr(kind))
+        raise InputError(
+            "unknown noise", expected="white, coloured, or table with values", found=repr(kind), code="choice-unknown"
+        )
     if not np.all(curve >= 0) or curve.max() <= 0:
-        raise InputError("the noise spectrum must not be negative", found=curve.min())
+        raise InputError("the noise spectrum must not be negative", found=curve.min(), code="option-out-of-range")
     plane = _on_plane(curve, box_px)
     weights = friedel_weights(box_px).expand(plane.shape)
     return curve / float((plane * weights).sum() / weights.sum())

@@ -224,6 +224,7 @@ def pseudo_atoms_to_map(
             "the model does not fit into the box",
             expected=f"at least {math.ceil(2 * reach / pixel_size_A)} px of {pixel_size_A} Å",
             found=f"{box_px} px",
+            code="model-exceeds-box",
         )
     variance = np.broadcast_to(np.asarray(sigma_A, np.float64), len(coords)) ** 2 + (0.225 * resolution_A) ** 2
     full = np.fft.fftfreq(box_px, pixel_size_A)

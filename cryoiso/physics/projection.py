@@ -109,7 +109,8 @@ def check_reach(rotation: Float[np.ndarray, "n 3 3"], where: Disc, padding: int,
     if not padding * radius * largest < (grid_rows - 1) // 2:
         raise CryoisoError(
             f"slices reach to {radius * largest:.1f} Fourier pixels but the grid ends at "
-            f"{((grid_rows - 1) // 2 - 2) / padding:g}. The frequencies of magnified images must be cut before."
+            f"{((grid_rows - 1) // 2 - 2) / padding:g}. Cut the frequencies of magnified images first.",
+            code="grid-too-coarse",
         )
 
 
@@ -195,7 +196,9 @@ def project(
     """
     box, n = require_cube(volume), require_rotations(rotation)
     if shift_A is not None and tuple(shift_A.shape) != (n, 2):
-        raise InputError("a shift for each rotation", expected=(n, 2), found=tuple(shift_A.shape))
+        raise InputError(
+            "a shift for each rotation", expected=(n, 2), found=tuple(shift_A.shape), code="arrays-do-not-fit"
+        )
     where = disc(box, (box - 1) // 2, with_dc=True)
     slices = FourierVolume.from_volume(volume, padding).slices(rotation.to(volume.dtype), where)
     if shift_A is not None:

@@ -50,7 +50,9 @@ class CtfRanges:
 
     def __post_init__(self) -> None:
         if self.defocus_A[0] > self.defocus_A[1] or self.astigmatism_A < 0:
-            raise InputError("wrong range of defocus", expected="MIN <= MAX in Å", found=self.defocus_A)
+            raise InputError(
+                "wrong range of defocus", expected="MIN <= MAX in Å", found=self.defocus_A, code="option-out-of-range"
+            )
 
 
 def make_particles(
@@ -83,7 +85,7 @@ def make_particles(
         InputError: n < 1, or an empty set to draw CTFs from.
     """
     if n < 1:
-        raise InputError("nothing to simulate", expected="at least 1 particle", found=n)
+        raise InputError("nothing to simulate", expected="at least 1 particle", found=n, code="option-out-of-range")
     uid = shuffle_keys(seed, "uid of simulated particle", np.arange(n, dtype=np.uint64))
     groups, columns = draw_ctf(ctf or CtfRanges(), uid, box_px, pixel_size_A, seed)
     half = np.empty(n, np.int8)
@@ -123,7 +125,7 @@ def draw_ctf(
             "ctf_scale": np.ones(len(uid)),
         }
     if len(ctf) == 0:
-        raise InputError("no particles to draw CTFs from")
+        raise InputError("no particles to draw CTFs from", code="particles-too-few")
     rows = ctf_rows(ctf, uid, seed)
     names = (
         "optics",
@@ -328,7 +330,12 @@ def scale_for_snr(volume: DensityMap, particles: Particles, snr_db: float, seed:
     even = some.take(rows).with_poses(sample_rotations(Views(), uids, seed), np.zeros((SNR_IMAGES, 2)))
     variance = float(Projector(volume).images(even, np.arange(SNR_IMAGES)).double().var((1, 2)).mean())
     if not variance > 0:
-        raise InputError("the map is constant: nothing to simulate", expected="density", found=f"variance {variance}")
+        raise InputError(
+            "the map is constant: nothing to simulate",
+            expected="density",
+            found=f"variance {variance}",
+            code="map-without-density",
+        )
     return np.float32(np.sqrt(10 ** (snr_db / 10) / variance))
 
 

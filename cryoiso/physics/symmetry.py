@@ -49,7 +49,7 @@ def normalise_name(name: str) -> str:
     match = re.fullmatch(r"([CD])([1-9]\d*)", text)
     if match and int(match[2]) <= _MAX_FOLD:
         return text
-    raise InputError("unknown point group", expected=KNOWN_GROUPS, found=repr(name))
+    raise InputError("unknown point group", expected=KNOWN_GROUPS, found=repr(name), code="symmetry-unknown")
 
 
 def point_group(name: str) -> Float[np.ndarray, "g 3 3"]:

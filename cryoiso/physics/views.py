@@ -69,17 +69,25 @@ class Views:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise InputError("unknown view distribution", expected=", ".join(MODES), found=repr(self.mode))
+            raise InputError(
+                "unknown view distribution", expected=", ".join(MODES), found=repr(self.mode), code="choice-unknown"
+            )
         if not (0 <= self.fraction <= 1 and 0 <= self.retained <= 1):
             raise InputError(
-                "fractions lie between 0 and 1", found=f"fraction {self.fraction}, retained {self.retained}"
+                "fractions lie between 0 and 1",
+                found=f"fraction {self.fraction}, retained {self.retained}",
+                code="option-out-of-range",
             )
         if self.poles not in (None, 1, 2):
-            raise InputError("wrong number of poles", expected="1 or 2", found=self.poles)
+            raise InputError("wrong number of poles", expected="1 or 2", found=self.poles, code="option-out-of-range")
         if not 0 <= self.cone < 90:
-            raise InputError("wrong half-angle of the cone", expected="0 to 90 degrees", found=self.cone)
+            raise InputError(
+                "wrong half-angle of the cone", expected="0 to 90 degrees", found=self.cone, code="option-out-of-range"
+            )
         if self.sigma_deg is not None and self.sigma_deg <= 0:
-            raise InputError("the spread of the views must be positive", found=self.sigma_deg)
+            raise InputError(
+                "the spread of the views must be positive", found=self.sigma_deg, code="option-out-of-range"
+            )
 
     @property
     def cone(self) -> float:
@@ -103,7 +111,7 @@ class GivenViews:
 
     def __post_init__(self) -> None:
         if not len(self.directions):
-            raise InputError("no views to draw from")
+            raise InputError("no views to draw from", code="particles-too-few")
 
 
 def sample_rotations(

@@ -150,11 +150,17 @@ class Inputs:
         source = ShardSource(self.shards)
         particles = on_root(self.comm, lambda: bare(self.particles()))
         if not np.array_equal(particles.uid, source.particles.uid):
-            raise InputError("the shards are of other particles", file=self.shards, hint="Start a new run.")
+            raise InputError(
+                "the shards are of other particles",
+                file=self.shards,
+                hint="Start a new run.",
+                code="run-particles-differ",
+            )
         if applied_to(particles) != applied_to(source.particles):
             raise InputError(
                 "the shards hold images of another kind than the particle file says", file=self.shards,
                 expected="the same rlnCtfDataAreCtfPremultiplied and rlnCtfDataArePhaseFlipped", hint="Ingest again.",
+                code="run-particles-differ",
             )  # fmt: skip
         source.particles = self.particles() if self.comm.rank == 0 else particles
         if self.scratch is not None:

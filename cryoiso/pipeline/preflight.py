@@ -67,14 +67,20 @@ def _warn_of_cold_pool(job: Job) -> None:
 
 def _check_scratch(wanted: str) -> None:
     if wanted not in ("", "auto") and not wanted.startswith(("/", "$", "~")):
-        raise UsageError(f"run.scratch = {wanted!r}: 'auto' or a folder that begins with / or a $VARIABLE is expected")
+        raise UsageError(
+            f"run.scratch = {wanted!r}: 'auto' or a folder that begins with / or a $VARIABLE is expected",
+            code="option-out-of-range",
+        )
 
 
 def _check_diameter(inputs: Inputs) -> None:
     box, pixel = inputs.grid()
     diameter = inputs.job.sample.diameter_A
     if diameter is not None and diameter > box * pixel:
-        raise UsageError(f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g})")
+        raise UsageError(
+            f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g})",
+            code="option-out-of-range",
+        )
 
 
 def _check_realign(job: Job) -> None:
@@ -82,7 +88,8 @@ def _check_realign(job: Job) -> None:
     if 0 < kept_A < lowpass_A:
         raise UsageError(
             f"realign.keep_lowres_A = {kept_A:g}: the reference is low-passed at {lowpass_A:g} Å "
-            "(reference.lowpass_A), and has nothing finer to keep"
+            "(reference.lowpass_A), and has nothing finer to keep",
+            code="option-out-of-range",
         )
 
 
@@ -95,7 +102,9 @@ def check_space(inputs: Inputs) -> None:
     """
     folder = existing_parent(inputs.folder.path)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError("not allowed to write here", file=folder, hint="Choose another folder with --out.")
+        raise InputError(
+            "not allowed to write here", file=folder, hint="Choose another folder with --out.", code="not-writable"
+        )
     box, _ = inputs.grid()
     images = 0
     if not Path(inputs.job.particles.file).is_dir():  # shards that are given stay where they are

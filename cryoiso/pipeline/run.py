@@ -19,7 +19,7 @@ from typing import Any
 
 from cryoiso import __version__
 from cryoiso.core.config import job_to_toml
-from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted, UsageError
+from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted, UsageError, code_of
 from cryoiso.core.log import LineFormatter, PatientFileHandler, duration
 from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
@@ -145,7 +145,8 @@ def resume_run(
 def _refuse_old_run(run: RunFolder) -> None:
     if run.holds_a_run():
         raise UsageError(
-            f"{run.path} holds a run already. Continue it with 'cryoiso resume {run.path}', or give another --out."
+            f"{run.path} holds a run already. Continue it with 'cryoiso resume {run.path}', or give another --out.",
+            code="run-exists",
         )
 
 
@@ -173,7 +174,7 @@ def _own_programs(job_file: Path | None) -> dict[str, str]:
 def _check_until(run: RunContext, until: str) -> None:
     names = [stage.name for stage in stages_of(run.job, run.folder)]
     if until and until not in names:
-        raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})")
+        raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})", code="stage-unknown")
 
 
 def prepare_device(run: RunContext, until: str = "") -> None:
@@ -288,7 +289,7 @@ def _work_through(run: RunContext, inputs: Inputs, until: str) -> None:
         if run.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
             with suppress(CryoisoError):  # on a full disk; what went wrong before is what the user must hear
-                run.journal.append(event, message=str(error) or type(error).__name__)
+                run.journal.append(event, message=str(error) or type(error).__name__, code=code_of(error))
         raise
     finally:
         save_timing(run)

@@ -257,13 +257,15 @@ def require_match(found: Match) -> None:
             expected=f"a correlation that noise reaches in less than one of {1 / CHANCE:,.0f} sets",
             found=f"one that noise reaches in {100 * found.chance:.2g} % of them, in {found.images:,} images",
             hint="Check the reference's identity, the pixel size, and whether the images show particles at all.",
+            code="reference-does-not-match-images",
         )
     if found.inverted:
         raise InputError(
-            "the images match the reference's projections better with their sign changed",
+            "the images match the reference's projections better with inverted contrast",
             expected="protein white in both",
             found="opposite signs",
             hint="Set invert = 'yes' under [particles] if protein is dark in the images, or invert the reference.",
+            code="contrast-inverted",
         )
 
 

@@ -59,6 +59,7 @@ def mean_spectra(
             raise InputError(
                 f"the images of optics group {groups[g].number} ({groups[g].name}) are constant",
                 expected="images with noise and particles",
+                code="image-unusable",
             )
         measured = np.flatnonzero(count[g, 1:]) + 1
         empty = measured[mean[g, measured] < share * level]
@@ -108,9 +109,9 @@ def require_sound_images(particles: Particles, facts: Float[np.ndarray, "n 2"]) 
         total, of_loud = np.bincount(optics, power), np.bincount(optics, power * loud)
         if (of_loud > 0.5 * total).any():
             raise InputError(
-                f"{int(loud.sum())} of {len(power)} images hold most of the power of all: {words}", row=worst + 1,
+                f"{int(loud.sum())} of {len(power)} images have most of the total power: {words}", row=worst + 1,
                 expected=f"at most {OUTLIER:g} times the median", found=f"{ratio[worst]:.3g} times",
-                hint="Remove these rows, or ingest with normalise = true.",
+                hint="Remove these rows, or ingest with normalise = true.", code="image-unusable",
             )  # fmt: skip
         logger.warning("%d of %d images are far stronger than the others: %s", loud.sum(), len(power), words)
 
@@ -121,7 +122,7 @@ def _stop_at(bad: np.ndarray, particles: Particles, problem: str, found: str | N
         others = f" ({int(bad.sum()):,} images in all)" if bad.sum() > 1 else ""
         raise InputError(
             f"the image {image_name(particles, row)} {problem}{others}", row=row + 1, found=found,
-            hint="Remove this row from the particle file, or copy the stack again.",
+            hint="Remove this row from the particle file, or copy the stack again.", code="image-unusable",
         )  # fmt: skip
 
 

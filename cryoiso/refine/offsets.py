@@ -69,6 +69,7 @@ def _stop_at(bad: np.ndarray, particles: Particles, file: object, problem: str, 
         expected=expected,
         found=found,
         hint="Correct or remove the row; rlnOriginXAngst and rlnOriginYAngst are in Å.",
+        code="offset-out-of-range",
     )
 
 

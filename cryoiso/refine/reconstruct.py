@@ -169,7 +169,11 @@ def half_sums(
     for half in halves:
         plan = reader.plan((half,))
         if not plan:
-            raise InputError(f"half-set {half} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+            raise InputError(
+                f"half-set {half} is empty",
+                hint="Both half-sets need particles: check rlnRandomSubset.",
+                code="half-set-empty",
+            )
         if half != halves[0]:
             accumulator.clear()
         noise = NoiseSums.empty(len(particles.groups), source.box_px // 2 + 1)

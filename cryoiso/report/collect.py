@@ -53,7 +53,11 @@ def collect(folder: Path, before: Path | None = None) -> ReportData:
     if not (job or manifest or diagnose or journal or refine or corrected or loops):
         hint = "Give the folder that 'cryoiso run' wrote, or 'cryoiso refine', 'realign' or 'correct'."
         raise InputError(
-            "there is no run in this folder", file=folder, expected="resolved.toml or journal.jsonl", hint=hint
+            "no run in this folder",
+            file=folder,
+            expected="resolved.toml or journal.jsonl",
+            hint=hint,
+            code="run-missing",
         )
     data: ReportData = {
         "schema": 1,

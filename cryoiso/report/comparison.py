@@ -33,12 +33,17 @@ def collect_other(folder: Path, diagnose: DiagnoseRecord, job: dict[str, Any]) -
     file = stage_folder(folder, "diagnose") / products.facts("diagnose")
     other, other_job = read_json(file), read_toml(folder / products.RESOLVED)
     if not other:
-        raise InputError("the run to compare with has no quality numbers", file=folder, expected="NN_diagnose/")
+        raise InputError(
+            "the run to compare with has no quality numbers",
+            file=folder,
+            expected="NN_diagnose/",
+            code="runs-not-comparable",
+        )
     for key in ("box_px", "pixel_size_A", "symmetry", "particles"):
         if other.get(key) != diagnose.get(key):
             raise InputError(
                 f"the run to compare with is not of the same particles ({key})", file=file,
-                expected=diagnose.get(key), found=other.get(key),
+                expected=diagnose.get(key), found=other.get(key), code="runs-not-comparable",
             )  # fmt: skip
     title = section(other_job, "run").get("title") or folder.resolve().name
     return cast(DiagnoseRecord, other), {"title": str(title), "settings": differences(other_job, job)}

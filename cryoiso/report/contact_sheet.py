@@ -22,7 +22,7 @@ def write_contact_sheet(path: Path, rows: dict[str, np.ndarray], dpi: int = 120)
     """
     columns = max((len(images) for images in rows.values()), default=0)
     if not columns:
-        raise InputError("no images for a contact sheet", file=path)
+        raise InputError("no images for a contact sheet", file=path, code="particles-too-few")
     with styled():
         figure, axes = new_figure(1.2 * columns, 1.27 * len(rows), nrows=len(rows), ncols=columns)
         for line, (label, images) in zip(axes, rows.items(), strict=True):

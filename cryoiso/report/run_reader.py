@@ -35,9 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(read_regular_text(path), parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not a JSON file: {error}", file=path) from None
+        raise InputError(f"not a JSON file: {error}", file=path, code="record-damaged") from None
     if not isinstance(data, dict):
-        raise InputError("not a JSON object", file=path, expected="{...}", found=type(data).__name__)
+        raise InputError(
+            "not a JSON object", file=path, expected="{...}", found=type(data).__name__, code="record-damaged"
+        )
     return data
 
 
@@ -52,7 +54,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_regular_text(path))
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested without end
-        raise InputError(f"not a TOML file: {error}", file=path) from None
+        raise InputError(f"not a TOML file: {error}", file=path, code="toml-malformed") from None
 
 
 def read_journal(path: Path) -> list[JournalLine]:

@@ -49,9 +49,9 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         if not len(self.rows):
-            raise InputError("there are no particles to train on")
+            raise InputError("there are no particles to train on", code="particles-too-few")
         if self.batch < 1:
-            raise InputError("a batch has at least one image", found=self.batch)
+            raise InputError("a batch needs at least one image", found=self.batch, code="option-out-of-range")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +84,12 @@ class BatchPlan:
             InputError: more ranks than images.
         """
         if size > self.batch:
-            raise InputError("a batch needs an image for each rank", expected=f"{size} or more", found=self.batch)
+            raise InputError(
+                "a batch needs at least one image per rank",
+                expected=f"{size} or more",
+                found=self.batch,
+                code="particles-too-few",
+            )
         return owned_rows(self.batch, 1, index, size)
 
     def _shuffle(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -203,7 +203,8 @@ class _Run:
             raise group_wide(
                 CryoisoError(
                     f"training was tried {times} and failed: {reason}. Check that particles, poses and reference "
-                    "belong together, or lower the learning rate."
+                    "belong together, or lower the learning rate.",
+                    code="training-diverged",
                 )
             )
         if self.group.is_first:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.metrics import imagestats
@@ -131,7 +132,7 @@ def test_too_few_images_give_nulls_that_json_holds(counts):
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(InputError, match="cannot be compared"):
+    with raises_code("arrays-do-not-fit", InputError, match="cannot be compared"):
         image_sums(white(2, 1, 32), white(2, 1, 34), 10.0)
-    with pytest.raises(InputError, match="sums of images of this box"):
+    with raises_code("arrays-do-not-fit", InputError, match="sums of images of this box"):
         image_statistics(np.zeros(7), BOX, PIXEL_A)

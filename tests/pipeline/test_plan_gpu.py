@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here, simulate
 
 from cryoiso.core.config import Job
@@ -106,11 +107,11 @@ def test_without_rates_only_what_cpus_do_is_known():
 
 def test_rates_of_the_other_kind_of_device_are_refused(tmp_path):
     of_gpu = rates.of_run(record(tmp_path, problem(1000, 64), machine()))
-    with pytest.raises(UsageError, match="rates are those of GPUs"):
+    with raises_code("options-conflict", UsageError, match="rates are those of GPUs"):
         make_plan(problem(1000, 64), Layout(1, 0, 1), of_gpu)
-    with pytest.raises(UsageError, match="rates are those of CPUs"):
+    with raises_code("options-conflict", UsageError, match="rates are those of CPUs"):
         make_plan(problem(1000, 64), GPU, built_in("cpu"))
-    with pytest.raises(UsageError, match="CPU seconds"):
+    with raises_code("options-conflict", UsageError, match="CPU seconds"):
         rates.of_run(tmp_path, cpu=True)
 
 

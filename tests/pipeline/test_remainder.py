@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here, quick_report, use_quick_parts
 
 from cryoiso.core.errors import EXIT_MISSING, EXIT_OTHER, CryoisoError, MissingError
@@ -80,7 +81,7 @@ def test_networks_of_gpus_are_not_promised_on_cpus(begun, monkeypatch):
     run, _ = context_of(begun)
     run.job.run.workflow = "realign"
     run = replace(run, manifest=json.loads((begun / "manifest.json").read_text()))
-    with pytest.raises(MissingError, match="begin a new one") as caught:
+    with raises_code("gpu-missing", MissingError) as caught:
         _require_gpus_as_before(run)
     assert "resolved.toml" not in str(caught.value)
 
@@ -95,7 +96,9 @@ def test_a_finished_run_is_looked_at_without_a_gpu(begun, monkeypatch):
 def test_too_little_memory_is_told_before_a_stage_begins(begun, monkeypatch):
     little = {"memory_bytes": 2 << 30, "memory_free_bytes": 10 << 20, "memory_limit_bytes": None}
     monkeypatch.setattr(machine, "memory", lambda: little)
-    with pytest.raises(CryoisoError, match=r"10 MiB a rank .* will need about .*Start fewer ranks") as caught:
+    with raises_code(
+        "memory-short", CryoisoError, match=r"10 MiB a rank .* will need about .*Start fewer ranks"
+    ) as caught:
         resume_run(begun, Context(), quick_report)
     assert caught.value.exit_code == EXIT_MISSING and not (begun / "03_refine").exists()
     monkeypatch.undo()

@@ -178,7 +178,7 @@ def test_relion_does_not_go_on_where_nothing_tells_with_what(images, tmp_path, w
     file.unlink()
     if text is not None:
         file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(CryoisoError, match=r"identity.json: (cannot be read|the checkpoint does not say)"):
+    with pytest.raises(CryoisoError, match=r"identity.json: (cannot be read|the checkpoint does not record)"):
         prepared(images, tmp_path, True)
     prepared(images, tmp_path, False)  # anew
     assert json.loads(file.read_text())["symmetry"] == "C3" and not list(tmp_path.glob("relion/run_*"))

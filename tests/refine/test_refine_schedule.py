@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.config import RefineSection
 from cryoiso.core.errors import InputError
@@ -204,5 +205,5 @@ def test_checkpoints_of_another_format_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     checkpoint.save(path, ARRAYS, {"iteration": 0})
     monkeypatch.undo()
-    with pytest.raises(InputError, match="a later version wrote this file"):
+    with raises_code("version-mismatch", InputError, match="a later version of the program wrote this file"):
         checkpoint.load(path)

@@ -124,7 +124,7 @@ def _refined(
     table = Columns(found.table, data)
     rows = rows_of_names(table.text("rlnImageName"), names, data)
     if found.half is None or (found.half[rows] != particles.half).any():
-        raise CryoisoError(f"{data}: RELION did not keep the half-sets that it was given")
+        raise CryoisoError(f"{data}: RELION changed the half-sets", code="relion-particles-lost")
     rotation, shift_A = found.require_poses(data)
     columns = {name: table.number(name)[rows] for name in COLUMNS if table.has(name)}
     columns |= {name: columns[name].astype(np.int64) for name in WHOLE if name in columns}

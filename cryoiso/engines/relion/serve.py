@@ -166,7 +166,8 @@ def corrected(
         if found.shape != state.references[half].shape or not np.isfinite(found).all():
             raise CryoisoError(
                 f"the correction's reference of half {half} in iteration {state.iteration} cannot be used: shape "
-                f"{found.shape}, {int((~np.isfinite(found)).sum())} voxels not finite"
+                f"{found.shape}, {int((~np.isfinite(found)).sum())} voxels not finite",
+                code="correction-unusable",
             )
     return made, dict(facts)
 

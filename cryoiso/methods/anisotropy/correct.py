@@ -96,12 +96,14 @@ def correct_halves(
 def _courses(settings: Correction, halves: tuple[int, ...]) -> list[Course]:
     if settings.mode == "single":
         if len(halves) != 1:
-            raise InputError("the mode 'single' takes one map", found=len(halves))
+            raise InputError("the mode 'single' takes one map", found=len(halves), code="option-out-of-range")
         return [Course(BOTH, halves)]
     if settings.mode == "independent":
         return [Course(str(h), (h,)) for h in halves]
     if halves != (1, 2):
-        raise InputError("the mode 'paired' needs both half-maps", expected="1 and 2", found=halves)
+        raise InputError(
+            "the mode 'paired' needs both half-maps", expected="1 and 2", found=halves, code="option-out-of-range"
+        )
     return [Course(BOTH, halves)]
 
 

@@ -48,8 +48,8 @@ def missing_cone(
     """
     length = float(np.linalg.norm(axis))
     if not 0 < half_angle_deg < 90 or length == 0:
-        raise InputError("no such missing cone", expected="0 < half angle < 90 degrees and an axis that is not zero",
-                         found=f"{half_angle_deg:g} degrees about {axis}")  # fmt: skip
+        raise InputError("impossible missing cone", expected="0 < half angle < 90 degrees and an axis that is not zero",
+                         found=f"{half_angle_deg:g} degrees about {axis}", code="option-out-of-range")  # fmt: skip
     x, y, z = np.asarray(axis, np.float64) / length
     k = coordinates(box_px)
     radius = radii(box_px)
@@ -71,15 +71,21 @@ def checked(transfer: np.ndarray, box_px: int, file: object = None) -> np.ndarra
     """
     a = np.asarray(transfer, np.float32)
     if a.shape != (box_px,) * 3:
-        raise InputError("the filter has another box than the map", file=file, expected=(box_px,) * 3, found=a.shape)
+        raise InputError(
+            "the filter has another box than the map",
+            file=file,
+            expected=(box_px,) * 3,
+            found=a.shape,
+            code="box-mismatch",
+        )
     if not np.isfinite(a).all() or a.max() > 1.01 or a.max() <= 0:
-        raise InputError("the filter is no weight of Fourier coefficients", file=file, expected="values from 0 to 1",
-                         found=f"{a.min():g} to {a.max():g}")  # fmt: skip
+        raise InputError("the filter has weights outside 0 to 1", file=file, expected="values from 0 to 1",
+                         found=f"{a.min():g} to {a.max():g}", code="filter-invalid")  # fmt: skip
     mate = friedel_mate(a)
     if float(np.abs(a - mate).mean()) > 0.02:
         raise InputError(
             "the filter is not symmetric about zero frequency", file=file,
-            expected=f"A(-k) = A(k) about voxel {box_px // 2}", hint="Centre it at voxel D//2.",
+            expected=f"A(-k) = A(k) about voxel {box_px // 2}", hint="Centre it at voxel D//2.", code="filter-invalid",
         )  # fmt: skip
     symmetric: np.ndarray = np.clip(0.5 * (a + mate), 0, 1)
     return symmetric

@@ -100,6 +100,7 @@ def _factors(terms: np.ndarray, optics: np.ndarray, n_groups: int) -> np.ndarray
             expected="images that correlate with the reference's projections",
             found=f"factor {common:.3g}",
             hint="Check the reference, the poses and the sign of the images.",
+            code="reference-does-not-match-images",
         )
     scale = np.full(n_groups, common)
     for group in range(n_groups):

@@ -71,7 +71,7 @@ def half_height(volume: Float[np.ndarray, "box box box"]) -> float:
     for _ in range(200):
         above = inside[inside > level]
         if not len(above) or not above.mean() > solvent:
-            raise InputError("the homologue holds no density that stands out of its solvent")
+            raise InputError("no density above the solvent in the homologue", code="map-without-density")
         new = 0.5 * (solvent + float(above.mean()))
         if abs(new - level) <= 1e-7 * abs(new - solvent):
             break
@@ -97,7 +97,9 @@ def protein_mask(homologue: DensityMap, threshold: float | None = None, file: ob
             smooth, homologue.pixel_size_A, MASK_LOWPASS_A, level, extend_A=0.0, soft_A=SOFT_EDGE_A
         )  # fmt: skip
     except InputError as error:
-        raise InputError(error.problem, file=file, expected=error.expected, found=error.found) from None
+        raise InputError(
+            error.problem, file=file, expected=error.expected, found=error.found, code=error.code
+        ) from None
     return checked_mask(np.asarray(data, np.float32), homologue.pixel_size_A, level, file)
 
 
@@ -117,5 +119,6 @@ def checked_mask(
             "the protein mask fills the box: no room for a micelle", file=file,
             expected=f"at least {100 * LEAST_OUTSIDE:g} % of the sphere in the box outside the mask",
             found=f"{100 * outside:.1f} %", hint="Give a higher --threshold, or a mask of the protein alone.",
+            code="mask-fills-box",
         )  # fmt: skip
     return ProteinMask(data, threshold, float((data > 0.5).sum()) * pixel_size_A**3)

@@ -170,7 +170,11 @@ class _Run:
         half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
         for h in HALVES:
             if not (half == h).any():
-                raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+                raise InputError(
+                    f"half-set {h} is empty",
+                    hint="Both half-sets need particles: check rlnRandomSubset.",
+                    code="half-set-empty",
+                )
         pixel = homologue.pixel_size_A
         finest = max(2 * pixel, FINEST_OF_LOWPASS * settings.lowpass_A)
         self.grid = Grid.of(source.box_px, pixel, finest)
@@ -212,6 +216,7 @@ class _Run:
                     expected=f"a grey scale at least {LEAST_SIGNIFICANCE:g} times its error above zero",
                     found=f"{significance:.1f} times in half-set {half}",
                     hint="It must lie in the frame of the poses, with the right hand, protein white in map and images.",
+                    code="homologue-not-in-images",
                 )
             result[half] = made
         return result, error

@@ -111,7 +111,10 @@ class MapCorrection:
         volume = (state.maps if r.source == "maps" else state.references)[half]
         if r.keep_lowres_A:
             if state.initial is None:
-                raise InputError("this engine does not tell its first reference, so its low resolution cannot be kept")
+                raise InputError(
+                    "this engine does not return its first reference, so low resolution cannot be kept",
+                    code="options-conflict",
+                )
             volume = keep_low_resolution(volume, state.initial[half], pixel, r.keep_lowres_A, mask=mask)
         if r.whitening:
             volume = whiten(volume, pixel, r.whitening_from_A, state.resolution_A, mask=mask)

@@ -196,4 +196,6 @@ def _transform(volume: np.ndarray) -> Tensor:
 
 def _same_shape(one: np.ndarray, other: np.ndarray) -> None:
     if np.shape(one) != np.shape(other):
-        raise InputError("the maps lie on different grids", expected=np.shape(one), found=np.shape(other))
+        raise InputError(
+            "the maps lie on different grids", expected=np.shape(one), found=np.shape(other), code="arrays-do-not-fit"
+        )

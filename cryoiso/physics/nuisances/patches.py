@@ -59,13 +59,18 @@ class RealNoise:
     def __post_init__(self) -> None:
         s = self.stack
         if s.way not in WAYS:
-            raise InputError("unknown way to make noise of patches", expected=", ".join(WAYS), found=repr(s.way))
+            raise InputError(
+                "unknown way to make noise of patches",
+                expected=", ".join(WAYS),
+                found=repr(s.way),
+                code="choice-unknown",
+            )
         if s.pixel_size_A > self.pixel_size_A * (1 + PIXEL_TOLERANCE):
             raise InputError(
                 "the noise patches are coarser than the images", file=s.name,
                 expected=f"{self.pixel_size_A:g} Å or less",
                 found=f"{s.pixel_size_A:g} Å", hint="Larger pixels say nothing of the noise at high resolution.",
-            )  # fmt: skip
+            code="grid-too-coarse")  # fmt: skip
         same = abs(s.pixel_size_A / self.pixel_size_A - 1) <= PIXEL_TOLERANCE
         room = s.box_px if same else int(s.box_px * s.pixel_size_A / self.pixel_size_A)
         usable = room if same else room - 2 * TRIM_PX
@@ -73,14 +78,14 @@ class RealNoise:
             raise InputError(
                 "the noise patches are too small to measure a spectrum", file=s.name,
                 expected=f"{LEAST_PX * self.pixel_size_A:.0f} Å and more", found=f"{s.box_px * s.pixel_size_A:.0f} Å",
-            )  # fmt: skip
+            code="box-mismatch")  # fmt: skip
         if s.way == "patches" and usable < self.box_px:
             raise InputError(
                 "the noise patches are smaller than the images", file=s.name,
                 expected=f"{self.box_px * self.pixel_size_A:.0f} Å and more",
                 found=f"{usable * self.pixel_size_A:.0f} Å",
                 hint="A smaller box fits, or a Gaussian field of their spectrum.",
-            )  # fmt: skip
+            code="box-mismatch")  # fmt: skip
         self.way = "field" if s.way == "field" or usable < self.box_px else "patches"
         if not same:
             matrix = resample_matrix(s.box_px, s.pixel_size_A, room, self.pixel_size_A)
@@ -107,7 +112,11 @@ class RealNoise:
             taper = np.hanning(patches.shape[-1] + 2)[1:-1]
             total = total + np.asarray(power_spectrum(patches * np.outer(taper, taper))).sum(0)
         if not (np.isfinite(total).all() and np.max(total) > 0):
-            raise InputError("the noise patches are constant, or hold values that are no numbers", file=self.stack.name)
+            raise InputError(
+                "the noise patches are constant, or hold values that are no numbers",
+                file=self.stack.name,
+                code="image-unusable",
+            )
         return np.asarray(total)
 
     def noise(self, uids: np.ndarray) -> Tensor:

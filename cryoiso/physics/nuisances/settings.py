@@ -15,7 +15,7 @@ PARTICLES_A_MICROGRAPH = 100
 
 def _require(holds: bool, problem: str, expected: object, found: object) -> None:
     if not holds:
-        raise InputError(problem, expected=expected, found=found)
+        raise InputError(problem, expected=expected, found=found, code="option-out-of-range")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def blob(volume: DensityMap, resolution_A: float) -> DensityMap:
     mass = float(volume.data[inside(volume, HALO_A)].sum(dtype=np.float64))
     radius = float((3 * where.sum() / (4 * np.pi)) ** (1 / 3))
     if not mass > 0 or radius + 2 > volume.box_px / 2:
-        raise InputError("no ball of the object's mass fits into the box", found=f"radius {radius:.0f} px")
+        raise InputError(
+            "no ball of the object's mass fits into the box", found=f"radius {radius:.0f} px", code="model-exceeds-box"
+        )
     ball = lowpass(np.asarray(sphere_mask(volume.box_px, radius)), volume.pixel_size_A, resolution_A)
     return replace(volume, data=(ball * (mass / ball.sum())).astype(np.float32))

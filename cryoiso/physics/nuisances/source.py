@@ -89,7 +89,12 @@ class NuisanceSource:
         """
         grids = {self._grids[g] for g in np.unique(self.particles.optics[rows]).tolist()}
         if len(grids) > 1:
-            raise InputError("images of several sizes cannot be read together", expected="one", found=sorted(grids))
+            raise InputError(
+                "images of several sizes cannot be read together",
+                expected="one",
+                found=sorted(grids),
+                code="box-mismatch",
+            )
         return grids.pop() if grids else self._grids[0]
 
     def read(self, rows: np.ndarray) -> np.ndarray:

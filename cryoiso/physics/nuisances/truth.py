@@ -92,7 +92,9 @@ def draw_truth(
             set that has several itself.
     """
     if settings.micrographs.from_ctf and names is None:
-        raise InputError("the file of the CTFs names no micrographs", expected="_rlnMicrographName")
+        raise InputError(
+            "the file of the CTFs names no micrographs", expected="_rlnMicrographName", code="star-column-missing"
+        )
     outline = Outline.of(volume)
     axis = np.array([0.0, 0.0, 1.0]) if axis is None else axis
     layout = lay_out(base, settings.micrographs, settings.ice, ctf, names, axis, seed)
@@ -125,7 +127,7 @@ def _with_optics(base: Particles, optics: Optics, layout: MicrographTruth, seed:
         raise InputError(
             "the CTFs come with optics groups of their own", expected="no further groups and grids",
             found=f"{len(base.groups)} groups",
-        )  # fmt: skip
+        code="options-conflict")  # fmt: skip
     groups = base.groups if optics.count == 1 else base.groups * optics.count
     number = np.arange(len(groups), dtype=np.uint64)
     scatter = [optics.beam_tilt_sd_mrad * normals(seed, f"beam tilt {a}", number) for a in "xy"]
@@ -149,7 +151,7 @@ def _require_room(groups: tuple[OpticsGroup, ...], diameter_A: float) -> None:
             raise InputError(
                 f"the object does not fit the box of optics group {group.number}", expected=f"{diameter_A:.0f} Å",
                 found=f"{group.box_px} px of {group.pixel_size_A:g} Å",
-            )  # fmt: skip
+            code="model-exceeds-box")  # fmt: skip
 
 
 def _true_ctf(

@@ -75,8 +75,8 @@ def find_generators(folder: Path) -> dict[int, Path]:
         if all(path.is_file() for path in files.values()):
             return files
     raise InputError(
-        "no generators here", file=folder, expected="generator1.npz and generator2.npz, or generator.npz",
-        hint="'cryoiso auxiliary train' writes them.",
+        "no generators in this folder", file=folder, expected="generator1.npz and generator2.npz, or generator.npz",
+        hint="'cryoiso auxiliary train' writes them.", code="file-not-found",
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _planned(
     seed: int,
 ) -> Particles:
     if count is not None and count < 2:
-        raise UsageError("--count: each half-set needs one particle at least")
+        raise UsageError("--count: each half-set needs at least one particle", code="option-out-of-range")
     group = raw.first_group
     if settings.noise_group == "raw":
         require_poolable(raw, group.pixel_size_A, section.file)

@@ -52,10 +52,15 @@ def _check(inputs: Inputs, folder: Path) -> None:
     if found.box_px != box or abs(theirs / pixel - 1) > PIXEL_TOLERANCE:
         raise InputError(
             "the auxiliary particles are on another grid than the particles", file=folder,
-            expected=f"{box} px of {pixel:g} Å", found=f"{found.box_px} px of {theirs:g} Å",
+            expected=f"{box} px of {pixel:g} Å", found=f"{found.box_px} px of {theirs:g} Å", code="grid-mismatch",
         )  # fmt: skip
     if found.particles.half is None or not np.isin(found.particles.half, (1, 2)).all():
-        raise InputError("the auxiliary particles have no half-sets", file=folder, expected="1 or 2 for each")
+        raise InputError(
+            "the auxiliary particles have no half-sets",
+            file=folder,
+            expected="1 or 2 for each",
+            code="particle-sets-differ",
+        )
     found.close()
 
 

@@ -56,11 +56,14 @@ def rebalance_files(
     from cryoiso.methods.rebalance import facts, rebalance
 
     if (cap is None) == (keep is None):
-        raise UsageError("one of --cap and --keep is needed: most particles of a cone, or the fraction to keep")
+        raise UsageError(
+            "one of --cap and --keep is needed: most particles of a cone, or the fraction to keep",
+            code="option-missing",
+        )
     suffix = file.suffix.lower()
     targets = [out / f"{name}{suffix}" for name in (KEPT, DISCARDED)]
     if file.resolve() in [target.resolve() for target in targets]:
-        raise UsageError(f"--out {out}: would overwrite the particles that are read, {file}")
+        raise UsageError(f"--out {out}: would overwrite the particles that are read, {file}", code="file-exists")
     particles = read_particle_file(file, "", ("pose",), passthrough, symmetry)
     column, sign, quality = _quality(file, particles, choice, passthrough)
     score = None if quality is None else sign * quality
@@ -94,12 +97,15 @@ def _quality(
         if not column:
             raise UsageError(
                 f"{file} has none of {', '.join(KNOWN_QUALITY)}. Name a column that says how good a particle is "
-                "(--quality COLUMN --better higher or lower), or draw at random (--quality random)"
+                "(--quality COLUMN --better higher or lower), or draw at random (--quality random)",
+                code="option-missing",
             )
         logger.info("particles are ranked by %s", column)
     better = choice.better or KNOWN_QUALITY.get(column)
     if better is None:
-        raise UsageError(f"--quality {column}: say which values are better (--better higher or lower)")
+        raise UsageError(
+            f"--quality {column}: say which values are better (--better higher or lower)", code="option-missing"
+        )
     return column, 1 if better == "higher" else -1, column_of(file, particles, column, passthrough)
 
 

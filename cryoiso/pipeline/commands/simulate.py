@@ -48,13 +48,15 @@ def check_folder(out: Path, overwrite: bool) -> None:
     """
     present = [name for name in FILES if (out / name).exists()]
     if present and not overwrite:
-        raise UsageError(f"{out} already holds {present[0]}; give --overwrite to replace it, or another folder")
+        raise UsageError(
+            f"{out} already holds {present[0]}; give --overwrite to replace it, or another folder", code="file-exists"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for old in [out / COPIES, *out.glob("particles_[0-9]*.mrcs")] if present else []:
             old.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder: {error.strerror}", file=out) from None
+        raise InputError(f"cannot make the folder: {error.strerror}", file=out, code="not-writable") from None
 
 
 def write_plain(source: SimulatedSource, out: Path, facts: dict[str, Any], how: Writing) -> None:
@@ -117,7 +119,8 @@ def require_known_ctf(settings: Nuisances, applied: CtfApplied) -> None:
     if applied and settings.hides_ctf:
         raise UsageError(
             "--phase-flipped and --ctf-premultiplied need the CTF that the images have; give --known, or leave out "
-            "errors of the CTF, ice, scales, B-factors and beam tilt"
+            "errors of the CTF, ice, scales, B-factors and beam tilt",
+            code="options-conflict",
         )
 
 

@@ -40,7 +40,7 @@ def object_map(
         variant = PHANTOMS[model]
         return phantom_map(box or DEFAULT_BOX_PX, pixel, resolution or 2.5 * pixel, seed=seed, variant=variant)
     if not Path(model).is_file():
-        raise InputError("there is no such file", file=model, hint=f"Or one of: {', '.join(PHANTOMS)}.")
+        raise InputError("no such file", file=model, hint=f"Or one of: {', '.join(PHANTOMS)}.", code="file-not-found")
     if Path(model.removesuffix(".gz")).suffix.lower() in (".mrc", ".map", ".ccp4"):
         return _map(model, box, pixel_size, resolution)
     from cryoiso.io.models import model_to_map
@@ -86,7 +86,7 @@ def _other(volume: DensityMap, model: str, other: str, resolution: float, seed: 
     if is_model(model) and is_model(other):
         return found
     if not found.data.std() > 0:
-        raise InputError("the map is constant: nothing to simulate", file=other)
+        raise InputError("the map is constant: nothing to simulate", file=other, code="map-without-density")
     data = (found.data - np.median(found.data)) * (volume.data.std() / found.data.std())
     return DensityMap(data.astype(np.float32), found.pixel_size_A)
 
@@ -178,7 +178,9 @@ def patch_stack(path: Path, pixel_size: float | None, way: str, image_pixel_A: f
     header = reader.header(str(path))
     count, rows, columns = header.shape
     if rows != columns:
-        raise InputError("the noise patches are not square", file=path, found=f"{columns} x {rows} px")
+        raise InputError(
+            "the noise patches are not square", file=path, found=f"{columns} x {rows} px", code="stack-not-of-images"
+        )
     said = float(header.voxel_A[0])
     pixel = pixel_size or (said if 0 < said < np.inf and said != 1.0 else image_pixel_A)
 

@@ -62,7 +62,10 @@ def refine_subtomograms(job: Job, out: Path, comm: Context, *, resume: bool = Fa
 def _open(job: Job) -> SubtomogramSource:
     section = job.particles
     if job.refine.engine != "relion":
-        raise UsageError(f"{section.file} holds subtomograms, which only RELION refines: use --engine relion")
+        raise UsageError(
+            f"{section.file} holds subtomograms, which only RELION refines: use --engine relion",
+            code="subtomograms-unsupported",
+        )
     engines.require_engine(job)
     source = SubtomogramSource(section.file, section.project)
     source.particles = assign_halves(source.particles, job.run.seed, section.file)

@@ -101,13 +101,18 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
         found = json.loads(read_regular_text(file))
         return _of_facts(found, "cpu_seconds" if cpu else "seconds")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError("no rates here", file=file, expected="timing.json of a finished run",
-                         hint="Every run writes it into its folder when it ends or is stopped.") from None  # fmt: skip
+        raise InputError(
+            "no rates in this file",
+            file=file,
+            expected="timing.json of a finished run",
+            hint="Every run writes it into its folder when it ends or is stopped.",
+            code="rates-missing",
+        ) from None
 
 
 def _of_facts(found: dict[str, Any], what: str) -> Rates:
     if what == "cpu_seconds" and found["device"] != CPU:
-        raise UsageError("--cpu: this run worked on GPUs, whose time is not in its CPU seconds")
+        raise UsageError("--cpu: this run used GPUs, whose time is not in its CPU seconds", code="options-conflict")
     stages = [facts for facts in found["stages"].values() if tells_rates(facts, what)]
     timed = [(facts["work"], float(facts[what])) for facts in stages]
     base = of_stages(found["device"], found["kernels"], timed)

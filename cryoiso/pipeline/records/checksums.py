@@ -43,11 +43,20 @@ def read_sums(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", file=path, expected="lines of sha256sum in UTF-8") from None
+        raise InputError(
+            f"cannot be read: {error}", file=path, expected="lines of sha256sum in UTF-8", code="file-unreadable"
+        ) from None
     for number, line in enumerate(lines, start=1):
         sha256, gap, name = line[:64], line[64:66], line[66:]
         if gap not in ("  ", " *") or len(sha256) != 64 or not name:
-            raise InputError("not a line of sha256sum", file=path, row=number, expected="SHA256  NAME", found=line[:80])
+            raise InputError(
+                "not a line of sha256sum",
+                file=path,
+                row=number,
+                expected="SHA256  NAME",
+                found=line[:80],
+                code="record-damaged",
+            )
         require_contained(path.parent, [name], path, number)
         found[name] = sha256
     return found

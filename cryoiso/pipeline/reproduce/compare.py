@@ -39,7 +39,7 @@ def compare_files(
 
     Args:
         name: what to call it.
-        old, new: None where there is no such file.
+        old, new: None where no such file.
         symmetry: point group that poses are compared modulo.
         names: old folder -> new folder; where a text differs by nothing else it counts as the same.
     """

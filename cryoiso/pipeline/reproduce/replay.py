@@ -106,7 +106,9 @@ def replay_stage(
     stage, before, recorded = on_root(comm, _recorded, run, name, [s.name for s in stages])
     prepare_device(again)
     if wrong := verify_outputs(run.path, before, comm):
-        raise InputError(f"{wrong} since the run; a replay would start from other files", file=run.path)
+        raise InputError(
+            f"{wrong} since the run; a replay would start from other files", file=run.path, code="run-inputs-changed"
+        )
     if record_of(stage).reads_images:
         require_unchanged(comm, on_root(comm, lambda: given_shards(read_record(run.manifest))))
     on_root(comm, _link, run, target, list(before))
@@ -132,12 +134,15 @@ def _read_manifest(run: RunFolder) -> dict[str, Any]:
 def _recorded(run: RunFolder, name: str, stages: list[str]) -> tuple[str, Outputs, Outputs]:
     """The stage's name, the outputs of the stages before it, and its own."""
     if name not in stages:
-        raise UsageError(f"{run.path} has no stage '{name}' (its stages: {', '.join(stages)})")
+        raise UsageError(f"{run.path} has no stage '{name}' (its stages: {', '.join(stages)})", code="stage-unknown")
     ends = {line.get("stage"): line["outputs"] for line in read_journal(run.journal) if line["event"] == "end"}
     before: Outputs = {}
     for stage in stages[: stages.index(name) + 1]:
         if stage not in ends:
-            raise UsageError(f"{run.path}: the stage '{stage}' was never finished. 'cryoiso resume' goes on with it.")
+            raise UsageError(
+                f"{run.path}: the stage '{stage}' is not finished. Continue it with 'cryoiso resume'.",
+                code="stage-unfinished",
+            )
         if stage != name:
             before.update(ends[stage])
     return name, before, ends[name]
@@ -147,9 +152,11 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
     """A folder in which the earlier stages seem to lie: links to their files, one by one, so that nothing that is
     renamed or removed in it can reach the run."""
     if target.exists() and any(target.iterdir()):
-        raise UsageError(f"{target} is not empty. Give a new folder with --out.")
+        raise UsageError(f"{target} is not empty. Give a new folder with --out.", code="file-exists")
     if target == run.path or run.path in target.parents:
-        raise UsageError(f"{target} lies in the run. Give a folder outside of it with --out.")
+        raise UsageError(
+            f"{target} is inside the run. Give a folder outside of it with --out.", code="option-out-of-range"
+        )
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)

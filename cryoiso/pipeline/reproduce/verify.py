@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso.core import products
-from cryoiso.core.errors import InputError, UsageError
+from cryoiso.core.errors import InputError, UsageError, with_code
 from cryoiso.io.contained_path import require_contained
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
@@ -123,7 +123,7 @@ def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> VerifyRep
 def _read(run: RunFolder, inputs: bool) -> tuple[VerifyReport, list[Recorded], list[Recorded]]:
     """What is known before anything is hashed: the state, and the files with their hashes."""
     if not run.holds_a_run():
-        raise UsageError(f"{run.path} holds no run that could be verified. 'cryoiso run' makes one.")
+        raise UsageError(f"{run.path} holds no run to verify. 'cryoiso run' makes one.", code="run-missing")
     manifest, seal, lines = read_record(run.manifest), _read_seal(run), read_journal(run.journal)
     check_manifest(manifest, run.manifest)
     if manifest:
@@ -163,9 +163,9 @@ def _read_seal(run: RunFolder) -> dict[str, Any]:
     files = seal.get("files")
     texts = all(isinstance(seal.get(key), str) for key in ("digest", "time"))
     if not isinstance(files, dict) or not all(map(_is_noted, files.values())) or not texts:
-        raise InputError("not a seal as a run writes it", file=run.seal,
+        raise InputError("not a valid seal", file=run.seal,
                          expected="digest, time and files with bytes and sha256",
-                         hint="Take the file from a copy of the run folder.")  # fmt: skip
+                         hint="Take the file from a copy of the run folder.", code="record-damaged")  # fmt: skip
     require_contained(run.path, files, run.seal)
     return seal
 
@@ -201,13 +201,19 @@ def _outputs(
         verdict.unfinished = _how_unfinished(run, lines, missing)
 
 
+def _said(end: dict[str, Any]) -> str:
+    """Message and code of the journal's line; earlier versions wrote no code."""
+    message = str(end.get("message", ""))
+    return with_code(message, end["code"]) if end.get("code") else message
+
+
 def _how_unfinished(run: RunFolder, lines: list[dict[str, Any]], missing: list[str]) -> str:
     what = f"not done: {', '.join(missing)}" if missing else "all stages are done, but the run was not sealed"
     if run.lock.exists():
         return f"{what}; lock.json says that a run works in this folder, or was killed in it"
     end = lines[-1] if lines else {"event": "", "time": ""}
     how = {
-        "stop": "stopped by a signal", "error": f"ended with an error ({end.get('message', '')})", "done": "ended"
+        "stop": "stopped by a signal", "error": f"ended with an error ({_said(end)})", "done": "ended"
     }.get(end["event"], "broke off")  # fmt: skip
     return f"{what}; the run {how} at {end['time']}. 'cryoiso resume {run.path}' goes on"
 

@@ -69,6 +69,6 @@ def check_machine(inputs: Inputs, asked: Callable[[Inputs, int], Needs] = needs_
     first = report.worst(found)
     error = None
     if first is not None and first.severity == report.ERROR:
-        error = CryoisoError(first.line())
+        error = CryoisoError(first.line(), code=first.code)
         error.exit_code = first.exit_code
     agree(comm, error)

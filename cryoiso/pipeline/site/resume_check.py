@@ -103,7 +103,8 @@ def _require_gpus_as_before(run: RunContext) -> None:
     if comm.device() == "cpu":
         error = MissingError(
             f"rank {comm.rank} on {comm.hostname} sees no GPU, and this run computed on GPUs before ({before}). Ask "
-            f"the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. {_by_cpu(run)}"
+            f"the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. {_by_cpu(run)}",
+            code="gpu-missing",
         )
     agree(comm, error)
 

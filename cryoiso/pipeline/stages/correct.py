@@ -109,12 +109,15 @@ def _here(function: Any, *args: Any) -> Any:
 
 def _begin(task: CorrectionTask) -> None:
     if len(task.maps) == 1 and task.transfer is None and task.missing_cone_deg is None:
-        raise UsageError("one map alone does not tell what it lacks: give --missing-cone, --filter, or both half-maps")
+        raise UsageError(
+            "a single map needs --missing-cone or --filter; otherwise give both half-maps",
+            code="option-missing",
+        )
     if task.transfer is not None and task.missing_cone_deg is not None:
-        raise UsageError("--missing-cone and --filter exclude each other")
+        raise UsageError("--missing-cone and --filter exclude each other", code="options-conflict")
     for path in (*task.maps.values(), task.mask, task.transfer):
         if path is not None and not path.is_file():
-            raise InputError("no such file", file=path)
+            raise InputError("no such file", file=path, code="file-not-found")
     task.out.mkdir(parents=True, exist_ok=True)
 
 

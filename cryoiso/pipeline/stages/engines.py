@@ -24,7 +24,7 @@ def engine(name: str) -> Engine:
         from cryoiso.engines.relion.engine import RelionEngine
 
         return RelionEngine()
-    raise UsageError(f"unknown engine '{name}' (known: native, relion)")
+    raise UsageError(f"unknown engine '{name}' (known: native, relion)", code="choice-unknown")
 
 
 def require_engine(job: Job) -> None:

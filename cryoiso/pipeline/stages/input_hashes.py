@@ -49,7 +49,7 @@ class Hasher:
                 modified = provenance.modified_ns(path)
                 self.found[path] = sha256_of(Path(path), self._seen), modified
             except OSError as error:
-                self.error = InputError(f"cannot be read: {error.strerror}", file=path)
+                self.error = InputError(f"cannot be read: {error.strerror}", file=path, code="file-unreadable")
                 return
             except HashingStopped:
                 return
@@ -198,7 +198,12 @@ def require_unchanged(comm: Context, shards: dict[str, dict[str, object]]) -> No
         Interrupted: a signal came.
     """
     wrong = verify_outputs(Path(), shards, comm, "checking shards") if shards else ""
-    agree(comm, InputError(f"{wrong} since this run started. {provenance.PUT_BACK}") if wrong else None)
+    agree(
+        comm,
+        InputError(f"{wrong} since this run started. {provenance.PUT_BACK}", code="run-inputs-changed")
+        if wrong
+        else None,
+    )
 
 
 @contextmanager

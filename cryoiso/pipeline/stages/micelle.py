@@ -67,7 +67,9 @@ def micelle_files(
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
     if choice.file is not None and choice.threshold is not None:
-        raise UsageError("--mask and --threshold exclude each other: the threshold makes the mask")
+        raise UsageError(
+            "--mask and --threshold exclude each other: the threshold makes the mask", code="options-conflict"
+        )
     particles, homologue, mask = on_root(comm, _read, job, choice, out)
     source = open_stacks(particles, job.particles, comm)
     return write_micelle(source, particles, homologue, mask, settings, out, comm, resume=resume)
@@ -137,7 +139,7 @@ def write_micelle(
     )  # fmt: skip
     facts = on_root(comm, _write, found, particles, homologue, mask, settings, folder)
     if found.stopped:
-        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps are those so far")
+        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps so far are kept")
     return facts
 
 

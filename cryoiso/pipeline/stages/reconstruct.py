@@ -58,7 +58,12 @@ def _refined(run: RunContext, inputs: Inputs) -> Particles:
     path = final_poses(run)
     refined = read_particle_file(path, run.job.particles.project, ("pose",))
     if not np.array_equal(refined.uid, inputs.particles().uid):
-        raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.")
+        raise InputError(
+            "the refined particles are not those of this run",
+            file=path,
+            hint="Start a new run.",
+            code="run-particles-differ",
+        )
     posed = bare(inputs.particles()).with_poses(*refined.require_poses(path))
     if refined.table is None or "cryoisoBalanced" not in refined.table:
         return posed

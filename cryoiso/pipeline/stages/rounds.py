@@ -77,7 +77,12 @@ def poses_after(run: RunContext, inputs: Inputs, round_: int) -> Particles:
         found = read_particle_file(path, run.job.particles.project, ("pose",))
         particles = bare(inputs.particles())
         if not np.array_equal(found.uid, particles.uid):
-            raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.")
+            raise InputError(
+                "the refined particles are not those of this run",
+                file=path,
+                hint="Start a new run.",
+                code="run-particles-differ",
+            )
         columns = {
             name: np.asarray(found.table[name], np.float64)
             for name in CERTAINTY

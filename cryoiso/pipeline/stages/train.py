@@ -168,7 +168,11 @@ def _courses(
     for h in HALVES:
         rows = np.flatnonzero(half == h)
         if len(rows) == 0:
-            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+            raise InputError(
+                f"half-set {h} is empty",
+                hint="Both half-sets need particles: check rlnRandomSubset.",
+                code="half-set-empty",
+            )
         reference = _filtered(references[h], section.condition_lowpass_A)
         file = folder / products.generator(h)
         courses.append(Course(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))

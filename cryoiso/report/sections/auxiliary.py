@@ -85,7 +85,7 @@ def collect_samples(folder: Path, data: ReportData) -> dict[str, np.ndarray]:
             with open_regular(path) as stream, np.load(stream) as file:
                 arrays = {k: np.nan_to_num(file[k]) for k in ("raw", "auxiliary", "projections") if k in file.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"samples cannot be read: {error}", file=path) from None
+            raise InputError(f"samples cannot be read: {error}", file=path, code="file-unreadable") from None
         return {k: v for k, v in arrays.items() if v.ndim == 3 and len(v)}
     return {}
 
