@@ -57,7 +57,7 @@ class ParticleSet:
 
 TOP = Preferred(np.array([[0.0, 0.0, 1.0]]))
 SIDE = Preferred(np.array([[1.0, 0.0, 0.0]]), both_ends=False)
-MIDDLE_SNR_DB = -15
+MIDDLE_SNR_DB = -20
 PREFERRED = {"mode": "preferred", "fraction": 0.98}
 SETS: dict[str, ParticleSet] = {
     "one_pole_-13": ParticleSet(PREFERRED, -13, preferred=TOP),
