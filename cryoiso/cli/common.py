@@ -165,4 +165,7 @@ def log_to_stderr(rank: int) -> None:
     handler.setLevel(logging.INFO)
     handler.addFilter(lambda record: is_told(record, rank))
     handler.setFormatter(_Formatter())
-    logger.handlers = [handler]
+    for earlier in logger.handlers[:]:  # of an earlier command in this process
+        logger.removeHandler(earlier)
+        earlier.close()
+    logger.addHandler(handler)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core.log import logger
 from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
@@ -160,12 +161,15 @@ class StopsAt(Context):
 
 
 def forget_signals() -> None:
-    """This process as it was before a run: no signal received, the handlers those of the system."""
+    """This process as it was before a run: no signal received, the handlers those of the system, no log file open."""
     from cryoiso.parallel import signals
 
     signals.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
+    for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def hash_files(folder: Path) -> dict[str, str]:
