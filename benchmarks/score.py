@@ -74,6 +74,42 @@ def without_junk(true: Any) -> Any:
     return true.take(np.array([kind == "particle" for kind in true.table["cryoisoKind"].tolist()]))
 
 
+def scale_scores(folder: Path, star: Path) -> dict[str, Any]:
+    """Estimated scales of the signal against the true ones, both with mean 1; empty where either has none.
+
+    ``scale_sd`` and ``scale_true_sd``, ``scale_correlation`` (of micrographs' means: ``scale_micrograph_correlation``),
+    ``scale_error`` (root mean square), and ``scale_bias_top``, ``scale_bias_side``: [estimated over true mean, standard
+    error] of the views within 36 degrees of z and the others.
+    """
+    from cryoiso.io import read_particle_file
+
+    true = without_junk(read_particle_file(folder / "truth.star", require=("pose",)))
+    found = read_particle_file(star, require=("pose",))
+    known = true.table is not None and "cryoisoSignalScale" in true.table
+    if not known or found.signal_scale is None:
+        return {}
+    _, i, j = np.intersect1d(found.uid, true.uid, return_indices=True)
+    expected, scale = true.table["cryoisoSignalScale"].astype(float).to_numpy()[j], found.signal_scale[i]
+    expected, scale = expected / expected.mean(), scale / scale.mean()
+    top = np.abs(true.rotation[j, 2, 2]) > np.cos(np.radians(TOP_DEG))
+    result: dict[str, Any] = {
+        "scale_sd": float(scale.std()), "scale_true_sd": float(expected.std()),
+        "scale_error": float(np.sqrt(np.mean(np.square(scale - expected)))),
+    }  # fmt: skip
+    if expected.std() > 1e-6:
+        result["scale_correlation"] = float(np.corrcoef(scale, expected)[0, 1])
+        if true.micrograph is not None:
+            of = true.micrograph[j]
+            means = [np.bincount(of, values) / np.maximum(np.bincount(of), 1) for values in (scale, expected)]
+            result["scale_micrograph_correlation"] = float(np.corrcoef(*means)[0, 1])
+    for name, rows in (("top", top), ("side", ~top)):
+        if rows.any():
+            mean = expected[rows].mean()
+            error = (scale - expected)[rows].std() / np.sqrt(rows.sum())
+            result[f"scale_bias_{name}"] = [float(scale[rows].mean() / mean), float(error / mean)]
+    return result
+
+
 def best_spin(estimated: np.ndarray, true: np.ndarray, symmetry: str) -> tuple[float, np.ndarray]:
     """Rotation about z that brings poses (n, 3, 3) nearest to the true ones, tried every 2 degrees over a sixth of a
     turn each way, and the errors (n,) in degrees after it. Only Cn with n > 1 has this freedom."""

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import harness, nuisance_sets, particle_sets, views_controls, views_tables
 from benchmarks.particle_sets import SETS, ParticleSet
-from benchmarks.score import score, truth_scores
+from benchmarks.score import scale_scores, score, truth_scores
 from benchmarks.views_controls import CONTROLS
 from benchmarks.views_rows import ROWS, engine_facts, run_row
 
@@ -88,7 +88,7 @@ def measure(task: Task, data: Path, work: Path) -> dict[str, Any]:
     else:
         halves = (out / f"half{h}.mrc" for h in (1, 2))
         scores = score(folder, out / "particles.star", *halves, one.symmetry, one.preferred)
-        scores |= {**_final_map(folder, out, one), **engine_facts(out)}
+        scores |= {**_final_map(folder, out, one), **engine_facts(out), **scale_scores(folder, out / "particles.star")}
     return {
         "set": task.name, "seed": task.seed, "row": task.row, **scores, **cost.as_dict(), "settings": task.settings(),
         "date": time.strftime("%Y-%m-%d %H:%M"), "version": version(), "machine": _machine(),

@@ -62,6 +62,8 @@ ROWS: dict[str, Row] = {
     "regularisation + view polarity": Row(engine=_on("regularisation", "view polarity")),
     "regularisation + weighted fsc + view density": Row(engine=_on("regularisation", "weighted fsc", "view density")),
     "refine": Row(),
+    "scale group": Row(engine={"scale": "group"}),
+    "scale particle": Row(engine={"scale": "particle"}),
     "oracle before": Row(engine=BEFORE, reference="signal_map.mrc"),
     "oracle": Row(reference="signal_map.mrc"),
     "auxiliary white": Row("auxiliary", job=_auxiliary("white-noise")),

@@ -23,8 +23,9 @@ SEARCH = keys(
     "finest_step_deg", "max_resolution_A", "stalled_iterations",
 )  # fmt: skip
 REGULARISATION = keys(
-    "refine", "References and resolution", "padding", "join_halves_A", "solvent_mask", "regularisation", "weighted_fsc"
-)
+    "refine", "References and resolution", "padding", "join_halves_A", "solvent_mask", "regularisation", "weighted_fsc",
+    "scale",
+)  # fmt: skip
 VIEWS = keys(
     "refine", "Density of views", "view_density", "view_axis_odds", "view_polarity_floor", "view_kernel_deg"
 )  # fmt: skip

@@ -31,7 +31,9 @@ NUMBER_TOLERANCE = 1e-6
 SAMPLE_IMAGES = 16
 """Images whose pixels are compared; those of the lowest uids."""
 ORDER = "row order"
-_NOT_CTF = ("uid", "optics", "stack", "index", "rotation", "shift_A", "half")
+_NOT_CTF = (
+    "uid", "optics", "stack", "index", "rotation", "shift_A", "half", "micrograph", "signal_scale", "noise_level",
+)  # fmt: skip
 _SETS = ("number", "uids")
 """Where these differ, all the rest of a particle set differs as well."""
 HINT = "Give the same inputs and settings, or start again without --resume or in another folder."

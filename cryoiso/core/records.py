@@ -30,6 +30,8 @@ class IterationRecord(TypedDict, total=False):
     log_likelihood: float
     auxiliary_weight_share: float
     """Of the references' weight; only with auxiliary particles."""
+    scale_sd: float
+    """Standard deviation of the raw images' scales; only where they are estimated."""
     seconds: float
     correction: dict[str, Any]
     """What a correction in the loop says of this iteration; its own words."""
@@ -47,6 +49,8 @@ class RefineRecord(TypedDict, total=False):
     noise_variance: list[Curve]
     """By optics group and shell; null where a shell is empty."""
     view_density: dict[str, Any]
+    intensity: dict[str, Any]
+    """Spread of the images' scales and noise levels, and their means by view; only where they are estimated."""
     empty_shells: list[dict[str, Any]]
     local_deg: float
     moved: dict[str, Any]

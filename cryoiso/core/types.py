@@ -87,6 +87,12 @@ class Particles:
     """(n, 2) float64: RELION's (rlnOriginXAngst, rlnOriginYAngst)."""
     half: Int[np.ndarray, " n"] | None = None
     """(n,) int8: 1 or 2, 0 where unknown."""
+    micrograph: Int[np.ndarray, " n"] | None = None
+    """(n,) int64: number of each particle's micrograph, in no particular order; None where the source names none."""
+    signal_scale: Float[np.ndarray, " n"] | None = None
+    """(n,) factor of each image's signal beside ``ctf_scale``, estimated at these poses; None: 1."""
+    noise_level: Float[np.ndarray, " n"] | None = None
+    """(n,) variance of each image's noise over that of its optics group, estimated at these poses; None: 1."""
     table: Any = None
     """pandas.DataFrame of the source's particle rows, every column kept, in the same order; None if made in memory."""
     optics_table: Any = None
@@ -110,8 +116,15 @@ class Particles:
         return replace(self, **new)
 
     def with_poses(self, rotation: Real[np.ndarray, "n 3 3"], shift_A: Real[np.ndarray, "n 2"]) -> Particles:
-        """A copy with these poses: rotation (n,3,3), shift_A (n,2)."""
-        return replace(self, rotation=np.asarray(rotation, np.float64), shift_A=np.asarray(shift_A, np.float64))
+        """A copy with these poses: rotation (n,3,3), shift_A (n,2); intensities belong to the old ones and go."""
+        rotation, shift_A = np.asarray(rotation, np.float64), np.asarray(shift_A, np.float64)
+        return replace(self, rotation=rotation, shift_A=shift_A, signal_scale=None, noise_level=None)
+
+    def with_intensity(
+        self, signal_scale: Real[np.ndarray, " n"] | None, noise_level: Real[np.ndarray, " n"] | None
+    ) -> Particles:
+        """A copy with these factors of the signal and of the noise variance, (n,) each; None: 1 everywhere."""
+        return replace(self, signal_scale=signal_scale, noise_level=noise_level)
 
     def with_results(self, **columns: np.ndarray) -> Particles:
         """A copy with these result columns added, e.g. rlnLogLikeliContribution."""
@@ -158,7 +171,7 @@ def concatenate(first: Particles, second: Particles, *, pooled: bool = False) ->
     columns: dict[str, Any] = {}
     for f in fields(Particles):
         one, two = getattr(first, f.name), getattr(second, f.name)
-        if f.name in ("groups", "table", "optics_table", "results", "optics"):
+        if f.name in ("groups", "table", "optics_table", "results", "optics", *_OPTIONAL):
             continue
         if (one is None) != (two is None):
             raise InputError(
@@ -167,6 +180,7 @@ def concatenate(first: Particles, second: Particles, *, pooled: bool = False) ->
                 code="particle-sets-differ",
             )
         columns[f.name] = None if one is None else np.concatenate([one, two])
+    columns |= {name: _joined(first, second, name) for name in _OPTIONAL}
     if pooled:
         _require_same_optics(first, second)
         groups, shift = first.groups, 0
@@ -176,6 +190,21 @@ def concatenate(first: Particles, second: Particles, *, pooled: bool = False) ->
     optics = np.concatenate([first.optics, second.optics + shift]).astype(first.optics.dtype)
     results = {k: np.concatenate([first.results[k], second.results[k]]) for k in first.results if k in second.results}
     return Particles(groups=groups, optics=optics, results=results, **columns)
+
+
+_OPTIONAL = ("micrograph", "signal_scale", "noise_level")
+"""Fields that one of two joined sets may lack."""
+
+
+def _joined(first: Particles, second: Particles, name: str) -> np.ndarray | None:
+    """An optional field of both sets; a set without it gets a micrograph of its own, or intensities of 1."""
+    one, two = getattr(first, name), getattr(second, name)
+    if one is None and two is None:
+        return None
+    if name != "micrograph":
+        return np.concatenate([np.ones(len(p)) if v is None else v for p, v in ((first, one), (second, two))])
+    one, two = (np.zeros(len(p), np.int64) if v is None else v for p, v in ((first, one), (second, two)))
+    return np.concatenate([one, two + one.max(initial=-1) + 1])
 
 
 def _require_same_optics(first: Particles, second: Particles) -> None:

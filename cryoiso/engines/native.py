@@ -26,6 +26,7 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.refine import schedule
 from cryoiso.refine.initial_model import initial_model
+from cryoiso.refine.intensity import Intensity, intensity_facts
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts
@@ -137,6 +138,7 @@ def _make_room(folder: Path, afresh: bool) -> None:
 
 def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays = {"sigma2": model.sigma2, "rotation": model.rotation, "shift_A": model.shift_A}
+    arrays |= {"scale": model.intensity.scale, "noise": model.intensity.noise}
     arrays["uid"] = run.particles.uid
     arrays |= {f"reference{h}": model.references[h] for h in HALVES}
     arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
@@ -183,6 +185,7 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             replace(state, done=schedule.is_done(state.stalled, state.iteration, run.settings)),
             {h: arrays[f"reference{h}"] for h in HALVES},
             arrays["sigma2"],
+            Intensity(arrays["scale"][rows], arrays["noise"][rows]),
             arrays["rotation"][rows],
             arrays["shift_A"][rows],
             {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")},
@@ -207,6 +210,8 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
 
 def _result(request: RefineRequest, model: Model) -> RefineResult:
     particles = request.source.particles.with_poses(model.rotation, model.shift_A).with_results(**model.columns)
+    if request.settings.scale != "none" or (model.intensity.scale != 1).any() or (model.intensity.noise != 1).any():
+        particles = particles.with_intensity(model.intensity.scale, model.intensity.noise)
     maps = {h: request.folder / products.half_map(h) for h in HALVES}
     return RefineResult(particles, maps, model.history, float(model.history[-1]["resolution_A"]))
 
@@ -226,6 +231,9 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
     }
     if model.views:
         summary["view_density"] = density_facts(model.views, request.symmetry, run.settings)
+    if request.settings.scale != "none":
+        facts = intensity_facts(model.intensity, result.particles, model.rotation, run.raw, request.symmetry)
+        summary["intensity"] = {"scale": request.settings.scale, **facts}
     if empty := empty_facts(model.sigma2, result.particles.groups, run.box):
         summary["empty_shells"] = empty
     if request.local_deg is not None:

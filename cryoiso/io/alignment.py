@@ -37,6 +37,8 @@ FITS = (
     "cryoisoPoseEntropy",
     "cryoisoPoseSpread",
     "cryoisoBalanced",
+    "cryoisoScale",
+    "cryoisoNoiseLevel",
 )
 """How particles fitted the reference, and numbers that point into that refinement's model file."""
 

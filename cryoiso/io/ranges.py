@@ -61,6 +61,8 @@ RANGES: dict[str, Range] = {
     "rlnPhaseShift": Range(-360, 360, "°"),
     "rlnCtfBfactor": Range(-2_000, 5_000, "Å²"),
     "rlnCtfScalefactor": Range(0, 100),
+    "cryoisoScale": Range(0, 100),
+    "cryoisoNoiseLevel": Range(1e-4, 1e4),
     "rlnAngleRot": _ANGLE,
     "rlnAngleTilt": _ANGLE,
     "rlnAnglePsi": _ANGLE,

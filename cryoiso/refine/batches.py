@@ -63,6 +63,18 @@ class Batch:
             weight = (weight / full_from**2).clamp(max=1.0)
         return torch.where(mine, weight, 1.0)
 
+    def scaled(self, scale: Float[np.ndarray, " n"], noise: Float[np.ndarray, " n"]) -> Batch:
+        """The batch of images whose signal has the factor ``scale`` (B,) and whose noise has ``noise`` (B,) times the
+        variance of their optics group: divided so that it has that variance, with the CTF that remains."""
+        if (scale == 1).all() and (noise == 1).all():
+            return self
+        root = np.sqrt(noise)
+        for_data, for_ctf = (
+            torch.as_tensor(factor, dtype=torch.float32, device=self.ctf.device)[:, None]
+            for factor in (1 / root, scale / root)
+        )
+        return replace(self, coefficients=self.coefficients * for_data, ctf=self.ctf * for_ctf)
+
     def alike(self, other: Batch) -> bool:
         """Whether both sample the same frequencies."""
         return self.where is other.where and np.array_equal(

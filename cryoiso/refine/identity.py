@@ -36,9 +36,21 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         "local_deg": request.local_deg,
         "seed": request.seed,
         "settings": settings,
+        "intensities": _intensities(request),
         "auxiliary": _auxiliary(request),
         "correction": "none" if correction is None else getattr(correction, "identity", correction.facts)(),
     }
+
+
+def _intensities(request: RefineRequest) -> str:
+    """Digest of the micrographs, which group the intensities if these are estimated, and of those that a local search
+    starts with."""
+    p = request.source.particles
+    used = [p.micrograph] if request.settings.scale != "none" else []
+    used += [p.signal_scale, p.noise_level] if request.local_deg is not None else []
+    order = np.argsort(p.uid, kind="stable")
+    arrays = ["none" if values is None else values[order] for values in used]
+    return "none" if all(isinstance(a, str) for a in arrays) else MARK + digest_of(*arrays)
 
 
 def _auxiliary(request: RefineRequest) -> Any:

@@ -15,6 +15,7 @@ from cryoiso.core.rng import shuffle_keys
 from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine import offsets
+from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.model import Model
@@ -50,7 +51,9 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
         rotation, shift_A = run.particles.require_poses()
     elif run.has_offsets and run.comm.rank == 0:
         offsets.tell_of_given(run.centre_px, run.box)
-    return Model(state, scaled, sigma2, rotation, shift_A)
+    # those of the file belong to its poses
+    intensity = Intensity.ones(n) if run.request.local_deg is None else Intensity.given(run.particles)
+    return Model(state, scaled, sigma2, intensity, rotation, shift_A)
 
 
 def first_state(run: Refinement, lowpass_A: float) -> State:

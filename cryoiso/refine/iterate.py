@@ -32,6 +32,8 @@ from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
+from cryoiso.refine.intensity import ImageTerms, Intensity
+from cryoiso.refine.iteration_log import log_iteration
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.model import Model, best_of
@@ -134,11 +136,12 @@ class Refinement:
         started = time.monotonic()
         state = model.state
         self.heed_empty(model.sigma2)
-        scale = weight_scale(model.sigma2)
+        scale = weight_scale(model.sigma2 / model.intensity.largest_weight())
         plan = self.plan(state)
         radius = self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
+        images = ImageTerms(self.settings.scale, model.sigma2)
         sums = HalfSums(self.request.auxiliary_weight)
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
@@ -150,13 +153,13 @@ class Refinement:
             for auxiliary in self.kinds:
                 searcher.views = None if auxiliary else self._view_prior(model, half)  # auxiliaries are made even
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
-                for batch in self._batches(half, auxiliary, radius, state.iteration, kept):
+                for batch in map(model.intensity.of, self._batches(half, auxiliary, radius, state.iteration, kept)):
                     white = whiten(batch, model.sigma2)
                     posterior = kept.get(batch.rows, self.device)
                     if posterior is None:
                         posterior = searcher.search(batch, white, self.given(batch.rows))
                         kept.put(batch.rows, posterior)
-                    accumulate(batch, white, posterior, volume, accumulator, noise, scale)
+                    accumulate(batch, white, posterior, volume, accumulator, noise, scale, images)
                     if not auxiliary:
                         views[half].add(posterior.rotation, posterior.weight, self._cells)
                     found.append((batch.rows, best_of(posterior)))
@@ -166,8 +169,9 @@ class Refinement:
         rotation, shift_px, columns = gathered(found, len(self.particles), self.comm)
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES}
+        intensity = images.estimate(model.intensity, self.particles, self.raw, self.comm)
         seconds = time.monotonic() - started
-        return self._maximise(model, sums, noise, counts, rotation, shift_px, columns, plan, seconds)
+        return self._maximise(model, sums, noise, intensity, counts, rotation, shift_px, columns, plan, seconds)
 
     def _view_prior(self, model: Model, half: int) -> ViewPrior | None:
         """Prior on the views of a half's images from its posteriors of the iteration before; None: even."""
@@ -187,6 +191,7 @@ class Refinement:
         identity = digest_of(
             __version__, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
             self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
+            model.intensity.scale, model.intensity.noise,
             *(model.views.get(half, np.zeros(0)) for half in HALVES),
         )  # fmt: skip
         kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
@@ -223,8 +228,8 @@ class Refinement:
             raise Interrupted("stopped by a signal; what was found so far is kept")
 
     def _maximise(
-        self, model: Model, sums: HalfSums, noise: NoiseSums, views: dict[int, np.ndarray], rotation: np.ndarray,
-        shift_px: np.ndarray, columns: dict[str, np.ndarray], plan: SearchPlan, seconds: float,
+        self, model: Model, sums: HalfSums, noise: NoiseSums, intensity: Intensity, views: dict[int, np.ndarray],
+        rotation: np.ndarray, shift_px: np.ndarray, columns: dict[str, np.ndarray], plan: SearchPlan, seconds: float,
     ) -> Model:  # fmt: skip
         comm, state = self.comm, model.state
         raw = self._unregularised(sums.raw)
@@ -268,6 +273,8 @@ class Refinement:
             "log_likelihood": float(columns["rlnLogLikeliContribution"][self.raw].sum()),
             "seconds": seconds,
         }
+        if self.settings.scale != "none":
+            record["scale_sd"] = float(intensity.scale[self.raw].std())
         if share is not None:
             record["auxiliary_weight_share"] = share
         if comm.rank == 0:
@@ -277,8 +284,8 @@ class Refinement:
             new, record["correction"] = self._corrected(advanced, everything, new, agreed.plain, resolution, plan)
             record["seconds"] += time.monotonic() - began
         return Model(
-            advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns,
-            raw, views, [*model.history, record],
+            advanced, new, noise.spectra(model.sigma2), intensity, rotation, -shift_px * self._pixel_sizes()[:, None],
+            columns, raw, views, [*model.history, record],
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
@@ -291,16 +298,7 @@ class Refinement:
 
     def _report(self, record: IterationRecord, at_limit: int, last: bool) -> None:
         """Log an iteration; at the end warn of shifts at the limit of the search."""
-        logger.info(
-            "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
-            "moved by %.2f°, max. probability %.2f",
-            record["iteration"], record["resolution_A"], record["resolution_unmasked_A"],
-            record["resolution_weighted_A"], record["cfar"] or 0.0, record["step_deg"], record["changes_deg"],
-            record["max_probability_mean"],
-        )  # fmt: skip
-        if "auxiliary_weight_share" in record:
-            logger.info("auxiliary particles hold %.0f %% of the references' weight",
-                        100 * record["auxiliary_weight_share"])  # fmt: skip
+        log_iteration(record)
         if last:
             local = self.request.local_deg is not None
             range_A = self._shift_range_px() * self.pixel

@@ -14,6 +14,7 @@ from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
+from cryoiso.refine.intensity import ImageTerms
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
 from cryoiso.refine.noise import floored
 from cryoiso.refine.search import Posterior
@@ -74,34 +75,51 @@ def accumulate(
     accumulator: SliceAccumulator,
     noise: NoiseSums,
     scale: float = 1.0,
+    images: ImageTerms | None = None,
 ) -> None:
     """Add a batch's posterior to the half-set's sums.
 
     Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to
     both), each times ``scale`` (``noise.weight_scale``).
+
+    Args:
+        images: receives what the batch says of the images' intensities, if these are estimated.
     """
     rows, weight = posterior.particle, posterior.weight[:, None]
     back = shift_factors(batch.where, posterior.shift_px)
     rotation = with_magnification(posterior.rotation, batch.magnification)
     weight = weight * scale if scale != 1 else weight
     accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
-    noise.add(batch, _residual_power(batch, posterior, volume, back, rotation))
+    cross, norm = _model_terms(batch, posterior, volume, back, rotation)
+    power = _residual_power(batch, posterior, cross, norm)
+    noise.add(batch, power)
+    if images is not None and images.wanted:
+        images.add(batch, power, *(_posterior_mean(batch, posterior, values) for values in (cross, norm)))
 
 
-def _residual_power(
+def _model_terms(
     batch: Batch, posterior: Posterior, volume: FourierVolume, back: Tensor, rotation: Tensor
-) -> Tensor:
-    """Posterior mean of |x - c P exp(-2 pi i k.s/D)|^2, (B, K); the plain power |x|^2 beyond the reference's radius."""
-    power = batch.coefficients.abs().square()
-    inner = _inside(batch, volume)
-    rows, w = posterior.particle, posterior.weight[:, None]
+) -> tuple[Tensor, Tensor]:
+    """Re conj(M) x and |M|^2 of every sample of the posterior, (R, k) each inside the reference's radius, with M = c P
+    exp(-2 pi i k.s/D)."""
+    inner, rows = _inside(batch, volume), posterior.particle
     slices = volume.slices(rotation, inner)
     k = inner.size
     model = slices * batch.ctf[rows, :k]
     cross = (model.conj() * batch.coefficients[rows, :k] * back[:, :k]).real
-    change = torch.zeros(len(batch), k, device=power.device)
-    change.index_add_(0, rows, w * (model.abs().square() - 2 * cross))
-    power[:, :k] += change
+    return cross, model.abs().square()
+
+
+def _posterior_mean(batch: Batch, posterior: Posterior, values: Tensor) -> Tensor:
+    """(B, k) sums over each image's samples of values (R, k) times their weights."""
+    total = torch.zeros(len(batch), values.shape[1], device=values.device)
+    return total.index_add_(0, posterior.particle, posterior.weight[:, None] * values)
+
+
+def _residual_power(batch: Batch, posterior: Posterior, cross: Tensor, norm: Tensor) -> Tensor:
+    """Posterior mean of |x - M|^2, (B, K); the plain power |x|^2 beyond the reference's radius."""
+    power = batch.coefficients.abs().square()
+    power[:, : norm.shape[1]] += _posterior_mean(batch, posterior, norm - 2 * cross)
     return power.clamp_(min=0)
 
 

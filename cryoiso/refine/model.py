@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryoiso.core.records import IterationRecord
+from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
@@ -29,6 +30,8 @@ class Model:
     """Half -> (D, D, D) float32 reference."""
     sigma2: Float[np.ndarray, "groups shells"]
     """(G, S) noise variance by optics group and shell."""
+    intensity: Intensity
+    """Scale and noise level of every image."""
     rotation: Float[np.ndarray, "n 3 3"]
     """(N, 3, 3)."""
     shift_A: Float[np.ndarray, "n 2"]

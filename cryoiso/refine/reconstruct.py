@@ -22,6 +22,7 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
+from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.likelihood import shift_factors, with_magnification
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.noise import ROUNDING, last_shell, mean_spectra
@@ -213,6 +214,7 @@ def insert_batches(
     most = max(len(owned_chunks(len(plan), r, comm.size)) for r in range(comm.size))
     radius = (reader.source.box_px - 1) // 2
     pixel = reader.particles.group_values("pixel_size_A")
+    intensity = Intensity.given(reader.particles)
     waiting = _Waiting(accumulator)
     line = ProgressLine(f"back-projecting {label}", most, active=comm.rank == 0)
     for i in range(most):
@@ -221,7 +223,7 @@ def insert_batches(
         rows = plan[mine[i]] if i < len(mine) else np.zeros(0, np.int64)
         for start in range(0, len(rows), BLOCK_IMAGES):
             part = rows[start : start + BLOCK_IMAGES]
-            batch = reader.read(part, radius)
+            batch = intensity.of(reader.read(part, radius))
             if some[part].any():
                 _note_power(batch, some[part], noise)
             waiting.add(batch, rotation[part], -shift_A[part] / pixel[part, None])

@@ -14,7 +14,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
 from cryoiso.report.records import ReportData, StageTime
 from cryoiso.report.run_reader import read_journal, read_json, read_toml, stage_folder
-from cryoiso.report.sections import anisotropy, auxiliary, correct, realign, view_density
+from cryoiso.report.sections import anisotropy, auxiliary, correct, intensity, realign, view_density
 from cryoiso.report.sharing import name_of
 from cryoiso.report.text import number, percent, section
 
@@ -139,7 +139,7 @@ def summary(data: ReportData) -> list[str]:
         )
     sentences = [*(data.get("comparison") or {}).get("sentences", []), *comparison.settings_sentence(data), *sentences]
     sentences += _truth_sentences(d) + anisotropy.sentences(d) + auxiliary.sentences(data)
-    sentences += view_density.sentences(data)
+    sentences += view_density.sentences(data) + intensity.sentences(data)
     views = d.get("views", {}).get("estimated") or {}
     both = all(auxiliary.views_before_and_after(data))
     if views.get("top_fraction") is not None and not d.get("pose_errors") and not both:

@@ -167,6 +167,9 @@ def _uneven(settings: dict[str, Any]) -> str:
             f"of every score (one axis favoured over another {axis:g} times at most, and {percent(end, 0)} even views "
         )
         text += "mixed into from which end it is seen)"
+    if settings.get("scale") in ("group", "particle"):
+        each = "image, near that of its micrograph," if settings["scale"] == "particle" else "micrograph"
+        text += f". A scale of the signal and a noise level were estimated for each {each} in every iteration"
     return text
 
 

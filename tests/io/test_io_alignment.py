@@ -18,6 +18,7 @@ STALE = {
     "rlnOriginYPriorAngst": "5", "rlnOriginXPrior": "1", "rlnAnglePsiFlipRatio": "0.5", "rlnNormCorrection": "0.9",
     "rlnNrOfSignificantSamples": "7", "rlnLogLikeliContribution": "123", "rlnMaxValueProbDistribution": "0.4",
     "rlnGroupNumber": "17", "rlnClassNumber": "3", "rlnOriginZAngst": "2", "cryoisoPoseEntropy": "1.5",
+    "cryoisoScale": "1.2", "cryoisoNoiseLevel": "0.8",
 }  # fmt: skip
 KEPT = {
     "rlnGroupName": "group_017", "rlnMicrographName": "m1.mrc", "rlnCoordinateX": "100.5", "rlnHelicalTubeID": "2",

@@ -25,6 +25,7 @@ ROW = {
     "rlnImageName": "{}@s.mrcs", "rlnOpticsGroup": "1", "rlnDefocusU": "15000", "rlnDefocusV": "14000",
     "rlnDefocusAngle": "30", "rlnPhaseShift": "0", "rlnCtfBfactor": "0", "rlnCtfScalefactor": "1", "rlnAngleRot": "10",
     "rlnAngleTilt": "20", "rlnAnglePsi": "30", "rlnOriginXAngst": "1", "rlnOriginYAngst": "2", "rlnRandomSubset": "1",
+    "cryoisoScale": "1", "cryoisoNoiseLevel": "1",
 }  # fmt: skip
 OLD = {"rlnMagnification": "10000", "rlnDetectorPixelSize": "2", "rlnVoltage": "300", "rlnSphericalAberration": "2.7",
        "rlnAmplitudeContrast": "0.1", "rlnOriginX": "1", "rlnOriginY": "2", "rlnTomoSubtomogramRot": "1",
@@ -246,7 +247,7 @@ def test_real_files_are_within_all_limits(shared, caplog):
 def test_the_documentation_has_every_limit():
     text = (Path(__file__).parents[2] / "docs/formats.md").read_text(encoding="utf-8")
     section = text.split("### Numbers that are admitted")[1].split("###")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| `rln")]
+    rows = [line for line in section.splitlines() if line.startswith(("| `rln", "| `cryoiso"))]
     for column, limits in RANGES.items():
         row = next(line for line in rows if f"`{column}`" in line)
         assert row.endswith(f"| {limits} |"), column

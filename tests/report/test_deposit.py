@@ -255,6 +255,8 @@ def test_uneven_views_are_told_with_what_was_done_about_them():
     text = methods(facts("refine", job={**off, "refine_view_polarity_floor": 0.1}))
     assert "the mean weight of a shell. C3 symmetry" in text
     assert not re.search("search radius|density of views", text)
+    assert "for each micrograph in every iteration" in methods(facts("refine", job={"refine_scale": "group"}))
+    assert "near that of its micrograph, in" in methods(facts("refine", job={"refine_scale": "particle"}))
     without = facts("refine")
     without["job"]["refine"] = {"healpix_order": 2}
     assert "signal power" not in methods(without)

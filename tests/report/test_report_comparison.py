@@ -12,6 +12,7 @@ from errors_helper import raises_code
 from cryoiso.core.errors import InputError
 from cryoiso.metrics.orientation import ViewGrid
 from cryoiso.report import build
+from cryoiso.report.sections import intensity
 from cryoiso.report.sections.view_density import sentences
 
 STEP_DEG = 12.0
@@ -152,6 +153,35 @@ def test_the_learned_density_of_views_is_said_and_drawn(runs):
     rows = [{**row, "resolution_weighted_A": row["resolution_A"] - 3, "cfar": 0.2} for row in rows]
     file.write_text(json.dumps({"iterations": rows, "view_density": part}))
     assert "cFAR: least over" in build(new).read_text(encoding="utf-8")
+
+
+CONES = [
+    {"axis": [0.0, 0.0, 1.0], "particles": 90, "scale": 1.1, "scale_error": 0.01, "noise": 0.98},
+    {"axis": [1.0, 0.0, 0.0], "particles": 10, "scale": 0.6, "scale_error": 0.05, "noise": 1.04},
+    {"axis": [0.0, 0.0, -1.0], "particles": 2, "scale": 3.0, "scale_error": 0.5, "noise": 1.0},
+]  # fmt: skip
+INTENSITY = {"scale": "particle", "scale_sd": 0.3, "noise_sd": 0.05, "micrographs": 30, "by_view": CONES}
+
+
+def test_intensities_are_said_and_drawn(runs):
+    _, new = runs
+    (new / "03_refine").mkdir()
+    (new / "03_refine/refine.json").write_text(json.dumps({"iterations": [], "intensity": INTENSITY}))
+    assert 'id="intensity"' in build(new).read_text(encoding="utf-8")
+    (said,) = [s for s in json.loads((new / "report.json").read_text())["summary"] if s.startswith("Scale and noise")]
+    assert "each image, near that of its one of" not in said and "its micrograph (30 of them)" in said
+    assert "0.30 and 0.05 about 1" in said and said.endswith("between 0.60 and 1.10.")
+    by_group = {**INTENSITY, "scale": "group", "micrographs": None}
+    assert "for each optics group:" in intensity.sentences({"refine": {"intensity": by_group}})[0]
+
+
+@pytest.mark.parametrize("change", [
+    {"by_view": []}, {"by_view": [{**CONES[0], "axis": [1.0]}]}, {"by_view": [{**CONES[0], "scale": "x"}]},
+    {"by_view": [3]}, {"scale_sd": None},
+])  # fmt: skip
+def test_intensities_that_are_none_are_left_out(change):
+    assert intensity.estimated({"refine": {"intensity": INTENSITY}})
+    assert intensity.entries({"refine": {"intensity": {**INTENSITY, **change}}}) == []
 
 
 @pytest.mark.parametrize("change", [{"half1": [1.0]}, {"step_deg": 0}, {"step_deg": "x"}, {"half2": None}])

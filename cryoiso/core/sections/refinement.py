@@ -47,6 +47,11 @@ class RefineSection(Section):
     weighted_fsc: bool = Field(
         True, description="take search radius and convergence from an FSC weighted by the sampling of each direction"
     )
+    scale: Literal["none", "group", "particle"] = Field(
+        "none",
+        description="estimate the scale of the signal and the noise level of the images; group: one of each per "
+        "micrograph (rlnMicrographName, else optics group); particle: per image, near its micrograph's",
+    )
     view_density: bool = Field(
         True, description="estimate the density of views from the posteriors and use it as a prior of the search"
     )

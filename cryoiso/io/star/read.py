@@ -143,12 +143,26 @@ def particles_from_table(
         rotation=rotation_of_table(columns),
         shift_A=shift_of_table(columns, pixel),
         half=half_of_table(columns),
+        micrograph=_micrographs(columns),
+        signal_scale=_optional(columns, "cryoisoScale", strict),
+        noise_level=_optional(columns, "cryoisoNoiseLevel", strict),
         table=table,
         optics_table=optics_table,
     )
     if strict:
         check_ctf(particles, path, "column _rlnCtfScalefactor")
     return particles
+
+
+def _micrographs(columns: Columns) -> np.ndarray | None:
+    """(n,) number of each row's micrograph, if the table names them."""
+    if not columns.has("rlnMicrographName"):
+        return None
+    return np.unique(np.array(columns.text("rlnMicrographName"), dtype=str), return_inverse=True)[1].reshape(-1)
+
+
+def _optional(columns: Columns, name: str, strict: bool) -> np.ndarray | None:
+    return columns.number(name, ranged=strict) if columns.has(name) else None
 
 
 def check_ctf(particles: Particles, path: object, scale: str) -> None:

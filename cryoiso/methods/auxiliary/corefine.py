@@ -87,7 +87,8 @@ def _without_views(source: ImageSource, auxiliary: bool) -> ImageSource:
 def _with_results(particles: Particles, refined: Particles) -> Particles:
     rotation, shift_A = refined.require_poses()
     columns = {k: v for k, v in refined.results.items() if k != FLAG}
-    return particles.with_poses(rotation, shift_A).with_results(**columns)
+    posed = particles.with_poses(rotation, shift_A).with_results(**columns)
+    return posed.with_intensity(refined.signal_scale, refined.noise_level)
 
 
 def movement(before: Particles, after: Particles, symmetry: str) -> dict[str, Any]:

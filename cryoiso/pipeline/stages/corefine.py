@@ -229,4 +229,16 @@ def _merged(posed: Particles, refined: Particles, keep: np.ndarray) -> Particles
     """All particles, the kept ones with their refined poses, and a column that says which those are."""
     rotation, shift_A = (a.copy() for a in posed.require_poses())
     rotation[keep], shift_A[keep] = refined.require_poses()
-    return bare(posed).with_poses(rotation, shift_A).with_results(cryoisoBalanced=keep.astype(np.int64))
+    merged = bare(posed).with_poses(rotation, shift_A).with_results(cryoisoBalanced=keep.astype(np.int64))
+    return merged.with_intensity(*(
+        _with_kept(getattr(posed, name), getattr(refined, name), keep) for name in ("signal_scale", "noise_level")
+    ))  # fmt: skip
+
+
+def _with_kept(before: np.ndarray | None, refined: np.ndarray | None, keep: np.ndarray) -> np.ndarray | None:
+    """Intensities of all particles, those of the kept ones as refined; None where neither has any."""
+    if before is None and refined is None:
+        return None
+    values = np.ones(len(keep)) if before is None else before.copy()
+    values[keep] = 1.0 if refined is None else refined
+    return values

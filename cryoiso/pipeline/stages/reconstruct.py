@@ -65,6 +65,7 @@ def _refined(run: RunContext, inputs: Inputs) -> Particles:
             code="run-particles-differ",
         )
     posed = bare(inputs.particles()).with_poses(*refined.require_poses(path))
+    posed = posed.with_intensity(refined.signal_scale, refined.noise_level)
     if refined.table is None or "cryoisoBalanced" not in refined.table:
         return posed
     return posed.with_results(cryoisoBalanced=refined.table["cryoisoBalanced"].astype(np.int64).to_numpy())

@@ -88,7 +88,8 @@ def poses_after(run: RunContext, inputs: Inputs, round_: int) -> Particles:
             for name in CERTAINTY
             if found.table is not None and name in found.table
         }
-        return particles.with_poses(*found.require_poses(path)).with_results(**columns)
+        posed = particles.with_poses(*found.require_poses(path)).with_results(**columns)
+        return posed.with_intensity(found.signal_scale, found.noise_level)
 
     return on_root(run.comm, read)
 
