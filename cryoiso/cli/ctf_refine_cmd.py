@@ -130,7 +130,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         lines.append(f"defocus of {len(facts['micrographs']):,} micrographs: prior {width:.0f} Å")
     if facts["tilt_plane"] is not None:
         plane = facts["tilt_plane"]
-        lines.append(f"tilt of {plane['micrographs']:,} micrographs: median {plane['median_tilt_deg']:.1f} degrees")
+        words = f"tilt that {plane['micrographs']:,} micrographs share: {plane['tilt_deg']:.1f} ± "
+        lines.append(f"{words}{plane['tilt_error_deg']:.1f} degrees; median of theirs {plane['median_tilt_deg']:.1f}")
     for number, fits in facts.get("optics_groups", {}).items():
         x, y = fits[-1]["tilt_mrad"]
         error = max(fits[-1]["tilt_error_mrad"])

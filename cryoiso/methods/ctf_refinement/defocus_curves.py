@@ -23,8 +23,9 @@ from cryoiso.physics.contrast_transfer import ctf_for, wavelength_A
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-BIN_RAD = 0.25
-"""Width of a radial bin in units of 2 phi at the end of the range: summation attenuates by 0.3 %."""
+BIN_RAD = 0.05
+"""Width of a radial bin in units of 2 phi at the end of the range: curves differ from those without bins by less than a
+hundredth of their height."""
 
 
 def quarter_turned(particles: Particles) -> Particles:

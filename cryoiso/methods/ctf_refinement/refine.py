@@ -138,17 +138,16 @@ def _check(particles: Particles, settings: CtfRefinementSettings, micrograph: np
 
 
 def _refine_tilt(work: _Work, model: ImageModel) -> bool:
-    """Add significant fits to the optics groups; whether there was one. A later call adds to what an earlier one
-    found."""
+    """Add fits to the optics groups that are significant, or that correct an earlier one; whether there was one."""
     trefoil = work.settings.beam_tilt == "trefoil"
     groups, changed = list(work.particles.groups), False
     rows = work.facts.setdefault("optics_groups", {})
     for index, sums in phase_sums(work.images(), model).items():
         fit = fit_aberrations(sums, groups[index], trefoil=trefoil)
-        if fit.significant:
+        fits = rows.setdefault(str(groups[index].number), [])
+        if fit.significant or any(earlier["significant"] for earlier in fits):
             groups[index], changed = with_aberrations(groups[index], fit), True
-        number = groups[index].number
-        rows.setdefault(str(number), []).append({**fit.facts(), "tilt_mrad": list(groups[index].beam_tilt_mrad)})
+        fits.append({**fit.facts(), "tilt_mrad": list(groups[index].beam_tilt_mrad)})
     work.particles = replace(work.particles, groups=tuple(groups))
     return changed
 
