@@ -32,6 +32,7 @@ COMMANDS = (
     ("refine", "refine_cmd", "refine", True),
     ("realign", "realign_cmd", "realign", True),
     ("reconstruct", "reconstruct_cmd", "reconstruct", True),
+    ("ctf-refine", "ctf_refine_cmd", "ctf_refine", True),
     ("correct", "correct_cmd", "correct", True),
     ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),

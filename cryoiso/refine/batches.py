@@ -147,12 +147,13 @@ class BatchReader:
         full = (box - 1) // 2
         return full if sum(map(len, rows)) * box * box * 5 <= self.memory_bytes else radius_px
 
-    def _disc(self, radius_px: int, matrix: np.ndarray | None) -> Disc:
+    def disc_of(self, radius_px: int, matrix: Float[np.ndarray, "2 2"] | None) -> Disc:
+        """Coefficients of images that lie within radius_px of the reference's grid, for a ``matrix`` of their group."""
         largest = 1.0 if matrix is None else float(np.linalg.norm(matrix, 2))
         return disc(self.source.box_px, radius_px / largest, self.with_dc)
 
     def _cut(self, batch: Batch, radius_px: int) -> Batch:
-        where = self._disc(radius_px, batch.magnification)
+        where = self.disc_of(radius_px, batch.magnification)
         k = where.size
         return replace(batch, coefficients=batch.coefficients[:, :k], ctf=batch.ctf[:, :k], where=where)
 
@@ -161,7 +162,7 @@ class BatchReader:
         groups = particles.optics[rows]
         first = particles.groups[groups[0]]
         matrix = self.matrix(first)
-        where = self._disc(radius_px, matrix)
+        where = self.disc_of(radius_px, matrix)
         images = torch.from_numpy(np.ascontiguousarray(self.source.read(rows), np.float32)).to(self.device)
         x = where.gather(images_to_fourier(images)).to(torch.complex64)
         freq = where.frequencies(first.pixel_size_A)

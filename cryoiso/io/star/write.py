@@ -236,5 +236,17 @@ def _write_zernike(columns: dict[str, list[str]], groups: tuple[OpticsGroup, ...
         ("rlnOddZernike", [g.odd_zernike for g in groups]),
         ("rlnEvenZernike", [g.even_zernike for g in groups]),
     ):
-        if name not in columns and any(values):
-            columns[name] = ["[" + ",".join(f"{c:.12g}" for c in v) + "]" for v in values]
+        if name not in columns and not any(values):
+            continue
+        text = ["[" + ",".join(f"{c:.12g}" for c in v) + "]" for v in values]
+        old = columns.get(name, [""] * len(text))
+        columns[name] = [a if _same_coefficients(a, v) else b for a, b, v in zip(old, text, values, strict=True)]
+
+
+def _same_coefficients(text: str, values: tuple[float, ...]) -> bool:
+    """Whether a list in brackets has these numbers."""
+    inner = text.strip().strip("[]").strip()
+    try:
+        return bool(text) and tuple(float(v) for v in inner.split(",") if v.strip()) == tuple(values)
+    except ValueError:
+        return False
