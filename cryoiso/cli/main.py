@@ -29,6 +29,7 @@ COMMANDS = (
     ("ingest", "ingest_cmd", "ingest", True),
     ("reference", "reference_cmd", "reference", False),
     ("refine", "refine_cmd", "refine", True),
+    ("classify", "classify_cmd", "classify", True),
     ("realign", "realign_cmd", "realign", True),
     ("reconstruct", "reconstruct_cmd", "reconstruct", True),
     ("correct", "correct_cmd", "correct", True),

@@ -28,8 +28,10 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
+from cryoiso.refine.cones import ViewCones
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
+from cryoiso.refine.junk import JunkSearch
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.model import Model, best_of
@@ -75,7 +77,8 @@ class Refinement:
         self.empty = np.zeros(0, np.int64)
         """shells up to it in which no image has power"""
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
-        self._cells = ViewPrior.of(np.zeros(len(view_grid())), device)
+        self.cells = ViewPrior.of(np.zeros(len(view_grid())), device)
+        self.cones = ViewCones.of(request.symmetry)
 
     @cached_property
     def identity(self) -> Identity:
@@ -137,6 +140,7 @@ class Refinement:
         radius = self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
+        junk = JunkSearch(self.settings.junk, self.cones, model.junk, plan)
         sums = HalfSums(self.request.auxiliary_weight)
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
@@ -146,33 +150,37 @@ class Refinement:
             )
             searcher = Searcher(plan, volume)
             for auxiliary in self.kinds:
-                searcher.views = None if auxiliary else self._view_prior(model, half)  # auxiliaries are made even
+                searcher.views = None if auxiliary else self.view_prior(model.views, half)  # auxiliaries are made even
+                junk.begin(None if auxiliary else model.references[half], self.pixel, volume)
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
-                for batch in self._batches(half, auxiliary, radius, state.iteration, kept):
+                for batch in self.batches(half, auxiliary, radius, state.iteration, kept):
                     white = whiten(batch, model.sigma2)
                     posterior = kept.get(batch.rows, self.device)
                     if posterior is None:
                         posterior = searcher.search(batch, white, self.given(batch.rows))
                         kept.put(batch.rows, posterior)
+                    posterior = junk.weighed(batch, white, posterior, self.given(batch.rows))
                     accumulate(batch, white, posterior, volume, accumulator, noise, scale)
                     if not auxiliary:
-                        views[half].add(posterior.rotation, posterior.weight, self._cells)
+                        views[half].add(posterior.rotation, posterior.weight, self.cells)
                     found.append((batch.rows, best_of(posterior)))
                 sums.put(half, auxiliary, reduced(accumulator, half, self.operations, self.comm))
         if self.request.correction is not None:  # it may take longer than the search
             kept.flush()
         rotation, shift_px, columns = gathered(found, len(self.particles), self.comm)
+        columns |= junk.columns(self.raw, self.comm)
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES}
         seconds = time.monotonic() - started
-        return self._maximise(model, sums, noise, counts, rotation, shift_px, columns, plan, seconds)
+        new = self._maximise(model, sums, noise, counts, rotation, shift_px, columns, plan, seconds)
+        return replace(new, junk=junk.learned(rotation, self.raw))
 
-    def _view_prior(self, model: Model, half: int) -> ViewPrior | None:
+    def view_prior(self, views: dict[int, np.ndarray], half: int) -> ViewPrior | None:
         """Prior on the views of a half's images from its posteriors of the iteration before; None: even."""
         s = self.settings
-        if not model.views or not s.view_density:
+        if not views or not s.view_density:
             return None
-        smooth = density(model.views[half], self.request.symmetry, s.view_kernel_deg)
+        smooth = density(views[half], self.request.symmetry, s.view_kernel_deg)
         prior = log_prior(smooth, axis_odds=s.view_axis_odds, polarity_floor=s.view_polarity_floor)
         return ViewPrior.of(prior, self.device)
 
@@ -194,7 +202,7 @@ class Refinement:
                         model.state.iteration + 1, len(kept), batches)  # fmt: skip
         return kept
 
-    def _batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches):
+    def batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches):
         batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
         lines = len(HALVES) * len(self.kinds)
@@ -222,16 +230,16 @@ class Refinement:
 
     def _maximise(self, model, sums, noise, views, rotation, shift_px, columns, plan, seconds) -> Model:
         comm, state = self.comm, model.state
-        raw = self._unregularised(sums.raw)
-        agreed = self._agreement(sums.raw, raw, state)
+        raw = self.half_maps(sums.raw)
+        agreed = self.compare_halves(sums.raw, raw, state)
         share = sums.auxiliary_share(state.radius_px, comm) if len(self.kinds) > 1 else None
         whole = sums.joined()
         everything = raw
         if share is not None and self.request.correction is not None:
-            everything = self._unregularised(whole)
+            everything = self.half_maps(whole)
         self._join_halves(whole, state)
-        resolution = self._resolution_A(agreed.plain)
-        new = self._references(whole, agreed, resolution)
+        resolution = self.resolution_A(agreed.plain)
+        new = self.next_references(whole, agreed, resolution)
         changes_deg = float(np.median(angular_distance_deg(
             model.rotation[self.raw], rotation[self.raw], self.operations
         )))  # fmt: skip
@@ -245,8 +253,8 @@ class Refinement:
         record: dict[str, Any] = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
-            "resolution_unmasked_A": self._resolution_A(self._fsc(raw, None, state)),
-            "resolution_weighted_A": self._resolution_A(agreed.weighted),
+            "resolution_unmasked_A": self.resolution_A(self._fsc(raw, None, state)),
+            "resolution_weighted_A": self.resolution_A(agreed.weighted),
             "cfar": self._anisotropy(raw, state),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
             "step_deg": plan.levels[-1].cell_deg / 2,
@@ -266,7 +274,7 @@ class Refinement:
             record["seconds"] += time.monotonic() - began
         return Model(
             advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns,
-            raw, views, [*model.history, record],
+            raw, views, history=[*model.history, record],
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
@@ -294,14 +302,14 @@ class Refinement:
             range_A = self._shift_range_px() * self.pixel
             offsets.warn_of_limit(at_limit, int(self.raw.sum()), range_A, local, self.has_offsets)
 
-    def _unregularised(self, sums: dict[int, FourierSums]) -> dict[int, np.ndarray]:
+    def half_maps(self, sums: dict[int, FourierSums]) -> dict[int, np.ndarray]:
         """Half -> plain quotient within the shells that have data, on every rank (collective)."""
         own = {half: as_map(s.reconstruct()) for half, s in sums.items()}
         if self.limit < self._asked_limit:
             own = {half: references.within(volume, self.limit) for half, volume in own.items()}
         return on_every_rank(own, self.comm)
 
-    def _agreement(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
+    def compare_halves(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
         s = self.settings
         return agreement(
             sums, raw, lambda maps: self._fsc(maps, self.sphere, state), self.comm,
@@ -316,7 +324,7 @@ class Refinement:
             value = value if np.isfinite(value) else None
         return self.comm.bcast(value)
 
-    def _references(
+    def next_references(
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
     ) -> dict[int, np.ndarray]:
         """Half -> next reference, on every rank (collective)."""
@@ -362,7 +370,7 @@ class Refinement:
             curve[self.empty] = np.interp(self.empty, full, curve[full])
         return np.where(shells <= self.insertion_radius(state), curve, 0.0)
 
-    def _resolution_A(self, curve: np.ndarray) -> float:
+    def resolution_A(self, curve: np.ndarray) -> float:
         """Where it drops below 0.143, but nothing finer than the images."""
         resolution = resolution_at(curve, 0.143, self.box, self.pixel)
         return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)

@@ -3,6 +3,7 @@ reduces here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,29 +76,47 @@ def accumulate(
     Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to
     both), each times ``scale`` (``noise.weight_scale``).
     """
-    rows, weight = posterior.particle, posterior.weight[:, None]
-    back = shift_factors(batch.where, posterior.shift_px)
-    rotation = with_magnification(posterior.rotation, batch.magnification)
-    weight = weight * scale if scale != 1 else weight
-    accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
-    noise.add(batch, _residual_power(batch, posterior, volume, back, rotation))
+    accumulate_mixture(batch, white, [(posterior, volume, accumulator)], noise, scale)
 
 
-def _residual_power(
-    batch: Batch, posterior: Posterior, volume: FourierVolume, back: Tensor, rotation: Tensor
-) -> Tensor:
-    """Posterior mean of |x - c P exp(-2 pi i k.s/D)|^2, (B, K); the plain power |x|^2 beyond the reference's radius."""
+def accumulate_mixture(
+    batch: Batch,
+    white: Whitened,
+    parts: Sequence[tuple[Posterior, FourierVolume, SliceAccumulator]],
+    noise: NoiseSums,
+    scale: float = 1.0,
+) -> None:
+    """The same for a posterior over several references, each with sums of its own.
+
+    Args:
+        parts: for each reference the samples with their weights, which sum to 1 an image over all references or to
+            less, where an image may show nothing.
+    """
     power = batch.coefficients.abs().square()
+    for posterior, volume, accumulator in parts:
+        rows, weight = posterior.particle, posterior.weight[:, None]
+        if not len(rows):
+            continue
+        back = shift_factors(batch.where, posterior.shift_px)
+        rotation = with_magnification(posterior.rotation, batch.magnification)
+        weight = weight * scale if scale != 1 else weight
+        accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
+        change = _model_power(batch, posterior, volume, back, rotation)
+        power[:, : change.shape[1]] += change
+    noise.add(batch, power.clamp_(min=0))
+
+
+def _model_power(batch: Batch, posterior: Posterior, volume: FourierVolume, back: Tensor, rotation: Tensor) -> Tensor:
+    """What has to be added to |x|^2 within the reference's radius to make it the posterior mean of
+    |x - c P exp(-2 pi i k.s/D)|^2: (B, k)."""
     inner = _inside(batch, volume)
     rows, w = posterior.particle, posterior.weight[:, None]
     slices = volume.slices(rotation, inner)
     k = inner.size
     model = slices * batch.ctf[rows, :k]
     cross = (model.conj() * batch.coefficients[rows, :k] * back[:, :k]).real
-    change = torch.zeros(len(batch), k, device=power.device)
-    change.index_add_(0, rows, w * (model.abs().square() - 2 * cross))
-    power[:, :k] += change
-    return power.clamp_(min=0)
+    change = torch.zeros(len(batch), k, device=batch.ctf.device)
+    return change.index_add_(0, rows, w * (model.abs().square() - 2 * cross))
 
 
 def _inside(batch: Batch, volume: FourierVolume):

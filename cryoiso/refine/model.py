@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.refine.junk import JunkPrior
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
@@ -33,6 +34,8 @@ class Model:
     """Half -> unregularised map of the last iteration."""
     views: dict[int, np.ndarray] = field(default_factory=dict)
     """Half -> (P,) weight of every cell of views in the last iteration's posteriors; empty before the first."""
+    junk: JunkPrior | None = None
+    """What was learned of images without a particle; None: nothing yet, or they are not looked for."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
