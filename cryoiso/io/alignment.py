@@ -36,6 +36,8 @@ FITS = (
     "rlnGroupNrParticles",
     "cryoisoPoseEntropy",
     "cryoisoBalanced",
+    "cryoisoClassProbability",
+    "cryoisoJunkProbability",
 )
 """How particles fitted the reference, and numbers that point into that refinement's model file."""
 

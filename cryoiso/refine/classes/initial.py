@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -19,6 +21,9 @@ from cryoiso.refine.initial_model import Match, first_state, grey_scale, mean_po
 from cryoiso.refine.likelihood import score_and_norm, whiten
 from cryoiso.refine.maximise import NoiseSums
 from cryoiso.refine.schedule import State
+
+STEPS_BEFORE = 3
+"""Iterations with one class in which junk is found, before there are several classes."""
 
 
 def initial_classes(task: Classification) -> ClassModel:
@@ -38,7 +43,9 @@ def initial_classes(task: Classification) -> ClassModel:
         model.references = _scaled(task, sigma2, state)
     else:
         model.posterior = np.eye(k)[random_classes(task)]
-        model.references, model.inverse_weight = _of_subsets(task, model)
+        if task.settings.junk and k > 1:
+            _without_junk(task, model)
+        model.references, model.total_weight = _of_subsets(task, model)
     return model
 
 
@@ -99,18 +106,34 @@ def random_classes(task: Classification) -> np.ndarray:
     return drawn
 
 
+def _without_junk(task: Classification, model: ClassModel) -> None:
+    """Finds images without a particle in a classification with one class, before there are several (collective).
+
+    Junk makes the first maps too weak, a little more so in one class than in another, and particles prefer the stronger
+    map: it would take all of them.
+    """
+    settings = task.settings.model_copy(update={"classes": 1})
+    alone = Classification(replace(task.request, settings=settings), task.comm, task.run.device, task.run.diameter)
+    found = initial_classes(alone)
+    for _ in range(STEPS_BEFORE):
+        found = alone.step(found)
+    model.particle, model.junk, model.sigma2 = found.particle, found.junk, found.sigma2
+
+
 def _of_subsets(task: Classification, model: ClassModel) -> tuple[Maps, Maps]:
-    """Maps of random subsets at their given poses, low-passed, and their inverse weights; both halves share all of it
+    """Maps of random subsets at their given poses, low-passed, and their total weights; both halves share all of it
     (collective)."""
     run, lowpass_A, k = task.run, task.settings.lowpass_A, model.classes
     task.particles.require_poses()
     empty = torch.zeros((run.box,) * 3, device=run.device)
     nothing = FourierVolume.from_volume(empty, run.settings.padding, model.state.radius_px)
 
+    share = model.share()
+
     def posterior(batch, white) -> ClassPosterior:
         even = torch.zeros(len(batch), device=run.device)
         parts = [at_given_poses(task.at_given_poses(batch.rows), even)] * k
-        return ClassPosterior(tuple(weighted(parts, model.posterior[batch.rows])), np.empty(0))
+        return ClassPosterior(tuple(weighted(parts, share[batch.rows])), np.empty(0))
 
     sums: list[dict[int, FourierSums]] = [{} for _ in range(k)]
     noise = NoiseSums.empty(*model.sigma2.shape)

@@ -21,7 +21,7 @@ from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import FourierVolume
 from cryoiso.refine.classes.expectation import NAMES, POSE, ClassExpectation, ClassPosterior, width
-from cryoiso.refine.classes.leverage import Leverage, own_response
+from cryoiso.refine.classes.leverage import NO_SHARE, Leverage, own_response
 from cryoiso.refine.classes.maximise import (
     LEAST_PARTICLES,
     ClassMaps,
@@ -109,13 +109,13 @@ class Classification:
         return ClassExpectation(volumes, model.occupancy, searchers, self._leverage(model, half), judge)
 
     def _leverage(self, model: ClassModel, half: int) -> list[Leverage] | None:
-        if not model.inverse_weight:
+        if not model.total_weight:
             return None
         padding, share = self.run.settings.padding, model.share()
-        empty = np.zeros((2 * (padding + 2) + 1,) * 2 + (padding + 3,), np.float32)
+        empty = np.full((2 * (padding + 2) + 1,) * 2 + (padding + 3,), NO_SHARE)
         return [
             Leverage.of(one.get(half, empty), share[:, k], self.run.box, padding, self.run.device)
-            for k, one in enumerate(model.inverse_weight)
+            for k, one in enumerate(model.total_weight)
         ]
 
     def add_half(self, half, posterior, volumes, model: ClassModel, noise, sums) -> None:

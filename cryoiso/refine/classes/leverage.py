@@ -26,32 +26,34 @@ from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnificatio
 PROBES = 4
 MOST = 0.9
 """No share counts for more."""
+NO_SHARE = np.float32(1e30)
+"""Total weight where an image has no share."""
 
 
 @dataclass(frozen=True)
 class Leverage:
     """The own shares of a half-set's images in one reference."""
 
-    inverse: FourierVolume
-    """kappa / (W + 1/tau^2), real."""
+    total: FourierVolume
+    """(W + 1/tau^2) / kappa, real."""
     share: np.ndarray
     """(N,) gamma of every particle in the sums that the reference was made of."""
 
     @classmethod
-    def of(cls, inverse: np.ndarray, share: np.ndarray, box_px: int, padding: int, device: str) -> Leverage:
+    def of(cls, total: np.ndarray, share: np.ndarray, box_px: int, padding: int, device: str) -> Leverage:
         """
         Args:
-            inverse: (2h+1, 2h+1, h+1), as ``inverse_weight`` makes it.
+            total: (2h+1, 2h+1, h+1), as ``total_weight`` makes it.
         """
-        radius = ((len(inverse) - 1) // 2 - 2) // padding
-        grid = torch.as_tensor(inverse, device=device).to(torch.complex64)
+        radius = ((len(total) - 1) // 2 - 2) // padding
+        grid = torch.as_tensor(total, device=device).to(torch.complex64)
         return cls(FourierVolume(grid, box_px, padding, radius), share)
 
     def __call__(self, white: Whitened, rows: np.ndarray, rotation: Tensor) -> Tensor:
         """(B, K) h of every coefficient of the particles ``rows`` at poses (B, 3, 3)."""
         gamma = torch.as_tensor(self.share[rows], dtype=torch.float32, device=white.weight.device)[:, None]
-        slices = self.inverse.slices(with_magnification(rotation, white.magnification), white.where).real
-        return (gamma * white.weight * slices).clamp(0, MOST)
+        slices = self.total.slices(with_magnification(rotation, white.magnification), white.where).real
+        return (gamma * white.weight / slices).clamp(0, MOST)
 
 
 def score_without(
@@ -72,8 +74,8 @@ def score_without(
     return 0.5 * (power - left).sum(1), norm.sum(1)
 
 
-def inverse_weight(sums: FourierSums, wiener: Tensor, shared: int, kappa: float) -> np.ndarray:
-    """(2h+1, 2h+1, h+1) float32 kappa / (W + 1/tau^2) of a half-set's sums.
+def total_weight(sums: FourierSums, wiener: Tensor, shared: int, kappa: float) -> np.ndarray:
+    """(2h+1, 2h+1, h+1) float32 (W + 1/tau^2) / kappa of a half-set's sums.
 
     Args:
         wiener: (radius+1,) 1/tau^2 of every shell.
@@ -82,16 +84,15 @@ def inverse_weight(sums: FourierSums, wiener: Tensor, shared: int, kappa: float)
     shell = sums.shells().clamp(max=sums.radius_px)
     floor = sums.floor(True)
     weight = torch.maximum(sums.weight + wiener.to(sums.weight)[shell], floor[shell])
-    return (torch.where(shell <= shared, 0.5 * kappa, kappa) / weight).cpu().numpy().astype(np.float32)
+    return (torch.where(shell <= shared, 2 * weight, weight) / kappa).cpu().numpy().astype(np.float32)
 
 
-def cropped(inverse: np.ndarray, padding: int, radius_px: int) -> np.ndarray:
-    """The same for slices up to a radius only; what lies beyond the data is zero."""
-    have, want = (len(inverse) - 1) // 2, padding * radius_px + 2
-    cut = max(have - want, 0)
-    inner = inverse[cut : len(inverse) - cut, cut : len(inverse) - cut, : len(inverse[0, 0]) - cut]
-    more = max(want - have, 0)
-    return np.pad(inner, ((more, more), (more, more), (0, more)))
+def cropped(total: np.ndarray, padding: int, radius_px: int) -> np.ndarray:
+    """The same for slices up to a radius only; beyond the data no image has a share."""
+    have, want = (len(total) - 1) // 2, padding * radius_px + 2
+    cut, more = max(have - want, 0), max(want - have, 0)
+    inner = total[cut : len(total) - cut, cut : len(total) - cut, : total.shape[2] - cut]
+    return np.pad(inner, ((more, more), (more, more), (0, more)), constant_values=NO_SHARE)
 
 
 def own_response(box_px: int, radius_px: int, padding: int, mask: np.ndarray, seed: int) -> float:

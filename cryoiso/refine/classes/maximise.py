@@ -12,7 +12,7 @@ from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine.agreement import as_map, on_every_rank
-from cryoiso.refine.classes.leverage import cropped, inverse_weight
+from cryoiso.refine.classes.leverage import cropped, total_weight
 from cryoiso.refine.classes.model import Maps
 from cryoiso.refine.full_map import joined, mean_term
 from cryoiso.refine.iterate import Refinement
@@ -33,7 +33,7 @@ class ClassMaps:
     maps: list[np.ndarray] = field(default_factory=list)
     resolution_A: list[float | None] = field(default_factory=list)
     """Of the plain half-maps of each class, FSC 0.143; None: the class is empty."""
-    inverse_weight: Maps = field(default_factory=list)
+    total_weight: Maps = field(default_factory=list)
     """See ``leverage``; of the halves that this rank is root of until ``share_out`` gives it to all."""
     shell: int = 0
     """Highest one in which the (weighted) half-maps of any class agree."""
@@ -83,8 +83,7 @@ def _add_class(
     shell = min(int(run.box * run.pixel / share_to_A) if share_to_A else 0, run.limit, run.insertion_radius(state))
     if shell >= 1:
         exchange_low_resolution(own, shell, run.comm)
-    inverse = {half: inverse_weight(one, agreed.wiener[half], shell, kappa) for half, one in own.items()}
-    made.inverse_weight.append(inverse)
+    made.total_weight.append({h: total_weight(one, agreed.wiener[h], shell, kappa) for h, one in own.items()})
     resolution = run.resolution_A(agreed.plain)
     made.references.append(run.next_references(own, agreed, resolution))
     made.half_maps.append(half_maps)
@@ -96,10 +95,10 @@ def _add_class(
 
 
 def share_out(run: Refinement, made: ClassMaps, radius_px: int) -> Maps:
-    """Class -> half -> kappa / (W + 1/tau^2) within the radius of the next search, on every rank (collective); an empty
+    """Class -> half -> (W + 1/tau^2) / kappa within the radius of the next search, on every rank (collective); an empty
     class has none."""
     padding, found = run.settings.padding, []
-    for own, resolution in zip(made.inverse_weight, made.resolution_A, strict=True):
+    for own, resolution in zip(made.total_weight, made.resolution_A, strict=True):
         parts = {half: cropped(one, padding, radius_px) for half, one in own.items()}
         found.append({} if resolution is None else on_every_rank(parts, run.comm))
     return found
@@ -110,7 +109,7 @@ def _add_empty(made: ClassMaps, box_px: int) -> None:
     made.references.append(dict.fromkeys(HALVES, none))
     made.half_maps.append(dict.fromkeys(HALVES, none))
     made.maps.append(none)
-    made.inverse_weight.append({})
+    made.total_weight.append({})
     made.resolution_A.append(None)
 
 

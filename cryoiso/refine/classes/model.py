@@ -60,7 +60,7 @@ class ClassModel:
     """(N,) posterior probability that the image shows a particle."""
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """Other results per particle, by STAR name."""
-    inverse_weight: Maps = field(default_factory=list)
+    total_weight: Maps = field(default_factory=list)
     """What the images' own shares in the references follow from, see ``leverage``; an empty class has none, and there
     is none at all where the references were not made of the images."""
     half_maps: Maps = field(default_factory=list)
@@ -95,7 +95,7 @@ class ClassModel:
         for h in HALVES:
             found[f"references{h}"] = np.stack([one[h] for one in self.references])
             found[f"half{h}"] = np.stack([one[h] for one in self.half_maps])
-            found |= {f"inverse{h} {k}": one[h] for k, one in enumerate(self.inverse_weight) if h in one}
+            found |= {f"total{h} {k}": one[h] for k, one in enumerate(self.total_weight) if h in one}
         found |= {"maps": np.stack(self.maps), **{f"views{h}": v for h, v in self.views.items()}}
         found |= {f"column {name}": values for name, values in self.columns.items()}
         if self.junk is not None:
@@ -119,12 +119,12 @@ class ClassModel:
         references, half_maps = ([{h: s[h][k] for h in HALVES} for k in range(len(s[1]))] for s in stacks)
         junk = JunkPrior(arrays["junk share"], arrays["junk amplitude"]) if "junk share" in arrays else None
         columns = {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")}
-        inverse = [{h: arrays[f"inverse{h} {k}"] for h in HALVES if f"inverse{h} {k}" in arrays} for k in
+        total = [{h: arrays[f"total{h} {k}"] for h in HALVES if f"total{h} {k}" in arrays} for k in
                    range(len(references))]  # fmt: skip
         views = {h: arrays[f"views{h}"] for h in HALVES if f"views{h}" in arrays}
         return cls(
             state, references, arrays["sigma2"], arrays["occupancy"], **each, columns=columns,
-            inverse_weight=inverse, half_maps=half_maps, maps=list(arrays["maps"]), views=views, junk=junk,
+            total_weight=total, half_maps=half_maps, maps=list(arrays["maps"]), views=views, junk=junk,
             history=history,
         )  # fmt: skip
 
