@@ -28,6 +28,7 @@ from cryoiso.physics.phantom import pseudo_atoms_to_map, trimer
 from cryoiso.physics.simulate import SimulatedSource
 from cryoiso.physics.simulate import simulate as simulate_images
 from cryoiso.physics.so3 import angular_distance_deg
+from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.classes.expectation import class_posterior
 from cryoiso.refine.classes.initial import initial_classes
 from cryoiso.refine.classes.iterate import Classification
@@ -112,17 +113,17 @@ def test_two_states_from_random_subsets(mixed, tmp_path):
     np.testing.assert_array_equal(written.table["rlnClassNumber"].astype(int), assigned)
     for name in ("cryoisoClassProbability", "rlnMaxValueProbDistribution"):
         np.testing.assert_allclose(written.table[name].astype(float), model.posterior.max(1), rtol=1e-6)
-    np.testing.assert_array_equal(written.rotation, mixed.particles.rotation)
+    np.testing.assert_allclose(written.rotation, mixed.particles.rotation, atol=1e-6)
     maps = {f"class{k:03d}{part}.mrc" for k in (1, 2) for part in ("", "_half1", "_half2")}
     assert maps < {f.name for f in tmp_path.iterdir()}
 
 
 def test_a_local_search_finds_poses_and_classes(mixed):
-    """Poses 4 degrees off: nearer to the truth afterwards, none beyond the limit, and 95 % in the right class."""
+    """Poses 4 degrees off: nearer to the truth afterwards, none beyond the limit, and 97 % in the right class."""
     given = turned(mixed.particles, 4.0, 0.5)
     source = ArraySource(mixed.read(np.arange(300)), given)
-    model = first_steps(task_for(source, mixed.maps, align="local", local_deg=8.0, lowpass_A=20.0), 2)
-    assert accuracy(mixed.state, model.assigned(False)) > 0.95
+    model = first_steps(task_for(source, mixed.maps, align="local", local_deg=8.0, lowpass_A=20.0), 1)
+    assert accuracy(mixed.state, model.assigned(False)) > 0.97
     before, after = (
         np.median(angular_distance_deg(r, mixed.particles.rotation)) for r in (given.rotation, model.rotation)
     )
@@ -136,7 +137,8 @@ def test_a_global_search_needs_maps_but_no_poses(mixed):
     task = task_for(ArraySource(mixed.read(rows), blind), mixed.maps, align="global", lowpass_A=20.0)
     model = first_steps(task, 1)
     assert accuracy(mixed.state[rows], model.assigned(False)) > 0.85
-    assert np.median(angular_distance_deg(model.rotation, mixed.particles.rotation[rows])) < 12
+    errors = angular_distance_deg(model.rotation, mixed.particles.rotation[rows], point_group("C3"))
+    assert np.median(errors) < 10  # two of three protomers are alike, and so are their views
 
 
 # --- laws of the posterior
@@ -287,7 +289,7 @@ def test_a_resumed_classification_has_the_same_bits(tmp_path):
     settings = {"junk": True, "max_iterations": 3}
     classify(request_for(source, whole, **settings), Context())
     with pytest.raises(Interrupted):
-        classify(request_for(source, parts, **settings), Stopping(10))
+        classify(request_for(source, parts, **settings), Stopping(17))
     assert (parts / "checkpoint" / "state.npz").exists() and not (parts / "particles.star").exists()
     request = request_for(source, parts, **settings)
     classify(replace(request, base=replace(request.base, resume=True)), Context())

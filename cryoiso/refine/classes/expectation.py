@@ -55,8 +55,8 @@ class ClassExpectation:
     """(K,) prior; 0: the class is empty and gets no image."""
     searchers: list[Searcher] | None = None
     """One for each class; None: poses are given."""
-    leverage: list[Leverage] | None = None
-    """Of each class; None: the references were not made of these images."""
+    leverage: list[Leverage | None] | None = None
+    """Of each class, None for an empty one; None: the references were not made of these images."""
     judge: JunkJudge | None = None
 
     def __call__(self, batch: Batch, white: Whitened, given: Given | None) -> ClassPosterior:
@@ -94,7 +94,8 @@ class ClassExpectation:
         return found, score, norm
 
     def _score(self, k: int, rows: np.ndarray, white: Whitened, rotation: Tensor, shift_px: Tensor):
-        own = None if self.leverage is None else self.leverage[k](white, rows, rotation)
+        leverage = None if self.leverage is None else self.leverage[k]
+        own = None if leverage is None else leverage(white, rows, rotation)
         return score_without(white, self.volumes[k], rotation, shift_px, own)
 
     def _junk(

@@ -21,7 +21,7 @@ from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.project import FourierVolume
 from cryoiso.refine.classes.expectation import NAMES, POSE, ClassExpectation, ClassPosterior, width
-from cryoiso.refine.classes.leverage import NO_SHARE, Leverage, own_response
+from cryoiso.refine.classes.leverage import Leverage, own_response
 from cryoiso.refine.classes.maximise import (
     LEAST_PARTICLES,
     ClassMaps,
@@ -108,13 +108,12 @@ class Classification:
             judge = JunkJudge.of(mean, run.pixel, volumes[0], self.run.cones, model.junk, plan)
         return ClassExpectation(volumes, model.occupancy, searchers, self._leverage(model, half), judge)
 
-    def _leverage(self, model: ClassModel, half: int) -> list[Leverage] | None:
+    def _leverage(self, model: ClassModel, half: int) -> list[Leverage | None] | None:
         if not model.total_weight:
             return None
-        padding, share = self.run.settings.padding, model.share()
-        empty = np.full((2 * (padding + 2) + 1,) * 2 + (padding + 3,), NO_SHARE)
+        run, share = self.run, model.share()
         return [
-            Leverage.of(one.get(half, empty), share[:, k], self.run.box, padding, self.run.device)
+            Leverage.of(one[half], share[:, k], run.box, run.settings.padding, run.device) if one else None
             for k, one in enumerate(model.total_weight)
         ]
 
