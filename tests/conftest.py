@@ -49,6 +49,12 @@ def shared_data(shared: Path) -> Path:
     return shared / "data"
 
 
+@pytest.fixture(scope="session")
+def reference_numbers() -> Path:
+    """Our own half-maps and view files, with the numbers that other programs give for them: always there."""
+    return ROOT / "tests" / "data"
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Folder of a simulated set of 40 particles with a job file; not written to."""

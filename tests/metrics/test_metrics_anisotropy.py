@@ -147,14 +147,14 @@ def test_expected_maps_have_the_fsc_and_follow_the_views():
 
 
 @pytest.fixture(scope="module")
-def reference(shared):
+def reference(reference_numbers):
     mrcfile = pytest.importorskip("mrcfile")
-    folder = shared / "data/reference/halfmaps"
+    folder = reference_numbers / "halfmaps"
 
     def read(name: str):
         kind, _, masked = name.partition("_")
-        mask = mrcfile.read(folder / "ha6wxb_softmask_64_3A.mrc") if masked else None
-        return [mrcfile.read(folder / f"ha6wxb_{kind}_half{i}_64_3A.mrc") for i in (1, 2)], mask
+        mask = mrcfile.read(folder / "ha6wxb_softmask_64_3A.mrc.gz") if masked else None
+        return [mrcfile.read(folder / f"ha6wxb_{kind}_half{i}_64_3A.mrc.gz") for i in (1, 2)], mask
 
     return read
 
@@ -163,11 +163,11 @@ NAMES = ("iso", "iso_masked", "top10eps10", "top10eps10_masked")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_occupancy_against_vilax(shared_data, reference, name):
+def test_occupancy_against_vilax(reference_numbers, reference, name):
     """Its directions are another even set, and it writes the frequency of shell i as (i + 1) / D."""
     pair, mask = reference(name)
     found = fourier_shell_occupancy(*(transform(h, mask) for h in pair), 64)
-    expected = json.loads((shared_data / "reference/fso_vilax/expected_fso.json").read_text())[name]
+    expected = json.loads((reference_numbers / "fso_vilax/expected_fso.json").read_text())[name]
     theirs = np.array(expected["fso"])
     assert np.abs(found.occupancy[3 : len(theirs)] - theirs[3:]).max() < 0.03
     table = {"iso": (7.98, 7.20), "top10eps10": (14.60, 10.96, 7.31)}.get(name, ())
@@ -177,18 +177,18 @@ def test_occupancy_against_vilax(shared_data, reference, name):
 
 
 @pytest.mark.parametrize("name", ["iso", "top10eps10", "top10eps10_masked"])
-def test_sphericity_of_the_published_programs_volumes(shared_data, name):
+def test_sphericity_of_the_published_programs_volumes(reference_numbers, name):
     mrcfile = pytest.importorskip("mrcfile")
-    volume = mrcfile.read(shared_data / f"reference/3dfsc_nysbc/{name}_3DFSC.mrc")
-    expected = json.loads((shared_data / "reference/3dfsc_nysbc/expected_3dfsc.json").read_text())[name]
+    volume = mrcfile.read(reference_numbers / f"3dfsc_nysbc/{name}_3DFSC.mrc.gz")
+    expected = json.loads((reference_numbers / "3dfsc_nysbc/expected_3dfsc.json").read_text())[name]
     assert sphericity(resolved_region(volume, 3.0)) == pytest.approx(expected["sphericity_at_0p5"], abs=0.005)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_numbers_of_the_half_maps(shared_data, reference, name):
+def test_numbers_of_the_half_maps(reference_numbers, reference, name):
     """Own 3DFSC, whose transform is not padded: the table's numbers to the size of what the padding changes."""
     pair, mask = reference(name)
-    expected = json.loads((shared_data / "reference/3dfsc_nysbc/expected_3dfsc.json").read_text())[name]
+    expected = json.loads((reference_numbers / "3dfsc_nysbc/expected_3dfsc.json").read_text())[name]
     assert sphericity(resolved_region(fsc3d(*pair, mask), 3.0)) == pytest.approx(
         expected["sphericity_at_0p5"], abs=0.02
     )
@@ -209,11 +209,11 @@ def test_numbers_of_the_half_maps(shared_data, reference, name):
 
 
 @pytest.mark.parametrize("name", ["iso_masked", "top10eps10", "top10eps10_masked"])
-def test_phase_cosine_against_spisonet(shared_data, reference, name):
+def test_phase_cosine_against_spisonet(reference_numbers, reference, name):
     """Its neighbours lie within a chord, ours within the angle: the same to a few hundredths where shells are large."""
     mrcfile = pytest.importorskip("mrcfile")
     pair, mask = reference(name)
-    expected = mrcfile.read(shared_data / f"reference/fsc3d_spisonet/{name}_FSC3D_10deg.mrc")
+    expected = mrcfile.read(reference_numbers / f"fsc3d_spisonet/{name}_FSC3D_10deg.mrc.gz")
     found = phase_cosine(*pair, mask)
     k = np.arange(64) - 32
     shell = np.rint(np.sqrt(k[:, None, None] ** 2 + k[None, :, None] ** 2 + k**2)).astype(int)

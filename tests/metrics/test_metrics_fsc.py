@@ -40,16 +40,16 @@ def noise(box, seed=0):
 
 
 @pytest.fixture(scope="module")
-def halves(shared):
+def halves(reference_numbers):
     mrcfile = pytest.importorskip("mrcfile")
-    folder = shared / "data/reference/halfmaps"
+    folder = reference_numbers / "halfmaps"
     names = {1: "half1_64_3A", 2: "half2_64_3A"}
     maps = {
-        (kind, h): mrcfile.read(folder / f"ha6wxb_{kind}_{name}.mrc").astype(np.float64)
+        (kind, h): mrcfile.read(folder / f"ha6wxb_{kind}_{name}.mrc.gz").astype(np.float64)
         for kind in ("iso", "top10eps10")
         for h, name in names.items()
     }
-    return {**maps, "mask": mrcfile.read(folder / "ha6wxb_softmask_64_3A.mrc").astype(np.float64)}
+    return {**maps, "mask": mrcfile.read(folder / "ha6wxb_softmask_64_3A.mrc.gz").astype(np.float64)}
 
 
 @pytest.mark.parametrize("box", [24, 25])
@@ -105,12 +105,12 @@ def test_independent_noise_has_zero_fsc_with_the_spread_of_its_shell():
 
 @pytest.mark.parametrize("kind", ["iso", "top10eps10"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_against_3dfsc_global_curve(halves, shared, kind, masked):
+def test_against_3dfsc_global_curve(halves, reference_numbers, kind, masked):
     """3DFSC pads lines by two zeros and counts three quarters of the plane x = 0; with that, its very numbers."""
     mask = halves["mask"] if masked else np.ones((64, 64, 64))
     a, b = halves[kind, 1] * mask, halves[kind, 2] * mask
     name = f"{kind}_masked_globalFSC.csv" if masked else f"{kind}_globalFSC.csv"
-    reference = np.loadtxt(shared / "data/reference/3dfsc_nysbc" / name, delimiter=",")
+    reference = np.loadtxt(reference_numbers / "3dfsc_nysbc" / name, delimiter=",")
 
     def as_3dfsc(kz, ky, kx, radius):
         skipped = (kx == 0) & (ky < 0) & (kz < 0) & (ky > -32) & (kz > -32)
@@ -199,9 +199,9 @@ def test_shapes_are_checked():
         fsc(noise(8), noise(8), noise(6))
 
 
-def test_top_views_are_good_across_and_bad_along_the_axis(shared, halves):
+def test_top_views_are_good_across_and_bad_along_the_axis(reference_numbers, halves):
     mrcfile = pytest.importorskip("mrcfile")
-    truth = mrcfile.read(shared / "data/reference/halfmaps/ha6wxb_truth_64_3A.mrc")
+    truth = mrcfile.read(reference_numbers / "halfmaps/ha6wxb_truth_64_3A.mrc.gz")
     numbers = {
         kind: compare_maps((halves[kind, 1] + halves[kind, 2]) / 2, truth, 3.0, halves["mask"])
         for kind in ("iso", "top10eps10")

@@ -135,15 +135,15 @@ def test_mask_and_shapes():
 
 
 @pytest.mark.parametrize("name", ["iso", "top10eps10", "top10eps10_masked"])
-def test_against_the_published_program(shared_data, name):
+def test_against_the_published_program(reference_numbers, name):
     """Its transform has lines padded by two zeros; of such transforms, its very numbers, and near them without."""
     mrcfile = pytest.importorskip("mrcfile")
     kind, _, masked = name.partition("_")
-    folder = shared_data / "reference/halfmaps"
-    mask = mrcfile.read(folder / "ha6wxb_softmask_64_3A.mrc") if masked else 1.0
-    halves = [mrcfile.read(folder / f"ha6wxb_{kind}_half{i}_64_3A.mrc").astype(float) * mask for i in (1, 2)]
+    folder = reference_numbers / "halfmaps"
+    mask = mrcfile.read(folder / "ha6wxb_softmask_64_3A.mrc.gz") if masked else 1.0
+    halves = [mrcfile.read(folder / f"ha6wxb_{kind}_half{i}_64_3A.mrc.gz").astype(float) * mask for i in (1, 2)]
     expected = np.zeros((64,) * 3)
-    expected[1:, 1:, 1:] = mrcfile.read(shared_data / f"reference/3dfsc_nysbc/{name}_3DFSC.mrc")
+    expected[1:, 1:, 1:] = mrcfile.read(reference_numbers / f"3dfsc_nysbc/{name}_3DFSC.mrc.gz")
     shell = shells(64)
     filled = np.isin(shell, [s for s in range(1, 32) if np.mean(expected[shell == s] != 0) > 0.5])
     assert len(np.unique(shell[filled])) >= 21

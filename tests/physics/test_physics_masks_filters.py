@@ -118,14 +118,14 @@ def test_mask_with_a_threshold_out_of_reach_says_so():
         masks.soft_mask_from_map(white((24, 24, 24)), 2.0, threshold=100.0)
 
 
-def test_mask_of_a_real_protein(shared_data):
+def test_mask_of_a_real_protein(reference_numbers):
     """Half-maps of haemagglutinin, one with preferred orientation: the mask holds the truth."""
     import mrcfile
 
-    folder = shared_data / "reference" / "halfmaps"
-    truth, theirs = (mrcfile.read(folder / f"ha6wxb_{n}_64_3A.mrc") for n in ("truth", "softmask"))
+    folder = reference_numbers / "halfmaps"
+    truth, theirs = (mrcfile.read(folder / f"ha6wxb_{n}_64_3A.mrc.gz") for n in ("truth", "softmask"))
     for name in ("iso_half1", "top10eps10_half2"):
-        mask = masks.soft_mask_from_map(mrcfile.read(folder / f"ha6wxb_{name}_64_3A.mrc"), 3.0)
+        mask = masks.soft_mask_from_map(mrcfile.read(folder / f"ha6wxb_{name}_64_3A.mrc.gz"), 3.0)
         assert (truth**2 * mask).sum() > 0.99 * (truth**2).sum()
         assert mask.mean() < 0.12
         assert np.sum(mask * theirs) / np.sqrt(np.sum(mask**2) * np.sum(theirs**2)) > 0.88
