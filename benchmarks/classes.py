@@ -235,7 +235,7 @@ def _refined(source, at: Path, folder: Path, junk: bool, is_noise, top, truth) -
         RefineRequest(images, read_map(at / "homologue.mrc"), "C3", folder, RefineSection(junk=junk), seed=1), Context()
     )
     seconds = time.process_time() - began
-    errors = pose_errors(result.particles.rotation, truth.rotation, "C3", align="axis").angle_deg
+    errors = pose_errors(result.particles.rotation, truth.rotation, "C3", align="axis").errors_deg
     half = [read_map(result.half_maps[h]).data for h in (1, 2)]
     true = read_map(at / "signal_map.mrc")
     wrong = {
