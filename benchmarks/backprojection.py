@@ -95,7 +95,7 @@ def programs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
 def agreement(folder: Path) -> dict[str, float]:
     """The two programs' maps of half 1 inside a sphere: FSC between them, and of each with the truth."""
     from cryoiso.io.mrc import read_map
-    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
     from cryoiso.physics.masks import sphere_mask
 
     names = ("plain/half1.mrc", "relion1.mrc", "truth_map.mrc")
@@ -194,7 +194,7 @@ def stages(folder: Path, images: int) -> dict[str, float]:
 
     from cryoiso.io import read_particle_file
     from cryoiso.io.sources import StackSource
-    from cryoiso.physics.ctf import ctf_for
+    from cryoiso.physics.contrast_transfer import ctf_for
     from cryoiso.physics.fourier import images_to_fourier
     from cryoiso.refine.batches import BatchReader
     from cryoiso.refine.reconstruct import BLOCK_IMAGES, weigh

@@ -91,7 +91,7 @@ def smooth(volume: np.ndarray) -> np.ndarray:
 
 def likeness(result: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     """Correlation with the reference inside its mask, and the resolution to which they agree (FSC 0.5)."""
-    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     mask = soft_mask(reference, PIXEL_A)
     inside = mask > 0.5

@@ -76,7 +76,7 @@ def states() -> tuple[Any, Any]:
 def mixture(case: Case) -> tuple[Any, np.ndarray, tuple[Any, Any]]:
     """Images in memory, the state of each (0, 1; 2 is noise), and the two maps on their grey scale."""
     from cryoiso.io.sources import ArraySource
-    from cryoiso.physics.simulate import SimulatedSource, simulate
+    from cryoiso.physics.simulation import SimulatedSource, simulate
     from cryoiso.physics.views import Views
 
     whole, part = states()
@@ -107,8 +107,7 @@ def _turned(rotation: np.ndarray, angle_deg: float, rng: np.random.Generator) ->
 
 def classify(source: Any, folder: Path, symmetry: str = "C1", maps: tuple = (), **settings: Any) -> Any:
     """The model of a finished classification."""
-    from cryoiso.core.classify_settings import ClassifySection
-    from cryoiso.core.config import RefineSection
+    from cryoiso.core.config import ClassifySection, RefineSection
     from cryoiso.core.protocols import RefineRequest
     from cryoiso.core.types import DensityMap
     from cryoiso.engines import classify as engine
@@ -178,9 +177,10 @@ def junk_numbers(state: np.ndarray, assigned: np.ndarray) -> dict[str, Any]:
 
 def worst_cones(source: Any, state: np.ndarray, assigned: np.ndarray) -> dict[str, float]:
     """Least recall of noise and most particles lost in any viewing cone with five or more of either."""
-    from cryoiso.refine.cones import ViewCones
+    from cryoiso.metrics.view_cones import ViewCones
+    from cryoiso.refine.junk import CONE_DEG
 
-    cone = ViewCones.of("C1").index(source.particles.rotation)
+    cone = ViewCones.with_step(CONE_DEG).index(source.particles.rotation[:, 2])
     each = [junk_numbers(state[cone == c], assigned[cone == c]) for c in np.unique(cone)]
     return {
         "recall": min((one["recall"] for one in each if one["noise"] >= 5), default=1.0),
@@ -222,7 +222,7 @@ def _refined(source, at: Path, folder: Path, junk: bool, is_noise, top, truth) -
     from cryoiso.core.protocols import RefineRequest
     from cryoiso.engines.native import NativeEngine
     from cryoiso.io.mrc import read_map
-    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
     from cryoiso.metrics.pose_error import pose_errors
     from cryoiso.parallel.context import Context
 

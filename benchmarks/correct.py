@@ -151,7 +151,7 @@ def correct(case: str, row: str, folder: Path, options: list[str]) -> dict[str, 
 def _agreement(out: Path, mask: np.ndarray) -> dict[str, Any]:
     """FSC of the corrected halves: first shells, and the rest in standard deviations of independent noise's."""
     from cryoiso.io.mrc import read_map
-    from cryoiso.metrics.fsc import fsc
+    from cryoiso.metrics.fsc_curve import fsc
 
     whole = fsc(*(read_map(out / f"corrected_half{half}.mrc").data for half in (1, 2)), mask)
     start, stop = FEW_SHELLS + 1, int(len(mask) / RESOLUTION_PX)

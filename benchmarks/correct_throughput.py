@@ -272,8 +272,9 @@ def peak_of_process(name: str, a: argparse.Namespace) -> float | None:
 
 def loops(given: Given, a: argparse.Namespace, folder: Path, name: str) -> dict[str, Any]:
     """Sub-maps a second of both training loops as they are."""
+    from cryoiso.core.products import TIMING
     from cryoiso.parallel.ddp import TrainingGroup
-    from cryoiso.train.loop import TIMING, train
+    from cryoiso.train.loop import train
 
     task, settings = our_task(given, a, name)
     train(task, TrainingGroup((0,), 0, a.place), loop_settings(settings, name, 60), folder / "ours")

@@ -28,7 +28,7 @@ NAMES = ("map.mrc", "map_weighted.mrc")
 
 def scores(found: np.ndarray, truth: np.ndarray, pixel_size_A: float) -> dict[str, float]:
     """Mean FSC, resolution and correlation of one map."""
-    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     mask = np.asarray(soft_mask(truth, pixel_size_A), np.float32)
     curve = fsc(found, truth, mask)

@@ -49,7 +49,7 @@ def write_halves(folder: Path, box: int) -> list[Path]:
 def ours(folder: Path, box: int) -> dict[str, float]:
     """Seconds of `fsc3d`, without reading; writes the volume beside the maps."""
     from cryoiso.io.mrc import read_map, write_map
-    from cryoiso.metrics.fsc3d import EXACT_SHELL, fsc3d
+    from cryoiso.metrics.directional_fsc import EXACT_SHELL, fsc3d
 
     for size in (SMALL, 2 * EXACT_SHELL + 8):
         fsc3d(*(read_map(p).data for p in write_halves(folder, size)))

@@ -72,7 +72,7 @@ def relative(protein: Any) -> Any:
 def images_of(whole: Any, n: int, snr_db: float, mode: str = "uniform") -> Any:
     """The set in memory, with the scale of its images in ``scale``."""
     from cryoiso.io.sources import ArraySource
-    from cryoiso.physics.simulate import simulate
+    from cryoiso.physics.simulation import simulate
     from cryoiso.physics.views import Views
 
     views = Views(mode, poles=2) if mode == "preferred" else Views(mode)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,8 @@ class ParticleSet:
     """Which views are rare; None: none."""
     invert: str = "auto"
     """Whether a refinement changes the sign of the images."""
+    nuisances: Mapping[str, object] = field(default_factory=dict)
+    """Further options of `cryoiso simulate` (nuisance_sets.py); files are in shared/data."""
 
     @property
     def grid(self) -> tuple[object, ...]:
@@ -55,7 +57,7 @@ class ParticleSet:
 
 TOP = Preferred(np.array([[0.0, 0.0, 1.0]]))
 SIDE = Preferred(np.array([[1.0, 0.0, 0.0]]), both_ends=False)
-MIDDLE_SNR_DB = -15
+MIDDLE_SNR_DB = -20
 PREFERRED = {"mode": "preferred", "fraction": 0.98}
 SETS: dict[str, ParticleSet] = {
     "one_pole_-13": ParticleSet(PREFERRED, -13, preferred=TOP),
@@ -93,17 +95,34 @@ def prepared(one: ParticleSet, seed: int, folder: Path) -> bool:
         "n": one.particles, "box": one.box, "pixel_size": one.pixel_A, "symmetry": one.symmetry, "noise": one.noise,
         "snr_db": one.snr_db, "seed": seed, **{key.replace("-", "_"): value for key, value in one.views.items()},
     }  # fmt: skip
-    return Path(settings["model"]).name == Path(one.target).name and all(settings[k] == v for k, v in asked.items())
+    asked |= {key.replace("-", "_"): value for key, value in json.loads(json.dumps(dict(one.nuisances))).items()}
+    if "noise_from" in asked:
+        settings["noise_from"] = asked["noise_from"] if _ends_with(settings, asked) else None
+    return Path(settings["model"]).name == Path(one.target).name and all(settings.get(k) == v for k, v in asked.items())
+
+
+def _ends_with(settings: Mapping[str, object], asked: Mapping[str, object]) -> bool:
+    return str(settings.get("noise_from")).endswith(str(asked["noise_from"]))
+
+
+def option_words(options: Mapping[str, object], data: Path) -> list[object]:
+    """Words of a command line: True is a flag, a tuple several values of one option, a list the option repeated."""
+    words: list[object] = []
+    for key, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            values = () if one is True else one if isinstance(one, tuple) else (one,)
+            words += [f"--{key}", *(data / str(v) if key == "noise-from" else v for v in values)]
+    return words
 
 
 def prepare(one: ParticleSet, seed: int, models: Path, folder: Path) -> None:
     """Target and particles, and the homologue in the target's frame."""
     folder.mkdir(parents=True, exist_ok=True)
-    views = [word for key, value in one.views.items() for word in (f"--{key}", value)]
+    options = option_words({**one.views, **one.nuisances}, models.parent)
     harness.cryoiso(
         "simulate", models / one.target, folder, *one.grid, "--resolution", 2.2 * one.pixel_A, "--n", one.particles,
-        "--symmetry", one.symmetry, "--noise", one.noise, "--snr-db", one.snr_db, "--seed", seed, "--overwrite", *views,
-        log=folder / "prepare.log",
+        "--symmetry", one.symmetry, "--noise", one.noise, "--snr-db", one.snr_db, "--seed", seed, "--overwrite",
+        *options, log=folder / "prepare.log",
     )  # fmt: skip
     (folder / "truth_map.mrc").replace(folder / "signal_map.mrc")
     (folder / "truth_map.mrc").symlink_to("signal_map.mrc")

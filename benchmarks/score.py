@@ -47,14 +47,14 @@ def score(
 
     Args:
         folder: holds truth.star and signal_map.mrc, the true map.
-        star: estimated poses; particles that are not in truth.star are left out.
+        star: estimated poses; particles that are not in truth.star, or are junk there, are left out.
         half1, half2: unregularised half-maps.
         preferred: adds the counts of `view_counts`.
     """
     from cryoiso.io import read_particle_file
     from cryoiso.io.mrc import read_map
 
-    true = read_particle_file(folder / "truth.star", require=("pose",))
+    true = without_junk(read_particle_file(folder / "truth.star", require=("pose",)))
     found = read_particle_file(star, require=("pose",))
     _, i, j = np.intersect1d(found.uid, true.uid, return_indices=True)
     truth = read_map(folder / "signal_map.mrc")
@@ -65,6 +65,13 @@ def score(
         "shift_median_A": float(np.median(np.linalg.norm(found.shift_A[i] - true.shift_A[j], axis=1))),
         **map_scores(*maps, truth.data, truth.pixel_size_A, symmetry),
     }
+
+
+def without_junk(true: Any) -> Any:
+    """The particles of a simulated set that show the object, whole and alone."""
+    if true.table is None or "cryoisoKind" not in true.table.columns:
+        return true
+    return true.take(np.array([kind == "particle" for kind in true.table["cryoisoKind"].tolist()]))
 
 
 def best_spin(estimated: np.ndarray, true: np.ndarray, symmetry: str) -> tuple[float, np.ndarray]:
@@ -148,7 +155,7 @@ def map_scores(
     half1: np.ndarray, half2: np.ndarray, truth: np.ndarray, pixel_size_A: float, symmetry: str = "C3"
 ) -> dict[str, Any]:
     """Half-maps at 0.143, and their mean against the true map (see `truth_scores`)."""
-    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     box = len(truth)
     mask = soft_mask(truth, pixel_size_A)
@@ -168,7 +175,7 @@ def truth_scores(
     under the curve), which does not jump when one noisy shell crosses a threshold. Each of all coefficients, of those
     within 20 degrees of z (axial) and of those within 20 degrees of the plane across it (equatorial).
     """
-    from cryoiso.metrics.fsc import resolution_at, shell_correlation, transform
+    from cryoiso.metrics.fsc_curve import resolution_at, shell_correlation, transform
 
     box = len(truth)
     mask = soft_mask(truth, pixel_size_A) if mask is None else mask

@@ -100,9 +100,9 @@ def published(particles: Particles, code: Path) -> Variant:
 
 def projector(particles: Particles) -> Callable[[], Any]:
     """A function that makes the CTF-multiplied projections (B, 1, D, D) of the batch."""
-    from cryoiso.physics.ctf import ctf
+    from cryoiso.physics.contrast_transfer import ctf
     from cryoiso.physics.fourier import disc, fourier_to_images, shift_phases
-    from cryoiso.physics.project import FourierVolume, scatter_to_half_plane
+    from cryoiso.physics.projection import FourierVolume, scatter_to_half_plane
 
     p = particles
     volume, where = FourierVolume.from_volume(p.volume), disc(p.box, (p.box - 1) // 2, with_dc=True)

@@ -1,8 +1,9 @@
 """Refinement of sets with uneven views: every way to refine them, against the truth, over several seeds.
 
-Sets are in particle_sets.py (one folder for each set and seed under --work, prepared once), rows in views_rows.py,
-controls (pure noise, a changed reference) in views_controls.py. A run adds records to --out and leaves out those that
-are there already with the same settings. Shares are pooled over the seeds, with Wilson's 95 % interval.
+Sets are in particle_sets.py and nuisance_sets.py (one folder for each set and seed under --work, prepared once), rows
+in views_rows.py, controls (pure noise, a changed reference) in views_controls.py. A run adds records to --out and
+leaves out those that are there already with the same settings. Shares are pooled over the seeds, with Wilson's 95 %
+interval.
 
     python benchmarks/views.py --work sets --jobs 2 --sets one_pole_-13,noise_white --rows before,refine --seeds 3,4
     python benchmarks/views.py --tables [--pairs before:refine,refine:auxiliary vae]
@@ -23,14 +24,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness, particle_sets, views_controls, views_tables
+from benchmarks import harness, nuisance_sets, particle_sets, views_controls, views_tables
 from benchmarks.particle_sets import SETS, ParticleSet
 from benchmarks.score import score, truth_scores
 from benchmarks.views_controls import CONTROLS
 from benchmarks.views_rows import ROWS, engine_facts, run_row
 
 DEFAULT_SETS = tuple(name for name in SETS if name not in ("middle", "paper"))
-KINDS: dict[str, ParticleSet] = {**SETS, **CONTROLS}
+KINDS: dict[str, ParticleSet] = {**SETS, **nuisance_sets.SETS, **CONTROLS}
 SEEDS = (3, 4, 5, 6, 7)
 
 
@@ -50,6 +51,8 @@ class Task:
         """What decides the result, as JSON; a record with other settings is made again."""
         one, row = KINDS[self.name], ROWS[self.row]
         facts = {k: getattr(one, k) for k in ("views", "snr_db", "target", "homologue", "box", "pixel_A", "particles")}
+        if one.nuisances:
+            facts["nuisances"] = dict(one.nuisances)
         return json.loads(json.dumps({"set": facts, "row": asdict(row)}))
 
 
@@ -70,8 +73,8 @@ def prepare(name: str, seed: int, data: Path, work: Path) -> Path:
         if name in CONTROLS:
             if not views_controls.prepared(name, seed, folder):
                 views_controls.prepare(name, seed, data, folder)
-        elif not particle_sets.prepared(SETS[name], seed, folder):
-            particle_sets.prepare(SETS[name], seed, data / "models", folder)
+        elif not particle_sets.prepared(KINDS[name], seed, folder):
+            particle_sets.prepare(KINDS[name], seed, data / "models", folder)
     return folder
 
 

@@ -103,7 +103,7 @@ def _write_background(path: Path, seed: int, folder: Path) -> None:
 def scores(name: str, folder: Path, out: Path) -> dict[str, Any]:
     """What the maps of a row in ``out`` say."""
     from cryoiso.io.mrc import read_map
-    from cryoiso.metrics.fsc import fsc, resolution_at
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     pixel_A = CONTROLS[name].pixel_A
     half1, half2 = (read_map(out / f"half{h}.mrc", pixel_A).data for h in (1, 2))

@@ -1,3 +1,3 @@
 """cryoiso: correct poses, independent half-maps and an isotropic map from particles with preferred orientation."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""The site: sphinx-build -W -b html docs docs/_build. Two pages are written from the program itself at every build."""
+"""Configuration of the site: sphinx-build -W -b html docs docs/_build. Each build generates two pages from the code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def commands() -> str:
         text = [] if inner else [f"## {name}", "", "```text", command.get_help(context), "```", ""]
         return text + [line for key, one in inner.items() for line in walk(one, f"{name} {key}")]
 
-    head = ["# Commands", "", "What `cryoiso COMMAND --help` says, for all commands.", ""]
+    head = ["# Commands", "", "Help texts of all commands, as printed by `cryoiso COMMAND --help`.", ""]
     return "\n".join(head + walk(typer.main.get_command(build_app()), "cryoiso"))
 
 
@@ -49,8 +49,8 @@ def job_file() -> str:
     from cryoiso.core.config import job_to_toml, parse_job
 
     job = parse_job({"particles": {"file": "particles.star"}, "reference": {"file": "reference.mrc"}})
-    head = "# The job file\n\nEvery key with its default, as `cryoiso init` writes it and `resolved.toml` keeps it."
-    return f"{head} Only the two files have none.\n\n```toml\n{job_to_toml(job)}```\n"
+    head = "# The job file\n\nEvery key with its default, as written by `cryoiso init` and in `resolved.toml`."
+    return f"{head} Only the two files have no default.\n\n```toml\n{job_to_toml(job)}```\n"
 
 
 def write_pages(app: object) -> None:

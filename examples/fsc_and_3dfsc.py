@@ -9,11 +9,9 @@ import sys
 
 import numpy as np
 
-from cryoiso.io.mrc import read_map
-from cryoiso.metrics.anisotropy import conical_fsc, resolved_region, sphericity
-from cryoiso.metrics.fsc import fsc, resolution_at, transform
-from cryoiso.metrics.fsc3d import fsc3d
-from cryoiso.physics.phantom import phantom_map
+from cryoiso.io import read_map
+from cryoiso.metrics import conical_fsc, fsc, fsc3d, resolution_at, resolved_region, sphericity, transform
+from cryoiso.physics import phantom_map
 
 
 def noisy_halves(box_px: int = 48, pixel_size_A: float = 4.0) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cryoiso.physics.ctf import ctf, frequency_grid
-from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import project
-from cryoiso.physics.so3 import euler_to_matrix
+from cryoiso.physics import ctf, euler_to_matrix, frequency_grid, phantom_map, project
 
 PIXEL_A = 3.0
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from cryoiso.io import read_particle_file
-from cryoiso.io.mrc import write_map
-from cryoiso.io.sources import StackSource
-from cryoiso.metrics.fsc import fsc, resolution_at
-from cryoiso.parallel.context import Context
+from cryoiso.io import StackSource, read_particle_file, write_map
+from cryoiso.metrics import fsc, resolution_at
 from cryoiso.pipeline.inputs.half_sets import assign_halves
-from cryoiso.refine.reconstruct import reconstruct_halves
+from cryoiso.refine import reconstruct_halves
 
 
 def main(file: str, symmetry: str, out: str) -> float:
     particles = assign_halves(read_particle_file(file, require=("image", "ctf", "pose")), seed=1)
     source = StackSource(particles)
-    maps = reconstruct_halves(source, particles, Context(), symmetry=symmetry)  # Context(): this process alone
+    maps = reconstruct_halves(source, particles, symmetry=symmetry)  # without a communicator: this process alone
     Path(out).mkdir(parents=True, exist_ok=True)
     for half, density in maps.items():
         write_map(Path(out) / f"half{half}.mrc", density.data, density.pixel_size_A)

@@ -8,13 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cryoiso.core.config import RefineSection
-from cryoiso.core.protocols import RefineRequest
-from cryoiso.engines.native import NativeEngine
-from cryoiso.metrics.pose_error import pose_errors
-from cryoiso.parallel.context import Context
-from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.core import RefineRequest, RefineSection
+from cryoiso.engines import NativeEngine
+from cryoiso.metrics import pose_errors
+from cryoiso.physics import phantom_map, simulate
 
 
 def main(particles: int = 200, iterations: int = 3) -> float:
@@ -35,7 +32,7 @@ def main(particles: int = 200, iterations: int = 3) -> float:
                 f"iteration {r['iteration']}: {r['resolution_A']:.1f} Å, step {r['step_deg']:.1f}°"
             ),
         )
-        result = NativeEngine().refine(request, Context())
+        result = NativeEngine().refine(request)
 
     errors = pose_errors(result.particles.rotation, known.rotation, "C3", align="axis")
     print(f"median pose error {errors.median_deg:.1f}°, wrong by more than 20°: {errors.fraction_over(20):.1%}")

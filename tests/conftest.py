@@ -96,6 +96,14 @@ def quick(monkeypatch):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--shapes", action="store_true", help="check the shapes that signatures name, in every call")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--shapes"):
+        import shapes_helper
+
+        shapes_helper.install()
 
 
 def _has_cuda() -> bool:

@@ -67,7 +67,7 @@ def as_command(function: F, collective: bool) -> F:
             ctx = get_context() if collective else Context()
         except CryoisoError as error:
             if speaks():
-                print(f"error: {indented(error)}", file=sys.stderr)
+                print(f"error: {indented(error.line())}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         log_to_stderr(ctx.rank)
         with guard(ctx), _saying_how_to_go_on(function.__name__, options):
@@ -96,7 +96,8 @@ def require_utf8(options: dict[str, Any]) -> None:
             except UnicodeEncodeError:
                 raise UsageError(
                     f"{option}: the name {os.fsencode(name)!r} is not valid UTF-8. Rename the folder or file, or give "
-                    "a link to it with another name."
+                    "a link to it with another name.",
+                    code="name-not-utf8",
                 ) from None
 
 

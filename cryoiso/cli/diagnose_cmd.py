@@ -8,41 +8,48 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
+from cryoiso.cli.groups import SYMMETRY
+from cryoiso.cli.options import Given, help_of, keys, with_keys
+from cryoiso.core import products
+from cryoiso.core.records import DiagnoseRecord
 
-HALF1, HALF2 = "First half-map (MRC), neither masked nor filtered.", "Second half-map (MRC)."
-OUT = Path("diagnose.json")
+HALF1, HALF2 = "First half-map (MRC), unmasked and unfiltered.", "Second half-map (MRC)."
+TRUTH = keys("truth", "Simulated particles", ("particles", "--truth-particles"), ("map", "--truth-map"))
+OUT = Path(products.facts("diagnose"))
 
 
+@with_keys(SYMMETRY, TRUTH, keys("run", "Computing", "seed"))
 def diagnose(
+    given: Given,
     half1: Annotated[Path | None, typer.Argument(metavar="HALF1", help=HALF1)] = None,
     half2: Annotated[Path | None, typer.Argument(metavar="HALF2", help=HALF2)] = None,
-    half1_option: Annotated[Path | None, typer.Option("--half1", help="The same as HALF1.")] = None,
-    half2_option: Annotated[Path | None, typer.Option("--half2", help="The same as HALF2.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Solvent mask (MRC); made from the maps if not given.")] = None,
+    half1_option: Annotated[Path | None, typer.Option("--half1", help="Same as HALF1.")] = None,
+    half2_option: Annotated[Path | None, typer.Option("--half2", help="Same as HALF2.")] = None,
+    mask: Annotated[Path | None, typer.Option(help=help_of("sample", "mask"))] = None,
     particles: Annotated[Path | None, typer.Option(help="STAR or .cs file with the poses.")] = None,
-    symmetry: Annotated[str, typer.Option(help="Point group: Cn, Dn, T, O or I.")] = "C1",
-    truth_particles: Annotated[Path | None, typer.Option(help="STAR file with the true poses.")] = None,
-    truth_map: Annotated[Path | None, typer.Option(help="The true map (MRC), on the same grid.")] = None,
-    pixel_size: Annotated[float | None, typer.Option(help="Å per pixel, if the headers are wrong.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the phase randomisation.")] = 1,
+    pixel_size: Annotated[float | None, typer.Option(help="Pixel size, if the headers are wrong.  [Å]")] = None,
     fsc3d: Annotated[Path | None, typer.Option("--fsc3d", help="Also write the 3DFSC (MRC).")] = None,
     phase_cosine: Annotated[
-        Path | None, typer.Option("--phase-cosine", help="Also write spIsoNet's mean phase cosine (MRC); no 3DFSC.")
+        Path | None,
+        typer.Option("--phase-cosine", help="Also write spIsoNet's mean phase cosine (MRC), which is no 3DFSC."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="JSON file for all numbers and curves.")] = OUT,
 ) -> None:
     """Measure half-maps and poses.
 
-    Resolution (FSC) as a whole and by direction (3DFSC, cFAR, FSO), view distribution and sampling (SCF), a verdict,
-    and, where the truth is known, pose and map errors.
+    Prints global (FSC) and directional resolution (3DFSC, cFAR, FSO), view distribution and sampling (SCF), a verdict
+    and, for simulated particles, the errors of poses and map.
     """
     from cryoiso.io.atomic import write_json
     from cryoiso.pipeline.commands.diagnose import diagnose_files, write_volume
 
     one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
+    job = given.job(particles={"file": "-"}, reference={"file": "-"})
+    true_poses, true_map = (Path(name) if name else None for name in (job.truth.particles, job.truth.map))
     numbers = diagnose_files(
-        one, two, mask, particles, symmetry, truth_particles, truth_map, pixel_size_A=pixel_size, seed=seed
-    )
+        one, two, mask, particles, job.sample.symmetry, true_poses, true_map,
+        pixel_size_A=pixel_size, seed=job.run.seed,
+    )  # fmt: skip
     echo("\n".join(_lines(numbers)))
     write_json(out, numbers)
     echo(f"all numbers: {out}")
@@ -62,11 +69,13 @@ def _given(argument: Path | None, option: Path | None, name: str) -> Path:
 
     if (argument is None) == (option is None):
         found = "is missing" if option is None else "is given twice"
-        raise UsageError(f"{name} {found}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2")
+        raise UsageError(
+            f"{name} {found}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2", code="option-missing"
+        )
     return argument or option  # type: ignore[return-value]
 
 
-def _lines(d: dict[str, Any]) -> list[str]:
+def _lines(d: DiagnoseRecord) -> list[str]:
     """The main numbers, one a line."""
     rows: list[tuple[str, Any, str]] = [
         ("resolution, FSC 0.143, corrected for the mask", d.get("resolution_0143_A"), " Å"),
@@ -83,12 +92,13 @@ def _lines(d: dict[str, Any]) -> list[str]:
     ]
     rows += _directional_rows(d)
     lines = [f"{label:48s} {value:8.2f}{unit}" for label, value, unit in rows if value is not None]
-    verdict = d.get("verdict") or {}
-    said = [f"verdict: {verdict['verdict']}. {verdict['sentence']} {verdict['advice']}"] if verdict else []
+    said = []
+    if verdict := d.get("verdict"):
+        said = [f"verdict: {verdict['verdict']}. {verdict['sentence']} {verdict['advice']}"]
     return [*lines, *said, *d.get("notes", [])]
 
 
-def _directional_rows(d: dict[str, Any]) -> list[tuple[str, Any, str]]:
+def _directional_rows(d: DiagnoseRecord) -> list[tuple[str, Any, str]]:
     by_direction, sampling = d.get("directional") or {}, (d.get("sampling") or {}).get("estimated") or {}
     mask = by_direction.get("mask") or {}
     return [

@@ -12,20 +12,21 @@ from cryoiso.cli.common import echo
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Folder that runs would be written to.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="Folder for runs, to be checked.")] = Path("."),
     job: Annotated[
-        Path | None, typer.Option("--job", metavar="JOB.toml", help="Also check that the machine suits this job.")
+        Path | None,
+        typer.Option("--job", metavar="JOB.toml", help="Also check that the machine meets the needs of this job."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Check the machine and the installation.
 
-    Tells what was found and, where something is wrong, what to do: versions, MPI library and launcher, GPUs, threads,
-    memory, RELION, of the folder the kind of file system, room, speed and clock, and the job's scratch on each node.
-    Under mpirun or srun all ranks are asked, also whether they see each other and the same folder.
+    Reports versions, MPI library and launcher, GPUs, threads, memory and RELION; type, free space, speed and clock of
+    the folder's file system; and the job's scratch on each node; with a remedy for every problem. Under mpirun or srun
+    all ranks are checked, and whether they communicate and share the folder.
 
     Exit status: 0 unless there is an error; 69 missing program, device or memory; 65 bad input or folder; 2 bad job
-    file; 1 no room.
+    file; 1 not enough disk space.
     """
     from cryoiso.parallel.context import get_context
     from cryoiso.pipeline import finding
@@ -49,7 +50,7 @@ def _lines(found: list) -> list[str]:
     lines, last = [], ""
     for one in found:
         label = "" if one.check == last else one.check
-        lines.append(f"{label:<13}{mark[one.severity]}{one.found}")
+        lines.append(f"{label:<13}{mark[one.severity]}{one.found}{f' [{one.code}]' if one.code else ''}")
         if one.remedy:
             lines.append(f"{'':<13}{'-> ' + one.remedy}")
         last = one.check

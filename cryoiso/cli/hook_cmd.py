@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.options import option
-from cryoiso.core.config import RelionSection as R
 
 
 def relion(
@@ -17,20 +16,20 @@ def relion(
         Path | None,
         typer.Option(
             envvar="CRYOISO_HOOK_JOB",
-            help="Job file whose [realign] and [correct] say how to correct the references (default: do not correct).",
+            help="Job file with the sections [realign] and [correct] of the correction (default: no correction).",
         ),
     ] = None,
     desk: Annotated[
-        Path | None, typer.Option(help="File that says where the ranks of a run wait; they do the work.")
+        Path | None, typer.Option(help="File with the address of the waiting ranks of a run, which do the work.")
     ] = None,
-    tau2: Annotated[str | None, option(R, "tau2")] = None,
-    wait: Annotated[float, typer.Option(help="Longest wait for the other half, in minutes.", min=0.1)] = 720.0,
+    tau2: Annotated[str | None, option("relion", "tau2", default="the job file's, else relion")] = None,
+    wait: Annotated[float, typer.Option(help="Longest wait for the other half-set, in minutes.", min=0.1)] = 720.0,
 ) -> None:
-    """Do the reconstruction that 'relion_refine --external_reconstruct' asks for.
+    """Run the reconstruction requested by 'relion_refine --external_reconstruct'.
 
-    RELION calls it, once for each half in every iteration, if RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE is set to
-    'cryoiso hook relion'. With a job file ([realign], [correct]) the references are corrected as 'cryoiso realign'
-    does; both halves' processes meet for that in RELION's folder.
+    RELION calls it once per half-set and iteration if RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE is 'cryoiso hook relion'.
+    With a job file ([realign], [correct]) the references are corrected as in 'cryoiso realign'; the processes of both
+    half-sets then exchange files in RELION's folder.
     """
     if desk is not None:
         from cryoiso.engines.relion.callback import hand_over

@@ -9,28 +9,25 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import default, job_of, option
-from cryoiso.core.config import ParticlesSection as P
-from cryoiso.core.config import SampleSection as S
+from cryoiso.cli.groups import SYMMETRY
+from cryoiso.cli.options import Given, help_of, keys, with_keys
 
 PLACEHOLDER = "reference.mrc"
 
 
+@with_keys(SYMMETRY, keys("particles", "Images", "project", "passthrough"))
 def init(
-    particles: Annotated[Path, typer.Argument(help="Particles: a RELION STAR file or a cryoSPARC .cs file.")],
+    particles: Annotated[Path, typer.Argument(help=help_of("particles", "file"))],
+    given: Given,
     reference: Annotated[
-        Path | None, typer.Option(help="Reference: atomic model (PDB, mmCIF) or map (MRC). Can be filled in later.")
+        Path | None, typer.Option(help=help_of("reference", "file") + " May be entered into the job file later.")
     ] = None,
-    symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
-    project: Annotated[str, option(P, "project")] = "",
-    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Job file to write.")] = Path("job.toml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing job file.")] = False,
 ) -> None:
     """Write a job file for a particle file.
 
-    It has every key with its default and what it means. The particle file is read, so that one that cannot be used is
-    found out now.
+    It holds every key with its meaning, unit, range, choices and default. The particle file is read and checked.
     """
     from cryoiso.core.config import job_to_toml
     from cryoiso.core.errors import UsageError
@@ -39,17 +36,20 @@ def init(
     from cryoiso.physics.symmetry import point_group
 
     if out.exists() and not overwrite:
-        raise UsageError(f"{out} is there already; give --overwrite to replace it, or another name with --out")
-    found = read_particle_file(particles, project, passthrough=passthrough or ())
-    point_group(symmetry)
-    job = job_of(
+        raise UsageError(
+            f"{out} already exists; give --overwrite to replace it, or another name with --out", code="file-exists"
+        )
+    options = given.job(particles={"file": str(particles)}, reference={"file": ""})
+    project, passthrough = options.particles.project, options.particles.passthrough
+    found = read_particle_file(particles, project, passthrough=passthrough)
+    point_group(options.sample.symmetry)
+    job = given.job(
         particles={
             "file": _from(out, particles),
             "project": _from(out, Path(project)) if project else "",
-            "passthrough": [_from(out, Path(name)) for name in passthrough or []],
+            "passthrough": [_from(out, Path(name)) for name in passthrough],
         },
         reference={"file": PLACEHOLDER if reference is None else _from(out, reference)},
-        sample={"symmetry": symmetry},
     )
     head = f"# cryoiso job: mpirun -n 4 cryoiso run {out.name}\n# Relative paths start from this file's folder.\n\n"
     write_text(out, head + job_to_toml(job))

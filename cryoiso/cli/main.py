@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import Voice, as_command
+from cryoiso.cli.help import PanelledCommand
 from cryoiso.core.errors import EXIT_OTHER
 from cryoiso.parallel.launcher import OVERRIDE, limit_threads_early, speaks
 
@@ -35,6 +36,7 @@ COMMANDS = (
     ("correct", "correct_cmd", "correct", True),
     ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),
+    ("rebalance", "rebalance_cmd", "rebalance", False),
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),
@@ -95,7 +97,7 @@ def build_app() -> typer.Typer:
 def _add(app: typer.Typer, commands: tuple[tuple[str, str, str, bool], ...]) -> None:
     for name, module, function, collective in commands:
         body = getattr(importlib.import_module(f"cryoiso.cli.{module}"), function)
-        app.command(name)(as_command(body, collective))
+        app.command(name, cls=PanelledCommand)(as_command(body, collective))
 
 
 def _save_overheads() -> None:

@@ -8,50 +8,52 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import default, job_of, option
-from cryoiso.core.config import ParticlesSection as P
-from cryoiso.core.config import ReferenceSection as R
-from cryoiso.core.config import RunSection as U
-from cryoiso.core.config import SampleSection as S
+from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SYMMETRY, OutputFolder, Posed, Resume
+from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.core import products
+
+MICELLE = keys("micelle", "Micelle", "threshold", "lowpass_A")
+PANEL = MICELLE.panel
 
 
+@with_keys(SYMMETRY, GRID, MICELLE, IMAGES, COMPUTING)
 def micelle(
-    particles: Annotated[Path, typer.Argument(help="Particles with poses: a STAR or .cs file of a refinement.")],
-    ref: Annotated[Path, typer.Option("--ref", help="Homologue of the protein, in the poses' frame: map or model.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")],
-    symmetry: Annotated[str, option(S, "symmetry")] = default(S, "symmetry"),
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Protein is where the homologue, low-passed at 10 Å, exceeds this (default: found)."),
+    particles: Posed,
+    ref: Annotated[
+        Path, typer.Option("--ref", help="Homologue of the protein, map or model, in the frame of the poses.")
+    ],
+    out: OutputFolder,
+    given: Given,
+    mask: Annotated[
+        Path | None, typer.Option(help="Protein mask (MRC) instead of a threshold.", rich_help_panel=PANEL)
     ] = None,
-    mask: Annotated[Path | None, typer.Option(help="Protein mask (MRC) instead of a threshold.")] = None,
-    lowpass: Annotated[
-        float, typer.Option(min=0.0, help="Resolution of the micelle in Å; 0: as fine as the images.")
-    ] = 20.0,
     diameter: Annotated[
-        float | None, typer.Option(min=1.0, help="Diameter in Å of the sphere that holds it (default: the box).")
+        float | None,
+        typer.Option(
+            min=1.0, help="Diameter of the sphere around the micelle (default: the box).  [Å]", rich_help_panel=PANEL
+        ),
     ] = None,
     prior_sd: Annotated[
         float,
-        typer.Option(min=0.0, help="Prior standard deviation of the micelle over the protein's rms; 0: no prior."),
+        typer.Option(
+            min=0.0,
+            help="Prior standard deviation of the micelle relative to the protein's rms; 0: no prior.",
+            rich_help_panel=PANEL,
+        ),
     ] = 1.0,
-    max_iterations: Annotated[int, typer.Option(min=1, help="Upper bound of iterations.")] = 50,
-    tolerance: Annotated[float, typer.Option(min=1e-7, max=0.5, help="Relative residual to stop at.")] = 1e-3,
-    ref_pixel_size: Annotated[float | None, option(R, "pixel_size_A")] = None,
-    resample: Annotated[bool, typer.Option("--resample", help="Bring the map onto the particles' grid.")] = False,
-    project: Annotated[str, option(P, "project")] = "",
-    passthrough: Annotated[list[str] | None, option(P, "passthrough")] = None,
-    invert: Annotated[str, option(P, "invert")] = default(P, "invert"),
-    normalise: Annotated[bool, option(P, "normalise")] = default(P, "normalise"),
-    seed: Annotated[int, typer.Option(min=0, help="Makes half-sets where the file has none.")] = 1,
-    device: Annotated[str, option(U, "device")] = default(U, "device"),
-    go_on: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    max_iterations: Annotated[
+        int, typer.Option(min=1, help="Largest number of iterations.", rich_help_panel=PANEL)
+    ] = 50,
+    tolerance: Annotated[
+        float, typer.Option(min=1e-7, max=0.5, help="Relative residual at convergence.", rich_help_panel=PANEL)
+    ] = 1e-3,
+    go_on: Resume = False,
 ) -> None:
-    """Recover the micelle around a membrane protein.
+    """Reconstruct the micelle around a membrane protein.
 
     Writes for each half-set the density outside the protein (micelle_half1.mrc, micelle_half2.mrc) and the homologue
-    with it, their mean composite.mrc as the next refinement's reference, mask.mrc and micelle.json. Ranks share the
-    particles.
+    with it, their mean composite.mrc as reference of the next refinement, mask.mrc and micelle.json. Particles without
+    half-sets are assigned to them by --seed. Ranks share the particles.
     """
     from cryoiso.methods.micelle.recover import MicelleSettings
     from cryoiso.parallel.abort import on_root
@@ -60,17 +62,13 @@ def micelle(
 
     comm = get_context()
     job = on_root(
-        comm, job_of,
-        particles={
-            "file": str(particles), "project": project, "passthrough": passthrough, "invert": invert,
-            "normalise": normalise,
-        },
-        reference={"file": str(ref), "pixel_size_A": ref_pixel_size, "resample": resample},
-        sample={"symmetry": symmetry, "diameter_A": diameter},
-        run={"seed": seed, "device": device},
+        comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
+        sample={"diameter_A": diameter},
     )  # fmt: skip
-    settings = MicelleSettings(symmetry, lowpass, diameter, prior_sd, max_iterations, tolerance)
-    facts = micelle_files(job, MaskChoice(threshold, mask), settings, out, comm, resume=go_on)
+    settings = MicelleSettings(
+        job.sample.symmetry, job.micelle.lowpass_A, diameter, prior_sd, max_iterations, tolerance
+    )  # fmt: skip
+    facts = micelle_files(job, MaskChoice(job.micelle.threshold, mask), settings, out, comm, resume=go_on)
     if comm.rank == 0:
         same = facts["agreement_of_halves"]
-        echo(f"{out / 'composite.mrc'}: threshold {facts['threshold']}, half-sets' micelles correlate by {same}")
+        echo(f"{out / products.COMPOSITE}: threshold {facts['threshold']}, half-sets' micelles correlate by {same}")

@@ -1,57 +1,157 @@
-"""Command-line options that are keys of the job file: one help text and one default for both."""
+"""Command-line options made from the keys of the job file: name, type, default, help, unit, range and choices."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
 
-from cryoiso.core.config import Job, RelionSection, parse_job
+from cryoiso.core.config import COMMAND_SECTIONS, Job, parse_command, parse_job
 from cryoiso.core.errors import UsageError
+from cryoiso.core.sections.base import AutoOrPositive, Section, choices_of, meaning_of, unit_and_limits
 
-UNITS = {"_A": " In Å.", "_deg": " In degrees.", "_mib": " In MiB."}
-
-
-def option(section: type[BaseModel], key: str, *names: str, metavar: str | None = None) -> Any:
-    """A typer option with the help text of a key of the job file, and its unit."""
-    unit = next((unit for suffix, unit in UNITS.items() if key.endswith(suffix)), "")
-    return typer.Option(*names, metavar=metavar, help=_sentence(str(section.model_fields[key].description)) + unit)
+F = TypeVar("F", bound=Callable[..., Any])
+S = TypeVar("S", bound=Section)
+SUFFIXES = ("_A", "_deg", "_px")
+"""Units that stand in a key but not in its option: shift_range_A is --shift-range."""
 
 
-def default(section: type[BaseModel], key: str) -> Any:
-    """The default of a key of the job file."""
-    return section.model_fields[key].default
+@dataclass(frozen=True)
+class Keys:
+    """Keys of one section of the job file that are options of a command, under one heading of its help."""
+
+    section: str
+    panel: str
+    names: dict[str, tuple[str, ...]]
+    """key -> option declarations, e.g. ``("--queue", "--partition")``"""
+    open: bool = False
+    """None where an option is not given, instead of the default: the value may stand in a job file."""
+
+    def parameters(self) -> Iterator[tuple[str, inspect.Parameter]]:
+        """Every key with its option, as a parameter of a typer command."""
+        for key, names in self.names.items():
+            annotation, value = _typed(self.section, key)
+            if self.open:
+                annotation, value = annotation | None, None
+            yield key, inspect.Parameter(
+                _parameter_name(names), inspect.Parameter.KEYWORD_ONLY, default=value,
+                annotation=Annotated[annotation, option(self.section, key, *names, panel=self.panel)],
+            )  # fmt: skip
 
 
-def job_of(**sections: dict[str, Any]) -> Job:
-    """A job from options, checked like a job file; options that were not given (None) keep their defaults.
+def keys(section: str, panel: str, *entries: str | tuple[str, ...], open: bool = False) -> Keys:
+    """A group of options.
+
+    Args:
+        section: of the job file, or of ``COMMAND_SECTIONS``.
+        panel: heading in the help.
+        entries: a key, whose option follows from its name, or (key, option declarations ...).
+        open: see :class:`Keys`.
+    """
+    names = {}
+    for entry in entries:
+        key, *declared = (entry,) if isinstance(entry, str) else entry
+        names[key] = tuple(declared) or (_option_name(section, key),)
+    return Keys(section, panel, names, open)
+
+
+def option(section: str, key: str, *names: str, panel: str | None = None, default: str = "") -> Any:
+    """A typer option with the help, unit, range, choices and default of a key of the job file.
+
+    Args:
+        default: what holds if it is not given, in words, where that is not the key's default.
+    """
+    choices = choices_of(_model(section), key)
+    return typer.Option(
+        *names, help=help_of(section, key, default), show_default=False, rich_help_panel=panel,
+        metavar=f"[{'|'.join(choices)}]" if choices else None,
+    )  # fmt: skip
+
+
+def help_of(section: str, key: str, default: str = "") -> str:
+    """Meaning of a key as a sentence; unit, range and default in square brackets, e.g. ``[Å, > 0; default: 30]``."""
+    text = meaning_of(_model(section), key)
+    first, _, rest = text.partition(" ")
+    names_a_value = first.rstrip(":,") in choices_of(_model(section), key) or not first.islower()
+    text = text if names_a_value else f"{first.capitalize()} {rest}"
+    default = f"default: {default}" if default else _default_in_words(section, key)
+    notes = [unit_and_limits(_model(section), key), default]
+    text += ". May be repeated." if get_origin(_model(section).model_fields[key].annotation) is list else "."
+    return text + (f"  [{'; '.join(filter(None, notes))}]" if any(notes) else "")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command was given of its options that are keys of the job file."""
+
+    sections: dict[str, dict[str, Any]]
+    """section -> key -> value"""
+    names: dict[str, str]
+    """SECTION.KEY -> name of the option, for messages"""
+
+    def job(self, **sections: dict[str, Any]) -> Job:
+        """A job of these options, checked as a job file is.
+
+        Args:
+            sections: further keys and values; None leaves the default.
+
+        Raises:
+            UsageError: a bad value.
+        """
+        data = {name: dict(values) for name, values in self.sections.items() if name not in COMMAND_SECTIONS}
+        names = dict(self.names)
+        for section, values in sections.items():
+            for key, value in values.items():
+                if value is not None:
+                    data.setdefault(section, {})[key] = value
+                    names.pop(f"{section}.{key}", None)
+        return parse_job(data, "options", names)
+
+    def command(self, section: type[S], name: str) -> S:
+        """The checked settings of a command that are in no job file, see ``COMMAND_SECTIONS``.
+
+        Raises:
+            UsageError: a bad value.
+        """
+        return parse_command(section, name, self.sections.get(name, {}), self.names)
+
+
+def with_keys(*groups: Keys) -> Callable[[F], F]:
+    """Adds the options of these keys to a command, in place of its parameter ``given`` (a :class:`Given`).
 
     Raises:
-        UsageError: a bad value.
+        ValueError: two options have one name.
     """
-    data = {name: {k: v for k, v in keys.items() if v is not None} for name, keys in sections.items()}
-    return parse_job(data, "options")
+    places: dict[str, tuple[str, str]] = {}
+    parameters, shown = [], {}
+    for group in groups:
+        for key, parameter in group.parameters():
+            parameters.append(parameter)
+            places[parameter.name] = group.section, key
+            shown[f"{group.section}.{key}"] = group.names[key][0].partition("/")[0]
 
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def command(**options: Any) -> Any:
+            sections: dict[str, dict[str, Any]] = {}
+            for name, (section, key) in places.items():
+                value = options.pop(name)
+                if value is not None:
+                    sections.setdefault(section, {})[key] = value
+            return function(given=Given(sections, shown), **options)
 
-RelionKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--relion", metavar="KEY=VALUE",
-        help=f"For --engine relion: a key of the job file's [relion] ({', '.join(RelionSection.model_fields)}), for "
-        "example --relion ranks=5 --relion 'extra=--gpu 0'. May be given several times.",
-    ),
-]  # fmt: skip
+        every: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            every += parameters if parameter.name == "given" else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+        command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
+        return command  # type: ignore[return-value]
 
-
-RefineKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--refine", metavar="KEY=VALUE",
-        help="Any other key of the job file's [refine], for example --refine view_density=false. May be given several "
-        "times.",
-    ),
-]  # fmt: skip
+    return decorate
 
 
 def keys_of(given: list[str] | None, name: str) -> dict[str, Any]:
@@ -62,9 +162,41 @@ def keys_of(given: list[str] | None, name: str) -> dict[str, Any]:
     """
     for entry in given or []:
         if "=" not in entry:
-            raise UsageError(f"{name}: KEY=VALUE is expected (found '{entry}')")
+            raise UsageError(f"{name}: KEY=VALUE is expected (found '{entry}')", code="option-malformed")
     return {key.strip(): value.strip() for key, _, value in (entry.partition("=") for entry in given or [])}
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+def _model(section: str) -> Any:
+    return COMMAND_SECTIONS.get(section) or Job.model_fields[section].annotation
+
+
+def _typed(section: str, key: str) -> tuple[Any, Any]:
+    """Type and default of a key as typer takes them: choices and numbers or a word are text (checked with the job), no
+    list is None."""
+    field = _model(section).model_fields[key]
+    if choices_of(_model(section), key) or field.annotation == get_args(AutoOrPositive)[0]:
+        return str, field.default
+    if get_origin(field.annotation) is list:
+        return list[get_args(field.annotation)[0]] | None, None  # type: ignore[misc]
+    return field.annotation, field.default
+
+
+def _default_in_words(section: str, key: str) -> str:
+    """``default: 30``; nothing for None, empty text and lists, whose description names it, and for flags."""
+    field = _model(section).model_fields[key]
+    value = None if field.is_required() else field.default
+    if isinstance(value, bool):
+        return "default: on" if value else ""
+    if isinstance(value, float):
+        return f"default: {value:g}"
+    return f"default: {value}" if (value and not isinstance(value, list)) or value == 0 else ""
+
+
+def _option_name(section: str, key: str) -> str:
+    """``--shift-range`` for shift_range_A; ``--whitening/--no-whitening`` for what is on by default."""
+    name = next((key.removesuffix(suffix) for suffix in SUFFIXES if key.endswith(suffix)), key).replace("_", "-")
+    return f"--{name}/--no-{name}" if _model(section).model_fields[key].default is True else f"--{name}"
+
+
+def _parameter_name(names: tuple[str, ...]) -> str:
+    return names[0].partition("/")[0].lstrip("-").replace("-", "_")

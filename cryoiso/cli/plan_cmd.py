@@ -13,51 +13,58 @@ from cryoiso.cli.common import echo
 
 def plan(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file.")],
-    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes.")] = 1,
-    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs of a node; 0: a run on CPUs.")] = 0,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Number of nodes.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs per node; 0: a run on CPUs.")] = 0,
     ranks_per_node: Annotated[
-        int | None, typer.Option("--ranks-per-node", min=1, help="Ranks of a node (default: one a GPU, else one).")
+        int | None, typer.Option("--ranks-per-node", min=1, help="MPI ranks per node (default: one per GPU, else one).")
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option("--rates", metavar="RUN", help="Go by an earlier run on such a machine: its folder.")
+        Path | None,
+        typer.Option(
+            "--rates", metavar="RUN", help="Use the rates of an earlier run on such a machine, given by its folder."
+        ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time the inner loops on this machine first (some seconds).")
+        bool, typer.Option("--measure", help="Use rates measured on this machine now (some seconds).")
     ] = False,
     cpu: Annotated[
-        bool, typer.Option("--cpu", help="Of --rates take CPU seconds, not the wall: where others shared its cores.")
+        bool,
+        typer.Option("--cpu", help="With --rates: use CPU time instead of wall time, if that run shared its cores."),
     ] = False,
     time: Annotated[
-        str, typer.Option("--time", metavar="[D-]HH:MM[:SS]", help="Length of a batch job, to see how many it takes.")
+        str,
+        typer.Option(
+            "--time", metavar="[D-]HH:MM[:SS]", help="Wall time limit of a batch job, to estimate the number of jobs."
+        ),
     ] = "",
     iterations: Annotated[int | None, typer.Option("--iterations", min=1, help="Assumed number of iterations.")] = None,
     resolution: Annotated[
-        float | None, typer.Option("--resolution", min=0.1, help="Assumed final resolution in Å.")
+        float | None, typer.Option("--resolution", min=0.1, help="Assumed final resolution.  [Å]")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate run time, memory, disk space and number of files of a job.
 
-    Reads the job's inputs (headers, a sample of images) and leaves no files. Times go by the rates that were built in,
-    by those timed on this machine (--measure), or, best, by those that an earlier run of a similar job left (--rates).
+    Reads the job's inputs (headers, a sample of images) and writes no files. Times follow from built-in rates, from
+    rates measured on this machine (--measure) or, best, from those of an earlier run of a similar job (--rates).
     """
     from dataclasses import replace
 
     from cryoiso.core.errors import UsageError
     from cryoiso.parallel.context import Context
     from cryoiso.pipeline.batch.launch import seconds_of
+    from cryoiso.pipeline.job_inputs import Inputs
     from cryoiso.pipeline.jobfile import read_job
     from cryoiso.pipeline.planning import rates as rated
     from cryoiso.pipeline.planning.job_size import problem_of
     from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
     from cryoiso.pipeline.records.run_folder import RunFolder
-    from cryoiso.pipeline.work import Work
     from cryoiso.pipeline.workflow import folder_stages
 
     if rates is not None and measure:
-        raise UsageError("--rates and --measure exclude each other")
+        raise UsageError("--rates and --measure exclude each other", code="options-conflict")
     _, found = read_job(job)
-    problem = problem_of(Work(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
+    problem = problem_of(Inputs(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
     layout = Layout(nodes, gpus, ranks_per_node or max(gpus, 1))
     device = layout.device
     if rates is not None:

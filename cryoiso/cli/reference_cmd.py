@@ -18,51 +18,52 @@ def reference(
     ],
     out: Annotated[Path, typer.Argument(help="MRC file to write.")],
     box: Annotated[
-        int | None, typer.Option(min=8, help="Box of the particles in pixels (default: the given map's).")
+        int | None, typer.Option(min=8, help="Box of the particles (default: the given map's).  [pixels]")
     ] = None,
     pixel_size: Annotated[
-        float | None, typer.Option(min=0.01, help="Pixel size of the particles in Å (default: the given map's).")
+        float | None, typer.Option(min=0.01, help="Pixel size of the particles (default: the given map's).  [Å]")
     ] = None,
-    lowpass: Annotated[float, typer.Option(min=0.0, help="Resolution of the result in Å; 0 does not filter.")] = 30.0,
+    lowpass: Annotated[float, typer.Option(min=0.0, help="Resolution of the low-pass filter; 0: none.  [Å]")] = 30.0,
     symmetry: Annotated[
         str,
-        typer.Option(help="Point group; a model is turned into its standard frame (Cn about z), a map must lie in it."),
+        typer.Option(help="Point group; a model is rotated into its standard frame (Cn about z), a map must be in it."),
     ] = "C1",
     standard_frame: Annotated[
         bool,
-        typer.Option(
-            "--standard-frame", help="Find the axes of the symmetry in a map, and move it into the standard frame."
-        ),
+        typer.Option("--standard-frame", help="Find the symmetry axes of a map and move it into the standard frame."),
     ] = False,
     symmetrise: Annotated[
-        bool, typer.Option("--symmetrise", help="Average the map over the operations of the symmetry.")
+        bool, typer.Option("--symmetrise", help="Average the map over the symmetry operations.")
     ] = False,
     map_pixel_size: Annotated[
-        float | None, typer.Option(help="Pixel size of the given map in Å, if its header is wrong.")
+        float | None, typer.Option(help="Pixel size of the given map, if its header is wrong.  [Å]")
     ] = None,
-    fit: Annotated[
-        Path | None, typer.Option(help="Map (MRC, any grid) into whose frame the result is turned and shifted.")
-    ] = None,
+    fit: Annotated[Path | None, typer.Option(help="Map to which the result is aligned (MRC, any grid).")] = None,
     fit_resolution: Annotated[
         float | None,
-        typer.Option(min=1.0, help="Finest information used for the fit in Å (default: 10, or 2.5 pixels)."),
+        typer.Option(
+            min=1.0, help="Finest information used for the fit (default: 10 Å, or 2.5 pixels if coarser).  [Å]"
+        ),
     ] = None,
-    mirror: Annotated[bool, typer.Option(help="With --fit: also compare the mirror image.")] = True,
+    mirror: Annotated[bool, typer.Option(help="With --fit: also fit the mirror image.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the phantom.")] = 1,
 ) -> None:
     """Make a reference from a model or a map.
 
-    Writes it on the given grid, low-passed, and prints the particle's diameter measured in it. A map of another box or
-    pixel size is interpolated exactly, in Fourier space. With --fit it is aligned to another map: all
-    rotations and shifts are searched, both hands compared, and a sentence says how sure the answer is. A map whose
-    symmetry axes lie elsewhere (also one in cryoSPARC's frame of D3, D5, D7 ...) is refused; --standard-frame moves it.
+    Writes it on the given grid, low-pass filtered, and prints the particle diameter measured in it. A map of another
+    box or pixel size is resampled in Fourier space. With --fit it is aligned to another map by a search over all
+    rotations and shifts in both hands, and the confidence of the fit is printed. A map with other symmetry axes (also
+    one in cryoSPARC's frame of D3, D5, D7 ...) is rejected; --standard-frame moves it.
     """
     from cryoiso.core.errors import UsageError
     from cryoiso.io.mrc import write_map
     from cryoiso.pipeline.inputs.reference import finish_reference, prepare_reference
 
     if file in PHANTOMS and (fit is not None or standard_frame or symmetrise):
-        raise UsageError("--fit, --standard-frame and --symmetrise take a file: write the phantom to one first")
+        raise UsageError(
+            "--fit, --standard-frame and --symmetrise take a file: write the phantom to one first",
+            code="options-conflict",
+        )
     box, pixel_size = _grid(file, box, pixel_size, map_pixel_size)
     if file in PHANTOMS:
         from cryoiso.physics.phantom import phantom_map
@@ -91,7 +92,7 @@ def _grid(file: str, box: int | None, pixel_size: float | None, map_pixel_size: 
     from cryoiso.io.models import is_model
 
     if file in PHANTOMS or is_model(file):
-        raise UsageError("a model needs --box and --pixel-size: those of the particles")
+        raise UsageError("a model needs --box and --pixel-size: those of the particles", code="option-missing")
     from cryoiso.io.mrc import read_map
 
     found = read_map(file, map_pixel_size)

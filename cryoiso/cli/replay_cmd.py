@@ -12,20 +12,20 @@ from cryoiso.cli.run_cmd import Trust
 
 
 def replay(
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage of the run, for example reconstruct.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage of the run, e.g. reconstruct.")],
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run that has finished this stage.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="A new folder for what the stage makes. Default: RUN-replay-STAGE.")
+        Path | None, typer.Option("--out", help="New folder for the output of the stage (default: RUN-replay-STAGE).")
     ] = None,
     trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
-    """Do one stage of a run again and compare.
+    """Repeat one stage of a run and compare the results.
 
     The stage starts from the recorded files of the stages before it (checked, linked and never changed) with the run's
-    job and seed, and writes into another folder. Files are compared by their hashes; where these differ, maps by
-    relative difference and FSC, STAR files by the number of poses that differ. The verdict is also in replay.json. Any
-    number of ranks will do.
+    job and seed, and writes into another folder. Files are compared by hash; files that differ also by relative
+    difference and FSC (maps) or number of different poses (STAR files). The verdict is also written to replay.json. Any
+    number of ranks may be used.
 
     Exit status: 0 identical, 1 different.
     """

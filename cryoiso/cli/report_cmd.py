@@ -10,14 +10,17 @@ import typer
 
 def report(
     run_folder: Annotated[
-        Path, typer.Argument(help="Folder that 'cryoiso run' wrote, or 'cryoiso refine', 'realign' or 'correct'.")
+        Path,
+        typer.Argument(
+            help="Folder written by 'cryoiso run', 'cryoiso refine', 'cryoiso realign' or 'cryoiso correct'."
+        ),
     ],
     before: Annotated[
         Path | None,
-        typer.Option(help="Run folder of the same particles with other settings, to show beside this one as 'before'."),
+        typer.Option(help="Run folder of the same particles with other settings, shown beside this one as 'before'."),
     ] = None,
 ) -> None:
-    """Write report.html and report.json into a folder, from the files that are there."""
+    """Write report.html and report.json from the files of a folder."""
     from cryoiso.report import build
 
     print(build(run_folder, before))

@@ -10,34 +10,34 @@ import typer
 from cryoiso.cli.common import echo, run_folder_of
 
 Until = Annotated[
-    str, typer.Option("--until", metavar="STAGE", help="Stop after this stage; 'cryoiso resume' goes on from there.")
+    str, typer.Option("--until", metavar="STAGE", help="Stop after this stage; 'cryoiso resume' continues from there.")
 ]
 
 
 Trust = Annotated[
     bool,
-    typer.Option("--trust", help="Start the programs that the folder names, although you have not started this run."),
+    typer.Option("--trust", help="Allow programs named in the folder to start although another user started this run."),
 ]
 
 
 def run(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file; 'cryoiso init' writes one.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder, without a run in it (default: beside JOB, as JOB-run).")
+        Path | None, typer.Option("--out", help="Run folder, empty or new (default: beside JOB, as JOB-run).")
     ] = None,
     until: Until = "",
     go_on: Annotated[
         bool,
         typer.Option(
-            "--continue", help="If the folder holds a run, go on with it: one command for the first and later starts."
+            "--continue", help="Resume the run if the folder holds one: the same command for first and later starts."
         ),
     ] = False,
 ) -> None:
     """Run a job from particles to report.
 
     The stages are ingest, reference, refine, reconstruct, diagnose and report. Under mpirun or srun all ranks work
-    together. The run folder holds everything: the result in result/, the report in
-    report.html, logs, and what is needed to go on after an interruption with 'cryoiso resume'.
+    together. The run folder holds the result in result/, the report in report.html, logs, and all that
+    'cryoiso resume' needs to continue after an interruption.
 
     Exit status: 0 done, 2 usage, 65 bad input, 69 missing program or device, 75 stopped by a signal after a checkpoint
     (SIGTERM, SIGUSR1; resume goes on), 1 anything else.
@@ -63,15 +63,15 @@ def resume(
         bool,
         typer.Option(
             "--other-version",
-            help="Go on although another version of the program made what is finished; stages that are not finished "
-            "begin anew.",
+            help="Continue although another version of the program ran the finished stages; unfinished stages start "
+            "again.",
         ),
     ] = False,
 ) -> None:
-    """Go on with an interrupted run.
+    """Continue an interrupted run.
 
-    The result is the same as without the interruption. Stages whose files are all there, unchanged, are not done again.
-    Any number of ranks will do. A run that somebody else started, or whose programs were changed since, wants --trust
+    The result is the same as without the interruption. Stages whose files are complete and unchanged are skipped. Any
+    number of ranks may be used. A run started by another user, or whose programs have changed since, requires --trust
     before it starts programs: relion.program, launcher and extra, auxiliary.post_command.
     """
     from cryoiso.parallel.context import get_context

@@ -19,19 +19,19 @@ class Inputs(StrEnum):
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run; it may have been moved or copied.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; it may have been moved or copied.")],
     inputs: Annotated[
-        Inputs, typer.Option("--inputs", help="check: hash the inputs again, where they are still there; skip: do not.")
+        Inputs, typer.Option("--inputs", help="check: also hash the inputs that still exist; skip: outputs only.")
     ] = Inputs.check,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Verify a run folder against its recorded checksums.
 
-    Hashes all inputs and outputs again and compares with the manifest, the journal and the seal, and result/ with its
-    SHA256SUMS. Says of every difference what, where and since when. Nothing in the folder is changed. Ranks share the
+    Hashes all inputs and outputs again and compares them with the manifest, the journal and the seal, and result/ with
+    its SHA256SUMS. Reports what differs, where and since when. Nothing in the folder is changed. Ranks share the
     reading.
 
-    Exit status: 0 all as it was, 65 a difference, or the run is unfinished.
+    Exit status: 0 unchanged, 65 a difference or an unfinished run.
     """
     import json
 

@@ -31,11 +31,13 @@ def split_command(text: str, key: str) -> list[str]:
     ['srun', '-n', '4', 'a b']
     """
     if any(ord(letter) < 32 and letter not in "\t\n" for letter in text):
-        raise UsageError(f"{key}: a control character is in it (found {text!r:.100})")
+        raise UsageError(f"{key}: a control character is in it (found {text!r:.100})", code="command-malformed")
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UsageError(f"{key}: the quotes or backslashes do not close: {error} (found {text!r:.100})") from None
+        raise UsageError(
+            f"{key}: the quotes or backslashes do not close: {error} (found {text!r:.100})", code="command-malformed"
+        ) from None
 
 
 def fill_words(words: list[str], values: Mapping[str, object], key: str) -> list[str]:
@@ -67,5 +69,8 @@ def _filled(word: str, values: Mapping[str, object], key: str) -> str:
     except (ValueError, TypeError) as error:
         problem = str(error)
     if problem:
-        raise UsageError(f"{key}: cannot be understood: {problem} (found {word!r:.100}); known placeholders: {known}")
+        raise UsageError(
+            f"{key}: cannot be understood: {problem} (found {word!r:.100}); known placeholders: {known}",
+            code="placeholder-unknown",
+        )
     return "".join(parts)

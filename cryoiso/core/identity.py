@@ -34,7 +34,7 @@ ORDER = "row order"
 _NOT_CTF = ("uid", "optics", "stack", "index", "rotation", "shift_A", "half")
 _SETS = ("number", "uids")
 """Where these differ, all the rest of a particle set differs as well."""
-HINT = "Give what it was begun with, or begin anew: without --resume, or in another folder."
+HINT = "Give the same inputs and settings, or start again without --resume or in another folder."
 
 
 def digest_of(*parts: object) -> str:
@@ -129,13 +129,15 @@ def require_same(was: Any, now: Identity, file: object, what: str = "refinement"
     """
     if not isinstance(was, dict):
         raise InputError(
-            "the checkpoint does not say which particles, reference and settings it was made from", file=file,
-            hint="An earlier version wrote it. Begin anew: without --resume, or in another folder.",
+            "the checkpoint does not record its particles, reference and settings", file=file,
+            hint="Written by an earlier version. Start again without --resume, or in another folder.",
+            code="checkpoint-not-continuable",
         )  # fmt: skip
     found = list(differences(was, plain(now)))
     if found:
         raise InputError(
-            f"the checkpoint is of another {what}: {'; '.join(found)}", file=file, hint=HINT
+            f"the checkpoint is of another {what}: {'; '.join(found)}", file=file, hint=HINT,
+            code="checkpoint-of-another-run",
         )  # fmt: skip
 
 

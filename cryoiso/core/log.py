@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TextIO
 
 from cryoiso.core.progress import board
 
@@ -93,7 +94,7 @@ class ProgressLine:
     """Shows how far a loop is. ``update(done)`` is cheap: it prints at most once a second (terminal) or every 30 s
     (log). What an earlier process had done counts as done, not as this one's pace."""
 
-    def __init__(self, label: str, total: int, *, active: bool = True, stream=None) -> None:
+    def __init__(self, label: str, total: int, *, active: bool = True, stream: TextIO | None = None) -> None:
         self.label, self.total, self.active = label, max(int(total), 1), active
         self.stream = stream or sys.stderr
         self.live = bool(getattr(self.stream, "isatty", lambda: False)())

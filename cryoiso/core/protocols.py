@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import DensityMap, Particles
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Shaped
 
 
 @runtime_checkable
@@ -19,7 +23,7 @@ class ImageSource(Protocol):
     particles: Particles
     box_px: int
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows of ``particles``: (n, D, D) float32, protein white, normalised."""
         ...
 
@@ -62,12 +66,12 @@ class HalfMaps:
 
     iteration: int
     """Number of the iteration that has just ended, from 1."""
-    maps: dict[int, np.ndarray]
+    maps: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 map without regularisation, on the engine's grey scale."""
-    references: dict[int, np.ndarray]
+    references: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 regularised map: what the engine would search with next."""
     pixel_size_A: float
-    fsc: np.ndarray
+    fsc: Float[np.ndarray, " box//2+1"]
     """(D//2+1,) of the two maps as the engine measured it, before any correction."""
     resolution_A: float
     """Where that curve drops below 0.143."""
@@ -75,9 +79,9 @@ class HalfMaps:
     """Angular sampling of the iteration that has just ended, HEALPix-like (order 3 = 7.5)."""
     folder: Path
     """For files of the correction; exists on every rank's file system."""
-    mask: np.ndarray | None = None
+    mask: Float[np.ndarray, "box box box"] | None = None
     """(D, D, D) solvent mask in [0, 1]; None: none was given."""
-    initial: dict[int, np.ndarray] | None = None
+    initial: dict[int, Float[np.ndarray, "box box box"]] | None = None
     """Half -> reference that the refinement began with, on any grey scale; for keeping its low resolution."""
 
 
@@ -123,7 +127,7 @@ class RefineRequest:
     resume: bool = False
     lowpass_A: float = 30.0
     """The reference is low-passed to this resolution before the first iteration."""
-    on_checkpoint: Callable[[dict[str, Any]], None] | None = None
+    on_checkpoint: Callable[[IterationRecord], None] | None = None
     """Called on rank 0 after each checkpoint with that iteration's record."""
     local_deg: float | None = None
     """Search only within this angle of the poses of ``source.particles``, and shifts only near theirs; None: all."""
@@ -131,7 +135,7 @@ class RefineRequest:
     """Half -> its own first reference, on the grid and grey scale of ``reference``; None: ``reference`` for both."""
     correction: ReferenceCorrection | None = None
     """Called after every iteration; None: references stay as the engine makes them."""
-    auxiliary: np.ndarray | None = None
+    auxiliary: Bool[np.ndarray, " n"] | None = None
     """(N,) bool: particles that are in the references but steer nothing, no part of any half-map; None: none."""
     auxiliary_weight: float = 1.0
     """Factor on the weight that these particles have in the references."""
@@ -148,7 +152,7 @@ class RefineResult:
 
     particles: Particles
     half_maps: dict[int, Path]
-    iterations: list[dict[str, Any]] = field(default_factory=list)
+    iterations: list[IterationRecord] = field(default_factory=list)
     resolution_A: float = float("nan")
 
 
@@ -157,7 +161,13 @@ class Engine(Protocol):
 
     name: str
 
-    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult: ...
+    def refine(self, request: RefineRequest, comm: Communicator | None = None) -> RefineResult:
+        """Result of the request.
+
+        Args:
+            comm: the ranks that share the work; None: this process alone.
+        """
+        ...
 
 
 Progress = Callable[[int, int], None]

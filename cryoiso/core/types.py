@@ -9,14 +9,19 @@ and (y, x).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real, Shaped, UInt
+
 HALVES = (1, 2)
 """Numbers of the two half-sets of a gold-standard refinement."""
+Rows = slice | np.ndarray | list[int]
+"""Which particles: a slice, indices or a boolean mask."""
 CtfApplied = Literal["", "flipped", "premultiplied"]
 """How the images of an optics group were changed by their CTF c: not at all, times sign(c), times c."""
 
@@ -61,38 +66,38 @@ class Particles:
     ``shift_A`` and ``rotation`` are None where the source has no poses; ``half`` is 0 where it names no half-set.
     """
 
-    uid: np.ndarray
+    uid: UInt[np.ndarray, " n"]
     """(n,) uint64: kept from .cs, else a hash of the image's name."""
-    optics: np.ndarray
+    optics: Int[np.ndarray, " n"]
     """(n,) int32: index into ``groups`` (not RELION's group number)."""
     groups: tuple[OpticsGroup, ...]
-    stack: np.ndarray
+    stack: Shaped[np.ndarray, " n"]
     """(n,) str: path of the image stack, as resolved by the reader."""
-    index: np.ndarray
+    index: Int[np.ndarray, " n"]
     """(n,) int64: image within the stack, from 0."""
-    defocus_u_A: np.ndarray
-    defocus_v_A: np.ndarray
-    defocus_angle_deg: np.ndarray
-    phase_shift_deg: np.ndarray
-    ctf_bfactor_A2: np.ndarray
-    ctf_scale: np.ndarray
-    rotation: np.ndarray | None = None
+    defocus_u_A: Float[np.ndarray, " n"]
+    defocus_v_A: Float[np.ndarray, " n"]
+    defocus_angle_deg: Float[np.ndarray, " n"]
+    phase_shift_deg: Float[np.ndarray, " n"]
+    ctf_bfactor_A2: Float[np.ndarray, " n"]
+    ctf_scale: Float[np.ndarray, " n"]
+    rotation: Float[np.ndarray, "n 3 3"] | None = None
     """(n, 3, 3) float64."""
-    shift_A: np.ndarray | None = None
+    shift_A: Float[np.ndarray, "n 2"] | None = None
     """(n, 2) float64: RELION's (rlnOriginXAngst, rlnOriginYAngst)."""
-    half: np.ndarray | None = None
+    half: Int[np.ndarray, " n"] | None = None
     """(n,) int8: 1 or 2, 0 where unknown."""
     table: Any = None
     """pandas.DataFrame of the source's particle rows, every column kept, in the same order; None if made in memory."""
     optics_table: Any = None
     """pandas.DataFrame of the source's optics groups, every column kept."""
-    results: dict[str, np.ndarray] = field(default_factory=dict)
+    results: dict[str, Shaped[np.ndarray, " n"]] = field(default_factory=dict)
     """Columns that this program computed, by STAR name without underscore; written over those of ``table``."""
 
     def __len__(self) -> int:
         return len(self.uid)
 
-    def take(self, rows: Any) -> Particles:
+    def take(self, rows: Rows) -> Particles:
         """The particles of these rows (slice, index array or boolean mask), every column alike."""
         new: dict[str, Any] = {}
         for f in fields(self):
@@ -104,7 +109,7 @@ class Particles:
         new["results"] = {k: v[rows] for k, v in self.results.items()}
         return replace(self, **new)
 
-    def with_poses(self, rotation: np.ndarray, shift_A: np.ndarray) -> Particles:
+    def with_poses(self, rotation: Real[np.ndarray, "n 3 3"], shift_A: Real[np.ndarray, "n 2"]) -> Particles:
         """A copy with these poses: rotation (n,3,3), shift_A (n,2)."""
         return replace(self, rotation=np.asarray(rotation, np.float64), shift_A=np.asarray(shift_A, np.float64))
 
@@ -118,15 +123,16 @@ class Particles:
         table may have no particles."""
         return self.groups[int(self.optics[0])]
 
-    def group_values(self, name: str) -> np.ndarray:
+    def group_values(self, name: str) -> Float[np.ndarray, " n"]:
         """(n,) float64: a scalar attribute of each particle's optics group, e.g. ``pixel_size_A``."""
-        return np.array([getattr(g, name) for g in self.groups], np.float64)[self.optics]
+        values: np.ndarray = np.array([getattr(g, name) for g in self.groups], np.float64)[self.optics]
+        return values
 
     def with_ctf_applied(self, applied: CtfApplied) -> Particles:
         """A copy whose optics groups say that all images are of this kind; the images themselves are not touched."""
         return replace(self, groups=tuple(g.with_ctf_applied(applied) for g in self.groups))
 
-    def require_poses(self, file: object = None) -> tuple[np.ndarray, np.ndarray]:
+    def require_poses(self, file: object = None) -> tuple[Float[np.ndarray, "n 3 3"], Float[np.ndarray, "n 2"]]:
         """Rotation and shift, or one clear error where the source has none."""
         if self.rotation is None or self.shift_A is None:
             raise InputError(
@@ -134,6 +140,7 @@ class Particles:
                 file=file,
                 expected="rlnAngleRot, rlnAngleTilt, rlnAnglePsi, rlnOriginXAngst, rlnOriginYAngst",
                 hint="Give the output of a refinement, or run 'cryoiso refine' first.",
+                code="poses-missing",
             )
         return self.rotation, self.shift_A
 
@@ -154,7 +161,11 @@ def concatenate(first: Particles, second: Particles, *, pooled: bool = False) ->
         if f.name in ("groups", "table", "optics_table", "results", "optics"):
             continue
         if (one is None) != (two is None):
-            raise InputError(f"only one of both particle sets has a '{f.name}'", expected="both or none")
+            raise InputError(
+                f"only one of the two particle sets has a '{f.name}'",
+                expected="both or none",
+                code="particle-sets-differ",
+            )
         columns[f.name] = None if one is None else np.concatenate([one, two])
     if pooled:
         _require_same_optics(first, second)
@@ -173,7 +184,10 @@ def _require_same_optics(first: Particles, second: Particles) -> None:
         mine = first.groups[i] if i < len(first.groups) else None
         if mine is None or replace(mine, box_px=0) != replace(second.groups[i], box_px=0):
             raise InputError(
-                "particles cannot join an optics group of other particles", expected=second.groups[i], found=mine
+                "particles cannot join an optics group of other particles",
+                expected=second.groups[i],
+                found=mine,
+                code="particle-sets-differ",
             )
 
 
@@ -181,7 +195,7 @@ def _require_same_optics(first: Particles, second: Particles) -> None:
 class DensityMap:
     """A cubic density map: data (D, D, D) float32 in (z, y, x), centre at voxel D//2, pixel size in Å."""
 
-    data: np.ndarray
+    data: Float[np.ndarray, "box box box"]
     pixel_size_A: float
     origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0)
 

@@ -1,1 +1,20 @@
 """Refinement programs behind one protocol (core.protocols.Engine)."""
+
+from typing import TYPE_CHECKING
+
+from cryoiso.core.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from cryoiso.engines.native import NativeEngine
+    from cryoiso.engines.relion.engine import RelionEngine
+
+__all__ = ["NativeEngine", "RelionEngine"]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "native": ["NativeEngine"],
+            "relion.engine": ["RelionEngine"],
+        },
+    )

@@ -10,28 +10,29 @@ from typing import Any, cast
 import numpy as np
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT, Identity, rows_by_uid
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
+from cryoiso.core.records import ClassIterationRecord
 from cryoiso.core.types import HALVES, Particles
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.star.write import write_particles
+from cryoiso.metrics.view_cones import cone_facts
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.refine.classes.initial import initial_classes
 from cryoiso.refine.classes.iterate import Classification, is_done
 from cryoiso.refine.classes.model import ClassModel, ClassRequest
-from cryoiso.refine.cones import cone_facts
 from cryoiso.refine.junk import JUNK_COLUMN, junk_facts
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import State
 
 CLASS_COLUMN = "cryoisoClassProbability"
-TIMES = ("seconds",)
 
 
 def classify(request: ClassRequest, comm: Communicator) -> ClassModel:
@@ -61,7 +62,7 @@ def classify(request: ClassRequest, comm: Communicator) -> ClassModel:
             values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
             checkpoint.save(file, {**model.arrays(), "uid": task.particles.uid}, values, identity)
             if base.on_checkpoint:
-                base.on_checkpoint(model.history[-1])
+                base.on_checkpoint({"iteration": model.state.iteration})
     if comm.rank == 0:
         _write(request, task, model)
     comm.barrier()
@@ -79,13 +80,16 @@ def check_classes(request: ClassRequest) -> None:
     if settings.align != "global" or not request.maps:
         particles.require_poses()
     if request.maps and len(request.maps) != settings.classes:
-        raise InputError("every class needs a map", expected=settings.classes, found=len(request.maps))
+        raise InputError(
+            "every class needs a map", expected=settings.classes, found=len(request.maps), code="arrays-do-not-fit"
+        )
     for number, one in enumerate((base.reference, *request.maps)):
         if one.box_px != base.source.box_px or abs(one.pixel_size_A / base.reference.pixel_size_A - 1) > 0.01:
             raise InputError(
                 f"map {number} is on another grid than the particles",
                 expected=f"{base.source.box_px} px of {base.reference.pixel_size_A:g} Å",
                 found=f"{one.box_px} px of {one.pixel_size_A:g} Å",
+                code="grid-mismatch",
             )
     for h in HALVES:
         count = 0 if particles.half is None else int((particles.half == h).sum())
@@ -93,12 +97,16 @@ def check_classes(request: ClassRequest) -> None:
             raise InputError(
                 f"half-set {h} is too small for {settings.classes} classes",
                 expected=f"{2 * settings.classes} particles or more", found=count,
+                code="particles-too-few",
             )  # fmt: skip
 
 
-def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_times(history: list[ClassIterationRecord]) -> list[ClassIterationRecord]:
     """Files that are compared bit by bit hold no timings."""
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in history]
+    kept = [record.copy() for record in history]
+    for record in kept:
+        record.pop("seconds", None)
+    return kept
 
 
 def _resume(file: Path, task: Classification, identity: Identity) -> ClassModel | None:
@@ -123,7 +131,9 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
         done = is_done(state.stalled, state.iteration, task.settings.max_iterations)
         return ClassModel.of_arrays(arrays, replace(state, done=done), values["history"], rows)
     except (KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint is of another version ({error})", file=file, hint=HINT) from None
+        raise InputError(
+            f"the checkpoint is of another version ({error})", file=file, hint=HINT, code="version-mismatch"
+        ) from None
 
 
 def classified(request: ClassRequest, model: ClassModel) -> Particles:
@@ -145,13 +155,13 @@ def classified(request: ClassRequest, model: ClassModel) -> Particles:
 def _write(request: ClassRequest, task: Classification, model: ClassModel) -> None:
     folder, pixel = request.base.folder, task.run.pixel
     for k in range(model.classes):
-        write_map(folder / f"class{k + 1:03d}.mrc", model.maps[k], pixel)
+        write_map(folder / products.class_map(k + 1), model.maps[k], pixel)
         for half in HALVES:
-            write_map(folder / f"class{k + 1:03d}_half{half}.mrc", model.half_maps[k][half], pixel)
-    write_particles(folder / "particles.star", classified(request, model))
-    write_text(folder / "classify.json", json.dumps(summary(request, task, model), indent=1) + "\n")
+            write_map(folder / products.class_half_map(k + 1, half), model.half_maps[k][half], pixel)
+    write_particles(folder / products.PARTICLES, classified(request, model))
+    write_text(folder / products.facts("classify"), json.dumps(summary(request, task, model), indent=1) + "\n")
     seconds = {"seconds": [record.get("seconds") for record in model.history]}
-    write_text(folder / "timing.json", json.dumps(seconds, indent=1) + "\n")
+    write_text(folder / products.TIMING, json.dumps(seconds, indent=1) + "\n")
 
 
 def summary(request: ClassRequest, task: Classification, model: ClassModel) -> dict[str, Any]:
@@ -171,7 +181,7 @@ def summary(request: ClassRequest, task: Classification, model: ClassModel) -> d
     facts: dict[str, Any] = {
         "engine": "native", "symmetry": request.base.symmetry, "diameter_A": task.run.diameter,
         "align": settings.align, "particles": len(model.rotation), "classes": classes,
-        "cones": cone_facts(cones, cones.index(model.rotation), names, share),
+        "cones": cone_facts(cones, cones.index(model.rotation[:, 2]), names, share),
         "settled": model.state.stalled > 0, "iterations": _without_times(model.history),
     }  # fmt: skip
     if settings.align == "local":

@@ -11,10 +11,12 @@ from typing import Any, cast
 import numpy as np
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT, rows_by_uid
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
+from cryoiso.core.records import IterationRecord, RefineRecord
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
@@ -39,7 +41,7 @@ class NativeEngine:
 
     name = "native"
 
-    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult:
+    def refine(self, request: RefineRequest, comm: Communicator | None = None) -> RefineResult:
         """Refines until nothing improves, a checkpoint after every iteration (collective).
 
         Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised, untouched), refine.json,
@@ -50,6 +52,7 @@ class NativeEngine:
                 has no poses to stay near, or the checkpoint to resume from is of another refinement.
             Interrupted: stopped by a signal; the last iteration's checkpoint is there, and what the next one had found.
         """
+        comm = comm if comm is not None else Context()
         _check(request)
         device = comm.device()
         run = Refinement(
@@ -87,29 +90,42 @@ def _check(request: RefineRequest) -> None:
             expected=f"{source.box_px} px",
             found=f"{reference.box_px} px",
             hint="Use 'cryoiso reference' to bring it to the particles' grid.",
+            code="box-mismatch",
         )
     if request.half_references is not None:
         _check_half_references(request.half_references, reference)
     if request.local_deg is not None:
         if not 0 < request.local_deg <= 90:
-            raise InputError("not an angle for a local search", expected="0 to 90 degrees", found=request.local_deg)
+            raise InputError(
+                "not an angle for a local search",
+                expected="0 to 90 degrees",
+                found=request.local_deg,
+                code="option-out-of-range",
+            )
         source.particles.require_poses()
     check_poses(source.particles, source.box_px)
     half = source.particles.half
     for h in HALVES:
         if half is None or not (half == h).any():
-            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+            raise InputError(
+                f"half-set {h} is empty",
+                hint="Both half-sets need particles: check rlnRandomSubset.",
+                code="half-set-empty",
+            )
 
 
 def _check_half_references(found: dict[int, DensityMap], reference: DensityMap) -> None:
     if set(found) != set(HALVES):
-        raise InputError("each half-set needs a reference of its own", expected=HALVES, found=tuple(found))
+        raise InputError(
+            "each half-set needs a reference of its own", expected=HALVES, found=tuple(found), code="arrays-do-not-fit"
+        )
     for h, own in found.items():
         if own.box_px != reference.box_px or abs(own.pixel_size_A / reference.pixel_size_A - 1) > 0.01:
             raise InputError(
                 f"the reference of half-set {h} is on another grid than the common one",
                 expected=f"{reference.box_px} px of {reference.pixel_size_A:g} Å",
                 found=f"{own.box_px} px of {own.pixel_size_A:g} Å",
+                code="grid-mismatch",
             )
 
 
@@ -133,9 +149,12 @@ def _save(file: Path, model: Model, run: Refinement) -> None:
     checkpoint.save(file, arrays, values, run.identity)
 
 
-def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_times(history: list[IterationRecord]) -> list[IterationRecord]:
     """Files that are compared bit by bit hold no timings."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+    kept = [record.copy() for record in history]
+    for record in kept:
+        record.pop("seconds", None)
+    return kept
 
 
 def _resume(file: Path, run: Refinement) -> Model | None:
@@ -176,28 +195,31 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             values["history"],
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint is of another version ({error})", file=file, hint=HINT) from None
+        raise InputError(
+            f"the checkpoint is of another version ({error})", file=file, hint=HINT, code="version-mismatch"
+        ) from None
     if not np.array_equal(rows, np.arange(len(rows))):
         logger.info("the rows of the particle file are in another order than those of %s; matched by uid", file)
     if state.done and not model.state.done and run.request.correction is not None:
         raise InputError(
             "the checkpoint is of a refinement that had reached max_iterations: its last references were not corrected",
             file=file, expected=f"max_iterations = {state.iteration}", found=run.settings.max_iterations, hint=HINT,
+            code="checkpoint-not-continuable",
         )  # fmt: skip
     return model
 
 
 def _result(request: RefineRequest, model: Model) -> RefineResult:
     particles = request.source.particles.with_poses(model.rotation, model.shift_A).with_results(**model.columns)
-    maps = {h: request.folder / f"half{h}.mrc" for h in HALVES}
+    maps = {h: request.folder / products.half_map(h) for h in HALVES}
     return RefineResult(particles, maps, model.history, float(model.history[-1]["resolution_A"]))
 
 
 def _write(request: RefineRequest, run: Refinement, model: Model, result: RefineResult) -> None:
     for half, path in result.half_maps.items():
         write_map(path, model.half_maps[half], run.pixel)
-    write_particles(request.folder / "particles.star", result.particles)
-    summary: dict[str, Any] = {
+    write_particles(request.folder / products.PARTICLES, result.particles)
+    summary: RefineRecord = {
         "engine": "native",
         "symmetry": request.symmetry,
         "diameter_A": run.diameter,
@@ -217,6 +239,6 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
         summary["local_deg"] = request.local_deg
     if request.correction is not None:
         summary["correction"] = request.correction.facts()
-    write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
+    write_text(request.folder / products.facts("refine"), json.dumps(summary, indent=1) + "\n")
     seconds = {"seconds": [record.get("seconds") for record in result.iterations]}
-    write_text(request.folder / "timing.json", json.dumps(seconds, indent=1) + "\n")
+    write_text(request.folder / products.TIMING, json.dumps(seconds, indent=1) + "\n")

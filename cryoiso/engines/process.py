@@ -75,7 +75,7 @@ class Program:
                     start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
-            raise MissingError(f"{command[0]} cannot be started: {error.strerror}") from None
+            raise MissingError(f"{command[0]} cannot be started: {error.strerror}", code="program-missing") from None
         self._watchdog = subprocess.Popen(
             [sys.executable, "-I", "-S", watchdog.__file__, str(self._child.pid)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

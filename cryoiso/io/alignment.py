@@ -35,6 +35,7 @@ FITS = (
     "rlnGroupNumber",
     "rlnGroupNrParticles",
     "cryoisoPoseEntropy",
+    "cryoisoPoseSpread",
     "cryoisoBalanced",
     "cryoisoClassProbability",
     "cryoisoJunkProbability",

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,9 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 class DiskFullError(CryoisoError):
     """No room (or quota) left for a file; nothing half-written stays behind."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="disk-full")
 
 
 def temporary_name(path: Path) -> Path:
@@ -80,7 +83,12 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
     """
     final = Path(str(path))
     if not final.parent.is_dir():
-        raise InputError("the folder to write into does not exist", file=final, hint=f"Create {final.parent} first.")
+        raise InputError(
+            "the folder to write into does not exist",
+            file=final,
+            hint=f"Create {final.parent} first.",
+            code="folder-not-found",
+        )
     if need_bytes is not None:
         require_space(final, need_bytes)
     part = temporary_name(final)
@@ -97,9 +105,13 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
         with suppress(OSError):
             part.unlink()
         if isinstance(error, OSError) and error.errno in _FORBIDDEN:
-            raise InputError(f"not allowed to write this file: {error.strerror}", file=final) from error
+            raise InputError(
+                f"not allowed to write this file: {error.strerror}", file=final, code="not-writable"
+            ) from error
         if isinstance(error, FileNotFoundError) and not final.parent.is_dir():
-            raise CryoisoError(f"{final}: the folder was removed while this file was written") from error
+            raise CryoisoError(
+                f"{final}: the folder was removed while this file was written", code="folder-removed"
+            ) from error
         if isinstance(error, OSError) and is_full(error):
             raise disk_full(final, need_bytes) from error
         raise
@@ -123,7 +135,7 @@ def write_text(path: object, text: str) -> None:
         stream.write(text)
 
 
-def write_json(path: Path, facts: dict[str, Any]) -> None:
+def write_json(path: Path, facts: Mapping[str, object]) -> None:
     """A JSON file, atomically."""
     write_text(path, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 

@@ -96,6 +96,9 @@ def load_same(path: Path, identity: Identity, what: str) -> Contents | None:
 class DamagedError(InputError):
     """A file that is not what was written."""
 
+    def __init__(self, problem: str, *, file: object, expected: object = None, found: object = None) -> None:
+        super().__init__(problem, code="checkpoint-damaged", file=file, expected=expected, found=found)
+
 
 def read(path: Path) -> Contents:
     """Arrays and values of one file.
@@ -107,7 +110,13 @@ def read(path: Path) -> Contents:
     arrays, meta = _parsed(path)
     found, digest = meta.pop("format", None), meta.pop("digest", "")
     if isinstance(found, int) and found > FORMAT:
-        raise InputError("a later version wrote this file", file=path, expected=f"format {FORMAT}", found=found)
+        raise InputError(
+            "a later version of the program wrote this file",
+            file=path,
+            expected=f"format {FORMAT}",
+            found=found,
+            code="version-mismatch",
+        )
     if found not in (FORMAT, WITHOUT_DIGEST):
         raise DamagedError("this file is damaged or no checkpoint", file=path, expected=f"format {FORMAT}", found=found)
     if found == FORMAT and digest != _digest(arrays, meta):
@@ -126,14 +135,19 @@ def read_kind(path: Path, kind: str, problem: str, hint: str) -> Contents:
         InputError: no such file, damaged, or of another kind.
     """
     if not Path(path).exists():
-        raise InputError(f"{problem}: no such file", file=path, hint=hint)
+        raise InputError(f"{problem}: no such file", file=path, hint=hint, code="file-not-found")
     try:
         arrays, values = read(Path(path))
     except DamagedError as error:
-        raise InputError(f"{problem}: {error.problem}", file=path, hint=hint) from None
+        raise InputError(f"{problem}: {error.problem}", file=path, hint=hint, code="network-file-damaged") from None
     if values.get("kind") != kind:
         raise InputError(
-            problem, file=path, expected=kind, found=values.get("kind", "a file of another kind"), hint=hint
+            problem,
+            file=path,
+            expected=kind,
+            found=values.get("kind", "a file of another kind"),
+            hint=hint,
+            code="network-file-damaged",
         )
     return arrays, values
 

@@ -35,6 +35,7 @@ def contained_path(folder: Path, name: object, source: object, row: int | None =
         raise InputError(
             f"a file name in it {problem}", file=source, row=row, expected=f"a name inside of {folder}",
             found=repr(name)[:120], hint="The record is damaged or was changed; nothing was done.",
+            code="record-leaves-folder",
         )  # fmt: skip
     return folder / str(name)
 

@@ -118,7 +118,8 @@ def _errors(d: np.ndarray) -> np.ndarray:
         return np.zeros(d.shape[1])
     error = d.std(axis=0, ddof=1) / np.sqrt(len(d))
     mean = d.mean(axis=0)
-    return np.where(error > 0, mean / np.where(error > 0, error, 1), np.sign(mean) * 1e3)
+    significance: np.ndarray = np.where(error > 0, mean / np.where(error > 0, error, 1), np.sign(mean) * 1e3)
+    return significance
 
 
 def _largest(z: np.ndarray) -> float:
@@ -157,7 +158,8 @@ def _centre_minus_rim(images: np.ndarray) -> np.ndarray:
     radius = np.hypot(axis[:, None], axis[None, :])
     rim = images[:, radius > 0.45 * box].mean(1, dtype=np.float64)
     centres = [images[:, radius <= max(r * box, 1.0)].mean(1, dtype=np.float64) for r in CENTRES]
-    return np.stack(centres, 1) - rim[:, None]
+    difference: np.ndarray = np.stack(centres, 1) - rim[:, None]
+    return difference
 
 
 def _ctf_weighted(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
@@ -165,7 +167,7 @@ def _ctf_weighted(images: np.ndarray, particles: Particles, rows: np.ndarray) ->
     pixel = particles.group_values("pixel_size_A")[rows]
     if not np.isfinite(particles.defocus_u_A[rows] + particles.defocus_v_A[rows] + pixel).all():
         return images
-    from cryoiso.physics.ctf import ctf_for
+    from cryoiso.physics.contrast_transfer import ctf_for
 
     weights = ctf_for(particles, rows, images.shape[-1]).numpy()
     done = np.array([g.ctf_applied == "premultiplied" for g in particles.groups])[particles.optics[rows]]

@@ -7,10 +7,15 @@ centre.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.physics.so3 import euler_to_matrix, matrix_to_euler
 from cryoiso.physics.symmetry import cryosparc_turn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 __all__ = [
     "detector_pixel_size_A",
@@ -26,7 +31,7 @@ __all__ = [
 ]
 
 
-def rotvec_to_matrix(rotvec_rad: np.ndarray) -> np.ndarray:
+def rotvec_to_matrix(rotvec_rad: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3 3"]:
     """Our rotations from cryoSPARC's ``alignments3D/pose``.
 
     cryoSPARC keeps the rotation vector (axis times angle, Rodrigues) of the rotation from image to map, so ours is its
@@ -49,15 +54,16 @@ def rotvec_to_matrix(rotvec_rad: np.ndarray) -> np.ndarray:
     return np.swapaxes(np.eye(3) + first * k + second * (k @ k), 1, 2)
 
 
-def matrix_to_rotvec(rotation: np.ndarray) -> np.ndarray:
+def matrix_to_rotvec(rotation: Float[np.ndarray, "n 3 3"]) -> Float[np.ndarray, "n 3"]:
     """cryoSPARC's rotation vectors of our rotations: (n, 3, 3) -> (n, 3) radians, length at most pi."""
     from scipy.spatial.transform import Rotation
 
     a = np.asarray(rotation, np.float64).reshape(-1, 3, 3)
-    return Rotation.from_matrix(np.swapaxes(a, 1, 2)).as_rotvec()
+    rotvec: np.ndarray = Rotation.from_matrix(np.swapaxes(a, 1, 2)).as_rotvec()
+    return rotvec
 
 
-def from_cryosparc_frame(rotation: np.ndarray, symmetry: str) -> np.ndarray:
+def from_cryosparc_frame(rotation: Float[np.ndarray, "n 3 3"], symmetry: str) -> Float[np.ndarray, "n 3 3"]:
     """Poses of a map in cryoSPARC's frame of a point group as poses of the map in ours.
 
     They differ for Dn with odd n: cryoSPARC's two-fold axis is on y, ours on x. With the rotation T that takes the map
@@ -74,18 +80,22 @@ def from_cryosparc_frame(rotation: np.ndarray, symmetry: str) -> np.ndarray:
     return rotation if turn is None else np.asarray(rotation, np.float64) @ turn.T
 
 
-def to_cryosparc_frame(rotation: np.ndarray, symmetry: str) -> np.ndarray:
+def to_cryosparc_frame(rotation: Float[np.ndarray, "n 3 3"], symmetry: str) -> Float[np.ndarray, "n 3 3"]:
     """Inverse of ``from_cryosparc_frame``."""
     turn = cryosparc_turn(symmetry)
     return rotation if turn is None else np.asarray(rotation, np.float64) @ turn
 
 
-def detector_pixel_size_A(detector_pixel_um: np.ndarray, magnification: np.ndarray) -> np.ndarray:
+def detector_pixel_size_A(
+    detector_pixel_um: Float[np.ndarray, " n"], magnification: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
     """Pixel size in Å of RELION up to 3.0: rlnDetectorPixelSize (micrometres) over rlnMagnification."""
     return np.asarray(detector_pixel_um, np.float64) * 1e4 / np.asarray(magnification, np.float64)
 
 
-def join_two_level(subtomogram: np.ndarray, particle: np.ndarray) -> np.ndarray:
+def join_two_level(
+    subtomogram: Float[np.ndarray, "n 3 3"], particle: Float[np.ndarray, "n 3 3"]
+) -> Float[np.ndarray, "n 3 3"]:
     """One rotation from RELION's two-level subtomogram angles.
 
     RELION 4 and 5 may store the orientation of a subtomogram in its tomogram (rlnTomoSubtomogramRot, Tilt, Psi) and
@@ -102,11 +112,13 @@ def join_two_level(subtomogram: np.ndarray, particle: np.ndarray) -> np.ndarray:
     return np.asarray(subtomogram, np.float64) @ np.asarray(particle, np.float64)
 
 
-def split_two_level(subtomogram: np.ndarray, joined: np.ndarray) -> np.ndarray:
+def split_two_level(
+    subtomogram: Float[np.ndarray, "n 3 3"], joined: Float[np.ndarray, "n 3 3"]
+) -> Float[np.ndarray, "n 3 3"]:
     """The rotation of rlnAngle* that with ``subtomogram`` gives ``joined``; inverse of ``join_two_level``."""
     return np.swapaxes(np.asarray(subtomogram, np.float64), 1, 2) @ np.asarray(joined, np.float64)
 
 
-def wrap_degrees(angle_deg: np.ndarray) -> np.ndarray:
+def wrap_degrees(angle_deg: Float[np.ndarray, " ..."]) -> Float[np.ndarray, " ..."]:
     """Angles into (-180, 180]."""
     return 180.0 - np.mod(180.0 - np.asarray(angle_deg, np.float64), 360.0)

@@ -78,7 +78,7 @@ def read_cs(
     missing = [name for name in needed if name not in data]
     if missing:
         hint = "Export the particles group from cryoSPARC, or give the job's passthrough files too (--passthrough)."
-        raise InputError("a field is missing", file=path, expected=missing[0], hint=hint)
+        raise InputError("a field is missing", file=path, expected=missing[0], hint=hint, code="cs-field-missing")
     _require_possible(data, "ctf" in require, path)
     for name in UNMAPPED:
         if name in data and np.any(data[name]):
@@ -88,6 +88,27 @@ def read_cs(
     if "ctf" in require:
         check_ctf(particles, path, "field ctf/scale")
     return particles
+
+
+def read_cs_field(path: object, name: str, passthrough: Sequence[object] = ()) -> np.ndarray:
+    """(n,) float64: one field of a .cs file or of its passthrough files, which are found as in ``read_cs``.
+
+    Raises:
+        InputError: no such field, not one number per row, or a value that is not finite.
+    """
+    data = _completed(load_cs(path), (name,), passthrough, path)
+    if name not in data:
+        raise InputError("no such field", file=path, expected=name, found=", ".join(data), code="cs-field-missing")
+    values = data[name]
+    if values.dtype.kind not in "fiu" or values.ndim != 1:
+        raise InputError(
+            f"field {name} is not one number per row", file=path, found=f"type {values.dtype}", code="cs-malformed"
+        )
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise InputError(f"bad value in field {name}", file=path, row=int(bad[0]) + 1, expected="a number",
+                         found=values[bad[0]], code="value-not-a-number")  # fmt: skip
+    return values.astype(np.float64)
 
 
 def _completed(
@@ -128,6 +149,7 @@ def _require_one_source(name: str, uid: np.ndarray, sources: dict[Path, dict[str
             raise InputError(
                 f"two passthrough files beside it differ in {name}: {first.name} and {other.name}", file=path,
                 hint="Name the right one: particles.passthrough in a job file, --passthrough of a command.",
+                code="passthrough-mismatch",
             )  # fmt: skip
 
 
@@ -145,7 +167,11 @@ def _joined(
     bad = np.flatnonzero(more["uid"][rows] != data["uid"])
     if len(bad):
         raise InputError(
-            f"this particle is not in {other}", file=path, row=int(bad[0]) + 1, found=int(data["uid"][bad[0]])
+            f"this particle is not in {other}",
+            file=path,
+            row=int(bad[0]) + 1,
+            found=int(data["uid"][bad[0]]),
+            code="passthrough-mismatch",
         )
     return {**{k: v[rows] for k, v in more.items() if k not in data}, **data}
 
@@ -216,7 +242,7 @@ def _names(values: np.ndarray, path: object) -> list[str]:
     for row, text in enumerate(texts, start=1):
         if not is_name(text.lstrip(">")):
             raise InputError("no usable image name", file=path, row=row, expected="blob/path in UTF-8",
-                             found=repr(text[:80]))  # fmt: skip
+                             found=repr(text[:80]), code="image-name-invalid")  # fmt: skip
     return [text.lstrip(">") for text in texts]
 
 
@@ -224,8 +250,14 @@ def _indices(values: np.ndarray, path: object) -> np.ndarray:
     """Numbers of the images in their stacks, from 0."""
     bad = np.flatnonzero((values < 0) | (values.astype(np.float64) >= MOST_IMAGES))
     if len(bad):
-        raise InputError("impossible number of an image (blob/idx)", file=path, row=int(bad[0]) + 1,
-                         expected=f"0 to {MOST_IMAGES:,}", found=int(values[bad[0]]))  # fmt: skip
+        raise InputError(
+            "impossible number of an image (blob/idx)",
+            file=path,
+            row=int(bad[0]) + 1,
+            expected=f"0 to {MOST_IMAGES:,}",
+            found=int(values[bad[0]]),
+            code="image-name-invalid",
+        )
     return values.astype(np.int64)
 
 
@@ -245,6 +277,7 @@ def _halves(data: dict[str, np.ndarray], path: object) -> np.ndarray | None:
             "no half-set in field alignments3D/split", file=path, row=int(bad[0]) + 1, expected="0 or 1",
             found=f"{split[bad[0]]}{more}",
             hint="Remove these particles, or run a refinement in cryoSPARC, which splits all of them.",
+            code="half-set-missing",
         )  # fmt: skip
     return (split.astype(np.int64) + 1).astype(np.int8)
 
@@ -265,7 +298,7 @@ def _groups(data: dict[str, np.ndarray], path: object) -> tuple[tuple[OpticsGrou
             side, other = data["blob/shape"][bad[0]].tolist()
             raise InputError("impossible size of an image (blob/shape)", file=path, row=int(bad[0]) + 1,
                              expected=f"square images of at most {MOST_PIXELS:,} px",
-                             found=f"{side} x {other}")  # fmt: skip
+                             found=f"{side} x {other}", code="stack-not-of-images")  # fmt: skip
     keys = [
         data.get("ctf/exp_group_id", np.zeros(n)).astype(np.float64),
         _column(data, "ctf/accel_kv", np.nan),

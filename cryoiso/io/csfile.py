@@ -67,24 +67,39 @@ def load_cs(path: object) -> dict[str, np.ndarray]:
         InputError: not a .cs file, cut short, larger than its header says or smaller, without particles or uid, a
             particle that stands twice, a field of another type, a value that is no number.
     """
-    try:
-        with open_regular(path) as stream:
-            array = _read(stream, path)
-    except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", file=path) from None
+    array = read_rows(path)
     names = array.dtype.names or ()
     if "uid" not in names:
-        raise InputError("not a cryoSPARC particle file", file=path, expected="a field uid", found=_listed(names))
+        raise InputError(
+            "not a cryoSPARC particle file",
+            file=path,
+            expected="a field uid",
+            found=_listed(names),
+            code="cs-malformed",
+        )
     if not len(array):
-        raise InputError("there are no particles in it", file=path)
+        raise InputError("no particles in the file", file=path, code="particles-too-few")
     data = {name: array[name] for name in names}
     for name, field in FIELDS.items():
         if name in data:
             data[name] = _checked(data[name], name, field, path)
     _require_unique(data["uid"], path)
     return data
+
+
+def read_rows(path: object) -> np.ndarray:
+    """(n,) structured array of a .cs file as it stands, its fields not checked.
+
+    Raises:
+        InputError: not a .cs file, cut short, larger than its header says or smaller.
+    """
+    try:
+        with open_regular(path) as stream:
+            return _read(stream, path)
+    except FileNotFoundError:
+        raise InputError("no such file", file=path, code="file-not-found") from None
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror or error}", file=path, code="file-unreadable") from None
 
 
 def _read(stream: IO[bytes], path: object) -> np.ndarray:
@@ -98,37 +113,55 @@ def _read(stream: IO[bytes], path: object) -> np.ndarray:
         return _read_csdat(path)
     if start == LFS:
         raise InputError(
-            "a pointer of git-lfs, not the file itself", file=path, hint="Fetch it: git lfs pull --include NAME."
+            "a pointer of git-lfs, not the file itself",
+            file=path,
+            hint="Fetch it: git lfs pull --include NAME.",
+            code="cs-malformed",
         )
     if start[:2] == ZIP:
-        raise InputError("a zip archive, not a .cs file", file=path, hint="Unpack it, and give the .cs file inside.")
-    raise InputError("not a cryoSPARC .cs file", file=path, expected="a NumPy array", found=repr(start[:6]))
+        raise InputError(
+            "a zip archive, not a .cs file",
+            file=path,
+            hint="Unpack it, and give the .cs file inside.",
+            code="cs-malformed",
+        )
+    raise InputError(
+        "not a cryoSPARC .cs file", file=path, expected="a NumPy array", found=repr(start[:6]), code="cs-malformed"
+    )
 
 
 def _read_numpy(stream: IO[bytes], size: int, path: object) -> np.ndarray:
     version = stream.read(2)
     if len(version) < 2 or version[0] not in (1, 2, 3):
-        raise InputError("not a cryoSPARC .cs file: unknown version of NumPy's format", file=path)
+        raise InputError("not a cryoSPARC .cs file: unknown version of NumPy's format", file=path, code="cs-malformed")
     width = 2 if version[0] == 1 else 4
     length = int.from_bytes(stream.read(width), "little")
     left = size - stream.tell()
     if length > min(left, MOST_HEADER_BYTES):
         found = f"{length:,} bytes" + (f", {max(left, 0):,} in the file" if length > left else "")
-        raise InputError("the header is cut short or too long", file=path,
-                         expected=f"at most {MOST_HEADER_BYTES:,} bytes", found=found)  # fmt: skip
+        raise InputError("the header is truncated or too long", file=path,
+                         expected=f"at most {MOST_HEADER_BYTES:,} bytes", found=found, code="cs-malformed")  # fmt: skip
     dtype, shape = _header(stream.read(length).decode("utf-8" if version[0] == 3 else "latin-1", "replace"), path)
     if len(shape) != 1:
-        raise InputError("not a list of particles", file=path, expected="one dimension", found=f"shape {shape}")
+        raise InputError(
+            "not a list of particles", file=path, expected="one dimension", found=f"shape {shape}", code="cs-malformed"
+        )
     expected, left = shape[0] * dtype.itemsize, size - stream.tell()
     if left != expected:
         raise InputError(
-            "the file is cut short" if left < expected else "the file is longer than its header says", file=path,
+            "the file is truncated" if left < expected else "the file is longer than its header says", file=path,
             expected=f"{shape[0]:,} rows of {dtype.itemsize:,} bytes", found=f"{left:,} bytes",
-            hint="Copy it again, or export it again from cryoSPARC.",
+            hint="Copy it again, or export it again from cryoSPARC.", code="file-truncated",
         )  # fmt: skip
     data = stream.read(expected)
     if len(data) < expected:
-        raise InputError("the file is cut short", file=path, expected=f"{expected:,} bytes", found=f"{len(data):,}")
+        raise InputError(
+            "the file is truncated",
+            file=path,
+            expected=f"{expected:,} bytes",
+            found=f"{len(data):,}",
+            code="file-truncated",
+        )
     return np.frombuffer(data, dtype)
 
 
@@ -141,15 +174,19 @@ def _header(text: str, path: object) -> tuple[np.dtype[Any], tuple[int, ...]]:
         dtype = np.lib.format.descr_to_dtype(found["descr"])
     except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError, ArithmeticError) as error:
         kind = type(error).__name__
-        raise InputError(f"not a cryoSPARC .cs file: its header cannot be read ({kind})", file=path) from None
+        raise InputError(
+            f"not a cryoSPARC .cs file: its header cannot be read ({kind})", file=path, code="cs-malformed"
+        ) from None
     good = isinstance(order, bool) and isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
     if not good or dtype.names is None or dtype.hasobject:
         what = "Python objects" if dtype.hasobject else f"{dtype}"[:80]
-        raise InputError("not a cryoSPARC .cs file", file=path, expected="a structured array", found=what)
+        raise InputError(
+            "not a cryoSPARC .cs file", file=path, expected="a structured array", found=what, code="cs-malformed"
+        )
     if len(dtype.names) > MOST_FIELDS or not 0 < dtype.itemsize <= MOST_ROW_BYTES:
         raise InputError(
             "impossible rows", file=path, expected=f"1 to {MOST_FIELDS:,} fields and {MOST_ROW_BYTES:,} bytes",
-            found=f"{len(dtype.names):,} fields of {dtype.itemsize:,} bytes",
+            found=f"{len(dtype.names):,} fields of {dtype.itemsize:,} bytes", code="cs-malformed",
         )  # fmt: skip
     return dtype, shape
 
@@ -161,15 +198,15 @@ def _read_csdat(path: object) -> np.ndarray:
         raise InputError(
             "a .cs file in cryoSPARC's compressed format CSDAT", file=path,
             hint="Install cryosparc-tools beside cryoiso (pip install cryosparc-tools), or save it as a NumPy file "
-            "with that package: Dataset.load(FILE).save(NEW, format=1).",
+            "with that package: Dataset.load(FILE).save(NEW, format=1).", code="cs-compressed",
         ) from None  # fmt: skip
     load: Callable[[str], Any] = Dataset.load
     try:
         array = np.asarray(load(str(path)).to_records(fixed=True))
     except Exception as error:  # another package's own errors, of whatever kind
-        raise InputError(f"cryosparc-tools cannot read it: {error}", file=path) from None
+        raise InputError(f"cryosparc-tools cannot read it: {error}", file=path, code="cs-malformed") from None
     if array.dtype.names is None or array.dtype.hasobject or array.ndim != 1:
-        raise InputError("not a list of particles", file=path, found=f"{array.dtype}"[:80])
+        raise InputError("not a list of particles", file=path, found=f"{array.dtype}"[:80], code="cs-malformed")
     return array
 
 
@@ -177,14 +214,21 @@ def _checked(values: np.ndarray, name: str, field: Field, path: object) -> np.nd
     """The same values in this machine's byte order, if they are what the field should hold."""
     if values.dtype.kind not in field.kinds or values.shape[1:] != field.shape or not values.dtype.itemsize:
         found = f"type {values.dtype}" + (f", {values.shape[1:]} values per row" if values.shape[1:] else "")
-        raise InputError(f"field {name} is of the wrong type", file=path, expected=field.words, found=found)
+        raise InputError(
+            f"field {name} is of the wrong type", file=path, expected=field.words, found=found, code="cs-malformed"
+        )
     values = values.astype(values.dtype.newbyteorder("="))
     if values.dtype.kind == "f" and name != MAY_BE_ABSENT:
         bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(1))
         if len(bad):
             row = int(bad[0])
             raise InputError(
-                f"bad value in field {name}", file=path, row=row + 1, expected="a number", found=values[row]
+                f"bad value in field {name}",
+                file=path,
+                row=row + 1,
+                expected="a number",
+                found=values[row],
+                code="value-not-a-number",
             )
     return values
 
@@ -195,8 +239,8 @@ def _require_unique(uid: np.ndarray, path: object) -> None:
         return
     row = int(np.setdiff1d(np.arange(len(uid)), first)[0])
     other = int(np.flatnonzero(uid == uid[row])[0])
-    problem = f"the same particle (uid) stands in two rows: {other + 1} and {row + 1}"
-    raise InputError(problem, file=path, row=row + 1, found=int(uid[row]))
+    problem = f"the same particle (uid) is in two rows: {other + 1} and {row + 1}"
+    raise InputError(problem, file=path, row=row + 1, found=int(uid[row]), code="duplicate-particles")
 
 
 def _listed(names: tuple[str, ...]) -> str:

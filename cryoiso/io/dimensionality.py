@@ -107,11 +107,12 @@ def require_images(path: object, project: str = "") -> None:
             "these particles are subtomograms as 2D stacks of tilt images, which are not supported", file=path,
             expected="single-particle images, or subtomograms as volumes", found=f"{ARE_STACKS} or {FRAMES}",
             hint="Extract them in RELION without 'Write output as 2D stacks'; 'cryoiso refine' and 'cryoiso realign' "
-            "take volumes with --engine relion.",
+            "take volumes with --engine relion.", code="subtomograms-unsupported",
         )  # fmt: skip
     if kind == "volumes":
         raise InputError(
             "these particles are subtomograms, not images", file=path,
             expected=f"{DIMENSIONS} 2, images NUMBER@STACK",
             hint="Only 'cryoiso refine' and 'cryoiso realign' take them, with --engine relion.",
+            code="subtomograms-unsupported",
         )  # fmt: skip

@@ -33,4 +33,4 @@ def _read(file: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot be read: {error}", file=file, hint=HINT) from None
+        raise InputError(f"cannot be read: {error}", file=file, hint=HINT, code="file-unreadable") from None

@@ -37,13 +37,25 @@ def parse_image_names(names: list[str], path: object) -> tuple[list[str], np.nda
     if (index < 0).any():
         row = int(np.flatnonzero(index < 0)[0])
         raise InputError(
-            "bad image name", file=path, row=row + 1, expected="NUMBER@STACK, NUMBER from 1", found=_short(names[row])
+            "bad image name",
+            file=path,
+            row=row + 1,
+            expected="NUMBER@STACK, NUMBER from 1",
+            found=_short(names[row]),
+            code="image-name-invalid",
         )
     stacks = [_KIND.sub("", tail if at else head) for head, at, tail in parts]
     for row, stack in enumerate(stacks):
         if not is_name(stack):
             expected = f"a file name in UTF-8 of 1 to {MAX_NAME} characters, none of them a control character"
-            raise InputError("bad image name", file=path, row=row + 1, expected=expected, found=_short(names[row]))
+            raise InputError(
+                "bad image name",
+                file=path,
+                row=row + 1,
+                expected=expected,
+                found=_short(names[row]),
+                code="image-name-invalid",
+            )
     return stacks, index
 
 
@@ -67,7 +79,7 @@ def _short(name: str) -> str:
 def resolve_paths(names: list[str], file: object, project: str = "") -> np.ndarray:
     """Where image files lie: (n,) str. Each different name is looked up once.
 
-    Relative names start from ``project``, else the current folder (as in RELION); if there is no such file, from the
+    Relative names start from ``project``, else the current folder (as in RELION); if no such file, from the
     folder of ``file`` and then the folders above it. Where both have a file of that name, ``project`` wins if it was
     given, or if ``file`` lies in the current folder; a particle file from elsewhere belongs to the images beside it.
     Either way a warning names both. A name that is found nowhere stays as it would be in the project folder.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import Particles
 from cryoiso.io.stack import StackReader
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Shaped
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,23 @@ class IngestSettings:
 
 
 @lru_cache(maxsize=16)
-def background_mask(box_px: int, fraction: float) -> np.ndarray:
+def background_mask(box_px: int, fraction: float) -> Bool[np.ndarray, "{box_px} {box_px}"]:
     """(D, D) bool: True outside a circle of diameter ``fraction`` x box about pixel D//2."""
     axis = np.arange(box_px) - box_px // 2
     mask = axis[:, None] ** 2 + axis[None, :] ** 2 > (fraction * box_px / 2) ** 2
     if mask.sum() < 8:
         raise InputError(
-            "no background is left outside the particle", expected="a fraction of the box below 1", found=fraction
+            "no background is left outside the particle",
+            expected="a fraction of the box below 1",
+            found=fraction,
+            code="option-out-of-range",
         )
     return mask
 
 
-def normalise(images: np.ndarray, fraction: float = 0.9, ramp: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def normalise(
+    images: Float[np.ndarray, "n box box"], fraction: float = 0.9, ramp: bool = False
+) -> tuple[Float[np.ndarray, "n box box"], Bool[np.ndarray, " n"]]:
     """Background to mean 0 and standard deviation 1, image by image.
 
     Args:
@@ -101,8 +109,11 @@ def _deviation(background: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def normalise_particles(
-    images: np.ndarray, particles: Particles, rows: np.ndarray, settings: IngestSettings
-) -> tuple[np.ndarray, np.ndarray]:
+    images: Float[np.ndarray, "n box box"],
+    particles: Particles,
+    rows: Shaped[np.ndarray, " n"],
+    settings: IngestSettings,
+) -> tuple[Float[np.ndarray, "n box box"], Bool[np.ndarray, " n"]]:
     """``normalise``, as it would be of these particles' images before their CTF was applied to them.
 
     A phase-flipped image is flipped back, normalised and flipped again. A premultiplied one, y = c x, loses c times
@@ -145,7 +156,7 @@ def _normalise_premultiplied(
     return out, empty
 
 
-def fit_box(images: np.ndarray, box_px: int) -> np.ndarray:
+def fit_box(images: Shaped[np.ndarray, "n old old"], box_px: int) -> Shaped[np.ndarray, "n {box_px} {box_px}"]:
     """Crops or zero-pads (n, d, d) images to (n, box, box); pixel d//2 becomes pixel box//2."""
     d = images.shape[-1]
     if d == box_px:
@@ -175,6 +186,7 @@ def check_images(images: np.ndarray, rows: np.ndarray, particles: Particles, fil
                 file=file,
                 row=row + 1,
                 hint="Remove this row from the particle file, or copy the stack again.",
+                code="image-unusable",
             )
 
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import Communicator, Progress
 from cryoiso.core.types import OpticsGroup, Particles
-from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import temporary_name
 from cryoiso.io.contrast_sign import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
+from cryoiso.io.particle_file import read_particle_file
 from cryoiso.io.regular_file import read_regular_bytes
 from cryoiso.io.shards import (
     COLUMNS,
@@ -75,7 +76,12 @@ def check_stacks(particles: Particles, file: object = None) -> tuple[OpticsGroup
         InputError: missing or truncated stack, image beyond its stack, the same image twice, wrong or non-square size.
     """
     if not len(particles) or (particles.index < 0).any():
-        raise InputError("the particles have no images", file=file, expected="_rlnImageName in every row")
+        raise InputError(
+            "the particles have no image names",
+            file=file,
+            expected="_rlnImageName in every row",
+            code="star-column-missing",
+        )
     groups = list(particles.groups)
     with StackReader() as reader:
         for rows in by_stack(particles.stack):
@@ -95,10 +101,11 @@ def _refuse_doubles(particles: Particles, file: object) -> None:
             first, second = rows[index == values[counts.argmax()]][:2].tolist()
             names = [str(particles.stack[row]) for row in (first, second)]
             raise InputError(
-                f"the same image stands in two rows: {first + 1} and {second + 1}"
+                f"the same image is in two rows: {first + 1} and {second + 1}"
                 + (f"; {names[0]} and {names[1]} are one file" if names[0] != names[1] else ""),
                 file=file,
                 row=second + 1,
+                code="duplicate-particles",
             )
 
 
@@ -109,7 +116,11 @@ def _check_box(
     stack = particles.stack[row]
     if shape[1] != shape[2]:
         raise InputError(
-            f"the images of {stack} are not square", file=file, row=row + 1, found=f"{shape[2]} x {shape[1]} px"
+            f"the images of {stack} are not square",
+            file=file,
+            row=row + 1,
+            found=f"{shape[2]} x {shape[1]} px",
+            code="stack-not-of-images",
         )
     if group.box_px not in (0, shape[2]):
         raise InputError(
@@ -118,6 +129,7 @@ def _check_box(
             row=row + 1,
             expected=f"{group.box_px} px",
             found=f"{shape[2]} px",
+            code="box-mismatch",
         )
     return replace(group, box_px=shape[2])
 
@@ -242,6 +254,7 @@ def _blocks(plan: IngestPlan, start: int, stop: int, progress: Progress | None) 
                     expected=f"at most {limit:g}",
                     found=f"{peaks.max():g}",
                     hint="Set storage = 'float32', or leave normalise on.",
+                    code="images-not-normalised",
                 )
             yield images.astype(plan.settings.storage)
             if progress:
@@ -328,7 +341,7 @@ def ingest(
         finish_index(plan_, folder)
     if comm is not None:
         comm.barrier()
-    return folder / "index.json"
+    return folder / products.INDEX
 
 
 def _sign_column(particles: Particles) -> Any:
@@ -340,7 +353,7 @@ def _sign_column(particles: Particles) -> Any:
 
 def is_ingested(folder: object) -> bool:
     """Whether a folder holds a finished set of shards."""
-    path = Path(str(folder)) / "index.json"
+    path = Path(str(folder)) / products.INDEX
     return path.is_file() and not temporary_name(path).exists()
 
 

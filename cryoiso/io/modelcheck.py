@@ -83,7 +83,7 @@ def _bad(path: object, row: int | None, name: str, value: str, atom: str) -> Inp
     kind = "coordinate" if name in ("x", "y", "z") else ""
     return InputError(
         f"{atom} has no usable {name}{'-' + kind if kind else ''}", file=path, row=row, expected=f"a number{within}",
-        found=repr(value), hint="Correct or remove the atom.",
+        found=repr(value), hint="Correct or remove the atom.", code="model-atom-invalid",
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def one_model(structure: Any, path: object) -> tuple[Any, bool]:
         expected="copies side by side (an assembly), or alternatives in one place (an ensemble)",
         found=f"{100 * min(shares):.0f} to {100 * max(shares):.0f} % of the atoms of the others within {OVERLAP_A:g} Å "
         "of an earlier one" + ("" if _are_copies(places) else ", and no rigid copies"),
-        hint="Keep the MODELs that you mean, as chains of one.",
+        hint="Keep the MODELs that you mean, as chains of one.", code="model-ambiguous",
     )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def without_markers(model: Any, path: object) -> None:
                 f"{_words(chain, residue, atom)} is of no known element", file=path,
                 expected="an element's symbol in columns 77-78 (PDB) or type_symbol (mmCIF)",
                 found=repr(atom.element.name),
-                hint="Correct or remove the atom.",
+                hint="Correct or remove the atom.", code="model-atom-invalid",
             )  # fmt: skip
     for name, atoms in count.items():
         logger.warning("%s: %d marker atoms (%s) are no matter and are left out", path, atoms, name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from cryoiso.io.modelcheck import (
     without_solvent,
 )
 from cryoiso.io.regular_file import require_regular_file
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 logger = logging.getLogger("cryoiso")
 
@@ -67,13 +70,22 @@ def read_model(path: object, assembly: str = "auto") -> Any:
         structure = gemmi.read_structure(str(path), format=kind)
     except Exception as error:  # whatever the parser stumbles over
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"not a readable atomic model: {message}", file=path, expected="a PDB or mmCIF file") from None
+        raise InputError(
+            f"not a readable atomic model: {message}", file=path, expected="a PDB or mmCIF file", code="model-malformed"
+        ) from None
     if not len(structure) or all(model.count_atom_sites() == 0 for model in structure):
-        raise InputError("there are no atoms in it", file=path, expected="a PDB or mmCIF file with coordinates")
+        raise InputError(
+            "there are no atoms in it",
+            file=path,
+            expected="a PDB or mmCIF file with coordinates",
+            code="model-malformed",
+        )
     try:
         return _cleaned(structure, assembly, path, pdb)
     except UnicodeDecodeError:
-        raise InputError("the name of an atom, residue or chain is not text", file=path) from None
+        raise InputError(
+            "the name of an atom, residue or chain is not text", file=path, code="model-malformed"
+        ) from None
 
 
 def _cleaned(structure: Any, assembly: str, path: object, pdb: bool) -> Any:
@@ -90,7 +102,7 @@ def _cleaned(structure: Any, assembly: str, path: object, pdb: bool) -> Any:
     without_solvent(model)
     model.remove_waters()
     if model.count_atom_sites() == 0:
-        raise InputError("there are no atoms in it but water, hydrogen and markers", file=path)
+        raise InputError("there are no atoms in it but water, hydrogen and markers", file=path, code="model-malformed")
     return model
 
 
@@ -105,13 +117,22 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
         if assembly == "auto":
             return model
         names = ", ".join(a.name for a in structure.assemblies) or "none"
-        raise InputError("no such biological assembly", file=path, expected=f"one of: {names}", found=assembly)
+        raise InputError(
+            "no such biological assembly",
+            file=path,
+            expected=f"one of: {names}",
+            found=assembly,
+            code="assembly-unavailable",
+        )
     operators = sum(len(g.operators) for g in found.generators)
     try:
         whole = gemmi.make_assembly(found, model, gemmi.HowToNameCopiedChain.AddNumber)
     except RuntimeError as error:
         raise InputError(
-            f"its biological assembly {wanted} cannot be built: {error}", file=path, hint="Set assembly to none."
+            f"its biological assembly {wanted} cannot be built: {error}",
+            file=path,
+            hint="Set assembly to none.",
+            code="assembly-unavailable",
         ) from None
     if assembly == "auto" and (operators < 2 or whole.count_atom_sites() <= model.count_atom_sites()):
         return model
@@ -119,7 +140,7 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
     return whole
 
 
-def positions(model: Any) -> tuple[np.ndarray, np.ndarray]:
+def positions(model: Any) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
     """Coordinates (n, 3) in Å (x, y, z) and atomic masses (n,)."""
     atoms = [(a.pos.x, a.pos.y, a.pos.z, a.element.weight) for chain in model for residue in chain for a in residue]
     table = np.array(atoms, np.float64)
@@ -134,7 +155,7 @@ def model_to_map(
     centre: bool = True,
     assembly: str = "auto",
     align_symmetry_axis: str = "",
-    placement: tuple[np.ndarray, np.ndarray] | None = None,
+    placement: tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]] | None = None,
 ) -> DensityMap:
     """Density of an atomic model.
 
@@ -176,6 +197,7 @@ def model_to_map(
             file=path,
             expected=f"at least {math.ceil(2 * reach / pixel_size_A)} px of {pixel_size_A:g} Å",
             found=f"{box_px} px",
+            code="model-exceeds-box",
         )
     _transform(model, rotation, offset + (box_px // 2) * pixel_size_A)
     return DensityMap(_rasterise(model, box_px, pixel_size_A, resolution_A), float(pixel_size_A))

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from cryoiso.io.packed import packing_of, read_exactly, unpacking
 from cryoiso.io.ranges import PIXEL_SIZE, check_range
 from cryoiso.io.regular_file import open_regular
 
+if TYPE_CHECKING:
+    from jaxtyping import Real, Shaped
+
 __all__ = ["MrcHeader", "build_header", "copy_labelled", "parse_header", "read_header", "read_map", "read_raw_map",
            "write_map", "write_stack"]  # fmt: skip
 
@@ -51,7 +54,7 @@ UNPACKED_LIMIT = 4 << 30
 logger = logging.getLogger("cryoiso")
 
 
-def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
+def read_raw_map(path: object) -> tuple[Shaped[np.ndarray, "z y x"], MrcHeader]:
     """A map of any shape, memory-mapped, with axes brought to (z, y, x) and the number type of the file.
 
     Returns:
@@ -71,10 +74,12 @@ def read_raw_map(path: object) -> tuple[np.ndarray, MrcHeader]:
         logger.warning("%s: %d bytes longer than its header says; they are left out", path, header.spare_bytes)
     try:
         with open_regular(path) as stream:
-            data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)  # type: ignore[call-overload]
+            data = np.memmap(stream, header.dtype, "r", header.offset, header.shape)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise CryoisoError(f"{path}: {header.data_bytes / 1e9:.3g} GB cannot be mapped into memory: {why}") from None
+        raise CryoisoError(
+            f"{path}: {header.data_bytes / 1e9:.3g} GB cannot be mapped into memory: {why}", code="memory-short"
+        ) from None
     return _to_zyx(data, header), header
 
 
@@ -90,10 +95,17 @@ def _read_packed(path: object, kind: str) -> tuple[np.ndarray, MrcHeader]:
                 expected=f"at most {UNPACKED_LIMIT >> 30} GiB unpacked",
                 found=f"{size / 2**30:.1f} GiB in its header",
                 hint="Unpack it first.",
+                code="packed-file-unsupported",
             )
         body = read_exactly(stream, size - HEADER_BYTES)
         if body is None:
-            raise InputError("the file is truncated", file=path, expected=f"{size} bytes", hint="Copy it again.")
+            raise InputError(
+                "the file is truncated",
+                file=path,
+                expected=f"{size} bytes",
+                hint="Copy it again.",
+                code="file-truncated",
+            )
         _check_end(stream, size, path)
     body = body[header.offset - HEADER_BYTES :]
     if header.signed is None:
@@ -107,7 +119,12 @@ def _check_end(stream: IO[bytes], size: int, path: object) -> None:
     while block := stream.read(1 << 20):
         spare += len(block)
         if spare > size:
-            raise InputError("unpacks to more than twice what its header says", file=path, expected=f"{size} bytes")
+            raise InputError(
+                "unpacks to more than twice what its header says",
+                file=path,
+                expected=f"{size} bytes",
+                code="packed-file-unsupported",
+            )
     if spare:
         logger.warning("%s: %d bytes longer than its header says; they are left out", path, spare)
 
@@ -135,27 +152,42 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
     if len(set(raw.shape)) != 1:
         nz, ny, nx = raw.shape
         hint = "Pad it to a cube first (for example relion_image_handler --new_box)."
-        raise InputError("the map is not a cube", file=path, found=f"{nx} x {ny} x {nz} voxels (x, y, z)", hint=hint)
+        raise InputError(
+            "the map is not a cube",
+            file=path,
+            found=f"{nx} x {ny} x {nz} voxels (x, y, z)",
+            hint=hint,
+            code="map-not-cubic",
+        )
     if raw.shape[0] > MAX_MAP_PX:
         raise InputError("the map is too large", file=path, expected=f"at most {MAX_MAP_PX} voxels along a side",
-                         found=raw.shape[0])  # fmt: skip
+                         found=raw.shape[0], code="size-above-limit")  # fmt: skip
     pixel = float(pixel_size_A) if pixel_size_A is not None else _header_pixel_size(header, path)
     if not (math.isfinite(pixel) and pixel > 0):
-        raise InputError("the pixel size must be a positive number", file=path, found=pixel)
+        raise InputError("the pixel size must be a positive number", file=path, found=pixel, code="pixel-size-invalid")
     if pixel_size_A is None:
         limits = replace(PIXEL_SIZE, hint=f"{PIXEL_SIZE.hint} {PIXEL_SIZE_HINT}")
         check_range(np.array([pixel]), limits, path, "the pixel size of the header")
     try:
         data = np.array(raw, np.float32, order="C")
     except MemoryError:
-        raise CryoisoError(f"{path}: not enough memory for a map of {raw.shape[0]} voxels along a side") from None
+        raise CryoisoError(
+            f"{path}: not enough memory for a map of {raw.shape[0]} voxels along a side", code="memory-short"
+        ) from None
     low, high = float(data.min()), float(data.max())  # NaN where there is one
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = int(np.size(data) - np.isfinite(data).sum())
-        raise InputError("the map has voxels that are NaN or infinite", file=path, found=f"{bad} of them")
+        raise InputError(
+            "the map has voxels that are NaN or infinite", file=path, found=f"{bad} of them", code="map-not-finite"
+        )
     if max(-low, high) > MAX_DENSITY:
-        raise InputError("the map has voxels that cannot be densities", file=path,
-                         expected=f"values up to {MAX_DENSITY:g}", found=f"{low:g} to {high:g}")  # fmt: skip
+        raise InputError(
+            "the map has voxels that cannot be densities",
+            file=path,
+            expected=f"values up to {MAX_DENSITY:g}",
+            found=f"{low:g} to {high:g}",
+            code="map-not-finite",
+        )
     scale = [pixel / v if v > 0 and pixel_size_A is not None else 1.0 for v in header.voxel_A]
     origin = [o * s if math.isfinite(o * s) else 0.0 for o, s in zip(header.origin_A, scale)]
     return DensityMap(data, pixel, (origin[0], origin[1], origin[2]))
@@ -164,8 +196,14 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
 def _require_one_straight_volume(header: MrcHeader, path: object) -> None:
     header.require_right_angles(path)
     if header.volumes > 1:
-        raise InputError("several volumes in one file", file=path, expected="one map", found=header.volumes,
-                         hint="Write the one that is wanted into a file of its own.")  # fmt: skip
+        raise InputError(
+            "several volumes in one file",
+            file=path,
+            expected="one map",
+            found=header.volumes,
+            hint="Extract the one to use into its own file.",
+            code="map-several-volumes",
+        )
     if header.is_stack:
         logger.warning("%s: its header says that it is a stack of images; it is read as a map", path)
 
@@ -179,6 +217,7 @@ def _header_pixel_size(header: MrcHeader, path: object) -> float:
             expected="a voxel size in Å",
             found=" x ".join(f"{v:g}" for v in voxel),
             hint=PIXEL_SIZE_HINT,
+            code="pixel-size-missing",
         )
     if max(voxel) - min(voxel) > 1e-3 * max(voxel):
         raise InputError(
@@ -187,6 +226,7 @@ def _header_pixel_size(header: MrcHeader, path: object) -> float:
             expected="one pixel size",
             found=" x ".join(f"{v:g}" for v in voxel) + " Å",
             hint="Resample the map, or give its pixel size if the header is wrong.",
+            code="map-not-cubic",
         )
     return voxel[0]
 
@@ -231,7 +271,10 @@ def build_header(
 
 
 def write_map(
-    path: object, data: np.ndarray, pixel_size_A: float, origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    path: object,
+    data: Real[np.ndarray, "... y x"],
+    pixel_size_A: float,
+    origin_A: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> None:
     """Writes a volume (or one image) as float32, atomically.
 
@@ -287,7 +330,7 @@ class StackWriter:
         self.count = 0
         stream.write(bytes(HEADER_BYTES))
 
-    def append(self, images: np.ndarray) -> None:
+    def append(self, images: Real[np.ndarray, "*n box box"]) -> None:
         """Appends (n, D, D) or (D, D) images."""
         block = np.ascontiguousarray(images, "<" + MODES[self._mode])
         block = block[None] if block.ndim == 2 else block

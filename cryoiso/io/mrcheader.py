@@ -83,7 +83,8 @@ class MrcHeader:
                 file=path,
                 expected="cell angles of 90°",
                 found=", ".join(f"{a:g}°" for a in self.angles_deg),
-                hint="Resample it on a grid at right angles, or write 90 into the header if that is what it has.",
+                hint="Resample it on an orthogonal grid, or correct the header if the axes are orthogonal.",
+                code="mrc-unsupported",
             )
 
 
@@ -105,7 +106,11 @@ def parse_header(raw: bytes, path: object = None) -> MrcHeader:
     mode = int(h["mode"])
     if mode not in MODES:
         raise InputError(
-            "cannot use this kind of MRC data", file=path, expected=f"mode {sorted(MODES)}", found=f"mode {mode}"
+            "cannot use this kind of MRC data",
+            file=path,
+            expected=f"mode {sorted(MODES)}",
+            found=f"mode {mode}",
+            code="mrc-unsupported",
         )
     axes = _axes(h, path)
     cell = [float(h["cella"][k]) for k in "xyz"]
@@ -145,7 +150,7 @@ def _not_mrc(raw: bytes, path: object) -> InputError:
         hint = "It is a placeholder of git-lfs: fetch the file itself."
     expected = "an MRC header of 1024 bytes with sizes and a mode"
     found = f"{len(raw)} bytes" if len(raw) < HEADER_BYTES else None
-    return InputError("not an MRC file", file=path, expected=expected, found=found, hint=hint)
+    return InputError("not an MRC file", file=path, expected=expected, found=found, hint=hint, code="mrc-malformed")
 
 
 def _axes(h: Any, path: object) -> list[int]:
@@ -155,10 +160,11 @@ def _axes(h: Any, path: object) -> list[int]:
         return [2, 1, 0]
     if sorted(axes) != [0, 1, 2]:
         raise InputError(
-            "an impossible order of axes in the header",
+            "an impossible axis order in the header",
             file=path,
             expected="MAPC, MAPR and MAPS being 1, 2 and 3 in some order",
             found=", ".join(str(a + 1) for a in reversed(axes)),
+            code="mrc-malformed",
         )
     return axes
 
@@ -169,7 +175,11 @@ def _signed(raw: bytes, h: Any, path: object) -> bool | None:
     if stamp == IMOD_STAMP:
         if flags & IMOD_NIBBLES:
             raise InputError(
-                "cannot use this kind of MRC data", file=path, expected="whole bytes", found="4-bit values"
+                "cannot use this kind of MRC data",
+                file=path,
+                expected="whole bytes",
+                found="4-bit values",
+                code="mrc-unsupported",
             )
         return bool(flags & IMOD_SIGNED)
     low, high = float(h["dmin"]), float(h["dmax"])
@@ -214,9 +224,9 @@ def read_header(path: object) -> MrcHeader:
                 stream.seek(header.offset)
                 header = with_byte_type(header, stream.read(min(SAMPLE_BYTES, header.data_bytes)), path)
     except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
+        raise InputError("no such file", file=path, code="file-not-found") from None
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", file=path) from None
+        raise InputError(f"cannot be read: {error.strerror}", file=path, code="file-unreadable") from None
     expected = header.offset + header.data_bytes
     if size < expected:
         raise InputError(
@@ -225,5 +235,6 @@ def read_header(path: object) -> MrcHeader:
             expected=f"{expected} bytes for {header.shape[0]} sections",
             found=f"{size} bytes, {max(size - header.offset, 0) // header.image_bytes} whole sections",
             hint="Copy it again.",
+            code="file-truncated",
         )
     return replace(header, spare_bytes=size - expected)

@@ -55,15 +55,23 @@ def unpacking(path: object, kind: str) -> Iterator[IO[bytes]]:
     import gzip
 
     if kind not in ("gzip", "bzip2"):
-        raise InputError(f"packed with {kind}", file=path, expected="gzip or bzip2, if any", hint="Unpack it first.")
+        raise InputError(
+            f"packed with {kind}",
+            file=path,
+            expected="gzip or bzip2, if any",
+            hint="Unpack it first.",
+            code="packed-file-unsupported",
+        )
     opener: Any = gzip.open if kind == "gzip" else bz2.open
     try:
         with open_regular(path) as packed, opener(packed, "rb") as stream:
             yield cast("IO[bytes]", stream)
     except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
+        raise InputError("no such file", file=path, code="file-not-found") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"cannot be unpacked: {error}", file=path, hint="Copy it again.") from None
+        raise InputError(
+            f"cannot be unpacked: {error}", file=path, hint="Copy it again.", code="file-unreadable"
+        ) from None
 
 
 def read_exactly(stream: Any, count: int) -> np.ndarray | None:

@@ -138,6 +138,7 @@ def check_range(
         expected=f"{limits}" if factor == 1.0 else f"{limits.low / factor:.6g} to {limits.high / factor:.6g}",
         found=(f"{shown[first]}" if shown is not None else ", ".join(f"{v:.9g}" for v in raw)) + others,
         hint=limits.hint,
+        code="value-out-of-range",
     )
 
 
@@ -168,7 +169,7 @@ def check_defocus(
             "no usable defocus" + (f" in {int(bad.sum()):,} rows, the first of them" if bad.sum() > 1 else ""),
             file=file, row=row + 1, expected=expected, found=f"{u_A[row]:g} and {v_A[row]:g}",
             hint="Defocus is in Å: 1 µm is 10000. Where it is 0, the CTF was not estimated: estimate it, or remove "
-            "these rows.",
+            "these rows.", code="defocus-invalid",
         )  # fmt: skip
     over = known & (u_A + v_A < 0)
     if 2 * (over & dark).sum() > known.sum():
@@ -176,7 +177,8 @@ def check_defocus(
         raise InputError(
             f"negative defocus in {int(over.sum()):,} of {len(over):,} rows", file=file, row=row + 1,
             expected="positive values: underfocus", found=f"{u_A[row]:g} and {v_A[row]:g}",
-            hint="If the program that wrote it counts underfocus as negative, turn the sign of both defocus columns.",
+            hint="If the program that wrote it counts underfocus as negative, change the sign of both defocus columns.",
+            code="defocus-invalid",
         )  # fmt: skip
     if over.any():
         logger.warning("%s: %d rows have a negative defocus (the first is row %d); they are taken as overfocused",
@@ -193,5 +195,6 @@ def check_scale(scale: np.ndarray, file: object, what: str) -> None:
     if len(scale) and not np.any(scale):
         raise InputError(
             f"0 in every row of {what}", file=file, expected="a scale, usually 1",
-            hint="With it no image would count. Remove the column, or estimate the CTF again.",
+            hint="It would multiply every image by 0. Remove the column, or estimate the CTF again.",
+            code="value-out-of-range",
         )  # fmt: skip

@@ -41,7 +41,9 @@ def open_regular_handle(path: object) -> int:
         _check_kind(os.stat(name).st_mode, path)
         handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError:  # NUL, or characters that no file name can have
-        raise InputError("not a file name", file=repr(name[:80]), expected="a name without NUL characters") from None
+        raise InputError(
+            "not a file name", file=repr(name[:80]), expected="a name without NUL characters", code="file-not-regular"
+        ) from None
     try:
         _check_kind(os.fstat(handle).st_mode, path)
         os.set_blocking(handle, True)
@@ -60,9 +62,9 @@ def require_regular_file(path: object) -> None:
     try:
         os.close(open_regular_handle(path))
     except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
+        raise InputError("no such file", file=path, code="file-not-found") from None
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", file=path) from None
+        raise InputError(f"cannot be read: {error.strerror}", file=path, code="file-unreadable") from None
 
 
 def read_regular_bytes(path: object) -> bytes:
@@ -85,4 +87,6 @@ def _check_kind(mode: int, path: object) -> None:
     if stat.S_ISREG(mode):
         return
     kind = next((name for test, name in _KINDS if test(mode)), "something else")
-    raise InputError("not a regular file", file=path, expected="a file, or a link to one", found=kind)
+    raise InputError(
+        "not a regular file", file=path, expected="a file, or a link to one", found=kind, code="file-not-regular"
+    )

@@ -46,7 +46,7 @@ def check_index(index: dict[str, Any], folder: Path, path: Path) -> None:
     def need(key: str, what: str, good: bool) -> None:
         if not good:
             raise InputError(f"'{key}' is wrong or missing", file=path, expected=what,
-                             found=repr(index.get(key))[:120], hint=AGAIN)  # fmt: skip
+                             found=repr(index.get(key))[:120], hint=AGAIN, code="shards-damaged")  # fmt: skip
 
     need("plan", "a text", isinstance(index.get("plan"), str))
     need("images", "a number of images", _is_count(index.get("images"), 1))
@@ -55,18 +55,18 @@ def check_index(index: dict[str, Any], folder: Path, path: Path) -> None:
     need("groups", "a list of optics groups", isinstance(index.get("groups"), list) and bool(index["groups"]))
     for number, group in enumerate(index["groups"], start=1):
         if wrong := _wrong_in_group(group):
-            raise InputError(f"optics group {number}: {wrong}", file=path, hint=AGAIN)
+            raise InputError(f"optics group {number}: {wrong}", file=path, hint=AGAIN, code="shards-damaged")
     need("shards", "a list of shards", isinstance(index.get("shards"), list) and bool(index["shards"]))
     end = 0
     for number, shard in enumerate(index["shards"]):
         if not isinstance(shard, dict) or not all(_is_count(shard.get(key), 0) for key in ("start", "stop")):
             raise InputError(f"shard {number} is not described", file=path, expected="file, start and stop",
-                             found=repr(shard)[:120], hint=AGAIN)  # fmt: skip
+                             found=repr(shard)[:120], hint=AGAIN, code="shards-damaged")  # fmt: skip
         contained_path(folder, shard.get("file"), path)
         if shard["start"] != end or shard["stop"] <= end:
-            raise InputError(f"shard {number} does not follow the one before it", file=path,
+            raise InputError(f"shard {number} is not contiguous with the one before it", file=path,
                              expected=f"rows from {end}", found=f"{shard['start']} to {shard['stop']}",
-                             hint=AGAIN)  # fmt: skip
+                             hint=AGAIN, code="shards-damaged")  # fmt: skip
         end = shard["stop"]
     need("images", f"{end}, as the shards have", index["images"] == end)
 
@@ -147,7 +147,7 @@ def plain_dataset(file: Any, name: str, path: Path) -> Any:
         problem = f"is not stored whole ({found.id.get_storage_size()} of {found.size * found.dtype.itemsize} bytes)"
     if problem:
         raise InputError(f"the data set '{name}' {problem}", file=path, expected="a data set as ingest writes it",
-                         hint=AGAIN)  # fmt: skip
+                         hint=AGAIN, code="shards-damaged")  # fmt: skip
     return found
 
 
@@ -161,9 +161,14 @@ def check_images(file: Any, path: Path, rows: int, index: dict[str, Any]) -> Non
     images = plain_dataset(file, "images", path)
     box = index["box_px"]
     if images.shape != (rows, box, box) or images.dtype != np.dtype(index["storage"]):
-        raise InputError("the images are not as index.json says", file=path, hint=AGAIN,
-                         expected=f"{rows} of {box} x {box} px in {index['storage']}",
-                         found=f"{' x '.join(map(str, images.shape))} in {images.dtype}")  # fmt: skip
+        raise InputError(
+            "the images are not as index.json says",
+            file=path,
+            hint=AGAIN,
+            expected=f"{rows} of {box} x {box} px in {index['storage']}",
+            found=f"{' x '.join(map(str, images.shape))} in {images.dtype}",
+            code="shards-damaged",
+        )
 
 
 def read_columns(file: Any, path: Path, rows: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -177,16 +182,16 @@ def read_columns(file: Any, path: Path, rows: int, names: tuple[str, ...]) -> di
     for name in (*names, "stack"):
         found = plain_dataset(file, name, path)
         if found.shape != (rows,) or found.dtype.kind not in ("iu" if name in WHOLE else "iuf"):
-            raise InputError(f"the column '{name}' has another form", file=path, expected=f"{rows} numbers",
-                             found=f"{found.shape} of {found.dtype}", hint=AGAIN)  # fmt: skip
+            raise InputError(f"the column '{name}' has another shape or type", file=path, expected=f"{rows} numbers",
+                             found=f"{found.shape} of {found.dtype}", hint=AGAIN, code="shards-damaged")  # fmt: skip
         columns[name] = found[()]
         if columns[name].dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(columns[name]))):
-            raise InputError(f"the column '{name}' has a value that is no number", file=path, row=int(bad[0]) + 1,
-                             found=float(columns[name][bad[0]]), hint=AGAIN)  # fmt: skip
+            raise InputError(f"the column '{name}' has a value that is not a number", file=path, row=int(bad[0]) + 1,
+                             found=float(columns[name][bad[0]]), hint=AGAIN, code="shards-damaged")  # fmt: skip
     stacks = plain_dataset(file, "stacks", path)
     if stacks.ndim != 1 or stacks.dtype.kind != "S" or stacks.dtype.itemsize > LONGEST_NAME_BYTES:
-        raise InputError("the names of the stacks have another form", file=path, expected="a list of texts",
-                         found=f"{stacks.shape} of {stacks.dtype}", hint=AGAIN)  # fmt: skip
+        raise InputError("the names of the stacks have another shape or type", file=path, expected="a list of texts",
+                         found=f"{stacks.shape} of {stacks.dtype}", hint=AGAIN, code="shards-damaged")  # fmt: skip
     _require_within(columns["stack"], 0, len(stacks) - 1, "stack", path)
     names_of_stacks = np.char.decode(stacks[()], "utf-8")
     columns["stack"] = names_of_stacks[columns["stack"]]
@@ -211,20 +216,33 @@ def check_columns(columns: dict[str, np.ndarray], index: dict[str, Any], path: P
     box = index["groups"][int(columns["optics"][0])]["box_px"]  # images of other groups were brought to this one
     if box != index["box_px"]:
         raise InputError("the first particle's optics group has another box than the images", file=path, hint=AGAIN,
-                         expected=index["box_px"], found=box)  # fmt: skip
+                         expected=index["box_px"], found=box, code="shards-damaged")  # fmt: skip
     order = np.argsort(columns["uid"], kind="stable")
     same = np.flatnonzero(columns["uid"][order][1:] == columns["uid"][order][:-1])
     if len(same):
         first, second = sorted(order[same[0] : same[0] + 2].tolist())
-        raise InputError(f"rows {first + 1} and {second + 1} of the shards have the same uid", file=path, hint=AGAIN,
-                         expected="a uid of its own for every particle", found=int(columns["uid"][first]))  # fmt: skip
+        raise InputError(
+            f"rows {first + 1} and {second + 1} of the shards have the same uid",
+            file=path,
+            hint=AGAIN,
+            expected="a uid of its own for every particle",
+            found=int(columns["uid"][first]),
+            code="shards-damaged",
+        )
 
 
 def _require_within(values: np.ndarray, low: int, high: int, name: str, path: Path) -> None:
     bad = np.flatnonzero((values < low) | (values > high))
     if len(bad):
-        raise InputError(f"the column '{name}' has a value that cannot be", file=path, row=int(bad[0]) + 1,
-                         expected=f"{low} to {high}", found=values[bad[0]].item(), hint=AGAIN)  # fmt: skip
+        raise InputError(
+            f"the column '{name}' has an impossible value",
+            file=path,
+            row=int(bad[0]) + 1,
+            expected=f"{low} to {high}",
+            found=values[bad[0]].item(),
+            hint=AGAIN,
+            code="shards-damaged",
+        )
 
 
 def first_not_finite(images: np.ndarray) -> int | None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
@@ -107,7 +108,7 @@ def write_shard_file(
             sink.check()
         except Exception as error:
             if sink.error is not None and not is_full(sink.error):
-                raise CryoisoError(f"{path}: cannot be written: {sink.error.strerror}") from error
+                raise CryoisoError(f"{path}: cannot be written: {sink.error.strerror}", code="write-failed") from error
             raise (sink.error or error) from None
         finally:
             with suppress(OSError):
@@ -171,7 +172,8 @@ def write_index(
     missing = [name for k, name in enumerate(names) if not shard_matches(folder, k, digest, shards[k])]
     if missing:
         raise CryoisoError(
-            f"{folder}: {len(missing)} shards are not there, first {missing[0]}; run the same command again"
+            f"{folder}: {len(missing)} shards are missing, first {missing[0]}; run the same command again",
+            code="shards-missing",
         )
     for stale in folder.glob("shard-*.h5*"):
         if stale.name not in names:
@@ -192,7 +194,7 @@ def write_index(
             for name, (a, b) in zip(names, shards, strict=True)
         ],
     }
-    path = folder / "index.json"
+    path = folder / products.INDEX
     write_text(path, json.dumps(index, indent=1) + "\n")
     return path
 
@@ -261,7 +263,8 @@ class ShardSource:
 
     def shards_of(self, rows: np.ndarray) -> list[int]:
         """Numbers of the shards that these rows are in."""
-        return np.unique(np.searchsorted(self._edges, rows, side="right") - 1).tolist()
+        numbers: list[int] = np.unique(np.searchsorted(self._edges, rows, side="right") - 1).tolist()
+        return numbers
 
     def use_copies(self, copies: Copies) -> None:
         """From now on images are read from copies of the shards, where there are any that can be read."""
@@ -281,7 +284,10 @@ class ShardSource:
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise InputError(
-                "no such image in the shards", file=self.folder, found=f"rows {rows.min()} to {rows.max()}"
+                "no such image in the shards",
+                file=self.folder,
+                found=f"rows {rows.min()} to {rows.max()}",
+                code="shards-damaged",
             )
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
         order = np.argsort(rows, kind="stable")
@@ -301,8 +307,8 @@ class ShardSource:
         if bad is not None:
             row = int(rows[bad])
             number = self.shards_of(rows[bad : bad + 1])[0]
-            problem = "an image has values that are no numbers"
-            raise InputError(problem, file=self._path(number), row=row + 1, hint=AGAIN)
+            problem = "an image has values that are not numbers"
+            raise InputError(problem, file=self._path(number), row=row + 1, hint=AGAIN, code="shards-damaged")
         return images
 
     def _name(self, number: int) -> str:
@@ -315,11 +321,14 @@ class ShardSource:
         """Images of one shard; where its copy fails, those of the original."""
         while True:
             try:
-                return self._file(number)["images"][rows]
+                images: np.ndarray = self._file(number)["images"][rows]
+                return images
             except HDF5_ERRORS as error:
                 opened = self._open.pop(number, None)
                 if opened is not None and opened.filename == str(self._path(number)):
-                    raise InputError(f"cannot be read: {error}", file=self._path(number)) from None
+                    raise InputError(
+                        f"cannot be read: {error}", file=self._path(number), code="file-unreadable"
+                    ) from None
                 self._copies.lost(self._name(number), error)
                 with suppress(*HDF5_ERRORS):
                     opened.close()
@@ -349,7 +358,7 @@ class ShardSource:
                 raise OSError(str(error)) from None
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"cannot open the shard: {error}", file=path, hint=AGAIN) from None
+            raise InputError(f"cannot open the shard: {error}", file=path, hint=AGAIN, code="shards-damaged") from None
         self._open[number] = file
         return file
 
@@ -359,14 +368,14 @@ class ShardSource:
             file, path = self._file(number), self._path(number)
             try:
                 if file.attrs.get("plan") != self.index["plan"]:
-                    raise InputError("the shard does not belong to this index", file=path, hint=AGAIN)
+                    raise InputError("not of this index", file=path, hint=AGAIN, code="shards-damaged")
                 found = read_columns(file, path, shard["stop"] - shard["start"], COLUMNS)
             except HDF5_ERRORS as error:
-                raise InputError(f"the shard is damaged: {error}", file=path, hint=AGAIN) from None
+                raise InputError(f"damaged shard: {error}", file=path, hint=AGAIN, code="shards-damaged") from None
             for name, values in found.items():
                 parts[name].append(values)
         columns: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
-        check_columns(columns, self.index, self.folder / "index.json")
+        check_columns(columns, self.index, self.folder / products.INDEX)
         if (columns["half"] < 0).all():
             columns["half"] = None
         return Particles(groups=groups_from_json(self.index["groups"]), **columns)
@@ -378,15 +387,17 @@ def read_index(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: not there, unreadable, not of this version, or it names a file outside of the folder.
     """
-    path = folder / "index.json"
+    path = folder / products.INDEX
     try:
-        index = json.loads(read_regular_text(path))
+        index: dict[str, Any] = json.loads(read_regular_text(path))
     except FileNotFoundError:
-        raise InputError("no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).") from None
+        raise InputError(
+            "no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).", code="shards-missing"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot be read: {error}", file=path, hint="Run ingest again.") from None
+        raise InputError(f"cannot be read: {error}", file=path, hint=AGAIN, code="shards-damaged") from None
     ours = isinstance(index, dict) and (index.get("format"), index.get("version")) == (FORMAT, VERSION)
     if not ours:
-        raise InputError("not an index of shards of this version", file=path, expected=f"{FORMAT} {VERSION}")
+        raise InputError("no index of this version", file=path, expected=f"{FORMAT} {VERSION}", code="version-mismatch")
     check_index(index, folder, path)
     return index

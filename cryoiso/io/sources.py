@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from cryoiso.io.ingest import check_stacks
 from cryoiso.io.shards import CHUNK_IMAGES
 from cryoiso.io.stack import StackReader
 from cryoiso.physics.ctf_applied import is_applied, restored
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 
 def fixed_chunks(n: int) -> list[tuple[int, int]]:
@@ -44,7 +47,7 @@ class StackSource:
         self.chunks = fixed_chunks(len(particles))
         self._reader = StackReader()
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32, protein white, normalised."""
         images, _ = read_prepared(
             self._reader,
@@ -72,14 +75,17 @@ class ArraySource:
         """
         if images.ndim != 3 or images.shape[1] != images.shape[2] or len(images) != len(particles):
             raise InputError(
-                "images and particles do not fit", expected=f"({len(particles)}, D, D)", found=tuple(images.shape)
+                "images and particles do not fit",
+                expected=f"({len(particles)}, D, D)",
+                found=tuple(images.shape),
+                code="arrays-do-not-fit",
             )
         self._images = images
         self.particles = particles
         self.box_px = int(images.shape[1])
         self.chunks = fixed_chunks(len(particles))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         return np.asarray(self._images[rows], np.float32)
 
@@ -97,16 +103,23 @@ class JoinedSource:
             InputError: different boxes, a uid that is in both, or ``pooled`` and the groups differ.
         """
         if first.box_px != second.box_px:
-            raise InputError("both particle sets need one box", expected=first.box_px, found=second.box_px)
+            raise InputError(
+                "the particle sets have different boxes",
+                expected=first.box_px,
+                found=second.box_px,
+                code="box-mismatch",
+            )
         if len(np.intersect1d(first.particles.uid, second.particles.uid)):
-            raise InputError("a particle is in both sets", expected="uids of their own in each")
+            raise InputError(
+                "a particle is in both sets", expected="uids of their own in each", code="particle-sets-differ"
+            )
         self._parts = (first, second)
         self._n = len(first.particles)
         self.particles = concatenate(first.particles, second.particles, pooled=pooled)
         self.box_px = first.box_px
         self.chunks = fixed_chunks(len(self.particles))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
@@ -130,7 +143,7 @@ class SubsetSource:
         self.box_px = source.box_px
         self.chunks = fixed_chunks(len(self._rows))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         return self._source.read(self._rows[np.arange(len(self._rows))[rows]])
 
@@ -159,7 +172,7 @@ class RestoredSource:
         self.box_px = source.box_px
         self.chunks = getattr(source, "chunks", None) or fixed_chunks(len(particles))
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"]) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         return restored(self._source.read(rows), self._given, rows)

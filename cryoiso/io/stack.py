@@ -9,12 +9,16 @@ import logging
 import os
 from collections import OrderedDict
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.mrc import MrcHeader, read_header
 from cryoiso.io.regular_file import open_regular_handle
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
 
 logger = logging.getLogger("cryoiso")
 
@@ -56,10 +60,16 @@ class StackReader:
                     raise
                 problem = f"image stack {path}: {error.problem}"
                 hint = error.hint
-                if error.problem == "no such file":
+                if error.code == "file-not-found":
                     hint = "Relative paths start from the project folder; give it if it is not the current one."
                 raise InputError(
-                    problem, file=file, row=row, expected=error.expected, found=error.found, hint=hint
+                    problem,
+                    file=file,
+                    row=row,
+                    expected=error.expected,
+                    found=error.found,
+                    hint=hint,
+                    code=error.code,
                 ) from None
             if self._headers[path].spare_bytes and not self._told:
                 self._told = True
@@ -87,10 +97,17 @@ class StackReader:
                 row=row,
                 expected=f"an image from 1 to {header.shape[0]}",
                 found=f"image {int(index[bad[0]]) + 1}",
+                code="stack-too-short",
             )
         return header
 
-    def read(self, path: str, index: np.ndarray, file: object = None, rows: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        path: str,
+        index: Shaped[np.ndarray, " n"],
+        file: object = None,
+        rows: Shaped[np.ndarray, " n"] | None = None,
+    ) -> Float[np.ndarray, "n y x"]:
         """Images of one stack: (n, ny, nx) float32 in the order of ``index`` (0-based), y and x as the header says."""
         index = np.asarray(index, np.int64)
         header = self.check(path, index, file, rows)
@@ -117,15 +134,25 @@ def _header_of_images(path: str) -> MrcHeader:
     header.require_right_angles(path, images=True)
     if header.axes[0] != 2 or header.volumes > 1:
         found = f"{header.volumes} volumes" if header.volumes > 1 else f"sections along {'xyz'[header.axes[0]]}"
-        raise InputError("not a stack of images", file=path, expected="images of x and y, one a section", found=found)
+        raise InputError(
+            "not a stack of images",
+            file=path,
+            expected="images of x and y, one a section",
+            found=found,
+            code="stack-not-of-images",
+        )
     if max(header.shape[1:]) > MAX_IMAGE_PX:
         raise InputError(
-            "the images are too large", file=path, expected=f"at most {MAX_IMAGE_PX} px", found=max(header.shape[1:])
+            "the images are too large",
+            file=path,
+            expected=f"at most {MAX_IMAGE_PX} px",
+            found=max(header.shape[1:]),
+            code="size-above-limit",
         )
     return header
 
 
-def number_of_file(stacks: np.ndarray) -> np.ndarray:
+def number_of_file(stacks: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """(n,) numbers, equal for names that lead to one file (links included), else different."""
     names, inverse = np.unique(stacks, return_inverse=True)
     first: dict[object, int] = {}
@@ -140,7 +167,7 @@ def number_of_file(stacks: np.ndarray) -> np.ndarray:
     return numbers[inverse.reshape(-1)]
 
 
-def runs(index: np.ndarray) -> list[tuple[int, int]]:
+def runs(index: Shaped[np.ndarray, " n"]) -> list[tuple[int, int]]:
     """Cuts an index array into stretches of consecutive numbers: [(start, stop), ...] positions in ``index``."""
     if not len(index):
         return []
@@ -154,5 +181,7 @@ def _read_fully(handle: int, view: memoryview, offset: int, path: object) -> Non
     while done < len(view):
         got = os.preadv(handle, [view[done:]], offset + done)
         if got <= 0:
-            raise InputError("the file ended while it was read", file=path, hint="Copy it again.")
+            raise InputError(
+                "the file ended while it was read", file=path, hint="Copy it again.", code="file-truncated"
+            )
         done += got

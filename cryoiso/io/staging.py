@@ -30,6 +30,9 @@ SPARE_FILES = 64
 class NotStaged(CryoisoError):
     """Why files are read where they are; not a failure."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="scratch-not-used")
+
 
 class Stopped(Exception):
     """A stop signal came while a file was copied; nothing of it is left."""

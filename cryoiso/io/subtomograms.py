@@ -58,13 +58,14 @@ class SubtomogramSource:
                     raise InputError(
                         f"no such file: {name}", file=self.file, row=row + 1,
                         hint="Relative paths start from the project folder; give it if it is not the current one.",
+                        code="file-not-found",
                     )  # fmt: skip
         table = self.particles.optics_table
         flat = [] if table is None or DIMENSIONS not in table else [d for d in table[DIMENSIONS].tolist() if d != "3"]
         if flat and len(flat) < len(table):
             raise InputError(
                 f"some optics groups are of volumes and some of images ({DIMENSIONS})", file=self.file, expected="3",
-                found=flat[0], hint="Refine them apart.",
+                found=flat[0], hint="Refine them separately.", code="subtomograms-inconsistent",
             )  # fmt: skip
         _, firsts = np.unique(self.particles.optics, return_index=True)
         shapes = {read_header(self.volumes[row]).shape for row in firsts.tolist()}
@@ -72,7 +73,7 @@ class SubtomogramSource:
         if shapes != {(box, box, box)}:
             raise InputError(
                 "subtomograms must be cubes of one size", file=self.file, expected="D x D x D voxels",
-                found=sorted(shapes),
+                found=sorted(shapes), code="subtomograms-inconsistent",
             )  # fmt: skip
         return int(box)
 
@@ -84,7 +85,7 @@ class SubtomogramSource:
         """
         raise InputError(
             "these particles are subtomograms, which only RELION refines", file=self.file,
-            hint="Use --engine relion.",
+            hint="Use --engine relion.", code="subtomograms-unsupported",
         )  # fmt: skip
 
     def write(self, path: Path, particles: Particles, *, with_poses: bool) -> None:

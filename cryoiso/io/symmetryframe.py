@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Trace = dict[tuple[str, str], np.ndarray]
+"""(number, residue) -> position of CA or P, of one chain."""
+Axis = tuple[np.ndarray, float]
+"""Unit vector and angle (rad) of a rotation."""
 
 TOLERANCE_DEG = 6.0
 COPY_RMSD_A = 5.0
@@ -14,7 +22,9 @@ COPY_RMSD_A = 5.0
 TRACE_ATOMS = ("CA", "P")
 
 
-def superpose(moving: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def superpose(
+    moving: Float[np.ndarray, "n 3"], target: Float[np.ndarray, "n 3"]
+) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"], float]:
     """Rotation R and shift t with R moving + t nearest to target (Kabsch, Acta Cryst. A32, 922, 1976), and the RMSD.
 
     Args:
@@ -29,7 +39,7 @@ def superpose(moving: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nd
     return rotation, shift, rmsd
 
 
-def equal_chains(model: Any) -> list[list[dict[tuple, np.ndarray]]]:
+def equal_chains(model: Any) -> list[list[Trace]]:
     """Groups of chains with (nearly) the same residues; each chain as {(number, residue): position of CA or P}."""
     traces = []
     for chain in model:
@@ -41,7 +51,7 @@ def equal_chains(model: Any) -> list[list[dict[tuple, np.ndarray]]]:
                     break
         if len(trace) >= 10:
             traces.append(trace)
-    groups: list[list[dict[tuple, np.ndarray]]] = []
+    groups: list[list[Trace]] = []
     for trace in traces:
         for group in groups:
             if len(trace.keys() & group[0].keys()) >= 0.8 * max(len(trace), len(group[0])):
@@ -60,7 +70,9 @@ def _axis_angle(rotation: np.ndarray) -> tuple[np.ndarray, float]:
     return (vector / angle if angle > 1e-6 else np.array([0.0, 0.0, 1.0])), angle
 
 
-def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np.ndarray, np.ndarray]:
+def symmetry_frame(
+    model: Any, group_name: str, file: object = None
+) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]]:
     """The rotation that turns a model into the standard frame of a point group, and a point all its axes go through.
 
     Args:
@@ -88,9 +100,10 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
         if away <= COPY_RMSD_A:
             return frame, centre
         raise InputError(
-            f"the chains of the model are rotated as {group_name} has it, but shifted besides (a screw, or a chain out "
-            "of place)", file=file, expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
-            found=f"{away:.1f} Å", hint="Check the file and the point group.",
+            f"the chains of the model are related by the rotations of {group_name} plus a shift (a screw axis, or a "
+            "misplaced chain)", file=file,
+            expected=f"chains that operations bring onto each other within {COPY_RMSD_A:g} Å",
+            found=f"{away:.1f} Å", hint="Check the file and the point group.", code="symmetry-mismatch",
         )  # fmt: skip
     counts = ", ".join(f"{len(g)} x {len(g[0])} residues" for g in equal_chains(model)[:4]) or "none"
     raise InputError(
@@ -99,10 +112,11 @@ def symmetry_frame(model: Any, group_name: str, file: object = None) -> tuple[np
         expected=f"{len(operators)} equal chains related by {group_name}",
         found=f"equal chains: {counts}",
         hint="Use the whole assembly, or leave the alignment out.",
+        code="symmetry-mismatch",
     )
 
 
-def _farthest(group: list[dict[tuple, np.ndarray]], operators: np.ndarray, centre: np.ndarray) -> float:
+def _farthest(group: list[Trace], operators: np.ndarray, centre: np.ndarray) -> float:
     """Largest RMSD of a chain, moved by an operation about the centre, from the chain that it comes nearest to."""
     middles = np.array([np.mean(list(trace.values()), axis=0) for trace in group])
     worst = 0.0
@@ -119,7 +133,7 @@ def _farthest(group: list[dict[tuple, np.ndarray]], operators: np.ndarray, centr
     return worst
 
 
-def _pair_rotations(group: list[dict[tuple, np.ndarray]], order: int) -> list[np.ndarray]:
+def _pair_rotations(group: list[Trace], order: int) -> list[np.ndarray]:
     """Rotations from chain to chain, without the pairs that do not superpose. All ordered pairs of up to 12 chains."""
     firsts = range(len(group) if len(group) <= 12 else 1)
     rotations = []
@@ -165,7 +179,8 @@ def _frame_of_axes(u1: np.ndarray, u2: np.ndarray | None, v1: np.ndarray, v2: np
         return _shortest_rotation(v1, u1)
     if abs(np.dot(u1, u2) - np.dot(v1, v2)) > np.radians(TOLERANCE_DEG):
         return None
-    return Rotation.align_vectors(np.stack([u1, u2]), np.stack([v1, v2]))[0].as_matrix()
+    aligned: np.ndarray = Rotation.align_vectors(np.stack([u1, u2]), np.stack([v1, v2]))[0].as_matrix()
+    return aligned
 
 
 def _shortest_rotation(source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -176,10 +191,11 @@ def _shortest_rotation(source: np.ndarray, target: np.ndarray) -> np.ndarray:
         axis /= np.linalg.norm(axis)
         return 2 * np.outer(axis, axis) - np.eye(3)
     k = np.array([[0, -cross[2], cross[1]], [cross[2], 0, -cross[0]], [-cross[1], cross[0], 0]])
-    return np.eye(3) + k + k @ k / (1 + dot)
+    rotation: np.ndarray = np.eye(3) + k + k @ k / (1 + dot)
+    return rotation
 
 
-def _refined(start: np.ndarray, found: list, wanted: list, tolerance: float) -> np.ndarray | None:
+def _refined(start: np.ndarray, found: list[Axis], wanted: list[Axis], tolerance: float) -> np.ndarray | None:
     """Least-squares frame over all axes that agree with ``start``; None unless every operator of the group is met."""
     sources, targets, met = [], [], set()
     for v, angle in found:
@@ -201,4 +217,5 @@ def _refined(start: np.ndarray, found: list, wanted: list, tolerance: float) -> 
         mean /= np.linalg.norm(mean)
         return _shortest_rotation(mean, targets[0])
     u, _, vt = np.linalg.svd(covariance)
-    return vt.T @ np.diag([1.0, 1.0, np.sign(np.linalg.det(vt.T @ u.T))]) @ u.T
+    rotation: np.ndarray = vt.T @ np.diag([1.0, 1.0, np.sign(np.linalg.det(vt.T @ u.T))]) @ u.T
+    return rotation

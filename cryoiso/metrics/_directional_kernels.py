@@ -1,8 +1,8 @@
 """CPU kernels (numba) of correlations by direction: sums of the coefficients of a shell over double cones.
 
-A coefficient k and its Friedel mate -k carry one number, so a direction and its opposite are one and are turned to
-z >= 0. The half sphere is cut into cells about the nodes (i, j) at tilt i * 90 / (rings - 1) and azimuth j * 360 /
-columns degrees; a node is the middle of its cell. Coefficients at Nyquist's frequency are left out.
+A coefficient k and its Friedel mate -k are equivalent, so a direction and its opposite are identified, and directions
+are folded to z >= 0. The half sphere is divided into cells about the nodes (i, j) at tilt i * 90 / (rings - 1) and
+azimuth j * 360 / columns degrees; a node is the centre of its cell. Coefficients at the Nyquist frequency are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FREE: Any = {**EXACT, "nogil": True}
 
 
 def in_threads(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Runs ``kernel(start, stop, *arguments)`` on parts of 0..count, in as many threads as numba is configured for."""
+    """Run ``kernel(start, stop, *arguments)`` on parts of 0..count, in as many threads as numba is configured for."""
     threads = int(vars(config)["NUMBA_NUM_THREADS"])
     if threads == 1:
         kernel(0, count, *arguments)
@@ -40,8 +40,8 @@ def in_threads(kernel: Callable[..., None], count: int, *arguments: Any) -> None
 def double_cone_ratios(start, stop, points, values, centres, cosine, least, out):
     """Correlation of the points within the double cone about the centres start..stop, one shell at a time.
 
-    points (n, 3) and centres (m, 3) float64 unit vectors; values (3, n) float64: Re(A conj B), |A|^2, |B|^2;
-    least (2,): powers of A and of B that count as some; out (m,) float64, 0 where a cone has less.
+    points (n, 3) and centres (m, 3) float64 unit vectors; values (3, n) float64: Re(A conj B), |A|^2, |B|^2; least
+    (2,): smallest powers of A and of B that count; out (m,) float64, 0 where a cone has less.
     """
     x, y, z = points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy()
     cross, one, two = values[0], values[1], values[2]
@@ -58,7 +58,7 @@ def double_cone_ratios(start, stop, points, values, centres, cosine, least, out)
 
 @njit(inline="always")
 def _on_sphere(kz, ky, kx, radius):
-    """Tilt (0 .. pi/2) and azimuth (0 .. 2 pi) of the direction, turned to z >= 0."""
+    """Tilt (0 .. pi/2) and azimuth (0 .. 2 pi) of the direction, folded to z >= 0."""
     if kz < 0:
         kz, ky, kx = -kz, -ky, -kx
     azimuth = atan2(np.float64(ky), np.float64(kx))
@@ -67,7 +67,7 @@ def _on_sphere(kz, ky, kx, radius):
 
 @njit(**EXACT)
 def bin_directions(fa, fb, first, last, cells):
-    """Adds Re(A conj B), |A|^2 and |B|^2 of the shells first..last to the cells of their directions.
+    """Add Re(A conj B), |A|^2 and |B|^2 of the shells first..last to the cells of their directions.
 
     fa, fb (D, D, D//2+1) complex: half of a transform, which stands for both halves; cells (last-first+1, rings,
     columns, 3) float32.
@@ -105,8 +105,8 @@ def bin_directions(fa, fb, first, last, cells):
 def mix_rings(start, stop, shares, rings, out):
     """out[m] = shares[m] @ rings[m] for the orders m in start..stop.
 
-    shares (orders, i, j), rings (orders, j, n), out (orders, i, n), float64. Not left to a BLAS library: its threads
-    wait for each other at every one of these small products.
+    shares (orders, i, j), rings (orders, j, n), out (orders, i, n), float64. Not delegated to a BLAS library, whose
+    threads synchronise at each of these small products.
     """
     for m in range(start, stop):
         for i in range(shares.shape[1]):
@@ -120,9 +120,9 @@ def mix_rings(start, stop, shares, rings, out):
 
 @njit(**FREE)
 def paint_shells(start, stop, nodes, first, out):
-    """Writes every voxel of the shells first..first+len(nodes)-1, bilinear between the nodes of its shell.
+    """Write every voxel of the shells first..first+len(nodes)-1, bilinear between the nodes of its shell.
 
-    Planes start..stop of 0..D//2, and with them those of the opposite sign.
+    Planes start..stop of 0..D//2, and the corresponding planes of opposite sign.
 
     nodes (shells, rings, columns) float32; out (D, D, D) float32, origin at D//2.
     """
@@ -159,8 +159,8 @@ def sums_about_axes(start, stop, fa, fb, axes, cosine, falloff, sums):
     """Sums over the double cone about each axis, shell by shell; parts start..stop of them.
 
     fa, fb (D, D, D//2+1) complex; axes (3, n) float64 as x, y, z; a coefficient at cosine c of the angle to the axis
-    weighs exp(-falloff ((c - 1) / (cosine - 1))^2); sums (parts, D//2+1, 4, n) float64: Re(A conj B), |A|^2, |B|^2, and
-    the number of coefficients (k and -k are one), one part a slab.
+    has the weight exp(-falloff ((c - 1) / (cosine - 1))^2); sums (parts, D//2+1, 4, n) float64: Re(A conj B), |A|^2,
+    |B|^2, and the number of coefficients (k and -k are one), one part per slab.
     """
     box = fa.shape[0]
     half = box // 2
@@ -197,7 +197,7 @@ def sums_about_axes(start, stop, fa, fb, axes, cosine, falloff, sums):
 
 @njit(**FREE)
 def count_near_planes(start, stop, points, views, limit, counts):
-    """How many views lie within ``limit`` (as a sine) of the plane perpendicular to each of the points start..stop.
+    """Number of views within ``limit`` (as a sine) of the plane perpendicular to each of the points start..stop.
 
     points (n, 3), views (m, 3) float64 unit vectors; counts (n,) int64.
     """
@@ -212,10 +212,10 @@ def count_near_planes(start, stop, points, views, limit, counts):
 
 @njit(**EXACT)
 def connected_to_centre(values, threshold, known_radius, out):
-    """Marks the voxels from which a way to the centre leads through values that reach a threshold.
+    """Mark the voxels connected to the centre through values that reach a threshold.
 
-    The way goes one step nearer along every axis at once, as long as there is a step to go. Voxels nearer than
-    ``known_radius`` to the centre count as reaching it. values, out: (D, D, D), centre at D//2; out bool.
+    The path moves one step nearer along every axis at once, as long as that axis has a step left. Voxels nearer than
+    ``known_radius`` to the centre count as reaching the threshold. values, out: (D, D, D), centre at D//2; out bool.
     """
     box = values.shape[0]
     centre = box // 2
@@ -248,7 +248,7 @@ def _triangle(p, q, r):
 
 @njit(inline="always")
 def _cut(level, corner_a, value_a, corner_b, value_b):
-    """Where the level lies between two corners of a unit cell, which are numbered 4 z + 2 y + x."""
+    """Position of the level between two corners of a unit cell, which are numbered 4 z + 2 y + x."""
     t = (level - value_a) / (value_b - value_a)
     return (
         (1 - t) * (corner_a >> 2) + t * (corner_b >> 2),

@@ -1,20 +1,25 @@
-"""Half-maps as they would be if every pose were right: a yardstick for the measured anisotropy.
+"""Half-maps expected if every pose were right: a standard of comparison for the measured anisotropy.
 
-The views say how often each coefficient was measured, S(k). With right poses a half-map holds signal with noise of
-power proportional to 1 / S there, whatever the particle looks like. So a random density of the measured spectrum, in
-the mask, stands in for it, with as much noise as gives the measured FSC, shell by shell, within the same mask. What
-directional numbers make of this pair contains the views, the box, the mask and counting noise; what the real pair
-shows beyond it does not come from the views.
+The views determine how often each coefficient was measured, S(k). With right poses a half-map contains signal and noise
+of power proportional to 1 / S there, whatever the particle. A random density of the measured spectrum inside the mask
+therefore represents it, with as much noise as gives the measured FSC, shell by shell, inside the same mask. Directional
+numbers of this pair contain the effects of views, box, mask and counting noise; what the real pair shows beyond them
+does not come from the views.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.core.rng import generator
-from cryoiso.metrics.fsc import shell_correlation, transform
-from cryoiso.metrics.fsc3d import Sphere
+from cryoiso.metrics.directional_fsc import Sphere
+from cryoiso.metrics.fsc_curve import shell_correlation, transform
 from cryoiso.metrics.sampling import symmetric_views
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
 
 _RADII = (2, 4, 8, 16, 32, 50)
 """Radii in Fourier pixels at which planes are counted; a shell takes the next smaller one."""
@@ -27,10 +32,10 @@ class Surrogate:
     """Random half-maps with the spectrum, the FSC and the mask of given ones."""
 
     def __init__(self, half1: np.ndarray, curve: np.ndarray, mask: np.ndarray | None, *, seed: int = 0) -> None:
-        """Draws signal and noise.
+        """Draw signal and noise.
 
         Args:
-            half1: (D, D, D) a half-map, whose spectrum is taken.
+            half1: (D, D, D) a half-map, from which the spectrum is taken.
             curve: (D//2+1,) FSC of the masked halves, which a pair will have (to the accuracy of one correction).
             mask: (D, D, D).
         """
@@ -44,7 +49,9 @@ class Surrogate:
         self._particle = particle / size.astype(np.float32)[self._shell]
         self._noise = [self._white(seed, half) for half in (1, 2)]
 
-    def pair(self, sampled: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def pair(
+        self, sampled: Float[np.ndarray, "box box box//2+1"] | None = None
+    ) -> tuple[Complex[np.ndarray, "box box box//2+1"], Complex[np.ndarray, "box box box//2+1"]]:
         """Transforms (D, D, D//2+1) of two masked half-maps.
 
         Args:
@@ -84,10 +91,13 @@ class Surrogate:
 def _odds(curve: np.ndarray) -> np.ndarray:
     """Signal over noise of half-maps with this FSC."""
     agreement = np.clip(np.nan_to_num(curve), 0.01, 0.999)
-    return agreement / (1 - agreement)
+    ratio: np.ndarray = agreement / (1 - agreement)
+    return ratio
 
 
-def relative_sampling(rotation: np.ndarray, symmetry: str | np.ndarray, box_px: int, seed: int = 0) -> np.ndarray:
+def relative_sampling(
+    rotation: Float[np.ndarray, "n 3 3"], symmetry: str | Float[np.ndarray, "g 3 3"], box_px: int, seed: int = 0
+) -> Float[np.ndarray, "{box_px} {box_px} {box_px}//2+1"]:
     """(D, D, D//2+1) float32: views whose plane holds each coefficient, over the mean of its shell."""
     from cryoiso.metrics._directional_kernels import count_near_planes, in_threads, paint_shells
 

@@ -1,33 +1,39 @@
-"""Are these two half-maps? One check for every place where a pair of them comes in.
+"""Validate a pair of half-maps; one check for every place where a pair is read.
 
-What cannot be meant stops: a map that is constant or no numbers, one map given twice (also scaled, shifted by a
-constant, inverted or sharpened), and one half-map with the sign of the other turned. What may be meant, but makes
-numbers other than they seem, is said: dark protein, maps that agree too well, that were filtered or masked, that have
-different spectra or grey scales, or that lie beside each other.
+Errors: a map that is constant or not finite, one map given twice (also scaled, shifted by a constant, inverted or
+sharpened), and one half-map inverted. Warnings, for cases that may be intended but distort the numbers: dark protein,
+maps that agree too well, that were filtered or masked, that have different spectra or grey scales, or that are
+displaced.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import check_pair, shell_correlation, transform
+from cryoiso.metrics.fsc_curve import check_pair, shell_correlation, transform
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
 SAME = 1e-3
 """Residual of a linear fit of one map to the other, over its standard deviation; below, they are one map. Rounding to
 float16 leaves 3e-4; half-maps with an FSC of 0.999 in every shell leave 0.04."""
 SAME_PHASES = 0.99999
-"""Cosine of the phase differences, weighted by the amplitudes, in every shell; above, one map is the other filtered."""
+"""Cosine of the phase differences, weighted by the amplitudes, in every shell; above, one map is a filtered copy of the
+other."""
 TOO_ALIKE = 0.95
-"""FSC in every shell up to Nyquist's frequency; above, the half-maps are hardly independent."""
+"""FSC in every shell up to the Nyquist frequency; above, the half-maps are hardly independent."""
 INVERTED = -0.5
 """FSC of the coarsest shells, by their numbers of coefficients; below, one map is inverted."""
 DARK = -0.1
-"""`tail_asymmetry` below which protein is dark. Of 20 maps of protein and RNA (real ones of 40 to 100 px, models,
-simulated half-maps) as they are and in noise of 1 and 3 times their standard deviation it was 0.14 to 0.89, of noise
-alone -0.03 to 0.03; a turned sign turns it."""
+"""`tail_asymmetry` below which protein is dark. For 20 maps of protein and RNA (real ones of 40 to 100 px, models,
+simulated half-maps), as they are and with noise of 1 and 3 times their standard deviation, it is 0.14 to 0.89, for
+noise alone -0.03 to 0.03; inverting a map changes its sign."""
 NO_POWER = 1e-10
-"""Power of a coefficient over that of the strongest shell; below, there is none but rounding."""
+"""Power of a coefficient over that of the strongest shell; below, there are only rounding errors."""
 UNLIKE_POWER = 4.0
 """Factor between the power of both maps, or between that of their shells; above, one was scaled or filtered."""
 EMPTY = 0.2
@@ -35,18 +41,20 @@ EMPTY = 0.2
 
 
 def check_half_maps(
-    half1: np.ndarray, half2: np.ndarray, names: tuple[object, object] = ("half-map 1", "half-map 2")
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    names: tuple[object, object] = ("half-map 1", "half-map 2"),
 ) -> list[str]:
-    """Stops at what is no pair of half-maps, and says what is odd about one.
+    """Refuse maps that are not a pair of half-maps, and report what is unusual about a pair.
 
     Args:
         half1, half2: (D, D, D). names: of the files.
 
     Returns:
-        Warnings, a sentence each; empty for the half-maps of a refinement as it wrote them.
+        Warnings, one sentence each; empty for the half-maps of a refinement as it wrote them.
 
     Raises:
-        InputError: values that are no numbers, a constant map, one map twice, or one of them inverted.
+        InputError: values that are not finite, a constant map, one map twice, or one of them inverted.
     """
     box_px = check_pair(half1, half2)
     pair = [np.asarray(half, np.float32) for half in (half1, half2)]
@@ -74,19 +82,26 @@ def check_half_maps(
 def _check_values(half: np.ndarray, name: object) -> None:
     if not np.isfinite(half).all():
         bad = int(half.size - np.isfinite(half).sum())
-        raise InputError("the half-map has voxels that are NaN or infinite", file=name, found=f"{bad} of them")
+        raise InputError(
+            "the half-map has voxels that are NaN or infinite", file=name, found=f"{bad} of them", code="map-not-finite"
+        )
     size = np.abs(half)
     largest = float(size.max())
     if float(half.max()) - float(half.min()) <= 1e-6 * largest:
         raise InputError(
-            "the half-map is constant", file=name, expected="a density", found=f"{float(half.flat[0]):g} in every voxel"
+            "the half-map is constant",
+            file=name,
+            expected="a density",
+            found=f"{float(half.flat[0]):g} in every voxel",
+            code="map-without-density",
         )
     typical = float(np.median(size[size > 0]))
     if largest > 1e12 * typical:
         raise InputError(
-            "these are no densities", file=name, expected="values of one order of magnitude or some",
+            "the values are not densities", file=name, expected="values of one order of magnitude or some",
             found=f"{typical:.3g} typically, {largest:.3g} at most",
             hint="Their bytes may be in another order than the header says; write the map again.",
+            code="map-not-finite",
         )  # fmt: skip
 
 
@@ -97,16 +112,17 @@ def _refuse_one_map_twice(one: np.ndarray, two: np.ndarray, names: tuple[object,
         return
     how = "inverted" if r < 0 else "scaled or shifted by a constant" if not np.array_equal(one, two) else ""
     raise InputError(
-        "the half-maps are one map" + (f", {how}" if how else ""), file=names[1],
+        "the half-maps are the same map" + (f", {how}" if how else ""), file=names[1],
         expected=f"the other half of {names[0]}", found=f"a correlation of {r:.6f}",
-        hint="Give the two maps that the refinement wrote from its half-sets of particles.",
+        hint="Give the two maps that the refinement wrote from its half-sets of particles.", code="half-maps-identical",
     )  # fmt: skip
 
 
 def _refuse_filtered(
     transforms: list[np.ndarray], power: list[np.ndarray], box_px: int, names: tuple[object, object]
 ) -> None:
-    """A filter changes amplitudes and no phase; that the FSC does not show it where the filter is steep."""
+    """Refuse a filtered copy: a filter changes amplitudes and no phases, which the FSC does not reveal where the filter
+    is steep."""
     fa, fb = transforms
     shell = _shells(box_px)
     cross = np.bincount(shell, (fa.real * fb.real + fa.imag * fb.imag).ravel())
@@ -115,9 +131,10 @@ def _refuse_filtered(
     if len(known) < 3 or (least := float((cross[known] / size[known]).min())) < SAME_PHASES:
         return
     raise InputError(
-        "the half-maps are one map, filtered or sharpened", file=names[1], expected=f"the other half of {names[0]}",
+        "the half-maps are the same map, filtered or sharpened", file=names[1],
+        expected=f"the other half of {names[0]}",
         found=f"the same phases in every shell (cosine {least:.6f} or more)",
-        hint="Give the two maps that the refinement wrote from its half-sets of particles.",
+        hint="Give the two maps that the refinement wrote from its half-sets of particles.", code="half-maps-identical",
     )  # fmt: skip
 
 
@@ -128,6 +145,7 @@ def _refuse_one_inverted(curve: np.ndarray, box_px: int, names: tuple[object, ob
         raise InputError(
             "one half-map is inverted", file=names[1], expected=f"protein of the same sign as in {names[0]}",
             found=f"an FSC of {mean:.2f} in the coarsest shells", hint="Multiply the dark one by -1.",
+            code="half-map-inverted",
         )  # fmt: skip
 
 
@@ -186,7 +204,7 @@ def _spectra(power: list[np.ndarray], both: np.ndarray) -> str:
 
 
 def _beside(transforms: list[np.ndarray], box_px: int) -> str:
-    """Where the cross-correlation has its peak."""
+    """Position of the peak of the cross-correlation."""
     from scipy import fft
 
     cross = fft.irfftn(transforms[0] * transforms[1].conj(), s=(box_px,) * 3)
@@ -202,10 +220,10 @@ def _beside(transforms: list[np.ndarray], box_px: int) -> str:
     )
 
 
-def tail_asymmetry(volume: np.ndarray) -> tuple[float, float]:
-    """(u - d) / (u + d) of a map low-passed at 8 px, and its skewness; both positive where protein is white.
+def tail_asymmetry(volume: Float[np.ndarray, "box box box"]) -> tuple[float, float]:
+    """(u - d) / (u + d) of a map low-passed at 8 px, and its skewness; both are positive for white protein.
 
-    u and d are the distances from the median of the mean of the highest and of the lowest 1/500 of the voxels.
+    u and d are the distances of the mean of the highest and of the lowest 1/500 of the voxels from the median.
     """
     from cryoiso.physics.filters import lowpass
 

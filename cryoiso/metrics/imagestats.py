@@ -1,11 +1,11 @@
-"""How alike generated and real particle images are: grey values, signal-to-noise ratio and power spectra.
+"""Similarity of generated and real particle images: grey values, signal-to-noise ratio and power spectra.
 
-Images are in units of the standard deviation of their background, which has mean 0 (as ``ingest`` makes them).
+Images are in units of the standard deviation of their background, which has mean 0 (as made by ``ingest``).
 
-`image_sums` gives one flat vector for a block of images. Vectors of blocks add up to the vector of the whole, whoever
-made them; `image_statistics` makes the numbers from it. Neither the order of the blocks nor their size matters, but for
-the pairs: image i of one set is compared with image i of the other, and real images with their neighbours (0 with 1,
-2 with 3, ...), so blocks should hold an even number of images.
+`image_sums` gives one flat vector for a block of images. Vectors of blocks add up to the vector of the whole set, also
+across ranks; `image_statistics` computes the numbers from it. Order and size of the blocks are irrelevant except for
+the pairs: image i of one set is compared with image i of the other, and real images with their neighbours (0 with 1, 2
+with 3, ...), so blocks should hold an even number of images.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import shell_frequencies
+from cryoiso.metrics.fsc_curve import shell_frequencies
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
 
 BINS, LIMIT = 1024, 4.0
 """Histograms of grey values: bins between -LIMIT and LIMIT, to which values outside are clipped."""
 EMPTY_BIN_PIXELS = 0.5
-"""What is added to every bin of a histogram, in pixels, so that no probability is zero."""
+"""Added to every bin of a histogram, in pixels, so that no probability is zero."""
 SHOWN_BINS = 64
 BAND_EDGES_A = (math.inf, 40.0, 20.0, 10.0, 5.0, 0.0)
-"""Borders of the resolution bands that are summed up."""
+"""Limits of the resolution bands in the summary."""
 BLOCK_PIXELS = 2**22
 _SETS = ("real", "generated")
 _COUNTS = ("n", "left_out")
@@ -35,7 +38,7 @@ _PAIRS = ("pairs", "kl_nats", "real_pairs", "kl_real_nats")
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where each sum lies in the flat vector."""
+    """Position of each sum in the flat vector."""
 
     box_px: int
 
@@ -56,13 +59,15 @@ class _Layout:
         """
         total = sum(self.sizes.values())
         if np.shape(sums) != (total,):
-            raise InputError("not the sums of images of this box", expected=(total,), found=np.shape(sums))
+            raise InputError(
+                "not the sums of images of this box", expected=(total,), found=np.shape(sums), code="arrays-do-not-fit"
+            )
         ends = np.cumsum(list(self.sizes.values()))
         return dict(zip(self.sizes, np.split(sums, ends[:-1]), strict=True))
 
 
-def histograms(images: np.ndarray) -> np.ndarray:
-    """(n, BINS) int64: how many pixels of each image (n, D, D) lie in each bin of [-LIMIT, LIMIT]."""
+def histograms(images: Real[np.ndarray, "n box box"]) -> Int[np.ndarray, "n bins"]:
+    """(n, BINS) int64: number of pixels of each image (n, D, D) in each bin of [-LIMIT, LIMIT]."""
     flat = np.asarray(images).reshape(len(images), math.prod(np.shape(images)[1:]))
     inside = np.clip(flat, -LIMIT, LIMIT)
     bins = np.minimum(((inside + LIMIT) * (BINS / (2 * LIMIT))).astype(np.int64), BINS - 1)
@@ -70,12 +75,14 @@ def histograms(images: np.ndarray) -> np.ndarray:
     return np.bincount(bins.reshape(-1), minlength=BINS * len(flat)).reshape(len(flat), BINS)
 
 
-def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
+def kl_divergence(
+    counts_p: Real[np.ndarray, "... bins"], counts_q: Real[np.ndarray, "... bins"]
+) -> Float[np.ndarray, " ..."] | np.float64:
     """KL(p || q) = sum p ln(p / q) of histograms given as counts, in nats.
 
-    The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods), which does not
-    say what becomes of empty bins: here EMPTY_BIN_PIXELS are added to every bin of both before they are normalised.
-    Even two draws from one distribution differ, by about (occupied bins) / (pixels) for histograms of as many pixels:
+    The cryoPROS paper's number for images (Nat. Commun. 2025, doi 10.1038/s41467-025-59797-w, Methods). The paper does
+    not define the treatment of empty bins; here EMPTY_BIN_PIXELS are added to every bin of both before normalisation.
+    Two samples of one distribution also differ, by about (occupied bins) / (pixels) for histograms of as many pixels:
     compare with pairs of real images.
 
     Args:
@@ -86,16 +93,19 @@ def kl_divergence(counts_p: np.ndarray, counts_q: np.ndarray) -> np.ndarray:
     """
     p, q = (np.asarray(c, np.float64) + EMPTY_BIN_PIXELS for c in (counts_p, counts_q))
     p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    return np.maximum((p * np.log(p / q)).sum(-1), 0)
+    divergence: np.ndarray = np.maximum((p * np.log(p / q)).sum(-1), 0)
+    return divergence
 
 
-def image_sums(real: np.ndarray, generated: np.ndarray, radius_px: float) -> np.ndarray:
-    """The sums of a block of real and generated images.
+def image_sums(
+    real: Real[np.ndarray, "n box box"], generated: Real[np.ndarray, "m box box"], radius_px: float
+) -> Float[np.ndarray, " sums"]:
+    """Sums over a block of real and generated images.
 
     Args:
         real, generated: (n, D, D) and (m, D, D), n and m may be 0; image i of one is paired with image i of the other.
             Images that are constant or not finite are left out and counted.
-        radius_px: of the circle that holds the particle; what is outside is background.
+        radius_px: of the circle that contains the particle; the background is outside.
 
     Returns:
         (k,) float64; blocks add.
@@ -105,7 +115,12 @@ def image_sums(real: np.ndarray, generated: np.ndarray, radius_px: float) -> np.
     """
     shapes = [np.shape(real), np.shape(generated)]
     if any(len(s) != 3 or s[1] != s[2] for s in shapes) or shapes[0][1] != shapes[1][1]:
-        raise InputError("real and generated images cannot be compared", expected="(n, D, D) both", found=shapes)
+        raise InputError(
+            "real and generated images cannot be compared",
+            expected="(n, D, D) both",
+            found=shapes,
+            code="arrays-do-not-fit",
+        )
     box_px = shapes[0][1]
     total = np.zeros(sum(_Layout(box_px).sizes.values()))
     step = max(2, BLOCK_PIXELS // box_px**2 // 2 * 2)
@@ -133,14 +148,16 @@ def _add_block(total: np.ndarray, box_px: int, images: list[np.ndarray], radius_
     _add_pairs(parts, ("real_pairs", "kl_real_nats"), counts[0][0:even:2], counts[0][1:even:2], both)
 
 
-def _add_pairs(parts: dict[str, np.ndarray], names: tuple[str, str], p: np.ndarray, q: np.ndarray, good) -> None:
+def _add_pairs(
+    parts: dict[str, np.ndarray], names: tuple[str, str], p: np.ndarray, q: np.ndarray, good: np.ndarray
+) -> None:
     parts[names[0]] += good.sum()
     parts[names[1]] += kl_divergence(p[good], q[good]).sum()
 
 
 def _add_set(parts: dict[str, np.ndarray], name: str, images: np.ndarray, radius_px: float) -> None:
     from cryoiso.physics.filters import power_spectrum
-    from cryoiso.physics.simulate import image_to_background_db
+    from cryoiso.physics.simulation import image_to_background_db
 
     parts[f"{name} snr_dB"] += len(images) * image_to_background_db(images, radius_px)
     power = power_spectrum(np.ascontiguousarray(images, np.float32))
@@ -148,7 +165,9 @@ def _add_set(parts: dict[str, np.ndarray], name: str, images: np.ndarray, radius
     parts[f"{name} power squared"] += np.square(power).sum(0)
 
 
-def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_A: float = 20.0) -> dict[str, Any]:
+def image_statistics(
+    sums: Float[np.ndarray, " sums"], box_px: int, pixel_size_A: float, beyond_A: float = 20.0
+) -> dict[str, Any]:
     """The numbers of all images, from their sums.
 
     Args:
@@ -160,7 +179,7 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
         n_real, n_generated, left_out (of each set), pairs;
         kl_nats: KL(generated || real) of grey values, mean over pairs; kl_real_nats: the same between real images, what
         chance alone gives; kl_pooled_nats: of all pixels of each set together;
-        snr_real_dB, snr_generated_dB: `cryoiso.physics.simulate.image_to_background_db`;
+        snr_real_dB, snr_generated_dB: `cryoiso.physics.simulation.image_to_background_db`;
         histogram: edges, real, generated (share of the pixels, in SHOWN_BINS bins);
         frequency_invA, power_real, power_generated: (D//2+1,); log_ratio: ln(generated / real) of each shell (shell 0
         None) and log_ratio_sd, its standard error;
@@ -188,19 +207,24 @@ def image_statistics(sums: np.ndarray, box_px: int, pixel_size_A: float, beyond_
     result["beyond_A"] = float(beyond_A)
     result["finer"], result["coarser"] = (_deviation(ratio, frequency, where) for where in (fine, ~fine))
     result["bands"] = _bands(power, ratio, frequency, box_px)
-    return _json_able(result)
+    record: dict[str, Any] = _json_able(result)
+    return record
 
 
 def compare_images(
-    real: np.ndarray, generated: np.ndarray, pixel_size_A: float, radius_px: float, beyond_A: float = 20.0
+    real: Real[np.ndarray, "n box box"],
+    generated: Real[np.ndarray, "m box box"],
+    pixel_size_A: float,
+    radius_px: float,
+    beyond_A: float = 20.0,
 ) -> dict[str, Any]:
-    """`image_statistics` of images that are all here: (n, D, D) real and (m, D, D) generated ones."""
+    """`image_statistics` of images in memory: (n, D, D) real and (m, D, D) generated ones."""
     sums = image_sums(real, generated, radius_px)
     return image_statistics(sums, int(np.shape(real)[1]), pixel_size_A, beyond_A)
 
 
 def _grey_values(part: dict[str, np.ndarray], n: dict[str, float]) -> dict[str, Any]:
-    """All numbers that pay no heed to where in an image a pixel is."""
+    """All numbers that do not depend on the position of a pixel in its image."""
     counts = {name: part[f"{name} counts"] for name in _SETS}
     shown = {name: c.reshape(SHOWN_BINS, -1).sum(1) / c.sum() for name, c in counts.items()}
     return {
@@ -232,8 +256,10 @@ def _deviation(ratio: np.ndarray, frequency_invA: np.ndarray, where: np.ndarray)
     return {"largest": ratio[worst], "at_A": 1 / frequency_invA[worst], "rms": rms}
 
 
-def _bands(power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int):
-    """Each shell weighs as many coefficients as it holds, its circumference."""
+def _bands(
+    power: dict[str, np.ndarray], ratio: np.ndarray, frequency_invA: np.ndarray, box_px: int
+) -> list[dict[str, Any]]:
+    """Each shell is weighted by its number of coefficients, its circumference."""
     weight = np.arange(box_px // 2 + 1.0)
     bands = []
     for start, end in pairwise(BAND_EDGES_A):

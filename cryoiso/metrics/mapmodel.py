@@ -1,13 +1,13 @@
-"""A map against a known map: FSC in all directions, along and across an axis; correlation; laying one on the other."""
+"""A map against a known map: FSC in all directions, along and across an axis; correlation; alignment."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import (
+from cryoiso.metrics.fsc_curve import (
     Select,
     check_pair,
     curve_area,
@@ -17,19 +17,22 @@ from cryoiso.metrics.fsc import (
     transform,
 )
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real, Shaped
+
 Axis = tuple[float, float, float]
 Z_AXIS: Axis = (0.0, 0.0, 1.0)
 
 
 def cone_fsc(
-    a: np.ndarray,
-    b: np.ndarray,
-    mask: np.ndarray | None = None,
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
     axis: Axis = Z_AXIS,
     half_angle_deg: float = 20.0,
     belt: bool = False,
-) -> np.ndarray:
-    """FSC over the coefficients in a double cone about an axis, or in the belt about the plane across it.
+) -> Float[np.ndarray, " box//2+1"]:
+    """FSC over the coefficients in a double cone about an axis, or in the belt about the plane normal to it.
 
     Top views (along z) fill the belt of z and leave its cone empty: an anisotropic map is good in one and bad in the
     other.
@@ -51,12 +54,17 @@ def _cone(axis: Axis, half_angle_deg: float, belt: bool) -> Select:
 
     def select(kz: np.ndarray, ky: np.ndarray, kx: np.ndarray, radius: np.ndarray) -> np.ndarray:
         cosine = np.abs(x * kx + y * ky + z * kz) / np.maximum(radius, 1e-9)
-        return cosine < np.sin(angle) if belt else cosine > np.cos(angle)
+        inside: np.ndarray = cosine < np.sin(angle) if belt else cosine > np.cos(angle)
+        return inside
 
     return select
 
 
-def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
+def correlation(
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Shaped[np.ndarray, "box box box"] | None = None,
+) -> float:
     """Pearson correlation of two maps, multiplied by the mask, where that exceeds 0.1; NaN for a constant map."""
     check_pair(a, b, mask)
     if mask is None:
@@ -69,23 +77,29 @@ def correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) ->
     return float(x @ y) / size if size > 0 else float("nan")
 
 
-def truth_mask(truth: np.ndarray, pixel_size_A: float) -> np.ndarray:
-    """Soft mask of a noise-free map: all above a tenth of its maximum after a 3 Å blur, grown 6 Å, 8 Å cosine edge."""
+def truth_mask(truth: Real[np.ndarray, "box box box"], pixel_size_A: float) -> Float[np.ndarray, "box box box"]:
+    """Soft mask of a noise-free map: above a tenth of its maximum after a 3 Å blur, extended by 6 Å, 8 Å cosine
+    edge."""
     from scipy.ndimage import distance_transform_edt, gaussian_filter
 
     smooth = gaussian_filter(np.asarray(truth, np.float32), 3.0 / pixel_size_A)
     distance_A = distance_transform_edt(smooth <= 0.1 * smooth.max()) * pixel_size_A
     part = np.clip((distance_A - 6.0) / 8.0, 0, 1)
-    return (0.5 * (1 + np.cos(np.pi * part))).astype(np.float32)
+    edge: np.ndarray = (0.5 * (1 + np.cos(np.pi * part))).astype(np.float32)
+    return edge
 
 
 def compare_maps(
-    volume: np.ndarray, truth: np.ndarray, pixel_size_A: float, mask: np.ndarray | None = None, axis: Axis = Z_AXIS
+    volume: Real[np.ndarray, "box box box"],
+    truth: Real[np.ndarray, "box box box"],
+    pixel_size_A: float,
+    mask: Shaped[np.ndarray, "box box box"] | None = None,
+    axis: Axis = Z_AXIS,
 ) -> dict[str, Any]:
     """All numbers of a map against the true one.
 
     Resolutions are where the non-increasing fit of a curve falls below 0.5: the cone about an axis holds so few
-    coefficients that its curve dips and recovers, and its first crossing says little.
+    coefficients that its curve dips and recovers, so its first crossing is not meaningful.
 
     Returns:
         ``fsc``, ``axial``, ``equatorial``: (D//2+1,) curves; ``resolution_05_A``, ``axial_A``, ``equatorial_A``;
@@ -104,8 +118,13 @@ def compare_maps(
     return {**curves, **numbers, **areas, "correlation": correlation(volume, truth, mask)}
 
 
-def to_frame(volume: np.ndarray, rotation: np.ndarray, shift_A: np.ndarray, pixel_size_A: float) -> np.ndarray:
-    """The map seen from another frame: out(x) = volume(G x + d), the frame change that `pose_error` fits.
+def to_frame(
+    volume: Real[np.ndarray, "box box box"],
+    rotation: Float[np.ndarray, "3 3"],
+    shift_A: Real[np.ndarray, " 3"],
+    pixel_size_A: float,
+) -> Float[np.ndarray, "box box box"]:
+    """Transform a map to another frame: out(x) = volume(G x + d), the change of frame fitted by `pose_error`.
 
     Args:
         volume: (D, D, D), array (z, y, x), centre D//2. rotation: (3, 3) G on (x, y, z). shift_A: (3,) d.
@@ -124,14 +143,16 @@ def to_frame(volume: np.ndarray, rotation: np.ndarray, shift_A: np.ndarray, pixe
     for ramp, shift_px in zip(ramps, np.asarray(shift_A)[::-1] / pixel_size_A, strict=True):
         spectrum *= np.exp(2j * np.pi * ramp * shift_px).astype(np.complex64)
     if np.allclose(rotation, np.eye(3), atol=1e-5):
-        return fft.irfftn(spectrum, s=volume.shape)
+        shifted: np.ndarray = fft.irfftn(spectrum, s=volume.shape)
+        return shifted
     times = 2 if box_px <= 320 else 1  # a finer grid of a large box would take many gigabytes
     fine = _upsampled(spectrum, box_px) if times == 2 else fft.irfftn(spectrum, s=volume.shape)
     matrix = rotation[::-1, ::-1]  # on (z, y, x)
     centre = float(box_px // 2)
     offset = times * centre - times * matrix @ np.full(3, centre)
     shape = (box_px,) * 3
-    return ndimage.affine_transform(fine, times * matrix, offset, shape, np.float32, 3, "constant")
+    placed: np.ndarray = ndimage.affine_transform(fine, times * matrix, offset, shape, np.float32, 3, "constant")
+    return placed
 
 
 def _upsampled(spectrum: np.ndarray, box_px: int) -> np.ndarray:
@@ -144,13 +165,16 @@ def _upsampled(spectrum: np.ndarray, box_px: int) -> np.ndarray:
     to = low[keep] % (2 * box_px)
     columns = (box_px + 1) // 2
     big[np.ix_(to, to, np.arange(columns))] = spectrum[np.ix_(keep, keep, np.arange(columns))]
-    return 8 * fft.irfftn(big, s=(2 * box_px,) * 3)
+    doubled: np.ndarray = 8 * fft.irfftn(big, s=(2 * box_px,) * 3)
+    return doubled
 
 
-def best_slide(volume: np.ndarray, truth: np.ndarray, axis: Axis | None = None) -> np.ndarray:
+def best_slide(
+    volume: Real[np.ndarray, "box box box"], truth: Real[np.ndarray, "box box box"], axis: Axis | None = None
+) -> Real[np.ndarray, " 3"]:
     """Whole-voxel shift (x, y, z) of the map that correlates best with another; only along ``axis`` if given.
 
-    A map of Cn symmetry may slide along its axis without harm, one of C1 anywhere.
+    The position of a map of Cn symmetry is undetermined along its axis, that of a C1 map in all directions.
 
     Args:
         volume, truth: (D, D, D). axis: one of the three coordinate axes, or None for all directions.
@@ -166,7 +190,9 @@ def best_slide(volume: np.ndarray, truth: np.ndarray, axis: Axis | None = None) 
     if axis is not None:
         unit = np.asarray(axis, np.float64)
         if np.count_nonzero(unit) != 1:
-            raise InputError("can only slide along a coordinate axis", expected="x, y or z", found=axis)
+            raise InputError(
+                "can only slide along a coordinate axis", expected="x, y or z", found=axis, code="option-out-of-range"
+            )
         line = np.zeros(score.shape, bool)
         line[tuple(slice(None) if u else 0 for u in unit[::-1])] = True
         score = np.where(line, score, -np.inf)

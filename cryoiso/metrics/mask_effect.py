@@ -1,35 +1,38 @@
-"""How much of the agreement of masked half-maps is made by the mask.
+"""Share of the agreement of masked half-maps that comes from the mask.
 
-A mask multiplies both half-maps, so it convolves their transforms: what they share at one coefficient reaches others
-near it. Chen et al. (2013, doi 10.1016/j.ultramic.2013.06.004) measure that by making phases random beyond the shell at
-which the unmasked FSC falls below 0.8: what still correlates there is the mask's doing. Here this is done direction by
-direction. In each direction phases are random from where the unmasked 3DFSC first falls below 0.8, so that agreement
-that a mask carries from the measured directions into a missing cone is seen as well, in shells whose FSC as a whole is
-high.
+A mask multiplies both half-maps and so convolves their transforms: agreement at one coefficient spreads to its
+neighbours. Chen et al. (2013, doi 10.1016/j.ultramic.2013.06.004) measure this by randomising phases beyond the shell
+at which the unmasked FSC falls below 0.8: the remaining correlation comes from the mask. Here this is done direction by
+direction: phases are random from where the unmasked 3DFSC first falls below 0.8, which also detects agreement that a
+mask carries from the measured directions into a missing cone, in shells whose overall FSC is high.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.metrics._directional_kernels import connected_to_centre
 from cryoiso.metrics.anisotropy import ConicalFSC, conical_fsc
-from cryoiso.metrics.fsc import randomise_where, transform
-from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.directional_fsc import fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import randomise_where, transform
+
+if TYPE_CHECKING:
+    from jaxtyping import Real
 
 AGREES = 0.8
-"""Unmasked agreement below which phases are made random (Chen et al. 2013)."""
+"""Unmasked agreement below which phases are randomised (Chen et al. 2013)."""
 MARGIN = 2
-"""Shells beyond the first random one that are not looked at: a mask of any kind reaches so far."""
+"""Shells after the first randomised one that are ignored, because any mask extends correlation into them."""
 WORST = 0.1
-"""Part of the directions that counts as those which agree least without the mask."""
+"""Fraction of the directions that form the group with the least agreement without the mask."""
 
 
 @dataclass(frozen=True)
 class MaskEffect:
-    """What masked half-maps with random phases still agree on."""
+    """Remaining agreement of masked half-maps with random phases."""
 
     share: float
     """Sum of FSC times shell^2 with random phases over that with the true ones, in all cones, from `MARGIN` shells
@@ -41,9 +44,14 @@ class MaskEffect:
 
 
 def mask_effect(
-    half1: np.ndarray, half2: np.ndarray, mask: np.ndarray, masked: ConicalFSC, *, seed: int = 0
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"],
+    masked: ConicalFSC,
+    *,
+    seed: int = 0,
 ) -> MaskEffect:
-    """Compares masked half-maps with those whose phases are random wherever the maps themselves do not agree.
+    """Compare masked half-maps with those whose phases are random wherever the maps themselves do not agree.
 
     Args:
         half1, half2: (D, D, D) half-maps, not masked. mask: (D, D, D) in [0, 1].
@@ -70,7 +78,7 @@ def mask_effect(
 
 
 def _agreeing(fa: np.ndarray, fb: np.ndarray, box_px: int) -> np.ndarray:
-    """(D, D, D//2+1) bool: coefficients up to which the 3DFSC is `AGREES` or more on the whole way from the origin."""
+    """(D, D, D//2+1) bool: coefficients up to which the 3DFSC is `AGREES` or more all the way from the origin."""
     volume = fsc3d_of_transforms(fa, fb, box_px)
     region = np.zeros(volume.shape, bool)
     connected_to_centre(volume, AGREES, 1.5, region)
@@ -78,10 +86,11 @@ def _agreeing(fa: np.ndarray, fb: np.ndarray, box_px: int) -> np.ndarray:
 
 
 def _first_below(cones: ConicalFSC, threshold: float) -> np.ndarray:
-    """(n, 1) the first shell of each cone at a threshold or below it; D//2+1 if none is. NaN says nothing."""
+    """(n, 1) the first shell of each cone at a threshold or below it; D//2+1 if none is. NaN is ignored."""
     below = cones.curves <= threshold
     below[:, 0] = False
-    return np.where(below.any(1), below.argmax(1), cones.curves.shape[1])[:, None]
+    first: np.ndarray = np.where(below.any(1), below.argmax(1), cones.curves.shape[1])[:, None]
+    return first
 
 
 def _ratio(part: float, whole: float) -> float:

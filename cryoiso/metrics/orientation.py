@@ -1,4 +1,4 @@
-"""How the views of a particle set are spread over the sphere: counts on cells of exactly equal area, and numbers.
+"""Distribution of the views of a particle set over the sphere: counts on cells of equal area, and summary numbers.
 
 A view is the third row of a pose, the direction in the map along which the image was projected.
 """
@@ -6,19 +6,24 @@ A view is the third row of a pose, the direction in the map along which the imag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.shapes import require_rotations
 from cryoiso.metrics.pose_error import symmetry_operations
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
 
 
 @dataclass(frozen=True)
 class ViewGrid:
-    """The sphere cut into rings of constant z and the rings into equal cells, so that every cell has the same area."""
+    """The sphere divided into rings of constant z and the rings into equal cells, so that every cell has the same
+    area."""
 
-    cells: np.ndarray
+    cells: Int[np.ndarray, " rings"]
     """(rings,) int: cells of each ring, from z = 1 down."""
 
     @classmethod
@@ -32,26 +37,27 @@ class ViewGrid:
         return int(self.cells.sum())
 
     @property
-    def z_edges(self) -> np.ndarray:
+    def z_edges(self) -> Float[np.ndarray, " edges"]:
         """(rings + 1,) z of the rings' borders, from 1 to -1."""
         return 1 - 2 * np.concatenate([[0], np.cumsum(self.cells)]) / len(self)
 
-    def index(self, directions: np.ndarray) -> np.ndarray:
+    def index(self, directions: Float[np.ndarray, "n 3"]) -> Int[np.ndarray, " n"]:
         """(n,) cell of each unit vector (n, 3)."""
         first = np.concatenate([[0], np.cumsum(self.cells)])
         ring = np.searchsorted(-self.z_edges, -directions[:, 2], side="right") - 1
         ring = np.clip(ring, 0, len(self.cells) - 1)
         turn = np.mod(np.arctan2(directions[:, 1], directions[:, 0]) / (2 * np.pi), 1.0)
-        return first[ring] + np.minimum((turn * self.cells[ring]).astype(int), self.cells[ring] - 1)
+        cell: np.ndarray = first[ring] + np.minimum((turn * self.cells[ring]).astype(int), self.cells[ring] - 1)
+        return cell
 
-    def centres(self) -> np.ndarray:
-        """(cells, 3) unit vectors at the middle of azimuth and z of every cell."""
+    def centres(self) -> Float[np.ndarray, "cells 3"]:
+        """(cells, 3) unit vectors at the mean azimuth and z of every cell."""
         border = self.borders()
         z, azimuth = border[:, 2:].mean(1), np.radians(border[:, :2].mean(1))
         r = np.sqrt(1 - z**2)
         return np.stack([r * np.cos(azimuth), r * np.sin(azimuth), z], 1)
 
-    def borders(self) -> np.ndarray:
+    def borders(self) -> Float[np.ndarray, "cells 4"]:
         """(cells, 4): azimuth from and to (degrees, 0..360), z from and to of every cell."""
         edges, rows = self.z_edges, []
         for ring, n in enumerate(self.cells):
@@ -66,7 +72,7 @@ class ViewDistribution:
     """Counts of n views, each spread evenly over its symmetry mates."""
 
     grid: ViewGrid
-    counts: np.ndarray
+    counts: Real[np.ndarray, " cells"]
     """(cells,) float64, sum n."""
     views: int
     group_order: int
@@ -77,7 +83,8 @@ class ViewDistribution:
     def entropy(self) -> float:
         """Entropy of the view distribution over that of the uniform one: 1 even, 0 all in one cell (and its mates).
 
-        Miller-Madow: (occupied - 1) / 2n is added for what few views miss; cells that are symmetry mates count once.
+        Miller-Madow correction for small numbers of views: (occupied - 1) / 2n is added. Symmetry-equivalent cells
+        count once.
         """
         independent = len(self.grid) / self.group_order
         p = self.counts[self.counts > 0] / self.counts.sum()
@@ -97,8 +104,8 @@ class ViewDistribution:
 
 
 def view_distribution(
-    rotation: np.ndarray,
-    symmetry: str | np.ndarray = "C1",
+    rotation: Float[np.ndarray, "n 3 3"],
+    symmetry: str | Float[np.ndarray, "g 3 3"] = "C1",
     *,
     step_deg: float | None = None,
     axis: tuple[float, float, float] = (0.0, 0.0, 1.0),
@@ -112,11 +119,16 @@ def view_distribution(
         axis, cone_deg: what counts as a top view.
 
     Raises:
-        InputError: no poses.
+        InputError: no poses, or no rotation matrices.
     """
     rotation = np.asarray(rotation, np.float64)
-    if rotation.ndim != 3 or len(rotation) == 0:
-        raise InputError("no poses to take views from", expected="(n, 3, 3) with n > 0", found=rotation.shape)
+    if require_rotations(rotation) == 0:
+        raise InputError(
+            "no poses to take views from",
+            expected="(n, 3, 3) with n > 0",
+            found=rotation.shape,
+            code="particles-too-few",
+        )
     ops = symmetry_operations(symmetry)
     if step_deg is None:
         wanted = len(rotation) * len(ops) / 10

@@ -1,48 +1,51 @@
-"""Pose errors against known poses, modulo the point group and modulo the frame that the estimate ended in.
+"""Pose errors against known poses, modulo the point group and modulo the frame of the estimate.
 
-A pose A takes map coordinates to image coordinates; A and A S are one pose where S is a symmetry of the map. A
+A pose A takes map coordinates to image coordinates; A and A S are equivalent poses if S is a symmetry of the map. A
 refinement may end in a frame of its own, y = G x + d (x true, y estimated coordinates of one point). Then
     A_true = A_est G S    and    origin_est = origin_true + (A_est d)_xy,
-because a point lands at (A x)_xy - origin. G and d are fitted robustly: most particles may be wrong.
+because a point is projected to (A x)_xy - origin. G and d are fitted robustly: most particles may be wrong.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 _TRUNCATE_DEG = 30.0
 
 OPPOSITE_DEG = 150.0
-"""A view direction that is wrong by more than this is the one from the opposite end of the axis."""
+"""A view direction that is wrong by more than this is assigned to the opposite end of the axis."""
 
 
 @dataclass(frozen=True)
 class PoseErrors:
     """Errors of n poses. Angles in degrees, lengths in Å."""
 
-    errors_deg: np.ndarray
+    errors_deg: Float[np.ndarray, " n"]
     """(n,) angle of the rotation between estimated and true pose, modulo symmetry."""
-    direction_errors_deg: np.ndarray
+    direction_errors_deg: Float[np.ndarray, " n"]
     """(n,) angle between the viewing directions (the swing part of that rotation)."""
-    inplane_errors_deg: np.ndarray
+    inplane_errors_deg: Float[np.ndarray, " n"]
     """(n,) rotation about the viewing direction (its twist part)."""
-    shift_errors_A: np.ndarray | None
-    """(n,) distance between the origins after the frame displacement is taken out; None if no shifts were given."""
-    frame_rotation: np.ndarray
+    shift_errors_A: Float[np.ndarray, " n"] | None
+    """(n,) distance between the origins after removing the displacement of the frame; None if no shifts were given."""
+    frame_rotation: Float[np.ndarray, "3 3"]
     """(3, 3) G: aligned estimated poses are A_est G."""
-    frame_shift_A: np.ndarray
+    frame_shift_A: Float[np.ndarray, " 3"]
     """(3,) d in Å: estimated coordinates of the true origin."""
-    estimated: np.ndarray
+    estimated: Float[np.ndarray, "n 3 3"]
     """(n, 3, 3) A_est G."""
-    true: np.ndarray
+    true: Float[np.ndarray, "n 3 3"]
     """(n, 3, 3)."""
     mirrored_median_deg: float
-    """Median error if the estimated map had the opposite hand; far below ``median_deg`` means that it has."""
+    """Median error if the estimated map had the opposite hand; far below ``median_deg`` if it does."""
 
     @property
     def median_deg(self) -> float:
@@ -61,11 +64,11 @@ class PoseErrors:
         return float(np.mean(self.errors_deg > deg))
 
     def by_view(self, axis: tuple[float, float, float] = (0.0, 0.0, 1.0), cut_deg: float = 36.0) -> dict[str, Any]:
-        """Numbers apart for top views (within ``cut_deg`` of ``axis`` or its opposite, by the true pose) and the rest.
+        """Numbers for top views (within ``cut_deg`` of ``axis`` or its opposite, by the true pose) and for the rest.
 
         Returns:
             Per ``top_`` and ``side_``: n, median_deg, over_10, over_20; ``top_to_side`` and ``side_to_top``: fraction
-            of the true ones that were put among the other kind; ``top_fraction_true`` and ``top_fraction_estimated``.
+            of the true views of one kind assigned to the other; ``top_fraction_true`` and ``top_fraction_estimated``.
             Numbers of an empty kind are NaN.
         """
         top, top_estimated = (_is_top(r, axis, cut_deg) for r in (self.true, self.estimated))
@@ -100,13 +103,13 @@ class PoseErrors:
 
 
 def pose_errors(
-    estimated: np.ndarray,
-    true: np.ndarray,
-    symmetry: str | np.ndarray = "C1",
+    estimated: Float[np.ndarray, "n 3 3"],
+    true: Float[np.ndarray, "n 3 3"],
+    symmetry: str | Float[np.ndarray, "g 3 3"] = "C1",
     *,
     align: bool | str = True,
-    shift_estimated_A: np.ndarray | None = None,
-    shift_true_A: np.ndarray | None = None,
+    shift_estimated_A: Float[np.ndarray, "n 2"] | None = None,
+    shift_true_A: Float[np.ndarray, "n 2"] | None = None,
 ) -> PoseErrors:
     """Errors of estimated poses against true ones, modulo symmetry and frame.
 
@@ -126,10 +129,12 @@ def pose_errors(
     estimated, true = np.asarray(estimated, np.float64), np.asarray(true, np.float64)
     if estimated.shape != true.shape or estimated.ndim != 3 or len(estimated) == 0:
         found = (estimated.shape, true.shape)
-        raise InputError("poses to compare do not fit", expected="two arrays (n, 3, 3)", found=found)
+        raise InputError(
+            "poses to compare do not fit", expected="two arrays (n, 3, 3)", found=found, code="arrays-do-not-fit"
+        )
     mode = ("any" if align else "none") if isinstance(align, bool) else align
     if mode not in ("any", "axis", "none"):
-        raise InputError("unknown frame alignment", expected="any, axis or none", found=align)
+        raise InputError("unknown frame alignment", expected="any, axis or none", found=align, code="choice-unknown")
     ops = symmetry_operations(symmetry)
     if mode == "axis" and not _is_cyclic_z(ops):
         mode = "any"
@@ -153,7 +158,7 @@ def pose_errors(
     return PoseErrors(best, swing, twist, shifts, frame, displacement, aligned, true, mirrored_median)
 
 
-def symmetry_operations(symmetry: str | np.ndarray) -> np.ndarray:
+def symmetry_operations(symmetry: str | Float[np.ndarray, "g 3 3"]) -> Float[np.ndarray, "g 3 3"]:
     """(g, 3, 3) proper rotations of a point group given by name or already as operations."""
     if not isinstance(symmetry, str):
         return np.asarray(symmetry, np.float64)
@@ -164,10 +169,12 @@ def symmetry_operations(symmetry: str | np.ndarray) -> np.ndarray:
     return np.asarray(point_group(symmetry), np.float64)
 
 
-def fit_frame(relative: np.ndarray, ops: np.ndarray, mode: str = "any") -> np.ndarray:
-    """The frame rotation G that most particles agree upon, as a quaternion (x, y, z, w); deterministic.
+def fit_frame(
+    relative: Float[np.ndarray, "n 4"], ops: Float[np.ndarray, "g 4"], mode: str = "any"
+) -> Float[np.ndarray, " 4"]:
+    """The frame rotation G with which most particles agree, as a quaternion (x, y, z, w); deterministic.
 
-    Minimises the mean of min(error, 30 degrees): first over the frames that single particles propose, then by
+    Minimises the mean of min(error, 30 degrees): first over the frames suggested by single particles, then by
     iteratively reweighted averaging (Welsch weights that narrow down to the spread of the particles that agree).
 
     Args:
@@ -184,8 +191,11 @@ def fit_frame(relative: np.ndarray, ops: np.ndarray, mode: str = "any") -> np.nd
 
 
 def fit_displacement(
-    rotation: np.ndarray, offset_A: np.ndarray, allowed: np.ndarray, weight: np.ndarray | None = None
-) -> np.ndarray:
+    rotation: Float[np.ndarray, "n 3 3"],
+    offset_A: Float[np.ndarray, "n 2"],
+    allowed: Float[np.ndarray, "3 3"],
+    weight: Float[np.ndarray, " n"] | None = None,
+) -> Float[np.ndarray, " 3"]:
     """Displacement d of the frame that explains origin differences: offset = (A d)_xy, by least absolute deviations.
 
     Args:
@@ -215,7 +225,8 @@ def fit_displacement(
 
 def _is_top(rotation: np.ndarray, axis: tuple[float, float, float], cut_deg: float) -> np.ndarray:
     unit = np.asarray(axis, np.float64) / np.linalg.norm(axis)
-    return np.abs(rotation[:, 2] @ unit) > np.cos(np.radians(cut_deg))
+    near: np.ndarray = np.abs(rotation[:, 2] @ unit) > np.cos(np.radians(cut_deg))
+    return near
 
 
 def _is_cyclic_z(ops: np.ndarray) -> bool:

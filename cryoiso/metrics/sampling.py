@@ -1,13 +1,14 @@
-"""How well the views of a particle set sample Fourier space, from poses alone.
+"""Sampling of Fourier space by the views of a particle set, from poses alone.
 
-A view along v measures the plane of coefficients perpendicular to v. Numbers of this kind say what the images could
-give if their poses were right; they cannot see that poses are wrong, and particles put to the side by mistake make
-them better (docs/diagnose.md).
+A view along v measures the plane of coefficients perpendicular to v. These numbers describe what the images would give
+if their poses were right; they cannot detect wrong poses, and top views misassigned to the side improve them
+(docs/diagnose.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,11 +16,14 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator
 from cryoiso.metrics.pose_error import symmetry_operations
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
+
 MOST_VIEWS = 10_000
-"""Views that are looked at; of a larger set, so many drawn at random. SCF* depends on their number."""
+"""Largest number of views used; from a larger set this many are drawn at random. SCF* depends on their number."""
 
 
-def fibonacci_half_sphere(n: int, offset: float = 0.5) -> np.ndarray:
+def fibonacci_half_sphere(n: int, offset: float = 0.5) -> Float[np.ndarray, "{n} 3"]:
     """(n, 3) unit vectors (x, y, z) of a Fibonacci spiral with z >= 0, spread evenly: z = (i + offset) / n."""
     i = np.arange(n)
     z = (i + offset) / n
@@ -32,9 +36,9 @@ def fibonacci_half_sphere(n: int, offset: float = 0.5) -> np.ndarray:
 class Sampling:
     """Sampling of a shell of Fourier space by n views and their symmetry mates (Baldwin & Lyumkis 2020)."""
 
-    points: np.ndarray
+    points: Float[np.ndarray, "points 3"]
     """(p, 3) directions of the half sphere."""
-    counts: np.ndarray
+    counts: Real[np.ndarray, " points"]
     """(p,) views (with their mates) whose plane contains each direction."""
     views: int
 
@@ -51,7 +55,7 @@ class Sampling:
 
     @property
     def scf_star(self) -> float:
-        """SCF / (1 + (Q/P) <S> SCF / 2), Q/P = empty over covered: with a gap it falls as there are more views."""
+        """SCF / (1 + (Q/P) <S> SCF / 2), Q/P = empty over covered: with a gap it falls as the number of views grows."""
         empty = self.empty_fraction
         if empty == 1:
             return 0.0
@@ -59,18 +63,18 @@ class Sampling:
 
 
 def fourier_sampling(
-    rotation: np.ndarray,
-    symmetry: str | np.ndarray = "C1",
+    rotation: Float[np.ndarray, "n 3 3"],
+    symmetry: str | Float[np.ndarray, "g 3 3"] = "C1",
     *,
     radius_px: int = 50,
     most_points: int = 5000,
     seed: int = 0,
 ) -> Sampling:
-    """Counts, on a shell of radius R, the views that measure each direction: |direction . view| < 0.5 / R.
+    """Count, on a shell of radius R, the views that measure each direction: |direction . view| < 0.5 / R.
 
     Args:
         rotation: (n, 3, 3) poses. symmetry: point group name or (g, 3, 3) operations.
-        radius_px: R, in Fourier pixels; points are as many as half a shell of it has, at most ``most_points``.
+        radius_px: R, in Fourier pixels; the number of points is that of half a shell, at most ``most_points``.
         seed: of the draw of `MOST_VIEWS` views from a larger set.
 
     Raises:
@@ -85,21 +89,24 @@ def fourier_sampling(
     return Sampling(points, counts, len(views))
 
 
-def even_rotations(n: int, seed: int = 0) -> np.ndarray:
-    """(n, 3, 3) poses with random, evenly distributed views: what ``n`` views are at best, counting noise and all."""
+def even_rotations(n: int, seed: int = 0) -> Float[np.ndarray, "{n} 3 3"]:
+    """(n, 3, 3) poses with random, evenly distributed views: the best that ``n`` views can be, counting noise
+    included."""
     from cryoiso.physics.so3 import rotation_with_view
 
     draw = generator(seed, "even views").standard_normal((n, 3))
     return rotation_with_view(draw / np.linalg.norm(draw, axis=1)[:, None])
 
 
-def view_efficiency(rotation: np.ndarray, symmetry: str | np.ndarray = "C1", *, seed: int = 0) -> float:
+def view_efficiency(
+    rotation: Float[np.ndarray, "n 3 3"], symmetry: str | Float[np.ndarray, "g 3 3"] = "C1", *, seed: int = 0
+) -> float:
     """Evenness of the resolution that the views allow: 1 - 2 sd(R) / mean(R), at most 1 (even) and at least -1.
 
-    R is the half width, by direction, of the point spread function of an unweighted back-projection: a view v spreads
-    a Gaussian spot into a rod along v, so PSF(r u) is the mean over the views of exp(-r^2 (1 - (u.v)^2) / 2) in
-    units of the spot's width, and R(u) is where it falls to one half. The form of the number follows cryoEF
-    (Naydenova & Russo 2017, doi 10.1038/s41467-017-00782-3); its values need not be the same.
+    R is the half width, by direction, of the point spread function of an unweighted back-projection: a view v spreads a
+    Gaussian spot into a rod along v, so PSF(r u) is the mean over the views of exp(-r^2 (1 - (u.v)^2) / 2) in units of
+    the spot's width, and R(u) is where it falls to one half. The form of the number follows cryoEF (Naydenova & Russo
+    2017, doi 10.1038/s41467-017-00782-3); its values may differ.
     """
     _, mates = symmetric_views(rotation, symmetry, seed)
     if len(mates) > MOST_VIEWS:
@@ -119,14 +126,17 @@ def view_efficiency(rotation: np.ndarray, symmetry: str | np.ndarray = "C1", *, 
 def _sine_bins(axes: np.ndarray, views: np.ndarray, bins: int) -> np.ndarray:
     """(axes, views) bin of the squared sine of the angle between each axis and view."""
     squares = 1 - (axes @ views.T) ** 2
-    return np.clip((squares * bins).astype(np.intp), 0, bins - 1)
+    bin_index: np.ndarray = np.clip((squares * bins).astype(np.intp), 0, bins - 1)
+    return bin_index
 
 
-def symmetric_views(rotation: np.ndarray, symmetry: str | np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def symmetric_views(
+    rotation: Float[np.ndarray, "n 3 3"], symmetry: str | Float[np.ndarray, "g 3 3"], seed: int
+) -> tuple[Float[np.ndarray, "m 3"], Float[np.ndarray, "mates 3"]]:
     """At most `MOST_VIEWS` views (n, 3) of the poses, and with their symmetry mates (n g, 3)."""
     rotation = np.asarray(rotation, np.float64)
     if rotation.ndim != 3 or rotation.shape[1:] != (3, 3) or len(rotation) == 0:
-        raise InputError("no poses to take views from", expected="(n, 3, 3) with n > 0", found=rotation.shape)
+        raise InputError("no poses given", expected="(n, 3, 3) with n > 0", found=rotation.shape, code="poses-missing")
     views = rotation[:, 2]
     if len(views) > MOST_VIEWS:
         views = views[np.sort(generator(seed, "views for the sampling").permutation(len(views))[:MOST_VIEWS])]

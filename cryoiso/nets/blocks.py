@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SLOPE = 0.2
 """Of every leaky rectifier."""
@@ -39,7 +44,7 @@ class Pointwise(nn.Linear):
             self.weight.mul_(scale)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "n inputs h w"]) -> Float[Tensor, "n outputs h w"]:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -66,7 +71,7 @@ class DenseBlock(nn.Module):
         outputs = [growth] * (convolutions - 1) + [width]
         self.layers = nn.ModuleList(convolution(i, o, 3, QUIET) for i, o in zip(inputs, outputs, strict=True))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "n width h w"]) -> Float[Tensor, "n width h w"]:
         *growing, last = self.layers
         seen = x
         for layer in growing:
@@ -81,8 +86,9 @@ class Down(nn.Module):
         super().__init__()
         self.layer = convolution(4 * width, width, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(functional.pixel_unshuffle(x, 2))
+    def forward(self, x: Float[Tensor, "n width h w"]) -> Float[Tensor, "n width h//2 w//2"]:
+        features: Tensor = self.layer(functional.pixel_unshuffle(x, 2))
+        return features
 
 
 class Up(nn.Module):
@@ -92,8 +98,9 @@ class Up(nn.Module):
         super().__init__()
         self.layer = convolution(width // 4, width, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(functional.pixel_shuffle(x, 2))
+    def forward(self, x: Float[Tensor, "n width h w"]) -> Float[Tensor, "n width 2*h 2*w"]:
+        features: Tensor = self.layer(functional.pixel_shuffle(x, 2))
+        return features
 
 
 class GaussianHead(nn.Module):
@@ -109,7 +116,9 @@ class GaussianHead(nn.Module):
         self.out = Pointwise(width, 2 * channels, 0.0)
         self.bent = Pointwise(growth, 2 * channels, 0.0)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Float[Tensor, "n width h w"]
+    ) -> tuple[Float[Tensor, "n channels h w"], Float[Tensor, "n channels h w"]]:
         mean, log_sigma = (self.out(x) + self.bent(leaky(self.trunk(x)))).float().chunk(2, 1)
         return mean, SIGMA_RANGE * torch.tanh(log_sigma / SIGMA_RANGE)
 
@@ -130,7 +139,7 @@ class ImagePyramid(nn.Module):
         self.strided = nn.ModuleList(nn.Conv2d(width, width, 4, stride=2, padding=1) for _ in layers[1:])
         self.project = nn.ModuleList(Pointwise(width, n * width, QUIET) for n in layers)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image: Float[Tensor, "n inputs h w"]) -> list[Float[Tensor, "n _ _ _"]]:
         """(B, inputs, h, w) -> for each resolution, finest first, (B, layers * width, h / 2^level, w / 2^level)."""
         # an image of one channel is in both memory orders, and the convolution would choose the other one
         x = leaky(self.first(image).contiguous(memory_format=torch.channels_last))
@@ -151,5 +160,6 @@ class PoseEmbedding(nn.Module):
         with torch.no_grad():
             self.last.weight.mul_(QUIET)
 
-    def forward(self, pose: Tensor) -> Tensor:
-        return self.last(functional.silu(self.second(functional.silu(self.first(pose)))))
+    def forward(self, pose: Float[Tensor, "n 6"]) -> Float[Tensor, "n features"]:
+        code: Tensor = self.last(functional.silu(self.second(functional.silu(self.first(pose)))))
+        return code

@@ -13,7 +13,7 @@ more whose decoder doubles the resolution (all but the finest).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from cryoiso.nets.blocks import ImagePyramid, Pointwise, PoseEmbedding, convolut
 from cryoiso.nets.hvae_parts import HvaeConfig, HvaeOutput, LatentLayer
 from cryoiso.nets.losses import gaussian_kl
 from cryoiso.nets.wavelet_init import start_as_wavelets
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 NETWORK_FORMAT = 2
 """Changes whenever the same weights would mean another network; files and checkpoints carry it. In format 1 the
@@ -56,7 +59,13 @@ class ConditionalHvae(nn.Module):
         up = [[False] * n + [True] for n in reversed(self.config.levels)]
         return [flag for level in up for flag in level][:-1]
 
-    def forward(self, images: Tensor, condition: Tensor, pose: Tensor, noise: Tensor) -> HvaeOutput:
+    def forward(
+        self,
+        images: Float[Tensor, "n 1 box box"],
+        condition: Float[Tensor, "n 1 box box"],
+        pose: Float[Tensor, "n 6"],
+        noise: Float[Tensor, "n latents"],
+    ) -> HvaeOutput:
         """Reconstruction through the posterior.
 
         Args:
@@ -84,7 +93,13 @@ class ConditionalHvae(nn.Module):
             state = layer.refine(state, mu_q + torch.exp(logsigma_q) * draw)
         return HvaeOutput(self._image(state, condition), torch.stack(kl, 1))
 
-    def sample(self, condition: Tensor, pose: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+    def sample(
+        self,
+        condition: Float[Tensor, "n 1 box box"],
+        pose: Float[Tensor, "n 6"],
+        noise: Float[Tensor, "n latents"],
+        temperature: float = 1.0,
+    ) -> Float[Tensor, "n 1 box box"]:
         """Images from the prior.
 
         Args:
@@ -139,7 +154,7 @@ class ConditionalHvae(nn.Module):
         return mean + self.gain * condition.float() if self.config.residual else mean
 
 
-def pose_vector(rotation: Tensor, shift_px: Tensor, box_px: int) -> Tensor:
+def pose_vector(rotation: Float[Tensor, "n 3 3"], shift_px: Float[Tensor, "n 2"], box_px: int) -> Float[Tensor, "n 6"]:
     """What the network is told of a pose: the rotation's unit quaternion (w, x, y, z) and the shift.
 
     Of the two quaternions of a rotation the one with w >= 0 is taken (if w is 0, the one whose first component that is

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from cryoiso.core.errors import InputError
 from cryoiso.nets.blocks import DenseBlock, Down, GaussianHead, ImagePyramid, Pointwise, PoseEmbedding, Up
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MIN_BOX_PX = 16
 
@@ -16,9 +19,9 @@ MIN_BOX_PX = 16
 class HvaeOutput(NamedTuple):
     """What the network makes of a batch."""
 
-    mean: Tensor
+    mean: Float[Tensor, "n 1 box box"]
     """(B, 1, D, D) float32: mean of the likelihood."""
-    kl: Tensor
+    kl: Float[Tensor, "n layers"]
     """(B, L) float32: KL(q || p) in nats an image and layer, coarse to fine."""
 
 
@@ -44,18 +47,37 @@ class HvaeConfig:
 
     def __post_init__(self) -> None:
         if self.box_px < MIN_BOX_PX:
-            raise InputError("the box is too small", expected=f"at least {MIN_BOX_PX} px", found=self.box_px)
+            raise InputError(
+                "the box is too small",
+                expected=f"at least {MIN_BOX_PX} px",
+                found=self.box_px,
+                code="option-out-of-range",
+            )
         if not self.levels or min(self.levels) < 1:
-            raise InputError("levels must name a positive number of blocks for each resolution", found=self.levels)
+            raise InputError(
+                "levels must name a positive number of blocks for each resolution",
+                found=self.levels,
+                code="option-out-of-range",
+            )
         if self.patch_px < 1 or self.patch_px & (self.patch_px - 1):
-            raise InputError("wrong patch", expected="a power of two", found=self.patch_px)
+            raise InputError("wrong patch", expected="a power of two", found=self.patch_px, code="option-out-of-range")
         least = max(4, self.patch_px**2)
         if self.width % 4 or self.width < least:
-            raise InputError("wrong width", expected=f"a multiple of 4, at least {least}", found=self.width)
+            raise InputError(
+                "wrong width",
+                expected=f"a multiple of 4, at least {least}",
+                found=self.width,
+                code="option-out-of-range",
+            )
         if self.latent_channels < least:
-            raise InputError("too few latent channels", expected=f"at least {least}", found=self.latent_channels)
+            raise InputError(
+                "too few latent channels",
+                expected=f"at least {least}",
+                found=self.latent_channels,
+                code="option-out-of-range",
+            )
         if not 0.01 <= self.start_sd < 1:
-            raise InputError("wrong start_sd", expected="0.01 to 1", found=self.start_sd)
+            raise InputError("wrong start_sd", expected="0.01 to 1", found=self.start_sd, code="option-out-of-range")
 
     @classmethod
     def preset(cls, name: str, box_px: int) -> HvaeConfig:
@@ -68,7 +90,9 @@ class HvaeConfig:
             return cls(box_px)
         if name == "small":
             return cls(box_px, (2, 1, 1), 16, 16, 2, latent_channels=4, pose_features=32, patch_px=2)
-        raise InputError("unknown preset of the network", expected="paper or small", found=repr(name))
+        raise InputError(
+            "unknown preset of the network", expected="paper or small", found=repr(name), code="choice-unknown"
+        )
 
     @property
     def latent_layers(self) -> int:
@@ -114,11 +138,13 @@ class LatentLayer(nn.Module):
 
     def encode(self, x: Tensor, context: Tensor) -> Tensor:
         """Features at this layer's resolution, from those of the layer below."""
-        return self.encoder(x) + context
+        state: Tensor = self.encoder(x) + context
+        return state
 
     def refine(self, state: Tensor, latents: Tensor) -> Tensor:
         """The next state from this one and this layer's latents."""
-        return self.decoder(state + self.inject(latents))
+        features: Tensor = self.decoder(state + self.inject(latents))
+        return features
 
 
 class HvaeModules(Protocol):

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cryoiso.nets.hvae_parts import HvaeOutput
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 class ElboTerms(NamedTuple):
     """Parts of the negative evidence lower bound; the bound itself is reconstruction + kl_per_layer.sum()."""
 
-    loss: Tensor
+    loss: Float[Tensor, ""]
     """Scalar to be minimised, nats per pixel: reconstruction + kl_weight * sum of kl_per_layer."""
-    reconstruction: Tensor
+    reconstruction: Float[Tensor, ""]
     """Scalar, nats per pixel: -log N(images; mean, likelihood_sd), its constant included."""
-    kl_per_layer: Tensor
+    kl_per_layer: Float[Tensor, " layers"]
     """(L,) nats per pixel of the image, not weighted, coarse to fine."""
-    mean_square_error: Tensor
+    mean_square_error: Float[Tensor, ""]
     """Scalar: of the decoder's mean against the images."""
 
 
-def gaussian_kl(mu_q: Tensor, logsigma_q: Tensor, mu_p: Tensor, logsigma_p: Tensor) -> Tensor:
+def gaussian_kl(
+    mu_q: Float[Tensor, "*#shape"],
+    logsigma_q: Float[Tensor, "*#shape"],
+    mu_p: Float[Tensor, "*#shape"],
+    logsigma_p: Float[Tensor, "*#shape"],
+) -> Float[Tensor, "*shape"]:
     """KL(q || p) of normal distributions, element by element.
 
     log(s_p / s_q) + (s_q^2 + (mu_q - mu_p)^2) / (2 s_p^2) - 1/2 (Kingma and Welling 2014, appendix B, for any prior).
@@ -40,7 +48,9 @@ def gaussian_kl(mu_q: Tensor, logsigma_q: Tensor, mu_p: Tensor, logsigma_p: Tens
     return 0.5 * (torch.exp(2 * log_ratio) + distance.square() - 1) - log_ratio
 
 
-def negative_elbo(output: HvaeOutput, images: Tensor, likelihood_sd: float, kl_weight: float | Tensor) -> ElboTerms:
+def negative_elbo(
+    output: HvaeOutput, images: Float[Tensor, "n 1 box box"], likelihood_sd: float, kl_weight: float | Float[Tensor, ""]
+) -> ElboTerms:
     """The loss of a conditional variational autoencoder, -E[log p(x | z)] + w KL(q || p), a pixel.
 
     The likelihood is normal with a fixed standard deviation, so that the latents carry the noise that the images have;

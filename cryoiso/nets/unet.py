@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SLOPE = 0.1
 """Of every leaky rectifier."""
@@ -31,7 +35,7 @@ class UnetConfig:
     @property
     def multiple(self) -> int:
         """The edge of a volume must be a multiple of this."""
-        return 2 ** (len(self.widths) - 1)
+        return 1 << (len(self.widths) - 1)
 
 
 def _in_slabs(x: Tensor, unit: int) -> bool:
@@ -134,10 +138,10 @@ class Unet3d(nn.Module):
         self.last = _convolution(widths[0], 1)
         nn.init.zeros_(self.last.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "n 1 box box box"]) -> Float[Tensor, "n 1 box box box"]:
         return x + self.change(x)
 
-    def change(self, x: Tensor) -> Tensor:
+    def change(self, x: Float[Tensor, "n 1 box box box"]) -> Float[Tensor, "n 1 box box box"]:
         """What the network adds to its input, (B, 1, D, D, D); D a multiple of ``config.multiple``."""
         skips: list[Tensor] = []
         y = x
@@ -148,4 +152,5 @@ class Unet3d(nn.Module):
         y = self.bottom(y)
         for block, grow in zip(reversed(self.up), reversed(self.grow), strict=True):
             y = block(torch.cat([skips.pop(), grow(y)], 1))
-        return self.last(y).float()
+        volume: Tensor = self.last(y).float()
+        return volume

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from cryoiso.nets.blocks import SIGMA_RANGE, DenseBlock, Down, Pointwise, Up
 from cryoiso.nets.hvae_parts import HvaeConfig, HvaeModules, LatentLayer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 COARSE_SD = 0.5
 """What all but the finest resolution leave unknown."""
@@ -53,7 +56,7 @@ def image_channels(config: HvaeConfig, level: int) -> int:
     return 4 if level else config.patch_px**2
 
 
-def hadamard(size: int) -> Tensor:
+def hadamard(size: int) -> Float[Tensor, "{size} {size}"]:
     """(size, size) orthonormal, entries +-1/sqrt(size), the first row constant (Sylvester); a power of two."""
     matrix = torch.ones(1, 1)
     while len(matrix) < size:

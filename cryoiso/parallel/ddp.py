@@ -266,7 +266,8 @@ def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_ho
             tried = ", ".join(offers[group[0]][0])
             raise MissingError(
                 f"no address of rank {group[0]} can be reached by all ranks of its training group (tried {tried}). "
-                f"Set {rendezvous_address.GLOO_INTERFACE} to the network interface that joins the nodes."
+                f"Set {rendezvous_address.GLOO_INTERFACE} to the network interface that joins the nodes.",
+                code="network-unreachable",
             )
         if group == members:
             return common[0], mine.get(common[0], "")
@@ -324,7 +325,7 @@ def _destroy_quietly() -> None:
         logger.debug("the training group could not be left in order", exc_info=True)
 
 
-def _average_in_pairs(group, bucket):  # DDP accepts no annotations in the form of text
+def _average_in_pairs(group, bucket):  # type: ignore[no-untyped-def]  # DDP accepts no annotations as text
     """A communication hook of DDP whose result does not depend on how gradients lie in buckets.
 
     An all-reduce adds in an order that depends on an element's place, and DDP moves the places after its first step:
@@ -332,7 +333,7 @@ def _average_in_pairs(group, bucket):  # DDP accepts no annotations in the form 
     """
     gradients = bucket.buffer()
     gradients.copy_(_sum_slices(group, gradients)).div_(group.size)
-    done: torch.futures.Future = torch.futures.Future()
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(gradients)
     return done
 

@@ -30,7 +30,8 @@ def keep_watch(comm: Context, bell: StopBell, look: Callable[[bool], T | None]) 
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_NAP_S)
     _arrive(comm, bell)
-    return comm.bcast(found)
+    value: T = comm.bcast(found)
+    return value
 
 
 def _arrive(comm: Context, bell: StopBell) -> None:

@@ -14,13 +14,13 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its __all__
 
 _TAG = 11
 _LONGEST_PAUSE_S = 0.01
 
 
-class MpiStore(Store):  # type: ignore[misc]
+class MpiStore(Store):
     """Keys and values of a group of ranks; each member keeps a copy of all of them.
 
     Live while the group is set up, in the thread that made it; after ``settle`` it answers from its copy alone, and so

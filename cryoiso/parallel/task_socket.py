@@ -31,7 +31,7 @@ from cryoiso.parallel.private_socket import SOCKET, accept_all, listen, private_
 
 _NONCE, _MAC, _LONGEST = 16, 32, 1 << 20
 _ACCEPTED = b"\x06"
-"""What the desk says when it has a signed task: from now on a broken connection means that the ranks are gone."""
+"""What the desk says when it has a signed task: from now on a broken connection means that the ranks have ended."""
 _HELLO_S = 20.0
 """Time that a caller has for its whole task; nobody holds up the desk."""
 MOST_CALLERS = 32
@@ -65,13 +65,13 @@ class Address:
         """
         try:
             if os.stat(file).st_mode & 0o077:
-                raise InputError("others may read the secret in this file", file=file, expected="mode 600")
+                raise InputError("readable by other users", file=file, expected="mode 600", code="ranks-unreachable")
             values = json.loads(file.read_text(encoding="utf-8"))
             return cls(**{**values, "numbers": tuple(values["numbers"])})
         except FileNotFoundError:
-            raise InputError("no ranks wait here", file=file) from None
+            raise InputError("no ranks are waiting", file=file, code="ranks-unreachable") from None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise InputError(f"cannot be used: {error}", file=file) from None
+            raise InputError(f"cannot be used: {error}", file=file, code="ranks-unreachable") from None
 
     def write(self, file: Path) -> None:
         part = file.with_name(f".{file.name}.part")
@@ -91,7 +91,7 @@ class Call:
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
 
-    def answer(self, ok: bool, message: str = "") -> None:
+    def answer(self, ok: bool, message: str = "", code: str = "") -> None:
         raise NotImplementedError
 
     def gone(self) -> bool:
@@ -149,8 +149,8 @@ class _Connection(Call):
             self._socket.send(_ACCEPTED)
         return True
 
-    def answer(self, ok: bool, message: str = "") -> None:
-        body = json.dumps({"ok": ok, "message": message}).encode()
+    def answer(self, ok: bool, message: str = "", code: str = "") -> None:
+        body = json.dumps({"ok": ok, "message": message, "code": code}).encode()
         with suppress(OSError):
             self._socket.settimeout(_HELLO_S)
             self._socket.sendall(_framed(body, self._secret, b"answer", self._nonce, self._theirs))
@@ -172,8 +172,8 @@ class _Letter(Call):
         super().__init__(json.loads(_opened(file.read_bytes(), secret, b"task", nonce)))
         self._file, self._secret, self._nonce = file, secret, nonce
 
-    def answer(self, ok: bool, message: str = "") -> None:
-        body = json.dumps({"ok": ok, "message": message}).encode()
+    def answer(self, ok: bool, message: str = "", code: str = "") -> None:
+        body = json.dumps({"ok": ok, "message": message, "code": code}).encode()
         part = self._file.with_suffix(".part")
         with suppress(OSError):
             part.write_bytes(_framed(body, self._secret, b"answer", self._nonce))
@@ -197,9 +197,9 @@ def _opened(message: bytes, secret: bytes, *about: bytes) -> bytes:
     """
     mac, length, body = message[:_MAC], int.from_bytes(message[_MAC : _MAC + 4], "big"), message[_MAC + 4 :]
     if len(message) < _MAC + 4 or len(body) != length:
-        raise HandoverError("the message was cut short")
+        raise HandoverError("the message was truncated", code="ranks-unreachable")
     if not hmac.compare_digest(mac, _sign(secret, *about, body)):
-        raise HandoverError("the message was not signed with the secret of this run")
+        raise HandoverError("the message was not signed with the secret of this run", code="ranks-unreachable")
     return body
 
 
@@ -305,7 +305,7 @@ def ask(file: Path, task: dict[str, Any], *, limit_s: float | None = None, conne
         answer = _by_letter(file, address, secret, body, until)
     found = json.loads(answer)
     if not found["ok"]:
-        raise HandoverError(found["message"])
+        raise HandoverError(found["message"], code=found.get("code") or "ranks-unreachable")
     return str(found["message"])
 
 
@@ -363,10 +363,10 @@ def _by_wire(connection: socket.socket, secret: bytes, body: bytes, until: float
         return _opened(head + rest, secret, b"answer", theirs, mine)
     except OSError as error:
         if isinstance(error, TimeoutError) and until is not None and time.monotonic() >= until:
-            raise HandoverError("no answer from the ranks in time") from None
+            raise HandoverError("no answer from the ranks in time", code="ranks-unreachable") from None
         if not accepted:
             raise _NotAccepted from None
-        raise HandoverError(f"the connection to the ranks broke: {error}") from None
+        raise HandoverError(f"the connection to the ranks broke: {error}", code="ranks-unreachable") from None
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
@@ -374,7 +374,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     while len(found) < count:
         new = connection.recv(count - len(found))
         if not new:
-            raise ConnectionResetError("the ranks are gone")
+            raise ConnectionResetError("the ranks have ended")
         found += new
     return found
 
@@ -388,13 +388,13 @@ def _by_letter(file: Path, address: Address, secret: bytes, body: bytes, until: 
         part.write_bytes(_framed(body, secret, b"task", nonce))
         os.replace(part, letter)
     except OSError as error:
-        raise HandoverError(f"the ranks cannot be reached: {error}") from None
+        raise HandoverError(f"the ranks cannot be reached: {error}", code="ranks-unreachable") from None
     answer, pause = letter.with_suffix(".answer"), _LOOK_S
     while not answer.exists():
         if until is not None and time.monotonic() > until:
-            raise HandoverError("no answer from the ranks in time")
+            raise HandoverError("no answer from the ranks in time", code="ranks-unreachable")
         if not file.exists() or Address.read(file).secret != address.secret:
-            raise HandoverError("the ranks are gone")
+            raise HandoverError("the ranks have ended", code="ranks-unreachable")
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     return _opened(answer.read_bytes(), secret, b"answer", nonce)

@@ -1,4 +1,4 @@
-"""CPU kernel (numba) that samples a transform at turned points; ``fit_search.py`` holds its plain torch twin."""
+"""CPU kernel (numba) that samples a transform at rotated points; the plain torch version is in ``fit_search.py``."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def extract_points(grid, rows, rotation, points, scale, out):
 
 @njit(parallel=True, **EXACT)
 def normal_equations(grid, rows, rotation, cycles, points, scale, target, weight, conjugate, turn, sums, normal, slope):
-    """What a least-squares step needs: target - factor * moving, linear in small rotations and shifts.
+    """Terms of a least-squares step: target - factor * moving, linear in small rotations and shifts.
 
     With y = M(R^T k) exp(-2 pi i k.c), its derivatives y_a by the six parameters (rotations about x, y, z by finite
     differences, then shifts in units of the box) and sums over k with ``weight``.
 
-    grid, rows, points, scale: as above; rotation (n, 7, 3, 3) float32: R, then R turned by +turn about x, y, z and by
+    grid, rows, points, scale: as above; rotation (n, 7, 3, 3) float32: R, then R rotated by +turn about x, y, z and by
     -turn; cycles (n, 3): shift as a fraction of the box; target (K,) complex64; weight (K,) float32; conjugate: take
-    conj(M). Into sums (n, 2): Re <t, y> and |y|^2; normal (n, 6, 6): Re <y_a, y_b>; slope (n, 2, 6): Re <y_a, t> and
-    Re <y_a, y>. All float64.
+    conj(M). Into sums (n, 2): Re <t, y> and |y|^2; normal (n, 6, 6): Re <y_a, y_b>; slope (n, 2, 6): Re <y_a, t> and Re
+    <y_a, y>. All float64.
     """
     row = _U(rows + 1)
     plane = row * _U(rows)

@@ -1,7 +1,7 @@
-"""CPU kernels (numba) that walk once over a back-projection grid; their plain torch twins are in ``backproject.py``.
+"""CPU kernels (numba) that pass once over a back-projection grid; the plain torch versions are in ``backproject.py``.
 
-The twins make a dozen temporaries of the grid's size each; here nothing is made but the result. Grids are flat views in
-the layout of ``_kernels.py``.
+The torch versions allocate a dozen temporaries of the grid's size each; these kernels allocate only the result. Grids
+are flat views in the layout of ``_kernels.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cryoiso.physics._kernels import EXACT
 def to_float(grid, rows, unit, numerator, weight):
     """Fixed-point sums (re, im, weight) times 1/unit into numerator (float32 pairs) and weight (float32).
 
-    The plane x = 0 holds one of each Friedel pair, wherever its slice happened to pass; here each gets the sum of both.
+    The plane x = 0 has one of each Friedel pair, depending on the slice; here each gets the sum of both.
     """
     columns = (rows + 1) // 2
     for z in prange(rows):
@@ -41,7 +41,8 @@ def _shell(z, y, x, padding):
 
 @njit(**EXACT)
 def sum_shells(weight, rows, padding, total, count):
-    """Adds up weight and voxels of each shell, those beyond in the last one; in memory order: the same bits always."""
+    """Add up weight and voxels of each shell, those beyond in the last one; in memory order, so the bits are
+    reproducible."""
     h = (rows - 1) // 2
     last = total.shape[0] - 1
     i = 0
@@ -56,9 +57,11 @@ def sum_shells(weight, rows, padding, total, count):
 
 @njit(**EXACT)
 def sum_filtered(weight, rows, padding, term, floor, signal, noise):
-    """Adds up (w f)^2 and w f^2 of each shell, f = 1 / max(w + term, floor): how a division passes signal and noise.
+    """Add up (w f)^2 and w f^2 of each shell, f = 1 / max(w + term, floor): the signal and noise that a division
+    passes.
 
-    signal, noise (shells,) float64, one number a shell as term and floor; in memory order: the same bits always.
+    signal, noise (shells,) float64, one number per shell, as for term and floor; in memory order, so the bits are
+    reproducible.
     """
     h = (rows - 1) // 2
     radius = floor.shape[0] - 1
@@ -79,8 +82,8 @@ def sum_filtered(weight, rows, padding, term, floor, signal, noise):
 def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
     """numerator / max(weight + term, floor) * factor; zero where nothing was measured or beyond the shells of floor.
 
-    term, floor: one number a shell. out: flat float32 pairs of a (size, size, size//2+1) transform with its origin at
-    index 0, zeros beforehand.
+    term, floor: one number per shell. out: flat float32 pairs of a (size, size, size//2+1) transform with its origin at
+    index 0, initially zero.
     """
     h = (rows - 1) // 2
     reach = min(h, (size - 1) // 2)
@@ -102,7 +105,7 @@ def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
 
 @njit(parallel=True, **EXACT)
 def add_rotated(numerator, weight, rows, operations, out, out_weight):
-    """Adds sum_S old(S k) to every voxel k, by trilinear interpolation; nothing from beyond the grid.
+    """Add sum_S old(S k) to every voxel k, by trilinear interpolation; nothing from beyond the grid.
 
     operations (g, 3, 3) float32; numerator, out: float32 pairs.
     """

@@ -1,9 +1,9 @@
-"""CPU kernels (numba) for slices: extraction, insertion, local scoring. ``project.py``, ``backproject.py`` and
-``refine/likelihood.py`` hold their plain torch twins.
+"""CPU kernels (numba) for slices: extraction, insertion, local scoring. The plain torch versions are in ``project.py``,
+``backproject.py`` and ``refine/likelihood.py``.
 
 The half-space grid has shape (2h+1, 2h+1, h+1) for (z, y, x) with the origin at (h, h, 0): x >= 0 only, the rest by
-Friedel. Here it is a flat array of float32 pairs (re, im). Indices are unsigned, which spares numba's test for
-negative ones; the four floats of two x neighbours lie together, which lets the compiler load them as one vector.
+Friedel symmetry. Here it is a flat array of float32 pairs (re, im). Indices are unsigned, which avoids numba's test for
+negative ones; the four floats of two x neighbours are adjacent, so that the compiler can load them as one vector.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ TILE_BITS = 3
 
 @njit(**EXACT)
 def _find_tiles(rotation, ky, kx, scale, rows, first, last, tile, count):
-    """Writes the tile of every sample of the slices first..last and counts how many fall into each."""
+    """Write the tile of every sample of the slices first..last, and count how many fall into each."""
     n = kx.shape[0]
     across = np.int32((rows >> TILE_BITS) + 1)
     h = np.float32((rows - 1) // 2)
@@ -128,7 +128,7 @@ def _largest(values):
 
 @njit(**EXACT)
 def _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last, tile, place, sample):
-    """Writes each sample (x, y, z, re, im, weight) to its tile's place; returns the sum of the slices' largest."""
+    """Write each sample (x, y, z, re, im, weight) to its tile's place; return the sum of the slices' largest."""
     n = kx.shape[0]
     h = np.float32((rows - 1) // 2)
     bound = 0.0
@@ -152,7 +152,7 @@ def _sort_samples(rotation, ky, kx, scale, rows, data, weight, unit, first, last
 
 @njit(**EXACT)
 def _fetch_tile(grid, rows, z, y):
-    """Reads a tile in the order of memory, so that it is in the cache when samples come in any order."""
+    """Read a tile in the order of memory, so that it is in the cache when samples come in any order."""
     row = 3 * ((rows + 1) // 2)
     reach = (1 << TILE_BITS) + 1
     seen = np.int64(0)
@@ -183,12 +183,12 @@ def _add_samples(grid, rows, sample, first, last):
 
 @njit(parallel=True, cache=True)
 def insert_slices(grid, rows, rotation, ky, kx, scale, data, weight, unit, n_threads, tile, sample):
-    """Trilinear insertion into a fixed-point grid: flat int64 view of (rows, rows, (rows+1)/2, 3) holding (re, im,
-    weight) in multiples of 1/unit. data (J, 2K) float32 pairs, weight (J, K) float32.
+    """Trilinear insertion into a fixed-point grid: flat int64 view of (rows, rows, (rows+1)/2, 3) with (re, im, weight)
+    in multiples of 1/unit. data (J, 2K) float32 pairs, weight (J, K) float32.
 
-    The samples are sorted by tiles of the grid first: inserted slice by slice, nearly every sample would wait for six
-    cache lines from memory. Threads own layers of tiles, every second one at a time, since a sample reaches into the
-    plane above its layer; integers make the sum independent of threads and order.
+    The samples are first sorted by tiles of the grid: inserted slice by slice, nearly every sample would wait for six
+    cache lines from memory. Each thread owns layers of tiles, every second one at a time, since a sample extends into
+    the plane above its layer; integers make the sum independent of threads and order.
 
     tile (J K,) int32 and sample (J K, 6) float32 are working space. Returns the sum of the slices' largest values.
     """
@@ -226,10 +226,10 @@ def _powers(angle, reach, out):
 
 @njit(**EXACT)
 def centre_and_weigh(data, ctf, ky, kx, shift, out, out_weight):
-    """What back-projection takes of images: data times CTF times exp(i k.shift), and CTF squared.
+    """Input of the back-projection: data times CTF times exp(i k.shift), and CTF squared.
 
-    data (B, 2K) float32 pairs; ctf (B, K); shift (B, 2) float64 (x, y) in radians per frequency unit (2 pi s / D);
-    out (B, 2K), out_weight (B, K). The shift factor is a product of one for x and one for y, of which there are few.
+    data (B, 2K) float32 pairs; ctf (B, K); shift (B, 2) float64 (x, y) in radians per frequency unit (2 pi s / D); out
+    (B, 2K), out_weight (B, K). The shift factor is a product of one for x and one for y, of which there are few.
     """
     reach = int(np.max(np.abs(ky)))
     reach_x = int(np.max(kx))
@@ -251,7 +251,7 @@ def centre_and_weigh(data, ctf, ky, kx, shift, out, out_weight):
 
 @njit(inline="always")
 def _lattice_sums(column, angle, spacing, norm, out, r):
-    """Finishes the 3 x 3 shifts: column (rows, 6) holds, for three x shifts, the sums over kx of each ky (re, im)."""
+    """Finish the 3 x 3 shifts: column (rows, 6) holds, for three x shifts, the sums over kx of each ky (re, im)."""
     reach = (column.shape[0] - 1) // 2
     for s in range(3):
         t0, t1, t2 = np.float32(0), np.float32(0), np.float32(0)
@@ -270,8 +270,8 @@ def _lattice_sums(column, angle, spacing, norm, out, r):
 def score_local(grid, rows, rotation, ky, kx, scale, particle, data, weight, shift, spacing, out):
     """Log-likelihood (up to a constant of the particle) of R views with a 3 x 3 lattice of shifts each.
 
-    Re sum_k conj(P_k) y_k exp(i k.s) - sum_k w_k |P_k|^2 / 2; the shift factor is taken apart into x and y, so that
-    nine shifts cost little more than one.
+    Re sum_k conj(P_k) y_k exp(i k.s) - sum_k w_k |P_k|^2 / 2; the shift factor is separated into x and y, so that nine
+    shifts cost little more than one.
 
     rotation (R, 3, 3); particle (R,) row of data (B, 2K) float32 pairs (2 x c / sigma^2) and weight (B, K) (2 c^2 /
     sigma^2); shift (R, 2) centre of the lattice (x, y) in radians per frequency unit (2 pi s / D), spacing likewise;

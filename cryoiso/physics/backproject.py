@@ -1,13 +1,14 @@
 """Back-projection: insertion of slices into a Fourier grid.
 
-Sums are kept in fixed point (64-bit integers). Integer addition is associative, so the grid has the same bits whatever
-the order of particles, the number of threads or of ranks. The unit 2^-32 is far below single precision for the whitened
-values that are inserted (order 1 a coefficient), and leaves room for sums up to 2^31.
+Sums are in fixed point (64-bit integers). Integer addition is associative, so the grid has the same bits for any order
+of particles and any number of threads or ranks. The unit 2^-32 is far below single precision for the whitened values
+that are inserted (of order 1 per coefficient), and leaves room for sums up to 2^31.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 from cryoiso.core.errors import CryoisoError
 from cryoiso.physics.fourier import Disc
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
+from cryoiso.physics.projection import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int
 
 UNIT = float(2**32)
 MOST_SAMPLES = 2**24
@@ -27,7 +31,7 @@ MOST_SAMPLES = 2**24
 class SliceAccumulator:
     """Numerator and weight of one half-set: (2h+1, 2h+1, h+1, 3) int64 (re, im, weight), h = padding * radius + 2."""
 
-    grid: Tensor
+    grid: Int[Tensor, "rows rows columns 3"]
     box_px: int
     padding: int
     radius_px: int
@@ -37,7 +41,9 @@ class SliceAccumulator:
     _sample: np.ndarray = field(default_factory=lambda: np.empty((0, 6), np.float32), repr=False, compare=False)
 
     @classmethod
-    def empty(cls, box_px: int, radius_px: int | None = None, padding: int = 2, device="cpu") -> SliceAccumulator:
+    def empty(
+        cls, box_px: int, radius_px: int | None = None, padding: int = 2, device: str | torch.device = "cpu"
+    ) -> SliceAccumulator:
         radius = min(radius_px or (box_px - 1) // 2, (box_px - 1) // 2)
         h = padding * radius + 2
         shape = (2 * h + 1, 2 * h + 1, h + 1, 3)
@@ -48,17 +54,19 @@ class SliceAccumulator:
         return cls(grid, box_px, padding, radius)
 
     def clear(self) -> None:
-        """Makes it empty again; its memory is there already, which new memory is not."""
+        """Reset to zero, reusing the memory: newly allocated memory would have to be mapped first."""
         self.grid.zero_()
         self.bound = 0.0
 
-    def insert(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
-        """Adds slices.
+    def insert(
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+    ) -> None:
+        """Add slices.
 
         Args:
             data: (J, K) complex: CTF-weighted, centred coefficients (over the noise variance).
             weight: (J, K) real: CTF^2 (over the noise variance), times the posterior weight.
-            rotation: (J, 3, 3); ``where`` must hold each Friedel pair once.
+            rotation: (J, 3, 3); ``where`` must contain each Friedel pair once.
         """
         if data.numel() == 0:
             return
@@ -96,7 +104,7 @@ class SliceAccumulator:
             )
 
     def _working_space(self, slices: int, size: int) -> int:
-        """Makes the room that samples are sorted in: 28 B for every second voxel of the grid at most.
+        """Make the room that samples are sorted in: 28 B for every second voxel of the grid at most.
 
         Returns:
             the number of slices that fit.
@@ -108,8 +116,10 @@ class SliceAccumulator:
             self._sample = np.empty((samples, 6), np.float32)
         return len(self._tile) // size
 
-    def insert_torch(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
-        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
+    def insert_torch(
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+    ) -> None:
+        """The plain torch version of the CPU kernel, for GPUs and as its reference."""
         largest = torch.maximum(torch.maximum(data.real.abs(), data.imag.abs()), weight).amax(dim=1)
         self.bound += 8 * float(largest.double().sum())
         corner, fraction, flip = slice_corners(rotation.float(), where, self.padding, self.grid.shape[0])
@@ -120,7 +130,7 @@ class SliceAccumulator:
             flat.index_add_(0, (corner + offset).reshape(-1), (rows * share[..., None]).to(torch.int64).reshape(-1, 3))
 
     def finish(self) -> FourierSums:
-        """Converts the sums to floating point, with the x = 0 plane made whole by its Friedel mates.
+        """Convert the sums to floating point, with the x = 0 plane completed by its Friedel mates.
 
         Raises:
             CryoisoError: if the sums may have overflowed.
@@ -128,7 +138,8 @@ class SliceAccumulator:
         if self.bound * UNIT >= 2.0**63:
             raise CryoisoError(
                 f"the back-projection sums reach {self.bound:.3g}, beyond the fixed-point range of "
-                f"{2.0**63 / UNIT:.3g}. The images are not normalised; ingest them with normalise = true."
+                f"{2.0**63 / UNIT:.3g}. The images are not normalised; ingest them with normalise = true.",
+                code="images-not-normalised",
             )
         if self.grid.device.type == "cpu":
             return self._finish_numba()
@@ -146,7 +157,7 @@ class SliceAccumulator:
         )
 
     def finish_torch(self) -> FourierSums:
-        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
+        """The plain torch version of the CPU kernel, for GPUs and as its reference."""
         grid = self.grid
         plane = grid[:, :, 0, :]
         mate = plane.flip(0, 1) * torch.tensor([1, -1, 1], dtype=torch.int64, device=grid.device)

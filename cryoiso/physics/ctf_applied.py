@@ -1,12 +1,14 @@
 """Images to which the CTF has been applied: phase-flipped ones, y = sign(c) x, and premultiplied ones, y = c x.
 
-x = c P + n is the image as the microscope gave it. Flipping leaves the noise as it is and takes the CTF to |c|, so
-that nothing else need be known of it. Premultiplying colours the noise by c: x is y / c, which is exact where c is not
-close to zero, and nothing is known of x where it is. All that the likelihood and the back-projection need is c x = y
-and c^2; only what is made of the power of x has to weigh coefficients by c^2 (docs/formulas.md).
+x = c P + n is the image as recorded by the microscope. Flipping does not change the noise and takes the CTF to |c|; no
+further treatment is needed. Premultiplying colours the noise by c: x is y / c, which is exact where c is not close to
+zero and undefined where it is. Likelihood and back-projection need only c x = y and c^2; quantities computed from the
+power of x must weight coefficients by c^2 (docs/formulas.md).
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,30 +16,37 @@ from torch import Tensor
 
 from cryoiso.core.rng import generator
 from cryoiso.core.types import Particles
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.filters import friedel_weights, radius_grid
 
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int, Shaped
+
 LEAST_CTF = 1e-6
-"""Below it a coefficient of a premultiplied image holds nothing but rounding."""
+"""Below it a coefficient of a premultiplied image contains only rounding errors."""
 LEAST_DIVISOR = 0.05
-"""Smallest |c| that pixels of a restored image are divided by; at zero frequency c is the amplitude contrast."""
+"""Smallest |c| used as a divisor for restored images; at zero frequency c is the amplitude contrast."""
 LEAKED = 1.5
-"""A shell of a restored image has at most this times the power that its coefficients have on average by c^2."""
+"""Upper limit of the power of a shell of a restored image, as a multiple of its c^2-weighted mean."""
 
 
-def is_applied(particles: Particles, rows: np.ndarray | None = None) -> bool:
+def is_applied(particles: Particles, rows: Shaped[np.ndarray, " n"] | None = None) -> bool:
     """Whether any of these particles' images (None: of all) was phase-flipped or premultiplied."""
     used = np.unique(particles.optics if rows is None else particles.optics[rows])
     return any(particles.groups[g].ctf_applied for g in used.tolist())
 
 
-def microscope_ctf(particles: Particles, rows: np.ndarray, box_px: int, device="cpu") -> Tensor:
-    """(n, D, D//2+1) float32: c, whatever was done to the images."""
+def microscope_ctf(
+    particles: Particles, rows: Shaped[np.ndarray, " n"], box_px: int, device: str | torch.device = "cpu"
+) -> Float[Tensor, "n {box_px} {box_px}//2+1"]:
+    """(n, D, D//2+1) float32: c, regardless of the processing of the images."""
     return ctf_for(particles.with_ctf_applied(""), rows, box_px, device=device)
 
 
-def applied_factor(particles: Particles, rows: np.ndarray, ctf: Tensor) -> Tensor:
-    """(n, D, D//2+1): what the transforms of these images were multiplied by, 1, sign(c) or c."""
+def applied_factor(
+    particles: Particles, rows: Shaped[np.ndarray, " n"], ctf: Float[Tensor, "n box columns"]
+) -> Float[Tensor, "n box columns"]:
+    """(n, D, D//2+1): the factor by which the transforms of these images were multiplied: 1, sign(c) or c."""
     factor = torch.ones_like(ctf)
     for number, kind in _kinds(particles, rows):
         factor[number] = ctf[number] if kind == "premultiplied" else _sign(ctf[number])
@@ -56,8 +65,10 @@ def _kinds(particles: Particles, rows: np.ndarray) -> list[tuple[Tensor, str]]:
     ]
 
 
-def apply_ctf(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
-    """Images as the microscope gave them -> images of the kind that their optics groups name: (n, D, D) float32."""
+def apply_ctf(
+    images: Float[np.ndarray, "n box box"], particles: Particles, rows: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, "n box box"]:
+    """Convert images as recorded to the kind declared by their optics groups: (n, D, D) float32."""
     if not is_applied(particles, rows):
         return images
     ctf = microscope_ctf(particles, rows, images.shape[-1])
@@ -66,24 +77,27 @@ def apply_ctf(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.
 
 def _filtered(images: np.ndarray, factor: Tensor) -> np.ndarray:
     given = torch.from_numpy(np.ascontiguousarray(images, np.float32))
-    return torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+    filtered: np.ndarray = torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+    return filtered
 
 
-def low_frequencies_restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
-    """Premultiplied images divided by their CTF where it is above ``LEAST_DIVISOR``: good for the mean of a region,
-    whose weight lies at low frequencies, and for nothing else: (n, D, D) float32."""
+def low_frequencies_restored(
+    images: Float[np.ndarray, "n box box"], particles: Particles, rows: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, "n box box"]:
+    """Premultiplied images divided by their CTF where it is above ``LEAST_DIVISOR``: (n, D, D) float32. Only suitable
+    for the mean of a region, whose weight is at low frequencies."""
     ctf = microscope_ctf(particles, rows, images.shape[-1])
     return _filtered(images, ctf / ctf.square().clamp(min=LEAST_DIVISOR**2))
 
 
-def mean_square_ctf(particles: Particles, rows: np.ndarray, box_px: int) -> np.ndarray:
+def mean_square_ctf(particles: Particles, rows: Shaped[np.ndarray, " n"], box_px: int) -> Float[np.ndarray, " n"]:
     """(n,) float64: c^2 averaged over all frequencies of an image."""
     square = microscope_ctf(particles, rows, box_px).double().square().sum(1)
     return ((square * friedel_weights(box_px)).sum(1) / box_px**2).clamp(min=1e-12).numpy()
 
 
-def divide_by_ctf(values: Tensor, ctf: Tensor) -> Tensor:
-    """y / c of premultiplied coefficients, 0 where c is 0: times c it is y again, and it has the noise of x.
+def divide_by_ctf(values: Complex[Tensor, "... k"], ctf: Float[Tensor, "... k"]) -> Complex[Tensor, "... k"]:
+    """y / c of premultiplied coefficients, 0 where c is 0: multiplied by c it is y again, and it has the noise of x.
 
     Args:
         values, ctf: (..., K).
@@ -91,13 +105,15 @@ def divide_by_ctf(values: Tensor, ctf: Tensor) -> Tensor:
     return torch.where(ctf.abs() > LEAST_CTF, values / torch.where(ctf.abs() > LEAST_CTF, ctf, 1.0), 0.0)
 
 
-def restored(images: np.ndarray, particles: Particles, rows: np.ndarray) -> np.ndarray:
-    """Images as the microscope would have given them, from images of any kind: (n, D, D) float32.
+def restored(
+    images: Float[np.ndarray, "n box box"], particles: Particles, rows: Shaped[np.ndarray, " n"]
+) -> Float[np.ndarray, "n box box"]:
+    """Images as the microscope would have recorded them, from images of any kind: (n, D, D) float32.
 
-    Flipped images are flipped back, without loss (but at Nyquist's frequency). Of premultiplied ones,
-    y c / max(c^2, c0^2), c0 = ``LEAST_DIVISOR``, is what is known; the noise that is missing at the zeros of the CTF is
-    replaced by noise of the same spectrum, which follows from the particle's uid. For whatever needs images with the
-    usual noise, as the training of a generator does; likelihood and back-projection do without.
+    Flipped images are flipped back, without loss (except at the Nyquist frequency). For premultiplied ones, y c /
+    max(c^2, c0^2), c0 = ``LEAST_DIVISOR``, is the recoverable part; the noise missing at the zeros of the CTF is
+    replaced by noise of the same spectrum, determined by the particle's uid. For methods that need images with the
+    usual noise, such as the training of a generator; likelihood and back-projection do not.
     """
     if not is_applied(particles, rows):
         return images
@@ -128,26 +144,29 @@ def _whole(images: np.ndarray, ctf: Tensor, uids: np.ndarray) -> np.ndarray:
     # where an image was cut out of a larger one after the multiplication, more than c x stands at the zeros of c
     found = restored_spectrum(parts.abs().square(), torch.ones_like(ctf))
     limit = (LEAKED * power / found.clamp(min=1e-30)).clamp(max=1).sqrt()[:, shell]
-    return torch.fft.irfft2(
+    whole: np.ndarray = torch.fft.irfft2(
         parts * limit + white * (power[:, shell] * (1 - known.square())).sqrt(), s=(box, box)
     ).numpy()
+    return whole
 
 
-def shells(box_px: int) -> Tensor:
+def shells(box_px: int) -> Int[Tensor, "{box_px} {box_px}//2+1"]:
     """(D, D//2+1) int64: the shell of each coefficient of a transform with its origin at index 0."""
     return radius_grid(box_px, 2).round().long()
 
 
-def restored_spectrum(power: Tensor, ctf: Tensor, least: float = 1e-6) -> Tensor:
+def restored_spectrum(
+    power: Float[Tensor, "n box columns"], ctf: Float[Tensor, "n box columns"], least: float = 1e-6
+) -> Float[Tensor, "n shells"]:
     """(n, S) power of x by shell from that of y = c x: sum |y|^2 / sum c^2.
 
-    Every coefficient counts by c^2, so that what leaks into the zeros of the CTF when a premultiplied image is cut out
-    of a larger one does no harm.
+    Every coefficient is weighted by c^2, so that signal leaking into the zeros of the CTF when a premultiplied image is
+    cropped has no effect.
 
     Args:
         power: (n, D, D//2+1) |y|^2.
         ctf: the same shape.
-        least: smallest mean c^2 that is divided by.
+        least: smallest mean c^2 used as a divisor.
     """
     shell = shells(power.shape[-2]).to(power.device)
     size = int(shell.max()) + 1

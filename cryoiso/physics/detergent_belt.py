@@ -1,7 +1,8 @@
-"""Synthetic detergent: a belt of head groups and tails around the membrane part of a protein, for tests of known truth.
+"""Synthetic detergent: a belt of head groups and tails around the membrane part of a protein, for tests with known
+truth.
 
-The contrast of a micelle or nanodisc with the solvent is that of its head groups; the tails differ little from vitreous
-ice. At low resolution that is a flat shell of somewhat less than protein density around a nearly empty core.
+The contrast of a micelle or nanodisc with the solvent comes from its head groups; the tails differ little from vitreous
+ice. At low resolution this is a flat shell of somewhat less than protein density around a nearly empty core.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ class Belt:
     """Relative to the inside of the protein."""
     core_density: float = 0.15
     softness_A: float = 3.0
-    """Standard deviation of the Gaussian that it is blurred with."""
+    """Standard deviation of the Gaussian blur."""
 
 
 def belt_map(belt: Belt, box_px: int, pixel_size_A: float) -> DensityMap:
-    """The belt alone, protein or not: 1 is the protein's density."""
+    """The belt alone, ignoring the protein; 1 is the protein's density."""
     axis = (np.arange(box_px) - box_px // 2) * pixel_size_A
     radius = np.hypot(axis[:, None], axis[None, :])[None]
     z = (axis - belt.centre_z_A)[:, None, None]
 
     def body(shrink_A: float) -> np.ndarray:
         level = (radius / (belt.radius_A - shrink_A)) ** 4 + (z / (belt.half_thickness_A - shrink_A)) ** 4
-        return (level <= 1).astype(np.float32)
+        inside: np.ndarray = (level <= 1).astype(np.float32)
+        return inside
 
     whole, core = body(0.0), body(belt.shell_A)
     density = belt.shell_density * (whole - core) + belt.core_density * core
@@ -47,7 +49,7 @@ def belt_map(belt: Belt, box_px: int, pixel_size_A: float) -> DensityMap:
 
 
 def in_detergent(protein: DensityMap, belt: Belt) -> tuple[DensityMap, DensityMap]:
-    """A protein in its belt: detergent fills what the protein leaves free.
+    """A protein in its belt: detergent fills the space that the protein leaves free.
 
     Args:
         protein: any grey scale, membrane normal along z.

@@ -1,15 +1,15 @@
-"""Rigid fitting of a map into the frame of another: where it belongs, how sure that is, and of which hand it is.
+"""Rigid alignment of a map to another: position, uncertainty and hand.
 
 Coordinates are (x, y, z) in Å from voxel D//2. A placement takes a point x of the moving map to R x + d of the target;
-its mirrored twin takes it to R (-x) + d (the inversion through the centre is a mirror image that leaves symmetry axes
-where they are). In terms of ``metrics.mapmodel.to_frame``, the fitted map is to_frame(moving, R^T, -R^T d).
+its mirror image takes it to R (-x) + d (the inversion through the centre is a mirror image that preserves the symmetry
+axes). In terms of ``metrics.mapmodel.to_frame``, the fitted map is to_frame(moving, R^T, -R^T d).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,16 +20,19 @@ from cryoiso.physics.resample import place_map
 from cryoiso.physics.so3 import angular_distance_deg, grid_step_deg, so3_grid
 from cryoiso.physics.symmetry import normalise_name, point_group
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
 COARSE_CANDIDATES, FINE_CANDIDATES = 40, 8
 """Placements that are refined at the coarse and at the fine resolution, per hand."""
 SURE = 3.0
 """Two scores differ clearly if they are this many standard errors apart, ..."""
 WORTH = 0.01
-"""... and by this much: correlations that differ by less are the same for every purpose."""
+"""... and by this much: smaller differences of correlations are irrelevant."""
 SYMMETRIC = 0.6
-"""Correlation of a map with its own copy, turned by the point group, from which it counts as symmetric."""
+"""Correlation of a map with its own copy, rotated by the point group, above which it counts as symmetric."""
 NEAR_DEG, NEAR = 0.2, 0.05
-"""A map whose axes are this close (degrees; shift in resolutions) to the standard frame is left where it is."""
+"""A map whose axes are this close (degrees; shift in resolutions) to the standard frame is not moved."""
 AXIS_STEP_DEG = 5.0
 
 
@@ -42,12 +45,12 @@ def fit_into(
     mirror: bool = True,
     order: int = 2,
 ) -> Fit:
-    """Finds the rotation and shift that lay a map into another one.
+    """Find the rotation and shift that align a map to another one.
 
-    Every rotation of a grid over SO(3) (15 degrees apart at order 2) is tried with every shift, at a resolution coarse
-    enough that the grid misses nothing (the step times the particle's radius); the best distinct placements are refined
-    there, the best of those at ``resolution_A``. With a symmetry, a moving map that has it is afterwards put with its
-    axes exactly onto the target's (Cn: only spin about z, slide along z and flip stay free).
+    Every rotation of a grid over SO(3) (15 degrees apart at order 2) is combined with every shift, at a resolution
+    coarse enough for the grid (the step times the particle's radius); the best distinct placements are refined there,
+    the best of those at ``resolution_A``. With a symmetry, a moving map that has it is then placed with its axes
+    exactly on the target's (Cn: only spin about z, slide along z and flip remain free).
 
     Args:
         moving: any grid.
@@ -87,10 +90,10 @@ def fit_about_axis(
     symmetry: str,
     mirror: bool = True,
 ) -> Fit:
-    """Fits a map whose symmetry axes already are the target's: for Cn only spin, slide along z and flip over are free.
+    """Align a map whose symmetry axes already coincide with the target's: for Cn only spin, slide along z and flip are
+    free.
 
-    For the other groups nothing continuous is free, and the few rotations that carry the axes onto one another are
-    tried.
+    The other groups have no continuous freedom, and the few rotations that map the axes onto one another are tried.
 
     Args:
         moving, target: both in the standard frame of the group.
@@ -115,11 +118,11 @@ def apply_fit(
 
     Args:
         moving: the map that was fitted.
-        fit: what :func:`fit_into` returned, or one of its placements.
+        fit: the result of :func:`fit_into`, or one of its placements.
         box_px, pixel_size_A: grid of the result, by default the moving map's.
 
     Returns:
-        DensityMap; interpolated as ``physics.resample.place_map`` does; its error is stated there.
+        DensityMap, interpolated by ``physics.resample.place_map``, which states the error.
     """
     placement = fit.best if isinstance(fit, Fit) else fit
     data = inverted(moving.data) if placement.mirrored else moving.data
@@ -128,15 +131,15 @@ def apply_fit(
     return DensityMap(place_map(data, moving.pixel_size_A, placement.rotation, placement.shift_A, box, pixel), pixel)
 
 
-def inverted(data: np.ndarray) -> np.ndarray:
-    """The mirror image through the centre voxel D//2: out(x) = map(-x). In even boxes the edge at -D/2 stays."""
+def inverted(data: Shaped[np.ndarray, "box box box"]) -> Shaped[np.ndarray, "box box box"]:
+    """The mirror image through the centre voxel D//2: out(x) = map(-x). In even boxes the edge at -D/2 is unchanged."""
     flipped = data[::-1, ::-1, ::-1]
     return np.ascontiguousarray(flipped if len(data) % 2 else np.roll(flipped, 1, (0, 1, 2)))
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What all searches of one fit have in common."""
+    """Data shared by all searches of one fit."""
 
     target: DensityMap
     resolution_A: float
@@ -154,7 +157,7 @@ class _Task:
     def run(
         self, moving: DensityMap, rotation: np.ndarray, allowed: str, step_deg: float
     ) -> dict[bool, list[Placement]]:
-        """The distinct optima of each hand that a grid of rotations leads to, best first."""
+        """The distinct optima of each hand from a grid of rotations, best first."""
         fine = self.pair(moving, self.resolution_A, allowed)
         coarse_A = max(self.resolution_A, math.radians(max(step_deg, AXIS_STEP_DEG * 2)) * fine.body.radius_A)
         coarse = self.pair(moving, coarse_A, allowed) if coarse_A > 1.05 * self.resolution_A else fine
@@ -191,13 +194,13 @@ class _Task:
         return np.array(chosen, int)
 
     def least_turned(self, placement: Placement) -> Placement:
-        """Of the equivalent placements the one with the smallest angle, so that what lies right stays."""
+        """Among equivalent placements the one with the smallest rotation, so that an aligned map is not moved."""
         turns = self.ops @ placement.rotation
         nearest = int(np.argmax(np.round(np.einsum("gii->g", turns), 9)))
         return replace(placement, rotation=turns[nearest], shift_A=self.ops[nearest] @ placement.shift_A)
 
     def judge(self, moving: DensityMap, found: dict[bool, list[Placement]], group: str, free: Placement | None) -> Fit:
-        """Compares the best placements with their errors."""
+        """Compare the best placements with their errors."""
         best, *others = (self.least_turned(p) for p in found[False])
         mirror = self.least_turned(found[True][0]) if found.get(True) else None
         runner_up = others[0] if others else None
@@ -220,9 +223,9 @@ class _Task:
     def _difference(self, pair: fs.Pair, a: Placement, b: Placement) -> tuple[float, float]:
         """Difference of two scores and its standard error.
 
-        The terms of the scores are summed in cubes of Fourier space about as wide as the transform of the particle's
-        volume is correlated, which makes the sums independent of each other, but for the symmetry; the error is that of
-        a sum of independent terms of unknown mean, times the square root of the order of the group.
+        The terms of the scores are summed in cubes of Fourier space about as wide as the correlation length of the
+        particle's transform, so that the sums are independent except for the symmetry; the error is that of a sum of
+        independent terms of unknown mean, times the square root of the order of the group.
         """
         terms = []
         for p in (a, b):
@@ -237,8 +240,9 @@ class _Task:
 
 
 def _middle(pair: fs.Pair, rotation: np.ndarray, mirrored: bool) -> np.ndarray:
-    """(n, 3): where rotations about the moving map's centre carry the body's middle."""
-    return (-1 if mirrored else 1) * rotation @ pair.body.centre_A
+    """(n, 3): position of the body's centre after rotations about the moving map's centre."""
+    centre_A: np.ndarray = (-1 if mirrored else 1) * rotation @ pair.body.centre_A
+    return centre_A
 
 
 def _about_axes(task: _Task, moving: DensityMap, base: Placement, group: str) -> dict[bool, list[Placement]]:
@@ -252,11 +256,12 @@ def _about_axes(task: _Task, moving: DensityMap, base: Placement, group: str) ->
 
 
 def _normaliser(group: str) -> np.ndarray:
-    """Rotations that carry a group's axes onto themselves, modulo the group; for Cn a grid of spins, and flips."""
+    """Rotations that map a group's axes onto themselves, modulo the group; for Cn a grid of spins, and flips."""
     from cryoiso.physics.so3 import rotvec_to_matrix
 
     def about(axis: Any, deg: float) -> np.ndarray:
-        return rotvec_to_matrix(np.radians(deg) * np.asarray(axis, np.float64))[0]
+        rotation: np.ndarray = rotvec_to_matrix(np.radians(deg) * np.asarray(axis, np.float64))[0]
+        return rotation
 
     fold = int(group[1:]) if group[0] in "CD" else 0
     if group[0] == "C":
@@ -276,14 +281,16 @@ def _is_small(placement: Placement, resolution_A: float) -> bool:
     return angle < NEAR_DEG and float(np.linalg.norm(placement.shift_A)) < NEAR * resolution_A
 
 
-def rotation_search(density: DensityMap, rotation: np.ndarray, resolution_A: float, step_deg: float) -> list[Placement]:
-    """The best distinct placements of a map in itself that a grid of rotations leads to, best first.
+def rotation_search(
+    density: DensityMap, rotation: Float[np.ndarray, "n 3 3"], resolution_A: float, step_deg: float
+) -> list[Placement]:
+    """The best distinct placements of a map on itself from a grid of rotations, best first.
 
     Args:
         density: any map.
         rotation: (n, 3, 3) the grid; every shift is tried with each.
         resolution_A: finest information used.
-        step_deg: of the grid; a coarser resolution nominates if the grid needs it.
+        step_deg: of the grid; candidates are selected at a coarser resolution if the grid requires it.
 
     Raises:
         InputError: a map that is empty or too coarse.
@@ -295,7 +302,7 @@ def rotation_search(density: DensityMap, rotation: np.ndarray, resolution_A: flo
 def own_frame(density: DensityMap, group: str, resolution_A: float, least: float = SYMMETRIC) -> Placement | None:
     """The small rotation and shift that bring a map's own symmetry axes into the standard frame.
 
-    The map is fitted into itself, starting from each operation of the group: the rotations found have the map's own
+    The map is aligned to itself, starting from each operation of the group: the resulting rotations have the map's own
     axes. None if the map does not have the symmetry nearby: a score below ``least``, or axes more than 20 degrees away.
     """
     from scipy.spatial.transform import Rotation

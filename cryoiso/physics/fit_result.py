@@ -1,39 +1,43 @@
-"""What a rigid fit found: placements, their scores and errors, and the same in words."""
+"""Result of a rigid fit: placements, their scores and errors, and a verdict in words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 Hand = Literal["same", "mirrored", "undecided", "not tried"]
 FREER = 0.05
-"""A free search whose score is higher by this than that of a placement on the axes casts doubt on the axes."""
+"""A free search that scores higher by this than a placement on the axes casts doubt on the axes."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to lay the moving map into the target."""
+    """One placement of the moving map in the target."""
 
-    rotation: np.ndarray
+    rotation: Float[np.ndarray, "3 3"]
     """(3, 3) R"""
-    shift_A: np.ndarray
+    shift_A: Float[np.ndarray, " 3"]
     """(3,) d"""
     score: float
     """normalised cross-correlation of both maps with flattened spectra, up to the resolution of the fit"""
     mirrored: bool = False
 
-    def points(self, xyz_A: np.ndarray) -> np.ndarray:
+    def points(self, xyz_A: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
         """Points (n, 3) of the moving map in the target's frame."""
         xyz = np.asarray(xyz_A, np.float64)
-        return (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
+        placed_A: np.ndarray = (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
+        return placed_A
 
     def after(self, first: Placement) -> Placement:
-        """The placement that does ``first`` (not mirrored) and then this one."""
+        """The placement that applies ``first`` (not mirrored) and then this one."""
         sign = -1 if self.mirrored else 1
         shift = self.shift_A + sign * self.rotation @ first.shift_A
         return replace(self, rotation=self.rotation @ first.rotation, shift_A=shift)
@@ -41,7 +45,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Fit:
-    """The best placement, its rivals, and what they say."""
+    """The best placement, its rivals, and the comparison between them."""
 
     best: Placement
     mirror: Placement | None
@@ -51,7 +55,7 @@ class Fit:
     optima: tuple[Placement, ...]
     """the best few of this hand, ``best`` first"""
     free: Placement | None
-    """what a search without regard to the symmetry axes finds; None if none was made"""
+    """result of a search without regard to the symmetry axes; None if none was made"""
     hand: Hand
     ambiguous: bool
     """``runner_up`` fits as well"""
@@ -64,11 +68,11 @@ class Fit:
     error_runner_up: float
 
     @property
-    def rotation(self) -> np.ndarray:
+    def rotation(self) -> Float[np.ndarray, "3 3"]:
         return self.best.rotation
 
     @property
-    def shift_A(self) -> np.ndarray:
+    def shift_A(self) -> Float[np.ndarray, " 3"]:
         return self.best.shift_A
 
     @property
@@ -81,12 +85,12 @@ class Fit:
 
     @property
     def off_axis(self) -> bool:
-        """Whether the free search found a clearly better place, off the symmetry axes."""
+        """Whether the free search found a clearly better placement off the symmetry axes."""
         return self.on_axes and self.free is not None and self.free.score > self.score + FREER
 
     @property
     def verdict(self) -> str:
-        """What was found, in one to four sentences."""
+        """The result in one to four sentences."""
         return " ".join(filter(None, (self._where(), self._hand(), self._rivals(), self._axes())))
 
     def _where(self) -> str:

@@ -1,15 +1,15 @@
-"""How well one map lies in another, at any rotation and shift: exhaustive search and local refinement.
+"""Agreement of one map with another at any rotation and shift: exhaustive search and local refinement.
 
-Both maps are reduced to their Fourier coefficients inside a sphere, each shell scaled to the same power (no shell's
-grey scale, temperature factor or filter counts). With T the target's coefficients and M those of the moving map, the
-score of rotation R and shift u is their normalised cross-correlation
+Both maps are reduced to their Fourier coefficients inside a sphere, with each shell scaled to the same power (so grey
+scale, temperature factor and filter of a shell have no effect). With T the target's coefficients and M those of the
+moving map, the score of rotation R and shift u is their normalised cross-correlation
 
     c(R, u) = Re sum_k conj(T_k) M(R^T k) exp(-2 pi i k.u) / (|T| |M|),
 
-a Pearson correlation of the two flattened maps, and the mean of their FSC over all coefficients in the sphere. For
-one rotation all shifts cost one inverse FFT of the smallest grid that holds the sphere (Colores: Chacon and Wriggers,
-J. Mol. Biol. 317, 375, 2002). The mirror image enters as the inversion through the centre, conj(M): it differs from any
-other mirror image by a rotation, and leaves all proper symmetry axes where they are.
+a Pearson correlation of the two flattened maps, and the mean of their FSC over all coefficients in the sphere. For one
+rotation all shifts cost one inverse FFT of the smallest grid that contains the sphere (Colores: Chacon and Wriggers, J.
+Mol. Biol. 317, 375, 2002). The mirror image enters as the inversion through the centre, conj(M): it differs from any
+other mirror image by a rotation, and preserves all proper symmetry axes.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import apply_radial, power_spectrum
 from cryoiso.physics.fourier import fourier_to_volume, pad_volume, volume_to_fourier
 from cryoiso.physics.masks import density_threshold, sphere_mask
-from cryoiso.physics.project import FourierVolume, flat_pairs, pairs
+from cryoiso.physics.projection import FourierVolume, flat_pairs, pairs
 from cryoiso.physics.so3 import rotvec_to_matrix
 
 PADDING = 2
 SMALLEST_GAIN = 1e-6
 """A refinement ends when a step adds less to the score."""
 WEAKEST = 1e-4
-"""Shells whose amplitude is below this fraction of the strongest hold only rounding errors and are not raised more."""
+"""Shells whose amplitude is below this fraction of the strongest contain only rounding errors and are not amplified
+more."""
 FULL, AXIS, FIXED = "full", "axis", "fixed"
-"""Where a placement may go: anywhere; spin and slide along z; nowhere."""
+"""Freedom of a placement: any; spin and slide along z; none."""
 _FREEDOM: dict[str, list[int]] = {FULL: [0, 1, 2, 3, 4, 5], AXIS: [2, 5], FIXED: []}
 
 
 @dataclass(frozen=True)
 class Body:
-    """A moving map, ready to be sampled at any rotation about its middle."""
+    """A moving map, prepared for sampling at any rotation about its centre."""
 
     fourier: FourierVolume
     pixel_size_A: float
     centre_A: np.ndarray
-    """(3,) x, y, z of its middle in its own map"""
+    """(3,) x, y, z of its centre in its own map"""
     radius_A: float
-    """of the sphere about the middle that holds its density"""
+    """of the sphere about the centre that contains its density"""
 
     @property
     def spacing(self) -> float:
@@ -80,7 +81,7 @@ class Pair:
         return self.side_A / float(np.linalg.norm(self.index[-1]))
 
     def sample(self, rotation: np.ndarray) -> Tensor:
-        """The body's coefficients at these rotations, about its middle: (n, 3, 3) -> (n, K), unit norm each."""
+        """The body's coefficients at these rotations, about its centre: (n, 3, 3) -> (n, K), unit norm each."""
         from cryoiso.physics._fit_kernels import extract_points
 
         grid, turn = self.body.fourier.grid, np.ascontiguousarray(rotation, np.float32)
@@ -96,7 +97,7 @@ class Pair:
         return torch.from_numpy(np.exp(-2j * np.pi * cycles).astype(np.complex64))
 
     def placed(self, rotation: np.ndarray, shift_A: np.ndarray, mirrored: bool = False) -> Tensor:
-        """Coefficients of the body after rotation and shift of its middle: (n, 3, 3), (n, 3) -> (n, K)."""
+        """Coefficients of the body after rotation and shift of its centre: (n, 3, 3), (n, 3) -> (n, K)."""
         values = self.sample(rotation)
         return (values.conj() if mirrored else values) * self.phases(shift_A)
 
@@ -107,16 +108,17 @@ class Pair:
 
     def score(self, rotation: np.ndarray, shift_A: np.ndarray, mirrored: bool = False) -> np.ndarray:
         """(n,) normalised cross-correlations."""
-        return self.agreement(rotation, shift_A, mirrored).sum(1)
+        score: np.ndarray = self.agreement(rotation, shift_A, mirrored).sum(1)
+        return score
 
 
 def make_body(moving: DensityMap, resolution_A: float, *, hold: str = FULL) -> Body:
-    """Cuts a map down to what a resolution needs, centres it and flattens its spectrum.
+    """Reduce a map to the required resolution, centre it and flatten its spectrum.
 
     Args:
         moving: the map.
         resolution_A: finest information used.
-        hold: ``AXIS`` keeps the middle on the z axis through the box centre, ``FIXED`` on the box centre itself.
+        hold: ``AXIS`` keeps the centre on the z axis through the box centre, ``FIXED`` on the box centre itself.
 
     Raises:
         InputError: the map's grid is too coarse for the resolution, or the map is empty.
@@ -169,7 +171,7 @@ def flattened(volume: Tensor) -> Tensor:
 
 
 def reduced_map(density: DensityMap, resolution_A: float) -> DensityMap:
-    """A map on the coarsest grid that holds a resolution, or as it is where its own is no finer.
+    """A map on the coarsest grid that supports a resolution; unchanged if its own grid is no finer.
 
     Raises:
         InputError: an empty map.
@@ -185,11 +187,13 @@ def _reduced(density: DensityMap, resolution_A: float, role: str) -> tuple[Tenso
     if resolution_A < 2 * density.pixel_size_A:
         raise InputError(
             f"the {role} map's grid is too coarse for this fit", expected=f"pixels of {resolution_A / 2:g} Å or less",
-            found=f"{density.pixel_size_A:g} Å", hint="Fit at a lower resolution.",
+            found=f"{density.pixel_size_A:g} Å", hint="Fit at a lower resolution.", code="grid-too-coarse",
         )  # fmt: skip
     volume = torch.as_tensor(np.asarray(density.data, np.float32))
     if not 0 < float(volume.std()) < float("inf"):  # NaN if any density is not finite
-        raise InputError(f"the {role} map of a fit holds nothing", expected="finite densities that vary")
+        raise InputError(
+            f"the {role} map of the fit is empty", expected="finite densities that vary", code="map-without-density"
+        )
     box = volume.shape[0]
     reach = math.ceil(box * density.pixel_size_A / resolution_A)
     small = min(box, next_fast_len(2 * math.ceil(1.15 * reach) + 6, real=True))
@@ -204,7 +208,8 @@ def _reduced(density: DensityMap, resolution_A: float, role: str) -> tuple[Tenso
 
 
 def _extent(volume: Tensor, pixel_size_A: float, resolution_A: float) -> tuple[np.ndarray, float]:
-    """Middle (x, y, z) of a map's density in whole pixels from the box centre, and the radius of what lies about it."""
+    """Centre (x, y, z) of a map's density in whole pixels from the box centre, and the radius of the density about
+    it."""
     from scipy import ndimage
 
     smooth = ndimage.gaussian_filter(volume.numpy(), 0.25 * max(resolution_A, 15.0) / pixel_size_A)
@@ -229,10 +234,13 @@ def _sphere(reach: float) -> np.ndarray:
     grid = np.stack(np.meshgrid(np.arange(top + 1), full, full, indexing="ij"), -1).reshape(-1, 3)
     length2 = (grid**2).sum(1)
     grid, length2 = grid[(length2 > 0) & (length2 <= reach**2)], length2[(length2 > 0) & (length2 <= reach**2)]
-    return grid[np.argsort(length2, kind="stable")]
+    ordered: np.ndarray = grid[np.argsort(length2, kind="stable")]
+    return ordered
 
 
-def search(pair: Pair, rotation: np.ndarray, allowed: str, hands: tuple[bool, ...]) -> dict[bool, tuple]:
+def search(
+    pair: Pair, rotation: np.ndarray, allowed: str, hands: tuple[bool, ...]
+) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
     """The best shift of every rotation.
 
     Args:
@@ -249,7 +257,7 @@ def search(pair: Pair, rotation: np.ndarray, allowed: str, hands: tuple[bool, ..
     box = next_fast_len(2 * top + 2, real=True)
     kx, ky, kz = pair.index.T
     flat = torch.as_tensor(((kz % box) * box + ky % box) * (box // 2 + 1) + kx)
-    found: dict[bool, list] = {hand: [] for hand in hands}
+    found: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {hand: [] for hand in hands}
     step = max(1, (1 << 21) // box**3)
     for first in range(0, len(rotation), step):
         values = pair.sample(rotation[first : first + step])
@@ -278,7 +286,7 @@ def _best_shift(product: Tensor, flat: Tensor, box: int, allowed: str) -> tuple[
 def refine(
     pair: Pair, rotation: np.ndarray, shift_A: np.ndarray, mirrored: bool, allowed: str = FULL, rounds: int = 12
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Climbs to the nearest maximum of the score: Levenberg-Marquardt on |T - a M|^2, all placements side by side.
+    """Climb to the nearest maximum of the score: Levenberg-Marquardt on |T - a M|^2, all placements in parallel.
 
     Args:
         rotation, shift_A: (n, 3, 3), (n, 3) starts.

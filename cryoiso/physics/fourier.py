@@ -1,4 +1,4 @@
-"""Centred Fourier transforms and the set of Fourier coefficients that an image is worth.
+"""Centred Fourier transforms, and the set of independent Fourier coefficients of an image.
 
 Layout: half-plane of ``rfft`` (ky in FFT order, kx = 0..D//2), centre of images and volumes at pixel D//2 (odd and
 even). Images use the orthonormal transform, so that white noise of standard deviation 1 has E|X|^2 = 1 at every
@@ -9,34 +9,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int, Shaped
 
-def images_to_fourier(images: Tensor) -> Tensor:
+
+def images_to_fourier(images: Float[Tensor, "*n box box"]) -> Complex[Tensor, "*n box box//2+1"]:
     """Orthonormal centred transform: (n, D, D) real -> (n, D, D//2+1) complex."""
-    return torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho")
+    coefficients: Tensor = torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)), norm="ortho")
+    return coefficients
 
 
-def fourier_to_images(coefficients: Tensor, box_px: int) -> Tensor:
+def fourier_to_images(
+    coefficients: Complex[Tensor, "*n {box_px} {box_px}//2+1"], box_px: int
+) -> Float[Tensor, "*n {box_px} {box_px}"]:
     """Inverse of :func:`images_to_fourier`: (n, D, D//2+1) complex -> (n, D, D) real."""
     images = torch.fft.irfft2(coefficients, s=(box_px, box_px), norm="ortho")
-    return torch.fft.fftshift(images, dim=(-2, -1))
+    centred: Tensor = torch.fft.fftshift(images, dim=(-2, -1))
+    return centred
 
 
-def volume_to_fourier(volume: Tensor) -> Tensor:
+def volume_to_fourier(volume: Float[Tensor, "box box box"]) -> Complex[Tensor, "box box box//2+1"]:
     """Centred transform without a factor: (D, D, D) real -> (D, D, D//2+1) complex."""
-    return torch.fft.rfftn(torch.fft.ifftshift(volume), dim=(0, 1, 2))
+    coefficients: Tensor = torch.fft.rfftn(torch.fft.ifftshift(volume), dim=(0, 1, 2))
+    return coefficients
 
 
-def fourier_to_volume(coefficients: Tensor, box_px: int) -> Tensor:
+def fourier_to_volume(
+    coefficients: Complex[Tensor, "{box_px} {box_px} {box_px}//2+1"], box_px: int
+) -> Float[Tensor, "{box_px} {box_px} {box_px}"]:
     """Inverse of :func:`volume_to_fourier`."""
-    return torch.fft.fftshift(torch.fft.irfftn(coefficients, s=(box_px,) * 3, dim=(0, 1, 2)))
+    volume: Tensor = torch.fft.fftshift(torch.fft.irfftn(coefficients, s=(box_px,) * 3, dim=(0, 1, 2)))
+    return volume
 
 
-def pad_volume(volume: Tensor, box_px: int) -> Tensor:
+def pad_volume(volume: Float[Tensor, "box box box"], box_px: int) -> Float[Tensor, "{box_px} {box_px} {box_px}"]:
     """Zero-pads (or crops) a cube about its centre pixel D//2 to box_px."""
     old = volume.shape[0]
     lo = box_px // 2 - old // 2
@@ -51,26 +63,26 @@ class Disc:
 
     box_px: int
     radius_px: float
-    ky: np.ndarray
+    ky: Float[np.ndarray, " k"]
     """(K,) float32, signed."""
-    kx: np.ndarray
+    kx: Float[np.ndarray, " k"]
     """(K,) float32."""
-    flat: np.ndarray
+    flat: Int[np.ndarray, " k"]
     """(K,) int64: index into the flattened (D, D//2+1) half-plane."""
-    shell: np.ndarray
+    shell: Int[np.ndarray, " k"]
     """(K,) int64: nint of the radius."""
 
     @property
     def size(self) -> int:
         return len(self.flat)
 
-    def gather(self, coefficients: Tensor) -> Tensor:
+    def gather(self, coefficients: Shaped[Tensor, "*batch box columns"]) -> Shaped[Tensor, "*batch k"]:
         """(..., D, D//2+1) -> (..., K)."""
         index = torch.as_tensor(self.flat, device=coefficients.device)
         plane = coefficients.flatten(-2)
         return plane.gather(-1, index.expand(*plane.shape[:-1], -1))
 
-    def frequencies(self, pixel_size_A: float) -> tuple[Tensor, Tensor]:
+    def frequencies(self, pixel_size_A: float) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
         """(ky, kx) in 1/Å, float64, each (K,)."""
         scale = 1.0 / (self.box_px * pixel_size_A)
         ky, kx = (torch.as_tensor(k, dtype=torch.float64) for k in (self.ky, self.kx))
@@ -81,8 +93,7 @@ class Disc:
 def disc(box_px: int, radius_px: float, with_dc: bool = False) -> Disc:
     """Coefficients with |k| <= radius_px, ordered by shell so that a smaller radius is a prefix of a larger one.
 
-    The Nyquist column of an even box is left out: its Friedel mate is itself and interpolation has nothing to say
-    about it.
+    The Nyquist column of an even box is left out: it is its own Friedel mate and cannot be interpolated.
     """
     ky = np.fft.fftfreq(box_px) * box_px
     kx = np.arange(box_px // 2 + 1, dtype=np.float64)
@@ -105,7 +116,9 @@ def disc(box_px: int, radius_px: float, with_dc: bool = False) -> Disc:
     )
 
 
-def shift_phases(ky: Tensor, kx: Tensor, shift_px: Tensor) -> Tensor:
+def shift_phases(
+    ky: Float[Tensor, " k"], kx: Float[Tensor, " k"], shift_px: Float[Tensor, "*n 2"]
+) -> Complex[Tensor, "*n k"]:
     """Factors that move the content by ``shift_px``: exp(-2 pi i k.shift / D).
 
     Args:
@@ -119,13 +132,15 @@ def shift_phases(ky: Tensor, kx: Tensor, shift_px: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def sinc2_profile(box_px: int, padding: int, device=None, dtype=torch.float32) -> Tensor:
-    """(D,) envelope that trilinear interpolation on a grid padded by ``padding`` multiplies a volume with, per axis."""
+def sinc2_profile(
+    box_px: int, padding: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, " {box_px}"]:
+    """(D,) envelope by which trilinear interpolation on a grid padded by ``padding`` multiplies a volume, per axis."""
     x = (torch.arange(box_px, device=device, dtype=torch.float64) - box_px // 2) / (padding * box_px)
     return torch.sinc(x).square().to(dtype)
 
 
-def divide_by_gridding(volume: Tensor, padding: int) -> Tensor:
-    """Undoes the separable sinc^2 envelope of trilinear interpolation (before projecting, after back-projecting)."""
+def divide_by_gridding(volume: Float[Tensor, "box box box"], padding: int) -> Float[Tensor, "box box box"]:
+    """Undo the separable sinc^2 envelope of trilinear interpolation (before projecting, after back-projecting)."""
     s = sinc2_profile(volume.shape[0], padding, volume.device, volume.dtype)
     return volume / (s[:, None, None] * s[None, :, None] * s[None, None, :])

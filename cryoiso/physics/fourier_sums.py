@@ -1,8 +1,9 @@
-"""The reduced sums of one half-set in Fourier space, and the division that makes a map of them."""
+"""The reduced sums of one half-set in Fourier space, and the division that yields a map."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,32 +11,35 @@ from torch import Tensor
 
 from cryoiso.physics.fourier import divide_by_gridding, sinc2_profile
 from cryoiso.physics.masks import sphere_mask
-from cryoiso.physics.project import FourierVolume, corner_shares, flat_pairs
+from cryoiso.physics.projection import FourierVolume, corner_shares, flat_pairs
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int
 
 EDGE_PX = 3.0
 LEAST_WEIGHT = 1e-3
-"""Share of a shell's mean weight that no division goes below."""
+"""Smallest divisor as a share of a shell's mean weight."""
 LEAST_REGULARISED = 1e-6
-"""The same where a Wiener term is added to the weight."""
+"""The same if a Wiener term is added to the weight."""
 
 
 @dataclass(frozen=True)
 class FourierSums:
     """Reduced sums of one half-set on the padded half-space grid."""
 
-    numerator: Tensor
+    numerator: Complex[Tensor, "rows rows columns"]
     """(2h+1, 2h+1, h+1) complex64."""
-    weight: Tensor
+    weight: Float[Tensor, "rows rows columns"]
     """(2h+1, 2h+1, h+1) float32."""
     box_px: int
     padding: int
     radius_px: int
 
     def to(self, device: str) -> FourierSums:
-        """The same on another device."""
+        """The same sums on another device."""
         return FourierSums(self.numerator.to(device), self.weight.to(device), self.box_px, self.padding, self.radius_px)
 
-    def shells(self) -> Tensor:
+    def shells(self) -> Int[Tensor, "rows rows columns"]:
         """(2h+1, 2h+1, h+1) int64: radius in units of the unpadded grid, nearest shell."""
         h = (self.weight.shape[0] - 1) // 2
         z = torch.arange(-h, h + 1, device=self.weight.device, dtype=torch.float32)
@@ -43,7 +47,7 @@ class FourierSums:
         r = torch.sqrt(z[:, None, None] ** 2 + z[None, :, None] ** 2 + x[None, None, :] ** 2)
         return torch.round(r / self.padding).long()
 
-    def shell_mean_weight(self) -> Tensor:
+    def shell_mean_weight(self) -> Float[Tensor, " shells"]:
         """(R+2,) mean weight of each shell, over all voxels of the shell, measured or not."""
         if self.weight.device.type == "cpu":
             from cryoiso.physics import _grid_kernels
@@ -56,8 +60,8 @@ class FourierSums:
         total = torch.bincount(shell, self.weight.reshape(-1).double(), minlength=self.radius_px + 2)
         return total / torch.bincount(shell, minlength=self.radius_px + 2).clamp(min=1)
 
-    def symmetrised(self, operations: np.ndarray) -> FourierSums:
-        """Adds the copies rotated by every operation of the point group (g, 3, 3), by trilinear interpolation."""
+    def symmetrised(self, operations: Float[np.ndarray, "g 3 3"]) -> FourierSums:
+        """The sums plus copies rotated by every operation of the point group (g, 3, 3), by trilinear interpolation."""
         if len(operations) == 1:
             return self
         numerator, weight = self.numerator.clone(), self.weight.clone()
@@ -76,15 +80,15 @@ class FourierSums:
             weight += rotated_w
         return FourierSums(numerator, weight, self.box_px, self.padding, self.radius_px)
 
-    def reconstruct(self, wiener: Tensor | None = None) -> Tensor:
+    def reconstruct(self, wiener: Float[Tensor, " shells"] | None = None) -> Float[Tensor, "box box box"]:
         """The map (D, D, D) float32: numerator / (weight + Wiener term), inverse transform, gridding correction.
 
-        Zero outside the sphere of diameter D (soft edge of ``EDGE_PX``): what lies beyond leaves the image in some
-        views, and there the gridding correction amplifies the noise most.
+        Zero outside the sphere of diameter D (soft edge of ``EDGE_PX``): density beyond leaves the image in some views,
+        and the gridding correction amplifies the noise most there.
 
         Args:
-            wiener: (>= radius+1,) term of each shell, in units of the weight (``wiener_term``). Without it, weights are
-                only kept from vanishing (``floor``).
+            wiener: (>= radius+1,) term of each shell, in units of the weight (``wiener_term``). Without it, only
+                ``floor`` keeps the divisor from vanishing.
         """
         term, floor = self._per_shell(wiener), self.floor(wiener is not None)
         if self.weight.device.type == "cpu":
@@ -94,9 +98,9 @@ class FourierSums:
         volume = transform_to_volume(transform, self.box_px, self.padding)
         return volume * sphere_mask(self.box_px, self.box_px / 2, EDGE_PX, device=volume.device, dtype=volume.dtype)
 
-    def floor(self, regularised: bool = False) -> Tensor:
-        """(radius+1,) float32: no division is by less. A share of the shell's mean weight; a far smaller one where a
-        Wiener term keeps weak coefficients in their place."""
+    def floor(self, regularised: bool = False) -> Float[Tensor, " shells"]:
+        """(radius+1,) float32: smallest divisor. A fraction of the shell's mean weight; a far smaller one with a Wiener
+        term, which bounds weak coefficients itself."""
         mean = self.shell_mean_weight()[: self.radius_px + 1].float()
         return (mean * (LEAST_REGULARISED if regularised else LEAST_WEIGHT)).clamp(min=float(mean.max()) * 1e-9 + 1e-30)
 
@@ -105,20 +109,21 @@ class FourierSums:
             return torch.zeros(self.radius_px + 1, device=self.weight.device)
         return wiener[: self.radius_px + 1].to(self.weight)
 
-    def wiener_term(self, curve: np.ndarray, wiener: Tensor | None = None, *, uneven: bool = True) -> Tensor:
+    def wiener_term(
+        self, curve: Float[np.ndarray, " curve"], wiener: Float[Tensor, " _"] | None = None, *, uneven: bool = True
+    ) -> Float[Tensor, " shells"]:
         """(radius+1,) float32: the term 1 / tau^2 that makes the division a Wiener filter, in units of the weight.
 
-        The FSC R of two maps that were divided by max(w + term, floor) sees, in a shell, the signal
-        tau^2 sum (w f)^2 and the noise sum w f^2, f = 1 / max(w + term, floor), so that
-        tau^2 = R / (1 - R) * sum w f^2 / sum (w f)^2 with this half-set's own weights. The arithmetic mean of the
-        weights in its place, as RELION takes it (Scheres 2012, doi 10.1016/j.jsb.2012.09.006), is the same only where
-        all directions were measured alike; elsewhere tau^2 comes out too small (Jensen), by the ratio of the weights'
-        arithmetic and harmonic means. Derived in docs/formulas.md.
+        The FSC R of two maps that were divided by max(w + term, floor) depends, in a shell, on the signal tau^2 sum (w
+        f)^2 and the noise sum w f^2, f = 1 / max(w + term, floor), so that tau^2 = R / (1 - R) * sum w f^2 / sum (w
+        f)^2 with this half-set's own weights. The arithmetic mean of the weights, used by RELION (Scheres 2012, doi
+        10.1016/j.jsb.2012.09.006), gives the same only for evenly measured directions; otherwise tau^2 is too small
+        (Jensen), by the ratio of the weights' arithmetic and harmonic means. Derived in docs/formulas.md.
 
         Args:
-            curve: (>= radius+1,) FSC of the two half-maps, kept within (0.001, 0.999) here.
-            wiener: the term that both maps were divided with; None: none.
-            uneven: False: the mean weight, whatever the directions.
+            curve: (>= radius+1,) FSC of the two half-maps, clipped to (0.001, 0.999) here.
+            wiener: the term with which both maps were divided; None: none.
+            uneven: False: the mean weight, for any distribution of directions.
         """
         ssnr = np.clip(np.asarray(curve, np.float64)[: self.radius_px + 1], 0.001, 0.999)
         inverse = torch.as_tensor((1 - ssnr) / ssnr)
@@ -128,9 +133,11 @@ class FourierSums:
         ratio = torch.where(noise > 0, signal / noise.clamp(min=1e-300), self.shell_mean_weight()[: self.radius_px + 1])
         return (ratio * inverse.to(ratio.device)).float()
 
-    def passed(self, wiener: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """How much of signal and noise the division passes: (radius+1,) float64 sums of (w f)^2 and of w f^2 over the
-        voxels of each shell, f = 1 / max(w + term, floor)."""
+    def passed(
+        self, wiener: Float[Tensor, " _"] | None = None
+    ) -> tuple[Float[Tensor, " shells"], Float[Tensor, " shells"]]:
+        """Signal and noise that the division passes: (radius+1,) float64 sums of (w f)^2 and of w f^2 over the voxels
+        of each shell, f = 1 / max(w + term, floor)."""
         term, floor = self._per_shell(wiener), self.floor(wiener is not None)
         if self.weight.device.type == "cpu":
             from cryoiso.physics import _grid_kernels
@@ -143,7 +150,7 @@ class FourierSums:
         return self.passed_torch(term, floor)
 
     def passed_torch(self, term: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-        """The plain torch twin of the CPU kernel, for GPUs and as its reference."""
+        """The plain torch version of the CPU kernel, for GPUs and as its reference."""
         shell = self.shells().reshape(-1)
         w = self.weight.reshape(-1)
         inside = (shell <= self.radius_px) & (w > 0)
@@ -153,9 +160,9 @@ class FourierSums:
         size = self.radius_px + 1
         return torch.bincount(shell, a * a, minlength=size), torch.bincount(shell, a * f, minlength=size)
 
-    def completed(self, prior: Tensor, wiener: Tensor) -> FourierSums:
-        """These sums with a prior map added at the weight of the Wiener term: what was measured well is data, what was
-        not is prior (the posterior mean under a Gaussian prior about that map).
+    def completed(self, prior: Float[Tensor, "box box box"], wiener: Float[Tensor, " _"]) -> FourierSums:
+        """These sums with a prior map added at the weight of the Wiener term: well-measured coefficients come from the
+        data, the others from the prior (the posterior mean under a Gaussian prior about that map).
 
         Args:
             prior: (D, D, D) map on the data's grey scale.
@@ -165,7 +172,7 @@ class FourierSums:
         numerator = self.numerator + term * self.sampled(prior)
         return FourierSums(numerator, self.weight + term, self.box_px, self.padding, self.radius_px)
 
-    def sampled(self, volume: Tensor) -> Tensor:
+    def sampled(self, volume: Float[Tensor, "box box box"]) -> Complex[Tensor, "rows rows columns"]:
         """The transform of a map (D, D, D) where these sums have voxels, as insertion of its slices would see it."""
         # insertion spreads by the interpolation kernel, whose envelope the reconstruction divides by in the end
         profile = sinc2_profile(self.box_px, self.padding, volume.device, volume.dtype)
@@ -192,10 +199,10 @@ class FourierSums:
         return torch.from_numpy(transform)
 
     def divide_torch(self, term: Tensor, floor: Tensor) -> Tensor:
-        """The plain torch twin of the CPU kernel: numerator / max(weight + term, floor) on the half-space grid.
+        """The plain torch version of the CPU kernel: numerator / max(weight + term, floor) on the half-space grid.
 
         Args:
-            term, floor: (radius+1,) a number a shell.
+            term, floor: (radius+1,) one number per shell.
         """
         shell = self.shells()
         inside = (shell <= self.radius_px) & (self.weight > 0)
@@ -209,12 +216,16 @@ def _flat(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1).view(np.float32)
 
 
-def half_space_to_volume(half_space: Tensor, box_px: int, padding: int) -> Tensor:
-    """Inverse of what FourierVolume.from_volume does: centred half-space -> (D, D, D), gridding corrected."""
+def half_space_to_volume(
+    half_space: Complex[Tensor, "rows rows columns"], box_px: int, padding: int
+) -> Float[Tensor, "{box_px} {box_px} {box_px}"]:
+    """Inverse of FourierVolume.from_volume: centred half-space -> (D, D, D), gridding corrected."""
     return transform_to_volume(to_transform(half_space, box_px * padding) * box_px, box_px, padding)
 
 
-def to_transform(half_space: Tensor, size: int) -> Tensor:
+def to_transform(
+    half_space: Complex[Tensor, "rows rows columns"], size: int
+) -> Complex[Tensor, "{size} {size} {size}//2+1"]:
     """Centred half-space -> (size, size, size//2+1) with its origin at index 0, zero beyond."""
     h = min((half_space.shape[0] - 1) // 2, (size - 1) // 2)
     cut = (half_space.shape[0] - 1) // 2 - h
@@ -228,7 +239,7 @@ def to_transform(half_space: Tensor, size: int) -> Tensor:
 def transform_to_volume(transform: Tensor, box_px: int, padding: int) -> Tensor:
     """(P, P, P//2+1) transform, P = padding D, origin at index 0 -> the inner (D, D, D), gridding corrected.
 
-    Axis by axis, keeping only what is inside: less than half the work of the whole transform.
+    Axis by axis, keeping only the inner part: less than half the work of the whole transform.
     """
     size = box_px * padding
     inner = (torch.arange(box_px, device=transform.device) - box_px // 2) % size
@@ -238,9 +249,13 @@ def transform_to_volume(transform: Tensor, box_px: int, padding: int) -> Tensor:
     return divide_by_gridding(volume, padding)
 
 
-def rotate_half_space(numerator: Tensor, weight: Tensor, operation: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Trilinear rotation of Hermitian sums: new(k) = old(S k), zero outside the grid. Works plane by plane to stay
-    small."""
+def rotate_half_space(
+    numerator: Complex[Tensor, "rows rows columns"],
+    weight: Float[Tensor, "rows rows columns"],
+    operation: Float[np.ndarray, "3 3"],
+) -> tuple[Complex[Tensor, "rows rows columns"], Float[Tensor, "rows rows columns"]]:
+    """Trilinear rotation of Hermitian sums: new(k) = old(S k), zero outside the grid. Plane by plane, to save
+    memory."""
     rows = numerator.shape[0]
     h = (rows - 1) // 2
     device = numerator.device

@@ -1,11 +1,11 @@
-"""Whether a map has a point group in its standard frame, and where its axes lie if not.
+"""Test whether a map has a point group in its standard frame, and find its axes otherwise.
 
 A map V has the operation S of a group if V(S x) = V(x). The score of an operation is the normalised correlation of the
 map with its rotated copy, both with flattened spectra up to a resolution (``physics.fit_search``). Measured at 20 Å on
 13 maps and models of C3, C4, C6, C7, D2, D3, D7 and O: 0.92 to 1.00 in the right frame, 0.46 to 0.88 with axes tilted
-by 5 degrees, under 0.30 by 25 degrees (apoferritin, nearly a sphere: 0.49), under 0.15 a 7 Å shift off the axis, and
-under 0.55 for groups that the object does not have. Noise lowers the score of a right map as well, but then no other
-frame has a better one, and rotations that do not belong to the group have a worse one.
+by 5 degrees, under 0.30 by 25 degrees (apoferritin, nearly a sphere: 0.49), under 0.15 with a shift of 7 Å off the
+axis, and under 0.55 for groups that the object does not have. Noise lowers the score of a right map as well, but then
+no other frame scores better, and rotations outside the group score worse.
 """
 
 from __future__ import annotations
@@ -19,35 +19,36 @@ import torch
 from cryoiso.core.types import DensityMap
 from cryoiso.physics import fit_search as fs
 from cryoiso.physics.filters import shell_index
-from cryoiso.physics.fit import Placement, apply_fit, own_frame, rotation_search
+from cryoiso.physics.fit import apply_fit, own_frame, rotation_search
+from cryoiso.physics.fit_result import Placement
 from cryoiso.physics.so3 import angular_distance_deg, fibonacci_sphere, rotvec_to_matrix
 from cryoiso.physics.symmetry import cryosparc_turn, generators, normalise_name, point_group
 
 CHECKED_AT_A = (20.0, 30.0)
-"""Resolutions of the check; the second is looked at where noise hides the symmetry at the first."""
+"""Resolutions of the check; the second is used if noise hides the symmetry at the first."""
 CLEAR = 0.85
-"""A score from which a map has the group, without further search."""
+"""Score above which a map has the group, without further search."""
 BETTER = 0.15
-"""Another frame whose score is higher by this is where the axes really are."""
+"""A frame that scores higher by this than the standard one is the true frame."""
 SEEN, CONTRAST, EVEN = 0.3, 0.1, 0.75
 """A noisy map still has the group if its score is this high, this much above that of other spins about the axis, and
 this fraction of the best class's: noise hides all operations alike."""
 FOUND, DOUBTFUL = 0.6, 0.42
-"""A frame elsewhere with the first score is real without that further test; with less than the second it never is:
-asymmetric objects have such axes."""
+"""Another frame with at least the first score is accepted without that further test; below the second it is always
+rejected, because asymmetric objects have such axes."""
 ALIKE = 0.03
-"""Frames whose scores differ by less are equally good; the one that turns the map least is taken."""
+"""Frames whose scores differ by less are equally good; the one with the smallest rotation is taken."""
 AXIS_STEP_DEG = 10.0
 NOTHING = 1e-8
 """Share of the strongest shell's mean power below which a shell holds rounding errors (low-passed and padded maps)."""
 REDUCED_TO_A = 8.0
-"""Nothing finer than this is looked at: large boxes are reduced to it first."""
+"""Nothing finer than this is used: large boxes are reduced to it first."""
 Verdict = Literal["has it", "noisy", "elsewhere", "none"]
 
 
 @dataclass(frozen=True)
 class MapSymmetry:
-    """What was found."""
+    """Result of the symmetry test."""
 
     group: str
     verdict: Verdict
@@ -55,7 +56,7 @@ class MapSymmetry:
     """lowest mean score of a class of operations (those of equal angle) in the standard frame"""
     resolution_A: float
     frame: Placement | None = None
-    """where the axes lie elsewhere: the placement that brings the map into the standard frame, with its score"""
+    """if the axes are elsewhere: the placement that brings the map into the standard frame, with its score"""
     cryosparc: bool = False
     """the map is in cryoSPARC's frame, with a two-fold axis of Dn on y"""
 
@@ -72,7 +73,7 @@ class MapSymmetry:
 
     @property
     def offset_A(self) -> float:
-        """How far the centre of the box lies from the axis (Cn), or from the point where all axes meet."""
+        """Distance of the box centre from the axis (Cn), or from the point where all axes meet."""
         return 0.0 if self.frame is None else float(np.linalg.norm(self.frame.shift_A))
 
 
@@ -91,12 +92,12 @@ def symmetry_score(density: DensityMap, group: str, resolution_A: float) -> floa
 
 
 def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> MapSymmetry:
-    """Whether a map has a point group in the standard frame, and where its axes are if not.
+    """Test whether a map has a point group in the standard frame, and find its axes if not.
 
     Args:
         density: any map with the box's centre at voxel D//2.
         group: point group.
-        lowpass_A: resolution at which the map will be used; coarser than 20 Å, nothing finer is looked at.
+        lowpass_A: resolution at which the map will be used; if coarser than 20 Å, nothing finer is used.
 
     Raises:
         InputError: unknown group, an empty map.
@@ -122,8 +123,8 @@ def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> Map
 
 
 def filled_to_A(density: DensityMap) -> float:
-    """Resolution of the last shell in which a map holds more than rounding errors: with flattened spectra those would
-    count as much as the density does."""
+    """Resolution of the last shell in which a map contains more than rounding errors, which flattened spectra would
+    weight like the density."""
     box_px = density.box_px
     power = torch.fft.rfftn(torch.from_numpy(np.ascontiguousarray(density.data, np.float32))).abs().square()
     shell = shell_index(box_px, 3).numpy().ravel()
@@ -144,7 +145,7 @@ def _is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float)
 
 
 def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tuple[float, float] | None:
-    """Score and resolution at which a noisy map shows the group in the standard frame; None if at none."""
+    """Score and resolution at which a noisy map has the group in the standard frame; None if at none."""
     ops = point_group(name)[1:]
     finest = _finest_A(density)
     for resolution in sorted({finest, max(finest, *CHECKED_AT_A, lowpass_A)}):
@@ -159,9 +160,10 @@ def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tup
 def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT_A[0]) -> Placement | None:
     """The placement that brings a map's own symmetry axes into the standard frame; its score is that of the placed map.
 
-    The rotations that carry the map onto itself are searched: the angle of a generator of the group, every axis,
-    every shift. Axes that include the right angle make a frame; the best frame is refined against all operations.
-    What stays free is left as it is: the spin and slide of Cn, and of equivalent placements the smallest rotation.
+    The rotations that map the density onto itself are searched: the angle of a generator of the group, every axis,
+    every shift. Axes that include the right angle form a frame; the best frame is refined against all operations.
+    Undetermined parameters are unchanged: the spin and slide of Cn, and among equivalent placements the smallest
+    rotation.
 
     Args:
         density: any map.
@@ -169,7 +171,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
         resolution_A: of the search.
 
     Returns:
-        None where no rotation of the map onto itself was found.
+        None if no rotation of the map onto itself was found.
     """
     name = normalise_name(group)
     density = fs.reduced_map(density, REDUCED_TO_A)
@@ -198,7 +200,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
 
 
 def _refined(density: DensityMap, name: str, start: Placement, resolution_A: float) -> Placement:
-    """The frame refined on the operations of the placed map, by the finest information that shows them."""
+    """The frame refined on the operations of the placed map, with the finest information in which they are visible."""
     laid = apply_fit(density, start)
     fine = max(10.0, 2.5 * density.pixel_size_A)
     for resolution in dict.fromkeys((min(fine, resolution_A), resolution_A, max(resolution_A, CHECKED_AT_A[-1]))):
@@ -223,7 +225,7 @@ def _least_turned(placement: Placement, name: str) -> Placement:
 
 
 def _candidates(density: DensityMap, name: str, resolution_A: float) -> list[Placement]:
-    """Frames that the map's rotations onto itself allow, the best rotations first."""
+    """Frames compatible with the map's rotations onto itself, the best rotations first."""
     first, *others = generators(name)
     found = [_self_rotations(density, fold, resolution_A) for fold, _ in (first, *others[:1])]
     target1 = np.array(first[1], np.float64)
@@ -245,7 +247,7 @@ def _candidates(density: DensityMap, name: str, resolution_A: float) -> list[Pla
 
 
 def _self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list[Placement]:
-    """Rotations by 360/fold degrees, about any axis anywhere, that carry the map best onto itself."""
+    """Rotations by 360/fold degrees, about any axis at any position, that best map the density onto itself."""
     count = round(4 * np.pi / np.radians(AXIS_STEP_DEG) ** 2)
     axes = fibonacci_sphere(count)
     axes = np.concatenate([np.eye(3), axes[axes[:, 2] >= 0] if fold == 2 else axes])
@@ -265,27 +267,31 @@ def _axis(rotation: np.ndarray) -> np.ndarray:
     from scipy.spatial.transform import Rotation
 
     vector = Rotation.from_matrix(rotation).as_rotvec()
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+    direction: np.ndarray = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    return direction
 
 
 def _onto(target: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """The rotation that takes unit vectors nearest to others; for one vector the smallest such rotation."""
+    """The rotation that best takes unit vectors to others; for one vector the smallest such rotation."""
     from scipy.spatial.transform import Rotation
 
     if target.ndim == 2:
-        return Rotation.align_vectors(target, source)[0].as_matrix()
+        aligned: np.ndarray = Rotation.align_vectors(target, source)[0].as_matrix()
+        return aligned
     cross, cosine = np.cross(source, target), float(source @ target)
     angle = np.arctan2(np.linalg.norm(cross), cosine)
     if np.linalg.norm(cross) < 1e-9:
         cross = np.array([1.0, 0.0, 0.0])
-    return rotvec_to_matrix(angle * cross / np.linalg.norm(cross))[0]
+    rotation: np.ndarray = rotvec_to_matrix(angle * cross / np.linalg.norm(cross))[0]
+    return rotation
 
 
 def _fixed_point(parts: list[Placement]) -> np.ndarray:
-    """The point that rotations with shifts leave where it is, as near to the box centre as they allow."""
+    """The fixed point of rotations with shifts, as near to the box centre as they allow."""
     system = np.concatenate([np.eye(3) - p.rotation for p in parts])
     shifts = np.concatenate([p.shift_A for p in parts])
-    return np.linalg.lstsq(system, shifts, rcond=0.05)[0]
+    centre: np.ndarray = np.linalg.lstsq(system, shifts, rcond=0.05)[0]
+    return centre
 
 
 def _self_pair(density: DensityMap, resolution_A: float, hold: str = fs.FIXED) -> fs.Pair:
@@ -298,7 +304,7 @@ def _score(pair: fs.Pair, ops: np.ndarray) -> float:
 
 
 def _class_means(score: np.ndarray, ops: np.ndarray) -> list[float]:
-    """Mean scores of the operations of equal angle: one by one, noise would always find a low one."""
+    """Mean scores of the operations of equal angle: one by one, noise would always give a low one."""
     angle = np.rint(angular_distance_deg(ops, np.eye(3)))
     return [float(score[angle == a].mean()) for a in np.unique(angle)]
 

@@ -1,18 +1,30 @@
-"""Soft masks: spheres, circles, and the region of a particle found in its own map."""
+"""Soft masks: spheres, circles, and the region of a particle determined from its own map."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.shapes import require_cube
 from cryoiso.physics.filters import Array, as_tensor, like, lowpass
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
 
 def sphere_mask(
-    box_px: int, radius_px: float, soft_px: float = 0.0, *, dims: int = 3, device="cpu", dtype=torch.float32
-) -> Tensor:
+    box_px: int,
+    radius_px: float,
+    soft_px: float = 0.0,
+    *,
+    dims: int = 3,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, " ..."]:
     """1 up to a radius around pixel D//2, then a raised cosine to 0 over ``soft_px``.
 
     Args:
@@ -31,7 +43,14 @@ def sphere_mask(
     return _soft_edge(r2.sqrt() - radius_px, soft_px).to(dtype)
 
 
-def circle_mask(box_px: int, radius_px: float, soft_px: float = 0.0, *, device="cpu", dtype=torch.float32) -> Tensor:
+def circle_mask(
+    box_px: int,
+    radius_px: float,
+    soft_px: float = 0.0,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "{box_px} {box_px}"]:
     """(D, D): :func:`sphere_mask` in two dimensions."""
     return sphere_mask(box_px, radius_px, soft_px, dims=2, device=device, dtype=dtype)
 
@@ -43,7 +62,7 @@ def _soft_edge(distance_px: Tensor, soft_px: float) -> Tensor:
     return 0.5 * (1 + torch.cos(torch.pi * (distance_px / soft_px).clamp(0, 1)))
 
 
-def density_threshold(volume: Array) -> float:
+def density_threshold(volume: Real[Array, "box box box"]) -> float:
     """A level that separates a (low-passed) particle from its solvent.
 
     Five robust standard deviations above the solvent, at least 15 % of the particle's density: most of the sphere
@@ -56,9 +75,12 @@ def density_threshold(volume: Array) -> float:
 
     Returns:
         The threshold, in the volume's unit.
+
+    Raises:
+        InputError: the map is no cube.
     """
+    box = require_cube(volume)
     v = as_tensor(volume)
-    box = v.shape[0]
     inside = v[sphere_mask(box, box / 2 - 1, device=v.device) > 0.5].double().cpu().numpy()
     middle = np.median(inside)
     noise = 1.4826 * np.median(np.abs(inside - middle))
@@ -72,8 +94,9 @@ CLEARLY_PARTED = 0.7
 """Share of the variance that is between Otsu's classes; 2 / pi = 0.64 for a single Gaussian."""
 
 
-def otsu(values: np.ndarray, bins: int = 512) -> tuple[float, float]:
-    """The level that parts values into the two classes with the largest variance between them, and its share of all."""
+def otsu(values: Float[np.ndarray, " n"], bins: int = 512) -> tuple[float, float]:
+    """The level that separates values into the two classes with the largest variance between them, and its share of
+    all."""
     counts, edges = np.histogram(values, bins)
     centre, share = (edges[1:] + edges[:-1]) / 2, counts / max(counts.sum(), 1)
     below, moment = np.cumsum(share), np.cumsum(share * centre)
@@ -83,7 +106,7 @@ def otsu(values: np.ndarray, bins: int = 512) -> tuple[float, float]:
 
 
 def soft_mask_from_map(
-    volume: Array,
+    volume: Real[Array, "box box box"],
     pixel_size_A: float,
     lowpass_A: float = 15.0,
     threshold: float | None = None,
@@ -91,7 +114,7 @@ def soft_mask_from_map(
     soft_A: float = 9.0,
     *,
     keep_fraction: float = 0.1,
-) -> Array:
+) -> Float[Array, "box box box"]:
     """A soft mask around the particle of a map: low-pass, threshold, drop specks, extend, soften.
 
     Args:
@@ -107,12 +130,12 @@ def soft_mask_from_map(
         (D, D, D) in [0, 1], float32.
 
     Raises:
-        InputError: nothing lies above the threshold.
+        InputError: the map is no cube, or nothing lies above the threshold.
     """
     from scipy import ndimage
 
+    box = require_cube(volume)
     v = as_tensor(volume)
-    box = v.shape[0]
     filtered = lowpass(v.float(), pixel_size_A, max(lowpass_A, 2 * pixel_size_A))
     level = density_threshold(filtered) if threshold is None else threshold
     binary = (filtered > level).cpu().numpy()
@@ -122,6 +145,7 @@ def soft_mask_from_map(
             "the mask would be empty: no density above the threshold",
             expected=f"a threshold below {float(filtered.max()):.4g}",
             found=f"{level:.4g}",
+            code="mask-empty",
         )
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
@@ -147,8 +171,9 @@ def _distance_px(binary: np.ndarray, reach_px: float) -> np.ndarray:
     return distance
 
 
-def mask_diameter_A(mask: Array, pixel_size_A: float) -> float:
-    """Diameter in Å of the smallest sphere around the box's centre that holds the mask above one half."""
+def mask_diameter_A(mask: Real[Array, "box box box"], pixel_size_A: float) -> float:
+    """Diameter in Å of the smallest sphere around the box's centre that contains the mask above one half."""
+    require_cube(mask, "a mask")
     m = as_tensor(mask)
     where = torch.nonzero(m > 0.5).double() - m.shape[0] // 2
     return 2 * pixel_size_A * float(where.norm(dim=1).max()) if len(where) else 0.0

@@ -1,16 +1,16 @@
-"""A protein-like C3 trimer made from a seed, and homologues of it: test objects that need no downloaded model.
+"""A protein-like C3 trimer generated from a seed, and homologues of it: test objects that need no downloaded model.
 
 A protomer is a chain of pseudo-residues threaded through helices and strands: a long central helix, a helix packed
-against it and a small sheet make a thin stem (negative z), two sheets face to face with three helices make a wider head
-(positive z). Three copies around z are about 135 Å long and 45 Å wide. Both ends differ and nothing is its own mirror
-image, so a wrong pose shows.
+against it and a small sheet form a thin stem (negative z), two sheets face to face with three helices form a wider head
+(positive z). Three copies around z are about 135 Å long and 45 Å wide. Both ends differ and no part is its own mirror
+image, so wrong poses are detectable.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,18 +21,21 @@ from cryoiso.core.types import DensityMap
 from cryoiso.physics.so3 import rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 HELIX_RISE_A, HELIX_TURN_DEG, HELIX_RADIUS_A = 1.5, 100.0, 2.3
 STRAND_RISE_A, LOOP_STEP_A, SIDE_CHAIN_A = 3.3, 3.6, 2.4
 
 
 class PseudoAtoms(NamedTuple):
-    """Gaussian blobs that make a density."""
+    """Gaussian blobs that form a density."""
 
-    coords_A: np.ndarray
+    coords_A: Float[np.ndarray, "n 3"]
     """(n, 3) x, y, z relative to the centre."""
-    weights: np.ndarray
+    weights: Float[np.ndarray, " n"]
     """(n,) integral of each blob."""
-    sigma_A: np.ndarray
+    sigma_A: Float[np.ndarray, " n"]
     """(n,) standard deviation of each blob."""
 
 
@@ -50,7 +53,7 @@ def trimer(seed: int = 1) -> PseudoAtoms:
     """The trimer of a seed: pseudo-atoms (about 1,600) with C3 symmetry about z.
 
     Args:
-        seed: any integer; every seed gives another protein of the same build.
+        seed: any integer; every seed gives another protein of the same architecture.
 
     Returns:
         PseudoAtoms, unpackable as coords_A (n,3), weights (n,), sigma_A (n,).
@@ -61,8 +64,8 @@ def trimer(seed: int = 1) -> PseudoAtoms:
 def homologue(seed: int = 1, variant: int = 1, displacement_A: float = 2.5) -> PseudoAtoms:
     """A relative of ``trimer(seed)``: the same fold with displaced and exchanged parts and other side chains.
 
-    Every helix and strand is moved by about ``displacement_A`` and turned by some degrees, loops and most side chains
-    are drawn anew, and one strand of the head becomes a helix.
+    Every helix and strand is moved by about ``displacement_A`` and rotated by some degrees, loops and most side chains
+    are redrawn, and one strand of the head becomes a helix.
 
     Args:
         seed: of the trimer.
@@ -115,7 +118,7 @@ def _protomer_elements(seed: int) -> list[_Element]:
 
 
 def _assemble(elements: list[_Element], seed: int, chain_seed: int) -> PseudoAtoms:
-    """Threads the chain, adds side chains, and makes the three copies."""
+    """Thread the chain, add side chains, and make the three copies."""
     path_rng = generator(chain_seed, "phantom loops")
     common, own = generator(seed, "phantom side chains"), generator(chain_seed, "phantom side chains of its own")
     backbone, outward = _thread(elements, path_rng)
@@ -162,7 +165,8 @@ def _helix(e: _Element) -> np.ndarray:
     length, u, v, axis = _frame(e)
     t = np.arange(0, length, HELIX_RISE_A)[:, None]
     angle = np.radians(e.twist_deg + HELIX_TURN_DEG * t / HELIX_RISE_A)
-    return e.start_A + axis * t + HELIX_RADIUS_A * (np.cos(angle) * u + np.sin(angle) * v)
+    points_A: np.ndarray = e.start_A + axis * t + HELIX_RADIUS_A * (np.cos(angle) * u + np.sin(angle) * v)
+    return points_A
 
 
 def _strand(e: _Element) -> np.ndarray:
@@ -171,7 +175,8 @@ def _strand(e: _Element) -> np.ndarray:
     t = np.arange(0, length, STRAND_RISE_A)[:, None]
     angle = np.radians(e.twist_deg + 20 * t / STRAND_RISE_A)
     pleat = np.where(np.arange(len(t)) % 2, 0.9, -0.9)[:, None]
-    return e.start_A + axis * t + pleat * (np.cos(angle) * u + np.sin(angle) * v)
+    points_A: np.ndarray = e.start_A + axis * t + pleat * (np.cos(angle) * u + np.sin(angle) * v)
+    return points_A
 
 
 def _loop(start: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -181,13 +186,14 @@ def _loop(start: np.ndarray, end: np.ndarray, rng: np.random.Generator) -> np.nd
     t = (np.arange(count) + 1)[:, None] / (count + 1)
     bulge = rng.standard_normal(3)
     bulge *= min(4.0, 0.25 * gap) / np.linalg.norm(bulge)
-    return start + (end - start) * t + bulge * np.sin(np.pi * t) + rng.normal(0, 0.4, (count, 3))
+    points_A: np.ndarray = start + (end - start) * t + bulge * np.sin(np.pi * t) + rng.normal(0, 0.4, (count, 3))
+    return points_A
 
 
 def pseudo_atoms_to_map(
-    coords_A: np.ndarray,
-    weights: np.ndarray,
-    sigma_A,
+    coords_A: Float[np.ndarray, "n 3"],
+    weights: Float[np.ndarray, " n"],
+    sigma_A: Float[np.ndarray, " n"] | float,
     box_px: int,
     pixel_size_A: float,
     resolution_A: float,
@@ -218,6 +224,7 @@ def pseudo_atoms_to_map(
             "the model does not fit into the box",
             expected=f"at least {math.ceil(2 * reach / pixel_size_A)} px of {pixel_size_A} Å",
             found=f"{box_px} px",
+            code="model-exceeds-box",
         )
     variance = np.broadcast_to(np.asarray(sigma_A, np.float64), len(coords)) ** 2 + (0.225 * resolution_A) ** 2
     full = np.fft.fftfreq(box_px, pixel_size_A)

@@ -1,11 +1,20 @@
-"""A density map on another grid, by exact band-limited interpolation, or in another place, by splines."""
+"""A density map on another grid, by exact band-limited interpolation, or at another position, by splines."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from cryoiso.core.shapes import require_cube
 
-def resample_matrix(box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: float) -> np.ndarray:
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
+
+
+def resample_matrix(
+    box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: float
+) -> Float[np.ndarray, "{box_out} {box_in}"]:
     """(box_out, box_in) float64: samples on the old axis -> samples on the new one, both centred at pixel D//2.
 
     Row i is the trigonometric interpolation kernel of the old grid at the position of the new pixel i, with the
@@ -28,7 +37,9 @@ def resample_matrix(box_in: int, pixel_in_A: float, box_out: int, pixel_out_A: f
     return np.where(inside[:, None], (1.0 + kernel) / box_in, 0.0)
 
 
-def resample_map(data: np.ndarray, pixel_in_A: float, box_out: int, pixel_out_A: float) -> np.ndarray:
+def resample_map(
+    data: Real[np.ndarray, "box box box"], pixel_in_A: float, box_out: int, pixel_out_A: float
+) -> Float[np.ndarray, "{box_out} {box_out} {box_out}"]:
     """A cubic map on a grid of another box and pixel size; the centre (voxel D//2) stays where it is.
 
     Args:
@@ -39,8 +50,11 @@ def resample_map(data: np.ndarray, pixel_in_A: float, box_out: int, pixel_out_A:
 
     Returns:
         (E, E, E) float32. Densities keep their values; what lies outside the old box is zero.
+
+    Raises:
+        InputError: the map is no cube.
     """
-    matrix = resample_matrix(data.shape[0], pixel_in_A, box_out, pixel_out_A)
+    matrix = resample_matrix(require_cube(data), pixel_in_A, box_out, pixel_out_A)
     out = np.asarray(data, np.float64)
     for axis in range(3):
         out = np.moveaxis(np.tensordot(matrix, out, axes=(1, axis)), 0, axis)
@@ -52,13 +66,13 @@ LARGEST_DOUBLED_PX = 320
 
 
 def place_map(
-    data: np.ndarray,
+    data: Real[np.ndarray, "box box box"],
     pixel_in_A: float,
-    rotation: np.ndarray,
-    shift_A: np.ndarray,
+    rotation: Real[np.ndarray, "3 3"],
+    shift_A: Real[np.ndarray, " 3"],
     box_out: int | None = None,
     pixel_out_A: float | None = None,
-) -> np.ndarray:
+) -> Float[np.ndarray, "new new new"]:
     """A map turned and shifted: out(x) = map(R^T (x - d)), a point at x goes to R x + d.
 
     A cubic spline on a grid of half the spacing. Its error, as a fraction of the map's norm, is 0.024 for a density
@@ -73,11 +87,14 @@ def place_map(
 
     Returns:
         (E, E, E) float32, zero where the map has nothing.
+
+    Raises:
+        InputError: the map is no cube.
     """
     from scipy.ndimage import affine_transform
 
     pixel = pixel_in_A
-    box_new, pixel_new = box_out or data.shape[0], pixel_out_A or pixel_in_A
+    box_new, pixel_new = box_out or require_cube(data), pixel_out_A or pixel_in_A
     fine = np.asarray(data, np.float32)
     if pixel_new > 1.001 * pixel:  # what the new grid cannot hold would fold back
         pixel = pixel_new
@@ -88,4 +105,5 @@ def place_map(
     matrix = back * (pixel_new / pixel)
     centre_in, centre_out = np.full(3, len(fine) // 2), np.full(3, box_new // 2)
     offset = centre_in - matrix @ centre_out - back @ (np.asarray(shift_A, np.float64)[::-1] / pixel)
-    return affine_transform(fine, matrix, offset, (box_new,) * 3, np.float32, 3, "constant")
+    placed: np.ndarray = affine_transform(fine, matrix, offset, (box_new,) * 3, np.float32, 3, "constant")
+    return placed

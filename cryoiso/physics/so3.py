@@ -7,13 +7,18 @@ are RELION's (rot, tilt, psi), intrinsic ZYZ: A = Rz(-psi) Ry(-tilt) Rz(-rot) ac
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cryoiso.physics.symmetry import in_asymmetric_unit, normalise_name, point_group
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
-def euler_to_matrix(rot_deg, tilt_deg, psi_deg) -> np.ndarray:
+
+def euler_to_matrix(rot_deg: ArrayLike, tilt_deg: ArrayLike, psi_deg: ArrayLike) -> Float[np.ndarray, "n 3 3"]:
     """Rotation matrices of RELION's Euler angles.
 
     Args:
@@ -32,7 +37,7 @@ def euler_to_matrix(rot_deg, tilt_deg, psi_deg) -> np.ndarray:
     return np.moveaxis(np.array(rows), 2, 0)
 
 
-def matrix_to_euler(rotation: np.ndarray) -> np.ndarray:
+def matrix_to_euler(rotation: Float[np.ndarray, "*n 3 3"]) -> Float[np.ndarray, "m 3"]:
     """RELION's Euler angles of rotation matrices.
 
     Args:
@@ -49,16 +54,17 @@ def matrix_to_euler(rotation: np.ndarray) -> np.ndarray:
     pole = sin_tilt < 1e-9
     rot = np.where(pole, 0.0, rot)
     psi = np.where(pole, np.arctan2(a[:, 0, 1], a[:, 0, 0] * np.sign(a[:, 2, 2])), psi)
-    return np.degrees(np.stack([rot, tilt, psi], 1))
+    angles_deg: np.ndarray = np.degrees(np.stack([rot, tilt, psi], 1))
+    return angles_deg
 
 
-def view_direction(rotation: np.ndarray) -> np.ndarray:
+def view_direction(rotation: Float[np.ndarray, "*n 3 3"]) -> Float[np.ndarray, "*n 3"]:
     """View directions in the map's frame: the third rows of (n, 3, 3) rotations, (n, 3)."""
     return np.array(np.asarray(rotation)[..., 2, :])
 
 
-def rotation_with_view(directions: np.ndarray, psi_deg=0.0) -> np.ndarray:
-    """Rotations that look along given directions.
+def rotation_with_view(directions: Real[np.ndarray, "*n 3"], psi_deg: ArrayLike = 0.0) -> Float[np.ndarray, "m 3 3"]:
+    """Rotations with given view directions.
 
     Args:
         directions: (n, 3) vectors, any length.
@@ -72,17 +78,18 @@ def rotation_with_view(directions: np.ndarray, psi_deg=0.0) -> np.ndarray:
     return euler_to_matrix(np.degrees(np.arctan2(d[:, 1], d[:, 0])), tilt, psi_deg)
 
 
-def rotvec_to_matrix(rotvec_rad: np.ndarray) -> np.ndarray:
+def rotvec_to_matrix(rotvec_rad: Real[np.ndarray, "*n 3"]) -> Float[np.ndarray, "m 3 3"]:
     """Exponential map: (n, 3) rotation vectors in radians to (n, 3, 3) rotations (Rodrigues)."""
     v = np.asarray(rotvec_rad, np.float64).reshape(-1, 3)
     angle = np.linalg.norm(v, axis=1)[:, None, None]
     k = np.zeros((len(v), 3, 3))
     k[:, 0, 1], k[:, 0, 2], k[:, 1, 2] = -v[:, 2], v[:, 1], -v[:, 0]
     k -= np.swapaxes(k, 1, 2)
-    return np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
+    rotation: np.ndarray = np.eye(3) + np.sinc(angle / np.pi) * k + 0.5 * np.sinc(angle / (2 * np.pi)) ** 2 * (k @ k)
+    return rotation
 
 
-def random_rotations(rng: np.random.Generator, n: int) -> np.ndarray:
+def random_rotations(rng: np.random.Generator, n: int) -> Float[np.ndarray, "{n} 3 3"]:
     """(n, 3, 3) rotations drawn uniformly from SO(3) (normalised Gaussian quaternions)."""
     q = rng.standard_normal((n, 4))
     w, x, y, z = (q / np.linalg.norm(q, axis=1, keepdims=True)).T
@@ -94,7 +101,9 @@ def random_rotations(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.moveaxis(np.array(rows), 2, 0)
 
 
-def angular_distance_deg(a: np.ndarray, b: np.ndarray, ops: np.ndarray | None = None) -> np.ndarray:
+def angular_distance_deg(
+    a: Float[np.ndarray, "*#n 3 3"], b: Float[np.ndarray, "*#n 3 3"], ops: Float[np.ndarray, "g 3 3"] | None = None
+) -> Float[np.ndarray, " m"]:
     """Angle of the rotation between poses, the smallest over symmetry-equivalent poses.
 
     sin(angle / 2) = |A S - B| / (2 sqrt 2) in the Frobenius norm, which stays exact for tiny angles.
@@ -111,10 +120,11 @@ def angular_distance_deg(a: np.ndarray, b: np.ndarray, ops: np.ndarray | None = 
     best = np.full(max(len(a), len(b)), np.inf)
     for op in np.eye(3)[None] if ops is None else np.asarray(ops, np.float64):
         best = np.minimum(best, ((a @ op - b) ** 2).sum((1, 2)))
-    return np.degrees(2 * np.arcsin(np.clip(np.sqrt(best / 8), 0, 1)))
+    angle_deg: np.ndarray = np.degrees(2 * np.arcsin(np.clip(np.sqrt(best / 8), 0, 1)))
+    return angle_deg
 
 
-def healpix_directions(order: int) -> np.ndarray:
+def healpix_directions(order: int) -> Float[np.ndarray, "12*4**{order} 3"]:
     """Centres of the HEALPix pixels in nested order.
 
     Each of the 12 base pixels is a square in the plane of the HEALPix projection (H=4, K=3; Calabretta and Roukema
@@ -151,7 +161,7 @@ def _even_bits(number: np.ndarray, count: int) -> np.ndarray:
     return packed
 
 
-def fibonacci_sphere(n: int) -> np.ndarray:
+def fibonacci_sphere(n: int) -> Float[np.ndarray, "{n} 3"]:
     """(n, 3) nearly even directions along a golden-angle spiral from +z to -z."""
     i = np.arange(n)
     z = 1 - (2 * i + 1) / n
@@ -162,13 +172,13 @@ def fibonacci_sphere(n: int) -> np.ndarray:
 
 def grid_step_deg(order: int) -> float:
     """Nominal step of ``so3_grid``: 60 / 2**order degrees."""
-    return 60.0 / 2**order
+    return 60.0 / 2.0**order
 
 
-def so3_directions(order: int, symmetry: str = "C1") -> np.ndarray:
-    """HEALPix directions that cover the views that differ under a point group.
+def so3_directions(order: int, symmetry: str = "C1") -> Float[np.ndarray, "j 3"]:
+    """HEALPix directions that cover the distinct views under a point group.
 
-    Those in the asymmetric unit, and some from just outside where the grid, which does not share the group's symmetry,
+    Those in the asymmetric unit, and some from just outside where the grid, which does not have the group's symmetry,
     would leave a gap along the unit's edge.
 
     Returns:
@@ -198,7 +208,7 @@ def _so3_directions(order: int, symmetry: str) -> np.ndarray:
     return np.array(kept)
 
 
-def so3_grid(order: int, symmetry: str = "C1") -> np.ndarray:
+def so3_grid(order: int, symmetry: str = "C1") -> Float[np.ndarray, "j 3 3"]:
     """An even grid of rotations modulo a point group: HEALPix directions times in-plane angles.
 
     The in-plane step is 60 / 2**order degrees, so that 72 * 8**order rotations cover SO(3): 30 degrees apart at order
@@ -216,13 +226,13 @@ def so3_grid(order: int, symmetry: str = "C1") -> np.ndarray:
     return rotation_with_view(np.repeat(directions, len(psi), 0), np.tile(psi, len(directions)))
 
 
-def local_rotations(step_deg: float, extent: float, *, cube: bool = False) -> np.ndarray:
+def local_rotations(step_deg: float, extent: float, *, cube: bool = False) -> Float[np.ndarray, "m 3 3"]:
     """A grid of small rotations around the identity: rotation vectors on a cubic lattice.
 
     Args:
         step_deg: spacing.
-        extent: how far to go, in steps: 1 gives 7 rotations (27 with ``cube``), 2 gives 33 (125).
-        cube: all of the cube rather than the ball inside it.
+        extent: range in steps: 1 gives 7 rotations (27 with ``cube``), 2 gives 33 (125).
+        cube: the whole cube instead of the ball inside it.
 
     Returns:
         (m, 3, 3), the identity first, then by increasing angle. Multiply from the left (in the image's frame) or right

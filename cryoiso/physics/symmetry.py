@@ -1,16 +1,21 @@
 """Point groups in RELION's axis conventions, and the asymmetric unit of view directions.
 
-An operation S of the group leaves the map as it is, V(S x) = V(x), so the poses A and A S give the same image.
+An operation S of the group leaves the map unchanged, V(S x) = V(x), so the poses A and A S give the same image.
 """
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
+from cryoiso.core.shapes import require_rotations
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
 
 KNOWN_GROUPS = "C1, C2, ... Cn; D2, D3, ... Dn; T; O; I (the same as I2), I1, I2, I3, I4"
 _MAX_FOLD = 100
@@ -44,10 +49,10 @@ def normalise_name(name: str) -> str:
     match = re.fullmatch(r"([CD])([1-9]\d*)", text)
     if match and int(match[2]) <= _MAX_FOLD:
         return text
-    raise InputError("unknown point group", expected=KNOWN_GROUPS, found=repr(name))
+    raise InputError("unknown point group", expected=KNOWN_GROUPS, found=repr(name), code="symmetry-unknown")
 
 
-def point_group(name: str) -> np.ndarray:
+def point_group(name: str) -> Float[np.ndarray, "g 3 3"]:
     """All proper rotations of a point group.
 
     Axes as in RELION: Cn about z; Dn with a 2-fold axis on x besides; T with a 3-fold axis on z and a 2-fold one on
@@ -79,7 +84,7 @@ def _point_group(name: str) -> np.ndarray:
 
 
 def generators(name: str) -> list[tuple[int, tuple[float, float, float]]]:
-    """One or two (fold, axis) whose rotations make the group, the axis on z first.
+    """One or two (fold, axis) whose rotations generate the group, the axis on z first.
 
     Raises:
         InputError: unknown group.
@@ -91,13 +96,13 @@ def generators(name: str) -> list[tuple[int, tuple[float, float, float]]]:
     return list(_GENERATORS[group])
 
 
-def cryosparc_turn(name: str) -> np.ndarray | None:
-    """The rotation T that takes a map from cryoSPARC's frame of a point group to ours; None where they are the same.
+def cryosparc_turn(name: str) -> Float[np.ndarray, "3 3"] | None:
+    """The rotation T that takes a map from cryoSPARC's frame of a point group to cryoiso's; None if they are the same.
 
-    cryoSPARC's Dn has a two-fold axis on y, RELION's and ours on x (a cryoSPARC developer, discuss.cryosparc.com topic
-    12482; Scipion's plugin calls it Dyn). For even n both lie on two-fold axes; for odd n, T is a rotation by
-    90/n degrees about z. T (3-fold on z) and O are as in RELION by the same source; I1 and I2 as well, by the axes in
-    cryosparc-issues 127. A pose A of the map becomes A T^-1.
+    cryoSPARC's Dn has a two-fold axis on y, RELION's and cryoiso's on x (a cryoSPARC developer, discuss.cryosparc.com
+    topic 12482; Scipion's plugin calls it Dyn). For even n both are on two-fold axes; for odd n, T is a rotation by
+    90/n degrees about z. T (3-fold on z) and O are as in RELION according to the same source; so are I1 and I2, by the
+    axes in cryosparc-issues 127. A pose A of the map becomes A T^-1.
 
     Returns:
         (3, 3) or None.
@@ -115,7 +120,8 @@ def _axis_rotation(axis: tuple[float, float, float], angle_rad: float) -> np.nda
     """Rodrigues' formula: rotation by an angle about a unit axis."""
     x, y, z = axis
     k = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]], np.float64)
-    return np.eye(3) + np.sin(angle_rad) * k + (1 - np.cos(angle_rad)) * (k @ k)
+    rotation: np.ndarray = np.eye(3) + np.sin(angle_rad) * k + (1 - np.cos(angle_rad)) * (k @ k)
+    return rotation
 
 
 def _closure(generators: list[np.ndarray]) -> np.ndarray:
@@ -129,8 +135,8 @@ def _closure(generators: list[np.ndarray]) -> np.ndarray:
     return np.stack(group)
 
 
-def in_asymmetric_unit(directions: np.ndarray, name: str) -> np.ndarray:
-    """Which view directions lie in the asymmetric unit: of every orbit under the group exactly one.
+def in_asymmetric_unit(directions: Float[np.ndarray, "n 3"], name: str) -> Bool[np.ndarray, " n"]:
+    """Whether view directions are in the asymmetric unit: exactly one of every orbit under the group is.
 
     The representative is the one with the largest z, then x, then y; for Cn that is the wedge of 360/n degrees around
     x, for T, O and I a wedge of the cell around the axis on z. Directions that differ by less than 1e-9 count as equal.
@@ -154,8 +160,8 @@ def in_asymmetric_unit(directions: np.ndarray, name: str) -> np.ndarray:
     return best
 
 
-def to_asymmetric_unit(directions: np.ndarray, name: str) -> np.ndarray:
-    """Moves every direction to its representative in the asymmetric unit.
+def to_asymmetric_unit(directions: Float[np.ndarray, "n 3"], name: str) -> Float[np.ndarray, "n 3"]:
+    """Move every direction to its representative in the asymmetric unit.
 
     Args:
         directions: (n, 3) unit vectors.
@@ -177,7 +183,7 @@ def to_asymmetric_unit(directions: np.ndarray, name: str) -> np.ndarray:
     return best
 
 
-def symmetrise_rotations(rotations: np.ndarray, name: str) -> np.ndarray:
+def symmetrise_rotations(rotations: Float[np.ndarray, "n 3 3"], name: str) -> Float[np.ndarray, "n g 3 3"]:
     """All poses equivalent to the given ones.
 
     Args:
@@ -186,5 +192,11 @@ def symmetrise_rotations(rotations: np.ndarray, name: str) -> np.ndarray:
 
     Returns:
         (n, g, 3, 3): A S for every operation S, the pose itself first.
+
+    Raises:
+        InputError: no rotation matrices, or an unknown point group.
     """
-    return np.einsum("nij,gjk->ngik", np.asarray(rotations, np.float64), _point_group(normalise_name(name)))
+    rotations = np.asarray(rotations, np.float64)
+    require_rotations(rotations)
+    mates: np.ndarray = np.einsum("nij,gjk->ngik", rotations, _point_group(normalise_name(name)))
+    return mates

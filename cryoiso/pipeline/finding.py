@@ -25,6 +25,8 @@ class Finding:
     remedy: str = ""
     exit_code: int = EXIT_DONE
     """what the program ends with if this is an error"""
+    code: str = ""
+    """of an error: a key of ``core.error_codes.CODES``"""
 
     def line(self) -> str:
         return self.found + (f". {self.remedy}" if self.remedy else "")

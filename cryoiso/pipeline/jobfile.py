@@ -32,13 +32,15 @@ def read_job(path: Path) -> tuple[str, Job]:
         text = read_regular_text(path).removeprefix("\ufeff")  # a mark that Windows editors put first
         data = tomllib.loads(text)
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such job file. 'cryoiso init particles.star' writes one.") from None
+        raise UsageError(
+            f"{path}: no such job file. 'cryoiso init particles.star' writes one.", code="file-not-found"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: the job file cannot be read: {error}") from None
+        raise UsageError(f"{path}: the job file cannot be read: {error}", code="file-unreadable") from None
     except InputError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error), code=error.code) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: not a TOML file: {error}") from None
+        raise UsageError(f"{path}: not a TOML file: {error}", code="toml-malformed") from None
     return text, with_absolute_paths(parse_job(data, path), path.absolute().parent)
 
 
@@ -54,7 +56,9 @@ def read_resolved(run: RunFolder) -> tuple[str, Job]:
 
 def require_run(run: RunFolder) -> None:
     if not run.resolved.exists() or not run.manifest.exists():
-        raise UsageError(f"{run.path} holds no run that could be resumed. Start one with 'cryoiso run job.toml'.")
+        raise UsageError(
+            f"{run.path} holds no run to resume. Start one with 'cryoiso run job.toml'.", code="run-missing"
+        )
 
 
 def with_absolute_paths(job: Job, folder: Path) -> Job:

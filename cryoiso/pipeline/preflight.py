@@ -14,16 +14,16 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import disk_full
 from cryoiso.io.shards import read_index
 from cryoiso.methods.auxiliary.particles import require_poolable
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.post_command import check_template
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages
 from cryoiso.refine.offsets import check_poses
 
 logger = logging.getLogger("cryoiso")
 
 
-def check_job(work: Work) -> None:
+def check_job(inputs: Inputs) -> None:
     """Reads all inputs of a job (of the images only the headers and a sample) and checks that they fit together.
 
     Raises:
@@ -32,25 +32,25 @@ def check_job(work: Work) -> None:
     """
     from cryoiso.physics.symmetry import point_group
 
-    job = work.job
+    job = inputs.job
     folder_stages(job)
     _check_scratch(job.run.scratch)
     engines.require_engine(job)
     point_group(job.sample.symmetry)
-    particles, with_auxiliary = work.particles(), job.run.workflow in CO_REFINEMENTS
+    particles, with_auxiliary = inputs.particles(), job.run.workflow in CO_REFINEMENTS
     if job.refine.local_deg is not None or (with_auxiliary and job.auxiliary.poses == "given"):
         particles.require_poses(job.particles.file)
-    check_poses(particles, work.grid()[0], job.particles.file)
-    work.reference()
-    work.mask()
-    work.truth()
-    work.truth_map()
-    _check_diameter(work)
+    check_poses(particles, inputs.grid()[0], job.particles.file)
+    inputs.reference()
+    inputs.mask()
+    inputs.truth()
+    inputs.truth_map()
+    _check_diameter(inputs)
     if with_auxiliary:
         if job.auxiliary.post_command:
             check_template(job.auxiliary.post_command)
         if job.auxiliary.noise_group == "raw":
-            require_poolable(particles, work.grid()[1], job.particles.file)
+            require_poolable(particles, inputs.grid()[1], job.particles.file)
             _warn_of_cold_pool(job)
     if job.run.workflow in ("realign", "both"):
         _check_realign(job)
@@ -67,14 +67,20 @@ def _warn_of_cold_pool(job: Job) -> None:
 
 def _check_scratch(wanted: str) -> None:
     if wanted not in ("", "auto") and not wanted.startswith(("/", "$", "~")):
-        raise UsageError(f"run.scratch = {wanted!r}: 'auto' or a folder that begins with / or a $VARIABLE is expected")
+        raise UsageError(
+            f"run.scratch = {wanted!r}: 'auto' or a folder that begins with / or a $VARIABLE is expected",
+            code="option-out-of-range",
+        )
 
 
-def _check_diameter(work: Work) -> None:
-    box, pixel = work.grid()
-    diameter = work.job.sample.diameter_A
+def _check_diameter(inputs: Inputs) -> None:
+    box, pixel = inputs.grid()
+    diameter = inputs.job.sample.diameter_A
     if diameter is not None and diameter > box * pixel:
-        raise UsageError(f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g})")
+        raise UsageError(
+            f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g})",
+            code="option-out-of-range",
+        )
 
 
 def _check_realign(job: Job) -> None:
@@ -82,27 +88,30 @@ def _check_realign(job: Job) -> None:
     if 0 < kept_A < lowpass_A:
         raise UsageError(
             f"realign.keep_lowres_A = {kept_A:g}: the reference is low-passed at {lowpass_A:g} Å "
-            "(reference.lowpass_A), and has nothing finer to keep"
+            "(reference.lowpass_A), and has nothing finer to keep",
+            code="option-out-of-range",
         )
 
 
-def check_space(work: Work) -> None:
+def check_space(inputs: Inputs) -> None:
     """Makes sure that the shards and maps of a run will fit onto the disk.
 
     Raises:
         DiskFullError: they will not.
         InputError: the folder cannot be written to.
     """
-    folder = existing_parent(work.folder.path)
+    folder = existing_parent(inputs.folder.path)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError("not allowed to write here", file=folder, hint="Choose another folder with --out.")
-    box, _ = work.grid()
+        raise InputError(
+            "not allowed to write here", file=folder, hint="Choose another folder with --out.", code="not-writable"
+        )
+    box, _ = inputs.grid()
     images = 0
-    if not Path(work.job.particles.file).is_dir():  # shards that are given stay where they are
-        images = len(work.particles()) * box * box * np.dtype(work.job.particles.storage).itemsize
+    if not Path(inputs.job.particles.file).is_dir():  # shards that are given stay where they are
+        images = len(inputs.particles()) * box * box * np.dtype(inputs.job.particles.storage).itemsize
     need = int(1.02 * images) + 60 * 4 * box**3
     if shutil.disk_usage(folder).free < need:
-        raise disk_full(work.folder.path / "01_ingest", need)
+        raise disk_full(inputs.folder.path / "01_ingest", need)
 
 
 def existing_parent(path: Path) -> Path:
@@ -113,10 +122,10 @@ def existing_parent(path: Path) -> Path:
     return Path("/")
 
 
-def images_of(work: Work) -> list[Path]:
+def images_of(inputs: Inputs) -> list[Path]:
     """The files that the particles' images lie in, with absolute paths (a run may be resumed from another folder): the
     shards where the job names a folder of them, else the stacks."""
-    given = Path(work.job.particles.file)
+    given = Path(inputs.job.particles.file)
     if given.is_dir():
         return [Path(os.path.abspath(given / str(shard["file"]))) for shard in read_index(given)["shards"]]
-    return [Path(os.path.abspath(name)) for name in np.unique(work.particles().stack).tolist()]
+    return [Path(os.path.abspath(name)) for name in np.unique(inputs.particles().stack).tolist()]

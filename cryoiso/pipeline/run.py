@@ -13,17 +13,20 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cryoiso import __version__
 from cryoiso.core.config import job_to_toml
-from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted, UsageError
+from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted, UsageError, code_of
 from cryoiso.core.log import LineFormatter, PatientFileHandler, duration
 from cryoiso.core.progress import board
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs, using_scratch
 from cryoiso.pipeline.jobfile import read_job, read_resolved, require_run
 from cryoiso.pipeline.planning.forecast import watching
 from cryoiso.pipeline.planning.timing import note_timing, save_timing
@@ -40,7 +43,6 @@ from cryoiso.pipeline.site.doctor import check_machine
 from cryoiso.pipeline.site.resume_check import check_what_is_left
 from cryoiso.pipeline.stages.input_hashes import check_given_shards, image_hashed_meanwhile
 from cryoiso.pipeline.stages.table import Stage, stages_of
-from cryoiso.pipeline.work import Work, using_scratch
 from cryoiso.pipeline.workflow import WITHOUT_GPU, folder_stages
 
 logger = logging.getLogger("cryoiso")
@@ -73,24 +75,24 @@ def run_job(
         InputError: bad input; found before anything is written, but for images that are bad in themselves.
         Interrupted: a signal asked to stop; ``resume_run`` goes on.
     """
-    run = RunFolder(Path(os.path.abspath(folder)))
-    if go_on and on_root(comm, _has_begun, run, job_file):
+    place = RunFolder(Path(os.path.abspath(folder)))
+    if go_on and on_root(comm, _has_begun, place, job_file):
         return resume_run(folder, comm, report, until, job_file=job_file)
-    on_root(comm, _refuse_old_run, run)
+    on_root(comm, _refuse_old_run, place)
     text, job = on_root(comm, read_job, job_file)
-    run = RunFolder(run.path, folder_stages(job))
-    work = Work(job, run, comm, report=report)
-    on_root(comm, _check_until, work, until)
-    prepare_device(work, until)
-    on_root(comm, _preflight, work)
-    check_machine(work)
+    run = RunContext(job, RunFolder(place.path, folder_stages(job)), comm, report=report)
+    inputs = Inputs(job, run.folder, comm)
+    on_root(comm, _check_until, run, until)
+    prepare_device(run, until)
+    on_root(comm, _preflight, inputs)
+    check_machine(inputs)
     comm.install_signal_handlers()  # from the moment that the lock says who is to be told
     with ExitStack() as stack:
-        on_root(comm, _create, work, text, stack)
-        stack.enter_context(using_scratch(work))
-        _start(work, "run")
-        _work_through(work, until)
-    return run
+        run = _with_records(run, lambda: _create(run, inputs, text, stack))
+        stack.enter_context(using_scratch(inputs, run.journal))
+        _start(run, "run")
+        _work_through(run, inputs, until)
+    return run.folder
 
 
 def resume_run(
@@ -119,22 +121,22 @@ def resume_run(
         MissingError: no GPU, where the run computed on GPUs; or too little memory for what is left.
         Interrupted: as ``run_job``.
     """
-    run = RunFolder(Path(os.path.abspath(folder)))
-    on_root(comm, _require_version, run, other_version)
-    _, job = on_root(comm, read_resolved, run)
-    on_root(comm, lambda: require_trust(run, job, trust, _own_programs(job_file)))
-    run = RunFolder(run.path, folder_stages(job))
-    work = Work(job, run, comm, report=report)
-    on_root(comm, _check_until, work, until)
-    prepare_device(work, until)
+    place = RunFolder(Path(os.path.abspath(folder)))
+    on_root(comm, _require_version, place, other_version)
+    _, job = on_root(comm, read_resolved, place)
+    on_root(comm, lambda: require_trust(place, job, trust, _own_programs(job_file)))
+    run = RunContext(job, RunFolder(place.path, folder_stages(job)), comm, report=report)
+    inputs = Inputs(job, run.folder, comm)
+    on_root(comm, _check_until, run, until)
+    prepare_device(run, until)
     comm.install_signal_handlers()  # from the moment that the lock says who is to be told
     with ExitStack() as stack:
-        on_root(comm, _reopen, work, stack)
-        check_what_is_left(work, until)
-        stack.enter_context(using_scratch(work))
-        _start(work, "resume")
-        _work_through(work, until)
-    return run
+        run = _with_records(run, lambda: _reopen(run, inputs, stack))
+        check_what_is_left(run, inputs, until)
+        stack.enter_context(using_scratch(inputs, run.journal))
+        _start(run, "resume")
+        _work_through(run, inputs, until)
+    return run.folder
 
 
 # --- starting
@@ -143,7 +145,8 @@ def resume_run(
 def _refuse_old_run(run: RunFolder) -> None:
     if run.holds_a_run():
         raise UsageError(
-            f"{run.path} holds a run already. Continue it with 'cryoiso resume {run.path}', or give another --out."
+            f"{run.path} holds a run already. Continue it with 'cryoiso resume {run.path}', or give another --out.",
+            code="run-exists",
         )
 
 
@@ -168,46 +171,58 @@ def _own_programs(job_file: Path | None) -> dict[str, str]:
     return {}
 
 
-def _check_until(work: Work, until: str) -> None:
-    names = [stage.name for stage in stages_of(work.job, work.folder)]
+def _check_until(run: RunContext, until: str) -> None:
+    names = [stage.name for stage in stages_of(run.job, run.folder)]
     if until and until not in names:
-        raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})")
+        raise UsageError(f"--until: this job has no stage '{until}' (known: {', '.join(names)})", code="stage-unknown")
 
 
-def prepare_device(work: Work, until: str = "") -> None:
+def prepare_device(run: RunContext, until: str = "") -> None:
     """Finds each rank's device as the job wants it, where a stage up to ``until`` computes on it. Collective.
 
     Raises:
         MissingError: there is none of the kind.
     """
-    work.comm.device_preference = "cpu" if until in WITHOUT_GPU else work.job.run.device
+    run.comm.device_preference = "cpu" if until in WITHOUT_GPU else run.job.run.device
     error = None
     try:
-        work.comm.device()
+        run.comm.device()
     except CryoisoError as caught:
         error = caught
-    agree(work.comm, error)
+    agree(run.comm, error)
 
 
-def _preflight(work: Work) -> None:
-    logger.info("checking the inputs of %s", work.job.run.title or work.folder.path.name)
-    check_job(work)
-    check_space(work)
-    particles, (box, pixel) = work.particles(), work.grid()
+def _preflight(inputs: Inputs) -> None:
+    logger.info("checking the inputs of %s", inputs.job.run.title or inputs.folder.path.name)
+    check_job(inputs)
+    check_space(inputs)
+    particles, (box, pixel) = inputs.particles(), inputs.grid()
     logger.info("%d particles of %d px, %.4g Å a pixel, symmetry %s", len(particles), box, pixel,
-                work.job.sample.symmetry)  # fmt: skip
+                inputs.job.sample.symmetry)  # fmt: skip
 
 
-def _create(work: Work, text: str, stack: ExitStack) -> None:
-    run = work.folder
-    run.path.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(locked(run.lock))
-    _refuse_old_run(run)
-    work.manifest = {**provenance.new_manifest(work.job, images_of(work)), "signature": signature(work.job)}
-    write_text(run.job, text)
-    work.journal = Journal(run.journal)
-    provenance.write_manifest(run, work.manifest)
-    write_text(run.resolved, job_to_toml(work.job))
+def _with_records(run: RunContext, opened: Callable[[], RunContext]) -> RunContext:
+    """The run with the records that ``opened`` opens on rank 0, which alone has any. Collective."""
+    on_rank = [run]
+
+    def open_them() -> None:
+        on_rank[0] = opened()
+
+    on_root(run.comm, open_them)
+    return on_rank[0]
+
+
+def _create(run: RunContext, inputs: Inputs, text: str, stack: ExitStack) -> RunContext:
+    folder, job = run.folder, run.job
+    folder.path.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(folder.lock))
+    _refuse_old_run(folder)
+    manifest = {**provenance.new_manifest(job, images_of(inputs)), "signature": signature(job)}
+    write_text(folder.job, text)
+    journal = Journal(folder.journal)
+    provenance.write_manifest(folder, manifest)
+    write_text(folder.resolved, job_to_toml(job))
+    return replace(run, journal=journal, manifest=manifest)
 
 
 def _require_version(run: RunFolder, other_version: bool) -> None:
@@ -218,34 +233,35 @@ def _require_version(run: RunFolder, other_version: bool) -> None:
         logger.warning("this run was %s", note)
 
 
-def _reopen(work: Work, stack: ExitStack) -> None:
-    run = work.folder
-    stack.enter_context(locked(run.lock))
-    work.manifest = provenance.read_manifest(run.manifest)
-    provenance.check_inputs(work.manifest, work.job)
-    work.manifest["signature"] = signature(work.job)
-    work.journal = Journal(run.journal)
-    if work.journal.last("end", "ingest") is None:
-        provenance.check_images(work.manifest, images_of(work), work.job)
-    run.seal.unlink(missing_ok=True)
-    for part in run.path.glob("[!l]*.part"):  # the folder's own, not the lock's; a stage's go when it is opened
+def _reopen(run: RunContext, inputs: Inputs, stack: ExitStack) -> RunContext:
+    folder, job = run.folder, run.job
+    stack.enter_context(locked(folder.lock))
+    manifest = provenance.read_manifest(folder.manifest)
+    provenance.check_inputs(manifest, job)
+    manifest["signature"] = signature(job)
+    journal = Journal(folder.journal)
+    if journal.last("end", "ingest") is None:
+        provenance.check_images(manifest, images_of(inputs), job)
+    folder.seal.unlink(missing_ok=True)
+    for part in folder.path.glob("[!l]*.part"):  # the folder's own, not the lock's; a stage's go when it is opened
         part.unlink(missing_ok=True)
+    return replace(run, journal=journal, manifest=manifest)
 
 
-def _start(work: Work, event: str) -> None:
+def _start(run: RunContext, event: str) -> None:
     """Opens the logs, notes who works. Collective."""
-    comm, run = work.comm, work.folder
+    comm, folder = run.comm, run.folder
     facts = environment.describe(comm, comm.device())
-    on_root(comm, run.logs.mkdir, exist_ok=True)
-    _log_to_file(run, comm.rank)
-    comm.watch_other_hosts(run.logs)
-    before = versions.last_version(work.manifest) if work.manifest is not None else __version__
+    on_root(comm, folder.logs.mkdir, exist_ok=True)
+    _log_to_file(folder, comm.rank)
+    comm.watch_other_hosts(folder.logs)
+    before = versions.last_version(run.manifest) if run.manifest is not None else __version__
     other = {} if before == __version__ else {"goes_on_from": before}
-    on_root(comm, provenance.note_start, run, work.manifest, work.job, facts | other)
-    if work.journal is not None:
+    on_root(comm, provenance.note_start, folder, run.manifest, run.job, facts | other)
+    if run.journal is not None:
         hosts = {host: len(ranks) for host, ranks in comm.nodes.items()}
-        work.journal.append(event, cryoiso=__version__, **other, ranks=comm.size, hosts=hosts)
-    logger.info("run folder %s, %d rank(s), %s", run.path, comm.size, comm.device())
+        run.journal.append(event, cryoiso=__version__, **other, ranks=comm.size, hosts=hosts)
+    logger.info("run folder %s, %d rank(s), %s", folder.path, comm.size, comm.device())
 
 
 def _log_to_file(run: RunFolder, rank: int) -> None:
@@ -263,54 +279,54 @@ def _log_to_file(run: RunFolder, rank: int) -> None:
 # --- working
 
 
-def _work_through(work: Work, until: str) -> None:
+def _work_through(run: RunContext, inputs: Inputs, until: str) -> None:
     began = time.monotonic()
     try:
-        with watching(work, until), image_hashed_meanwhile(work):
-            check_given_shards(work)  # as the outputs of finished stages: read again at every start
-            _all_stages(work, until)
+        with watching(run, inputs, until), image_hashed_meanwhile(run):
+            check_given_shards(run)  # as the outputs of finished stages: read again at every start
+            _all_stages(run, inputs, until)
     except BaseException as error:
-        if work.journal is not None:
+        if run.journal is not None:
             event = "stop" if isinstance(error, Interrupted) else "error"
             with suppress(CryoisoError):  # on a full disk; what went wrong before is what the user must hear
-                work.journal.append(event, message=str(error) or type(error).__name__)
+                run.journal.append(event, message=str(error) or type(error).__name__, code=code_of(error))
         raise
     finally:
-        save_timing(work)
+        save_timing(run)
     if until:
-        if work.journal is not None:
-            work.journal.append("until", stage=until)
-            logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, work.folder.path)
+        if run.journal is not None:
+            run.journal.append("until", stage=until)
+            logger.info("done up to %s, as asked; 'cryoiso resume %s' goes on", until, run.folder.path)
         return
-    if work.journal is not None:
-        work.journal.append("done", seconds=round(time.monotonic() - began, 3))
-        logger.info("done in %s: result in %s", duration(time.monotonic() - began), work.folder.result)
-    on_root(work.comm, _seal, work)
+    if run.journal is not None:
+        run.journal.append("done", seconds=round(time.monotonic() - began, 3))
+        logger.info("done in %s: result in %s", duration(time.monotonic() - began), run.folder.result)
+    on_root(run.comm, _seal, run)
 
 
-def _seal(work: Work) -> None:
-    if work.journal is None or work.manifest is None:
+def _seal(run: RunContext) -> None:
+    if run.journal is None or run.manifest is None:
         raise ValueError("only rank 0 of a run seals it")
-    write_seal(work.folder, work.journal, work.manifest, [s.name for s in stages_of(work.job, work.folder)])
+    write_seal(run.folder, run.journal, run.manifest, [s.name for s in stages_of(run.job, run.folder)])
 
 
-def _all_stages(work: Work, until: str) -> None:
-    comm = work.comm
-    stages = stages_of(work.job, work.folder)
-    key = provenance.job_key(work.job)
+def _all_stages(run: RunContext, inputs: Inputs, until: str) -> None:
+    comm = run.comm
+    stages = stages_of(run.job, run.folder)
+    key = provenance.job_key(run.job)
     for number, stage in enumerate(stages, start=1):
-        recorded, work.resume = on_root(comm, _what_is_there, work, stage, key)
+        recorded, resume = on_root(comm, _what_is_there, run, stage, key)
         outputs = recorded
-        if recorded is not None and (wrong := verify_outputs(work.folder.path, recorded, comm)):
+        if recorded is not None and (wrong := verify_outputs(run.folder.path, recorded, comm)):
             if comm.rank == 0:
                 logger.warning("%s: %s; the stage is done again", stage.name, wrong)
-            outputs, work.resume = None, False
+            outputs, resume = None, False
         if outputs is None:
             if comm.stop_requested():
                 raise Interrupted(STOPPED)
             if comm.rank == 0:
-                logger.info("stage %d of %d: %s%s", number, len(stages), stage.name, ", continued" * work.resume)
-            outputs = do_stage(work, stage, key)
+                logger.info("stage %d of %d: %s%s", number, len(stages), stage.name, ", continued" * resume)
+            outputs = do_stage(run, inputs, stage, key, resume=resume)
         elif comm.rank == 0:
             logger.info("stage %d of %d: %s is done already", number, len(stages), stage.name)
         key = next_key(key, stage.name, outputs)
@@ -318,9 +334,9 @@ def _all_stages(work: Work, until: str) -> None:
             return
 
 
-def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] | None, bool]:
+def _what_is_there(run: RunContext, stage: Stage, key: str) -> tuple[dict[str, Any] | None, bool]:
     """The recorded outputs if the stage ended with this key, and whether an interrupted attempt may be continued."""
-    journal = work.journal
+    journal = run.journal
     if journal is None:
         return None, False
     end, start = journal.last("end", stage.name), journal.last("start", stage.name)
@@ -330,32 +346,32 @@ def _what_is_there(work: Work, stage: Stage, key: str) -> tuple[dict[str, Any] |
     return None, stage.continues and ours
 
 
-def do_stage(work: Work, stage: Stage, key: str) -> dict[str, Any]:
+def do_stage(run: RunContext, inputs: Inputs, stage: Stage, key: str, *, resume: bool) -> dict[str, Any]:
     """Runs one stage from its start or its continuation to its line in the journal. Collective."""
     began = time.monotonic()
-    on_root(work.comm, _open_stage, work, stage, key)
+    on_root(run.comm, _open_stage, run, stage, key, resume)
     board.begin(stage.name)
     cpu = time.process_time()
-    stage.do(work)
-    work.comm.barrier()
+    stage.do(run, inputs, resume=resume)
+    run.comm.barrier()
     board.end()
-    outputs = hash_outputs(work.folder.path, stage.places, work.comm)
+    outputs = hash_outputs(run.folder.path, stage.places, run.comm)
     seconds = round(time.monotonic() - began, 3)
-    if work.journal is not None:
-        work.journal.append("end", stage=stage.name, key=key, seconds=seconds, outputs=outputs)
+    if run.journal is not None:
+        run.journal.append("end", stage=stage.name, key=key, seconds=seconds, outputs=outputs)
         logger.info("%s took %s", stage.name, duration(seconds))
-        note_timing(work, stage.name, seconds, time.process_time() - cpu)
+        note_timing(run, inputs, stage.name, seconds, time.process_time() - cpu, resumed=resume)
     return outputs
 
 
-def _open_stage(work: Work, stage: Stage, key: str) -> None:
+def _open_stage(run: RunContext, stage: Stage, key: str, resume: bool) -> None:
     """Makes the stage's folder, empty or, if the stage goes on, rid of unfinished files."""
-    if work.folder.has(stage.name):
-        folder = work.folder.stage(stage.name)
-        if not work.resume and folder.exists():
+    if run.folder.has(stage.name):
+        folder = run.folder.stage(stage.name)
+        if not resume and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         for part in folder.rglob("*.part"):
             part.unlink()
-    if work.journal is not None:
-        work.journal.append("start", stage=stage.name, key=key, resumed=work.resume, cryoiso=__version__)
+    if run.journal is not None:
+        run.journal.append("start", stage=stage.name, key=key, resumed=resume, cryoiso=__version__)

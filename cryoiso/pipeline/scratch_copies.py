@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine, duration
 from cryoiso.io import scratch_lease as leases
@@ -26,7 +27,6 @@ from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.pipeline.records.hashing import digest_of, sha256_of
 from cryoiso.pipeline.records.journal import Journal
-from cryoiso.pipeline.records.run_folder import TIMING
 from cryoiso.refine.batches import BatchReader
 
 logger = logging.getLogger("cryoiso")
@@ -178,7 +178,7 @@ class Scratch:
         self.facts.append(facts)
         if comm.rank == 0:
             _log(facts)
-            on_disk = self.run / "logs" / TIMING
+            on_disk = self.run / "logs" / products.TIMING
             with suppress(OSError):  # numbers to read, not worth a run
                 on_disk.parent.mkdir(exist_ok=True)
                 write_text(on_disk, json.dumps({"scratch": self.facts}, indent=1) + "\n")

@@ -67,7 +67,9 @@ def folder_stages(job: Job) -> tuple[str, ...]:
         return REALIGN_STAGES
     if job.run.workflow in CO_REFINEMENTS:
         return _co_refinement_stages(job)
-    raise UsageError(f"unknown workflow '{job.run.workflow}' (known: refine, auxiliary, realign, both)")
+    raise UsageError(
+        f"unknown workflow '{job.run.workflow}' (known: refine, auxiliary, realign, both)", code="choice-unknown"
+    )
 
 
 def _co_refinement_stages(job: Job) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
-"""Particle images as the likelihood sees them: Fourier coefficients inside a radius with their CTF, in fixed batches.
+"""Particle images in the form used by the likelihood: Fourier coefficients inside a radius with their CTF, in fixed
+batches.
 
-The batches are cut from the source's row order alone, never from the number of ranks, so that every matrix product
-has the same shape wherever it is computed.
+Batches follow from the source's row order alone, never from the number of ranks, so that every matrix product has the
+same shape wherever it is computed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,9 +16,12 @@ from torch import Tensor
 
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import OpticsGroup, Particles
-from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
 from cryoiso.physics.ctf_applied import divide_by_ctf
 from cryoiso.physics.fourier import Disc, disc, images_to_fourier
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int, Shaped
 
 BATCH_IMAGES = 128
 
@@ -25,16 +30,16 @@ BATCH_IMAGES = 128
 class Batch:
     """B images of one half-set and one sampling geometry."""
 
-    rows: np.ndarray
+    rows: Int[np.ndarray, " n"]
     """(B,) rows of the particle table."""
-    group: np.ndarray
+    group: Int[np.ndarray, " n"]
     """(B,) optics group indices."""
-    coefficients: Tensor
+    coefficients: Complex[Tensor, "n k"]
     """(B, K) complex64: centred transform, beam tilt removed."""
-    ctf: Tensor
+    ctf: Float[Tensor, "n k"]
     """(B, K) float32."""
     where: Disc
-    magnification: np.ndarray | None
+    magnification: Float[np.ndarray, "2 2"] | None
     """(2, 2): image frequency -> frequency on the reference's grid; None for the identity."""
     premultiplied: np.ndarray | None = None
     """(B,) bool: coefficients that are y / c of a premultiplied image, unknown where c is 0; None: none is."""
@@ -42,13 +47,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def power_weight(self, full_from: float | None = None) -> Tensor | None:
-        """(B, K) by how much the power of each coefficient counts where noise is measured; None: 1 everywhere.
+    def power_weight(self, full_from: float | None = None) -> Float[Tensor, "n k"] | None:
+        """(B, K) weight of the power of each coefficient where noise is measured; None: 1 everywhere.
 
-        In premultiplied images that is c^2, so that a sum is one of y and not of y / c.
+        For premultiplied images it is c^2, so that a sum is one of y and not of y / c.
 
         Args:
-            full_from: smallest |c| of coefficients that count fully; those below count c^2 / full_from^2.
+            full_from: smallest |c| of coefficients with full weight; those below have the weight c^2 / full_from^2.
         """
         if self.premultiplied is None:
             return None
@@ -68,10 +73,10 @@ class Batch:
 
 @dataclass
 class BatchReader:
-    """Makes batches, and keeps them in memory while they fit, since every iteration needs them again.
+    """Read batches, and cache them in memory while they fit, since every iteration uses them again.
 
-    Phase-flipped and premultiplied images become what the rest of the engine expects here and nowhere else: |c| stands
-    for the CTF of the first, and the second are divided by theirs (``physics.ctf_applied``).
+    Phase-flipped and premultiplied images are converted only here to the form used by the rest of the engine: |c|
+    replaces the CTF of the first, and the second are divided by theirs (``physics.ctf_applied``).
     """
 
     source: ImageSource
@@ -83,12 +88,12 @@ class BatchReader:
     memory_bytes: int = 1 << 30
     apart: np.ndarray | None = None
     """(N,) bool: particles that share no batch with the others; None: none."""
-    _kept: dict = field(default_factory=dict)
+    _kept: dict[tuple[int, int, int], tuple[int, Batch]] = field(default_factory=dict)
     _used: int = 0
 
     def plan(self, halves: tuple[int, ...] = (1, 2)) -> list[np.ndarray]:
-        """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of a half and a geometry,
-        of particles that are apart or of others."""
+        """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of one half and one geometry,
+        separately for particles that are summed apart (auxiliary ones) and the others."""
         half = self.particles.half if self.particles.half is not None else np.zeros(len(self.particles), np.int8)
         geometry = self._geometry_of_groups()[self.particles.optics]
         if self.apart is not None:
@@ -105,12 +110,12 @@ class BatchReader:
         distinct = list(dict.fromkeys(keys))
         return np.array([distinct.index(k) for k in keys])
 
-    def matrix(self, group: OpticsGroup) -> np.ndarray | None:
+    def matrix(self, group: OpticsGroup) -> Float[np.ndarray, "2 2"] | None:
         """(2, 2) from the image's frequency index to the reference's: magnification times the ratio of pixel sizes."""
         m = np.array(group.magnification, float).reshape(2, 2) * (self.pixel_size_A / group.pixel_size_A)
         return None if np.allclose(m, np.eye(2), atol=1e-6) else m
 
-    def read(self, rows: np.ndarray, radius_px: int) -> Batch:
+    def read(self, rows: Shaped[np.ndarray, " n"], radius_px: int) -> Batch:
         """The batch of these rows with all coefficients up to radius_px of the reference's grid."""
         key = (int(rows[0]), int(rows[-1]), len(rows))
         kept = self._kept.get(key)
@@ -124,7 +129,8 @@ class BatchReader:
         return batch
 
     def preload_radius(self, radius_px: int, rows: list[np.ndarray]) -> int:
-        """The radius to read at first, so that later iterations find more than they need: all of it if it fits."""
+        """The radius to read at first, larger than needed so that later iterations find their data cached: everything
+        if it fits."""
         box = self.source.box_px
         full = (box - 1) // 2
         return full if sum(map(len, rows)) * box * box * 5 <= self.memory_bytes else radius_px

@@ -1,4 +1,4 @@
-"""The references of a refinement as a correction between two iterations leaves them."""
+"""References of a refinement after the correction between two iterations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def corrected(
     without_solvent: Callable[[np.ndarray], np.ndarray],
     comm: Communicator,
 ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
-    """The references as the correction leaves them, without solvent again, and its record (collective).
+    """Apply the correction to the references and flatten the solvent again; return them and the correction's record
+    (collective).
 
     Args:
         seen: the half-maps and references of the iteration that has just ended.

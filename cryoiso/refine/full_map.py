@@ -1,50 +1,55 @@
-"""The map of both half-sets together, every Fourier coefficient weighted by how well it was measured.
+"""The map of both half-sets together, with every Fourier coefficient weighted by how well it was measured.
 
-The plain quotient of sums and weights gives every direction its full strength, so that in sets of uneven views the
-noise of those that few images saw drowns the map. Here it is divided by weight + 1/tau^2, a Wiener filter: what was
-measured well keeps its strength, what was not goes to zero.
+The plain quotient of sums and weights gives every direction its full strength, so that for uneven views the noise of
+poorly sampled directions dominates the map. Here the sums are divided by weight + 1/tau^2, a Wiener filter:
+well-measured coefficients keep their strength, the others tend to zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
-from cryoiso.metrics.fsc import fsc_corrected
+from cryoiso.metrics.fsc_curve import fsc_corrected
 from cryoiso.parallel.abort import on_root
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import references
 from cryoiso.refine.agreement import agreement, as_map, on_every_rank
 from cryoiso.refine.reconstruct import half_sums
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 PLANES = 16
-"""Planes of a half's sums that are sent to the other's at once."""
+"""Planes of a half's sums sent to the root of the other at once."""
 MaskOf = Callable[[DensityMap], np.ndarray]
 """Mean of the filtered half-maps -> (D, D, D) mask in [0, 1]; called on rank 0."""
 
 
 @dataclass(frozen=True)
 class FullReconstruction:
-    """Both half-maps and what they are together."""
+    """Both half-maps and their weighted combination."""
 
     halves: dict[int, DensityMap]
-    """Half -> the map as ``reconstruct_halves`` makes it, on every rank."""
+    """Half -> the map from ``reconstruct_halves``, on every rank."""
     weighted: DensityMap | None
     """The Wiener-weighted map of all particles; on rank 0."""
-    fsc: np.ndarray
-    """(D//2+1,) of the filtered half-maps, corrected for the mask: what the weights follow from."""
+    fsc: Float[np.ndarray, " shells"]
+    """(D//2+1,) of the filtered half-maps, corrected for the mask: the basis of the weights."""
 
 
 def reconstruct_full(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None,
     mask_of: MaskOf,
     *,
     symmetry: str = "C1",
@@ -63,13 +68,15 @@ def reconstruct_full(
     size); the grid is gone before anything is divided.
 
     Args:
+        mask_of: makes the mask, (D, D, D) in [0, 1], from a map.
         diameter_A: of the sphere (default: 0.9 boxes).
         seed: of the random phases.
-        symmetry, padding, device, pixel_size_A: as ``reconstruct_halves``.
+        comm, symmetry, padding, device, pixel_size_A: as ``reconstruct_halves``.
 
     Raises:
         InputError: as ``reconstruct_halves``.
     """
+    comm = comm if comm is not None else Context()
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums: dict[int, FourierSums] = {}
@@ -97,9 +104,9 @@ def reconstruct_full(
 
 
 def joined(sums: dict[int, FourierSums], comm: Communicator) -> FourierSums | None:
-    """The sum of both halves' sums, on the root of half 1; those of half 1 are used up (collective).
+    """The sum of both halves' sums, on the root of half 1; those of half 1 are consumed (collective).
 
-    Plane by plane, so that nothing of a grid's size is made.
+    Plane by plane, to avoid temporaries of the grid's size.
     """
     roots = {half: root_of_half(half, comm.size) for half in HALVES}
     rows = comm.bcast(len(sums[1].weight) if 1 in sums else None, roots[1])
@@ -132,5 +139,5 @@ def mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tenso
 
 
 def _upto(curve: np.ndarray, last: int) -> np.ndarray:
-    """The curve, zero beyond a shell: a mask leaks into those without data."""
+    """The curve, zero beyond a shell: a mask leaks into shells without data."""
     return np.where(np.arange(len(curve)) <= last, np.nan_to_num(curve), 0.0)

@@ -1,4 +1,4 @@
-"""What decides the course of a refinement: see ``core.identity``."""
+"""Identity of a refinement: everything that affects its result; see ``core.identity``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from cryoiso.core.identity import MARK, Identity, digest_of, of_images, of_map, 
 from cryoiso.core.protocols import RefineRequest
 
 ONLY_WHEN = ("max_iterations",)
-"""Settings that say when a refinement ends; it may go on with others."""
+"""Settings that determine when a refinement ends; it may be continued with other values."""
 
 
 def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: bool = False) -> Identity:
-    """Everything that decides what an engine finds, but for the number of iterations.
+    """Everything that affects an engine's result, except the number of iterations.
 
     Args:
-        diameter_A: as the engine takes it.
-        ordered: whether the order of the rows matters to the engine.
+        diameter_A: as used by the engine.
+        ordered: whether the order of the rows affects the engine.
     """
     settings = {k: v for k, v in request.settings.model_dump().items() if k not in ONLY_WHEN and k != "local_deg"}
     source, halves = request.source, request.half_references
@@ -49,7 +49,7 @@ def _auxiliary(request: RefineRequest) -> Any:
 
 
 def _volumes(source: Any) -> str:
-    """Subtomograms are read by the engine's program alone: their names and columns stand for them."""
+    """Digest of the table of subtomograms, which identifies them: only the engine's program reads the volumes."""
     table = source.particles.table
     order = source.particles.uid.argsort(kind="stable")
     return MARK + digest_of(*(f"{name} {table[name].iloc[order].tolist()}" for name in sorted(table.columns)))

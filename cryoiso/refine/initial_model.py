@@ -1,4 +1,4 @@
-"""What the first iteration starts from: the low-passed reference on the data's grey scale, and the noise spectra."""
+"""Start of the first iteration: the low-passed reference on the data's grey scale, and the noise spectra."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.rng import shuffle_keys
 from cryoiso.physics.fourier import Disc, disc
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine import offsets
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm, whiten
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from cryoiso.refine.iterate import Refinement
 
 SCALE_PARTICLES = (512, 2048, 8192)
-"""Images that are compared with the reference: the first number, then more where those cannot tell it from chance."""
+"""Images compared with the reference: the first number, then more if those are not conclusive."""
 CHANCE = 3e-5
 """Images of noise match a reference by chance in fewer cases than this (four standard errors)."""
 
 
 def initial_model(run: Refinement, lowpass_A: float) -> Model:
-    """The low-passed reference, the same for both halves unless each was given its own, scaled to the images; noise
-    from the images' mean power; for a local search the given poses (collective)."""
+    """The low-passed reference, the same for both halves unless each has its own, scaled to the images; noise from the
+    images' mean power; for a local search the given poses (collective)."""
     sigma2 = mean_power(run)
     state = first_state(run, lowpass_A)
     references, halves = run.first_references(lowpass_A), run.request.half_references
@@ -54,18 +54,18 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
 
 
 def first_state(run: Refinement, lowpass_A: float) -> State:
-    """The search is as fine as the low-passed reference, and no shift has been found yet."""
+    """Initial state: the search is as fine as the low-passed reference, and no shift has been estimated yet."""
     radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
     return State(radius_px=radius, shift_sd_px=first_shift_sd_px(run.box))
 
 
 def mean_power(run: Refinement) -> np.ndarray:
-    """(G, S) mean power of the images by optics group and shell: an upper bound of the noise; infinite where a shell
-    is empty.
+    """(G, S) mean power of the images by optics group and shell: an upper bound of the noise; infinite where a shell is
+    empty.
 
     Raises:
-        InputError: an image with values that are not numbers, or one or all of a group without power, or one that
-            holds most of the power of all.
+        InputError: an image with values that are not finite, images without power (one, or a whole group), or one with
+        most of the power of all.
     """
     noise = NoiseSums.empty(len(run.particles.groups), run.box // 2 + 1)
     seen: list[tuple[np.ndarray, np.ndarray]] = []
@@ -100,20 +100,21 @@ def mean_power(run: Refinement) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Match:
-    """How the projections of a reference agree with images, in coefficients that did not choose the poses."""
+    """Agreement of the projections of a reference with images, in coefficients that were not used to choose the
+    poses."""
 
     factor: float
     """Least-squares grey scale of the reference."""
     chance: float
-    """Of agreeing so well if the images had nothing to do with the reference."""
+    """Probability of such agreement if the images were unrelated to the reference."""
     inverted: bool
     """They agree better with their sign changed; ``chance`` is then that of this agreement."""
     images: int
-    """that were looked at"""
+    """number of images compared"""
 
     @classmethod
     def of(cls, terms: np.ndarray) -> Match:
-        """From the columns of ``_fit``, (n, 4)."""
+        """Match from the columns of ``_fit``, (n, 4)."""
         white, dark, norm, norm_dark = terms.sum(0)
         factor = float(white / norm) if norm > 0 else 0.0
         inverted = bool(dark > 0 and dark**2 * norm > max(white, 0.0) ** 2 * norm_dark)
@@ -121,9 +122,9 @@ class Match:
 
 
 def _chance(cross: np.ndarray) -> float:
-    """Student's one-sided test that the images' cross terms (n,) have a mean above zero.
+    """Student's one-sided test for a positive mean of the images' cross terms (n,).
 
-    Poses and factor come from different coefficients, so that noise gives terms of either sign, whatever pose it chose.
+    Poses and factor come from different coefficients, so that noise gives terms of either sign for any selected pose.
     """
     n, mean = len(cross), float(cross.mean())
     if n < 2 or not np.isfinite(mean):
@@ -133,15 +134,15 @@ def _chance(cross: np.ndarray) -> float:
 
 
 def match(run: Refinement, references: dict[int, np.ndarray], sigma2: np.ndarray, state: State) -> Match:
-    """How well the raw images match references; more of them are asked where few cannot tell (collective).
+    """Agreement of the raw images with the references; more images are used if few are not conclusive (collective).
 
     The pose is chosen with one half of the coefficients (even ones) by normalised correlation and the factor fitted
-    with the other half, so that the noise which made a pose win does not inflate the factor.
+    with the other half, so that the noise that selected a pose does not inflate the factor.
 
-    Noise must not match, whatever was made of it before. Noise that was once refined against a reference matches it at
-    the poses and offsets that it was given then, so all views are looked at, in a local search too, and the same shifts
-    for all images, in a disc wide enough for nearly all offsets. Noise also matches a map that was made of it, so the
-    images of a half-set are compared with the reference of the other one.
+    Noise must not match, whatever its history. Noise that was once refined against a reference matches it at the
+    resulting poses and offsets, so all views are searched, also before a local search, and the same shifts for all
+    images, in a disc wide enough for nearly all offsets. Noise also matches a map that was made from it, so the images
+    of a half-set are compared with the reference of the other one.
 
     Args:
         references: half -> the half-set's own reference (D, D, D).
@@ -173,7 +174,7 @@ def _plan_for_all_views(run: Refinement, state: State) -> SearchPlan:
 
 
 def _volumes(run: Refinement, references: dict[int, np.ndarray], radius_px: int) -> dict[int, FourierVolume]:
-    """Half -> what its images are compared with: the reference of the other half-set."""
+    """Half -> reference for the comparison with its images: that of the other half-set."""
     maps = {id(data): data for data in references.values()}
     made = {
         key: FourierVolume.from_volume(torch.as_tensor(data, device=run.device), run.settings.padding, radius_px)
@@ -196,7 +197,7 @@ def _terms(
     sigma2: np.ndarray,
     known: bool,
 ) -> np.ndarray:
-    """The columns of ``_fit`` for these rows; ``known``: around what is given of their poses (collective)."""
+    """The columns of ``_fit`` for these rows; ``known``: around their given poses (collective)."""
     chosen = np.zeros(len(run.particles), bool)
     chosen[rows] = True
     mine: list[tuple[np.ndarray, np.ndarray]] = []
@@ -245,7 +246,7 @@ def grey_scale(
 
 
 def require_match(found: Match) -> None:
-    """Stops where images and reference have nothing to do with each other.
+    """Refuse images that do not match the reference.
 
     Raises:
         InputError: they do not correlate beyond chance, or do so with the opposite sign.
@@ -256,13 +257,15 @@ def require_match(found: Match) -> None:
             expected=f"a correlation that noise reaches in less than one of {1 / CHANCE:,.0f} sets",
             found=f"one that noise reaches in {100 * found.chance:.2g} % of them, in {found.images:,} images",
             hint="Check the reference's identity, the pixel size, and whether the images show particles at all.",
+            code="reference-does-not-match-images",
         )
     if found.inverted:
         raise InputError(
-            "the images match the reference's projections better with their sign changed",
+            "the images match the reference's projections better with inverted contrast",
             expected="protein white in both",
             found="opposite signs",
             hint="Set invert = 'yes' under [particles] if protein is dark in the images, or invert the reference.",
+            code="contrast-inverted",
         )
 
 
@@ -299,7 +302,7 @@ def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchP
 
 
 def _held_out(choose: tuple[torch.Tensor, torch.Tensor], fit: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Terms of the second half of the coefficients at the poses that the first half chose, (B, 4) float64."""
+    """Terms of the second half of the coefficients at the poses chosen with the first half, (B, 4) float64."""
     correlation = (choose[0] / choose[1].sqrt()[:, None, :]).flatten(1)
     cross, views = fit[0].flatten(1), fit[1].shape[1]
     best, worst = correlation.argmax(1, keepdim=True), correlation.argmin(1, keepdim=True)

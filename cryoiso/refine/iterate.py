@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from typing import Any
@@ -16,22 +17,23 @@ from cryoiso.core.identity import Identity, digest_of, plain
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import HALVES, DensityMap
-from cryoiso.metrics.fsc import resolution_at
+from cryoiso.metrics.fsc_curve import resolution_at
+from cryoiso.metrics.view_cones import ViewCones
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
-from cryoiso.refine.cones import ViewCones
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
-from cryoiso.refine.junk import JunkSearch
+from cryoiso.refine.junk import CONE_DEG, JunkSearch
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.model import Model, best_of
@@ -40,7 +42,7 @@ from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan
 from cryoiso.refine.search_cache import KeptSearches
 from cryoiso.refine.sums import HalfSums, gathered, reduced
-from cryoiso.refine.view_density import ViewCounts, ViewPrior, density, log_prior, view_grid
+from cryoiso.refine.view_density import ViewCounts, ViewPrior, prior_of, view_grid
 
 
 class Refinement:
@@ -78,23 +80,27 @@ class Refinement:
         """shells up to it in which no image has power"""
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
         self.cells = ViewPrior.of(np.zeros(len(view_grid())), device)
-        self.cones = ViewCones.of(request.symmetry)
+
+    @cached_property
+    def cones(self) -> ViewCones:
+        """Viewing cones within which images without a particle are found."""
+        return ViewCones.with_step(CONE_DEG, self.request.symmetry)
 
     @cached_property
     def identity(self) -> Identity:
-        """What the refinement is of, the same on every rank (collective at the first call)."""
+        """Identity of the refinement's inputs, the same on every rank (collective at the first call)."""
         made = of_request(self.request, self.diameter) if self.comm.rank == 0 else None
         return dict(self.comm.bcast(made))
 
     def heed_empty(self, sigma2: np.ndarray) -> None:
-        """Leaves out what lies beyond the last shell in which the images have power."""
+        """Limit the resolution to the last shell in which the images have power."""
         raw = self.particles if self.raw.all() else self.particles.take(self.raw)
         self.limit = last_shell(sigma2, raw, self.pixel, self._asked_limit)
         self.empty = empty_between(sigma2, raw, self.pixel, self.limit)
 
     def owned(self, half: int, auxiliary: bool | None = None) -> tuple[list[np.ndarray], int]:
-        """This rank's batches of a half, and the largest number that any rank has; of raw or auxiliary particles
-        alone where that is asked."""
+        """This rank's batches of a half, and the largest number on any rank; on request of raw or auxiliary particles
+        alone."""
         plan = self.reader.plan((half,))
         if auxiliary is not None:
             plan = [rows for rows in plan if self.raw[rows[0]] != auxiliary]
@@ -103,15 +109,15 @@ class Refinement:
         return [plan[i] for i in mine], most
 
     def plan(self, state: State) -> SearchPlan:
-        """How to search now, on this rank's device."""
+        """The search plan of this iteration, on this rank's device."""
         plan = schedule.search_plan(
             state, self.settings, self.rotations, self.box, self.pixel, self.diameter, self.request.local_deg
         )
         return replace(plan, shifts_px=plan.shifts_px.to(self.device))
 
     def given(self, rows: np.ndarray) -> Given | None:
-        """What a search of these particles starts from: in a local one their poses, in a global one their offsets; None
-        where there is nothing."""
+        """Starting point of the search for these particles: in a local search their poses, in a global one their
+        offsets; None without either."""
         centre = self.centre_px[rows]
         if self.request.local_deg is not None:
             return Given(self._tensor(self.particles.require_poses()[0][rows]), self._tensor(centre))
@@ -123,24 +129,22 @@ class Refinement:
         return torch.as_tensor(values, dtype=torch.float32, device=self.device)
 
     def _shift_range_px(self) -> float:
-        """How far from the centre of its search a shift may be found, whatever the spread of the others."""
+        """Largest distance of a shift from the centre of its search, whatever the spread of the others."""
         return schedule.shift_range_px(self.settings, self.box, self.pixel, self.diameter, self.request.local_deg)
 
     def insertion_radius(self, state: State) -> int:
-        """Data are back-projected beyond the search radius, so that the FSC can be seen to extend."""
+        """Radius of the back-projection, beyond the search radius so that the FSC can extend."""
         return min(self.limit, int(1.5 * state.radius_px) + 6)
 
     def step(self, model: Model) -> Model:
         """One iteration: expectation and sums of each half, reduction, new references."""
-        started = time.monotonic()
-        state = model.state
+        started, state = time.monotonic(), model.state
         self.heed_empty(model.sigma2)
         scale = weight_scale(model.sigma2)
-        plan = self.plan(state)
-        radius = self.insertion_radius(state)
+        plan, radius = self.plan(state), self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        junk = JunkSearch(self.settings.junk, self.cones, model.junk, plan)
+        junk = JunkSearch(self.cones if self.settings.junk else None, model.junk, plan)
         sums = HalfSums(self.request.auxiliary_weight)
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
@@ -149,8 +153,9 @@ class Refinement:
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
             )
             searcher = Searcher(plan, volume)
+            prior = prior_of(model.views, half, self.request.symmetry, self.settings, self.device)
             for auxiliary in self.kinds:
-                searcher.views = None if auxiliary else self.view_prior(model.views, half)  # auxiliaries are made even
+                searcher.views = None if auxiliary else prior  # auxiliaries are made even
                 junk.begin(None if auxiliary else model.references[half], self.pixel, volume)
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
                 for batch in self.batches(half, auxiliary, radius, state.iteration, kept):
@@ -175,17 +180,8 @@ class Refinement:
         new = self._maximise(model, sums, noise, counts, rotation, shift_px, columns, plan, seconds)
         return replace(new, junk=junk.learned(rotation, self.raw))
 
-    def view_prior(self, views: dict[int, np.ndarray], half: int) -> ViewPrior | None:
-        """Prior on the views of a half's images from its posteriors of the iteration before; None: even."""
-        s = self.settings
-        if not views or not s.view_density:
-            return None
-        smooth = density(views[half], self.request.symmetry, s.view_kernel_deg)
-        prior = log_prior(smooth, axis_odds=s.view_axis_odds, polarity_floor=s.view_polarity_floor)
-        return ViewPrior.of(prior, self.device)
-
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
-        """Where this iteration's searches are put aside (collective)."""
+        """Store for this iteration's search results (collective)."""
         if self.request.folder is None:
             return KeptSearches(None)
         grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
@@ -202,7 +198,7 @@ class Refinement:
                         model.state.iteration + 1, len(kept), batches)  # fmt: skip
         return kept
 
-    def batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches):
+    def batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches) -> Iterator[Batch]:
         batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
         lines = len(HALVES) * len(self.kinds)
@@ -218,17 +214,20 @@ class Refinement:
         line.close()
 
     def heed(self, kept: KeptSearches | None = None) -> None:
-        """Stops on all ranks if any was told to (collective); what was found is put aside first.
+        """Stop on all ranks if any received a stop signal (collective); search results are saved first.
 
         Raises:
-            Interrupted: one was.
+            Interrupted: a rank received one.
         """
         if self.comm.stop_requested():
             if kept is not None:
                 kept.flush()
             raise Interrupted("stopped by a signal; what was found so far is kept")
 
-    def _maximise(self, model, sums, noise, views, rotation, shift_px, columns, plan, seconds) -> Model:
+    def _maximise(
+        self, model: Model, sums: HalfSums, noise: NoiseSums, views: dict[int, np.ndarray], rotation: np.ndarray,
+        shift_px: np.ndarray, columns: dict[str, np.ndarray], plan: SearchPlan, seconds: float,
+    ) -> Model:  # fmt: skip
         comm, state = self.comm, model.state
         raw = self.half_maps(sums.raw)
         agreed = self.compare_halves(sums.raw, raw, state)
@@ -245,48 +244,56 @@ class Refinement:
         )))  # fmt: skip
         residual_px = (shift_px - self.centre_px)[self.raw]
         spread_px = float(np.sqrt(np.mean(np.square(residual_px)) + 1e-12))
+        step_deg = plan.levels[-1].cell_deg / 2
+        uncertainty_deg = max(float(np.median(columns["cryoisoPoseSpread"][self.raw])), step_deg / 2)
         advanced = schedule.advance(
             state, schedule.agreement_shell(agreed.weighted), changes_deg,
             float(np.degrees(0.25 * resolution / self.diameter)), spread_px, self.settings, self.box, self.limit,
+            uncertainty_deg,
         )  # fmt: skip
+        next_deg = self.plan(advanced).levels[-1].cell_deg / 2
+        advanced = schedule.with_finer_steps(advanced, step_deg, next_deg, self.settings)
         at_limit = offsets.at_limit(residual_px, self._shift_range_px())
-        record: dict[str, Any] = {
+        record: IterationRecord = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
             "resolution_unmasked_A": self.resolution_A(self._fsc(raw, None, state)),
             "resolution_weighted_A": self.resolution_A(agreed.weighted),
             "cfar": self._anisotropy(raw, state),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
-            "step_deg": plan.levels[-1].cell_deg / 2,
+            "step_deg": step_deg,
+            "uncertainty_deg": uncertainty_deg,
             "changes_deg": changes_deg,
             "shift_sd_A": spread_px * self.pixel,
             "at_shift_limit": at_limit / len(residual_px),
             "max_probability_mean": float(columns["rlnMaxValueProbDistribution"][self.raw].mean()),
             "log_likelihood": float(columns["rlnLogLikeliContribution"][self.raw].sum()),
-            **({} if share is None else {"auxiliary_weight_share": share}),
             "seconds": seconds,
         }
+        if share is not None:
+            record["auxiliary_weight_share"] = share
         if comm.rank == 0:
             self._report(record, at_limit, advanced.done)
         if self.request.correction is not None:
             began = time.monotonic()
             new, record["correction"] = self._corrected(advanced, everything, new, agreed.plain, resolution, plan)
             record["seconds"] += time.monotonic() - began
+        shift_A = -shift_px * self.particles.group_values("pixel_size_A")[:, None]
         return Model(
-            advanced, new, noise.spectra(model.sigma2), rotation, -shift_px * self._pixel_sizes()[:, None], columns,
-            raw, views, history=[*model.history, record],
+            advanced, new, noise.spectra(model.sigma2), rotation, shift_A, columns, raw, views,
+            history=[*model.history, record],
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
-        """Gives both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
+        """Give both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
         if self.settings.join_halves_A:
             joined = int(self.box * self.pixel / self.settings.join_halves_A)
             if joined >= 1:
                 shell = min(joined, self.limit, self.insertion_radius(state))
                 references.exchange_low_resolution(sums, shell, self.comm)
 
-    def _report(self, record: dict[str, Any], at_limit: int, last: bool) -> None:
-        """Logs an iteration; at the end warns of shifts at the limit of the search."""
+    def _report(self, record: IterationRecord, at_limit: int, last: bool) -> None:
+        """Log an iteration; at the end warn of shifts at the limit of the search."""
         logger.info(
             "iteration %d: resolution %.2f Å (unmasked %.2f, by measured directions %.2f), cFAR %.2f, step %.2f°, "
             "moved by %.2f°, max. probability %.2f",
@@ -322,7 +329,8 @@ class Refinement:
         if self.comm.rank == 0:
             value = references.anisotropy(raw, self.sphere, self.pixel, self.insertion_radius(state))
             value = value if np.isfinite(value) else None
-        return self.comm.bcast(value)
+        shared: float | None = self.comm.bcast(value)
+        return shared
 
     def next_references(
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
@@ -331,8 +339,11 @@ class Refinement:
         own = {h: self.flatten(as_map(s.reconstruct(agreed.wiener[h])), resolution_A) for h, s in sums.items()}
         return on_every_rank(own, self.comm)
 
-    def _corrected(self, state, maps, references_now, curve, resolution_A, plan) -> tuple[dict, dict]:
-        """Half -> reference as the correction leaves it, and its record (collective)."""
+    def _corrected(
+        self, state: State, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray], curve: np.ndarray,
+        resolution_A: float, plan: SearchPlan,
+    ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:  # fmt: skip
+        """Half -> corrected reference, and the correction's record (collective)."""
         request = self.request
         assert request.correction is not None
         seen = HalfMaps(
@@ -349,19 +360,21 @@ class Refinement:
 
     def first_reference(self, given: DensityMap, lowpass_A: float) -> np.ndarray:
         """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
-        return np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32) * self.sphere
+        coarse = np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32)
+        reference: np.ndarray = coarse * self.sphere
+        return reference
 
     def first_references(self, lowpass_A: float) -> dict[int, np.ndarray]:
-        """Half -> the reference that it begins with, before any grey scale; one array where there is but one."""
+        """Half -> its first reference, before any grey scale; the same array for both if there is only one."""
         given = self.request.half_references
         if given is None:
             return dict.fromkeys(HALVES, self.first_reference(self.request.reference, lowpass_A))
         return {half: self.first_reference(given[half], lowpass_A) for half in HALVES}
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
-        """(D//2+1,) between the half-maps where there are data.
+        """(D//2+1,) between the half-maps, in the shells with data.
 
-        Beyond what was inserted the maps are empty, and a mask would correlate its own leakage there; between shells
+        Beyond the inserted data the maps are empty, and a mask would correlate its own leakage there; between shells
         with data the curve is linear.
         """
         curve, shells = references.half_map_fsc(maps, mask), np.arange(self.box // 2 + 1)
@@ -371,18 +384,16 @@ class Refinement:
         return np.where(shells <= self.insertion_radius(state), curve, 0.0)
 
     def resolution_A(self, curve: np.ndarray) -> float:
-        """Where it drops below 0.143, but nothing finer than the images."""
+        """Resolution at which the curve drops below 0.143, limited to that of the images."""
         resolution = resolution_at(curve, 0.143, self.box, self.pixel)
         return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)
 
     def flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
-        """Sets the solvent to zero: outside the given mask, or outside one made from this half's own map."""
+        """Set the solvent to zero: outside the given mask, or outside one made from this half's own map."""
         volume = volume * self.sphere
         if self.request.mask is not None:
-            return (volume * self.request.mask.data).astype(np.float32)
+            masked: np.ndarray = (volume * self.request.mask.data).astype(np.float32)
+            return masked
         if not self.settings.solvent_mask:
             return volume
         return references.without_solvent(volume, self.pixel, resolution_A)
-
-    def _pixel_sizes(self) -> np.ndarray:
-        return self.particles.group_values("pixel_size_A")

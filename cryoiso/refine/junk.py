@@ -13,22 +13,27 @@ never more than one half: an image is left out because of what it shows, not bec
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.protocols import Communicator
+from cryoiso.metrics.view_cones import ViewCones, cone_facts
 from cryoiso.physics.filters import lowpass
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
-from cryoiso.refine.cones import ViewCones, cone_facts
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, score_and_norm
 from cryoiso.refine.rows import gathered_rows
 from cryoiso.refine.search import Given, Posterior, SearchPlan
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 BLOB_LOWPASS_A = 30.0
+CONE_DEG = 29.0
+"""Width of a cone: 46 on the whole sphere."""
 FIRST_SHARE, FIRST_COUNT = 0.05, 4.0
 """Share of junk in a cone before any image is seen, and the images that this belief counts for."""
 MOST_SHARE = 0.5
@@ -50,25 +55,28 @@ the evidence of all poses is than the likelihood of that one, and the log eviden
 class JunkPrior:
     """What is known of the cones when an iteration begins."""
 
-    share: np.ndarray
+    share: Float[np.ndarray, " cones"]
     """(C,) prior probability of junk."""
-    amplitude: np.ndarray
+    amplitude: Float[np.ndarray, " cones"]
     """(C,) of the reference."""
 
-    def particle_probability(self, facts: np.ndarray, cone: np.ndarray) -> np.ndarray:
+    def particle_probability(
+        self, facts: Float[np.ndarray, "n 4"], cone: Int[np.ndarray, " n"]
+    ) -> Float[np.ndarray, " n"]:
         """(N,) posterior probability that an image shows a particle, from its facts (N, 4) and its cone (N,)."""
         odds = np.log1p(-self.share[cone]) - np.log(self.share[cone])
         return _logistic(odds + advantage(facts, self.amplitude[cone]))
 
 
-def advantage(facts: np.ndarray, amplitude: np.ndarray | float) -> np.ndarray:
+def advantage(facts: Float[np.ndarray, "n 4"], amplitude: Float[np.ndarray, " n"] | float) -> Float[np.ndarray, " n"]:
     """(N,) log evidence of the particle over that of junk, D(a) = a x - a^2 n / 2 - occam - junk, x and n those of the
     best pose: that of a reference multiplied by a."""
     cross, norm, occam, junk = np.asarray(facts, np.float64).T
-    return amplitude * cross - np.square(amplitude) * norm / 2 - occam - junk
+    ratio: np.ndarray = amplitude * cross - np.square(amplitude) * norm / 2 - occam - junk
+    return ratio
 
 
-def learned(facts: np.ndarray, cone: np.ndarray, cones: int) -> JunkPrior:
+def learned(facts: Float[np.ndarray, "n 4"], cone: Int[np.ndarray, " n"], cones: int) -> JunkPrior:
     """Share and amplitude of each cone that make its images most likely.
 
     For each amplitude the share follows by expectation-maximisation with a Beta prior; the amplitude is that of the
@@ -103,7 +111,9 @@ def _logistic(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * x))
 
 
-def spherical_mean(volume: np.ndarray, pixel_size_A: float, lowpass_A: float = BLOB_LOWPASS_A) -> np.ndarray:
+def spherical_mean(
+    volume: Float[np.ndarray, "d d d"], pixel_size_A: float, lowpass_A: float = BLOB_LOWPASS_A
+) -> Float[np.ndarray, "d d d"]:
     """(D, D, D) float32: every voxel the mean of those at its distance from the centre, low-passed."""
     box = len(volume)
     axis2 = np.square(np.arange(box) - box // 2)
@@ -180,20 +190,21 @@ class JunkJudge:
             log_prior = -shifts.square().sum(1) / (2 * self.plan.shift_sd_px**2)
             scores = global_scores(white, slices, shifts, log_prior)[:, :, 0]
             ball = scores.logsumexp(1) - _log_shifts(self.plan, 2 * self.plan.levels[0].spacing_px)
-        return torch.logaddexp(torch.zeros_like(ball), ball) - np.log(2.0)
+        evidence: Tensor = torch.logaddexp(torch.zeros_like(ball), ball) - np.log(2.0)
+        return evidence
 
     def particle_probability(self, facts: np.ndarray, rotation: Tensor) -> np.ndarray:
         """(B,) by what the iteration before learned of the cones."""
         if self.prior is None:
             return np.ones(len(facts))
-        return self.prior.particle_probability(facts, self.cones.index(rotation.cpu().numpy()))
+        return self.prior.particle_probability(facts, self.cones.index(rotation[:, 2].double().cpu().numpy()))
 
 
 class JunkSearch:
-    """The junk class of one iteration of a refinement; switched off it changes nothing."""
+    """The junk class of one iteration of a refinement; without cones it is switched off and changes nothing."""
 
-    def __init__(self, on: bool, cones: ViewCones, prior: JunkPrior | None, plan: SearchPlan) -> None:
-        self.on, self.cones, self.prior, self.plan = on, cones, prior, plan
+    def __init__(self, cones: ViewCones | None, prior: JunkPrior | None, plan: SearchPlan) -> None:
+        self.cones, self.prior, self.plan = cones, prior, plan
         self._found: list[tuple[np.ndarray, np.ndarray]] = []
         self._facts = np.zeros((0, len(FACTS) + 1))
         self._judge: JunkJudge | None = None
@@ -202,7 +213,7 @@ class JunkSearch:
         """The next images are of a half-set with this reference, which is searched as ``volume``; None: they are not
         judged."""
         self._judge, self._volume = None, volume
-        if self.on and reference is not None:
+        if self.cones is not None and reference is not None:
             self._judge = JunkJudge.of(reference, pixel_size_A, volume, self.cones, self.prior, self.plan)
 
     def weighed(self, batch: Batch, white: Whitened, posterior: Posterior, given: Given | None) -> Posterior:
@@ -224,16 +235,16 @@ class JunkSearch:
         Args:
             judged: (N,) bool; the others show particles.
         """
-        if not self.on:
+        if self.cones is None:
             return {}
         self._facts = gathered_rows(self._found, len(judged), len(FACTS) + 1, comm)
         return {JUNK_COLUMN: np.where(judged, 1 - self._facts[:, -1], 0.0)}
 
     def learned(self, rotation: np.ndarray, judged: np.ndarray) -> JunkPrior | None:
         """The prior of the next iteration, after ``columns``, from the poses (N, 3, 3) that were found."""
-        if not self.on:
+        if self.cones is None:
             return None
-        return learned(self._facts[judged, :-1], self.cones.index(rotation[judged]), len(self.cones))
+        return learned(self._facts[judged, :-1], self.cones.index(rotation[judged][:, 2]), len(self.cones))
 
 
 def junk_facts(
@@ -244,7 +255,7 @@ def junk_facts(
     Args:
         rotation: (N, 3, 3) poses; probability: (N,) of junk.
     """
-    cone = cones.index(rotation)
+    cone = cones.index(rotation[:, 2])
     kept = np.column_stack([1 - probability, probability <= 0.5])
     rows = cone_facts(cones, cone, ["weight_after", "particles_after"], kept)
     if prior is not None:

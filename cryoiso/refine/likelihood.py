@@ -1,34 +1,37 @@
-"""The likelihood of an image at a view and a shift, in the two forms the search needs.
+"""The likelihood of an image at a view and a shift, in the two forms used by the search.
 
-With x = c exp(-2 pi i k.s / D) P + n and Gaussian noise of variance sigma^2 = E|n|^2 per coefficient, up to a
-constant of
-the image, log p(x | view, s) = sum_k [2 Re conj(c P) x exp(2 pi i k.s / D) - |c P|^2] / sigma^2, the sum over Friedel
-pairs.
+With x = c exp(-2 pi i k.s / D) P + n and Gaussian noise of variance sigma^2 = E|n|^2 per coefficient, up to a constant
+of the image, log p(x | view, s) = sum_k [2 Re conj(c P) x exp(2 pi i k.s / D) - |c P|^2] / sigma^2, the sum over
+Friedel pairs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.physics.fourier import Disc, disc
-from cryoiso.physics.project import FourierVolume, check_reach, flat_pairs, magnified, pairs
+from cryoiso.physics.projection import FourierVolume, check_reach, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Int
 
 
 @dataclass(frozen=True)
 class Whitened:
-    """A batch with the noise divided out: what the likelihood needs of it."""
+    """A batch divided by the noise: the input of the likelihood."""
 
-    data: Tensor
+    data: Complex[Tensor, "n k"]
     """(B, K) complex64: 2 x c / sigma^2."""
-    weight: Tensor
+    weight: Float[Tensor, "n k"]
     """(B, K) float32: 2 c^2 / sigma^2."""
     where: Disc
-    magnification: np.ndarray | None
+    magnification: Float[np.ndarray, "2 2"] | None
 
     def cut(self, size: int, where: Disc) -> Whitened:
         """The first ``size`` coefficients: a smaller radius."""
@@ -41,50 +44,60 @@ class Whitened:
         return self.cut(where.size, where) if where.size < self.where.size else self
 
 
-def whiten(batch: Batch, sigma2: np.ndarray) -> Whitened:
-    """Divides by the noise spectra sigma2 (G, S), variance E|n|^2 of a coefficient by optics group and shell."""
+def whiten(batch: Batch, sigma2: Float[np.ndarray, "groups shells"]) -> Whitened:
+    """Divide by the noise spectra sigma2 (G, S), variance E|n|^2 of a coefficient by optics group and shell."""
     shell = np.minimum(batch.where.shell, sigma2.shape[1] - 1)
     inverse = torch.as_tensor(2.0 / sigma2[batch.group][:, shell], dtype=torch.float32, device=batch.ctf.device)
     weighted = batch.ctf * inverse
     return Whitened(batch.coefficients * weighted, batch.ctf * weighted, batch.where, batch.magnification)
 
 
-def shift_factors(where: Disc, shift_px: Tensor) -> Tensor:
-    """exp(2 pi i k.s / D): takes content at ``shift_px`` (..., 2) back to the centre; (..., K) complex64."""
+def shift_factors(where: Disc, shift_px: Float[Tensor, "*n 2"]) -> Complex[Tensor, "*n k"]:
+    """exp(2 pi i k.s / D): moves content at ``shift_px`` (..., 2) back to the centre; (..., K) complex64."""
     kx = torch.as_tensor(where.kx, device=shift_px.device)
     ky = torch.as_tensor(where.ky, device=shift_px.device)
     angle = (2 * np.pi / where.box_px) * (shift_px[..., :1] * kx + shift_px[..., 1:] * ky)
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def as_real(x: Tensor) -> Tensor:
+def as_real(x: Complex[Tensor, "*n k"]) -> Float[Tensor, "*n 2*k"]:
     """(..., K) complex -> (..., 2K) real, so that a real product is Re conj(a) b."""
     return torch.cat([x.real, x.imag], dim=-1)
 
 
 @dataclass(frozen=True)
 class ReferenceSlices:
-    """Views as matrices: those of the global grid, the same for all images, or some of its own for each of B images."""
+    """Views as matrices: those of the global grid, common to all images, or separate ones for each of B images."""
 
-    real: Tensor
+    real: Float[Tensor, "*n parts j"]
     """(2K, J) float32, or (B, 2K, J)."""
-    power: Tensor
+    power: Float[Tensor, "*n k j"]
     """(K, J) float32: |P|^2, or (B, K, J)."""
     where: Disc
 
     @classmethod
-    def of(cls, volume: FourierVolume, rotations: Tensor, where: Disc, magnification: np.ndarray | None):
+    def of(
+        cls,
+        volume: FourierVolume,
+        rotations: Float[Tensor, "*n j 3 3"],
+        where: Disc,
+        magnification: Float[np.ndarray, "2 2"] | None,
+    ) -> ReferenceSlices:
         """Slices of every rotation (J, 3, 3) or (B, J, 3, 3) at the coefficients of ``where``."""
         slices = volume.slices(with_magnification(rotations.reshape(-1, 3, 3), magnification), where)
         slices = slices.reshape(*rotations.shape[:-2], where.size)
         return cls(as_real(slices).mT.contiguous(), slices.abs().square().mT.contiguous(), where)
 
 
-def with_magnification(rotations: Tensor, magnification: np.ndarray | None) -> Tensor:
+def with_magnification(
+    rotations: Float[Tensor, "n 3 3"], magnification: Float[np.ndarray, "2 2"] | None
+) -> Float[Tensor, "n 3 3"]:
     return rotations if magnification is None else magnified(rotations, torch.as_tensor(magnification))
 
 
-def cross_and_norm(white: Whitened, slices: ReferenceSlices, shift_px: Tensor) -> tuple[Tensor, Tensor]:
+def cross_and_norm(
+    white: Whitened, slices: ReferenceSlices, shift_px: Float[Tensor, "shifts 2"]
+) -> tuple[Float[Tensor, "n shifts j"], Float[Tensor, "n j"]]:
     """Terms 2 Re conj(c P) x / sigma^2 (B, S, J) and 2 |c P|^2 / sigma^2 (B, J), summed over Friedel pairs.
 
     Two matrix products: tensor cores on a GPU, BLAS on a CPU.
@@ -100,7 +113,9 @@ def cross_and_norm(white: Whitened, slices: ReferenceSlices, shift_px: Tensor) -
     return cross.reshape(b, s, -1), white.weight @ slices.power
 
 
-def global_scores(white: Whitened, slices: ReferenceSlices, shift_px: Tensor, log_prior: Tensor) -> Tensor:
+def global_scores(
+    white: Whitened, slices: ReferenceSlices, shift_px: Float[Tensor, "shifts 2"], log_prior: Float[Tensor, " shifts"]
+) -> Float[Tensor, "n shifts j"]:
     """Log-likelihood plus the log prior of the shift, of every image at every view and every shift.
 
     Args:
@@ -114,7 +129,9 @@ def global_scores(white: Whitened, slices: ReferenceSlices, shift_px: Tensor, lo
     return cross - 0.5 * norm[:, None, :] + log_prior[:, None]
 
 
-def score_and_norm(white: Whitened, volume: FourierVolume, rotation: Tensor, shift_px: Tensor) -> tuple[Tensor, Tensor]:
+def score_and_norm(
+    white: Whitened, volume: FourierVolume, rotation: Float[Tensor, "n 3 3"], shift_px: Float[Tensor, "n 2"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Log-likelihood of each image at one pose, and |c P|^2 / sigma^2 there: (B,) each.
 
     Args:
@@ -130,11 +147,11 @@ def score_and_norm(white: Whitened, volume: FourierVolume, rotation: Tensor, shi
 def local_scores(
     white: Whitened,
     volume: FourierVolume,
-    particle: Tensor,
-    rotation: Tensor,
-    shift_px: Tensor,
+    particle: Int[Tensor, " r"],
+    rotation: Float[Tensor, "r 3 3"],
+    shift_px: Float[Tensor, "r 2"],
     spacing_px: float,
-) -> Tensor:
+) -> Float[Tensor, "r 9"]:
     """Log-likelihood of R views, each with a 3 x 3 lattice of shifts.
 
     Args:
@@ -152,7 +169,9 @@ def local_scores(
     return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
 
 
-def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px) -> Tensor:
+def _local_scores_numba(
+    white: Whitened, volume: FourierVolume, particle: Tensor, rotation: Tensor, shift_px: Tensor, spacing_px: float
+) -> Tensor:
     from cryoiso.physics import _kernels
 
     out = torch.empty(len(particle), 9)
@@ -176,15 +195,23 @@ def _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
     return out
 
 
-def lattice(spacing_px: float, device="cpu") -> Tensor:
+def lattice(spacing_px: float, device: str | torch.device = "cpu") -> Float[Tensor, "9 2"]:
     """(9, 2) offsets (x, y), y slow."""
     axis = torch.tensor([-1.0, 0.0, 1.0], device=device) * spacing_px
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack([x.reshape(-1), y.reshape(-1)], 1)
 
 
-def local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px, block: int = 1 << 22) -> Tensor:
-    """The plain torch twin of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
+def local_scores_torch(
+    white: Whitened,
+    volume: FourierVolume,
+    particle: Int[Tensor, " r"],
+    rotation: Float[Tensor, "r 3 3"],
+    shift_px: Float[Tensor, "r 2"],
+    spacing_px: float,
+    block: int = 1 << 22,
+) -> Float[Tensor, "r 9"]:
+    """The plain torch version of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
     offsets = shift_factors(white.where, lattice(spacing_px, shift_px.device))
     step = max(1, block // white.where.size)
     out = []

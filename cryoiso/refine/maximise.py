@@ -1,42 +1,47 @@
-"""The maximisation step's sums: back-projection of the posterior and residual power. Partial sums only; nobody
-reduces here."""
+"""Sums of the maximisation step: back-projection of the posterior and residual power. Partial sums of this rank; the
+reduction follows elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.fourier import Disc, disc
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
 from cryoiso.refine.noise import floored
 from cryoiso.refine.search import Posterior
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 NOISE_UNIT = 2.0**24
-"""Residual power, and what counts as a coefficient, are summed in fixed point of this unit, exact in any order."""
+"""Residual power and coefficient counts are summed in fixed point of this unit, exact in any order."""
 
 
 @dataclass
 class NoiseSums:
     """Sums for the noise spectra: (G, S) int64 of power and of coefficient counts, both in NOISE_UNIT.
 
-    A coefficient counts 1, in premultiplied images c^2: sigma^2 = sum c^2 |x - model|^2 / sum c^2, which is
-    sum |y - c model|^2 / sum c^2 of the images as they are.
+    A coefficient counts 1, and c^2 in premultiplied images: sigma^2 = sum c^2 |x - model|^2 / sum c^2, which is sum |y
+    - c model|^2 / sum c^2 of the images as they are.
     """
 
-    power: np.ndarray
-    count: np.ndarray
+    power: Int[np.ndarray, "groups shells"]
+    count: Int[np.ndarray, "groups shells"]
 
     @classmethod
     def empty(cls, n_groups: int, n_shells: int) -> NoiseSums:
         return cls(np.zeros((n_groups, n_shells), np.int64), np.zeros((n_groups, n_shells), np.int64))
 
-    def add(self, batch: Batch, residual: Tensor) -> None:
+    def add(self, batch: Batch, residual: Float[Tensor, "n k"]) -> None:
         """residual (B, K): |x - model|^2 of every coefficient."""
         weight = batch.power_weight()
         if weight is None:
@@ -55,8 +60,8 @@ class NoiseSums:
         per_image.index_add_(1, shell.clamp(max=size - 1), values.double())
         return (per_image * NOISE_UNIT).round().to(torch.int64).cpu().numpy()
 
-    def spectra(self, previous: np.ndarray) -> np.ndarray:
-        """(G, S) variances; shells that nothing was measured in keep the previous value, empty ones stay infinite."""
+    def spectra(self, previous: Float[np.ndarray, "groups shells"]) -> Float[np.ndarray, "groups shells"]:
+        """(G, S) variances; shells without measurements keep the previous value, empty ones remain infinite."""
         value = self.power / NOISE_UNIT / np.where(self.count > 0, self.count / NOISE_UNIT, 1.0)
         measured = (self.count > 0) & (value > 0)
         return np.where(measured, floored(np.where(measured, value, previous), previous), previous)
@@ -71,7 +76,7 @@ def accumulate(
     noise: NoiseSums,
     scale: float = 1.0,
 ) -> None:
-    """Adds a batch's posterior to the half-set's sums.
+    """Add a batch's posterior to the half-set's sums.
 
     Numerator sum_w w 2 x c exp(2 pi i k.s/D) / sigma^2, weight sum_w w 2 c^2 / sigma^2 (the factor 2 is common to
     both), each times ``scale`` (``noise.weight_scale``).
@@ -119,9 +124,7 @@ def _model_power(batch: Batch, posterior: Posterior, volume: FourierVolume, back
     return change.index_add_(0, rows, w * (model.abs().square() - 2 * cross))
 
 
-def _inside(batch: Batch, volume: FourierVolume):
-    from cryoiso.physics.fourier import disc
-
+def _inside(batch: Batch, volume: FourierVolume) -> Disc:
     ratio = 1.0 if batch.magnification is None else float(np.linalg.norm(batch.magnification, 2))
     radius = min(volume.radius_px / ratio, batch.where.radius_px)
     return disc(batch.where.box_px, radius)

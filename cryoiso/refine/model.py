@@ -1,46 +1,52 @@
-"""The state of a refinement between two iterations, and what is kept of a batch's posterior."""
+"""The state of a refinement between two iterations, and the summary of a batch's posterior."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cryoiso.core.records import IterationRecord
 from cryoiso.refine.junk import JunkPrior
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
-BEST = ("",) * 11 + ("rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution")
-"""Columns of ``best_of``: rotation (9) and shift (2), which have no name, then those of the STAR file."""
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
+BEST = ("",) * 11 + (
+    "rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution", "cryoisoPoseSpread",
+)  # fmt: skip
+"""Columns of ``best_of``: rotation (9) and shift (2), which are unnamed, then those of the STAR file."""
 
 
 @dataclass
 class Model:
-    """Everything an iteration starts from; a checkpoint is exactly this."""
+    """Complete state at the start of an iteration, and the content of a checkpoint."""
 
     state: State
-    references: dict[int, np.ndarray]
+    references: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 reference."""
-    sigma2: np.ndarray
+    sigma2: Float[np.ndarray, "groups shells"]
     """(G, S) noise variance by optics group and shell."""
-    rotation: np.ndarray
+    rotation: Float[np.ndarray, "n 3 3"]
     """(N, 3, 3)."""
-    shift_A: np.ndarray
+    shift_A: Float[np.ndarray, "n 2"]
     """(N, 2) RELION origins."""
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, Shaped[np.ndarray, " n"]] = field(default_factory=dict)
     """Per-particle results by STAR name."""
-    half_maps: dict[int, np.ndarray] = field(default_factory=dict)
+    half_maps: dict[int, Float[np.ndarray, "box box box"]] = field(default_factory=dict)
     """Half -> unregularised map of the last iteration."""
-    views: dict[int, np.ndarray] = field(default_factory=dict)
+    views: dict[int, Float[np.ndarray, " cells"]] = field(default_factory=dict)
     """Half -> (P,) weight of every cell of views in the last iteration's posteriors; empty before the first."""
     junk: JunkPrior | None = None
-    """What was learned of images without a particle; None: nothing yet, or they are not looked for."""
-    history: list[dict[str, Any]] = field(default_factory=list)
+    """State of the search for images without a particle; None: not searched for, or before the first iteration."""
+    history: list[IterationRecord] = field(default_factory=list)
 
 
-def best_of(posterior: Posterior) -> np.ndarray:
-    """(B, 14) float64, columns as BEST: all that is kept of a batch's posterior, which itself is ten times larger."""
+def best_of(posterior: Posterior) -> Float[np.ndarray, "n 15"]:
+    """(B, 15) float64, columns as BEST: all that is kept of a batch's posterior, which itself is ten times larger."""
     p = posterior
-    parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight)
+    parts = (p.best_rotation.flatten(1), p.best_shift_px, p.log_evidence, p.entropy, p.max_weight, p.spread_deg)
     return np.column_stack([part.cpu().numpy().astype(np.float64) for part in parts])

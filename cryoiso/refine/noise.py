@@ -1,14 +1,14 @@
 """Noise spectra of the images: shells without power, and a floor that keeps weights finite.
 
-Low-passed, denoised and Fourier-padded images hold nothing beyond some radius (and high-passed ones nothing inside
-another). There "noise" is rounding error, 1e-8 of the images' variance in float16, and its inverse would outweigh all
-data. Such shells have the variance infinity in a spectrum: weight zero in the search and in the back-projection.
+Low-passed, denoised and Fourier-padded images are empty beyond some radius (and high-passed ones inside another). There
+"noise" is rounding error, 1e-8 of the images' variance in float16, and its inverse would outweigh all data. Such shells
+have infinite variance in a spectrum: weight zero in the search and in the back-projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.refine.offsets import image_name
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Real, Shaped
 
 EMPTY = 1e-4
 """A shell with less than this share of the mean power of all coefficients of its optics group is empty."""
@@ -27,19 +30,22 @@ LARGEST_WEIGHT = 64.0
 """Inverse variances beyond this are scaled down for the back-projection, whose sums have a fixed range."""
 TOLD_GROUPS = 5
 OUTLIER = 100.0
-"""An image with more than this many times the median image's power is not like the others."""
+"""An image with more than this many times the median image's power is an outlier."""
 
 
 def mean_spectra(
-    power: np.ndarray, count: np.ndarray, groups: Sequence[OpticsGroup], share: float = EMPTY
-) -> np.ndarray:
+    power: Real[np.ndarray, "groups shells"],
+    count: Real[np.ndarray, "groups shells"],
+    groups: Sequence[OpticsGroup],
+    share: float = EMPTY,
+) -> Float[np.ndarray, "groups shells"]:
     """(G, S) mean power of the images by optics group and shell, infinite where a shell is empty, 1 where nothing was
     measured.
 
     Args:
         power: (G, S) sums of |x|^2.
-        count: (G, S) sums of what their coefficients count (see ``maximise.NoiseSums``).
-        share: of the group's mean power, below which a shell is empty.
+        count: (G, S) sums of the coefficients' counts (see ``maximise.NoiseSums``).
+        share: fraction of the group's mean power below which a shell is empty.
 
     Raises:
         InputError: the images of a group have no power at all.
@@ -53,6 +59,7 @@ def mean_spectra(
             raise InputError(
                 f"the images of optics group {groups[g].number} ({groups[g].name}) are constant",
                 expected="images with noise and particles",
+                code="image-unusable",
             )
         measured = np.flatnonzero(count[g, 1:]) + 1
         empty = measured[mean[g, measured] < share * level]
@@ -62,8 +69,11 @@ def mean_spectra(
     return spectra
 
 
-def group_medians(values: np.ndarray, optics: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(n, ...) for each row the median over the counted rows of its optics group; over all where the group has none."""
+def group_medians(
+    values: Float[np.ndarray, " n *rest"], optics: Int[np.ndarray, " n"], counted: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, " n *rest"]:
+    """(n, ...) for each row the median over the counted rows of its optics group; over all rows if the group has
+    none."""
     medians = np.empty_like(values)
     for group in np.unique(optics):
         inside = optics == group
@@ -72,14 +82,14 @@ def group_medians(values: np.ndarray, optics: np.ndarray, counted: np.ndarray) -
     return medians
 
 
-def require_sound_images(particles: Particles, facts: np.ndarray) -> None:
-    """Stops at images that would spoil the noise spectra of the others of their optics group, and names them.
+def require_sound_images(particles: Particles, facts: Float[np.ndarray, "n 2"]) -> None:
+    """Refuse images that would spoil the noise spectra of the others of their optics group, and name them.
 
     Args:
         facts: (n, 2) mean power of each image's coefficients, and the same of its CTF.
 
     Raises:
-        InputError: values that are not numbers, an image without power, or a few images with most of the power.
+        InputError: values that are not finite, an image without power, or a few images with most of the power.
     """
     power, ctf = facts.T
     defocus = (particles.defocus_u_A, particles.defocus_v_A, particles.defocus_angle_deg)
@@ -99,9 +109,9 @@ def require_sound_images(particles: Particles, facts: np.ndarray) -> None:
         total, of_loud = np.bincount(optics, power), np.bincount(optics, power * loud)
         if (of_loud > 0.5 * total).any():
             raise InputError(
-                f"{int(loud.sum())} of {len(power)} images hold most of the power of all: {words}", row=worst + 1,
+                f"{int(loud.sum())} of {len(power)} images have most of the total power: {words}", row=worst + 1,
                 expected=f"at most {OUTLIER:g} times the median", found=f"{ratio[worst]:.3g} times",
-                hint="Remove these rows, or ingest with normalise = true.",
+                hint="Remove these rows, or ingest with normalise = true.", code="image-unusable",
             )  # fmt: skip
         logger.warning("%d of %d images are far stronger than the others: %s", loud.sum(), len(power), words)
 
@@ -112,12 +122,14 @@ def _stop_at(bad: np.ndarray, particles: Particles, problem: str, found: str | N
         others = f" ({int(bad.sum()):,} images in all)" if bad.sum() > 1 else ""
         raise InputError(
             f"the image {image_name(particles, row)} {problem}{others}", row=row + 1, found=found,
-            hint="Remove this row from the particle file, or copy the stack again.",
+            hint="Remove this row from the particle file, or copy the stack again.", code="image-unusable",
         )  # fmt: skip
 
 
-def floored(spectra: np.ndarray, previous: np.ndarray) -> np.ndarray:
-    """(G, S) new spectra: infinite where the previous ones are, nowhere below FLOOR times the median of the rest."""
+def floored(
+    spectra: Float[np.ndarray, "groups shells"], previous: Float[np.ndarray, "groups shells"]
+) -> Float[np.ndarray, "groups shells"]:
+    """(G, S) new spectra: infinite where the previous ones are, and at least FLOOR times the median of the rest."""
     out = np.array(spectra, np.float64)
     for value, empty in zip(out, np.isinf(previous), strict=True):
         held = value[1:][~empty[1:]]
@@ -127,15 +139,19 @@ def floored(spectra: np.ndarray, previous: np.ndarray) -> np.ndarray:
     return out
 
 
-def last_shell(spectra: np.ndarray, particles: Particles, pixel_size_A: float, limit_px: int) -> int:
+def last_shell(
+    spectra: Float[np.ndarray, "groups shells"], particles: Particles, pixel_size_A: float, limit_px: int
+) -> int:
     """Radius, in shells of a grid with this pixel size and the images' box, up to which any optics group with particles
-    has power, ``limit_px`` at most."""
+    has power; at most ``limit_px``."""
     used = np.unique(particles.optics).tolist()
     reach = [np.flatnonzero(np.isfinite(spectra[g]))[-1] / particles.groups[g].pixel_size_A for g in used]
     return min(limit_px, int(max(reach) * pixel_size_A + 1e-6))
 
 
-def empty_between(spectra: np.ndarray, particles: Particles, pixel_size_A: float, limit_px: int) -> np.ndarray:
+def empty_between(
+    spectra: Float[np.ndarray, "groups shells"], particles: Particles, pixel_size_A: float, limit_px: int
+) -> Shaped[np.ndarray, " _"]:
     """Shells of such a grid from 1 to ``limit_px`` in which no group with particles has power."""
     shells = np.arange(1, limit_px + 1)
     seen = np.zeros(len(shells), bool)
@@ -145,15 +161,15 @@ def empty_between(spectra: np.ndarray, particles: Particles, pixel_size_A: float
     return shells[~seen]
 
 
-def weight_scale(spectra: np.ndarray) -> float:
-    """Power of two that the weights of a back-projection are multiplied by, so that none is beyond LARGEST_WEIGHT; 1
-    for normalised images with ordinary noise. It cancels in the division."""
+def weight_scale(spectra: Float[np.ndarray, "groups shells"]) -> float:
+    """Power of two by which the weights of a back-projection are multiplied to keep them below LARGEST_WEIGHT; 1 for
+    normalised images with ordinary noise. It cancels in the division."""
     smallest = float(spectra[np.isfinite(spectra)].min())
     return 1.0 if smallest * LARGEST_WEIGHT >= 1 else float(2.0 ** np.floor(np.log2(smallest * LARGEST_WEIGHT)))
 
 
 def empty_facts(spectra: np.ndarray, groups: Sequence[OpticsGroup], box_px: int) -> list[dict[str, Any]]:
-    """Which shells of which optics groups are empty, as plain values.
+    """The empty shells of each optics group, as plain values.
 
     Returns:
         for each band of each group: optics_group, name, from_A, to_A (None: up to the end), shells [first, last].
@@ -172,7 +188,7 @@ def empty_facts(spectra: np.ndarray, groups: Sequence[OpticsGroup], box_px: int)
 
 
 def tell_of_empty(facts: list[dict[str, Any]]) -> None:
-    """Warns of empty shells."""
+    """Warn of empty shells."""
     for fact in facts[:TOLD_GROUPS]:
         where = f"beyond {fact['from_A']:.2f} Å"
         if fact["to_A"] is not None:

@@ -1,10 +1,13 @@
-"""Offsets that particles come with: where the search for shifts is centred, and what is wrong with such offsets.
+"""Given offsets of particles: centres of the search for shifts, and validation of the offsets.
 
 The offset of an image within its box is known before its view is (from picking, 2D classification or an earlier
-refinement), so a search over all views looks for shifts around it. Nothing else of given poses enters a global search.
+refinement), so a search over all views looks for shifts around it. A global search uses nothing else of the given
+poses.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,21 +15,24 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.types import Particles
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 FAR = 0.25
 """Particles farther off centre than this share of the box may be cut off by its edge."""
 MANY = 0.05
-"""Share of the particles from which on a warning is due."""
+"""Share of the particles above which a warning is given."""
 
 
 def check_poses(particles: Particles, box_px: int, file: object = None) -> None:
-    """Stops at the first particle whose pose is not finite or whose offset leads out of its image.
+    """Refuse particles whose pose is not finite or whose offset lies outside the image.
 
     Args:
         particles: poses may be missing.
         box_px: side of the images, the same for all.
 
     Raises:
-        InputError: names the row and the image.
+        InputError: names the row and the image of the first one.
     """
     rotation, shift_A = particles.rotation, particles.shift_A
     if rotation is not None:
@@ -45,7 +51,7 @@ def check_poses(particles: Particles, box_px: int, file: object = None) -> None:
 
 
 def image_name(particles: Particles, row: int) -> str:
-    """Number and stack of a row's image, as a STAR file names it."""
+    """Number and stack of a row's image, as in a STAR file."""
     return f"{int(particles.index[row]) + 1}@{particles.stack[row]}"
 
 
@@ -63,20 +69,22 @@ def _stop_at(bad: np.ndarray, particles: Particles, file: object, problem: str, 
         expected=expected,
         found=found,
         hint="Correct or remove the row; rlnOriginXAngst and rlnOriginYAngst are in Å.",
+        code="offset-out-of-range",
     )
 
 
-def given_centres_px(particles: Particles) -> np.ndarray | None:
-    """(n, 2) where the content of each image sits according to its offset, in pixels of its own, from pixel D//2;
-    None where no particle has an offset other than zero."""
+def given_centres_px(particles: Particles) -> Float[np.ndarray, "n 2"] | None:
+    """(n, 2) position of the content of each image according to its offset, in pixels of its own, from pixel D//2; None
+    if all offsets are zero."""
     shift_A = particles.shift_A
     if shift_A is None or not np.any(shift_A):
         return None
-    return -shift_A / particles.group_values("pixel_size_A")[:, None]
+    offsets_px: np.ndarray = -shift_A / particles.group_values("pixel_size_A")[:, None]
+    return offsets_px
 
 
-def tell_of_given(centre_px: np.ndarray, box_px: int) -> None:
-    """Logs that shifts are searched around given offsets, and warns where many particles sit near the edge."""
+def tell_of_given(centre_px: Float[np.ndarray, "n 2"], box_px: int) -> None:
+    """Log that shifts are searched around given offsets, and warn if many particles are near the edge."""
     distance = np.hypot(*centre_px.T)
     logger.info(
         "shifts are searched around the given offsets (median %.1f px, largest %.1f px)",
@@ -91,13 +99,13 @@ def tell_of_given(centre_px: np.ndarray, box_px: int) -> None:
         )  # fmt: skip
 
 
-def at_limit(residual_px: np.ndarray, range_px: float) -> int:
-    """How many of the shifts found (n, 2), counted from the centre of each search, lie at or beyond its range."""
+def at_limit(residual_px: Float[np.ndarray, "n 2"], range_px: float) -> int:
+    """Number of the shifts found (n, 2), relative to the centre of each search, that are at or beyond its range."""
     return int(np.sum(np.hypot(*residual_px.T) >= range_px * (1 - 1e-6)))
 
 
 def warn_of_limit(count: int, n: int, range_A: float, local: bool, known: bool) -> None:
-    """Warns where many particles ended at the edge of the search: they may well lie beyond it."""
+    """Warn if many particles ended at the edge of the search, since their shifts may lie beyond it."""
     if count <= MANY * n:
         return
     around = "the given offsets" if known or local else "the middle of the image"

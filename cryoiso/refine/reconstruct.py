@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.protocols import Communicator, ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_chunks, root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import pairs
+from cryoiso.physics.projection import pairs
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
@@ -25,18 +27,21 @@ from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.noise import ROUNDING, last_shell, mean_spectra
 from cryoiso.refine.offsets import check_poses
 
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
+
 BLOCK_IMAGES = 64
-"""Images that are prepared at once: few enough to stay in the cache."""
+"""Images prepared at once: few enough to stay in the cache."""
 SAMPLED_IMAGES = 128
-"""Images of each optics group and half that are looked at for shells without power."""
+"""Images of each optics group and half that are examined for shells without power."""
 WAITING_COEFFICIENTS = 2**23
-"""Coefficients that wait for insertion at most, 12 B each."""
+"""Largest number of coefficients waiting for insertion, 12 B each."""
 
 
 def reconstruct_halves(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None = None,
     *,
     symmetry: str = "C1",
     padding: int = 2,
@@ -53,6 +58,7 @@ def reconstruct_halves(
     Args:
         source: images, row for row those of ``particles``.
         particles: poses and half numbers.
+        comm: the ranks that share the work; None: this process alone.
         pixel_size_A: of the map's grid (default: the first particle's, which need not be in the first optics group).
 
     Returns:
@@ -61,6 +67,7 @@ def reconstruct_halves(
     Raises:
         InputError: no poses, one that cannot be, or a half-set is empty.
     """
+    comm = comm if comm is not None else Context()
     pixel = pixel_size_A or particles.first_group.pixel_size_A
     maps: dict[int, DensityMap | None] = dict.fromkeys(halves)
     limits: dict[int, int] = {}
@@ -72,7 +79,7 @@ def reconstruct_halves(
 def reconstruct_references(
     source: ImageSource,
     particles: Particles,
-    comm: Communicator,
+    comm: Communicator | None = None,
     *,
     symmetry: str = "C1",
     padding: int = 2,
@@ -80,7 +87,7 @@ def reconstruct_references(
     diameter_A: float | None = None,
     prior: dict[int, DensityMap] | None = None,
     pixel_size_A: float | None = None,
-) -> tuple[dict[int, DensityMap], dict[int, DensityMap], np.ndarray]:
+) -> tuple[dict[int, DensityMap], dict[int, DensityMap], Float[np.ndarray, " shells"]]:
     """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
 
     The regularised map of a half divides by weight + 1/tau^2 (``agreement``), so that directions which few images saw
@@ -90,7 +97,7 @@ def reconstruct_references(
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
         prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
             scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
-        pixel_size_A: as ``reconstruct_halves``.
+        comm, pixel_size_A: as ``reconstruct_halves``.
 
     Returns:
         half -> plain map, half -> regularised map inside the sphere, both on every rank; FSC (D//2+1,).
@@ -98,6 +105,7 @@ def reconstruct_references(
     Raises:
         InputError: as ``reconstruct_halves``.
     """
+    comm = comm if comm is not None else Context()
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums = dict(half_sums(source, particles, comm, symmetry, padding, device, HALVES, pixel, limits))
@@ -148,11 +156,10 @@ def half_sums(
     pixel_size_A: float,
     limits: dict[int, int] | None = None,
 ) -> Iterator[tuple[int, FourierSums]]:
-    """Yields (half, symmetrised sums) for the halves that this rank is the root of; all ranks must exhaust it
-    together.
+    """Yield (half, symmetrised sums) for the halves of which this rank is the root; all ranks must exhaust it together.
 
     Args:
-        limits: gets half -> last shell in which its images have power, on every rank.
+        limits: receives half -> last shell in which its images have power, on every rank.
     """
     rotation, shift_A = particles.require_poses()
     check_poses(particles, source.box_px)
@@ -162,7 +169,11 @@ def half_sums(
     for half in halves:
         plan = reader.plan((half,))
         if not plan:
-            raise InputError(f"half-set {half} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+            raise InputError(
+                f"half-set {half} is empty",
+                hint="Both half-sets need particles: check rlnRandomSubset.",
+                code="half-set-empty",
+            )
         if half != halves[0]:
             accumulator.clear()
         noise = NoiseSums.empty(len(particles.groups), source.box_px // 2 + 1)
@@ -185,17 +196,17 @@ def half_sums(
 def insert_batches(
     reader: BatchReader,
     plan: list[np.ndarray],
-    rotation: np.ndarray,
-    shift_A: np.ndarray,
+    rotation: Float[np.ndarray, "n 3 3"],
+    shift_A: Float[np.ndarray, "n 2"],
     accumulator: SliceAccumulator,
     comm: Communicator,
     label: str,
     noise: NoiseSums,
 ) -> None:
-    """Back-projects this rank's batches with one pose an image (collective only in asking whether to stop).
+    """Back-project this rank's batches with one pose per image (collective only in the check for stop signals).
 
     Args:
-        noise: gets the power of some images of each optics group.
+        noise: receives the power of some images of each optics group.
     """
     some = _first_of_groups(reader.particles, plan)
     mine = owned_chunks(len(plan), comm.rank, comm.size)
@@ -238,7 +249,7 @@ def _note_power(batch: Batch, some: np.ndarray, noise: NoiseSums) -> None:
 
 
 def _power_limit(noise: NoiseSums, particles: Particles, pixel_size_A: float, box_px: int, comm: Communicator) -> int:
-    """Last shell in which the images have power (collective); a warning where that is not the last of all."""
+    """Last shell in which the images have power (collective); with a warning if that is not the last shell."""
     power, count = comm.sum_all(noise.power) / NOISE_UNIT, comm.sum_all(noise.count) / NOISE_UNIT
     full = (box_px - 1) // 2
     spectra = mean_spectra(power, count, particles.groups, ROUNDING)
@@ -250,7 +261,7 @@ def _power_limit(noise: NoiseSums, particles: Particles, pixel_size_A: float, bo
 
 
 class _Waiting:
-    """Weighted slices that wait for enough company: insertion is fastest for many at a time."""
+    """Buffer of weighted slices: insertion is fastest for many at a time."""
 
     data: torch.Tensor
     weight: torch.Tensor
@@ -262,7 +273,7 @@ class _Waiting:
         self.count = 0
 
     def add(self, batch: Batch, rotation: np.ndarray, content_px: np.ndarray) -> None:
-        """Takes a batch whose content sits at content_px (B, 2) from the centre."""
+        """Add a batch whose content sits at content_px (B, 2) from the centre."""
         if self.first is None or not batch.alike(self.first) or self.count + len(batch) > len(self.weight):
             self.insert()
             self._make_room(batch)
@@ -282,15 +293,20 @@ class _Waiting:
         self.first = batch
 
     def insert(self) -> None:
-        """Inserts all that wait."""
+        """Insert all waiting slices."""
         if self.first is not None and self.count:
             rotation = with_magnification(self.rotation[: self.count], self.first.magnification)
             self.accumulator.insert(self.data[: self.count], self.weight[: self.count], rotation, self.first.where)
         self.count = 0
 
 
-def weigh(batch: Batch, content_px: torch.Tensor, data: torch.Tensor, weight: torch.Tensor) -> None:
-    """Writes x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
+def weigh(
+    batch: Batch,
+    content_px: Float[torch.Tensor, "n 2"],
+    data: Complex[torch.Tensor, "n k"],
+    weight: Float[torch.Tensor, "n k"],
+) -> None:
+    """Write x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
     where = batch.where
     if data.device.type == "cpu":
         from cryoiso.physics import _kernels

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.core.protocols import Communicator
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def gathered_rows(found: list[tuple[np.ndarray, np.ndarray]], n: int, width: int, comm: Communicator) -> np.ndarray:
+
+def gathered_rows(
+    found: list[tuple[np.ndarray, np.ndarray]], n: int, width: int, comm: Communicator
+) -> Float[np.ndarray, "{n} {width}"]:
     """(n, width) float64: the numbers of all ranks by row, zero where no rank has any, on all ranks (collective).
 
     Args:

@@ -1,8 +1,9 @@
-"""Decisions between iterations: which resolution to use next, how finely to search, when to stop. Pure functions."""
+"""Decisions between iterations: next resolution, fineness of the search, convergence. Pure functions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,8 +12,16 @@ from cryoiso.core.config import RefineSection
 from cryoiso.physics.so3 import grid_step_deg, local_rotations, so3_grid
 from cryoiso.refine.search import Level, SearchPlan
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 FIRST_BEAM, LAST_BEAM = 16, 4
 """Candidates per image at the first level of the local search, and at least at every later one."""
+
+SETTLED_STEP_DEG = 0.5
+"""Steps down to this are taken wherever the resolution asks for them, finer ones only where posteriors are narrower."""
+STEP_SLACK = 1.42
+"""The last step may be so many times the one that is asked for; steps halve."""
 
 EXPECTED_ITERATIONS = 8
 """Of a refinement from a low-passed reference; simulated sets take 4 to 10."""
@@ -20,26 +29,28 @@ EXPECTED_ITERATIONS = 8
 
 @dataclass(frozen=True)
 class State:
-    """What the schedule remembers; plain numbers, the same on every rank."""
+    """State of the schedule; plain numbers, the same on every rank."""
 
     iteration: int = 0
     radius_px: int = 1
     """Radius of the references used in the search."""
     shift_sd_px: float = 3.0
     best_shell: int = 0
-    """Highest shell the half-maps ever agreed at."""
+    """Highest shell at which the half-maps ever agreed."""
     stalled: int = 0
     """Iterations without a better shell and without better likelihood."""
     last_change_deg: float = 180.0
+    uncertainty_deg: float = 180.0
+    """Least that the particles' poses were ever uncertain by (median), no less than half of the step that told it."""
     done: bool = False
 
 
 def expected_iterations(done: int, settings: RefineSection) -> int:
-    """A guess of how many there will be in all, when ``done`` have ended and no other is known to be the last."""
+    """Estimated total number of iterations when ``done`` have ended and the last one is not yet known."""
     return min(max(EXPECTED_ITERATIONS, done + 2), max(settings.max_iterations, done + 1))
 
 
-def global_grid(order: int, symmetry: str) -> torch.Tensor:
+def global_grid(order: int, symmetry: str) -> Float[torch.Tensor, "j 3 3"]:
     """(J, 3, 3) float32 rotations of the global search."""
     return torch.as_tensor(so3_grid(order, symmetry), dtype=torch.float32)
 
@@ -50,13 +61,13 @@ def first_cell_deg(order: int, local_deg: float | None = None) -> float:
     return step if local_deg is None else min(step, local_deg / 2)
 
 
-def local_grid(order: int, local_deg: float) -> torch.Tensor:
-    """(J, 3, 3) float32 turns of a given pose by ``local_deg`` at most, none of it (the identity) first."""
+def local_grid(order: int, local_deg: float) -> Float[torch.Tensor, "j 3 3"]:
+    """(J, 3, 3) float32 rotations of a given pose by at most ``local_deg``, the identity first."""
     step = first_cell_deg(order, local_deg)
     return torch.as_tensor(local_rotations(step, local_deg / step), dtype=torch.float32)
 
 
-def disc_of_shifts(range_px: float, step_px: float) -> torch.Tensor:
+def disc_of_shifts(range_px: float, step_px: float) -> Float[torch.Tensor, "shifts 2"]:
     """(S, 2) square lattice of shifts inside a circle, the centre first."""
     reach = int(np.floor(range_px / step_px + 1e-6))
     axis = np.arange(-reach, reach + 1) * step_px
@@ -68,25 +79,45 @@ def disc_of_shifts(range_px: float, step_px: float) -> torch.Tensor:
 
 
 def first_shift_sd_px(box_px: int) -> float:
-    """Spread of the shifts that a search expects before it has found any."""
+    """Assumed spread of the shifts before any has been estimated."""
     return max(2.0, 0.03 * box_px)
 
 
 def shift_range_px(
     settings: RefineSection, box_px: int, pixel_size_A: float, diameter_A: float, local_deg: float | None = None
 ) -> float:
-    """How far from its centre a search for shifts goes at most: as the settings say, else a tenth of the box; in a
-    local search no farther than its turns move the particle's rim."""
+    """Range of the search for shifts about its centre: as set, otherwise a tenth of the box; in a local search at most
+    the distance by which its rotations move the particle's rim."""
     reach_A = box_px * pixel_size_A / 10
     if local_deg is not None:
         reach_A = min(reach_A, np.radians(local_deg) * diameter_A / 2)
     return float((settings.shift_range_A or reach_A) / pixel_size_A)
 
 
+def finest_step_deg(state: State, settings: RefineSection, resolution_A: float, diameter_A: float) -> float:
+    """Step that the search should end with: 0.3 of the angle that the resolution spans on the diameter.
+
+    No finer than the settings say. "auto": below SETTLED_STEP_DEG no finer than poses are uncertain, since the mean of
+    a posterior that is spread over several cells lies between them already, and finer cells give the same mean.
+    """
+    asked = float(np.degrees(0.3 * resolution_A / diameter_A))
+    if settings.finest_step_deg == "auto":
+        return max(asked, min(SETTLED_STEP_DEG, state.uncertainty_deg))
+    return max(asked, settings.finest_step_deg)
+
+
+def last_step_deg(cell_deg: float, finest_deg: float) -> float:
+    """Step of the last of the levels that halve cells of ``cell_deg``; there is one at least."""
+    step = cell_deg / 2
+    while step > finest_deg * STEP_SLACK:
+        step /= 2
+    return step
+
+
 def search_plan(
     state: State,
     settings: RefineSection,
-    rotations: torch.Tensor,
+    rotations: Float[torch.Tensor, "j 3 3"],
     box_px: int,
     pixel_size_A: float,
     diameter_A: float,
@@ -95,8 +126,7 @@ def search_plan(
     """How to search in this iteration.
 
     The global grid of step d sees detail down to about d * diameter / 2 / 1.2 (RELION's rule): finer detail would
-    vanish between its views, so it is left out there. Levels halve the cell until it is no more than 0.3 of the
-    resolution over the diameter.
+    vanish between its views, so it is left out there. Levels halve the cell until it is about ``finest_step_deg``.
 
     A local search's ``rotations`` are those of ``local_grid``; its shifts go as far from the given ones as its turns
     move the particle's rim, unless the settings say how far.
@@ -114,10 +144,10 @@ def search_plan(
     reach_px = shift_range_px(settings, box_px, pixel_size_A, diameter_A, local_deg)
     span = min(reach_px, 3.5 * state.shift_sd_px + 0.5 * spacing)
     span = max(span, 1.01 * spacing)
-    finest = max(settings.finest_step_deg, np.degrees(0.3 * resolution / diameter_A))
+    last = last_step_deg(cell, finest_step_deg(state, settings, resolution, diameter_A))
     levels: list[Level] = []
     step, beam, threshold = spacing, FIRST_BEAM, 10.0
-    while not levels or cell > finest * 1.42:
+    while cell > last:
         cell, step = cell / 2, step / 2
         levels.append(Level(2 * cell, step, radius_for(1.25 * cell), beam, threshold))
         beam, threshold = max(LAST_BEAM, beam // 2), 6.0
@@ -126,7 +156,7 @@ def search_plan(
     return SearchPlan(rotations, disc_of_shifts(span, spacing), coarse, tuple(levels), state.shift_sd_px, local_deg)
 
 
-def agreement_shell(fsc: np.ndarray, threshold: float = 0.143) -> int:
+def agreement_shell(fsc: Float[np.ndarray, " shells"], threshold: float = 0.143) -> int:
     """Last shell before the curve first falls below the threshold."""
     below = np.flatnonzero(fsc[1:] < threshold)
     return int(below[0]) if len(below) else len(fsc) - 1
@@ -141,6 +171,7 @@ def advance(
     settings: RefineSection,
     box_px: int,
     limit_px: int,
+    uncertainty_deg: float = 180.0,
 ) -> State:
     """The next iteration's state.
 
@@ -149,6 +180,7 @@ def advance(
         change_deg: median angle that the particles moved in this iteration.
         tolerance_deg: smaller changes count as none.
         limit_px: no radius beyond this.
+        uncertainty_deg: of the poses, as far as this iteration could tell.
     """
     better = shell > state.best_shell
     settled = change_deg < tolerance_deg or change_deg > 0.8 * state.last_change_deg
@@ -162,10 +194,21 @@ def advance(
         best_shell=max(shell, state.best_shell),
         stalled=stalled,
         last_change_deg=change_deg,
+        uncertainty_deg=min(uncertainty_deg, state.uncertainty_deg),
         done=is_done(stalled, iteration, settings),
     )
 
 
+def with_finer_steps(state: State, step_deg: float, next_step_deg: float, settings: RefineSection) -> State:
+    """The same state, but not converged where the next search goes finer than this one's ``step_deg``.
+
+    Down to SETTLED_STEP_DEG steps follow the resolution alone, whose growth keeps a refinement going.
+    """
+    if next_step_deg > 0.99 * step_deg or next_step_deg >= SETTLED_STEP_DEG:
+        return state
+    return replace(state, stalled=0, done=is_done(0, state.iteration, settings))
+
+
 def is_done(stalled: int, iteration: int, settings: RefineSection) -> bool:
-    """Whether no iteration is to follow."""
+    """Whether no further iteration follows."""
     return stalled >= settings.stalled_iterations or iteration >= settings.max_iterations

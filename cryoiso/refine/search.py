@@ -1,23 +1,24 @@
 """Coarse-to-fine search over views and shifts: a global grid selects candidates, finer levels refine them.
 
-A local search has another first step: the nominees are turns by less than a given angle from each image's given pose,
-and no level steps over that limit.
+A local search differs in the first step: its candidates are rotations of each image's given pose by less than a given
+angle, and no level exceeds that limit.
 
-At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation,
-and a shift by the 3 x 3 lattice at half the spacing. Only nominees within ``threshold`` of the best log-likelihood go
-on, at most ``beam`` an image. The last level's samples are the posterior.
+At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation, and
+a shift by the 3 x 3 lattice at half the spacing. Only candidates within ``threshold`` of the best log-likelihood are
+refined, at most ``beam`` per image. The samples of the last level are the posterior.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import (
     ReferenceSlices,
@@ -29,8 +30,10 @@ from cryoiso.refine.likelihood import (
 )
 from cryoiso.refine.view_density import ViewPrior
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 NEGLIGIBLE = 0.03
-GRID = "prior of the grid"
 
 
 @dataclass(frozen=True)
@@ -38,89 +41,94 @@ class Level:
     """One step of refinement."""
 
     cell_deg: float
-    """Size of the cells it starts from; children lie cell/4 from their parent along each axis."""
+    """Size of the cells at the start of the level; children lie cell/4 from their parent along each axis."""
     spacing_px: float
     """Of the 3 x 3 lattice of shifts."""
     radius_px: int
     beam: int
     """Candidates per image that enter the level."""
     threshold: float
-    """Nominees worse than the best by more than this (in log-likelihood) are left out."""
+    """Candidates worse than the best by more than this (in log-likelihood) are left out."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What the search does in one iteration; the same for all images."""
+    """Search plan of one iteration; the same for all images."""
 
-    rotations: Tensor
-    """(J, 3, 3) global grid; in a local search the turns of the given pose, in the image's frame."""
-    shifts_px: Tensor
-    """(S, 2) coarse shifts, from the given one where there is one."""
+    rotations: Float[Tensor, "j 3 3"]
+    """(J, 3, 3) global grid; in a local search the rotations of the given pose, in the image's frame."""
+    shifts_px: Float[Tensor, "shifts 2"]
+    """(S, 2) coarse shifts, relative to the given one if there is one."""
     coarse_radius_px: int
     levels: tuple[Level, ...]
     shift_sd_px: float
     """Of the Gaussian prior on shifts."""
     local_deg: float | None = None
-    """A local search goes no farther than this from the given poses."""
+    """Limit of a local search about the given poses."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of poses before the search, row for row those of a batch: it looks for shifts around the given
-    ones and, if it is a local one, stays near the given rotations."""
+    """Poses known before the search, row for row those of a batch: shifts are searched around the given ones, and a
+    local search stays near the given rotations."""
 
-    rotation: Tensor | None
+    rotation: Float[Tensor, "n 3 3"] | None
     """(B, 3, 3) float32; None in a global search."""
-    shift_px: Tensor
+    shift_px: Float[Tensor, "n 2"]
     """(B, 2) float32, of the content."""
 
     def near(self) -> Given | None:
         """Itself for a local search, None for a global one."""
         return None if self.rotation is None else self
 
-    def take(self, rows) -> Given:
+    def take(self, rows: slice | Tensor) -> Given:
         return Given(None if self.rotation is None else self.rotation[rows], self.shift_px[rows])
 
     def centre(self, white: Whitened) -> Whitened:
-        """The images with their content moved back by the given shifts: a search of them finds what is left."""
+        """The images with their content moved back by the given shifts, so that a search finds the remaining shift."""
         return replace(white, data=white.data * shift_factors(white.where, self.shift_px))
 
-    def turned(self, turns: Tensor) -> Tensor:
-        """(B, J, 3, 3): every given rotation turned by every one of ``turns`` (J, 3, 3)."""
+    def turned(self, turns: Float[Tensor, "j 3 3"]) -> Float[Tensor, "n j 3 3"]:
+        """(B, J, 3, 3): every given rotation combined with every one of ``turns`` (J, 3, 3)."""
         return torch.einsum("jik,bkl->bjil", turns, self._rotation())
 
     def _rotation(self) -> Tensor:
         assert self.rotation is not None  # asked for in local searches only
         return self.rotation
 
-    def is_near(self, rotation: Tensor, particle: Tensor, limit_deg: float) -> Tensor:
+    def is_near(
+        self, rotation: Float[Tensor, "r c 3 3"], particle: Int[Tensor, " r"], limit_deg: float
+    ) -> Bool[Tensor, "r c"]:
         """(R, C): which of ``rotation`` (R, C, 3, 3) are within an angle of those given for their ``particle`` (R,)."""
         # |A - B|^2 = 8 sin^2(angle / 2), exact for small angles
         distance2 = (rotation - self._rotation()[particle][:, None]).square().sum((-2, -1))
-        return distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
+        near: Tensor = distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
+        return near
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """What is left of the search for a batch: weighted samples, best poses, evidence."""
+    """Result of the search for a batch: weighted samples, best poses, evidence."""
 
-    particle: Tensor
+    particle: Int[Tensor, " r"]
     """(R,) row of the batch, sorted."""
-    rotation: Tensor
+    rotation: Float[Tensor, "r 3 3"]
     """(R, 3, 3)."""
-    shift_px: Tensor
+    shift_px: Float[Tensor, "r 2"]
     """(R, 2): posterior mean of the shift at that view."""
-    weight: Tensor
-    """(R,) sums to 1 an image."""
-    best_rotation: Tensor
+    weight: Float[Tensor, " r"]
+    """(R,) sums to 1 per image."""
+    best_rotation: Float[Tensor, "n 3 3"]
     """(B, 3, 3): posterior mean of the leading mode."""
-    best_shift_px: Tensor
-    log_evidence: Tensor
+    best_shift_px: Float[Tensor, "n 2"]
+    log_evidence: Float[Tensor, " n"]
     """(B,) log of the marginal likelihood over the samples, up to the image's own constant."""
-    entropy: Tensor
+    entropy: Float[Tensor, " n"]
     """(B,) nats, over the last level's samples."""
-    max_weight: Tensor
+    max_weight: Float[Tensor, " n"]
     """(B,) posterior probability of the best sample's view."""
+    spread_deg: Float[Tensor, " n"]
+    """(B,) root mean square angle of the leading mode's views from the best pose; 0 where one has all the weight."""
 
 
 @lru_cache(maxsize=32)
@@ -141,10 +149,11 @@ class Searcher:
     views: ViewPrior | None = None
     """Prior on views; None: even."""
     block: int = 1 << 24
-    """Scores (image x shift x view) held at once."""
+    """Scores (image x shift x view) in memory at once."""
 
     def __post_init__(self) -> None:
-        self._slices: dict = {}
+        self._slices: dict[bytes | None, ReferenceSlices] = {}
+        self._grid_prior: Tensor | None = None
 
     def _reference(self, white: Whitened) -> ReferenceSlices:
         key = None if white.magnification is None else white.magnification.tobytes()
@@ -156,7 +165,7 @@ class Searcher:
         """Posterior over poses of every image of the batch; near the given poses if the plan is that of a local search.
 
         Args:
-            given: row for row those of the batch; None: nothing is known of them.
+            given: row for row those of the batch; None: no prior poses.
         """
         if given is not None:
             white = given.centre(white)
@@ -200,20 +209,28 @@ class Searcher:
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
     def _prior_of_grid(self, given: Given | None) -> Tensor:
-        """Log prior of the first step's views: (J,), or (B, J) of turns of the given poses."""
+        """Log prior of the first step's views: (J,), or (B, J) for rotations of the given poses."""
         assert self.views is not None
         if given is not None:
             return self.views(given.turned(self.plan.rotations))
-        if GRID not in self._slices:
-            self._slices[GRID] = self.views(self.plan.rotations)
-        return self._slices[GRID]
+        if self._grid_prior is None:
+            self._grid_prior = self.views(self.plan.rotations)
+        return self._grid_prior
 
     def _near(self, white: Whitened, given: Given) -> ReferenceSlices:
         return ReferenceSlices.of(self.volume, given.turned(self.plan.rotations), white.where, white.magnification)
 
-    def _level(self, white, level: Level, rotation, shift, score, given: Given | None, keep_lattice: bool):
-        """Children of the candidates that are worth it: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
-        level."""
+    def _level(
+        self,
+        white: Whitened,
+        level: Level,
+        rotation: Tensor,
+        shift: Tensor,
+        score: Tensor,
+        given: Given | None,
+        keep_lattice: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Children of the selected candidates: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""
         if score.shape[1] > level.beam:
             score, order = score.topk(level.beam, dim=1)
             rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
@@ -249,12 +266,19 @@ class Searcher:
         return out_rotation, out_shift.gather(2, at[..., None, None].expand(-1, -1, 1, 2))[:, :, 0], best
 
 
-def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep: int = 12) -> Posterior:
-    """Normalises the last level's samples.
+def summarise(
+    rotation: Float[Tensor, "n m 3 3"],
+    shift: Float[Tensor, "n m 9 2"],
+    score: Float[Tensor, "n m 9"],
+    level: Level,
+    keep: int = 12,
+) -> Posterior:
+    """Normalise the samples of the last level.
 
     Args:
         rotation: (B, M, 3, 3); shift: (B, M, 9, 2); score: (B, M, 9).
-        keep: views an image that back-projection gets, at most; those below NEGLIGIBLE times the best are left out.
+        keep: largest number of views per image passed to the back-projection; those below NEGLIGIBLE times the best are
+            left out.
     """
     log_evidence = score.flatten(1).logsumexp(1)
     p = (score - log_evidence[:, None, None]).exp()
@@ -266,7 +290,7 @@ def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep
     top = top / top.sum(1, keepdim=True)
     chosen_rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
     chosen_shift = mean_shift.gather(1, order[..., None].expand(-1, -1, 2))
-    best_rotation, best_shift = leading_mode(chosen_rotation, chosen_shift, top, level.cell_deg)
+    best_rotation, best_shift, spread_deg = leading_mode(chosen_rotation, chosen_shift, top, level.cell_deg)
     particle, slot = (top > 0).nonzero(as_tuple=True)
     return Posterior(
         particle,
@@ -278,11 +302,15 @@ def summarise(rotation: Tensor, shift: Tensor, score: Tensor, level: Level, keep
         log_evidence,
         entropy,
         view.amax(1),
+        spread_deg,
     )
 
 
-def leading_mode(rotation: Tensor, shift: Tensor, weight: Tensor, cell_deg: float) -> tuple[Tensor, Tensor]:
-    """Posterior mean over the samples within two cells of the best: rotation (B, 3, 3), shift (B, 2).
+def leading_mode(
+    rotation: Float[Tensor, "n s 3 3"], shift: Float[Tensor, "n s 2"], weight: Float[Tensor, "n s"], cell_deg: float
+) -> tuple[Float[Tensor, "n 3 3"], Float[Tensor, "n 2"], Float[Tensor, " n"]]:
+    """Posterior mean over the samples within two cells of the best, rotation (B, 3, 3) and shift (B, 2), and the root
+    mean square angle (B,) in degrees of these samples from it.
 
     The mean of a mode is nearer to the truth than its best sample, which lies on a grid.
     """
@@ -294,4 +322,7 @@ def leading_mode(rotation: Tensor, shift: Tensor, weight: Tensor, cell_deg: floa
     u, _, vh = torch.linalg.svd(mean)
     sign = torch.det(u @ vh)
     u = torch.cat([u[:, :, :2], u[:, :, 2:] * sign[:, None, None]], 2)
-    return u @ vh, (w[..., None] * shift).sum(1)
+    best = u @ vh
+    # |A - B|^2 = 8 sin^2(angle / 2), about twice the square of a small angle
+    square = (w * (rotation - best[:, None]).square().sum((-2, -1))).sum(1) / 2
+    return best, (w[..., None] * shift).sum(1), torch.rad2deg(square.sqrt())

@@ -1,8 +1,8 @@
-"""What an unfinished iteration has found so far, on disk, so that an interruption costs no search twice.
+"""Search results of an unfinished iteration, on disk, so that an interruption repeats no search.
 
-The search of a batch depends on the model of the iteration and on the batch alone, so its posterior can be put aside
-and used again on any number of ranks. The sums that are made of it are exact in any order; they are made again, which
-is cheap beside the search.
+The search of a batch depends only on the model of the iteration and on the batch, so its posterior can be saved and
+used again on any number of ranks. The sums computed from it are exact in any order; they are repeated, which is cheap
+compared with the search.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from cryoiso.io.append_log import Frame, append, content, frames
 from cryoiso.refine.search import Posterior
 
 EVERY_S = 60.0
-"""Posteriors are written this often; shorter iterations leave nothing on the disk."""
+"""Interval at which posteriors are written; shorter iterations leave nothing on the disk."""
 EVERY_BYTES = 1 << 26
-"""... or when so much waits."""
+"""... or when this much is pending."""
 PATTERN = "searched-*.frames"
-"""Not ".part": what a resumed run finds under that ending it takes for unfinished files, and removes."""
+"""Not ".part", which a resumed run treats as an unfinished file and removes."""
 
 
 @dataclass
 class KeptSearches:
-    """Posteriors of one iteration, batch by batch: one file a rank, read by all after an interruption."""
+    """Posteriors of one iteration, batch by batch: one file per rank, read by all after an interruption."""
 
     folder: Path | None
-    """None: nothing is kept."""
+    """None: nothing is saved."""
     identity: str = ""
     _known: dict[tuple[int, ...], Frame] = field(default_factory=dict)
     _waiting: list[tuple[str, bytes]] = field(default_factory=list)
@@ -44,10 +44,11 @@ class KeptSearches:
 
     @classmethod
     def of(cls, folder: Path, identity: str, comm: Communicator) -> KeptSearches:
-        """Finds what an earlier attempt at the same iteration left; what is not of it is removed (collective).
+        """Open the results of an earlier attempt at the same iteration; results of other iterations are removed
+        (collective).
 
         Args:
-            identity: of the iteration: everything that the posteriors depend on, but the batch.
+            identity: of the iteration: everything on which the posteriors depend, except the batch.
         """
         found: list[Frame] = []
         if comm.rank == 0:
@@ -62,7 +63,7 @@ class KeptSearches:
         return len(self._known)
 
     def get(self, rows: np.ndarray, device: str) -> Posterior | None:
-        """The posterior of the batch with these rows, if it is there."""
+        """The posterior of the batch with these rows, if available."""
         frame = self._known.get(_brief(rows))
         data = None if frame is None else content(frame)
         if data is None:
@@ -71,7 +72,7 @@ class KeptSearches:
         return Posterior(**{f.name: torch.as_tensor(arrays[f.name]).to(device) for f in fields(Posterior)})
 
     def put(self, rows: np.ndarray, posterior: Posterior) -> None:
-        """Takes what was found for a batch; writes when it is time to."""
+        """Add the posterior of a batch; written to disk at intervals."""
         if self.folder is None:
             return
         stream = io.BytesIO()
@@ -82,7 +83,7 @@ class KeptSearches:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits. A disk that takes no more is told of once; the iteration goes on without."""
+        """Write pending results. A full disk is reported once; the iteration continues without."""
         if self.folder is None or not self._waiting:
             return
         try:
@@ -95,7 +96,7 @@ class KeptSearches:
 
 
 def forget(folder: Path) -> None:
-    """Removes what was kept of a finished iteration."""
+    """Remove the saved results of a finished iteration."""
     for path in folder.glob(PATTERN):
         with suppress(OSError):
             path.unlink()

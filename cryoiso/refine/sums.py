@@ -1,13 +1,14 @@
-"""The Fourier sums of half-sets after reduction, those of raw particles apart from those of auxiliary ones.
+"""The Fourier sums of half-sets after reduction, separate for raw and auxiliary particles.
 
-Auxiliary particles are made from a reference, the same for both half-sets at first, so that what they say of resolution
-and signal is what that reference says. Whatever steers a refinement is taken from the raw particles; the auxiliaries
-join them only in the next references.
+Auxiliary particles are made from a reference, initially the same for both half-sets, so their resolution and signal are
+those of that reference. All decisions of a refinement are based on the raw particles; the auxiliary ones join them only
+in the next references.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,9 +21,14 @@ from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine.model import BEST
 from cryoiso.refine.rows import gathered_rows
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
-def reduced(accumulator: SliceAccumulator, half: int, operations: np.ndarray, comm: Communicator) -> FourierSums | None:
-    """Symmetrised sums of all ranks on the half's root, None elsewhere (collective). Uses the accumulator up."""
+
+def reduced(
+    accumulator: SliceAccumulator, half: int, operations: Float[np.ndarray, "g 3 3"], comm: Communicator
+) -> FourierSums | None:
+    """Symmetrised sums of all ranks on the half's root, None elsewhere (collective). Consumes the accumulator."""
     bound = sum(comm.allgather(accumulator.bound))
     whole = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
     if whole is None:
@@ -36,21 +42,21 @@ def reduced(accumulator: SliceAccumulator, half: int, operations: np.ndarray, co
 
 @dataclass
 class HalfSums:
-    """Sums by half-set, of the halves that this rank is root of."""
+    """Sums by half-set, for the halves of which this rank is root."""
 
     auxiliary_weight: float = 1.0
-    """Factor on the auxiliaries' sums where they join the raw ones."""
+    """Factor on the sums of the auxiliary particles when they join the raw ones."""
     raw: dict[int, FourierSums] = field(default_factory=dict)
     auxiliary: dict[int, FourierSums] = field(default_factory=dict)
-    """Empty where there are no auxiliaries."""
+    """Empty without auxiliary particles."""
 
     def put(self, half: int, auxiliary: bool, sums: FourierSums | None) -> None:
         if sums is not None:
             (self.auxiliary if auxiliary else self.raw)[half] = sums
 
     def joined(self) -> dict[int, FourierSums]:
-        """Half -> raw sums plus weight times those of the auxiliaries; these are overwritten, to save memory. Without
-        auxiliaries the raw sums themselves."""
+        """Half -> raw sums plus weight times those of the auxiliary particles, which are overwritten to save memory.
+        Without auxiliary particles the raw sums themselves."""
         for half, made in self.auxiliary.items():
             for target, own in (
                 (made.numerator, self.raw[half].numerator),
@@ -60,7 +66,8 @@ class HalfSums:
         return self.auxiliary or self.raw
 
     def auxiliary_share(self, radius_px: int, comm: Communicator) -> float:
-        """Share of the references' weight that the auxiliaries hold within a radius (collective), before ``joined``."""
+        """Share of the auxiliary particles in the references' weight within a radius (collective), before
+        ``joined``."""
         shell = np.arange(radius_px + 1, dtype=np.float64)
         totals = np.zeros(2)
         for half in HALVES:
@@ -79,12 +86,12 @@ class HalfSums:
 
 def gathered(
     found: list[tuple[np.ndarray, np.ndarray]], n: int, comm: Communicator
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[Float[np.ndarray, "{n} 3 3"], Float[np.ndarray, "{n} 2"], dict[str, Shaped[np.ndarray, " {n}"]]]:
     """Rotations (n, 3, 3), shifts (n, 2) and per-particle numbers of all ranks, on all ranks, in row order
     (collective).
 
     Args:
-        found: rows and what ``model.best_of`` says of them, of this rank's batches.
+        found: rows and the output of ``model.best_of`` for this rank's batches.
     """
     table = gathered_rows(found, n, len(BEST), comm)
     columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}

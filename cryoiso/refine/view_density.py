@@ -1,21 +1,21 @@
-"""The density of views on the sphere, learned from the posteriors of a half-set, and the prior on views made of it.
+"""The density of views on the sphere, estimated from the posteriors of a half-set, and the resulting prior on views.
 
-A refinement with even prior odds for all views puts a large share of noisy images to the opposite side of the particle
-or to a direction that no particle shows; the odds of the set itself settle most of them. They are found by expectation-
-maximisation: the posterior weights of one iteration, counted on cells of equal area, are the next one's density, with a
-floor of even views (pseudo-counts of a Dirichlet prior) that keeps rare views possible.
+A refinement with a uniform prior over views assigns a large share of noisy images to the opposite side of the particle
+or to a direction that no particle has; the densities of the set itself settle most of them. They are estimated by
+expectation-maximisation: the posterior weights of one iteration, accumulated on cells of equal area, are the density of
+the next one, with a floor of even views (pseudo-counts of a Dirichlet prior) that keeps rare views possible.
 
-A density is a product of two factors. The *axial* one, the mean of p(v) and p(-v), says how often an axis is seen; it
-draws rare views to frequent ones, so the odds that it gives are bounded. The *polarity*, p(v) over that mean, says from
-which of its two ends; projections along v and -v are mirror images, which noise mistakes for each other most easily,
-and it draws nothing from one axis to another.
+A density is a product of two factors. The *axial* one, the mean of p(v) and p(-v), is the frequency of an axis; it
+draws rare views to frequent ones, so its odds are bounded. The *polarity*, p(v) over that mean, is the preference for
+one of its two ends; projections along v and -v are mirror images, which are most easily confused by noise, and it
+favours no axis over another.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,17 +25,20 @@ from cryoiso.core.config import RefineSection
 from cryoiso.metrics.orientation import ViewGrid
 from cryoiso.physics.symmetry import point_group
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 STEP_DEG = 4.0
 """Width of a cell: well below the kernel's."""
 STILL_EVEN = 1.25
-"""An axis whose density is up to this many times that of even views counts as any other."""
+"""An axis whose density is up to this many times that of even views is not favoured."""
 COUNT_UNIT = 2.0**32
 """Posterior weights are counted in fixed point of this unit, exact in any order."""
 
 
 @lru_cache(maxsize=4)
 def view_grid() -> ViewGrid:
-    """The cells that views are counted on."""
+    """The cells on which views are counted."""
     return ViewGrid.with_step(STEP_DEG)
 
 
@@ -67,7 +70,7 @@ class ViewPrior:
         """(...,) log prior of the views of rotations (..., 3, 3)."""
         return self.log_prior[self.index(rotation[..., 2, :])]
 
-    def index(self, view: Tensor) -> Tensor:
+    def index(self, view: Float[Tensor, "... 3"]) -> Int[Tensor, " ..."]:
         """(...,) int64 cell of unit vectors (..., 3); ``ViewGrid.index`` on a device."""
         ring = torch.searchsorted(self.rings, -view[..., 2].contiguous(), right=True) - 1
         ring = ring.clamp(0, len(self.cells) - 1)
@@ -86,18 +89,18 @@ class ViewCounts:
     def empty(cls) -> ViewCounts:
         return cls(np.zeros(len(view_grid()), np.int64))
 
-    def add(self, rotation: Tensor, weight: Tensor, grid: ViewPrior) -> None:
+    def add(self, rotation: Float[Tensor, "r 3 3"], weight: Float[Tensor, " r"], grid: ViewPrior) -> None:
         """Views of (R, 3, 3) with posterior weights (R,)."""
         cell = grid.index(rotation[..., 2, :]).cpu().numpy()
         np.add.at(self.counts, cell, np.rint(weight.double().cpu().numpy() * COUNT_UNIT).astype(np.int64))
 
 
-def density(counts: np.ndarray, symmetry: str, kernel_deg: float) -> np.ndarray:
-    """Smooth density of views over that of even ones.
+def density(counts: Float[np.ndarray, " cells"], symmetry: str, kernel_deg: float) -> Float[np.ndarray, " cells"]:
+    """Smooth density of views, relative to that of even views.
 
     Args:
         counts: (P,) weight of each cell.
-        symmetry: point group whose mates are alike.
+        symmetry: point group whose symmetry mates are equivalent.
         kernel_deg: standard deviation of the smoothing kernel (von Mises-Fisher).
 
     Returns:
@@ -106,26 +109,41 @@ def density(counts: np.ndarray, symmetry: str, kernel_deg: float) -> np.ndarray:
     if not counts.sum() > 0:
         return np.ones(len(counts))
     smooth = counts / counts.sum() @ _kernel(symmetry, kernel_deg)
-    return smooth / smooth.mean()
+    density: np.ndarray = smooth / smooth.mean()
+    return density
 
 
-def log_prior(smooth: np.ndarray, *, axis_odds: float, polarity_floor: float) -> np.ndarray:
+def log_prior(
+    smooth: Float[np.ndarray, " cells"], *, axis_odds: float, polarity_floor: float
+) -> Float[np.ndarray, " cells"]:
     """(P,) log of the axial factor times the polarity; 0 for even views.
 
     Args:
-        smooth: (P,) density over that of even views.
-        axis_odds: no axis is favoured over another by more; 1: the axial factor is 1. Axes are favoured that are seen
-            more than STILL_EVEN times as often as even ones, so that chance favours none in an even set.
-        polarity_floor: share of even views mixed into the density that the polarity is taken from; 1: it is 1.
+        smooth: (P,) density relative to that of even views.
+        axis_odds: largest factor by which an axis is favoured over another; 1: the axial factor is 1. Favoured are axes
+            seen more than STILL_EVEN times as often as in an even set, so that chance favours none there.
+        polarity_floor: share of even views mixed into the density for the polarity; 1: the polarity is 1.
     """
     opposite = smooth[_opposite()]
     axial = np.clip((smooth + opposite) / 2 / STILL_EVEN, 1.0, axis_odds)
     here, there = ((1 - polarity_floor) * s + polarity_floor for s in (smooth, opposite))
-    return np.log(axial) + np.log(2 * here / (here + there))
+    prior: np.ndarray = np.log(axial) + np.log(2 * here / (here + there))
+    return prior
+
+
+def prior_of(
+    counts: dict[int, Float[np.ndarray, " cells"]], half: int, symmetry: str, settings: RefineSection, device: str
+) -> ViewPrior | None:
+    """Prior on the views of a half-set's images from its counts of the previous iteration; None: even views."""
+    if not counts or not settings.view_density:
+        return None
+    smooth = density(counts[half], symmetry, settings.view_kernel_deg)
+    odds, floor = settings.view_axis_odds, settings.view_polarity_floor
+    return ViewPrior.of(log_prior(smooth, axis_odds=odds, polarity_floor=floor), device)
 
 
 def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: RefineSection) -> dict[str, Any]:
-    """Densities of the half-sets, over that of even views, of each cell of ``view_grid``: plain values."""
+    """Densities of the half-sets, relative to that of even views, for each cell of ``view_grid``: plain values."""
     s = settings
     facts: dict[str, Any] = {"step_deg": STEP_DEG, "kernel_deg": s.view_kernel_deg, "used": s.view_density}
     facts |= {"axis_odds": s.view_axis_odds, "polarity_floor": s.view_polarity_floor}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryoiso.core import products
+
 
 def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
     """Writes ``report.html`` (one self-contained file) and ``report.json`` (the same numbers) into a run folder.
@@ -36,9 +38,10 @@ def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
         data, collect_maps(folder, data, other), collect_samples(folder, data), collect_slices(folder, data)
     )
     html = page(for_others(data, folder), figures_for_others(pictures, data, folder))
-    write_text(folder / "report.json", json.dumps(for_others(data, folder), indent=1, ensure_ascii=False) + "\n")
-    write_text(folder / "report.html", html)
-    return folder / "report.html"
+    numbers = json.dumps(for_others(data, folder), indent=1, ensure_ascii=False)
+    write_text(folder / products.REPORT_NUMBERS, numbers + "\n")
+    write_text(folder / products.REPORT_PAGE, html)
+    return folder / products.REPORT_PAGE
 
 
 def publish(run_folder: Path | str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def new_figure(width_in: float, height_in: float, **layout: Any):
     return figure, figure.subplots(squeeze=False, **layout)
 
 
-def styled():
+def styled() -> AbstractContextManager[None]:
     """The context in which a figure is made and saved."""
     from matplotlib import rc_context
 
@@ -63,6 +64,11 @@ def address(figure, kind: str = "svg", dpi: int = 150) -> str:
     figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata)
     mime = "image/svg+xml" if kind == "svg" else "image/png"
     return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def decoded(data_address: str) -> bytes:
+    """The bytes of the file that ``address`` holds."""
+    return base64.b64decode(data_address.partition(",")[2])
 
 
 def picture(ax, image, low: float, high: float) -> None:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
+from cryoiso.core.records import DiagnoseRecord, JournalLine, ReferenceRecord, RefineRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
+from cryoiso.report.records import ReportData, StageTime
 from cryoiso.report.run_reader import read_journal, read_json, read_toml, stage_folder
 from cryoiso.report.sections import anisotropy, auxiliary, correct, realign, view_density
 from cryoiso.report.sharing import name_of
 from cryoiso.report.text import number, percent, section
 
-MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", "truth_poses"))
+MAPS = (("run", "this run", "."), ("true_poses", "same images, true poses", products.TRUE_POSES))
 """Key, label, and folder beside the final reconstruction."""
 
 STACKS_LISTED = 5
 """More stacks than this are not listed one by one under where the numbers come from."""
 
 
-def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
+def collect(folder: Path, before: Path | None = None) -> ReportData:
     """Everything that the report shows.
 
     Args:
@@ -40,28 +43,32 @@ def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
         InputError: no run in this folder, a file that is not what its name says, or another run that is not of the same
             particles.
     """
-    job, manifest = read_toml(folder / "resolved.toml"), read_json(folder / "manifest.json")
-    journal = read_journal(folder / "journal.jsonl")
+    job, manifest = read_toml(folder / products.RESOLVED), read_json(folder / products.MANIFEST)
+    journal = read_journal(folder / products.JOURNAL)
     diagnose, ingest, reference, refine, reconstruct = (
-        read_json(stage_folder(folder, name) / f"{name}.json")
+        read_json(stage_folder(folder, name) / products.facts(name))
         for name in ("diagnose", "ingest", "reference", "refine", "reconstruct")
     )
     corrected, loops = correct.collect_correct(folder), realign.collect_realign(folder)
     if not (job or manifest or diagnose or journal or refine or corrected or loops):
         hint = "Give the folder that 'cryoiso run' wrote, or 'cryoiso refine', 'realign' or 'correct'."
         raise InputError(
-            "there is no run in this folder", file=folder, expected="resolved.toml or journal.jsonl", hint=hint
+            "no run in this folder",
+            file=folder,
+            expected="resolved.toml or journal.jsonl",
+            hint=hint,
+            code="run-missing",
         )
-    data: dict[str, Any] = {
+    data: ReportData = {
         "schema": 1,
         "title": job.get("run", {}).get("title") or folder.resolve().name,
         "summary": [],
         "numbers": [],
         "iterations": refine.get("iterations") or [],
-        "diagnose": diagnose,
+        "diagnose": cast(DiagnoseRecord, diagnose),
         "ingest": ingest,
-        "reference": reference,
-        "refine": {k: v for k, v in refine.items() if k != "iterations"},
+        "reference": cast(ReferenceRecord, reference),
+        "refine": cast(RefineRecord, {k: v for k, v in refine.items() if k != "iterations"}),
         "reconstruct": reconstruct,
         "stages": stage_times(journal),
         "job": job,
@@ -69,8 +76,8 @@ def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
     if rounds := auxiliary.collect_rounds(folder):
         data["auxiliary"] = rounds
     if before is not None:
-        other, data["comparison"] = comparison.collect_other(before, diagnose, job)
-        diagnose["before"] = other
+        other, data["comparison"] = comparison.collect_other(before, data["diagnose"], job)
+        data["diagnose"]["before"] = other
         data["comparison"]["sentences"] = comparison.plain_sentences(data)
     if corrected:
         data["correct"] = corrected
@@ -82,7 +89,7 @@ def collect(folder: Path, before: Path | None = None) -> dict[str, Any]:
     return data
 
 
-def collect_maps(folder: Path, data: dict[str, Any], before: Path | None = None) -> list[tuple[str, str, DensityMap]]:
+def collect_maps(folder: Path, data: ReportData, before: Path | None = None) -> list[tuple[str, str, DensityMap]]:
     """(key, label, map) of the maps before the run's, the run's, the one from true poses and the true one.
 
     Those that exist on one grid, the run's if it is there.
@@ -113,13 +120,13 @@ def collect_maps(folder: Path, data: dict[str, Any], before: Path | None = None)
     return [item for item in found if item[2].box_px == box_px]
 
 
-def stage_times(journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def stage_times(journal: list[JournalLine]) -> list[StageTime]:
     """Seconds of each finished stage in the order they ended; the last time counts if a stage ran again."""
     times = {line["stage"]: line.get("seconds") for line in journal if line.get("event") == "end" and line.get("stage")}
     return [{"stage": stage, "seconds": seconds} for stage, seconds in times.items()]
 
 
-def summary(data: dict[str, Any]) -> list[str]:
+def summary(data: ReportData) -> list[str]:
     """The headline, in sentences made of numbers only."""
     d = data["diagnose"]
     sentences = []
@@ -144,7 +151,7 @@ def summary(data: dict[str, Any]) -> list[str]:
     return [*sentences, *d.get("notes", [])]
 
 
-def _truth_sentences(d: dict[str, Any]) -> list[str]:
+def _truth_sentences(d: DiagnoseRecord) -> list[str]:
     sentences = []
     mine, ideal, errors = d.get("map_to_truth") or {}, d.get("true_poses") or {}, d.get("pose_errors") or {}
     if mine.get("resolution_05_A") is not None:
@@ -171,13 +178,13 @@ def _truth_sentences(d: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _at(resolution_A: float, d: dict[str, Any]) -> str:
+def _at(resolution_A: float, d: DiagnoseRecord) -> str:
     """A resolution in words; said to be the end of the curve where it is."""
     at_end = bool(d.get("frequency_invA")) and resolution_A * d["frequency_invA"][-1] < 1.001
     return f"{resolution_A:.1f} Å" + (" or better (the pixel size ends the curve)" if at_end else "")
 
 
-def numbers(data: dict[str, Any]) -> list[dict[str, Any]]:
+def numbers(data: ReportData) -> list[dict[str, Any]]:
     """Rows of the table: group, label, value, unit, and in ``true_poses`` the same number for the true poses.
 
     In a run with auxiliary particles also ``before``: the same number before them, or of the run to compare with.
@@ -192,7 +199,7 @@ def numbers(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in rows if row["value"] is not None or row.get("before") is not None]
 
 
-def _rows(d: dict[str, Any]) -> list[tuple[str, str, Any, str, Any]]:
+def _rows(d: DiagnoseRecord) -> list[tuple[str, str, Any, str, Any]]:
     """All rows of what `diagnose` measures, with None for what it did not."""
     mine, ideal = d.get("map_to_truth") or {}, d.get("true_poses") or {}
     errors, views = d.get("pose_errors") or {}, d.get("views") or {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.core.types import DensityMap
+from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, read_toml, stage_folder
 from cryoiso.report.text import number, percent, section
 
-MAP_NAMES = ("map_weighted.mrc", "map.mrc")
+MAP_NAMES = (products.WEIGHTED_MAP, products.MAP)
 """What is shown of a folder: the first of these that is there."""
 _SETTINGS = ("particles", "reference", "sample", "micelle", "refine", "auxiliary", "realign", "correct", "reconstruct")
 _ONLY_IN = {"auxiliary": ("auxiliary", "both"), "realign": ("realign", "both"), "correct": ("realign", "both")}
@@ -18,7 +21,7 @@ _ONLY_IN = {"auxiliary": ("auxiliary", "both"), "realign": ("realign", "both"), 
 _OF_THE_RUN = ("workflow", "seed")
 
 
-def collect_other(folder: Path, diagnose: dict[str, Any], job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def collect_other(folder: Path, diagnose: DiagnoseRecord, job: dict[str, Any]) -> tuple[DiagnoseRecord, dict[str, Any]]:
     """What is known of the other run: its quality numbers, and ``title`` and ``settings`` (key, before, this run).
 
     Args:
@@ -27,18 +30,23 @@ def collect_other(folder: Path, diagnose: dict[str, Any], job: dict[str, Any]) -
     Raises:
         InputError: it has not been measured, or its particles have another box, pixel size, symmetry or number.
     """
-    file = stage_folder(folder, "diagnose") / "diagnose.json"
-    other, other_job = read_json(file), read_toml(folder / "resolved.toml")
+    file = stage_folder(folder, "diagnose") / products.facts("diagnose")
+    other, other_job = read_json(file), read_toml(folder / products.RESOLVED)
     if not other:
-        raise InputError("the run to compare with has no quality numbers", file=folder, expected="NN_diagnose/")
+        raise InputError(
+            "the run to compare with has no quality numbers",
+            file=folder,
+            expected="NN_diagnose/",
+            code="runs-not-comparable",
+        )
     for key in ("box_px", "pixel_size_A", "symmetry", "particles"):
         if other.get(key) != diagnose.get(key):
             raise InputError(
                 f"the run to compare with is not of the same particles ({key})", file=file,
-                expected=diagnose.get(key), found=other.get(key),
+                expected=diagnose.get(key), found=other.get(key), code="runs-not-comparable",
             )  # fmt: skip
     title = section(other_job, "run").get("title") or folder.resolve().name
-    return other, {"title": str(title), "settings": differences(other_job, job)}
+    return cast(DiagnoseRecord, other), {"title": str(title), "settings": differences(other_job, job)}
 
 
 def other_map(folder: Path) -> DensityMap | None:
@@ -64,13 +72,13 @@ def differences(before: dict[str, Any], this: dict[str, Any]) -> list[dict[str, 
     return found
 
 
-def label(data: dict[str, Any]) -> str:
+def label(data: ReportData) -> str:
     """What the figures call before; empty where no other run was given."""
     part = data.get("comparison") or {}
     return f" Before: {part['title']}." if part else ""
 
 
-def settings_sentence(data: dict[str, Any]) -> list[str]:
+def settings_sentence(data: ReportData) -> list[str]:
     """Which settings differ."""
     part = data.get("comparison") or {}
     if not part:
@@ -83,9 +91,10 @@ def _said(value: Any) -> str:
     return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def plain_sentences(data: dict[str, Any]) -> list[str]:
+def plain_sentences(data: ReportData) -> list[str]:
     """Both runs against the truth in at most five sentences, without terms of the trade; empty without a truth."""
-    new, old = data["diagnose"], section(data["diagnose"], "before")
+    new: DiagnoseRecord = data["diagnose"]
+    old = data["diagnose"].get("before") or DiagnoseRecord()
     known = all(section(d, "pose_errors") and section(d, "map_to_truth") for d in (old, new))
     if not data.get("comparison") or not known:
         return []
@@ -93,14 +102,14 @@ def plain_sentences(data: dict[str, Any]) -> list[str]:
             *_half_maps(old, new)]  # fmt: skip
 
 
-def _views_sentence(d: dict[str, Any]) -> str:
+def _views_sentence(d: DiagnoseRecord) -> str:
     e = section(d, "pose_errors")
     n, side = int(e["n"]), int(e["side_n"])
     text = f"Of {n:,} particles {percent(1 - side / n)} show the molecule along its axis, {side:,} from the side"
     return text + ("; only the side views tell how it is built along the axis." if side < 0.2 * n else ".")
 
 
-def _run_sentence(when: str, d: dict[str, Any]) -> str:
+def _run_sentence(when: str, d: DiagnoseRecord) -> str:
     e, m = section(d, "pose_errors"), section(d, "map_to_truth")
     text = f"{when} {percent(e['fraction_over_20'])} of all particles"
     if e["side_n"] and number(e, "side_over_20") is not None:
@@ -117,7 +126,7 @@ def _along(m: dict[str, Any]) -> str:
     return "" if area is None else f", and its detail along the axis agrees with the truth to {percent(area, 0)}"
 
 
-def _gap(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _gap(old: DiagnoseRecord, new: DiagnoseRecord) -> list[str]:
     ideal = section(new, "true_poses")
     if number(ideal, "resolution_05_A") is None:
         return []
@@ -144,7 +153,7 @@ def _gap(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [text + "."]
 
 
-def _half_maps(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _half_maps(old: DiagnoseRecord, new: DiagnoseRecord) -> list[str]:
     claims = [number(d, "resolution_0143_A") for d in (old, new)]
     truths = [number(section(d, "map_to_truth"), "resolution_05_A") for d in (old, new)]
     if any(v is None for v in (*claims, *truths)):

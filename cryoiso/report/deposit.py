@@ -7,42 +7,45 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
 from cryoiso.report.collect import collect
 from cryoiso.report.methods_text import final_counts, methods, warnings, workflow
+from cryoiso.report.records import ReportData
 from cryoiso.report.sharing import for_others
 from cryoiso.report.surface import contour_level, surface_png
 from cryoiso.report.text import number, section
 
 IMAGE, METHODS, CONTENTS, DEPOSITION = "image_500x500.png", "METHODS.md", "CONTENTS.md", "deposition.json"
-PRIMARY = "map_weighted.mrc"
+PRIMARY = products.WEIGHTED_MAP
 """The map that is recommended as an entry's primary one."""
 Row = tuple[str, str, str]
 ROLES: tuple[Row, ...] = (
     (PRIMARY, "EMDB: primary map",
      "of all particles, every Fourier coefficient weighted by how well it was measured (Wiener filter); not masked, "
      "not sharpened by a B-factor, no network"),
-    ("half1.mrc", "EMDB: half map 1", "as reconstructed: not masked, filtered or sharpened, touched by no network"),
-    ("half2.mrc", "EMDB: half map 2", "the same of the other half-set"),
-    ("mask.mrc", "EMDB: mask", "the mask of the FSC (not applied to any map)"),
-    ("map.mrc", "EMDB: additional map", "plain mean of the half-maps, to sharpen it as you like"),
-    ("additional_corrected_map.mrc", "EMDB: additional map",
+    (products.half_map(1), "EMDB: half map 1",
+     "as reconstructed: not masked, filtered or sharpened, touched by no network"),
+    (products.half_map(2), "EMDB: half map 2", "the same of the other half-set"),
+    (products.MASK, "EMDB: mask", "the mask of the FSC (not applied to any map)"),
+    (products.MAP, "EMDB: additional map", "plain mean of the half-maps, to sharpen it as you like"),
+    (products.RESULT_CORRECTED_MAP, "EMDB: additional map",
      "**network-corrected**: missing directions were filled in; no half-map, no resolution; its MRC label says so"),
-    ("additional_measured.mrc", "EMDB: additional map, or not at all",
+    (products.RESULT_MEASURED, "EMDB: additional map, or not at all",
      "voxel by voxel, the share (0 to 1) of the corrected map's local power that was measured; not a density"),
-    ("fsc.xml", "EMDB: FSC curve",
+    (products.FSC_XML, "EMDB: FSC curve",
      "of the half-maps, corrected for the mask; the resolution is read from this curve"),
-    ("fsc_unmasked.xml", "EMDB: FSC curve, or not at all", "of the half-maps without a mask"),
+    (products.FSC_UNMASKED_XML, "EMDB: FSC curve, or not at all", "of the half-maps without a mask"),
     (IMAGE, "EMDB: image of the map", f"surface of {PRIMARY} at the contour level below, z upwards"),
-    ("particles.star", "EMPIAR: beside the particle stacks",
+    (products.PARTICLES, "EMPIAR: beside the particle stacks",
      "every particle with its last pose, RELION format; image names are those of the input, so deposit the stacks "
      "under these names"),
     (METHODS, "the paper; EMDB: image processing", "methods text with the parameters really used, and references"),
     (DEPOSITION, "for programs", "the numbers of this page"),
     (CONTENTS, "-", "this page"),
-    ("SHA256SUMS", "EMPIAR: beside the files", "checksums; `sha256sum -c SHA256SUMS` checks them"),
+    (products.SUMS, "EMPIAR: beside the files", "checksums; `sha256sum -c SHA256SUMS` checks them"),
 )  # fmt: skip
 """Name, where it goes, what it is."""
 
@@ -57,22 +60,22 @@ def deposit(folder: Path) -> None:
     """
     result = folder / "result"
     data = for_others(collect(folder), folder)
-    density, mask = read_map(result / PRIMARY), read_map(result / "mask.mrc")
+    density, mask = read_map(result / PRIMARY), read_map(result / products.MASK)
     levels = {
         name: contour_level(read_map(result / name), mask.data)
-        for name in (PRIMARY, "map.mrc", "half1.mrc", "half2.mrc", "additional_corrected_map.mrc")
+        for name in (PRIMARY, products.MAP, *products.HALF_MAPS, products.RESULT_CORRECTED_MAP)
         if (result / name).exists()
     }
     with atomic_write(result / IMAGE) as stream:
         stream.write(surface_png(density, levels[PRIMARY], mask.data))
     write_text(result / METHODS, methods(data))
-    present = [row for row in ROLES if (result / row[0]).exists() or row[0] in (CONTENTS, DEPOSITION, "SHA256SUMS")]
+    present = [row for row in ROLES if (result / row[0]).exists() or row[0] in (CONTENTS, DEPOSITION, products.SUMS)]
     facts = _facts(data, density, levels, present)
     write_text(result / DEPOSITION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     write_text(result / CONTENTS, _contents(facts, present, data))
 
 
-def _facts(data: dict[str, Any], density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:
+def _facts(data: ReportData, density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:
     d, counts = data["diagnose"], final_counts(data)
     return {
         "schema": 1,
@@ -93,7 +96,7 @@ def _facts(data: dict[str, Any], density: DensityMap, levels: dict[str, float], 
     }
 
 
-def _contents(facts: dict[str, Any], rows: list[Row], data: dict[str, Any]) -> str:
+def _contents(facts: dict[str, Any], rows: list[Row], data: ReportData) -> str:
     table = ["| file | goes to | what it is |", "|---|---|---|"]
     table += [f"| `{name}` | {role} | {what} |" for name, role, what in rows]
     levels = ["| map | contour level to begin with |", "|---|---|"]
@@ -130,7 +133,7 @@ def _primary(facts: dict[str, Any]) -> str:
         "you built your model into a map that you sharpened yourself, that one is the primary map: deposit it instead, "
         f"with its B-factor, and `{PRIMARY}` as an additional map."
     )
-    if "additional_corrected_map.mrc" in facts["contour_levels"]:
+    if products.RESULT_CORRECTED_MAP in facts["contour_levels"]:
         text += " The corrected map is never the primary one: part of it was not measured, and no resolution belongs "
         text += "to it. "
         text += "Where a figure or a model rests on it, deposit it as an additional map and say so."

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core.records import DiagnoseRecord, IterationRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
+from cryoiso.report.records import ReportData
 from cryoiso.report.sections import anisotropy, correct, realign, view_density
 from cryoiso.report.sections.auxiliary import before, views_before_and_after
 from cryoiso.report.text import Entry, Text, number
@@ -83,7 +85,7 @@ class Figure:
 
 
 def figures(
-    data: dict[str, Any],
+    data: ReportData,
     maps: list[tuple[str, str, DensityMap]],
     samples: dict[str, np.ndarray] | None = None,
     slices: correct.Slices | None = None,
@@ -129,7 +131,7 @@ def figures(
     ]
 
 
-def _course(rows: list[dict[str, Any]]) -> str:
+def _course(rows: list[IterationRecord]) -> str:
     """What more the course shows, where the refinement wrote it."""
     text = ""
     if any(number(row, "resolution_weighted_A") is not None for row in rows):
@@ -139,7 +141,7 @@ def _course(rows: list[dict[str, Any]]) -> str:
     return text
 
 
-def _views(data: dict[str, Any], first: dict[str, Any]) -> Entry:
+def _views(data: ReportData, first: DiagnoseRecord) -> Entry:
     """Views of this run and the true ones, with those before it where they are known."""
     from cryoiso.report import figures as draw
 
@@ -153,7 +155,7 @@ def _views(data: dict[str, Any], first: dict[str, Any]) -> Entry:
     return ("views", "Views before and after", True, caption + _before(data), lambda: draw.view_discs(kinds))
 
 
-def _errors(data: dict[str, Any], first: dict[str, Any]) -> Entry:
+def _errors(data: ReportData, first: DiagnoseRecord) -> Entry:
     from cryoiso.report import figures as draw
     from cryoiso.report.sections import auxiliary_figures as draw_auxiliary
 
@@ -165,7 +167,7 @@ def _errors(data: dict[str, Any], first: dict[str, Any]) -> Entry:
     return ("errors-before", title, True, BEFORE_ERRORS + _before(data), lambda: draw_auxiliary.pose_errors(old, mine))
 
 
-def _auxiliary(data: dict[str, Any], samples: dict[str, np.ndarray]) -> list[Entry]:
+def _auxiliary(data: ReportData, samples: dict[str, np.ndarray]) -> list[Entry]:
     """Figures of the images, of their training and of what they did to the poses."""
     from cryoiso.report.sections import auxiliary_figures as draw
 
@@ -205,7 +207,7 @@ def _speeds(rounds: list[dict[str, Any]]) -> str:
     return f" In this run: {'; '.join(texts)}." if texts else ""
 
 
-def _before(data: dict[str, Any]) -> str:
+def _before(data: ReportData) -> str:
     """What "before" is in the figures."""
     return comparison.label(data) or BEFORE
 

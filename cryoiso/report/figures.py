@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core.records import DiagnoseRecord, IterationRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report.canvas import (
     BLUE,
@@ -22,9 +23,10 @@ from cryoiso.report.canvas import (
     scale_bar,
     styled,
 )
+from cryoiso.report.text import number, section
 
 
-def maps(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -> str:
+def maps(items: list[tuple[str, str, DensityMap]], d: DiagnoseRecord) -> str:
     """Central slices and projections across z, y, x of each map (rows), scaled to the last one's densities."""
     volumes = _on_one_scale(items, d)
     names = [f"{what} {axis}" for what in ("slice across", "projection along") for axis in "zyx"]
@@ -48,7 +50,7 @@ def _pictures(volume: np.ndarray) -> list[np.ndarray]:
     return [volume.take(centre, axis) for axis in range(3)] + [volume.sum(axis) for axis in range(3)]
 
 
-def _on_one_scale(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -> list[np.ndarray]:
+def _on_one_scale(items: list[tuple[str, str, DensityMap]], d: DiagnoseRecord) -> list[np.ndarray]:
     """The maps in the truth's frame and on the last one's scale (units of density are arbitrary).
 
     The scale is the slope of map over last map, which noise in the map does not change; of maps before the run's, which
@@ -73,10 +75,11 @@ def _on_one_scale(items: list[tuple[str, str, DensityMap]], d: dict[str, Any]) -
     return result
 
 
-def _measured_frame(key: str, d: dict[str, Any]) -> dict[str, Any]:
+def _measured_frame(key: str, d: DiagnoseRecord) -> dict[str, Any]:
     """Where `diagnose` found this map to lie against the truth: this run's (and its rounds') or the one before."""
-    part = (d.get("before") or {}) if key == "before" else d if key != "true_poses" and key != "truth" else {}
-    return part.get("map_to_truth") or {}
+    if key in ("true_poses", "truth"):
+        return {}
+    return section(d.get("before") if key == "before" else d, "map_to_truth")
 
 
 def _extent_px(volume: np.ndarray) -> int:
@@ -94,33 +97,33 @@ def _centre(volume: np.ndarray, extent_px: int) -> np.ndarray:
     return volume[keep, keep, keep]
 
 
-def half_map_fsc(d: dict[str, Any]) -> str:
+def half_map_fsc(d: DiagnoseRecord) -> str:
     """FSC curves of the half-maps."""
     curves = [
-        ("fsc_unmasked", "unmasked", SKY, "-", 1.4),
-        ("fsc_masked", "masked", BLUE, "--", 1.4),
-        ("fsc_randomised", "masked, phases randomised", GREY, ":", 1.6),
-        ("fsc_corrected", "corrected for the mask", "black", "-", 2.0),
+        (d.get("fsc_unmasked"), "unmasked", SKY, "-", 1.4),
+        (d.get("fsc_masked"), "masked", BLUE, "--", 1.4),
+        (d.get("fsc_randomised"), "masked, phases randomised", GREY, ":", 1.6),
+        (d.get("fsc_corrected"), "corrected for the mask", "black", "-", 2.0),
     ]
     with styled():
         figure, axes = new_figure(6.4, 3.7)
         ax = axes[0, 0]
-        for key, label, colour, line, width in curves:
-            if d.get(key):
-                ax.plot(d["frequency_invA"], d[key], line, color=colour, label=label, linewidth=width)
+        for curve, label, colour, line, width in curves:
+            if curve:
+                ax.plot(d["frequency_invA"], curve, line, color=colour, label=label, linewidth=width)
         _fsc_axes(ax, d["frequency_invA"], (0.143, 0.5))
         _mark(ax, d.get("resolution_0143_A"), 0.143, "black")
         ax.legend(loc="best")
         return address(figure)
 
 
-def truth_fsc(d: dict[str, Any]) -> str:
+def truth_fsc(d: DiagnoseRecord) -> str:
     """FSC against the truth of the run's map, of the map before it and of the one from true poses, where known.
 
     On the right along z and across it.
     """
     curves = (
-        ((d.get("before") or {}).get("map_to_truth"), "before", VERMILLION),
+        (section(d.get("before"), "map_to_truth"), "before", VERMILLION),
         (d.get("map_to_truth"), "this run", BLUE),
         (d.get("true_poses"), "true poses", GREEN),
     )
@@ -174,7 +177,7 @@ def _mark(ax, resolution_A: float | None, threshold: float, colour: str, text: b
         )
 
 
-def views(d: dict[str, Any]) -> str:
+def views(d: DiagnoseRecord) -> str:
     """View densities, estimated and, where known, true."""
     part = d["views"]
     return view_discs([(k, part[k], part["cells_per_ring"]) for k in ("estimated", "true") if part.get(k)])
@@ -236,7 +239,7 @@ def _hemisphere(ax, cells_per_ring: list[int], density: np.ndarray, sign: int, n
     return cells
 
 
-def pose_errors(d: dict[str, Any]) -> str:
+def pose_errors(d: DiagnoseRecord) -> str:
     """Histogram of pose errors on a logarithmic axis, top and side views apart."""
     histogram = d["pose_errors"]["histogram"]
     edges = np.array(histogram["edges_deg"])
@@ -261,26 +264,26 @@ def pose_errors(d: dict[str, Any]) -> str:
         return address(figure)
 
 
-def iterations(rows: list[dict[str, Any]]) -> str:
+def iterations(rows: list[IterationRecord]) -> str:
     """Resolution by iteration, the angular step with the change of the poses, and cFAR where it is known."""
-    number = [row.get("iteration", i + 1) for i, row in enumerate(rows)]
+    steps = [row.get("iteration", i + 1) for i, row in enumerate(rows)]
 
     def column(*names: str) -> np.ndarray:
-        values = [next((row[n] for n in names if isinstance(row.get(n), int | float)), np.nan) for row in rows]
+        values = [next((v for n in names if (v := number(row, n)) is not None), np.nan) for row in rows]
         return np.array(values, float)
 
     with styled():
         with_cfar = bool(np.isfinite(column("cfar")).any())
         figure, axes = new_figure(9.2, 3.0, ncols=2 + with_cfar)
         left, right = axes[0, :2]
-        left.plot(number, column("resolution_A"), "o-", color=BLUE, markersize=4, label="all alike")
+        left.plot(steps, column("resolution_A"), "o-", color=BLUE, markersize=4, label="all alike")
         if np.isfinite(column("resolution_weighted_A")).any():
-            left.plot(number, column("resolution_weighted_A"), "s-", color=SKY, markersize=4, label="weighted")
+            left.plot(steps, column("resolution_weighted_A"), "s-", color=SKY, markersize=4, label="weighted")
             left.legend(loc="best")
         left.set(xlabel="iteration", ylabel="resolution (Å)", title="half-map resolution (FSC 0.143)")
         from_zero(left)
         if with_cfar:
-            axes[0, 2].plot(number, column("cfar"), "o-", color=GREEN, markersize=4)
+            axes[0, 2].plot(steps, column("cfar"), "o-", color=GREEN, markersize=4)
             axes[0, 2].set(xlabel="iteration", ylabel="cFAR", title="evenness of directions", ylim=(0, 1.02))
         series = [
             (column("step_deg"), "step of the search", BLUE, "s-"),
@@ -288,7 +291,7 @@ def iterations(rows: list[dict[str, Any]]) -> str:
         ]
         for values, label, colour, style in series:
             if np.isfinite(values).any():
-                right.plot(number, values, style, color=colour, markersize=4, label=label)
+                right.plot(steps, values, style, color=colour, markersize=4, label=label)
         right.set(xlabel="iteration", ylabel="degrees", title="angles")
         from_zero(right)
         if right.get_legend_handles_labels()[0]:
@@ -298,7 +301,7 @@ def iterations(rows: list[dict[str, Any]]) -> str:
         return address(figure)
 
 
-def posterior(d: dict[str, Any]) -> str:
+def posterior(d: DiagnoseRecord) -> str:
     """Histograms of the probability of the best pose and of the entropy over poses."""
     names = {
         "max_probability": "probability of the best pose",

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.report.citations import Citations
+from cryoiso.report.records import ReportData
 from cryoiso.report.text import number, percent, section
 
-Data = dict[str, Any]
 NO_GOLD = "so the two half-maps are not independent and their FSC is no gold standard: it may be too good"
 MISSING = (
     "Specimen, microscope, exposure, motion correction, CTF estimation, picking and classification are not known to "
@@ -18,7 +19,7 @@ MISSING = (
 )
 
 
-def methods(data: Data) -> str:
+def methods(data: ReportData) -> str:
     """METHODS.md: paragraphs, what must be said with the resolution, a table of numbers, and references.
 
     Args:
@@ -37,17 +38,17 @@ def methods(data: Data) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def workflow(data: Data) -> str:
+def workflow(data: ReportData) -> str:
     return str(section(data["job"], "run").get("workflow") or "refine")
 
 
-def final_counts(data: Data) -> list[int]:
+def final_counts(data: ReportData) -> list[int]:
     """Particles in each of the final half-maps."""
     counts = data["reconstruct"].get("half_counts") or data["diagnose"].get("half_counts") or []
     return [int(n) for n in counts]
 
 
-def warnings(data: Data) -> list[str]:
+def warnings(data: ReportData) -> list[str]:
     """What ends or weakens the independence of the half-maps, and what the diagnosis noted."""
     job, said = data["job"], []
     notes = [str(note) for note in data["diagnose"].get("notes") or []]
@@ -77,15 +78,15 @@ def warnings(data: Data) -> list[str]:
     return said + notes
 
 
-def _has_loop(data: Data) -> bool:
+def _has_loop(data: ReportData) -> bool:
     return workflow(data) in ("realign", "both")
 
 
-def _has_auxiliary(data: Data) -> bool:
+def _has_auxiliary(data: ReportData) -> bool:
     return workflow(data) in ("auxiliary", "both")
 
 
-def _at_end(data: Data) -> bool:
+def _at_end(data: ReportData) -> bool:
     d = data["diagnose"]
     resolution, frequency = number(d, "resolution_0143_A"), d.get("frequency_invA") or [0]
     return resolution is not None and resolution * frequency[-1] < 1.001
@@ -94,7 +95,7 @@ def _at_end(data: Data) -> bool:
 # --- paragraphs
 
 
-def _particles(data: Data, cite: Citations) -> str:
+def _particles(data: ReportData, cite: Citations) -> str:
     ingest, job = data["ingest"], data["job"]
     if not ingest:
         return ""
@@ -110,7 +111,7 @@ def _particles(data: Data, cite: Citations) -> str:
     return text
 
 
-def _reference(data: Data, cite: Citations) -> str:
+def _reference(data: ReportData, cite: Citations) -> str:
     made = data["reference"]
     if not made:
         return ""
@@ -122,7 +123,7 @@ def _reference(data: Data, cite: Citations) -> str:
     return f"{text} and low-passed at {made['lowpass_A']:g} Å."
 
 
-def _refinement(data: Data, cite: Citations) -> str:
+def _refinement(data: ReportData, cite: Citations) -> str:
     refine, settings = data["refine"], section(data["job"], "refine")
     engine, symmetry = refine.get("engine"), section(data["job"], "sample").get("symmetry", "C1")
     if engine == "given":
@@ -148,7 +149,7 @@ def _refinement(data: Data, cite: Citations) -> str:
     return text + (f". {symmetry} symmetry was imposed." if symmetry != "C1" else ". No symmetry was imposed.")
 
 
-def _uneven(settings: Data) -> str:
+def _uneven(settings: dict[str, Any]) -> str:
     """How unevenly distributed views were treated; empty for a job of a version that had no settings for it."""
     text = ""
     if settings.get("regularisation") == "uneven":
@@ -169,7 +170,7 @@ def _uneven(settings: Data) -> str:
     return text
 
 
-def _auxiliary(data: Data, cite: Citations) -> str:
+def _auxiliary(data: ReportData, cite: Citations) -> str:
     parts, settings = data.get("auxiliary") or {}, section(data["job"], "auxiliary")
     rounds = [r for r in parts.get("rounds") or [] if r["corefine"] and not r["corefine"].get("skipped")]
     if not rounds:
@@ -204,7 +205,7 @@ def _auxiliary(data: Data, cite: Citations) -> str:
     return text
 
 
-def _generator(settings: Data, trained: Data, micelle: Data) -> str:
+def _generator(settings: dict[str, Any], trained: dict[str, Any], micelle: dict[str, Any]) -> str:
     kind = settings.get("generators")
     reference = " and the micelle reconstructed around it" if micelle.get("enable") else ""
     if kind in ("white-noise", "coloured-noise"):
@@ -222,7 +223,7 @@ def _generator(settings: Data, trained: Data, micelle: Data) -> str:
     return f"{who}{course}, made images like the particles from projections of the reference{reference}."
 
 
-def _realign(data: Data, cite: Citations) -> str:
+def _realign(data: ReportData, cite: Citations) -> str:
     settings = section(data["job"], "realign")
     if not (_has_loop(data) and data.get("realign")):
         return ""
@@ -244,7 +245,7 @@ def _realign(data: Data, cite: Citations) -> str:
     return text
 
 
-def _maps(data: Data, cite: Citations) -> str:
+def _maps(data: ReportData, cite: Citations) -> str:
     counts, made = final_counts(data), data["reconstruct"]
     if len(counts) != 2:
         return ""
@@ -258,7 +259,7 @@ def _maps(data: Data, cite: Citations) -> str:
     return text + "half-maps do not correlate."
 
 
-def _resolution(data: Data, cite: Citations) -> str:
+def _resolution(data: ReportData, cite: Citations) -> str:
     d = data["diagnose"]
     resolution = number(d, "resolution_0143_A")
     if resolution is None:
@@ -269,7 +270,7 @@ def _resolution(data: Data, cite: Citations) -> str:
         "sphere": "a sphere, since the map did not stand out from its solvent",
         "map": "a soft mask made from the mean of the Wiener-filtered half-maps (low-passed at 15 Å, thresholded, "
         "extended by 3 Å, with an edge of 9 Å)",
-    }.get(str(data["reconstruct"].get("mask")), "that of result/mask.mrc")
+    }.get(str(data["reconstruct"].get("mask")), f"that of result/{products.MASK}")
     text = f"The resolution is {resolution:.2f} Å, where the Fourier shell correlation of the two half-maps, "
     text += f"corrected for the mask by randomising phases {cite('phases')}"
     start = number(d, "randomise_from_shell")
@@ -283,7 +284,7 @@ def _resolution(data: Data, cite: Citations) -> str:
     return text.strip()
 
 
-def _directions(data: Data, cite: Citations) -> str:
+def _directions(data: ReportData, cite: Citations) -> str:
     d = data["diagnose"]
     part, verdict = section(d, "directional"), section(d, "verdict")
     if number(part, "cfar") is None:
@@ -306,7 +307,7 @@ def _directions(data: Data, cite: Citations) -> str:
     return text.strip()
 
 
-def _corrected(data: Data, cite: Citations) -> str:
+def _corrected(data: ReportData, cite: Citations) -> str:
     facts = data.get("correct") or {}
     if not facts:
         return ""
@@ -333,7 +334,7 @@ def _corrected(data: Data, cite: Citations) -> str:
 # --- numbers
 
 
-def parameters(data: Data) -> list[tuple[str, str]]:
+def parameters(data: ReportData) -> list[tuple[str, str]]:
     """Rows of the table: label and value."""
     d, job, counts = data["diagnose"], data["job"], final_counts(data)
     settings, sample = section(job, "refine"), section(job, "sample")
@@ -358,7 +359,7 @@ def parameters(data: Data) -> list[tuple[str, str]]:
     return [(label, _written(value) + unit) for label, value, unit in rows if value not in (None, "")]
 
 
-def _last_step(data: Data) -> float | None:
+def _last_step(data: ReportData) -> float | None:
     steps = [step for row in data["iterations"] if (step := number(row, "step_deg")) is not None]
     return steps[-1] if steps else None
 

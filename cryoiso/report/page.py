@@ -7,6 +7,7 @@ from typing import Any
 
 from cryoiso.core.log import duration, printable
 from cryoiso.report.figure_list import Figure
+from cryoiso.report.records import ReportData
 from cryoiso.report.text import Text
 
 _CSS = """
@@ -55,7 +56,7 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def page(data: dict[str, Any], figures: list[Figure]) -> str:
+def page(data: ReportData, figures: list[Figure]) -> str:
     """The whole page.
 
     Args:
@@ -146,12 +147,12 @@ def _number(value: Any, unit: str) -> str:
     return escape(text) + ("" if not unit else unit if unit == "°" else f" {escape(unit)}")
 
 
-def _footer(data: dict[str, Any]) -> str:
+def _footer(data: ReportData) -> str:
     rows = [(escape(str(k)), escape(str(v))) for k, v in data["provenance"]]
     times = [s for s in data["stages"] if isinstance(s.get("seconds"), int | float)]
     if times:
-        text = ", ".join(f"{s['stage']} {duration(s['seconds'])}" for s in times)
-        rows.append(("time", escape(f"{text}; together {duration(sum(s['seconds'] for s in times))}")))
+        text = ", ".join(f"{s['stage']} {duration(s['seconds'] or 0.0)}" for s in times)
+        rows.append(("time", escape(f"{text}; together {duration(sum(s['seconds'] or 0.0 for s in times))}")))
     if not rows:
         return ""
     table = "".join(f"<tr><td>{k}</td><td>{v}</td></tr>" for k, v in rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
+from cryoiso.core.records import JournalLine
 from cryoiso.io.regular_file import read_regular_bytes, read_regular_text
 
 
@@ -19,7 +21,7 @@ def stage_folder(folder: Path, name: str) -> Path:
     found = sorted(folder.glob(f"[0-9][0-9]_{name}"))
     if found:
         return found[-1]
-    return folder if (folder / f"{name}.json").exists() else folder / f"00_{name}"
+    return folder if (folder / products.facts(name)).exists() else folder / f"00_{name}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -33,9 +35,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(read_regular_text(path), parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not a JSON file: {error}", file=path) from None
+        raise InputError(f"not a JSON file: {error}", file=path, code="record-damaged") from None
     if not isinstance(data, dict):
-        raise InputError("not a JSON object", file=path, expected="{...}", found=type(data).__name__)
+        raise InputError(
+            "not a JSON object", file=path, expected="{...}", found=type(data).__name__, code="record-damaged"
+        )
     return data
 
 
@@ -50,12 +54,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_regular_text(path))
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, or nested without end
-        raise InputError(f"not a TOML file: {error}", file=path) from None
+        raise InputError(f"not a TOML file: {error}", file=path, code="toml-malformed") from None
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_journal(path: Path) -> list[JournalLine]:
     """Lines of the journal; one torn by a crash is passed over."""
-    lines = []
+    lines: list[JournalLine] = []
     text = read_regular_bytes(path).decode(errors="replace") if path.exists() else ""
     for row in text.splitlines():
         try:
@@ -63,5 +67,5 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
-            lines.append(line)
+            lines.append(cast(JournalLine, line))
     return lines

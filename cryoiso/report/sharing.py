@@ -9,6 +9,7 @@ from typing import Any
 
 from cryoiso.core.log import printable
 from cryoiso.report.figure_list import Figure
+from cryoiso.report.records import ReportData
 from cryoiso.report.text import Text
 
 _PATH = re.compile(r"""(?<![\w.)\]}/:~-])/(?:[^\s/'"<>,;:()|]+/)+[^\s/'"<>,;:()|]*""")
@@ -19,17 +20,18 @@ _QUOTED = re.compile(r"""(['"])/[^'"\n]*/([^'"/\n]*)\1""")
 """An absolute path in quotes, in which it may have blanks."""
 
 
-def for_others(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+def for_others(data: ReportData, folder: Path) -> ReportData:
     """The data of a report with every absolute path cut to the file's name, or, inside of the run folder, to its name
     from there.
 
     Args:
         data: from `cryoiso.report.collect.collect`. folder: the run folder.
     """
-    return _cut(data, _known(data, folder))
+    cut: ReportData = _cut(data, _known(data, folder))
+    return cut
 
 
-def figures_for_others(figures: list[Figure], data: dict[str, Any], folder: Path) -> list[Figure]:
+def figures_for_others(figures: list[Figure], data: ReportData, folder: Path) -> list[Figure]:
     """The figures with their words cut likewise."""
     known = _known(data, folder)
 
@@ -55,7 +57,7 @@ def name_of(path: object) -> str:
     return PurePosixPath(str(path)).name or str(path)
 
 
-def _known(data: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+def _known(data: ReportData, folder: Path) -> list[tuple[str, str]]:
     """Paths that the run is known to have, and what is said instead; the longest first. They may contain blanks."""
     run = str(folder.absolute())
     found = {f"{run}/": "", run: folder.absolute().name}

@@ -49,9 +49,9 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         if not len(self.rows):
-            raise InputError("there are no particles to train on")
+            raise InputError("there are no particles to train on", code="particles-too-few")
         if self.batch < 1:
-            raise InputError("a batch has at least one image", found=self.batch)
+            raise InputError("a batch needs at least one image", found=self.batch, code="option-out-of-range")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,7 +66,8 @@ class BatchPlan:
 
     def rows_of(self, step: int) -> np.ndarray:
         """(batch,) rows of a step; the last batch of an epoch is filled from the next."""
-        return self.rows[self.positions(np.arange(step * self.batch, (step + 1) * self.batch))]
+        rows: np.ndarray = self.rows[self.positions(np.arange(step * self.batch, (step + 1) * self.batch))]
+        return rows
 
     def positions(self, places: np.ndarray) -> np.ndarray:
         """Positions in ``rows`` of places in the endless sequence of epochs."""
@@ -83,7 +84,12 @@ class BatchPlan:
             InputError: more ranks than images.
         """
         if size > self.batch:
-            raise InputError("a batch needs an image for each rank", expected=f"{size} or more", found=self.batch)
+            raise InputError(
+                "a batch needs at least one image per rank",
+                expected=f"{size} or more",
+                found=self.batch,
+                code="particles-too-few",
+            )
         return owned_rows(self.batch, 1, index, size)
 
     def _shuffle(self, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +164,8 @@ class Batches:
         """(b, D, D) float32: this rank's images of a step, in the order of ``rows_of``."""
         places = self.places_of(step)
         if self.in_memory:
-            return self._all()[self.plan.positions(places)]
+            images: np.ndarray = self._all()[self.plan.positions(places)]
+            return images
         out = np.empty((len(places), self.source.box_px, self.source.box_px), np.float32)
         n = len(self.plan)
         self._leave_others(int(places[0]))
@@ -242,7 +249,8 @@ class _Buffer:
             self._done += 1
 
     def image(self, place: int) -> np.ndarray:
-        return self._images[self._slot[np.searchsorted(self._places, place)]]
+        images: np.ndarray = self._images[self._slot[np.searchsorted(self._places, place)]]
+        return images
 
 
 def _read_into(out: np.ndarray, source: ImageSource, rows: np.ndarray, start: int, stop: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import BY_ANY_RANK, logger
 from cryoiso.io import checkpoint
@@ -31,7 +32,6 @@ from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, 
 from cryoiso.train.watch import Verdict, flat_loss
 
 CHECKPOINT = Path("checkpoint") / "state.npz"
-TIMING = "timing.json"
 WARM_UP = 20
 
 
@@ -167,7 +167,7 @@ class _Run:
         self.configuration = {**asdict(settings), **task.configuration(), "batch": task.batch}
         del self.configuration["checkpoint_s"]
         self.saved = time.monotonic()
-        self.timer = _Timer(folder / TIMING, task.batch)
+        self.timer = _Timer(folder / products.TIMING, task.batch)
 
     def go(self, resume: bool) -> TrainOutcome:
         arrays = self._load() if resume else None
@@ -203,7 +203,8 @@ class _Run:
             raise group_wide(
                 CryoisoError(
                     f"training was tried {times} and failed: {reason}. Check that particles, poses and reference "
-                    "belong together, or lower the learning rate."
+                    "belong together, or lower the learning rate.",
+                    code="training-diverged",
                 )
             )
         if self.group.is_first:

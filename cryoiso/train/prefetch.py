@@ -36,7 +36,7 @@ class Prefetcher:
         """
         self._prepare, self._steps, self._channels_last = prepare, range(start, stop), channels_last
         self._device = torch.device(device)
-        self._ready: queue.Queue = queue.Queue(maxsize=2)
+        self._ready: queue.Queue[Any] = queue.Queue(maxsize=2)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
 

@@ -86,7 +86,9 @@ def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarra
     try:
         return arrays, Progress(**values["progress"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"the checkpoint is of another version ({error})", file=path, hint=HINT) from None
+        raise InputError(
+            f"the checkpoint is of another version ({error})", file=path, hint=HINT, code="version-mismatch"
+        ) from None
 
 
 def restore(arrays: dict[str, np.ndarray], module: nn.Module, optimiser: torch.optim.Optimizer) -> None:

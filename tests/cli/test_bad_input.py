@@ -156,10 +156,10 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.jobfile import read_job
-from cryoiso.pipeline.work import Work
-work = Work(read_job(Path({str(job)!r}))[1], RunFolder(Path("none")), Context())
-check_job(work)
-print(work.reference().map.box_px, work.reference().source)
+from cryoiso.pipeline.job_inputs import Inputs
+inputs = Inputs(read_job(Path({str(job)!r}))[1], RunFolder(Path("none")), Context())
+check_job(inputs)
+print(inputs.reference().map.box_px, inputs.reference().source)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=SERIAL)
     assert done.stdout.startswith("24 map other.mrc, interpolated from 20 px"), done.stderr

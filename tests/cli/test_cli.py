@@ -19,7 +19,7 @@ from cryoiso.io.mrc import read_map, write_map
 COMMANDS = (
     "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct",
     "correct", "micelle", "auxiliary", "hook", "diagnose",
-    "report", "run", "resume", "verify", "replay",
+    "rebalance", "report", "run", "resume", "verify", "replay",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
 
@@ -75,14 +75,6 @@ def test_every_option_of_every_command_has_help():
         assert command.help, f"{name} has no help"
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name}: {parameter.name} has no help"
-
-
-def test_options_share_help_and_default_with_the_job_file():
-    done = cryoiso("refine", "--help", COLUMNS="200")
-    from cryoiso.core.config import RefineSection
-
-    assert str(RefineSection.model_fields["max_iterations"].default) in done.stdout
-    assert "In Å." in done.stdout and "In degrees." in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.io import checkpoint, read_particle_file
@@ -80,7 +81,7 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_refused_at_once(name, kind, tmp_path):
     path = make(kind, tmp_path / name)
-    with pytest.raises(InputError, match=KINDS[kind]) as error:
+    with raises_code("file-not-regular", InputError, match=KINDS[kind]) as error:
         READERS[name](path)
     assert str(path) in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == [name]
@@ -88,7 +89,7 @@ def test_refused_at_once(name, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_job_file(kind, tmp_path):
-    with pytest.raises(UsageError, match=KINDS[kind]):
+    with raises_code("file-not-regular", UsageError, match=KINDS[kind]):
         read_job(make(kind, tmp_path / "job.toml"))
 
 
@@ -102,7 +103,7 @@ def test_shard_checkpoint_and_copy(kind, tmp_path):
     source._open, source._max_open, source.folder = {}, 4, tmp_path
     source.index = {"shards": [{"file": "a.npz"}]}
     source._copies = {}
-    with pytest.raises(InputError, match=KINDS[kind]):
+    with raises_code("file-not-regular", InputError, match=KINDS[kind]):
         source._file(0)
 
 

@@ -216,11 +216,11 @@ def test_the_stage_of_the_diagnosis_listens_to_all_ranks(monkeypatch):
     from cryoiso.parallel.group_stop import StopBell
     from cryoiso.pipeline.stages import diagnose
 
-    monkeypatch.setattr(diagnose, "_diagnose", lambda work: signals.heed())
-    diagnose.diagnose(SimpleNamespace(comm=Context()))
+    monkeypatch.setattr(diagnose, "_diagnose", lambda run, inputs: signals.heed())
+    diagnose.diagnose(SimpleNamespace(comm=Context()), None, resume=False)
     monkeypatch.setattr(StopBell, "heard", lambda bell: True)
     with pytest.raises(Interrupted):
-        diagnose.diagnose(SimpleNamespace(comm=Context()))
+        diagnose.diagnose(SimpleNamespace(comm=Context()), None, resume=False)
 
 
 def test_tiles_of_a_prediction_can_be_stopped():

@@ -21,7 +21,7 @@ from cryoiso.engines.relion.result import final_files
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import ShardSource
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group

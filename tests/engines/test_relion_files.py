@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso
 
 from cryoiso.core.config import RefineSection, RelionSection
@@ -162,11 +163,11 @@ def test_launchers(monkeypatch):
     assert words == ["srun", "-n", "5", "--mpi=pmix", RELION3.program]
     mpich = replace(RELION3, family=MPICH, mpirun="/opt/mpich/bin/mpirun")
     assert command.launch(RelionSection(), mpich)[-3:] == ["-n", "3", RELION3.program]
-    with pytest.raises(UsageError, match="ranks"):
+    with raises_code("placeholder-missing", UsageError, match="ranks"):
         command.launch(RelionSection(launcher="srun"), RELION3)
-    with pytest.raises(UsageError, match="even number of followers"):
+    with raises_code("option-out-of-range", UsageError, match="even number of followers"):
         command.launch(RelionSection(ranks=4), RELION3)
-    with pytest.raises(MissingError, match=r"relion\.launcher"):
+    with raises_code("mpi-launcher-missing", MissingError, match=r"relion\.launcher"):
         command.launch(RelionSection(), replace(RELION3, mpirun=""))
 
 
@@ -185,7 +186,7 @@ def test_the_mpi_of_a_program_is_that_of_its_libraries(tmp_path):
 
 
 def test_no_relion_is_one_clear_error():
-    with pytest.raises(MissingError, match="relion_refine_nowhere is not on the PATH"):
+    with raises_code("program-missing", MissingError, match="relion_refine_nowhere is not on the PATH"):
         install.find_relion("relion_refine_nowhere")
 
 
@@ -264,9 +265,9 @@ def test_the_ledger_outlives_files_and_interruptions(tmp_path):
 def test_a_missing_value_names_file_block_and_column(tmp_path):
     write_iteration(tmp_path / "run", 1)
     star = Star.read(tmp_path / "run_it001_sampling.star")
-    with pytest.raises(InputError, match=r"sampling\.star.*_rlnPsiStep in data_sampling_general"):
+    with raises_code("relion-file-invalid", InputError, match=r"sampling\.star.*_rlnPsiStep in data_sampling_general"):
         star.number("sampling_general", "rlnPsiStep")
-    with pytest.raises(InputError, match=r"a value that is no number"):
+    with raises_code("relion-file-invalid", InputError, match=r"a value that is not a number"):
         star.numbers("sampling_general", "rlnSymmetryGroup")
 
 
@@ -298,7 +299,7 @@ def test_changed_images_are_written_for_relion(stacks, tmp_path, change):
         "noise": images + np.random.default_rng(0).normal(size=images.shape),
     }
     source = ArraySource(changed[change].astype(np.float32), stacks)
-    with pytest.raises(InputError, match=r"relion\.images"):
+    with raises_code("relion-images-unreadable", InputError, match=r"relion\.images"):
         image_names(source, tmp_path, "original", Context())
     names = image_names(source, tmp_path, "auto", Context())
     with StackReader() as reader:
@@ -353,5 +354,9 @@ def test_rows_come_back_whatever_their_order():
     names = ["000001@a.mrcs", "000002@a.mrcs", "000001@b.mrcs"]
     assert rows_of_names(["1@b.mrcs", "2@a.mrcs", "01@a.mrcs"], names, "f").tolist() == [2, 1, 0]
     for lost in (names[:2], [*names, "000003@a.mrcs"], [names[0], names[0], names[1]]):
-        with pytest.raises(CryoisoError, match="did not give back all particles"):
+        with raises_code(
+            "relion-particles-lost",
+            CryoisoError,
+            match="each particle exactly once",
+        ):
             rows_of_names(lost, names, "f")

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.parallel import private_socket, task_socket
@@ -84,9 +85,10 @@ def test_several_callers_at_once_each_get_their_own_answer(desk, tmp_path, monke
 def test_a_refusal_and_its_reason_reach_the_caller(desk, tmp_path, monkeypatch, road):
     take_road(monkeypatch, tmp_path / "callback.json", road)
     thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
-    serve(desk, 1, lambda call: call.answer(False, "the network broke"))
+    serve(desk, 1, lambda call: call.answer(False, "the network broke", "network-file-damaged"))
     thread.join(10)
     assert isinstance(found["error"], HandoverError) and "network broke" in str(found["error"])
+    assert found["error"].code == "network-file-damaged"
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -314,12 +316,12 @@ def test_the_secret_is_for_its_owner_alone(desk, tmp_path):
     file = tmp_path / "callback.json"
     assert os.stat(file).st_mode & 0o777 == 0o600
     os.chmod(file, 0o644)
-    with pytest.raises(InputError, match="others may read"):
+    with raises_code("ranks-unreachable", InputError):
         ask(file, {"n": 1})
 
 
 def test_no_desk_is_one_clear_error(tmp_path):
-    with pytest.raises(InputError, match="no ranks wait here"):
+    with raises_code("ranks-unreachable", InputError):
         ask(tmp_path / "callback.json", {})
 
 

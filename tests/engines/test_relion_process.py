@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import MissingError
 from cryoiso.engines.process import Program, clean_environment, describe_status
@@ -65,7 +65,7 @@ def test_a_program_does_not_outlive_a_killed_job(tmp_path):
 
 
 def test_a_missing_program_is_one_clear_error(tmp_path):
-    with pytest.raises(MissingError, match="no_such_program cannot be started"):
+    with raises_code("program-missing", MissingError, match="no_such_program cannot be started"):
         Program(["no_such_program"], tmp_path / "log", folder=tmp_path)
 
 

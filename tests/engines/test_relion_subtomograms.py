@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso, cryoiso_here
 from relion_helper import job_of, refine, write_subtomograms
 
@@ -99,8 +100,10 @@ TS_01 TS_01/1 1 PseudoSubtomo/job010/Subtomograms/TS_01/1_stack2d.mrcs [1,1,0,1]
 def test_stacks_of_tilt_images_are_refused_for_what_they_are(tmp_path, text):
     (tmp_path / "p.star").write_text(text)
     assert kind_of_particles(tmp_path / "p.star") == "stacks"
-    with pytest.raises(
-        InputError, match=r"2D stacks of tilt images, which are not supported.*without 'Write output as"
+    with raises_code(
+        "subtomograms-unsupported",
+        InputError,
+        match=r"2D stacks of tilt images, which are not supported.*without 'Write output as",
     ):
         read_particle_file(tmp_path / "p.star")
     for command in ("refine", "ingest"):
@@ -111,14 +114,14 @@ def test_stacks_of_tilt_images_are_refused_for_what_they_are(tmp_path, text):
 
 def test_volumes_are_not_asked_for_a_ctf_where_images_are_wanted(data, tmp_path):
     done = cryoiso_here("ingest", data / "particles.star", tmp_path / "out")
-    assert done.returncode == 65 and "subtomograms, not images" in done.stderr and "Estimate" not in done.stderr
+    assert done.returncode == 65 and "[subtomograms-unsupported]" in done.stderr and "Estimate" not in done.stderr
 
 
 def test_volumes_and_images_in_one_file_are_refused(data, tmp_path):
     text = (data / "particles.star").read_text()
     row = next(line for line in text.splitlines() if line.startswith("1 opticsGroup1"))
     (tmp_path / "p.star").write_text(text.replace(row, f"{row}\n2 other 300 2.7 0.1 7.0 24 2"))
-    with pytest.raises(InputError, match="some optics groups are of volumes"):
+    with raises_code("subtomograms-inconsistent", InputError):
         SubtomogramSource(tmp_path / "p.star", str(data))
 
 
@@ -165,7 +168,7 @@ def test_relion_gets_every_column_and_absolute_paths(data, tmp_path):
     assert Star.read(tmp_path / "flagged.star").column("optics", "rlnCtfDataAreCtfPremultiplied") == ["1"]
     source.write(tmp_path / "local.star", source.particles, with_poses=True)
     assert Star.read(tmp_path / "local.star").has("particles", "rlnAngleRot")
-    with pytest.raises(InputError, match="only RELION refines"):
+    with raises_code("subtomograms-unsupported", InputError):
         source.read(np.arange(2))
 
 
@@ -174,11 +177,11 @@ def test_missing_and_misshapen_volumes_are_named(data, tmp_path):
     for name in ("ctf.mrc", *(f"s{i:03d}.mrc" for i in range(16))):
         (tmp_path / name).symlink_to(data / name)
     (tmp_path / "p.star").write_text(text.replace("s003.mrc", "lost.mrc"))
-    with pytest.raises(InputError, match=r"p\.star, row 4: no such file: .*lost\.mrc"):
+    with raises_code("file-not-found", InputError, match=r"p\.star, row 4: no such file: .*lost\.mrc"):
         SubtomogramSource(tmp_path / "p.star")
     write_map(tmp_path / "flat.mrc", np.zeros((2, 24, 24)), 7.0)
     (tmp_path / "p.star").write_text(text.replace("s000.mrc", "flat.mrc"))
-    with pytest.raises(InputError, match="cubes of one size"):
+    with raises_code("subtomograms-inconsistent", InputError):
         SubtomogramSource(tmp_path / "p.star")
 
 

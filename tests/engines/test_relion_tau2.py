@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 from pipeline_helper import cryoiso
 from relion_helper import job_of, refine, write_task
 
@@ -157,7 +158,7 @@ def test_alone_the_last_reconstruction_is_regularised_as_well(tmp_path):
     wanted = reconstruct(changed, arrays, regularised=True, iterative=True).numpy()
     assert "tau2_over_relion" in reconstruct_alone(star, tmp_path, None, tau2="uneven")
     np.testing.assert_allclose(read_map(task.result).data, wanted, atol=1e-6 * np.abs(wanted).max())
-    with pytest.raises(UsageError, match="relion or uneven"):
+    with raises_code("choice-unknown", UsageError):
         correct_for_relion(star, None, tau2="mine", limit_s=1.0)
 
 

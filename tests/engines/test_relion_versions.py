@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from relion_helper import write_task
 from relion_standin import write_program
 
@@ -58,7 +59,7 @@ class Doubling:
 
     def __call__(self, state, comm):
         if state.iteration == self.fails_in:
-            raise CryoisoError("the network broke")
+            raise CryoisoError("the network broke", code="correction-unusable")
         self.iterations.append(state.iteration)
         return {half: 2 * volume for half, volume in state.references.items()}, {"applied": True}
 
@@ -118,7 +119,7 @@ def test_an_iteration_without_a_call_is_an_error(tmp_path, plain):
 
 def test_iterations_that_an_earlier_start_refined_plainly_are_done_again(tmp_path, caplog):
     out, correction = tmp_path / "out", Doubling()
-    with pytest.raises(CryoisoError, match="ended iteration 2 without"):
+    with raises_code("relion-not-corrected", CryoisoError, match="ended iteration 2 without"):
         RelionEngine().refine(request(out, write_program(tmp_path, plain_iterations="2"), correction), Context())
     assert (out / "relion" / "run_it002_optimiser.star").exists()
     result = RelionEngine().refine(request(out, write_program(tmp_path), correction, resume=True), Context())
@@ -141,14 +142,16 @@ def test_a_finished_refinement_without_a_call_is_no_result(tmp_path, caplog):
 def test_a_half_that_is_not_called_for_does_not_hold_the_job_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "ONE_HALF_LIMIT_S", 1.0)
     program = write_program(tmp_path, only_half="2")
-    with pytest.raises(CryoisoError, match="called for half 2 of iteration 1 and not for the other"):
+    with raises_code(
+        "relion-half-not-called", CryoisoError, match="called for half 2 of iteration 1 and not for the other"
+    ):
         RelionEngine().refine(request(tmp_path / "out", program, Doubling()), Context())
 
 
 def test_by_hand_a_half_that_stays_away_is_told_of_before_the_time_is_over(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(callback_standalone, "WARN_AFTER_S", 0.1)
     task = read_task(Path(write_task(tmp_path, 16, 1, 12).name), tmp_path)
-    with pytest.raises(CryoisoError, match="did not say 'ready' in time"):
+    with raises_code("relion-callback-failed", CryoisoError, match="no message 'ready' from"):
         callback_standalone._Meeting(task, 0.8).wait_for("ready")
     assert caplog.text.count("without --sequential_halves_recons") == 1
 

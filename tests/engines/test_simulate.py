@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from errors_helper import raises_code
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -16,11 +17,11 @@ from cryoiso.cli.simulate_cmd import simulate as simulate_command
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.fourier import images_to_fourier
 from cryoiso.physics.noise import noise_spectrum
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import (
+from cryoiso.physics.simulation import (
     CtfRanges,
     SimulatedSource,
     image_to_background_db,
@@ -215,9 +216,9 @@ def test_paper_signal_to_noise_number():
 
 def test_nothing_to_simulate(small):
     flat = DensityMap(np.ones((16, 16, 16), np.float32) * 0, 3.0)
-    with pytest.raises(InputError, match="constant"):
+    with raises_code("map-without-density", InputError, match="constant"):
         simulate(flat, 5)
-    with pytest.raises(InputError, match="at least 1"):
+    with raises_code("option-out-of-range", InputError, match="at least 1"):
         simulate(small, 0)
 
 
@@ -276,16 +277,16 @@ def test_command_takes_maps_and_ctfs_of_another_set(tmp_path):
 
 
 def test_command_refuses_what_is_wrong(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with raises_code("file-not-found", InputError):
         command("nothing.mrc", tmp_path)
-    with pytest.raises(InputError, match="uniform, preferred"):
+    with raises_code("choice-unknown", InputError):
         command("phantom", tmp_path, "--mode", "up")
-    with pytest.raises(InputError, match="does not fit"):
+    with raises_code("model-exceeds-box", InputError):
         command("phantom", tmp_path, "--box", 20)
-    with pytest.raises(CryoisoError, match="unknown point group"):
+    with raises_code("symmetry-unknown", CryoisoError):
         command("phantom", tmp_path, "--symmetry", "Q", "--n", 2)
     (tmp_path / "truth.star").write_text("precious")
-    with pytest.raises(UsageError, match="--overwrite"):
+    with raises_code("file-exists", UsageError):
         command("phantom", tmp_path)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["truth.star"]
 

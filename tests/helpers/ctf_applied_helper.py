@@ -8,7 +8,7 @@ import numpy as np
 
 from cryoiso.core.types import Particles
 from cryoiso.io.sources import ArraySource
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 
 KINDS = ("flipped", "premultiplied", "mixed", "both flags")
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from cryoiso.core.error_codes import CODES
 from cryoiso.core.errors import CryoisoError
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ def refused_or(function: Callable[..., T], *arguments: Any) -> T | None:
         except CryoisoError as error:
             text = str(error)
             assert text and len(text) < 3_000, f"an error of {len(text)} characters"
+            assert error.code in CODES, f"no such code: {error.line()}"
             return None
 
 

@@ -15,7 +15,7 @@ from cryoiso.physics.detergent_belt import Belt, in_detergent
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import SimulatedSource, simulate
+from cryoiso.physics.simulation import SimulatedSource, simulate
 from cryoiso.physics.views import Views
 
 BOX, PIXEL_A = 32, 6.0

@@ -10,7 +10,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.resample import resample_map
-from cryoiso.physics.simulate import SimulatedSource, make_particles, scale_for_snr
+from cryoiso.physics.simulation import SimulatedSource, make_particles, scale_for_snr
 
 PARTICLE_ARRAYS = (
     "uid", "stack", "index", "rotation", "shift_A", "half", "defocus_u_A", "defocus_v_A", "defocus_angle_deg",

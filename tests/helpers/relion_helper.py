@@ -59,7 +59,7 @@ class Correction:
                      step=state.step_deg, resolution=state.resolution_A, **{f"map{h}": state.maps[h] for h in (1, 2)},
                      **{f"reference{h}": state.references[h] for h in (1, 2)})
         if state.iteration == 2 and kind == "fail":
-            agree(comm, CryoisoError("the network broke"))
+            agree(comm, CryoisoError("the network broke", code="correction-unusable"))
         if state.iteration == 2 and kind == "die" and comm.rank == comm.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if state.iteration == 2 and kind == "nan":

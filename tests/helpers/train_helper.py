@@ -17,7 +17,7 @@ from cryoiso.nets.hvae import ConditionalHvae
 from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.parallel.ddp import TrainingGroup
-from cryoiso.physics.simulate import make_particles
+from cryoiso.physics.simulation import make_particles
 from cryoiso.train.batches import Batches
 from cryoiso.train.loop import LoopSettings
 from cryoiso.train.watch import Verdict

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here
 from relion_helper import write_task
 
@@ -38,7 +39,7 @@ def edit_journal(run: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_name_that_leads_out_is_refused(name, tmp_path):
-    with pytest.raises(InputError, match="a file name in it"):
+    with raises_code("record-leaves-folder", InputError):
         contained_path(tmp_path, name, "journal.jsonl", 3)
 
 
@@ -58,7 +59,7 @@ def test_no_record_of_a_run_names_a_file_outside(copy, tmp_path, quick):
         lambda: read_journal(copy / "journal.jsonl"),
         lambda: Journal(copy / "journal.jsonl"),
     ):
-        with pytest.raises(InputError, match=message):
+        with raises_code("record-leaves-folder", InputError, match=message):
             attempt()
     assert not (tmp_path / "out").exists()  # nothing was linked, neither inside nor beside
     done = cryoiso_here("verify", copy)
@@ -70,11 +71,11 @@ def test_the_seal_and_the_checksums_name_no_file_outside(copy, name):
     seal = json.loads((copy / "seal.json").read_text())
     seal["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     (copy / "seal.json").write_text(json.dumps(seal))
-    with pytest.raises(InputError, match=r"seal.json: a file name in it"):
+    with raises_code("record-leaves-folder", InputError, match=r"seal.json: a file name in it"):
         verify_run(copy, Context())
     sums = copy / "result/SHA256SUMS"
     sums.write_text(sums.read_text() + f"{'0' * 64}  {name}\n")
-    with pytest.raises(InputError, match=r"SHA256SUMS, row \d+: a file name in it"):
+    with raises_code("record-leaves-folder", InputError, match=r"SHA256SUMS, row \d+: a file name in it"):
         read_sums(sums)
 
 
@@ -84,13 +85,13 @@ def test_the_seal_and_the_checksums_name_no_file_outside(copy, name):
 def test_a_seal_of_another_form_is_an_error(copy, edit):
     seal = json.loads((copy / "seal.json").read_text())
     (copy / "seal.json").write_text(json.dumps({**seal, **edit}))
-    with pytest.raises(InputError, match=r"seal.json: not a seal as a run writes it \(expected"):
+    with raises_code("record-damaged", InputError, match=r"seal.json: not a valid seal \(expected"):
         verify_run(copy, Context())
 
 
 def test_checksums_that_are_no_text_are_an_error(copy):
     (copy / "result/SHA256SUMS").write_bytes(b"\xff" * 70)
-    with pytest.raises(InputError, match=r"SHA256SUMS: cannot be read.*UTF-8"):
+    with raises_code("file-unreadable", InputError, match=r"SHA256SUMS: cannot be read.*UTF-8"):
         verify_run(copy, Context())
 
 
@@ -102,7 +103,7 @@ def test_an_index_names_no_shard_outside(copy, name):
     index["shards"][0]["file"] = name
     file.write_text(json.dumps(index))
     for attempt in (read_index, ShardSource):
-        with pytest.raises(InputError, match=r"index.json: a file name in it"):
+        with raises_code("record-leaves-folder", InputError, match=r"index.json: a file name in it"):
             attempt(copy / "01_ingest")
 
 
@@ -127,5 +128,5 @@ def test_relion_names_no_file_in_another_folder(tmp_path):
     assert read_task(Path("job") / star.name, tmp_path).result == star.with_suffix(".mrc")
     for name in ("job/../secret.mrc", "/tmp/elsewhere.mrc", "other.mrc"):
         star.write_text(text.replace(f"Result job/{star.stem}.mrc", f"Result {name}"))
-        with pytest.raises(InputError, match="names a file in another folder"):
+        with raises_code("relion-file-invalid", InputError, match="names a file in another folder"):
             read_task(Path("job") / star.name, tmp_path)

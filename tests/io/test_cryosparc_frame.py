@@ -14,7 +14,7 @@ from cryoiso.io.mrc import read_map, write_map
 from cryoiso.metrics.mapmodel import correlation
 from cryoiso.physics.map_symmetry import symmetry_score
 from cryoiso.physics.phantom import pseudo_atoms_to_map, trimer
-from cryoiso.physics.project import project
+from cryoiso.physics.projection import project
 from cryoiso.physics.so3 import random_rotations, rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 

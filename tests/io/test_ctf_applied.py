@@ -16,11 +16,11 @@ from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.micelle.protein import protein_mask
 from cryoiso.methods.micelle.recover import MicelleSettings, recover_micelle_halves
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import make_particles, simulate
+from cryoiso.physics.simulation import make_particles, simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.batches import BatchReader

@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from ctf_applied_helper import filtered, of_kind, with_flags
+from errors_helper import raises_code
 from typer.testing import CliRunner
 
 from cryoiso.cli.simulate_cmd import simulate as simulate_command
@@ -31,10 +32,10 @@ from cryoiso.methods.auxiliary.condition import Condition, fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.particles import auxiliary_particles
 from cryoiso.parallel.context import Context
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.ctf_applied import apply_ctf, restored
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import make_particles, simulate
+from cryoiso.physics.simulation import make_particles, simulate
 from cryoiso.pipeline.stages.train import train_into
 
 BOX, PIXEL_A, N = 32, 6.0, 200
@@ -168,7 +169,7 @@ def test_simulate_writes_all_kinds(tmp_path):
             again = read_particle_file(simulated(tmp_path / f"from-{kind}", "--ctf-from", str(folder / "truth.star"))
                                        / "particles.star")  # fmt: skip
             assert [g.ctf_applied for g in again.groups] == [""]
-    with pytest.raises(UsageError, match="exclude each other"):
+    with raises_code("options-conflict", UsageError, match="exclude each other"):
         simulated(tmp_path / "both", "--phase-flipped", "--ctf-premultiplied")
 
 
@@ -277,5 +278,5 @@ def test_relion_gets_images_that_fit_their_flags(plain, tmp_path):
             seen = np.stack([reader.read(found.stack[i], found.index[[i]])[0] for i in range(n)])
         expected = apply_ctf(np.concatenate([images] * (n // 12)), relion_source(source).particles, np.arange(n))
         assert relative(seen, expected) < 2e-5
-        with pytest.raises(InputError, match="RELION cannot read the original images"):
+        with raises_code("relion-images-unreadable", InputError):
             image_names(source, tmp_path, "original", Context())

@@ -14,7 +14,7 @@ from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource, SubsetSource
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
 from cryoiso.pipeline.stages.ingest import _ingest_facts
 from cryoiso.refine.initial_model import initial_model, mean_power

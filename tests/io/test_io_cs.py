@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from cs_helper import save, table
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.io import conventions, read_particle_file
@@ -77,7 +78,7 @@ def test_only_2d_alignments_and_a_project_prefix(shared):
     p = read_cs(shared / "data/poses/cryosparc_J2_particles_exported.cs")
     assert p.rotation is None and p.shift_A is None and p.half is None
     assert p.stack[0].endswith("J1/imported/000090334788266266069_18jam15b_0345_ali_DW.mrcs") and ">" not in p.stack[0]
-    with pytest.raises(InputError, match="alignments3D/pose"):
+    with raises_code("cs-field-missing", InputError, match="alignments3D/pose"):
         read_cs(shared / "data/poses/cryosparc_J2_particles_exported.cs", require=("image", "pose"))
 
 
@@ -104,7 +105,7 @@ def test_fields_of_a_passthrough_file_are_joined_by_uid(tmp_path):
     main = save(tmp_path / "J2_particles.cs", whole[[n for n in whole.dtype.names if not n.startswith("ctf")]])
     for p in (read_cs(main), read_cs(main, passthrough=[other])):
         np.testing.assert_allclose(p.defocus_u_A, np.linspace(1e4, 2e4, 4), rtol=1e-6)
-    with pytest.raises(InputError, match="row 1: this particle is not in"):
+    with raises_code("passthrough-mismatch", InputError, match="row 1: this particle is not in"):
         read_cs(main, passthrough=[save(tmp_path / "few.cs", whole[names][1:])])
 
 
@@ -128,8 +129,8 @@ def test_bad_cs_files_are_named(tmp_path, array, words):
 
 def test_a_cs_file_that_is_something_else(tmp_path):
     (tmp_path / "text.cs").write_text("hello")
-    with pytest.raises(InputError, match="not a cryoSPARC"):
+    with raises_code("cs-malformed", InputError, match="not a cryoSPARC"):
         read_cs(tmp_path / "text.cs")
     save(tmp_path / "object.cs", np.array([{"a": 1}], dtype=object))
-    with pytest.raises(InputError, match="not a cryoSPARC"):
+    with raises_code("cs-malformed", InputError, match="not a cryoSPARC"):
         read_cs(tmp_path / "object.cs")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cs_helper import save, table
+from errors_helper import raises_code
 from pipeline_helper import cryoiso
 
 from cryoiso.core.config import Job, job_to_toml, parse_job
@@ -37,8 +38,8 @@ def header(shape: str, descr: object = table().dtype.descr) -> str:
 
 UID = ("uid", "<u8")
 HEADERS = {
-    "a billion rows": (header("(1000000000,)"), "cut short"),
-    "10^30 rows": (header(f"({10**30},)"), "cut short"),
+    "a billion rows": (header("(1000000000,)"), "truncated"),
+    "10^30 rows": (header(f"({10**30},)"), "truncated"),
     "fewer rows than there are": (header("(1,)"), "longer than its header"),
     "negative": (header("(-4,)"), "structured array"),
     "true": (header("(True,)"), "structured array"),
@@ -71,7 +72,7 @@ def test_headers_that_lie_are_refused_before_anything_is_read(tmp_path, name):
 @pytest.mark.parametrize(("version", "length"), [(1, 60_000), (2, 4_000_000_000), (3, 2_000_000_000), (2, 3_000_000)])
 def test_a_header_longer_than_the_file_or_the_limit(tmp_path, version, length):
     path = with_header(tmp_path / "bad.cs", "{}", bytes(4_000_000 if length == 3_000_000 else 0), version, length)
-    with pytest.raises(InputError, match=r"header is cut short or too long .*2,097,152"):
+    with raises_code("cs-malformed", InputError, match=r"header is truncated or too long .*2,097,152"):
         load_cs(path)
 
 
@@ -108,7 +109,7 @@ def test_unicode_and_odd_image_names(tmp_path):
     coded = read_cs(save(tmp_path / "s.cs", table(**{"blob/path": np.array([">J1/é.mrc".encode()] * 4)})))
     assert [Path(name).name for name in unicode.stack] == ["é.mrc"] * 4 == [Path(name).name for name in coded.stack]
     for bad in (b"", b">", b"a\0b", b"a\xff.mrc", b"a\nb"):
-        with pytest.raises(InputError, match="image name") as caught:
+        with raises_code("image-name-invalid", InputError) as caught:
             read_cs(save(tmp_path / "bad.cs", table(**{"blob/path": np.array([b"a.mrc", bad, b"b.mrc", b"c"], "S9")})))
         assert caught.value.row == 2
 
@@ -131,7 +132,7 @@ WRONG_TYPES = {
 def test_image_names_without_numbers_are_no_images(tmp_path):
     path = save(tmp_path / "a.cs", table(**{"blob/idx": None}))
     assert read_cs(path, require=("ctf",)).stack.tolist() == [""] * 4
-    with pytest.raises(InputError, match=r"a field is missing \(expected blob/idx\)"):
+    with raises_code("cs-field-missing", InputError, match=r"a field is missing \(expected blob/idx\)"):
         read_cs(path)
 
 
@@ -139,7 +140,7 @@ def test_image_names_without_numbers_are_no_images(tmp_path):
 def test_fields_of_another_type_are_named(tmp_path, name):
     poses = {"alignments3D/pose": np.zeros((4, 3), "f4"), "alignments3D/shift": np.zeros((4, 2), "f4")}
     path = save(tmp_path / "bad.cs", table(**{**poses, name: WRONG_TYPES[name]}))
-    with pytest.raises(InputError, match=f"field {name} is of the wrong type") as caught:
+    with raises_code("cs-malformed", InputError, match=f"field {name} is of the wrong type") as caught:
         read_cs(path)
     assert caught.value.expected == csfile.FIELDS[name].words
 
@@ -171,7 +172,7 @@ def test_the_half_sets_are_kept_and_one_odd_value_does_not_drop_them(tmp_path):
     assert halves(0.0, 1.0, 1.0, 0.0).tolist() == [1, 2, 2, 1]
     assert halves(0, 0, 0, 0) is None, "one split for all is no split"
     for odd in ((0, 1, 2, 1), (0, 1, -1, 1), (0.0, 1.0, np.nan, 1.0), (0, 0, 2, 0)):
-        with pytest.raises(InputError, match="no half-set") as caught:
+        with raises_code("half-set-missing", InputError) as caught:
             halves(*odd)
         assert (caught.value.row, caught.value.expected) == (3, "0 or 1")
 
@@ -179,15 +180,15 @@ def test_the_half_sets_are_kept_and_one_odd_value_does_not_drop_them(tmp_path):
 def test_what_is_no_numpy_file_says_what_it_is(tmp_path):
     pointer = tmp_path / "pointer.cs"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
-    with pytest.raises(InputError, match="git-lfs"):
+    with raises_code("cs-malformed", InputError, match="git-lfs"):
         load_cs(pointer)
     with zipfile.ZipFile(tmp_path / "zip.cs", "w") as archive:
         archive.writestr("a.cs", b"x")
     (tmp_path / "broken.cs").write_bytes(b"PK\x03\x04garbage")
     for name in ("zip.cs", "broken.cs"):
-        with pytest.raises(InputError, match="zip archive"):
+        with raises_code("cs-malformed", InputError, match="zip archive"):
             load_cs(tmp_path / name)
-    with pytest.raises(InputError, match="no such file"):
+    with raises_code("file-not-found", InputError):
         load_cs(tmp_path / "nowhere.cs")
 
 
@@ -195,7 +196,7 @@ def test_the_compressed_format_needs_cryosparcs_own_package(tmp_path, monkeypatc
     path = tmp_path / "c.cs"
     path.write_bytes(b"\x95CSDAT" + bytes(50))
     monkeypatch.setitem(__import__("sys").modules, "cryosparc.dataset", None)
-    with pytest.raises(InputError, match=r"CSDAT.*cryosparc-tools.*format=1"):
+    with raises_code("cs-compressed", InputError, match=r"CSDAT.*cryosparc-tools.*format=1"):
         load_cs(path)
 
 
@@ -208,7 +209,7 @@ def test_the_compressed_format_is_read_through_cryosparcs_own_package(tmp_path):
         np.testing.assert_array_equal(getattr(plain, name), getattr(packed, name))
     assert plain.groups == packed.groups and plain.stack.tolist() == packed.stack.tolist()
     (tmp_path / "bad.cs").write_bytes((tmp_path / "c.cs").read_bytes()[:40])
-    with pytest.raises(InputError, match="cryosparc-tools cannot read it"):
+    with raises_code("cs-malformed", InputError, match="cryosparc-tools cannot read it"):
         read_cs(tmp_path / "bad.cs")
 
 
@@ -224,7 +225,7 @@ def parts(folder: Path) -> tuple[np.ndarray, Path]:
 
 def test_several_passthrough_files_are_joined(tmp_path):
     whole, main = parts(tmp_path)
-    with pytest.raises(InputError, match=r"a field is missing.*--passthrough"):
+    with raises_code("cs-field-missing", InputError, match=r"a field is missing.*--passthrough"):
         read_cs(main)
     found = read_cs(main, passthrough=[tmp_path / "J2_ctf.cs", tmp_path / "J2_split.cs"])
     np.testing.assert_allclose(found.defocus_u_A, whole["ctf/df1_A"])
@@ -243,7 +244,9 @@ def test_several_passthrough_files_beside_it(tmp_path):
     np.testing.assert_allclose(read_cs(main).defocus_u_A, whole["ctf/df1_A"])
     same["ctf/df1_A"][1] += 1
     save(tmp_path / "J4_passthrough_particles.cs", same)
-    with pytest.raises(InputError, match=r"differ in ctf/df1_A: J2_passthrough.* and J4_passthrough"):
+    with raises_code(
+        "passthrough-mismatch", InputError, match=r"differ in ctf/df1_A: J2_passthrough.* and J4_passthrough"
+    ):
         read_cs(main)
     chosen = read_cs(main, passthrough=[tmp_path / "J4_passthrough_particles.cs"])
     assert np.abs(chosen.defocus_u_A - whole["ctf/df1_A"]).max() == pytest.approx(1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import concatenate
@@ -14,7 +15,7 @@ from cryoiso.engines.relion.images import relion_particles
 from cryoiso.io.shards import groups_from_json, groups_to_json
 from cryoiso.io.star.read import read_particles, write_particles
 from cryoiso.io.star.text import read_blocks
-from cryoiso.physics.simulate import make_particles
+from cryoiso.physics.simulation import make_particles
 
 PREMULTIPLIED, FLIPPED = "rlnCtfDataAreCtfPremultiplied", "rlnCtfDataArePhaseFlipped"
 OPTICS = ("rlnOpticsGroup", "rlnVoltage", "rlnSphericalAberration", "rlnAmplitudeContrast", "rlnImagePixelSize")
@@ -63,9 +64,11 @@ def test_flags_of_single_particles(tmp_path):
     assert applied(star(file, {}, {PREMULTIPLIED: ["0", "1", "0", "1"]})) == ["", "premultiplied"] * 2
     same = {PREMULTIPLIED: ["0", "1"]}
     assert applied(star(file, same, {PREMULTIPLIED: ["0", "1", "0", "1"]})) == ["", "premultiplied"] * 2
-    with pytest.raises(InputError, match=r"PhaseFlipped differs within optics group 1.*row 3|row 3.*differs"):
+    with raises_code(
+        "optics-group-mixed", InputError, match=r"PhaseFlipped differs within optics group 1.*row 3|row 3.*differs"
+    ):
         applied(star(file, {}, {FLIPPED: ["0", "1", "1", "1"]}))
-    with pytest.raises(InputError, match="differs within optics group 2"):
+    with raises_code("optics-group-mixed", InputError, match="differs within optics group 2"):
         applied(star(file, same, {PREMULTIPLIED: ["0", "0", "0", "0"]}))
 
 
@@ -77,7 +80,7 @@ def test_a_flag_is_0_or_1(tmp_path, name, value):
         star(tmp_path / "rows.star", {}, {name: ["0", value, "0", "1"]}),
         star(tmp_path / "old.star", None, {name: ["0", value, "0", "1"]}),
     ):
-        with pytest.raises(InputError, match=f"bad value in column _{name}") as caught:
+        with raises_code("value-not-a-number", InputError, match=f"bad value in column _{name}") as caught:
             read_particles(file, require=("ctf",))
         assert "2" in str(caught.value) and value in str(caught.value)
 

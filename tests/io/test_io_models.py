@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from scipy.ndimage import affine_transform
 
 from cryoiso.core.errors import InputError
@@ -106,17 +107,17 @@ def test_assemblies(shared):
     path = shared / "data/models/ha/1ti8.pdb.gz"
     one, three = (positions(read_model(path, a))[0] for a in ("none", "auto"))
     assert len(three) == 3 * len(one)
-    with pytest.raises(InputError, match="no such biological assembly"):
+    with raises_code("assembly-unavailable", InputError):
         read_model(path, "77")
 
 
 def test_a_model_without_that_symmetry_is_refused(shared):
-    with pytest.raises(InputError, match="do not have the symmetry C5"):
+    with raises_code("symmetry-mismatch", InputError, match="do not have the symmetry C5"):
         model_to_map(shared / "data/models/ha/6wxb.pdb.gz", 64, 3.5, 15.0, align_symmetry_axis="C5")
 
 
 def test_a_model_larger_than_the_box_says_how_large_it_must_be(shared):
-    with pytest.raises(InputError, match=r"does not fit.*expected at least \d+ px.*found 32 px"):
+    with raises_code("model-exceeds-box", InputError, match=r"does not fit.*expected at least \d+ px.*found 32 px"):
         model_to_map(shared / "data/models/ha/6wxb.pdb.gz", 32, 2.0, 10.0)
 
 
@@ -125,12 +126,12 @@ def test_a_model_larger_than_the_box_says_how_large_it_must_be(shared):
 def test_unreadable_models_are_named(tmp_path, content, suffix):
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"bad\.") as caught:
+    with raises_code("model-malformed", InputError, match=r"bad\.") as caught:
         model_to_map(path, 32, 2.0, 10.0)
     assert caught.value.exit_code == 65
 
 
 def test_a_missing_model_and_names_of_models(tmp_path):
-    with pytest.raises(InputError, match="no such file"):
+    with raises_code("file-not-found", InputError):
         read_model(tmp_path / "gone.pdb")
     assert is_model("a.CIF.gz") and is_model("b.pdb") and not is_model("c.mrc")

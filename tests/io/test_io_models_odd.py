@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.models import is_model, model_to_map, positions, read_model
@@ -87,7 +88,7 @@ def test_of_an_ensemble_one_model_is_taken(tmp_path, caplog):
 def test_models_that_are_neither_are_refused(tmp_path):
     drifted = [[f"MODEL     {k + 1:4d}", *lines(xyz), "ENDMDL"] for k, xyz in
                enumerate((CHAIN, CHAIN + RNG.normal(size=CHAIN.shape) * 2 + [200, 0, 0]))]  # fmt: skip
-    with pytest.raises(InputError, match=r"not clear what its 2 MODELs are.*no rigid copies"):
+    with raises_code("model-ambiguous", InputError, match=r"not clear what its 2 MODELs are.*no rigid copies"):
         read_model(write(tmp_path / "md.pdb", *drifted))
 
 
@@ -100,7 +101,7 @@ def test_models_that_are_neither_are_refused(tmp_path):
 )
 def test_a_screw_or_a_chain_out_of_place_is_no_symmetry(tmp_path, places, away):
     path = write(tmp_path / "a.pdb", *(lines(xyz, of) for xyz, of in zip(places, "ABC", strict=True)))
-    with pytest.raises(InputError, match=rf"shifted besides.*within 5 Å, found {away} Å"):
+    with raises_code("symmetry-mismatch", InputError, match=rf"plus a shift.*within 5 Å, found {away} Å"):
         density(path, align_symmetry_axis="C3")
     density(path)
 
@@ -121,7 +122,7 @@ def test_a_screw_or_a_chain_out_of_place_is_no_symmetry(tmp_path, places, away):
 )
 def test_numbers_that_are_none_are_named(tmp_path, change, words):
     bad = line(7, change.pop("xyz", [1.0, 2.0, 3.0]), "B", "CB", "GLY", **change)
-    with pytest.raises(InputError, match=words):
+    with raises_code("model-atom-invalid", InputError, match=words):
         read_model(write(tmp_path / "bad.pdb", [line(1, [1.0, 2.0, 3.0]), bad]))
 
 
@@ -168,7 +169,7 @@ CIF = ["data_x", "loop_"] + [
 )
 def test_the_same_in_mmcif(tmp_path, x, b, words):
     rows = ["ATOM 1 C CA . ALA A 1 1 1.0 2.0 3.0 1 20 1", f"ATOM 2 C CA . ALA A 1 2 {x} 2.0 3.0 1 {b} 2"]
-    with pytest.raises(InputError, match=words):
+    with raises_code("model-atom-invalid", InputError, match=words):
         read_model(write(tmp_path / "bad.cif", CIF, rows))
 
 
@@ -193,10 +194,10 @@ def test_water_of_simulations_goes_and_what_is_left_must_be_something(tmp_path):
     water = [line(i, [9.0 * i, 0.0, 0.0], "W", "OH2", "TIP", element="O") for i in range(1, 9)]
     assert len(positions(read_model(write(tmp_path / "md.pdb", lines(CHAIN), water)))[0]) == len(CHAIN)
     for name, text in (("water", water), ("empty", []), ("garbage", ["no model"])):
-        with pytest.raises(InputError, match="there are no atoms in it"):
+        with raises_code("model-malformed", InputError):
             read_model(write(tmp_path / f"{name}.pdb", text))
     (tmp_path / "sf.cif").write_text("data_x\nloop_\n_refln.index_h\n_refln.index_k\n1 0\n")
-    with pytest.raises(InputError, match="there are no atoms in it"):
+    with raises_code("model-malformed", InputError):
         read_model(tmp_path / "sf.cif")
 
 

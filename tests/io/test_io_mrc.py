@@ -9,6 +9,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.mrc import build_header, read_header, read_map, read_raw_map, write_map, write_stack
@@ -58,34 +59,34 @@ def test_a_pixel_size_that_is_given_wins(shared):
 
 def test_a_reference_without_a_pixel_size_says_what_to_do(shared, tmp_path):
     path = shared / "data/maps/aspire_clean70S_65.mrc"
-    with pytest.raises(InputError, match=r"no pixel size.*pixel_size_A under \[reference\]"):
+    with raises_code("pixel-size-missing", InputError, match=r"no pixel size.*pixel_size_A under \[reference\]"):
         read_map(path)
     assert read_map(path, 5.0).pixel_size_A == 5.0
     (tmp_path / "nan.mrc").write_bytes(build_header((4, 4, 4), 2, float("nan")) + bytes(256))
-    with pytest.raises(InputError, match="no pixel size"):
+    with raises_code("pixel-size-missing", InputError):
         read_map(tmp_path / "nan.mrc")
 
 
 def test_maps_that_are_no_reference(shared, tmp_path):
-    with pytest.raises(InputError, match=r"not a cube.*84 x 58 x 62"):
+    with raises_code("map-not-cubic", InputError, match=r"not a cube.*84 x 58 x 62"):
         read_map(shared / "data/maps/emd_7795_1.8A_84x58x62.mrc")
     with mrcfile.new(tmp_path / "flat.mrc", np.zeros((4, 4, 4), np.float32)) as m:
         m.voxel_size = (1.0, 1.0, 1.5)
-    with pytest.raises(InputError, match=r"voxels are not cubes.*1 x 1 x 1\.5"):
+    with raises_code("map-not-cubic", InputError, match=r"voxels are not cubes.*1 x 1 x 1\.5"):
         read_map(tmp_path / "flat.mrc")
     bad = np.zeros((4, 4, 4), np.float32)
     bad[1, 2, 3] = np.nan
     write_map(tmp_path / "nan.mrc", bad, 1.0)
-    with pytest.raises(InputError, match="NaN"):
+    with raises_code("map-not-finite", InputError):
         read_map(tmp_path / "nan.mrc")
     (tmp_path / "text.mrc").write_text("hello" * 500)
-    with pytest.raises(InputError, match="not an MRC file"):
+    with raises_code("mrc-malformed", InputError):
         read_map(tmp_path / "text.mrc")
-    with pytest.raises(InputError, match="no such file"):
+    with raises_code("file-not-found", InputError):
         read_map(tmp_path / "nowhere.mrc")
     with mrcfile.new(tmp_path / "complex.mrc", np.zeros((4, 4, 4), np.complex64)):
         pass
-    with pytest.raises(InputError, match="mode 4"):
+    with raises_code("mrc-unsupported", InputError, match="mode 4"):
         read_map(tmp_path / "complex.mrc")
 
 
@@ -160,13 +161,21 @@ def test_missing_truncated_and_short_stacks_are_named(tmp_path):
         stack.append(np.zeros((5, 8, 8)))
     with (
         StackReader() as reader,
-        pytest.raises(InputError, match=r"p\.star, row 9: .*expected an image from 1 to 5, found image 8"),
+        raises_code(
+            "stack-too-short", InputError, match=r"p\.star, row 9: .*expected an image from 1 to 5, found image 8"
+        ),
     ):
         reader.read(str(path), np.array([2, 7]), "p.star", np.array([3, 8]))
     path.write_bytes(path.read_bytes()[:-100])
-    with StackReader() as reader, pytest.raises(InputError, match=r"row 4: .*truncated \(expected 2304 bytes.*4 whole"):
+    with (
+        StackReader() as reader,
+        raises_code("file-truncated", InputError, match=r"row 4: .*truncated \(expected 2304 bytes.*4 whole"),
+    ):
         reader.read(str(path), np.array([0]), "p.star", np.array([3]))
-    with StackReader() as reader, pytest.raises(InputError, match=r"row 1: image stack .*gone\.mrcs: no such file"):
+    with (
+        StackReader() as reader,
+        raises_code("file-not-found", InputError, match=r"row 1: image stack .*gone\.mrcs: no such file"),
+    ):
         reader.read(str(tmp_path / "gone.mrcs"), np.array([0]), "p.star", np.array([0]))
 
 

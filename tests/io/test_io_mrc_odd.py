@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.io import mrc, mrcheader
@@ -57,7 +58,7 @@ def test_imod_says_whether_bytes_are_signed(tmp_path, order, flags, shift, dtype
 
 def test_4_bit_values_of_imod_are_refused(tmp_path):
     head = header(at={MODE: ("i", 0), STAMP: ("2i", mrcheader.IMOD_STAMP, 16)})
-    with pytest.raises(InputError, match=r"a\.mrc: cannot use this kind of MRC data.*4-bit values"):
+    with raises_code("mrc-unsupported", InputError, match=r"a\.mrc: cannot use this kind of MRC data.*4-bit values"):
         read_map(write(tmp_path / "a.mrc", head, BYTES.astype("i1")))
 
 
@@ -88,13 +89,15 @@ def test_axes_of_maps_and_stacks(tmp_path, axes):
             np.testing.assert_array_equal(reader.read(str(path), np.array([5, 0])), MAP[[5, 0]])
             assert read_header(path).is_plain == (axes == (1, 2, 3))
         else:
-            with pytest.raises(InputError, match=rf"not a stack of images .*sections along {'xyz'[axes[2] - 1]}"):
+            with raises_code(
+                "stack-not-of-images", InputError, match=rf"not a stack of images .*sections along {'xyz'[axes[2] - 1]}"
+            ):
                 reader.read(str(path), np.array([0]))
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1), (9, 9, 9), (1, 2, 0), (-1, -2, -3)])
 def test_axes_that_cannot_be(tmp_path, axes):
-    with pytest.raises(InputError, match="impossible order of axes"):
+    with raises_code("mrc-malformed", InputError):
         read_map(write(tmp_path / "a.mrc", header(at={AXES: ("3i", *axes)}), MAP))
 
 
@@ -109,14 +112,14 @@ def test_oblique_cells_are_refused(tmp_path, angles):
     """Of images only the angle between x and y matters."""
     path = write(tmp_path / "a.mrc", header(at={ANGLES: ("3f", *angles)}), MAP)
     message = r"not at right angles \(expected cell angles of 90°, found .*°"
-    with pytest.raises(InputError, match=message):
+    with raises_code("mrc-unsupported", InputError, match=message):
         read_map(path)
     np.testing.assert_array_equal(read_raw_map(path)[0], MAP)
     with StackReader() as reader:
         if angles[2] == 90:
             np.testing.assert_array_equal(reader.read(str(path), np.array([3])), MAP[[3]])
         else:
-            with pytest.raises(InputError, match=message):
+            with raises_code("mrc-unsupported", InputError, match=message):
                 reader.read(str(path), np.array([0]))
 
 
@@ -158,14 +161,14 @@ def test_longer_files_and_extended_headers(tmp_path, caplog):
     (tmp_path / "b.mrc").write_bytes(raw)
     np.testing.assert_array_equal(read_map(tmp_path / "b.mrc").data, MAP)
     (tmp_path / "b.mrc").write_bytes(raw[:-1])
-    with pytest.raises(InputError, match=r"truncated.*7 whole sections"):
+    with raises_code("file-truncated", InputError, match=r"truncated.*7 whole sections"):
         read_map(tmp_path / "b.mrc")
 
 
 @pytest.mark.parametrize("pixel", [1e-7, 1e9, 0.05])
 def test_pixel_sizes_that_cannot_be(tmp_path, pixel):
     path = write(tmp_path / "a.mrc", build_header((8, 8, 8), 2, pixel), MAP)
-    with pytest.raises(InputError, match=r"impossible value in the pixel size.*0\.2 to 100 Å"):
+    with raises_code("value-out-of-range", InputError, match=r"impossible value in the pixel size.*0\.2 to 100 Å"):
         read_map(path)
     assert read_map(path, 3.0).pixel_size_A == 3.0
 
@@ -199,7 +202,7 @@ def test_packed_files(tmp_path):
             read_map(tmp_path / name)
         assert name in str(error.value)
     (tmp_path / "s.mrcs").write_bytes(packed)
-    with pytest.raises(InputError, match="packed with gzip: unpack it"):
+    with raises_code("mrc-malformed", InputError, match="packed with gzip: unpack it"):
         StackReader().read(str(tmp_path / "s.mrcs"), np.array([0]))
 
 
@@ -214,9 +217,17 @@ def test_what_a_packed_file_may_take(tmp_path, monkeypatch):
     promise.write_bytes(gzip.compress(header((2000, 2000, 2000)) + bytes(1000)))
     monkeypatch.setattr(mrc, "UNPACKED_LIMIT", 1 << 30)
     tracemalloc.start()
-    with pytest.raises(InputError, match=r"unpacks to more than twice what its header says .expected 3072 bytes"):
+    with raises_code(
+        "packed-file-unsupported",
+        InputError,
+        match=r"unpacks to more than twice what its header says .expected 3072 bytes",
+    ):
         read_map(bomb)
-    with pytest.raises(InputError, match=r"too large to be read packed .*at most 1 GiB unpacked, found 29\.8 GiB"):
+    with raises_code(
+        "packed-file-unsupported",
+        InputError,
+        match=r"too large to be read packed .*at most 1 GiB unpacked, found 29\.8 GiB",
+    ):
         read_map(promise)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -233,7 +244,7 @@ def test_sizes_that_are_refused_from_the_header(tmp_path):
             stream.truncate(1024 + 4 * int(np.prod(shape)))
         if os.stat(tmp_path / name).st_blocks * 512 > 1 << 20:
             pytest.skip("this file system has no sparse files")
-        with pytest.raises(InputError, match=words):
+        with raises_code("size-above-limit", InputError, match=words):
             read(tmp_path / name)
 
 
@@ -241,10 +252,10 @@ def test_sizes_that_are_refused_from_the_header(tmp_path):
 def test_voxels_that_overflow(tmp_path, value):
     bad = MAP.copy()
     bad[1, 2, 3] = value
-    with pytest.raises(InputError, match=r"cannot be densities .expected values up to 1e\+15, found "):
+    with raises_code("map-not-finite", InputError, match=r"cannot be densities .expected values up to 1e\+15, found "):
         read_map(write(tmp_path / "a.mrc", header(), bad))
     bad[1, 2, 3] = np.inf
-    with pytest.raises(InputError, match=r"NaN or infinite .found 1 of them"):
+    with raises_code("map-not-finite", InputError, match=r"NaN or infinite .found 1 of them"):
         read_map(write(tmp_path / "a.mrc", header(), bad))
 
 
@@ -254,5 +265,7 @@ def test_a_map_that_does_not_fit_into_memory(tmp_path, monkeypatch):
 
     path = write(tmp_path / "a.mrc", header(), MAP)
     monkeypatch.setattr(mrc.np, "memmap", full)
-    with pytest.raises(CryoisoError, match=r"a\.mrc: .* GB cannot be mapped into memory: Cannot allocate memory"):
+    with raises_code(
+        "memory-short", CryoisoError, match=r"a\.mrc: .* GB cannot be mapped into memory: Cannot allocate memory"
+    ):
         read_map(path)

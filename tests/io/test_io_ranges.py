@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.io import read_particle_file
@@ -81,7 +82,7 @@ def test_every_column_has_its_limits(tmp_path, column):
         assert value in message
     for value in ("nan", "inf", "-inf", "x", "1_0", "٣", "1e400", *(["1,5"] if "Zernike" not in column else [])):
         path, name = write(tmp_path, column, value)
-        with pytest.raises(InputError, match=rf"row 2: bad value in {name} .*found .*{value}"):
+        with raises_code("value-not-a-number", InputError, match=rf"row 2: bad value in {name} .*found .*{value}"):
             read_particles(path)
 
 
@@ -112,14 +113,18 @@ def test_tilts_beyond_0_to_180_are_the_same_views(tmp_path, rot, tilt, psi, rot2
 
 
 def test_the_pixel_size_of_relion_30_is_checked_too(tmp_path):
-    with pytest.raises(InputError, match=r"row 2: impossible value in the pixel size, from.*0\.2 to 100 Å, found"):
+    with raises_code(
+        "value-out-of-range", InputError, match=r"row 2: impossible value in the pixel size, from.*0\.2 to 100 Å, found"
+    ):
         read_particles(old_star(tmp_path, {2: {"rlnMagnification": "1000000"}}))
     assert read_particles(old_star(tmp_path)).groups[0].pixel_size_A == pytest.approx(2.0)
 
 
 def test_images_too_small_for_a_particle(tmp_path, caplog):
     """0.6 Å instead of 6 Å: within the limits of a pixel size, but 32 such pixels hold no particle."""
-    with pytest.raises(InputError, match=r"optics group 1 are too small.*32 px of 0\.6 Å = 19\.2 Å.*nm"):
+    with raises_code(
+        "pixel-size-invalid", InputError, match=r"optics group 1 are too small.*32 px of 0\.6 Å = 19\.2 Å.*nm"
+    ):
         path = star(tmp_path)
         path.write_text(path.read_text().replace("0.1 2 32", "0.1 0.6 32"))
         read_particles(path)
@@ -145,18 +150,18 @@ def defocus(folder: Path, u: list[float], **every: str) -> Path:
         ([0.0, 0.0, 0.0], "row 1: no usable defocus in 3 rows.*the CTF was not estimated"),
         ([15000.0, 0.0, 15000.0], r"row 2: no usable defocus \(expected at least 100 Å"),
         ([15000.0, 16000.0, 1.5], "row 3: no usable defocus"),
-        ([-15000.0, -16000.0, -17000.0], "row 1: negative defocus in 3 of 3 rows.*turn the sign"),
+        ([-15000.0, -16000.0, -17000.0], "row 1: negative defocus in 3 of 3 rows.*change the sign"),
         ([15000.0, -16000.0, -17000.0], "row 2: negative defocus in 2 of 3 rows"),
     ],
 )
 def test_defocus_of_another_unit_or_sign(tmp_path, u, words):
-    with pytest.raises(InputError, match=words):
+    with raises_code("defocus-invalid", InputError, match=words):
         read_particles(defocus(tmp_path, u))
     read_particles(defocus(tmp_path, u), require=("image",))
 
 
 def test_defocus_of_one_axis_in_another_unit(tmp_path):
-    with pytest.raises(InputError, match=r"row 2: no usable defocus .*found 15000 and 1\.4"):
+    with raises_code("defocus-invalid", InputError, match=r"row 2: no usable defocus .*found 15000 and 1\.4"):
         read_particles(star(tmp_path, rows={2: {"rlnDefocusV": "1.4"}}))
 
 
@@ -171,7 +176,9 @@ def test_odd_but_possible_defocus(tmp_path, caplog):
         caplog.clear()
         assert read_particles(defocus(tmp_path, u, **every)).defocus_u_A.tolist() == u
         assert word in caplog.text and bool(word) == bool(caplog.text)
-    with pytest.raises(InputError, match=r"no usable defocus in 3 rows.*expected 0, or at least 10 Å.*1 µm is 10000"):
+    with raises_code(
+        "defocus-invalid", InputError, match=r"no usable defocus in 3 rows.*expected 0, or at least 10 Å.*1 µm is 10000"
+    ):
         read_particles(defocus(tmp_path, [0.9, 1.0, 1.1], rlnPhaseShift="90"))
     path = defocus(tmp_path, [0.0, 0.0, 0.0])  # simulated without a CTF
     path.write_text(path.read_text().replace(" 2.7 0.1 ", " 2.7 1.0 "))
@@ -179,7 +186,7 @@ def test_odd_but_possible_defocus(tmp_path, caplog):
 
 
 def test_scale_of_zero(tmp_path):
-    with pytest.raises(InputError, match="0 in every row of column _rlnCtfScalefactor"):
+    with raises_code("value-out-of-range", InputError, match="0 in every row of column _rlnCtfScalefactor"):
         read_particles(star(tmp_path, rlnCtfScalefactor="0"))
     p = read_particles(star(tmp_path, rows={2: {"rlnCtfScalefactor": "0"}}))
     assert p.ctf_scale.tolist() == [1, 0, 1]
@@ -205,7 +212,9 @@ def test_fields_of_cs_files_have_the_same_limits(shared, tmp_path, field):
         source[field][2] = value
         with open(tmp_path / "p.cs", "wb") as stream:
             np.save(stream, source)
-        with pytest.raises(InputError, match=rf"p\.cs, row 3: impossible value in field {field} \(.* to .*found"):
+        with raises_code(
+            "value-out-of-range", InputError, match=rf"p\.cs, row 3: impossible value in field {field} \(.* to .*found"
+        ):
             read_particle_file(tmp_path / "p.cs")
 
 
@@ -217,7 +226,7 @@ def test_defocus_of_cs_files_is_checked_as_a_whole(shared, tmp_path):
             changed[field] *= factor
         with open(tmp_path / "p.cs", "wb") as stream:
             np.save(stream, changed)
-        with pytest.raises(InputError, match=words):
+        with raises_code("defocus-invalid", InputError, match=words):
             read_particle_file(tmp_path / "p.cs")
 
 

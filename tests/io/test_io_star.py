@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
@@ -268,7 +269,7 @@ def test_poses_alone_are_enough_for_who_asks_for_no_more(tmp_path):
     path.write_text("data_\nloop_\n_rlnAngleRot\n_rlnAngleTilt\n_rlnAnglePsi\n1 2 3\n4 5 6\n")
     p = read_particles(path, require=("pose",))
     assert len(set(p.uid.tolist())) == 2 and (p.shift_A == 0).all()
-    with pytest.raises(InputError, match="_rlnImageName"):
+    with raises_code("star-column-missing", InputError, match="_rlnImageName"):
         read_particles(path)
 
 
@@ -359,9 +360,9 @@ def test_bad_files_are_named_with_row_and_column(tmp_path, change, words):
 
 
 def test_a_missing_file_and_an_unknown_kind(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.star: no such file"):
+    with raises_code("file-not-found", InputError, match=r"nowhere\.star: no such file"):
         read_particle_file(tmp_path / "nowhere.star")
-    with pytest.raises(InputError, match="unknown kind"):
+    with raises_code("particle-file-unknown-kind", InputError):
         read_particle_file(tmp_path / "particles.txt")
 
 

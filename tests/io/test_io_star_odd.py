@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.engines.relion.images import usable_originals
@@ -81,7 +82,9 @@ def test_names_of_images(name, stack_, index):
     ],
 )  # fmt: skip
 def test_names_that_cannot_be(name):
-    with pytest.raises(InputError, match=r"p\.star, row 2: bad image name \(expected .*found") as error:
+    with raises_code(
+        "image-name-invalid", InputError, match=r"p\.star, row 2: bad image name \(expected .*found"
+    ) as error:
         parse_image_names(["1@good.mrcs", name], "p.star")
     text = str(error.value)
     assert len(text) < 400 and not set(text) & set("\0\x1b\n")
@@ -98,7 +101,7 @@ def test_images_of_odd_names_are_the_right_ones(tmp_path):
 
 def test_names_too_long_for_a_file_system(tmp_path):
     path = star(tmp_path / "p.star", ["1@" + "a" * 300 + ".mrcs"])
-    with pytest.raises(InputError, match=r"row 1: image stack .*name too long"):
+    with raises_code("file-unreadable", InputError, match=r"row 1: image stack .*name too long"):
         check_stacks(read_particles(path), path)
 
 
@@ -106,7 +109,7 @@ def test_names_too_long_for_a_file_system(tmp_path):
 def test_uids_that_cannot_be(tmp_path, uid):
     path = star(tmp_path / "p.star", ["1@a.mrcs"])
     path.write_text(path.read_text().replace("\n\nloop_\n", "\n\nloop_\n_cryoisoUid\n").replace('"1@', f'{uid} "1@'))
-    with pytest.raises(InputError, match="row 1: bad cryoisoUid"):
+    with raises_code("value-not-a-number", InputError, match="row 1: bad cryoisoUid"):
         read_particles(path)
 
 
@@ -168,7 +171,11 @@ def test_one_image_under_two_names(tmp_path, monkeypatch, kind):
     elif kind == "folder":
         Path("e").symlink_to("d")
     path = star(tmp_path / "p.star", ["1@d/a.mrcs", "2@d/a.mrcs", f"2@{other}"])
-    with pytest.raises(InputError, match=rf"row 3: the same image .*: 2 and 3; d/a\.mrcs and .*{other} are one file"):
+    with raises_code(
+        "duplicate-particles",
+        InputError,
+        match=rf"row 3: the same image .*: 2 and 3; d/a\.mrcs and .*{other} are one file",
+    ):
         check_stacks(read_particles(path), path)
     star(path, ["1@d/a.mrcs", f"2@{other}"])
     np.testing.assert_array_equal(images_of(path), images[[0, 1]])
@@ -193,7 +200,7 @@ def test_one_image_under_two_names(tmp_path, monkeypatch, kind):
 def test_files_that_would_take_for_ever(tmp_path, text, words):
     (tmp_path / "p.star").write_text(text)
     start = time.monotonic()
-    with pytest.raises(InputError, match=words):
+    with raises_code("star-malformed", InputError, match=words):
         read_blocks(tmp_path / "p.star")
     assert time.monotonic() - start < 5
 
@@ -213,7 +220,7 @@ def test_two_tables_of_one_name(tmp_path):
         (optics * 2 + path.read_text(), "two tables data_optics"),
     ):
         path.write_text(text)
-        with pytest.raises(InputError, match=words):
+        with raises_code("star-malformed", InputError, match=words):
             read_particles(path)
 
 

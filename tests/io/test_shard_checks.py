@@ -10,6 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import ParticlesSection
@@ -96,7 +97,7 @@ def test_a_shard_that_leads_into_another_file_is_refused(case, shards, written):
     edit, words = LEADS_OUT[case]
     with h5py.File(shards / "shard-00000.h5", "r+") as file:
         edit(file, str(written / "shard-00000.h5"))
-    with pytest.raises(InputError, match="the data set") as error:
+    with raises_code("shards-damaged", InputError, match="the data set") as error:
         ShardSource(shards)
     assert words in str(error.value) and str(shards / "shard-00000.h5") in str(error.value)
 
@@ -106,16 +107,16 @@ VALUES = {
     "2d": (lambda f: put(f, "images", images(shape=(N, BOX * BOX))), "not as index.json says"),
     "float32": (lambda f: put(f, "images", images("f4")), "found 40 x 24 x 24 in float32"),
     "texts": (lambda f: put(f, "images", images("S4")), "not as index.json says"),
-    "one uid": (lambda f: put(f, "uid", 5), "column 'uid' has another form"),
+    "one uid": (lambda f: put(f, "uid", 5), "column 'uid' has another shape or type"),
     "uid twice": (lambda f: put(f, "uid", np.r_[7, 8, 7, 10 : N + 7].astype("u8")), "rows 1 and 3 .* same uid.* 7"),
-    "uid of fractions": (lambda f: put(f, "uid", np.arange(N) / 2), "column 'uid' has another form"),
+    "uid of fractions": (lambda f: put(f, "uid", np.arange(N) / 2), "column 'uid' has another shape or type"),
     "optics 99": (lambda f: put(f, "optics", np.full(N, 99, "i4")), "row 1: the column 'optics'.*expected 0 to 0"),
     "stack -1": (lambda f: put(f, "stack", np.full(N, -1, "i4")), "row 1: the column 'stack'.*found -1"),
     "half 7": (lambda f: put(f, "half", np.r_[np.ones(N - 1), 7].astype("i1")), "row 40: the column 'half'.*found 7"),
     "half here and there": (lambda f: put(f, "half", np.r_[np.ones(N - 1), -1].astype("i1")), "row 40: the col.*-1"),
-    "defocus short": (lambda f: put(f, "defocus_u_A", np.zeros(3)), "column 'defocus_u_A' has another form"),
+    "defocus short": (lambda f: put(f, "defocus_u_A", np.zeros(3)), "column 'defocus_u_A' has another shape or type"),
     "defocus nan": (lambda f: put(f, "defocus_u_A", np.r_[np.zeros(4), np.nan, np.zeros(N - 5)]), "row 5: .*found nan"),
-    "no uid": (lambda f: f.pop("uid"), "the shard is damaged"),
+    "no uid": (lambda f: f.pop("uid"), "damaged shard"),
     "names of 5000": (lambda f: put(f, "stacks", np.array([b"a" * 5000])), "the names of the stacks"),
 }  # fmt: skip
 
@@ -125,7 +126,7 @@ def test_columns_that_cannot_be_are_named(case, shards):
     edit, words = VALUES[case]
     with h5py.File(shards / "shard-00000.h5", "r+") as file:
         edit(file)
-    with pytest.raises(InputError, match=words):
+    with raises_code("shards-damaged", InputError, match=words):
         ShardSource(shards)
 
 
@@ -138,8 +139,8 @@ def group(**change: Any) -> Any:
 
 
 INDEX = {
-    "list": (lambda i: [], "not an index of shards"),
-    "text": (lambda i: "x", "not an index of shards"),
+    "list": (lambda i: [], "no index of this version"),
+    "text": (lambda i: "x", "no index of this version"),
     **{f"no {k}": (lambda i, k=k: {a: b for a, b in i.items() if a != k}, f"'{k}' is wrong or missing")
        for k in ("box_px", "images", "shards", "groups", "plan", "storage")},
     "null box": (lambda i: {**i, "box_px": None}, "'box_px' is wrong or missing"),
@@ -149,7 +150,7 @@ INDEX = {
     "true": (lambda i: {**i, "images": True}, "'images' is wrong"),
     "float64": (lambda i: {**i, "storage": "float64"}, "'storage' is wrong"),
     "start": (first(start=-10), "shard 0 is not described"),
-    "gap": (first(start=3), "shard 0 does not follow"),
+    "gap": (first(start=3), "shard 0 is not contiguous"),
     "stop": (first(stop=10**12), "expected 1000000000000, as the shards have"),
     "no groups": (lambda i: {**i, "groups": []}, "'groups' is wrong"),
     "group": (lambda i: {**i, "groups": [7]}, "optics group 1: not an object"),
@@ -174,7 +175,7 @@ def test_an_index_of_another_form_is_named(case, shards):
 def test_the_box_of_index_and_images_is_the_same(shards):
     index = json.loads((shards / "index.json").read_text())
     (shards / "index.json").write_text(json.dumps({**index, "box_px": 64}))
-    with pytest.raises(InputError, match=r"expected 40 of 64 x 64 px in float16, found 40 x 24 x 24"):
+    with raises_code("shards-damaged", InputError, match=r"expected 40 of 64 x 64 px in float16, found 40 x 24 x 24"):
         ShardSource(shards)
 
 
@@ -184,7 +185,9 @@ def test_an_image_that_is_no_numbers_is_named_when_it_is_read(shards):
     source = ShardSource(shards)
     assert np.isfinite(source.read(np.arange(17))).all()
     for rows in (np.arange(N), np.array([3, 17, 2])):
-        with pytest.raises(InputError, match=r"shard-00000\.h5, row 18: an image has values that are no numbers"):
+        with raises_code(
+            "shards-damaged", InputError, match=r"shard-00000\.h5, row 18: an image has values that are not numbers"
+        ):
             source.read(rows)
 
 

@@ -17,7 +17,7 @@ from cryoiso.methods.assess.verdict import judge
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import homologue, phantom_map, pseudo_atoms_to_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import rotation_with_view
 from cryoiso.physics.views import Views
 from cryoiso.pipeline.stages.half_maps import make_mask

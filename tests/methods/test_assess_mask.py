@@ -13,7 +13,7 @@ from cryoiso.methods.anisotropy.filter import filtered, missing_cone
 from cryoiso.methods.assess.measure import diagnose
 from cryoiso.methods.assess.verdict import MASK_MADE
 from cryoiso.metrics.anisotropy import conical_fsc
-from cryoiso.metrics.fsc import fsc, randomise_phases, randomise_where, transform
+from cryoiso.metrics.fsc_curve import fsc, randomise_phases, randomise_where, transform
 from cryoiso.metrics.mask_effect import mask_effect
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map

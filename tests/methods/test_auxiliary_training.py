@@ -21,7 +21,7 @@ from cryoiso.nets.hvae import ConditionalHvae
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.views import Views
 from cryoiso.train.watch import Verdict
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import RefineRequest, RefineResult
@@ -29,7 +30,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import apply_radial, lowpass, power_spectrum
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.symmetry import in_asymmetric_unit
 from cryoiso.physics.views import Views
 
@@ -73,7 +74,7 @@ def test_a_particle_is_itself_whatever_the_count_and_nobody_else(raw):
 
 def test_no_particles_from_an_empty_half(raw):
     one = raw.particles.take(raw.particles.half == 1)
-    with pytest.raises(InputError, match="half 2"):
+    with raises_code("particles-too-few", InputError, match="half 2"):
         auxiliary_particles(one, 2, 10, round_=1, seed=1, symmetry="C1", box_px=BOX, pixel_size_A=PIXEL)
 
 
@@ -89,7 +90,7 @@ def test_the_scale_is_that_of_the_images_group_by_group(raw):
     dim = replace(raw.volume, data=raw.volume.data / 3)
     scale = fit_scale(source, split, np.arange(len(p)), dim, Context(), 1)
     assert np.allclose(scale, [1.5, 6.0], rtol=0.08)
-    with pytest.raises(InputError, match="does not match"):
+    with raises_code("reference-does-not-match-images", InputError):
         fit_scale(source, split, np.arange(len(p)), replace(dim, data=-dim.data), Context(), 1)
 
 
@@ -118,7 +119,7 @@ def test_a_generator_comes_back_from_its_file(generator, tmp_path, raw):
     first = generator.images(generator.condition("cpu"), p, rows, 1.0, 3)[0]
     assert torch.equal(first, again.images(again.condition("cpu"), p, rows, 1.0, 3)[0])
     assert not list(tmp_path.glob("*.previous*"))
-    with pytest.raises(InputError, match="not a trained generator"):
+    with raises_code("file-not-found", InputError):
         Generator.load(tmp_path / "missing.npz")
 
 
@@ -275,7 +276,7 @@ class Ranks:
 @pytest.mark.parametrize("wrong", [np.ones((2, 17)), np.ones((1, 16)), -np.ones((1, 17)), np.full((1, 17), np.nan)])
 def test_a_damaged_spectrum_of_noise_is_refused(raw, tmp_path, wrong):
     Generator(None, raw.volume, np.ones(1), 1.0, {"half": 1}, wrong).save(tmp_path / "g.npz")
-    with pytest.raises(InputError, match="damaged: noise"):
+    with raises_code("network-file-damaged", InputError, match="damaged: noise"):
         Generator.load(tmp_path / "g.npz")
 
 
@@ -284,7 +285,7 @@ def test_shards_of_made_images_are_read_back(generator, raw, tmp_path):
     maker = Maker(p, {1: generator, 2: generator}, 1.0, 5)
     plan = maker.plan("digest")
     assert len(plan.shards) == 3 and plan.shards == Maker(p, maker.generators, 1.0, 5).plan("digest").shards
-    with pytest.raises(CryoisoError, match="not there"):
+    with raises_code("shards-missing", CryoisoError):
         shardset.finish(plan, tmp_path)
     for number, (start, stop) in enumerate(plan.shards):
         shardset.write_one(plan, tmp_path, number, maker.blocks(start, stop))
@@ -327,7 +328,7 @@ def test_co_refinement_tells_raw_from_auxiliary_by_uid(raw):
     assert np.array_equal(found.auxiliary.shift_A[:, 0], 300 + np.arange(40))
     assert np.array_equal(found.raw.results["rlnMaxValueProbDistribution"], p.uid)
     assert engine.flags.sum() == 40 and np.array_equal(engine.images[300:], images[:40] + 1)
-    with pytest.raises(CryoisoError, match="all particles"):
+    with raises_code("relion-particles-lost", CryoisoError, match="all particles"):
         co_refine(Shuffler(lose=True), request, ArraySource(images[:40], aux), Context())
 
 
@@ -339,9 +340,9 @@ def test_joined_sources_keep_optics_groups_apart_and_refuse_shared_particles(raw
     assert set(joined.particles.optics[300:]) == {1}
     rows = np.array([339, 0, 300, 5])
     assert np.array_equal(joined.read(rows), np.stack([images[39] + 1, images[0], images[0] + 1, images[5]]))
-    with pytest.raises(InputError, match="both sets"):
+    with raises_code("particle-sets-differ", InputError, match="both sets"):
         JoinedSource(first, first)
-    with pytest.raises(InputError, match="one box"):
+    with raises_code("box-mismatch", InputError):
         JoinedSource(first, ArraySource(np.zeros((40, 16, 16), np.float32), made(raw, 1, 40)))
     some = SubsetSource(first, raw.particles.half == 1)
     assert np.array_equal(some.read(np.array([2])), images[np.flatnonzero(raw.particles.half == 1)[[2]]])
@@ -356,7 +357,7 @@ def test_pooled_sources_share_the_optics_groups_of_the_raw_particles(raw):
     joined = JoinedSource(first, second, pooled=True).particles
     assert joined.groups == groups and np.array_equal(joined.optics[300:], aux.optics) and set(aux.optics) == {0, 1}
     flipped = ArraySource(images, p.with_ctf_applied("flipped"))
-    with pytest.raises(InputError, match="cannot join an optics group"):
+    with raises_code("particle-sets-differ", InputError, match="cannot join an optics group"):
         JoinedSource(flipped, second, pooled=True)
     engine = Shuffler()
     request = RefineRequest(first, raw.volume, "C3", None, None)
@@ -377,7 +378,7 @@ def test_only_images_of_the_same_kind_can_be_pooled(raw):
         (replace(p.groups[0], number=3, phase_flipped=True), "group 3.*phase-flipped"),
         (replace(p.groups[0], number=4, ctf_premultiplied=True), "group 4.*premultiplied"),
     ):
-        with pytest.raises(InputError, match=words):
+        with raises_code("particle-sets-differ", InputError, match=words):
             require_poolable(replace(p, groups=(p.groups[0], group), optics=optics), PIXEL, "particles.star")
 
 

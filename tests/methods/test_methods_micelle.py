@@ -23,13 +23,13 @@ from cryoiso.methods.micelle.protein import filtered, protein_mask
 from cryoiso.methods.micelle.recover import MicelleSettings, recover_micelle_halves
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.detergent_belt import belt_map, in_detergent
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier import disc, fourier_to_images, shift_phases
 from cryoiso.physics.masks import sphere_mask
-from cryoiso.physics.project import FourierVolume, scatter_to_half_plane
-from cryoiso.physics.simulate import SimulatedSource, make_particles, simulate
+from cryoiso.physics.projection import FourierVolume, scatter_to_half_plane
+from cryoiso.physics.simulation import SimulatedSource, make_particles, simulate
 from cryoiso.physics.so3 import rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 from cryoiso.physics.views import Views

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from micelle_helper import BOX, PIXEL_A, correlation_at_20, recover, trimer, trimers
 from mpi_helper import run_mpi
 from pipeline_helper import StopsAt, cryoiso_here, hash_files
@@ -69,13 +70,13 @@ def test_half_height_keeps_the_volume_of_a_blurred_ball():
 
 
 def test_masks_that_cannot_be_are_refused():
-    with pytest.raises(InputError, match=r"homo\.mrc: the mask would be empty"):
+    with raises_code("mask-empty", InputError, match=r"homo\.mrc: the mask would be empty"):
         protein_mask(trimer(), threshold=1e6, file="homo.mrc")
-    with pytest.raises(InputError, match=r"no room for a micelle.*threshold"):
+    with raises_code("mask-fills-box", InputError, match=r"no room for a micelle.*threshold"):
         protein_mask(trimer(), threshold=-1e6)
-    with pytest.raises(InputError, match="stands out"):
+    with raises_code("map-without-density", InputError, match="above the solvent"):
         protein_mask(DensityMap(np.zeros((24, 24, 24), np.float32), 5.0))
-    with pytest.raises(InputError, match="no room"):
+    with raises_code("mask-fills-box", InputError):
         protein.checked_mask(np.ones((24, 24, 24), np.float32), 5.0)
 
 
@@ -83,11 +84,11 @@ def test_masks_that_cannot_be_are_refused():
 def test_what_does_not_fit_is_refused(case):
     source, _ = trimers(60)
     if case == "inverted":
-        with pytest.raises(InputError, match=r"homologue is not in the images.*frame"):
+        with raises_code("homologue-not-in-images", InputError, match=r"homologue is not in the images.*frame"):
             recover(source, DensityMap(-trimer().data, PIXEL_A), mask=protein_mask(trimer()))
     else:
         alone = replace(source.particles, half=np.ones(60, np.int8))
-        with pytest.raises(InputError, match="half-set 2 is empty"):
+        with raises_code("half-set-empty", InputError, match="half-set 2 is empty"):
             recover(ArraySource(source.read(np.arange(60)), alone))
 
 
@@ -102,7 +103,7 @@ def test_a_stop_leaves_maps_and_a_checkpoint_and_the_rest_is_the_same(tmp_path, 
     folder, file = tmp_path, tmp_path / "checkpoint" / "micelle.npz"
     settings = MicelleSettings("C3")
     arguments = source, source.particles, trimer(), mask, settings, folder
-    with pytest.raises(Interrupted, match=f"{while_}; the maps are those so far"):
+    with pytest.raises(Interrupted, match=f"{while_}; the maps so far are kept"):
         write_micelle(*arguments, StopsAt(asked))
     facts = json.loads((folder / "micelle.json").read_text())
     assert file.exists() and facts["finished"] is False
@@ -120,10 +121,10 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path):
     source, _ = trimers(600)
     file = tmp_path / "micelle.npz"
     assert recover(source, comm=StopsAt(3), checkpoint_file=file).stopped
-    with pytest.raises(InputError, match="checkpoint is of another micelle"):
+    with raises_code("checkpoint-of-another-run", InputError):
         recover(source, checkpoint_file=file, resume=True, lowpass_A=30.0)
     moved = replace(source.particles, shift_A=source.particles.shift_A + 1)
-    with pytest.raises(InputError, match="checkpoint is of another micelle"):
+    with raises_code("checkpoint-of-another-run", InputError):
         recover(ArraySource(source.read(np.arange(600)), moved), checkpoint_file=file, resume=True)
 
 

@@ -18,9 +18,9 @@ from cryoiso.metrics.anisotropy import (
     resolved_region,
     sphericity,
 )
+from cryoiso.metrics.directional_fsc import fsc3d
 from cryoiso.metrics.expected import Surrogate, relative_sampling
-from cryoiso.metrics.fsc import fsc, resolution_at, shell_correlation, transform
-from cryoiso.metrics.fsc3d import fsc3d
+from cryoiso.metrics.fsc_curve import fsc, resolution_at, shell_correlation, transform
 from cryoiso.metrics.sampling import fibonacci_half_sphere
 from cryoiso.physics.views import Views, sample_rotations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import (
+from cryoiso.metrics.fsc_curve import (
     curve_area,
     fsc,
     fsc_corrected,
@@ -191,11 +192,11 @@ def test_correction_without_mask_or_without_noise_changes_nothing():
 
 
 def test_shapes_are_checked():
-    with pytest.raises(InputError, match="another shape"):
+    with raises_code("arrays-do-not-fit", InputError, match="another shape"):
         fsc(noise(8), noise(9))
-    with pytest.raises(InputError, match="cubic"):
+    with raises_code("map-not-cubic", InputError):
         fsc(noise(8)[:4], noise(8)[:4])
-    with pytest.raises(InputError, match="mask"):
+    with raises_code("arrays-do-not-fit", InputError, match="mask"):
         fsc(noise(8), noise(8), noise(6))
 
 

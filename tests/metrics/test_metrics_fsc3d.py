@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import fsc, transform
-from cryoiso.metrics.fsc3d import Sphere, _shares, fsc3d, fsc3d_of_transforms
+from cryoiso.metrics.directional_fsc import Sphere, _shares, fsc3d, fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import fsc, transform
 
 
 def shells(box: int) -> np.ndarray:
@@ -128,9 +129,9 @@ def test_mask_and_shapes():
     before = a.copy()
     np.testing.assert_array_equal(fsc3d(a, b, mask), fsc3d(a * mask, b * mask))
     np.testing.assert_array_equal(a, before)
-    with pytest.raises(InputError, match="another shape"):
+    with raises_code("arrays-do-not-fit", InputError, match="another shape"):
         fsc3d(a, b[:20, :20, :20])
-    with pytest.raises(InputError, match="half angle"):
+    with raises_code("option-out-of-range", InputError, match="half angle"):
         fsc3d(a, b, cone_deg=0)
 
 

@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.metrics import imagestats
 from cryoiso.metrics.imagestats import compare_images, histograms, image_statistics, image_sums, kl_divergence
 from cryoiso.physics.noise import colour_noise, noise_spectrum
-from cryoiso.physics.simulate import image_to_background_db
+from cryoiso.physics.simulation import image_to_background_db
 
 BOX, PIXEL_A, RADIUS_PX = 64, 3.0, 20.0
 
@@ -131,7 +132,7 @@ def test_too_few_images_give_nulls_that_json_holds(counts):
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(InputError, match="cannot be compared"):
+    with raises_code("arrays-do-not-fit", InputError, match="cannot be compared"):
         image_sums(white(2, 1, 32), white(2, 1, 34), 10.0)
-    with pytest.raises(InputError, match="sums of images of this box"):
+    with raises_code("arrays-do-not-fit", InputError, match="sums of images of this box"):
         image_statistics(np.zeros(7), BOX, PIXEL_A)

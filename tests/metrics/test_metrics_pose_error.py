@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from scipy.spatial.transform import Rotation
 
 from cryoiso.core.errors import InputError
@@ -155,9 +156,9 @@ def test_same_definitions_as_the_benchmark_script(shared, monkeypatch):
 
 
 def test_bad_input_is_named():
-    with pytest.raises(InputError, match="do not fit"):
+    with raises_code("arrays-do-not-fit", InputError, match="do not fit"):
         pose_errors(np.zeros((3, 3, 3)), np.zeros((4, 3, 3)))
-    with pytest.raises(InputError, match="frame alignment"):
+    with raises_code("choice-unknown", InputError):
         pose_errors(np.eye(3)[None], np.eye(3)[None], align="sideways")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
@@ -67,7 +68,7 @@ WEIGHTS = {
     "more": (lambda a, v: a.update({"parameter x": np.zeros(3)}), "does not have (found x)"),
     "shape": (put(lambda w: w[:-1]), "the weight '{name}' has another shape than the network's (expected ("),
     "flat": (put(lambda w: w.reshape(-1)), "the weight '{name}' has another shape"),
-    "nan": (put(with_nan), "the weight '{name}' has values that are no numbers (expected finite values, found 1 of"),
+    "nan": (put(with_nan), "the weight '{name}' has values that are not numbers (expected finite values, found 1 of"),
     "type": (
         put(lambda w: w.astype(np.float64)),
         "the weight '{name}' has another type (expected float32, found float",
@@ -88,7 +89,7 @@ def test_wrong_weights_are_named(tmp_path, what, how):
     name = first(checkpoint.read(path)[0]).removeprefix("parameter ")
     load(path)
     rewritten(path, change)
-    with pytest.raises(InputError, match=re.escape(words.format(name=name))) as error:
+    with raises_code("network-file-damaged", InputError, match=re.escape(words.format(name=name))) as error:
         load(path)
     assert str(error.value).startswith(str(path))
 
@@ -96,7 +97,7 @@ def test_wrong_weights_are_named(tmp_path, what, how):
 @pytest.mark.parametrize("how, words", [
     (lambda a, v: a.pop("reference"), "damaged: reference"), (lambda a, v: a.pop("scale"), "damaged: scale"),
     (lambda a, v: a.update(reference=a["reference"][:8]), "damaged: reference"),
-    (lambda a, v: a.update(scale=np.array([np.nan])), "values that are no numbers"),
+    (lambda a, v: a.update(scale=np.array([np.nan])), "values that are not numbers"),
     (lambda a, v: v.update(pixel_size_A=-1), "pixel_size_A"), (lambda a, v: v.update(likelihood_sd="x"), "likelihood"),
     (lambda a, v: v.pop("facts"), "facts"),
 ])  # fmt: skip
@@ -146,5 +147,5 @@ def test_a_network_to_begin_with_is_looked_at_too(tmp_path):
         Unet3d(UnetConfig((4, 8), 1)).state_dict()
     )
     rewritten(path, put(with_nan))
-    with pytest.raises(InputError, match="no numbers"):
+    with raises_code("network-file-damaged", InputError, match="not numbers"):
         networks.matching_weights(path, UnetConfig((4, 8), 1))

@@ -46,7 +46,7 @@ def test_one_rank_needs_no_torch_distributed():
         assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("error", [None, Interrupted("stop"), CryoisoError("failed")])
+@pytest.mark.parametrize("error", [None, Interrupted("stop"), CryoisoError("failed", code="training-diverged")])
 def test_alone_side_by_side_is_nothing_special(error):
     def both():
         with side_by_side(Context()) as bell:
@@ -263,7 +263,7 @@ half = 1 if ctx.rank in ranks_of_half(1, ctx.size) else 2
 class Dies(ToyTask):
     def prepare(self, step):
         if ctx.rank == 1 and step == 5:
-            raise InputError("no such image", file="a.mrcs")
+            raise InputError("no such image", file="a.mrcs", code="stack-too-short")
         return super().prepare(step)
 with side_by_side(ctx) as bell, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
     train(Dies(group), group, replace(SETTINGS, steps=10**6), folder / f"half{half}", stop=bell.heard)
@@ -297,7 +297,7 @@ for turn in range(2):
         with training_group(ctx, timeout_s=3.0) as group:
             assert torch.distributed.is_initialized()
             if turn == 0:
-                raise CryoisoError("all fail")
+                raise CryoisoError("all fail", code="training-diverged")
             if group.index == 0:
                 group.barrier()  # nobody comes
             else:

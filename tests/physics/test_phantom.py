@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.physics import phantom
-from cryoiso.physics.project import project
+from cryoiso.physics.projection import project
 from cryoiso.physics.so3 import euler_to_matrix
 from cryoiso.physics.symmetry import point_group
 
@@ -128,5 +129,5 @@ def test_symmetric_copies_project_to_the_same_image():
 
 
 def test_a_box_too_small_says_how_large():
-    with pytest.raises(InputError, match=r"does not fit into the box.*at least"):
+    with raises_code("model-exceeds-box", InputError, match=r"does not fit into the box.*at least"):
         phantom.phantom_map(32, 3.0, 6.0)

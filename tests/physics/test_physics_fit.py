@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
@@ -290,13 +291,13 @@ def test_d2(start):
 
 def test_what_cannot_be_fitted_is_refused():
     good, flat = density("C1"), DensityMap(np.zeros((32, 32, 32), np.float32), 4.0)
-    with pytest.raises(InputError, match=r"moving map's grid is too coarse.*lower resolution"):
+    with raises_code("grid-too-coarse", InputError, match=r"moving map's grid is too coarse.*lower resolution"):
         fit_into(good, good, resolution_A=8.0)
-    with pytest.raises(InputError, match="target map of a fit holds nothing"):
+    with raises_code("map-without-density", InputError, match="target map of the fit is empty"):
         fit_into(good, flat, resolution_A=12.0)
-    with pytest.raises(InputError, match="moving map of a fit holds nothing"):
+    with raises_code("map-without-density", InputError, match="moving map of the fit is empty"):
         fit_into(DensityMap(good.data * np.nan, PIXEL), good, resolution_A=12.0)
-    with pytest.raises(InputError, match="unknown point group"):
+    with raises_code("symmetry-unknown", InputError):
         fit_into(good, good, resolution_A=12.0, symmetry="Q3")
 
 

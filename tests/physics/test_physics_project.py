@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from analytic_helper import Gaussians, correlations, displacements, relative, some_gaussians
+from errors_helper import raises_code
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import disc, images_to_fourier, shift_phases
 from cryoiso.physics.fourier_sums import half_space_to_volume
-from cryoiso.physics.project import FourierVolume, magnified, project, scatter_to_half_plane
+from cryoiso.physics.projection import FourierVolume, magnified, project, scatter_to_half_plane
 from cryoiso.physics.resample import resample_map
-from cryoiso.physics.simulate import Projector, make_particles
+from cryoiso.physics.simulation import Projector, make_particles
 from cryoiso.physics.so3 import euler_to_matrix, random_rotations
 from cryoiso.physics.symmetry import point_group
 
@@ -133,9 +134,9 @@ def test_samples_beyond_the_grid_are_refused():
     rotation, where = tensor(random_rotations(RNG, 3)), disc(24, 11)
     far = magnified(rotation, torch.eye(2) * 1.6)
     values = torch.ones(3, where.size)
-    with pytest.raises(CryoisoError, match="grid ends at 11"):
+    with raises_code("grid-too-coarse", CryoisoError, match="grid ends at 11"):
         volume.slices(far, where)
-    with pytest.raises(CryoisoError, match="grid ends at 11"):
+    with raises_code("grid-too-coarse", CryoisoError, match="grid ends at 11"):
         SliceAccumulator.empty(24).insert(values.to(torch.complex64), values, far, where)
     with pytest.raises(CryoisoError):
         volume.slices(rotation * float("nan"), where)
@@ -276,5 +277,5 @@ def test_back_projection_is_the_adjoint_of_projection(box):
 
 @pytest.mark.parametrize("shape", [(32, 32, 20), (32, 32), (1, 8, 8, 8)])
 def test_a_map_that_is_no_cube_is_named_as_such(shape):
-    with pytest.raises(InputError, match=r"a map is a cube.*\(D, D, D\)"):
+    with raises_code("map-not-cubic", InputError, match=r"the map is not a cube.*\(D, D, D\)"):
         FourierVolume.from_volume(torch.zeros(shape))

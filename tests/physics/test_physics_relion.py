@@ -12,14 +12,14 @@ from ctf_applied_helper import of_kind
 
 from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import LEAST_WEIGHT
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import project
+from cryoiso.physics.projection import project
 from cryoiso.physics.resample import resample_map
-from cryoiso.physics.simulate import Projector, SimulatedSource, make_particles
+from cryoiso.physics.simulation import Projector, SimulatedSource, make_particles
 from cryoiso.physics.so3 import euler_to_matrix
 from cryoiso.refine.reconstruct import reconstruct_halves
 

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.physics import so3
@@ -109,7 +110,7 @@ def test_equivalent_poses():
 def test_names():
     assert [normalise_name(n) for n in (" c3", "d12", "i", "I4", "t")] == ["C3", "D12", "I2", "I4", "T"]
     for bad in ("", "C0", "C", "Cs", "C2v", "D3h", "Th", "X4", "C1000", "I5"):
-        with pytest.raises(InputError, match="C1, C2"):
+        with raises_code("symmetry-unknown", InputError, match="C1, C2"):
             point_group(bad)
 
 

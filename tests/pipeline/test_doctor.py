@@ -272,7 +272,7 @@ def test_doctor_for_a_job_tells_what_it_needs(data, tmp_path):
     found = json.loads(done.stdout)
     checks = {f["check"]: f for f in found["findings"]}
     assert done.returncode == EXIT_DONE and "will need about" in checks["memory"]["found"]
-    assert {"check", "severity", "found", "remedy", "exit_code"} == set(found["findings"][0])
+    assert {"check", "severity", "found", "remedy", "exit_code", "code"} == set(found["findings"][0])
     assert list(tmp_path.iterdir()) == []
 
 

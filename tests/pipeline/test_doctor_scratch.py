@@ -168,15 +168,15 @@ def test_a_node_needs_what_its_ranks_read(data, tmp_path):
 
 
 def test_only_what_is_copied_is_expected(data):
+    from cryoiso.pipeline.job_inputs import Inputs
     from cryoiso.pipeline.jobfile import read_job
     from cryoiso.pipeline.records.run_folder import RunFolder
-    from cryoiso.pipeline.work import Work
     from cryoiso.pipeline.workflow import folder_stages
 
     def images(**changes) -> Images:
         _, job = read_job(write_job(data, "images.toml", run_scratch="auto", **changes))
-        work = Work(job, RunFolder(data / "run", folder_stages(job)), Context())
-        return scratch_probe.images_of(work, 1)
+        inputs = Inputs(job, RunFolder(data / "run", folder_stages(job)), Context())
+        return scratch_probe.images_of(inputs, 1)
 
     plain, relion = images(), images(refine_engine="relion")
     assert plain.raw and not plain.auxiliary and not plain.everywhere and not relion.raw

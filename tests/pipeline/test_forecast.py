@@ -15,6 +15,8 @@ from cryoiso.engines.relion import supervise
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.batch.walltime import End
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.jobfile import read_resolved
 from cryoiso.pipeline.planning import remaining_time
 from cryoiso.pipeline.planning.forecast import Forecast, requeues
@@ -23,7 +25,6 @@ from cryoiso.pipeline.planning.remaining_time import Ahead, Estimates, measured
 from cryoiso.pipeline.planning.workload import Assumed, stages
 from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.run import run_job
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages
 from cryoiso.refine.schedule import EXPECTED_ITERATIONS, expected_iterations
 
@@ -304,14 +305,17 @@ def test_a_real_run_on_a_device_without_rates(tmp_path, monkeypatch):
 
     job = simulate(tmp_path / "data")
     run = run_job(job, tmp_path / "run", Context(), until="reference")
-    work = Work(read_resolved(run)[1], run, Context(), journal=Journal(run.journal))
-    with_rates = remaining_time.later_stages(work)("refine", 60.0, 60.0)
+    context = RunContext(read_resolved(run)[1], run, Context(), journal=Journal(run.journal))
+    inputs = Inputs(context.job, run, context.comm)
+    with_rates = remaining_time.later_stages(context, inputs)("refine", 60.0, 60.0)
     assert with_rates.unknown == () and with_rates.seconds > 0
     monkeypatch.setattr(
-        remaining_time, "predicted_stages", lambda work: dict.fromkeys([*folder_stages(work.job), "report"])
+        remaining_time, "predicted_stages", lambda run, _: dict.fromkeys([*folder_stages(run.job), "report"])
     )
-    assert remaining_time.later_stages(work)("refine", 60.0, 60.0) == Ahead(0.0, ("reconstruct", "diagnose", "report"))
-    assert remaining_time.later_stages(work, "refine")("refine", 60.0, 60.0) == Ahead()
+    assert remaining_time.later_stages(context, inputs)("refine", 60.0, 60.0) == Ahead(
+        0.0, ("reconstruct", "diagnose", "report")
+    )
+    assert remaining_time.later_stages(context, inputs, "refine")("refine", 60.0, 60.0) == Ahead()
 
 
 # --- what is said

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import CorrectSection, RealignSection
@@ -21,7 +22,7 @@ from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
-from cryoiso.pipeline.stages.correct import Task, correct_files
+from cryoiso.pipeline.stages.correct import CorrectionTask, correct_files
 
 BOX, PIXEL_A = 32, 6.0
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -51,12 +52,12 @@ def test_so_does_noise():
 
 ONE, TWO = halves()
 REFUSED = {
-    "the same": (ONE, ONE, r"are one map \("),
-    "the same in float16": (ONE, ONE.astype(np.float16), "are one map"),
-    "scaled and shifted": (ONE, 1000 * ONE + 5, "one map, scaled or shifted by a constant"),
-    "the same inverted": (ONE, -ONE, "one map, inverted"),
-    "the same sharpened": (ONE, sharpened(ONE), "one map, filtered or sharpened"),
-    "the same low-passed": (ONE, np.asarray(lowpass(ONE, PIXEL_A, 25.0)), "one map, filtered or sharpened"),
+    "the same": (ONE, ONE, r"are the same map \("),
+    "the same in float16": (ONE, ONE.astype(np.float16), "are the same map"),
+    "scaled and shifted": (ONE, 1000 * ONE + 5, "the same map, scaled or shifted by a constant"),
+    "the same inverted": (ONE, -ONE, "the same map, inverted"),
+    "the same sharpened": (ONE, sharpened(ONE), "the same map, filtered or sharpened"),
+    "the same low-passed": (ONE, np.asarray(lowpass(ONE, PIXEL_A, 25.0)), "the same map, filtered or sharpened"),
     "one inverted": (ONE, -TWO, "one half-map is inverted"),
     "one constant": (ONE, 0 * ONE + 3, r"constant .*found 3 in every voxel"),
     "both zero": (0 * ONE, 0 * ONE, "constant"),
@@ -137,7 +138,7 @@ def test_commands_refuse_one_map_given_twice_and_leave_nothing(command, more, fi
         return
     out = tmp_path / "out"
     done = cryoiso_here(command, files[0], files[0], *more, "--out", out)
-    assert done.returncode == 65 and "the half-maps are one map" in done.stderr and str(files[0]) in done.stderr
+    assert done.returncode == 65 and "[half-maps-identical]" in done.stderr and str(files[0]) in done.stderr
     assert not out.exists() or list(out.iterdir()) == []
 
 
@@ -151,7 +152,7 @@ def test_diagnose_notes_what_is_odd(tmp_path):
 def test_correct_says_what_is_odd(files, tmp_path, caplog):
     write_map(files[1], 1000 * TWO, PIXEL_A)
     section = CorrectSection(cube_px=16, sub_maps=2, batch=2, epochs=0)
-    correct_files(Task(dict(zip((1, 2), files, strict=True)), tmp_path / "out", section), Context())
+    correct_files(CorrectionTask(dict(zip((1, 2), files, strict=True)), tmp_path / "out", section), Context())
     assert "different grey scales" in caplog.text
 
 
@@ -164,7 +165,7 @@ def test_the_correction_in_a_refinement_refuses_one_map_twice(tmp_path):
 
     correction = MapCorrection(RealignSection(correct=False), CorrectSection())
     assert set(correction(state(TWO), Context())[0]) == {1, 2}
-    with pytest.raises(InputError, match="the half-maps are one map"):
+    with raises_code("half-maps-identical", InputError):
         correction(state(ONE), Context())
 
 
@@ -176,7 +177,7 @@ GOOD = sphere_mask(BOX, 11, 3).numpy()
     [
         (1 - GOOD, "the mask is inverted .expected the particle inside, found 1.00 in the corners of the box, 0.42"),
         (0 * GOOD, "not between 0 and 1 .found 0 to 0"),
-        (0.3 * GOOD, "reaches no more than 0.3"),
+        (0.3 * GOOD, "maximum of the mask is only 0.3"),
         (GOOD - 0.2, "not between 0 and 1"),
         (255 * GOOD, "not between 0 and 1 .found 0 to 255"),
         (np.where(GOOD > 0.99, np.nan, GOOD), "NaN"),

@@ -222,7 +222,8 @@ def test_resume_heeds_a_signal_while_it_hashes(two_stacks, tmp_path, monkeypatch
     stop_in("b.mrcs", monkeypatch)
     with pytest.raises(Interrupted, match="while inputs were hashed"):
         resume_run(tmp_path / "run", Context(), quick_report)
-    assert json.loads((tmp_path / "run/journal.jsonl").read_text().splitlines()[-1])["event"] == "stop"
+    last = json.loads((tmp_path / "run/journal.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["code"]) == ("stop", "stopped-by-signal")
 
 
 # --- the container image

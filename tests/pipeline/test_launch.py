@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from launch_helper import asked, check_bash, in_bash, make_job, script
 from pipeline_helper import cryoiso_here
 
@@ -135,7 +136,7 @@ def test_an_srun_that_fails_is_not_taken_for_one_without_pmi(job, monkeypatch, t
 
 def test_without_a_library_the_question_is_asked(job, monkeypatch):
     monkeypatch.setattr(mpi_launcher, "probe_mpi", lambda: {"error": "cannot load MPI library"})
-    with pytest.raises(CryoisoError, match=r"set launch\.mpi") as caught:
+    with raises_code("mpi-missing", CryoisoError, match=r"set launch\.mpi") as caught:
         script(job, mpi="auto")
     assert caught.value.exit_code == EXIT_MISSING
     script(job, mpi="pmix")
@@ -155,7 +156,7 @@ def test_a_chain_is_two_scripts(job):
     for scheduler, words in (("slurm", "--dependency=afterok:7 --kill-on-invalid-dep=yes"), ("lsf", "-w done(7)"),
                              ("pbs", "-W depend=afterok:7")):  # fmt: skip
         assert words in " ".join(submit.submit_command(scheduler, Path("x"), "7"))
-    with pytest.raises(UsageError, match="needs a batch system"):
+    with raises_code("options-conflict", UsageError, match="needs a batch system"):
         script(job, chain=True, scheduler="mpirun")
 
 
@@ -310,8 +311,8 @@ def test_a_copy_of_our_template_is_a_site_template(scheduler, job):
         ("{{ run_cmd }}\n{{ (ram_gb*1000)|int }}\n", {}, ["row 2", "launch.ram_gb"]),
         ("{{ run_cmd }}\n{% if %}\n", {}, ["row 2", "cannot be filled"]),
         ("{{ run_cmd }}\n{{ ''.__class__.__mro__ }}\n", {}, ["cannot be filled", "unsafe"]),
-        ("#!/bin/bash\necho {{ num_gpu }}\n", {}, ["where cryoiso is to be started"]),
-        ("#!/bin/bash\necho hello\n", {}, ["where cryoiso is to be started"]),
+        ("#!/bin/bash\necho {{ num_gpu }}\n", {}, ["no placeholder for the cryoiso command"]),
+        ("#!/bin/bash\necho hello\n", {}, ["no placeholder for the cryoiso command"]),
         ("{{ run_cmd }} XXXcommandXXX\n", {}, ["two kinds"]),
     ],
 )
@@ -325,7 +326,7 @@ def test_a_template_that_cannot_be_filled_is_one_clear_error(text, given, words,
 
 
 def test_a_one_node_template_refuses_two_nodes(job):
-    with pytest.raises(UsageError, match="one node"):
+    with raises_code("placeholder-missing", UsageError, match="one node"):
         site(job, "{{ run_cmd }}\n", nodes=2)
 
 

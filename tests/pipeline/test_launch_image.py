@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from launch_helper import check_bash, make_job, script
 
 from cryoiso.core.errors import MissingError
@@ -142,6 +143,6 @@ def test_a_job_that_asked_for_gpus_does_not_compute_without(job, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert Context().device("auto") == "cpu"
     monkeypatch.setenv("CRYOISO_GPUS", "2")
-    with pytest.raises(MissingError, match="asked for GPUs, but rank 0"):
+    with raises_code("gpu-missing", MissingError, match="asked for GPUs, but rank 0"):
         Context().device("auto")
     assert Context().device("cpu") == "cpu"

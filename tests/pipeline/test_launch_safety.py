@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from launch_helper import check_bash, in_bash, make_job, script
 from pipeline_helper import cryoiso_here
 
@@ -36,7 +37,7 @@ def test_a_name_with_anything_else_in_it_is_refused(scheduler, key, value, job):
         check_bash(text)
         assert not any(bad in text for bad in ("\ntouch", ";touch", "$(touch", "q w", 'a"b', "\x1b"))
         return
-    with pytest.raises(UsageError, match=f"launch.{key}: not a name that a batch system takes"):
+    with pytest.raises(UsageError, match=f"launch.{key}: not a valid name for a batch system"):
         script(job, **given)
 
 
@@ -58,7 +59,7 @@ def test_no_value_begins_a_line_of_its_own(scheduler, given, job):
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("name", ["a\ntouch PWNED\n", "a\rb", "a\x1b]0;x\x07"])
 def test_no_path_begins_a_line_of_its_own(scheduler, name, tmp_path):
-    with pytest.raises(UsageError, match="has a line break or another control character"):
+    with raises_code("unsafe-for-batch-script", UsageError):
         script(make_job(tmp_path / name), scheduler=scheduler)
 
 
@@ -150,7 +151,7 @@ def test_placeholders_and_their_formats():
                       round=3, pixel_size="1.06")  # fmt: skip
     assert words == ["p", "a b", "o", "r03", "h1", "1.06", "{x}"]
     assert fill_words(["{n:5}|{x:.2f}"], {"n": 7, "x": 1.236}, "k") == ["    7|1.24"]
-    with pytest.raises(UsageError, match="k: a control character"):
+    with raises_code("command-malformed", UsageError, match="k: a control character"):
         split_command("a\0b", "k")
     with pytest.raises(UsageError, match="pixel_size"):
         check_template("p {input} {output} {pixel_size:d}")

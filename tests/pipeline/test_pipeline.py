@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 from mpi_helper import run_mpi, start_mpi
 from pipeline_helper import (
     cryoiso,
@@ -113,13 +114,13 @@ def test_a_run_of_shards_gives_what_a_run_of_their_stacks_gives(data, tmp_path, 
 def test_a_folder_with_a_run_is_refused(data, tmp_path, quick):
     run_job(data / "job.toml", tmp_path / "run", Context())
     before = hash_files(tmp_path / "run")
-    with pytest.raises(UsageError, match="holds a run already"):
+    with raises_code("run-exists", UsageError):
         run_job(data / "job.toml", tmp_path / "run", Context())
     assert hash_files(tmp_path / "run") == before
 
 
 def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(UsageError, match="no run that could be resumed"):
+    with raises_code("run-missing", UsageError):
         resume_run(tmp_path, Context())
     assert list(tmp_path.iterdir()) == []
 
@@ -244,11 +245,11 @@ def test_until_stops_after_a_stage_and_resume_goes_on(data, tmp_path, quick):
 
 
 def test_until_an_unknown_stage_is_refused_before_anything_is_written(data, tmp_path, quick):
-    with pytest.raises(UsageError, match=r"no stage 'train-1'.*known: ingest, reference, refine"):
+    with raises_code("stage-unknown", UsageError, match=r"no stage 'train-1'.*known: ingest, reference, refine"):
         run_job(data / "job.toml", tmp_path / "run", Context(), until="train-1")
     assert not (tmp_path / "run").exists()
     run_job(data / "job.toml", tmp_path / "run", Context(), until="ingest")
-    with pytest.raises(UsageError, match="no stage 'ingets'"):
+    with raises_code("stage-unknown", UsageError):
         resume_run(tmp_path / "run", Context(), until="ingets")
 
 
@@ -256,7 +257,7 @@ def test_stages_without_a_gpu_run_where_there_is_none(data, tmp_path, quick, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     job = write_job(data, "cuda.toml", run_device="cuda")
     run_job(job, tmp_path / "run", Context(), until="reference")
-    with pytest.raises(MissingError, match="no CUDA device"):
+    with raises_code("gpu-missing", MissingError):
         resume_run(tmp_path / "run", Context())
 
 
@@ -280,7 +281,7 @@ def test_changed_input_stops_a_resume(data, tmp_path, quick):
     shutil.copytree(data, folder)
     run_job(folder / "job.toml", tmp_path / "run", Context())
     write_cube(folder / "truth_map.mrc", 24, 7.0)
-    with pytest.raises(InputError, match="has changed since it started"):
+    with raises_code("run-inputs-changed", InputError):
         resume_run(tmp_path / "run", Context())
     (folder / "truth_map.mrc").unlink()
     with pytest.raises(InputError, match="is gone"):
@@ -292,8 +293,8 @@ def test_a_signal_stops_between_stages_and_is_noted(data, tmp_path, quick, monke
 
     real = reference._write_reference
 
-    def then_signal(work):
-        real(work)
+    def then_signal(*given):
+        real(*given)
         os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(reference, "_write_reference", then_signal)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here, quick_report, use_quick_parts
 
 from cryoiso.core.config import Job
@@ -141,7 +142,7 @@ def test_interrupted_stages_do_not_count(data, finished, tmp_path):
 
 
 def test_no_rates_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="no rates here"):
+    with raises_code("rates-missing", InputError):
         rates.of_run(tmp_path)
 
 

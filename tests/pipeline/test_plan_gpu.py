@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here, simulate
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_USAGE, UsageError
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.planning import rates, timing, workload
 from cryoiso.pipeline.planning.job_size import Problem, problem_of
@@ -19,7 +23,6 @@ from cryoiso.pipeline.planning.rates import BUILT_IN, Rates, built_in, guessed
 from cryoiso.pipeline.planning.timing import note_timing, predicted_stages, save_timing
 from cryoiso.pipeline.planning.workload import KERNELS, Assumed
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages, kind_of
 
 GPU = Layout(1, 1, 1)
@@ -104,11 +107,11 @@ def test_without_rates_only_what_cpus_do_is_known():
 
 def test_rates_of_the_other_kind_of_device_are_refused(tmp_path):
     of_gpu = rates.of_run(record(tmp_path, problem(1000, 64), machine()))
-    with pytest.raises(UsageError, match="rates are those of GPUs"):
+    with raises_code("options-conflict", UsageError, match="rates are those of GPUs"):
         make_plan(problem(1000, 64), Layout(1, 0, 1), of_gpu)
-    with pytest.raises(UsageError, match="rates are those of CPUs"):
+    with raises_code("options-conflict", UsageError, match="rates are those of CPUs"):
         make_plan(problem(1000, 64), GPU, built_in("cpu"))
-    with pytest.raises(UsageError, match="CPU seconds"):
+    with raises_code("options-conflict", UsageError, match="CPU seconds"):
         rates.of_run(tmp_path, cpu=True)
 
 
@@ -136,16 +139,17 @@ class OnGpu(Context):
 
 def test_a_run_on_gpus_foresees_what_its_stages_have_told(job_file, tmp_path):
     _, job = read_job(job_file)
-    work = Work(job, RunFolder(tmp_path / "run", folder_stages(job)), OnGpu())
-    first = predicted_stages(work)
+    run = RunContext(job, RunFolder(tmp_path / "run", folder_stages(job)), OnGpu())
+    inputs = Inputs(job, run.folder, run.comm)
+    first = predicted_stages(run, inputs)
     assert {name for name, seconds in first.items() if seconds is None} == {"refine", "reconstruct"}
     assert set(guessed("cuda:0").kernels) == set(KERNELS)
     done = workload.stages(problem(100, 32), 1, Assumed(), "cuda:0")["refine"]
     took = 1000 * guessed("cuda").seconds("refine", done)
     same = {"device": "cuda:0", "ranks": 1}
-    work.timing = {**same, "stages": {"refine": {"kind": "refine", "work": done, "seconds": took, "resumed": False}}}
-    foreseen = predicted_stages(work)
-    still = workload.stages(problem_of(work), 1, Assumed(), "cuda:0")["reconstruct"]
+    refine = {"kind": "refine", "work": done, "seconds": took, "resumed": False}
+    foreseen = predicted_stages(replace(run, timing={**same, "stages": {"refine": refine}}), inputs)
+    still = workload.stages(problem_of(inputs), 1, Assumed(), "cuda:0")["reconstruct"]
     assert foreseen["reconstruct"] == pytest.approx(1000 * guessed("cuda").seconds("reconstruct", still), rel=0.01)
     assert foreseen["report"] == first["report"] > 0
 
@@ -175,14 +179,15 @@ def test_times_of_another_device_are_not_gone_on_with(job_file, tmp_path, monkey
     _, job = read_job(job_file)
     folder = RunFolder(tmp_path / "run", folder_stages(job))
     folder.path.mkdir()
-    first = Work(job, folder, Context())
-    note_timing(first, "ingest", 12.0, 11.0)
+    inputs = Inputs(job, folder, Context())
+    first = RunContext(job, folder, Context())
+    note_timing(first, inputs, "ingest", 12.0, 11.0, resumed=False)
     save_timing(first)
-    second = Work(job, folder, OnGpu())
-    note_timing(second, "refine", 30.0, 29.0)
+    second = RunContext(job, folder, OnGpu())
+    note_timing(second, inputs, "refine", 30.0, 29.0, resumed=False)
     assert second.timing["device"] == "cuda:0" and list(second.timing["stages"]) == ["refine"]
-    again = Work(job, folder, Context())
-    note_timing(again, "reference", 1.0, 1.0)
+    again = RunContext(job, folder, Context())
+    note_timing(again, inputs, "reference", 1.0, 1.0, resumed=False)
     assert list(again.timing["stages"]) == ["ingest", "reference"]
 
 

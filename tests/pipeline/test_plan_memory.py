@@ -22,6 +22,7 @@ from cryoiso.nets.hvae import ConditionalHvae
 from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.planning import job_size, memory
 from cryoiso.pipeline.planning.job_size import Problem, Stored, most, problem_of
@@ -35,7 +36,6 @@ from cryoiso.pipeline.planning.memory import (
 from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
 from cryoiso.pipeline.planning.rates import built_in
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages
 
 GIB = 2**30
@@ -217,7 +217,7 @@ def test_most_at_once_is_what_was_left_and_what_goes_again():
 def test_the_plan_decides_by_the_images_as_the_engine_does(which, normalise, data, tmp_path):
     """Before ingest, by a sample; after it the engine looks at the shards."""
     job = write_job(data, f"{which}.toml", refine_engine="relion", relion_images=which, particles_normalise=normalise)
-    found = problem_of(work_of(job))
+    found = problem_of(inputs_of(job))
     settings = IngestSettings(normalise=normalise)
     shards = ShardSource(ingest(data / "particles.star", tmp_path / "shards", settings).parent)
     try:
@@ -228,9 +228,9 @@ def test_the_plan_decides_by_the_images_as_the_engine_does(which, normalise, dat
     assert kept or normalise or which == "export"  # as they are, they are what RELION would get
 
 
-def work_of(job_file: Path) -> Work:
+def inputs_of(job_file: Path) -> Inputs:
     _, job = read_job(job_file)
-    return Work(job, RunFolder(job_file.parent / "run", folder_stages(job)), Context())
+    return Inputs(job, RunFolder(job_file.parent / "run", folder_stages(job)), Context())
 
 
 def test_what_a_run_asks_of_a_machine_is_what_its_device_needs(data):
@@ -238,7 +238,7 @@ def test_what_a_run_asks_of_a_machine_is_what_its_device_needs(data):
         def device(self, preference: str | None = None) -> str:
             return "cuda:0"
 
-    work = work_of(data / "job.toml")
-    on_cpu = memory.needs_of(work, 1)
-    work.comm = OnGpu()
-    assert on_cpu.first_rank_bytes > 0 and memory.needs_of(work, 1).gpu_bytes > memory.GPU_BYTES
+    inputs = inputs_of(data / "job.toml")
+    on_cpu = memory.needs_of(inputs, 1)
+    inputs.comm = OnGpu()
+    assert on_cpu.first_rank_bytes > 0 and memory.needs_of(inputs, 1).gpu_bytes > memory.GPU_BYTES

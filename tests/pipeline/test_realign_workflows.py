@@ -17,10 +17,11 @@ from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import workflow
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.half_sets import assign_halves
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.run import run_job
 from cryoiso.pipeline.stages import table
-from cryoiso.pipeline.work import Work
 from cryoiso.report import build
 
 SMALL = {"refine_max_iterations": 3, "auxiliary_steps": 6, "auxiliary_rounds": 1, "auxiliary_settle_deg": 0.0}
@@ -33,12 +34,12 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def put_a_corrected_map(work: Work) -> None:
+def put_a_corrected_map(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """A stage ``correct`` that has nothing to learn."""
-    if work.comm.rank == 0:
-        mean = read_map(work.folder.stage("reconstruct") / "map.mrc")
+    if run.comm.rank == 0:
+        mean = read_map(run.folder.stage("reconstruct") / "map.mrc")
         for name in ("corrected_map.mrc", "measured.mrc"):
-            write_map(work.folder.stage("correct") / name, mean.data, mean.pixel_size_A)
+            write_map(run.folder.stage("correct") / name, mean.data, mean.pixel_size_A)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from cryoiso.methods.auxiliary.settings import network, training
 from cryoiso.methods.auxiliary.task import GeneratorTask
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 
 BOX, PIXEL_A, N = 32, 6.0, 40
 
@@ -178,7 +178,7 @@ def test_relion_does_not_go_on_where_nothing_tells_with_what(images, tmp_path, w
     file.unlink()
     if text is not None:
         file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(CryoisoError, match=r"identity.json: (cannot be read|the checkpoint does not say)"):
+    with pytest.raises(CryoisoError, match=r"identity.json: (cannot be read|the checkpoint does not record)"):
         prepared(images, tmp_path, True)
     prepared(images, tmp_path, False)  # anew
     assert json.loads(file.read_text())["symmetry"] == "C3" and not list(tmp_path.glob("relion/run_*"))

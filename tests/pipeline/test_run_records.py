@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.pipeline.records import lock
@@ -43,7 +44,7 @@ def test_lock_of_a_container_that_numbers_its_processes_by_itself(tmp_path):
     path = tmp_path / "lock.json"
     mine = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1", "job": "", "restart": "0"}
     path.write_text(json.dumps({**mine, "numbering": "pid:[1]"}))
-    with pytest.raises(UsageError, match="another run works in"), lock.locked(path):
+    with raises_code("run-locked", UsageError), lock.locked(path):
         pass
     old = time.time() - lock.STALE_AFTER_S - 60
     os.utime(path, (old, old))
@@ -54,7 +55,7 @@ def test_lock_of_a_container_that_numbers_its_processes_by_itself(tmp_path):
 def test_lock_of_another_host_is_stale_only_when_nobody_touches_it(tmp_path, monkeypatch):
     path = tmp_path / "lock.json"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "job": "", "restart": "0"}))
-    with pytest.raises(UsageError, match="elsewhere"), lock.locked(path):
+    with raises_code("run-locked", UsageError, match="elsewhere"), lock.locked(path):
         pass
     old = time.time() - lock.STALE_AFTER_S - 60
     os.utime(path, (old, old))
@@ -76,7 +77,7 @@ def test_lock_of_an_earlier_start_of_the_same_job_is_stale_at_once(tmp_path, mon
     holder = {"host": "elsewhere", "pid": 1, "started": "1", "job": "77"}
     for other in ({"restart": "2"}, {"restart": "1", "job": "76"}):
         path.write_text(json.dumps({**holder, **other}))
-        with pytest.raises(UsageError, match="elsewhere"), lock.locked(path):
+        with raises_code("run-locked", UsageError, match="elsewhere"), lock.locked(path):
             pass
     path.write_text(json.dumps({**holder, "restart": "1"}))
     with lock.locked(path):

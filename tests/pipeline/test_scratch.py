@@ -273,7 +273,7 @@ def test_scratch_that_goes_away_in_the_middle(data, tmp_path, scratch, quick, mo
 
 def test_an_error_and_a_signal_leave_nothing(data, tmp_path, scratch, quick, monkeypatch):
     job = write_job(data, "e.toml", run_scratch=str(scratch))
-    for number, error in enumerate((CryoisoError("no"), Interrupted("stop"), ValueError("?"))):
+    for number, error in enumerate((CryoisoError("no", code="unexpected-error"), Interrupted("stop"), ValueError("?"))):
 
         def fail(self, request, comm, error=error):
             assert copies_in(scratch)

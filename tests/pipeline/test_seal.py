@@ -206,7 +206,7 @@ def test_inputs_that_changed_or_went(data, tmp_path, quick):
 
 def test_an_unfinished_run_is_said_to_be_unfinished(data, tmp_path, quick, monkeypatch):
     def fail(*a, **k):
-        raise InputError("no more")
+        raise InputError("no more", code="file-unreadable")
 
     monkeypatch.setattr(QuickEngine, "refine", fail)
     with pytest.raises(InputError):
@@ -277,7 +277,7 @@ def test_replay_refuses_what_it_cannot_judge(copy, tmp_path, quick, finished):
         assert cryoiso_here("replay", *words).returncode == EXIT_USAGE
     damage(copy / "02_reference/reference.mrc")
     done = cryoiso_here("replay", "refine", copy, "--out", tmp_path / "c")
-    assert done.returncode == EXIT_INPUT and "has changed since the run" in done.stderr
+    assert done.returncode == EXIT_INPUT and "[run-inputs-changed]" in done.stderr
     assert not (tmp_path / "c").exists()
 
 

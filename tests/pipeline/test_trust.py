@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here, quick_report, write_job
 
 from cryoiso.core.config import parse_job
@@ -77,7 +78,7 @@ def test_a_requeued_job_goes_on_without_the_key_with_the_programs_of_its_own_job
     job = job_with_program(data, tmp_path)
     run = begin(job, tmp_path / "run")
     assert json.loads((run / "manifest.json").read_text())["signature"]["mac"] == ""
-    with pytest.raises(UsageError, match="resume --trust"):
+    with raises_code("run-not-trusted", UsageError, match="resume --trust"):
         resume_run(run, Context(), quick_report, until="reference")
     run_job(job, run, Context(), quick_report, until="reference", go_on=True)
     assert "the programs that it names are those of your job file" in caplog.text
@@ -86,7 +87,7 @@ def test_a_requeued_job_goes_on_without_the_key_with_the_programs_of_its_own_job
         run_job(job, run, Context(), quick_report, until="reference", go_on=True)
     edit(run, "true /", "touch /")
     (run / "out").symlink_to(tmp_path)
-    with pytest.raises(UsageError, match="leads out of it"):
+    with raises_code("run-not-trusted", UsageError, match="leads out of it"):
         run_job(job, run, Context(), quick_report, until="reference", go_on=True)
 
 
@@ -116,7 +117,7 @@ def test_a_signature_is_of_these_programs_alone(data, tmp_path, quick, home, cap
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["signature"]["programs"]["relion.program"] = "/tmp/mine"  # without the key this is no signature
     (run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="not of a run that you have started"):
+    with raises_code("run-not-trusted", UsageError):
         resume_run(run, Context(), quick_report)
     resume_run(run, Context(), quick_report, trust=True)
     assert "relion.program: 'relion_refine_mpi' -> '/tmp/mine'" in caplog.text
@@ -151,7 +152,7 @@ def test_links_out_of_somebody_elses_run_are_not_written_through(data, tmp_path,
     (run / "logs/rank-0000.log").unlink()
     (run / "logs/rank-0000.log").symlink_to(tmp_path / "precious")
     stranger()
-    with pytest.raises(UsageError, match=r"logs/rank-0000\.log leads out of it, to .*/precious"):
+    with raises_code("run-not-trusted", UsageError, match=r"logs/rank-0000\.log leads out of it, to .*/precious"):
         resume_run(run, Context(), quick_report)
     assert (tmp_path / "precious").read_text() == "mine"
 

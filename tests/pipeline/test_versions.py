@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import cryoiso_here, forget_signals, hash_files, quick_report, simulate, use_quick_parts, write_job
 
 from cryoiso import __version__
@@ -95,13 +96,16 @@ def test_an_unfinished_stage_of_another_version_begins_anew(data, tmp_path, monk
 
     def broken(folder, places, comm):
         if any("refine" in place for place in places):
-            raise CryoisoError("broken off")
+            raise CryoisoError("broken off", code="relion-failed")
         return real(folder, places, comm)
 
     monkeypatch.setattr(pipeline_run, "hash_outputs", broken)
     with pytest.raises(CryoisoError, match="broken off"):
         run_job(write_job(data), run, Context(), quick_report)
     monkeypatch.setattr(pipeline_run, "hash_outputs", real)
+    last = json.loads((run / "journal.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["message"], last["code"]) == ("error", "broken off", "relion-failed")
+    assert "(broken off [relion-failed])" in verify_run(run, Context()).unfinished
     same = Path(shutil.copytree(run, tmp_path / "same"))
     as_version(run, "0.0.1")
     for folder, anew in ((run, True), (same, False)):
@@ -237,7 +241,7 @@ def test_a_lock_that_names_nobody_is_that_of_a_run_that_died(tmp_path, monkeypat
     """Respected for a few seconds, in which a run may be writing it; then taken over."""
     path = tmp_path / "lock.json"
     path.write_text(text)
-    with pytest.raises(CryoisoError, match="another run works in"), lock.locked(path):
+    with raises_code("run-locked", CryoisoError), lock.locked(path):
         pass
     monkeypatch.setattr(lock, "_age_s", lambda path: 6.0)
     with lock.locked(path):

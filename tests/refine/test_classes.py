@@ -14,19 +14,18 @@ from pipeline_helper import cryoiso_here, simulate
 from test_refine_engine import BOX, DIAMETER_A, PIXEL_A, contents, in_memory
 from test_refine_local import turned
 
-from cryoiso.core.classify_settings import ClassifySection
-from cryoiso.core.config import RefineSection
+from cryoiso.core.config import ClassifySection, RefineSection
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError, Interrupted
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap
 from cryoiso.engines.classify import classify
 from cryoiso.io import read_particle_file
 from cryoiso.io.sources import ArraySource
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import pseudo_atoms_to_map, trimer
-from cryoiso.physics.simulate import SimulatedSource
-from cryoiso.physics.simulate import simulate as simulate_images
+from cryoiso.physics.simulation import SimulatedSource
+from cryoiso.physics.simulation import simulate as simulate_images
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.classes.expectation import class_posterior
@@ -323,8 +322,8 @@ def test_the_command_line(tmp_path):
     folder = simulate(tmp_path / "set").parent
     out, truth = tmp_path / "out", folder / "truth.star"
     for words, code, match in (
-        ((truth, "--classes", 0), EXIT_USAGE, "classify.classes"),
-        ((truth, "--align", "some"), EXIT_USAGE, "classify.align"),
+        ((truth, "--classes", 0), EXIT_USAGE, "--classes: "),
+        ((truth, "--align", "some"), EXIT_USAGE, "--align: "),
         ((truth, "--refine", "no_key=1"), EXIT_USAGE, "no_key"),
         ((truth, "--ref", folder / "truth_map.mrc"), EXIT_USAGE, "one for each class"),
         ((folder / "particles.star",), EXIT_INPUT, "no poses"),

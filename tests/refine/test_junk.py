@@ -16,15 +16,15 @@ from cryoiso.core.errors import UsageError
 from cryoiso.engines.classify import classify
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.sources import ArraySource
+from cryoiso.metrics.view_cones import ViewCones, cone_facts
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import random_rotations
 from cryoiso.physics.symmetry import point_group
 from cryoiso.physics.views import Views
 from cryoiso.pipeline.stages.engines import require_engine
-from cryoiso.refine.cones import ViewCones, cone_facts
-from cryoiso.refine.junk import JunkPrior, advantage, learned, spherical_mean
+from cryoiso.refine.junk import CONE_DEG, JunkPrior, advantage, learned, spherical_mean
 
 
 def facts_of(cross, norm) -> np.ndarray:
@@ -43,18 +43,18 @@ def drawn(rng, n: int, norm: float, amplitude: float) -> np.ndarray:
 
 @pytest.mark.parametrize("symmetry", ["C1", "C3", "D2", "O", "I"])
 def test_symmetry_mates_are_in_one_cone(symmetry):
-    cones = ViewCones.of(symmetry)
+    cones = ViewCones.with_step(CONE_DEG, symmetry)
     rotation = random_rotations(np.random.default_rng(1), 400)
-    found = cones.index(rotation)
+    found = cones.index(rotation[:, 2])
     for operation in point_group(symmetry):
-        np.testing.assert_array_equal(cones.index(rotation @ operation), found)
+        np.testing.assert_array_equal(cones.index((rotation @ operation)[:, 2]), found)
     assert len(np.unique(found)) == len(cones)
 
 
 def test_cone_facts_add_up():
-    cones, rng = ViewCones.of("C3"), np.random.default_rng(2)
+    cones, rng = ViewCones.with_step(CONE_DEG, "C3"), np.random.default_rng(2)
     weight = rng.random((300, 2))
-    rows = cone_facts(cones, cones.index(random_rotations(rng, 300)), ["1", "2"], weight)
+    rows = cone_facts(cones, cones.index(random_rotations(rng, 300)[:, 2]), ["1", "2"], weight)
     assert sum(row["particles"] for row in rows) == 300
     assert sum(row["2"] for row in rows) == pytest.approx(weight[:, 1].sum(), abs=0.02)
 

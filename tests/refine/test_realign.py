@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from mpi_helper import run_mpi
 from realign_helper import use_quick_networks
 from test_refine_engine import DIAMETER_A, PIXEL_A, contents, request_for, small_set
@@ -23,7 +24,7 @@ from cryoiso.methods.anisotropy import correction_run
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.correction import MapCorrection, support
 from cryoiso.methods.misalignment.steps import shell_amplitude
-from cryoiso.metrics.fsc import fsc, resolution_at, shell_correlation, transform
+from cryoiso.metrics.fsc_curve import fsc, resolution_at, shell_correlation, transform
 from cryoiso.parallel import group_stop
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
@@ -207,7 +208,7 @@ def test_facts_say_whether_the_halves_share_a_network():
 
 
 def test_keeping_low_resolution_needs_a_first_reference(tmp_path):
-    with pytest.raises(InputError, match="first reference"):
+    with raises_code("options-conflict", InputError, match="first reference"):
         corrected(state_of(tmp_path, initial=None), **{**NOTHING, "keep_lowres_A": 40.0})
 
 

@@ -10,6 +10,7 @@ import mrcfile
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 from mpi_helper import run_mpi
 from test_refine_engine import BOX, DIAMETER_A, PIXEL_A, Stopped, blind, contents, in_memory, request_for
 
@@ -21,12 +22,12 @@ from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.auxiliary.corefine import CoRefined, co_refine
 from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.resample import resample_matrix
-from cryoiso.physics.simulate import Projector, simulate
+from cryoiso.physics.simulation import Projector, simulate
 from cryoiso.refine import batches, initial_model
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.iterate import Refinement
@@ -278,7 +279,7 @@ def test_noise_is_refused_in_a_later_round_though_the_auxiliaries_match(refined_
         made = auxiliaries_of(posed, source.truth, 60)
         request = replace(with_references(source, references), folder=tmp_path / str(refused))
         if refused:
-            with pytest.raises(InputError, match="does not match the images"):
+            with raises_code("reference-does-not-match-images", InputError):
                 co_refine(NativeEngine(), request, made, Context())
         else:
             co_refine(NativeEngine(), request, made, Context())
@@ -297,7 +298,7 @@ def test_noise_is_refused_by_a_local_refinement_though_it_matches_at_its_poses(r
         if expected:
             initial_model.initial_model(run, 25.0)
         else:
-            with pytest.raises(InputError, match="does not match the images"):
+            with raises_code("reference-does-not-match-images", InputError):
                 initial_model.initial_model(run, 25.0)
 
 

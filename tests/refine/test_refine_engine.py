@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 from mixed_helper import two_microscopes
 from mpi_helper import run_mpi
 
@@ -22,13 +23,13 @@ from cryoiso.core.types import Particles
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
-from cryoiso.metrics.fsc import fsc, resolution_at
+from cryoiso.metrics.fsc_curve import fsc, resolution_at
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.phantom import phantom_map, pseudo_atoms_to_map, trimer
-from cryoiso.physics.project import FourierVolume
-from cryoiso.physics.simulate import SimulatedSource, simulate
+from cryoiso.physics.projection import FourierVolume
+from cryoiso.physics.simulation import SimulatedSource, simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import batches, iterate, search, search_cache
@@ -156,11 +157,11 @@ def test_two_optics_groups_of_different_pixel_size_and_beam_tilt(tmp_path):
 
 def test_what_does_not_fit_is_refused(trimers, tmp_path):
     small = replace(trimers.truth, data=trimers.truth.data[2:, 2:, 2:])
-    with pytest.raises(InputError, match="box differs"):
+    with raises_code("box-mismatch", InputError):
         NativeEngine().refine(request_for(trimers, tmp_path, reference=small), Context())
     one_half = ArraySource(trimers.read(np.arange(240)), replace(trimers.particles, half=np.ones(240, np.int8)))
     one_half.truth = trimers.truth
-    with pytest.raises(InputError, match="half-set 2 is empty"):
+    with raises_code("half-set-empty", InputError, match="half-set 2 is empty"):
         NativeEngine().refine(request_for(one_half, tmp_path), Context())
     assert list(tmp_path.iterdir()) == []
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from mpi_helper import run_mpi
 
-from cryoiso.metrics.fsc import fsc
+from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import power_spectrum
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.views import Views
 from cryoiso.refine.full_map import end_of, joined, reconstruct_full
 from cryoiso.refine.reconstruct import half_sums, reconstruct_halves

@@ -16,14 +16,14 @@ from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
 from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.ctf import ctf_for
+from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.filters import lowpass, power_spectrum
 from cryoiso.physics.fourier import disc
 from cryoiso.physics.noise import noise_spectrum
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import FourierVolume, project
+from cryoiso.physics.projection import FourierVolume, project
 from cryoiso.physics.resample import resample_map
-from cryoiso.physics.simulate import SimulatedSource, make_particles, simulate
+from cryoiso.physics.simulation import SimulatedSource, make_particles, simulate
 from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import references
@@ -250,6 +250,8 @@ def test_summary_of_samples():
     expected = rotvec_to_matrix(np.radians([[0, 0, 1.0]]))
     assert angular_distance_deg(found.best_rotation.double().numpy(), expected)[0] < 0.01
     np.testing.assert_allclose(found.best_shift_px[0], [0.25, -0.5], atol=1e-6)
+    # views 1 and 3 degrees from it, with weights 3:1
+    assert float(found.spread_deg[0]) == pytest.approx(np.sqrt(0.75 * 1 + 0.25 * 9), abs=0.01)
 
 
 # --- noise and grey scale
@@ -259,7 +261,7 @@ def true_posterior(source, rows: np.ndarray, pixel_A: float = PIXEL_A) -> Poster
     n = len(rows)
     rotation, shift = tensor(source.particles.rotation[rows]), tensor(-source.particles.shift_A[rows] / pixel_A)
     one = torch.ones(n)
-    return Posterior(torch.arange(n), rotation, shift, one, rotation, shift, one, one, one)
+    return Posterior(torch.arange(n), rotation, shift, one, rotation, shift, one, one, one, torch.zeros(n))
 
 
 @pytest.mark.parametrize("kind", ["white", "coloured"])

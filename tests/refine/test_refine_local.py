@@ -36,8 +36,8 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import FourierVolume
-from cryoiso.physics.simulate import simulate as simulate_images
+from cryoiso.physics.projection import FourierVolume
+from cryoiso.physics.simulation import simulate as simulate_images
 from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
 from cryoiso.refine import batches, search
 from cryoiso.refine.batches import BatchReader

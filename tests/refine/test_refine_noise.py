@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from mixed_helper import two_microscopes
 from test_refine_engine import BOX, PIXEL_A, errors_of, in_memory, request_for
 
@@ -16,11 +17,11 @@ from cryoiso.engines.native import NativeEngine
 from cryoiso.io.mrc import read_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.assess.measure import diagnose
-from cryoiso.metrics.fsc import fsc, fsc_corrected
+from cryoiso.metrics.fsc_curve import fsc, fsc_corrected
 from cryoiso.parallel.context import Context
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.refine import noise
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
@@ -153,7 +154,7 @@ def test_maps_of_low_passed_images_claim_nothing_beyond(whole, caplog):
     [
         (np.nan, r"row 8: the image 8@.* has NaN or infinite pixels"),
         (0.0, r"row 8: the image 8@.* is constant"),
-        (1e4, r"row 8: 1 of 160 images hold most of the power of all: 8@.*at most 100 times"),
+        (1e4, r"row 8: 1 of 160 images have most of the total power: 8@.*at most 100 times"),
     ],
 )
 def test_one_bad_image_is_named(whole, factor, words):
@@ -191,7 +192,7 @@ def test_optics_groups_of_other_scales_are_sound(whole):
                         optics=np.repeat([0, 1], 20).astype(np.int32))  # fmt: skip
     noise.require_sound_images(particles, np.stack([power, np.ones(40)], 1))
     power[3] = 1e4  # as strong as the other group's, but not for its own
-    with pytest.raises(InputError, match="images hold most of the power") as caught:
+    with raises_code("image-unusable", InputError) as caught:
         noise.require_sound_images(particles, np.stack([power, np.ones(40)], 1))
     assert caught.value.row == 4
     medians = noise.group_medians(power[:, None], particles.optics, np.arange(40) < 20)

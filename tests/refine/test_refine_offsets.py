@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from test_refine_engine import BOX, PIXEL_A, errors_of, in_memory, request_for
 
 from cryoiso.core.errors import InputError
@@ -20,7 +21,7 @@ from cryoiso.methods.auxiliary.particles import auxiliary_particles, both_halves
 from cryoiso.methods.auxiliary.reference_check import require_evidence
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import Projector, simulate
+from cryoiso.physics.simulation import Projector, simulate
 from cryoiso.refine import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.model import Model
@@ -136,7 +137,7 @@ def test_noise_with_offsets_that_it_was_refined_to_is_still_refused():
     n = len(noise)
     found = run.step(Model(state, references, images, np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))))
     held.particles = replace(held.particles, shift_A=found.shift_A)
-    with pytest.raises(InputError, match="does not match the images"):
+    with raises_code("reference-does-not-match-images", InputError):
         require_evidence(replace(request_for(source, None), source=held), Context())
 
 

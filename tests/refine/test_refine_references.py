@@ -11,7 +11,7 @@ import torch
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.views import Views
 from cryoiso.refine.reconstruct import half_sums, reconstruct_halves, reconstruct_references
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.config import RefineSection
 from cryoiso.core.errors import InputError
 from cryoiso.io import checkpoint
-from cryoiso.refine.schedule import State, advance, agreement_shell, disc_of_shifts, global_grid, search_plan
+from cryoiso.refine.schedule import (
+    SETTLED_STEP_DEG,
+    State,
+    advance,
+    agreement_shell,
+    disc_of_shifts,
+    global_grid,
+    search_plan,
+    with_finer_steps,
+)
 from cryoiso.refine.search import SearchPlan
 
 
@@ -81,6 +92,68 @@ def test_search_plans(radius):
     assert coarse.levels[-1].cell_deg / 2 >= 4.0 / 1.5
 
 
+def last_step(uncertainty_deg: float, radius_px: int = 127, diameter_A: float = 250.0, **settings) -> float:
+    """Of a box of 256 px of 1.2 Å."""
+    state = State(radius_px=radius_px, uncertainty_deg=uncertainty_deg)
+    plan = search_plan(state, RefineSection(**settings), global_grid(1, "C1"), 256, 1.2, diameter_A)
+    return plan.levels[-1].cell_deg / 2
+
+
+def test_the_finest_step_follows_resolution_and_diameter_where_poses_are_certain():
+    """2.4 Å over 250 Å: 0.3 of it is 0.17 degrees, which steps of 15 / 2^n reach at 0.23."""
+    asked = np.degrees(0.3 * 256 * 1.2 / 127 / 250)
+    assert asked < last_step(0.01) <= 1.42 * asked
+    assert last_step(0.01, diameter_A=800.0) < last_step(0.01) and last_step(0.01, radius_px=20) > 0.8
+    for uncertain in (0.6, 3.0, 180.0):
+        assert last_step(uncertain) == last_step(180.0, finest_step_deg=0.5) == pytest.approx(15 / 32)
+    assert last_step(180.0, finest_step_deg=0.1) == last_step(0.01), "a number is taken whatever the posteriors say"
+    assert last_step(0.01, finest_step_deg=2.0) == pytest.approx(15 / 8)
+
+
+@pytest.mark.parametrize("uncertainty", [0.0, 0.3, 2.0, 180.0])
+def test_where_resolution_asks_for_no_finer_step_nothing_changes(uncertainty):
+    for radius in range(3, 24):
+        state = State(radius_px=radius, uncertainty_deg=uncertainty)
+        auto, before = (
+            search_plan(state, RefineSection(**s), global_grid(1, "C1"), 48, 4.5, 150.0)
+            for s in ({}, {"finest_step_deg": 0.5})
+        )
+        assert auto.levels == before.levels
+
+
+@pytest.mark.parametrize("true_deg", [0.02, 0.1, 0.2, 0.4])
+def test_steps_halve_until_the_poses_are_as_uncertain_and_no_further(true_deg):
+    """An iteration cannot tell more than half of its step; a posterior over several cells ends the halving."""
+    state, steps = State(radius_px=127), []
+    for _ in range(8):
+        state = replace(state, radius_px=127)
+        steps.append(last_step(state.uncertainty_deg, diameter_A=2000.0))
+        seen = max(true_deg * np.sqrt(3), steps[-1] / 2)
+        state = advance(state, 120, 0.1, 0.2, 1.0, RefineSection(), 256, 127, seen)
+    assert steps == sorted(steps, reverse=True) and steps[-1] == steps[-2]
+    assert all(a / b < 2.01 for a, b in itertools.pairwise(steps)), "one halving an iteration"
+    asked = np.degrees(0.3 * 256 * 1.2 / 127 / 2000)
+    assert steps[-1] > min(0.5, max(asked, true_deg * np.sqrt(3))) / 1.42
+
+
+def test_it_does_not_converge_while_steps_become_finer():
+    settings = RefineSection(stalled_iterations=1, max_iterations=9)
+    still = State(iteration=4, stalled=1, done=True)
+    assert with_finer_steps(still, 0.469, 0.234, settings) == replace(still, stalled=0, done=False)
+    assert with_finer_steps(still, 0.234, 0.234, settings).done and with_finer_steps(still, 0.234, 0.469, settings).done
+    assert with_finer_steps(still, 0.94, SETTLED_STEP_DEG, settings).done, "coarser steps come with the resolution"
+    assert with_finer_steps(replace(still, iteration=9), 0.469, 0.234, settings).done
+
+
+@pytest.mark.parametrize("value", [0, -1, "nan", "fine", True])
+def test_a_finest_step_is_auto_or_a_positive_number(value):
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError, match="Input should be 'auto' or a finite number above 0"):
+        RefineSection(finest_step_deg=value)
+    assert RefineSection().finest_step_deg == "auto" and RefineSection(finest_step_deg="0.25").finest_step_deg == 0.25
+
+
 def test_shift_range_follows_the_settings_and_the_data():
     grid = global_grid(1, "C1")
 
@@ -132,5 +205,5 @@ def test_checkpoints_of_another_format_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     checkpoint.save(path, ARRAYS, {"iteration": 0})
     monkeypatch.undo()
-    with pytest.raises(InputError, match="a later version wrote this file"):
+    with raises_code("version-mismatch", InputError, match="a later version of the program wrote this file"):
         checkpoint.load(path)

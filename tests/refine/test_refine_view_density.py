@@ -8,8 +8,8 @@ import torch
 
 from cryoiso.core.config import RefineSection
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.project import FourierVolume
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.projection import FourierVolume
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import random_rotations
 from cryoiso.physics.symmetry import point_group
 from cryoiso.physics.views import Views, sample_rotations

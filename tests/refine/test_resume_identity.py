@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from pipeline_helper import StopsAt
 
 from cryoiso.core.config import RefineSection
@@ -22,7 +23,7 @@ from cryoiso.io.sources import ArraySource
 from cryoiso.metrics.pose_error import pose_errors
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.physics.simulate import simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 
@@ -148,7 +149,7 @@ def test_anything_else_is_refused_and_named(images, begun, tmp_path, what):
     folder = copied(begun, tmp_path)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     source = changes.pop("source", images)
-    with pytest.raises(InputError, match="checkpoint is of another refinement") as error:
+    with raises_code("checkpoint-of-another-run", InputError) as error:
         NativeEngine().refine(request_for(source, folder, images.truth, **changes), Context())
     assert words in str(error.value) and "state.npz" in str(error.value)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
@@ -162,7 +163,7 @@ def test_a_checkpoint_that_names_nothing_is_refused(images, begun, tmp_path):
     del values["identity"]
     old = {"meta": np.frombuffer(json.dumps({"format": 1, **values}).encode(), np.uint8), **arrays}
     np.savez(file, **old)
-    with pytest.raises(InputError, match="does not say which particles, reference and settings"):
+    with raises_code("checkpoint-not-continuable", InputError):
         NativeEngine().refine(request_for(images, folder, images.truth), Context())
 
 
@@ -253,7 +254,7 @@ def test_what_unpacks_to_more_and_what_is_of_a_later_version(tmp_path):
     rewritten(file, b'{"format": 1}', zipfile.ZIP_DEFLATED, x=np.zeros(10**6))
     assert checkpoint.load(file)[1]["n"] == 1
     rewritten(file, b'{"format": 3}')
-    with pytest.raises(InputError, match="a later version wrote this file"):
+    with raises_code("version-mismatch", InputError, match="a later version of the program wrote this file"):
         checkpoint.load(file)
     checkpoint.remove(file)
     assert checkpoint.load(file) is None

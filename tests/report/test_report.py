@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
@@ -235,7 +236,7 @@ def test_parts_may_be_absent(run_folder):
 
 
 def test_what_is_no_run_folder_says_so(tmp_path):
-    with pytest.raises(InputError, match="no run in this folder"):
+    with raises_code("run-missing", InputError):
         build(tmp_path)
     (tmp_path / "manifest.json").write_text("{broken")
     with pytest.raises(InputError, match=r"manifest\.json: not a JSON file"):

@@ -119,7 +119,7 @@ def test_pages_have_them_between_truth_and_views(numbers, monkeypatch):
 def test_volume_files(tmp_path):
     from cryoiso.io.mrc import read_map, write_map
     from cryoiso.metrics.anisotropy import phase_cosine
-    from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.metrics.directional_fsc import fsc3d
 
     rng = np.random.default_rng(1)
     halves = [rng.standard_normal((16,) * 3).astype(np.float32) for _ in range(2)]

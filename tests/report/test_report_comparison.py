@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 
 from cryoiso.core.errors import InputError
 from cryoiso.metrics.orientation import ViewGrid
@@ -115,7 +116,7 @@ def test_a_run_of_other_particles_is_refused(runs):
     with pytest.raises(InputError, match=r"not of the same particles \(particles\)"):
         build(new, old)
     (old / "05_diagnose/diagnose.json").unlink()
-    with pytest.raises(InputError, match="no quality numbers"):
+    with raises_code("runs-not-comparable", InputError):
         build(new, old)
 
 

@@ -255,5 +255,5 @@ def test_ranks_that_do_not_see_each_other_make_no_run(job, hide):
     inside = [*apptainer(job.parent, *hide), "cryoiso", "run", str(job), "--out", str(run)]
     done = call([mpirun, "-n", "2", *inside])
     assert done.returncode == EXIT_MISSING, done.stderr
-    assert ("leave out --cleanenv" if hide else "belong to different MPIs") in done.stderr
+    assert ("(--cleanenv of apptainer" if hide else "belong to different MPIs") in done.stderr
     assert not run.exists()

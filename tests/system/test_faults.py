@@ -236,7 +236,7 @@ def test_a_run_folder_that_is_removed(data, tmp_path, quick, expected):
         fails(done, done.returncode, str(folder), "folder")
         assert done.returncode in (EXIT_OTHER, EXIT_INPUT)
     assert not folder.exists(), "nothing of it comes back"
-    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run that could be resumed")
+    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run to resume")
     assert cryoiso_here("run", data / "job.toml", "--out", folder).returncode == 0
     assert hash_files(folder) == expected
 
@@ -252,7 +252,7 @@ def test_a_run_that_was_killed_before_it_had_begun_can_be_started_again(data, tm
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert (folder / "manifest.json").exists() and not (folder / "resolved.toml").exists()
-    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run that could be resumed")
+    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run to resume")
     assert cryoiso_here("run", data / "job.toml", "--out", folder).returncode == 0
     assert hash_files(folder) == expected
 
@@ -269,7 +269,7 @@ def test_two_runs_start_in_one_folder_at_once(data, tmp_path, quick, expected):
             torch.set_num_threads(1)
             time.sleep(max(0, go - time.monotonic()))
             done = cryoiso_here("run", data / "job.toml", "--out", tmp_path / "run")
-            refused = "another run works in" in done.stderr or "holds a run already" in done.stderr
+            refused = "[run-locked]" in done.stderr or "[run-exists]" in done.stderr
             os._exit(done.returncode if done.returncode == 0 or refused else 99)
         pids.append(pid)
     statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
@@ -284,14 +284,14 @@ def _stopped(data: Path, folder: Path, stage: str, job: Path | None = None) -> N
     """A run that was stopped by a signal at the start of a stage."""
     real = run.do_stage
 
-    def stop_there(work, found, key):
+    def stop_there(context, inputs, found, key, *, resume):
         if found.name == stage:
             os.kill(os.getpid(), signal.SIGTERM)
-            if work.comm.stop_requested():
+            if context.comm.stop_requested():
                 from cryoiso.core.errors import Interrupted
 
                 raise Interrupted("stopped")
-        return real(work, found, key)
+        return real(context, inputs, found, key, resume=resume)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "do_stage", stop_there)

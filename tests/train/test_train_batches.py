@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from errors_helper import raises_code
 from train_helper import source_of
 
 from cryoiso.core.errors import InputError
@@ -167,11 +168,11 @@ def test_a_set_smaller_than_a_batch():
 
 
 def test_bad_requests():
-    with pytest.raises(InputError, match="no particles"):
+    with raises_code("particles-too-few", InputError, match="no particles"):
         Batches(CountingSource(5), np.empty(0, int), 2, 1)
-    with pytest.raises(InputError, match="an image for each rank"):
+    with raises_code("particles-too-few", InputError, match="at least one image per rank"):
         Batches(CountingSource(5), np.arange(5), 2, 1, index=0, size=3)
-    with pytest.raises(InputError, match="at least one image"):
+    with raises_code("option-out-of-range", InputError, match="at least one image"):
         Batches(CountingSource(5), np.arange(5), 0, 1)
 
 
@@ -202,7 +203,7 @@ def test_leaving_early_ends_the_thread_and_wastes_little():
 def test_errors_of_the_thread_are_raised_where_the_batch_is_wanted():
     def prepare(step: int):
         if step == 2:
-            raise InputError("no such image", file="a.mrcs", row=7)
+            raise InputError("no such image", file="a.mrcs", row=7, code="stack-too-short")
         return step
 
     with Prefetcher(prepare, 0, 5, "cpu") as batches:

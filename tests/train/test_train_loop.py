@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from errors_helper import raises_code
 from torch import nn
 from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_arrays, digest
 
@@ -214,7 +215,9 @@ def test_parameters_that_are_not_finite_begin_anew_at_once(tmp_path):
 
 def test_restarts_are_bounded_and_the_end_is_one_sentence(tmp_path):
     task = ToyTask(factor=lambda attempt, step: NAN)
-    with pytest.raises(CryoisoError, match="tried 3 times and failed: loss or gradient were not finite") as caught:
+    with raises_code(
+        "training-diverged", CryoisoError, match="tried 3 times and failed: loss or gradient were not finite"
+    ) as caught:
         run(tmp_path, task)
     assert task.started == [0, 1, 2] and caught.value.exit_code == 1 and "\n" not in str(caught.value)
 
@@ -250,7 +253,7 @@ def test_the_judge_sees_the_records_of_its_attempt_and_restarts(tmp_path):
 
 def test_a_verdict_to_stop_ends_without_another_attempt(tmp_path):
     task = ToyTask(verdict=lambda history: Verdict("stop", "the particles are all the same"))
-    with pytest.raises(CryoisoError, match="tried once and failed: the particles are all the same"):
+    with raises_code("training-diverged", CryoisoError, match="tried once and failed: the particles are all the same"):
         run(tmp_path, task)
     assert task.started == [0]
 
@@ -262,7 +265,7 @@ def test_a_network_that_learns_nothing_is_stopped_by_the_flat_loss(tmp_path):
             return loss * 0 + batch["noise"].square().mean(), terms
 
     task = Deaf()
-    with pytest.raises(CryoisoError, match="failed: the loss is flat"):
+    with raises_code("training-diverged", CryoisoError, match="failed: the loss is flat"):
         run(tmp_path, task, replace(SETTINGS, steps=60, log_every=2))
     assert task.started == [0, 1, 2] and max(task.prepared) < 50
 
@@ -392,7 +395,7 @@ def test_on_a_gpu_it_learns_skips_bad_steps_and_goes_on(tmp_path, compiled):
     end = train(parts, group, settings, tmp_path / "parts", resume=True)
     assert np.allclose([r["bound"] or 0 for r in end.history], bound, rtol=0.05)
     again = Bad(group, factor=lambda attempt, step: NAN)
-    with pytest.raises(CryoisoError, match="tried 2 times"):
+    with raises_code("training-diverged", CryoisoError, match="tried 2 times"):
         train(again, group, replace(settings, max_restarts=1), tmp_path / "never")
 
 

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         hand_over(Path(arguments[1]), arguments[2])
     except CryoisoError as error:
-        sys.stderr.write(f"cryoiso: {error}\n")
+        sys.stderr.write(f"cryoiso: {error.line()}\n")
         return error.exit_code or EXIT_OTHER
     return 0
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.errors import CryoisoError, InputError, code_of
 from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.core.types import HALVES
 from cryoiso.engines.relion.external import Task, read_task, uses_iterations
@@ -77,7 +77,7 @@ def reconstruct_alone(
             return _leave_to_first(meeting, own)
         return _correct_both(meeting, own, step_deg, setting, ranks)
     except BaseException as error:
-        meeting.say("failed", message=str(error) or type(error).__name__)
+        meeting.say("failed", message=str(error) or type(error).__name__, code=code_of(error))
         raise
 
 
@@ -109,7 +109,9 @@ def _leave_to_first(meeting: _Meeting, own: dict[str, np.ndarray]) -> dict[str, 
     maps.unlink()
     meeting.say("gone")
     if not meeting.task.result.exists():
-        raise CryoisoError(f"{meeting.task.result}: half 1 said that it is done, but there is no result")
+        raise CryoisoError(
+            f"{meeting.task.result}: half 1 reported success, but its result is missing", code="relion-callback-failed"
+        )
     return {}
 
 
@@ -154,7 +156,10 @@ class _Meeting:
         if note.get("heard") != self._token:
             return None
         if note["stage"] == "failed":
-            raise CryoisoError(f"the process of the other half failed: {note.get('message', '')}")
+            raise CryoisoError(
+                f"the process of the other half failed: {note.get('message', '')}",
+                code=str(note.get("code") or "relion-callback-failed"),
+            )
         return note if note["stage"] == stage else None
 
     def _until_found(self, look: Callable[[], T | None], stage: str) -> T:
@@ -167,9 +172,12 @@ class _Meeting:
                     "same time, without --sequential_halves_recons, and both must see this folder.", self._other,
                 )  # fmt: skip
             if time.monotonic() > self._until:
-                raise CryoisoError(f"{self._other}: the process of the other half did not say '{stage}' in time")
+                raise CryoisoError(
+                    f"{self._other}: no message '{stage}' from the process of the other half in time",
+                    code="relion-callback-failed",
+                )
             if os.getppid() != self._parent:
-                raise CryoisoError("RELION is gone")
+                raise CryoisoError("RELION has ended", code="relion-callback-failed")
             time.sleep(LOOK_S)
         return found
 
@@ -194,8 +202,8 @@ def _surroundings(task: Task, folder: Path, correction: ReferenceCorrection | No
         initial = _first_references(task, pixel)
     if pixel is None:
         raise InputError(
-            "the pixel size is not known", file=task.star,
-            expected=f"{name.of((name.iteration or 1) - 1, 'half1_model.star')} beside it",
+            "no pixel size found", file=task.star,
+            expected=f"{name.of((name.iteration or 1) - 1, 'half1_model.star')} beside it", code="pixel-size-missing",
         )  # fmt: skip
     setting = Setting(
         correction=correction,

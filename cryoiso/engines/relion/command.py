@@ -12,7 +12,8 @@ from cryoiso.core.commands import split_command
 from cryoiso.core.config import RefineSection, RelionSection
 from cryoiso.core.errors import MissingError, UsageError
 from cryoiso.engines.relion.extra import extra_words
-from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
+from cryoiso.engines.relion.install import Relion
+from cryoiso.parallel.mpi_probe import MPICH, OPEN_MPI
 
 OUTPUT = "run"
 """Root of the output names, in the folder where RELION runs; it is given as ./run, without a folder RELION stops."""
@@ -187,17 +188,24 @@ def launch(section: RelionSection, relion: Relion, exported: tuple[str, ...] = (
         UsageError: an even number of ranks: RELION wants a leader and as many followers for one half as for the other.
     """
     if section.ranks % 2 == 0:
-        raise UsageError(f"relion.ranks: a leader and an even number of followers are needed (found {section.ranks})")
+        raise UsageError(
+            f"relion.ranks: a leader and an even number of followers are needed (found {section.ranks})",
+            code="option-out-of-range",
+        )
     if section.launcher.strip() != "auto":
         words = split_command(section.launcher, "relion.launcher")
         if not any("{ranks}" in word for word in words):
-            raise UsageError("relion.launcher: {ranks} is missing: the number of processes is put in its place")
+            raise UsageError(
+                "relion.launcher: the placeholder {ranks} for the number of processes is missing",
+                code="placeholder-missing",
+            )
         return [*(word.replace("{ranks}", str(section.ranks)) for word in words), relion.program]
     if not relion.mpirun:
         raise MissingError(
             f"no mpirun found that belongs to {relion.family or 'the MPI'} of {relion.program}"
             f"{f' ({relion.library})' if relion.library else ''}. Give the site's launcher in relion.launcher, for "
-            "example 'srun -n {ranks}' or '/opt/openmpi/bin/mpirun -n {ranks}'."
+            "example 'srun -n {ranks}' or '/opt/openmpi/bin/mpirun -n {ranks}'.",
+            code="mpi-launcher-missing",
         )
     words = [relion.mpirun]
     if relion.family == OPEN_MPI:

@@ -50,7 +50,7 @@ class RelionEngine:
 
     name = "relion"
 
-    def refine(self, request: RefineRequest, comm: Communicator) -> RefineResult:
+    def refine(self, request: RefineRequest, comm: Communicator | None = None) -> RefineResult:
         """Runs relion_refine_mpi until it converges or ``max_iterations`` are over (collective).
 
         Writes into ``request.folder``: particles.star, half1.mrc, half2.mrc (unregularised), refine.json, relion/ and,
@@ -64,7 +64,7 @@ class RelionEngine:
             CryoisoError: RELION failed, or the correction did.
             Interrupted: stopped by a signal; RELION is gone.
         """
-        return _Refinement(request, cast(Context, comm)).whole()
+        return _Refinement(request, Context() if comm is None else cast(Context, comm)).whole()
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,9 @@ class _Refinement:
             if step.command is None:
                 return
             if step.state == before:
-                raise CryoisoError(f"RELION ended without a result ({step.state}). See {self.folder / 'run.log'}")
+                raise CryoisoError(
+                    f"RELION ended without a result ({step.state}). See {self.folder / 'run.log'}", code="relion-failed"
+                )
             before = step.state
             on_root(self.comm, _announce, step.command)
             run(self._start(step.command), self.comm, bell)
@@ -189,8 +191,9 @@ class _Refinement:
     def _not_called(self, iteration: int) -> CryoisoError:
         return CryoisoError(
             f"RELION {self.relion.version} ended iteration {iteration} without calling for the correction or "
-            f"regularisation of its references, so they stayed RELION's. See {self.folder / 'run.log'}: does it know "
-            f"--external_reconstruct, and does {VARIABLE} reach all its processes (relion.launcher)?"
+            f"regularisation of its references. See {self.folder / 'run.log'}: RELION must support "
+            f"--external_reconstruct, and {VARIABLE} must reach all its processes (relion.launcher).",
+            code="relion-not-corrected",
         )
 
     def _forget_after(self, iteration: int) -> None:
@@ -322,16 +325,21 @@ def check(request: RefineRequest) -> None:
                 expected=f"{source.box_px} px of {reference.pixel_size_A:g} Å",
                 found=f"{own.box_px} px of {own.pixel_size_A:g} Å",
                 hint="Use 'cryoiso reference' to bring it to the particles' grid.",
+                code="grid-mismatch",
             )
     if request.half_references is not None and set(request.half_references) != set(HALVES):
-        raise InputError("each half-set needs a reference of its own", expected=HALVES)
+        raise InputError("each half-set needs a reference of its own", expected=HALVES, code="arrays-do-not-fit")
     if request.local_deg is not None:
         source.particles.require_poses()
     check_poses(source.particles, source.box_px)
     half = source.particles.half
     for h in HALVES:
         if half is None or not (half == h).any():
-            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+            raise InputError(
+                f"half-set {h} is empty",
+                hint="Both half-sets need particles: check rlnRandomSubset.",
+                code="half-set-empty",
+            )
 
 
 def _release_gpu() -> None:

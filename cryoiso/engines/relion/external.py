@@ -83,22 +83,46 @@ def read_task(star: Path, folder: Path) -> Task:
     """
     path = folder / star
     if not path.name.removesuffix(".star").endswith(SUFFIX):
-        raise InputError("not an external-reconstruct file of RELION", file=path, expected=f"a name in {SUFFIX}.star")
+        raise InputError(
+            "not an external-reconstruct file of RELION",
+            file=path,
+            expected=f"a name in {SUFFIX}.star",
+            code="relion-file-invalid",
+        )
     table = Star.read(path)
     if table.integer(GENERAL, "rlnReferenceDimensionality", 2, 3) != 3:
-        raise InputError("only 3D references can be reconstructed", file=path, found="rlnReferenceDimensionality 2")
+        raise InputError(
+            "only 3D references can be reconstructed",
+            file=path,
+            found="rlnReferenceDimensionality 2",
+            code="relion-file-invalid",
+        )
     files = [folder / table.text(GENERAL, f"rlnExtRecons{what}") for what in PRODUCTS]
     for file in files:
         if os.path.realpath(file.parent) != os.path.realpath(path.parent):  # RELION writes them side by side
-            raise InputError("names a file in another folder", file=path, expected=path.parent, found=file)
+            raise InputError(
+                "names a file in another folder",
+                file=path,
+                expected=path.parent,
+                found=file,
+                code="relion-file-invalid",
+            )
     fudge = table.number(GENERAL, "rlnTau2FudgeFactor")
     box = table.integer(GENERAL, "rlnOriginalImageSize", 2, MOST_PIXELS)
     padding = table.number(GENERAL, "rlnPaddingFactor")
     if not 1 <= padding <= MOST_PADDING:
-        raise InputError("impossible padding", file=path, expected=f"1 to {MOST_PADDING}", found=f"{padding:g}")
+        raise InputError(
+            "impossible padding",
+            file=path,
+            expected=f"1 to {MOST_PADDING}",
+            found=f"{padding:g}",
+            code="relion-file-invalid",
+        )
     tau2 = table.numbers(SPECTRUM, "rlnReferenceTau2") * fudge
     if len(tau2) != box // 2 + 1:
-        raise InputError("wrong number of shells", file=path, expected=box // 2 + 1, found=len(tau2))
+        raise InputError(
+            "wrong number of shells", file=path, expected=box // 2 + 1, found=len(tau2), code="relion-file-invalid"
+        )
     return Task(
         star=path,
         name=parse_name(path),
@@ -149,13 +173,19 @@ def _read_half(path: Path, task: Task, n: int) -> np.ndarray:
     raw, _ = read_raw_map(path)
     side = math.floor(task.padding * task.box_px + 0.5)
     if raw.shape != (side, side, side // 2 + 1):
-        raise InputError("an array of another size", file=path, expected=(side, side, side // 2 + 1), found=raw.shape)
+        raise InputError(
+            "an array of another size",
+            file=path,
+            expected=(side, side, side // 2 + 1),
+            found=raw.shape,
+            code="relion-file-invalid",
+        )
     half = min(n, side - 1 + side % 2) // 2
     k = np.arange(-half, half + 1)
     out = np.zeros((n, n, n // 2 + 1))
     out[np.ix_(k % n, k % n, k[half:])] = raw[np.ix_(k % side, k % side, k[half:])]
     if not np.isfinite(out).all():
-        raise InputError("the array has numbers that are not finite", file=path)
+        raise InputError("the array has numbers that are not finite", file=path, code="relion-file-invalid")
     return out
 
 
@@ -258,7 +288,8 @@ def _to_real_space(task: Task, transform: Tensor, dimensions: int) -> Tensor:
     volume = torch.fft.fftshift(volume)
     start = side // 2 - box // 2
     volume = volume[(slice(start, start + box),) * 3]
-    return volume / (task.padding**3 * (box if dimensions == 2 else 1))
+    scaled: Tensor = volume / (task.padding**3 * (box if dimensions == 2 else 1))
+    return scaled
 
 
 def _without_corners(volume: Tensor, task: Task) -> Tensor:

@@ -77,17 +77,18 @@ def extra_words(extra: str, *, correction: bool) -> list[str]:
     try:
         words = shlex.split(extra)
     except ValueError as error:
-        raise UsageError(f"relion.extra: not a list of arguments: {error}") from None
+        raise UsageError(f"relion.extra: not a list of arguments: {error}", code="command-malformed") from None
     for word in words:
         option = word.partition("=")[0]
         if option in OWN:
             other = f": use {OWN[option]}" if OWN[option] else ""
-            raise UsageError(f"relion.extra: {option} is set by this program{other}")
+            raise UsageError(f"relion.extra: {option} is set by this program{other}", code="relion-option-refused")
         if option in UNFIT:
-            raise UsageError(f"relion.extra: {option} cannot be used: {UNFIT[option]}")
+            raise UsageError(f"relion.extra: {option} cannot be used: {UNFIT[option]}", code="relion-option-refused")
         if correction and option in UNFIT_WITH_CORRECTION:
             raise UsageError(
                 f"relion.extra: {option} cannot be used together with a correction of the references, or with "
-                f"relion.tau2 = uneven: {UNFIT_WITH_CORRECTION[option]}. Remove it, or refine without these."
+                f"relion.tau2 = uneven: {UNFIT_WITH_CORRECTION[option]}. Remove it, or refine without these.",
+                code="relion-option-refused",
             )
     return words

@@ -52,7 +52,7 @@ def parse_name(path: object) -> Name:
     file = Path(str(path))
     match = _STEM.match(re.sub(r"\.(star|mrc)$", "", file.name).removesuffix(SUFFIX))
     if match is None:
-        raise InputError("not a name that RELION gives to its outputs", file=path)
+        raise InputError("not the name of a RELION output file", file=path, code="relion-file-invalid")
     found = match.groupdict()
     root = str(file.with_name(found["root"]))
     number = {key: None if found[key] is None else int(found[key]) for key in ("iteration", "half", "kind")}
@@ -88,6 +88,7 @@ class Star:
             raise InputError(
                 "a value that RELION writes is missing", file=self.path, expected=f"_{name} in data_{block}",
                 found=known if block not in self.blocks else f"no such column in data_{block}",
+                code="relion-file-invalid",
             )  # fmt: skip
         return self.blocks[block].columns[name]
 
@@ -95,7 +96,7 @@ class Star:
         """The first value of a column, that of a list."""
         values = self.column(block, name)
         if not values:
-            raise InputError(f"data_{block} is empty", file=self.path)
+            raise InputError(f"data_{block} is empty", file=self.path, code="relion-file-invalid")
         return values[0]
 
     def number(self, block: str, name: str) -> float:
@@ -111,7 +112,13 @@ class Star:
         value = self.number(block, name)
         if not (low <= value <= high and value == round(value)):
             problem = f"impossible value of _{name}"
-            raise InputError(problem, file=self.path, expected=f"an integer from {low} to {high}", found=f"{value:g}")
+            raise InputError(
+                problem,
+                file=self.path,
+                expected=f"an integer from {low} to {high}",
+                found=f"{value:g}",
+                code="relion-file-invalid",
+            )
         return int(value)
 
     def numbers(self, block: str, name: str) -> np.ndarray:
@@ -124,7 +131,12 @@ class Star:
         try:
             return np.array(values, dtype=str).astype(np.float64)
         except ValueError:
-            raise InputError(f"_{name} has a value that is no number", file=self.path, found=values[:5]) from None
+            raise InputError(
+                f"_{name} has a value that is not a number",
+                file=self.path,
+                found=values[:5],
+                code="relion-file-invalid",
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ class Sampling:
     @property
     def step_deg(self) -> float:
         """Order 3 is 7.5 degrees."""
-        return 60.0 / 2**self.healpix_order
+        return 60.0 / 2.0**self.healpix_order
 
 
 def read_sampling(path: Path) -> Sampling:

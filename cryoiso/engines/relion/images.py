@@ -112,6 +112,7 @@ def usable_originals(source: ImageSource, which: str) -> tuple[np.ndarray, str]:
             raise InputError(
                 f"RELION cannot read the original images: {why or some}",
                 expected="relion.images = 'auto' or 'export'",
+                code="relion-images-unreadable",
             )
         return kept, ""
     if why:
@@ -278,8 +279,9 @@ def rows_of_names(found: list[str], names: list[str], file: object) -> np.ndarra
     rows = np.array([place.get(_key(name), -1) for name in names], np.int64)
     if len(place) != len(found) or len(found) != len(names) or (rows < 0).any():
         raise CryoisoError(
-            f"{file}: RELION did not give back all particles once ({len(names)} were given, {len(found)} came back, "
-            f"{int((rows < 0).sum())} are missing)"
+            f"{file}: RELION did not return each particle exactly once ({len(names)} were given, {len(found)} "
+            f"came back, {int((rows < 0).sum())} are missing)",
+            code="relion-particles-lost",
         )
     return rows
 

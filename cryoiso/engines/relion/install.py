@@ -50,7 +50,8 @@ def find_relion(program: str = "relion_refine_mpi") -> Relion:
     if path is None:
         raise MissingError(
             f"{program} is not on the PATH. Load RELION's module, or name the program with its path (relion.program); "
-            "'cryoiso doctor' shows what is found."
+            "'cryoiso doctor' shows what is found.",
+            code="program-missing",
         )
     libraries = _ask(["ldd", path])
     family, library = _mpi_of(libraries)

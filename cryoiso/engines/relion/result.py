@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.protocols import RefineRequest, RefineResult
+from cryoiso.core.records import IterationRecord, RefineRecord
 from cryoiso.core.types import HALVES, Particles
 from cryoiso.engines.relion.files import complete_iterations, read_model, read_optimiser, read_sampling
 from cryoiso.engines.relion.images import rows_of_names
@@ -65,7 +67,7 @@ class Found:
     shift_A: np.ndarray
     columns: dict[str, np.ndarray]
     half_maps: dict[int, Path]
-    iterations: list[dict[str, Any]]
+    iterations: list[IterationRecord]
     resolution_A: float
 
     def of(self, particles: Particles) -> RefineResult:
@@ -90,13 +92,13 @@ def publish(request: RefineRequest, ledger: Ledger, names: list[str], program: d
     particles = request.source.particles.with_poses(rotation, shift_A).with_results(**columns)
     ledger.note_iterations(max(complete_iterations(root, len(names)), default=0))
     records = ledger.records()
-    maps = {half: request.folder / f"half{half}.mrc" for half in HALVES}
+    maps = {half: request.folder / products.half_map(half) for half in HALVES}
     pixel = request.reference.pixel_size_A
     for half, path in maps.items():
         write_map(path, read_map(files[f"half{half}"], pixel).data, pixel)
-    write_particles(request.folder / "particles.star", particles)
+    write_particles(request.folder / products.PARTICLES, particles)
     resolution = read_model(files["model"])["resolution_A"]
-    summary: dict[str, Any] = {
+    summary: RefineRecord = {
         "engine": "relion",
         "relion": program,
         "symmetry": request.symmetry,
@@ -106,10 +108,10 @@ def publish(request: RefineRequest, ledger: Ledger, names: list[str], program: d
         "iterations": records,
     }
     if request.local_deg is not None:
-        summary |= {"local_deg": request.local_deg, "moved": _moved(request, particles)}
+        summary["local_deg"], summary["moved"] = request.local_deg, _moved(request, particles)
     if request.correction is not None:
         summary["correction"] = request.correction.facts()
-    write_text(request.folder / "refine.json", json.dumps(summary, indent=1) + "\n")
+    write_text(request.folder / products.facts("refine"), json.dumps(summary, indent=1) + "\n")
     _tidy_up(root, records[-1]["iteration"] if records else 0)
     return Found(rotation, shift_A, columns, maps, records, resolution)
 
@@ -122,7 +124,7 @@ def _refined(
     table = Columns(found.table, data)
     rows = rows_of_names(table.text("rlnImageName"), names, data)
     if found.half is None or (found.half[rows] != particles.half).any():
-        raise CryoisoError(f"{data}: RELION did not keep the half-sets that it was given")
+        raise CryoisoError(f"{data}: RELION changed the half-sets", code="relion-particles-lost")
     rotation, shift_A = found.require_poses(data)
     columns = {name: table.number(name)[rows] for name in COLUMNS if table.has(name)}
     columns |= {name: columns[name].astype(np.int64) for name in WHOLE if name in columns}
@@ -140,7 +142,7 @@ class Ledger:
         """
         self.root, self._first = root, first
         self._file = root.parent / "records.json"
-        self._records: dict[int, dict[str, Any]] = {}
+        self._records: dict[int, IterationRecord] = {}
         if self._file.exists():
             found = json.loads(self._file.read_text(encoding="utf-8"))
             self._records = {int(iteration): record for iteration, record in found.items()}
@@ -150,10 +152,10 @@ class Ledger:
         self._records[iteration] = {"iteration": iteration, "correction": facts}
         self._save()
 
-    def note_iterations(self, last: int) -> dict[str, Any] | None:
+    def note_iterations(self, last: int) -> IterationRecord | None:
         """Adds what RELION's files say of the iterations up to ``last``, as far as they are there; returns the last."""
         for iteration in range(self._first, last + 1):
-            known = self._records.get(iteration, {})
+            known: IterationRecord = self._records.get(iteration, {})
             if "resolution_A" not in known:
                 with suppress(InputError):
                     self._records[iteration] = {**_record(self.root, iteration), **known}
@@ -169,7 +171,7 @@ class Ledger:
         self._records = {k: v for k, v in self._records.items() if k <= iteration}
         self._save()
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[IterationRecord]:
         """Of the iterations that RELION finished, in their order."""
         return [record for _, record in sorted(self._records.items()) if "resolution_A" in record]
 
@@ -178,7 +180,7 @@ class Ledger:
         write_text(self._file, text + "\n")
 
 
-def _record(root: Path, iteration: int) -> dict[str, Any]:
+def _record(root: Path, iteration: int) -> IterationRecord:
     stem = f"{root}_it{iteration:03d}"
     model, optimiser = read_model(Path(f"{stem}_half1_model.star")), read_optimiser(Path(f"{stem}_optimiser.star"))
     return {

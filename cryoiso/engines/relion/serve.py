@@ -17,7 +17,7 @@ from cryoiso.engines.relion import external
 from cryoiso.engines.relion.external import Task
 from cryoiso.engines.relion.tau2 import ratio, with_uneven_tau2
 from cryoiso.io.mrc import write_map
-from cryoiso.metrics.fsc import resolution_at
+from cryoiso.metrics.fsc_curve import resolution_at
 from cryoiso.parallel.abort import agree
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
@@ -166,7 +166,8 @@ def corrected(
         if found.shape != state.references[half].shape or not np.isfinite(found).all():
             raise CryoisoError(
                 f"the correction's reference of half {half} in iteration {state.iteration} cannot be used: shape "
-                f"{found.shape}, {int((~np.isfinite(found)).sum())} voxels not finite"
+                f"{found.shape}, {int((~np.isfinite(found)).sum())} voxels not finite",
+                code="correction-unusable",
             )
     return made, dict(facts)
 

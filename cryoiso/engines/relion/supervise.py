@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted
+from cryoiso.core.errors import EXIT_OTHER, CryoisoError, Interrupted, with_code
 from cryoiso.core.log import duration, indented
 from cryoiso.core.progress import board
 from cryoiso.core.types import HALVES
@@ -44,6 +44,8 @@ class Event:
     tasks: dict[int | None, Task] = field(default_factory=dict)
     step_deg: float = 360.0
     message: str = ""
+    code: str = ""
+    """of an error"""
     status: int = 0
 
 
@@ -88,7 +90,7 @@ def run(start: Start, comm: Context, bell: StopBell) -> None:
             if event.kind == "stop":
                 raise Interrupted("stopped by a signal; RELION was ended after its last complete iteration")
             if event.kind == "error":
-                agree(comm, CryoisoError(event.message))
+                agree(comm, CryoisoError(event.message, code=event.code))
             assert start.setting is not None
             with watch.at_work(comm) if watch else nullcontext():
                 facts = serve(event.tasks, event.step_deg, start.setting, comm)
@@ -134,7 +136,7 @@ class _Watch:
         try:
             return self._look(stop)
         except CryoisoError as error:
-            return Event("error", message=str(error))
+            return Event("error", message=str(error), code=error.code)
 
     def _look(self, stop: bool) -> Event | None:
         program = self._program
@@ -153,11 +155,13 @@ class _Watch:
             return Event(
                 "error", message=f"RELION called for half {task.name.half} of iteration {task.name.iteration} and not "
                 f"for the other half within {duration(ONE_HALF_LIMIT_S)}; it was ended. See {program.log}",
+                code="relion-half-not-called",
             )  # fmt: skip
         if self._start.silence_s and program.silent_s() > self._start.silence_s:
             return Event(
                 "error", message=f"RELION has written nothing for {duration(program.silent_s())} and was ended "
                 f"(relion.timeout_min). See {program.log}",
+                code="relion-silent",
             )  # fmt: skip
         return None
 
@@ -196,12 +200,15 @@ class _Watch:
         for call in self._desk.look():
             star = Path(str(call.task.get("star", "")))
             if star.parent.resolve() != self._start.folder.resolve():
-                call.answer(False, f"{star} is not of this run")
+                call.answer(False, f"{star} is not of this run", "relion-callback-failed")
                 continue
             task = read_task(Path(star.name), self._start.folder)
             others = [known for known, _ in self._calls.values() if known.name.iteration != task.name.iteration]
             if task.name.half in self._calls or others:
-                raise CryoisoError(f"RELION called out of turn: {star.name} while {others or 'the same'} is waiting")
+                raise CryoisoError(
+                    f"RELION called out of turn: {star.name} while {others or 'the same'} is waiting",
+                    code="relion-callback-failed",
+                )
             self._first_call = self._first_call if self._calls else time.monotonic()
             task.result.unlink(missing_ok=True)  # whatever is there afterwards was made for this call
             self._calls[task.name.half] = (task, call)
@@ -216,7 +223,8 @@ class _Watch:
             return Event("ended")
         log = self._start.folder / LOG
         said = f": {self._progress.error}" if self._progress.error else ""
-        return Event("error", message=f"RELION {describe_status(status)}{when}{said}. See {log}", status=status)
+        message = f"RELION {describe_status(status)}{when}{said}. See {log}"
+        return Event("error", message=message, code="relion-failed", status=status)
 
     @contextmanager
     def at_work(self, comm: Context) -> Iterator[None]:
@@ -229,8 +237,8 @@ class _Watch:
         def look() -> None:
             while not over.wait(0.5):
                 if self._program is not None and (status := self._program.status()) is not None:
-                    said = self._ended(status, " while its references were corrected").message
-                    sys.stderr.write(f"error: {indented(said)}\n")
+                    event = self._ended(status, " while its references were corrected")
+                    sys.stderr.write(f"error: {indented(with_code(event.message, event.code))}\n")
                     sys.stderr.flush()
                     time.sleep(0.3)  # a launcher that ends the ranks may throw away what it has not passed on yet
                     comm.abort(EXIT_OTHER)
@@ -256,6 +264,6 @@ class _Watch:
         if self._program is not None:
             self._program.stop()
         for _, call in self._calls.values():
-            call.answer(False, "the run was ended")
+            call.answer(False, "the run was ended", "ranks-unreachable")
         if self._desk is not None:
             self._desk.close()

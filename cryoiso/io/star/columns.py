@@ -45,7 +45,7 @@ class Columns:
             InputError: there is no such column.
         """
         if name not in self.frame.columns:
-            raise InputError("a column is missing", file=self.file, expected=f"_{name}")
+            raise InputError("a column is missing", file=self.file, expected=f"_{name}", code="star-column-missing")
         return [str(v) for v in self.frame[name].tolist()]
 
     def number(self, name: str, default: float | None = None, finite: bool = True, ranged: bool = True) -> np.ndarray:
@@ -69,6 +69,7 @@ class Columns:
                 row=int(self.rows[row]),
                 expected="a number",
                 found=text[row][:80],
+                code="value-not-a-number",
             )
         if finite and ranged and name in RANGES:
             check_range(values, RANGES[name], self.file, f"column _{name}{self.where}", rows=self.rows, shown=text)
@@ -117,7 +118,8 @@ def shift_of_table(columns: Columns, pixel_size_A: np.ndarray) -> np.ndarray | N
         return np.stack([columns.number("rlnOriginXAngst"), columns.number("rlnOriginYAngst")], 1)
     if columns.has("rlnOriginX", "rlnOriginY"):
         pixels = np.stack([columns.number("rlnOriginX"), columns.number("rlnOriginY")], 1)
-        return pixels * pixel_size_A[:, None]
+        lengths_A: np.ndarray = pixels * pixel_size_A[:, None]
+        return lengths_A
     return np.zeros((len(columns), 2)) if columns.has("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi") else None
 
 
@@ -134,7 +136,14 @@ def _zernike(text: str, name: str, table: Columns, row: int) -> tuple[float, ...
     values = _floats(inner.split(",") if inner else [])
     what = f"column _{name}{table.where}"
     if not np.isfinite(values).all():
-        raise InputError(f"bad value in {what}", file=table.file, row=row, expected="[a,b,...]", found=text[:80])
+        raise InputError(
+            f"bad value in {what}",
+            file=table.file,
+            row=row,
+            expected="[a,b,...]",
+            found=text[:80],
+            code="value-not-a-number",
+        )
     check_range(values[None], RANGES[name], table.file, what, rows=[row], shown=[text[:80]])
     return tuple(values.tolist())
 
@@ -143,9 +152,14 @@ def optics_of_table(columns: Columns, table: Columns, strict: bool) -> tuple[lis
     """Optics groups of an optics table and each particle's index into them; rows stay where they are."""
     numbers = table.number("rlnOpticsGroup").astype(np.int64)
     if len(numbers) == 0:
-        raise InputError("the table of optics groups is empty", file=columns.file)
+        raise InputError("the table of optics groups is empty", file=columns.file, code="optics-groups-invalid")
     if len(set(numbers.tolist())) != len(numbers):
-        raise InputError("an optics group is defined twice", file=columns.file, found=sorted(numbers.tolist()))
+        raise InputError(
+            "an optics group is defined twice",
+            file=columns.file,
+            found=sorted(numbers.tolist()),
+            code="optics-groups-invalid",
+        )
     names = (
         table.text("rlnOpticsGroupName") if table.has("rlnOpticsGroupName") else [f"opticsGroup{i}" for i in numbers]
     )
@@ -171,6 +185,7 @@ def _groups_of_rows(columns: Columns, numbers: np.ndarray) -> np.ndarray:
             row=int(bad[0]) + 1,
             expected=f"one of {sorted(numbers.tolist())}",
             found=int(wanted[bad[0]]),
+            code="optics-groups-invalid",
         )
     return optics
 
@@ -198,7 +213,7 @@ def _with_flags_of_rows(
                 raise InputError(
                     f"column _{name} differs within optics group {group.number}", file=columns.file,
                     row=int(bad[0]) + 1, expected=f"{int(wanted)}, as {where} has it", found=int(not wanted),
-                    hint="Give the images of each kind an optics group of their own.",
+                    hint="Give the images of each kind an optics group of their own.", code="optics-group-mixed",
                 )  # fmt: skip
             changed: dict[str, Any] = {attribute: wanted}
             groups[k] = replace(group, **changed)
@@ -216,9 +231,10 @@ def _flags(table: Columns, name: str) -> np.ndarray:
     if len(bad):
         raise InputError(
             f"bad value in column _{name}", file=table.file, row=int(bad[0]) + 1, expected="0 or 1",
-            found=table.text(name)[int(bad[0])],
+            found=table.text(name)[int(bad[0])], code="value-not-a-number",
         )  # fmt: skip
-    return values == 1
+    flags: np.ndarray = values == 1
+    return flags
 
 
 _PER_GROUP = (
@@ -315,4 +331,5 @@ def _pixel_sizes(table: Columns, default: float | None, strict: bool) -> np.ndar
         "no pixel size",
         file=table.file,
         expected="_rlnImagePixelSize in the table of optics groups, or _rlnMagnification and _rlnDetectorPixelSize",
+        code="pixel-size-missing",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,10 +53,15 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
             same image twice.
     """
     blocks = read_blocks(path)
-    block = _particle_block(blocks, path)
+    block = particle_block(blocks, path)
     tables = [b for b in blocks if b.name == "optics" and b is not block]
     if len(tables) > 1:
-        raise InputError("two tables data_optics in one file", file=path, expected="one table of optics groups")
+        raise InputError(
+            "two tables data_optics in one file",
+            file=path,
+            expected="one table of optics groups",
+            code="star-malformed",
+        )
     optics = tables[0] if tables else None
     others = [b for b in blocks if b is not block and b is not optics]
     table = block.frame()
@@ -64,7 +70,12 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
     return particles_from_table(table, optics.frame() if optics else None, path, project, require)
 
 
-def _particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
+def particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
+    """The table of particles among the blocks of a STAR file.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
     loops = [b for b in blocks if b.loop and b.name != "optics"]
     for wanted in (
         [b for b in loops if b.name == "particles"],
@@ -75,11 +86,14 @@ def _particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
             raise InputError(
                 f"two tables data_{wanted[0].name} in one file", file=path, expected="one table of particles",
                 found=f"{len(wanted[0])} and {len(wanted[1])} rows", hint="Join them (relion_star_handler --combine).",
+                code="star-malformed",
             )  # fmt: skip
         if wanted:
             return wanted[0]
     found = ", ".join(f"data_{b.name}" for b in blocks[:5])
-    raise InputError("no table of particles", file=path, expected="a loop with _rlnImageName", found=found)
+    raise InputError(
+        "no table of particles", file=path, expected="a loop with _rlnImageName", found=found, code="star-table-missing"
+    )
 
 
 def particles_from_table(
@@ -90,7 +104,7 @@ def particles_from_table(
     columns = Columns(table, path)
     n = len(columns)
     if n == 0:
-        raise InputError("the table of particles is empty", file=path)
+        raise InputError("the table of particles is empty", file=path, code="particles-too-few")
     for what, names in (
         ("image", ("rlnImageName",)),
         ("ctf", ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")),
@@ -98,7 +112,13 @@ def particles_from_table(
     ):
         missing = [name for name in names if what in require and not columns.has(name)]
         if missing:
-            raise InputError("a column is missing", file=path, expected=f"_{missing[0]}", hint=_HINTS[what])
+            raise InputError(
+                "a column is missing",
+                file=path,
+                expected=f"_{missing[0]}",
+                hint=_HINTS[what],
+                code="star-column-missing",
+            )
     stack, index = _images(columns, path, project)
     if optics_table is not None:
         groups, optics = optics_of_table(columns, Columns(optics_table, path, block="optics"), strict)
@@ -163,7 +183,7 @@ def _uids(columns: Columns, path: object, unique: bool) -> np.ndarray:
         stacks, index = parse_image_names(columns.text("rlnImageName"), path)
         names = [f"{i + 1}@{s}" for s, i in zip(stacks, index.tolist())]
         if unique:
-            _no_duplicates(names, "the same image stands in two rows", path, columns.text("rlnImageName"))
+            _no_duplicates(names, "the same image is in two rows", path, columns.text("rlnImageName"))
         elif len(set(names)) < len(names):
             names = _numbered_repeats(names)
     if columns.has("cryoisoUid"):
@@ -171,7 +191,12 @@ def _uids(columns: Columns, path: object, unique: bool) -> np.ndarray:
         for row, value in enumerate(text):
             if not (value.isascii() and value.isdigit()) or len(value) > 20 or int(value) >= 2**64:
                 raise InputError(
-                    "bad cryoisoUid", file=path, row=row + 1, expected="an integer below 2^64", found=value[:40]
+                    "bad cryoisoUid",
+                    file=path,
+                    row=row + 1,
+                    expected="an integer below 2^64",
+                    found=value[:40],
+                    code="value-not-a-number",
                 )
         uid = np.array([int(v) for v in text], np.uint64)
     else:
@@ -190,10 +215,10 @@ def _numbered_repeats(names: list[str]) -> list[str]:
     return out
 
 
-def _no_duplicates(keys: list, problem: str, path: object, shown: list) -> None:
+def _no_duplicates(keys: Sequence[Hashable], problem: str, path: object, shown: Sequence[object]) -> None:
     if len(set(keys)) == len(keys):
         return
-    first: dict = {}
+    first: dict[Hashable, int] = {}
     for row, key in enumerate(keys):
         if key in first:
             raise InputError(
@@ -202,6 +227,7 @@ def _no_duplicates(keys: list, problem: str, path: object, shown: list) -> None:
                 row=row + 1,
                 found=shown[row],
                 hint="Remove the duplicates (and symmetry-expanded copies) first.",
+                code="duplicate-particles",
             )
         first[key] = row
 
@@ -244,6 +270,7 @@ def check_groups(
                 f"the images of optics group {group.number} are too small to hold a particle", file=path,
                 expected=f"at least {LEAST_FIELD_A:g} Å across",
                 found=f"{group.box_px} px of {pixel:g} Å = {width:.3g} Å", hint="Is the pixel size in nm?",
+                code="pixel-size-invalid",
             )  # fmt: skip
         if 0 < width < SMALL_FIELD_A:
             logger.warning("%s: the images of optics group %d are only %.3g Å across; is the pixel size (%g Å) right?",

@@ -109,27 +109,35 @@ def _outline(path: object) -> list[_Outline]:
                 else:
                     raise _out_of_place(found, number, text, path)
     except FileNotFoundError:
-        raise InputError("no such file", file=path) from None
+        raise InputError("no such file", file=path, code="file-not-found") from None
     except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", file=path) from None
+        raise InputError(f"cannot be read: {error.strerror}", file=path, code="file-unreadable") from None
     if not found:
-        raise InputError("not a STAR file: it has no data block", file=path)
+        raise InputError("not a STAR file: it has no data block", file=path, code="star-malformed")
     return found
 
 
 def _not_text(number: int, long: bool, path: object) -> InputError:
     what = f"a line of more than {MAX_LINE:,} characters" if long else "a NUL character, which no text file has"
-    return InputError("not a STAR file, or damaged", file=path, found=what, hint=f"See line {number} of the file.")
+    return InputError(
+        "not a STAR file, or damaged",
+        file=path,
+        found=what,
+        hint=f"See line {number} of the file.",
+        code="star-malformed",
+    )
 
 
 def _add_structure(found: list[_Outline], number: int, text: str, path: object) -> None:
     word = text.split()[0]
     if any("\ud800" <= letter <= "\udfff" for letter in word):
         problem = "the name of a column or block is not UTF-8"
-        raise InputError(problem, file=path, hint=f"See line {number} of the file.")
+        raise InputError(problem, file=path, hint=f"See line {number} of the file.", code="star-malformed")
     if word[0] in "dD":
         if len(found) >= MAX_BLOCKS:
-            raise InputError("too many data blocks", file=path, expected=f"at most {MAX_BLOCKS:,}")
+            raise InputError(
+                "too many data blocks", file=path, expected=f"at most {MAX_BLOCKS:,}", code="star-malformed"
+            )
         found.append(_Outline(word[5:]))
         return
     if not found:
@@ -138,17 +146,26 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object) 
     name = word[1:]
     if word[0] != "_":
         if block.loop or block.columns:
-            raise InputError(f"two tables in the block data_{block.name}", file=path, hint=f"See line {number}.")
+            raise InputError(
+                f"two tables in the block data_{block.name}",
+                file=path,
+                hint=f"See line {number}.",
+                code="star-malformed",
+            )
         block.loop = True
     elif block.loop and block.rows:
         hint = f"See line {number}. If it is a row whose first value starts with _, put that value in quotes."
-        raise InputError(f"a column name below the rows of the table data_{block.name}", file=path, hint=hint)
+        raise InputError(
+            f"a column name below the rows of the table data_{block.name}", file=path, hint=hint, code="star-malformed"
+        )
     elif name in block.columns:
-        raise InputError(f"the column _{name} stands twice in the block data_{block.name}", file=path)
+        raise InputError(
+            f"the column _{name} appears twice in the block data_{block.name}", file=path, code="star-malformed"
+        )
     else:
         if len(block.columns) >= MAX_COLUMNS:
             problem = f"too many columns in the block data_{block.name}"
-            raise InputError(problem, file=path, expected=f"at most {MAX_COLUMNS:,}")
+            raise InputError(problem, file=path, expected=f"at most {MAX_COLUMNS:,}", code="star-malformed")
         block.columns.append(name)
         if not block.loop:
             block.rows.append((number, text))
@@ -157,8 +174,16 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object) 
 def _out_of_place(found: list[_Outline], number: int, text: str, path: object) -> InputError:
     shown = repr(text[:40])
     if not found:
-        return InputError("not a STAR file", file=path, expected="a line 'data_...' first", found=shown)
-    return InputError("a value outside any loop", file=path, found=shown, hint=f"See line {number} of the file.")
+        return InputError(
+            "not a STAR file", file=path, expected="a line 'data_...' first", found=shown, code="star-malformed"
+        )
+    return InputError(
+        "a value outside any loop",
+        file=path,
+        found=shown,
+        hint=f"See line {number} of the file.",
+        code="star-malformed",
+    )
 
 
 def _tables(path: object, names: Iterable[str]) -> dict[str, Any]:
@@ -203,6 +228,7 @@ def _loop_values(outline: _Outline, table: Any, path: object) -> list[list[str]]
                 expected=f"{len(values)} values, one a column",
                 found=len(tokens),
                 hint=f"See line {rows[i][0]} of the file (the first row is on line {rows[0][0]}).",
+                code="star-malformed",
             )
         for column, token in zip(values, tokens):
             column[i] = token
@@ -218,7 +244,13 @@ def _list_values(outline: _Outline, table: Any, path: object) -> list[list[str]]
             tokens = _tokens(text)
             if len(tokens) > 2:
                 hint = f"See line {number} of the file. A value with spaces must stand in quotes."
-                raise InputError(f"_{name} has more than one value", file=path, found=" ".join(tokens[1:]), hint=hint)
+                raise InputError(
+                    f"_{name} has more than one value",
+                    file=path,
+                    found=" ".join(tokens[1:]),
+                    hint=hint,
+                    code="star-malformed",
+                )
             value = tokens[1] if len(tokens) == 2 else ""
         values.append([value])
     return values

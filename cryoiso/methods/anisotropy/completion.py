@@ -73,7 +73,9 @@ class CompletionTask(NetworkTask):
     def rotation(self, turn: int) -> np.ndarray:
         """(3, 3) of a turn, the same on every rank."""
         rng = generator(self.seed, f"rotation of network {self.label}", turn)
-        return random_rotations(rng, 1)[0] if self.settings.rotations == "so3" else axis_rotations()[rng.integers(24)]
+        choices = random_rotations(rng, 1) if self.settings.rotations == "so3" else axis_rotations()[[rng.integers(24)]]
+        rotation: np.ndarray = choices[0]
+        return rotation
 
     def prepare(self, step: int) -> dict[str, Any]:
         """This rank's places of sub-maps, (b, 3) first voxels (z, y, x)."""
@@ -114,7 +116,8 @@ class CompletionTask(NetworkTask):
         assert self.noise is not None
         random = torch.Generator(self.device).manual_seed(stable_hash(f"{self.seed}/{self.label}/{turn}") % 2**63)
         white = torch.randn((self.box,) * 3, generator=random, device=self.device)
-        return torch.fft.rfftn(white, dim=AXES) * self.noise[half]
+        coloured: Tensor = torch.fft.rfftn(white, dim=AXES) * self.noise[half]
+        return coloured
 
     def _padded(self, volume: Tensor) -> Tensor:
         """A box smaller than a sub-map in the middle of one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,17 +13,21 @@ from cryoiso.core.types import DensityMap
 from cryoiso.methods.anisotropy.correction_run import BOTH, Course, Done, Job, network_file
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.parallel.abort import agree
+from cryoiso.parallel.context import Context
 from cryoiso.parallel.ddp import ranks_of_half, training_group
 from cryoiso.parallel.group_stop import side_by_side
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)
 class Corrected:
     """What a correction gives back; maps and facts on every rank."""
 
-    maps: dict[int, np.ndarray]
+    maps: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 on the grey scale of the input. Not for a resolution."""
-    inferred: dict[int, np.ndarray]
+    inferred: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> the part of it that came from the network."""
     network: dict[str, Path]
     """"both", or "1" and "2" -> network file."""
@@ -34,10 +38,10 @@ class Corrected:
 
 def correct_halves(
     halves: dict[int, DensityMap],
-    transfer: np.ndarray,
-    mask: np.ndarray | None,
+    transfer: Float[np.ndarray, "box box box"],
+    mask: Float[np.ndarray, "box box box"] | None,
     settings: Correction,
-    comm: Any,
+    comm: Context | None,
     folder: Path,
     *,
     seed: int = 0,
@@ -56,6 +60,7 @@ def correct_halves(
         transfer: (D, D, D) filter A in [0, 1], centred, Friedel-symmetric.
         mask: (D, D, D) in [0, 1], sub-maps are drawn where it exceeds 0.5; None: the sphere in the box.
         settings: from ``settings.resolve``.
+        comm: the ranks that share the work; None: this process alone.
         folder: exists; for networks and checkpoints.
         seed: of all random numbers.
         resume: go on from checkpoints in ``folder``.
@@ -66,6 +71,7 @@ def correct_halves(
         InputError: maps, filter and mask do not fit together; a network file of another shape.
         Interrupted, CryoisoError: as ``train.loop.train``.
     """
+    comm = comm if comm is not None else Context()
     courses = _courses(settings, tuple(sorted({h for hs in comm.allgather(tuple(halves)) for h in hs})))
     apart = len(courses) == 2 and comm.size > 1
     done: dict[str, Done] = {}
@@ -90,12 +96,14 @@ def correct_halves(
 def _courses(settings: Correction, halves: tuple[int, ...]) -> list[Course]:
     if settings.mode == "single":
         if len(halves) != 1:
-            raise InputError("the mode 'single' takes one map", found=len(halves))
+            raise InputError("the mode 'single' takes one map", found=len(halves), code="option-out-of-range")
         return [Course(BOTH, halves)]
     if settings.mode == "independent":
         return [Course(str(h), (h,)) for h in halves]
     if halves != (1, 2):
-        raise InputError("the mode 'paired' needs both half-maps", expected="1 and 2", found=halves)
+        raise InputError(
+            "the mode 'paired' needs both half-maps", expected="1 and 2", found=halves, code="option-out-of-range"
+        )
     return [Course(BOTH, halves)]
 
 

@@ -86,7 +86,9 @@ class Job:
         box, pixel = next(iter(maps.values())).box_px, next(iter(maps.values())).pixel_size_A
         for half, one in maps.items():
             if one.box_px != box:
-                raise InputError(f"half-map {half} has another box", expected=box, found=one.box_px)
+                raise InputError(
+                    f"half-map {half} has another box", expected=box, found=one.box_px, code="box-mismatch"
+                )
         reach = band(box, pixel, resolution_A)
         file = (warm or {}).get(course.label)
         return cls(

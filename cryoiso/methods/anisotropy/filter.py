@@ -6,11 +6,16 @@ array, are their own.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Real
 
 
 def coordinates(box_px: int) -> np.ndarray:
@@ -21,10 +26,13 @@ def coordinates(box_px: int) -> np.ndarray:
 def radii(box_px: int) -> np.ndarray:
     """(D, D, D) float32 distance from zero frequency."""
     k2 = coordinates(box_px).astype(np.float32) ** 2
-    return np.sqrt(k2[:, None, None] + k2[None, :, None] + k2)
+    radius: np.ndarray = np.sqrt(k2[:, None, None] + k2[None, :, None] + k2)
+    return radius
 
 
-def missing_cone(box_px: int, half_angle_deg: float, axis: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> np.ndarray:
+def missing_cone(
+    box_px: int, half_angle_deg: float, axis: tuple[float, float, float] = (0.0, 0.0, 1.0)
+) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
     """1 where a double cone about an axis leaves something, 0 inside; an edge of one Fourier pixel; 1 at zero.
 
     Args:
@@ -40,8 +48,8 @@ def missing_cone(box_px: int, half_angle_deg: float, axis: tuple[float, float, f
     """
     length = float(np.linalg.norm(axis))
     if not 0 < half_angle_deg < 90 or length == 0:
-        raise InputError("no such missing cone", expected="0 < half angle < 90 degrees and an axis that is not zero",
-                         found=f"{half_angle_deg:g} degrees about {axis}")  # fmt: skip
+        raise InputError("impossible missing cone", expected="0 < half angle < 90 degrees and an axis that is not zero",
+                         found=f"{half_angle_deg:g} degrees about {axis}", code="option-out-of-range")  # fmt: skip
     x, y, z = np.asarray(axis, np.float64) / length
     k = coordinates(box_px)
     radius = radii(box_px)
@@ -51,7 +59,8 @@ def missing_cone(box_px: int, half_angle_deg: float, axis: tuple[float, float, f
     outside_px = across * np.cos(angle) - along * np.sin(angle)  # signed distance from the cone's surface
     cone = np.clip(outside_px + 0.5, 0, 1)
     cone[(box_px // 2,) * 3] = 1.0
-    return cone.astype(np.float32)
+    weights: np.ndarray = cone.astype(np.float32)
+    return weights
 
 
 def checked(transfer: np.ndarray, box_px: int, file: object = None) -> np.ndarray:
@@ -62,17 +71,24 @@ def checked(transfer: np.ndarray, box_px: int, file: object = None) -> np.ndarra
     """
     a = np.asarray(transfer, np.float32)
     if a.shape != (box_px,) * 3:
-        raise InputError("the filter has another box than the map", file=file, expected=(box_px,) * 3, found=a.shape)
+        raise InputError(
+            "the filter has another box than the map",
+            file=file,
+            expected=(box_px,) * 3,
+            found=a.shape,
+            code="box-mismatch",
+        )
     if not np.isfinite(a).all() or a.max() > 1.01 or a.max() <= 0:
-        raise InputError("the filter is no weight of Fourier coefficients", file=file, expected="values from 0 to 1",
-                         found=f"{a.min():g} to {a.max():g}")  # fmt: skip
+        raise InputError("the filter has weights outside 0 to 1", file=file, expected="values from 0 to 1",
+                         found=f"{a.min():g} to {a.max():g}", code="filter-invalid")  # fmt: skip
     mate = friedel_mate(a)
     if float(np.abs(a - mate).mean()) > 0.02:
         raise InputError(
             "the filter is not symmetric about zero frequency", file=file,
-            expected=f"A(-k) = A(k) about voxel {box_px // 2}", hint="Centre it at voxel D//2.",
+            expected=f"A(-k) = A(k) about voxel {box_px // 2}", hint="Centre it at voxel D//2.", code="filter-invalid",
         )  # fmt: skip
-    return np.clip(0.5 * (a + mate), 0, 1)
+    symmetric: np.ndarray = np.clip(0.5 * (a + mate), 0, 1)
+    return symmetric
 
 
 def friedel_mate(a: np.ndarray) -> np.ndarray:
@@ -81,7 +97,7 @@ def friedel_mate(a: np.ndarray) -> np.ndarray:
     return np.roll(mate, 1, (0, 1, 2)) if a.shape[0] % 2 == 0 else mate
 
 
-def on_grid(transfer: np.ndarray, box_px: int) -> np.ndarray:
+def on_grid(transfer: Float[np.ndarray, "box box box"], box_px: int) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
     """The filter at the frequencies of another box of the same pixel size.
 
     Its point-spread function is cut to the new box with a triangular window, which is a convolution of the filter with
@@ -105,7 +121,8 @@ def on_grid(transfer: np.ndarray, box_px: int) -> np.ndarray:
     small = np.zeros((new,) * 3)
     small[np.ix_(*[keep + new // 2] * 3)] = spread[np.ix_(*[keep + box // 2] * 3)]
     out = np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(small)).real)
-    return np.clip(0.5 * (out + friedel_mate(out)), 0, 1).astype(np.float32)
+    symmetric: np.ndarray = np.clip(0.5 * (out + friedel_mate(out)), 0, 1).astype(np.float32)
+    return symmetric
 
 
 def seen_shells(curve: np.ndarray, share: float = 1.0) -> int:
@@ -125,10 +142,11 @@ def seen_shells(curve: np.ndarray, share: float = 1.0) -> int:
     return int(below[0]) if len(below) else len(curve) - 1
 
 
-def nothing_beyond(transfer: np.ndarray, shell: int) -> np.ndarray:
+def nothing_beyond(transfer: Float[np.ndarray, "box box box"], shell: int) -> Float[np.ndarray, "box box box"]:
     """The filter, 1 beyond a shell (an edge of one shell): what lies there stays as it is, nothing is inferred."""
     beyond = np.clip(radii(transfer.shape[0]) - shell, 0, 1)
-    return np.maximum(transfer, beyond).astype(np.float32)
+    filled: np.ndarray = np.maximum(transfer, beyond).astype(np.float32)
+    return filled
 
 
 def half_layout(transfer: np.ndarray) -> Tensor:
@@ -145,9 +163,12 @@ def band(box_px: int, pixel_size_A: float, resolution_A: float | None) -> np.nda
     return (0.5 * (1 + np.cos(np.pi * t))).astype(np.float32)
 
 
-def filtered(data: np.ndarray, transfer: np.ndarray) -> np.ndarray:
+def filtered(
+    data: Real[np.ndarray, "box box box"], transfer: Float[np.ndarray, "box box box"]
+) -> Float[np.ndarray, "box box box"]:
     """The map with its Fourier coefficients multiplied by a centred filter of the same box: (D, D, D) float32."""
     from scipy import fft
 
     half = np.fft.ifftshift(transfer)[..., : data.shape[-1] // 2 + 1]
-    return fft.irfftn(fft.rfftn(np.asarray(data, np.float32)) * half, s=data.shape).astype(np.float32)
+    filtered: np.ndarray = fft.irfftn(fft.rfftn(np.asarray(data, np.float32)) * half, s=data.shape).astype(np.float32)
+    return filtered

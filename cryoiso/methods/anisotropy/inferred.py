@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def measured_share(measured: np.ndarray, inferred: np.ndarray, width_px: float) -> np.ndarray:
+
+def measured_share(
+    measured: Float[np.ndarray, "box box box"], inferred: Float[np.ndarray, "box box box"], width_px: float
+) -> Float[np.ndarray, "box box box"]:
     """Share of the local power that came from data: G*m^2 / (G*m^2 + G*i^2), G a Gaussian.
 
     Args:
@@ -21,7 +28,9 @@ def measured_share(measured: np.ndarray, inferred: np.ndarray, width_px: float) 
     return _share(ours, rest)
 
 
-def measured_share_fourier(measured: np.ndarray, inferred: np.ndarray, width_px: float = 1.0) -> np.ndarray:
+def measured_share_fourier(
+    measured: Float[np.ndarray, "box box box"], inferred: Float[np.ndarray, "box box box"], width_px: float = 1.0
+) -> Float[np.ndarray, "box box box"]:
     """The same for every Fourier coefficient, its power smoothed over neighbours: (D, D, D) float32, centre D//2."""
     from scipy.ndimage import gaussian_filter
 
@@ -35,4 +44,5 @@ def measured_share_fourier(measured: np.ndarray, inferred: np.ndarray, width_px:
 def _share(ours: np.ndarray, rest: np.ndarray) -> np.ndarray:
     total = ours + rest
     some = total > 1e-12 * float(total.max(initial=0.0))
-    return np.divide(ours, total, out=np.ones_like(total), where=some).astype(np.float32)
+    share: np.ndarray = np.divide(ours, total, out=np.ones_like(total), where=some).astype(np.float32)
+    return share

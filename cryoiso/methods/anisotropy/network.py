@@ -61,7 +61,14 @@ def _config(values: Any, path: Path) -> UnetConfig:
     except (TypeError, KeyError, ValueError):
         widths, convolutions = [], 0
     if not (1 <= len(widths) <= 8 and min(widths) >= 1 and 1 <= convolutions <= 16):
-        raise InputError("the shape of the network is damaged", file=path, expected=wanted, found=values, hint=HINT)
+        raise InputError(
+            "the shape of the network is damaged",
+            file=path,
+            expected=wanted,
+            found=values,
+            hint=HINT,
+            code="network-file-damaged",
+        )
     return UnetConfig(tuple(widths), convolutions)
 
 
@@ -73,8 +80,8 @@ def matching_weights(path: Path, config: UnetConfig) -> dict[str, np.ndarray]:
     """
     saved = load(path)
     if saved.config != config:
-        raise InputError("the network to begin with has another shape", file=path,
+        raise InputError("the initial network has another shape", file=path,
                          expected=f"widths {config.widths}, {config.convolutions} convolutions",
                          found=f"widths {saved.config.widths}, {saved.config.convolutions} convolutions",
-                         hint="Use the same preset, or begin without it.")  # fmt: skip
+                         hint="Use the same preset, or start without it.", code="network-mismatch")  # fmt: skip
     return saved.weights

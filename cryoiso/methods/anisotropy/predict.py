@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.partition import owned_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MARGIN = 8
 """A tile is trusted from this part of its edge inwards; beyond the box there is solvent."""
@@ -35,9 +38,9 @@ def window(tile_px: int, margin_px: int) -> np.ndarray:
 
 
 def predict(
-    network: Unet3d, data: np.ndarray, tile_px: int, group: Any, bfloat16: bool,
+    network: Unet3d, data: Float[np.ndarray, "box box box"], tile_px: int, group: Any, bfloat16: bool,
     between: Callable[[], None] = lambda: None,
-) -> np.ndarray:  # fmt: skip
+) -> Float[np.ndarray, "box box box"]:  # fmt: skip
     """f(x) of a whole map.
 
     What the network adds is blended, not its output: a network that changes nothing gives back the same bits.
@@ -74,7 +77,8 @@ def predict(
         total[along] += line[inside]
     change /= total[:, None, None] * total[None, :, None] * total
     summed = group.all_sum(torch.from_numpy(change))
-    return (data + summed.numpy()).astype(np.float32)
+    corrected: np.ndarray = (data + summed.numpy()).astype(np.float32)
+    return corrected
 
 
 def _overlap(corner: tuple[int, ...], tile_px: int, box_px: int) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -95,7 +95,9 @@ def resolve(section: CorrectSection, device: str, epochs: int | None = None) -> 
     published = section.method == "published"
     cube = section.cube_px or preset.cube_px
     if cube % preset.network.multiple:
-        raise UsageError(f"correct.cube_px = {cube}: must be a multiple of {preset.network.multiple}")
+        raise UsageError(
+            f"correct.cube_px = {cube}: must be a multiple of {preset.network.multiple}", code="option-out-of-range"
+        )
     return Correction(
         mode=section.mode,
         method=section.method,

@@ -32,7 +32,8 @@ class Solvent:
 
     def measured(self, volumes: Tensor) -> Tensor:
         """Coefficients A x in the layout of ``rfftn``."""
-        return torch.fft.rfftn(volumes, dim=AXES) * self.transfer
+        coefficients: Tensor = torch.fft.rfftn(volumes, dim=AXES) * self.transfer
+        return coefficients
 
     def joined(self, measured: Tensor, estimate: Tensor) -> Tensor:
         """A x + (B - A) f: the measured part from the data, the rest from an estimate f of the whole map."""
@@ -71,7 +72,8 @@ def on_device(data: np.ndarray, device: str) -> Tensor:
 
 
 def _back(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.fft.irfftn(coefficients, s=tuple(shape[-3:]), dim=AXES)
+    volume: Tensor = torch.fft.irfftn(coefficients, s=tuple(shape[-3:]), dim=AXES)
+    return volume
 
 
 def noise_amplitude(data: np.ndarray, transfer: np.ndarray, width_px: float = 1.5) -> Tensor:

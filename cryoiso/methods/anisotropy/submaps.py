@@ -54,7 +54,9 @@ class GreyScale:
         level = float(np.mean(np.concatenate(outside), dtype=np.float64)) if solvent.any() else float(values.mean())
         spread = float(values.std())
         if not spread > 0:
-            raise InputError("the map is constant inside the mask: there is nothing to correct")
+            raise InputError(
+                "the map is constant inside the mask: there is nothing to correct", code="map-without-density"
+            )
         return cls(level, spread)
 
     def normalised(self, data: np.ndarray) -> np.ndarray:
@@ -73,10 +75,12 @@ def particle_region(mask: np.ndarray | None, box_px: int) -> np.ndarray:
     if mask is None:
         return np.asarray(sphere_mask(box_px, box_px / 2 - 1)) > 0.5
     if mask.shape != (box_px,) * 3:
-        raise InputError("the mask has another box than the map", expected=(box_px,) * 3, found=mask.shape)
+        raise InputError(
+            "the mask has another box than the map", expected=(box_px,) * 3, found=mask.shape, code="box-mismatch"
+        )
     inside = np.asarray(mask) > 0.5
     if not inside.any():
-        raise InputError("the mask is empty: no voxel above 0.5")
+        raise InputError("the mask is empty: no voxel above 0.5", code="mask-empty")
     return inside
 
 

@@ -97,4 +97,6 @@ class CorrectionTask(NetworkTask):
 
     def _filtered(self, cubes: Tensor) -> Tensor:
         axes = (-3, -2, -1)
-        return torch.fft.irfftn(torch.fft.rfftn(cubes, dim=axes) * self.filter, s=cubes.shape[-3:], dim=axes)
+        coefficients = torch.fft.rfftn(cubes, dim=axes) * self.filter
+        filtered: Tensor = torch.fft.irfftn(coefficients, s=cubes.shape[-3:], dim=axes)
+        return filtered

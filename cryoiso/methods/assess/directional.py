@@ -23,7 +23,7 @@ Keys of `sampling` (``estimated``, and ``true`` where known):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,11 +36,14 @@ from cryoiso.metrics.anisotropy import (
     resolved_region,
     sphericity,
 )
+from cryoiso.metrics.directional_fsc import fsc3d_of_transforms
 from cryoiso.metrics.expected import Surrogate, relative_sampling
-from cryoiso.metrics.fsc import fsc, last_filled_shell, shell_correlation, transform, without_shells_beyond
-from cryoiso.metrics.fsc3d import fsc3d_of_transforms
+from cryoiso.metrics.fsc_curve import fsc, last_filled_shell, shell_correlation, transform, without_shells_beyond
 from cryoiso.metrics.mask_effect import mask_effect
 from cryoiso.metrics.sampling import even_rotations, fourier_sampling, view_efficiency
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MAP_POINTS = 1000
 _MOST_PIXELS = 96
@@ -48,15 +51,15 @@ _MOST_PIXELS = 96
 
 
 def directional(
-    half1: np.ndarray,
-    half2: np.ndarray,
-    mask: np.ndarray | None,
+    half1: Float[np.ndarray, "box box box"],
+    half2: Float[np.ndarray, "box box box"],
+    mask: Float[np.ndarray, "box box box"] | None,
     pixel_size_A: float,
-    rotation: np.ndarray | None = None,
+    rotation: Float[np.ndarray, "n 3 3"] | None = None,
     symmetry: str = "C1",
     *,
     seed: int = 0,
-) -> tuple[dict[str, Any], np.ndarray]:
+) -> tuple[dict[str, Any], Float[np.ndarray, "box box box"]]:
     """Agreement of two half-maps by direction.
 
     Args:
@@ -158,7 +161,7 @@ def _slices(volume: np.ndarray, pixel_size_A: float) -> dict[str, Any]:
     return {"last_invA": step * steps / (box_px * pixel_size_A), **planes}
 
 
-def sampling(rotation: np.ndarray, symmetry: str) -> dict[str, Any]:
+def sampling(rotation: Float[np.ndarray, "n 3 3"], symmetry: str) -> dict[str, Any]:
     """How the views of poses sample Fourier space.
 
     Args:

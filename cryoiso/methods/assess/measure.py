@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.core.types import Particles
 from cryoiso.methods.assess import verdict
 from cryoiso.methods.assess.directional import directional, sampling
-from cryoiso.metrics.fsc import fsc_corrected, resolution_at, shell_frequencies
+from cryoiso.metrics.fsc_curve import fsc_corrected, resolution_at, shell_frequencies
 from cryoiso.metrics.half_maps import check_half_maps
 from cryoiso.metrics.mapmodel import Axis, best_slide, compare_maps, correlation, to_frame, truth_mask
 from cryoiso.metrics.orientation import view_distribution
@@ -35,23 +37,26 @@ from cryoiso.parallel import signals
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import density_threshold
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 logger = logging.getLogger("cryoiso")
 ERROR_EDGES_DEG = np.concatenate([[0.0], np.geomspace(0.25, 180, 39)])
 
 
 def diagnose(
-    half1: np.ndarray,
-    half2: np.ndarray,
-    mask: np.ndarray | None,
+    half1: Float[np.ndarray, "box box box"],
+    half2: Float[np.ndarray, "box box box"],
+    mask: Float[np.ndarray, "box box box"] | None,
     pixel_size_A: float,
     particles: Particles | None,
     symmetry: str = "C1",
     *,
     truth_particles: Particles | None = None,
-    truth_map: np.ndarray | None = None,
-    truth_pose_map: np.ndarray | None = None,
+    truth_map: Float[np.ndarray, "box box box"] | None = None,
+    truth_pose_map: Float[np.ndarray, "box box box"] | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> DiagnoseRecord:
     """Measures half-maps and poses, against the truth where it is known.
 
     Args:
@@ -104,7 +109,8 @@ def diagnose(
     result["verdict"] = verdict.judge(result).as_dict()
     if "unmasked" in result["directional"]:
         logger.warning("the mask makes much of the half-maps' agreement; the verdict is on the maps without it")
-    return plain({**result, "notes": notes})
+    record: DiagnoseRecord = plain({**result, "notes": notes})
+    return record
 
 
 LEFT_OUT = 0.3
@@ -144,7 +150,8 @@ def _half_map_curves(
     finest_A = box_px * pixel_size_A / max(last, 1)
 
     def resolution(name: str, threshold: float) -> float:
-        return max(resolution_at(curves[name], threshold, box_px, pixel_size_A), finest_A)
+        reached_A: float = max(resolution_at(curves[name], threshold, box_px, pixel_size_A), finest_A)
+        return reached_A
 
     return {
         "frequency_invA": shell_frequencies(box_px, pixel_size_A),
@@ -240,7 +247,9 @@ def _against_truth(
     return {**numbers, "frame_rotation": best[1], "frame_shift_A": best[2]}
 
 
-def _frames(full: np.ndarray, truth: np.ndarray, pixel_size_A: float, symmetry: str, errors: PoseErrors | None):
+def _frames(
+    full: np.ndarray, truth: np.ndarray, pixel_size_A: float, symmetry: str, errors: PoseErrors | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Candidate frame changes (G, d): an asymmetric map may have moved anywhere, one of Cn along and about its axis."""
     identity, still = np.eye(3), np.zeros(3)
     yield identity, still

@@ -18,6 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cryoiso.core.records import VerdictRecord
+
 Name = Literal["fine", "missing views", "misassigned views", "junk", "inconclusive"]
 
 CFAR_LOW = 0.5
@@ -53,13 +55,15 @@ class Verdict:
     advice: str
     evidence: list[Evidence] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> VerdictRecord:
         """For a JSON file: verdict, sentence, advice, and evidence as a list of name, value, threshold, says."""
         return {
             "verdict": self.verdict,
             "sentence": self.sentence,
             "advice": self.advice,
-            "evidence": [vars(e) for e in self.evidence],
+            "evidence": [
+                {"name": e.name, "value": e.value, "threshold": e.threshold, "says": e.says} for e in self.evidence
+            ],
         }
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from cryoiso.core.rng import shuffle_keys
 from cryoiso.core.types import Particles
 from cryoiso.metrics.orientation import ViewGrid
+from cryoiso.metrics.view_cones import ranks
 from cryoiso.physics.symmetry import in_asymmetric_unit, point_group
 
 
@@ -71,19 +72,13 @@ def _unit_directions(directions: np.ndarray, symmetry: str) -> np.ndarray:
     """Each view's mate in the asymmetric unit (n, 3)."""
     mates = np.einsum("nj,gjk->ngk", directions, point_group(symmetry))
     inside = in_asymmetric_unit(mates.reshape(-1, 3), symmetry).reshape(len(directions), -1)
-    return mates[np.arange(len(directions)), inside.argmax(1)]
+    mate: np.ndarray = mates[np.arange(len(directions)), inside.argmax(1)]
+    return mate
 
 
 def _rank_in_cell(cell: np.ndarray, particles: Particles, seed: int) -> np.ndarray:
     """(n,) place of each particle in its cell and half-set, the most certain pose first, ties by a random key."""
     certainty = particles.results.get("rlnMaxValueProbDistribution")
-    key = np.zeros(len(cell)) if certainty is None else -np.round(np.asarray(certainty, np.float64), 6)
+    quality = np.zeros(len(cell)) if certainty is None else np.round(np.asarray(certainty, np.float64), 6)
     half = particles.half if particles.half is not None else np.zeros(len(cell), np.int8)
-    order = np.lexsort((shuffle_keys(seed, "balanced subset", particles.uid), key, half, cell))
-    first = np.ones(len(cell), bool)
-    same = (cell[order][1:] == cell[order][:-1]) & (half[order][1:] == half[order][:-1])
-    first[1:] = ~same
-    start = np.maximum.accumulate(np.where(first, np.arange(len(cell)), 0))
-    rank = np.empty(len(cell), np.int64)
-    rank[order] = np.arange(len(cell)) - start
-    return rank
+    return ranks(2 * cell + (half == 2), quality, shuffle_keys(seed, "balanced subset", particles.uid))

@@ -12,7 +12,7 @@ from cryoiso.core.rng import shuffle_keys
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.nets.hvae import pose_vector
 from cryoiso.parallel.partition import owned_rows
-from cryoiso.physics.simulate import Projector
+from cryoiso.physics.simulation import Projector
 
 SCALE_PARTICLES = 2048
 SCALE_BLOCK = 64
@@ -100,6 +100,7 @@ def _factors(terms: np.ndarray, optics: np.ndarray, n_groups: int) -> np.ndarray
             expected="images that correlate with the reference's projections",
             found=f"factor {common:.3g}",
             hint="Check the reference, the poses and the sign of the images.",
+            code="reference-does-not-match-images",
         )
     scale = np.full(n_groups, common)
     for group in range(n_groups):

@@ -64,7 +64,7 @@ def co_refine(
     for source in (raw, auxiliary):
         where = np.searchsorted(found, source.particles.uid)
         if (where >= len(found)).any() or (found[where] != source.particles.uid).any():
-            raise CryoisoError(f"the engine '{engine.name}' did not give back all particles")
+            raise CryoisoError(f"the engine '{engine.name}' did not return all particles", code="relion-particles-lost")
         mine = result.particles.take(place[where])
         parts.append(_with_results(source.particles, mine))
     return CoRefined(parts[0], parts[1], result)

@@ -97,7 +97,7 @@ class Generator:
         if not (self.reference.box_px == box_px and same_pixel and bool(self.facts.get("inverted")) == inverted):
             raise InputError(
                 f"the generator was trained on images that differ from those of {data}", file=file,
-                expected=theirs, found=mine, hint="Train a generator on these particles.",
+                expected=theirs, found=mine, hint="Train a generator on these particles.", code="network-mismatch",
             )  # fmt: skip
 
     def condition(self, device: str) -> Condition:
@@ -157,13 +157,13 @@ def _require_whole(arrays: dict[str, np.ndarray], values: dict[str, Any], path: 
     elif noise is not None and not (noise.shape == (len(scale), box // 2 + 1) and bool((noise >= 0).all())):
         wrong = "noise"
     elif not np.isfinite(reference).all() or not np.isfinite(scale).all():
-        wrong = "reference or scale, which have values that are no numbers"
+        wrong = "reference or scale, which have values that are not numbers"
     elif not all(isinstance(number, int | float) and 0 < number < np.inf for number in numbers):
         wrong = "pixel_size_A or likelihood_sd"
     elif not isinstance(values.get("facts"), dict) or "config" not in values:
         wrong = "facts or config"
     if wrong:
-        raise InputError(f"the generator is damaged: {wrong}", file=path, hint=HINT)
+        raise InputError(f"the generator is damaged: {wrong}", file=path, hint=HINT, code="network-file-damaged")
 
 
 def _require_format(values: dict[str, Any], path: Path) -> None:
@@ -174,8 +174,9 @@ def _require_format(values: dict[str, Any], path: Path) -> None:
     found = values.get("network_format", 1)
     if found != NETWORK_FORMAT:
         raise InputError(
-            "the generator was trained by another version, in whose network these weights mean something else",
+            "the generator was trained by another version, whose network is different",
             file=path, expected=f"network format {NETWORK_FORMAT}", found=found, hint="Train the generator again.",
+            code="version-mismatch",
         )  # fmt: skip
 
 
@@ -186,7 +187,9 @@ def _network(config: Any, arrays: dict[str, np.ndarray], path: Path) -> Conditio
         weights = weights_of(arrays)
         require_weights(lambda: ConditionalHvae(made), weights, path)
     except (TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"the shape of the network is damaged: {error}", file=path, hint=HINT) from None
+        raise InputError(
+            f"the shape of the network is damaged: {error}", file=path, hint=HINT, code="network-file-damaged"
+        ) from None
     network = ConditionalHvae(made)
     load_weights(network, weights)
     return network

@@ -10,7 +10,7 @@ from cryoiso.core.types import DensityMap, Particles
 from cryoiso.methods.auxiliary.condition import FEW, SCALE_BLOCK, SCALE_PARTICLES
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.physics.filters import power_spectrum
-from cryoiso.physics.simulate import Projector
+from cryoiso.physics.simulation import Projector
 
 
 def residual_spectra(

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import shuffle_keys, stable_hash
 from cryoiso.core.types import Particles
-from cryoiso.physics.simulate import draw_ctf
+from cryoiso.physics.simulation import draw_ctf
 from cryoiso.physics.symmetry import in_asymmetric_unit, point_group
 from cryoiso.physics.views import Views, sample_rotations, uniforms
 from cryoiso.refine.schedule import first_shift_sd_px
@@ -55,7 +55,9 @@ def auxiliary_particles(
     mine = np.flatnonzero(raw.half == half) if raw.half is not None else np.zeros(0, np.int64)
     if len(mine) == 0 or count < 1:
         expected = f"raw particles of half {half}"
-        raise InputError("no auxiliary particles can be made", expected=expected, found=len(mine))
+        raise InputError(
+            "cannot make auxiliary particles", expected=expected, found=len(mine), code="particles-too-few"
+        )
     base = stable_hash(f"{seed}/auxiliary/round {round_}/half {half}")
     with np.errstate(over="ignore"):
         uid = shuffle_keys(seed, "uid of auxiliary particle", np.arange(count, dtype=np.uint64) + np.uint64(base))
@@ -100,7 +102,7 @@ def require_poolable(raw: Particles, pixel_size_A: float, file: object = None) -
             continue
         raise InputError(
             f"auxiliary particles cannot share optics group {group.number} ({group.name}) with the raw ones: it {why}",
-            file=file, hint="Set auxiliary.noise_group = 'own'.",
+            file=file, hint="Set auxiliary.noise_group = 'own'.", code="particle-sets-differ",
         )  # fmt: skip
 
 
@@ -146,4 +148,5 @@ def _in_unit(rotation: np.ndarray, symmetry: str) -> np.ndarray:
         return rotation
     mates = np.einsum("nij,gjk->ngik", rotation, operations)
     inside = in_asymmetric_unit(mates[:, :, 2].reshape(-1, 3), symmetry).reshape(len(rotation), -1)
-    return mates[np.arange(len(rotation)), inside.argmax(1)]
+    mate: np.ndarray = mates[np.arange(len(rotation)), inside.argmax(1)]
+    return mate

@@ -167,7 +167,8 @@ class NormalEquations:
         """T V = sum_i P_i^T C_i^2 P_i V: (E, E, E)."""
         p, e = 2 * self.size, self.size
         transform = torch.fft.rfftn(volume, s=(p, p, p), dim=(0, 1, 2))
-        return torch.fft.irfftn(transform * self.kernel, s=(p, p, p), dim=(0, 1, 2))[:e, :e, :e]
+        product: Tensor = torch.fft.irfftn(transform * self.kernel, s=(p, p, p), dim=(0, 1, 2))[:e, :e, :e]
+        return product
 
     def smooth(self, volume: Tensor) -> Tensor:
         """L u, which is its own transpose."""
@@ -206,14 +207,16 @@ def toeplitz_weight(sums: FourierSums, size_px: int) -> Tensor:
     kernel = kernel[near % p][:, near % p][:, :, near % p]
     s = torch.sinc(near.double() / p).square().float()
     envelope = (s[:, None, None] * s[None, :, None] * s[None, None, :]).clamp(min=LEAST_ENVELOPE)
-    return torch.fft.rfftn(kernel / envelope, dim=(0, 1, 2)).real
+    transform: Tensor = torch.fft.rfftn(kernel / envelope, dim=(0, 1, 2)).real
+    return transform
 
 
 def _filter(volume: Tensor, factor: Tensor) -> Tensor:
-    return torch.fft.irfftn(torch.fft.rfftn(volume) * factor, s=volume.shape)
+    filtered: Tensor = torch.fft.irfftn(torch.fft.rfftn(volume) * factor, s=volume.shape)
+    return filtered
 
 
-def _lowpass_factor(grid: Grid, lowpass_A: float, device) -> Tensor:
+def _lowpass_factor(grid: Grid, lowpass_A: float, device: torch.device) -> Tensor:
     """(E, E, E//2+1) float32; without a low-pass, everything up to the finest frequency used."""
     radius = radius_grid(grid.size_px, 3, device)
     if not lowpass_A:

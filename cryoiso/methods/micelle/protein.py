@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.masks import density_threshold, soft_mask_from_map, sphere_mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MASK_LOWPASS_A = 10.0
 """The homologue is filtered to this before thresholding: side chains differ between homologues, the fold does not."""
@@ -24,7 +28,7 @@ PROTEIN_DALTON_A3 = 1 / 1.21
 class ProteinMask:
     """A mask and how it came about."""
 
-    data: np.ndarray
+    data: Float[np.ndarray, "box box box"]
     """(D, D, D) float32 in [0, 1]."""
     threshold: float | None
     """On the grey scale of the homologue filtered to MASK_LOWPASS_A; None for a given mask."""
@@ -39,13 +43,13 @@ class ProteinMask:
         }
 
 
-def filtered(homologue: DensityMap) -> np.ndarray:
+def filtered(homologue: DensityMap) -> Float[np.ndarray, "box box box"]:
     """The homologue as it is thresholded: (D, D, D) float32."""
     pixel = homologue.pixel_size_A
     return np.asarray(lowpass(np.asarray(homologue.data, np.float32), pixel, max(MASK_LOWPASS_A, 2 * pixel)))
 
 
-def half_height(volume: np.ndarray) -> float:
+def half_height(volume: Float[np.ndarray, "box box box"]) -> float:
     """The level half-way between the solvent and the mean of what lies above the level.
 
     For a body of even density, however blurred, the surface at half its height encloses its own volume, so this level
@@ -67,7 +71,7 @@ def half_height(volume: np.ndarray) -> float:
     for _ in range(200):
         above = inside[inside > level]
         if not len(above) or not above.mean() > solvent:
-            raise InputError("the homologue holds no density that stands out of its solvent")
+            raise InputError("no density above the solvent in the homologue", code="map-without-density")
         new = 0.5 * (solvent + float(above.mean()))
         if abs(new - level) <= 1e-7 * abs(new - solvent):
             break
@@ -93,7 +97,9 @@ def protein_mask(homologue: DensityMap, threshold: float | None = None, file: ob
             smooth, homologue.pixel_size_A, MASK_LOWPASS_A, level, extend_A=0.0, soft_A=SOFT_EDGE_A
         )  # fmt: skip
     except InputError as error:
-        raise InputError(error.problem, file=file, expected=error.expected, found=error.found) from None
+        raise InputError(
+            error.problem, file=file, expected=error.expected, found=error.found, code=error.code
+        ) from None
     return checked_mask(np.asarray(data, np.float32), homologue.pixel_size_A, level, file)
 
 
@@ -113,5 +119,6 @@ def checked_mask(
             "the protein mask fills the box: no room for a micelle", file=file,
             expected=f"at least {100 * LEAST_OUTSIDE:g} % of the sphere in the box outside the mask",
             found=f"{100 * outside:.1f} %", hint="Give a higher --threshold, or a mask of the protein alone.",
+            code="mask-fills-box",
         )  # fmt: skip
     return ProteinMask(data, threshold, float((data > 0.5).sum()) * pixel_size_A**3)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.batches import BatchReader
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 logger = logging.getLogger("cryoiso")
 FINEST_OF_LOWPASS = 0.5
@@ -54,7 +57,7 @@ class MicelleSettings:
 class HalfMicelle:
     """What one half-set says."""
 
-    micelle: np.ndarray
+    micelle: Float[np.ndarray, "box box box"]
     """(D, D, D) float32 (1 - M) V_M, zero inside the mask."""
     grey_scale: float
     """g: factor on the homologue."""
@@ -92,7 +95,7 @@ def recover_micelle_halves(
     particles: Particles,
     homologue: DensityMap,
     mask: ProteinMask,
-    comm: Context,
+    comm: Context | None,
     settings: MicelleSettings,
     *,
     device: str = "cpu",
@@ -111,6 +114,7 @@ def recover_micelle_halves(
         particles: with poses and half-set numbers.
         homologue: protein, in the frame of the poses, on the images' grid, on any grey scale.
         mask: of the protein, see ``protein.protein_mask``.
+        comm: the ranks that share the work; None: this process alone.
         checkpoint_file: where a stop signal leaves its checkpoint.
         resume: go on from there, if it is there.
         on_iteration: called on the half's root as on_iteration(half, record).
@@ -123,6 +127,7 @@ def recover_micelle_halves(
         InputError: no poses, an empty half-set, a homologue that is not in the images, a checkpoint of another job.
         Interrupted: stopped by a signal before any image of either half was read.
     """
+    comm = comm if comm is not None else Context()
     run = _Run(source, particles, homologue, mask, comm, settings, device, on_iteration)
     found = run.load(checkpoint_file) if resume and checkpoint_file else {}
     if not resume and checkpoint_file:  # else a later resumption would find that of an earlier job
@@ -148,14 +153,28 @@ def recover_micelle_halves(
 class _Run:
     """The parts of :func:`recover_micelle_halves`."""
 
-    def __init__(self, source, particles, homologue, mask, comm, settings, device, on_iteration) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        particles: Particles,
+        homologue: DensityMap,
+        mask: ProteinMask,
+        comm: Context,
+        settings: MicelleSettings,
+        device: str,
+        on_iteration: Callable[[int, dict[str, Any]], None] | None,
+    ) -> None:
         self.comm, self.settings, self.device, self.particles = comm, settings, device, particles
         self.source = source
         self.on_iteration = on_iteration or (lambda half, record: None)
         half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
         for h in HALVES:
             if not (half == h).any():
-                raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+                raise InputError(
+                    f"half-set {h} is empty",
+                    hint="Both half-sets need particles: check rlnRandomSubset.",
+                    code="half-set-empty",
+                )
         pixel = homologue.pixel_size_A
         finest = max(2 * pixel, FINEST_OF_LOWPASS * settings.lowpass_A)
         self.grid = Grid.of(source.box_px, pixel, finest)
@@ -197,6 +216,7 @@ class _Run:
                     expected=f"a grey scale at least {LEAST_SIGNIFICANCE:g} times its error above zero",
                     found=f"{significance:.1f} times in half-set {half}",
                     hint="It must lie in the frame of the poses, with the right hand, protein white in map and images.",
+                    code="homologue-not-in-images",
                 )
             result[half] = made
         return result, error

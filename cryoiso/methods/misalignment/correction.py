@@ -25,7 +25,7 @@ from cryoiso.io.atomic import write_text
 from cryoiso.methods.anisotropy.filter import band
 from cryoiso.methods.misalignment import networks
 from cryoiso.methods.misalignment.steps import fsc_weight, keep_low_resolution, lowpass_at, match_scale, whiten
-from cryoiso.metrics.fsc3d import fsc3d
+from cryoiso.metrics.directional_fsc import fsc3d
 from cryoiso.metrics.half_maps import check_half_maps
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.partition import root_of_half
@@ -97,7 +97,8 @@ class MapCorrection:
         found = fsc3d(
             state.maps[1], state.maps[2], mask, cone_deg=self.correct.cone_deg, max_shell=min(shells, len(mask) // 2)
         )  # fmt: skip
-        return np.clip(found, 0.0, 1.0)
+        clipped: np.ndarray = np.clip(found, 0.0, 1.0)
+        return clipped
 
     def _known(self, state: HalfMaps, transfer: np.ndarray) -> np.ndarray:
         """What the correction need not infer: the measured directions, and all of the low resolution that was kept."""
@@ -110,7 +111,10 @@ class MapCorrection:
         volume = (state.maps if r.source == "maps" else state.references)[half]
         if r.keep_lowres_A:
             if state.initial is None:
-                raise InputError("this engine does not tell its first reference, so its low resolution cannot be kept")
+                raise InputError(
+                    "this engine does not return its first reference, so low resolution cannot be kept",
+                    code="options-conflict",
+                )
             volume = keep_low_resolution(volume, state.initial[half], pixel, r.keep_lowres_A, mask=mask)
         if r.whitening:
             volume = whiten(volume, pixel, r.whitening_from_A, state.resolution_A, mask=mask)

@@ -7,6 +7,8 @@ all work in odd and even boxes.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,11 +24,16 @@ from cryoiso.physics.filters import (
     radial_average,
 )
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 NOTHING = 1e-6
 """Amplitudes below this share of the map's largest count as none."""
 
 
-def shell_amplitude(volume: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def shell_amplitude(
+    volume: Float[np.ndarray, "box box box"], mask: Float[np.ndarray, "box box box"] | None = None
+) -> Float[np.ndarray, " box//2+1"]:
     """Root mean square amplitude of every shell.
 
     Args:
@@ -35,18 +42,20 @@ def shell_amplitude(volume: np.ndarray, mask: np.ndarray | None = None) -> np.nd
     Returns:
         (D//2+1,) float64.
     """
-    return np.sqrt(power_spectrum(volume if mask is None else volume * np.asarray(mask, volume.dtype), dims=3))
+    inside = volume if mask is None else volume * np.asarray(mask, volume.dtype)
+    amplitude: np.ndarray = np.sqrt(power_spectrum(inside, dims=3))
+    return amplitude
 
 
 def keep_low_resolution(
-    volume: np.ndarray,
-    initial: np.ndarray,
+    volume: Float[np.ndarray, "box box box"],
+    initial: Float[np.ndarray, "box box box"],
     pixel_size_A: float,
     resolution_A: float,
     *,
-    mask: np.ndarray | None = None,
+    mask: Float[np.ndarray, "box box box"] | None = None,
     edge_shells: float = 3.0,
-) -> np.ndarray:
+) -> Float[np.ndarray, "box box box"]:
     """The map with its low resolution taken from the initial reference.
 
     F = L s F_initial + (1 - L) F_map, L a raised cosine centred on ``resolution_A``, s the ratio of the two maps'
@@ -71,12 +80,18 @@ def keep_low_resolution(
     matched = np.where(have > NOTHING * have.max(), want / np.maximum(have, 1e-300), 0.0)
     low = lowpass_curve(len(volume), pixel_size_A, resolution_A, edge_shells).numpy()
     change = apply_radial(np.asarray(initial, np.float32), low * matched) - apply_radial(volume, low)
-    return (volume + change).astype(np.float32)
+    changed: np.ndarray = (volume + change).astype(np.float32)
+    return changed
 
 
 def whiten(
-    volume: np.ndarray, pixel_size_A: float, from_A: float, to_A: float, *, mask: np.ndarray | None = None
-) -> np.ndarray:
+    volume: Float[np.ndarray, "box box box"],
+    pixel_size_A: float,
+    from_A: float,
+    to_A: float,
+    *,
+    mask: Float[np.ndarray, "box box box"] | None = None,
+) -> Float[np.ndarray, "box box box"]:
     """The map with a flat spectrum between two resolutions: each shell's amplitude becomes that of ``from_A``'s.
 
     Coarser shells stay; finer ones than ``to_A`` are multiplied by the factor found there. A shell is amplified by
@@ -104,7 +119,9 @@ def whiten(
     return apply_radial(volume, factor).astype(np.float32)
 
 
-def fsc_weight(volume: np.ndarray, fsc: np.ndarray) -> np.ndarray:
+def fsc_weight(
+    volume: Float[np.ndarray, "box box box"], fsc: Float[np.ndarray, " box//2+1"]
+) -> Float[np.ndarray, "box box box"]:
     """Every shell times the half-map FSC, which is the Wiener filter S / (S + N) of a half-map.
 
     Args:
@@ -116,7 +133,9 @@ def fsc_weight(volume: np.ndarray, fsc: np.ndarray) -> np.ndarray:
     return apply_radial(volume, np.clip(np.nan_to_num(fsc), 0.0, 1.0)).astype(np.float32)
 
 
-def lowpass_at(volume: np.ndarray, pixel_size_A: float, resolution_A: float) -> np.ndarray:
+def lowpass_at(
+    volume: Float[np.ndarray, "box box box"], pixel_size_A: float, resolution_A: float
+) -> Float[np.ndarray, "box box box"]:
     """``physics.filters.lowpass`` of a (D, D, D) map; nothing is done where Nyquist comes first."""
     if resolution_A <= 2 * pixel_size_A:
         return volume.astype(np.float32)
@@ -124,14 +143,14 @@ def lowpass_at(volume: np.ndarray, pixel_size_A: float, resolution_A: float) -> 
 
 
 def match_scale(
-    corrected: np.ndarray,
-    original: np.ndarray,
-    transfer: np.ndarray | None = None,
+    corrected: Float[np.ndarray, "box box box"],
+    original: Float[np.ndarray, "box box box"],
+    transfer: Float[np.ndarray, "box box box"] | None = None,
     *,
-    mask: np.ndarray | None = None,
+    mask: Float[np.ndarray, "box box box"] | None = None,
     by_shell: bool = True,
     last_shell: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float[np.ndarray, "box box box"], Float[np.ndarray, " box//2+1"]]:
     """A corrected map on the grey scale of the one that it was made from, as an engine's likelihood needs it.
 
     f becomes g f, shell by shell the least-squares fit to the original x0 where directions were measured:
@@ -171,9 +190,12 @@ def match_scale(
 
 
 def _transform(volume: np.ndarray) -> Tensor:
-    return torch.fft.rfftn(torch.from_numpy(np.ascontiguousarray(volume, np.float64)))
+    transform: Tensor = torch.fft.rfftn(torch.from_numpy(np.ascontiguousarray(volume, np.float64)))
+    return transform
 
 
 def _same_shape(one: np.ndarray, other: np.ndarray) -> None:
     if np.shape(one) != np.shape(other):
-        raise InputError("the maps lie on different grids", expected=np.shape(one), found=np.shape(other))
+        raise InputError(
+            "the maps lie on different grids", expected=np.shape(one), found=np.shape(other), code="arrays-do-not-fit"
+        )

@@ -56,11 +56,15 @@ def fill_site(file: Path, facts: dict[str, Any], relion: dict[str, Any]) -> str:
     jinja, older = bool(_JINJA.search(text)), bool(_RELION.search(text))
     if jinja and older:
         raise InputError("the template has placeholders of two kinds, {{ word }} and XXXwordXXX", file=file,
-                         hint="Use one kind.")  # fmt: skip
+                         hint="Use one kind.", code="template-invalid")  # fmt: skip
     starts = words_of(text) & _RUNS or _OWN_START in text if jinja else "XXXcommandXXX" in text
     if not starts:
-        raise InputError("the template does not say where cryoiso is to be started", file=file,
-                         expected="XXXcommandXXX" if older else "{{ run_cmd }} or XXXcommandXXX")  # fmt: skip
+        raise InputError(
+            "the template has no placeholder for the cryoiso command",
+            file=file,
+            expected="XXXcommandXXX" if older else "{{ run_cmd }} or XXXcommandXXX",
+            code="placeholder-missing",
+        )
     return _jinja(text, facts, file) if jinja else _relion(text, relion, file)
 
 
@@ -74,7 +78,7 @@ def read_template(file: Path) -> str:
         return read_regular_text(file)
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"the template cannot be read: {why}", file=file) from None
+        raise InputError(f"the template cannot be read: {why}", file=file, code="file-unreadable") from None
 
 
 def words_of(text: str) -> set[str]:
@@ -107,7 +111,9 @@ def _jinja(text: str, facts: dict[str, Any], file: Path, tidy: bool = False) -> 
             raise
         missing = f"{error} is not there" if isinstance(error, TemplateNotFound) else str(error)
         line = getattr(error, "lineno", None) or _line_of(error)
-        raise InputError(f"the template cannot be filled: {missing}", file=file, row=line) from None
+        raise InputError(
+            f"the template cannot be filled: {missing}", file=file, row=line, code="template-invalid"
+        ) from None
 
 
 def _word(value: object) -> str:
@@ -135,7 +141,7 @@ def _line_of(error: BaseException) -> int | None:
 def _undefined(message: str, file: Path, line: int | None, facts: dict[str, Any]) -> InputError:
     name = re.match(r"'(\w+)' is undefined", message)
     if name is None:
-        return InputError(message, file=file, row=line)
+        return InputError(message, file=file, row=line, code="template-invalid")
     return _unknown(name[1], "{{ " + name[1] + " }}", file, line, sorted(facts))
 
 
@@ -145,6 +151,7 @@ def _unknown(name: str, shown: str, file: Path, line: int | None, known: list[st
     return InputError(
         f"unknown placeholder {shown}", file=file, row=line,
         hint=f"{guess}Known are {', '.join(known)}; give others a value with --set {name}=VALUE or launch.variables.",
+        code="placeholder-unknown",
     )  # fmt: skip
 
 
@@ -158,6 +165,12 @@ def _relion(text: str, words: dict[str, Any], file: Path) -> str:
             if name not in words:
                 raise _unknown(name, f"XXX{name}XXX", file, number, sorted(words))
             if words[name] is None:
-                raise InputError(f"XXX{name}XXX has no value", file=file, row=number, hint=f"Set launch.{name}.")
+                raise InputError(
+                    f"XXX{name}XXX has no value",
+                    file=file,
+                    row=number,
+                    hint=f"Set launch.{name}.",
+                    code="placeholder-missing",
+                )
         filled.append(_RELION.sub(lambda found: str(words[found[1]]), line))
     return "".join(filled)

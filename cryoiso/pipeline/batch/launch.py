@@ -10,10 +10,12 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.commands import split_command
 from cryoiso.core.config import Job, LaunchSection, parse_job
 from cryoiso.core.errors import InputError, UsageError
@@ -44,8 +46,11 @@ class Script:
     """how its ranks are started, for people"""
 
 
-def read_launch(job_file: Path, given: dict[str, Any]) -> Job:
+def read_launch(job_file: Path, given: dict[str, Any], options: Mapping[str, str] | None = None) -> Job:
     """A job file with absolute paths, its section ``launch`` amended by ``given``.
+
+    Args:
+        options: SECTION.KEY -> name of the option behind a value of ``given``, for messages.
 
     Raises:
         UsageError: a bad job file, or a bad value in ``given``.
@@ -54,7 +59,7 @@ def read_launch(job_file: Path, given: dict[str, Any]) -> Job:
     facts = job.model_dump()
     variables = {**facts["launch"]["variables"], **given.get("variables", {})}
     facts["launch"].update(given, variables=variables)
-    return parse_job(facts, "options")
+    return parse_job(facts, "options", options)
 
 
 def write_scripts(scripts: list[Script], overwrite: bool) -> None:
@@ -65,7 +70,9 @@ def write_scripts(scripts: list[Script], overwrite: bool) -> None:
     """
     for script in scripts:
         if script.path.exists() and not overwrite:
-            raise UsageError(f"{script.path} is there already; give --overwrite, or another name with --out")
+            raise UsageError(
+                f"{script.path} already exists; give --overwrite, or another name with --out", code="file-exists"
+            )
     for script in scripts:
         write_text(script.path, script.text)
 
@@ -87,12 +94,12 @@ def scripts_of(job: Job, job_file: Path, run: Path, script: Path, chain: bool = 
     """
     for path in input_files(job):
         if not path.exists():
-            raise InputError("no such file", file=path, hint=f"{job_file} names it.")
+            raise InputError("no such file", file=path, hint=f"{job_file} names it.", code="file-not-found")
     section, job_file, run = job.launch, job_file.absolute(), run.absolute()
     if not chain:
         return [_script(section, job, job_file, run, script.absolute(), "the whole run")]
     if section.scheduler == "mpirun":
-        raise UsageError("--chain needs a batch system: launch.scheduler is mpirun")
+        raise UsageError("--chain needs a batch system: launch.scheduler is mpirun", code="options-conflict")
     last = WITHOUT_GPU[-1]
     first = section.model_copy(
         update={
@@ -124,7 +131,10 @@ def _script(
     words = words_of(text)
     require_plain(template, text, {**relion_words(section, facts), **facts}, set(section.variables))
     if section.nodes > 1 and not words & {"nodes", "mpinodes"}:
-        raise UsageError(f"{template} asks for one node: it has no placeholder for launch.nodes = {section.nodes}")
+        raise UsageError(
+            f"{template} asks for one node: it has no placeholder for launch.nodes = {section.nodes}",
+            code="placeholder-missing",
+        )
     return Script(path, fill_site(template, facts, relion_words(section, facts)), what, facts["start"])
 
 
@@ -133,7 +143,10 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     per_node = section.ranks_per_node or section.gpus or 4
     ranks, seconds = section.nodes * per_node, seconds_of(section.time)
     if section.grace_s >= seconds:
-        raise UsageError(f"launch.grace_s = {section.grace_s}: the wall-time is {seconds} s, so nothing would be done")
+        raise UsageError(
+            f"launch.grace_s = {section.grace_s}: no time for work is left of the wall time, {seconds} s",
+            code="option-out-of-range",
+        )
     for key in ("account", "queue", "gpu_type"):
         require_name(f"launch.{key}", getattr(section, key))
     start = how_to_start(section, ranks, per_node)
@@ -142,8 +155,8 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     own_bin = "" if section.image or section.program else str(Path(sys.prefix) / "bin")
     facts = {
         "name": _name(section, job_file), "job": str(job_file), "run": str(run), "script": str(script),
-        "folder": str(run.parent), "log": str(run), "journal": str(run / "journal.jsonl"),
-        "lock": str(run / "lock.json"),
+        "folder": str(run.parent), "log": str(run), "journal": str(run / products.JOURNAL),
+        "lock": str(run / products.LOCK),
         "nodes": section.nodes, "ranks": ranks, "ranks_per_node": per_node, "cpus_per_rank": section.cpus_per_rank,
         "cpus_per_node": per_node * section.cpus_per_rank, "cpus_total": ranks * section.cpus_per_rank,
         "gpus": section.gpus, "gpu_type": section.gpu_type,
@@ -202,7 +215,9 @@ def seconds_of(text: str, what: str = "launch.time") -> int:
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text.strip())
     if found is None or not any(map(int, filter(None, found.groups()))):
-        raise UsageError(f"{what}: a wall-time as HH:MM:SS or D-HH:MM:SS is expected (found '{text}')")
+        raise UsageError(
+            f"{what}: a wall-time as HH:MM:SS or D-HH:MM:SS is expected (found '{text}')", code="option-malformed"
+        )
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 

@@ -39,7 +39,10 @@ def how_to_start(section: LaunchSection, ranks: int, ranks_per_node: int) -> Sta
         MissingError: it is to be found out from the MPI library, and there is none.
     """
     if section.mpi not in ("auto", "mpirun") and section.scheduler != "slurm":
-        raise UsageError(f"launch.mpi = '{section.mpi}' is an --mpi of Slurm's srun; with {section.scheduler}: mpirun")
+        raise UsageError(
+            f"launch.mpi = '{section.mpi}' is an --mpi of Slurm's srun; with {section.scheduler}: mpirun",
+            code="options-conflict",
+        )
     if ranks == 1 and (section.mpi == "mpirun" or section.scheduler != "slurm"):
         return Start((), "", "one rank, no launcher")
     library = _library(section)
@@ -64,7 +67,8 @@ def _library(section: LaunchSection) -> str:
     if found.get("error") and asked:
         raise MissingError(
             f"no MPI library could be loaded here, so it is not known how ranks are started ({found['error']}). Load "
-            "the modules that the job will load, or set launch.mpi (--mpi) to mpirun, pmix or pmi2."
+            "the modules that the job will load, or set launch.mpi (--mpi) to mpirun, pmix or pmi2.",
+            code="mpi-missing",
         )
     return " ".join(str(found.get("library", "")).replace("Version:", "").split())
 

@@ -36,9 +36,10 @@ def require_one_line(facts: dict[str, Any]) -> None:
 def _require_printable(key: str, text: str, allowed: str) -> None:
     if any((ord(letter) < 32 or 127 <= ord(letter) < 160) and letter not in allowed for letter in text):
         raise UsageError(
-            f"launch: '{key}' has a line break or another control character, which must not come into a batch script "
+            f"launch: '{key}' has a line break or another control character, which is not allowed in a batch script "
             f"(found {text!r:.120}). It comes from the setting of this name, or from the path of the run, the job file "
-            "or the script."
+            "or the script.",
+            code="unsafe-for-batch-script",
         )
 
 
@@ -58,7 +59,10 @@ def require_name(key: str, value: str) -> None:
     """
     if not _NAME.fullmatch(value):
         letters = "letters, digits and . , : @ + = / % - _"
-        raise UsageError(f"{key}: not a name that a batch system takes (expected {letters}, found {value!r:.120})")
+        raise UsageError(
+            f"{key}: not a valid name for a batch system (expected {letters}, found {value!r:.120})",
+            code="unsafe-for-batch-script",
+        )
 
 
 def require_plain(template: Path, text: str, facts: dict[str, Any], own: set[str]) -> None:
@@ -77,6 +81,7 @@ def require_plain(template: Path, text: str, facts: dict[str, Any], own: set[str
         for value in _texts(facts[key]):
             if found := sorted(set(value) & set(_ACTIVE)):
                 raise InputError(
-                    f"'{key}' would put {' '.join(found)} into the script, which a shell acts upon", file=template,
-                    found=value, hint=f"Use another name, or {{{{ {key}|sh }}}} in the template.",
+                    f"'{key}' would put {' '.join(found)} into the script, where the shell would interpret it",
+                    file=template, found=value, hint=f"Use another name, or {{{{ {key}|sh }}}} in the template.",
+                    code="unsafe-for-batch-script",
                 )  # fmt: skip

@@ -26,7 +26,9 @@ def submit_command(scheduler: str, script: Path, after: str = "") -> list[str]:
     """
     how = _submission(scheduler)
     if how is None:
-        raise UsageError(f"--submit: there is no batch system to submit to; start it with 'bash {script}'")
+        raise UsageError(
+            f"--submit: there is no batch system to submit to; start it with 'bash {script}'", code="options-conflict"
+        )
     wait = [word.format(job=after) for word in how.after] if after else []
     return [*how.command, *wait, *([] if how.script_on_stdin else [str(script)])]
 
@@ -58,7 +60,8 @@ def submit(scheduler: str, scripts: list[Path]) -> list[str]:
         command = submit_command(scheduler, script, jobs[-1] if jobs else "")
         if shutil.which(command[0]) is None:
             raise MissingError(
-                f"'{command[0]}' is not on this machine; submit {script} from a login node, or set launch.scheduler"
+                f"'{command[0]}' is not on this machine; submit {script} from a login node, or set launch.scheduler",
+                code="program-missing",
             )
         jobs.append(_job_id(scheduler, command, script))
     return jobs
@@ -75,10 +78,14 @@ def _job_id(scheduler: str, command: list[str], script: Path) -> str:
             )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise CryoisoError(
-            f"{command[0]} has not answered for {_TIMEOUT_S:.0f} s; look whether {script} is queued"
+            f"no answer from {command[0]} for {_TIMEOUT_S:.0f} s. Check whether {script} is queued",
+            code="submission-failed",
         ) from None
     said = done.stdout.strip()
     number = re.search(how.job_id, said, flags=re.MULTILINE)
     if done.returncode != 0 or number is None:
-        raise CryoisoError(f"{command[0]} did not take {script}: {done.stderr.strip() or said or 'no reason given'}")
+        raise CryoisoError(
+            f"{command[0]} rejected {script}: {done.stderr.strip() or said or 'no reason given'}",
+            code="submission-failed",
+        )
     return number[1]

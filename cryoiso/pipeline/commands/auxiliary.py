@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import AuxiliarySection, Job, ParticlesSection
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.types import HALVES, Particles
@@ -22,13 +23,14 @@ from cryoiso.methods.auxiliary.transfer import measure as measure_transfer
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.refine import FlatFolder
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.stages import ingest
 from cryoiso.pipeline.stages.generate import export, generator_files, load_maker, write_images
 from cryoiso.pipeline.stages.train import train_into
-from cryoiso.pipeline.work import Work
 
 
 def train_files(job: Job, out: Path, comm: Context, *, resume: bool = False) -> None:
@@ -38,23 +40,24 @@ def train_files(job: Job, out: Path, comm: Context, *, resume: bool = False) -> 
         InputError: no poses, or what ``preflight.check_job`` finds.
         Interrupted: stopped by a signal; ``resume`` goes on.
     """
-    work = Work(job, FlatFolder(out.absolute()), comm, resume=resume)
+    run = RunContext(job, FlatFolder(out.absolute()), comm)
+    inputs = Inputs(job, run.folder, comm)
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
 
     def check() -> None:
-        check_job(work)
-        work.particles().require_poses(job.particles.file)
+        check_job(inputs)
+        inputs.particles().require_poses(job.particles.file)
         for name in ("train", "ingest"):
-            work.folder.stage(name).mkdir(parents=True, exist_ok=True)
+            run.folder.stage(name).mkdir(parents=True, exist_ok=True)
 
     on_root(comm, check)
-    if on_root(comm, lambda: work.shards == work.folder.stage("ingest")):
-        ingest.ingest(work)
-    source = work.source()
-    particles = on_root(comm, lambda: bare(work.particles()))
+    if on_root(comm, lambda: inputs.shards == run.folder.stage("ingest")):
+        ingest.ingest(run, inputs, resume=resume)
+    source = inputs.source()
+    particles = on_root(comm, lambda: bare(inputs.particles()))
     source.particles = particles
-    reference = on_root(comm, lambda: work.reference().map)
+    reference = on_root(comm, lambda: inputs.reference().map)
     facts = {"round": 1, "inverted": bool(source.index["inverted"])}
     train_into(
         out, source, particles, {1: reference, 2: reference}, job.auxiliary, comm, job.run.seed, facts, resume=resume
@@ -72,8 +75,8 @@ def find_generators(folder: Path) -> dict[int, Path]:
         if all(path.is_file() for path in files.values()):
             return files
     raise InputError(
-        "no generators here", file=folder, expected="generator1.npz and generator2.npz, or generator.npz",
-        hint="'cryoiso auxiliary train' writes them.",
+        "no generators in this folder", file=folder, expected="generator1.npz and generator2.npz, or generator.npz",
+        hint="'cryoiso auxiliary train' writes them.", code="file-not-found",
     )  # fmt: skip
 
 
@@ -123,7 +126,7 @@ def generate_files(
         "generators": {str(h): path.name for h, path in files.items()},
         "transfer": measure_transfer(ShardSource(out), particles, maker.conditions, comm, seed),
     }
-    on_root(comm, write_json, out / "generate.json", facts)
+    on_root(comm, write_json, out / products.facts("generate"), facts)
     if settings.export:
         on_root(comm, export, ShardSource(out), exported, out, inverted)
     return len(particles)
@@ -148,7 +151,7 @@ def _planned(
     seed: int,
 ) -> Particles:
     if count is not None and count < 2:
-        raise UsageError("--count: each half-set needs one particle at least")
+        raise UsageError("--count: each half-set needs at least one particle", code="option-out-of-range")
     group = raw.first_group
     if settings.noise_group == "raw":
         require_poolable(raw, group.pixel_size_A, section.file)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cryoiso.core.classify_settings import ClassifySection
-from cryoiso.core.config import Job
+from cryoiso.core.config import ClassifySection, Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import ImageSource, RefineRequest
 from cryoiso.core.types import DensityMap, Particles
@@ -41,7 +40,8 @@ def classify_files(
     if references and len(references) != settings.classes:
         raise UsageError(
             f"--ref: one for each class is expected, or none at all (found {len(references)} for {settings.classes} "
-            "classes)"
+            "classes)",
+            code="options-conflict",
         )
     comm.device_preference = job.run.device
     comm.install_signal_handlers()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map
@@ -18,7 +19,7 @@ from cryoiso.pipeline.stages.half_maps import make_mask
 def diagnose_files(
     half1: Path, half2: Path, mask: Path | None, particles: Path | None, symmetry: str,
     truth_particles: Path | None, truth_map: Path | None, *, pixel_size_A: float | None = None, seed: int = 1,
-) -> dict[str, Any]:  # fmt: skip
+) -> DiagnoseRecord:  # fmt: skip
     """The numbers of ``methods.assess.measure`` from files.
 
     Raises:
@@ -67,7 +68,7 @@ def write_volume(
     """
     from cryoiso.io.mrc import write_map
     from cryoiso.metrics.anisotropy import phase_cosine
-    from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.metrics.directional_fsc import fsc3d
     from cryoiso.pipeline.inputs.grids import read_mask
     from cryoiso.pipeline.inputs.map_pairs import read_half_maps
     from cryoiso.pipeline.stages.half_maps import make_mask

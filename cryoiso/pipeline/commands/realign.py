@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_json
@@ -17,11 +18,12 @@ from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.refine import begin_refinement, refine_files
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.reference import PIXEL_TOLERANCE
+from cryoiso.pipeline.job_inputs import Inputs, using_scratch
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
 from cryoiso.pipeline.stages.refine import refine_request
-from cryoiso.pipeline.work import Work, using_scratch
 
 
 def realign_files(job: Job, out: Path, comm: Context, *, auxiliary: Path | None = None, resume: bool = False) -> None:
@@ -37,33 +39,38 @@ def realign_files(job: Job, out: Path, comm: Context, *, auxiliary: Path | None 
     """
     if auxiliary is None:
         return refine_files(job, out, comm, resume=resume)
-    work = begin_refinement(job, out, comm, resume=resume)
-    on_root(comm, _check, work, auxiliary)
-    with using_scratch(work, everything=True):
-        _refine_with(work, ShardSource(auxiliary))
+    run, inputs = begin_refinement(job, out, comm, resume=resume)
+    on_root(comm, _check, inputs, auxiliary)
+    with using_scratch(inputs, everything=True):
+        _refine_with(run, inputs, ShardSource(auxiliary), resume)
 
 
-def _check(work: Work, folder: Path) -> None:
+def _check(inputs: Inputs, folder: Path) -> None:
     found = ShardSource(folder)
-    box, pixel = work.grid()
+    box, pixel = inputs.grid()
     theirs = found.particles.groups[0].pixel_size_A
     if found.box_px != box or abs(theirs / pixel - 1) > PIXEL_TOLERANCE:
         raise InputError(
             "the auxiliary particles are on another grid than the particles", file=folder,
-            expected=f"{box} px of {pixel:g} Å", found=f"{found.box_px} px of {theirs:g} Å",
+            expected=f"{box} px of {pixel:g} Å", found=f"{found.box_px} px of {theirs:g} Å", code="grid-mismatch",
         )  # fmt: skip
     if found.particles.half is None or not np.isin(found.particles.half, (1, 2)).all():
-        raise InputError("the auxiliary particles have no half-sets", file=folder, expected="1 or 2 for each")
+        raise InputError(
+            "the auxiliary particles have no half-sets",
+            file=folder,
+            expected="1 or 2 for each",
+            code="particle-sets-differ",
+        )
     found.close()
 
 
-def _refine_with(work: Work, auxiliary: ShardSource) -> None:
+def _refine_with(run: RunContext, inputs: Inputs, auxiliary: ShardSource, resume: bool) -> None:
     from cryoiso.methods.auxiliary.corefine import co_refine
 
-    comm, job, out = work.comm, work.job, work.folder.path
-    request = replace(refine_request(work), folder=out / "engine")
-    if work.scratch is not None:
-        work.scratch.attach(auxiliary, once=job.refine.engine == "relion")
+    comm, job, out = run.comm, run.job, run.folder.path
+    request = replace(refine_request(run, inputs, resume=resume), folder=out / "engine")
+    if inputs.scratch is not None:
+        inputs.scratch.attach(auxiliary, once=job.refine.engine == "relion")
     on_root(comm, request.folder.mkdir, exist_ok=True)
     found = co_refine(engines.engine(job.refine.engine), request, auxiliary, comm, weight=job.auxiliary.weight)
     made = write_reconstruction(
@@ -72,9 +79,9 @@ def _refine_with(work: Work, auxiliary: ShardSource) -> None:
     )  # fmt: skip
 
     def write() -> None:
-        write_particles(out / "particles.star", found.raw)
-        whole: dict[str, Any] = json.loads((request.folder / "refine.json").read_text(encoding="utf-8"))
+        write_particles(out / products.PARTICLES, found.raw)
+        whole: dict[str, Any] = json.loads((request.folder / products.facts("refine")).read_text(encoding="utf-8"))
         counts = {"particles": len(found.raw), "auxiliary": len(found.auxiliary)}
-        write_json(out / "refine.json", {**whole, **counts, **made})
+        write_json(out / products.facts("refine"), {**whole, **counts, **made})
 
     on_root(comm, write)

@@ -11,10 +11,11 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.begin import begin_or_go_on
 from cryoiso.pipeline.commands.subtomograms import refine_subtomograms
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs, using_scratch
 from cryoiso.pipeline.preflight import check_job
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.stages import ingest, reference, refine
-from cryoiso.pipeline.work import Work, using_scratch
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,27 @@ def refine_files(job: Job, out: Path, comm: Context, *, resume: bool = False) ->
     """
     if on_root(comm, kind_of_particles, job.particles.file, job.particles.project) == "volumes":
         return refine_subtomograms(job, out, comm, resume=resume)
-    work = begin_refinement(job, out, comm, resume=resume)
-    with using_scratch(work):
-        refine.refine(work)
+    run, inputs = begin_refinement(job, out, comm, resume=resume)
+    with using_scratch(inputs):
+        refine.refine(run, inputs, resume=resume)
 
 
-def begin_refinement(job: Job, out: Path, comm: Context, *, resume: bool) -> Work:
+def begin_refinement(job: Job, out: Path, comm: Context, *, resume: bool) -> tuple[RunContext, Inputs]:
     """Checks a job, and makes the shards and the reference that its refinement begins with. Collective."""
-    work = Work(job, FlatFolder(out.absolute()), comm, resume=resume)
+    run = RunContext(job, FlatFolder(out.absolute()), comm)
+    inputs = Inputs(job, run.folder, comm)
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
-    on_root(comm, check_job, work)
-    on_root(comm, _begin_or_go_on, work)
+    on_root(comm, check_job, inputs)
+    on_root(comm, _begin_or_go_on, inputs, resume)
     for name in ("refine", "ingest", "reference"):
-        on_root(comm, work.folder.stage(name).mkdir, parents=True, exist_ok=True)
-    if on_root(comm, lambda: work.shards == work.folder.stage("ingest")):
-        ingest.ingest(work)
-    reference.reference(work)
-    return work
+        on_root(comm, run.folder.stage(name).mkdir, parents=True, exist_ok=True)
+    if on_root(comm, lambda: inputs.shards == run.folder.stage("ingest")):
+        ingest.ingest(run, inputs, resume=resume)
+    reference.reference(run, inputs, resume=resume)
+    return run, inputs
 
 
-def _begin_or_go_on(work: Work) -> None:
-    begin_or_go_on(work.folder.path, work.job, work.particles(), work.reference().map, work.mask(), work.resume)
+def _begin_or_go_on(inputs: Inputs, resume: bool) -> None:
+    particles, start, mask = inputs.particles(), inputs.reference().map, inputs.mask()
+    begin_or_go_on(inputs.folder.path, inputs.job, particles, start, mask, resume)

@@ -28,7 +28,7 @@ def correct_for_relion(star: Path, job_file: Path | None, *, tau2: str | None = 
     from cryoiso.engines.relion.callback_standalone import reconstruct_alone
 
     if tau2 not in (None, "relion", "uneven"):
-        raise UsageError(f"--tau2: relion or uneven is expected (found '{tau2}')")
+        raise UsageError(f"--tau2: relion or uneven is expected (found '{tau2}')", code="choice-unknown")
     job = None if job_file is None else _job(job_file)
     correction = None if job is None else engines.map_correction(job)
     facts = reconstruct_alone(

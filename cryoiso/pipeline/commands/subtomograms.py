@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import RefineRequest
@@ -61,7 +62,10 @@ def refine_subtomograms(job: Job, out: Path, comm: Context, *, resume: bool = Fa
 def _open(job: Job) -> SubtomogramSource:
     section = job.particles
     if job.refine.engine != "relion":
-        raise UsageError(f"{section.file} holds subtomograms, which only RELION refines: use --engine relion")
+        raise UsageError(
+            f"{section.file} holds subtomograms, which only RELION refines: use --engine relion",
+            code="subtomograms-unsupported",
+        )
     engines.require_engine(job)
     source = SubtomogramSource(section.file, section.project)
     source.particles = assign_halves(source.particles, job.run.seed, section.file)
@@ -86,6 +90,6 @@ def _reference(job: Job, box_px: int, pixel_size_A: float) -> Reference:
 def _write_reference(job: Job, made: Reference, out: Path) -> None:
     section, folder = job.reference, out / "reference"
     folder.mkdir(parents=True, exist_ok=True)
-    write_map(folder / "reference.mrc", made.map.data, made.map.pixel_size_A)
+    write_map(folder / products.REFERENCE, made.map.data, made.map.pixel_size_A)
     facts = {"source": made.source, "lowpass_A": section.lowpass_A, "diameter_A": round(made.diameter_A, 3)}
-    write_text(folder / "reference.json", json.dumps(facts, indent=1) + "\n")
+    write_text(folder / products.facts("reference"), json.dumps(facts, indent=1) + "\n")

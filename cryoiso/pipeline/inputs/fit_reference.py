@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.physics.fit import Fit, fit_into
+from cryoiso.physics.fit import fit_into
+from cryoiso.physics.fit_result import Fit
 from cryoiso.pipeline.inputs.standard_frame import require_symmetry
 
 logger = logging.getLogger("cryoiso")
@@ -33,7 +34,12 @@ def fit_to_file(
     from cryoiso.io.mrc import read_map
 
     if not file.is_file():
-        raise InputError("no such map to fit into", file=file, hint="Check reference.fit in the job file (--fit).")
+        raise InputError(
+            "no such map to fit into",
+            file=file,
+            hint="Check reference.fit in the job file (--fit).",
+            code="file-not-found",
+        )
     target = read_map(file)
     require_symmetry(target, symmetry, file, what="the map to fit into")
     finest = resolution_A or max(FINEST_A, 2.5 * max(moving.pixel_size_A, target.pixel_size_A))

@@ -24,7 +24,7 @@ def require_grid(found: DensityMap, box_px: int, pixel_size_A: float, file: obje
     if found.box_px != box_px or abs(found.pixel_size_A / pixel_size_A - 1) > PIXEL_TOLERANCE:
         raise InputError(
             f"the map is on another grid than {other}", file=file, expected=f"{box_px} px of {pixel_size_A:g} Å",
-            found=f"{found.box_px} px of {found.pixel_size_A:g} Å",
+            found=f"{found.box_px} px of {found.pixel_size_A:g} Å", code="grid-mismatch",
         )  # fmt: skip
 
 
@@ -37,18 +37,32 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1"
     """
     mask = read_map(path, pixel_size_A)
     if mask.box_px != box_px:
-        raise InputError("the mask has another box than the particles", file=path, expected=box_px, found=mask.box_px)
+        raise InputError(
+            "the mask has another box than the particles",
+            file=path,
+            expected=box_px,
+            found=mask.box_px,
+            code="box-mismatch",
+        )
     low, high = float(mask.data.min()), float(mask.data.max())
     if low < -1e-3 or not 0 < high <= 1 + 1e-3:
-        raise InputError("the mask is not between 0 and 1", file=path, found=f"{low:g} to {high:g}")
+        raise InputError(
+            "the mask is not between 0 and 1", file=path, found=f"{low:g} to {high:g}", code="mask-values-invalid"
+        )
     if high < 0.5:
-        raise InputError(f"the mask reaches no more than {high:g}", file=path, expected="1 inside the particle")
+        raise InputError(
+            f"the maximum of the mask is only {high:g}",
+            file=path,
+            expected="1 inside the particle",
+            code="mask-values-invalid",
+        )
     sphere = sphere_mask(box_px, box_px / 2 - 1).numpy() > 0.5
     corners, inside = float(mask.data[~sphere].mean()), float(mask.data[sphere].mean())
     if corners > 0.5 and inside < corners - 0.05:
         raise InputError(
             "the mask is inverted", file=path, expected="the particle inside",
             found=f"{corners:.2f} in the corners of the box, {inside:.2f} within its sphere", hint="Give 1 - mask.",
+            code="mask-inverted",
         )  # fmt: skip
     header_A = read_raw_map(path)[1].voxel_A[0]
     unset = header_A <= 0 or header_A == 1.0  # what programs write that do not know it

@@ -26,7 +26,13 @@ def assign_halves(particles: Particles, seed: int, file: object = None) -> Parti
         InputError: a half-set is empty, or only some particles have a number.
     """
     if len(particles) < 2:
-        raise InputError("too few particles for two half-sets", file=file, expected="2 or more", found=len(particles))
+        raise InputError(
+            "too few particles for two half-sets",
+            file=file,
+            expected="2 or more",
+            found=len(particles),
+            code="particles-too-few",
+        )
     half = particles.half
     if half is None or not half.any():
         order = np.argsort(shuffle_keys(seed, "halves", particles.uid), kind="stable")
@@ -38,11 +44,13 @@ def assign_halves(particles: Particles, seed: int, file: object = None) -> Parti
         raise InputError(
             "some particles have no half-set number", file=file, row=int(bad[0]) + 1, expected="1 or 2 in every row",
             found=int(half[bad[0]]), hint="Remove the column rlnRandomSubset to have new half-sets made.",
+            code="half-set-missing",
         )  # fmt: skip
     for number in (1, 2):
         if not (half == number).any():
             raise InputError(
                 f"half-set {number} is empty", file=file, expected="particles with rlnRandomSubset 1 and 2",
                 found=f"only {3 - number}", hint="Remove the column rlnRandomSubset to have new half-sets made.",
+                code="half-set-empty",
             )  # fmt: skip
     return particles

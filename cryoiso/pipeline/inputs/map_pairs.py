@@ -32,6 +32,7 @@ def read_half_maps(
         raise InputError(
             "the half-maps have different pixel sizes", file=half2, expected=f"{one.pixel_size_A:g} Å as in {half1}",
             found=f"{two.pixel_size_A:g} Å", hint="Are they of one reconstruction? If so, give --pixel-size.",
+            code="grid-mismatch",
         )  # fmt: skip
     warnings = check_half_maps(one.data, two.data, (half1, half2))
     apart_A = float(np.abs(np.subtract(one.origin_A, two.origin_A)).max())

@@ -36,7 +36,8 @@ def with_poses_of(particles: Particles, posed: Particles, file: object, source: 
     if len(missing):
         raise InputError(
             f"{len(missing)} of the particles are not in this file", file=file, expected="the image names of "
-            f"{source}", hint=f"The first that is missing stands in row {int(missing[0]) + 1} there.",
+            f"{source}", hint=f"The first missing one is in row {int(missing[0]) + 1} there.",
+            code="particle-sets-differ",
         )  # fmt: skip
     rotation, shift_A = posed.require_poses(file)
     return particles.with_poses(rotation[rows], shift_A[rows])

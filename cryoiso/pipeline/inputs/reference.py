@@ -14,7 +14,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.pipeline.inputs.standard_frame import require_symmetry, symmetrised, to_standard_frame
 
 if TYPE_CHECKING:
-    from cryoiso.physics.fit import Fit
+    from cryoiso.physics.fit_result import Fit
 
 logger = logging.getLogger("cryoiso")
 
@@ -82,14 +82,21 @@ def prepare_reference(
     from cryoiso.io.models import is_model
 
     if not file.is_file():
-        raise InputError("no such reference", file=file, hint="Check reference.file in the job file.")
+        raise InputError(
+            "no such reference", file=file, hint="Check reference.file in the job file.", code="file-not-found"
+        )
     _check_lowpass(lowpass_A, pixel_size_A, file)
     if is_model(file):
         full, source = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry)
     else:
         full, source = _from_map(file, box_px, pixel_size_A, map_pixel_size_A, resample)
     if float(full.data.max()) <= 0:
-        raise InputError("the reference holds no positive density", file=file, hint="Protein must be white in it.")
+        raise InputError(
+            "no positive density in the reference",
+            file=file,
+            hint="Protein must be white in it.",
+            code="map-without-density",
+        )
     full, found = DensityMap(full.data, pixel_size_A), None
     if standard_frame and not is_model(file):
         full, done = to_standard_frame(full, symmetry, file)
@@ -126,8 +133,8 @@ def finish_reference(full: DensityMap, lowpass_A: float, source: str, fit: Fit |
 def _check_lowpass(lowpass_A: float, pixel_size_A: float, file: Path) -> None:
     if lowpass_A and lowpass_A < 2 * pixel_size_A:
         raise InputError(
-            "the low-pass is finer than the grid can hold", file=file, expected=f"{2 * pixel_size_A:g} Å or more",
-            found=f"{lowpass_A:g} Å",
+            "the low-pass is beyond the Nyquist frequency of the grid", file=file,
+            expected=f"{2 * pixel_size_A:g} Å or more", found=f"{lowpass_A:g} Å", code="grid-too-coarse",
         )  # fmt: skip
 
 
@@ -158,13 +165,14 @@ def _from_map(
         raise InputError(
             "the reference map and the particles are of very different size", file=file, expected=expected, found=has,
             hint="One of the pixel sizes is wrong, or this is the reference of another sample.",
+            code="reference-size-mismatch",
         )  # fmt: skip
     if not resample:
         what = "pixel size" if found.box_px == box_px else "box" if same_pixel else "box and pixel size"
         raise InputError(
             f"the reference map has another {what} than the particles", file=file, expected=expected, found=has,
             hint="If the map's header is right, set reference.resample = true (--resample) to bring it onto the "
-            "particles' grid; if it is wrong, set reference.pixel_size_A.",
+            "particles' grid; if it is wrong, set reference.pixel_size_A.", code="grid-mismatch",
         )  # fmt: skip
     from cryoiso.physics.resample import resample_map
 

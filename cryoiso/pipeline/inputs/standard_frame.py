@@ -50,12 +50,13 @@ def require_symmetry(
         raise InputError(
             f"{what} has the symmetry {found.group}, but not in the standard frame: {_where(found)}",
             file=file, expected=expected, found=fact, hint=_remedy(file, found.group),
+            code="symmetry-not-in-standard-frame",
         )  # fmt: skip
     raise InputError(
         f"{what} does not have the symmetry {found.group}, in the standard frame or in any other that was found",
         file=file, expected=expected, found=fact,
         hint="Check the point group. If the map is only noisy, or its copies may be averaged, 'cryoiso reference' with "
-        "--symmetrise does that (with --fit first into a map that has the symmetry).",
+        "--symmetrise does that (with --fit first into a map that has the symmetry).", code="symmetry-mismatch",
     )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def to_standard_frame(density: DensityMap, group: str, file: object) -> tuple[De
     if frame is None:
         raise InputError(
             f"no axes of the symmetry {name} were found in the map", file=file,
-            hint="C1 has no standard frame." if name == "C1" else "Check the point group.",
+            hint="C1 has no standard frame." if name == "C1" else "Check the point group.", code="symmetry-mismatch",
         )  # fmt: skip
     found = MapSymmetry(name, "elsewhere", 0.0, 0.0, frame)
     if found.turned_deg < SMALLEST_MOVE_DEG and found.offset_A < SMALLEST_MOVE_A:
@@ -160,7 +161,8 @@ def require_mask_symmetry(mask: np.ndarray, group: str, file: object) -> None:
         raise InputError(
             f"the mask does not have the symmetry {name} in the standard frame", file=file,
             expected=f"a correlation with its rotated copies above {MASK_CORRELATION:g}", found=f"{lowest:.2f}",
-            hint="Make it from a map that lies right; a mask of one part only goes with symmetry C1.",
+            hint="Make it from a map in the standard frame; use C1 for a mask of one part only.",
+            code="symmetry-mismatch",
         )  # fmt: skip
 
 

@@ -21,8 +21,9 @@ from cryoiso.core.log import duration
 from cryoiso.core.progress import Board, board
 from cryoiso.parallel import signals
 from cryoiso.pipeline.batch.walltime import End, job_end
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.remaining_time import Later, later_stages
-from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 LOOK_EVERY_S = 1.0
@@ -130,15 +131,15 @@ def iso(when: float) -> str:
 
 
 @contextmanager
-def watching(work: Work, until: str = "") -> Iterator[None]:
+def watching(run: RunContext, inputs: Inputs, until: str = "") -> Iterator[None]:
     """Looks ahead while the block works, to the end of the stage ``until`` if given; on rank 0."""
-    if work.journal is None:
+    if run.journal is None:
         yield
         return
-    journal, done = work.journal, threading.Event()
+    journal, done = run.journal, threading.Event()
     end = job_end()
     forecast = Forecast(
-        board, end, work.job.run.stop_before_end_s, later_stages(work, until),
+        board, end, run.job.run.stop_before_end_s, later_stages(run, inputs, until),
         tell=lambda **facts: journal.append("forecast", **facts), job_began=_began(),
     )  # fmt: skip
     if end is not None:

@@ -18,7 +18,7 @@ from cryoiso.io.ingest import IngestPlan
 from cryoiso.io.shards import CHUNK_IMAGES, ShardSource
 from cryoiso.io.shardset import SHARD_BYTES, SPREAD
 from cryoiso.io.stack import StackReader
-from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages, kind_of
 
 PARAMETERS = {
@@ -74,32 +74,32 @@ class Stored:
     temporary_files: int = 0
 
 
-def problem_of(work: Work) -> Problem:
+def problem_of(inputs: Inputs) -> Problem:
     """Reads what it needs of the inputs (rank 0)."""
-    job, particles = work.job, work.particles()
-    box, pixel = work.grid()
-    diameter = job.sample.diameter_A or work.reference().diameter_A
+    job, particles = inputs.job, inputs.particles()
+    box, pixel = inputs.grid()
+    diameter = job.sample.diameter_A or inputs.reference().diameter_A
     file = Path(job.particles.file)
     text = file.suffix == ".star" and file.is_file()
     stacks = {str(name) for name in np.unique(particles.stack).tolist()} if not file.is_dir() else set()
     largest = max((Path(name).stat().st_size for name in stacks), default=0)
     row = max(60, file.stat().st_size // max(len(particles), 1)) if text else 250
-    if work.originals is None:  # images are read for it, and every stage asks
-        work.originals = job.refine.engine == "relion" and _original_images_do(work)
+    if inputs.originals is None:  # images are read for it, and every stage asks
+        inputs.originals = job.refine.engine == "relion" and _original_images_do(inputs)
     return Problem(
         job, len(particles), box, pixel, diameter, row, file.is_dir(), len(particles.groups), largest,
-        originals=work.originals,
+        originals=inputs.originals,
     )  # fmt: skip
 
 
-def _original_images_do(work: Work) -> bool:
+def _original_images_do(inputs: Inputs) -> bool:
     """Whether RELION needs no copy of them, as the engine decides it: by a sample, prepared as ingest does."""
     from cryoiso.engines.relion.images import usable_originals
 
     try:
-        given = Path(work.job.particles.file).is_dir()
-        source = ShardSource(work.shards) if given else _AsIngested(work.plan())
-        return bool(usable_originals(source, work.job.relion.images)[0].all())
+        given = Path(inputs.job.particles.file).is_dir()
+        source = ShardSource(inputs.shards) if given else _AsIngested(inputs.plan())
+        return bool(usable_originals(source, inputs.job.relion.images)[0].all())
     except InputError:  # the run will tell
         return False
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from cryoiso.core.errors import MissingError
 from cryoiso.pipeline.finding import Needs
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.job_size import PARAMETERS, Problem, Stored, disk, most, preset_of, problem_of
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import RECORDS, folder_stages, kind_of
 
 GRID_VOXEL_BYTES = 24
@@ -57,19 +57,19 @@ TRAINING_MAPS = 15
 """Maps beside a training: references, estimates, transforms, filters."""
 
 
-def needs_of(work: Work, ranks: int) -> Needs:
+def needs_of(inputs: Inputs, ranks: int) -> Needs:
     """What the machine is asked for (rank 0)."""
-    problem = problem_here(work)
+    problem = problem_here(inputs)
     return needs_of_stages(problem, ranks, folder_stages(problem.job), disk(problem, ranks))
 
 
-def problem_here(work: Work) -> Problem:
+def problem_here(inputs: Inputs) -> Problem:
     """The job's problem on the device that it would get on this rank."""
-    if "cpu" in (work.job.run.device, work.comm.device_preference):
-        return replace(problem_of(work), device="cpu")
+    if "cpu" in (inputs.job.run.device, inputs.comm.device_preference):
+        return replace(problem_of(inputs), device="cpu")
     with suppress(MissingError):  # what a GPU would have to hold is of interest all the same
-        return replace(problem_of(work), device=work.comm.device("auto"))
-    return replace(problem_of(work), device="cuda")
+        return replace(problem_of(inputs), device=inputs.comm.device("auto"))
+    return replace(problem_of(inputs), device="cuda")
 
 
 def needs_of_stages(p: Problem, ranks: int, stages: Sequence[str], stored: list[Stored]) -> Needs:

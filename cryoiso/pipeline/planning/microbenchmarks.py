@@ -36,7 +36,7 @@ def timings(p: Problem, device: str) -> Timed:
 def _search(p: Problem, device: str) -> Timed:
     from cryoiso.physics.backproject import SliceAccumulator
     from cryoiso.physics.fourier import disc
-    from cryoiso.physics.project import FourierVolume
+    from cryoiso.physics.projection import FourierVolume
     from cryoiso.physics.so3 import random_rotations
     from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, local_scores
     from cryoiso.refine.schedule import disc_of_shifts
@@ -81,7 +81,7 @@ def _search(p: Problem, device: str) -> Timed:
 def _reading(p: Problem, device: str) -> Timed:
     """Transform and CTF; the disk's part is not in it."""
     from cryoiso.core.types import OpticsGroup, Particles
-    from cryoiso.physics.ctf import ctf_for
+    from cryoiso.physics.contrast_transfer import ctf_for
     from cryoiso.physics.fourier import disc, images_to_fourier
 
     pixels = torch.randn(IMAGES, p.box_px, p.box_px, device=device)
@@ -144,7 +144,7 @@ def _prepare(density: np.ndarray, pixel_size_A: float) -> None:
     from cryoiso.pipeline.inputs.reference import prepare_reference
 
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "map.mrc"
+        path = Path(folder) / "density.mrc"
         write_map(path, density, pixel_size_A)
         prepare_reference(path, len(density), pixel_size_A, 10 * pixel_size_A)
 

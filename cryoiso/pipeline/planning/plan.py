@@ -147,12 +147,15 @@ def make_plan(
         UsageError: no ranks, or rates of the other kind of device.
     """
     if layout.ranks < 1:
-        raise UsageError("a plan needs one rank at least: give --nodes and --ranks-per-node or --gpus")
+        raise UsageError(
+            "a plan needs at least one rank: give --nodes and --ranks-per-node or --gpus", code="option-missing"
+        )
     if rates.device and rates.device != layout.device:
         words = {"cpu": "CPUs", "cuda": "GPUs"}
         raise UsageError(
             f"these rates are those of {words[rates.device]}, and the plan is for {words[layout.device]} "
-            f"(--gpus {layout.gpus_per_node}): give rates of such a machine, or another --gpus"
+            f"(--gpus {layout.gpus_per_node}): give rates of such a machine, or another --gpus",
+            code="options-conflict",
         )
     assumed, device = assumed or rates.assumed, layout.device
     p = replace(p, device=device)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.regular_file import read_regular_text
 from cryoiso.pipeline.planning.job_size import Problem
-from cryoiso.pipeline.planning.workload import Assumed, Work
-from cryoiso.pipeline.records.run_folder import TIMING
+from cryoiso.pipeline.planning.workload import Assumed, WorkUnits
 
 CPU, GPU = "cpu", "cuda"
 HOST = ("write", "prepare", "measure")
@@ -56,7 +56,7 @@ class Rates:
     device: str = ""
     """CPU or GPU, where they were measured"""
 
-    def seconds(self, kind: str, work: Work) -> float | None:
+    def seconds(self, kind: str, work: WorkUnits) -> float | None:
         """Of a stage; None where a kernel was never timed on such a machine."""
         if any(units and kernel not in self.kernels for kernel, units in work.items()):
             return None
@@ -96,18 +96,23 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
     Raises:
         InputError: no such file, or nothing in it.
     """
-    file = path / TIMING if path.is_dir() else path
+    file = path / products.TIMING if path.is_dir() else path
     try:
         found = json.loads(read_regular_text(file))
         return _of_facts(found, "cpu_seconds" if cpu else "seconds")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError("no rates here", file=file, expected="timing.json of a finished run",
-                         hint="Every run writes it into its folder when it ends or is stopped.") from None  # fmt: skip
+        raise InputError(
+            "no rates in this file",
+            file=file,
+            expected="timing.json of a finished run",
+            hint="Every run writes it into its folder when it ends or is stopped.",
+            code="rates-missing",
+        ) from None
 
 
 def _of_facts(found: dict[str, Any], what: str) -> Rates:
     if what == "cpu_seconds" and found["device"] != CPU:
-        raise UsageError("--cpu: this run worked on GPUs, whose time is not in its CPU seconds")
+        raise UsageError("--cpu: this run used GPUs, whose time is not in its CPU seconds", code="options-conflict")
     stages = [facts for facts in found["stages"].values() if tells_rates(facts, what)]
     timed = [(facts["work"], float(facts[what])) for facts in stages]
     base = of_stages(found["device"], found["kernels"], timed)
@@ -130,7 +135,7 @@ def tells_rates(facts: dict[str, Any], what: str) -> bool:
     return bool(not facts["resumed"] and facts[what] > 0 and any(facts["work"].values()))
 
 
-def of_stages(device: str, kernels: dict[str, float], timed: list[tuple[Work, float]]) -> Rates:
+def of_stages(device: str, kernels: dict[str, float], timed: list[tuple[WorkUnits, float]]) -> Rates:
     """Rates that were known, and of every other kernel in the stages one that the stages' seconds are explained by.
 
     A stage has several kernels and one time, so the times alone do not tell how they share it. The fit begins with

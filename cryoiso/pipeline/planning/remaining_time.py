@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning import workload
 from cryoiso.pipeline.planning.job_size import problem_of
 from cryoiso.pipeline.planning.rates import built_in, of_stages
 from cryoiso.pipeline.planning.timing import predicted_stages
 from cryoiso.pipeline.planning.workload import Assumed
 from cryoiso.pipeline.stages.table import stages_of
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import kind_of, record_of
 
 logger = logging.getLogger("cryoiso")
@@ -87,46 +88,48 @@ def measured(lines: list[dict[str, Any]], ranks: int) -> Measured:
 class Estimates:
     """Seconds of stages, from rates and measurements."""
 
-    thought: Mapping[str, float | None]
+    predicted_s: Mapping[str, float | None]
     """stage, in order -> seconds by the built-in rates"""
-    work: Mapping[str, workload.Work]
+    work: Mapping[str, workload.WorkUnits]
     """stage -> what there is to do"""
     device: str = "cpu"
 
     def seconds(self, stage: str, found: Mapping[str, float]) -> float | None:
         """What a stage will take, when others took what was found; None if nobody knows."""
-        told = {name: took for name, took in found.items() if took >= SHORT_S and name != stage}
-        kin = [name for name in told if kind_of(name) == kind_of(stage)]
-        kin = kin or [name for name in told if _like(name) == _like(stage)]
-        if kin and (factor := self._factor(stage, kin, told)) is not None:
-            return factor * sum(told[name] for name in kin)
-        thought = self.thought.get(stage)
-        if thought is None:
+        measured_s = {name: took for name, took in found.items() if took >= SHORT_S and name != stage}
+        kin = [name for name in measured_s if kind_of(name) == kind_of(stage)]
+        kin = kin or [name for name in measured_s if _like(name) == _like(stage)]
+        if kin and (factor := self._factor(stage, kin, measured_s)) is not None:
+            return factor * sum(measured_s[name] for name in kin)
+        predicted_s = self.predicted_s.get(stage)
+        if predicted_s is None:
             return None
-        known = [(took, self.thought.get(name) or 0.0) for name, took in told.items() if self.thought.get(name)]
+        known = [
+            (took, self.predicted_s.get(name) or 0.0) for name, took in measured_s.items() if self.predicted_s.get(name)
+        ]
         took, expected = sum(pair[0] for pair in known), sum(pair[1] for pair in known)
-        return thought * (took / expected if expected > SHORT_S else 1.0)
+        return predicted_s * (took / expected if expected > SHORT_S else 1.0)
 
-    def _factor(self, stage: str, kin: list[str], told: Mapping[str, float]) -> float | None:
+    def _factor(self, stage: str, kin: list[str], measured_s: Mapping[str, float]) -> float | None:
         """The stage's time over that of others, by their work."""
         if all(kind_of(name) == kind_of(stage) and self.work.get(name) == self.work.get(stage) for name in kin):
             return 1.0 / len(kin)
-        for weigh in (self.thought.get, self._fitted(told)):
+        for weigh in (self.predicted_s.get, self._fitted(measured_s)):
             mine, theirs = weigh(stage), [weigh(name) for name in kin]
             total = sum(one or 0.0 for one in theirs)
             if mine is not None and total > 0 and None not in theirs:
                 return mine / total
         return None
 
-    def _fitted(self, told: Mapping[str, float]) -> Callable[[str], float | None]:
+    def _fitted(self, measured_s: Mapping[str, float]) -> Callable[[str], float | None]:
         """Seconds of a stage by rates that explain what was measured, where there are no others."""
-        timed = [(self.work[name], took) for name, took in told.items() if self.work.get(name)]
+        timed = [(self.work[name], took) for name, took in measured_s.items() if self.work.get(name)]
         rates = of_stages(self.device, built_in(self.device).kernels, timed)
         return lambda name: rates.seconds(kind_of(name), self.work.get(name, {}))
 
     def after(self, stage: str, found: Mapping[str, float]) -> Ahead:
         """The stages after one."""
-        names = list(self.thought)
+        names = list(self.predicted_s)
         times = {name: self.seconds(name, found) for name in names[names.index(stage) + 1 :]}
         unknown = tuple(name for name, seconds in times.items() if seconds is None)
         return Ahead(sum(seconds or 0.0 for seconds in times.values()), unknown)
@@ -136,17 +139,17 @@ Later = Callable[[str, float, float], Ahead]
 """(stage, seconds since this process began it, seconds left of it) -> the stages after it"""
 
 
-def later_stages(work: Work, until: str = "") -> Later:
+def later_stages(run: RunContext, inputs: Inputs, until: str = "") -> Later:
     """Foretells the stages after the running one, up to ``until`` if given (rank 0)."""
-    names = [stage.name for stage in stages_of(work.job, work.folder)]
+    names = [stage.name for stage in stages_of(run.job, run.folder)]
     names = names[: names.index(until) + 1] if until else names
-    predicted = predicted_stages(work)
-    estimates = Estimates({name: predicted.get(name) for name in names}, _work_of(work), work.comm.device())
+    predicted = predicted_stages(run, inputs)
+    estimates = Estimates({name: predicted.get(name) for name in names}, _units_of(inputs), run.comm.device())
 
     def after(stage: str, elapsed_s: float, left_s: float) -> Ahead:
         if stage not in names:
             return Ahead()
-        so_far = measured(list(work.journal.lines) if work.journal is not None else [], work.comm.size)
+        so_far = measured(list(run.journal.lines) if run.journal is not None else [], run.comm.size)
         found = dict(so_far.ended)
         if stage not in so_far.elsewhere:
             found[stage] = so_far.begun.get(stage, 0.0) + elapsed_s + left_s
@@ -155,9 +158,9 @@ def later_stages(work: Work, until: str = "") -> Later:
     return after
 
 
-def _work_of(work: Work) -> dict[str, workload.Work]:
+def _units_of(inputs: Inputs) -> dict[str, workload.WorkUnits]:
     try:
-        return workload.stages(problem_of(work), work.comm.size, Assumed(), work.comm.device())
+        return workload.stages(problem_of(inputs), inputs.comm.size, Assumed(), inputs.comm.device())
     except Exception:  # a forecast must never end a run
         logger.debug("no plan of this run", exc_info=True)
         return {}

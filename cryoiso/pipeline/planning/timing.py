@@ -8,62 +8,63 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError
 from cryoiso.io.atomic import write_json
 from cryoiso.parallel.launcher import thread_count
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.job_size import Problem, problem_of
 from cryoiso.pipeline.planning.rates import CPU, Rates, built_in, kind_of_device, of_stages, tells_rates
 from cryoiso.pipeline.planning.workload import Assumed, stages
 from cryoiso.pipeline.records.environment import computes_on
-from cryoiso.pipeline.records.run_folder import TIMING
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
 
 
-def note_timing(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
+def note_timing(
+    run: RunContext, inputs: Inputs, stage: str, seconds: float, cpu_seconds: float, *, resumed: bool
+) -> None:
     """Keeps what a stage that has just ended took (rank 0)."""
+    took = {"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3), "resumed": resumed}
     try:
-        _note(work, stage, seconds, cpu_seconds)
+        _note(run, inputs, stage, took)
     except Exception:  # numbers for a later plan must never end a run
         logger.debug("no timing of %s", stage, exc_info=True)
 
 
-def _note(work: Work, stage: str, seconds: float, cpu_seconds: float) -> None:
-    device, problem = work.comm.device(), problem_of(work)
-    found = work.timing = _so_far(work, device) or _new(work, problem, device)
+def _note(run: RunContext, inputs: Inputs, stage: str, took: dict[str, Any]) -> None:
+    device, problem = run.comm.device(), problem_of(inputs)
+    timing = run.timing
+    if not timing:
+        timing.update(_so_far(run, device) or _new(run, problem, device))
     if stage == "refine":
-        found["iterations"], found["nyquist_share"] = _course(work, problem)
-    assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
-    found["stages"][stage] = {
-        "kind": kind_of(stage),
-        "seconds": round(seconds, 3),
-        "cpu_seconds": round(cpu_seconds, 3),
-        "resumed": work.resume,
-        "work": {} if _was_skipped(work, stage) else stages(problem, work.comm.size, assumed, device)[stage],
-    }
+        timing["iterations"], timing["nyquist_share"] = _course(run, problem)
+    assumed = Assumed(timing["iterations"] or Assumed().iterations, timing["nyquist_share"] or Assumed().nyquist_share)
+    work = {} if _was_skipped(run, stage) else stages(problem, run.comm.size, assumed, device)[stage]
+    timing["stages"][stage] = {"kind": kind_of(stage), **took, "work": work}
 
 
-def _so_far(work: Work, device: str) -> dict[str, Any] | None:
+def _so_far(run: RunContext, device: str) -> dict[str, Any] | None:
     """What this run has timed, if on such a device and as many ranks: times of others say nothing of this one."""
-    found = work.timing or _read(work.folder.path / TIMING)
-    if found is None or (kind_of_device(found["device"]), found["ranks"]) != (kind_of_device(device), work.comm.size):
+    timing = run.timing or _read(run.folder.path / products.TIMING)
+    if timing is None or (kind_of_device(timing["device"]), timing["ranks"]) != (kind_of_device(device), run.comm.size):
         return None
-    return found
+    return timing
 
 
-def _was_skipped(work: Work, stage: str) -> bool:
+def _was_skipped(run: RunContext, stage: str) -> bool:
     """Whether a round left the stage out."""
-    facts = _read(work.folder.stage(stage) / f"{kind_of(stage)}.json") if work.folder.has(stage) else None
+    facts = _read(run.folder.stage(stage) / products.facts(kind_of(stage))) if run.folder.has(stage) else None
     return bool(facts and facts.get("skipped"))
 
 
-def save_timing(work: Work) -> None:
+def save_timing(run: RunContext) -> None:
     """Writes timing.json, when this process leaves the run."""
-    if work.timing is not None:
+    if run.timing:
         try:
-            write_json(work.folder.path / TIMING, work.timing)
+            write_json(run.folder.path / products.TIMING, run.timing)
         except (OSError, CryoisoError):
             logger.debug("no timing of this run", exc_info=True)
 
@@ -75,14 +76,14 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _new(work: Work, p: Problem, device: str) -> dict[str, Any]:
+def _new(run: RunContext, p: Problem, device: str) -> dict[str, Any]:
     return {
         "schema": 1,
         "date": date.today().isoformat(),
         "hardware": computes_on(device),
         "device": device,
-        "ranks": work.comm.size,
-        "hosts": len(work.comm.nodes),
+        "ranks": run.comm.size,
+        "hosts": len(run.comm.nodes),
         "threads": thread_count(),
         "problem": {"particles": p.particles, "box_px": p.box_px, "symmetry": p.job.sample.symmetry,
                     "workflow": p.job.run.workflow},
@@ -93,33 +94,33 @@ def _new(work: Work, p: Problem, device: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _course(work: Work, p: Problem) -> tuple[int | None, float | None]:
+def _course(run: RunContext, p: Problem) -> tuple[int | None, float | None]:
     """Iterations of the first refinement, and the resolution of its search as a share of Nyquist's."""
-    found = _read(work.folder.stage("refine") / "refine.json") or {}
+    found = _read(run.folder.stage("refine") / products.facts("refine")) or {}
     records = found.get("iterations") or []
     if not records or "search_resolution_A" not in records[-1]:
         return None, None
     return len(records), min(1.0, 2 * p.pixel_size_A / records[-1]["search_resolution_A"])
 
 
-def predicted_stages(work: Work) -> dict[str, float | None]:
+def predicted_stages(run: RunContext, inputs: Inputs) -> dict[str, float | None]:
     """Stage -> seconds (rank 0); empty if there is no plan of this run, None for a stage that no rate is known of.
 
     On CPUs by the built-in rates, on GPUs by those and what this run's own stages took so far.
     """
     try:
-        rates = _rates_so_far(work)
-        found = stages(problem_of(work), work.comm.size, Assumed(), work.comm.device())
+        rates = _rates_so_far(run)
+        found = stages(problem_of(inputs), run.comm.size, Assumed(), run.comm.device())
     except Exception:
         logger.debug("no plan of this run", exc_info=True)
         return {}
     return {name: rates.seconds(kind_of(name), units) for name, units in found.items()}
 
 
-def _rates_so_far(work: Work) -> Rates:
-    device = work.comm.device()
+def _rates_so_far(run: RunContext) -> Rates:
+    device = run.comm.device()
     if device == CPU:
         return built_in(device)
-    noted = (_so_far(work, device) or {}).get("stages", {})
+    noted = (_so_far(run, device) or {}).get("stages", {})
     timed = [(facts["work"], facts["seconds"]) for facts in noted.values() if tells_rates(facts, "seconds")]
     return of_stages(device, built_in(device).kernels, timed)

@@ -17,7 +17,7 @@ from cryoiso.pipeline.planning.job_size import Problem, preset_of
 from cryoiso.pipeline.planning.memory import grid_voxels
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages, kind_of
 
-Work = dict[str, float]
+WorkUnits = dict[str, float]
 """Kernel -> units."""
 KERNELS = {
     "write": "byte of image read, normalised and written to a shard, on a CPU",
@@ -53,19 +53,19 @@ class Assumed:
     """Rounds of auxiliary particles; None: as many as the job allows."""
 
 
-def add(*parts: Work) -> Work:
-    total: Work = {}
+def add(*parts: WorkUnits) -> WorkUnits:
+    total: WorkUnits = {}
     for part in parts:
         for kernel, units in part.items():
             total[kernel] = total.get(kernel, 0.0) + units
     return total
 
 
-def times(work: Work, factor: float) -> Work:
+def times(work: WorkUnits, factor: float) -> WorkUnits:
     return {kernel: factor * units for kernel, units in work.items()}
 
 
-def stages(p: Problem, ranks: int, assumed: Assumed, device: str) -> dict[str, Work]:
+def stages(p: Problem, ranks: int, assumed: Assumed, device: str) -> dict[str, WorkUnits]:
     """Stage -> work of one rank, of stages that have a folder and the report."""
     found = {name: WORKS[kind_of(name)](p, ranks, assumed, device) for name in (*folder_stages(p.job), "report")}
     rounds = assumed.rounds or p.job.auxiliary.rounds
@@ -76,64 +76,64 @@ def stages(p: Problem, ranks: int, assumed: Assumed, device: str) -> dict[str, W
     return found
 
 
-def _ingest(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _ingest(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return {} if p.with_shards else {"write": p.particles * p.box_px**2 * 4 / ranks}
 
 
-def _reference(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _reference(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return {"prepare": float(p.box_px**3)}
 
 
-def _refine(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _refine(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     if p.job.auxiliary.poses == "given" and p.job.run.workflow in CO_REFINEMENTS:
         return reconstruction(p, p.particles, ranks)
     loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "realign" else {}
     return refinement(p, p.particles, ranks, assumed, loop)
 
 
-def _micelle(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _micelle(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return times(reconstruction(p, p.particles, ranks), 6)  # two passes to set up, and some to solve
 
 
-def _train(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _train(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return training(p, ranks, device)
 
 
-def _generate(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _generate(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     if not p.job.auxiliary.has_network:
         return {"fixed": 1.0}
     return {f"generate_{preset_of(p.job.auxiliary.preset, device)}": p.auxiliaries * p.box_px**2 / ranks}
 
 
-def _corefine(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _corefine(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "both" else {}
     whole = refinement(p, p.particles + p.auxiliaries, ranks, assumed, loop)
     return add(whole, reconstruction(p, p.particles, ranks))
 
 
-def _local(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _local(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     near = refinement(p, p.particles, ranks, assumed, {}, local_deg=p.job.auxiliary.local_deg)
     return add(near, reconstruction(p, p.particles, ranks))
 
 
-def _reconstruct(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _reconstruct(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     sets = 1 + bool(p.job.truth.particles) + (p.job.run.workflow in CO_REFINEMENTS)
     return times(reconstruction(p, p.particles, ranks, weighted=True), sets)
 
 
-def _correct(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _correct(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return correction(p, ranks, device)
 
 
-def _diagnose(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _diagnose(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return {"measure": 6.0 * p.box_px**3 * (2 if p.job.run.workflow in CO_REFINEMENTS else 1), "fixed": 2.0}
 
 
-def _report(p: Problem, ranks: int, assumed: Assumed, device: str) -> Work:
+def _report(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return {"fixed": 5.0, "measure": 2.0 * p.box_px**3}
 
 
-WORKS: dict[str, Callable[[Problem, int, Assumed, str], Work]] = {
+WORKS: dict[str, Callable[[Problem, int, Assumed, str], WorkUnits]] = {
     "ingest": _ingest, "reference": _reference, "refine": _refine, "micelle": _micelle, "train": _train,
     "generate": _generate, "corefine": _corefine, "local": _local, "reconstruct": _reconstruct, "correct": _correct,
     "diagnose": _diagnose, "report": _report,
@@ -144,14 +144,16 @@ WORKS: dict[str, Callable[[Problem, int, Assumed, str], Work]] = {
 # --- refinement
 
 
-def refinement(p: Problem, n: int, ranks: int, assumed: Assumed, loop: Work, local_deg: float | None = None) -> Work:
+def refinement(
+    p: Problem, n: int, ranks: int, assumed: Assumed, loop: WorkUnits, local_deg: float | None = None
+) -> WorkUnits:
     """All iterations of a refinement of n images, on one rank; ``loop`` is added to each."""
     each = [add(one, loop) for one in iterations(p, n, ranks, assumed, local_deg)]
     first_passes = {"read": 2.0 * n * p.box_px**2 / ranks}
     return add(first_passes, *each)
 
 
-def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: float | None = None) -> Iterator[Work]:
+def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: float | None = None) -> Iterator[WorkUnits]:
     """Work of each iteration."""
     from cryoiso.refine.schedule import State, global_grid, local_grid, search_plan
 
@@ -167,7 +169,8 @@ def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: floa
     operations = _operations(p.job.sample.symmetry)
     for i in range(min(assumed.iterations, settings.max_iterations)):
         radius = first if i == 0 else last
-        state = State(i, radius, max(2.0, 0.03 * p.box_px) if i == 0 else 2.0)
+        # poses that allow any step: the resolution alone decides
+        state = State(i, radius, max(2.0, 0.03 * p.box_px) if i == 0 else 2.0, uncertainty_deg=0.0)
         plan = search_plan(state, settings, grid, p.box_px, p.pixel_size_A, p.diameter_A, local_deg)
         inserted = min(limit, int(1.5 * radius) + 6)
         views, shifts = len(grid), len(plan.shifts_px)
@@ -192,7 +195,7 @@ def _operations(symmetry: str) -> int:
     return len(point_group(symmetry))
 
 
-def reconstruction(p: Problem, n: int, ranks: int, *, weighted: bool = False) -> Work:
+def reconstruction(p: Problem, n: int, ranks: int, *, weighted: bool = False) -> WorkUnits:
     """Both half-maps of n images with given poses; ``weighted``: filtered halves and the map of both as well."""
     padding, limit = p.job.reconstruct.padding, (p.box_px - 1) // 2
     maps = (5 if weighted else 2) * (padding * p.box_px) ** 3
@@ -204,7 +207,7 @@ def reconstruction(p: Problem, n: int, ranks: int, *, weighted: bool = False) ->
 # --- networks
 
 
-def training(p: Problem, ranks: int, device: str) -> Work:
+def training(p: Problem, ranks: int, device: str) -> WorkUnits:
     """Generators of a round: side by side on half of the ranks each, or one after the other."""
     from cryoiso.methods.auxiliary.settings import training as settings_of
 
@@ -219,7 +222,7 @@ def training(p: Problem, ranks: int, device: str) -> Work:
     return {f"train_{settings.preset}": turns * images * p.box_px**2}
 
 
-def correction(p: Problem, ranks: int, device: str, *, inside: bool = False) -> Work:
+def correction(p: Problem, ranks: int, device: str, *, inside: bool = False) -> WorkUnits:
     """The anisotropy correction: networks' trainings and the map through them; ``inside`` a refinement."""
     from cryoiso.methods.anisotropy.settings import resolve
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.io.regular_file import open_regular
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.records.run_folder import TIMING
 
 _BLOCK = 4 << 20
 _PER_FILE = 1 << 20
@@ -31,7 +31,7 @@ def is_outputs(value: Any) -> bool:
     )
 
 
-class Stopped(Exception):
+class HashingStopped(Exception):
     """Raised when hashing is cancelled."""
 
 
@@ -39,7 +39,7 @@ def sha256_of(path: Path, seen: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file, read in blocks.
 
     Args:
-        seen: called with the bytes of each block; may raise ``Stopped``.
+        seen: called with the bytes of each block; may raise ``HashingStopped``.
     """
     digest = hashlib.sha256()
     with open_regular(path) as stream:
@@ -75,7 +75,7 @@ def list_outputs(folder: Path, places: tuple[str, ...]) -> list[str]:
     for place in places:
         path = folder / place
         found += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sorted(str(p.relative_to(folder)) for p in found if p.suffix != ".part" and p.name != TIMING)
+    return sorted(str(p.relative_to(folder)) for p in found if p.suffix != ".part" and p.name != products.TIMING)
 
 
 def hash_outputs(folder: Path, places: tuple[str, ...], comm: Context) -> Outputs:

@@ -50,11 +50,15 @@ class Journal:
         try:
             _append_line(self.path, json.dumps(line).encode() + b"\n")
         except FileNotFoundError:
-            raise CryoisoError(f"{self.path.parent}: the run folder was removed while the run worked in it") from None
+            raise CryoisoError(
+                f"{self.path.parent}: the run folder was removed while the run worked in it", code="folder-removed"
+            ) from None
         except OSError as error:
             if is_full(error):
                 raise disk_full(self.path) from error
-            raise CryoisoError(f"{self.path}: the journal cannot be written: {error.strerror}") from error
+            raise CryoisoError(
+                f"{self.path}: the journal cannot be written: {error.strerror}", code="write-failed"
+            ) from error
         self.lines.append(line)
 
     def last(self, event: str, stage: str) -> dict[str, Any] | None:
@@ -80,7 +84,9 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             line = None
         if missing := _missing(line):
-            raise InputError("the journal is damaged", file=path, row=number, expected=missing, hint=HINT)
+            raise InputError(
+                "the journal is damaged", file=path, row=number, expected=missing, hint=HINT, code="record-damaged"
+            )
         require_contained(path.parent, line.get("outputs", {}), path, number)
         lines.append(line)
     return lines

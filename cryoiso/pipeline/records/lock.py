@@ -58,12 +58,16 @@ def _acquire(path: Path) -> None:
             if _take(path):
                 return
     except FileNotFoundError:
-        raise CryoisoError(f"{path.parent}: the run folder was removed") from None
+        raise CryoisoError(f"{path.parent}: the run folder was removed", code="folder-removed") from None
     except OSError as error:
         if is_full(error):
             raise disk_full(path) from None
-        raise InputError(f"the run folder cannot be written to: {error.strerror}", file=path.parent) from None
-    raise UsageError(f"{path}: several runs want this folder at the same time; start one")
+        raise InputError(
+            f"the run folder cannot be written to: {error.strerror}", file=path.parent, code="not-writable"
+        ) from None
+    raise UsageError(
+        f"{path}: several runs were started in this folder at the same time; start only one", code="run-locked"
+    )
 
 
 def _take(path: Path) -> bool:
@@ -73,7 +77,7 @@ def _take(path: Path) -> bool:
     except FileExistsError:
         holder = _read(path)
         if holder is not None and not _is_stale(holder, path):
-            raise UsageError(_busy(path, holder)) from None
+            raise UsageError(_busy(path, holder), code="run-locked") from None
         path.unlink(missing_ok=True)
         return False
     try:

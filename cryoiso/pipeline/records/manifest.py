@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import write_text
@@ -23,7 +24,6 @@ from cryoiso.pipeline.records.run_folder import RunFolder
 SCHEMA = 2
 HASH_LIMIT = 2 << 30
 """With run.hash_inputs = "small" images up to this size together are hashed; of more only the sizes are noted."""
-INDEX = "index.json"
 NO_RESULT = ("title", "device", "hash_inputs", "scratch", "stop_before_end_s")
 """Keys of [run] that do not decide the result."""
 IMAGES = ("stack", "shard")
@@ -38,7 +38,7 @@ def input_files(job: Job) -> list[Path]:
         job.truth.particles, job.truth.map,
     )  # fmt: skip
     files = [Path(name) for name in names if name]
-    return [path / INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
+    return [path / products.INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
 
 
 def passthrough_files(job: Job) -> list[str]:
@@ -86,7 +86,9 @@ def _sizes(images: list[Path], kind: str) -> dict[str, int]:
     try:
         return {str(path): path.stat().st_size for path in images}
     except OSError as error:
-        raise InputError(f"a {kind} of this run is gone", file=error.filename, hint=PUT_BACK) from None
+        raise InputError(
+            f"a {kind} of this run is gone", file=error.filename, hint=PUT_BACK, code="run-inputs-changed"
+        ) from None
 
 
 def job_key(job: Job) -> str:
@@ -138,10 +140,18 @@ def note_hashes(manifest: dict[str, Any], hashes: dict[str, tuple[str, int | Non
         facts = manifest["inputs"][path]
         if facts.setdefault("sha256", sha256) != sha256:
             problem, hint = f"a {facts['kind']} has changed since this run started", PUT_BACK
+            code = "run-inputs-changed"
             if facts["kind"] == "shard" and not _is_read(facts):
                 problem = "a shard is not what its index.json says"
-                hint = "Remove it, and run the same 'cryoiso ingest' again."
-            raise InputError(problem, file=path, expected=f"sha256 {facts['sha256']}", found=sha256, hint=hint)
+                hint, code = "Remove it, and run the same 'cryoiso ingest' again.", "shards-damaged"
+            raise InputError(
+                problem,
+                file=path,
+                expected=f"sha256 {facts['sha256']}",
+                found=sha256,
+                hint=hint,
+                code=code,
+            )
         facts["modified_ns"] = modified
 
 
@@ -216,20 +226,20 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
         if facts is None:
             continue
         if not path.is_file():
-            raise InputError("an input of this run is gone", file=path, hint=PUT_BACK)
+            raise InputError("an input of this run is gone", file=path, hint=PUT_BACK, code="run-inputs-changed")
         if sha256_of(path) != facts["sha256"]:
             raise InputError(
                 "an input of this run has changed since it started", file=path, expected=f"sha256 {facts['sha256']}",
-                hint=PUT_BACK,
+                hint=PUT_BACK, code="run-inputs-changed",
             )  # fmt: skip
     for name, facts in manifest["inputs"].items():
         kind = facts.get("kind")
         if kind == "shard" and not os.path.isfile(name):
-            raise InputError("a shard of this run is gone", file=name, hint=PUT_BACK)
+            raise InputError("a shard of this run is gone", file=name, hint=PUT_BACK, code="run-inputs-changed")
         if kind in IMAGES and os.path.isfile(name) and os.stat(name).st_size != facts["bytes"]:
             raise InputError(
                 f"a {kind} has changed since this run started", file=name, expected=f"{facts['bytes']} bytes",
-                found=f"{os.stat(name).st_size} bytes", hint=PUT_BACK,
+                found=f"{os.stat(name).st_size} bytes", hint=PUT_BACK, code="run-inputs-changed",
             )  # fmt: skip
 
 
@@ -244,7 +254,7 @@ def check_images(manifest: dict[str, Any], images: list[Path], job: Job) -> None
     if digest_of(json.dumps(sizes, sort_keys=True)) != manifest["stacks"]["sha256_of_names_and_sizes"]:
         raise InputError(
             "one of the image files of this run has another name or size than when it started",
-            file=job.particles.file, hint=PUT_BACK,
+            file=job.particles.file, hint=PUT_BACK, code="run-inputs-changed",
         )  # fmt: skip
 
 
@@ -259,9 +269,11 @@ def read_record(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, OSError) as error:
-        raise InputError(f"cannot be read as JSON: {error}", file=path) from None
+        raise InputError(f"cannot be read as JSON: {error}", file=path, code="record-damaged") from None
     if not isinstance(found, dict):
-        raise InputError("not a JSON object", file=path, expected="{...}", found=type(found).__name__)
+        raise InputError(
+            "not a JSON object", file=path, expected="{...}", found=type(found).__name__, code="record-damaged"
+        )
     return found
 
 
@@ -274,9 +286,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         found = read_record(path)
     except InputError as error:
-        raise InputError(f"the manifest is damaged: {error.problem}", file=path, hint="Start a new run.") from None
+        raise InputError(
+            f"the manifest is damaged: {error.problem}", file=path, hint="Start a new run.", code="record-damaged"
+        ) from None
     if not found:
-        raise InputError("the manifest is gone or empty", file=path, hint="Start a new run.")
+        raise InputError("the manifest is gone or empty", file=path, hint="Start a new run.", code="record-damaged")
     check_manifest(found, path)
     return found
 
@@ -302,7 +316,7 @@ def check_manifest(found: dict[str, Any], path: Path) -> None:
     if missing:
         raise InputError(
             "the manifest is damaged", file=path, expected=missing,
-            hint="Take it from a copy of the run folder, or start a new run.",
+            hint="Take it from a copy of the run folder, or start a new run.", code="record-damaged",
         )  # fmt: skip
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryoiso.core import products
+
 REFINE_STAGES = ("ingest", "reference", "refine", "reconstruct", "diagnose")
 """Stages that have a folder, in the order of the workflow ``refine``."""
 REALIGN_STAGES = ("ingest", "reference", "refine", "reconstruct", "correct", "diagnose")
 """Those of the workflow ``realign``: the correction in the loop is part of ``refine``."""
-TIMING = "timing.json"
-"""How long the parts of a stage took: the one file of a stage that differs between two runs of the same job."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +29,24 @@ class RunFolder:
     @property
     def resolved(self) -> Path:
         """The job with every default written out and absolute paths; what ``resume`` goes by."""
-        return self.path / "resolved.toml"
+        return self.path / products.RESOLVED
 
     @property
     def manifest(self) -> Path:
-        return self.path / "manifest.json"
+        return self.path / products.MANIFEST
 
     @property
     def journal(self) -> Path:
-        return self.path / "journal.jsonl"
+        return self.path / products.JOURNAL
 
     @property
     def seal(self) -> Path:
         """Hashes of everything that matters, written when the run is done."""
-        return self.path / "seal.json"
+        return self.path / products.SEAL
 
     @property
     def lock(self) -> Path:
-        return self.path / "lock.json"
+        return self.path / products.LOCK
 
     @property
     def logs(self) -> Path:
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        return self.path / "report.html"
+        return self.path / products.REPORT_PAGE
 
     def stage(self, name: str) -> Path:
         """Folder of a stage.

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cryoiso import __version__
+from cryoiso.core import products
 from cryoiso.io.atomic import write_text
 from cryoiso.pipeline.records import manifest as provenance
 from cryoiso.pipeline.records.checksums import sum_line
@@ -15,7 +16,7 @@ from cryoiso.pipeline.records.hashing import Outputs, sha256_of
 from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.run_folder import RunFolder
 
-REPORTS = ("report.html", "report.json")
+REPORTS = (products.REPORT_PAGE, products.REPORT_NUMBERS)
 """Outputs that tell of times and machines, and so differ between two runs of one job."""
 
 

@@ -75,12 +75,13 @@ def require_trust(run: RunFolder, job: Job, trust: bool, named: dict[str, str] |
     own = _is_own(signed)
     changed = own and signed["programs"] != now
     if not trust and now != named and (changed or (now and not own)):
-        raise UsageError(_refusal(run, now, own))
+        raise UsageError(_refusal(run, now, own), code="run-not-trusted")
     if not own and not trust and (links := links_out(run.path)):
         raise UsageError(
             f"{run.path} is not of a run that you have started, and {links[0]} leads out of it, to "
-            f"{os.path.realpath(links[0])}: what is written there would go elsewhere. 'cryoiso resume --trust' goes on "
-            "if that is meant."
+            f"{os.path.realpath(links[0])}: what is written there would go elsewhere. If this is intended: "
+            "'cryoiso resume --trust'.",
+            code="run-not-trusted",
         )
     if not own:
         programs = "the programs that it names are those of your job file" if now else "it names no programs"
@@ -103,6 +104,7 @@ def require_recorded_job(run: RunFolder, job: Job) -> None:
             f"was changed since the run: {_differences(manifest.get('config'), job)}", file=run.resolved,
             expected=f"the job that {run.manifest.name} records",
             hint="A replay would be of another job. Put the old file back, or 'cryoiso resume' first.",
+            code="run-job-changed",
         )  # fmt: skip
 
 

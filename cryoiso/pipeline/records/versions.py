@@ -28,7 +28,7 @@ def require_schema(manifest: dict[str, Any], path: Path) -> None:
             "the records of this run are those of another version of the program", file=path,
             expected=f"schema {SCHEMA}, cryoiso {__version__}",
             found=f"schema {found}, cryoiso {manifest.get('cryoiso', 'unknown')}",
-            hint="Use the version that made the run.",
+            hint="Use the version that made the run.", code="version-mismatch",
         )  # fmt: skip
 
 
@@ -45,10 +45,10 @@ def require_version(manifest: dict[str, Any], path: Path, other_version: bool) -
     last = last_version(manifest)
     if last != __version__ and not other_version:
         raise InputError(
-            "another version of the program made this run: what is finished would not come out with the same bits",
+            "another version of the program made this run: finished stages would not be bit-identical",
             file=path, expected=f"cryoiso {__version__}", found=f"cryoiso {last}",
-            hint="Use that version. To go on with this one nevertheless: 'cryoiso resume --other-version'; the journal "
-            "and the manifest then name both.",
+            hint="Use that version. To continue anyway: 'cryoiso resume --other-version'; the journal "
+            "and the manifest then name both.", code="version-mismatch",
         )  # fmt: skip
 
 
@@ -111,6 +111,6 @@ def understood(manifest: dict[str, Any], path: Path, read: Callable[[], T]) -> T
         if not manifest or last_version(manifest) == __version__:
             raise
         raise InputError(
-            f"cryoiso {last_version(manifest)} made this run, and this is {__version__}, which does not understand its "
-            f"job: {error}", file=path, hint="Use the version that made the run.",
+            f"cryoiso {last_version(manifest)} made this run, and this is {__version__}, which cannot read its "
+            f"job: {error}", file=path, hint="Use the version that made the run.", code="version-mismatch",
         ) from None  # fmt: skip

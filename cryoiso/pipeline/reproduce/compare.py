@@ -39,7 +39,7 @@ def compare_files(
 
     Args:
         name: what to call it.
-        old, new: None where there is no such file.
+        old, new: None where no such file.
         symmetry: point group that poses are compared modulo.
         names: old folder -> new folder; where a text differs by nothing else it counts as the same.
     """
@@ -67,7 +67,7 @@ def _same_text(old: Path, new: Path, names: dict[str, str]) -> bool:
 def _maps(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
     """Relative difference, and the FSC of both."""
     from cryoiso.io.mrc import read_raw_map
-    from cryoiso.metrics.fsc import fsc
+    from cryoiso.metrics.fsc_curve import fsc
 
     a, b = (np.array(read_raw_map(path)[0], np.float64) for path in (old, new))
     if a.shape != b.shape:

@@ -15,6 +15,8 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import write_json
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.jobfile import read_resolved
 from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.hashing import Outputs, verify_outputs
@@ -27,7 +29,6 @@ from cryoiso.pipeline.reproduce.compare import Comparison, compare_files
 from cryoiso.pipeline.run import do_stage, prepare_device
 from cryoiso.pipeline.stages.input_hashes import require_unchanged
 from cryoiso.pipeline.stages.table import stages_of
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import folder_stages, record_of
 
 logger = logging.getLogger("cryoiso")
@@ -100,20 +101,23 @@ def replay_stage(
     on_root(comm, require_recorded_job, run, job)
     on_root(comm, require_trust, run, job, trust)
     run = RunFolder(run.path, folder_stages(job))
-    work = Work(job, RunFolder(target, run.stages), comm, report=report)
-    stages = stages_of(job, work.folder)
+    again = RunContext(job, RunFolder(target, run.stages), comm, report=report)
+    stages = stages_of(job, again.folder)
     stage, before, recorded = on_root(comm, _recorded, run, name, [s.name for s in stages])
-    prepare_device(work)
+    prepare_device(again)
     if wrong := verify_outputs(run.path, before, comm):
-        raise InputError(f"{wrong} since the run; a replay would start from other files", file=run.path)
+        raise InputError(
+            f"{wrong} since the run; a replay would start from other files", file=run.path, code="run-inputs-changed"
+        )
     if record_of(stage).reads_images:
-        require_unchanged(work, on_root(comm, lambda: given_shards(read_record(run.manifest))))
+        require_unchanged(comm, on_root(comm, lambda: given_shards(read_record(run.manifest))))
     on_root(comm, _link, run, target, list(before))
     comm.install_signal_handlers()
     if comm.rank == 0:
         logger.info("%s of %s again, in %s", name, run.path, target)
-    made = do_stage(work, next(s for s in stages if s.name == stage), "")
-    return on_root(comm, _judge, work, run, stage, recorded, made, versions.made_by(manifest))
+    again_inputs = Inputs(job, again.folder, comm)
+    made = do_stage(again, again_inputs, next(s for s in stages if s.name == stage), "", resume=False)
+    return on_root(comm, _judge, again, run, stage, recorded, made, versions.made_by(manifest))
 
 
 def _read_manifest(run: RunFolder) -> dict[str, Any]:
@@ -130,12 +134,15 @@ def _read_manifest(run: RunFolder) -> dict[str, Any]:
 def _recorded(run: RunFolder, name: str, stages: list[str]) -> tuple[str, Outputs, Outputs]:
     """The stage's name, the outputs of the stages before it, and its own."""
     if name not in stages:
-        raise UsageError(f"{run.path} has no stage '{name}' (its stages: {', '.join(stages)})")
+        raise UsageError(f"{run.path} has no stage '{name}' (its stages: {', '.join(stages)})", code="stage-unknown")
     ends = {line.get("stage"): line["outputs"] for line in read_journal(run.journal) if line["event"] == "end"}
     before: Outputs = {}
     for stage in stages[: stages.index(name) + 1]:
         if stage not in ends:
-            raise UsageError(f"{run.path}: the stage '{stage}' was never finished. 'cryoiso resume' goes on with it.")
+            raise UsageError(
+                f"{run.path}: the stage '{stage}' is not finished. Continue it with 'cryoiso resume'.",
+                code="stage-unfinished",
+            )
         if stage != name:
             before.update(ends[stage])
     return name, before, ends[name]
@@ -145,9 +152,11 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
     """A folder in which the earlier stages seem to lie: links to their files, one by one, so that nothing that is
     renamed or removed in it can reach the run."""
     if target.exists() and any(target.iterdir()):
-        raise UsageError(f"{target} is not empty. Give a new folder with --out.")
+        raise UsageError(f"{target} is not empty. Give a new folder with --out.", code="file-exists")
     if target == run.path or run.path in target.parents:
-        raise UsageError(f"{target} lies in the run. Give a folder outside of it with --out.")
+        raise UsageError(
+            f"{target} is inside the run. Give a folder outside of it with --out.", code="option-out-of-range"
+        )
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +165,8 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _judge(work: Work, run: RunFolder, stage: str, recorded: Outputs, made: Outputs, made_by: str) -> Replay:
-    target, different, same = work.folder.path, [], 0
+def _judge(again: RunContext, run: RunFolder, stage: str, recorded: Outputs, made: Outputs, made_by: str) -> Replay:
+    target, different, same = again.folder.path, [], 0
     # a run that was moved: its files name the folder in which they were made
     old = read_record(run.manifest).get("folder", str(run.path))
     for name in sorted(set(recorded) | set(made)):
@@ -168,7 +177,7 @@ def _judge(work: Work, run: RunFolder, stage: str, recorded: Outputs, made: Outp
             same += 1
             continue
         found = compare_files(
-            name, run.path / name if was else None, target / name if now else None, work.job.sample.symmetry,
+            name, run.path / name if was else None, target / name if now else None, again.job.sample.symmetry,
             names={old: str(target), str(run.path): str(target)},
         )  # fmt: skip
         if found is None:

@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryoiso.core.errors import InputError, UsageError
+from cryoiso.core import products
+from cryoiso.core.errors import InputError, UsageError, with_code
 from cryoiso.io.contained_path import require_contained
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.records import versions
-from cryoiso.pipeline.records.checksums import SUMS, read_sums
+from cryoiso.pipeline.records.checksums import read_sums
 from cryoiso.pipeline.records.hashing import Outputs, hash_shared, list_outputs, next_key
 from cryoiso.pipeline.records.journal import read_journal
 from cryoiso.pipeline.records.manifest import check_manifest, job_key, read_record
@@ -63,7 +64,7 @@ class Difference:
 
 
 @dataclass
-class Verdict:
+class VerifyReport:
     """What a run folder was found to be."""
 
     folder: str
@@ -89,7 +90,7 @@ class Verdict:
         return {"schema": 1, "good": self.good, **asdict(self)}
 
 
-def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> Verdict:
+def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> VerifyReport:
     """Hashes a run's files again and compares; nothing in the folder is written to. Collective; ranks share the work.
 
     Args:
@@ -119,15 +120,15 @@ def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> Verdict:
 # --- what was noted
 
 
-def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[Recorded]]:
+def _read(run: RunFolder, inputs: bool) -> tuple[VerifyReport, list[Recorded], list[Recorded]]:
     """What is known before anything is hashed: the state, and the files with their hashes."""
     if not run.holds_a_run():
-        raise UsageError(f"{run.path} holds no run that could be verified. 'cryoiso run' makes one.")
+        raise UsageError(f"{run.path} holds no run to verify. 'cryoiso run' makes one.", code="run-missing")
     manifest, seal, lines = read_record(run.manifest), _read_seal(run), read_journal(run.journal)
     check_manifest(manifest, run.manifest)
     if manifest:
         versions.require_schema(manifest, run.manifest)
-    verdict = Verdict(
+    verdict = VerifyReport(
         str(run.path), sealed=bool(seal), digest=seal.get("digest", ""), made_by=versions.made_by(manifest)
     )
     verdict.notes += versions.notes(manifest)
@@ -135,13 +136,13 @@ def _read(run: RunFolder, inputs: bool) -> tuple[Verdict, list[Recorded], list[R
     if seal:
         known = {name: facts["sha256"] for name, facts in seal["files"].items()}
         if digest_of_files(seal["files"]) != seal["digest"]:
-            verdict.differences.append(Difference("seal.json", "does not agree with itself", "seal", seal["time"]))
+            verdict.differences.append(Difference(products.SEAL, "does not agree with itself", "seal", seal["time"]))
         for name, facts in seal["files"].items():
             if name not in recorded:
                 recorded[name] = Recorded(name, facts["sha256"], facts["bytes"], "seal", seal["time"])
             elif recorded[name].sha256 != known[name]:
                 verdict.differences.append(
-                    Difference("journal.jsonl", f"names another hash for {name} than the seal", "seal", seal["time"])
+                    Difference(products.JOURNAL, f"names another hash for {name} than the seal", "seal", seal["time"])
                 )
     given = list(_inputs(manifest, verdict)) if inputs else []
     if not inputs:
@@ -162,9 +163,9 @@ def _read_seal(run: RunFolder) -> dict[str, Any]:
     files = seal.get("files")
     texts = all(isinstance(seal.get(key), str) for key in ("digest", "time"))
     if not isinstance(files, dict) or not all(map(_is_noted, files.values())) or not texts:
-        raise InputError("not a seal as a run writes it", file=run.seal,
+        raise InputError("not a valid seal", file=run.seal,
                          expected="digest, time and files with bytes and sha256",
-                         hint="Take the file from a copy of the run folder.")  # fmt: skip
+                         hint="Take the file from a copy of the run folder.", code="record-damaged")  # fmt: skip
     require_contained(run.path, files, run.seal)
     return seal
 
@@ -174,7 +175,7 @@ def _is_noted(facts: Any) -> bool:
 
 
 def _outputs(
-    run: RunFolder, manifest: dict[str, Any], lines: list[dict[str, Any]], verdict: Verdict
+    run: RunFolder, manifest: dict[str, Any], lines: list[dict[str, Any]], verdict: VerifyReport
 ) -> Iterator[Recorded]:
     """Outputs of the finished stages; says of the others that the run is unfinished."""
     job = versions.understood(manifest, run.manifest, lambda: read_job(run.resolved)[1])
@@ -189,7 +190,7 @@ def _outputs(
             continue
         if end["key"] != key:
             verdict.differences.append(
-                Difference("journal.jsonl", f"stage {stage.name} was done with another job, or after other results of "
+                Difference(products.JOURNAL, f"stage {stage.name} was done with another job, or after other results of "
                            "the stages before it, than are noted", stage.name, end["time"])
             )  # fmt: skip
         key = next_key(end["key"], stage.name, end["outputs"])
@@ -200,18 +201,24 @@ def _outputs(
         verdict.unfinished = _how_unfinished(run, lines, missing)
 
 
+def _said(end: dict[str, Any]) -> str:
+    """Message and code of the journal's line; earlier versions wrote no code."""
+    message = str(end.get("message", ""))
+    return with_code(message, end["code"]) if end.get("code") else message
+
+
 def _how_unfinished(run: RunFolder, lines: list[dict[str, Any]], missing: list[str]) -> str:
     what = f"not done: {', '.join(missing)}" if missing else "all stages are done, but the run was not sealed"
     if run.lock.exists():
         return f"{what}; lock.json says that a run works in this folder, or was killed in it"
     end = lines[-1] if lines else {"event": "", "time": ""}
     how = {
-        "stop": "stopped by a signal", "error": f"ended with an error ({end.get('message', '')})", "done": "ended"
+        "stop": "stopped by a signal", "error": f"ended with an error ({_said(end)})", "done": "ended"
     }.get(end["event"], "broke off")  # fmt: skip
     return f"{what}; the run {how} at {end['time']}. 'cryoiso resume {run.path}' goes on"
 
 
-def _inputs(manifest: dict[str, Any], verdict: Verdict) -> Iterator[Recorded]:
+def _inputs(manifest: dict[str, Any], verdict: VerifyReport) -> Iterator[Recorded]:
     starts = manifest.get("starts") or [{}]
     unhashed = []
     for name, facts in (manifest.get("inputs") or {}).items():
@@ -228,7 +235,7 @@ def _inputs(manifest: dict[str, Any], verdict: Verdict) -> Iterator[Recorded]:
         verdict.notes.append(f"{len(unhashed)} input(s) were not hashed by the run; their sizes alone were compared")
 
 
-def _note_strangers(run: RunFolder, recorded: dict[str, Recorded], verdict: Verdict) -> None:
+def _note_strangers(run: RunFolder, recorded: dict[str, Recorded], verdict: VerifyReport) -> None:
     places = (*sorted(p.name for p in run.path.glob("[0-9][0-9]_*")), "result")
     done = {name.split("/")[0] for name in recorded}
     strange = [n for n in list_outputs(run.path, tuple(p for p in places if p in done)) if n not in recorded]
@@ -251,7 +258,7 @@ def _there(run: RunFolder, entries: list[Recorded]) -> list[str]:
 
 
 def _compare(
-    run: RunFolder, entry: Recorded, found: dict[str, Any] | None, is_input: bool, verdict: Verdict
+    run: RunFolder, entry: Recorded, found: dict[str, Any] | None, is_input: bool, verdict: VerifyReport
 ) -> list[Difference]:
     """What is wrong with one file; an input that is gone is noted instead."""
     path = run.path / entry.name
@@ -278,17 +285,18 @@ def _result_differences(run: RunFolder, found: Outputs) -> list[Difference]:
         found: the files that are as they were noted; of the others enough has been said.
     """
     differences = []
-    listed = read_sums(run.result / SUMS)
+    sums = f"result/{products.SUMS}"
+    listed = read_sums(run.path / sums)
     for name, sha256 in listed.items():
         facts = found.get(f"result/{name}")
         if facts is not None and facts["sha256"] != sha256:
-            differences.append(Difference(f"result/{name}", f"is not what {SUMS} says", f"result/{SUMS}", ""))
+            differences.append(Difference(f"result/{name}", f"is not what {products.SUMS} says", sums, ""))
     if listed:
-        present = {name.removeprefix("result/") for name in list_outputs(run.path, ("result",))} - {SUMS}
+        present = {name.removeprefix("result/") for name in list_outputs(run.path, ("result",))} - {products.SUMS}
         for name in sorted(present - set(listed)):
             if f"result/{name}" in found:
-                differences.append(Difference(f"result/{name}", f"is not listed in {SUMS}", f"result/{SUMS}", ""))
-    for made in run.path.glob("[0-9][0-9]_reconstruct/half[12].mrc"):
+                differences.append(Difference(f"result/{name}", f"is not listed in {products.SUMS}", sums, ""))
+    for made in (p for name in products.HALF_MAPS for p in run.path.glob(f"[0-9][0-9]_reconstruct/{name}")):
         one, two = found.get(f"{made.parent.name}/{made.name}"), found.get(f"result/{made.name}")
         if one is not None and two is not None and one["sha256"] != two["sha256"]:
             name = f"result/{made.name}"

@@ -56,6 +56,7 @@ def _packages(facts: dict[str, Any]) -> Iterator[Finding]:
             f"not installed: {', '.join(missing)}",
             "Install cryoiso again with pip, into an environment of its own.",
             EXIT_MISSING,
+            code="program-missing",
         )
     listed = ", ".join(f"{name} {version}" for name, version in own["packages"].items() if version)
     yield Finding("packages", FINE, f"cryoiso {own['version']} on Python {own['python']}; {listed}")
@@ -109,6 +110,7 @@ def _promised(rank: dict[str, Any], needs: Needs | None) -> Finding:
         f"the batch script asked for GPUs, and rank {rank['rank']} on {rank['host']} sees none",
         "Look for what is said of torch and the driver; in a container give --nv; or set run.device = 'cpu'.",
         EXIT_MISSING,
+        code="gpu-missing",
     )
 
 
@@ -272,19 +274,21 @@ def _relion(facts: dict[str, Any], needs: Needs | None) -> Iterator[Finding]:
                 "not found, and the job has refine.engine = 'relion'",
                 "Load RELION's module, or name its program with relion.program.",
                 EXIT_MISSING,
+                code="program-missing",
             )
         else:
             yield Finding("RELION", FINE, "not found (only needed for refine.engine = 'relion')")
         return
     words = f"{relion['version'] or 'version unknown'} ({relion['program']})"
     if not relion["family"]:
-        level, code = (ERROR, EXIT_MISSING) if wanted else (NOTE, EXIT_DONE)
+        level, exit_code, code = (ERROR, EXIT_MISSING, "program-missing") if wanted else (NOTE, EXIT_DONE, "")
         yield Finding(
             "RELION",
             level,
             f"{words}, no relion_refine_mpi that is linked to an MPI",
             "refine.engine = 'relion' needs one.",
-            code,
+            exit_code,
+            code=code,
         )
     elif not relion["mpirun"]:
         yield Finding(
@@ -324,6 +328,7 @@ def _memory(facts: dict[str, Any], needs: Needs | None) -> Iterator[Finding]:
             f"{told}, but a rank will need about {gib(wanted)}",
             "Start fewer ranks on a node, or ask for more memory.",
             EXIT_MISSING,
+            code="memory-short" if severity == ERROR else "",
         )
     else:
         words = f"; a rank will need about {gib(wanted)}" if needs is not None else ""
@@ -339,6 +344,7 @@ def _device(facts: dict[str, Any], needs: Needs) -> Iterator[Finding]:
             f"the job has run.device = 'cuda', and rank {without[0]['rank']} on {without[0]['host']} sees no GPU",
             "Ask the batch system for a GPU per rank, or set run.device = 'auto'.",
             EXIT_MISSING,
+            code="gpu-missing",
         )
     crowd: dict[tuple[str, str], int] = defaultdict(int)
     for rank in facts["ranks"]:

@@ -12,13 +12,13 @@ from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import finding as report
 from cryoiso.pipeline.finding import Finding, Needs
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.memory import needs_of
 from cryoiso.pipeline.preflight import existing_parent
 from cryoiso.pipeline.site.checks import judge
 from cryoiso.pipeline.site.machine import look
 from cryoiso.pipeline.site.scratch_checks import SCRATCH
 from cryoiso.pipeline.site.scratch_probe import Images, images_of, look_for_scratch
-from cryoiso.pipeline.work import Work
 
 
 def examine(comm: Context, folder: Path, job_file: Path | None) -> tuple[dict[str, Any], list[Finding]]:
@@ -44,11 +44,11 @@ def _of_job(job_file: Path, folder: Path, comm: Context) -> tuple[Needs, Images]
     from cryoiso.pipeline.workflow import folder_stages
 
     _, job = read_job(job_file)
-    work = Work(job, RunFolder(folder.absolute(), folder_stages(job)), comm)
-    return needs_of(work, comm.size), images_of(work, comm.size)
+    inputs = Inputs(job, RunFolder(folder.absolute(), folder_stages(job)), comm)
+    return needs_of(inputs, comm.size), images_of(inputs, comm.size)
 
 
-def check_machine(work: Work, asked: Callable[[Work, int], Needs] = needs_of) -> None:
+def check_machine(inputs: Inputs, asked: Callable[[Inputs, int], Needs] = needs_of) -> None:
     """The quick part of the same before a run: warnings go to the log, one line each (collective).
 
     Scratch is not looked at: where there is none, a run does without.
@@ -59,16 +59,16 @@ def check_machine(work: Work, asked: Callable[[Work, int], Needs] = needs_of) ->
     Raises:
         CryoisoError: the first error, with its exit code, before anything is written.
     """
-    comm = work.comm
-    needs = on_root(comm, asked, work, comm.size)
+    comm = inputs.comm
+    needs = on_root(comm, asked, inputs, comm.size)
     device = needs.job.run.model_copy(update={"device": comm.device_preference})  # of a part of a run: what that needs
     needs = replace(needs, job=needs.job.model_copy(update={"run": device}))
-    found = judge(look(comm, [("run folder", work.folder.path)], thorough=False), needs)
+    found = judge(look(comm, [("run folder", inputs.folder.path)], thorough=False), needs)
     if comm.rank == 0:
         report.tell(found)
     first = report.worst(found)
     error = None
     if first is not None and first.severity == report.ERROR:
-        error = CryoisoError(first.line())
+        error = CryoisoError(first.line(), code=first.code)
         error.exit_code = first.exit_code
     agree(comm, error)

@@ -25,6 +25,7 @@ def folder_findings(name: str, folder: dict[str, Any], facts: dict[str, Any], ne
             f"{where}: nothing can be written here: {folder['problem']}",
             "Choose another folder.",
             EXIT_INPUT,
+            code="not-writable",
         )
         return
     if folder["unseen_from"]:
@@ -35,6 +36,7 @@ def folder_findings(name: str, folder: dict[str, Any], facts: dict[str, Any], ne
             "by rank 0 is not seen there",
             "Choose a folder on a file system that all nodes share.",
             EXIT_INPUT,
+            code="folder-not-shared",
         )
     yield from _room(name, folder, needs)
     yield Finding(name, FINE, f"{where} ({kind}): {free_words(folder)}{speed_words(folder)}")
@@ -78,6 +80,7 @@ def _room(name: str, folder: dict[str, Any], needs: Needs | None) -> Iterator[Fi
             f"{gib(free)} are free in {where}, the run will need {gib(bytes_needed)}",
             "Free some space or choose another folder with --out.",
             EXIT_OTHER,
+            code="disk-full",
         )
     elif free < max(1.2 * bytes_needed, GIB):
         yield Finding(
@@ -90,6 +93,7 @@ def _room(name: str, folder: dict[str, Any], needs: Needs | None) -> Iterator[Fi
             f"no more than {inodes:,} files can be made in {where}, the run will make about {files:,}",
             "Remove files there (a quota on their number?) or choose another folder.",
             EXIT_OTHER,
+            code="disk-full",
         )
     elif inodes is not None and inodes < 1000:
         yield Finding(name, WARNING, f"only {inodes:,} more files can be made in {where}", "Remove files there.")

@@ -10,14 +10,15 @@ from pathlib import Path
 from cryoiso.core.errors import CryoisoError, MissingError
 from cryoiso.io.atomic import disk_full
 from cryoiso.parallel.abort import agree, on_root
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.finding import Needs
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.job_size import Stored, disk
 from cryoiso.pipeline.planning.memory import needs_of_stages, problem_here
 from cryoiso.pipeline.records.hashing import next_key
 from cryoiso.pipeline.records.manifest import job_key
 from cryoiso.pipeline.site.doctor import check_machine
 from cryoiso.pipeline.stages.table import stages_of
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import RECORDS
 
 logger = logging.getLogger("cryoiso")
@@ -25,7 +26,7 @@ ON_CPUS = tuple(kind for kind, record in RECORDS.items() if not record.on_gpu)
 """Stages in which nothing is computed on a GPU."""
 
 
-def check_what_is_left(work: Work, until: str) -> None:
+def check_what_is_left(run: RunContext, inputs: Inputs, until: str) -> None:
     """Devices, memory and room for the stages that are still to be done; warnings go to the log. Collective.
 
     Raises:
@@ -33,22 +34,22 @@ def check_what_is_left(work: Work, until: str) -> None:
         DiskFullError: too little room.
         CryoisoError: the first error of ``check_machine``.
     """
-    left = on_root(work.comm, stages_left, work, until)
+    left = on_root(run.comm, stages_left, run, until)
     if not left:
         return
     if set(left) - set(ON_CPUS):
-        _require_gpus_as_before(work)
-    needs = on_root(work.comm, needs_left, work, work.comm.size, left)
-    on_root(work.comm, _require_room, work, needs)  # before anything is tried out on a disk that may be full
-    check_machine(work, lambda *_: needs)
+        _require_gpus_as_before(run)
+    needs = on_root(run.comm, needs_left, inputs, run.comm.size, left)
+    on_root(run.comm, _require_room, run, needs)  # before anything is tried out on a disk that may be full
+    check_machine(inputs, lambda *_: needs)
 
 
-def stages_left(work: Work, until: str = "") -> list[str]:
+def stages_left(run: RunContext, until: str = "") -> list[str]:
     """Names of the stages, up to ``until``, that the journal does not have as done with this job (rank 0)."""
-    key = job_key(work.job)
+    key = job_key(run.job)
     left: list[str] = []
-    for stage in stages_of(work.job, work.folder):
-        end = work.journal.last("end", stage.name) if work.journal is not None else None
+    for stage in stages_of(run.job, run.folder):
+        end = run.journal.last("end", stage.name) if run.journal is not None else None
         if left or end is None or end["key"] != key:
             left.append(stage.name)
         else:
@@ -58,16 +59,16 @@ def stages_left(work: Work, until: str = "") -> list[str]:
     return left
 
 
-def needs_left(work: Work, ranks: int, left: list[str]) -> Needs:
+def needs_left(inputs: Inputs, ranks: int, left: list[str]) -> Needs:
     """What some stages ask of the machine, less what they have written already (rank 0)."""
     try:
-        problem = problem_here(work)
+        problem = problem_here(inputs)
     except (CryoisoError, OSError):  # an input that not every stage needs; one that does will say what is wrong
         logger.debug("no estimate of what is left", exc_info=True)
-        return Needs(work.job, 0, 0, 0)
-    places = {stage: work.folder.stage(stage) for stage in left if work.folder.has(stage)}
+        return Needs(inputs.job, 0, 0, 0)
+    places = {stage: inputs.folder.stage(stage) for stage in left if inputs.folder.has(stage)}
     if "report" in left:
-        places |= {"result": work.folder.result, "run folder": work.folder.logs}
+        places |= {"result": inputs.folder.result, "run folder": inputs.folder.logs}
     sizes = {name: _sizes(place) for name, place in places.items()}
     missing = [_less(one, sizes[one.name]) for one in disk(problem, ranks) if one.name in places]
     return needs_of_stages(problem, ranks, left, missing)
@@ -83,40 +84,41 @@ def _less(one: Stored, there: list[int]) -> Stored:
     )  # fmt: skip
 
 
-def _require_room(work: Work, needs: Needs) -> None:
-    if shutil.disk_usage(work.folder.path).free < needs.disk_bytes:
-        raise disk_full(work.folder.journal, needs.disk_bytes)
+def _require_room(run: RunContext, needs: Needs) -> None:
+    if shutil.disk_usage(run.folder.path).free < needs.disk_bytes:
+        raise disk_full(run.folder.journal, needs.disk_bytes)
 
 
 def _sizes(folder: Path) -> list[int]:
     return [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
 
 
-def _require_gpus_as_before(work: Work) -> None:
+def _require_gpus_as_before(run: RunContext) -> None:
     """A run that went on by CPU would be much slower without warning, and not bit-identical."""
-    comm = work.comm
-    before = on_root(comm, _gpus_before, work)
+    comm = run.comm
+    before = on_root(comm, _gpus_before, run)
     if not before or comm.device_preference == "cpu":
         return
     error = None
     if comm.device() == "cpu":
         error = MissingError(
             f"rank {comm.rank} on {comm.hostname} sees no GPU, and this run computed on GPUs before ({before}). Ask "
-            f"the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. {_by_cpu(work)}"
+            f"the batch system for a GPU per rank; 'cryoiso doctor' tells what this machine lacks. {_by_cpu(run)}",
+            code="gpu-missing",
         )
     agree(comm, error)
 
 
-def _by_cpu(work: Work) -> str:
+def _by_cpu(run: RunContext) -> str:
     """How to go on without GPUs: networks are smaller there, unless the job says which it wants."""
-    if work.job.run.workflow != "refine":
+    if run.job.run.workflow != "refine":
         return "For a run by CPU, whose networks are smaller, begin a new one."
-    return f"To go on by CPU set run.device = 'cpu' in {work.folder.resolved}: slower, and with other last bits."
+    return f"To go on by CPU set run.device = 'cpu' in {run.folder.resolved}: slower, and with other last bits."
 
 
-def _gpus_before(work: Work) -> str:
+def _gpus_before(run: RunContext) -> str:
     """The GPUs of the last start that computed on them with every rank; empty if there was none."""
-    starts, computed = (work.manifest or {}).get("starts", []), _computed(work)
+    starts, computed = (run.manifest or {}).get("starts", []), _computed(run)
     for start, gpus_used in zip(reversed(starts), reversed(computed), strict=False):
         ranks = start.get("machine") or []
         if gpus_used and ranks and all(str(rank.get("device", "")).startswith("cuda") for rank in ranks):
@@ -124,10 +126,10 @@ def _gpus_before(work: Work) -> str:
     return ""
 
 
-def _computed(work: Work) -> list[bool]:
+def _computed(run: RunContext) -> list[bool]:
     """Of each start in the journal whether it began a stage that GPUs compute."""
     found: list[bool] = []
-    for line in work.journal.lines if work.journal is not None else []:
+    for line in run.journal.lines if run.journal is not None else []:
         if line["event"] in ("run", "resume"):
             found.append(False)
         elif line["event"] == "start" and found and line["stage"] not in ON_CPUS:

@@ -15,9 +15,9 @@ from typing import Any
 from cryoiso.io import scratch_lease as leases
 from cryoiso.io.staging import NotStaged, find_place, require_room
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.job_size import disk, problem_of, shard_layout
 from cryoiso.pipeline.site import filesystem
-from cryoiso.pipeline.work import Work
 from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
 
@@ -49,24 +49,24 @@ class Images:
         return [self.raw[k] for k in sorted(wanted)], []
 
 
-def images_of(work: Work, ranks: int) -> Images:
+def images_of(inputs: Inputs, ranks: int) -> Images:
     """What the stages of a job will ask of scratch, see ``Scratch.attach`` (rank 0; reads the inputs)."""
-    job = work.job
+    job = inputs.job
     with_auxiliary, relion = job.run.workflow in CO_REFINEMENTS, job.refine.engine == "relion"
     if not job.run.scratch or (relion and not with_auxiliary):
         return Images(job.run.scratch)
-    problem = problem_of(work)
+    problem = problem_of(inputs)
     export = job.auxiliary.model_copy(update={"export": False})  # stacks that are written beside the shards
     stored = {s.name: s for s in disk(replace(problem, job=job.model_copy(update={"auxiliary": export})), ranks)}
     if problem.with_shards:
-        raw = [path.stat().st_size for path in sorted(work.shards.glob("shard-*"))]
+        raw = [path.stat().st_size for path in sorted(inputs.shards.glob("shard-*"))]
     else:
         section, all_bytes = job.particles, stored["ingest"].bytes
         counts = shard_layout(problem.particles, problem.box_px, section.storage, section.shard_mib)
         raw = [all_bytes * count // problem.particles for count in counts]
     made = [s for name, s in stored.items() if name.startswith("generate-") and not relion]
     auxiliary = [s.bytes // s.files for s in made for _ in range(s.files)]
-    folder = work.shards if problem.with_shards else None
+    folder = inputs.shards if problem.with_shards else None
     return Images(job.run.scratch, tuple(raw), tuple(auxiliary), with_auxiliary, folder)
 
 

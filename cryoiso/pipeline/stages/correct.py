@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import CorrectSection
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.progress import board
@@ -23,11 +25,12 @@ from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages.half_maps import make_mask
 from cryoiso.pipeline.stages.isolated_process import apart
-from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 NOT_A_RESOLUTION = "agreement of what networks made, not a resolution: deposit and judge the half-maps that went in"
@@ -42,7 +45,7 @@ FEW_SHELLS = 2
 
 
 @dataclass(frozen=True)
-class Task:
+class CorrectionTask:
     """Which files are corrected, and how."""
 
     maps: dict[int, Path]
@@ -72,17 +75,17 @@ class Task:
         return self.mode == "independent"
 
 
-def correct(work: Work) -> None:
+def correct(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """The stage: corrects the half-maps of the stage ``reconstruct``."""
-    maps, job = work.folder.stage("reconstruct"), work.job
+    maps, job = run.folder.stage("reconstruct"), run.job
     correct_files(
-        Task({h: maps / f"half{h}.mrc" for h in (1, 2)}, work.folder.stage("correct"), job.correct, maps / "mask.mrc",
-             seed=job.run.seed, device=job.run.device),
-        work.comm, resume=work.resume,
+        CorrectionTask({h: maps / products.half_map(h) for h in (1, 2)}, run.folder.stage("correct"), job.correct,
+             maps / products.MASK, seed=job.run.seed, device=job.run.device),
+        run.comm, resume=resume,
     )  # fmt: skip
 
 
-def correct_files(task: Task, comm: Context, *, resume: bool = False) -> None:
+def correct_files(task: CorrectionTask, comm: Context, *, resume: bool = False) -> None:
     """Corrects maps into a folder (collective).
 
     Writes corrected_half1.mrc, corrected_half2.mrc and their mean corrected_map.mrc (of one map only the last),
@@ -104,22 +107,25 @@ def _here(function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def _begin(task: Task) -> None:
+def _begin(task: CorrectionTask) -> None:
     if len(task.maps) == 1 and task.transfer is None and task.missing_cone_deg is None:
-        raise UsageError("one map alone does not tell what it lacks: give --missing-cone, --filter, or both half-maps")
+        raise UsageError(
+            "a single map needs --missing-cone or --filter; otherwise give both half-maps",
+            code="option-missing",
+        )
     if task.transfer is not None and task.missing_cone_deg is not None:
-        raise UsageError("--missing-cone and --filter exclude each other")
+        raise UsageError("--missing-cone and --filter exclude each other", code="options-conflict")
     for path in (*task.maps.values(), task.mask, task.transfer):
         if path is not None and not path.is_file():
-            raise InputError("no such file", file=path)
+            raise InputError("no such file", file=path, code="file-not-found")
     task.out.mkdir(parents=True, exist_ok=True)
 
 
-def _write_filter(task: Task) -> float | None:
+def _write_filter(task: CorrectionTask) -> float | None:
     """Writes filter.mrc, and mask.mrc where none was given; returns the resolution up to which is corrected."""
     from cryoiso.methods.anisotropy.filter import checked, missing_cone, nothing_beyond, seen_shells
-    from cryoiso.metrics.fsc import fsc, resolution_at
-    from cryoiso.metrics.fsc3d import fsc3d
+    from cryoiso.metrics.directional_fsc import fsc3d
+    from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     if len(task.maps) == 2:
         one, two, _ = read_half_maps(task.maps[1], task.maps[2], task.pixel_size_A)
@@ -130,7 +136,7 @@ def _write_filter(task: Task) -> float | None:
     box, pixel = first.box_px, first.pixel_size_A
     mean = replace(first, data=_mean([density.data for density in known.values()]))
     mask = make_mask(mean) if task.mask is None else read_mask(task.mask, box, pixel).data
-    write_map(task.out / "mask.mrc", np.asarray(mask, np.float32), pixel)
+    write_map(task.out / products.MASK, np.asarray(mask, np.float32), pixel)
     limit_A = task.section.resolution_A
     curve = fsc(known[1].data, known[2].data, mask) if len(known) == 2 else None
     if limit_A is None and curve is not None:
@@ -150,7 +156,7 @@ def _write_filter(task: Task) -> float | None:
         if limit_A is not None and _is_short(seen, box * pixel / limit_A):
             up_to = f"{box * pixel / seen:.1f} Å" if seen else "no resolution"
             logger.warning("the half-maps agree beyond chance up to %s only: nothing finer is inferred", up_to)
-    write_map(task.out / "filter.mrc", np.asarray(transfer, np.float32), pixel)
+    write_map(task.out / products.FILTER, np.asarray(transfer, np.float32), pixel)
     return limit_A
 
 
@@ -159,7 +165,7 @@ def _is_short(seen_shell: int, last_shell: float) -> bool:
     return last_shell > seen_shell + 1
 
 
-def _correct_maps(task: Task, limit_A: float | None, comm: Context, resume: bool) -> None:
+def _correct_maps(task: CorrectionTask, limit_A: float | None, comm: Context, resume: bool) -> None:
     """Trains, applies, writes (collective)."""
     if task.alone and comm.size == 1:
         facts = {}
@@ -174,7 +180,7 @@ def _correct_maps(task: Task, limit_A: float | None, comm: Context, resume: bool
     on_root(comm, _finish, task, {0: (found.facts, found.history)})
 
 
-def _correct_alone(task: Task, limit_A: float | None, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _correct_alone(task: CorrectionTask, limit_A: float | None, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """One half in a process that was told of no other."""
     comm = Context()
     comm.device_preference = task.device
@@ -183,7 +189,7 @@ def _correct_alone(task: Task, limit_A: float | None, resume: bool) -> tuple[dic
     return found.facts, found.history
 
 
-def _read_mine(task: Task, comm: Context) -> dict[int, DensityMap]:
+def _read_mine(task: CorrectionTask, comm: Context) -> dict[int, DensityMap]:
     """The maps that this rank corrects, and no other."""
     from cryoiso.parallel.ddp import ranks_of_half
 
@@ -198,13 +204,16 @@ def _read_mine(task: Task, comm: Context) -> dict[int, DensityMap]:
     return maps
 
 
-def _corrected(task: Task, maps: dict[int, DensityMap], limit_A: float | None, comm: Context, resume: bool) -> Any:
-    from cryoiso.methods.anisotropy.correct import correct_halves, network_file
+def _corrected(
+    task: CorrectionTask, maps: dict[int, DensityMap], limit_A: float | None, comm: Context, resume: bool
+) -> Any:
+    from cryoiso.methods.anisotropy.correct import correct_halves
+    from cryoiso.methods.anisotropy.correction_run import network_file
     from cryoiso.methods.anisotropy.settings import resolve
 
     settings = replace(resolve(task.section, comm.device()), mode=task.mode)
     board.expect(0, 1, lines=settings.rounds if task.warm is None else 1)
-    transfer, mask = (on_root(comm, read_map, task.out / f"{name}.mrc").data for name in ("filter", "mask"))
+    transfer, mask = (on_root(comm, read_map, task.out / name).data for name in (products.FILTER, products.MASK))
     warm = None
     if task.warm is not None:
         labels = [str(half) for half in task.maps] if task.alone else ["both"]
@@ -214,45 +223,52 @@ def _corrected(task: Task, maps: dict[int, DensityMap], limit_A: float | None, c
     )
 
 
-def _write_parts(task: Task, found: Any) -> None:
-    pixel = read_map(task.out / "filter.mrc").pixel_size_A
+def _write_parts(task: CorrectionTask, found: Any) -> None:
+    pixel = read_map(task.out / products.FILTER).pixel_size_A
     for half in found.maps:
-        write_map(_part(task, "corrected", half), found.maps[half], pixel)
-        write_map(_part(task, "inferred", half), found.inferred[half], pixel)
+        write_map(_corrected_part(task, half), found.maps[half], pixel)
+        write_map(_inferred_part(task, half), found.inferred[half], pixel)
 
 
-def _part(task: Task, kind: str, half: int) -> Path:
-    return task.out / (f"{kind}_map.mrc" if task.mode == "single" else f"{kind}_half{half}.mrc")
+def _corrected_part(task: CorrectionTask, half: int) -> Path:
+    return task.out / (products.CORRECTED_MAP if task.mode == "single" else products.corrected_half(half))
 
 
-def _finish(task: Task, parts: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def _inferred_part(task: CorrectionTask, half: int) -> Path:
+    """What the network added to it; removed at the end."""
+    return task.out / ("inferred_map.mrc" if task.mode == "single" else f"inferred_half{half}.mrc")
+
+
+def _finish(task: CorrectionTask, parts: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """The mean map, what of it was measured, and the numbers."""
     from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_fourier
 
-    def mean_of(kind: str) -> DensityMap:
-        found = [read_map(_part(task, kind, half)) for half in task.maps]
+    def mean_of(part: Callable[[CorrectionTask, int], Path]) -> DensityMap:
+        found = [read_map(part(task, half)) for half in task.maps]
         return replace(found[0], data=_mean([density.data for density in found]))
 
-    whole, inferred = mean_of("corrected"), mean_of("inferred")
+    whole, inferred = mean_of(_corrected_part), mean_of(_inferred_part)
     pixel, first = whole.pixel_size_A, next(iter(parts.values()))[0]
     limit_A = first["resolution_A"] or 2 * pixel
     measured = whole.data - inferred.data
     width_px = max(1.0, limit_A / pixel / 2)
     share = measured_share(measured, inferred.data, width_px)
-    write_map(task.out / "corrected_map.mrc", whole.data, pixel)
-    write_map(task.out / "measured.mrc", share, pixel)
-    write_map(task.out / "measured_fourier.mrc", measured_share_fourier(measured, inferred.data), pixel)
+    write_map(task.out / products.CORRECTED_MAP, whole.data, pixel)
+    write_map(task.out / products.MEASURED, share, pixel)
+    write_map(task.out / products.MEASURED_FOURIER, measured_share_fourier(measured, inferred.data), pixel)
     for half in task.maps:
-        _part(task, "inferred", half).unlink(missing_ok=True)
+        _inferred_part(task, half).unlink(missing_ok=True)
     curves = {} if len(task.maps) == 1 else (apart if task.alone else _here)(_curves, task)
-    write_json(task.out / "correct.json", _facts(task, parts, share, limit_A, curves))
+    write_json(task.out / products.facts("correct"), _facts(task, parts, share, limit_A, curves))
     for folder in task.out.glob("training_*"):  # the checkpoints have done their duty
         shutil.rmtree(folder)
 
 
-def _facts(task: Task, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]) -> Any:
-    mask = read_map(task.out / "mask.mrc")
-    transfer = read_map(task.out / "filter.mrc")
+def _facts(
+    task: CorrectionTask, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]
+) -> Any:
+    mask = read_map(task.out / products.MASK)
+    transfer = read_map(task.out / products.FILTER)
     inside, length_A = share[mask.data > 0.5], mask.box_px * mask.pixel_size_A
     networks = {label: one for facts, _ in parts.values() for label, one in facts["networks"].items()}
     history = {label: records for _, records in parts.values() for label, records in records.items()}
@@ -302,14 +318,14 @@ def _mean_within(transfer: DensityMap, limit_A: float) -> float:
     return float(transfer.data[(r > 0) & (r <= transfer.box_px * transfer.pixel_size_A / limit_A)].mean())
 
 
-def _curves(task: Task) -> dict[str, Any]:
+def _curves(task: CorrectionTask) -> dict[str, Any]:
     """FSC of what went in, and of what came out under a name that nobody takes for a resolution."""
     from cryoiso.methods.anisotropy.filter import seen_shells
-    from cryoiso.metrics.fsc import fsc, shell_frequencies
+    from cryoiso.metrics.fsc_curve import fsc, shell_frequencies
 
-    mask = read_map(task.out / "mask.mrc").data
+    mask = read_map(task.out / products.MASK).data
     raw = [read_map(path, task.pixel_size_A) for path in task.maps.values()]
-    made = [read_map(_part(task, "corrected", half)) for half in task.maps]
+    made = [read_map(_corrected_part(task, half)) for half in task.maps]
     frequency = shell_frequencies(raw[0].box_px, raw[0].pixel_size_A)
     curves = {
         "frequency_invA": frequency,

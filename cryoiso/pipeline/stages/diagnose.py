@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map
 from cryoiso.parallel.group_stop import on_root_heeding
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages.rounds import final_poses
-from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 
@@ -24,36 +26,36 @@ SHARED_NETWORK = (
 )
 
 
-def diagnose(work: Work) -> None:
+def diagnose(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """All quality numbers, measured on rank 0."""
-    on_root_heeding(work.comm, _diagnose, work)
+    on_root_heeding(run.comm, _diagnose, run, inputs)
 
 
-def _diagnose(work: Work) -> None:
+def _diagnose(run: RunContext, inputs: Inputs) -> None:
     from cryoiso.methods.assess.measure import diagnose as measure
 
-    maps, job = work.folder.stage("reconstruct"), work.job
-    half1, half2, mask = (read_map(maps / name) for name in ("half1.mrc", "half2.mrc", "mask.mrc"))
-    with_true_poses = maps / "truth_poses" / "map.mrc"
+    maps, job = run.folder.stage("reconstruct"), run.job
+    half1, half2, mask = (read_map(maps / name) for name in (*products.HALF_MAPS, products.MASK))
+    with_true_poses = maps / products.TRUE_POSES / products.MAP
 
-    def numbers_of(one: np.ndarray, two: np.ndarray, star: Path, true_poses: Path | None) -> dict[str, Any]:
+    def numbers_of(one: np.ndarray, two: np.ndarray, star: Path, true_poses: Path | None) -> DiagnoseRecord:
         return measure(
             one, two, mask.data, half1.pixel_size_A,
-            read_particle_file(star, work.job.particles.project, ("pose",)),
-            work.job.sample.symmetry,
-            truth_particles=work.truth(),
-            truth_map=work.truth_map(),
+            read_particle_file(star, job.particles.project, ("pose",)),
+            job.sample.symmetry,
+            truth_particles=inputs.truth(),
+            truth_map=inputs.truth_map(),
             truth_pose_map=read_map(true_poses).data if true_poses and true_poses.exists() else None,
-            seed=work.job.run.seed,
+            seed=job.run.seed,
         )  # fmt: skip
 
-    numbers = numbers_of(half1.data, half2.data, final_poses(work), with_true_poses)
-    if work.folder.has("train-1"):
-        first = work.folder.stage("reconstruct") / "initial_poses"
-        earlier = [read_map(first / f"half{h}.mrc").data for h in (1, 2)]
-        before = work.folder.stage("refine") / "particles.star"
+    numbers = numbers_of(half1.data, half2.data, final_poses(run), with_true_poses)
+    if run.folder.has("train-1"):
+        first = run.folder.stage("reconstruct") / products.INITIAL_POSES
+        earlier = [read_map(first / products.half_map(h)).data for h in (1, 2)]
+        before = run.folder.stage("refine") / products.PARTICLES
         logger.info("the same for the maps before the auxiliary particles, to compare with")
         numbers["before"] = numbers_of(earlier[0], earlier[1], before, None)
-    if work.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
+    if run.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
         numbers["notes"].append(SHARED_NETWORK)
-    write_json(work.folder.stage("diagnose") / "diagnose.json", numbers)
+    write_json(run.folder.stage("diagnose") / products.facts("diagnose"), numbers)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cryoiso.core.classify_settings import ClassifySection
-from cryoiso.core.config import Job
+from cryoiso.core.config import ClassifySection, Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import Communicator, Engine, ReferenceCorrection, RefineRequest
 from cryoiso.core.types import DensityMap
@@ -26,7 +25,7 @@ def engine(name: str) -> Engine:
         from cryoiso.engines.relion.engine import RelionEngine
 
         return RelionEngine()
-    raise UsageError(f"unknown engine '{name}' (known: native, relion)")
+    raise UsageError(f"unknown engine '{name}' (known: native, relion)", code="choice-unknown")
 
 
 def require_engine(job: Job) -> None:
@@ -38,7 +37,7 @@ def require_engine(job: Job) -> None:
     """
     if job.refine.engine == "relion":
         if job.refine.junk:
-            raise UsageError("refine.junk: only the native engine looks for images without a particle")
+            raise UsageError("refine.junk: native engine only", code="options-conflict")
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words
         from cryoiso.engines.relion.install import find_relion

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.progress import board
@@ -28,9 +29,10 @@ from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.partition import owned_rows
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.records.hashing import digest_of, sha256_of
 from cryoiso.pipeline.stages.rounds import is_settled, poses_after, skip
-from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 SAMPLES = 8
@@ -42,47 +44,47 @@ COMPARED_BLOCK = 64
 
 def generator_files(folder: Path, shared: bool) -> dict[int, Path]:
     """Half -> file of its generator."""
-    return {h: folder / ("generator.npz" if shared else f"generator{h}.npz") for h in HALVES}
+    return {h: folder / (products.SHARED_GENERATOR if shared else products.generator(h)) for h in HALVES}
 
 
-def generate_stage(round_: int, work: Work) -> None:
+def generate_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Auxiliary particles of both halves, and how alike they are to the raw ones."""
-    name, comm, section = f"generate-{round_}", work.comm, work.job.auxiliary
-    if is_settled(work, round_):
-        return skip(work, name)
-    folder = work.folder.stage(name)
-    files = generator_files(work.folder.stage(f"train-{round_}"), section.generators == "shared")
-    posed = poses_after(work, round_ - 1)
-    particles = on_root(comm, planned_particles, work, posed, round_)
-    maker = load_maker(files, particles, section.temperature, work.job.run.seed, comm)
-    write_images(maker, files, folder, comm, lambda done, of: work.note_checkpoint(name, images=done, of=of))
-    shards = work.source(once=True)
+    name, comm, job, section = f"generate-{round_}", run.comm, run.job, run.job.auxiliary
+    if is_settled(run, round_):
+        return skip(run, name)
+    folder = run.folder.stage(name)
+    files = generator_files(run.folder.stage(f"train-{round_}"), section.generators == "shared")
+    posed = poses_after(run, inputs, round_ - 1)
+    particles = on_root(comm, planned_particles, inputs, posed, round_)
+    maker = load_maker(files, particles, section.temperature, job.run.seed, comm)
+    write_images(maker, files, folder, comm, lambda done, of: run.note_checkpoint(name, images=done, of=of))
+    shards = inputs.source(once=True)
     shards.particles = posed
     raw, _ = as_recorded(shards, posed)
     facts = {"round": round_, "counts": _counts(particles), "temperature": section.temperature}
     # how well the images are modelled shows at temperature 1; what is made may be colder on purpose
-    facts["transfer"] = measure_transfer(ShardSource(folder), particles, maker.conditions, comm, work.job.run.seed)
-    facts["statistics"] = compare(raw, MadeSource(maker.at_temperature(1.0)), comm, work.job.run.seed)
+    facts["transfer"] = measure_transfer(ShardSource(folder), particles, maker.conditions, comm, job.run.seed)
+    facts["statistics"] = compare(raw, MadeSource(maker.at_temperature(1.0)), comm, job.run.seed)
     on_root(comm, _finish, folder, maker, raw, facts, particles)
     if section.export:
         written = apart(particles, posed) if section.noise_group == "own" else particles
         on_root(comm, export, ShardSource(folder), written, folder, shards.index["inverted"])
 
 
-def planned_particles(work: Work, raw: Particles, round_: int) -> Particles:
+def planned_particles(inputs: Inputs, raw: Particles, round_: int) -> Particles:
     """Who the auxiliary particles of a round are (rank 0): identities, CTFs and true poses.
 
     Args:
         raw: the data with the poses that the round starts from.
     """
-    box, pixel = work.grid()
-    known = work.particles().shift_A
+    box, pixel = inputs.grid()
+    known = inputs.particles().shift_A
     sets = []
     for half in HALVES:
-        count = max(1, round(work.job.auxiliary.ratio * int(np.sum(raw.half == half))))
+        count = max(1, round(inputs.job.auxiliary.ratio * int(np.sum(raw.half == half))))
         sets.append(
             auxiliary_particles(
-                raw, half, count, round_=round_, seed=work.job.run.seed, symmetry=work.job.sample.symmetry,
+                raw, half, count, round_=round_, seed=inputs.job.run.seed, symmetry=inputs.job.sample.symmetry,
                 box_px=box, pixel_size_A=pixel, known_shift_A=known,
             )
         )  # fmt: skip
@@ -190,9 +192,9 @@ def _finish(folder: Path, maker: Maker, raw: ImageSource, facts: dict[str, Any],
     mine = np.arange(min(SAMPLES, int(np.sum(particles.half == 1))))
     made, clean = maker.at_temperature(1.0).images(mine)
     shown = raw.read(np.arange(min(SAMPLES, len(raw.particles))))
-    with atomic_write(folder / "samples.npz") as stream:
+    with atomic_write(folder / products.SAMPLES) as stream:
         np.savez(stream, raw=shown, auxiliary=made, projections=clean)
-    write_json(folder / "generate.json", facts)
+    write_json(folder / products.facts("generate"), facts)
     kl = facts["statistics"].get("kl_nats")
     logger.info("%d auxiliary particles%s", len(particles), "" if kl is None else f", KL to the raw ones {kl:.3g} nats")
 

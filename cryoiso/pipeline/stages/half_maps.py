@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io.mrc import write_map
@@ -53,7 +54,7 @@ def write_reconstruction(
             source, particles, comm, support.mask_of, diameter_A=support.diameter_A, seed=support.seed, **how
         )
         halves = full.halves
-        on_root(comm, lambda: write_map(folder / "map_weighted.mrc", full.weighted.data, pixel_size_A))
+        on_root(comm, lambda: write_map(folder / products.WEIGHTED_MAP, full.weighted.data, pixel_size_A))
     on_root(comm, write_half_maps, halves, folder)
     half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
     facts["half_counts"] = [int((half == number).sum()) for number in (1, 2)]
@@ -63,9 +64,9 @@ def write_reconstruction(
 def write_half_maps(halves: dict[int, DensityMap], folder: Path) -> None:
     """The half-maps as they are, and their mean."""
     for half, density in halves.items():
-        write_map(folder / f"half{half}.mrc", density.data, density.pixel_size_A)
+        write_map(folder / products.half_map(half), density.data, density.pixel_size_A)
     mean = 0.5 * (halves[1].data.astype(np.float64) + halves[2].data)
-    write_map(folder / "map.mrc", mean.astype(np.float32), halves[1].pixel_size_A)
+    write_map(folder / products.MAP, mean.astype(np.float32), halves[1].pixel_size_A)
 
 
 class Support:
@@ -87,7 +88,7 @@ class Support:
     def write_mask(self, folder: Path, pixel_size_A: float) -> str:
         """mask.mrc, after a reconstruction; returns what it was made from: "given", "map" or "sphere"."""
         assert self._mask is not None
-        write_map(folder / "mask.mrc", self._mask, pixel_size_A)
+        write_map(folder / products.MASK, self._mask, pixel_size_A)
         return self.kind
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.progress import board
@@ -19,30 +20,31 @@ from cryoiso.io.shards import read_index, shard_name
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.records.hashing import hash_shared
 from cryoiso.pipeline.stages.input_hashes import hashed_meanwhile
-from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 
 
-def ingest(work: Work) -> None:
+def ingest(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Images into shards, unless the job's particles are shards already; either way the run's images are hashed."""
-    comm, folder = work.comm, work.folder.stage("ingest")
-    with hashed_meanwhile(work) as note_hashes:
-        if on_root(comm, lambda: work.shards != folder):
-            facts = on_root(comm, lambda: _facts_of_shards(work))
+    comm, folder = run.comm, run.folder.stage("ingest")
+    with hashed_meanwhile(run) as note_hashes:
+        if on_root(comm, lambda: inputs.shards != folder):
+            facts = on_root(comm, lambda: _facts_of_shards(inputs))
         else:
-            plan = on_root(comm, lambda: bare_plan(work.plan()))
+            plan = on_root(comm, lambda: bare_plan(inputs.plan()))
 
             def note(done: int, of: int) -> None:
-                work.note_checkpoint("ingest", images=done, of=of)
+                run.note_checkpoint("ingest", images=done, of=of)
                 note_hashes()
 
             write_shards(plan, folder, comm, note)
             facts = _ingest_facts(plan)
-    on_root(comm, write_json, folder / "ingest.json", facts)
+    on_root(comm, write_json, folder / products.facts("ingest"), facts)
 
 
 def bare_plan(plan: Any) -> Any:
@@ -99,9 +101,9 @@ def _heed_and_tell(line: ProgressLine, done: int) -> None:
     line.update(done)
 
 
-def _facts_of_shards(work: Work) -> dict[str, Any]:
-    index, particles = read_index(work.shards), work.particles()
-    logger.info("the images are in shards already: %s", work.shards)
+def _facts_of_shards(inputs: Inputs) -> dict[str, Any]:
+    index, particles = read_index(inputs.shards), inputs.particles()
+    logger.info("the images are in shards already: %s", inputs.shards)
     return {
         "particles": len(particles),
         "half_counts": [int(np.sum(particles.half == number)) for number in (1, 2)],
@@ -112,7 +114,7 @@ def _facts_of_shards(work: Work) -> dict[str, Any]:
         "sign": index.get("sign", ""),
         "shards": len(index["shards"]),
         "storage": index["storage"],
-        "folder": str(work.shards),
+        "folder": str(inputs.shards),
     }
 
 

@@ -17,9 +17,10 @@ from cryoiso.core.log import ProgressLine, duration
 from cryoiso.core.progress import board
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.records import manifest as provenance
-from cryoiso.pipeline.records.hashing import Stopped, sha256_of, share_by_size, verify_outputs
-from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.records.hashing import HashingStopped, sha256_of, share_by_size, verify_outputs
 
 logger = logging.getLogger("cryoiso")
 WRITE_EVERY_S = 30.0
@@ -48,15 +49,15 @@ class Hasher:
                 modified = provenance.modified_ns(path)
                 self.found[path] = sha256_of(Path(path), self._seen), modified
             except OSError as error:
-                self.error = InputError(f"cannot be read: {error.strerror}", file=path)
+                self.error = InputError(f"cannot be read: {error.strerror}", file=path, code="file-unreadable")
                 return
-            except Stopped:
+            except HashingStopped:
                 return
 
     def _seen(self, size: int) -> None:
         self.bytes += size
         if self._stop.is_set():
-            raise Stopped
+            raise HashingStopped
 
     @property
     def working(self) -> bool:
@@ -70,10 +71,10 @@ class Hasher:
 class ImageHashes:
     """The hashes of a run's images: every rank makes its share, rank 0 notes them all."""
 
-    def __init__(self, work: Work, which: Which) -> None:
+    def __init__(self, run: RunContext, which: Which) -> None:
         """Begins. Collective."""
-        self._work, comm = work, work.comm
-        sizes = on_root(comm, lambda: {} if work.manifest is None else which(work.manifest, work.job))
+        self._run, comm = run, run.comm
+        sizes = on_root(comm, lambda: {} if run.manifest is None else which(run.manifest, run.job))
         names = sorted(sizes)
         owner = share_by_size([sizes[name] for name in names], comm.size)
         self.number, self.bytes = len(names), sum(sizes.values())
@@ -92,7 +93,7 @@ class ImageHashes:
         """
         if not self.number:
             return
-        comm, found = self._work.comm, dict(self._hasher.found)
+        comm, found = self._run.comm, dict(self._hasher.found)
         mine = {path: facts for path, facts in found.items() if path not in self._told}
         self._told.update(mine)
         new = {path: facts for part in comm.allgather(mine) for path, facts in part.items()}
@@ -101,12 +102,12 @@ class ImageHashes:
         agree(comm, self._hasher.error)
 
     def _note(self, new: dict[str, tuple[str, int | None]], at_once: bool) -> None:
-        manifest, now = self._work.manifest, time.monotonic()
+        manifest, now = self._run.manifest, time.monotonic()
         if manifest is None:
             return
         provenance.note_hashes(manifest, new)
         if at_once or now - self._written > WRITE_EVERY_S:
-            provenance.write_manifest(self._work.folder, manifest)
+            provenance.write_manifest(self._run.folder, manifest)
             self._written = now
 
     def wait(self, counted: bool) -> None:
@@ -119,7 +120,7 @@ class ImageHashes:
             Interrupted: a signal came.
             InputError: as ``share``.
         """
-        comm = self._work.comm
+        comm = self._run.comm
         if counted:
             board.expect(1, 2)
         line = ProgressLine("hashing inputs", self.bytes >> 20, active=comm.rank == 0)
@@ -139,7 +140,7 @@ class ImageHashes:
 
 
 @contextmanager
-def hashed_meanwhile(work: Work) -> Iterator[Callable[[], None]]:
+def hashed_meanwhile(run: RunContext) -> Iterator[Callable[[], None]]:
     """Hashes the run's images while the block reads them; the manifest has the hashes afterwards. Those that an earlier
     start has made are kept, unless the file was modified since. Collective. Outside of a run nothing is hashed.
 
@@ -150,15 +151,15 @@ def hashed_meanwhile(work: Work) -> Iterator[Callable[[], None]]:
         InputError: a file cannot be read, or has changed since the run started.
         Interrupted: a signal came while only hashes were missing.
     """
-    with _hashing(work, provenance.modified_since):
+    with _hashing(run, provenance.modified_since):
         pass  # nothing must be made of a file that has changed
-    with _hashing(work, provenance.to_hash, counted=True) as share:
+    with _hashing(run, provenance.to_hash, counted=True) as share:
         yield share
 
 
 @contextmanager
-def _hashing(work: Work, which: Which, counted: bool = False) -> Iterator[Callable[[], None]]:
-    hashes = ImageHashes(work, which)
+def _hashing(run: RunContext, which: Which, counted: bool = False) -> Iterator[Callable[[], None]]:
+    hashes = ImageHashes(run, which)
     try:
         yield hashes.share
         if hashes.number:
@@ -171,7 +172,7 @@ def _hashing(work: Work, which: Which, counted: bool = False) -> Iterator[Callab
         hashes.stop()
 
 
-def check_given_shards(work: Work) -> None:
+def check_given_shards(run: RunContext) -> None:
     """Reads the shards that the job was given as its particles again, if an earlier start has hashed them. Collective.
 
     Raises:
@@ -180,13 +181,13 @@ def check_given_shards(work: Work) -> None:
     """
 
     def known() -> dict[str, dict[str, object]]:
-        ended = work.journal is not None and work.journal.last("end", "ingest") is not None
-        return provenance.given_shards(work.manifest or {}) if ended else {}
+        ended = run.journal is not None and run.journal.last("end", "ingest") is not None
+        return provenance.given_shards(run.manifest or {}) if ended else {}
 
-    require_unchanged(work, on_root(work.comm, known))
+    require_unchanged(run.comm, on_root(run.comm, known))
 
 
-def require_unchanged(work: Work, shards: dict[str, dict[str, object]]) -> None:
+def require_unchanged(comm: Context, shards: dict[str, dict[str, object]]) -> None:
     """Stops if shards are not what was noted of them. Collective.
 
     Args:
@@ -196,17 +197,22 @@ def require_unchanged(work: Work, shards: dict[str, dict[str, object]]) -> None:
         InputError: names the first one.
         Interrupted: a signal came.
     """
-    wrong = verify_outputs(Path(), shards, work.comm, "checking shards") if shards else ""
-    agree(work.comm, InputError(f"{wrong} since this run started. {provenance.PUT_BACK}") if wrong else None)
+    wrong = verify_outputs(Path(), shards, comm, "checking shards") if shards else ""
+    agree(
+        comm,
+        InputError(f"{wrong} since this run started. {provenance.PUT_BACK}", code="run-inputs-changed")
+        if wrong
+        else None,
+    )
 
 
 @contextmanager
-def image_hashed_meanwhile(work: Work) -> Iterator[None]:
+def image_hashed_meanwhile(run: RunContext) -> Iterator[None]:
     """Hashes the container image while the block works, where no earlier start has; on rank 0 of a run.
 
     A start that is stopped before that gets the digest from the next one in the same image.
     """
-    manifest = work.manifest
+    manifest = run.manifest
     image = provenance.unknown_image(manifest) if manifest is not None else ""
     if manifest is None or not image:
         yield
@@ -216,7 +222,7 @@ def image_hashed_meanwhile(work: Work) -> Iterator[None]:
     def note() -> None:
         hasher.stop()
         if image in hasher.found:
-            provenance.note_image(work.folder, manifest, hasher.found[image][0])
+            provenance.note_image(run.folder, manifest, hasher.found[image][0])
 
     try:
         yield

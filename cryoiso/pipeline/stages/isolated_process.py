@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from cryoiso.core.errors import CryoisoError
+from cryoiso.core.errors import CryoisoError, code_of
 from cryoiso.parallel.signals import install_signal_handlers
 
 _LEAVE_S = 60.0
@@ -38,7 +38,9 @@ def apart(function: Callable[..., Any], *args: Any, stop: Callable[[], bool] = l
         answer = ours.recv()
     except EOFError:
         process.join(_LEAVE_S)
-        raise CryoisoError(f"the process for '{function.__name__}' died (exit status {process.exitcode})") from None
+        raise CryoisoError(
+            f"the process for '{function.__name__}' died (exit status {process.exitcode})", code="process-died"
+        ) from None
     finally:
         process.join(_LEAVE_S)
         if process.is_alive():
@@ -60,6 +62,6 @@ def _call(pipe: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Non
     except CryoisoError as error:
         answer = error
     except Exception as error:
-        answer = CryoisoError(f"{type(error).__name__} in '{function.__name__}': {error}")
+        answer = CryoisoError(f"{type(error).__name__} in '{function.__name__}': {error}", code=code_of(error))
     pipe.send(answer)
     pipe.close()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import Interrupted, UsageError
 from cryoiso.core.protocols import ImageSource
@@ -66,7 +67,9 @@ def micelle_files(
     comm.device_preference = job.run.device
     comm.install_signal_handlers()
     if choice.file is not None and choice.threshold is not None:
-        raise UsageError("--mask and --threshold exclude each other: the threshold makes the mask")
+        raise UsageError(
+            "--mask and --threshold exclude each other: the threshold makes the mask", code="options-conflict"
+        )
     particles, homologue, mask = on_root(comm, _read, job, choice, out)
     source = open_stacks(particles, job.particles, comm)
     return write_micelle(source, particles, homologue, mask, settings, out, comm, resume=resume)
@@ -136,7 +139,7 @@ def write_micelle(
     )  # fmt: skip
     facts = on_root(comm, _write, found, particles, homologue, mask, settings, folder)
     if found.stopped:
-        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps are those so far")
+        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps so far are kept")
     return facts
 
 
@@ -149,14 +152,14 @@ def _write(
     folder: Path,
 ) -> dict[str, Any]:
     pixel = homologue.pixel_size_A
-    write_map(folder / "mask.mrc", mask.data, pixel)
+    write_map(folder / products.MASK, mask.data, pixel)
     composites = []
     for half, result in found.halves.items():
         composite = composite_reference(result, homologue, mask)
         composites.append(composite)
-        write_map(folder / f"micelle_half{half}.mrc", result.micelle, pixel)
-        write_map(folder / f"composite_half{half}.mrc", composite, pixel)
-    write_map(folder / "composite.mrc", np.asarray(sum(composites) / len(composites), np.float32), pixel)
+        write_map(folder / products.micelle_half(half), result.micelle, pixel)
+        write_map(folder / products.composite_half(half), composite, pixel)
+    write_map(folder / products.COMPOSITE, np.asarray(sum(composites) / len(composites), np.float32), pixel)
     facts = {
         "finished": not found.stopped,
         "particles": len(particles),
@@ -170,7 +173,7 @@ def _write(
         "agreement_of_halves": agreement_of_halves(found),
         "halves": {str(half): result.facts() for half, result in found.halves.items()},
     }
-    write_json(folder / "micelle.json", facts)
+    write_json(folder / products.facts("micelle"), facts)
     for half, result in found.halves.items():
         last = result.history[-1]
         logger.info(

@@ -30,7 +30,10 @@ def arguments(template: str, **values: object) -> list[str]:
     parts = split_command(template, KEY)
     words = fill_words(parts, values, KEY)
     if not any("{output}" in part for part in parts) or not any("{input}" in part for part in parts):
-        raise UsageError("auxiliary.post_command: needs {input} and {output}, the maps that it reads and writes")
+        raise UsageError(
+            "auxiliary.post_command: needs {input} and {output}, the maps that it reads and writes",
+            code="placeholder-missing",
+        )
     return words
 
 
@@ -61,7 +64,7 @@ def post_process(template: str, source: Path, target: Path, half: int, round_: i
     if status or not raw.is_file():
         tail = log.read_text(encoding="utf-8", errors="replace")[-TAIL:].strip()
         what = f"ended with status {status}" if status else f"ended well but wrote no {raw.name}"
-        raise CryoisoError(f"auxiliary.post_command {what}: {shlex.join(words)}\n{tail}")
+        raise CryoisoError(f"auxiliary.post_command {what}: {shlex.join(words)}\n{tail}", code="post-command-failed")
     made = read_map(raw, given.pixel_size_A)
     require_grid(made, given.box_px, given.pixel_size_A, raw, "the map that it was made from")
     write_map(target, made.data, given.pixel_size_A)
@@ -75,7 +78,8 @@ def _run(words: list[str], stream: Any, folder: Path) -> int:
         )  # fmt: skip
     except (FileNotFoundError, PermissionError) as error:
         raise MissingError(
-            f"auxiliary.post_command: cannot run '{words[0]}': {error.strerror}. Give its full path or load its module."
+            f"auxiliary.post_command: cannot run '{words[0]}': {error.strerror}. Give its path or load its module.",
+            code="program-missing",
         ) from None
     try:
         while process.poll() is None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 
+from cryoiso.core import products
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
 from cryoiso.parallel.abort import on_root
-from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 
 logger = logging.getLogger("cryoiso")
 
 
-def reference(work: Work) -> None:
+def reference(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """The reference on the particles' grid: as it is, and low-passed as the refinement starts from it."""
-    on_root(work.comm, _write_reference, work)
+    on_root(run.comm, _write_reference, run, inputs)
 
 
-def _write_reference(work: Work) -> None:
-    made, folder, lowpass_A = work.reference(), work.folder.stage("reference"), work.job.reference.lowpass_A
-    write_map(folder / "reference.mrc", made.map.data, made.map.pixel_size_A)
-    write_map(folder / "initial.mrc", made.initial.data, made.initial.pixel_size_A)
+def _write_reference(run: RunContext, inputs: Inputs) -> None:
+    made, folder, lowpass_A = inputs.reference(), run.folder.stage("reference"), run.job.reference.lowpass_A
+    write_map(folder / products.REFERENCE, made.map.data, made.map.pixel_size_A)
+    write_map(folder / products.LOWPASSED_REFERENCE, made.initial.data, made.initial.pixel_size_A)
     facts = {
         "source": made.source,
         "lowpass_A": lowpass_A,
@@ -30,5 +32,5 @@ def _write_reference(work: Work) -> None:
     }
     if made.fit is not None:
         facts["fit"] = made.fit.facts()
-    write_json(folder / "reference.json", facts)
+    write_json(folder / products.facts("reference"), facts)
     logger.info("reference: %s, low-passed at %g Å, diameter %.0f Å", made.source, lowpass_A, made.diameter_A)

@@ -2,59 +2,59 @@
 
 from __future__ import annotations
 
+from cryoiso.core import products
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
-from cryoiso.pipeline.work import Work
 
 
-def refine(work: Work) -> None:
+def refine(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Poses and half-maps by the engine, or, where the job says so, from the particle file."""
-    comm, job = work.comm, work.job
-    if work.folder.has("train-1") and job.auxiliary.poses == "given":
-        return _take_given_poses(work)
-    engines.engine(job.refine.engine).refine(refine_request(work), comm)
+    if run.folder.has("train-1") and run.job.auxiliary.poses == "given":
+        return _take_given_poses(run, inputs)
+    engines.engine(run.job.refine.engine).refine(refine_request(run, inputs, resume=resume), run.comm)
 
 
-def refine_request(work: Work) -> RefineRequest:
+def refine_request(run: RunContext, inputs: Inputs, *, resume: bool) -> RefineRequest:
     """What the stage ``refine`` asks an engine for. Collective."""
-    comm, job = work.comm, work.job
-    source = work.source(once=job.refine.engine == "relion")
-    _, pixel_size_A = on_root(comm, work.grid)
-    start = on_root(comm, read_map, work.folder.stage("reference") / "reference.mrc", pixel_size_A)
+    job, sample = run.job, inputs.sample()
+    source = inputs.source(once=job.refine.engine == "relion")
+    start = on_root(run.comm, read_map, run.folder.stage("reference") / products.REFERENCE, sample.pixel_size_A)
     return RefineRequest(
         source=source,
         reference=start,
         symmetry=job.sample.symmetry,
-        folder=work.folder.stage("refine"),
+        folder=run.folder.stage("refine"),
         settings=job.refine,
         seed=job.run.seed,
-        diameter_A=on_root(comm, work.diameter_A),
-        mask=on_root(comm, work.mask),
-        resume=work.resume,
+        diameter_A=sample.diameter_A,
+        mask=sample.mask,
+        resume=resume,
         lowpass_A=job.reference.lowpass_A,
         local_deg=job.refine.local_deg,
         correction=engines.correction(job) if job.run.workflow == "realign" else None,
         program=job.relion,
-        on_checkpoint=lambda record: work.note_checkpoint("refine", iteration=record.get("iteration")),
+        on_checkpoint=lambda record: run.note_checkpoint("refine", iteration=record.get("iteration")),
     )
 
 
-def _take_given_poses(work: Work) -> None:
+def _take_given_poses(run: RunContext, inputs: Inputs) -> None:
     """What the refinement would have left, from the poses of the particle file."""
-    comm, folder = work.comm, work.folder.stage("refine")
-    posed = on_root(comm, lambda: bare(work.particles()))
+    comm, folder = run.comm, run.folder.stage("refine")
+    posed = on_root(comm, lambda: bare(inputs.particles()))
     board.expect(0, 1, lines=2)
     facts = write_reconstruction(
-        work.source(once=True), posed, folder, comm,
-        symmetry=work.job.sample.symmetry, padding=work.job.reconstruct.padding,
-        pixel_size_A=on_root(comm, work.grid)[1],
+        inputs.source(once=True), posed, folder, comm,
+        symmetry=run.job.sample.symmetry, padding=run.job.reconstruct.padding,
+        pixel_size_A=on_root(comm, inputs.grid)[1],
     )  # fmt: skip
-    on_root(comm, lambda: write_particles(folder / "particles.star", work.particles()))
-    on_root(comm, write_json, folder / "refine.json", {**facts, "engine": "given", "particles": len(posed)})
+    on_root(comm, lambda: write_particles(folder / products.PARTICLES, inputs.particles()))
+    on_root(comm, write_json, folder / products.facts("refine"), {**facts, "engine": "given", "particles": len(posed)})

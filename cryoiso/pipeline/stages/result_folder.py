@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+from cryoiso.core import products
 from cryoiso.io.atomic import atomic_path, write_text
 from cryoiso.io.mrc import copy_labelled
 
-COPIED = ("half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc")
+COPIED = (*products.HALF_MAPS, products.MAP, products.WEIGHTED_MAP, products.MASK)
 """Of the stage ``reconstruct``, byte by byte."""
 ADDITIONAL = {
-    "corrected_map.mrc": ("additional_corrected_map.mrc", "additional map: network-corrected, not a half-map"),
-    "measured.mrc": ("additional_measured.mrc", "additional map: measured share of the power (0-1), not a density"),
+    products.CORRECTED_MAP: (products.RESULT_CORRECTED_MAP, "additional map: network-corrected, not a half-map"),
+    products.MEASURED: (products.RESULT_MEASURED, "additional map: measured share of the power (0-1), not a density"),
 }
 """What a result takes from the stage ``correct``: name there, name here and label; nothing that could be taken for a
 half-map."""
 CURVES = {
-    "fsc.xml": ("fsc_corrected", "Half-map FSC, masked, corrected by phase randomisation"),
-    "fsc_unmasked.xml": ("fsc_unmasked", "Half-map FSC, unmasked"),
+    products.FSC_XML: ("fsc_corrected", "Half-map FSC, masked, corrected by phase randomisation"),
+    products.FSC_UNMASKED_XML: ("fsc_unmasked", "Half-map FSC, unmasked"),
 }
 
 

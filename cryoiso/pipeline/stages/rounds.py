@@ -8,73 +8,81 @@ from pathlib import Path
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import read_map
 from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
-from cryoiso.pipeline.work import Work
+from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
-CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy")
+CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy", "cryoisoPoseSpread")
 
 
-def is_settled(work: Work, round_: int) -> bool:
+def is_settled(run: RunContext, round_: int) -> bool:
     """Whether an earlier round moved nothing any more, so that this one is left out (the same on every rank)."""
 
     def read() -> bool:
         for earlier in range(1, round_):
-            path = work.folder.stage(f"corefine-{earlier}") / "corefine.json"
+            path = run.folder.stage(f"corefine-{earlier}") / products.facts("corefine")
             facts = json.loads(path.read_text(encoding="utf-8"))
             if facts.get("settled") or facts.get("skipped"):
                 return True
         return False
 
-    return bool(on_root(work.comm, read))
+    return bool(on_root(run.comm, read))
 
 
-def skip(work: Work, name: str) -> None:
+def skip(run: RunContext, name: str) -> None:
     """Notes that a stage was left out because the poses had settled."""
     facts = {"skipped": True, "reason": "the poses had settled in the round before"}
-    on_root(work.comm, write_json, work.folder.stage(name) / f"{name.split('-')[0]}.json", facts)
-    if work.comm.rank == 0:
+    on_root(run.comm, write_json, run.folder.stage(name) / products.facts(kind_of(name)), facts)
+    if run.comm.rank == 0:
         logger.info("%s is left out: the poses have converged", name)
 
 
-def last_round(work: Work) -> int:
+def last_round(run: RunContext) -> int:
     """The last round that was done; 0 if there is none yet (reads files, so call it on rank 0)."""
     done = 0
-    for r in range(1, work.job.auxiliary.rounds + 1):
-        path = work.folder.stage(f"corefine-{r}") / "corefine.json"
+    for r in range(1, run.job.auxiliary.rounds + 1):
+        path = run.folder.stage(f"corefine-{r}") / products.facts("corefine")
         if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("skipped"):
             break
         done = r
     return done
 
 
-def engine_folder(work: Work, name: str) -> Path:
+def engine_folder(run: RunContext, name: str) -> Path:
     """Where the engine works inside a stage's folder."""
-    folder = work.folder.stage(name) / "engine"
-    on_root(work.comm, folder.mkdir, exist_ok=True)
+    folder = run.folder.stage(name) / "engine"
+    on_root(run.comm, folder.mkdir, exist_ok=True)
     return folder
 
 
-def pose_file(work: Work, round_: int) -> Path:
+def pose_file(run: RunContext, round_: int) -> Path:
     """The poses after a round; those of the initial refinement for round 0."""
-    return work.folder.stage(f"corefine-{round_}" if round_ else "refine") / "particles.star"
+    return run.folder.stage(f"corefine-{round_}" if round_ else "refine") / products.PARTICLES
 
 
-def poses_after(work: Work, round_: int) -> Particles:
+def poses_after(run: RunContext, inputs: Inputs, round_: int) -> Particles:
     """The raw particles with the poses after a round and how certain they are, on every rank (collective)."""
 
     def read() -> Particles:
-        path = pose_file(work, round_)
-        found = read_particle_file(path, work.job.particles.project, ("pose",))
-        particles = bare(work.particles())
+        path = pose_file(run, round_)
+        found = read_particle_file(path, run.job.particles.project, ("pose",))
+        particles = bare(inputs.particles())
         if not np.array_equal(found.uid, particles.uid):
-            raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.")
+            raise InputError(
+                "the refined particles are not those of this run",
+                file=path,
+                hint="Start a new run.",
+                code="run-particles-differ",
+            )
         columns = {
             name: np.asarray(found.table[name], np.float64)
             for name in CERTAINTY
@@ -82,42 +90,42 @@ def poses_after(work: Work, round_: int) -> Particles:
         }
         return particles.with_poses(*found.require_poses(path)).with_results(**columns)
 
-    return on_root(work.comm, read)
+    return on_root(run.comm, read)
 
 
-def noise_after(work: Work, round_: int) -> np.ndarray | None:
+def noise_after(run: RunContext, inputs: Inputs, round_: int) -> np.ndarray | None:
     """The noise spectra of the raw particles that the refinement of a round estimated, the initial one for round 0:
     (G, S) by optics group and shell, infinite where a shell is empty; None where it left none (collective)."""
 
     def read() -> np.ndarray | None:
-        folder = work.folder.stage(f"corefine-{round_}") / "engine" if round_ else work.folder.stage("refine")
-        path = folder / "refine.json"
+        folder = run.folder.stage(f"corefine-{round_}") / "engine" if round_ else run.folder.stage("refine")
+        path = folder / products.facts("refine")
         found = json.loads(path.read_text(encoding="utf-8")).get("noise_variance") if path.exists() else None
         if found is None:
             return None
         # the groups of auxiliary particles come after those of the raw ones
         rows = [[np.inf if value is None else value for value in row] for row in found]
-        return np.array(rows[: len(work.particles().groups)], np.float64)
+        return np.array(rows[: len(inputs.particles().groups)], np.float64)
 
-    return on_root(work.comm, read)
+    return on_root(run.comm, read)
 
 
-def references_after(work: Work, round_: int, *, with_micelle: bool = True) -> dict[int, DensityMap]:
+def references_after(run: RunContext, round_: int, *, with_micelle: bool = True) -> dict[int, DensityMap]:
     """The reference of each half after a round (collective); one and the same map for both where nothing of the
     data is in it."""
-    micelle = with_micelle and work.folder.has("micelle")
+    micelle = with_micelle and run.folder.has("micelle")
 
     def read() -> dict[int, DensityMap]:
         if round_:
-            folder = work.folder.stage(f"corefine-{round_}")
+            folder = run.folder.stage(f"corefine-{round_}")
             return {h: read_map(_post_processed(folder, h)) for h in HALVES}
         if micelle:
-            folder = work.folder.stage("micelle")
-            return {h: read_map(folder / f"composite_half{h}.mrc") for h in HALVES}
-        both = read_map(work.folder.stage("reference") / "reference.mrc")
+            folder = run.folder.stage("micelle")
+            return {h: read_map(folder / products.composite_half(h)) for h in HALVES}
+        both = read_map(run.folder.stage("reference") / products.REFERENCE)
         return {1: both, 2: both}
 
-    maps = on_root(work.comm, read)
+    maps = on_root(run.comm, read)
     if round_ == 0 and not micelle:
         maps[2] = maps[1]  # what was one map is one map again after it travelled between ranks
     return maps
@@ -125,14 +133,14 @@ def references_after(work: Work, round_: int, *, with_micelle: bool = True) -> d
 
 def _post_processed(folder: Path, half: int) -> Path:
     """The map that the user's command made of this half's reference, if there is one."""
-    path = folder / f"post{half}.mrc"
-    return path if path.exists() else folder / f"reference{half}.mrc"
+    path = folder / products.post_processed(half)
+    return path if path.exists() else folder / products.half_reference(half)
 
 
-def final_poses(work: Work) -> Path:
+def final_poses(run: RunContext) -> Path:
     """The particle file with the run's last poses (rank 0)."""
-    if not work.folder.has("train-1"):
-        return work.folder.stage("refine") / "particles.star"
-    if work.folder.has("local"):
-        return work.folder.stage("local") / "particles.star"
-    return pose_file(work, last_round(work))
+    if not run.folder.has("train-1"):
+        return run.folder.stage("refine") / products.PARTICLES
+    if run.folder.has("local"):
+        return run.folder.stage("local") / products.PARTICLES
+    return pose_file(run, last_round(run))

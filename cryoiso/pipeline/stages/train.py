@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import AuxiliarySection
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import RefineRequest
@@ -24,48 +25,48 @@ from cryoiso.methods.auxiliary.training import Course, curves, train_generators
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
-from cryoiso.pipeline.records.run_folder import TIMING
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages.rounds import is_settled, noise_after, poses_after, references_after, skip
-from cryoiso.pipeline.work import Work
 
 logger = logging.getLogger("cryoiso")
 
 
-def train_stage(round_: int, work: Work) -> None:
+def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """A generator for each half-set, or one for both, on the poses that the round before left."""
-    name, section = f"train-{round_}", work.job.auxiliary
-    if is_settled(work, round_):
-        return skip(work, name)
-    source = work.source()
-    particles = poses_after(work, round_ - 1)
+    name, section = f"train-{round_}", run.job.auxiliary
+    if is_settled(run, round_):
+        return skip(run, name)
+    source = inputs.source()
+    particles = poses_after(run, inputs, round_ - 1)
     source.particles = particles
-    references = references_after(work, round_ - 1)
-    _require_evidence(work, source, round_)
+    references = references_after(run, round_ - 1)
+    _require_evidence(run, inputs, source, round_)
     facts = {"round": round_, "inverted": bool(source.index["inverted"])}
     train_into(
-        work.folder.stage(name), source, particles, references, section, work.comm, work.job.run.seed, facts,
-        resume=work.resume, note=lambda label, step: work.note_checkpoint(name, generator=label, step=step),
+        run.folder.stage(name), source, particles, references, section, run.comm, run.job.run.seed, facts,
+        resume=resume, note=lambda label, step: run.note_checkpoint(name, generator=label, step=step),
         # where auxiliary particles shared the raw ones' groups, the noise of the co-refinement is not that of the raw
-        noise=noise_after(work, round_ - 1 if section.noise_group == "own" else 0),
+        noise=noise_after(run, inputs, round_ - 1 if section.noise_group == "own" else 0),
     )  # fmt: skip
 
 
-def _require_evidence(work: Work, source: Any, round_: int) -> None:
+def _require_evidence(run: RunContext, inputs: Inputs, source: Any, round_: int) -> None:
     """Stops where the raw images do not know the references; the native engine asks in every refinement itself."""
     from cryoiso.methods.auxiliary.reference_check import require_evidence
 
-    job = work.job
+    job = run.job
     if job.refine.engine == "native" and (round_ > 1 or job.auxiliary.poses == "refine"):
         return
-    references = references_after(work, round_ - 1, with_micelle=False)
+    references = references_after(run, round_ - 1, with_micelle=False)
     request = RefineRequest(
         source=source, reference=references[1], half_references=references if round_ > 1 else None,
-        symmetry=job.sample.symmetry, folder=work.folder.stage(f"train-{round_}"),
+        symmetry=job.sample.symmetry, folder=run.folder.stage(f"train-{round_}"),
         settings=job.refine.model_copy(update={"local_deg": None}), seed=job.run.seed,
-        diameter_A=on_root(work.comm, work.diameter_A), lowpass_A=job.reference.lowpass_A,
+        diameter_A=on_root(run.comm, inputs.diameter_A), lowpass_A=job.reference.lowpass_A,
     )  # fmt: skip
-    found = require_evidence(request, work.comm)
-    if work.comm.rank == 0:
+    found = require_evidence(request, run.comm)
+    if run.comm.rank == 0:
         logger.info("%d raw images match the reference beyond chance", found.images)
 
 
@@ -143,7 +144,7 @@ def _without_network(
             told["noise"]["spectra"][course.label] = np.round(spectra, 6).tolist()
         generator = Generator(None, reference, scale, 1.0, course.facts, spectra)
         on_root(comm, generator.save, course.file)
-    on_root(comm, write_json, folder / "train.json", told)
+    on_root(comm, write_json, folder / products.facts("train"), told)
 
 
 def _shape(settings: Training, box_px: int) -> dict[str, Any]:
@@ -162,14 +163,18 @@ def _courses(
     if section.generators == "shared":
         whole = _filtered(references[1], section.condition_lowpass_A)
         facts = {**facts, "half": 0}
-        return [Course("both", np.arange(len(half)), whole, folder / "both", folder / "generator.npz", facts)]
+        return [Course("both", np.arange(len(half)), whole, folder / "both", folder / products.SHARED_GENERATOR, facts)]
     courses = []
     for h in HALVES:
         rows = np.flatnonzero(half == h)
         if len(rows) == 0:
-            raise InputError(f"half-set {h} is empty", hint="Both half-sets need particles: check rlnRandomSubset.")
+            raise InputError(
+                f"half-set {h} is empty",
+                hint="Both half-sets need particles: check rlnRandomSubset.",
+                code="half-set-empty",
+            )
         reference = _filtered(references[h], section.condition_lowpass_A)
-        file = folder / f"generator{h}.npz"
+        file = folder / products.generator(h)
         courses.append(Course(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))
     return courses
 
@@ -187,7 +192,7 @@ def _finish(
     """Curves and speeds; the checkpoints have done their duty."""
     times: dict[str, Any] = {}
     for course in courses:
-        timing = course.folder / TIMING
+        timing = course.folder / products.TIMING
         if timing.exists():
             found = json.loads(timing.read_text(encoding="utf-8"))
             steps = [n["images_per_s"] for n in found["notes"]]
@@ -196,5 +201,5 @@ def _finish(
                 "images_per_s": float(np.median(steps)) if steps else None,
             }
         shutil.rmtree(course.folder)
-    write_text(folder / TIMING, json.dumps(times, indent=1) + "\n")
-    write_json(folder / "train.json", {"round": facts.get("round"), "halves": halves, "settings": settings})
+    write_text(folder / products.TIMING, json.dumps(times, indent=1) + "\n")
+    write_json(folder / products.facts("train"), {"round": facts.get("round"), "halves": halves, "settings": settings})

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.classes.leverage import Leverage, score_without
 from cryoiso.refine.junk import FACTS, JunkJudge, log_cells
 from cryoiso.refine.likelihood import Whitened
 from cryoiso.refine.search import Given, Posterior, Searcher
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 NEGLIGIBLE_CLASS = 1e-3
 """A class with less of an image's posterior gets nothing of the image."""
@@ -29,7 +33,7 @@ class ClassPosterior:
 
     parts: tuple[Posterior, ...]
     """For each class the samples, their weights multiplied by the posterior of class and particle."""
-    table: np.ndarray
+    table: Float[np.ndarray, "n columns"]
     """(B, W) float64: pose of the best class, NAMES, posterior of each class, FACTS."""
 
 
@@ -38,12 +42,13 @@ def width(classes: int) -> int:
     return POSE + len(NAMES) + classes + len(FACTS)
 
 
-def at_given_poses(given: Given, score: Tensor) -> Posterior:
+def at_given_poses(given: Given, score: Float[Tensor, " n"]) -> Posterior:
     """The posterior of images whose poses are known: one sample each, of log-likelihood ``score`` (B,)."""
     assert given.rotation is not None
     one, rotation, shift = torch.ones_like(score), given.rotation, given.shift_px
     rows = torch.arange(len(score), device=score.device)
-    return Posterior(rows, rotation, shift, one, rotation, shift, score, torch.zeros_like(score), one)
+    none = torch.zeros_like(score)
+    return Posterior(rows, rotation, shift, one, rotation, shift, score, none, one, none)
 
 
 @dataclass
@@ -51,7 +56,7 @@ class ClassExpectation:
     """The expectation of one half-set: its references and, for a search, what searches against each."""
 
     volumes: list[FourierVolume]
-    occupancy: np.ndarray
+    occupancy: Float[np.ndarray, " classes"]
     """(K,) prior; 0: the class is empty and gets no image."""
     searchers: list[Searcher] | None = None
     """One for each class; None: poses are given."""
@@ -93,7 +98,9 @@ class ClassExpectation:
             found = replace(found, log_evidence=found.log_evidence - (with_own - score))
         return found, score, norm
 
-    def _score(self, k: int, rows: np.ndarray, white: Whitened, rotation: Tensor, shift_px: Tensor):
+    def _score(
+        self, k: int, rows: np.ndarray, white: Whitened, rotation: Tensor, shift_px: Tensor
+    ) -> tuple[Tensor, Tensor]:
         leverage = None if self.leverage is None else self.leverage[k]
         own = None if leverage is None else leverage(white, rows, rotation)
         return score_without(white, self.volumes[k], rotation, shift_px, own)
@@ -121,7 +128,9 @@ def _of_best(values: list[Tensor], chosen: np.ndarray) -> Tensor:
     return torch.stack(values)[index, torch.arange(len(chosen), device=index.device)]
 
 
-def class_posterior(log_joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def class_posterior(
+    log_joint: Float[np.ndarray, "n classes"],
+) -> tuple[Float[np.ndarray, "n classes"], Float[np.ndarray, " n"]]:
     """Posterior (B, K) and log of its normalisation (B,) from log prior plus log evidence (B, K); classes with a
     negligible share get none."""
     highest = log_joint.max(1, keepdims=True)
@@ -132,16 +141,17 @@ def class_posterior(log_joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return p / p.sum(1, keepdims=True), total
 
 
-def best_poses(parts: list[Posterior], best: np.ndarray) -> np.ndarray:
+def best_poses(parts: list[Posterior], best: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n 11"]:
     """(B, 11) float64 rotation and shift in pixels of the best class of each image."""
     poses = np.stack([
         np.column_stack([p.best_rotation.flatten(1).double().cpu().numpy(), p.best_shift_px.double().cpu().numpy()])
         for p in parts
     ])  # fmt: skip
-    return poses[best, np.arange(len(best))]
+    chosen: np.ndarray = poses[best, np.arange(len(best))]
+    return chosen
 
 
-def weighted(parts: list[Posterior], share: np.ndarray) -> list[Posterior]:
+def weighted(parts: list[Posterior], share: Float[np.ndarray, "n classes"]) -> list[Posterior]:
     """Each class's samples with their weights multiplied by its share (B, K) of the image; those without any left
     out."""
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,15 +13,19 @@ from cryoiso.core.rng import shuffle_keys
 from cryoiso.core.types import HALVES
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
+from cryoiso.refine.batches import Batch
 from cryoiso.refine.classes.expectation import ClassPosterior, at_given_poses, weighted
 from cryoiso.refine.classes.iterate import Classification
 from cryoiso.refine.classes.maximise import share_out
 from cryoiso.refine.classes.model import ClassModel, Maps
 from cryoiso.refine.initial_model import Match, first_state, grey_scale, mean_power, require_match
-from cryoiso.refine.likelihood import score_and_norm, whiten
+from cryoiso.refine.likelihood import Whitened, score_and_norm, whiten
 from cryoiso.refine.maximise import NoiseSums
 from cryoiso.refine.schedule import State
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 STEPS_BEFORE = 3
 """Iterations with one class in which junk is found, before there are several classes."""
@@ -94,7 +99,7 @@ def _scale_at_given_poses(task: Classification, reference: np.ndarray, sigma2: n
     return match.factor
 
 
-def random_classes(task: Classification) -> np.ndarray:
+def random_classes(task: Classification) -> Int[np.ndarray, " n"]:
     """(N,) class, from 0, of each particle in the first references: even numbers in each half-set, drawn by seed and
     uid."""
     particles, k = task.particles, task.settings.classes
@@ -130,7 +135,7 @@ def _of_subsets(task: Classification, model: ClassModel) -> tuple[Maps, Maps]:
 
     share = model.share()
 
-    def posterior(batch, white) -> ClassPosterior:
+    def posterior(batch: Batch, white: Whitened) -> ClassPosterior:
         even = torch.zeros(len(batch), device=run.device)
         parts = [at_given_poses(task.at_given_poses(batch.rows), even)] * k
         return ClassPosterior(tuple(weighted(parts, share[batch.rows])), np.empty(0))

@@ -7,8 +7,8 @@ references instead of one.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,31 +16,33 @@ import torch
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
+from cryoiso.core.records import ClassIterationRecord
 from cryoiso.core.types import HALVES
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
+from cryoiso.refine.batches import Batch
 from cryoiso.refine.classes.expectation import NAMES, POSE, ClassExpectation, ClassPosterior, width
 from cryoiso.refine.classes.leverage import Leverage, own_response
 from cryoiso.refine.classes.maximise import (
     LEAST_PARTICLES,
     ClassMaps,
+    ClassSums,
     make_maps,
-    record_of_maps,
     reduce_classes,
     share_out,
 )
 from cryoiso.refine.classes.model import ClassModel, ClassRequest, assigned_classes
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.junk import FACTS, JunkJudge, learned
-from cryoiso.refine.likelihood import whiten
+from cryoiso.refine.junk import FACTS, JunkJudge, JunkPrior, learned
+from cryoiso.refine.likelihood import Whitened, whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate_mixture
 from cryoiso.refine.noise import weight_scale
 from cryoiso.refine.rows import gathered_rows
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan
 from cryoiso.refine.search_cache import KeptSearches
-from cryoiso.refine.view_density import ViewCounts
+from cryoiso.refine.view_density import ViewCounts, prior_of
 
 
 class Classification:
@@ -80,7 +82,9 @@ class Classification:
         for half in HALVES:
             expect = self._expectation(model, half, plan)
 
-            def posterior(batch, white, expect=expect, half=half) -> ClassPosterior:
+            def posterior(
+                batch: Batch, white: Whitened, expect: ClassExpectation = expect, half: int = half
+            ) -> ClassPosterior:
                 result = expect(batch, white, self.given(batch.rows))
                 found.append((batch.rows, result.table))
                 for part in result.parts if self.searched else ():
@@ -101,7 +105,7 @@ class Classification:
         ]
         searchers = judge = None
         if plan is not None:
-            prior = run.view_prior(model.views, half)
+            prior = prior_of(model.views, half, run.request.symmetry, run.settings, run.device)
             searchers = [Searcher(plan, volume, prior) for volume in volumes]
         if self.settings.junk:
             mean = sum(p * one[half] for p, one in zip(model.occupancy, model.references, strict=True))
@@ -117,7 +121,10 @@ class Classification:
             for k, one in enumerate(model.total_weight)
         ]
 
-    def add_half(self, half, posterior, volumes, model: ClassModel, noise, sums) -> None:
+    def add_half(
+        self, half: int, posterior: Callable[[Batch, Whitened], ClassPosterior], volumes: list[FourierVolume],
+        model: ClassModel, noise: NoiseSums, sums: ClassSums,
+    ) -> None:  # fmt: skip
         """Sums of a half-set over this rank's batches, then over all ranks (collective).
 
         Args:
@@ -135,7 +142,7 @@ class Classification:
             accumulate_mixture(batch, white, list(zip(parts, volumes, accumulators, strict=True)), noise, scale)
         reduce_classes(run, accumulators, half, sums)
 
-    def make_maps(self, sums, weight: np.ndarray, model: ClassModel, share_to_A: float) -> ClassMaps:
+    def make_maps(self, sums: ClassSums, weight: np.ndarray, model: ClassModel, share_to_A: float) -> ClassMaps:
         """Maps of every class from the sums of an iteration (collective)."""
         kappa = self.kappa * weight_scale(model.sigma2)
         return make_maps(self.run, sums, weight, model.state, share_to_A, kappa)
@@ -152,7 +159,10 @@ class Classification:
         share = posterior * particle[:, None]
         return np.stack([share[self._half == half].sum(0) for half in HALVES], 1)
 
-    def _maximise(self, model: ClassModel, sums, noise, counts, table, plan, seconds: float) -> ClassModel:
+    def _maximise(
+        self, model: ClassModel, sums: ClassSums, noise: NoiseSums, counts: dict[int, np.ndarray], table: np.ndarray,
+        plan: SearchPlan | None, seconds: float,
+    ) -> ClassModel:  # fmt: skip
         k = model.classes
         particle = table[:, POSE + NAMES.index("particle")]
         posterior = table[:, POSE + len(NAMES) : POSE + len(NAMES) + k]
@@ -164,16 +174,20 @@ class Classification:
         changed = self._changed(model, posterior, particle)
         state = self._advance(model.state, made, changed, shift_A)
         columns = {name: table[:, POSE + i].copy() for i, name in enumerate(NAMES) if name != "particle"}
-        record = {
-            "iteration": state.iteration, **record_of_maps(made), "changed": changed,
+        record: ClassIterationRecord = {
+            "iteration": state.iteration,
+            "resolution_A": [None if r is None else round(r, 4) for r in made.resolution_A],
+            "changed": changed,
             "occupancy": [round(float(v), 6) for v in occupancy * particle.mean()],
             "search_resolution_A": self.run.box * self.run.pixel / model.state.radius_px,
             "log_likelihood": float(columns["rlnLogLikeliContribution"].sum()),
             "class_probability_mean": float(posterior.max(1).mean()),
-            **({"junk": round(float(1 - particle.mean()), 6)} if self.settings.junk else {}),
-            **({} if plan is None else {"step_deg": plan.levels[-1].cell_deg / 2}),
             "seconds": seconds,
         }  # fmt: skip
+        if self.settings.junk:
+            record["junk"] = round(float(1 - particle.mean()), 6)
+        if plan is not None:
+            record["step_deg"] = plan.levels[-1].cell_deg / 2
         if self.comm.rank == 0:
             _report(record)
         return ClassModel(
@@ -189,8 +203,10 @@ class Classification:
             raise InputError(
                 "no class has particles in both half-sets", expected=f"{2 * LEAST_PARTICLES:g} particles or more",
                 found=f"{weight.sum():.3g} that are no junk", hint="Give more particles or fewer classes.",
+                code="particles-too-few",
             )  # fmt: skip
-        return total / total.sum()
+        occupancy: np.ndarray = total / total.sum()
+        return occupancy
 
     def _poses(self, model: ClassModel, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not self.searched:
@@ -198,10 +214,10 @@ class Classification:
         pixel = self.particles.group_values("pixel_size_A")[:, None]
         return table[:, :9].reshape(-1, 3, 3).copy(), -table[:, 9:POSE] * pixel
 
-    def _learn_junk(self, table: np.ndarray, rotation: np.ndarray):
+    def _learn_junk(self, table: np.ndarray, rotation: np.ndarray) -> JunkPrior | None:
         if not self.settings.junk:
             return None
-        return learned(table[:, -len(FACTS) :], self.run.cones.index(rotation), len(self.run.cones))
+        return learned(table[:, -len(FACTS) :], self.run.cones.index(rotation[:, 2]), len(self.run.cones))
 
     def _changed(self, model: ClassModel, posterior: np.ndarray, particle: np.ndarray) -> float:
         """Share of the particles whose most likely class is another one than before; 1 in the first iteration."""
@@ -232,7 +248,7 @@ def is_done(stalled: int, iteration: int, max_iterations: int) -> bool:
     return stalled > 0 or iteration >= max_iterations
 
 
-def _report(record: dict[str, Any]) -> None:
+def _report(record: ClassIterationRecord) -> None:
     shares = ", ".join(
         f"{100 * share:.1f} % at {'-' if resolution is None else f'{resolution:.1f}'} Å"
         for share, resolution in zip(record["occupancy"], record["resolution_A"], strict=True)

@@ -10,6 +10,7 @@ leave-one-out cross-validation (Cook and Weisberg 1982), without making any map 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from cryoiso.core.rng import generator
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import disc
 from cryoiso.physics.fourier_sums import FourierSums
-from cryoiso.physics.project import FourierVolume
+from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.so3 import random_rotations
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 PROBES = 4
 MOST = 0.9
@@ -36,11 +40,13 @@ class Leverage:
 
     total: FourierVolume
     """(W + 1/tau^2) / kappa, real."""
-    share: np.ndarray
+    share: Float[np.ndarray, " n"]
     """(N,) gamma of every particle in the sums that the reference was made of."""
 
     @classmethod
-    def of(cls, total: np.ndarray, share: np.ndarray, box_px: int, padding: int, device: str) -> Leverage:
+    def of(
+        cls, total: Float[np.ndarray, "z y x"], share: Float[np.ndarray, " n"], box_px: int, padding: int, device: str
+    ) -> Leverage:
         """
         Args:
             total: (2h+1, 2h+1, h+1), as ``total_weight`` makes it.
@@ -49,7 +55,9 @@ class Leverage:
         grid = torch.as_tensor(total, device=device).to(torch.complex64)
         return cls(FourierVolume(grid, box_px, padding, radius), share)
 
-    def __call__(self, white: Whitened, rows: np.ndarray, rotation: Tensor) -> Tensor:
+    def __call__(
+        self, white: Whitened, rows: Int[np.ndarray, " b"], rotation: Float[Tensor, "b 3 3"]
+    ) -> Float[Tensor, "b k"]:
         """(B, K) h of every coefficient of the particles ``rows`` at poses (B, 3, 3)."""
         gamma = torch.as_tensor(self.share[rows], dtype=torch.float32, device=white.weight.device)[:, None]
         slices = self.total.slices(with_magnification(rotation, white.magnification), white.where).real
@@ -57,8 +65,9 @@ class Leverage:
 
 
 def score_without(
-    white: Whitened, volume: FourierVolume, rotation: Tensor, shift_px: Tensor, own: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    white: Whitened, volume: FourierVolume, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"],
+    own: Float[Tensor, "b k"] | None,
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:  # fmt: skip
     """As ``likelihood.score_and_norm``, against the reference without the image's own share.
 
     Args:
@@ -74,7 +83,9 @@ def score_without(
     return 0.5 * (power - left).sum(1), norm.sum(1)
 
 
-def total_weight(sums: FourierSums, wiener: Tensor, shared: int, kappa: float) -> np.ndarray:
+def total_weight(
+    sums: FourierSums, wiener: Float[Tensor, " shells"], shared: int, kappa: float
+) -> Float[np.ndarray, "z y x"]:
     """(2h+1, 2h+1, h+1) float32 (W + 1/tau^2) / kappa of a half-set's sums.
 
     Args:
@@ -87,7 +98,7 @@ def total_weight(sums: FourierSums, wiener: Tensor, shared: int, kappa: float) -
     return (torch.where(shell <= shared, 2 * weight, weight) / kappa).cpu().numpy().astype(np.float32)
 
 
-def cropped(total: np.ndarray, padding: int, radius_px: int) -> np.ndarray:
+def cropped(total: Float[np.ndarray, "z y x"], padding: int, radius_px: int) -> Float[np.ndarray, "pz py px"]:
     """The same for slices up to a radius only; beyond the data no image has a share."""
     have, want = (len(total) - 1) // 2, padding * radius_px + 2
     cut, more = max(have - want, 0), max(want - have, 0)
@@ -95,7 +106,7 @@ def cropped(total: np.ndarray, padding: int, radius_px: int) -> np.ndarray:
     return np.pad(inner, ((more, more), (more, more), (0, more)), constant_values=NO_SHARE)
 
 
-def own_response(box_px: int, radius_px: int, padding: int, mask: np.ndarray, seed: int) -> float:
+def own_response(box_px: int, radius_px: int, padding: int, mask: Float[np.ndarray, "d d d"], seed: int) -> float:
     """kappa: how much of a noise image is found in its own slice of the map made of it alone, with even weights.
 
     Interpolation spreads a coefficient over its neighbours, and the mask ((D, D, D), what references are multiplied by)

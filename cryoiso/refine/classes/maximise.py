@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,8 @@ from cryoiso.refine.sums import reduced
 
 LEAST_PARTICLES = 2.0
 """Posterior weight that a class must have in both half-sets; one with less is empty from then on."""
+ClassSums = list[dict[int, FourierSums]]
+"""Class -> half -> sums, of the halves that a rank is root of."""
 
 
 @dataclass
@@ -39,9 +40,7 @@ class ClassMaps:
     """Highest one in which the (weighted) half-maps of any class agree."""
 
 
-def reduce_classes(
-    run: Refinement, accumulators: list[SliceAccumulator], half: int, sums: list[dict[int, FourierSums]]
-) -> None:
+def reduce_classes(run: Refinement, accumulators: list[SliceAccumulator], half: int, sums: ClassSums) -> None:
     """Adds up a half-set's sums of all ranks; its root gets them (collective). Uses the accumulators up."""
     for own, accumulator in zip(sums, accumulators, strict=True):
         total = reduced(accumulator, half, run.operations, run.comm)
@@ -51,7 +50,7 @@ def reduce_classes(
 
 def make_maps(
     run: Refinement,
-    sums: list[dict[int, FourierSums]],
+    sums: ClassSums,
     weight: np.ndarray,
     state: State,
     share_to_A: float,
@@ -111,8 +110,3 @@ def _add_empty(made: ClassMaps, box_px: int) -> None:
     made.maps.append(none)
     made.total_weight.append({})
     made.resolution_A.append(None)
-
-
-def record_of_maps(made: ClassMaps) -> dict[str, Any]:
-    """Plain values for the record of an iteration."""
-    return {"resolution_A": [None if r is None else round(r, 4) for r in made.resolution_A]}

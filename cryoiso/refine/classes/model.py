@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryoiso.core.classify_settings import ClassifySection
+from cryoiso.core.config import ClassifySection
 from cryoiso.core.identity import Identity, of_map, of_particles
 from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.records import ClassIterationRecord
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.junk import JunkPrior
 from cryoiso.refine.schedule import State
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
 
 ONLY_WHEN = ("max_iterations", "min_change")
 """Settings that say when a classification ends; it may go on with others."""
@@ -46,19 +50,19 @@ class ClassModel:
 
     state: State
     references: Maps
-    sigma2: np.ndarray
+    sigma2: Float[np.ndarray, "groups shells"]
     """(G, S) noise variance by optics group and shell."""
-    occupancy: np.ndarray
+    occupancy: Float[np.ndarray, " classes"]
     """(K,) prior probability of each class, of images that show a particle; sums to 1."""
-    rotation: np.ndarray
+    rotation: Float[np.ndarray, "n 3 3"]
     """(N, 3, 3)."""
-    shift_A: np.ndarray
+    shift_A: Float[np.ndarray, "n 2"]
     """(N, 2) RELION origins."""
-    posterior: np.ndarray
+    posterior: Float[np.ndarray, "n classes"]
     """(N, K) of each class, if the image shows a particle."""
-    particle: np.ndarray
+    particle: Float[np.ndarray, " n"]
     """(N,) posterior probability that the image shows a particle."""
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    columns: dict[str, Shaped[np.ndarray, " n"]] = field(default_factory=dict)
     """Other results per particle, by STAR name."""
     total_weight: Maps = field(default_factory=list)
     """What the images' own shares in the references follow from, see ``leverage``; an empty class has none, and there
@@ -67,16 +71,16 @@ class ClassModel:
     """Unregularised maps of the last iteration."""
     maps: list[np.ndarray] = field(default_factory=list)
     """(K) maps of both half-sets together, every coefficient weighted by how well it was measured."""
-    views: dict[int, np.ndarray] = field(default_factory=dict)
+    views: dict[int, Float[np.ndarray, " cells"]] = field(default_factory=dict)
     """Half -> weight of every cell of views, see ``refine.view_density``; empty where poses are given."""
     junk: JunkPrior | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[ClassIterationRecord] = field(default_factory=list)
 
     @property
     def classes(self) -> int:
         return len(self.occupancy)
 
-    def assigned(self, junk: bool) -> np.ndarray:
+    def assigned(self, junk: bool) -> Int[np.ndarray, " n"]:
         """(N,) int64: the most likely class of each particle, from 1; junk is the one after the last.
 
         Args:
@@ -84,9 +88,10 @@ class ClassModel:
         """
         return assigned_classes(self.posterior, self.particle if junk else None)
 
-    def share(self) -> np.ndarray:
+    def share(self) -> Float[np.ndarray, "n classes"]:
         """(N, K) posterior of each class, of all that the image may be."""
-        return self.posterior * self.particle[:, None]
+        share: np.ndarray = self.posterior * self.particle[:, None]
+        return share
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, for a checkpoint."""
@@ -104,7 +109,7 @@ class ClassModel:
 
     @classmethod
     def of_arrays(
-        cls, arrays: dict[str, np.ndarray], state: State, history: list[dict[str, Any]], rows: np.ndarray
+        cls, arrays: dict[str, np.ndarray], state: State, history: list[ClassIterationRecord], rows: np.ndarray
     ) -> ClassModel:
         """The model of a checkpoint.
 
@@ -129,10 +134,13 @@ class ClassModel:
         )  # fmt: skip
 
 
-def assigned_classes(posterior: np.ndarray, particle: np.ndarray | None) -> np.ndarray:
+def assigned_classes(
+    posterior: Float[np.ndarray, "n classes"], particle: Float[np.ndarray, " n"] | None
+) -> Int[np.ndarray, " n"]:
     """(N,) int64 from 1: the class with the largest posterior (N, K), or K + 1 where (N,) ``particle``, the probability
     of showing a particle at all, makes junk more likely."""
-    if particle is None:
-        return posterior.argmax(1) + 1
-    whole = np.column_stack([posterior * particle[:, None], 1 - particle])
-    return whole.argmax(1) + 1
+    whole = posterior
+    if particle is not None:
+        whole = np.column_stack([posterior * particle[:, None], 1 - particle])
+    first: np.ndarray = whole.argmax(1) + 1
+    return first

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cryoiso.report.text import Entry
+from cryoiso.core.records import DiagnoseRecord
+from cryoiso.report.text import Entry, section
 
 BY_DIRECTION = (
     "FSC of the masked half-maps in double cones of 20° about 256 axes: mean, one standard deviation either way, and "
@@ -24,15 +25,15 @@ FSC3D = (
 Row = tuple[str, str, Any, str, Any]
 
 
-def sentences(d: dict[str, Any]) -> list[str]:
+def sentences(d: DiagnoseRecord) -> list[str]:
     """The verdict in words, where there is one."""
-    verdict = d.get("verdict") or {}
+    verdict = section(d, "verdict")
     if not verdict.get("sentence"):
         return []
     return [f"Verdict: {verdict['verdict']}. {verdict['sentence']} {verdict.get('advice') or ''}".strip()]
 
 
-def number_rows(d: dict[str, Any]) -> list[Row]:
+def number_rows(d: DiagnoseRecord) -> list[Row]:
     """Rows of the table of numbers, None for what is not known: group, label, value, unit, value of the true poses."""
     part = d.get("directional") or {}
     expected = part.get("expected") or {}
@@ -71,7 +72,7 @@ def _empty(sampling: dict[str, Any]) -> float | None:
     return _percent(sampling.get("empty_fraction"))
 
 
-def entries(d: dict[str, Any]) -> list[Entry]:
+def entries(d: DiagnoseRecord) -> list[Entry]:
     """Figures, as `cryoiso.report.figure_list` wants them."""
     from cryoiso.report.sections import anisotropy_figures as draw
 

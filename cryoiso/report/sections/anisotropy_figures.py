@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.report.canvas import (
     BLUE,
     DASHED,
@@ -20,7 +21,7 @@ from cryoiso.report.canvas import (
 )
 
 
-def by_direction(d: dict[str, Any]) -> str:
+def by_direction(d: DiagnoseRecord) -> str:
     """Band of the conical FSC with the occupancy, and a histogram of the resolution by direction."""
     part, frequency = d["directional"], values_of(d["frequency_invA"])
     mean, sd, low, high = (values_of(part.get(f"cfsc_{k}")) for k in ("mean", "sd", "min", "max"))
@@ -50,7 +51,7 @@ def _span(part: dict[str, Any]) -> str:
     return "" if low is None or high is None else f"{low:.1f} to {high:.1f} Å"
 
 
-def spheres(d: dict[str, Any]) -> str:
+def spheres(d: DiagnoseRecord) -> str:
     """Half spheres in Lambert's equal-area projection: resolution, and sampling by the (estimated, true) views."""
     from matplotlib.colors import LogNorm
 

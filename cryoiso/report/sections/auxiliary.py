@@ -9,18 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
+from cryoiso.core.records import DiagnoseRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.io.regular_file import open_regular
 from cryoiso.report.canvas import values_of
+from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.text import percent
 
 _FILES = (
-    ("train", "train", "train.json"),
-    ("timing", "train", "timing.json"),
-    ("generate", "generate", "generate.json"),
-    ("corefine", "corefine", "corefine.json"),
+    ("train", "train", products.facts("train")),
+    ("timing", "train", products.TIMING),
+    ("generate", "generate", products.facts("generate")),
+    ("corefine", "corefine", products.facts("corefine")),
 )
 HALVES = ("1", "2")
 RESOLUTIONS_A = (30.0, 20.0, 15.0, 10.0)
@@ -44,7 +47,7 @@ def collect_rounds(folder: Path) -> dict[str, Any]:
         parts = {key: read_json(stage_folder(folder, f"{stage}-{number}") / name) for key, stage, name in _FILES}
         if any(parts.values()):
             rounds.append({"round": number, **parts})
-    local = read_json(stage_folder(folder, "local") / "local.json")
+    local = read_json(stage_folder(folder, "local") / products.facts("local"))
     return {"rounds": rounds, "local": local} if rounds or local else {}
 
 
@@ -55,12 +58,12 @@ def round_numbers(folder: Path) -> list[int]:
     return sorted({int(number) for stage, _, number in names if stage in stages and number.isdecimal()})
 
 
-def before(data: dict[str, Any]) -> dict[str, Any]:
+def before(data: ReportData) -> DiagnoseRecord:
     """What `diagnose` found before the correction, or of the run to compare with.
 
     Where the truth is not known, the views of the first co-refinement.
     """
-    known = data["diagnose"].get("before") or {}
+    known = data["diagnose"].get("before") or DiagnoseRecord()
     rounds = (data.get("auxiliary") or {}).get("rounds") or []
     views = (rounds[0]["corefine"].get("views") or {}) if rounds else {}
     if known or not views.get("before"):
@@ -68,26 +71,26 @@ def before(data: dict[str, Any]) -> dict[str, Any]:
     return {"views": {"estimated": views["before"], "cells_per_ring": views.get("cells_per_ring")}}
 
 
-def collect_samples(folder: Path, data: dict[str, Any]) -> dict[str, np.ndarray]:
+def collect_samples(folder: Path, data: ReportData) -> dict[str, np.ndarray]:
     """Images to show of the last round that has some: raw, auxiliary and projections, each (n, D, D); or nothing.
 
     Raises:
         InputError: the file cannot be read.
     """
     for part in reversed((data.get("auxiliary") or {}).get("rounds") or []):
-        path = stage_folder(folder, f"generate-{part['round']}") / "samples.npz"
+        path = stage_folder(folder, f"generate-{part['round']}") / products.SAMPLES
         if not path.exists():
             continue
         try:
             with open_regular(path) as stream, np.load(stream) as file:
                 arrays = {k: np.nan_to_num(file[k]) for k in ("raw", "auxiliary", "projections") if k in file.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"samples cannot be read: {error}", file=path) from None
+            raise InputError(f"samples cannot be read: {error}", file=path, code="file-unreadable") from None
         return {k: v for k, v in arrays.items() if v.ndim == 3 and len(v)}
     return {}
 
 
-def collect_before_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, str, DensityMap]]:
+def collect_before_maps(folder: Path, data: ReportData) -> list[tuple[str, str, DensityMap]]:
     """(key, label, map) of the map before the correction and of the raw particles after each round, for looking at."""
     from cryoiso.io.mrc import read_map
     from cryoiso.physics.filters import lowpass
@@ -97,7 +100,7 @@ def collect_before_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, s
     first = _before_map(folder)
     found = [] if first is None else [("before", "before", first)]
     for part in data["auxiliary"]["rounds"]:
-        path = stage_folder(folder, f"corefine-{part['round']}") / "raw_map.mrc"
+        path = stage_folder(folder, f"corefine-{part['round']}") / products.RAW_MAP
         if path.exists():
             density = read_map(path)
             resolution_A = part["corefine"].get("resolution_A")
@@ -111,14 +114,14 @@ def collect_before_maps(folder: Path, data: dict[str, Any]) -> list[tuple[str, s
 def _before_map(folder: Path) -> DensityMap | None:
     """The initial reconstruction, or else the mean of the initial half-maps, weighted by their FSC."""
     from cryoiso.io.mrc import read_map
-    from cryoiso.metrics.fsc import fsc
+    from cryoiso.metrics.fsc_curve import fsc
     from cryoiso.physics.filters import apply_radial
 
-    made = stage_folder(folder, "reconstruct") / "initial_poses"
-    for name in ("map_weighted.mrc", "map.mrc"):
+    made = stage_folder(folder, "reconstruct") / products.INITIAL_POSES
+    for name in (products.WEIGHTED_MAP, products.MAP):
         if (made / name).exists():
             return read_map(made / name)
-    paths = [stage_folder(folder, "refine") / f"half{half}.mrc" for half in HALVES]
+    paths = [stage_folder(folder, "refine") / products.half_map(half) for half in HALVES]
     if not all(path.exists() for path in paths):
         return None
     one, two = (read_map(path) for path in paths)
@@ -129,7 +132,7 @@ def _before_map(folder: Path) -> DensityMap | None:
     return DensityMap(apply_radial(mean, np.sqrt(2 * curve / (1 + curve))), one.pixel_size_A)
 
 
-def sentences(data: dict[str, Any]) -> list[str]:
+def sentences(data: ReportData) -> list[str]:
     """Numbers before and after, how far particles moved, and how alike the images are, in words."""
     parts = data.get("auxiliary") or {}
     if not parts:
@@ -152,7 +155,7 @@ def sentences(data: dict[str, Any]) -> list[str]:
     return result
 
 
-def _before_truth(d: dict[str, Any]) -> list[str]:
+def _before_truth(d: DiagnoseRecord) -> list[str]:
     mine, errors = d.get("map_to_truth") or {}, d.get("pose_errors") or {}
     texts = []
     if mine.get("resolution_05_A") is not None:
@@ -169,7 +172,7 @@ def _before_truth(d: dict[str, Any]) -> list[str]:
     return [f"Before the auxiliary particles {'; '.join(texts)}."] if texts else []
 
 
-def views_before_and_after(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def views_before_and_after(data: ReportData) -> tuple[dict[str, Any], dict[str, Any]]:
     """Estimated views before auxiliary particles and at the end (or after the last co-refinement), with cells_per_ring.
 
     Empty where they are not known.
@@ -188,7 +191,7 @@ def _of_kind(distributions: list[dict[str, Any] | None], *kinds: str) -> dict[st
     return {}
 
 
-def _before_views(data: dict[str, Any]) -> list[str]:
+def _before_views(data: ReportData) -> list[str]:
     first, last = views_before_and_after(data)
     if any(v.get(k) is None for v in (first, last) for k in ("top_fraction", "entropy")):
         return []
@@ -252,7 +255,7 @@ def _off(log_ratio: float) -> str:
     return f"{100 * math.expm1(log_ratio):+.1f} %"
 
 
-def number_rows(data: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
+def number_rows(data: ReportData) -> list[tuple[str, str, Any, str]]:
     """Rows of the table of numbers: group, label, value (None if not known), unit."""
     parts = data.get("auxiliary") or {}
     rows = [row for part in parts.get("rounds") or [] for row in _round_rows(part)]

@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.types import DensityMap
+from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.text import Entry, Text, number, numbers_of, percent, section
 
 AGREEMENT = "agreement_of_network_outputs_not_a_resolution"
 VOLUMES = {
-    "after": "corrected_map.mrc",
-    "share": "measured.mrc",
-    "mask": "mask.mrc",
-    "filter": "filter.mrc",
-    "fourier": "measured_fourier.mrc",
+    "after": products.CORRECTED_MAP,
+    "share": products.MEASURED,
+    "mask": products.MASK,
+    "filter": products.FILTER,
+    "fourier": products.MEASURED_FOURIER,
 }
 Slices = dict[str, list[np.ndarray]]
 """Name of a volume -> its planes XY, XZ, YZ through the centre."""
@@ -50,10 +52,10 @@ TRAINING = (
 
 def collect_correct(folder: Path) -> dict[str, Any]:
     """correct.json of a run's stage or of the command's folder; empty where nothing was corrected."""
-    return read_json(stage_folder(folder, "correct") / "correct.json")
+    return read_json(stage_folder(folder, "correct") / products.facts("correct"))
 
 
-def collect_slices(folder: Path, data: dict[str, Any]) -> Slices:
+def collect_slices(folder: Path, data: ReportData) -> Slices:
     """Central planes of the volumes that are there: ``before`` and the keys of VOLUMES.
 
     Raises:
@@ -103,11 +105,11 @@ def _before(folder: Path, facts: dict[str, Any]) -> DensityMap | None:
 
 def _given(folder: Path, half: str, path: str) -> Path | None:
     """Where a map that was corrected lies now: in this run, which may have been moved, or where it was."""
-    own = stage_folder(folder, "reconstruct") / f"half{half}.mrc"
+    own = stage_folder(folder, "reconstruct") / products.half_map(half)
     return next((p for p in (own, Path(path), folder.parent / path) if p.is_file()), None)
 
 
-def sentences(data: dict[str, Any]) -> list[str]:
+def sentences(data: ReportData) -> list[str]:
     """For the summary at the top."""
     facts = data.get("correct") or {}
     if not facts:
@@ -117,7 +119,7 @@ def sentences(data: dict[str, Any]) -> list[str]:
     return [f"corrected_map.mrc: a network filled in what was not measured{part}. No resolution is read from that map."]
 
 
-def entries(data: dict[str, Any], slices: Slices) -> list[Entry]:
+def entries(data: ReportData, slices: Slices) -> list[Entry]:
     """Figures, as `cryoiso.report.figure_list` wants them."""
     from cryoiso.report.sections import correct_figures as draw
 
@@ -142,7 +144,7 @@ def _caption(facts: dict[str, Any], slices: Slices) -> str:
     return MAPS.format(before=before, share=SHARE if "share" in slices else "")
 
 
-def texts(data: dict[str, Any]) -> dict[str, Text]:
+def texts(data: ReportData) -> dict[str, Text]:
     """Words and table of the section."""
     facts = data.get("correct") or {}
     if not facts:

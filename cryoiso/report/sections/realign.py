@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cryoiso.core import products
+from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.sections.auxiliary import round_numbers
 from cryoiso.report.text import Entry, Text, number, percent, section, span
@@ -47,7 +49,7 @@ def collect_realign(folder: Path) -> list[dict[str, Any]]:
 def _refinement(name: str, folder: Path) -> dict[str, Any]:
     """Of one stage; its engine may have worked in a folder of its own. Empty if nothing was to be corrected."""
     for place in (folder, folder / "engine"):
-        refine = read_json(place / "refine.json")
+        refine = read_json(place / products.facts("refine"))
         settings = section(refine, "correction")
         records = refine.get("iterations")
         rows = [_iteration(i, r) for i, r in enumerate(records if isinstance(records, list) else [])]
@@ -78,7 +80,7 @@ def corrected(part: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in part["iterations"] if row.get("applied")]
 
 
-def sentences(data: dict[str, Any]) -> list[str]:
+def sentences(data: ReportData) -> list[str]:
     """For the summary at the top."""
     said = []
     for part in data.get("realign") or []:
@@ -90,13 +92,13 @@ def sentences(data: dict[str, Any]) -> list[str]:
     return said
 
 
-def keys(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def keys(data: ReportData) -> list[tuple[str, dict[str, Any]]]:
     """(key of the figure, refinement)."""
     parts = data.get("realign") or []
     return [("realign" if i == 0 else f"realign-{i + 1}", part) for i, part in enumerate(parts)]
 
 
-def entries(data: dict[str, Any]) -> list[Entry]:
+def entries(data: ReportData) -> list[Entry]:
     """Figures, as `cryoiso.report.figure_list` wants them."""
     from cryoiso.report.sections import realign_figures as draw
 
@@ -112,7 +114,7 @@ def entries(data: dict[str, Any]) -> list[Entry]:
     ]
 
 
-def texts(data: dict[str, Any]) -> dict[str, Text]:
+def texts(data: ReportData) -> dict[str, Text]:
     """Words and table of each refinement's section."""
     return {
         key: Text(tuple(_words(part)), HEAD, tuple(_row(row) for row in part["iterations"])) for key, part in keys(data)

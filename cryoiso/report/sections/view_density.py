@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.report.records import ReportData
 from cryoiso.report.text import Entry, number, numbers_of, percent, section
 
 CAPTION = (
@@ -17,7 +18,7 @@ LEAST = 0.01
 """Densities below this are alike."""
 
 
-def learned(data: dict[str, Any]) -> dict[str, Any]:
+def learned(data: ReportData) -> dict[str, Any]:
     """``cells`` of each ring, ``half1`` and ``half2`` (cells,) densities, ``used``, ``axis_odds``, ``polarity_floor``.
 
     Empty where the refinement wrote none, or none of as many cells as its step makes.
@@ -39,7 +40,7 @@ def learned(data: dict[str, Any]) -> dict[str, Any]:
     return {**found, "used": part.get("used") is not False}
 
 
-def sentences(data: dict[str, Any]) -> list[str]:
+def sentences(data: ReportData) -> list[str]:
     """What was learned and what it was used for, in numbers."""
     part = learned(data)
     if not part:
@@ -71,7 +72,7 @@ def _use(part: dict[str, Any]) -> str:
     return f". The search made use of {' and '.join(parts)}."
 
 
-def entries(data: dict[str, Any]) -> list[Entry]:
+def entries(data: ReportData) -> list[Entry]:
     """The figure, as `cryoiso.report.figure_list` wants it."""
     from cryoiso.report import figures as draw
 

@@ -4,26 +4,30 @@ Each coefficient k of shell s = rint(|k|) gets the Fourier shell correlation of 
 ``cone_deg`` of its direction or of the opposite one,
     sum Re(A conj B) / sqrt(sum |A|^2 sum |B|^2).
 
-An even box's planes at Nyquist's frequency stay out of the sums, since their coefficients have no direction: +D/2 and
--D/2 are one.
+The planes of an even box at the Nyquist frequency are excluded from the sums, since their coefficients have no
+direction: +D/2 and -D/2 are the same.
 
-Shells up to `EXACT_SHELL` are summed as they are, coefficient by coefficient. Beyond, a shell has k^2 coefficients and
-pairs of them k^4, so its three sums are gathered in small cells of direction first (`Sphere`). A cone then takes of
-each cell the share that lies inside it; for cells along one ring that share depends on the difference of azimuth alone,
-and the cone sum is a convolution in azimuth: a Fourier transform along the rings, then one small matrix an azimuthal
-order. Between the nodes of the cells the 3DFSC is interpolated linearly. How far this is from the plain sums is
-in ``tests/metrics/test_metrics_fsc3d.py``.
+Shells up to `EXACT_SHELL` are summed coefficient by coefficient. Beyond, a shell has k^2 coefficients and k^4 pairs of
+them, so its three sums are first accumulated in small cells of direction (`Sphere`). A cone then takes the share of
+each cell that lies inside it. For cells along one ring this share depends only on the difference of azimuth, and the
+cone sum is a convolution in azimuth: a Fourier transform along the rings, then one small matrix per azimuthal order.
+Between the nodes of the cells the 3DFSC is interpolated linearly. The deviation from the plain sums is measured in
+``tests/metrics/test_metrics_fsc3d.py``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.metrics.fsc import check_pair, transform
+from cryoiso.metrics.fsc_curve import check_pair, transform
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float, Real
 
 EXACT_SHELL = 32
 """Default of the last shell that is summed coefficient by coefficient; all of a 64 px box."""
@@ -34,28 +38,28 @@ NO_POWER = 1e-11
 
 
 def fsc3d(
-    half1: np.ndarray,
-    half2: np.ndarray,
-    mask: np.ndarray | None = None,
+    half1: Real[np.ndarray, "box box box"],
+    half2: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
     *,
     cone_deg: float = 20.0,
     max_shell: int | None = None,
     exact_shell: int = EXACT_SHELL,
-) -> np.ndarray:
-    """3DFSC of two half-maps (Tan et al. 2017, equation 1 with one cone a coefficient).
+) -> Float[np.ndarray, "box box box"]:
+    """3DFSC of two half-maps (Tan et al. 2017, equation 1 with one cone per coefficient).
 
     Args:
         half1, half2: (D, D, D) half-maps. mask: (D, D, D), multiplies both.
         cone_deg: half angle of the double cone; 90 gives the FSC in every direction.
         max_shell: last shell that is filled; D//2 by default.
-        exact_shell: last shell that is summed coefficient by coefficient; the time for it grows with its fourth power.
+        exact_shell: last shell that is summed coefficient by coefficient; the run time grows with its fourth power.
 
     Returns:
         (D, D, D) float32, origin at D//2, equal at k and -k; 1 at the origin, 0 beyond ``max_shell`` and where a cone
-        holds no power.
+        has no power.
 
     Raises:
-        InputError: shapes, or the angle, are impossible.
+        InputError: invalid shapes or angle.
     """
     box_px = check_pair(half1, half2, mask)
     return fsc3d_of_transforms(
@@ -69,19 +73,24 @@ def fsc3d(
 
 
 def fsc3d_of_transforms(
-    fa: np.ndarray,
-    fb: np.ndarray,
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
     box_px: int,
     *,
     cone_deg: float = 20.0,
     max_shell: int | None = None,
     exact_shell: int = EXACT_SHELL,
-) -> np.ndarray:
-    """As `fsc3d`, of half-complex transforms (D, D, D//2+1) from `cryoiso.metrics.fsc.transform`."""
+) -> Float[np.ndarray, "box box box"]:
+    """As `fsc3d`, of half-complex transforms (D, D, D//2+1) from `cryoiso.metrics.fsc_curve.transform`."""
     from cryoiso.metrics import _directional_kernels as kernels
 
     if not 0 < cone_deg <= 90:
-        raise InputError("impossible half angle of a cone", expected="above 0 and up to 90 degrees", found=cone_deg)
+        raise InputError(
+            "impossible half angle of a cone",
+            expected="above 0 and up to 90 degrees",
+            found=cone_deg,
+            code="option-out-of-range",
+        )
     last = box_px // 2 if max_shell is None else max(0, min(int(max_shell), box_px // 2))
     out = np.zeros((box_px,) * 3, np.float32)
     out[(box_px // 2,) * 3] = 1.0
@@ -97,11 +106,11 @@ def fsc3d_of_transforms(
 
 
 def low_shells(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Coefficients of the shells 1..last, of each pair k, -k one.
+    """Coefficients of the shells 1..last, one of each pair k, -k.
 
     Returns:
         A pair for every shell from 0 on (the first is empty): indices (n, 3) int as (kz, ky, kx), and values (3, n)
-        float64: Re(A conj B), |A|^2, |B|^2, each as often as the full transform holds it; 0 on Nyquist's planes.
+        float64: Re(A conj B), |A|^2, |B|^2, each as often as it occurs in the full transform; 0 on the Nyquist planes.
     """
     last = min(last, box_px // 2)
     k, kx = np.arange(-last, last + 1), np.arange(last + 1)
@@ -118,7 +127,7 @@ def low_shells(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int) -> list[t
 
 
 def _paint_exact(fa: np.ndarray, fb: np.ndarray, box_px: int, last: int, cone_deg: float, out: np.ndarray) -> None:
-    """Writes the shells 1..last of the 3DFSC, every sum over the coefficients themselves."""
+    """Write the shells 1..last of the 3DFSC, summed coefficient by coefficient."""
     from cryoiso.metrics._directional_kernels import double_cone_ratios, in_threads
 
     centre = box_px // 2
@@ -183,7 +192,7 @@ class Sphere:
 
 @lru_cache(maxsize=2)
 def _shares(sphere: Sphere, cone_deg: float) -> np.ndarray:
-    """What the double cone about the node (i, 0) holds of each cell of ring j, transformed along the azimuth.
+    """Share of each cell of ring j inside the double cone about the node (i, 0), transformed along the azimuth.
 
     Returns:
         (columns//2+1, rings i, rings j) float64.

@@ -1,16 +1,16 @@
-"""What a stage works on, and the reading that several stages share (on rank 0, for all)."""
+"""The inputs of one job, each read once for all stages (on rank 0, for all)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
@@ -29,34 +29,37 @@ from cryoiso.pipeline.scratch_copies import Scratch
 from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
 
-@dataclass
-class Work:
-    """A job, its folder, its ranks, and what has been read of it already."""
+@dataclass(frozen=True)
+class Sample:
+    """What an engine must be told of the particle, the same on every rank."""
 
-    job: Job
-    folder: RunFolder
-    comm: Context
-    journal: Journal | None = None
-    """on rank 0 of a run"""
-    manifest: dict[str, Any] | None = None
-    """on rank 0 of a run"""
-    report: Callable[[Path], object] | None = None
-    """makes the report of a run folder"""
-    resume: bool = False
-    """the stage was interrupted and may go on from what its folder holds"""
-    scratch: Scratch | None = None
-    """copies of the images on the nodes' own disks"""
-    timing: dict[str, Any] | None = None
-    """what the stages of this process took, see ``pipeline.planning.timing``"""
-    originals: bool | None = None
-    """whether RELION needs no copy of the images; None until ``pipeline.planning.job_size`` has looked at a sample"""
-    _plan: ingest.IngestPlan | None = None
-    _particles: Particles | None = None
-    _reference: Reference | None = None
+    pixel_size_A: float
+    """of the maps, see ``Inputs.grid``"""
+    diameter_A: float
+    mask: DensityMap | None
+    """the user's solvent mask"""
 
-    def note_checkpoint(self, stage: str, **facts: Any) -> None:
-        if self.journal is not None:
-            self.journal.append("checkpoint", stage=stage, **facts)
+
+class Inputs:
+    """What a job names, read when it is first wanted. The methods are for rank 0, unless they are collective.
+
+    All that changes while a run goes on is here: what has been read already, and where images are read from.
+    """
+
+    def __init__(self, job: Job, folder: RunFolder, comm: Context) -> None:
+        """Reads nothing yet.
+
+        Args:
+            folder: in which the stages ``ingest`` and ``reference`` leave shards and diameter.
+        """
+        self.job, self.folder, self.comm = job, folder, comm
+        self.scratch: Scratch | None = None
+        """copies of the images on the nodes' own disks, see ``using_scratch``"""
+        self.originals: bool | None = None
+        """whether RELION needs no copy of the images; None until ``pipeline.planning.job_size`` has looked at some"""
+        self._plan: ingest.IngestPlan | None = None
+        self._particles: Particles | None = None
+        self._reference: Reference | None = None
 
     @property
     def shards(self) -> Path:
@@ -104,7 +107,12 @@ class Work:
         """The particle's diameter: the job's, else as measured by the reference stage."""
         if self.job.sample.diameter_A:
             return self.job.sample.diameter_A
-        return float(json.loads((self.folder.stage("reference") / "reference.json").read_text())["diameter_A"])
+        measured = self.folder.stage("reference") / products.facts("reference")
+        return float(json.loads(measured.read_text())["diameter_A"])
+
+    def sample(self) -> Sample:
+        """What all ranks need of it, in one broadcast. Collective."""
+        return on_root(self.comm, lambda: Sample(self.grid()[1], self.diameter_A(), self.mask()))
 
     def mask(self) -> DensityMap | None:
         """The user's solvent mask, if there is one."""
@@ -142,11 +150,17 @@ class Work:
         source = ShardSource(self.shards)
         particles = on_root(self.comm, lambda: bare(self.particles()))
         if not np.array_equal(particles.uid, source.particles.uid):
-            raise InputError("the shards are of other particles", file=self.shards, hint="Start a new run.")
+            raise InputError(
+                "the shards are of other particles",
+                file=self.shards,
+                hint="Start a new run.",
+                code="run-particles-differ",
+            )
         if applied_to(particles) != applied_to(source.particles):
             raise InputError(
                 "the shards hold images of another kind than the particle file says", file=self.shards,
                 expected="the same rlnCtfDataAreCtfPremultiplied and rlnCtfDataArePhaseFlipped", hint="Ingest again.",
+                code="run-particles-differ",
             )  # fmt: skip
         source.particles = self.particles() if self.comm.rank == 0 else particles
         if self.scratch is not None:
@@ -155,20 +169,24 @@ class Work:
 
 
 @contextmanager
-def using_scratch(work: Work, *, everything: bool = False) -> Iterator[None]:
-    """While the block runs, the images of a work are read from scratch, if its job says so.
+def using_scratch(inputs: Inputs, journal: Journal | None = None, *, everything: bool = False) -> Iterator[None]:
+    """While the block runs, the images of a job are read from scratch, if it says so.
 
     A training draws images from everywhere, and in a co-refinement the auxiliary particles shift the shares of the
     ranks: then every node copies everything.
+
+    Args:
+        journal: of the run, on rank 0: has the hashes of the shards.
     """
-    if not work.job.run.scratch:
+    section = inputs.job.run
+    if not section.scratch:
         yield
         return
-    everything = everything or work.job.run.workflow in CO_REFINEMENTS
-    scratch = Scratch(work.job.run.scratch, work.comm, work.folder.path, everything, work.journal)
-    work.scratch = scratch
+    everything = everything or section.workflow in CO_REFINEMENTS
+    scratch = Scratch(section.scratch, inputs.comm, inputs.folder.path, everything, journal)
+    inputs.scratch = scratch
     try:
         yield
     finally:
-        work.scratch = None
+        inputs.scratch = None
         scratch.close()

@@ -8,12 +8,15 @@ and even boxes give what the full transform gives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Complex, Float, Real
 
 Select = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Called with (kz, ky, kx, |k|) of a slab of coefficients, broadcastable; returns the weight (or a bool) of each."""
@@ -27,23 +30,53 @@ def check_pair(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> 
     """
     for name, other in (("the other map", b), ("the mask", mask)):
         if other is not None and np.shape(other) != np.shape(a):
-            raise InputError(f"{name} has another shape than the map", expected=np.shape(a), found=np.shape(other))
+            raise InputError(
+                f"{name} has another shape than the map",
+                expected=np.shape(a),
+                found=np.shape(other),
+                code="arrays-do-not-fit",
+            )
     if np.ndim(a) != 3 or len(set(np.shape(a))) != 1:
-        raise InputError("the map is not cubic", expected="(D, D, D)", found=np.shape(a))
+        raise InputError("the map is not cubic", expected="(D, D, D)", found=np.shape(a), code="map-not-cubic")
     return int(np.shape(a)[0])
 
 
-def transform(volume: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """Half-complex transform (D, D, D//2+1) of a real map, in the map's own precision; its origin does not matter."""
+def require_transforms(fa: np.ndarray, fb: np.ndarray, box_px: int) -> None:
+    """Makes sure that both are half-complex transforms of maps of this box, see `transform`.
+
+    Raises:
+        InputError: one has another shape.
+    """
+    expected = (box_px, box_px, box_px // 2 + 1)
+    for spectrum in (fa, fb):
+        if np.shape(spectrum) != expected:
+            raise InputError(
+                "no transform of a map of this box",
+                expected=expected,
+                found=np.shape(spectrum),
+                code="arrays-do-not-fit",
+            )
+
+
+def transform(
+    volume: Real[np.ndarray, "box box box"], mask: Real[np.ndarray, "box box box"] | None = None
+) -> Complex[np.ndarray, "box box box//2+1"]:
+    """Half-complex transform (D, D, D//2+1) of a real map, in the map's own precision; its origin is irrelevant."""
     from scipy import fft
 
     volume = np.asarray(volume)
     if volume.dtype not in (np.float32, np.float64):
         volume = volume.astype(np.float64)
-    return fft.rfftn(volume if mask is None else volume * np.asarray(mask, volume.dtype))
+    coefficients: np.ndarray = fft.rfftn(volume if mask is None else volume * np.asarray(mask, volume.dtype))
+    return coefficients
 
 
-def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Select | None = None) -> np.ndarray:
+def shell_correlation(
+    fa: Complex[np.ndarray, "box box box//2+1"],
+    fb: Complex[np.ndarray, "box box box//2+1"],
+    box_px: int,
+    select: Select | None = None,
+) -> Float[np.ndarray, " box//2+1"]:
     """Sum Re(A conj B) / sqrt(sum |A|^2 sum |B|^2) over each shell of two half-complex transforms.
 
     Args:
@@ -53,7 +86,11 @@ def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Selec
 
     Returns:
         (D//2+1,) float64; 0 where a shell is empty or has no power, and 1 at shell 0 (see `fsc`).
+
+    Raises:
+        InputError: the transforms are not those of maps of this box.
     """
+    require_transforms(fa, fb, box_px)
     half = box_px // 2
     k = np.fft.fftfreq(box_px) * box_px
     ky, kx = k[None, :, None], np.arange(half + 1.0)[None, None, :]
@@ -79,39 +116,44 @@ def shell_correlation(fa: np.ndarray, fb: np.ndarray, box_px: int, select: Selec
 
 
 def _power(x: np.ndarray) -> np.ndarray:
-    return x.real**2 + x.imag**2
+    power: np.ndarray = x.real**2 + x.imag**2
+    return power
 
 
-def fsc(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def fsc(
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None = None,
+) -> Float[np.ndarray, " box//2+1"]:
     """Fourier shell correlation of two real maps (Harauz & van Heel 1986).
 
     Args:
-        a, b: (D, D, D) maps of one grid.
+        a, b: (D, D, D) maps on the same grid.
         mask: (D, D, D), multiplies both.
 
     Returns:
-        (D//2+1,) float64. Shell 0 is one number, the product of the two means, whose correlation says nothing but a
-        sign; it is set to 1.
+        (D//2+1,) float64. Shell 0 is a single number, the product of the two means, whose correlation is only a sign;
+        it is set to 1.
     """
     box_px = check_pair(a, b, mask)
     return shell_correlation(transform(a, mask), transform(b, mask), box_px)
 
 
-def shell_frequencies(box_px: int, pixel_size_A: float) -> np.ndarray:
+def shell_frequencies(box_px: int, pixel_size_A: float) -> Float[np.ndarray, " {box_px}//2+1"]:
     """(D//2+1,) spatial frequency of each shell in 1/Å."""
     return np.arange(box_px // 2 + 1) / (box_px * pixel_size_A)
 
 
-def resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A: float) -> float:
+def resolution_at(curve: Float[np.ndarray, " shells"], threshold: float, box_px: int, pixel_size_A: float) -> float:
     """Resolution in Å at which a curve first drops below a threshold, linear in frequency between shells.
 
     Args:
-        curve: (D//2+1,) from `fsc`; shell 0 is not looked at, NaN counts as below.
+        curve: (D//2+1,) from `fsc`; shell 0 is ignored, NaN counts as below.
         threshold: 0.143 for independent half-maps (Rosenthal & Henderson 2003), 0.5 for a map against its truth.
 
     Returns:
-        The box length in Å if the first shell is below already; the resolution of the last shell (in an even
-        box Nyquist, two pixels) if no shell is.
+        The box length in Å if the first shell is already below; the resolution of the last shell (in an even box
+        Nyquist, two pixels) if no shell is.
     """
     curve = np.nan_to_num(np.asarray(curve, np.float64), nan=-1.0)
     length_A = float(box_px * pixel_size_A)
@@ -125,10 +167,10 @@ def resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A
     return length_A / (i - 1 + float(part))
 
 
-def non_increasing(curve: np.ndarray) -> np.ndarray:
-    """The non-increasing curve that is nearest in least squares (isotonic regression; Barlow & Brunk 1972).
+def non_increasing(curve: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The non-increasing curve nearest in least squares (isotonic regression; Barlow & Brunk 1972).
 
-    A dip or a spike of one noisy shell is pooled with the shells beside it; a curve that only falls stays as it is.
+    A dip or a spike of one noisy shell is pooled with its neighbours; a curve that only falls is unchanged.
 
     Args:
         curve: (n,), no NaN.
@@ -143,31 +185,36 @@ def non_increasing(curve: np.ndarray) -> np.ndarray:
     mean = np.where(last >= first, (total[None, 1:] - total[:-1, None]) / np.maximum(last - first + 1, 1), -np.inf)
     best = np.maximum.accumulate(mean[:, ::-1], axis=1)[:, ::-1]  # over b >= i, for each a
     best[np.tril_indices(n, -1)] = np.inf  # a > i
-    return best.min(axis=0)
+    lowest: np.ndarray = best.min(axis=0)
+    return lowest
 
 
-def smooth_resolution_at(curve: np.ndarray, threshold: float, box_px: int, pixel_size_A: float) -> float:
+def smooth_resolution_at(
+    curve: Float[np.ndarray, " shells"], threshold: float, box_px: int, pixel_size_A: float
+) -> float:
     """`resolution_at` of the `non_increasing` curve: for curves of few coefficients, such as cones against a truth.
 
     The first crossing of such a curve jumps by many Å when one noisy shell falls below the threshold.
 
     Args:
-        curve: (D//2+1,) from `cryoiso.metrics.mapmodel`; shell 0 is not looked at, NaN counts as 0.
+        curve: (D//2+1,) from `cryoiso.metrics.mapmodel`; shell 0 is ignored, NaN counts as 0.
     """
     curve = np.nan_to_num(np.asarray(curve, np.float64), nan=0.0)
     return resolution_at(np.concatenate([curve[:1], non_increasing(curve[1:])]), threshold, box_px, pixel_size_A)
 
 
-def curve_area(curve: np.ndarray) -> float:
+def curve_area(curve: Float[np.ndarray, " shells"]) -> float:
     """Mean of a curve (D//2+1,) over the shells from 1 to Nyquist: the area under it, 1 at most; NaN counts as 0."""
     return float(np.nan_to_num(np.asarray(curve, np.float64)[1:], nan=0.0).mean())
 
 
-def randomise_phases(volume: np.ndarray, from_shell: int, seed: int, uid: int = 0) -> np.ndarray:
-    """The map with its phases replaced by random ones from a shell on; amplitudes stay, and the map stays real.
+def randomise_phases(
+    volume: Float[np.ndarray, "box box box"], from_shell: int, seed: int, uid: int = 0
+) -> Float[np.ndarray, "box box box"]:
+    """Replace the phases of a map by random ones from a shell on; amplitudes are unchanged, and the map remains real.
 
     Every coefficient is multiplied by the phase of the transform of real white noise, which has the Hermitian symmetry
-    that phases drawn one by one lack on the self-conjugate planes.
+    that independently drawn phases lack on the self-conjugate planes.
 
     Args:
         volume: (D, D, D).
@@ -184,8 +231,10 @@ def randomise_phases(volume: np.ndarray, from_shell: int, seed: int, uid: int = 
     return randomise_where(volume, np.rint(radius) >= max(from_shell, 1), seed, uid)
 
 
-def randomise_where(volume: np.ndarray, change: np.ndarray, seed: int, uid: int = 0) -> np.ndarray:
-    """As `randomise_phases`, of chosen coefficients.
+def randomise_where(
+    volume: Float[np.ndarray, "box box box"], change: Bool[np.ndarray, "box box box//2+1"], seed: int, uid: int = 0
+) -> Float[np.ndarray, "box box box"]:
+    """As `randomise_phases`, for selected coefficients.
 
     Args:
         volume: (D, D, D). change: (D, D, D//2+1) bool, the same at k and -k.
@@ -198,16 +247,17 @@ def randomise_where(volume: np.ndarray, change: np.ndarray, seed: int, uid: int 
     size = np.abs(noise)
     change = change & (size > 0)
     spectrum[change] *= noise[change] / size[change]
-    return fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
+    density: np.ndarray = fft.irfftn(spectrum, s=np.shape(volume), overwrite_x=True)
+    return density
 
 
 NOTHING = 1e-11
 """Shells of a map with less than this share of its strongest shell's power hold rounding errors only."""
 
 
-def last_filled_shell(a: np.ndarray, b: np.ndarray) -> int:
-    """The last shell in which both maps, not masked, hold more than rounding errors (low-passed and padded maps end
-    before D//2)."""
+def last_filled_shell(a: Real[np.ndarray, "box box box"], b: Real[np.ndarray, "box box box"]) -> int:
+    """Last shell in which both unmasked maps contain more than rounding errors (low-passed and padded maps end before
+    D//2)."""
     from cryoiso.physics.filters import shell_index
 
     box_px = check_pair(a, b)
@@ -221,7 +271,9 @@ def last_filled_shell(a: np.ndarray, b: np.ndarray) -> int:
     return last
 
 
-def without_shells_beyond(spectrum: np.ndarray, box_px: int, last: int) -> np.ndarray:
+def without_shells_beyond(
+    spectrum: Complex[np.ndarray, "box box box//2+1"], box_px: int, last: int
+) -> Complex[np.ndarray, "box box box//2+1"]:
     """A half-complex transform (D, D, D//2+1) with zeros beyond a shell; itself where that is the last."""
     from cryoiso.physics.filters import shell_index
 
@@ -230,11 +282,16 @@ def without_shells_beyond(spectrum: np.ndarray, box_px: int, last: int) -> np.nd
     return np.where(shell_index(box_px, 3).numpy() <= last, spectrum, 0).astype(spectrum.dtype)
 
 
-def fsc_corrected(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, seed: int = 0) -> dict[str, Any]:
-    """FSC of half-maps freed from what the mask adds (Chen et al. 2013, doi 10.1016/j.ultramic.2013.06.004).
+def fsc_corrected(
+    a: Real[np.ndarray, "box box box"],
+    b: Real[np.ndarray, "box box box"],
+    mask: Real[np.ndarray, "box box box"] | None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """FSC of half-maps corrected for the mask (Chen et al. 2013, doi 10.1016/j.ultramic.2013.06.004).
 
-    Phases of both maps are made random, independently, from the first shell at which the unmasked FSC is below 0.8;
-    what correlates then is the mask's doing: corrected = (masked - randomised) / (1 - randomised) from two shells on.
+    Phases of both maps are randomised, independently, from the first shell at which the unmasked FSC is below 0.8; the
+    remaining correlation comes from the mask: corrected = (masked - randomised) / (1 - randomised) from two shells on.
 
     Args:
         a, b: (D, D, D) half-maps, not masked. mask: (D, D, D) in [0, 1]; None gives the unmasked curve four times.
@@ -243,7 +300,7 @@ def fsc_corrected(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None, seed: i
     Returns:
         ``unmasked``, ``masked``, ``randomised``, ``corrected``: (D//2+1,) each; ``randomise_from_shell``: int, or None
         where the unmasked FSC never falls below 0.8 (or there is no mask) and nothing was randomised. ``last_shell``:
-        the last one with data; beyond it all curves are 0, since a mask there correlates what leaks from the others.
+        the last one with data; beyond it all curves are 0, since a mask would correlate leakage from the others there.
     """
     last = last_filled_shell(a, b)
     result = _fsc_corrected(a, b, mask, seed)

@@ -1,29 +1,34 @@
-"""Particle images of known truth: x = scale C(optics) P(pose, shift) V + noise, image by image from (seed, uid) alone.
+"""Particle images of known truth: x = scale C(optics) P(pose, shift) V + noise, each image a function of (seed, uid)
+alone.
 
-The noise has variance 1, so the map is scaled to reach the wanted signal-to-noise ratio,
-SNR_dB = 10 log10(variance of the CTF-multiplied projection / variance of the noise), both over the whole image and
-averaged over uniformly distributed views. The number of the cryoPROS paper, an image's variance over its background's,
-is measured by :func:`image_to_background_db`.
+The noise has variance 1, so the map is scaled to the requested signal-to-noise ratio, SNR_dB = 10 log10(variance of the
+CTF-multiplied projection / variance of the noise), both over the whole image and averaged over uniformly distributed
+views. The cryoPROS paper's definition, an image's variance over its background's, is measured by
+:func:`image_to_background_db`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator, shuffle_keys
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.physics.ctf import beam_tilt_phase, ctf_for
+from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
 from cryoiso.physics.fourier import Disc, disc, fourier_to_images, shift_phases
 from cryoiso.physics.noise import colour_noise, noise_spectrum
-from cryoiso.physics.project import FourierVolume, magnified, scatter_to_half_plane
-from cryoiso.physics.views import Views, sample_rotations, uniforms
+from cryoiso.physics.projection import FourierVolume, magnified, scatter_to_half_plane
+from cryoiso.physics.views import GivenViews, Views, normals, rows_of, sample_rotations, uniforms
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 BLOCK_PIXELS = 2**21
 SNR_IMAGES = 256
@@ -32,7 +37,7 @@ SNR_IMAGES = 256
 
 @dataclass(frozen=True)
 class CtfRanges:
-    """What CTFs are drawn from: mean defocus and astigmatism uniform in their ranges, any axis."""
+    """Distribution of simulated CTFs: mean defocus and astigmatism uniform in their ranges, any axis."""
 
     defocus_A: tuple[float, float] = (10000.0, 30000.0)
     astigmatism_A: float = 400.0
@@ -45,7 +50,9 @@ class CtfRanges:
 
     def __post_init__(self) -> None:
         if self.defocus_A[0] > self.defocus_A[1] or self.astigmatism_A < 0:
-            raise InputError("wrong range of defocus", expected="MIN <= MAX in Å", found=self.defocus_A)
+            raise InputError(
+                "wrong range of defocus", expected="MIN <= MAX in Å", found=self.defocus_A, code="option-out-of-range"
+            )
 
 
 def make_particles(
@@ -53,7 +60,7 @@ def make_particles(
     box_px: int,
     pixel_size_A: float,
     *,
-    views: Views | None = None,
+    views: Views | GivenViews | None = None,
     ctf: CtfRanges | Particles | None = None,
     shift_sd_A: float = 0.0,
     seed: int = 1,
@@ -62,10 +69,10 @@ def make_particles(
     """A set of simulated particles: identities, CTFs, poses, shifts and balanced random halves, but no images.
 
     Args:
-        n: how many; the first m of n are those of a set of m.
+        n: number of particles; the first m of n are those of a set of m.
         box_px, pixel_size_A: of the images.
         views: view distribution (default uniform).
-        ctf: ranges, or particles whose CTFs and optics groups are drawn from (whole rows; pixel size and box become the
+        ctf: ranges, or particles from which CTFs and optics groups are drawn (whole rows; pixel size and box become the
             simulation's).
         shift_sd_A: standard deviation of the origin along x and y.
         seed: of everything.
@@ -78,7 +85,7 @@ def make_particles(
         InputError: n < 1, or an empty set to draw CTFs from.
     """
     if n < 1:
-        raise InputError("nothing to simulate", expected="at least 1 particle", found=n)
+        raise InputError("nothing to simulate", expected="at least 1 particle", found=n, code="option-out-of-range")
     uid = shuffle_keys(seed, "uid of simulated particle", np.arange(n, dtype=np.uint64))
     groups, columns = draw_ctf(ctf or CtfRanges(), uid, box_px, pixel_size_A, seed)
     half = np.empty(n, np.int8)
@@ -89,24 +96,18 @@ def make_particles(
         stack=np.full(n, stack),
         index=np.arange(n, dtype=np.int64),
         rotation=sample_rotations(views or Views(), uid, seed),
-        shift_A=shift_sd_A * np.stack([_normals(seed, f"shift {a}", uid) for a in "xy"], 1),
+        shift_A=shift_sd_A * np.stack([normals(seed, f"shift {a}", uid) for a in "xy"], 1),
         half=half,
         **columns,
     )
 
 
-def _normals(seed: int, purpose: str, uid: np.ndarray) -> np.ndarray:
-    from scipy.special import ndtri
-
-    return ndtri(uniforms(seed, purpose, uid))
-
-
 def draw_ctf(
-    ctf: CtfRanges | Particles, uid: np.ndarray, box_px: int, pixel_size_A: float, seed: int
+    ctf: CtfRanges | Particles, uid: Shaped[np.ndarray, " n"], box_px: int, pixel_size_A: float, seed: int
 ) -> tuple[tuple[OpticsGroup, ...], dict[str, Any]]:
     """Optics groups and per-particle CTF columns (whole rows of given particles, or uniform in ranges), by uid.
 
-    The groups are those of images that no CTF was applied to, whatever the given particles' images are.
+    The groups declare unprocessed images, regardless of the given particles' flags.
     """
     if isinstance(ctf, CtfRanges):
         mean = np.interp(uniforms(seed, "defocus", uid), [0, 1], ctf.defocus_A)
@@ -124,8 +125,8 @@ def draw_ctf(
             "ctf_scale": np.ones(len(uid)),
         }
     if len(ctf) == 0:
-        raise InputError("no particles to draw CTFs from")
-    rows = np.minimum((uniforms(seed, "CTF row", uid) * len(ctf)).astype(np.int64), len(ctf) - 1)
+        raise InputError("no particles to draw CTFs from", code="particles-too-few")
+    rows = ctf_rows(ctf, uid, seed)
     names = (
         "optics",
         "defocus_u_A",
@@ -139,8 +140,16 @@ def draw_ctf(
     return groups, {name: np.asarray(getattr(ctf, name))[rows] for name in names}
 
 
+CTF_ROW = "CTF row"
+
+
+def ctf_rows(ctf: Particles, uid: np.ndarray, seed: int) -> np.ndarray:
+    """(n,) int64: the row of given particles that each uid's CTF comes from."""
+    return rows_of(seed, CTF_ROW, uid, len(ctf))
+
+
 class Projector:
-    """Noise-free images of a map: CTF, beam tilt, magnification and shift as the particles' metadata say."""
+    """Noise-free images of a map with the CTF, beam tilt, magnification and shift of the particles' metadata."""
 
     def __init__(self, volume: DensityMap, *, with_ctf: bool = True, device: str = "cpu") -> None:
         self.box_px, self.pixel_size_A, self.with_ctf = volume.box_px, volume.pixel_size_A, with_ctf
@@ -148,7 +157,7 @@ class Projector:
         data = torch.from_numpy(np.ascontiguousarray(volume.data, np.float32))
         self._volume = FourierVolume.from_volume(data.to(device))
 
-    def images(self, particles: Particles, rows: np.ndarray) -> Tensor:
+    def images(self, particles: Particles, rows: Shaped[np.ndarray, " n"]) -> Float[Tensor, "n box box"]:
         """Signals of these rows: (n, D, D) float32."""
         rotation, shift = particles.require_poses()
         out = torch.empty(len(rows), self.box_px, self.box_px, device=self.device)
@@ -162,11 +171,19 @@ class Projector:
         return out
 
     def _frequencies(self, group: OpticsGroup) -> Disc:
-        """The image frequencies at which the map has something to say: |M k| up to the map's Nyquist circle."""
+        """The image frequencies covered by the map: |M k| up to the map's Nyquist circle."""
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
         return disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
 
-    def _group(self, particles: Particles, rows, group: OpticsGroup, seen: Disc, rotation, shift) -> Tensor:
+    def _group(
+        self,
+        particles: Particles,
+        rows: np.ndarray,
+        group: OpticsGroup,
+        seen: Disc,
+        rotation: np.ndarray,
+        shift: np.ndarray,
+    ) -> Tensor:
         """(n, K) Fourier coefficients of particles of one optics group."""
         poses = torch.from_numpy(np.ascontiguousarray(rotation[rows], np.float32)).to(self.device)
         if group.magnification != (1.0, 0.0, 0.0, 1.0):
@@ -175,20 +192,26 @@ class Projector:
         ky, kx = seen.frequencies(1.0)
         phases = shift_phases(ky, kx, torch.from_numpy(-shift[rows] / self.pixel_size_A))
         values = values * phases.to(values)
-        if self.with_ctf:
-            freq = seen.frequencies(self.pixel_size_A)
-            transfer = ctf_for(particles, rows, freq_invA=freq, device=self.device)
-            values = values * (transfer.square() if group.ctf_applied == "premultiplied" else transfer)
-            if any(group.beam_tilt_mrad) or any(group.odd_zernike):
-                values = values * beam_tilt_phase(*freq, group).to(values)
-        return values
+        return through_optics(values, particles, rows, group, seen, self.pixel_size_A) if self.with_ctf else values
+
+
+def through_optics(
+    values: Tensor, particles: Particles, rows: np.ndarray, group: OpticsGroup, seen: Disc, pixel_size_A: float
+) -> Tensor:
+    """Coefficients (n, K) of particles of one optics group, multiplied by their CTFs and the phases of the optics."""
+    freq = seen.frequencies(pixel_size_A)
+    transfer = ctf_for(particles, rows, freq_invA=freq, device=values.device)
+    values = values * (transfer.square() if group.ctf_applied == "premultiplied" else transfer)
+    if any(group.beam_tilt_mrad) or any(group.odd_zernike):
+        values = values * beam_tilt_phase(*freq, group).to(values)
+    return values
 
 
 class SimulatedSource:
-    """Simulated particles as an image source (``core.protocols.ImageSource``): any algorithm takes known truth.
+    """Simulated particles as an image source (``core.protocols.ImageSource``), to test algorithms against known truth.
 
-    An image depends on (map, seed, its own row) and on nothing else; in particular neither on the order nor on the
-    number of images read together (to the rounding of float32).
+    An image depends only on (map, seed, its own row); in particular neither on the order nor on the number of images
+    read together (up to the rounding of float32).
     """
 
     def __init__(
@@ -217,7 +240,7 @@ class SimulatedSource:
     def __len__(self) -> int:
         return len(self.particles)
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: Shaped[np.ndarray, " n"] | slice) -> Float[np.ndarray, "n box box"]:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
@@ -235,7 +258,7 @@ class SimulatedSource:
         for i in range(0, len(self), size):
             yield self.read(np.arange(i, min(i + size, len(self))))
 
-    def signal(self, rows: np.ndarray) -> np.ndarray:
+    def signal(self, rows: Shaped[np.ndarray, " n"] | slice) -> Float[np.ndarray, "n box box"]:
         """The images without their noise: (n, D, D) float32."""
         return self._projector.images(self.particles, np.arange(len(self.particles))[rows]).numpy()
 
@@ -245,7 +268,7 @@ class SimulatedSource:
         return colour_noise(torch.from_numpy(np.stack(white)), self.spectrum)
 
     def measured(self) -> dict[str, float]:
-        """What the set really has, from its first images: dB of signal over noise, and the paper's number.
+        """Measured properties of the set, from its first images: dB of signal over noise, and the paper's number.
 
         Empty for noise-free images.
         """
@@ -264,11 +287,11 @@ def simulate(
     n: int,
     *,
     snr_db: float | None = -10.0,
-    views: Views | None = None,
+    views: Views | GivenViews | None = None,
     ctf: CtfRanges | Particles | None = None,
     shift_sd_A: float = 0.0,
     noise: str = "white",
-    noise_table=None,
+    noise_table: ArrayLike | None = None,
     seed: int = 1,
 ) -> SimulatedSource:
     """A simulated particle set.
@@ -295,8 +318,8 @@ def simulate(
 def scale_for_snr(volume: DensityMap, particles: Particles, snr_db: float, seed: int = 1) -> np.float32:
     """Factor on a map that gives its images a signal-to-noise ratio against noise of variance 1.
 
-    The signal's variance is the mean over uniform views with the particles' CTFs, whatever their own views are, so that
-    sets of different view distributions share one map.
+    The signal's variance is the mean over uniform views with the particles' CTFs, regardless of their own views, so
+    that sets of different view distributions share one map.
 
     Raises:
         InputError: the map is constant.
@@ -307,19 +330,24 @@ def scale_for_snr(volume: DensityMap, particles: Particles, snr_db: float, seed:
     even = some.take(rows).with_poses(sample_rotations(Views(), uids, seed), np.zeros((SNR_IMAGES, 2)))
     variance = float(Projector(volume).images(even, np.arange(SNR_IMAGES)).double().var((1, 2)).mean())
     if not variance > 0:
-        raise InputError("the map is constant: nothing to simulate", expected="density", found=f"variance {variance}")
+        raise InputError(
+            "the map is constant: nothing to simulate",
+            expected="density",
+            found=f"variance {variance}",
+            code="map-without-density",
+        )
     return np.float32(np.sqrt(10 ** (snr_db / 10) / variance))
 
 
-def image_to_background_db(images: np.ndarray, radius_px: float) -> float:
+def image_to_background_db(images: Float[np.ndarray, "n box box"], radius_px: float) -> float:
     """The SNR of the cryoPROS paper: (10 / N) sum_i [log10 var(x_i - mu_b) - log10 var(b_i)].
 
-    Image x and its background b, here the pixels outside a circle, whose mean is mu_b. Signal and noise together stand
-    in the numerator, so an image without signal has 0 dB.
+    Image x and its background b, here the pixels outside a circle, with mean mu_b. The numerator contains signal and
+    noise, so an image without signal has 0 dB.
 
     Args:
         images: (N, D, D).
-        radius_px: of the circle that holds the particle.
+        radius_px: of the circle that contains the particle.
     """
     from cryoiso.physics.noise import background_statistics
 

@@ -5,17 +5,23 @@ Trilinear interpolation on a grid padded by 2; the volume is divided by the inte
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.shapes import require_cube, require_rotations
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Complex, Float, Int
+
 SAMPLES_AT_ONCE = 1 << 23
-"""Samples that the torch path works on together: the eight corners' temporaries are some hundred bytes a sample."""
+"""Samples processed at once by the torch path: the eight corners' temporaries are some hundred bytes per sample."""
 
 
 @dataclass(frozen=True)
@@ -23,33 +29,33 @@ class FourierVolume:
     """Half-space transform of a volume inside a radius, scaled so that its slices match orthonormal image
     transforms."""
 
-    grid: Tensor
+    grid: Complex[Tensor, "rows rows columns"]
     """(2h+1, 2h+1, h+1) complex (z, y, x), origin at (h, h, 0), h = padding * radius + 2."""
     box_px: int
     padding: int
     radius_px: int
 
     @classmethod
-    def from_volume(cls, volume: Tensor, padding: int = 2, radius_px: int | None = None) -> FourierVolume:
-        """Prepares a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist).
+    def from_volume(
+        cls, volume: Float[Tensor, "box box box"], padding: int = 2, radius_px: int | None = None
+    ) -> FourierVolume:
+        """Prepare a volume (D, D, D) real for slicing up to radius_px (default: inside Nyquist).
 
         Raises:
             InputError: the volume is not a cube.
         """
-        if volume.ndim != 3 or len(set(volume.shape)) != 1:
-            raise InputError("a map is a cube", expected="(D, D, D)", found=tuple(volume.shape))
-        box = volume.shape[0]
+        box = require_cube(volume)
         radius = min(radius_px or (box - 1) // 2, (box - 1) // 2)
         padded = pad_volume(divide_by_gridding(volume, padding), box * padding)
         transform = torch.fft.rfftn(torch.fft.ifftshift(padded), dim=(0, 1, 2)) / box
         return cls(_crop_half_space(transform, padding * radius + 2), box, padding, radius)
 
-    def slices(self, rotation: Tensor, where: Disc) -> Tensor:
+    def slices(self, rotation: Float[Tensor, "n 3 3"], where: Disc) -> Complex[Tensor, "n k"]:
         """Central slices at the coefficients of ``where``.
 
         Args:
-            rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in
-                beforehand, see :func:`magnified`).
+            rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in before,
+                see :func:`magnified`).
 
         Returns:
             (J, K) complex, before CTF and shift.
@@ -73,8 +79,8 @@ class FourierVolume:
         )
         return out
 
-    def slices_torch(self, rotation: Tensor, where: Disc) -> Tensor:
-        """The plain torch twin of the CPU kernel: any device and precision, differentiable in grid and rotation."""
+    def slices_torch(self, rotation: Float[Tensor, "n 3 3"], where: Disc) -> Complex[Tensor, "n k"]:
+        """The plain torch version of the CPU kernel: any device and precision, differentiable in grid and rotation."""
         corner, fraction, flip = slice_corners(
             rotation.to(self.grid.real.dtype), where, self.padding, self.grid.shape[0]
         )
@@ -85,8 +91,8 @@ class FourierVolume:
         return torch.where(flip, value.conj(), value)
 
 
-def check_reach(rotation: np.ndarray, where: Disc, padding: int, grid_rows: int) -> None:
-    """Refuses samples beyond the grid, and NaN: the CPU kernels would read and write memory that is not theirs.
+def check_reach(rotation: Float[np.ndarray, "n 3 3"], where: Disc, padding: int, grid_rows: int) -> None:
+    """Refuse samples beyond the grid, and NaN, for which the CPU kernels would access memory out of bounds.
 
     Args:
         rotation: (J, 3, 3), possibly magnified: the largest singular value of the upper two rows is the magnification.
@@ -103,16 +109,17 @@ def check_reach(rotation: np.ndarray, where: Disc, padding: int, grid_rows: int)
     if not padding * radius * largest < (grid_rows - 1) // 2:
         raise CryoisoError(
             f"slices reach to {radius * largest:.1f} Fourier pixels but the grid ends at "
-            f"{((grid_rows - 1) // 2 - 2) / padding:g}. The frequencies of magnified images must be cut before."
+            f"{((grid_rows - 1) // 2 - 2) / padding:g}. Cut the frequencies of magnified images first.",
+            code="grid-too-coarse",
         )
 
 
-def pairs(values: Tensor) -> np.ndarray:
-    """(J, K) complex64 on the CPU -> (J, 2K) float32 view, as the kernels take it."""
+def pairs(values: Complex[Tensor, "n k"]) -> Float[np.ndarray, "n 2*k"]:
+    """(J, K) complex64 on the CPU -> (J, 2K) float32 view, the layout of the kernels."""
     return torch.view_as_real(values.contiguous()).numpy().reshape(len(values), -1)
 
 
-def flat_pairs(grid: Tensor) -> np.ndarray:
+def flat_pairs(grid: Complex[Tensor, " ..."]) -> Float[np.ndarray, " numbers"]:
     """Any complex64 tensor on the CPU -> flat float32 view."""
     return torch.view_as_real(grid.contiguous()).numpy().reshape(-1)
 
@@ -127,7 +134,9 @@ def _crop_half_space(transform: Tensor, h: int) -> Tensor:
     return torch.nn.functional.pad(inner, (0, e, e, e, e, e)).contiguous() if e else inner.contiguous()
 
 
-def slice_corners(rotation: Tensor, where: Disc, padding: int, grid_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def slice_corners(
+    rotation: Float[Tensor, "n 3 3"], where: Disc, padding: int, grid_rows: int
+) -> tuple[Int[Tensor, "n k"], Float[Tensor, "3 n k"], Bool[Tensor, "n k"]]:
     """Lower corner (flat index), fractions (3, J, K) as (x, y, z) and the Friedel flag of each sample of each slice."""
     device, dtype = rotation.device, rotation.dtype
     ky = torch.as_tensor(where.ky, device=device, dtype=dtype)
@@ -144,8 +153,10 @@ def slice_corners(rotation: Tensor, where: Disc, padding: int, grid_rows: int) -
     return (z0 * grid_rows + y0) * (h + 1) + x0, k3 - low, flip
 
 
-def corner_shares(fraction: Tensor, shape: torch.Size | tuple[int, ...]):
-    """Yields (flat offset, trilinear share) of the eight corners."""
+def corner_shares(
+    fraction: Float[Tensor, "3 n k"], shape: torch.Size | tuple[int, ...]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (flat offset, trilinear share) of the eight corners."""
     fx, fy, fz = fraction
     row = shape[2]
     for dz, wz in ((0, 1 - fz), (1, fz)):
@@ -154,7 +165,7 @@ def corner_shares(fraction: Tensor, shape: torch.Size | tuple[int, ...]):
                 yield (dz * shape[1] + dy) * row + dx, wz * wy * wx
 
 
-def magnified(rotation: Tensor, matrix: Tensor) -> Tensor:
+def magnified(rotation: Float[Tensor, "n 3 3"], matrix: Float[Tensor, "2 2"]) -> Float[Tensor, "n 3 3"]:
     """Rotations that sample a slice at frequencies M k (2x2 M: anisotropic magnification or a ratio of pixel sizes).
 
     A^T (M k, 0) = (M^T A[:2])^T k, so the first two rows are replaced by M^T A[:2].
@@ -164,12 +175,12 @@ def magnified(rotation: Tensor, matrix: Tensor) -> Tensor:
 
 
 def project(
-    volume: Tensor,
-    rotation: Tensor,
-    shift_A: Tensor | None = None,
+    volume: Float[Tensor, "box box box"],
+    rotation: Float[Tensor, "n 3 3"],
+    shift_A: Float[Tensor, "n 2"] | None = None,
     pixel_size_A: float = 1.0,
     padding: int = 2,
-) -> Tensor:
+) -> Float[Tensor, "n box box"]:
     """Real-space projections of a map.
 
     Args:
@@ -179,8 +190,15 @@ def project(
 
     Returns:
         (n, D, D) real, band-limited to the Nyquist circle, differentiable in volume, rotation and shift.
+
+    Raises:
+        InputError: a shape is another.
     """
-    box = volume.shape[0]
+    box, n = require_cube(volume), require_rotations(rotation)
+    if shift_A is not None and tuple(shift_A.shape) != (n, 2):
+        raise InputError(
+            "a shift for each rotation", expected=(n, 2), found=tuple(shift_A.shape), code="arrays-do-not-fit"
+        )
     where = disc(box, (box - 1) // 2, with_dc=True)
     slices = FourierVolume.from_volume(volume, padding).slices(rotation.to(volume.dtype), where)
     if shift_A is not None:
@@ -190,7 +208,7 @@ def project(
     return fourier_to_images(scatter_to_half_plane(slices, where), box)
 
 
-def scatter_to_half_plane(values: Tensor, where: Disc) -> Tensor:
+def scatter_to_half_plane(values: Complex[Tensor, "n k"], where: Disc) -> Complex[Tensor, "n box columns"]:
     """(n, K) -> (n, D, D//2+1), the Friedel mates of the kx = 0 column filled in, zero elsewhere."""
     n, box = values.shape[0], where.box_px
     columns = box // 2 + 1

@@ -2,19 +2,26 @@
 
 CTF = scale exp(-B s^2 / 4) (sqrt(1 - w^2) sin g + w cos g), g = pi lambda df s^2 - pi/2 Cs lambda^3 s^4 + phase shift,
 with df > 0 for underfocus and df = (dU + dV)/2 + (dU - dV)/2 cos 2(theta - theta_ast): RELION's formula, positive at
-zero frequency for white protein. Phases are computed in float64, whatever the type of the result.
+zero frequency for white protein. Phases are computed in float64, for any type of the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cryoiso.core.errors import InputError
-from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.core.types import OpticsGroup, Particles, Rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Complex, Float
+
+Number = torch.Tensor | float
+"""A parameter that is the same for all images, or a tensor of one each that broadcasts with the frequencies."""
 
 _BLOCK = 2**17
 """Values of a CTF computed at once: the intermediate float64 phases stay in the cache."""
@@ -30,7 +37,9 @@ def wavelength_A(voltage_kV: float) -> float:
     return 12.2643247 / math.sqrt(volts * (1 + 0.978466e-6 * volts))
 
 
-def frequency_grid(box_px: int, pixel_size_A: float, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def frequency_grid(
+    box_px: int, pixel_size_A: float, device: str | torch.device = "cpu"
+) -> tuple[Float[torch.Tensor, "{box_px} 1"], Float[torch.Tensor, "1 {box_px}//2+1"]]:
     """Frequencies of the half-plane in 1/Å: (freq_y (D, 1), freq_x (1, D//2+1)), float64, y in FFT order."""
     fy = torch.fft.fftfreq(box_px, pixel_size_A, dtype=torch.float64, device=device)
     fx = torch.arange(box_px // 2 + 1, dtype=torch.float64, device=device) / (box_px * pixel_size_A)
@@ -38,19 +47,19 @@ def frequency_grid(box_px: int, pixel_size_A: float, device="cpu") -> tuple[torc
 
 
 def ctf(
-    freq_y_invA: torch.Tensor,
-    freq_x_invA: torch.Tensor,
+    freq_y_invA: Float[torch.Tensor, "*#plane"],
+    freq_x_invA: Float[torch.Tensor, "*#plane"],
     *,
-    defocus_u_A,
-    defocus_v_A,
-    defocus_angle_deg,
+    defocus_u_A: Number,
+    defocus_v_A: Number,
+    defocus_angle_deg: Number,
     voltage_kV: float,
     spherical_aberration_mm: float,
     amplitude_contrast: float,
-    phase_shift_deg=0.0,
-    bfactor_A2=0.0,
-    scale=1.0,
-) -> torch.Tensor:
+    phase_shift_deg: Number = 0.0,
+    bfactor_A2: Number = 0.0,
+    scale: Number = 1.0,
+) -> Float[torch.Tensor, " ..."]:
     """The contrast transfer function at any frequencies; differentiable in every tensor given.
 
     Args:
@@ -79,7 +88,7 @@ def ctf(
     return (factor * torch.exp(-0.25 * bfactor * s2) * value).to(dtype)
 
 
-def _f64(value, device) -> torch.Tensor:
+def _f64(value: Number, device: torch.device) -> torch.Tensor:
     # a Python float would become float32 on the way, which costs 1e-5 of the CTF
     return torch.as_tensor(value, dtype=torch.float64, device=device)
 
@@ -90,18 +99,18 @@ def _cs_term(lam: float, spherical_aberration_mm: float) -> float:
 
 def ctf_for(
     particles: Particles,
-    rows=None,
+    rows: Rows | None = None,
     box_px: int | None = None,
     *,
     pixel_size_A: float | None = None,
-    freq_invA: tuple[torch.Tensor, torch.Tensor] | None = None,
-    device="cpu",
+    freq_invA: tuple[Float[torch.Tensor, "*#plane"], Float[torch.Tensor, "*#plane"]] | None = None,
+    device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """CTFs of particles with everything their optics groups say (magnification anisotropy, even Zernike terms).
+) -> Float[torch.Tensor, " n *plane"]:
+    """CTFs of particles with all parameters of their optics groups (magnification anisotropy, even Zernike terms).
 
-    Groups of phase-flipped images get the absolute value, which is what those images show. Groups of premultiplied
-    images get the CTF itself: see ``physics.ctf_applied`` for what to do with the images.
+    Groups of phase-flipped images get the absolute value, which is the CTF of those images. Groups of premultiplied
+    images get the CTF itself; for the images see ``physics.ctf_applied``.
 
     Args:
         particles: the set.
@@ -137,12 +146,21 @@ def ctf_for(
 def _common_box(particles: Particles, groups: np.ndarray) -> int:
     boxes = {particles.groups[g].box_px for g in np.unique(groups)}
     if len(boxes) != 1:
-        raise InputError("the optics groups have different box sizes", expected="one", found=sorted(boxes))
-    return boxes.pop()
+        raise InputError(
+            "the optics groups have different box sizes", expected="one", found=sorted(boxes), code="box-mismatch"
+        )
+    return int(boxes.pop())
 
 
-def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq) -> None:
-    """Writes the CTFs of one optics group's particles into ``out[where]``.
+def _group_ctf(
+    out: torch.Tensor,
+    where: np.ndarray,
+    particles: Particles,
+    rows: np.ndarray,
+    group: OpticsGroup,
+    freq: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Write the CTFs of one optics group's particles into ``out[where]``.
 
     Within a group the phase is linear in six numbers per particle, so all phases are one matrix product.
     """
@@ -171,7 +189,7 @@ def _group_ctf(out, where, particles: Particles, rows, group: OpticsGroup, freq)
         out[place] = value.reshape(-1, *out.shape[1:])
 
 
-def _phase_coefficients(particles: Particles, rows, lam: float) -> np.ndarray:
+def _phase_coefficients(particles: Particles, rows: np.ndarray, lam: float) -> np.ndarray:
     du, dv, axis, phase = (
         np.asarray(getattr(particles, name), np.float64)[rows]
         for name in ("defocus_u_A", "defocus_v_A", "defocus_angle_deg", "phase_shift_deg")
@@ -183,8 +201,8 @@ def _phase_coefficients(particles: Particles, rows, lam: float) -> np.ndarray:
 
 
 def magnify(
-    freq_y: torch.Tensor, freq_x: torch.Tensor, magnification: Sequence[float]
-) -> tuple[torch.Tensor, torch.Tensor]:
+    freq_y: Float[torch.Tensor, "*#plane"], freq_x: Float[torch.Tensor, "*#plane"], magnification: Sequence[float]
+) -> tuple[Float[torch.Tensor, "*plane"], Float[torch.Tensor, "*plane"]]:
     """Frequencies at which an anisotropically magnified image sees the undistorted one: M (x, y), broadcast.
 
     Args:
@@ -201,12 +219,14 @@ def magnify(
     return m10 * fx + m11 * fy, m00 * fx + m01 * fy
 
 
-def beam_tilt_phase(freq_y_invA: torch.Tensor, freq_x_invA: torch.Tensor, group: OpticsGroup) -> torch.Tensor:
-    """Phase factors that a group's beam tilt and odd Zernike terms (coma, trefoil) put on its images.
+def beam_tilt_phase(
+    freq_y_invA: Float[torch.Tensor, "*#plane"], freq_x_invA: Float[torch.Tensor, "*#plane"], group: OpticsGroup
+) -> Complex[torch.Tensor, "*plane"]:
+    """Phase factors of a group's beam tilt and odd Zernike terms (coma, trefoil) on its images.
 
     Beam tilt gives the phase -2 pi Cs lambda^2 s^2 (tilt . s), Cs in Å and tilt in radians, RELION's sign. An image is
     the true one times these factors; multiply by the conjugate to correct it. (RELION 3.1 overwrites the third-order
-    terms of a group that has both beam tilt and odd Zernike terms; here, as in RELION 5, they add up.)
+    terms of a group with both beam tilt and odd Zernike terms; here, as in RELION 5, they add up.)
 
     Args:
         freq_y_invA, freq_x_invA: frequencies that broadcast to one shape P, before magnification.
@@ -226,14 +246,18 @@ def beam_tilt_phase(freq_y_invA: torch.Tensor, freq_x_invA: torch.Tensor, group:
 
 
 def zernike_sum(
-    freq_y: torch.Tensor, freq_x: torch.Tensor, coefficients: Sequence[float], *, odd: bool
-) -> torch.Tensor:
+    freq_y: Float[torch.Tensor, "*#plane"],
+    freq_x: Float[torch.Tensor, "*#plane"],
+    coefficients: Sequence[float],
+    *,
+    odd: bool,
+) -> Float[torch.Tensor, "*plane"]:
     """Sum of Zernike polynomials Z(m, n) times coefficients, in RELION's order; the radius is the frequency in 1/Å.
 
     Args:
         freq_y, freq_x: same shape.
         coefficients: radians; even: (m, n) = (0,0); (-2,2), (0,2), (2,2); (-4,4) ...; odd: (-1,1), (1,1); (-3,3) ...
-        odd: which of both series.
+        odd: selects the series.
 
     Returns:
         The phase in radians, same shape.
@@ -261,7 +285,7 @@ def zernike_index(i: int, odd: bool) -> tuple[int, int]:
     return 2 * i - n, n
 
 
-def zernike_radial(m: int, n: int, rho: torch.Tensor) -> torch.Tensor:
+def zernike_radial(m: int, n: int, rho: Float[torch.Tensor, "*plane"]) -> Float[torch.Tensor, "*plane"]:
     """Radial Zernike polynomial R(m, n) at ``rho``, for m >= 0 and n - m even (Born and Wolf)."""
     total = torch.zeros_like(rho)
     for k in range((n - m) // 2 + 1):

@@ -1,0 +1,114 @@
+"""Refinement: search, references, density of views, final reconstruction, and RELION as the engine."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cryoiso.core.sections.base import AutoOrPositive, Section
+
+
+class RefineSection(Section):
+    """Refinement of poses."""
+
+    engine: Literal["native", "relion"] = Field(
+        "native", description="refinement engine: the built-in one, or RELION's relion_refine_mpi"
+    )
+    max_iterations: int = Field(25, ge=1, description="largest number of iterations; a converged refinement stops")
+    healpix_order: int = Field(
+        2, ge=1, le=5, description="HEALPix order of the global search grid; 1: 30, 2: 15, 3: 7.5 degrees"
+    )
+    local_deg: float | None = Field(
+        None,
+        gt=0,
+        le=90,
+        description="search only within this angle of the particles' given poses (default: all views)",
+    )
+    shift_range_A: float | None = Field(None, gt=0, description="largest shift searched (default: a tenth of the box)")
+    shift_step_A: float | None = Field(
+        None, gt=0, description="coarsest step of the shift search (default: from the resolution)"
+    )
+    finest_step_deg: AutoOrPositive = Field(
+        "auto",
+        description="finest angular step of the search, above 0; auto: from resolution and diameter, below 0.5 degrees "
+        "only while the posteriors are narrower",
+    )
+    padding: int = Field(2, ge=1, le=4, description="Fourier padding of references and reconstructions")
+    join_halves_A: float = Field(
+        40.0, ge=0, description="half-sets share information coarser than this, to stay in one frame"
+    )
+    solvent_mask: bool = Field(True, description="set the solvent of the references to zero")
+    regularisation: Literal["uneven", "mean-weight"] = Field(
+        "uneven",
+        description="estimate of the references' signal power (tau²) from the FSC; uneven: with the noise of unevenly "
+        "sampled directions; mean-weight: with the mean weight of each shell, as in RELION",
+    )
+    weighted_fsc: bool = Field(
+        True, description="take search radius and convergence from an FSC weighted by the sampling of each direction"
+    )
+    view_density: bool = Field(
+        True, description="estimate the density of views from the posteriors and use it as a prior of the search"
+    )
+    view_axis_odds: float = Field(
+        4.0,
+        ge=1,
+        description="largest factor by which that prior favours one axis over another, whichever end it is seen from; "
+        "1: no preference",
+    )
+    view_polarity_floor: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="share of even views in the prior on the end from which an axis is seen; 1: no preference",
+    )
+    view_kernel_deg: float = Field(
+        10.0, ge=3, le=60, description="standard deviation of the kernel that smooths the density of views"
+    )
+    junk: bool = Field(
+        False,
+        description="weight particles by their probability of showing a particle at all, judged within viewing cones "
+        "(native engine)",
+    )
+    stalled_iterations: int = Field(
+        1, ge=1, le=10, description="iterations without better resolution until the refinement counts as converged"
+    )
+    max_resolution_A: float | None = Field(
+        None, gt=0, description="finest information used in the refinement (default: no limit)"
+    )
+
+
+class ReconstructSection(Section):
+    """Final reconstruction."""
+
+    padding: int = Field(2, ge=1, le=4, description="Fourier padding of the final reconstruction")
+
+
+class RelionSection(Section):
+    """RELION as the refinement engine."""
+
+    program: str = Field("relion_refine_mpi", description="RELION's refinement program, a name or a path")
+    launcher: str = Field(
+        "auto",
+        description="command that starts it under MPI, with {ranks} for the number of processes; auto: mpirun -n "
+        "{ranks} (of RELION's own MPI) for relion_refine_mpi",
+    )
+    ranks: int = Field(3, ge=3, description="MPI processes of RELION: one leader and an even number of followers")
+    threads: int = Field(1, ge=1, description="threads per process (--j)")
+    images: Literal["auto", "original", "export"] = Field(
+        "auto",
+        description="images that RELION reads; original: the original stacks; export: stacks written from the shards; "
+        "auto: the original stacks if no image was changed or added",
+    )
+    offset_range_px: float | None = Field(None, gt=0, description="shift search range (default: from shift_range_A)")
+    offset_step_px: float = Field(1.0, gt=0, description="shift search step")
+    auto_local_order: int = Field(4, ge=2, le=6, description="HEALPix order at which RELION starts local searches")
+    tau2: Literal["relion", "uneven"] = Field(
+        "relion",
+        description="estimate of the references' signal power; relion: RELION's own, with the mean weight of each "
+        "shell; uneven: with the noise of unevenly sampled directions (by external reconstruction in every iteration)",
+    )
+    extra: str = Field("", description="further arguments of relion_refine, as on a command line")
+    timeout_min: float = Field(
+        0.0, ge=0, description="stop with an error if RELION writes nothing for this time; 0: no time limit"
+    )
