@@ -30,6 +30,7 @@ COMMANDS = (
     ("ingest", "ingest_cmd", "ingest", True),
     ("reference", "reference_cmd", "reference", False),
     ("refine", "refine_cmd", "refine", True),
+    ("classify", "classify_cmd", "classify", True),
     ("realign", "realign_cmd", "realign", True),
     ("reconstruct", "reconstruct_cmd", "reconstruct", True),
     ("ctf-refine", "ctf_refine_cmd", "ctf_refine", True),

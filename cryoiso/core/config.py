@@ -7,7 +7,7 @@ import json
 import reprlib
 import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -15,14 +15,20 @@ from cryoiso.core.commands import COMMANDS, split_command
 from cryoiso.core.errors import UsageError
 from cryoiso.core.sections.base import Section, choices_of, meaning_of, unit_and_limits
 from cryoiso.core.sections.data import ParticlesSection, ReferenceSection, SampleSection, TruthSection
-from cryoiso.core.sections.methods import AuxiliarySection, CorrectSection, MicelleSection, RealignSection
+from cryoiso.core.sections.methods import (
+    AuxiliarySection,
+    ClassifySection,
+    CorrectSection,
+    MicelleSection,
+    RealignSection,
+)
 from cryoiso.core.sections.refinement import ReconstructSection, RefineSection, RelionSection
 from cryoiso.core.sections.running import LaunchSection, RunSection
 
 __all__ = [
-    "AuxiliarySection", "CorrectSection", "Job", "LaunchSection", "MicelleSection", "ParticlesSection",
-    "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection", "RelionSection", "RunSection",
-    "SampleSection", "TruthSection", "job_to_toml", "parse_job",
+    "AuxiliarySection", "ClassifySection", "CorrectSection", "Job", "LaunchSection", "MicelleSection",
+    "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection", "RelionSection",
+    "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_command", "parse_job",
 ]  # fmt: skip
 
 
@@ -42,6 +48,10 @@ class Job(Section):
     truth: TruthSection = Field(default_factory=TruthSection)
     run: RunSection = Field(default_factory=RunSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
+
+
+COMMAND_SECTIONS: dict[str, type[Section]] = {"classify": ClassifySection}
+"""Name -> settings of a command that are in no job file; its options are made from them as from those of a job."""
 
 
 MOST_EXPLAINED = 6
@@ -64,15 +74,41 @@ def parse_job(data: dict[str, Any], file: object = "job.toml", options: Mapping[
     try:
         job = Job.model_validate(data)
     except ValidationError as error:
-        wrong = error.errors()
-        text = "; ".join(_explain(file, e, options or {}) for e in wrong[:MOST_EXPLAINED])
-        more = len(wrong) - MOST_EXPLAINED
-        raise UsageError(
-            text + (f"; and {more} more" if more > 0 else ""), code=_CODES.get(wrong[0]["type"], "job-bad-value")
-        ) from None
+        raise _refused(error, file, options or {}) from None
     for section, key in COMMANDS:
         split_command(getattr(getattr(job, section), key), f"{file}: '{section}.{key}'")
     return job
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_command(section: type[S], name: str, values: dict[str, Any], options: Mapping[str, str]) -> S:
+    """Check the settings of a command that are in no job file.
+
+    Args:
+        section: the one of ``COMMAND_SECTIONS`` with this name.
+        options: NAME.KEY -> name of the option that set it, for messages.
+
+    Raises:
+        UsageError: names every bad value.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise _refused(error, "options", options, within=(name,)) from None
+
+
+def _refused(
+    error: ValidationError, file: object, options: Mapping[str, str], within: tuple[str, ...] = ()
+) -> UsageError:
+    """What to raise for the mistakes that pydantic found in the section ``within``, or in a whole job file."""
+    wrong: list[Any] = [{**e, "loc": (*within, *e["loc"])} for e in error.errors()]
+    text = "; ".join(_explain(file, e, options) for e in wrong[:MOST_EXPLAINED])
+    more = len(wrong) - MOST_EXPLAINED
+    return UsageError(
+        text + (f"; and {more} more" if more > 0 else ""), code=_CODES.get(wrong[0]["type"], "job-bad-value")
+    )
 
 
 def _explain(file: object, e: Any, options: Mapping[str, str]) -> str:
@@ -93,7 +129,7 @@ def _explain(file: object, e: Any, options: Mapping[str, str]) -> str:
 def _known_keys(path: tuple[str, ...]) -> list[str]:
     model: Any = Job
     for part in path:
-        model = model.model_fields[part].annotation
+        model = COMMAND_SECTIONS.get(part) or model.model_fields[part].annotation
     return list(model.model_fields)
 
 

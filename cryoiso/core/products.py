@@ -104,6 +104,20 @@ def corrected_half(half: int) -> str:
     return f"corrected_half{half}.mrc"
 
 
+def class_map(number: int) -> str:
+    """The map of a class, numbered from 1.
+
+    >>> class_map(2)
+    'class002.mrc'
+    """
+    return f"class{number:03d}.mrc"
+
+
+def class_half_map(number: int, half: int) -> str:
+    """The reconstruction of a half-set of a class."""
+    return f"class{number:03d}_half{half}.mrc"
+
+
 def generator(half: int) -> str:
     """The generator of a half-set's auxiliary images."""
     return f"generator{half}.npz"

@@ -37,6 +37,25 @@ class IterationRecord(TypedDict, total=False):
     """What a correction in the loop says of this iteration; its own words."""
 
 
+class ClassIterationRecord(TypedDict, total=False):
+    """One iteration of a classification, in ``classify.json`` and in a checkpoint."""
+
+    iteration: int
+    resolution_A: Curve
+    """Of each class; null where a class is empty."""
+    changed: float
+    """Share of the particles that changed class."""
+    occupancy: list[float]
+    search_resolution_A: float
+    log_likelihood: float
+    class_probability_mean: float
+    junk: float
+    """Share of images without a particle; only where they are searched for."""
+    step_deg: float
+    """Only where poses are searched."""
+    seconds: float
+
+
 class RefineRecord(TypedDict, total=False):
     """``refine.json``."""
 
@@ -51,6 +70,8 @@ class RefineRecord(TypedDict, total=False):
     view_density: dict[str, Any]
     intensity: dict[str, Any]
     """Spread of the images' scales and noise levels, and their means by view; only where they are estimated."""
+    junk: dict[str, Any]
+    """Share, count, and particles of every viewing cone before and after; only with ``refine.junk``."""
     empty_shells: list[dict[str, Any]]
     local_deg: float
     moved: dict[str, Any]

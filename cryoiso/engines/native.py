@@ -28,6 +28,7 @@ from cryoiso.refine import schedule
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.intensity import Intensity, intensity_facts
 from cryoiso.refine.iterate import Refinement
+from cryoiso.refine.junk import JUNK_COLUMN, JunkPrior, junk_facts
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
@@ -144,6 +145,8 @@ def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
     arrays |= {f"views{h}": model.views[h] for h in HALVES}
     arrays |= {f"column {name}": values for name, values in model.columns.items()}
+    if model.junk is not None:
+        arrays |= {"junk share": model.junk.share, "junk amplitude": model.junk.amplitude}
     values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
     checkpoint.save(file, arrays, values, run.identity)
 
@@ -191,6 +194,7 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")},
             {h: arrays[f"half{h}"] for h in HALVES},
             {h: arrays[f"views{h}"] for h in HALVES},
+            JunkPrior(arrays["junk share"], arrays["junk amplitude"]) if "junk share" in arrays else None,
             values["history"],
         )
     except (KeyError, TypeError) as error:
@@ -234,6 +238,9 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
     if request.settings.scale != "none":
         facts = intensity_facts(model.intensity, result.particles, model.rotation, run.raw, request.symmetry)
         summary["intensity"] = {"scale": request.settings.scale, **facts}
+    if JUNK_COLUMN in model.columns:
+        some, junk = run.raw, model.columns[JUNK_COLUMN]
+        summary["junk"] = junk_facts(run.cones, model.rotation[some], junk[some], model.junk)
     if empty := empty_facts(model.sigma2, result.particles.groups, run.box):
         summary["empty_shells"] = empty
     if request.local_deg is not None:

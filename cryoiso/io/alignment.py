@@ -39,6 +39,8 @@ FITS = (
     "cryoisoBalanced",
     "cryoisoScale",
     "cryoisoNoiseLevel",
+    "cryoisoClassProbability",
+    "cryoisoJunkProbability",
 )
 """How particles fitted the reference, and numbers that point into that refinement's model file."""
 

@@ -95,7 +95,7 @@ def reconstruct_full(
         return _upto(on_root(comm, _corrected_fsc, cut, pixel, mask_of, seed), last)  # type: ignore[arg-type]
 
     agreed = agreement(sums, plain, fsc_in_sphere, comm, fsc_filtered=fsc_in_mask)
-    curve, wiener = agreed.weighted, _mean_term(agreed.wiener, comm)
+    curve, wiener = agreed.weighted, mean_term(agreed.wiener, comm)
     whole = joined(sums, comm)
     weighted = None
     if whole is not None:
@@ -131,7 +131,7 @@ def _corrected_fsc(filtered: dict[int, np.ndarray], pixel_size_A: float, mask_of
     return np.asarray(fsc_corrected(filtered[1], filtered[2], mask, seed)["corrected"])
 
 
-def _mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tensor:
+def mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tensor:
     """The term of the mean of both halves' tau^2, on every rank (collective)."""
     both = [comm.bcast(terms[h].cpu().numpy() if h in terms else None, root_of_half(h, comm.size)) for h in HALVES]
     inverse = [1.0 / np.maximum(term.astype(np.float64), 1e-300) for term in both]

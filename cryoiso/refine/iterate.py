@@ -20,6 +20,7 @@ from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
 from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.metrics.fsc_curve import resolution_at
+from cryoiso.metrics.view_cones import ViewCones
 from cryoiso.parallel.partition import owned_chunks
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.filters import lowpass
@@ -34,6 +35,7 @@ from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.intensity import ImageTerms, Intensity
 from cryoiso.refine.iteration_log import log_iteration
+from cryoiso.refine.junk import CONE_DEG, JunkSearch
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.model import Model, best_of
@@ -42,7 +44,7 @@ from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan
 from cryoiso.refine.search_cache import KeptSearches
 from cryoiso.refine.sums import HalfSums, gathered, reduced
-from cryoiso.refine.view_density import ViewCounts, ViewPrior, density, log_prior, view_grid
+from cryoiso.refine.view_density import ViewCounts, ViewPrior, prior_of, view_grid
 
 
 class Refinement:
@@ -79,7 +81,12 @@ class Refinement:
         self.empty = np.zeros(0, np.int64)
         """shells up to it in which no image has power"""
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
-        self._cells = ViewPrior.of(np.zeros(len(view_grid())), device)
+        self.cells = ViewPrior.of(np.zeros(len(view_grid())), device)
+
+    @cached_property
+    def cones(self) -> ViewCones:
+        """Viewing cones within which images without a particle are found."""
+        return ViewCones.with_step(CONE_DEG, self.request.symmetry)
 
     @cached_property
     def identity(self) -> Identity:
@@ -133,15 +140,14 @@ class Refinement:
 
     def step(self, model: Model) -> Model:
         """One iteration: expectation and sums of each half, reduction, new references."""
-        started = time.monotonic()
-        state = model.state
+        started, state = time.monotonic(), model.state
         self.heed_empty(model.sigma2)
         scale = weight_scale(model.sigma2 / model.intensity.largest_weight())
-        plan = self.plan(state)
-        radius = self.insertion_radius(state)
+        plan, radius = self.plan(state), self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
         images = ImageTerms(self.settings.scale, model.sigma2)
+        junk = JunkSearch(self.cones if self.settings.junk else None, model.junk, plan)
         sums = HalfSums(self.request.auxiliary_weight)
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
@@ -150,37 +156,33 @@ class Refinement:
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
             )
             searcher = Searcher(plan, volume)
+            prior = prior_of(model.views, half, self.request.symmetry, self.settings, self.device)
             for auxiliary in self.kinds:
-                searcher.views = None if auxiliary else self._view_prior(model, half)  # auxiliaries are made even
+                searcher.views = None if auxiliary else prior  # auxiliaries are made even
+                junk.begin(None if auxiliary else model.references[half], self.pixel, volume)
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
-                for batch in map(model.intensity.of, self._batches(half, auxiliary, radius, state.iteration, kept)):
+                for batch in map(model.intensity.of, self.batches(half, auxiliary, radius, state.iteration, kept)):
                     white = whiten(batch, model.sigma2)
                     posterior = kept.get(batch.rows, self.device)
                     if posterior is None:
                         posterior = searcher.search(batch, white, self.given(batch.rows))
                         kept.put(batch.rows, posterior)
+                    posterior = junk.weighed(batch, white, posterior, self.given(batch.rows))
                     accumulate(batch, white, posterior, volume, accumulator, noise, scale, images)
                     if not auxiliary:
-                        views[half].add(posterior.rotation, posterior.weight, self._cells)
+                        views[half].add(posterior.rotation, posterior.weight, self.cells)
                     found.append((batch.rows, best_of(posterior)))
                 sums.put(half, auxiliary, reduced(accumulator, half, self.operations, self.comm))
         if self.request.correction is not None:  # it may take longer than the search
             kept.flush()
         rotation, shift_px, columns = gathered(found, len(self.particles), self.comm)
+        columns |= junk.columns(self.raw, self.comm)
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES}
         intensity = images.estimate(model.intensity, self.particles, self.raw, self.comm)
         seconds = time.monotonic() - started
-        return self._maximise(model, sums, noise, intensity, counts, rotation, shift_px, columns, plan, seconds)
-
-    def _view_prior(self, model: Model, half: int) -> ViewPrior | None:
-        """Prior on the views of a half's images from its posteriors of the iteration before; None: even."""
-        s = self.settings
-        if not model.views or not s.view_density:
-            return None
-        smooth = density(model.views[half], self.request.symmetry, s.view_kernel_deg)
-        prior = log_prior(smooth, axis_odds=s.view_axis_odds, polarity_floor=s.view_polarity_floor)
-        return ViewPrior.of(prior, self.device)
+        new = self._maximise(model, sums, noise, intensity, counts, rotation, shift_px, columns, plan, seconds)
+        return replace(new, junk=junk.learned(rotation, self.raw))
 
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
         """Store for this iteration's search results (collective)."""
@@ -201,7 +203,7 @@ class Refinement:
                         model.state.iteration + 1, len(kept), batches)  # fmt: skip
         return kept
 
-    def _batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches) -> Iterator[Batch]:
+    def batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches) -> Iterator[Batch]:
         batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
         lines = len(HALVES) * len(self.kinds)
@@ -232,16 +234,16 @@ class Refinement:
         rotation: np.ndarray, shift_px: np.ndarray, columns: dict[str, np.ndarray], plan: SearchPlan, seconds: float,
     ) -> Model:  # fmt: skip
         comm, state = self.comm, model.state
-        raw = self._unregularised(sums.raw)
-        agreed = self._agreement(sums.raw, raw, state)
+        raw = self.half_maps(sums.raw)
+        agreed = self.compare_halves(sums.raw, raw, state)
         share = sums.auxiliary_share(state.radius_px, comm) if len(self.kinds) > 1 else None
         whole = sums.joined()
         everything = raw
         if share is not None and self.request.correction is not None:
-            everything = self._unregularised(whole)
+            everything = self.half_maps(whole)
         self._join_halves(whole, state)
-        resolution = self._resolution_A(agreed.plain)
-        new = self._references(whole, agreed, resolution)
+        resolution = self.resolution_A(agreed.plain)
+        new = self.next_references(whole, agreed, resolution)
         changes_deg = float(np.median(angular_distance_deg(
             model.rotation[self.raw], rotation[self.raw], self.operations
         )))  # fmt: skip
@@ -260,8 +262,8 @@ class Refinement:
         record: IterationRecord = {
             "iteration": advanced.iteration,
             "resolution_A": resolution,
-            "resolution_unmasked_A": self._resolution_A(self._fsc(raw, None, state)),
-            "resolution_weighted_A": self._resolution_A(agreed.weighted),
+            "resolution_unmasked_A": self.resolution_A(self._fsc(raw, None, state)),
+            "resolution_weighted_A": self.resolution_A(agreed.weighted),
             "cfar": self._anisotropy(raw, state),
             "search_resolution_A": self.box * self.pixel / state.radius_px,
             "step_deg": step_deg,
@@ -283,9 +285,10 @@ class Refinement:
             began = time.monotonic()
             new, record["correction"] = self._corrected(advanced, everything, new, agreed.plain, resolution, plan)
             record["seconds"] += time.monotonic() - began
+        shift_A = -shift_px * self.particles.group_values("pixel_size_A")[:, None]
         return Model(
-            advanced, new, noise.spectra(model.sigma2), intensity, rotation, -shift_px * self._pixel_sizes()[:, None],
-            columns, raw, views, [*model.history, record],
+            advanced, new, noise.spectra(model.sigma2), intensity, rotation, shift_A, columns, raw, views,
+            history=[*model.history, record],
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
@@ -304,14 +307,14 @@ class Refinement:
             range_A = self._shift_range_px() * self.pixel
             offsets.warn_of_limit(at_limit, int(self.raw.sum()), range_A, local, self.has_offsets)
 
-    def _unregularised(self, sums: dict[int, FourierSums]) -> dict[int, np.ndarray]:
+    def half_maps(self, sums: dict[int, FourierSums]) -> dict[int, np.ndarray]:
         """Half -> plain quotient within the shells that have data, on every rank (collective)."""
         own = {half: as_map(s.reconstruct()) for half, s in sums.items()}
         if self.limit < self._asked_limit:
             own = {half: references.within(volume, self.limit) for half, volume in own.items()}
         return on_every_rank(own, self.comm)
 
-    def _agreement(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
+    def compare_halves(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
         s = self.settings
         return agreement(
             sums, raw, lambda maps: self._fsc(maps, self.sphere, state), self.comm,
@@ -327,7 +330,7 @@ class Refinement:
         shared: float | None = self.comm.bcast(value)
         return shared
 
-    def _references(
+    def next_references(
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
     ) -> dict[int, np.ndarray]:
         """Half -> next reference, on every rank (collective)."""
@@ -378,7 +381,7 @@ class Refinement:
             curve[self.empty] = np.interp(self.empty, full, curve[full])
         return np.where(shells <= self.insertion_radius(state), curve, 0.0)
 
-    def _resolution_A(self, curve: np.ndarray) -> float:
+    def resolution_A(self, curve: np.ndarray) -> float:
         """Resolution at which the curve drops below 0.143, limited to that of the images."""
         resolution = resolution_at(curve, 0.143, self.box, self.pixel)
         return resolution if self.limit == self._asked_limit else max(resolution, self.box * self.pixel / self.limit)
@@ -392,6 +395,3 @@ class Refinement:
         if not self.settings.solvent_mask:
             return volume
         return references.without_solvent(volume, self.pixel, resolution_A)
-
-    def _pixel_sizes(self) -> np.ndarray:
-        return self.particles.group_values("pixel_size_A")

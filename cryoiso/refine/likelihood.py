@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryoiso.physics.fourier import Disc
+from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.projection import FourierVolume, check_reach, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
 
@@ -36,6 +36,12 @@ class Whitened:
     def cut(self, size: int, where: Disc) -> Whitened:
         """The first ``size`` coefficients: a smaller radius."""
         return Whitened(self.data[:, :size], self.weight[:, :size], where, self.magnification)
+
+    def within(self, radius_px: float) -> Whitened:
+        """The coefficients up to a radius on the reference's grid; all where there are no more."""
+        ratio = 1.0 if self.magnification is None else float(np.linalg.norm(self.magnification, 2))
+        where = disc(self.where.box_px, radius_px / ratio)
+        return self.cut(where.size, where) if where.size < self.where.size else self
 
 
 def whiten(batch: Batch, sigma2: Float[np.ndarray, "groups shells"]) -> Whitened:
@@ -121,6 +127,21 @@ def global_scores(
     """
     cross, norm = cross_and_norm(white, slices, shift_px)
     return cross - 0.5 * norm[:, None, :] + log_prior[:, None]
+
+
+def score_and_norm(
+    white: Whitened, volume: FourierVolume, rotation: Float[Tensor, "n 3 3"], shift_px: Float[Tensor, "n 2"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Log-likelihood of each image at one pose, and |c P|^2 / sigma^2 there: (B,) each.
+
+    Args:
+        rotation: (B, 3, 3) float32.
+        shift_px: (B, 2) float32, of the content.
+    """
+    slices = volume.slices(with_magnification(rotation, white.magnification), white.where)
+    norm = (white.weight * slices.abs().square()).sum(1)
+    cross = (slices.conj() * white.data * shift_factors(white.where, shift_px)).real.sum(1)
+    return cross - 0.5 * norm, norm
 
 
 def local_scores(

@@ -3,6 +3,7 @@ reduction follows elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,16 +86,43 @@ def accumulate(
     Args:
         images: receives what the batch says of the images' intensities, if these are estimated.
     """
-    rows, weight = posterior.particle, posterior.weight[:, None]
-    back = shift_factors(batch.where, posterior.shift_px)
-    rotation = with_magnification(posterior.rotation, batch.magnification)
-    weight = weight * scale if scale != 1 else weight
-    accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
-    cross, norm = _model_terms(batch, posterior, volume, back, rotation)
-    power = _residual_power(batch, posterior, cross, norm)
-    noise.add(batch, power)
-    if images is not None and images.wanted:
-        images.add(batch, power, *(_posterior_mean(batch, posterior, values) for values in (cross, norm)))
+    accumulate_mixture(batch, white, [(posterior, volume, accumulator)], noise, scale, images)
+
+
+def accumulate_mixture(
+    batch: Batch,
+    white: Whitened,
+    parts: Sequence[tuple[Posterior, FourierVolume, SliceAccumulator]],
+    noise: NoiseSums,
+    scale: float = 1.0,
+    images: ImageTerms | None = None,
+) -> None:
+    """The same for a posterior over several references, each with sums of its own.
+
+    Args:
+        parts: for each reference the samples with their weights, which sum to 1 an image over all references or to
+            less, where an image may show nothing.
+        images: as in ``accumulate``; with one reference only.
+    """
+    power = batch.coefficients.abs().square()
+    means = []
+    for posterior, volume, accumulator in parts:
+        rows, weight = posterior.particle, posterior.weight[:, None]
+        if not len(rows):
+            continue
+        back = shift_factors(batch.where, posterior.shift_px)
+        rotation = with_magnification(posterior.rotation, batch.magnification)
+        weight = weight * scale if scale != 1 else weight
+        accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
+        cross, norm = _model_terms(batch, posterior, volume, back, rotation)
+        change = _posterior_mean(batch, posterior, norm - 2 * cross)
+        power[:, : change.shape[1]] += change
+        if images is not None and images.wanted:
+            means.append((_posterior_mean(batch, posterior, cross), _posterior_mean(batch, posterior, norm)))
+    noise.add(batch, power.clamp_(min=0))
+    for cross_mean, norm_mean in means:
+        if images is not None:
+            images.add(batch, power, cross_mean, norm_mean)
 
 
 def _model_terms(
@@ -114,13 +142,6 @@ def _posterior_mean(batch: Batch, posterior: Posterior, values: Tensor) -> Tenso
     """(B, k) sums over each image's samples of values (R, k) times their weights."""
     total = torch.zeros(len(batch), values.shape[1], device=values.device)
     return total.index_add_(0, posterior.particle, posterior.weight[:, None] * values)
-
-
-def _residual_power(batch: Batch, posterior: Posterior, cross: Tensor, norm: Tensor) -> Tensor:
-    """Posterior mean of |x - M|^2, (B, K); the plain power |x|^2 beyond the reference's radius."""
-    power = batch.coefficients.abs().square()
-    power[:, : norm.shape[1]] += _posterior_mean(batch, posterior, norm - 2 * cross)
-    return power.clamp_(min=0)
 
 
 def _inside(batch: Batch, volume: FourierVolume) -> Disc:

@@ -9,6 +9,7 @@ import numpy as np
 
 from cryoiso.core.records import IterationRecord
 from cryoiso.refine.intensity import Intensity
+from cryoiso.refine.junk import JunkPrior
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
@@ -42,6 +43,8 @@ class Model:
     """Half -> unregularised map of the last iteration."""
     views: dict[int, Float[np.ndarray, " cells"]] = field(default_factory=dict)
     """Half -> (P,) weight of every cell of views in the last iteration's posteriors; empty before the first."""
+    junk: JunkPrior | None = None
+    """State of the search for images without a particle; None: not searched for, or before the first iteration."""
     history: list[IterationRecord] = field(default_factory=list)
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryoiso.physics.fourier import disc
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.likelihood import (
@@ -171,9 +170,9 @@ class Searcher:
         if given is not None:
             white = given.centre(white)
         near = given.near() if given is not None else None
-        candidates, shifts, score = self._nominate(self._narrow(white, self.plan.coarse_radius_px), near)
+        candidates, shifts, score = self._nominate(white.within(self.plan.coarse_radius_px), near)
         for i, level in enumerate(self.plan.levels):
-            narrowed = self._narrow(white, level.radius_px)
+            narrowed = white.within(level.radius_px)
             last = i == len(self.plan.levels) - 1
             candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, near, last)
         found = summarise(candidates, shifts, score, self.plan.levels[-1])
@@ -184,11 +183,6 @@ class Searcher:
             shift_px=found.shift_px + given.shift_px[found.particle],
             best_shift_px=found.best_shift_px + given.shift_px,
         )
-
-    def _narrow(self, white: Whitened, radius_px: int) -> Whitened:
-        ratio = 1.0 if white.magnification is None else float(np.linalg.norm(white.magnification, 2))
-        where = disc(white.where.box_px, radius_px / ratio)
-        return white.cut(where.size, where) if where.size < white.where.size else white
 
     def _nominate(self, white: Whitened, given: Given | None) -> tuple[Tensor, Tensor, Tensor]:
         """Best views of the grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M)."""

@@ -19,6 +19,7 @@ from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine.model import BEST
+from cryoiso.refine.rows import gathered_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -92,9 +93,6 @@ def gathered(
     Args:
         found: rows and the output of ``model.best_of`` for this rank's batches.
     """
-    rows = np.concatenate([rows for rows, _ in found] or [np.empty(0, np.int64)])
-    facts = np.concatenate([facts for _, facts in found] or [np.empty((0, len(BEST)))])
-    table = np.zeros((n, len(BEST)))
-    table[comm.concat_all(rows)] = comm.concat_all(facts)
+    table = gathered_rows(found, n, len(BEST), comm)
     columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}
     return table[:, :9].reshape(n, 3, 3).copy(), table[:, 9:11].copy(), columns

@@ -131,6 +131,17 @@ def log_prior(
     return prior
 
 
+def prior_of(
+    counts: dict[int, Float[np.ndarray, " cells"]], half: int, symmetry: str, settings: RefineSection, device: str
+) -> ViewPrior | None:
+    """Prior on the views of a half-set's images from its counts of the previous iteration; None: even views."""
+    if not counts or not settings.view_density:
+        return None
+    smooth = density(counts[half], symmetry, settings.view_kernel_deg)
+    odds, floor = settings.view_axis_odds, settings.view_polarity_floor
+    return ViewPrior.of(log_prior(smooth, axis_odds=odds, polarity_floor=floor), device)
+
+
 def density_facts(counts: dict[int, np.ndarray], symmetry: str, settings: RefineSection) -> dict[str, Any]:
     """Densities of the half-sets, relative to that of even views, for each cell of ``view_grid``: plain values."""
     s = settings

@@ -1,4 +1,4 @@
-"""Methods against preferred orientation: auxiliary particles, anisotropy correction, realignment, micelle."""
+"""Auxiliary particles, anisotropy correction, realignment, micelle, and classes."""
 
 from __future__ import annotations
 
@@ -190,3 +190,24 @@ class MicelleSection(Section):
         None, description="protein is where the reference, low-passed at 10 Å, exceeds this density (default: found)"
     )
     lowpass_A: float = Field(20.0, ge=0, description="resolution of the micelle; 0: as fine as the images")
+
+
+class ClassifySection(Section):
+    """Classes of particles: options of ``cryoiso classify``, in no job file since no stage of a run classifies."""
+
+    classes: int = Field(2, ge=1, le=64, description="number of classes of particles")
+    align: Literal["none", "local", "global"] = Field(
+        "none",
+        description="poses during the classification; none: those of the particle file; local: searched within "
+        "local_deg of them; global: searched over all views",
+    )
+    local_deg: float = Field(10.0, gt=0, le=90, description="range of a local search around the given poses")
+    lowpass_A: float = Field(30.0, gt=0, description="low-pass filter of the first references")
+    junk: bool = Field(False, description="a further class for images without a particle, judged within viewing cones")
+    max_iterations: int = Field(40, ge=1, description="largest number of iterations; a converged classification stops")
+    min_change: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="converged if a smaller share of the particles changes class in an iteration",
+    )

@@ -70,6 +70,11 @@ class RefineSection(Section):
     view_kernel_deg: float = Field(
         10.0, ge=3, le=60, description="standard deviation of the kernel that smooths the density of views"
     )
+    junk: bool = Field(
+        False,
+        description="weight particles by their probability of showing a particle at all, judged within viewing cones "
+        "(native engine)",
+    )
     stalled_iterations: int = Field(
         1, ge=1, le=10, description="iterations without better resolution until the refinement counts as converged"
     )

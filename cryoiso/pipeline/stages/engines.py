@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cryoiso.core.config import Job
+from cryoiso.core.config import ClassifySection, Job
 from cryoiso.core.errors import UsageError
-from cryoiso.core.protocols import Engine, ReferenceCorrection
+from cryoiso.core.protocols import Communicator, Engine, ReferenceCorrection, RefineRequest
+from cryoiso.core.types import DensityMap
 
 
 def engine(name: str) -> Engine:
@@ -35,6 +36,8 @@ def require_engine(job: Job) -> None:
         UsageError: settings that RELION cannot be started with.
     """
     if job.refine.engine == "relion":
+        if job.refine.junk:
+            raise UsageError("refine.junk: native engine only", code="options-conflict")
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words
         from cryoiso.engines.relion.install import find_relion
@@ -76,3 +79,24 @@ def reference_reconstructor() -> Callable[..., Any]:
     from cryoiso.refine.reconstruct import reconstruct_references
 
     return reconstruct_references
+
+
+def class_request(base: RefineRequest, settings: ClassifySection, maps: tuple[DensityMap, ...]) -> Any:
+    """``refine.classes.model.ClassRequest``."""
+    from cryoiso.refine.classes.model import ClassRequest
+
+    return ClassRequest(base, settings, maps)
+
+
+def check_classes(request: Any) -> None:
+    """``engines.classify.check_classes``."""
+    from cryoiso.engines import classify as engine
+
+    engine.check_classes(request)
+
+
+def classify(request: Any, comm: Communicator) -> None:
+    """``engines.classify.classify``."""
+    from cryoiso.engines import classify as engine
+
+    engine.classify(request, comm)

@@ -1,0 +1,57 @@
+"""``cryoiso classify``: particles into classes, each with two independent half-maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cryoiso.cli.common import echo
+from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SAMPLE, OutputFolder, ParticlesOrShards, RefineKeys, Resume
+from cryoiso.cli.options import Given, keys, keys_of, with_keys
+from cryoiso.core import products
+from cryoiso.core.config import ClassifySection
+
+CLASSES = keys(
+    "classify", "Classes", "classes", "align", ("local_deg", "--local"), "junk", "lowpass_A", "max_iterations",
+    "min_change",
+)  # fmt: skip
+SEARCH = keys("refine", "Search", "healpix_order", "max_resolution_A")
+
+
+@with_keys(CLASSES, SAMPLE, GRID, SEARCH, IMAGES, COMPUTING)
+def classify(
+    particles: ParticlesOrShards,
+    out: OutputFolder,
+    given: Given,
+    ref: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--ref",
+            help="First reference of a class, an atomic model or a map; once per class. Default: maps of random "
+            "subsets of the particles.",
+        ),
+    ] = None,
+    refine_keys: RefineKeys = None,
+    go_on: Resume = False,
+) -> None:
+    """Sort particles into classes, with gold-standard half-sets in each.
+
+    Writes particles.star with rlnClassNumber, class001.mrc with its half-maps, and so on, and classify.json into --out.
+    Ranks share the particles.
+    """
+    from cryoiso.parallel.abort import on_root
+    from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.commands.classify import classify_files
+
+    comm = get_context()
+    settings = on_root(comm, given.command, ClassifySection, "classify")
+    job = on_root(
+        comm, given.job, particles={"file": str(particles)}, reference={"file": "", "lowpass_A": settings.lowpass_A},
+        refine={"solvent_mask": False, **keys_of(refine_keys, "--refine")},
+    )  # fmt: skip
+    classify_files(job, settings, ref or [], out, comm, resume=go_on)
+    if comm.rank == 0:
+        maps = (products.class_map(number) for number in range(1, settings.classes + 1))
+        echo("\n".join(str(out / name) for name in (products.PARTICLES, products.facts("classify"), *maps)))
