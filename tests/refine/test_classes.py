@@ -325,6 +325,8 @@ def test_the_command_line(tmp_path):
         ((truth, "--classes", 0), EXIT_USAGE, "--classes: "),
         ((truth, "--align", "some"), EXIT_USAGE, "--align: "),
         ((truth, "--refine", "no_key=1"), EXIT_USAGE, "no_key"),
+        ((truth, "--refine", "junk=true"), EXIT_USAGE, "give --junk"),
+        ((truth, "--refine", "scale=particle"), EXIT_USAGE, "no effect"),
         ((truth, "--ref", folder / "truth_map.mrc"), EXIT_USAGE, "one for each class"),
         ((folder / "particles.star",), EXIT_INPUT, "no poses"),
         ((folder / "missing.star",), EXIT_INPUT, "missing.star"),
