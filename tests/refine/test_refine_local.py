@@ -413,7 +413,7 @@ def test_the_command_line(tmp_path):
     failed = cryoiso_here("refine", folder / "particles.star", "--local", 5, "--out", out, *words)
     assert failed.returncode == EXIT_INPUT and "particles.star: the particles have no poses" in failed.stderr
     wrong = cryoiso_here("refine", folder / "truth.star", "--local", -5, "--out", out, *words)
-    assert wrong.returncode == EXIT_USAGE and "refine.local_deg" in wrong.stderr and not out.exists()
+    assert wrong.returncode == EXIT_USAGE and "--local: " in wrong.stderr and not out.exists()
     done = cryoiso_here("refine", folder / "truth.star", "--local", 5, "--out", out, *words)
     assert done.returncode == 0, done.stderr
     given, found = (read_particle_file(f) for f in (folder / "truth.star", out / "particles.star"))
