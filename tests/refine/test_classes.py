@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused(mixed, tmp_path):
     few = ArraySource(mixed.read(np.arange(6)), mixed.particles.take(np.arange(6)))
     refuse("too small for 4 classes", few, classes=4)
     inverted = tuple(replace(one, data=-one.data) for one in mixed.maps)
-    refuse("better with their sign changed", maps=inverted)
+    refuse("inverted contrast", maps=inverted)
     noise = np.random.default_rng(1).normal(size=(300, BOX, BOX)).astype(np.float32)
     refuse("does not match the images", ArraySource(noise, mixed.particles), maps=mixed.maps)
     assert list(tmp_path.iterdir()) == []
