@@ -54,7 +54,7 @@ def write_particles(path: object, particles: Particles, names: list[str] | None 
     if particles.half is not None:
         _merge(columns, "rlnRandomSubset", particles.half.astype(np.int64), "%d")
     for name, factor in (("cryoisoScale", particles.signal_scale), ("cryoisoNoiseLevel", particles.noise_level)):
-        if factor is not None:
+        if factor is not None and particles.rotation is not None:  # they were estimated at these poses
             _merge(columns, name, np.asarray(factor, np.float64), "%.6f")
     for name, values in particles.results.items():
         columns[name] = _result_text(np.asarray(values))

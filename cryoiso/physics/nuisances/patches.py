@@ -93,7 +93,7 @@ class RealNoise:
         self.spectrum = noise_spectrum(self.box_px, "table", table=self._table())
         if self.way == "patches":
             sample = self._windows(np.arange(min(s.count, MEASURED_PATCHES), dtype=np.uint64))
-            self._scale = 1 / float(np.sqrt(sample.double().var((1, 2), correction=0).mean()))
+            self._scale = float(sample.double().var((1, 2), correction=0).mean()) ** -0.5
 
     def _patches(self, numbers: np.ndarray) -> np.ndarray:
         """Patches on the images' grid."""
