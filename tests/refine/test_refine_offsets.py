@@ -23,6 +23,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulation import Projector, simulate
 from cryoiso.refine import initial_model
+from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.model import Model
 from cryoiso.refine.offsets import check_poses
@@ -135,7 +136,9 @@ def test_noise_with_offsets_that_it_was_refined_to_is_still_refused():
     state = initial_model.first_state(run, 40.0)
     references = dict.fromkeys((1, 2), run.first_reference(source.truth, 40.0))
     n = len(noise)
-    found = run.step(Model(state, references, images, np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2))))
+    found = run.step(
+        Model(state, references, images, Intensity.ones(n), np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 2)))
+    )
     held.particles = replace(held.particles, shift_A=found.shift_A)
     with raises_code("reference-does-not-match-images", InputError):
         require_evidence(replace(request_for(source, None), source=held), Context())
