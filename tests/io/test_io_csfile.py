@@ -85,6 +85,7 @@ def test_every_length_of_a_file_cut_short_is_one_error(tmp_path):
             load_cs(path)
 
 
+@pytest.mark.filterwarnings("ignore:Stored array in format 2.0")
 def test_a_large_header_of_many_classes_is_read(tmp_path):
     fields = ("class_posterior", "cross_cor", "error", "alpha", "weight", "pose_ess", "shift_ess")
     more = {f"alignments_class3D_{i}/{k}": np.zeros(4, "f4") for i in range(300) for k in fields}
