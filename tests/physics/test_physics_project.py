@@ -277,5 +277,5 @@ def test_back_projection_is_the_adjoint_of_projection(box):
 
 @pytest.mark.parametrize("shape", [(32, 32, 20), (32, 32), (1, 8, 8, 8)])
 def test_a_map_that_is_no_cube_is_named_as_such(shape):
-    with raises_code("map-not-cubic", InputError, match=r"the map is not a cube.*\(D, D, D\)"):
+    with raises_code("map-not-cubic", InputError, match=r"a map is a cube.*\(D, D, D\)"):
         FourierVolume.from_volume(torch.zeros(shape))
