@@ -6,7 +6,7 @@ some. None is JSON's null, for a number that could not be had.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 Curve = list[float | None]
 
@@ -156,3 +156,14 @@ class JournalLine(TypedDict, total=False):
     stage: str
     seconds: float
     outputs: dict[str, str]
+
+
+_Iteration = TypeVar("_Iteration", IterationRecord, ClassIterationRecord)
+
+
+def without_times(history: list[_Iteration]) -> list[_Iteration]:
+    """Copies without timings, for files that are compared bit by bit."""
+    kept = [record.copy() for record in history]
+    for record in kept:
+        record.pop("seconds", None)
+    return kept

@@ -15,7 +15,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT, Identity, rows_by_uid
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
-from cryoiso.core.records import ClassIterationRecord
+from cryoiso.core.records import without_times
 from cryoiso.core.types import HALVES, Particles
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
@@ -59,7 +59,7 @@ def classify(request: ClassRequest, comm: Communicator) -> ClassModel:
     while not model.state.done:
         model = task.step(model)
         if comm.rank == 0:
-            values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
+            values = {"state": asdict(model.state), "history": without_times(model.history), "cryoiso": __version__}
             checkpoint.save(file, {**model.arrays(), "uid": task.particles.uid}, values, identity)
             if base.on_checkpoint:
                 base.on_checkpoint({"iteration": model.state.iteration})
@@ -99,14 +99,6 @@ def check_classes(request: ClassRequest) -> None:
                 expected=f"{2 * settings.classes} particles or more", found=count,
                 code="particles-too-few",
             )  # fmt: skip
-
-
-def _without_times(history: list[ClassIterationRecord]) -> list[ClassIterationRecord]:
-    """Files that are compared bit by bit hold no timings."""
-    kept = [record.copy() for record in history]
-    for record in kept:
-        record.pop("seconds", None)
-    return kept
 
 
 def _resume(file: Path, task: Classification, identity: Identity) -> ClassModel | None:
@@ -182,7 +174,7 @@ def summary(request: ClassRequest, task: Classification, model: ClassModel) -> d
         "engine": "native", "symmetry": request.base.symmetry, "diameter_A": task.run.diameter,
         "align": settings.align, "particles": len(model.rotation), "classes": classes,
         "cones": cone_facts(cones, cones.index(model.rotation[:, 2]), names, share),
-        "settled": model.state.stalled > 0, "iterations": _without_times(model.history),
+        "settled": model.state.stalled > 0, "iterations": without_times(model.history),
     }  # fmt: skip
     if settings.align == "local":
         facts["local_deg"] = settings.local_deg

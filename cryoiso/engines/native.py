@@ -16,7 +16,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.identity import HINT, rows_by_uid
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
-from cryoiso.core.records import IterationRecord, RefineRecord
+from cryoiso.core.records import RefineRecord, without_times
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.io import checkpoint
 from cryoiso.io.atomic import write_text
@@ -147,16 +147,8 @@ def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays |= {f"column {name}": values for name, values in model.columns.items()}
     if model.junk is not None:
         arrays |= {"junk share": model.junk.share, "junk amplitude": model.junk.amplitude}
-    values = {"state": asdict(model.state), "history": _without_times(model.history), "cryoiso": __version__}
+    values = {"state": asdict(model.state), "history": without_times(model.history), "cryoiso": __version__}
     checkpoint.save(file, arrays, values, run.identity)
-
-
-def _without_times(history: list[IterationRecord]) -> list[IterationRecord]:
-    """Files that are compared bit by bit hold no timings."""
-    kept = [record.copy() for record in history]
-    for record in kept:
-        record.pop("seconds", None)
-    return kept
 
 
 def _resume(file: Path, run: Refinement) -> Model | None:
@@ -230,7 +222,7 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
         "diameter_A": run.diameter,
         "resolution_A": result.resolution_A,
         "particles": len(result.particles),
-        "iterations": _without_times(result.iterations),
+        "iterations": without_times(result.iterations),
         "noise_variance": [[None if np.isinf(v) else round(v, 6) for v in row] for row in model.sigma2.tolist()],
     }
     if model.views:
