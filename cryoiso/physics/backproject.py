@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError
+from cryoiso.physics import gpu_kernels
 from cryoiso.physics.fourier import Disc
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.projection import SAMPLES_AT_ONCE, check_reach, corner_shares, pairs, slice_corners
@@ -73,6 +74,11 @@ class SliceAccumulator:
         if self.grid.device.type == "cpu":
             self._insert_numba(data, weight, rotation, where)
             return
+        if gpu_kernels.can("insert_slices", self.grid):
+            self.bound += _bound(data, weight)
+            module = gpu_kernels.kernels("cuda")
+            gpu_kernels.insert_slices(module, self.grid, where, data, weight, rotation, self.padding, UNIT)
+            return
         step = max(1, SAMPLES_AT_ONCE // max(where.size, 1))
         for part in zip(data.split(step), weight.split(step), rotation.split(step), strict=True):
             self.insert_torch(*part, where)
@@ -120,8 +126,7 @@ class SliceAccumulator:
         self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
     ) -> None:
         """The plain torch version of the CPU kernel, for GPUs and as its reference."""
-        largest = torch.maximum(torch.maximum(data.real.abs(), data.imag.abs()), weight).amax(dim=1)
-        self.bound += 8 * float(largest.double().sum())
+        self.bound += _bound(data, weight)
         corner, fraction, flip = slice_corners(rotation.float(), where, self.padding, self.grid.shape[0])
         data = torch.where(flip, data.conj(), data)
         rows = torch.stack([data.real, data.imag, weight.to(data.real.dtype)], dim=-1) * UNIT
@@ -164,3 +169,9 @@ class SliceAccumulator:
         whole = torch.cat([(plane + mate)[:, :, None], grid[:, :, 1:]], dim=2).to(torch.float64) / UNIT
         numerator = torch.complex(whole[..., 0].float(), whole[..., 1].float())
         return FourierSums(numerator, whole[..., 2].float(), self.box_px, self.padding, self.radius_px)
+
+
+def _bound(data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"]) -> float:
+    """What these slices may add to any voxel at most."""
+    largest = torch.maximum(torch.maximum(data.real.abs(), data.imag.abs()), weight).amax(dim=1)
+    return 8 * float(largest.double().sum())

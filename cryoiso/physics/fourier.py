@@ -7,7 +7,7 @@ coefficient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,16 @@ def pad_volume(volume: Float[Tensor, "box box box"], box_px: int) -> Float[Tenso
 
 
 @dataclass(frozen=True)
+class DiscTensors:
+    """The arrays of a :class:`Disc` on a device."""
+
+    ky: Float[Tensor, " k"]
+    kx: Float[Tensor, " k"]
+    flat: Int[Tensor, " k"]
+    shell: Int[Tensor, " k"]
+
+
+@dataclass(frozen=True)
 class Disc:
     """The coefficients of a half-plane inside a radius, each Friedel pair once (kx > 0, or kx = 0 and ky > 0; DC on
     request)."""
@@ -71,6 +81,15 @@ class Disc:
     """(K,) int64: index into the flattened (D, D//2+1) half-plane."""
     shell: Int[np.ndarray, " k"]
     """(K,) int64: nint of the radius."""
+    _on: dict[torch.device, DiscTensors] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: str | torch.device) -> DiscTensors:
+        """The same arrays as tensors of a device, copied there once: a copy makes the device wait."""
+        device = torch.device(device)
+        if device not in self._on:
+            arrays = (torch.as_tensor(a, device=device) for a in (self.ky, self.kx, self.flat, self.shell))
+            self._on[device] = DiscTensors(*arrays)
+        return self._on[device]
 
     @property
     def size(self) -> int:
@@ -78,7 +97,7 @@ class Disc:
 
     def gather(self, coefficients: Shaped[Tensor, "*batch box columns"]) -> Shaped[Tensor, "*batch k"]:
         """(..., D, D//2+1) -> (..., K)."""
-        index = torch.as_tensor(self.flat, device=coefficients.device)
+        index = self.on(coefficients.device).flat
         plane = coefficients.flatten(-2)
         return plane.gather(-1, index.expand(*plane.shape[:-1], -1))
 

@@ -139,8 +139,8 @@ def slice_corners(
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "3 n k"], Bool[Tensor, "n k"]]:
     """Lower corner (flat index), fractions (3, J, K) as (x, y, z) and the Friedel flag of each sample of each slice."""
     device, dtype = rotation.device, rotation.dtype
-    ky = torch.as_tensor(where.ky, device=device, dtype=dtype)
-    kx = torch.as_tensor(where.kx, device=device, dtype=dtype)
+    there = where.on(device)
+    ky, kx = there.ky.to(dtype), there.kx.to(dtype)
     h = (grid_rows - 1) // 2
     # (3, J, K): k3 = A^T (kx, ky, 0), so component a is kx * A[0, a] + ky * A[1, a]
     k3 = padding * (rotation[:, 0, :].T[:, :, None] * kx + rotation[:, 1, :].T[:, :, None] * ky)
@@ -212,9 +212,10 @@ def scatter_to_half_plane(values: Complex[Tensor, "n k"], where: Disc) -> Comple
     """(n, K) -> (n, D, D//2+1), the Friedel mates of the kx = 0 column filled in, zero elsewhere."""
     n, box = values.shape[0], where.box_px
     columns = box // 2 + 1
-    index = torch.as_tensor(where.flat, device=values.device)
+    there = where.on(values.device)
+    index = there.flat
     plane = torch.zeros(n, box * columns, dtype=values.dtype, device=values.device)
     plane = plane.index_copy(1, index, values)
-    on_axis = torch.as_tensor((where.kx == 0) & (where.ky > 0), device=values.device)
+    on_axis = (there.kx == 0) & (there.ky > 0)
     mates = (box - index[on_axis] // columns) * columns
     return plane.index_copy(1, mates, values[:, on_axis].conj()).reshape(n, box, columns)

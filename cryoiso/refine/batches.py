@@ -7,6 +7,8 @@ same shape wherever it is computed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
     from jaxtyping import Complex, Float, Int, Shaped
 
 BATCH_IMAGES = 128
+KEPT_ON_CPU = 1 << 30
+KEPT_SHARE_OF_GPU = 0.4
+"""Of a GPU's free memory, for coefficients that every iteration uses again."""
+
+
+def room_for_batches(device: str) -> int:
+    """Bytes of coefficients that may stay in the memory of a device."""
+    if torch.device(device).type != "cuda":
+        return KEPT_ON_CPU
+    free, _ = torch.cuda.mem_get_info(torch.device(device))
+    return max(KEPT_ON_CPU, int(KEPT_SHARE_OF_GPU * free))
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class BatchReader:
     """Of the reference's grid."""
     device: str = "cpu"
     with_dc: bool = False
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = KEPT_ON_CPU
     apart: np.ndarray | None = None
     """(N,) bool: particles that share no batch with the others; None: none."""
     _kept: dict[tuple[int, int, int], tuple[int, Batch]] = field(default_factory=dict)
@@ -129,11 +142,35 @@ class BatchReader:
 
     def read(self, rows: Shaped[np.ndarray, " n"], radius_px: int) -> Batch:
         """The batch of these rows with all coefficients up to radius_px of the reference's grid."""
-        key = (int(rows[0]), int(rows[-1]), len(rows))
+        if self._holds(rows, radius_px):
+            return self._cut(self._kept[_key(rows)][1], radius_px)
+        return self._keep(rows, radius_px, self._prepare(rows, radius_px))
+
+    def in_order(self, batches: list[np.ndarray], radius_px: int) -> Iterator[Batch]:
+        """``read`` of these rows, one after the other; on a GPU the images of the next are read from disk meanwhile."""
+        if torch.device(self.device).type == "cpu":
+            yield from (self.read(rows, radius_px) for rows in batches)
+            return
+        with ThreadPoolExecutor(1, "images") as thread:
+            coming = None
+            for i, rows in enumerate(batches):
+                images = coming.result() if coming is not None else None
+                after = batches[i + 1] if i + 1 < len(batches) else None
+                ahead = after is not None and not self._holds(after, radius_px)
+                coming = thread.submit(self._images, after) if after is not None and ahead else None
+                if images is None:
+                    yield self.read(rows, radius_px)
+                else:
+                    yield self._keep(rows, radius_px, self._prepare(rows, radius_px, images))
+
+    def _holds(self, rows: np.ndarray, radius_px: int) -> bool:
+        kept = self._kept.get(_key(rows))
+        return kept is not None and kept[0] >= radius_px
+
+    def _keep(self, rows: np.ndarray, radius_px: int, batch: Batch) -> Batch:
+        """The batch, kept for later iterations if there is room."""
+        key = _key(rows)
         kept = self._kept.get(key)
-        if kept is not None and kept[0] >= radius_px:
-            return self._cut(kept[1], radius_px)
-        batch = self._prepare(rows, radius_px)
         size = batch.coefficients.numel() * 12
         if kept is None and self._used + size <= self.memory_bytes:
             self._used += size
@@ -157,13 +194,18 @@ class BatchReader:
         k = where.size
         return replace(batch, coefficients=batch.coefficients[:, :k], ctf=batch.ctf[:, :k], where=where)
 
-    def _prepare(self, rows: np.ndarray, radius_px: int) -> Batch:
+    def _images(self, rows: np.ndarray) -> Tensor:
+        """(B, D, D) float32 on the CPU, in memory that a GPU copies from without waiting."""
+        images = torch.from_numpy(np.ascontiguousarray(self.source.read(rows), np.float32))
+        return images.pin_memory() if torch.device(self.device).type == "cuda" else images
+
+    def _prepare(self, rows: np.ndarray, radius_px: int, images: Tensor | None = None) -> Batch:
         particles = self.particles
         groups = particles.optics[rows]
         first = particles.groups[groups[0]]
         matrix = self.matrix(first)
         where = self.disc_of(radius_px, matrix)
-        images = torch.from_numpy(np.ascontiguousarray(self.source.read(rows), np.float32)).to(self.device)
+        images = (self._images(rows) if images is None else images).to(self.device, non_blocking=True)
         x = where.gather(images_to_fourier(images)).to(torch.complex64)
         freq = where.frequencies(first.pixel_size_A)
         c = ctf_for(particles, rows, self.source.box_px, freq_invA=freq, device=self.device)
@@ -177,3 +219,7 @@ class BatchReader:
                 mine = torch.as_tensor(np.flatnonzero(groups == g), device=self.device)
                 x[mine] *= beam_tilt_phase(*freq, group).conj().to(x)
         return Batch(rows, groups, x, c, where, matrix, premultiplied if premultiplied.any() else None)
+
+
+def _key(rows: np.ndarray) -> tuple[int, int, int]:
+    return int(rows[0]), int(rows[-1]), len(rows)

@@ -30,7 +30,7 @@ from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
-from cryoiso.refine.batches import Batch, BatchReader
+from cryoiso.refine.batches import Batch, BatchReader, room_for_batches
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.intensity import ImageTerms, Intensity
@@ -57,7 +57,10 @@ class Refinement:
         self.box = request.source.box_px
         self.pixel = request.reference.pixel_size_A
         self.diameter = diameter_A
-        self.reader = BatchReader(request.source, self.particles, self.pixel, device, apart=request.auxiliary)
+        self.reader = BatchReader(
+            request.source, self.particles, self.pixel, device, memory_bytes=room_for_batches(device),
+            apart=request.auxiliary,
+        )  # fmt: skip
         self.raw = np.ones(len(self.particles), bool) if request.auxiliary is None else ~request.auxiliary
         """(N,) bool: the particles that steer the refinement and make its half-maps"""
         self.kinds = (False,) if request.auxiliary is None else (False, True)
@@ -210,11 +213,11 @@ class Refinement:
         board.expect(iteration, schedule.expected_iterations(iteration, self.settings), lines=lines)
         label = f"iteration {iteration + 1}, half {half}" + (", auxiliary particles" if auxiliary else "")
         line = ProgressLine(label, most, active=self.comm.rank == 0)
+        read = self.reader.in_order(batches, max(keep, radius))
         for i in range(most):
             self.heed(kept)
             if i < len(batches):
-                whole: Batch = self.reader.read(batches[i], max(keep, radius))
-                yield self.reader._cut(whole, radius)
+                yield self.reader._cut(next(read), radius)
             line.update(i + 1)
         line.close()
 

@@ -7,6 +7,8 @@ Friedel pairs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoiso.physics import gpu_kernels
 from cryoiso.physics.fourier import Disc, disc
 from cryoiso.physics.projection import FourierVolume, check_reach, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
@@ -46,17 +49,18 @@ class Whitened:
 
 def whiten(batch: Batch, sigma2: Float[np.ndarray, "groups shells"]) -> Whitened:
     """Divide by the noise spectra sigma2 (G, S), variance E|n|^2 of a coefficient by optics group and shell."""
-    shell = np.minimum(batch.where.shell, sigma2.shape[1] - 1)
-    inverse = torch.as_tensor(2.0 / sigma2[batch.group][:, shell], dtype=torch.float32, device=batch.ctf.device)
+    device = batch.ctf.device
+    of_group = torch.as_tensor(2.0 / sigma2, dtype=torch.float32, device=device)
+    shell = batch.where.on(device).shell.clamp(max=sigma2.shape[1] - 1)
+    inverse = of_group[torch.as_tensor(batch.group, device=device)][:, shell]
     weighted = batch.ctf * inverse
     return Whitened(batch.coefficients * weighted, batch.ctf * weighted, batch.where, batch.magnification)
 
 
 def shift_factors(where: Disc, shift_px: Float[Tensor, "*n 2"]) -> Complex[Tensor, "*n k"]:
     """exp(2 pi i k.s / D): moves content at ``shift_px`` (..., 2) back to the centre; (..., K) complex64."""
-    kx = torch.as_tensor(where.kx, device=shift_px.device)
-    ky = torch.as_tensor(where.ky, device=shift_px.device)
-    angle = (2 * np.pi / where.box_px) * (shift_px[..., :1] * kx + shift_px[..., 1:] * ky)
+    there = where.on(shift_px.device)
+    angle = (2 * np.pi / where.box_px) * (shift_px[..., :1] * there.kx + shift_px[..., 1:] * there.ky)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -95,6 +99,24 @@ def with_magnification(
     return rotations if magnification is None else magnified(rotations, torch.as_tensor(magnification))
 
 
+@contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 in TF32 on a GPU, ten times as fast.
+
+    Numbers are rounded to 11 bits: scores of a batch change by 0.03 at -10 dB and 0.1 at 5 dB, where candidates worse
+    than the best by 10 are left out. The levels that follow score in float32.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def cross_and_norm(
     white: Whitened, slices: ReferenceSlices, shift_px: Float[Tensor, "shifts 2"]
 ) -> tuple[Float[Tensor, "n shifts j"], Float[Tensor, "n j"]]:
@@ -107,10 +129,11 @@ def cross_and_norm(
     """
     moved = white.data[:, None, :] * shift_factors(white.where, shift_px)
     b, s, k = moved.shape
-    if slices.real.ndim == 3:
-        return as_real(moved) @ slices.real, (white.weight[:, None] @ slices.power)[:, 0]
-    cross = as_real(moved).reshape(b * s, 2 * k) @ slices.real
-    return cross.reshape(b, s, -1), white.weight @ slices.power
+    with tensor_cores(moved.device):
+        if slices.real.ndim == 3:
+            return as_real(moved) @ slices.real, (white.weight[:, None] @ slices.power)[:, 0]
+        cross = as_real(moved).reshape(b * s, 2 * k) @ slices.real
+        return cross.reshape(b, s, -1), white.weight @ slices.power
 
 
 def global_scores(
@@ -151,6 +174,7 @@ def local_scores(
     rotation: Float[Tensor, "r 3 3"],
     shift_px: Float[Tensor, "r 2"],
     spacing_px: float,
+    together: int = 1,
 ) -> Float[Tensor, "r 9"]:
     """Log-likelihood of R views, each with a 3 x 3 lattice of shifts.
 
@@ -159,6 +183,7 @@ def local_scores(
         rotation: (R, 3, 3).
         shift_px: (R, 2) centre of the lattice (x, y).
         spacing_px: of the lattice.
+        together: consecutive rows that share particle and shift, a power of two; R is a multiple of it.
 
     Returns:
         (R, 9) float32, y slow and x fast.
@@ -166,6 +191,11 @@ def local_scores(
     rotation = with_magnification(rotation, white.magnification)
     if white.data.device.type == "cpu":
         return _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
+    if gpu_kernels.can("score_local", volume.grid):
+        return gpu_kernels.score_local(
+            gpu_kernels.kernels("cuda"), volume, white.where, white.data, white.weight, particle, rotation, shift_px,
+            spacing_px, together,
+        )  # fmt: skip
     return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
 
 

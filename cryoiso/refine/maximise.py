@@ -55,7 +55,7 @@ class NoiseSums:
 
     def _by_shell(self, batch: Batch, values: Tensor) -> np.ndarray:
         """(B, S) int64 sums of values (B, K) over shells."""
-        shell = torch.as_tensor(batch.where.shell, device=values.device)
+        shell = batch.where.on(values.device).shell
         size = self.power.shape[1]
         per_image = torch.zeros(len(values), size, dtype=torch.float64, device=values.device)
         per_image.index_add_(1, shell.clamp(max=size - 1), values.double())

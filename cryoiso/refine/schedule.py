@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FIRST_BEAM, LAST_BEAM = 16, 4
 """Candidates per image at the first level of the local search, and at least at every later one."""
+FIRST_THRESHOLD, LATER_THRESHOLD = 10.0, 6.0
+"""Log-likelihood by which candidates may be worse than the best, at the first level and at later ones."""
 
 SETTLED_STEP_DEG = 0.5
 """Steps down to this are taken wherever the resolution asks for them, finer ones only where posteriors are narrower."""
@@ -146,11 +148,11 @@ def search_plan(
     span = max(span, 1.01 * spacing)
     last = last_step_deg(cell, finest_step_deg(state, settings, resolution, diameter_A))
     levels: list[Level] = []
-    step, beam, threshold = spacing, FIRST_BEAM, 10.0
+    step, beam, threshold = spacing, FIRST_BEAM, FIRST_THRESHOLD
     while cell > last:
         cell, step = cell / 2, step / 2
         levels.append(Level(2 * cell, step, radius_for(1.25 * cell), beam, threshold))
-        beam, threshold = max(LAST_BEAM, beam // 2), 6.0
+        beam, threshold = max(LAST_BEAM, beam // 2), LATER_THRESHOLD
     levels[-1] = replace(levels[-1], radius_px=state.radius_px)
     coarse = radius_for(2 ** len(levels) * cell)
     return SearchPlan(rotations, disc_of_shifts(span, spacing), coarse, tuple(levels), state.shift_sd_px, local_deg)

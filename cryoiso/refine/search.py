@@ -242,7 +242,7 @@ class Searcher:
         centre = shift[particle, slot][:, None].expand(-1, 8, 2)
         rows = particle[:, None].expand(-1, 8).reshape(-1)
         values = local_scores(
-            white, self.volume, rows, kids.reshape(-1, 3, 3), centre.reshape(-1, 2), level.spacing_px
+            white, self.volume, rows, kids.reshape(-1, 3, 3), centre.reshape(-1, 2), level.spacing_px, together=8
         ).reshape(-1, 8, 9)
         places = centre[:, :, None] + lattice(level.spacing_px, rotation.device)
         values = values - places.square().sum(-1) / (2 * self.plan.shift_sd_px**2)

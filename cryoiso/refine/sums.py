@@ -29,6 +29,10 @@ def reduced(
     accumulator: SliceAccumulator, half: int, operations: Float[np.ndarray, "g 3 3"], comm: Communicator
 ) -> FourierSums | None:
     """Symmetrised sums of all ranks on the half's root, None elsewhere (collective). Consumes the accumulator."""
+    if comm.size == 1:  # the sums stay where they are
+        finished = [accumulator.finish()]
+        accumulator.grid = torch.empty(0)
+        return finished.pop().symmetrised(operations)
     bound = sum(comm.allgather(accumulator.bound))
     whole = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
     if whole is None:

@@ -467,7 +467,7 @@ def test_an_iteration_in_plain_torch_is_the_same(few, monkeypatch):
     used = []
     monkeypatch.setattr(FourierVolume, "slices", lambda *a: used.append("slices") or FourierVolume.slices_torch(*a))
     monkeypatch.setattr(SliceAccumulator, "insert", lambda *a: used.append("in") or SliceAccumulator.insert_torch(*a))
-    monkeypatch.setattr(search, "local_scores", lambda *a: used.append("scores") or torch_scores(*a))
+    monkeypatch.setattr(search, "local_scores", lambda *a, together: used.append("scores") or torch_scores(*a))
     other = run.step(model)
     assert {"slices", "in", "scores"} <= set(used)
     agree(one, other, few.particles)

@@ -15,6 +15,7 @@ from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
 from cryoiso.parallel.context import Context
+from cryoiso.physics import gpu_kernels
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.filters import lowpass, power_spectrum
@@ -33,14 +34,17 @@ from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.likelihood import (
     ReferenceSlices,
     _local_scores_numba,
+    as_real,
     global_scores,
     lattice,
     local_scores,
     local_scores_torch,
+    shift_factors,
     whiten,
 )
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import (
+    FIRST_THRESHOLD,
     State,
     global_grid,
     search_plan,
@@ -165,17 +169,56 @@ def test_the_lattice_runs_over_y_slowly():
     np.testing.assert_allclose(lattice(0.5)[[0, 1, 3]], [[-0.5, -0.5], [0, -0.5], [-0.5, 0]])
 
 
+def as_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to the 10 bits of mantissa that tensor cores multiply."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("snr_db", [-13.0, 5.0])
+def test_rounding_of_tensor_cores_is_far_below_the_threshold_of_candidates(truth, snr_db):
+    source = simulate(truth, 12, snr_db=snr_db, shift_sd_A=4.0, seed=7)
+    white = whiten(the_batch(source), np.ones((1, BOX // 2 + 1)))
+    slices = ReferenceSlices.of(FourierVolume.from_volume(tensor(truth.data)), GRID[:500], white.where, None)
+    shifts, even = tensor([[0, 0], [1, 0], [0, 1]]), torch.zeros(3)
+    exact = global_scores(white, slices, shifts, even)
+    moved = as_tf32(as_real(white.data[:, None] * shift_factors(white.where, shifts)).flatten(0, 1))
+    cross, power = moved @ as_tf32(slices.real), as_tf32(white.weight) @ as_tf32(slices.power)
+    rounded = cross.reshape(exact.shape) - 0.5 * power[:, None]
+    assert not torch.equal(rounded, exact)
+    assert float((rounded - exact).abs().max()) < 0.1 * FIRST_THRESHOLD
+
+
+def test_images_read_ahead_make_the_same_batches(source, monkeypatch):
+    """As on a GPU, where a thread reads the next images: the same coefficients in the same order, kept or not."""
+    rows = [np.arange(i, i + 12) for i in (0, 12, 24, 36)]
+    plain = list(BatchReader(source, source.particles, PIXEL_A, memory_bytes=0).in_order(rows, 12))
+    reader = BatchReader(source, source.particles, PIXEL_A, "meta", memory_bytes=2 * plain[0].coefficients.numel() * 12)
+    monkeypatch.setattr(reader, "_prepare", lambda *a: BatchReader(source, source.particles, PIXEL_A)._prepare(*a))
+    for _ in range(2):
+        ahead = list(reader.in_order(rows, 12))
+        assert len(ahead) == len(plain)
+        for mine, expected in zip(ahead, plain, strict=True):
+            np.testing.assert_array_equal(mine.rows, expected.rows)
+            assert torch.equal(mine.coefficients, expected.coefficients)
+    assert len(reader._kept) == 2
+
+
 @pytest.mark.gpu
 def test_scores_on_a_gpu_agree(source, reference):
     batch = the_batch(source)
     white = whiten(batch, np.ones((1, BOX // 2 + 1)))
     there = replace(white, data=white.data.cuda(), weight=white.weight.cuda())
     volume = FourierVolume(reference.grid.cuda(), BOX, 2, reference.radius_px)
-    rows = torch.arange(12)
-    rotation, shift = tensor(random_rotations(RNG, 12)), tensor(RNG.normal(0, 3, (12, 2)))
+    rows = torch.arange(12).repeat_interleave(8)
+    rotation, shift = tensor(random_rotations(RNG, 96)), tensor(RNG.normal(0, 3, (12, 2))).repeat_interleave(8, 0)
     here = local_scores(white, reference, rows, rotation, shift, 0.5)
-    gpu = local_scores(there, volume, rows.cuda(), rotation.cuda(), shift.cuda(), 0.5).cpu()
-    assert float((here - gpu).abs().max()) < 1e-4 * float(here.abs().max())
+    on_gpu = (rows.cuda(), rotation.cuda(), shift.cuda(), 0.5)
+    assert gpu_kernels.can("score_local", volume.grid)
+    for found in (
+        *(local_scores(there, volume, *on_gpu, together=n) for n in (1, 8)), local_scores_torch(there, volume, *on_gpu)
+    ):  # fmt: skip
+        assert float((here - found.cpu()).abs().max()) < 1e-4 * float(here.abs().max())
 
 
 # --- the search
