@@ -25,6 +25,7 @@ COMMANDS = (
     ("init", "init_cmd", "init", False),
     ("doctor", "doctor_cmd", "doctor", True),
     ("plan", "plan_cmd", "plan", False),
+    ("benchmark", "benchmark_cmd", "benchmark", False),
     ("launch", "launch_cmd", "launch", False),
     ("simulate", "simulate_cmd", "simulate", False),
     ("ingest", "ingest_cmd", "ingest", True),

@@ -69,6 +69,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "mpi-missing": "no MPI library can be loaded",
         "mpi-launcher-missing": "no mpirun that belongs to RELION's MPI",
         "gpu-missing": "GPUs were asked for, or used before, and there are none",
+        "device-computes-wrong": "a GPU or CPU gives other numbers than the reference",
         "network-unreachable": "ranks of a training group cannot reach each other",
         "ranks-unreachable": "RELION's callback cannot reach the ranks that wait for it",
         "memory-short": "not enough memory",

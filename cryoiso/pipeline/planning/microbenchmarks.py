@@ -68,7 +68,7 @@ def _search(p: Problem, device: str) -> Timed:
             lambda: global_scores(narrow, slices, shifts, prior),
         ),
         "local": (
-            float(8 * VIEWS * fine.size), lambda: local_scores(wide, volume, rows, turns, centre, 0.5)
+            float(8 * VIEWS * fine.size), lambda: local_scores(wide, volume, rows, turns, centre, 0.5, 8)
         ),
         "insert": (
             float(4 * IMAGES * whole.size),

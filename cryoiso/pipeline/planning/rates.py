@@ -90,7 +90,7 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
     Kernels that had no rate when it ran (most of them on GPUs) get one from the times of its own stages.
 
     Args:
-        path: a run folder, or its timing.json.
+        path: a run folder, its timing.json, or a file that ``cryoiso benchmark`` wrote.
         cpu: take the CPU seconds of its rank 0 instead of the wall time: for runs that shared their cores with others.
 
     Raises:
@@ -104,13 +104,15 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
         raise InputError(
             "no rates in this file",
             file=file,
-            expected="timing.json of a finished run",
-            hint="Every run writes it into its folder when it ends or is stopped.",
+            expected="timing.json of a finished run, or a file of 'cryoiso benchmark --out'",
+            hint="Every run writes timing.json into its folder when it ends or is stopped.",
             code="rates-missing",
         ) from None
 
 
 def _of_facts(found: dict[str, Any], what: str) -> Rates:
+    if "measured" in found and what == "cpu_seconds":
+        raise UsageError("--cpu: a benchmark's rates are wall times", code="options-conflict")
     if what == "cpu_seconds" and found["device"] != CPU:
         raise UsageError("--cpu: this run used GPUs, whose time is not in its CPU seconds", code="options-conflict")
     stages = [facts for facts in found["stages"].values() if tells_rates(facts, what)]
@@ -124,6 +126,9 @@ def _of_facts(found: dict[str, Any], what: str) -> Rates:
             pair[0] += facts[what]
             pair[1] += predicted
     factors = {kind: took / predicted for kind, (took, predicted) in sums.items()}
+    if "measured" in found:
+        words = f"cryoiso benchmark at {found['problem']['box_px']} px, {found['date']}, {found['hardware']}"
+        return replace(base, source=words, spread=2.0)
     words = f"run of {found['problem']['particles']:,} particles, {found['problem']['box_px']} px, {found['date']}, "
     words += f"{found['ranks']} rank(s) of {found['threads']} thread(s), {found['hardware']}"
     assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
