@@ -11,7 +11,6 @@ import typer
 
 from cryoiso.cli.common import echo
 
-
 PHANTOM_A = 160.0
 """Width of the built-in phantom."""
 

@@ -46,7 +46,9 @@ def cryoiso_here(*arguments: object) -> subprocess.CompletedProcess[str]:
         code = leave.code or 0
     finally:
         sys.argv = argv
-        logging.getLogger("cryoiso").handlers.clear()
+        for handler in [*logging.getLogger("cryoiso").handlers]:
+            logging.getLogger("cryoiso").removeHandler(handler)
+            handler.close()
     return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
