@@ -30,7 +30,7 @@ from cryoiso.refine.junk import CONE_DEG, JunkPrior, advantage, learned, spheric
 def facts_of(cross, norm) -> np.ndarray:
     """Facts of images at given poses, with nothing as junk."""
     cross, norm = np.broadcast_arrays(np.asarray(cross, float), norm)
-    return np.column_stack([cross, norm, np.zeros_like(cross), np.zeros_like(cross)])
+    return np.column_stack([cross, norm, *np.zeros((3, *cross.shape))])
 
 
 def drawn(rng, n: int, norm: float, amplitude: float) -> np.ndarray:

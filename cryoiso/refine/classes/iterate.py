@@ -23,7 +23,6 @@ from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.classes.expectation import NAMES, POSE, ClassExpectation, ClassPosterior, width
-from cryoiso.refine.classes.leverage import Leverage, own_response
 from cryoiso.refine.classes.maximise import (
     LEAST_PARTICLES,
     ClassMaps,
@@ -35,6 +34,7 @@ from cryoiso.refine.classes.maximise import (
 from cryoiso.refine.classes.model import ClassModel, ClassRequest, assigned_classes
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.junk import FACTS, JunkJudge, JunkPrior, learned
+from cryoiso.refine.leverage import Leverage, own_response
 from cryoiso.refine.likelihood import Whitened, whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate_mixture
 from cryoiso.refine.noise import weight_scale
