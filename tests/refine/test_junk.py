@@ -107,6 +107,20 @@ def test_no_prior_favours_junk():
     assert particle[-5:].min() > 0.99 and (particle[:-5] < 0.5).mean() > 0.95
 
 
+def test_differing_scales_are_averaged_over():
+    """Against the numerical integral of the likelihood over a normal distribution of scales."""
+    rng, spread = np.random.default_rng(7), 0.15
+    facts = np.concatenate([drawn(rng, 20, 30.0, 1.0), drawn(rng, 20, 30.0, 0.0)])
+    equal = advantage(facts, 0.8)
+    facts[:, -1] = spread
+    scale = 1 + np.sqrt(spread) * np.linspace(-8, 8, 4001)
+    density = np.exp(-np.square(scale - 1) / (2 * spread)) / np.sqrt(2 * np.pi * spread)
+    likelihood = np.exp(0.8 * scale * facts[:, :1] - np.square(0.8 * scale) * facts[:, 1:2] / 2)
+    expected = np.log((likelihood * density).sum(1) * (scale[1] - scale[0]))
+    np.testing.assert_allclose(advantage(facts, 0.8), expected, rtol=1e-6)
+    assert np.abs(equal - expected).min() > 0.01
+
+
 def test_even_evidence_leaves_the_prior():
     prior = JunkPrior(np.array([0.1]), np.ones(1))
     assert prior.particle_probability(facts_of([0.0], 0.0), np.zeros(1, int))[0] == pytest.approx(0.9)
