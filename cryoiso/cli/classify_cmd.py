@@ -11,7 +11,7 @@ from cryoiso.cli.common import echo
 from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SAMPLE, OutputFolder, ParticlesOrShards, RefineKeys, Resume
 from cryoiso.cli.options import Given, keys, keys_of, with_keys
 from cryoiso.core import products
-from cryoiso.core.config import ClassifySection, RefineSection
+from cryoiso.core.config import RefineSection
 
 CLASSES = keys(
     "classify", "Classes", "classes", "align", ("local_deg", "--local"), "junk", "lowpass_A", "max_iterations",
@@ -46,15 +46,14 @@ def classify(
     from cryoiso.pipeline.commands.classify import classify_files
 
     comm = get_context()
-    settings = on_root(comm, given.command, ClassifySection, "classify")
     job = on_root(
-        comm, given.job, particles={"file": str(particles)}, reference={"file": "", "lowpass_A": settings.lowpass_A},
+        comm, given.job, particles={"file": str(particles)}, reference={"file": ""},
         refine={"solvent_mask": False, **keys_of(refine_keys, "--refine")},
     )  # fmt: skip
     on_root(comm, _require_effect, job.refine)
-    classify_files(job, settings, ref or [], out, comm, resume=go_on)
+    classify_files(job, ref or [], out, comm, resume=go_on)
     if comm.rank == 0:
-        maps = (products.class_map(number) for number in range(1, settings.classes + 1))
+        maps = (products.class_map(number) for number in range(1, job.classify.classes + 1))
         echo("\n".join(str(out / name) for name in (products.PARTICLES, products.facts("classify"), *maps)))
 
 
@@ -65,4 +64,7 @@ def _require_effect(refine: RefineSection) -> None:
     if refine.junk:
         raise UsageError("--refine junk: no effect on a classification; give --junk", code="options-conflict")
     if refine.scale != "none":
-        raise UsageError("--refine scale: no effect on a classification; leave it out", code="options-conflict")
+        raise UsageError(
+            "--refine scale: a classification estimates no intensities, it uses those of the file; leave it out",
+            code="options-conflict",
+        )

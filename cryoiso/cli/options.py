@@ -10,12 +10,11 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
-from cryoiso.core.config import COMMAND_SECTIONS, Job, parse_command, parse_job
+from cryoiso.core.config import Job, parse_job
 from cryoiso.core.errors import UsageError
-from cryoiso.core.sections.base import AutoOrPositive, Section, choices_of, meaning_of, unit_and_limits
+from cryoiso.core.sections.base import AutoOrPositive, choices_of, meaning_of, unit_and_limits
 
 F = TypeVar("F", bound=Callable[..., Any])
-S = TypeVar("S", bound=Section)
 SUFFIXES = ("_A", "_deg", "_px")
 """Units that stand in a key but not in its option: shift_range_A is --shift-range."""
 
@@ -47,7 +46,7 @@ def keys(section: str, panel: str, *entries: str | tuple[str, ...], open: bool =
     """A group of options.
 
     Args:
-        section: of the job file, or of ``COMMAND_SECTIONS``.
+        section: of the job file.
         panel: heading in the help.
         entries: a key, whose option follows from its name, or (key, option declarations ...).
         open: see :class:`Keys`.
@@ -102,7 +101,7 @@ class Given:
         Raises:
             UsageError: a bad value.
         """
-        data = {name: dict(values) for name, values in self.sections.items() if name not in COMMAND_SECTIONS}
+        data = {name: dict(values) for name, values in self.sections.items()}
         names = dict(self.names)
         for section, values in sections.items():
             for key, value in values.items():
@@ -110,14 +109,6 @@ class Given:
                     data.setdefault(section, {})[key] = value
                     names.pop(f"{section}.{key}", None)
         return parse_job(data, "options", names)
-
-    def command(self, section: type[S], name: str) -> S:
-        """The checked settings of a command that are in no job file, see ``COMMAND_SECTIONS``.
-
-        Raises:
-            UsageError: a bad value.
-        """
-        return parse_command(section, name, self.sections.get(name, {}), self.names)
 
 
 def with_keys(*groups: Keys) -> Callable[[F], F]:
@@ -167,7 +158,7 @@ def keys_of(given: list[str] | None, name: str) -> dict[str, Any]:
 
 
 def _model(section: str) -> Any:
-    return COMMAND_SECTIONS.get(section) or Job.model_fields[section].annotation
+    return Job.model_fields[section].annotation
 
 
 def _typed(section: str, key: str) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ import json
 import reprlib
 import textwrap
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -28,7 +28,7 @@ from cryoiso.core.sections.running import LaunchSection, RunSection
 __all__ = [
     "AuxiliarySection", "ClassifySection", "CorrectSection", "Job", "LaunchSection", "MicelleSection",
     "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection", "RelionSection",
-    "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_command", "parse_job",
+    "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_job",
 ]  # fmt: skip
 
 
@@ -42,16 +42,13 @@ class Job(Section):
     reconstruct: ReconstructSection = Field(default_factory=ReconstructSection)
     auxiliary: AuxiliarySection = Field(default_factory=AuxiliarySection)
     micelle: MicelleSection = Field(default_factory=MicelleSection)
+    classify: ClassifySection = Field(default_factory=ClassifySection)
     correct: CorrectSection = Field(default_factory=CorrectSection)
     realign: RealignSection = Field(default_factory=RealignSection)
     relion: RelionSection = Field(default_factory=RelionSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     run: RunSection = Field(default_factory=RunSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
-
-
-COMMAND_SECTIONS: dict[str, type[Section]] = {"classify": ClassifySection}
-"""Name -> settings of a command that are in no job file; its options are made from them as from those of a job."""
 
 
 MOST_EXPLAINED = 6
@@ -80,30 +77,9 @@ def parse_job(data: dict[str, Any], file: object = "job.toml", options: Mapping[
     return job
 
 
-S = TypeVar("S", bound=Section)
-
-
-def parse_command(section: type[S], name: str, values: dict[str, Any], options: Mapping[str, str]) -> S:
-    """Check the settings of a command that are in no job file.
-
-    Args:
-        section: the one of ``COMMAND_SECTIONS`` with this name.
-        options: NAME.KEY -> name of the option that set it, for messages.
-
-    Raises:
-        UsageError: names every bad value.
-    """
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        raise _refused(error, "options", options, within=(name,)) from None
-
-
-def _refused(
-    error: ValidationError, file: object, options: Mapping[str, str], within: tuple[str, ...] = ()
-) -> UsageError:
-    """What to raise for the mistakes that pydantic found in the section ``within``, or in a whole job file."""
-    wrong: list[Any] = [{**e, "loc": (*within, *e["loc"])} for e in error.errors()]
+def _refused(error: ValidationError, file: object, options: Mapping[str, str]) -> UsageError:
+    """What to raise for the mistakes that pydantic found in a job file."""
+    wrong: list[Any] = list(error.errors())
     text = "; ".join(_explain(file, e, options) for e in wrong[:MOST_EXPLAINED])
     more = len(wrong) - MOST_EXPLAINED
     return UsageError(
@@ -129,7 +105,7 @@ def _explain(file: object, e: Any, options: Mapping[str, str]) -> str:
 def _known_keys(path: tuple[str, ...]) -> list[str]:
     model: Any = Job
     for part in path:
-        model = COMMAND_SECTIONS.get(part) or model.model_fields[part].annotation
+        model = model.model_fields[part].annotation
     return list(model.model_fields)
 
 

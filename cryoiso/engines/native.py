@@ -139,11 +139,11 @@ def _make_room(folder: Path, afresh: bool) -> None:
 
 def _save(file: Path, model: Model, run: Refinement) -> None:
     arrays = {"sigma2": model.sigma2, "rotation": model.rotation, "shift_A": model.shift_A}
-    arrays |= {"scale": model.intensity.scale, "noise": model.intensity.noise}
-    arrays["uid"] = run.particles.uid
+    arrays |= {**model.intensity.arrays(), "uid": run.particles.uid}
     arrays |= {f"reference{h}": model.references[h] for h in HALVES}
     arrays |= {f"half{h}": model.half_maps[h] for h in HALVES}
     arrays |= {f"views{h}": model.views[h] for h in HALVES}
+    arrays |= {f"total{h}": total for h, total in model.total_weight.items()}
     arrays |= {f"column {name}": values for name, values in model.columns.items()}
     if model.junk is not None:
         arrays |= {"junk share": model.junk.share, "junk amplitude": model.junk.amplitude}
@@ -180,12 +180,13 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
             replace(state, done=schedule.is_done(state.stalled, state.iteration, run.settings)),
             {h: arrays[f"reference{h}"] for h in HALVES},
             arrays["sigma2"],
-            Intensity(arrays["scale"][rows], arrays["noise"][rows]),
+            Intensity.of_arrays(arrays, rows),
             arrays["rotation"][rows],
             arrays["shift_A"][rows],
             {k.removeprefix("column "): v[rows] for k, v in arrays.items() if k.startswith("column ")},
             {h: arrays[f"half{h}"] for h in HALVES},
             {h: arrays[f"views{h}"] for h in HALVES},
+            {h: arrays[f"total{h}"] for h in HALVES if f"total{h}" in arrays},
             JunkPrior(arrays["junk share"], arrays["junk amplitude"]) if "junk share" in arrays else None,
             values["history"],
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest, read_job_particles, read_particle_file
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import ShardSource
+from cryoiso.io.sources import SubsetSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.inputs.grids import read_mask, require_grid
@@ -60,6 +62,15 @@ class Inputs:
         self._plan: ingest.IngestPlan | None = None
         self._particles: Particles | None = None
         self._reference: Reference | None = None
+        self._selected: SelectedInputs | None = None
+
+    def selected(self) -> Inputs:
+        """The same for the stages after a classification; the inputs themselves in a job without one."""
+        if not self.job.classify.enable:
+            return self
+        if self._selected is None:
+            self._selected = SelectedInputs(self)
+        return self._selected
 
     @property
     def shards(self) -> Path:
@@ -141,7 +152,7 @@ class Inputs:
         require_grid(found, box, pixel, self.job.truth.map, "the particles")
         return found.data
 
-    def source(self, *, once: bool = False) -> ShardSource:
+    def source(self, *, once: bool = False) -> Any:
         """The shards with the source's particles; rank 0 also has the table they came from. Collective.
 
         Args:
@@ -168,11 +179,75 @@ class Inputs:
         return source
 
 
+class SelectedShards(SubsetSource):
+    """The images of the selected classes among all shards."""
+
+    def __init__(self, shards: ShardSource, rows: np.ndarray) -> None:
+        """
+        Args:
+            rows: of the selected particles.
+        """
+        super().__init__(shards, rows)
+        self.index = shards.index
+
+
+class SelectedInputs(Inputs):
+    """The inputs of the stages after a classification: the particles of the selected classes alone."""
+
+    def __init__(self, whole: Inputs) -> None:
+        self._whole = whole
+        super().__init__(whole.job, whole.folder, whole.comm)
+        self._rows: np.ndarray | None = None
+
+    @property
+    def scratch(self) -> Scratch | None:  # type: ignore[override]
+        """Copies of the images on the nodes' own disks."""
+        return self._whole.scratch
+
+    @scratch.setter
+    def scratch(self, value: Scratch | None) -> None:
+        if value is not None:
+            raise ValueError("scratch belongs to the whole inputs")
+
+    def plan(self) -> ingest.IngestPlan:
+        return self._whole.plan()
+
+    def reference(self) -> Reference:
+        return self._whole.reference()
+
+    def grid(self) -> tuple[int, float]:
+        return self._whole.grid()
+
+    def rows(self) -> np.ndarray:
+        """(n,) of the selected particles among all.
+
+        Raises:
+            InputError: the classification is not of these particles.
+        """
+        if self._rows is None:
+            file = self.folder.stage("classify") / products.SELECTED
+            found = read_particle_file(file, self.job.particles.project).uid
+            self._rows = np.flatnonzero(np.isin(self._whole.particles().uid, found))
+            if not np.array_equal(self._whole.particles().uid[self._rows], found):
+                raise InputError("the selected particles are not those of this run", file=file,
+                                 hint="Start a new run.", code="run-particles-differ")  # fmt: skip
+        return self._rows
+
+    def particles(self) -> Particles:
+        if self._particles is None:
+            self._particles = self._whole.particles().take(self.rows())
+        return self._particles
+
+    def source(self, *, once: bool = False) -> Any:
+        """Collective."""
+        return SelectedShards(self._whole.source(once=once), on_root(self.comm, self.rows))
+
+
 @contextmanager
 def using_scratch(inputs: Inputs, journal: Journal | None = None, *, everything: bool = False) -> Iterator[None]:
     """While the block runs, the images of a job are read from scratch, if it says so.
 
-    A training draws images from everywhere, and in a co-refinement the auxiliary particles shift the shares of the
+    A training draws images from everywhere, and auxiliary particles or a selection of classes shift the shares of the
     ranks: then every node copies everything.
 
     Args:
@@ -182,7 +257,7 @@ def using_scratch(inputs: Inputs, journal: Journal | None = None, *, everything:
     if not section.scratch:
         yield
         return
-    everything = everything or section.workflow in CO_REFINEMENTS
+    everything = everything or section.workflow in CO_REFINEMENTS or inputs.job.classify.enable
     scratch = Scratch(section.scratch, inputs.comm, inputs.folder.path, everything, journal)
     inputs.scratch = scratch
     try:

@@ -37,6 +37,7 @@ RECORDS = {
         StageRecord("ingest", resumes=True, on_gpu=False),
         StageRecord("reference", on_gpu=False, reads_images=False),
         StageRecord("refine", resumes=True, searches=True),
+        StageRecord("classify", resumes=True),
         StageRecord("micelle", resumes=True),
         StageRecord("train", resumes=True),
         StageRecord("generate", resumes=True, auxiliaries=True),
@@ -62,14 +63,22 @@ def folder_stages(job: Job) -> tuple[str, ...]:
         UsageError: no such workflow.
     """
     if job.run.workflow == "refine":
-        return REFINE_STAGES
+        return _with_classes(job, REFINE_STAGES)
     if job.run.workflow == "realign":
-        return REALIGN_STAGES
+        return _with_classes(job, REALIGN_STAGES)
     if job.run.workflow in CO_REFINEMENTS:
-        return _co_refinement_stages(job)
+        return _with_classes(job, _co_refinement_stages(job))
     raise UsageError(
         f"unknown workflow '{job.run.workflow}' (known: refine, auxiliary, realign, both)", code="choice-unknown"
     )
+
+
+def _with_classes(job: Job, stages: tuple[str, ...]) -> tuple[str, ...]:
+    """Classes are found with the first poses."""
+    if not job.classify.enable:
+        return stages
+    after = stages.index("refine") + 1
+    return (*stages[:after], "classify", *stages[after:])
 
 
 def _co_refinement_stages(job: Job) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.model import Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
+from cryoiso.refine.reference_shares import ReferenceShares
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan
 from cryoiso.refine.search_cache import KeptSearches
@@ -85,6 +86,8 @@ class Refinement:
         """shells up to it in which no image has power"""
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
         self.cells = ViewPrior.of(np.zeros(len(view_grid())), device)
+        support = self.sphere if request.mask is None else self.sphere * request.mask.data
+        self.shares = ReferenceShares(request, diameter_A, limit, support, device)
 
     @cached_property
     def cones(self) -> ViewCones:
@@ -150,7 +153,7 @@ class Refinement:
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
         images = ImageTerms(self.settings.scale, model.sigma2)
-        junk = JunkSearch(self.cones if self.settings.junk else None, model.junk, plan)
+        junk = JunkSearch(self.cones if self.settings.junk else None, model.junk, plan, model.intensity)
         sums = HalfSums(self.request.auxiliary_weight)
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
@@ -160,6 +163,7 @@ class Refinement:
             )
             searcher = Searcher(plan, volume)
             prior = prior_of(model.views, half, self.request.symmetry, self.settings, self.device)
+            images.own = self.shares.of(model, half)
             for auxiliary in self.kinds:
                 searcher.views = None if auxiliary else prior  # auxiliaries are made even
                 junk.begin(None if auxiliary else model.references[half], self.pixel, volume)
@@ -291,16 +295,21 @@ class Refinement:
         shift_A = -shift_px * self.particles.group_values("pixel_size_A")[:, None]
         return Model(
             advanced, new, noise.spectra(model.sigma2), intensity, rotation, shift_A, columns, raw, views,
+            total_weight=self.shares.total_weight(
+                model, whole, agreed.wiener, self._joined_shell(state), advanced.radius_px, comm
+            ),
             history=[*model.history, record],
         )  # fmt: skip
 
     def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
         """Give both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
-        if self.settings.join_halves_A:
-            joined = int(self.box * self.pixel / self.settings.join_halves_A)
-            if joined >= 1:
-                shell = min(joined, self.limit, self.insertion_radius(state))
-                references.exchange_low_resolution(sums, shell, self.comm)
+        shell = self._joined_shell(state)
+        if shell >= 1:
+            references.exchange_low_resolution(sums, shell, self.comm)
+
+    def _joined_shell(self, state: State) -> int:
+        joined_A = self.settings.join_halves_A
+        return min(int(self.box * self.pixel / joined_A) if joined_A else 0, self.limit, self.insertion_radius(state))
 
     def _report(self, record: IterationRecord, at_limit: int, last: bool) -> None:
         """Log an iteration; at the end warn of shifts at the limit of the search."""
@@ -337,7 +346,10 @@ class Refinement:
         self, sums: dict[int, FourierSums], agreed: Agreement, resolution_A: float
     ) -> dict[int, np.ndarray]:
         """Half -> next reference, on every rank (collective)."""
-        own = {h: self.flatten(as_map(s.reconstruct(agreed.wiener[h])), resolution_A) for h, s in sums.items()}
+        own: dict[int, np.ndarray] = {}
+        for half, s in sums.items():
+            own[half], mask = self._flattened(as_map(s.reconstruct(agreed.wiener[half])), resolution_A)
+            self.shares.note(half, mask)
         return on_every_rank(own, self.comm)
 
     def _corrected(
@@ -391,10 +403,14 @@ class Refinement:
 
     def flatten(self, volume: np.ndarray, resolution_A: float) -> np.ndarray:
         """Set the solvent to zero: outside the given mask, or outside one made from this half's own map."""
+        return self._flattened(volume, resolution_A)[0]
+
+    def _flattened(self, volume: np.ndarray, resolution_A: float) -> tuple[np.ndarray, np.ndarray | None]:
+        """That map, and the mask made from it; None if it was not."""
         volume = volume * self.sphere
         if self.request.mask is not None:
-            masked: np.ndarray = (volume * self.request.mask.data).astype(np.float32)
-            return masked
+            return (volume * self.request.mask.data).astype(np.float32), None
         if not self.settings.solvent_mask:
-            return volume
-        return references.without_solvent(volume, self.pixel, resolution_A)
+            return volume, None
+        mask = references.solvent_mask(volume, self.pixel, resolution_A)
+        return (volume * mask).astype(np.float32), mask

@@ -24,6 +24,7 @@ from cryoiso.metrics.view_cones import ViewCones, cone_facts
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
+from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, score_and_norm
 from cryoiso.refine.rows import gathered_rows
 from cryoiso.refine.search import Given, Posterior, SearchPlan
@@ -46,9 +47,10 @@ JUNK_COLUMN = "cryoisoJunkProbability"
 """Of the STAR file."""
 ROUNDS = 30
 """of expectation-maximisation of a cone's share"""
-FACTS = ("cross", "norm", "occam", "junk")
-"""What is kept of each image: Re <x, c P> / sigma^2 and |c P|^2 / sigma^2 at its best pose, the log of how much less
-the evidence of all poses is than the likelihood of that one, and the log evidence of junk."""
+FACTS = ("cross", "norm", "occam", "junk", "spread")
+"""What is kept of each image: Re <x, c P> / sigma^2 and |c P|^2 / sigma^2 at its best pose, with the scale that images
+of its micrograph have; the log of how much less the evidence of all poses is than the likelihood of that one; the log
+evidence of junk; the relative variance of the scales."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +63,36 @@ class JunkPrior:
     """(C,) of the reference."""
 
     def particle_probability(
-        self, facts: Float[np.ndarray, "n 4"], cone: Int[np.ndarray, " n"]
+        self, facts: Float[np.ndarray, "n 5"], cone: Int[np.ndarray, " n"]
     ) -> Float[np.ndarray, " n"]:
-        """(N,) posterior probability that an image shows a particle, from its facts (N, 4) and its cone (N,)."""
+        """(N,) posterior probability that an image shows a particle, from its facts (N, 5) and its cone (N,)."""
         odds = np.log1p(-self.share[cone]) - np.log(self.share[cone])
         return _logistic(odds + advantage(facts, self.amplitude[cone]))
 
 
-def advantage(facts: Float[np.ndarray, "n 4"], amplitude: Float[np.ndarray, " n"] | float) -> Float[np.ndarray, " n"]:
+def advantage(facts: Float[np.ndarray, "n 5"], amplitude: Float[np.ndarray, " n"] | float) -> Float[np.ndarray, " n"]:
     """(N,) log evidence of the particle over that of junk, D(a) = a x - a^2 n / 2 - occam - junk, x and n those of the
-    best pose: that of a reference multiplied by a."""
-    cross, norm, occam, junk = np.asarray(facts, np.float64).T
-    ratio: np.ndarray = amplitude * cross - np.square(amplitude) * norm / 2 - occam - junk
+    best pose: that of a reference multiplied by a.
+
+    Where scales differ between images by the relative variance t, it is the mean over a normal distribution of them,
+    (a x - a^2 n / 2 + t a^2 x^2 / 2) / (1 + t a^2 n) - log(1 + t a^2 n) / 2 instead of the first two terms. With the
+    scale fitted to the image itself nothing would be junk: an image without a particle fits well with a scale of 0.
+    """
+    cross, norm, occam, junk, spread = np.asarray(facts, np.float64).T
+    x, n = amplitude * cross, np.square(amplitude) * norm
+    gain = (x - n / 2 + spread * np.square(x) / 2) / (1 + spread * n) - np.log1p(spread * n) / 2
+    ratio: np.ndarray = gain - occam - junk
     return ratio
 
 
-def learned(facts: Float[np.ndarray, "n 4"], cone: Int[np.ndarray, " n"], cones: int) -> JunkPrior:
+def learned(facts: Float[np.ndarray, "n 5"], cone: Int[np.ndarray, " n"], cones: int) -> JunkPrior:
     """Share and amplitude of each cone that make its images most likely.
 
     For each amplitude the share follows by expectation-maximisation with a Beta prior; the amplitude is that of the
     largest posterior, with a log-normal prior about 1.
 
     Args:
-        facts: (N, 4) columns as FACTS, of all images in row order.
+        facts: (N, 5) columns as FACTS, of all images in row order.
         cone: (N,) of each image.
         cones: number of cones.
     """
@@ -161,19 +170,31 @@ class JunkJudge:
         return cls(FourierVolume.from_volume(ball, like.padding, like.radius_px), cones, prior, plan)
 
     def facts(
-        self, white: Whitened, score: Tensor, norm: Tensor, log_evidence: np.ndarray, around_px: Tensor | None
+        self,
+        white: Whitened,
+        score: Tensor,
+        norm: Tensor,
+        log_evidence: np.ndarray,
+        around_px: Tensor | None,
+        expected: np.ndarray | None = None,
     ) -> np.ndarray:
-        """(B, 4) float64, columns as FACTS.
+        """(B, 5) float64, columns as FACTS.
 
         Args:
             white: images, within the radius of the reference.
             score, norm: (B,) log-likelihood and norm at the best pose, as ``likelihood.score_and_norm`` has them.
             log_evidence: (B,) of all poses, normalised.
             around_px: (B, 2) where the content is or, in a search, what shifts are searched around; None: the centre.
+            expected: (B, 2) of ``Intensity.expectation``; None: equal scales.
         """
+        expected = np.tile([1.0, 0.0], (len(score), 1)) if expected is None else expected
+        ratio = torch.as_tensor(expected[:, :1], dtype=torch.float32, device=white.weight.device)
+        white = replace(white, data=white.data * ratio, weight=white.weight * ratio.square())
         junk = self.evidence(white, around_px).double().cpu().numpy()
         best, square = (part.double().cpu().numpy() for part in (score, norm))
-        return np.column_stack([best + square / 2, square, best - log_evidence, junk])
+        factor, spread = expected.T
+        cross = (best + square / 2) * factor
+        return np.column_stack([cross, square * np.square(factor), best - log_evidence, junk, spread])
 
     def evidence(self, white: Whitened, centre_px: Tensor | None) -> Tensor:
         """(B,) log evidence of junk: the mean of that of nothing (0) and of the ball, at ``centre_px`` or, in a search,
@@ -203,8 +224,14 @@ class JunkJudge:
 class JunkSearch:
     """The junk class of one iteration of a refinement; without cones it is switched off and changes nothing."""
 
-    def __init__(self, cones: ViewCones | None, prior: JunkPrior | None, plan: SearchPlan) -> None:
-        self.cones, self.prior, self.plan = cones, prior, plan
+    def __init__(
+        self, cones: ViewCones | None, prior: JunkPrior | None, plan: SearchPlan, intensity: Intensity | None = None
+    ) -> None:
+        """
+        Args:
+            intensity: of all images; None: equal.
+        """
+        self.cones, self.prior, self.plan, self.intensity = cones, prior, plan, intensity
         self._found: list[tuple[np.ndarray, np.ndarray]] = []
         self._facts = np.zeros((0, len(FACTS) + 1))
         self._judge: JunkJudge | None = None
@@ -223,7 +250,10 @@ class JunkSearch:
         p, inner = posterior, white.within(self._volume.radius_px)
         score, norm = score_and_norm(inner, self._volume, p.best_rotation.float(), p.best_shift_px.float())
         evidence = p.log_evidence.double().cpu().numpy() - log_cells(self.plan)
-        facts = self._judge.facts(inner, score, norm, evidence, None if given is None else given.shift_px)
+        facts = self._judge.facts(
+            inner, score, norm, evidence, None if given is None else given.shift_px,
+            None if self.intensity is None else self.intensity.expectation(batch.rows),
+        )  # fmt: skip
         probability = self._judge.particle_probability(facts, p.best_rotation)
         self._found.append((batch.rows, np.column_stack([facts, probability])))
         factor = torch.as_tensor(probability, dtype=p.weight.dtype, device=p.weight.device)

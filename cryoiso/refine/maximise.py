@@ -18,6 +18,7 @@ from cryoiso.refine.batches import Batch
 from cryoiso.refine.intensity import ImageTerms
 from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
 from cryoiso.refine.noise import floored
+from cryoiso.refine.own_shares import without_own
 from cryoiso.refine.search import Posterior
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def accumulate_mixture(
         images: as in ``accumulate``; with one reference only.
     """
     power = batch.coefficients.abs().square()
-    means = []
+    means: list[tuple[Tensor, Tensor, Tensor]] = []
     for posterior, volume, accumulator in parts:
         rows, weight = posterior.particle, posterior.weight[:, None]
         if not len(rows):
@@ -118,11 +119,28 @@ def accumulate_mixture(
         change = _posterior_mean(batch, posterior, norm - 2 * cross)
         power[:, : change.shape[1]] += change
         if images is not None and images.wanted:
-            means.append((_posterior_mean(batch, posterior, cross), _posterior_mean(batch, posterior, norm)))
+            means.append(_terms_of_images(batch, white, posterior, images, cross, norm, _inside(batch, volume)))
     noise.add(batch, power.clamp_(min=0))
-    for cross_mean, norm_mean in means:
+    for cross_mean, norm_mean, own in means:
         if images is not None:
-            images.add(batch, power, cross_mean, norm_mean)
+            shown = np.bincount(posterior.particle.cpu().numpy(), posterior.weight.double().cpu().numpy(), len(batch))
+            k = own.shape[1]
+            residual = torch.cat([power[:, :k] / (1 - own), power[:, k:]], 1) if k else power
+            images.add(batch, residual, cross_mean, norm_mean, shown)
+
+
+def _terms_of_images(
+    batch: Batch, white: Whitened, posterior: Posterior, images: ImageTerms, cross: Tensor, norm: Tensor, where: Disc
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior means of Re conj(M) x and |M|^2 against the reference without the image, and of the image's own share
+    in it: (B, k) each, the last (B, 0) where it has none."""
+    if images.own is None:
+        none = torch.zeros(len(batch), 0, device=cross.device)
+        return _posterior_mean(batch, posterior, cross), _posterior_mean(batch, posterior, norm), none
+    own = images.own(batch.rows, white, posterior, where)
+    square = batch.coefficients[posterior.particle, : where.size].abs().square()
+    means = (_posterior_mean(batch, posterior, one) for one in (*without_own(cross, norm, square, own), own))
+    return next(means), next(means), next(means)
 
 
 def _model_terms(

@@ -43,6 +43,9 @@ class Model:
     """Half -> unregularised map of the last iteration."""
     views: dict[int, Float[np.ndarray, " cells"]] = field(default_factory=dict)
     """Half -> (P,) weight of every cell of views in the last iteration's posteriors; empty before the first."""
+    total_weight: dict[int, Float[np.ndarray, "z y x"]] = field(default_factory=dict)
+    """Half -> what the images' own shares in the references follow from (``reference_shares``); empty where intensities
+    are not estimated, and before the first iteration."""
     junk: JunkPrior | None = None
     """State of the search for images without a particle; None: not searched for, or before the first iteration."""
     history: list[IterationRecord] = field(default_factory=list)

@@ -70,14 +70,12 @@ def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> Float[np.n
     return np.asarray(sphere_mask(box_px, radius, 3.0), np.float32)
 
 
-def without_solvent(
+def solvent_mask(
     volume: Float[np.ndarray, "box box box"], pixel_size_A: float, resolution_A: float
 ) -> Float[np.ndarray, "box box box"]:
-    """The map inside a soft mask made from itself, low-passed at 15 Å or one and a half times the resolution."""
+    """A soft mask made from a map, low-passed at 15 Å or one and a half times the resolution."""
     lowpass_A = max(15.0, 1.5 * resolution_A)
-    mask = soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0)
-    masked: np.ndarray = (volume * np.asarray(mask)).astype(np.float32)
-    return masked
+    return np.asarray(soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0))
 
 
 def anisotropy(

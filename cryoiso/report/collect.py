@@ -14,7 +14,7 @@ from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
 from cryoiso.report.records import ReportData, StageTime
 from cryoiso.report.run_reader import read_journal, read_json, read_toml, stage_folder
-from cryoiso.report.sections import anisotropy, auxiliary, correct, intensity, realign, view_density
+from cryoiso.report.sections import anisotropy, auxiliary, classes, correct, intensity, realign, view_density
 from cryoiso.report.sharing import name_of
 from cryoiso.report.text import number, percent, section
 
@@ -35,9 +35,10 @@ def collect(folder: Path, before: Path | None = None) -> ReportData:
         ``title``, ``summary`` (sentences), ``numbers`` (rows of label, value, unit, and ``true_poses`` beside it where
         known; in a run with auxiliary particles, or beside another run, also ``before``), ``comparison`` (title,
         settings that differ, sentences; only beside another run), ``auxiliary`` (see ``report.sections.auxiliary``;
-        only in such a run), ``correct`` and ``realign`` (see the modules of these names; only where there was such a
-        correction), ``iterations``, ``diagnose`` (as in ``methods.assess.measure``), ``stages`` (name, seconds),
-        ``provenance`` (label, text), ``job`` (the resolved job).
+        only in such a run), ``classify`` (classify.json; likewise), ``correct`` and ``realign`` (see the modules of
+        these names; only where there was such a correction), ``iterations``, ``diagnose`` (as in
+        ``methods.assess.measure``), ``stages`` (name, seconds), ``provenance`` (label, text), ``job`` (the resolved
+        job).
 
     Raises:
         InputError: no run in this folder, a file that is not what its name says, or another run that is not of the same
@@ -73,6 +74,8 @@ def collect(folder: Path, before: Path | None = None) -> ReportData:
         "stages": stage_times(journal),
         "job": job,
     }
+    if classified := read_json(stage_folder(folder, "classify") / products.facts("classify")):
+        data["classify"] = classified
     if rounds := auxiliary.collect_rounds(folder):
         data["auxiliary"] = rounds
     if before is not None:
@@ -139,7 +142,7 @@ def summary(data: ReportData) -> list[str]:
         )
     sentences = [*(data.get("comparison") or {}).get("sentences", []), *comparison.settings_sentence(data), *sentences]
     sentences += _truth_sentences(d) + anisotropy.sentences(d) + auxiliary.sentences(data)
-    sentences += view_density.sentences(data) + intensity.sentences(data)
+    sentences += view_density.sentences(data) + intensity.sentences(data) + classes.sentences(data)
     views = d.get("views", {}).get("estimated") or {}
     both = all(auxiliary.views_before_and_after(data))
     if views.get("top_fraction") is not None and not d.get("pose_errors") and not both:

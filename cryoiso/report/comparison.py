@@ -15,7 +15,18 @@ from cryoiso.report.text import number, percent, section
 
 MAP_NAMES = (products.WEIGHTED_MAP, products.MAP)
 """What is shown of a folder: the first of these that is there."""
-_SETTINGS = ("particles", "reference", "sample", "micelle", "refine", "auxiliary", "realign", "correct", "reconstruct")
+_SETTINGS = (
+    "particles",
+    "reference",
+    "sample",
+    "micelle",
+    "refine",
+    "classify",
+    "auxiliary",
+    "realign",
+    "correct",
+    "reconstruct",
+)
 _ONLY_IN = {"auxiliary": ("auxiliary", "both"), "realign": ("realign", "both"), "correct": ("realign", "both")}
 """Sections that matter in these workflows alone."""
 _OF_THE_RUN = ("workflow", "seed")

@@ -11,7 +11,7 @@ from cryoiso.core.records import DiagnoseRecord, IterationRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
 from cryoiso.report.records import ReportData
-from cryoiso.report.sections import anisotropy, correct, intensity, realign, view_density
+from cryoiso.report.sections import anisotropy, classes, correct, intensity, realign, view_density
 from cryoiso.report.sections.auxiliary import before, views_before_and_after
 from cryoiso.report.text import Entry, Text, number
 
@@ -111,6 +111,7 @@ def figures(
         _errors(data, first),
         *view_density.entries(data),
         *intensity.entries(data),
+        *classes.entries(data),
         *_auxiliary(data, samples or {}),
         (
             "iterations",

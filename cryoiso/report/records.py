@@ -24,6 +24,8 @@ class ReportData(TypedDict, total=False):
     ingest: dict[str, Any]
     reference: ReferenceRecord
     refine: RefineRecord
+    classify: dict[str, Any]
+    """classify.json of a run that classified its particles."""
     reconstruct: dict[str, Any]
     stages: list[StageTime]
     job: dict[str, Any]

@@ -19,7 +19,8 @@ WORKFLOWS = ("refine", "auxiliary", "realign", "both")
 
 def job_of(name: str) -> Job:
     data = {"particles": {"file": "p.star"}, "reference": {"file": "r.mrc"}, "run": {"workflow": name},
-            "auxiliary": {"rounds": 2, "balance": True}, "micelle": {"enable": True}}  # fmt: skip
+            "auxiliary": {"rounds": 2, "balance": True}, "micelle": {"enable": True},
+            "classify": {"enable": True}}  # fmt: skip
     return parse_job(data)
 
 
@@ -46,13 +47,13 @@ def test_all_kinds_are_of_some_workflow():
 
 def test_a_stage_without_a_record_is_an_error(monkeypatch):
     """Before, an unknown stage got the micelle's disk and work."""
-    with pytest.raises(KeyError, match="classify"):
-        record_of("classify-1")
+    with pytest.raises(KeyError, match="polish"):
+        record_of("polish-1")
     problem = job_size.Problem(job_of("refine"), 100, 64, 4.0, 150.0)
     whole = workload.stages(problem, 1, workload.Assumed(), "cpu")
-    monkeypatch.setitem(RECORDS, "classify", StageRecord("classify"))
+    monkeypatch.setitem(RECORDS, "polish", StageRecord("polish"))
     for module in (workload, memory, job_size):
-        monkeypatch.setattr(module, "folder_stages", lambda job: (*workflow.folder_stages(job), "classify"))
+        monkeypatch.setattr(module, "folder_stages", lambda job: (*workflow.folder_stages(job), "polish"))
     calls = (
         lambda: workload.stages(problem, 1, workload.Assumed(), "cpu"),
         lambda: memory.memory_of_stages(problem, 1),
@@ -60,6 +61,6 @@ def test_a_stage_without_a_record_is_an_error(monkeypatch):
         lambda: job_size.disk(problem),
     )
     for call in calls:
-        with pytest.raises(KeyError, match="classify"):
+        with pytest.raises(KeyError, match="polish"):
             call()
-    assert "classify" not in whole
+    assert "polish" not in whole

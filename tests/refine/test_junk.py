@@ -30,7 +30,7 @@ from cryoiso.refine.junk import CONE_DEG, JunkPrior, advantage, learned, spheric
 def facts_of(cross, norm) -> np.ndarray:
     """Facts of images at given poses, with nothing as junk."""
     cross, norm = np.broadcast_arrays(np.asarray(cross, float), norm)
-    return np.column_stack([cross, norm, np.zeros_like(cross), np.zeros_like(cross)])
+    return np.column_stack([cross, norm, *np.zeros((3, *cross.shape))])
 
 
 def drawn(rng, n: int, norm: float, amplitude: float) -> np.ndarray:
@@ -105,6 +105,20 @@ def test_no_prior_favours_junk():
     some = np.concatenate([facts, drawn(rng, 5, 60.0, 1.0)])
     particle = learned(some, np.zeros(45, int), 1).particle_probability(some, np.zeros(45, int))
     assert particle[-5:].min() > 0.99 and (particle[:-5] < 0.5).mean() > 0.95
+
+
+def test_differing_scales_are_averaged_over():
+    """Against the numerical integral of the likelihood over a normal distribution of scales."""
+    rng, spread = np.random.default_rng(7), 0.15
+    facts = np.concatenate([drawn(rng, 20, 30.0, 1.0), drawn(rng, 20, 30.0, 0.0)])
+    equal = advantage(facts, 0.8)
+    facts[:, -1] = spread
+    scale = 1 + np.sqrt(spread) * np.linspace(-8, 8, 4001)
+    density = np.exp(-np.square(scale - 1) / (2 * spread)) / np.sqrt(2 * np.pi * spread)
+    likelihood = np.exp(0.8 * scale * facts[:, :1] - np.square(0.8 * scale) * facts[:, 1:2] / 2)
+    expected = np.log((likelihood * density).sum(1) * (scale[1] - scale[0]))
+    np.testing.assert_allclose(advantage(facts, 0.8), expected, rtol=1e-6)
+    assert np.abs(equal - expected).min() > 0.01
 
 
 def test_even_evidence_leaves_the_prior():

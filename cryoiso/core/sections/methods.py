@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from cryoiso.core.sections.base import Section
 
@@ -193,9 +194,17 @@ class MicelleSection(Section):
 
 
 class ClassifySection(Section):
-    """Classes of particles: options of ``cryoiso classify``, in no job file since no stage of a run classifies."""
+    """Classes of particles."""
 
+    enable: bool = Field(
+        False, description="classify the particles after the first refinement, and go on with the selected classes"
+    )
     classes: int = Field(2, ge=1, le=64, description="number of classes of particles")
+    select: str = Field(
+        "largest",
+        description="classes that a run goes on with, as numbers with commas between them; largest: the one with most "
+        "particles",
+    )
     align: Literal["none", "local", "global"] = Field(
         "none",
         description="poses during the classification; none: those of the particle file; local: searched within "
@@ -211,3 +220,16 @@ class ClassifySection(Section):
         lt=1,
         description="converged if a smaller share of the particles changes class in an iteration",
     )
+
+    @field_validator("select")
+    @classmethod
+    def _known_classes(cls, value: str, info: ValidationInfo) -> str:
+        words, last = [word.strip() for word in value.split(",")], info.data.get("classes", 64)
+        if value != "largest" and not all(word.isdecimal() and 0 < int(word) <= last for word in words):
+            raise PydanticCustomError("classes", f"Input should be 'largest' or numbers of classes, 1 to {last}")
+        return value
+
+    @property
+    def selected(self) -> tuple[int, ...]:
+        """Numbers of the classes to go on with, from 1; empty: the largest."""
+        return () if self.select == "largest" else tuple(sorted({int(word) for word in self.select.split(",")}))

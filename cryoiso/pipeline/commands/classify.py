@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cryoiso.core.config import ClassifySection, Job
+from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import ImageSource, RefineRequest
 from cryoiso.core.types import DensityMap, Particles
@@ -24,9 +24,7 @@ from cryoiso.pipeline.inputs.stacks import open_stacks
 from cryoiso.pipeline.stages import engines
 
 
-def classify_files(
-    job: Job, settings: ClassifySection, references: list[Path], out: Path, comm: Context, *, resume: bool = False
-) -> None:
+def classify_files(job: Job, references: list[Path], out: Path, comm: Context, *, resume: bool = False) -> None:
     """Sorts the particles of a job into classes, the images read from their stacks or shards. Collective.
 
     Args:
@@ -37,6 +35,7 @@ def classify_files(
         InputError: see ``engines.classify``.
         UsageError: another number of references than of classes.
     """
+    settings = job.classify
     if references and len(references) != settings.classes:
         raise UsageError(
             f"--ref: one for each class is expected, or none at all (found {len(references)} for {settings.classes} "
@@ -48,8 +47,8 @@ def classify_files(
     particles = on_root(comm, _read, job)
     source = _open(particles, job, comm)
     prepared = on_root(comm, _references, job, references, source.particles)
-    request = engines.class_request(_request(job, settings, source, prepared, out, comm, resume), settings,
-                                    tuple(one.map for one in prepared))  # fmt: skip
+    maps = tuple(one.map for one in prepared)
+    request = engines.class_request(_request(job, source, prepared, out, comm, resume), settings, maps)
     on_root(comm, engines.check_classes, request)
     on_root(comm, out.mkdir, parents=True, exist_ok=True)
     engines.classify(request, comm)
@@ -85,7 +84,7 @@ def _references(job: Job, files: list[Path], particles: Particles) -> list[Refer
     group, section = particles.first_group, job.reference
     return [
         prepare_reference(
-            file, group.box_px, group.pixel_size_A, section.lowpass_A, map_pixel_size_A=section.pixel_size_A,
+            file, group.box_px, group.pixel_size_A, job.classify.lowpass_A, map_pixel_size_A=section.pixel_size_A,
             resample=section.resample, symmetry=job.sample.symmetry,
         )
         for file in files
@@ -93,12 +92,13 @@ def _references(job: Job, files: list[Path], particles: Particles) -> list[Refer
 
 
 def _request(
-    job: Job, settings: ClassifySection, source: ImageSource, prepared: list[Reference], out: Path, comm: Context,
+    job: Job, source: ImageSource, prepared: list[Reference], out: Path, comm: Context,
     resume: bool,
 ) -> RefineRequest:  # fmt: skip
     group, box = source.particles.first_group, source.box_px
     grid = DensityMap(np.zeros((box,) * 3, np.float32), group.pixel_size_A)
     measured = max((one.diameter_A for one in prepared), default=None)
+    settings = job.classify
 
     def mask() -> DensityMap | None:
         name = job.sample.mask

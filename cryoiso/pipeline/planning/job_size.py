@@ -257,6 +257,15 @@ def _generated(name: str, p: Problem) -> Stored:
     return Stored(name, made.bytes + stacks + 100_000, made.files + 3 + 3 * p.job.auxiliary.export)
 
 
+def _classified(name: str, p: Problem) -> Stored:
+    """Two generations of the checkpoint, three maps of each class, particles and those selected, two summaries."""
+    k, padding = p.job.classify.classes, p.job.refine.padding
+    h = padding * ((p.box_px - 1) // 2) + 2
+    totals = 2 * 4 * (2 * h + 1) ** 2 * (h + 1)  # what own shares follow from, at the largest radius
+    state = k * (5 * (p.map_bytes - 1024) + totals) + (130 + 8 * k) * p.particles + STATE_BYTES
+    return Stored(name, 2 * state + 3 * k * p.map_bytes + 2 * _star(p) + 60_000, 3 * k + 7)
+
+
 def _round_of(engine: Stored, p: Problem) -> Stored:
     """A round's maps, particles and summary beside what the engine leaves."""
     size, files = engine.bytes + 5 * p.map_bytes + _star(p) + 20_000, engine.files + 7
@@ -267,6 +276,7 @@ DISK: dict[str, Callable[[str, Problem], Stored]] = {
     "ingest": _ingested,
     "reference": lambda name, p: Stored(name, 2 * p.map_bytes + 300, 3),
     "refine": _refined_or_given,
+    "classify": _classified,
     "micelle": lambda name, p: Stored(name, 8 * p.map_bytes + 10_000, 10),
     "train": _trained,
     "generate": _generated,

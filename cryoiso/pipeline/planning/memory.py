@@ -185,6 +185,13 @@ def _refinement(p: Problem, n: int, ranks: int, kinds: int = 1) -> int:
     return int(images + maps + sums + max(grid + sorting + SCORES_BYTES, 16 * padded))
 
 
+def _classification(p: Problem, ranks: int) -> int:
+    """As a refinement, with a grid and maps for every class (``refine.classes``)."""
+    padding, radius = p.job.refine.padding, (p.box_px - 1) // 2
+    each = (GRID_VOXEL_BYTES + 2 * SUMS_VOXEL_BYTES) * grid_voxels(radius, padding) + 8 * p.map_bytes
+    return _refinement(p, p.particles, ranks) + (p.job.classify.classes - 1) * each
+
+
 def _reconstruction(p: Problem, ranks: int) -> int:
     padding, radius = p.job.reconstruct.padding, (p.box_px - 1) // 2
     voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
@@ -266,14 +273,15 @@ def _correction(p: Problem, ranks: int, mode: str) -> int:
 Bytes = Callable[[Problem, int], int]
 MEMORY: dict[str, Bytes] = {
     "ingest": _little, "reference": _little, "refine": partial(_refinement_and_loop, "refine"),
-    "micelle": _reconstruction, "train": _train, "generate": _generate,
+    "classify": _classification, "micelle": _reconstruction, "train": _train, "generate": _generate,
     "corefine": partial(_refinement_and_loop, "corefine"), "local": partial(_refinement_and_loop, "local"),
     "reconstruct": _reconstruction, "correct": _correct, "diagnose": lambda p, ranks: 25 * p.map_bytes,
     "report": _little,
 }  # fmt: skip
 """Kind of stage -> main memory of its own arrays."""
 GPU: dict[str, Bytes] = {
-    "refine": MEMORY["refine"], "corefine": MEMORY["corefine"], "local": MEMORY["local"], "micelle": _reconstruction,
+    "refine": MEMORY["refine"], "classify": _classification, "corefine": MEMORY["corefine"],
+    "local": MEMORY["local"], "micelle": _reconstruction,
     "reconstruct": _reconstruction, "train": _generator_training, "generate": lambda p, ranks: _generation(p),
     "correct": lambda p, ranks: _correction(p, ranks, p.job.correct.mode),
 }  # fmt: skip

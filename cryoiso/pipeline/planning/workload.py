@@ -38,6 +38,8 @@ KERNELS = {
 }
 POSTERIOR_VIEWS = 4
 """Views that an image is inserted at, on average."""
+CLASS_ITERATIONS = 12
+"""Of a classification."""
 ALIVE = 0.5
 """Share of the beam that goes on."""
 
@@ -91,6 +93,17 @@ def _refine(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return refinement(p, p.particles, ranks, assumed, loop)
 
 
+def _classify(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
+    section = p.job.classify
+    if section.align == "none":  # a reconstruction of every class in every iteration
+        each = reconstruction(p, p.particles, ranks, weighted=True)
+    else:
+        near = section.local_deg if section.align == "local" else None
+        one = refinement(p, p.particles, ranks, assumed, {}, local_deg=near)
+        each = times(one, 1 / min(assumed.iterations, p.job.refine.max_iterations))
+    return times(each, section.classes * min(CLASS_ITERATIONS, section.max_iterations))
+
+
 def _micelle(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return times(reconstruction(p, p.particles, ranks), 6)  # two passes to set up, and some to solve
 
@@ -134,9 +147,9 @@ def _report(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
 
 
 WORKS: dict[str, Callable[[Problem, int, Assumed, str], WorkUnits]] = {
-    "ingest": _ingest, "reference": _reference, "refine": _refine, "micelle": _micelle, "train": _train,
-    "generate": _generate, "corefine": _corefine, "local": _local, "reconstruct": _reconstruct, "correct": _correct,
-    "diagnose": _diagnose, "report": _report,
+    "ingest": _ingest, "reference": _reference, "refine": _refine, "classify": _classify, "micelle": _micelle,
+    "train": _train, "generate": _generate, "corefine": _corefine, "local": _local, "reconstruct": _reconstruct,
+    "correct": _correct, "diagnose": _diagnose, "report": _report,
 }  # fmt: skip
 """Kind of stage -> its work of one rank."""
 

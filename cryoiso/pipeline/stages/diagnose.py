@@ -15,7 +15,7 @@ from cryoiso.io.mrc import read_map
 from cryoiso.parallel.group_stop import on_root_heeding
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.stages.rounds import final_poses
+from cryoiso.pipeline.stages.rounds import final_poses, pose_file
 
 logger = logging.getLogger("cryoiso")
 
@@ -53,7 +53,7 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
     if run.folder.has("train-1"):
         first = run.folder.stage("reconstruct") / products.INITIAL_POSES
         earlier = [read_map(first / products.half_map(h)).data for h in (1, 2)]
-        before = run.folder.stage("refine") / products.PARTICLES
+        before = pose_file(run, 0)
         logger.info("the same for the maps before the auxiliary particles, to compare with")
         numbers["before"] = numbers_of(earlier[0], earlier[1], before, None)
     if run.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":

@@ -34,8 +34,8 @@ def fill_result(result: Path, particles: Path, maps: Path, corrected: Path | Non
         numbers: what `diagnose` measured.
     """
     result.mkdir(exist_ok=True)
-    for file in (particles, *(maps / name for name in COPIED)):
-        with atomic_path(result / file.name, file.stat().st_size) as part:
+    for file, name in ((particles, products.PARTICLES), *((maps / name, name) for name in COPIED)):
+        with atomic_path(result / name, file.stat().st_size) as part:
             shutil.copyfile(file, part)
     for name, (to, label) in ADDITIONAL.items():
         if corrected is not None:

@@ -65,7 +65,10 @@ def engine_folder(run: RunContext, name: str) -> Path:
 
 
 def pose_file(run: RunContext, round_: int) -> Path:
-    """The poses after a round; those of the initial refinement for round 0."""
+    """The poses after a round; for round 0 those of the initial refinement, of the selected classes where there are
+    any."""
+    if round_ == 0 and run.folder.has("classify"):
+        return run.folder.stage("classify") / products.SELECTED
     return run.folder.stage(f"corefine-{round_}" if round_ else "refine") / products.PARTICLES
 
 
@@ -141,7 +144,7 @@ def _post_processed(folder: Path, half: int) -> Path:
 def final_poses(run: RunContext) -> Path:
     """The particle file with the run's last poses (rank 0)."""
     if not run.folder.has("train-1"):
-        return run.folder.stage("refine") / products.PARTICLES
+        return pose_file(run, 0)
     if run.folder.has("local"):
         return run.folder.stage("local") / products.PARTICLES
     return pose_file(run, last_round(run))

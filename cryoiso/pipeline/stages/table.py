@@ -11,7 +11,18 @@ from cryoiso.core.config import Job
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.stages import corefine, diagnose, generate, ingest, reconstruct, reference, refine, report, train
+from cryoiso.pipeline.stages import (
+    classify,
+    corefine,
+    diagnose,
+    generate,
+    ingest,
+    reconstruct,
+    reference,
+    refine,
+    report,
+    train,
+)
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, record_of
 
 
@@ -42,7 +53,14 @@ class Stage:
 
 
 def _stage(folder: RunFolder, name: str, do: StageFunction) -> Stage:
+    if folder.has("classify") and name not in folder.stages[: folder.stages.index("classify") + 1]:
+        do = partial(_of_selected, do)
     return Stage(name, do, (folder.folder_name(name),), record_of(name).resumes)
+
+
+def _of_selected(do: StageFunction, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
+    """A stage after the classification: of the selected particles."""
+    do(run, inputs.selected(), resume=resume)
 
 
 def _correct(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
@@ -79,10 +97,11 @@ def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
     else:
         middle = ()
     corrected = (_stage(folder, "correct", _correct),) if folder.has("correct") else ()
+    classes = (_stage(folder, "classify", classify.classify),) if folder.has("classify") else ()
     last = (
         _stage(folder, "reconstruct", reconstruct.reconstruct),
         *corrected,
         _stage(folder, "diagnose", diagnose.diagnose),
         Stage("report", report.report, ("result", products.REPORT_PAGE, products.REPORT_NUMBERS)),
     )
-    return first + middle + last
+    return first + classes + middle + last

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
-from cryoiso.refine.classes.leverage import Leverage, score_without
 from cryoiso.refine.junk import FACTS, JunkJudge, log_cells
+from cryoiso.refine.leverage import Leverage, score_without
 from cryoiso.refine.likelihood import Whitened
 from cryoiso.refine.search import Given, Posterior, Searcher
 
@@ -109,7 +109,7 @@ class ClassExpectation:
         self, white: Whitened, best: list[tuple[Posterior, Tensor, Tensor]], chosen: np.ndarray, total: np.ndarray,
         given: Given | None,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Facts (B, 4) and probability of a particle (B,)."""
+        """Facts (B, 5) and probability of a particle (B,)."""
         if self.judge is None:
             return np.zeros((len(total), len(FACTS))), np.ones(len(total))
         score, norm = _of_best([one[1] for one in best], chosen), _of_best([one[2] for one in best], chosen)

@@ -85,7 +85,8 @@ def _scale_at_given_poses(task: Classification, reference: np.ndarray, sigma2: n
         for i in range(most):
             run.heed()
             if i < len(batches):
-                white = whiten(run.reader.read(batches[i], state.radius_px), sigma2).within(state.radius_px)
+                batch = task.intensity.of(run.reader.read(batches[i], state.radius_px))
+                white = whiten(batch, sigma2).within(state.radius_px)
                 given = task.given(batches[i])
                 assert given is not None and given.rotation is not None
                 score, norm = score_and_norm(white, volume, given.rotation, given.shift_px)

@@ -23,7 +23,6 @@ from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.classes.expectation import NAMES, POSE, ClassExpectation, ClassPosterior, width
-from cryoiso.refine.classes.leverage import Leverage, own_response
 from cryoiso.refine.classes.maximise import (
     LEAST_PARTICLES,
     ClassMaps,
@@ -33,8 +32,10 @@ from cryoiso.refine.classes.maximise import (
     share_out,
 )
 from cryoiso.refine.classes.model import ClassModel, ClassRequest, assigned_classes
+from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.junk import FACTS, JunkJudge, JunkPrior, learned
+from cryoiso.refine.leverage import Leverage, own_response
 from cryoiso.refine.likelihood import Whitened, whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate_mixture
 from cryoiso.refine.noise import weight_scale
@@ -56,6 +57,8 @@ class Classification:
         if not self.searched:
             self.particles.require_poses()
         self._half = np.asarray(self.particles.half)
+        given = self.settings.align != "global"  # intensities belong to the poses of the file
+        self.intensity = Intensity.given(self.particles) if given else Intensity.ones(len(self.particles))
 
     def given(self, rows: np.ndarray) -> Given | None:
         """Poses of these particles, or what a search of them starts from."""
@@ -135,8 +138,10 @@ class Classification:
         accumulators = [
             SliceAccumulator.empty(run.box, radius, run.settings.padding, run.device) for _ in range(model.classes)
         ]
-        scale = weight_scale(model.sigma2)
-        for batch in run.batches(half, False, radius, model.state.iteration, KeptSearches(None)):
+        scale = self._weight_scale(model)
+        for batch in map(
+            self.intensity.of, run.batches(half, False, radius, model.state.iteration, KeptSearches(None))
+        ):
             white = whiten(batch, model.sigma2)
             parts = posterior(batch, white).parts
             accumulate_mixture(batch, white, list(zip(parts, volumes, accumulators, strict=True)), noise, scale)
@@ -144,8 +149,11 @@ class Classification:
 
     def make_maps(self, sums: ClassSums, weight: np.ndarray, model: ClassModel, share_to_A: float) -> ClassMaps:
         """Maps of every class from the sums of an iteration (collective)."""
-        kappa = self.kappa * weight_scale(model.sigma2)
+        kappa = self.kappa * self._weight_scale(model)
         return make_maps(self.run, sums, weight, model.state, share_to_A, kappa)
+
+    def _weight_scale(self, model: ClassModel) -> float:
+        return weight_scale(model.sigma2 / self.intensity.largest_weight())
 
     @cached_property
     def kappa(self) -> float:

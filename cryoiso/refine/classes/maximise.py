@@ -11,10 +11,10 @@ from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine.agreement import as_map, on_every_rank
-from cryoiso.refine.classes.leverage import cropped, total_weight
 from cryoiso.refine.classes.model import Maps
 from cryoiso.refine.full_map import joined, mean_term
 from cryoiso.refine.iterate import Refinement
+from cryoiso.refine.leverage import cropped, total_weight
 from cryoiso.refine.references import exchange_low_resolution
 from cryoiso.refine.schedule import State, agreement_shell
 from cryoiso.refine.sums import reduced

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryoiso.core.config import ClassifySection
-from cryoiso.core.identity import Identity, of_map, of_particles
+from cryoiso.core.identity import MARK, Identity, digest_of, of_map, of_particles
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.records import ClassIterationRecord
 from cryoiso.core.types import HALVES, DensityMap
@@ -19,8 +19,8 @@ from cryoiso.refine.schedule import State
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-ONLY_WHEN = ("max_iterations", "min_change")
-"""Settings that say when a classification ends; it may go on with others."""
+ONLY_WHEN = ("max_iterations", "min_change", "enable", "select")
+"""Settings that say when a classification ends, and what a run does with it; it may go on with others."""
 Maps = list[dict[int, np.ndarray]]
 """Class -> half -> (D, D, D) float32."""
 
@@ -41,6 +41,10 @@ class ClassRequest:
         base, particles = of_request(self.base, diameter_A), self.base.source.particles
         if particles.rotation is not None:  # given poses, or the first references
             base["particles"] = of_particles(particles, poses=True)
+        intensities = [particles.signal_scale, particles.noise_level]
+        if self.settings.align != "global" and any(values is not None for values in intensities):
+            order = np.argsort(particles.uid, kind="stable")
+            base["intensities"] = MARK + digest_of(*("none" if v is None else v[order] for v in intensities))
         return {**base, "classify": settings, "maps": [of_map(one) for one in self.maps]}
 
 
