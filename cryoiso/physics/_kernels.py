@@ -11,13 +11,57 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
 # No fastmath, not even fused multiply-add: with it, a kernel that was just compiled and the same kernel from numba's
 # cache gave other last bits (the cached code is optimised once more), hence other results after a resume.
 EXACT: Any = {"cache": True, "fastmath": False, "error_model": "numpy"}
 _U = np.uintp
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)
+
+
+@intrinsic
+def blend_rows(typing, grid, at, row, plane, fx, fy, fz):
+    """Trilinear value (re, im) inside the cell whose lower corner is at float ``at`` of a grid with strides ``row`` and
+    ``plane``, for fractions fx, fy, fz.
+
+    The four floats of two x neighbours are one vector: numba does not find such vectors by itself. The operations and
+    their order are those of the plain formula, for each of the four, and so are the bits.
+    """
+
+    def generate(context, builder, signature, arguments):
+        flat, at, row, plane, fx, fy, fz = arguments
+        one, data = ir.Constant(fx.type, 1), context.make_array(signature.args[0])(context, builder, flat).data
+        four, two = ir.VectorType(fx.type, 4), ir.VectorType(fx.type, 2)
+
+        def spread(value, kind):
+            first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+            zeros = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
+            return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
+
+        def weighted(place, weight):
+            start = builder.bitcast(builder.gep(data, [place]), four.as_pointer())
+            return builder.fmul(spread(weight, four), builder.load(start, align=4))
+
+        gy, gz = builder.fsub(one, fy), builder.fsub(one, fz)
+        above = builder.add(at, plane)
+        value = weighted(at, builder.fmul(gz, gy))
+        value = builder.fadd(value, weighted(builder.add(at, row), builder.fmul(gz, fy)))
+        value = builder.fadd(value, weighted(above, builder.fmul(fz, gy)))
+        value = builder.fadd(value, weighted(builder.add(above, row), builder.fmul(fz, fy)))
+        none = ir.Constant(four, ir.Undefined)
+        low, high = (
+            builder.shuffle_vector(value, none, ir.Constant(ir.VectorType(ir.IntType(32), 2), places))
+            for places in ([0, 1], [2, 3])
+        )
+        result = builder.fadd(low, builder.fmul(spread(fx, two), builder.fsub(high, low)))
+        parts = [builder.extract_element(result, ir.Constant(ir.IntType(32), i)) for i in range(2)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    number, place = types.float32, types.uintp
+    return types.UniTuple(number, 2)(grid, place, place, place, number, number, number), generate
 
 
 @njit(inline="always")
@@ -29,30 +73,20 @@ def _sample(grid, row, plane, h, x, y, z):
     y += h
     z += h
     x0, y0, z0 = np.int32(x), np.int32(y), np.int32(z)
-    fx, fy, fz = x - np.float32(x0), y - np.float32(y0), z - np.float32(z0)
-    gy, gz = np.float32(1) - fy, np.float32(1) - fz
-    i = _U(z0) * plane + _U(y0) * row + _TWO * _U(x0)
-    j = i + row
-    k = i + plane
-    m = k + row
-    a, b, c, d = gz * gy, gz * fy, fz * gy, fz * fy
-    v0 = a * grid[i] + b * grid[j] + c * grid[k] + d * grid[m]
-    v1 = a * grid[i + _ONE] + b * grid[j + _ONE] + c * grid[k + _ONE] + d * grid[m + _ONE]
-    v2 = a * grid[i + _TWO] + b * grid[j + _TWO] + c * grid[k + _TWO] + d * grid[m + _TWO]
-    v3 = a * grid[i + _THREE] + b * grid[j + _THREE] + c * grid[k + _THREE] + d * grid[m + _THREE]
-    re = v0 + fx * (v2 - v0)
-    im = v1 + fx * (v3 - v1)
+    at = _U(z0) * plane + _U(y0) * row + _TWO * _U(x0)
+    re, im = blend_rows(grid, at, row, plane, x - np.float32(x0), y - np.float32(y0), z - np.float32(z0))
     if flip:
         im = -im
     return re, im
 
 
 @njit(parallel=True, **EXACT)
-def extract_slices(grid, rows, rotation, ky, kx, scale, out):
+def extract_slices(grid, rows, rotation, ky, kx, order, scale, out):
     """Trilinear central slices.
 
     grid: flat float32 view of (rows, rows, (rows+1)/2) complex64; rotation (J, 3, 3) float32; ky, kx (K,) float32;
-    scale: grid units per frequency unit; out (J, 2K) float32, pairs.
+    order (K,): in which coefficients are visited, neighbours together, since whole rings would leave the cache; scale:
+    grid units per frequency unit; out (J, 2K) float32, pairs.
     """
     row = _U(rows + 1)
     plane = row * _U(rows)
@@ -60,7 +94,8 @@ def extract_slices(grid, rows, rotation, ky, kx, scale, out):
     for j in prange(rotation.shape[0]):
         ax, ay, az = rotation[j, 0, 0] * scale, rotation[j, 0, 1] * scale, rotation[j, 0, 2] * scale
         bx, by, bz = rotation[j, 1, 0] * scale, rotation[j, 1, 1] * scale, rotation[j, 1, 2] * scale
-        for k in range(kx.shape[0]):
+        for n in range(order.shape[0]):
+            k = _U(order[n])
             u, v = kx[k], ky[k]
             re, im = _sample(grid, row, plane, h, u * ax + v * bx, u * ay + v * by, u * az + v * bz)
             out[j, _TWO * _U(k)] = re
@@ -249,60 +284,26 @@ def centre_and_weigh(data, ctf, ky, kx, shift, out, out_weight):
             out_weight[j, k] = w * w
 
 
-@njit(inline="always")
-def _lattice_sums(column, angle, spacing, norm, out, r):
-    """Finish the 3 x 3 shifts: column (rows, 6) holds, for three x shifts, the sums over kx of each ky (re, im)."""
-    reach = (column.shape[0] - 1) // 2
-    for s in range(3):
-        t0, t1, t2 = np.float32(0), np.float32(0), np.float32(0)
-        for c in range(column.shape[0]):
-            a = (angle + np.float32(s - 1) * spacing) * np.float32(c - reach)
-            p, q = np.cos(a), np.sin(a)
-            t0 += column[c, 0] * p - column[c, 3] * q
-            t1 += column[c, 1] * p - column[c, 4] * q
-            t2 += column[c, 2] * p - column[c, 5] * q
-        out[r, 3 * s] = t0 - np.float32(0.5) * norm
-        out[r, 3 * s + 1] = t1 - np.float32(0.5) * norm
-        out[r, 3 * s + 2] = t2 - np.float32(0.5) * norm
-
-
 @njit(parallel=True, **EXACT)
-def score_local(grid, rows, rotation, ky, kx, scale, particle, data, weight, shift, spacing, out):
-    """Log-likelihood (up to a constant of the particle) of R views with a 3 x 3 lattice of shifts each.
+def centre_and_scale(data, weight, particle, factor, ky, kx, shift, out, out_weight):
+    """The same for samples of a posterior, of images that are weighed already: row ``particle`` of data (B, 2K) times
+    factor times exp(i k.shift), and of weight (B, K) times factor.
 
-    Re sum_k conj(P_k) y_k exp(i k.s) - sum_k w_k |P_k|^2 / 2; the shift factor is separated into x and y, so that nine
-    shifts cost little more than one.
-
-    rotation (R, 3, 3); particle (R,) row of data (B, 2K) float32 pairs (2 x c / sigma^2) and weight (B, K) (2 c^2 /
-    sigma^2); shift (R, 2) centre of the lattice (x, y) in radians per frequency unit (2 pi s / D), spacing likewise;
-    out (R, 9), y slow.
+    particle (R,); factor (R,) float32; shift (R, 2) as above; out (R, 2K), out_weight (R, K).
     """
-    stride = _U(rows + 1)
-    plane = stride * _U(rows)
-    h = np.float32((rows - 1) // 2)
-    reach = int(np.max(np.abs(ky))) + 1
-    reach_x = int(np.max(kx)) + 1
-    for r in prange(rotation.shape[0]):
-        ax, ay, az = rotation[r, 0, 0] * scale, rotation[r, 0, 1] * scale, rotation[r, 0, 2] * scale
-        bx, by, bz = rotation[r, 1, 0] * scale, rotation[r, 1, 1] * scale, rotation[r, 1, 2] * scale
-        i = particle[r]
-        column = np.zeros((2 * reach + 1, 6), np.float32)
-        phase = np.empty((reach_x, 6), np.float32)
-        for c in range(reach_x):
-            for s in range(3):
-                a = (shift[r, 0] + np.float32(s - 1) * spacing) * np.float32(c)
-                phase[c, s], phase[c, 3 + s] = np.cos(a), np.sin(a)
-        norm = np.float32(0)
+    reach = int(np.max(np.abs(ky)))
+    reach_x = int(np.max(kx))
+    for r in prange(particle.shape[0]):
+        of_x = np.empty((2 * reach_x + 1, 2), np.float32)
+        of_y = np.empty((2 * reach + 1, 2), np.float32)
+        _powers(shift[r, 0], reach_x, of_x)
+        _powers(shift[r, 1], reach, of_y)
+        j, w = particle[r], factor[r]
         for k in range(kx.shape[0]):
-            u, v = kx[k], ky[k]
-            x, y, z = u * ax + v * bx, u * ay + v * by, u * az + v * bz
-            re, im = _sample(grid, stride, plane, h, x, y, z)
-            dr, di = data[i, _TWO * _U(k)], data[i, _TWO * _U(k) + _ONE]
-            norm += weight[i, k] * (re * re + im * im)
-            tr, ti = re * dr + im * di, re * di - im * dr
-            at, line = _U(np.int32(u)), _U(np.int32(v) + reach)
-            for s in range(3):
-                p, q = phase[at, _U(s)], phase[at, _U(3 + s)]
-                column[line, _U(s)] += tr * p - ti * q
-                column[line, _U(3 + s)] += tr * q + ti * p
-        _lattice_sums(column, shift[r, 1], spacing, norm, out, r)
+            c, line = _U(np.int32(kx[k]) + reach_x), _U(np.int32(ky[k]) + reach)
+            p = of_x[c, 0] * of_y[line, 0] - of_x[c, 1] * of_y[line, 1]
+            q = of_x[c, 1] * of_y[line, 0] + of_x[c, 0] * of_y[line, 1]
+            re, im = w * data[j, _TWO * _U(k)], w * data[j, _TWO * _U(k) + _ONE]
+            out[r, _TWO * _U(k)] = re * p - im * q
+            out[r, _TWO * _U(k) + _ONE] = re * q + im * p
+            out_weight[r, k] = w * weight[j, k]

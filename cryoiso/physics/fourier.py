@@ -8,7 +8,7 @@ coefficient.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +56,9 @@ def pad_volume(volume: Float[Tensor, "box box box"], box_px: int) -> Float[Tenso
     return torch.nn.functional.pad(volume, (lo, hi, lo, hi, lo, hi))
 
 
+PATCH_SIDE = 8
+
+
 @dataclass(frozen=True)
 class DiscTensors:
     """The arrays of a :class:`Disc` on a device."""
@@ -94,6 +97,23 @@ class Disc:
     @property
     def size(self) -> int:
         return len(self.flat)
+
+    @cached_property
+    def neighbours(self) -> Int[np.ndarray, " k"]:
+        """(K,) int64: the coefficients in an order that keeps neighbours together: one square of PATCH_SIDE^2 after the
+        other."""
+        ky, kx = self.ky.astype(np.int64), self.kx.astype(np.int64)
+        return np.lexsort((kx, ky, kx // PATCH_SIDE, ky // PATCH_SIDE)).astype(np.int64)
+
+    @cached_property
+    def patches(self) -> tuple[Int[np.ndarray, "patches members"], Float[np.ndarray, "patches 2 members"]]:
+        """The coefficients in that order, cut into patches of PATCH_SIDE^2: their places in the disc, -1 for none, and
+        their frequencies (kx, ky) float32, 0 for none."""
+        size = PATCH_SIDE**2
+        member = np.full(-(-self.size // size) * size, -1, np.int64)
+        member[: self.size] = self.neighbours
+        frequency = np.where(member >= 0, np.stack([self.kx[member], self.ky[member]]), 0).astype(np.float32)
+        return member.reshape(-1, size), frequency.reshape(2, -1, size).swapaxes(0, 1).copy()
 
     def gather(self, coefficients: Shaped[Tensor, "*batch box columns"]) -> Shaped[Tensor, "*batch k"]:
         """(..., D, D//2+1) -> (..., K)."""

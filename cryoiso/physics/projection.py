@@ -75,8 +75,9 @@ class FourierVolume:
         check_reach(rot, where, self.padding, self.grid.shape[0])
         out = torch.empty(len(rot), where.size, dtype=torch.complex64)
         _kernels.extract_slices(
-            flat_pairs(self.grid), self.grid.shape[0], rot, where.ky, where.kx, np.float32(self.padding), pairs(out)
-        )
+            flat_pairs(self.grid), self.grid.shape[0], rot, where.ky, where.kx, where.neighbours,
+            np.float32(self.padding), pairs(out),
+        )  # fmt: skip
         return out
 
     def slices_torch(self, rotation: Float[Tensor, "n 3 3"], where: Disc) -> Complex[Tensor, "n k"]:

@@ -42,7 +42,7 @@ from cryoiso.refine.model import Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.reference_shares import ReferenceShares
 from cryoiso.refine.schedule import State
-from cryoiso.refine.search import Given, Searcher, SearchPlan
+from cryoiso.refine.search import ARITHMETIC, Given, Searcher, SearchPlan
 from cryoiso.refine.search_cache import KeptSearches
 from cryoiso.refine.sums import HalfSums, gathered, reduced
 from cryoiso.refine.view_density import ViewCounts, ViewPrior, prior_of, view_grid
@@ -198,8 +198,8 @@ class Refinement:
         grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
         rest = replace(plan, rotations=torch.empty(0), shifts_px=torch.empty(0))
         identity = digest_of(
-            __version__, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
-            self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
+            __version__, ARITHMETIC, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES),
+            *grid, rest, self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
             model.intensity.scale, model.intensity.noise,
             *(model.views.get(half, np.zeros(0)) for half in HALVES),
         )  # fmt: skip

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from jaxtyping import Complex, Float, Int
 
 
+VIEWS_AT_ONCE = 32
+"""Views of one particle that the CPU kernel scores together: few enough for its sums to stay in the cache."""
+
+
 @dataclass(frozen=True)
 class Whitened:
     """A batch divided by the noise: the input of the likelihood."""
@@ -202,27 +206,42 @@ def local_scores(
 def _local_scores_numba(
     white: Whitened, volume: FourierVolume, particle: Tensor, rotation: Tensor, shift_px: Tensor, spacing_px: float
 ) -> Tensor:
-    from cryoiso.physics import _kernels
+    from cryoiso.physics import _patch_kernels
 
     out = torch.empty(len(particle), 9)
     unit = 2 * np.pi / white.where.box_px
     rot = np.ascontiguousarray(rotation.numpy(), np.float32)
     check_reach(rot, white.where, volume.padding, volume.grid.shape[0])
-    _kernels.score_local(
+    member, frequency = white.where.patches
+    angle = (spacing_px * unit) * frequency.astype(np.float64)
+    wave = np.stack([np.cos(angle), np.sin(angle)], 2).astype(np.float32)
+    rows = particle.numpy()
+    _patch_kernels.score_local(
         flat_pairs(volume.grid),
         volume.grid.shape[0],
         rot,
-        white.where.ky,
-        white.where.kx,
+        member,
+        frequency,
+        wave.reshape(len(member), -1),
         np.float32(volume.padding),
-        particle.numpy(),
+        runs(rows, VIEWS_AT_ONCE),
+        rows,
         pairs(white.data),
         white.weight.contiguous().numpy(),
-        (shift_px.numpy() * unit).astype(np.float32),
-        np.float32(spacing_px * unit),
+        shift_px.numpy().astype(np.float64) * unit,
+        np.abs(frequency).max(axis=(0, 2)).astype(np.int64),
         out.numpy(),
     )
     return out
+
+
+def runs(particle: Int[np.ndarray, " r"], longest: int | None = None) -> Int[np.ndarray, " bounds"]:
+    """First row of each run of equal numbers, and the end of the last; runs beyond ``longest`` are cut."""
+    starts = np.flatnonzero(np.diff(particle, prepend=-1))
+    ends = np.append(starts[1:], len(particle))
+    if longest is not None and len(starts):
+        starts = np.concatenate([np.arange(a, b, longest) for a, b in zip(starts, ends, strict=True)])
+    return np.append(starts, len(particle)).astype(np.int64)
 
 
 def lattice(spacing_px: float, device: str | torch.device = "cpu") -> Float[Tensor, "9 2"]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import Disc, disc
-from cryoiso.physics.projection import FourierVolume
+from cryoiso.physics.projection import FourierVolume, check_reach, flat_pairs, pairs
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.intensity import ImageTerms
-from cryoiso.refine.likelihood import Whitened, shift_factors, with_magnification
+from cryoiso.refine.likelihood import Whitened, runs, shift_factors, with_magnification
 from cryoiso.refine.noise import floored
 from cryoiso.refine.own_shares import without_own
 from cryoiso.refine.search import Posterior
@@ -24,6 +24,8 @@ from cryoiso.refine.search import Posterior
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+COEFFICIENTS_AT_ONCE = 2**23
+"""Largest number of coefficients prepared for back-projection at once, 12 B each."""
 NOISE_UNIT = 2.0**24
 """Residual power and coefficient counts are summed in fixed point of this unit, exact in any order."""
 
@@ -108,18 +110,13 @@ def accumulate_mixture(
     power = batch.coefficients.abs().square()
     means: list[tuple[Tensor, Tensor, Tensor]] = []
     for posterior, volume, accumulator in parts:
-        rows, weight = posterior.particle, posterior.weight[:, None]
-        if not len(rows):
+        if not len(posterior.particle):
             continue
-        back = shift_factors(batch.where, posterior.shift_px)
-        rotation = with_magnification(posterior.rotation, batch.magnification)
-        weight = weight * scale if scale != 1 else weight
-        accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
-        cross, norm = _model_terms(batch, posterior, volume, back, rotation)
-        change = _posterior_mean(batch, posterior, norm - 2 * cross)
-        power[:, : change.shape[1]] += change
+        _insert(batch, white, posterior, accumulator, scale)
+        cross, norm = model_terms(batch, posterior, volume)
+        power[:, : cross.shape[1]] += norm - 2 * cross
         if images is not None and images.wanted:
-            means.append(_terms_of_images(batch, white, posterior, images, cross, norm, _inside(batch, volume)))
+            means.append(_terms_of_images(batch, white, posterior, volume, images, cross, norm))
     noise.add(batch, power.clamp_(min=0))
     for cross_mean, norm_mean, own in means:
         if images is not None:
@@ -130,36 +127,93 @@ def accumulate_mixture(
 
 
 def _terms_of_images(
-    batch: Batch, white: Whitened, posterior: Posterior, images: ImageTerms, cross: Tensor, norm: Tensor, where: Disc
-) -> tuple[Tensor, Tensor, Tensor]:
+    batch: Batch, white: Whitened, posterior: Posterior, volume: FourierVolume, images: ImageTerms, cross: Tensor,
+    norm: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Posterior means of Re conj(M) x and |M|^2 against the reference without the image, and of the image's own share
     in it: (B, k) each, the last (B, 0) where it has none."""
     if images.own is None:
-        none = torch.zeros(len(batch), 0, device=cross.device)
-        return _posterior_mean(batch, posterior, cross), _posterior_mean(batch, posterior, norm), none
+        return cross, norm, torch.zeros(len(batch), 0, device=cross.device)
+    where = _inside(batch, volume)
     own = images.own(batch.rows, white, posterior, where)
     square = batch.coefficients[posterior.particle, : where.size].abs().square()
-    means = (_posterior_mean(batch, posterior, one) for one in (*without_own(cross, norm, square, own), own))
+    terms = (*without_own(*_sample_terms(batch, posterior, volume), square, own), own)
+    means = (_posterior_sum(batch, posterior, one) for one in terms)
     return next(means), next(means), next(means)
 
 
-def _model_terms(
-    batch: Batch, posterior: Posterior, volume: FourierVolume, back: Tensor, rotation: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Re conj(M) x and |M|^2 of every sample of the posterior, (R, k) each inside the reference's radius, with M = c P
+def _insert(batch: Batch, white: Whitened, posterior: Posterior, accumulator: SliceAccumulator, scale: float) -> None:
+    """Back-project the samples of a posterior, a bounded number of coefficients at a time."""
+    rotation = with_magnification(posterior.rotation, batch.magnification)
+    factor = posterior.weight * scale if scale != 1 else posterior.weight
+    step = max(1, COEFFICIENTS_AT_ONCE // batch.where.size)
+    for i in range(0, len(factor), step):
+        part = slice(i, i + step)
+        data, weight = weighed(batch.where, white, posterior.particle[part], posterior.shift_px[part], factor[part])
+        accumulator.insert(data, weight, rotation[part], batch.where)
+
+
+def weighed(where: Disc, white: Whitened, rows: Tensor, shift_px: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Data and weight (R, K) of these rows, shifted to the centre and times ``factor`` (R,)."""
+    if white.data.device.type != "cpu":
+        back = shift_factors(where, shift_px)
+        return white.data[rows] * back * factor[:, None], white.weight[rows] * factor[:, None]
+    from cryoiso.physics import _kernels
+
+    data = torch.empty(len(rows), where.size, dtype=torch.complex64)
+    weight = torch.empty(len(rows), where.size)
+    shift = shift_px.double().numpy() * (2 * np.pi / where.box_px)
+    _kernels.centre_and_scale(
+        pairs(white.data), white.weight.contiguous().numpy(), rows.numpy(), factor.float().numpy(), where.ky, where.kx,
+        shift, pairs(data), weight.numpy(),
+    )  # fmt: skip
+    return data, weight
+
+
+def model_terms(
+    batch: Batch, posterior: Posterior, volume: FourierVolume
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+    """Posterior sums of Re conj(M) x and |M|^2 of each image, (B, k) each inside the reference's radius, with M = c P
     exp(-2 pi i k.s/D)."""
+    if batch.ctf.device.type != "cpu":
+        return model_terms_torch(batch, posterior, volume)
+    from cryoiso.physics import _patch_kernels
+
+    where = _inside(batch, volume)
+    unit = 2 * np.pi / where.box_px
+    rotation = np.ascontiguousarray(with_magnification(posterior.rotation, batch.magnification).numpy(), np.float32)
+    check_reach(rotation, where, volume.padding, volume.grid.shape[0])
+    member, frequency = where.patches
+    rows = posterior.particle.numpy()
+    cross, norm = torch.zeros(len(batch), where.size), torch.zeros(len(batch), where.size)
+    _patch_kernels.model_terms(
+        flat_pairs(volume.grid), volume.grid.shape[0], rotation, member, frequency, np.float32(volume.padding),
+        runs(rows), rows, pairs(batch.coefficients), batch.ctf.contiguous().numpy(),
+        posterior.shift_px.double().numpy() * unit, posterior.weight.float().numpy(),
+        np.abs(frequency).max(axis=(0, 2)).astype(np.int64), cross.numpy(), norm.numpy(),
+    )  # fmt: skip
+    return cross, norm
+
+
+def model_terms_torch(batch: Batch, posterior: Posterior, volume: FourierVolume) -> tuple[Tensor, Tensor]:
+    """The plain torch version of the CPU kernel, for GPUs and as its reference."""
+    cross, norm = _sample_terms(batch, posterior, volume)
+    return _posterior_sum(batch, posterior, cross), _posterior_sum(batch, posterior, norm)
+
+
+def _sample_terms(batch: Batch, posterior: Posterior, volume: FourierVolume) -> tuple[Tensor, Tensor]:
+    """Re conj(M) x and |M|^2 of each sample of the posterior, (R, k) each inside the reference's radius."""
     inner, rows = _inside(batch, volume), posterior.particle
-    slices = volume.slices(rotation, inner)
-    k = inner.size
-    model = slices * batch.ctf[rows, :k]
-    cross = (model.conj() * batch.coefficients[rows, :k] * back[:, :k]).real
-    return cross, model.abs().square()
+    back = shift_factors(inner, posterior.shift_px)
+    slices = volume.slices(with_magnification(posterior.rotation, batch.magnification), inner)
+    model = slices * batch.ctf[rows, : inner.size]
+    return (model.conj() * batch.coefficients[rows, : inner.size] * back).real, model.abs().square()
 
 
-def _posterior_mean(batch: Batch, posterior: Posterior, values: Tensor) -> Tensor:
-    """(B, k) sums over each image's samples of values (R, k) times their weights."""
-    total = torch.zeros(len(batch), values.shape[1], device=values.device)
-    return total.index_add_(0, posterior.particle, posterior.weight[:, None] * values)
+def _posterior_sum(batch: Batch, posterior: Posterior, values: Tensor) -> Tensor:
+    """Sum of values (R, k) of the samples, times their weights, of each image: (B, k)."""
+    zero = torch.zeros(len(batch), values.shape[1], device=values.device)
+    return zero.index_add(0, posterior.particle, posterior.weight[:, None] * values)
 
 
 def _inside(batch: Batch, volume: FourierVolume) -> Disc:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 NEGLIGIBLE = 0.03
+ARITHMETIC = 2
+"""Number of the order of operations in the search: another one gives other last bits, and an interrupted iteration that
+was begun with another is searched again."""
 
 
 @dataclass(frozen=True)

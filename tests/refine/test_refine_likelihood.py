@@ -27,7 +27,7 @@ from cryoiso.physics.resample import resample_map
 from cryoiso.physics.simulation import SimulatedSource, make_particles, simulate
 from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
-from cryoiso.refine import references
+from cryoiso.refine import maximise, references
 from cryoiso.refine.batches import BatchReader
 from cryoiso.refine.initial_model import grey_scale, initial_model, mean_power
 from cryoiso.refine.iterate import Refinement
@@ -163,6 +163,55 @@ def with_m(rotation, batch):
     from cryoiso.refine.likelihood import with_magnification
 
     return with_magnification(rotation, batch.magnification)
+
+
+def test_views_are_scored_alike_whatever_their_company(source, reference):
+    """Same bits for a view alone and among forty of its particle, more than are scored at once."""
+    white = whiten(the_batch(source, 2), np.ones((1, BOX // 2 + 1)))
+    rows = torch.tensor([0] * 40 + [1] * 3)
+    rotation, shift = tensor(random_rotations(RNG, 43)), tensor(RNG.normal(0, 3, (43, 2))).round()
+    together = local_scores(white, reference, rows, rotation, shift, 0.5)
+    for r in (0, 31, 32, 39, 42):
+        part = slice(r, r + 1)
+        alone = local_scores(white, reference, rows[part], rotation[part], shift[part], 0.5)
+        np.testing.assert_array_equal(alone[0], together[r])
+    assert local_scores(white, reference, rows[:0], rotation[:0], shift[:0], 0.5).shape == (0, 9)
+
+
+@pytest.mark.parametrize("magnified_by", [None, 0.85])
+def test_terms_of_the_maximisation_agree_with_plain_torch(source, reference, magnified_by):
+    """Several views an image, none of image 5: kernels and torch differ by rounding alone."""
+    pixel_A = PIXEL_A if magnified_by is None else PIXEL_A * magnified_by
+    batch = the_batch(source, pixel_A=pixel_A, radius=15 if magnified_by is None else 12)
+    rows = torch.as_tensor(np.sort(RNG.choice([i for i in range(12) if i != 5], 30)))
+    n, one = len(rows), torch.ones(12)
+    rotation, shift, weight = tensor(random_rotations(RNG, n)), tensor(RNG.normal(0, 3, (n, 2))), tensor(RNG.random(n))
+    posterior = Posterior(rows, rotation, shift, weight, rotation, shift, one, one, one, one)
+    inner = FourierVolume.from_volume(reference.of, 2, 9)
+    for fast, plain in zip(
+        maximise.model_terms(batch, posterior, inner), maximise.model_terms_torch(batch, posterior, inner), strict=True
+    ):
+        assert fast.shape == plain.shape and fast.shape[1] < batch.where.size
+        assert float((fast - plain).abs().max()) < 1e-5 * float(plain.abs().max())
+        assert not fast[5].any() and float(plain.abs().max()) > 0
+    white = whiten(batch, np.ones((1, BOX // 2 + 1)))
+    data, weights = maximise.weighed(batch.where, white, rows, shift, weight)
+    expected = white.data[rows] * shift_factors(batch.where, shift) * weight[:, None]
+    assert float((data - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+    np.testing.assert_array_equal(weights, white.weight[rows] * weight[:, None])
+
+
+def test_back_projection_in_parts_has_the_same_bits(source, reference, monkeypatch):
+    batch = the_batch(source)
+    white = whiten(batch, np.ones((1, BOX // 2 + 1)))
+    grids = []
+    for most in (maximise.COEFFICIENTS_AT_ONCE, 1):
+        monkeypatch.setattr(maximise, "COEFFICIENTS_AT_ONCE", most)
+        accumulator = SliceAccumulator.empty(BOX)
+        accumulate(batch, white, true_posterior(source, np.arange(12)), reference, accumulator, NoiseSums.empty(1, 17))
+        grids.append(accumulator.grid.numpy())
+    np.testing.assert_array_equal(*grids)
+    assert grids[0].any()
 
 
 def test_the_lattice_runs_over_y_slowly():
