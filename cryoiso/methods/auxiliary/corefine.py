@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,7 @@ def co_refine(
     comm: Communicator,
     *,
     pooled: bool = False,
-    weight: float = 1.0,
+    weight: float | Literal["measured"] = 1.0,
 ) -> CoRefined:
     """Refines raw and auxiliary particles together (collective).
 
@@ -48,7 +48,8 @@ def co_refine(
         auxiliary: its particles carry the true poses that the images were made with.
         pooled: the auxiliaries join the optics groups of the raw particles, and one noise model serves both; else they
             have groups of their own, so that their noise is estimated apart.
-        weight: factor on the auxiliaries' weight in the references.
+        weight: factor on the auxiliaries' weight in the references; measured: by what the raw particles confirm of
+            ``request.homologue``.
 
     Raises:
         CryoisoError: the engine lost or reordered particles.
