@@ -16,7 +16,10 @@ class HomologueRecord(TypedDict):
 
     confirmed: bool
     deviation: float
+    """Correlation beyond the first reference, in standard deviations of noise."""
     first_shell: int
+    first_A: float
+    """Resolution of the first compared shell."""
     correlation: list[float]
     rho: list[float]
 

@@ -33,8 +33,9 @@ class AuxiliaryWeight:
         """
         self.request, self.comm = request, comm
         self.sphere, self.operations, self.fsc = sphere, operations, fsc
+        self.extent_A = request.reference.box_px * request.reference.pixel_size_A
         self.present = request.auxiliary is not None
-        self.measured = self.present and request.auxiliary_weight == "measured"
+        self.measured = request.auxiliary_weight == "measured"
         self.homologue: Confirmation | None = None
         """Of the first iteration; None before, and with a fixed factor."""
 
@@ -59,12 +60,12 @@ class AuxiliaryWeight:
     def weigh(self, model: Model, sums: HalfSums, agreed: Agreement) -> IterationRecord:
         """Set the factors before the sums are joined, and describe them for the record (collective)."""
         record = IterationRecord()
+        if self.measured and self.homologue is None:
+            self.homologue = self._measure(model, sums, agreed)
+            record["homologue"] = self.homologue.record(self.extent_A)
         if not self.present:
             return record
-        if self.measured:
-            if self.homologue is None:
-                self.homologue = self._measure(model, sums, agreed)
-                record["homologue"] = self.homologue.record()
+        if self.homologue is not None:
             sums.limit_precision(self.homologue.precision, agreed.wiener)
             record["auxiliary_factor"] = sums.mean_factor(self.comm)
         record["auxiliary_weight_share"] = sums.auxiliary_share(model.state.radius_px, self.comm)
@@ -79,5 +80,5 @@ class AuxiliaryWeight:
             covered=float(np.square(self.sphere).mean()),
         )  # fmt: skip
         if self.comm.rank == 0:
-            log_confirmation(found, given.box_px * given.pixel_size_A)
+            log_confirmation(found, self.extent_A)
         return found

@@ -79,12 +79,17 @@ class Confirmation:
         square = np.square(self.rho)
         return np.asarray(square / (1 - square))
 
-    def record(self) -> HomologueRecord:
-        """Plain values, from which ``of_record`` gives the same bits."""
+    def record(self, extent_A: float) -> HomologueRecord:
+        """Plain values, from which ``of_record`` gives the same bits.
+
+        Args:
+            extent_A: length of the box.
+        """
         return {
             "confirmed": self.confirmed,
             "deviation": self.deviation,
             "first_shell": self.first_shell,
+            "first_A": extent_A / self.first_shell,
             "correlation": self.correlation.tolist(),
             "rho": self.rho.tolist(),
         }

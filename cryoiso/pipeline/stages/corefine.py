@@ -79,6 +79,7 @@ def request_for(
 def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Raw and auxiliary particles together; raw ones alone are kept and reconstructed."""
     from cryoiso.methods.auxiliary.corefine import co_refine
+    from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 
     name, comm, job = f"corefine-{round_}", run.comm, run.job
     if is_settled(run, round_):
@@ -97,12 +98,21 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
         homologue=references_after(run, 0, with_micelle=False)[1],
         on_checkpoint=lambda record: run.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
-    section = job.auxiliary
+    section, record = job.auxiliary, None
+    if exported and section.weight == "measured":
+        record = homologue_evidence(request, comm)
+        if comm.rank == 0 and record["confirmed"]:
+            logger.warning(
+                "RELION cannot weigh auxiliary particles: they count in full, which biases poses towards the homologue"
+            )
     found = co_refine(
         engines.engine(job.refine.engine), request, auxiliary, comm,
         pooled=section.noise_group == "raw", weight=section.weight,
+        left_out=record is not None and not record["confirmed"],
     )  # fmt: skip
     facts = _facts(job, round_, before, found, known)
+    if record is not None:
+        facts["homologue"] = record
     _finish_round(run, inputs, sample, name, source, found.raw, facts)
     if section.post_command:
         on_root(comm, _post_process, run, round_)
