@@ -22,8 +22,10 @@ from test_refine_auxiliary import (
     together,
 )
 
+from cryoiso.core.protocols import RefineRequest, RefineResult
 from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
+from cryoiso.methods.auxiliary.corefine import co_refine
 from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 from cryoiso.metrics.fsc_curve import randomise_phases
 from cryoiso.parallel.context import Context
@@ -177,6 +179,22 @@ def test_the_identity_has_the_homologue_of_a_measured_weight(raw):
     request = replace(request_for(raw, None), auxiliary=flags, auxiliary_weight="measured")
     given = replace(request, homologue=replace(raw.truth, data=2 * raw.truth.data))
     assert of_request(request, 1.0)["auxiliary"] != of_request(given, 1.0)["auxiliary"]
+
+
+def test_an_engine_that_cannot_weigh_refines_the_raw_particles_alone(raw, made, tmp_path):
+    class Recorder:
+        name = "recorder"
+
+        def refine(self, request: RefineRequest, comm=None) -> RefineResult:
+            self.seen = request
+            p = request.source.particles
+            return RefineResult(p.with_poses(np.tile(np.eye(3), (len(p), 1, 1)), np.zeros((len(p), 2))), {})
+
+    engine = Recorder()
+    found = co_refine(engine, request_for(raw, tmp_path), made, Context(), left_out=True)
+    assert np.array_equal(engine.seen.source.particles.uid, raw.particles.uid) and engine.seen.auxiliary is None
+    assert np.array_equal(found.raw.rotation[7], np.eye(3))
+    assert found.auxiliary is made.particles
 
 
 # --- references between rounds
