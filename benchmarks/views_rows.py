@@ -50,8 +50,8 @@ class Row:
     reference: str = "homologue.mrc"
 
 
-def _auxiliary(generators: str) -> dict[str, dict[str, Any]]:
-    return {"auxiliary": {"generators": generators, "preset": "small", "steps": 300}}
+def _auxiliary(generators: str, weight: float | str = "measured") -> dict[str, dict[str, Any]]:
+    return {"auxiliary": {"generators": generators, "preset": "small", "steps": 300, "weight": weight}}
 
 
 ROWS: dict[str, Row] = {
@@ -68,10 +68,13 @@ ROWS: dict[str, Row] = {
     "oracle": Row(reference="signal_map.mrc"),
     "auxiliary white": Row("auxiliary", job=_auxiliary("white-noise")),
     "auxiliary coloured": Row("auxiliary", job=_auxiliary("coloured-noise")),
+    "auxiliary coloured, weight 1": Row("auxiliary", job=_auxiliary("coloured-noise", 1.0)),
     "auxiliary vae": Row("auxiliary", job=_auxiliary("per-half")),
-    "auxiliary vae before": Row("auxiliary", engine=BEFORE, job=_auxiliary("per-half")),
+    "auxiliary vae, weight 1": Row("auxiliary", job=_auxiliary("per-half", 1.0)),
+    "auxiliary vae before": Row("auxiliary", engine=BEFORE, job=_auxiliary("per-half", 1.0)),
     "realign": Row("realign"),
     "both": Row("both", job={**_auxiliary("per-half"), "correct": {"preset": "small"}}),
+    "both, weight 1": Row("both", job={**_auxiliary("per-half", 1.0), "correct": {"preset": "small"}}),
 }
 
 

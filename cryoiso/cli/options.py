@@ -12,7 +12,7 @@ import typer
 
 from cryoiso.core.config import Job, parse_job
 from cryoiso.core.errors import UsageError
-from cryoiso.core.sections.base import AutoOrPositive, choices_of, meaning_of, unit_and_limits
+from cryoiso.core.sections.base import NUMBER_OR_WORD, choices_of, meaning_of, unit_and_limits
 
 F = TypeVar("F", bound=Callable[..., Any])
 SUFFIXES = ("_A", "_deg", "_px")
@@ -165,7 +165,7 @@ def _typed(section: str, key: str) -> tuple[Any, Any]:
     """Type and default of a key as typer takes them: choices and numbers or a word are text (checked with the job), no
     list is None."""
     field = _model(section).model_fields[key]
-    if choices_of(_model(section), key) or field.annotation == get_args(AutoOrPositive)[0]:
+    if choices_of(_model(section), key) or field.annotation in NUMBER_OR_WORD:
         return str, field.default
     if get_origin(field.annotation) is list:
         return list[get_args(field.annotation)[0]] | None, None  # type: ignore[misc]

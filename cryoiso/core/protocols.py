@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -137,8 +137,11 @@ class RefineRequest:
     """Called after every iteration; None: references stay as the engine makes them."""
     auxiliary: Bool[np.ndarray, " n"] | None = None
     """(N,) bool: particles that are in the references but steer nothing, no part of any half-map; None: none."""
-    auxiliary_weight: float = 1.0
-    """Factor on the weight that these particles have in the references."""
+    auxiliary_weight: float | Literal["measured"] = 1.0
+    """Factor on the weight that these particles have in the references; measured: what the raw particles of the first
+    iteration confirm of ``homologue``."""
+    homologue: DensityMap | None = None
+    """The map that auxiliary particles come from, with nothing of the images in it; None: ``reference``."""
     judged: bool = False
     """Whether the caller has made sure that the images match the reference, of a larger set that they are part of;
     otherwise the native engine does."""

@@ -11,6 +11,19 @@ from typing import Any, TypedDict, TypeVar
 Curve = list[float | None]
 
 
+class HomologueRecord(TypedDict):
+    """How far the raw particles of a first iteration confirm the homologue; see ``refine.homologue.Confirmation``."""
+
+    confirmed: bool
+    deviation: float
+    """Correlation beyond the first reference, in standard deviations of noise."""
+    first_shell: int
+    first_A: float
+    """Resolution of the first compared shell."""
+    correlation: list[float]
+    rho: list[float]
+
+
 class IterationRecord(TypedDict, total=False):
     """One iteration of a refinement, in ``refine.json`` and in a checkpoint."""
 
@@ -30,6 +43,10 @@ class IterationRecord(TypedDict, total=False):
     log_likelihood: float
     auxiliary_weight_share: float
     """Of the references' weight; only with auxiliary particles."""
+    auxiliary_factor: list[float]
+    """By shell, on the weight of the auxiliary particles (mean of both half-sets); only where it was measured."""
+    homologue: HomologueRecord
+    """Of the first iteration; only where the weight of auxiliary particles is measured."""
     scale_sd: float
     """Standard deviation of the raw images' scales; only where they are estimated."""
     seconds: float

@@ -57,7 +57,10 @@ def _auxiliary(request: RefineRequest) -> Any:
     if request.auxiliary is None:
         return "none"
     uids = np.sort(request.source.particles.uid[request.auxiliary])
-    return {"uids": MARK + digest_of(uids), "weight": request.auxiliary_weight}
+    found = {"uids": MARK + digest_of(uids), "weight": request.auxiliary_weight}
+    if request.auxiliary_weight == "measured":
+        found["homologue"] = of_map(request.homologue)
+    return found
 
 
 def _volumes(source: Any) -> str:

@@ -30,6 +30,7 @@ from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine import offsets, references, schedule
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
+from cryoiso.refine.auxiliary_weight import AuxiliaryWeight
 from cryoiso.refine.batches import Batch, BatchReader, room_for_batches
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.identity import of_request
@@ -64,8 +65,6 @@ class Refinement:
         )  # fmt: skip
         self.raw = np.ones(len(self.particles), bool) if request.auxiliary is None else ~request.auxiliary
         """(N,) bool: the particles that steer the refinement and make its half-maps"""
-        self.kinds = (False,) if request.auxiliary is None else (False, True)
-        """Whether particles are auxiliary ones: their sums are apart."""
         self.operations = point_group(request.symmetry)
         order = self.settings.healpix_order
         if request.local_deg is None:
@@ -85,6 +84,7 @@ class Refinement:
         self.empty = np.zeros(0, np.int64)
         """shells up to it in which no image has power"""
         self.sphere = references.spherical(self.box, self.pixel, self.diameter)
+        self.auxiliaries = AuxiliaryWeight(request, comm, self.sphere, len(self.operations), self._fsc)
         self.cells = ViewPrior.of(np.zeros(len(view_grid())), device)
         support = self.sphere if request.mask is None else self.sphere * request.mask.data
         self.shares = ReferenceShares(request, diameter_A, limit, support, device)
@@ -148,13 +148,14 @@ class Refinement:
         """One iteration: expectation and sums of each half, reduction, new references."""
         started, state = time.monotonic(), model.state
         self.heed_empty(model.sigma2)
+        kinds = self.auxiliaries.begin(model)
         scale = weight_scale(model.sigma2 / model.intensity.largest_weight())
         plan, radius = self.plan(state), self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
         found: list[tuple[np.ndarray, np.ndarray]] = []
         images = ImageTerms(self.settings.scale, model.sigma2)
         junk = JunkSearch(self.cones if self.settings.junk else None, model.junk, plan, model.intensity)
-        sums = HalfSums(self.request.auxiliary_weight)
+        sums = self.auxiliaries.sums()
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
         for half in HALVES:
@@ -164,7 +165,7 @@ class Refinement:
             searcher = Searcher(plan, volume)
             prior = prior_of(model.views, half, self.request.symmetry, self.settings, self.device)
             images.own = self.shares.of(model, half)
-            for auxiliary in self.kinds:
+            for auxiliary in kinds:  # their sums are separate
                 searcher.views = None if auxiliary else prior  # auxiliaries are made even
                 junk.begin(None if auxiliary else model.references[half], self.pixel, volume)
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
@@ -189,6 +190,8 @@ class Refinement:
         intensity = images.estimate(model.intensity, self.particles, self.raw, self.comm)
         seconds = time.monotonic() - started
         new = self._maximise(model, sums, noise, intensity, counts, rotation, shift_px, columns, plan, seconds)
+        if self.auxiliaries.left_out and len(kinds) == 1:
+            new.keep_poses(model, ~self.raw)
         return replace(new, junk=junk.learned(rotation, self.raw))
 
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
@@ -213,8 +216,8 @@ class Refinement:
     def batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches) -> Iterator[Batch]:
         batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
-        lines = len(HALVES) * len(self.kinds)
-        board.expect(iteration, schedule.expected_iterations(iteration, self.settings), lines=lines)
+        searched = 1 if self.raw.all() or self.auxiliaries.left_out else 2
+        board.expect(iteration, schedule.expected_iterations(iteration, self.settings), lines=len(HALVES) * searched)
         label = f"iteration {iteration + 1}, half {half}" + (", auxiliary particles" if auxiliary else "")
         line = ProgressLine(label, most, active=self.comm.rank == 0)
         read = self.reader.in_order(batches, max(keep, radius))
@@ -243,10 +246,10 @@ class Refinement:
         comm, state = self.comm, model.state
         raw = self.half_maps(sums.raw)
         agreed = self.compare_halves(sums.raw, raw, state)
-        share = sums.auxiliary_share(state.radius_px, comm) if len(self.kinds) > 1 else None
+        weighed = self.auxiliaries.weigh(model, sums, agreed)
         whole = sums.joined()
         everything = raw
-        if share is not None and self.request.correction is not None:
+        if "auxiliary_weight_share" in weighed and self.request.correction is not None:
             everything = self.half_maps(whole)
         self._join_halves(whole, state)
         resolution = self.resolution_A(agreed.plain)
@@ -284,8 +287,7 @@ class Refinement:
         }
         if self.settings.scale != "none":
             record["scale_sd"] = float(intensity.scale[self.raw].std())
-        if share is not None:
-            record["auxiliary_weight_share"] = share
+        record |= weighed
         if comm.rank == 0:
             self._report(record, at_limit, advanced.done)
         if self.request.correction is not None:

@@ -15,7 +15,7 @@ def log_iteration(record: IterationRecord) -> None:
         record["resolution_weighted_A"], record["cfar"] or 0.0, record["step_deg"], record["changes_deg"],
         record["max_probability_mean"],
     )  # fmt: skip
-    if "auxiliary_weight_share" in record:
+    if record.get("auxiliary_weight_share"):
         logger.info("auxiliary particles hold %.0f %% of the references' weight",
                     100 * record["auxiliary_weight_share"])  # fmt: skip
     if "scale_sd" in record:

@@ -14,7 +14,7 @@ from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Posterior
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Shaped
+    from jaxtyping import Bool, Float, Shaped
 
 BEST = ("",) * 11 + (
     "rlnLogLikeliContribution", "cryoisoPoseEntropy", "rlnMaxValueProbDistribution", "cryoisoPoseSpread",
@@ -49,6 +49,13 @@ class Model:
     junk: JunkPrior | None = None
     """State of the search for images without a particle; None: not searched for, or before the first iteration."""
     history: list[IterationRecord] = field(default_factory=list)
+
+    def keep_poses(self, before: Model, rows: Bool[np.ndarray, " n"]) -> None:
+        """Give these rows (N,) the poses and results that they had before, in place."""
+        self.rotation[rows], self.shift_A[rows] = before.rotation[rows], before.shift_A[rows]
+        for name, values in self.columns.items():
+            if name in before.columns:
+                values[rows] = before.columns[name][rows]
 
 
 def best_of(posterior: Posterior) -> Float[np.ndarray, "n 15"]:

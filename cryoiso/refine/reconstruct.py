@@ -87,6 +87,7 @@ def reconstruct_references(
     device: str = "cpu",
     diameter_A: float | None = None,
     prior: dict[int, DensityMap] | None = None,
+    precision: Float[np.ndarray, " _"] | None = None,
     pixel_size_A: float | None = None,
 ) -> tuple[dict[int, DensityMap], dict[int, DensityMap], Float[np.ndarray, " shells"]]:
     """Half-maps twice: as they are, and regularised by the half-map FSC as references are (collective).
@@ -98,6 +99,8 @@ def reconstruct_references(
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
         prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
             scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
+        precision: of that prior by shell, in units of 1/tau^2 (``homologue.Confirmation.precision``), beside a prior
+            without a map; zero beyond its end. None: a prior about the map alone, with variance tau^2.
         comm, pixel_size_A: as ``reconstruct_halves``.
 
     Returns:
@@ -121,18 +124,27 @@ def reconstruct_references(
 
     agreed = agreement(sums, plain, curve_of, comm)
     priors = {h: None if prior is None else prior[h].data for h in HALVES}
-    damped = on_every_rank({h: _regularised(s, agreed, h, priors[h]) * sphere for h, s in sums.items()}, comm)
+    damped = on_every_rank(
+        {h: _regularised(s, agreed, h, priors[h], precision) * sphere for h, s in sums.items()}, comm
+    )
     as_maps = [{h: DensityMap(m[h], pixel) for h in HALVES} for m in (plain, damped)]
     return as_maps[0], as_maps[1], agreed.plain
 
 
-def _regularised(sums: FourierSums, agreed: Agreement, half: int, prior: np.ndarray | None) -> np.ndarray:
+def _regularised(
+    sums: FourierSums, agreed: Agreement, half: int, prior: np.ndarray | None, precision: np.ndarray | None
+) -> np.ndarray:
     wiener = agreed.wiener[half]
-    if prior is None:
+    if prior is None or (precision is not None and not precision.any()):
         return as_map(sums.reconstruct(wiener))
     known = torch.from_numpy(np.ascontiguousarray(prior, np.float32)).to(sums.weight.device)
     scale = _prior_scale(sums, known, agreed.plain)
-    return as_map(sums.completed(known * scale, wiener).reconstruct(torch.zeros_like(wiener)))
+    if precision is None:
+        return as_map(sums.completed(known * scale, wiener).reconstruct(torch.zeros_like(wiener)))
+    believed = torch.zeros_like(wiener)
+    measured = torch.as_tensor(precision[: len(wiener)]).to(wiener)
+    believed[: len(measured)] = measured * wiener[: len(measured)]
+    return as_map(sums.completed(known * scale, believed).reconstruct(wiener))
 
 
 def _prior_scale(sums: FourierSums, prior: torch.Tensor, curve: np.ndarray) -> float:

@@ -49,24 +49,49 @@ class HalfSums:
     """Sums by half-set, for the halves of which this rank is root."""
 
     auxiliary_weight: float = 1.0
-    """Factor on the sums of the auxiliary particles when they join the raw ones."""
+    """Factor on the sums of the auxiliary particles when they join the raw ones, where ``factors`` has none."""
     raw: dict[int, FourierSums] = field(default_factory=dict)
     auxiliary: dict[int, FourierSums] = field(default_factory=dict)
     """Empty without auxiliary particles."""
+    factors: dict[int, Float[torch.Tensor, " shells"]] = field(default_factory=dict)
+    """Half -> (radius+1,) factor by shell, in place of the weight."""
 
     def put(self, half: int, auxiliary: bool, sums: FourierSums | None) -> None:
         if sums is not None:
             (self.auxiliary if auxiliary else self.raw)[half] = sums
 
+    def limit_precision(
+        self, precision: Float[np.ndarray, " shells"], wiener: dict[int, Float[torch.Tensor, " shells"]]
+    ) -> None:
+        """Limit the mean weight of the auxiliary particles in each shell to ``precision`` in units of 1 / tau^2.
+
+        Args:
+            wiener: half -> 1 / tau^2 in units of the weight.
+        """
+        for half, made in self.auxiliary.items():
+            own = made.shell_mean_weight()[: made.radius_px + 1].double().clamp(min=1e-30)
+            believed = torch.zeros_like(own)
+            known = torch.as_tensor(precision[: len(own)]).to(own)
+            believed[: len(known)] = known
+            self.factors[half] = (believed * wiener[half].to(own)[: len(own)] / own).clamp(max=1.0).float()
+
+    def factor(self, half: int) -> Float[torch.Tensor, " shells"]:
+        """(radius+1,) factor on the sums of a half's auxiliary particles."""
+        given = self.factors.get(half)
+        return torch.full((self.raw[half].radius_px + 1,), self.auxiliary_weight) if given is None else given
+
     def joined(self) -> dict[int, FourierSums]:
         """Half -> raw sums plus weight times those of the auxiliary particles, which are overwritten to save memory.
         Without auxiliary particles the raw sums themselves."""
         for half, made in self.auxiliary.items():
+            factor: float | torch.Tensor = self.auxiliary_weight
+            if half in self.factors:
+                factor = self.factors[half][made.shells().clamp(max=made.radius_px)]
             for target, own in (
                 (made.numerator, self.raw[half].numerator),
                 (made.weight, self.raw[half].weight),
             ):
-                target.mul_(self.auxiliary_weight).add_(own)
+                target.mul_(factor).add_(own)
         return self.auxiliary or self.raw
 
     def auxiliary_share(self, radius_px: int, comm: Communicator) -> float:
@@ -75,17 +100,27 @@ class HalfSums:
         shell = np.arange(radius_px + 1, dtype=np.float64)
         totals = np.zeros(2)
         for half in HALVES:
-            mine = None
-            if half in self.raw:
-                parts = (self.raw, self.auxiliary)
-                mine = [
-                    # a shell has voxels in proportion to its area
-                    float(shell[1:] ** 2 @ sums[half].shell_mean_weight()[1 : radius_px + 1].cpu().numpy())
-                    for sums in parts
-                ]
+            mine = [0.0, 0.0]
+            if half in self.raw and self.auxiliary:
+                own, made = (
+                    sums[half].shell_mean_weight()[1 : radius_px + 1].cpu().numpy()
+                    for sums in (self.raw, self.auxiliary)
+                )
+                # a shell has voxels in proportion to its area
+                mine = [float(shell[1:] ** 2 @ own)]
+                if half in self.factors:
+                    mine.append(float(shell[1:] ** 2 @ (made * self.factors[half][1 : radius_px + 1].cpu().numpy())))
+                else:
+                    mine.append(self.auxiliary_weight * float(shell[1:] ** 2 @ made))
             totals += np.array(comm.bcast(mine, root_of_half(half, comm.size)))
-        made = self.auxiliary_weight * totals[1]
-        return float(made / (totals[0] + made))
+        return float(totals[1] / totals.sum()) if totals[1] > 0 else 0.0
+
+    def mean_factor(self, comm: Communicator) -> list[float]:
+        """(radius+1,) mean of both half-sets' factors (collective)."""
+        own = {half: self.factor(half).cpu().numpy().astype(np.float64) for half in self.raw}
+        found = [comm.bcast(own.get(half), root_of_half(half, comm.size)) for half in HALVES]
+        mean: list[float] = ((found[0] + found[1]) / 2).tolist()
+        return mean
 
 
 def gathered(

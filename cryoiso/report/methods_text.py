@@ -188,7 +188,14 @@ def _auxiliary(data: ReportData, cite: Citations) -> str:
     text += "together with the particles" + (", each round anew" if len(rounds) > 1 else "")
     text += ", and then discarded: no auxiliary image entered any of the maps."
     share = number(last["corefine"], "auxiliary_weight_share")
-    if share is not None:
+    homologue = section(last["corefine"], "homologue")
+    if homologue:
+        text += (
+            " Their weight was measured: by shell, at most what the particles alone confirmed of the homologue beyond "
+        )
+        text += "the resolution of the first reference"
+        text += "." if homologue.get("confirmed") else ", which was nothing, so they were left out of the references."
+    if share:
         text += (
             f" They held {percent(share)} of the weight in the references at the end; half-maps, FSC, signal power and "
         )

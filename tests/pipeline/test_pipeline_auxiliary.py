@@ -57,6 +57,10 @@ def test_stages_are_numbered_and_leave_what_the_next_ones_need(finished):
     assert generate["counts"] == {"1": 30, "2": 30} and "kl_nats" in generate["statistics"]
     assert {h: t["images"] for h, t in generate["transfer"]["halves"].items()} == {"1": 30, "2": 30}
     assert corefine["raw"] == corefine["auxiliary"] == 60 and not corefine["settled"]
+    homologue, factor = corefine["homologue"], corefine["auxiliary_factor"]
+    assert len(homologue["rho"]) > homologue["first_shell"] > 2 and homologue["confirmed"] == any(homologue["rho"])
+    assert any(factor) == homologue["confirmed"] == (corefine["auxiliary_weight_share"] > 0)
+    assert facts(finished, "local")["homologue"] == facts(finished, "corefine-2")["homologue"]
     assert facts(finished, "local")["kept"] + facts(finished, "local")["dropped"] == 60
     assert not list(finished.rglob("checkpoint/state*")) or not list(finished.glob("*_train-*/half*"))
     assert (finished / "report.html").read_text().count("auxiliary") > 3

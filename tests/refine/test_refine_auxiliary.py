@@ -179,7 +179,8 @@ def together_on(comm, folder: Path) -> None:
     few = raw_set(60)
     batches.BATCH_IMAGES = 16
     folder.mkdir(exist_ok=True)
-    co_refine(NativeEngine(), request_for(few, folder, **ONCE), auxiliaries_of(few, few.truth, 20), comm)
+    made = auxiliaries_of(few, few.truth, 20)
+    co_refine(NativeEngine(), request_for(few, folder, **ONCE), made, comm, weight="measured")
 
 
 @pytest.mark.mpi

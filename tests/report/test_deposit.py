@@ -275,6 +275,10 @@ def test_auxiliary_particles_are_told_with_their_numbers():
     assert "at most 3 of a direction in each half-set" in text and "of the weight" not in text
     weighed = {"rounds": [{**ROUND, "corefine": {**ROUND["corefine"], "auxiliary_weight_share": 0.8}}]}
     assert "held 80.0 % of the weight in the references" in methods(facts("auxiliary", auxiliary=weighed))
+    for confirmed, words in ((True, "first reference."), (False, "which was nothing, so they were left out")):
+        found = {"homologue": {"confirmed": confirmed, "rho": []}, "auxiliary_weight_share": 0.0}
+        measured = {"rounds": [{**ROUND, "corefine": {**ROUND["corefine"], **found}}]}
+        assert words in methods(facts("auxiliary", auxiliary=measured))
     assert "gold standard" not in text and "Zhang, H." in text and references(text)
     shared = facts("auxiliary", **DONE, job={"auxiliary_generators": "shared"})
     assert "no gold standard" in methods(shared) and "trained on both half-sets" in methods(shared)

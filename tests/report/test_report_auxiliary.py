@@ -156,6 +156,7 @@ def write_round(folder, rng, number: int, first_stage: int, world) -> None:
         "resolution_A": 9.0 - number,
         "auxiliary_error_deg": 2.5,
         "auxiliary_weight_share": 0.8,
+        "homologue": {"confirmed": number == 2, "deviation": 2.0 + number, "first_A": 24.0, "rho": [0.0, 0.7, 0.6]},
         "views": {"cells_per_ring": before.pop("cells"), "before": before, "after": after},
         "settled": number == 2,
     }
@@ -239,6 +240,8 @@ def test_sentences_say_before_and_after(run_folder, world, unrendered):
     off = 100 * (math.exp(statistics["finer"]["largest"]) - 1)
     assert f"off by {off:+.1f} % at most in any shell beyond 20 Å" in joined
     assert "that they were made from: 0.88 at 30 Å, 0.85 at 20 Å, 0.82 at 15 Å (1: all" in joined
+    assert "In round 1 the raw particles did not confirm the homologue (beyond 24 Å, 3.0 standard deviations" in joined
+    assert "In round 2 the raw particles alone confirmed the homologue" in joined and "at least 0.70)" in joined
     assert "keeps 300 of 400 particles (at most 9 of a half-set from each of 60 directions)" in joined
 
 
@@ -255,6 +258,7 @@ def test_the_table_has_a_column_before(run_folder, world, unrendered):
     assert rows["Auxiliary particles, round 2", "raw particles refined with them"]["value"] == N
     assert rows["Auxiliary particles, round 1", "resolution"]["value"] == 8.0
     assert rows["Auxiliary particles, round 1", "weight of the auxiliaries in the references"]["value"] == 80
+    assert rows["Auxiliary particles, round 2", "homologue in the raw particles, above noise"]["value"] == 4.0
     assert rows["Balanced subset", "particles dropped"]["value"] == 100
     row = rows["Auxiliary particles, round 2", "transfer of the generator at 20 Å"]
     assert row["value"] == pytest.approx(0.85, abs=0.002)

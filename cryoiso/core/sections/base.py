@@ -20,20 +20,39 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
-def _auto_or_positive(value: Any) -> Any:
-    """A number above 0, or the word."""
-    if value == "auto":
-        return value
+def _number(value: Any) -> float:
+    """The finite number that a value or its text is, NaN for anything else."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) and number > 0):
+    return number if math.isfinite(number) else math.nan
+
+
+def _auto_or_positive(value: Any) -> Any:
+    """A number above 0, or the word."""
+    if value == "auto":
+        return value
+    number = _number(value)
+    if not number > 0:
         raise PydanticCustomError("auto_or_positive", "Input should be 'auto' or a finite number above 0")
     return number
 
 
+def _measured_or_weight(value: Any) -> Any:
+    """A number of 0 or more, or the word."""
+    if value == "measured":
+        return value
+    number = _number(value)
+    if not number >= 0:
+        raise PydanticCustomError("measured_or_weight", "Input should be 'measured' or a finite number, 0 or more")
+    return number
+
+
 AutoOrPositive = Annotated[float | Literal["auto"], BeforeValidator(_auto_or_positive)]
+MeasuredOrWeight = Annotated[float | Literal["measured"], BeforeValidator(_measured_or_weight)]
+NUMBER_OR_WORD = tuple(get_args(kind)[0] for kind in (AutoOrPositive, MeasuredOrWeight))
+"""Annotations of keys that take a number or a word."""
 
 
 def unit_of(key: str) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from cryoiso.core.sections.base import Section
+from cryoiso.core.sections.base import MeasuredOrWeight, Section
 
 
 class AuxiliarySection(Section):
@@ -53,11 +53,11 @@ class AuxiliarySection(Section):
         description="own: auxiliary particles have their own optics groups and noise spectra; raw: they share those of "
         "the raw particles, as published (meant for temperature 1)",
     )
-    weight: float = Field(
-        1.0,
-        ge=0,
-        description="factor on the weight of auxiliary particles in the references (native engine); they never count "
-        "for resolution, signal power or convergence",
+    weight: MeasuredOrWeight = Field(
+        "measured",
+        description="weight of auxiliary particles in the references (native engine); measured: by shell, at most what "
+        "the raw particles alone confirm of the homologue, and none where they do not; a number: factor on their own "
+        "weight (1: as published). They never count for resolution, signal power or convergence",
     )
     rounds: int = Field(2, ge=1, le=9, description="largest number of rounds of training, generation and co-refinement")
     settle_deg: float = Field(

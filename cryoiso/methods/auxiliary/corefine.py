@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,7 +34,8 @@ def co_refine(
     comm: Communicator,
     *,
     pooled: bool = False,
-    weight: float = 1.0,
+    weight: float | Literal["measured"] = 1.0,
+    left_out: bool = False,
 ) -> CoRefined:
     """Refines raw and auxiliary particles together (collective).
 
@@ -48,26 +49,32 @@ def co_refine(
         auxiliary: its particles carry the true poses that the images were made with.
         pooled: the auxiliaries join the optics groups of the raw particles, and one noise model serves both; else they
             have groups of their own, so that their noise is estimated apart.
-        weight: factor on the auxiliaries' weight in the references.
+        weight: factor on the auxiliaries' weight in the references; measured: by what the raw particles confirm of
+            ``request.homologue``.
+        left_out: refine the raw particles alone; the auxiliaries keep their poses. For engines that cannot weigh.
 
     Raises:
         CryoisoError: the engine lost or reordered particles.
         InputError: ``pooled``, and the optics groups of both are not the same.
     """
     raw = request.source
+    if left_out:
+        result = engine.refine(replace(request, source=_without_views(raw, False)), comm)
+        return CoRefined(_returned(engine, raw, result), auxiliary.particles, result)
     joined = JoinedSource(_without_views(raw, False), _without_views(auxiliary, True), pooled=pooled)
     flags = np.arange(len(joined.particles)) >= len(raw.particles)
     result = engine.refine(replace(request, source=joined, auxiliary=flags, auxiliary_weight=weight), comm)
+    return CoRefined(_returned(engine, raw, result), _returned(engine, auxiliary, result), result)
+
+
+def _returned(engine: Engine, source: ImageSource, result: RefineResult) -> Particles:
+    """The source's particles, row for row, with the poses and results that the engine returned."""
     place = np.argsort(result.particles.uid, kind="stable")
     found = result.particles.uid[place]
-    parts = []
-    for source in (raw, auxiliary):
-        where = np.searchsorted(found, source.particles.uid)
-        if (where >= len(found)).any() or (found[where] != source.particles.uid).any():
-            raise CryoisoError(f"the engine '{engine.name}' did not return all particles", code="relion-particles-lost")
-        mine = result.particles.take(place[where])
-        parts.append(_with_results(source.particles, mine))
-    return CoRefined(parts[0], parts[1], result)
+    where = np.searchsorted(found, source.particles.uid)
+    if (where >= len(found)).any() or (found[where] != source.particles.uid).any():
+        raise CryoisoError(f"the engine '{engine.name}' did not return all particles", code="relion-particles-lost")
+    return _with_results(source.particles, result.particles.take(place[where]))
 
 
 class _WithoutViews:

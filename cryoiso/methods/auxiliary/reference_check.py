@@ -1,12 +1,16 @@
-"""Tests whether the raw images correlate with the reference above chance, before anything is made from it.
+"""Tests whether the raw images correlate with the reference above chance, before anything is made from it, and how far
+they confirm the homologue.
 
 For engines other than the native one, which asks by itself, and for sets of which only a part is refined.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cryoiso.core.protocols import Communicator, RefineRequest
-from cryoiso.refine.initial_model import Match, first_state, match, mean_power, require_match
+from cryoiso.core.records import HomologueRecord
+from cryoiso.refine.initial_model import Match, first_state, initial_model, match, mean_power, require_match
 from cryoiso.refine.iterate import Refinement
 
 
@@ -21,10 +25,28 @@ def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
     Raises:
         InputError: they do not correlate beyond chance, or do so with the opposite sign.
     """
-    diameter_A = request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
-    run = Refinement(request, comm, comm.device(), diameter_A)
+    run = _refinement(request, comm)
     references = run.first_references(request.lowpass_A)
     sigma2 = mean_power(run)
     found = match(run, references, sigma2, first_state(run, request.lowpass_A))
     require_match(found)
     return found
+
+
+def homologue_evidence(request: RefineRequest, comm: Communicator) -> HomologueRecord:
+    """How far the raw images alone confirm the homologue: one native iteration of them (collective).
+
+    Args:
+        request: as for a refinement of the raw particles, with the homologue.
+
+    Raises:
+        InputError: as ``require_evidence``.
+    """
+    alone = replace(request, auxiliary_weight="measured", folder=None, correction=None)  # type: ignore[arg-type]
+    run = _refinement(alone, comm)
+    return run.step(initial_model(run, request.lowpass_A)).history[0]["homologue"]
+
+
+def _refinement(request: RefineRequest, comm: Communicator) -> Refinement:
+    diameter_A = request.diameter_A or 0.9 * request.source.box_px * request.reference.pixel_size_A
+    return Refinement(request, comm, comm.device(), diameter_A)

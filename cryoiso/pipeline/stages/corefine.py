@@ -20,6 +20,7 @@ import numpy as np
 from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
@@ -78,6 +79,7 @@ def request_for(
 def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Raw and auxiliary particles together; raw ones alone are kept and reconstructed."""
     from cryoiso.methods.auxiliary.corefine import co_refine
+    from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 
     name, comm, job = f"corefine-{round_}", run.comm, run.job
     if is_settled(run, round_):
@@ -93,14 +95,24 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
     request = request_for(
         run, sample, engine_folder(run, name), source, references_after(run, round_ - 1),
         lowpass_A=job.reference.lowpass_A, correction=engines.correction(job), resume=resume,
+        homologue=references_after(run, 0, with_micelle=False)[1],
         on_checkpoint=lambda record: run.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
-    section = job.auxiliary
+    section, record = job.auxiliary, None
+    if exported and section.weight == "measured":
+        record = homologue_evidence(request, comm)
+        if comm.rank == 0 and record["confirmed"]:
+            logger.warning(
+                "RELION cannot weigh auxiliary particles: they count in full, which biases poses towards the homologue"
+            )
     found = co_refine(
         engines.engine(job.refine.engine), request, auxiliary, comm,
         pooled=section.noise_group == "raw", weight=section.weight,
+        left_out=record is not None and not record["confirmed"],
     )  # fmt: skip
     facts = _facts(job, round_, before, found, known)
+    if record is not None:
+        facts["homologue"] = record
     _finish_round(run, inputs, sample, name, source, found.raw, facts)
     if section.post_command:
         on_root(comm, _post_process, run, round_)
@@ -132,11 +144,20 @@ def _facts(job: Job, round_: int, before: Particles, found: Any, known: Particle
         "auxiliary": len(found.auxiliary),
         "moved": moved,
         "resolution_A": found.result.resolution_A,
-        "auxiliary_weight_share": (found.result.iterations or [{}])[-1].get("auxiliary_weight_share"),
+        **_weight_facts(found.result.iterations),
         "auxiliary_error_deg": movement(known, found.auxiliary, symmetry)["median_deg"],
         "views": views,
         "settled": bool(moved["upper_quartile_deg"] < job.auxiliary.settle_deg),
     }
+
+
+def _weight_facts(iterations: list[IterationRecord]) -> dict[str, Any]:
+    """What the auxiliary particles weighed at the end, and why; None where the engine does not say."""
+    last = iterations[-1] if iterations else IterationRecord()
+    facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share")}
+    if iterations and "homologue" in iterations[0]:
+        facts |= {"homologue": iterations[0]["homologue"], "auxiliary_factor": last.get("auxiliary_factor")}
+    return facts
 
 
 def _finish_round(
@@ -156,10 +177,11 @@ def _finish_round(
         posed: all raw particles, where those are a subset.
     """
     comm, folder, job = run.comm, run.folder.stage(name), run.job
-    prior = references_after(run, 0)
+    prior, confirmed = references_after(run, 0), facts.get("homologue")
     plain, damped, curve = engines.reference_reconstructor()(
         source, raw, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding, device=comm.device(),
         diameter_A=sample.diameter_A, prior=prior, pixel_size_A=prior[1].pixel_size_A,
+        precision=None if confirmed is None else engines.confirmed_precision(confirmed),
     )  # fmt: skip
 
     def write() -> None:
@@ -209,8 +231,15 @@ def local(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     refined = _merged(posed, result.particles, balanced.keep)
     moved = movement(posed.take(balanced.keep), refined.take(balanced.keep), job.sample.symmetry)
     facts = {**balanced.facts(posed), "resolution_A": result.resolution_A, "moved": moved}
+    facts |= on_root(comm, _confirmed_in, run, rounds)
     kept = SubsetSource(source, balanced.keep)
     _finish_round(run, inputs, sample, "local", kept, refined.take(balanced.keep), facts, refined)
+
+
+def _confirmed_in(run: RunContext, round_: int) -> dict[str, Any]:
+    """What a round found of the homologue; empty where it was not asked (reads a file)."""
+    facts = json.loads((run.folder.stage(f"corefine-{round_}") / products.facts("corefine")).read_text())
+    return {name: facts[name] for name in ("homologue",) if name in facts}
 
 
 def _start_resolution(run: RunContext, inputs: Inputs, rounds: int) -> float:

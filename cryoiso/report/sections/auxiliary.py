@@ -17,7 +17,7 @@ from cryoiso.io.regular_file import open_regular
 from cryoiso.report.canvas import values_of
 from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, stage_folder
-from cryoiso.report.text import percent
+from cryoiso.report.text import number, numbers_of, percent
 
 _FILES = (
     ("train", "train", products.facts("train")),
@@ -43,10 +43,10 @@ def collect_rounds(folder: Path) -> dict[str, Any]:
         InputError: a file that is not what its name says.
     """
     rounds: list[dict[str, Any]] = []
-    for number in round_numbers(folder):
-        parts = {key: read_json(stage_folder(folder, f"{stage}-{number}") / name) for key, stage, name in _FILES}
+    for round_ in round_numbers(folder):
+        parts = {key: read_json(stage_folder(folder, f"{stage}-{round_}") / name) for key, stage, name in _FILES}
         if any(parts.values()):
-            rounds.append({"round": number, **parts})
+            rounds.append({"round": round_, **parts})
     local = read_json(stage_folder(folder, "local") / products.facts("local"))
     return {"rounds": rounds, "local": local} if rounds or local else {}
 
@@ -145,7 +145,7 @@ def sentences(data: ReportData) -> list[str]:
     ]
     if moved:
         result.append(f"Particles moved by more than 20°: {', '.join(moved)}.")
-    result += [*_alike(parts["rounds"]), *_passed_on(parts["rounds"])]
+    result += [*_confirmed(parts["rounds"]), *_alike(parts["rounds"]), *_passed_on(parts["rounds"])]
     local = parts.get("local") or {}
     if local.get("kept") is not None and local.get("dropped") is not None:
         text = f"The balanced subset keeps {local['kept']:,} of {local['kept'] + local['dropped']:,} particles"
@@ -202,11 +202,34 @@ def _before_views(data: ReportData) -> list[str]:
     ]
 
 
+def _confirmed(rounds: list[dict[str, Any]]) -> list[str]:
+    """Whether the raw particles of each round confirmed the homologue."""
+    texts = []
+    for part in rounds:
+        found = part["corefine"].get("homologue") or {}
+        deviation, first_A = number(found, "deviation"), number(found, "first_A")
+        if deviation is None or first_A is None:
+            continue
+        seen = f"beyond {first_A:.0f} Å, {deviation:.1f} standard deviations above noise"
+        if found.get("confirmed"):
+            rho = [r for r in numbers_of(found, "rho") if r]
+            texts.append(
+                f"In round {part['round']} the raw particles alone confirmed the homologue ({seen}; correlation at "
+                f"least {max(rho, default=0):.2f}), and auxiliary particles were weighed by that."
+            )
+        else:
+            texts.append(
+                f"In round {part['round']} the raw particles did not confirm the homologue ({seen}): auxiliary "
+                "particles were left out of the references, so this was a refinement of the raw particles alone."
+            )
+    return texts
+
+
 def _alike(rounds: list[dict[str, Any]]) -> list[str]:
     known = [(r["round"], s) for r in rounds if (s := r["generate"].get("statistics") or {})]
     if not known:
         return []
-    number, s = known[-1]
+    round_, s = known[-1]
     texts = []
     if s.get("kl_nats") is not None:
         texts.append(f"their grey values differ by {s['kl_nats']:.3f} nats (KL)")
@@ -217,7 +240,7 @@ def _alike(rounds: list[dict[str, Any]]) -> list[str]:
         texts.append(
             f"their power spectrum is off by {_off(largest)} at most in any shell beyond {s['beyond_A']:.0f} Å"
         )
-    return [f"Auxiliary images of round {number} against raw ones: {'; '.join(texts)}."] if texts else []
+    return [f"Auxiliary images of round {round_} against raw ones: {'; '.join(texts)}."] if texts else []
 
 
 def _passed_on(rounds: list[dict[str, Any]]) -> list[str]:
@@ -284,6 +307,7 @@ def _round_rows(part: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
         (group, "auxiliary particles", fitted.get("auxiliary") or sum(counts) or None, ""),
         (group, "raw particles refined with them", fitted.get("raw"), ""),
         (group, "weight of the auxiliaries in the references", _times(100, fitted.get("auxiliary_weight_share")), "%"),
+        (group, "homologue in the raw particles, above noise", (fitted.get("homologue") or {}).get("deviation"), "sd"),
         (group, "KL of grey values, auxiliary from raw", s.get("kl_nats"), "nats"),
         (group, "KL of grey values between raw images", s.get("kl_real_nats"), "nats"),
         (group, "SNR of auxiliary images (image over background)", s.get("snr_generated_dB"), "dB"),
