@@ -23,6 +23,8 @@ ROWS: dict[str, Row] = {
     "plain": Row(),
     "scale group": Row(engine={"scale": "group"}),
     "scale particle": Row(engine={"scale": "particle"}),
+    "mask zero": Row(engine={"image_mask": "zero"}),
+    "mask noise": Row(engine={"image_mask": "noise"}),
     "junk": Row(engine={"junk": True}),
 }
 """Keys of [refine] beside the defaults; `job` has those of other sections. A changed row is measured again."""
@@ -31,8 +33,9 @@ SCORERS: tuple[views.Scorer, ...] = ()
 """Called as scorer(folder of the set, folder of the row's result, set), each adds its numbers to the record."""
 
 NUISANCES = views.Benchmark(
-    str(__doc__), ROWS, tuple(nuisance_sets.SETS), harness.RESULTS / "nuisances.json", "", SCORERS
-)
+    str(__doc__), ROWS, tuple(nuisance_sets.SETS), harness.RESULTS / "nuisances.json",
+    "plain:mask zero,plain:mask noise", SCORERS,
+)  # fmt: skip
 
 
 if __name__ == "__main__":

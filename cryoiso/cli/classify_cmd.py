@@ -64,5 +64,6 @@ def _require_effect(refine: RefineSection) -> None:
 
     if refine.junk:
         raise UsageError("--refine junk: no effect on a classification; give --junk", code="options-conflict")
-    if refine.scale != "none":
-        raise UsageError("--refine scale: no effect on a classification; leave it out", code="options-conflict")
+    for key in ("scale", "image_mask"):
+        if getattr(refine, key) != "none":
+            raise UsageError(f"--refine {key}: no effect on a classification; leave it out", code="options-conflict")

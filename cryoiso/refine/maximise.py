@@ -32,7 +32,7 @@ class NoiseSums:
     """Sums for the noise spectra: (G, S) int64 of power and of coefficient counts, both in NOISE_UNIT.
 
     A coefficient counts 1, and c^2 in premultiplied images: sigma^2 = sum c^2 |x - model|^2 / sum c^2, which is sum |y
-    - c model|^2 / sum c^2 of the images as they are.
+    - c model|^2 / sum c^2 of the images as they are. One of a masked image counts as much as is left of white noise.
     """
 
     power: Int[np.ndarray, "groups shells"]
@@ -47,7 +47,11 @@ class NoiseSums:
         weight = batch.power_weight()
         if weight is None:
             count = np.bincount(batch.where.shell, minlength=self.power.shape[1])[: self.power.shape[1]]
-            np.add.at(self.count, batch.group, count * int(NOISE_UNIT))
+            if batch.share is not None:
+                count = np.rint(count * batch.share * NOISE_UNIT).astype(np.int64)
+                np.add.at(self.count, batch.group, count)
+            else:
+                np.add.at(self.count, batch.group, count * int(NOISE_UNIT))
         else:
             residual = residual * weight
             np.add.at(self.count, batch.group, self._by_shell(batch, weight))
@@ -77,6 +81,7 @@ def accumulate(
     noise: NoiseSums,
     scale: float = 1.0,
     images: ImageTerms | None = None,
+    scored: Batch | None = None,
 ) -> None:
     """Add a batch's posterior to the half-set's sums.
 
@@ -85,8 +90,9 @@ def accumulate(
 
     Args:
         images: receives what the batch says of the images' intensities, if these are estimated.
+        scored: the batch as it was searched, if masked: noise and intensities come from that.
     """
-    accumulate_mixture(batch, white, [(posterior, volume, accumulator)], noise, scale, images)
+    accumulate_mixture(batch, white, [(posterior, volume, accumulator)], noise, scale, images, scored)
 
 
 def accumulate_mixture(
@@ -96,6 +102,7 @@ def accumulate_mixture(
     noise: NoiseSums,
     scale: float = 1.0,
     images: ImageTerms | None = None,
+    scored: Batch | None = None,
 ) -> None:
     """The same for a posterior over several references, each with sums of its own.
 
@@ -103,8 +110,10 @@ def accumulate_mixture(
         parts: for each reference the samples with their weights, which sum to 1 an image over all references or to
             less, where an image may show nothing.
         images: as in ``accumulate``; with one reference only.
+        scored: as in ``accumulate``.
     """
-    power = batch.coefficients.abs().square()
+    scored = batch if scored is None else scored
+    power = scored.coefficients.abs().square()
     means = []
     for posterior, volume, accumulator in parts:
         rows, weight = posterior.particle, posterior.weight[:, None]
@@ -114,15 +123,15 @@ def accumulate_mixture(
         rotation = with_magnification(posterior.rotation, batch.magnification)
         weight = weight * scale if scale != 1 else weight
         accumulator.insert(white.data[rows] * back * weight, white.weight[rows] * weight, rotation, batch.where)
-        cross, norm = _model_terms(batch, posterior, volume, back, rotation)
+        cross, norm = _model_terms(scored, posterior, volume, back, rotation)
         change = _posterior_mean(batch, posterior, norm - 2 * cross)
         power[:, : change.shape[1]] += change
         if images is not None and images.wanted:
             means.append((_posterior_mean(batch, posterior, cross), _posterior_mean(batch, posterior, norm)))
-    noise.add(batch, power.clamp_(min=0))
+    noise.add(scored, power.clamp_(min=0))
     for cross_mean, norm_mean in means:
         if images is not None:
-            images.add(batch, power, cross_mean, norm_mean)
+            images.add(scored, power, cross_mean, norm_mean)
 
 
 def _model_terms(
