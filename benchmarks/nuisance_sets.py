@@ -47,6 +47,12 @@ SETS: dict[str, ParticleSet] = {
     for base, one in BASES.items()
     for name, nuisances in {"plain": {}, **NUISANCES}.items()
 }
+WIDE = replace(BASES["HA"], snr_db=-15.5, box=64, seeds=(3, 4, 5))
+"""The same signal in each particle; room for neighbours at 1.2 diameters, whose rims begin at 0.7."""
+SETS |= {
+    "HA_wide_plain": WIDE,
+    "HA_wide_neighbours": replace(WIDE, nuisances={"neighbours": 1.5, "neighbour-distance": 1.2}),
+}
 
 
 def signals(folder: Path, count: int = 8) -> np.ndarray:

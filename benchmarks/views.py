@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,11 +28,28 @@ from benchmarks import harness, nuisance_sets, particle_sets, views_controls, vi
 from benchmarks.particle_sets import SETS, ParticleSet
 from benchmarks.score import scale_scores, score, truth_scores
 from benchmarks.views_controls import CONTROLS
-from benchmarks.views_rows import ROWS, engine_facts, run_row
+from benchmarks.views_rows import ROWS, Row, engine_facts, run_row
 
 DEFAULT_SETS = tuple(name for name in SETS if name not in ("middle", "paper"))
 KINDS: dict[str, ParticleSet] = {**SETS, **nuisance_sets.SETS, **CONTROLS}
 SEEDS = (3, 4, 5, 6, 7)
+
+
+Scorer = Callable[[Path, Path, ParticleSet], dict[str, Any]]
+"""Further scores of a set in a folder (truth.star) and of what a row left in another (particles.star, maps)."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Which rows are measured on which sets: those of this file, or of nuisances.py."""
+
+    description: str
+    rows: Mapping[str, Row]
+    sets: tuple[str, ...]
+    """Of KINDS, if none are asked for."""
+    out: Path
+    pairs: str
+    scorers: tuple[Scorer, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,7 @@ class Task:
     name: str
     seed: int
     row: str
+    definition: Row
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -49,21 +67,23 @@ class Task:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, as JSON; a record with other settings is made again."""
-        one, row = KINDS[self.name], ROWS[self.row]
+        one = KINDS[self.name]
         facts = {k: getattr(one, k) for k in ("views", "snr_db", "target", "homologue", "box", "pixel_A", "particles")}
         if one.nuisances:
             facts["nuisances"] = dict(one.nuisances)
-        return json.loads(json.dumps({"set": facts, "row": asdict(row)}))
+        return json.loads(json.dumps({"set": facts, "row": asdict(self.definition)}))
 
 
-def tasks(sets: list[str], rows: list[str], seeds: list[int] | None) -> Iterator[Task]:
+def tasks(
+    sets: list[str], rows: list[str], seeds: list[int] | None, definitions: Mapping[str, Row] = ROWS
+) -> Iterator[Task]:
     """Seed by seed, so that every set has its first seed soon."""
     known = {name: seeds or KINDS[name].seeds for name in sets}
     for seed in sorted({s for some in known.values() for s in some}):
         for name in sets:
             for row in rows:
                 if seed in known[name] and (name not in CONTROLS or views_controls.applies(name, row)):
-                    yield Task(name, seed, row)
+                    yield Task(name, seed, row, definitions[row])
 
 
 def prepare(name: str, seed: int, data: Path, work: Path) -> Path:
@@ -78,17 +98,19 @@ def prepare(name: str, seed: int, data: Path, work: Path) -> Path:
     return folder
 
 
-def measure(task: Task, data: Path, work: Path) -> dict[str, Any]:
+def measure(task: Task, data: Path, work: Path, scorers: tuple[Scorer, ...] = ()) -> dict[str, Any]:
     """The record of a task."""
     one, folder = KINDS[task.name], prepare(task.name, task.seed, data, work)
     out = folder / "rows" / task.row.replace(" ", "_")
-    cost = run_row(ROWS[task.row], one, folder, out, views_controls.guarded(task.name))
+    cost = run_row(task.definition, one, folder, out, views_controls.guarded(task.name))
     if task.name in CONTROLS:
         scores = views_controls.scores(task.name, folder, out)
     else:
         halves = (out / f"half{h}.mrc" for h in (1, 2))
         scores = score(folder, out / "particles.star", *halves, one.symmetry, one.preferred)
         scores |= {**_final_map(folder, out, one), **engine_facts(out), **scale_scores(folder, out / "particles.star")}
+        for scorer in scorers:
+            scores |= scorer(folder, out, one)
     return {
         "set": task.name, "seed": task.seed, "row": task.row, **scores, **cost.as_dict(), "settings": task.settings(),
         "date": time.strftime("%Y-%m-%d %H:%M"), "version": version(), "machine": _machine(),
@@ -125,14 +147,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["records"] if path.exists() else []
 
 
-def add_record(path: Path, record: dict[str, Any]) -> None:
+def add_record(path: Path, record: dict[str, Any], row_names: Mapping[str, Row] = ROWS) -> None:
     """Adds a record, in place of one of the same set, seed and row; several runs may write one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with harness.locked(path.with_suffix(".lock")):
         key = ("set", "seed", "row")
         kept = [r for r in read_records(path) if any(r[k] != record[k] for k in key)]
         order = {name: i for i, name in enumerate(KINDS)}
-        rows = {name: i for i, name in enumerate(ROWS)}
+        rows = {name: i for i, name in enumerate(row_names)}
         kept = sorted([*kept, record], key=lambda r: (order.get(r["set"], 99), rows.get(r["row"], 99), r["seed"]))
         part = path.with_suffix(".part")
         lines = ",\n".join(json.dumps(r, ensure_ascii=False) for r in kept)
@@ -140,11 +162,11 @@ def add_record(path: Path, record: dict[str, Any]) -> None:
         part.replace(path)
 
 
-def run(todo: list[Task], data: Path, work: Path, out: Path, jobs: int) -> list[str]:
+def run(todo: list[Task], data: Path, work: Path, out: Path, jobs: int, bench: Benchmark) -> list[str]:
     """Measures tasks side by side, one thread each; returns what failed."""
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
-        future_of = {pool.submit(measure, task, data, work): task for task in todo}
+        future_of = {pool.submit(measure, task, data, work, bench.scorers): task for task in todo}
         for future in as_completed(future_of):
             task = future_of[future]
             try:
@@ -153,12 +175,12 @@ def run(todo: list[Task], data: Path, work: Path, out: Path, jobs: int) -> list[
                 failed.append(f"{task.name} {task.seed} {task.row}: {error}")
                 harness.skip(failed[-1])
                 continue
-            add_record(out, record)
+            add_record(out, record, bench.rows)
             print(views_tables.line(record), flush=True)
     return failed
 
 
-def chosen(text: str | None, known: dict[str, Any] | tuple[str, ...], what: str) -> list[str]:
+def chosen(text: str | None, known: Mapping[str, Any], what: str) -> list[str]:
     """Names in a list with commas."""
     names = [n.strip() for n in text.split(",")] if text else list(known)
     for name in names:
@@ -167,22 +189,27 @@ def chosen(text: str | None, known: dict[str, Any] | tuple[str, ...], what: str)
     return names
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+VIEWS = Benchmark(str(__doc__), ROWS, DEFAULT_SETS, harness.RESULTS / "views.json", "before:refine")
+
+
+def main(bench: Benchmark = VIEWS) -> None:
+    parser = argparse.ArgumentParser(
+        description=bench.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shared", type=Path, default=harness.SHARED, help="holds data/ (default ../shared)")
-    parser.add_argument("--sets", help=f"of {', '.join(KINDS)} (default: {', '.join(DEFAULT_SETS)})")
-    parser.add_argument("--rows", help=f"of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--sets", help=f"of {', '.join(KINDS)} (default: {', '.join(bench.sets)})")
+    parser.add_argument("--rows", help=f"of {', '.join(bench.rows)} (default: all)")
     parser.add_argument("--seeds", help="default: those of each set")
     parser.add_argument("--jobs", type=int, default=2, help="rows side by side, one thread each")
     parser.add_argument("--again", action="store_true", help="measure what is there already again")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
-    parser.add_argument("--pairs", default="before:refine", help="rows that are compared seed by seed, one:other,...")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS / "views.json")
+    parser.add_argument("--pairs", default=bench.pairs, help="rows that are compared seed by seed, one:other,...")
+    parser.add_argument("--out", type=Path, default=bench.out)
     parser.add_argument("--work", type=Path, help="keep the sets and runs here")
     a = parser.parse_args()
-    sets = chosen(a.sets, KINDS, "set") if a.sets else list(KINDS if a.tables else DEFAULT_SETS)
-    rows = chosen(a.rows, ROWS, "row")
-    pairs = [tuple(pair.split(":")) for pair in a.pairs.split(",")]
+    sets = chosen(a.sets, KINDS, "set") if a.sets else list(KINDS if a.tables else bench.sets)
+    rows = chosen(a.rows, bench.rows, "row")
+    pairs = [tuple(pair.split(":")) for pair in a.pairs.split(",") if pair]
     seeds = [int(s) for s in a.seeds.split(",")] if a.seeds else None
     data = (a.shared / "data").resolve()
     if not a.tables and not (data / "models" / "ha").is_dir():
@@ -191,9 +218,9 @@ def main() -> None:
     failed = []
     if not a.tables:
         there = {(r["set"], r["seed"], r["row"]): r["settings"] for r in read_records(a.out)}
-        todo = [t for t in tasks(sets, rows, seeds) if a.again or there.get(t.key) != t.settings()]
+        todo = [t for t in tasks(sets, rows, seeds, bench.rows) if a.again or there.get(t.key) != t.settings()]
         with harness.work_folder(a.work) as work:
-            failed = run(todo, data, work, a.out, a.jobs)
+            failed = run(todo, data, work, a.out, a.jobs, bench)
     records = [r for r in read_records(a.out) if not seeds or r["seed"] in seeds]
     print("\n\n".join(views_tables.tables(records, sets, rows, pairs, set(CONTROLS))))
     if failed:

@@ -40,7 +40,7 @@ def sphere_mask(
     r2 = axis2
     for _ in range(dims - 1):
         r2 = r2[..., None] + axis2
-    return _soft_edge(r2.sqrt() - radius_px, soft_px).to(dtype)
+    return soft_edge(r2.sqrt() - radius_px, soft_px).to(dtype)
 
 
 def circle_mask(
@@ -55,8 +55,8 @@ def circle_mask(
     return sphere_mask(box_px, radius_px, soft_px, dims=2, device=device, dtype=dtype)
 
 
-def _soft_edge(distance_px: Tensor, soft_px: float) -> Tensor:
-    """Distance beyond the mask's border -> mask value."""
+def soft_edge(distance_px: Tensor, soft_px: float) -> Tensor:
+    """Distance beyond the mask's border -> mask value: 1 inside, a raised cosine over ``soft_px``, 0 beyond."""
     if soft_px <= 0:
         return (distance_px <= 0).to(distance_px.dtype)
     return 0.5 * (1 + torch.cos(torch.pi * (distance_px / soft_px).clamp(0, 1)))
@@ -151,7 +151,7 @@ def soft_mask_from_map(
     sizes[0] = 0
     binary = (sizes >= keep_fraction * sizes.max())[labels]
     distance = torch.from_numpy(_distance_px(binary, (extend_A + soft_A) / pixel_size_A))
-    mask = _soft_edge(distance - extend_A / pixel_size_A, soft_A / pixel_size_A).float()
+    mask = soft_edge(distance - extend_A / pixel_size_A, soft_A / pixel_size_A).float()
     # the edge never reaches the corners of the box, where reconstructions hold nothing
     mask = mask * sphere_mask(box, box / 2 - 3, 3)
     return like(mask.to(v.device), volume)

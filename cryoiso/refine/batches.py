@@ -56,6 +56,10 @@ class Batch:
     """(2, 2): image frequency -> frequency on the reference's grid; None for the identity."""
     premultiplied: np.ndarray | None = None
     """(B,) bool: coefficients that are y / c of a premultiplied image, unknown where c is 0; None: none is."""
+    mean: Float[Tensor, " n"] | None = None
+    """(B,) transform at zero frequency, which is no coefficient of the disc; None: it is one."""
+    share: Float[np.ndarray, "n shells"] | None = None
+    """(B, S) power of white noise of variance 1 in each shell of a masked image (``image_mask``); None: 1."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,7 +90,8 @@ class Batch:
             torch.as_tensor(factor, dtype=torch.float32, device=self.ctf.device)[:, None]
             for factor in (1 / root, scale / root)
         )
-        return replace(self, coefficients=self.coefficients * for_data, ctf=self.ctf * for_ctf)
+        mean = None if self.mean is None else self.mean * for_data[:, 0]
+        return replace(self, coefficients=self.coefficients * for_data, ctf=self.ctf * for_ctf, mean=mean)
 
     def alike(self, other: Batch) -> bool:
         """Whether both sample the same frequencies."""
@@ -206,7 +211,8 @@ class BatchReader:
         matrix = self.matrix(first)
         where = self.disc_of(radius_px, matrix)
         images = (self._images(rows) if images is None else images).to(self.device, non_blocking=True)
-        x = where.gather(images_to_fourier(images)).to(torch.complex64)
+        plane = images_to_fourier(images)
+        x, mean = where.gather(plane).to(torch.complex64), None if self.with_dc else plane[:, 0, 0].real.clone()
         freq = where.frequencies(first.pixel_size_A)
         c = ctf_for(particles, rows, self.source.box_px, freq_invA=freq, device=self.device)
         premultiplied = np.array([g.ctf_applied == "premultiplied" for g in particles.groups])[groups]
@@ -218,7 +224,7 @@ class BatchReader:
             if any(group.beam_tilt_mrad) or any(group.odd_zernike):
                 mine = torch.as_tensor(np.flatnonzero(groups == g), device=self.device)
                 x[mine] *= beam_tilt_phase(*freq, group).conj().to(x)
-        return Batch(rows, groups, x, c, where, matrix, premultiplied if premultiplied.any() else None)
+        return Batch(rows, groups, x, c, where, matrix, premultiplied if premultiplied.any() else None, mean)
 
 
 def _key(rows: np.ndarray) -> tuple[int, int, int]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from cryoiso.core.identity import MARK, Identity, digest_of, of_images, of_map, of_particles
+from cryoiso import __version__
+from cryoiso.core.identity import MARK, Identity, digest_of, of_images, of_map, of_particles, plain
 from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.types import HALVES
+
+if TYPE_CHECKING:
+    from cryoiso.refine.model import Model
+    from cryoiso.refine.search import SearchPlan
 
 ONLY_WHEN = ("max_iterations",)
 """Settings that determine when a refinement ends; it may be continued with other values."""
@@ -40,6 +48,26 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         "auxiliary": _auxiliary(request),
         "correction": "none" if correction is None else getattr(correction, "identity", correction.facts)(),
     }
+
+
+def of_iteration(request: RefineRequest, identity: Identity, model: Model, plan: SearchPlan, centre_px: Any) -> str:
+    """Digest of everything that the posteriors of an iteration depend on, except the batch.
+
+    Args:
+        identity: of the refinement.
+        centre_px: (N, 2) places of the images' contents that were known before any search.
+    """
+    grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
+    rest = replace(plan, rotations=torch.empty(0), shifts_px=torch.empty(0))
+    from cryoiso.refine.search import ARITHMETIC
+
+    return digest_of(
+        __version__, ARITHMETIC, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
+        request.source.particles.uid, request.settings.padding, centre_px, plain(identity),
+        model.intensity.scale, model.intensity.noise,
+        *(model.views.get(half, np.zeros(0)) for half in HALVES),
+        *([] if request.settings.image_mask == "none" else [model.shift_A]),
+    )  # fmt: skip
 
 
 def _intensities(request: RefineRequest) -> str:

@@ -119,7 +119,8 @@ def image_terms(
     weight = (inverse > 0).astype(np.float64)
     if power_weight is not None:
         weight *= _double(power_weight)
-    total, squares = (np.maximum(w.sum(1), 1e-30) for w in (weight, np.square(weight)))
+    left = 1.0 if batch.share is None else batch.share[:, np.minimum(batch.where.shell, batch.share.shape[1] - 1)]
+    total, squares = (np.maximum((w * left).sum(1), 1e-30) for w in (weight, np.square(weight)))
     columns = (
         (_double(cross) * inside).sum(1), (_double(norm) * inside).sum(1),
         (_double(residual) * inverse * weight).sum(1) / total, np.square(total) / squares,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from cryoiso import __version__
 from cryoiso.core.errors import Interrupted
-from cryoiso.core.identity import Identity, digest_of, plain
+from cryoiso.core.identity import Identity
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest
@@ -33,7 +32,8 @@ from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.auxiliary_weight import AuxiliaryWeight
 from cryoiso.refine.batches import Batch, BatchReader, room_for_batches
 from cryoiso.refine.corrected import corrected
-from cryoiso.refine.identity import of_request
+from cryoiso.refine.identity import of_iteration, of_request
+from cryoiso.refine.image_mask import ImageMask
 from cryoiso.refine.intensity import ImageTerms, Intensity
 from cryoiso.refine.iteration_log import log_iteration
 from cryoiso.refine.junk import CONE_DEG, JunkSearch
@@ -43,7 +43,7 @@ from cryoiso.refine.model import Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.reference_shares import ReferenceShares
 from cryoiso.refine.schedule import State
-from cryoiso.refine.search import ARITHMETIC, Given, Searcher, SearchPlan
+from cryoiso.refine.search import Given, Searcher, SearchPlan
 from cryoiso.refine.search_cache import KeptSearches
 from cryoiso.refine.sums import HalfSums, gathered, reduced
 from cryoiso.refine.view_density import ViewCounts, ViewPrior, prior_of, view_grid
@@ -158,6 +158,7 @@ class Refinement:
         sums = self.auxiliaries.sums()
         views = {half: ViewCounts.empty() for half in HALVES}
         kept = self._kept(model, plan)
+        mask = ImageMask.of_iteration(self.request, self.particles, model, self.centre_px, self.diameter)
         for half in HALVES:
             volume = FourierVolume.from_volume(
                 torch.as_tensor(model.references[half], device=self.device), self.settings.padding, state.radius_px
@@ -170,13 +171,15 @@ class Refinement:
                 junk.begin(None if auxiliary else model.references[half], self.pixel, volume)
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
                 for batch in map(model.intensity.of, self.batches(half, auxiliary, radius, state.iteration, kept)):
-                    white = whiten(batch, model.sigma2)
+                    scored = batch if mask is None else mask.of(batch)
+                    white = whiten(scored, model.sigma2)
                     posterior = kept.get(batch.rows, self.device)
                     if posterior is None:
-                        posterior = searcher.search(batch, white, self.given(batch.rows))
+                        posterior = searcher.search(scored, white, self.given(batch.rows))
                         kept.put(batch.rows, posterior)
-                    posterior = junk.weighed(batch, white, posterior, self.given(batch.rows))
-                    accumulate(batch, white, posterior, volume, accumulator, noise, scale, images)
+                    posterior = junk.weighed(scored, white, posterior, self.given(batch.rows))
+                    whole = white if scored is batch else whiten(batch, model.sigma2)
+                    accumulate(batch, whole, posterior, volume, accumulator, noise, scale, images, scored)
                     if not auxiliary:
                         views[half].add(posterior.rotation, posterior.weight, self.cells)
                     found.append((batch.rows, best_of(posterior)))
@@ -198,14 +201,7 @@ class Refinement:
         """Store for this iteration's search results (collective)."""
         if self.request.folder is None:
             return KeptSearches(None)
-        grid = (plan.rotations.cpu().numpy(), plan.shifts_px.cpu().numpy())
-        rest = replace(plan, rotations=torch.empty(0), shifts_px=torch.empty(0))
-        identity = digest_of(
-            __version__, ARITHMETIC, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES),
-            *grid, rest, self.particles.uid, self.settings.padding, self.centre_px, plain(self.identity),
-            model.intensity.scale, model.intensity.noise,
-            *(model.views.get(half, np.zeros(0)) for half in HALVES),
-        )  # fmt: skip
+        identity = of_iteration(self.request, self.identity, model, plan, self.centre_px)
         kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
         if len(kept) and self.comm.rank == 0:
             batches = len(self.reader.plan(HALVES))

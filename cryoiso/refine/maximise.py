@@ -35,7 +35,7 @@ class NoiseSums:
     """Sums for the noise spectra: (G, S) int64 of power and of coefficient counts, both in NOISE_UNIT.
 
     A coefficient counts 1, and c^2 in premultiplied images: sigma^2 = sum c^2 |x - model|^2 / sum c^2, which is sum |y
-    - c model|^2 / sum c^2 of the images as they are.
+    - c model|^2 / sum c^2 of the images as they are. One of a masked image counts as much as is left of white noise.
     """
 
     power: Int[np.ndarray, "groups shells"]
@@ -50,7 +50,11 @@ class NoiseSums:
         weight = batch.power_weight()
         if weight is None:
             count = np.bincount(batch.where.shell, minlength=self.power.shape[1])[: self.power.shape[1]]
-            np.add.at(self.count, batch.group, count * int(NOISE_UNIT))
+            if batch.share is not None:
+                count = np.rint(count * batch.share * NOISE_UNIT).astype(np.int64)
+                np.add.at(self.count, batch.group, count)
+            else:
+                np.add.at(self.count, batch.group, count * int(NOISE_UNIT))
         else:
             residual = residual * weight
             np.add.at(self.count, batch.group, self._by_shell(batch, weight))
@@ -80,6 +84,7 @@ def accumulate(
     noise: NoiseSums,
     scale: float = 1.0,
     images: ImageTerms | None = None,
+    scored: Batch | None = None,
 ) -> None:
     """Add a batch's posterior to the half-set's sums.
 
@@ -88,8 +93,9 @@ def accumulate(
 
     Args:
         images: receives what the batch says of the images' intensities, if these are estimated.
+        scored: the batch as it was searched, if masked: noise and intensities come from that.
     """
-    accumulate_mixture(batch, white, [(posterior, volume, accumulator)], noise, scale, images)
+    accumulate_mixture(batch, white, [(posterior, volume, accumulator)], noise, scale, images, scored)
 
 
 def accumulate_mixture(
@@ -99,6 +105,7 @@ def accumulate_mixture(
     noise: NoiseSums,
     scale: float = 1.0,
     images: ImageTerms | None = None,
+    scored: Batch | None = None,
 ) -> None:
     """The same for a posterior over several references, each with sums of its own.
 
@@ -106,24 +113,26 @@ def accumulate_mixture(
         parts: for each reference the samples with their weights, which sum to 1 an image over all references or to
             less, where an image may show nothing.
         images: as in ``accumulate``; with one reference only.
+        scored: as in ``accumulate``.
     """
-    power = batch.coefficients.abs().square()
+    scored = batch if scored is None else scored
+    power = scored.coefficients.abs().square()
     means: list[tuple[Tensor, Tensor, Tensor]] = []
     for posterior, volume, accumulator in parts:
         if not len(posterior.particle):
             continue
         _insert(batch, white, posterior, accumulator, scale)
-        cross, norm = model_terms(batch, posterior, volume)
+        cross, norm = model_terms(scored, posterior, volume)
         power[:, : cross.shape[1]] += norm - 2 * cross
         if images is not None and images.wanted:
-            means.append(_terms_of_images(batch, white, posterior, volume, images, cross, norm))
-    noise.add(batch, power.clamp_(min=0))
+            means.append(_terms_of_images(scored, white, posterior, volume, images, cross, norm))
+    noise.add(scored, power.clamp_(min=0))
     for cross_mean, norm_mean, own in means:
         if images is not None:
             shown = np.bincount(posterior.particle.cpu().numpy(), posterior.weight.double().cpu().numpy(), len(batch))
             k = own.shape[1]
             residual = torch.cat([power[:, :k] / (1 - own), power[:, k:]], 1) if k else power
-            images.add(batch, residual, cross_mean, norm_mean, shown)
+            images.add(scored, residual, cross_mean, norm_mean, shown)
 
 
 def _terms_of_images(

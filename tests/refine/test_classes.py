@@ -326,7 +326,7 @@ def test_the_command_line(tmp_path):
         ((truth, "--align", "some"), EXIT_USAGE, "--align: "),
         ((truth, "--refine", "no_key=1"), EXIT_USAGE, "no_key"),
         ((truth, "--refine", "junk=true"), EXIT_USAGE, "give --junk"),
-        ((truth, "--refine", "scale=particle"), EXIT_USAGE, "no effect"),
+        ((truth, "--refine", "scale=particle"), EXIT_USAGE, "no intensities"),
         ((truth, "--ref", folder / "truth_map.mrc"), EXIT_USAGE, "one for each class"),
         ((folder / "particles.star",), EXIT_INPUT, "no poses"),
         ((folder / "missing.star",), EXIT_INPUT, "missing.star"),

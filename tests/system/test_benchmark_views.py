@@ -8,7 +8,7 @@ import tomllib
 import numpy as np
 import pytest
 
-from benchmarks import particle_sets, views, views_tables
+from benchmarks import nuisances, particle_sets, views, views_tables
 from benchmarks.pooling import mean_error, paired, pooled, wilson
 from benchmarks.score import Preferred, slid, truth_scores, view_counts
 from benchmarks.views_rows import BEFORE, ROWS, job_text
@@ -162,13 +162,16 @@ def test_a_folder_holds_a_set_only_if_its_settings_are_the_same(tmp_path):
         assert particle_sets.prepared(one, 3, tmp_path) == same
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "true poses"])
-def test_every_row_is_a_job(name, tmp_path):
+JOBS = [pytest.param(row, id=name) for name, row in [*ROWS.items(), *nuisances.ROWS.items()] if name != "true poses"]
+
+
+@pytest.mark.parametrize("row", JOBS)
+def test_every_row_is_a_job(row, tmp_path):
     """A renamed key would be an error here, not a row that measures something else."""
-    job = parse_job(tomllib.loads(job_text(ROWS[name], particle_sets.SETS["D2"], tmp_path)))
+    job = parse_job(tomllib.loads(job_text(row, particle_sets.SETS["D2"], tmp_path)))
     assert job.sample.symmetry == "D2" and job.particles.file == str(tmp_path / "particles.star")
-    assert job.refine.model_dump().items() >= dict(ROWS[name].engine).items()
-    assert job.run.workflow == ROWS[name].command
+    assert job.refine.model_dump().items() >= dict(row.engine).items()
+    assert job.run.workflow == row.command
 
 
 def test_the_engine_before_differs_from_the_default():

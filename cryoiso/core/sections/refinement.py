@@ -52,6 +52,11 @@ class RefineSection(Section):
         description="estimate the scale of the signal and the noise level of the images; group: one of each per "
         "micrograph (rlnMicrographName, else optics group); particle: per image, near its micrograph's",
     )
+    image_mask: Literal["none", "zero", "noise"] = Field(
+        "none",
+        description="what replaces the images outside a circle around the particle where they are scored (they are "
+        "back-projected whole); zero: nothing; noise: random noise of the same spectrum (native engine)",
+    )
     view_density: bool = Field(
         True, description="estimate the density of views from the posteriors and use it as a prior of the search"
     )

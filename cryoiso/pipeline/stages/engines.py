@@ -42,6 +42,10 @@ def require_engine(job: Job) -> None:
     if job.refine.engine == "relion":
         if job.refine.junk:
             raise UsageError("refine.junk: native engine only", code="options-conflict")
+        if job.refine.image_mask != "none":
+            raise UsageError(
+                "refine.image_mask: native engine only; RELION masks with zeros (--zero_mask)", code="options-conflict"
+            )
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words
         from cryoiso.engines.relion.install import find_relion
