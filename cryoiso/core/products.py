@@ -54,6 +54,13 @@ MEASURED_FOURIER = "measured_fourier.mrc"
 RESULT_CORRECTED_MAP = "additional_corrected_map.mrc"
 RESULT_MEASURED = "additional_measured.mrc"
 
+# what is measured of the final maps
+LOCAL_RESOLUTION = "local_resolution.mrc"
+Q_TABLE = "q_scores.tsv"
+"""Q-scores of an atomic model, by residue."""
+VIEW_SCRIPT = "view.cxc"
+"""ChimeraX commands that open the maps of ``result/``."""
+
 # curves for EMDB
 FSC_XML = "fsc.xml"
 FSC_UNMASKED_XML = "fsc_unmasked.xml"
