@@ -15,10 +15,12 @@ from cryoiso.core.records import DiagnoseRecord
 
 HALF1, HALF2 = "First half-map (MRC), unmasked and unfiltered.", "Second half-map (MRC)."
 TRUTH = keys("truth", "Simulated particles", ("particles", "--truth-particles"), ("map", "--truth-map"))
+MODEL = keys("diagnose", "Atomic model", "model", "compare_model", "fit_model", "q_sigma_A")
+LOCAL = keys("diagnose", "Local resolution", "local_window_A", "local_threshold")
 OUT = Path(products.facts("diagnose"))
 
 
-@with_keys(SYMMETRY, TRUTH, keys("run", "Computing", "seed"))
+@with_keys(SYMMETRY, TRUTH, MODEL, LOCAL, keys("run", "Computing", "seed"))
 def diagnose(
     given: Given,
     half1: Annotated[Path | None, typer.Argument(metavar="HALF1", help=HALF1)] = None,
@@ -33,6 +35,15 @@ def diagnose(
         Path | None,
         typer.Option("--phase-cosine", help="Also write spIsoNet's mean phase cosine (MRC), which is no 3DFSC."),
     ] = None,
+    local_resolution: Annotated[
+        Path | None, typer.Option("--local-resolution", help="Also measure the local resolution and write it (MRC).")
+    ] = None,
+    model_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--map", help="Map that --model belongs to (default: the mean of the half-maps); needs no half-maps."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="JSON file for all numbers and curves.")] = OUT,
 ) -> None:
     """Measure half-maps and poses.
@@ -40,23 +51,37 @@ def diagnose(
     Prints global (FSC) and directional resolution (3DFSC, cFAR, FSO), view distribution and sampling (SCF), a verdict
     and, for simulated particles, the errors of poses and map.
     """
-    from cryoiso.io.atomic import write_json
-    from cryoiso.pipeline.commands.diagnose import diagnose_files, write_volume
+    from cryoiso.pipeline.commands.diagnose import diagnose_files, diagnose_model, write_volume
 
-    one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
     job = given.job(particles={"file": "-"}, reference={"file": "-"})
+    table = out.parent / products.Q_TABLE
+    if model_map is not None and job.diagnose.model and not any((half1, half2, half1_option, half2_option)):
+        numbers = diagnose_model(model_map, job.diagnose, job.sample.symmetry, table, pixel_size_A=pixel_size)
+        _tell(numbers, out)
+        return
+    one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
     true_poses, true_map = (Path(name) if name else None for name in (job.truth.particles, job.truth.map))
     numbers = diagnose_files(
         one, two, mask, particles, job.sample.symmetry, true_poses, true_map,
-        pixel_size_A=pixel_size, seed=job.run.seed,
+        pixel_size_A=pixel_size, seed=job.run.seed, section=job.diagnose, model_map=model_map,
+        local_resolution=local_resolution, table=table,
     )  # fmt: skip
-    echo("\n".join(_lines(numbers)))
-    write_json(out, numbers)
-    echo(f"all numbers: {out}")
+    _tell(numbers, out)
     if fsc3d is not None:
         write_volume("fsc3d", one, two, mask, fsc3d, pixel_size_A=pixel_size)
     if phase_cosine is not None:
         write_volume("phase-cosine", one, two, mask, phase_cosine, pixel_size_A=pixel_size)
+
+
+def _tell(numbers: DiagnoseRecord, out: Path) -> None:
+    """The main numbers on the terminal, all of them in a file."""
+    from cryoiso.io.atomic import write_json
+
+    echo("\n".join(_lines(numbers)))
+    write_json(out, numbers)
+    echo(f"all numbers: {out}")
+    if numbers.get("model"):
+        echo(f"Q-scores by residue: {out.parent / products.Q_TABLE}")
 
 
 def _given(argument: Path | None, option: Path | None, name: str) -> Path:
@@ -90,7 +115,7 @@ def _lines(d: DiagnoseRecord) -> list[str]:
         ("pose error, median", errors.get("median_deg"), "°"),
         ("poses wrong by more than 20°", _percent(errors.get("fraction_over_20")), " %"),
     ]
-    rows += _directional_rows(d)
+    rows += _directional_rows(d) + _local_rows(d) + _model_rows(d)
     lines = [f"{label:48s} {value:8.2f}{unit}" for label, value, unit in rows if value is not None]
     said = []
     if verdict := d.get("verdict"):
@@ -110,6 +135,26 @@ def _directional_rows(d: DiagnoseRecord) -> list[tuple[str, Any, str]]:
         ("the same, directions that agree least", _percent(mask.get("share_worst")), " %"),
         ("3DFSC sphericity", by_direction.get("sphericity"), ""),
         ("SCF* of the views", sampling.get("scf_star"), ""),
+    ]
+
+
+def _local_rows(d: DiagnoseRecord) -> list[tuple[str, Any, str]]:
+    at = (d.get("local_resolution") or {}).get("percentiles_A") or {}
+    names = (("5", "5th percentile"), ("50", "median"), ("95", "95th percentile"))
+    return [(f"local resolution in the mask, {name}", at.get(key), " Å") for key, name in names]
+
+
+def _model_rows(d: DiagnoseRecord) -> list[tuple[str, Any, str]]:
+    model = d.get("model") or {}
+    other = model.get("comparison") or {}
+    return [
+        (f"map and model, correlation ({model.get('placed')})", model.get("correlation"), ""),
+        ("map and model, FSC 0.5, model's mask", model.get("resolution_05_masked_A"), " Å"),
+        (f"Q-score (sigma {model.get('sigma_A')} Å)", model.get("q"), ""),
+        ("Q-score, main chain", model.get("q_backbone"), ""),
+        ("Q-score, side chains", model.get("q_side"), ""),
+        ("both models, RMSD of traced atoms", other.get("rmsd_A"), " Å"),
+        ("both models, TM-like score", other.get("tm_score"), ""),
     ]
 
 

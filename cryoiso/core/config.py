@@ -19,6 +19,7 @@ from cryoiso.core.sections.methods import (
     AuxiliarySection,
     ClassifySection,
     CorrectSection,
+    DiagnoseSection,
     MicelleSection,
     RealignSection,
 )
@@ -26,9 +27,9 @@ from cryoiso.core.sections.refinement import ReconstructSection, RefineSection, 
 from cryoiso.core.sections.running import LaunchSection, RunSection
 
 __all__ = [
-    "AuxiliarySection", "ClassifySection", "CorrectSection", "Job", "LaunchSection", "MicelleSection",
-    "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection", "RelionSection",
-    "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_job",
+    "AuxiliarySection", "ClassifySection", "CorrectSection", "DiagnoseSection", "Job", "LaunchSection",
+    "MicelleSection", "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection",
+    "RelionSection", "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_job",
 ]  # fmt: skip
 
 
@@ -46,6 +47,7 @@ class Job(Section):
     correct: CorrectSection = Field(default_factory=CorrectSection)
     realign: RealignSection = Field(default_factory=RealignSection)
     relion: RelionSection = Field(default_factory=RelionSection)
+    diagnose: DiagnoseSection = Field(default_factory=DiagnoseSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     run: RunSection = Field(default_factory=RunSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)

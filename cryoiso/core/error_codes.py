@@ -142,6 +142,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "model-atom-invalid": "an atom without usable coordinates or element",
         "model-ambiguous": "several MODELs of which it is not clear what they are",
         "model-exceeds-box": "the model does not fit into the box",
+        "model-outside-map": "the atoms of a model do not lie inside the map",
+        "models-differ": "two atomic models have no chain in common",
         "assembly-unavailable": "the biological assembly is not there or cannot be built",
     },
     "Training and networks": {

@@ -18,6 +18,10 @@ SUMS = "SHA256SUMS"
 TIMING = "timing.json"
 """How long the parts of a stage took: the one file of a stage that differs between two runs of the same job."""
 
+AUDIT_FOLDER = "audit"
+AUDIT = f"{AUDIT_FOLDER}/audit.json"
+"""Results of the controls, beside a folder for each of them."""
+
 # particles
 INDEX = "index.json"
 """Of a folder of shards."""
@@ -55,6 +59,13 @@ MEASURED = "measured.mrc"
 MEASURED_FOURIER = "measured_fourier.mrc"
 RESULT_CORRECTED_MAP = "additional_corrected_map.mrc"
 RESULT_MEASURED = "additional_measured.mrc"
+
+# what is measured of the final maps
+LOCAL_RESOLUTION = "local_resolution.mrc"
+Q_TABLE = "q_scores.tsv"
+"""Q-scores of an atomic model, by residue."""
+VIEW_SCRIPT = "view.cxc"
+"""ChimeraX commands that open the maps of ``result/``."""
 
 # curves for EMDB
 FSC_XML = "fsc.xml"

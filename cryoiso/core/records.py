@@ -160,6 +160,12 @@ class DiagnoseRecord(CurvesRecord, total=False):
     map_to_truth: dict[str, Any]
     true_poses: dict[str, Any]
     verdict: VerdictRecord
+    emdb_flags: list[dict[str, Any]]
+    """See `cryoiso.methods.assess.emdb_flags`."""
+    local_resolution: dict[str, Any]
+    """See `cryoiso.metrics.local_resolution`."""
+    model: dict[str, Any]
+    """See `cryoiso.methods.assess.model_map`."""
     notes: list[str]
     before: DiagnoseRecord
     """Of what the run began with, or of another run that is shown beside it."""

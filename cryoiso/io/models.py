@@ -199,8 +199,15 @@ def model_to_map(
             found=f"{box_px} px",
             code="model-exceeds-box",
         )
-    _transform(model, rotation, offset + (box_px // 2) * pixel_size_A)
-    return DensityMap(_rasterise(model, box_px, pixel_size_A, resolution_A), float(pixel_size_A))
+    return DensityMap(fine_density(model, box_px, pixel_size_A, resolution_A, rotation, offset), float(pixel_size_A))
+
+
+def fine_density(
+    model: Any, box_px: int, pixel_size_A: float, resolution_A: float, rotation: np.ndarray, offset_A: np.ndarray
+) -> Float[np.ndarray, "box box box"]:
+    """(D, D, D) density of a gemmi.Model, which is moved: an atom at x goes to R x + d, counted from voxel D//2."""
+    _transform(model, rotation, offset_A + (box_px // 2) * pixel_size_A)
+    return _rasterise(model, box_px, pixel_size_A, resolution_A)
 
 
 def _transform(model: Any, rotation: np.ndarray, offset: np.ndarray) -> None:

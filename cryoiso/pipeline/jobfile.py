@@ -19,6 +19,8 @@ PATHS = (
     ("sample", "mask"),
     ("truth", "particles"),
     ("truth", "map"),
+    ("diagnose", "model"),
+    ("diagnose", "compare_model"),
 )
 
 

@@ -16,6 +16,7 @@ from cryoiso.io.shards import read_index
 from cryoiso.methods.auxiliary.particles import require_poolable
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages import engines
+from cryoiso.pipeline.stages.map_numbers import check_models
 from cryoiso.pipeline.stages.post_command import check_template
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages
 from cryoiso.refine.offsets import check_poses
@@ -46,6 +47,7 @@ def check_job(inputs: Inputs) -> None:
     inputs.truth()
     inputs.truth_map()
     _check_diameter(inputs)
+    check_models(job.diagnose, inputs.grid())
     if with_auxiliary:
         if job.auxiliary.post_command:
             check_template(job.auxiliary.post_command)

@@ -62,8 +62,8 @@ def of_iteration(request: RefineRequest, identity: Identity, model: Model, plan:
     from cryoiso.refine.search import ARITHMETIC
 
     return digest_of(
-        __version__, ARITHMETIC, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES), *grid, rest,
-        request.source.particles.uid, request.settings.padding, centre_px, plain(identity),
+        __version__, ARITHMETIC, asdict(model.state), model.sigma2, *(model.references[half] for half in HALVES),
+        *grid, rest, request.source.particles.uid, request.settings.padding, centre_px, plain(identity),
         model.intensity.scale, model.intensity.noise,
         *(model.views.get(half, np.zeros(0)) for half in HALVES),
         *([] if request.settings.image_mask == "none" else [model.shift_A]),

@@ -28,15 +28,18 @@ def build(run_folder: Path | str, before: Path | str | None = None) -> Path:
     from cryoiso.report.collect import collect, collect_maps
     from cryoiso.report.figure_list import figures
     from cryoiso.report.page import page
+    from cryoiso.report.sections import map_quality
     from cryoiso.report.sections.auxiliary import collect_samples
     from cryoiso.report.sections.correct import collect_slices
+    from cryoiso.report.sections.measured import collect_surface
     from cryoiso.report.sharing import figures_for_others, for_others
 
     folder, other = Path(run_folder), None if before is None else Path(before)
     data = collect(folder, other)
     pictures = figures(
-        data, collect_maps(folder, data, other), collect_samples(folder, data), collect_slices(folder, data)
-    )
+        data, collect_maps(folder, data, other), collect_samples(folder, data), collect_slices(folder, data),
+        collect_surface(folder), map_quality.collect_slices(folder),
+    )  # fmt: skip
     html = page(for_others(data, folder), figures_for_others(pictures, data, folder))
     numbers = json.dumps(for_others(data, folder), indent=1, ensure_ascii=False)
     write_text(folder / products.REPORT_NUMBERS, numbers + "\n")

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.report.hover import Picture, axes_of
+
 BLUE, GREEN, VERMILLION, ORANGE, SKY, GREY = "#0072B2", "#009E73", "#D55E00", "#E69F00", "#56B4E9", "#8A8A8A"
 """Okabe and Ito's colours, which colour-blind people tell apart. Blue is this run, green the true poses, vermillion
 what was before the correction."""
@@ -57,13 +59,13 @@ def styled() -> AbstractContextManager[None]:
     return rc_context(_STYLE)
 
 
-def address(figure, kind: str = "svg", dpi: int = 150) -> str:
-    """The figure as a data: address, the same bytes every time."""
+def address(figure, kind: str = "svg", dpi: int = 150) -> Picture:
+    """The figure as a data: address, the same bytes every time, with the values that can be read off it."""
     stream = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata)
     mime = "image/svg+xml" if kind == "svg" else "image/png"
-    return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return Picture(f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}", axes_of(figure))
 
 
 def decoded(data_address: str) -> bytes:

@@ -14,7 +14,17 @@ from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
 from cryoiso.report.records import ReportData, StageTime
 from cryoiso.report.run_reader import read_journal, read_json, read_toml, stage_folder
-from cryoiso.report.sections import anisotropy, auxiliary, classes, correct, intensity, realign, view_density
+from cryoiso.report.sections import (
+    anisotropy,
+    auxiliary,
+    classes,
+    correct,
+    intensity,
+    map_quality,
+    measured,
+    realign,
+    view_density,
+)
 from cryoiso.report.sharing import name_of
 from cryoiso.report.text import number, percent, section
 
@@ -86,6 +96,9 @@ def collect(folder: Path, before: Path | None = None) -> ReportData:
         data["correct"] = corrected
     if loops:
         data["realign"] = loops
+    shares, controls = measured.collect_shares(folder), measured.collect_controls(folder)
+    if shares or controls:
+        data["measured"] = {"shares": shares, "controls": controls}
     data["provenance"] = provenance(manifest, job)
     data["summary"] = summary(data)
     data["numbers"] = numbers(data)
@@ -150,7 +163,7 @@ def summary(data: ReportData) -> list[str]:
             f"{percent(views['top_fraction'])} of the views lie within 36° of z (19.1 % if views were even); "
             f"view entropy {views['entropy']:.2f} of 1."
         )
-    sentences += realign.sentences(data) + correct.sentences(data)
+    sentences += realign.sentences(data) + correct.sentences(data) + map_quality.sentences(d)
     return [*sentences, *d.get("notes", [])]
 
 
@@ -217,7 +230,7 @@ def _rows(d: DiagnoseRecord) -> list[tuple[str, str, Any, str, Any]]:
         ("Half-maps", "resolution, FSC 0.143, unmasked", d.get("resolution_0143_unmasked_A"), "Å", None),
         ("Half-maps", "resolution, FSC 0.5, corrected for the mask", d.get("resolution_05_A"), "Å", None),
     ]
-    rows += anisotropy.number_rows(d)
+    rows += anisotropy.number_rows(d) + map_quality.number_rows(d)
     for key, label, unit in (
         ("resolution_05_A", "resolution, FSC 0.5, all directions", "Å"),
         ("axial_A", "resolution along z (cone of 20°)", "Å"),

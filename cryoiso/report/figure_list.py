@@ -11,8 +11,18 @@ from cryoiso.core.records import DiagnoseRecord, IterationRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
 from cryoiso.report.records import ReportData
-from cryoiso.report.sections import anisotropy, classes, correct, intensity, realign, view_density
+from cryoiso.report.sections import (
+    anisotropy,
+    classes,
+    correct,
+    intensity,
+    map_quality,
+    measured,
+    realign,
+    view_density,
+)
 from cryoiso.report.sections.auxiliary import before, views_before_and_after
+from cryoiso.report.surface_view import Surface, turning
 from cryoiso.report.text import Entry, Text, number
 
 FSC = (
@@ -82,6 +92,8 @@ class Figure:
     image: str
     """data: address of the picture; empty if there is none."""
     text: Text = field(default_factory=Text)
+    surface: dict[str, Any] | None = None
+    """a surface that turns in place of the picture, see `cryoiso.report.surface_view`"""
 
 
 def figures(
@@ -89,6 +101,8 @@ def figures(
     maps: list[tuple[str, str, DensityMap]],
     samples: dict[str, np.ndarray] | None = None,
     slices: correct.Slices | None = None,
+    surface: Surface | None = None,
+    local: correct.Slices | None = None,
 ) -> list[Figure]:
     """All figures for which the run has the data, in the order of the report."""
     from cryoiso.report import figures as draw
@@ -97,6 +111,7 @@ def figures(
     first = before(data)
     known: list[Entry] = [
         ("maps", "Maps", maps, _maps_caption(maps, _before(data)), lambda: draw.maps(maps, d)),
+        measured.entry(data, surface),
         ("fsc", "Half-map agreement", d.get("fsc_unmasked"), FSC, lambda: draw.half_map_fsc(d)),
         (
             "truth",
@@ -106,6 +121,7 @@ def figures(
             lambda: draw.truth_fsc(d),
         ),
         *anisotropy.entries(d),
+        *map_quality.entries(d, local or {}),
         *correct.entries(data, slices or {}),
         _views(data, first),
         _errors(data, first),
@@ -125,9 +141,10 @@ def figures(
         *realign.entries(data),
         ("posterior", "Certainty of the poses", d.get("posterior"), POSTERIOR, lambda: draw.posterior(d)),
     ]
-    texts = {**correct.texts(data), **realign.texts(data)}
+    texts = {**correct.texts(data), **realign.texts(data), **map_quality.texts(d), measured.KEY: measured.text(data)}
+    turned = {} if surface is None else {measured.KEY: turning(surface)}
     return [
-        Figure(key, title, caption, make(), texts.get(key, Text()))
+        Figure(key, title, caption, make(), texts.get(key, Text()), turned.get(key))
         for key, title, present, caption, make in known
         if present
     ]

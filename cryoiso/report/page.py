@@ -1,12 +1,18 @@
-"""The report as one self-contained HTML page: no network, no scripts, prints on paper, follows a dark screen."""
+"""The report as one self-contained HTML page: no network, prints on paper, follows a dark screen.
+
+Its one script (`assets/report.js`) adds values under the mouse and turns the surface; without it nothing is missing.
+"""
 
 from __future__ import annotations
 
 import html
+import json
+from importlib.resources import files
 from typing import Any
 
 from cryoiso.core.log import duration, printable
 from cryoiso.report.figure_list import Figure
+from cryoiso.report.hover import Picture
 from cryoiso.report.records import ReportData
 from cryoiso.report.text import Text
 
@@ -27,7 +33,14 @@ h2{font-size:1.2rem;margin:2.4rem 0 .6rem}
 .summary p:first-child{font-weight:600}
 figure{margin:0 0 .4rem;padding:.9rem}
 figure img{display:block;width:100%;height:auto;background:#fff;border-radius:6px;padding:6px}
-figure.narrow img{max-width:700px;margin:0 auto}
+figure.narrow img,figure canvas{max-width:700px;margin:0 auto}
+figure{position:relative}figure canvas{display:block;width:460px;max-width:100%;cursor:grab;touch-action:none}
+.scale{display:flex;align-items:center;gap:.6rem;max-width:460px;margin:.5rem auto 0;font-size:.86rem;color:var(--soft)}
+.scale i{flex:1;height:.7rem;border-radius:4px}
+#tip{position:fixed;z-index:9;pointer-events:none;background:var(--card);color:var(--ink);border:1px solid var(--line);
+border-radius:6px;padding:.25rem .5rem;font-size:.84rem;box-shadow:0 2px 8px #0003;max-width:22rem}
+#tip i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
+.rule{position:absolute;width:1px;background:#555a;pointer-events:none}
 figcaption{color:var(--soft);font-size:.92rem;margin:.7rem .2rem 0}
 .table{overflow-x:auto;padding:.3rem .9rem}
 table{border-collapse:collapse;width:100%;font-size:.94rem}
@@ -47,7 +60,9 @@ main{max-width:none;padding:0}
 figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
-_NARROW = {"fsc", "errors", "moved", "correct"}
+_NARROW = {"measured", "fsc", "errors", "moved", "correct"}
+_FIRST = ("maps", "measured")
+"""Figures before the table of numbers."""
 _COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true poses"))
 
 
@@ -72,11 +87,13 @@ def page(data: ReportData, figures: list[Figure]) -> str:
         f"<title>{title} - cryoiso report</title><style>{_CSS}</style></head><body><main>",
         f'<h1>{title}</h1><p class="kind">cryoiso report: what this run measured of its maps and poses.</p>',
         _summary(data["summary"]),
-        *[_figure(f) for f in figures if f.key == "maps"],
+        *[_figure(f) for f in figures if f.key in _FIRST],
         _numbers(data["numbers"]),
-        *[_figure(f) for f in figures if f.key != "maps"],
+        *[_figure(f) for f in figures if f.key not in _FIRST],
         _footer(data),
-        "</main></body></html>",
+        "</main>",
+        _script(figures),
+        "</body></html>",
     ]
     return "\n".join(p for p in parts if p) + "\n"
 
@@ -91,10 +108,32 @@ def _figure(figure: Figure) -> str:
     parts = [f'<h2 id="{escape(figure.key)}">{escape(figure.title)}</h2>', _text(figure.text)]
     if figure.image:
         parts.append(
-            f'<figure{kind}><img alt="{escape(figure.title)}" src="{figure.image}">'
-            f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
+            f'<figure{kind} id="figure-{escape(figure.key)}"><img alt="{escape(figure.title)}" src="{figure.image}">'
+            f"{_scale(figure.surface)}<figcaption>{escape(figure.caption)}</figcaption></figure>"
         )
     return "".join(parts)
+
+
+def _scale(surface: dict[str, Any] | None) -> str:
+    """The colours of a surface, from its lowest value to its highest."""
+    if not surface or not surface.get("ends"):
+        return ""
+    low, high = (escape(str(words)) for words in surface["ends"])
+    colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in surface["stops"])
+    return f'<div class="scale">{low}<i style="background:linear-gradient(90deg,{colours})"></i>{high}</div>'
+
+
+def _script(figures: list[Figure]) -> str:
+    """The script with the numbers that it shows; nothing in them can end the element that they stand in."""
+    numbers = {
+        "hover": {f.key: f.image.hover for f in figures if isinstance(f.image, Picture) and f.image.hover},
+        "surfaces": {f.key: f.surface for f in figures if f.surface},
+    }
+    if not any(numbers.values()):
+        return ""
+    text = json.dumps(numbers, ensure_ascii=True, separators=(",", ":")).replace("<", "\\u003c")
+    program = files("cryoiso.report").joinpath("assets", "report.js").read_text(encoding="utf-8")
+    return f'<script type="application/json" id="cryoiso-data">{text}</script>\n<script>{program}</script>'
 
 
 def _text(text: Text) -> str:

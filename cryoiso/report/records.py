@@ -31,6 +31,8 @@ class ReportData(TypedDict, total=False):
     job: dict[str, Any]
     """The resolved job: a user may have left out what a section leaves out."""
     auxiliary: dict[str, Any]
+    measured: dict[str, Any]
+    """shares: of the corrected map; controls: of an audit. See ``report.sections.measured``."""
     comparison: dict[str, Any]
     correct: dict[str, Any]
     realign: list[dict[str, Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ SLAB = 16
 TURN_DEG, TILT_DEG = 25.0, 68.0
 """The view: turned about z, then z tilted up from the line of sight towards the top of the picture."""
 COLOUR = np.array([0.42, 0.62, 0.82])
+Colours = Callable[[np.ndarray], np.ndarray]
 LIGHTS = (((-0.45, 0.6, 0.65), 0.72), ((0.7, 0.1, 0.5), 0.22))
 """Direction (right, up, towards the viewer) and strength."""
 AMBIENT = 0.24
@@ -44,21 +46,36 @@ def contour_level(density: DensityMap, mask: np.ndarray | None = None) -> float:
     return float(max(solvent + 0.5 * (typical - solvent), solvent + 5 * noise))
 
 
-def surface_png(density: DensityMap, level: float, mask: np.ndarray | None = None) -> bytes:
+def surface_png(
+    density: DensityMap, level: float, mask: np.ndarray | None = None, colours: Colours | None = None
+) -> bytes:
     """The surface of a map at a level, lit from the upper left, with a scale bar, as a PNG of 500 x 500 pixels.
 
     Args:
         density: the map.
         level: where the surface lies; below the map's highest density.
         mask: (D, D, D); density outside of it is not shown.
+        colours: (z, y, x) in voxels of the map, (3, n) -> colours (n, 3) in [0, 1]; None: all blue.
     """
-    data = np.asarray(density.data, np.float32)
-    if mask is not None:
-        data = np.where(mask > 0.01, data, min(0.0, float(np.median(data)))).astype(np.float32)
-    cube, pixel_A = _cube(data, level, density.pixel_size_A)
+    data = shown_density(density.data, mask)
+    low, edge = drawn_part(data, level)
+    cube, pixel_A = _cube(data, low, edge, density.pixel_size_A)
     frame = _frame(cube, level)
     depth, points = _first_crossing(cube, level, frame)
-    return _picture(_shade(cube, depth, points), frame.width * pixel_A)
+    if colours is None:
+        colour = np.broadcast_to(COLOUR, (*depth.shape, 3))
+    else:
+        places = low + points.reshape(3, -1) * (edge / len(cube))
+        colour = colours(places).reshape(*depth.shape, 3)
+    return _picture(_shade(cube, depth, points, colour), frame.width * pixel_A)
+
+
+def shown_density(data: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The density without what is outside of a mask."""
+    data = np.asarray(data, np.float32)
+    if mask is None:
+        return data
+    return np.where(mask > 0.01, data, min(0.0, float(np.median(data)))).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -76,20 +93,24 @@ class _Frame:
         return 2.24 * float(self.half[1:].max())
 
 
-def _cube(data: np.ndarray, level: float, pixel_A: float) -> tuple[np.ndarray, float]:
-    """The part of a map that stands above the level, as a cube on a grid fine enough to be drawn; its voxel in Å."""
+def drawn_part(data: np.ndarray, level: float) -> tuple[int, int]:
+    """First voxel and edge of the cube about the centre that holds what stands above the level."""
     box = len(data)
     centre = box // 2
     where = np.argwhere(data > level)
     far = float(np.linalg.norm(where - centre, axis=1).max(initial=box / 8))
     half = int(min(np.ceil(1.06 * far) + 2, centre, box - centre))
-    part = data[(slice(centre - half, centre + half),) * 3].astype(np.float64)
-    edge = len(part)
+    return centre - half, 2 * half
+
+
+def _cube(data: np.ndarray, low: int, edge: int, pixel_A: float) -> tuple[np.ndarray, float]:
+    """That part of a map on a grid fine enough to be drawn; its voxel in Å."""
+    part = data[(slice(low, low + edge),) * 3].astype(np.float64)
     wanted = int(np.clip(edge, FINE_PX, COARSE_PX))
-    return (_resize(part, wanted), pixel_A * edge / wanted) if wanted != edge else (part, pixel_A)
+    return (resize(part, wanted), pixel_A * edge / wanted) if wanted != edge else (part, pixel_A)
 
 
-def _resize(part: np.ndarray, edge: int) -> np.ndarray:
+def resize(part: np.ndarray, edge: int) -> np.ndarray:
     """Fourier interpolation of an even cube onto another even grid, without overshoot at its own border."""
     old = len(part)
     edge += edge % 2
@@ -153,8 +174,8 @@ def _first_crossing(cube: np.ndarray, level: float, frame: _Frame) -> tuple[np.n
     return whole, (_view().T @ start)[:, None, None] + np.einsum("ij,jrc->irc", matrix, shown)
 
 
-def _shade(cube: np.ndarray, depth: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(500, 500, 3) colours: two lights, darker in hollows and in the distance, white around the surface."""
+def _shade(cube: np.ndarray, depth: np.ndarray, points: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """(500, 500, 3) colours of a surface that has its own ones: two lights, darker in hollows and in the distance."""
     from scipy.ndimage import gaussian_filter, map_coordinates
 
     seen = np.isfinite(depth)
@@ -176,7 +197,7 @@ def _shade(cube: np.ndarray, depth: np.ndarray, points: np.ndarray) -> np.ndarra
     hollow = np.clip((shown - _blurred(shown, seen, 14)) / (0.06 * len(cube)), 0, 1)
     distance = (shown - near) / max(far - near, 1e-9)
     light *= (1 - 0.45 * hollow) * (1 - 0.3 * distance)
-    colour = np.clip(light[..., None] * COLOUR * 1.25 + 0.16 * (glint * (1 - hollow))[..., None], 0, 1)
+    colour = np.clip(light[..., None] * own * 1.25 + 0.16 * (glint * (1 - hollow))[..., None], 0, 1)
     cover = gaussian_filter(seen.astype(np.float64), 0.7)[..., None]
     # at the silhouette the nearest surface colour is spread outwards, then faded into the white
     spread = np.stack([_blurred(colour[..., k], seen, 1.5) for k in range(3)], axis=-1)

@@ -193,6 +193,29 @@ class MicelleSection(Section):
     lowpass_A: float = Field(20.0, ge=0, description="resolution of the micelle; 0: as fine as the images")
 
 
+class DiagnoseSection(Section):
+    """What is measured of the final maps beside FSC, directions and views."""
+
+    model: str = Field("", description="atomic model of the particle (PDB, mmCIF) for map-model FSC and Q-scores")
+    compare_model: str = Field("", description="a second atomic model, compared with the first: RMSD, TM-like score")
+    fit_model: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="placement of the model in the map; auto: fitted as a rigid body unless it lies in the density "
+        "already; yes: fitted; no: the coordinates of its file",
+    )
+    q_sigma_A: float = Field(0.6, gt=0, le=2, description="width of the reference Gaussian of the Q-scores")
+    local_resolution: Literal["auto", "yes", "no"] = Field(
+        "auto", description="measure the local resolution; auto: in boxes of up to 320 pixels, where it takes a minute"
+    )
+    local_window_A: float | None = Field(
+        None,
+        gt=0,
+        description="full width at half maximum of the window of the local resolution (default: the largest of 25 Å, "
+        "10 pixels and 4 times the resolution)",
+    )
+    local_threshold: float = Field(0.143, gt=0, lt=1, description="local FSC at which the local resolution is read")
+
+
 class ClassifySection(Section):
     """Classes of particles."""
 

@@ -6,21 +6,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from cryoiso.core import products
+from cryoiso.core.config import DiagnoseSection
 from cryoiso.core.records import DiagnoseRecord
 from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map
 from cryoiso.pipeline.inputs.grids import read_mask, require_grid
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
+from cryoiso.pipeline.inputs.placed_model import read_model_map
 from cryoiso.pipeline.inputs.standard_frame import warn_of_symmetry
 from cryoiso.pipeline.stages.half_maps import make_mask
+from cryoiso.pipeline.stages.map_numbers import add_model, check_models, mean_of, measure_locally, note_flags
 
 
 def diagnose_files(
     half1: Path, half2: Path, mask: Path | None, particles: Path | None, symmetry: str,
     truth_particles: Path | None, truth_map: Path | None, *, pixel_size_A: float | None = None, seed: int = 1,
+    section: DiagnoseSection | None = None, model_map: Path | None = None, local_resolution: Path | None = None,
+    table: Path | None = None,
 ) -> DiagnoseRecord:  # fmt: skip
-    """The numbers of ``methods.assess.measure`` from files.
+    """The numbers of ``methods.assess.measure`` from files, and what ``section`` asks for beside them.
+
+    Args:
+        model_map: the map that the model belongs to; None: the mean of the half-maps.
+        local_resolution: where that map is written; None: it is not measured.
+        table: where the Q-scores by residue are written.
 
     Raises:
         InputError: unreadable files, or maps on different grids.
@@ -30,6 +41,7 @@ def diagnose_files(
 
     point_group(symmetry)
     one, two, _ = read_half_maps(half1, half2, pixel_size_A)
+    check_models(section or DiagnoseSection(), (one.box_px, one.pixel_size_A))
     truth = read_map(truth_map, pixel_size_A) if truth_map else None
     if truth is not None:
         require_grid(truth, one.box_px, one.pixel_size_A, truth_map, "the half-maps")
@@ -45,6 +57,27 @@ def diagnose_files(
         seed=seed,
     )  # fmt: skip
     found["notes"] += [doubt] if doubt else []
+    section = section or DiagnoseSection()
+    note_flags(found, None)
+    if local_resolution is not None:
+        measure_locally(found, one, two, inside, section, local_resolution)
+    if section.model:
+        density, extent_px = read_model_map(model_map, pixel_size_A) if model_map else (mean_of(one, two), None)
+        add_model(found, density, section, symmetry, table or Path(products.Q_TABLE), extent_px)
+    return found
+
+
+def diagnose_model(
+    model_map: Path, section: DiagnoseSection, symmetry: str, table: Path, *, pixel_size_A: float | None = None
+) -> DiagnoseRecord:
+    """A model against a map, of which there are no half-maps.
+
+    Raises:
+        InputError: unreadable files, or a model that does not belong to the map.
+    """
+    density, extent_px = read_model_map(model_map, pixel_size_A)
+    found: DiagnoseRecord = {"schema": 1, "box_px": density.box_px, "pixel_size_A": density.pixel_size_A, "notes": []}
+    add_model(found, density, section, symmetry, table, extent_px)
     return found
 
 

@@ -35,7 +35,7 @@ def input_files(job: Job) -> list[Path]:
     """The small files a job names, in the order of the job file."""
     names = (
         job.particles.file, *passthrough_files(job), job.reference.file, job.reference.fit, job.sample.mask,
-        job.truth.particles, job.truth.map,
+        job.truth.particles, job.truth.map, job.diagnose.model, job.diagnose.compare_model,
     )  # fmt: skip
     files = [Path(name) for name in names if name]
     return [path / products.INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards

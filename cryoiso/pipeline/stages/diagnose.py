@@ -15,6 +15,7 @@ from cryoiso.io.mrc import read_map
 from cryoiso.parallel.group_stop import on_root_heeding
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.stages.map_numbers import measure_further
 from cryoiso.pipeline.stages.rounds import final_poses, pose_file
 
 logger = logging.getLogger("cryoiso")
@@ -56,6 +57,11 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
         before = pose_file(run, 0)
         logger.info("the same for the maps before the auxiliary particles, to compare with")
         numbers["before"] = numbers_of(earlier[0], earlier[1], before, None)
+    primary = maps / products.WEIGHTED_MAP
+    measure_further(
+        numbers, half1, half2, mask.data, read_map(primary) if primary.exists() else None, job.diagnose,
+        job.sample.symmetry, run.folder.stage("diagnose"),
+    )  # fmt: skip
     if run.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
         numbers["notes"].append(SHARED_NETWORK)
     write_json(run.folder.stage("diagnose") / products.facts("diagnose"), numbers)
