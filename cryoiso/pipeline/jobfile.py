@@ -19,6 +19,8 @@ PATHS = (
     ("sample", "mask"),
     ("truth", "particles"),
     ("truth", "map"),
+    ("audit", "other_reference"),
+    ("audit", "background"),
 )
 
 

@@ -45,6 +45,7 @@ RECORDS = {
         StageRecord("reconstruct"),
         StageRecord("correct", resumes=True, reads_images=False),
         StageRecord("diagnose", on_gpu=False, reads_images=False),
+        StageRecord("audit", resumes=True, searches=True, like="refine"),
         StageRecord("report", on_gpu=False, reads_images=False),
     )
 }
@@ -70,6 +71,11 @@ def folder_stages(job: Job) -> tuple[str, ...]:
     raise UsageError(
         f"unknown workflow '{job.run.workflow}' (known: refine, auxiliary, realign, both)", code="choice-unknown"
     )
+
+
+def working_stages(job: Job) -> tuple[str, ...]:
+    """Names of all stages but the report, in order; the controls have a folder without a number."""
+    return (*folder_stages(job), *(("audit",) if job.audit.enable else ()))
 
 
 def _co_refinement_stages(job: Job) -> tuple[str, ...]:

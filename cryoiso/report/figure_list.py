@@ -11,7 +11,7 @@ from cryoiso.core.records import DiagnoseRecord, IterationRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
 from cryoiso.report.records import ReportData
-from cryoiso.report.sections import anisotropy, correct, intensity, realign, view_density
+from cryoiso.report.sections import anisotropy, audit, correct, intensity, realign, view_density
 from cryoiso.report.sections.auxiliary import before, views_before_and_after
 from cryoiso.report.text import Entry, Text, number
 
@@ -95,7 +95,9 @@ def figures(
 
     d = data["diagnose"]
     first = before(data)
+    controls = data.get("audit") or {}
     known: list[Entry] = [
+        *audit.entries(controls),
         ("maps", "Maps", maps, _maps_caption(maps, _before(data)), lambda: draw.maps(maps, d)),
         ("fsc", "Half-map agreement", d.get("fsc_unmasked"), FSC, lambda: draw.half_map_fsc(d)),
         (
@@ -124,7 +126,7 @@ def figures(
         *realign.entries(data),
         ("posterior", "Certainty of the poses", d.get("posterior"), POSTERIOR, lambda: draw.posterior(d)),
     ]
-    texts = {**correct.texts(data), **realign.texts(data)}
+    texts = {**correct.texts(data), **realign.texts(data), audit.KEY: audit.text(controls)}
     return [
         Figure(key, title, caption, make(), texts.get(key, Text()))
         for key, title, present, caption, make in known

@@ -28,6 +28,7 @@ class ReportData(TypedDict, total=False):
     stages: list[StageTime]
     job: dict[str, Any]
     """The resolved job: a user may have left out what a section leaves out."""
+    audit: dict[str, Any]
     auxiliary: dict[str, Any]
     comparison: dict[str, Any]
     correct: dict[str, Any]

@@ -35,7 +35,7 @@ def input_files(job: Job) -> list[Path]:
     """The small files a job names, in the order of the job file."""
     names = (
         job.particles.file, *passthrough_files(job), job.reference.file, job.reference.fit, job.sample.mask,
-        job.truth.particles, job.truth.map,
+        job.truth.particles, job.truth.map, job.audit.other_reference, job.audit.background,
     )  # fmt: skip
     files = [Path(name) for name in names if name]
     return [path / products.INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
@@ -93,10 +93,15 @@ def _sizes(images: list[Path], kind: str) -> dict[str, int]:
 
 def job_key(job: Job) -> str:
     """Digest of what decides the result: the whole job but for its title, its device, how inputs are hashed, where
-    images are read, when it stops and how it is sent to a batch system."""
-    facts = job.model_dump(exclude={"launch"})
+    images are read, when it stops, how it is sent to a batch system, and the controls that are run afterwards."""
+    facts = job.model_dump(exclude={"launch", "audit"})
     facts["run"] = {k: v for k, v in facts["run"].items() if k not in NO_RESULT}
     return digest_of(json.dumps(facts, sort_keys=True))
+
+
+def audit_key(key: str, job: Job) -> str:
+    """The key of the stage of the controls, which their settings decide as well as all that was done before."""
+    return digest_of(key, json.dumps(job.audit.model_dump(exclude={"enable"}), sort_keys=True))
 
 
 def to_hash(manifest: dict[str, Any], job: Job) -> dict[str, int]:

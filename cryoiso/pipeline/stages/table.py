@@ -11,7 +11,18 @@ from cryoiso.core.config import Job
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.records.run_folder import RunFolder
-from cryoiso.pipeline.stages import corefine, diagnose, generate, ingest, reconstruct, reference, refine, report, train
+from cryoiso.pipeline.stages import (
+    audit,
+    corefine,
+    diagnose,
+    generate,
+    ingest,
+    reconstruct,
+    reference,
+    refine,
+    report,
+    train,
+)
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, record_of
 
 
@@ -79,10 +90,12 @@ def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
     else:
         middle = ()
     corrected = (_stage(folder, "correct", _correct),) if folder.has("correct") else ()
+    audited = (Stage("audit", audit.audit, (products.AUDIT,), True),) if job.audit.enable else ()
     last = (
         _stage(folder, "reconstruct", reconstruct.reconstruct),
         *corrected,
         _stage(folder, "diagnose", diagnose.diagnose),
+        *audited,
         Stage("report", report.report, ("result", products.REPORT_PAGE, products.REPORT_NUMBERS)),
     )
     return first + middle + last
