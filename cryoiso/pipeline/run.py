@@ -320,7 +320,7 @@ def _all_stages(run: RunContext, inputs: Inputs, until: str) -> None:
     stages = stages_of(run.job, run.folder)
     key = provenance.job_key(run.job)
     for number, stage in enumerate(stages, start=1):
-        key = provenance.audit_key(key, run.job) if stage.name == "audit" else key
+        key = provenance.stage_key(stage.name, key, run.job)
         recorded, resume = on_root(comm, what_is_there, run, stage, key)
         outputs = recorded
         if recorded is not None and (wrong := verify_outputs(run.folder.path, recorded, comm)):

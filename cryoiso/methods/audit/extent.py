@@ -26,6 +26,8 @@ class Extent:
     """how many are plain refinements beside it"""
     local: int = 0
     """how many are plain local searches"""
+    compared: bool = True
+    """whether it is compared with a repetition in which nothing is changed"""
     reason: Callable[[Job], str] = lambda job: ""
     """why the control does not apply; empty if it does"""
 
@@ -41,13 +43,13 @@ EXTENTS = {
         Extent("null", lambda job: 1, lambda job: int(has_plain_counterpart(job))),
         Extent("omitted", lambda job: job.audit.regions),
         Extent("added", lambda job: 1),
-        Extent("decoy", lambda job: 1),
+        Extent("decoy", lambda job: 1, compared=False),
         Extent(
             "other-reference", lambda job: 1,
             reason=lambda job: "" if job.audit.other_reference else "audit.other_reference names no second reference",
         ),
         Extent("stability", lambda job: 1, local=1),
-        Extent("leak", lambda job: 1),
+        Extent("leak", lambda job: 1, compared=False),
     )
 }  # fmt: skip
 """Name -> refinements, in the order in which the controls are run and reported."""
@@ -59,11 +61,21 @@ def chosen(job: Job) -> list[str]:
     return [name for name, one in EXTENTS.items() if name in asked and not one.reason(job)]
 
 
+def need_unchanged(names: list[str]) -> bool:
+    """Whether one of the controls is compared with a repetition in which nothing is changed."""
+    return any(EXTENTS[name].compared for name in names)
+
+
 def refinements(job: Job, names: list[str] | None = None) -> tuple[int, int, int]:
-    """How many refinements the controls are: with the run's workflow (the one with nothing changed, which all are
-    compared with, included), plain, local."""
-    parts = [EXTENTS[name] for name in (chosen(job) if names is None else names)]
-    return 1 + sum(p.same(job) for p in parts), sum(p.plain(job) for p in parts), sum(p.local for p in parts)
+    """How many refinements the controls are: with the run's workflow (the one with nothing changed included), plain,
+    local."""
+    names = chosen(job) if names is None else names
+    parts = [EXTENTS[name] for name in names]
+    return (
+        int(need_unchanged(names)) + sum(p.same(job) for p in parts),
+        sum(p.plain(job) for p in parts),
+        sum(p.local for p in parts),
+    )
 
 
 def particles_of(job: Job, n: int) -> int:

@@ -87,7 +87,8 @@ def difference(
     two = summed(numbers, np.ones_like(c), c, b, c * c, b * b, c * b)
 
     def statistic(totals: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(_pearson(totals[..., :6])) - np.nan_to_num(_pearson(totals[..., 6:]))
+        one, two = _pearson(totals[..., :6]), _pearson(totals[..., 6:])
+        return np.asarray(np.nan_to_num(one) - np.nan_to_num(two))
 
     return bootstrap(np.concatenate([one, two], 1), statistic, seed, "difference")
 

@@ -72,9 +72,8 @@ def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
         bench.folder.mkdir(exist_ok=True)
         logger.info("%d controls on %d of %d particles: %d refinements", len(names), len(bench.rows), bench.total,
                     same + plain + local)  # fmt: skip
-    shown = Pictures(bench, inputs)
-    unchanged = _unchanged(bench, shown)
-    records = []
+    shown, records = Pictures(bench, inputs), []
+    unchanged = _unchanged(bench, shown) if extent.need_unchanged(names) else Outcome(run)
     for name in names:
         record = _control(bench, CONTROLS[name], shown, unchanged)
         if comm.rank == 0:

@@ -99,8 +99,11 @@ def job_key(job: Job) -> str:
     return digest_of(json.dumps(facts, sort_keys=True))
 
 
-def audit_key(key: str, job: Job) -> str:
-    """The key of the stage of the controls, which their settings decide as well as all that was done before."""
+def stage_key(stage: str, key: str, job: Job) -> str:
+    """The key of a stage from the one that follows from the job and the stages before it: the settings of the controls
+    decide the stage of the controls alone."""
+    if stage != "audit":
+        return key
     return digest_of(key, json.dumps(job.audit.model_dump(exclude={"enable"}), sort_keys=True))
 
 
