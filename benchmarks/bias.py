@@ -35,7 +35,9 @@ LOWPASS_A = 15.0
 NOISE_SETS = 12
 
 
-def make_noise(folder: Path, out: Path, seed: int, kind: str = "coloured") -> None:
+def make_noise(
+    folder: Path, out: Path, seed: int, kind: str = "coloured", box: int = BOX, pixel_A: float = PIXEL_A
+) -> None:
     """The same particle file with images of pure noise, white or of the same spectrum."""
     import torch
 
@@ -47,10 +49,10 @@ def make_noise(folder: Path, out: Path, seed: int, kind: str = "coloured") -> No
     out.mkdir(exist_ok=True)
     shutil.copy(folder / "particles.star", out / "particles.star")
     particles = read_particle_file(folder / "particles.star")
-    spectrum = noise_spectrum(BOX, kind)
-    with write_stack(out / "particles.mrcs", BOX, PIXEL_A) as stack:
+    spectrum = noise_spectrum(box, kind)
+    with write_stack(out / "particles.mrcs", box, pixel_A) as stack:
         for uid in particles.uid.tolist():
-            white = generator(seed, "pure noise", uid).standard_normal((1, BOX, BOX), np.float32)
+            white = generator(seed, "pure noise", uid).standard_normal((1, box, box), np.float32)
             stack.append(colour_noise(torch.from_numpy(white), spectrum).numpy())
 
 

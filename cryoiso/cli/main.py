@@ -39,6 +39,7 @@ COMMANDS = (
     ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),
     ("rebalance", "rebalance_cmd", "rebalance", False),
+    ("audit", "audit_cmd", "audit", True),
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
@@ -168,7 +168,8 @@ def _typed(section: str, key: str) -> tuple[Any, Any]:
     if choices_of(_model(section), key) or field.annotation in NUMBER_OR_WORD:
         return str, field.default
     if get_origin(field.annotation) is list:
-        return list[get_args(field.annotation)[0]] | None, None  # type: ignore[misc]
+        element = get_args(field.annotation)[0]
+        return list[str if get_origin(element) is Literal else element] | None, None  # type: ignore[misc]
     return field.annotation, field.default
 
 

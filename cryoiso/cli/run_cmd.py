@@ -46,11 +46,12 @@ def run(
 
     comm = get_context()
     comm.install_signal_handlers()  # before the imports, which take seconds: a signal must not kill
+    from cryoiso.pipeline.audit.perform import audit
     from cryoiso.pipeline.run import run_job
     from cryoiso.report import publish
 
     folder = out if out is not None else run_folder_of(job)
-    done = run_job(job, folder, comm, publish, until, go_on)
+    done = run_job(job, folder, comm, publish, until, go_on, audit)
     if comm.rank == 0:
         echo(done.path if until else done.report)
 
@@ -78,9 +79,10 @@ def resume(
 
     comm = get_context()
     comm.install_signal_handlers()
+    from cryoiso.pipeline.audit.perform import audit
     from cryoiso.pipeline.run import resume_run
     from cryoiso.report import publish
 
-    done = resume_run(folder, comm, publish, until, trust, other_version)
+    done = resume_run(folder, comm, publish, until, trust, other_version, audit=audit)
     if comm.rank == 0:
         echo(done.path if until else done.report)

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from cryoiso.core.commands import COMMANDS, split_command
 from cryoiso.core.errors import UsageError
+from cryoiso.core.sections.audit import AuditSection
 from cryoiso.core.sections.base import Section, choices_of, meaning_of, unit_and_limits
 from cryoiso.core.sections.data import ParticlesSection, ReferenceSection, SampleSection, TruthSection
 from cryoiso.core.sections.methods import (
@@ -27,7 +28,7 @@ from cryoiso.core.sections.refinement import ReconstructSection, RefineSection, 
 from cryoiso.core.sections.running import LaunchSection, RunSection
 
 __all__ = [
-    "AuxiliarySection", "ClassifySection", "CorrectSection", "DiagnoseSection", "Job", "LaunchSection",
+    "AuditSection", "AuxiliarySection", "ClassifySection", "CorrectSection", "DiagnoseSection", "Job", "LaunchSection",
     "MicelleSection", "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection",
     "RelionSection", "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_job",
 ]  # fmt: skip
@@ -49,6 +50,7 @@ class Job(Section):
     relion: RelionSection = Field(default_factory=RelionSection)
     diagnose: DiagnoseSection = Field(default_factory=DiagnoseSection)
     truth: TruthSection = Field(default_factory=TruthSection)
+    audit: AuditSection = Field(default_factory=AuditSection)
     run: RunSection = Field(default_factory=RunSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
 

@@ -145,6 +145,9 @@ class RefineRequest:
     judged: bool = False
     """Whether the caller has made sure that the images match the reference, of a larger set that they are part of;
     otherwise the native engine does."""
+    grey_scale: float | None = None
+    """Factor that brings the references to the images' grey scale, for controls with images that must not match: where
+    it is given, the native engine neither measures it nor refuses such images. None: measured."""
     program: Any = None
     """cryoiso.core.config.RelionSection for engines that start somebody's program."""
 

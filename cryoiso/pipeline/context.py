@@ -14,6 +14,16 @@ from cryoiso.pipeline.records.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
+class Control:
+    """What a control changes in a refinement that no key of a job file can change."""
+
+    grey_scale: float
+    """factor that brings the initial reference to the images' grey scale; the images are not required to match it"""
+    half_references: tuple[Path, Path] | None = None
+    """initial references of half-sets 1 and 2; None: that of the job, for both"""
+
+
+@dataclass(frozen=True)
 class RunContext:
     """A job, its folder, its ranks and its records; one for a whole run, or for a single command without records."""
 
@@ -26,6 +36,12 @@ class RunContext:
     """on rank 0 of a run; hashes of inputs are added to it"""
     report: Callable[[Path], object] | None = None
     """makes the report of a run folder"""
+    audit: Callable[..., object] | None = None
+    """does the stage ``audit``, called as one"""
+    control: Control | None = None
+    """in a control of another run"""
+    label: str = ""
+    """in a control: what stands before the names of stages where progress is shown"""
     timing: dict[str, Any] = field(default_factory=dict)
     """what becomes timing.json, see ``pipeline.planning.timing``; empty until a stage of this process has ended"""
 

@@ -48,11 +48,12 @@ class Inputs:
     All that changes while a run goes on is here: what has been read already, and where images are read from.
     """
 
-    def __init__(self, job: Job, folder: RunFolder, comm: Context) -> None:
+    def __init__(self, job: Job, folder: RunFolder, comm: Context, particles: Particles | None = None) -> None:
         """Reads nothing yet.
 
         Args:
             folder: in which the stages ``ingest`` and ``reference`` leave shards and diameter.
+            particles: those of the job's shards, with poses and half-sets; None: read from the job's file.
         """
         self.job, self.folder, self.comm = job, folder, comm
         self.scratch: Scratch | None = None
@@ -60,7 +61,7 @@ class Inputs:
         self.originals: bool | None = None
         """whether RELION needs no copy of the images; None until ``pipeline.planning.job_size`` has looked at some"""
         self._plan: ingest.IngestPlan | None = None
-        self._particles: Particles | None = None
+        self._particles = particles
         self._reference: Reference | None = None
         self._selected: SelectedInputs | None = None
 

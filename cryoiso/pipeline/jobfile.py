@@ -21,6 +21,8 @@ PATHS = (
     ("truth", "map"),
     ("diagnose", "model"),
     ("diagnose", "compare_model"),
+    ("audit", "other_reference"),
+    ("audit", "background"),
 )
 
 

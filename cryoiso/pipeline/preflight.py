@@ -48,6 +48,8 @@ def check_job(inputs: Inputs) -> None:
     inputs.truth_map()
     _check_diameter(inputs)
     check_models(job.diagnose, inputs.grid())
+    if job.audit.enable:
+        require_auditable(job)
     if with_auxiliary:
         if job.auxiliary.post_command:
             check_template(job.auxiliary.post_command)
@@ -56,6 +58,29 @@ def check_job(inputs: Inputs) -> None:
             _warn_of_cold_pool(job)
     if job.run.workflow in ("realign", "both"):
         _check_realign(job)
+
+
+def require_auditable(job: Job) -> None:
+    """Stops where the controls of a job cannot be run.
+
+    Raises:
+        UsageError: another engine than the native one, or a control that the settings do not allow.
+        InputError: a file that a control needs is not there.
+    """
+    if job.refine.engine != "native":
+        raise UsageError(
+            f"the controls need the native engine, and this job refines with '{job.refine.engine}': noise must be "
+            "refined without its own refusal and with a known grey scale, which only the native engine takes",
+            code="options-conflict",
+        )
+    if "other-reference" in job.audit.controls and not job.audit.other_reference:
+        raise UsageError(
+            "audit.controls has 'other-reference': audit.other_reference is missing", code="option-missing"
+        )
+    for key in ("other_reference", "background"):
+        name = getattr(job.audit, key)
+        if name and not Path(name).is_file():
+            raise InputError("no such file", file=name, hint=f"Check audit.{key}.", code="file-not-found")
 
 
 def _warn_of_cold_pool(job: Job) -> None:

@@ -47,6 +47,7 @@ from cryoiso.pipeline.workflow import WITHOUT_GPU, folder_stages
 
 logger = logging.getLogger("cryoiso")
 Report = Callable[[Path], object]
+Audit = Callable[[RunContext, Inputs], object]
 
 
 def run_job(
@@ -56,6 +57,7 @@ def run_job(
     report: Report | None = None,
     until: str = "",
     go_on: bool = False,
+    audit: Audit | None = None,
 ) -> RunFolder:
     """Runs a job file into a new run folder. Collective.
 
@@ -66,6 +68,7 @@ def run_job(
         report: called on rank 0 with the run folder when all else is done.
         until: stop after this stage; ``resume_run`` goes on. Empty: to the end.
         go_on: if the folder holds a run, go on with it, by its own copy of the job file.
+        audit: does the controls (``pipeline.audit``), where the job has them.
 
     Returns:
         the run folder, finished or done up to ``until``.
@@ -77,10 +80,10 @@ def run_job(
     """
     place = RunFolder(Path(os.path.abspath(folder)))
     if go_on and on_root(comm, _has_begun, place, job_file):
-        return resume_run(folder, comm, report, until, job_file=job_file)
+        return resume_run(folder, comm, report, until, job_file=job_file, audit=audit)
     on_root(comm, _refuse_old_run, place)
     text, job = on_root(comm, read_job, job_file)
-    run = RunContext(job, RunFolder(place.path, folder_stages(job)), comm, report=report)
+    run = RunContext(job, RunFolder(place.path, folder_stages(job)), comm, report=report, audit=audit)
     inputs = Inputs(job, run.folder, comm)
     on_root(comm, _check_until, run, until)
     prepare_device(run, until)
@@ -103,6 +106,7 @@ def resume_run(
     trust: bool = False,
     other_version: bool = False,
     job_file: Path | None = None,
+    audit: Audit | None = None,
 ) -> RunFolder:
     """Goes on with an interrupted run; on a finished one it checks the files and makes again what is lost. Collective.
 
@@ -113,6 +117,7 @@ def resume_run(
         other_version: go on although another version of the program worked on the run last. Stages that are not
             finished begin anew.
         job_file: the user's own; the programs that it names need no ``trust``.
+        audit: as ``run_job``.
 
     Raises:
         UsageError: no run in this folder, another process works on it, there is no stage ``until``, or it is not this
@@ -125,7 +130,7 @@ def resume_run(
     on_root(comm, _require_version, place, other_version)
     _, job = on_root(comm, read_resolved, place)
     on_root(comm, lambda: require_trust(place, job, trust, _own_programs(job_file)))
-    run = RunContext(job, RunFolder(place.path, folder_stages(job)), comm, report=report)
+    run = RunContext(job, RunFolder(place.path, folder_stages(job)), comm, report=report, audit=audit)
     inputs = Inputs(job, run.folder, comm)
     on_root(comm, _check_until, run, until)
     prepare_device(run, until)
@@ -315,7 +320,8 @@ def _all_stages(run: RunContext, inputs: Inputs, until: str) -> None:
     stages = stages_of(run.job, run.folder)
     key = provenance.job_key(run.job)
     for number, stage in enumerate(stages, start=1):
-        recorded, resume = on_root(comm, _what_is_there, run, stage, key)
+        key = provenance.stage_key(stage.name, key, run.job)
+        recorded, resume = on_root(comm, what_is_there, run, stage, key)
         outputs = recorded
         if recorded is not None and (wrong := verify_outputs(run.folder.path, recorded, comm)):
             if comm.rank == 0:
@@ -334,7 +340,7 @@ def _all_stages(run: RunContext, inputs: Inputs, until: str) -> None:
             return
 
 
-def _what_is_there(run: RunContext, stage: Stage, key: str) -> tuple[dict[str, Any] | None, bool]:
+def what_is_there(run: RunContext, stage: Stage, key: str) -> tuple[dict[str, Any] | None, bool]:
     """The recorded outputs if the stage ended with this key, and whether an interrupted attempt may be continued."""
     journal = run.journal
     if journal is None:
@@ -350,7 +356,7 @@ def do_stage(run: RunContext, inputs: Inputs, stage: Stage, key: str, *, resume:
     """Runs one stage from its start or its continuation to its line in the journal. Collective."""
     began = time.monotonic()
     on_root(run.comm, _open_stage, run, stage, key, resume)
-    board.begin(stage.name)
+    board.begin(run.label + stage.name)
     cpu = time.process_time()
     stage.do(run, inputs, resume=resume)
     run.comm.barrier()
@@ -359,7 +365,7 @@ def do_stage(run: RunContext, inputs: Inputs, stage: Stage, key: str, *, resume:
     seconds = round(time.monotonic() - began, 3)
     if run.journal is not None:
         run.journal.append("end", stage=stage.name, key=key, seconds=seconds, outputs=outputs)
-        logger.info("%s took %s", stage.name, duration(seconds))
+        logger.info("%s took %s", run.label + stage.name, duration(seconds))
         note_timing(run, inputs, stage.name, seconds, time.process_time() - cpu, resumed=resume)
     return outputs
 

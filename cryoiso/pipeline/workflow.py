@@ -46,6 +46,7 @@ RECORDS = {
         StageRecord("reconstruct"),
         StageRecord("correct", resumes=True, reads_images=False),
         StageRecord("diagnose", on_gpu=False, reads_images=False),
+        StageRecord("audit", resumes=True, searches=True, like="refine"),
         StageRecord("report", on_gpu=False, reads_images=False),
     )
 }
@@ -79,6 +80,11 @@ def _with_classes(job: Job, stages: tuple[str, ...]) -> tuple[str, ...]:
         return stages
     after = stages.index("refine") + 1
     return (*stages[:after], "classify", *stages[after:])
+
+
+def working_stages(job: Job) -> tuple[str, ...]:
+    """Names of all stages but the report, in order; the controls have a folder without a number."""
+    return (*folder_stages(job), *(("audit",) if job.audit.enable else ()))
 
 
 def _co_refinement_stages(job: Job) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         diameter_A: as used by the engine.
         ordered: whether the order of the rows affects the engine.
     """
+    given = {} if request.grey_scale is None else {"grey scale": request.grey_scale}
     settings = {k: v for k, v in request.settings.model_dump().items() if k not in ONLY_WHEN and k != "local_deg"}
     source, halves = request.source, request.half_references
     correction: Any = request.correction
@@ -47,6 +48,7 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         "intensities": _intensities(request),
         "auxiliary": _auxiliary(request),
         "correction": "none" if correction is None else getattr(correction, "identity", correction.facts)(),
+        **given,
     }
 
 

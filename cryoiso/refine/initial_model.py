@@ -39,7 +39,9 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     state = first_state(run, lowpass_A)
     references, halves = run.first_references(lowpass_A), run.request.half_references
     common = references[1] if halves is None else run.first_reference(run.request.reference, lowpass_A)
-    scale = grey_scale(run, common, sigma2, state, None if halves is None else references)
+    scale = run.request.grey_scale
+    if scale is None:
+        scale = grey_scale(run, common, sigma2, state, None if halves is None else references)
     if run.comm.rank == 0:
         logger.info(
             "reference low-passed at %.1f Å, grey scale multiplied by %.4g to match the images", lowpass_A, scale

@@ -16,6 +16,7 @@ from cryoiso.report.records import ReportData, StageTime
 from cryoiso.report.run_reader import read_journal, read_json, read_toml, stage_folder
 from cryoiso.report.sections import (
     anisotropy,
+    audit,
     auxiliary,
     classes,
     correct,
@@ -92,6 +93,8 @@ def collect(folder: Path, before: Path | None = None) -> ReportData:
         other, data["comparison"] = comparison.collect_other(before, data["diagnose"], job)
         data["diagnose"]["before"] = other
         data["comparison"]["sentences"] = comparison.plain_sentences(data)
+    if audited := audit.collect_audit(folder):
+        data["audit"] = audited
     if corrected:
         data["correct"] = corrected
     if loops:
@@ -154,6 +157,7 @@ def summary(data: ReportData) -> list[str]:
             f"The two half-maps{of}{symmetry} agree to {_at(resolution, d)} (FSC 0.143, corrected for the mask)."
         )
     sentences = [*(data.get("comparison") or {}).get("sentences", []), *comparison.settings_sentence(data), *sentences]
+    sentences += audit.sentences(data.get("audit") or {})
     sentences += _truth_sentences(d) + anisotropy.sentences(d) + auxiliary.sentences(data)
     sentences += view_density.sentences(data) + intensity.sentences(data) + classes.sentences(data)
     views = d.get("views", {}).get("estimated") or {}

@@ -13,6 +13,7 @@ from cryoiso.report import comparison
 from cryoiso.report.records import ReportData
 from cryoiso.report.sections import (
     anisotropy,
+    audit,
     classes,
     correct,
     intensity,
@@ -109,7 +110,9 @@ def figures(
 
     d = data["diagnose"]
     first = before(data)
+    controls = data.get("audit") or {}
     known: list[Entry] = [
+        *audit.entries(controls),
         ("maps", "Maps", maps, _maps_caption(maps, _before(data)), lambda: draw.maps(maps, d)),
         measured.entry(data, surface),
         ("fsc", "Half-map agreement", d.get("fsc_unmasked"), FSC, lambda: draw.half_map_fsc(d)),
@@ -141,7 +144,10 @@ def figures(
         *realign.entries(data),
         ("posterior", "Certainty of the poses", d.get("posterior"), POSTERIOR, lambda: draw.posterior(d)),
     ]
-    texts = {**correct.texts(data), **realign.texts(data), **map_quality.texts(d), measured.KEY: measured.text(data)}
+    texts = {
+        **correct.texts(data), **realign.texts(data), **map_quality.texts(d), measured.KEY: measured.text(data),
+        audit.KEY: audit.text(controls),
+    }  # fmt: skip
     turned = {} if surface is None else {measured.KEY: turning(surface)}
     return [
         Figure(key, title, caption, make(), texts.get(key, Text()), turned.get(key))

@@ -87,15 +87,21 @@ def page(data: ReportData, figures: list[Figure]) -> str:
         f"<title>{title} - cryoiso report</title><style>{_CSS}</style></head><body><main>",
         f'<h1>{title}</h1><p class="kind">cryoiso report: what this run measured of its maps and poses.</p>',
         _summary(data["summary"]),
+        *[_figure(f) for f in figures if _is_control(f)],
         *[_figure(f) for f in figures if f.key in _FIRST],
         _numbers(data["numbers"]),
-        *[_figure(f) for f in figures if f.key not in _FIRST],
+        *[_figure(f) for f in figures if f.key not in _FIRST and not _is_control(f)],
         _footer(data),
         "</main>",
         _script(figures),
         "</body></html>",
     ]
     return "\n".join(p for p in parts if p) + "\n"
+
+
+def _is_control(figure: Figure) -> bool:
+    """Whether it belongs to the controls, which stand first after the verdict."""
+    return figure.key.split("-")[0] == "audit"
 
 
 def _summary(sentences: list[str]) -> str:

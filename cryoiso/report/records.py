@@ -30,6 +30,7 @@ class ReportData(TypedDict, total=False):
     stages: list[StageTime]
     job: dict[str, Any]
     """The resolved job: a user may have left out what a section leaves out."""
+    audit: dict[str, Any]
     auxiliary: dict[str, Any]
     measured: dict[str, Any]
     """shares: of the corrected map; controls: of an audit. See ``report.sections.measured``."""

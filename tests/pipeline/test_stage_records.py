@@ -12,7 +12,7 @@ from cryoiso.pipeline import workflow
 from cryoiso.pipeline.planning import job_size, memory, workload
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.stages.table import stages_of
-from cryoiso.pipeline.workflow import RECORDS, StageRecord, folder_stages, kind_of, record_of
+from cryoiso.pipeline.workflow import RECORDS, StageRecord, folder_stages, kind_of, record_of, working_stages
 
 WORKFLOWS = ("refine", "auxiliary", "realign", "both")
 
@@ -39,9 +39,17 @@ def test_stages_have_records_and_resume_as_these_say(name):
     assert {kind_of(s.name) for s in stages} <= set(RECORDS)
 
 
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_the_controls_come_before_the_report(name):
+    job = job_of(name)
+    job.audit.enable = True
+    stages = [s.name for s in stages_of(job, RunFolder(Path("run"), folder_stages(job)))]
+    assert stages == [*working_stages(job), "report"] and stages[-2:] == ["audit", "report"]
+
+
 def test_all_kinds_are_of_some_workflow():
     used = {kind_of(stage) for name in WORKFLOWS for stage in folder_stages(job_of(name))}
-    assert used | {"report"} == set(RECORDS)
+    assert used | {"audit", "report"} == set(RECORDS)
     assert all(record.like in RECORDS for record in RECORDS.values() if record.like)
 
 
@@ -53,7 +61,7 @@ def test_a_stage_without_a_record_is_an_error(monkeypatch):
     whole = workload.stages(problem, 1, workload.Assumed(), "cpu")
     monkeypatch.setitem(RECORDS, "polish", StageRecord("polish"))
     for module in (workload, memory, job_size):
-        monkeypatch.setattr(module, "folder_stages", lambda job: (*workflow.folder_stages(job), "polish"))
+        monkeypatch.setattr(module, "working_stages", lambda job: (*workflow.working_stages(job), "polish"))
     calls = (
         lambda: workload.stages(problem, 1, workload.Assumed(), "cpu"),
         lambda: memory.memory_of_stages(problem, 1),

@@ -18,8 +18,9 @@ from cryoiso.io.ingest import IngestPlan
 from cryoiso.io.shards import CHUNK_IMAGES, ShardSource
 from cryoiso.io.shardset import SHARD_BYTES, SPREAD
 from cryoiso.io.stack import StackReader
+from cryoiso.methods.audit import extent
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages, kind_of
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, working_stages
 
 PARAMETERS = {
     ("generator", "small"): 122_000, ("generator", "paper"): 7_292_000, ("unet", "small"): 429_000,
@@ -152,7 +153,7 @@ def _made_shards(name: str, p: Problem) -> Stored:
 
 def disk(p: Problem, ranks: int = 1) -> list[Stored]:
     """Bytes and files that every stage leaves, in order, the folder's own files last."""
-    found = [DISK[kind_of(name)](name, p) for name in folder_stages(p.job)]
+    found = [DISK[kind_of(name)](name, p) for name in working_stages(p.job)]
     return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 8 + ranks)]
 
 
@@ -272,6 +273,24 @@ def _round_of(engine: Stored, p: Problem) -> Stored:
     return replace(engine, bytes=size, files=files)
 
 
+def _audited(name: str, p: Problem) -> Stored:
+    """What every refinement of the controls leaves, and images and checkpoints that are removed again."""
+    n, jobs = extent.particles_of(p.job, p.particles), extent.jobs(p.job)
+    total = files = 0
+    for count, job in zip(_merged(extent.refinements(p.job)), jobs, strict=True):
+        part = replace(p, job=job, particles=n, with_shards=True)
+        stored = [one for one in disk(part) if one.name not in ("ingest", "diagnose", "result", "run folder")]
+        total += count * (sum(one.bytes for one in stored) + 20_000)
+        files += count * (sum(one.files for one in stored) + 3)
+    images = _shards(name, n, p)
+    return Stored(name, total + 8 * p.map_bytes, files + 10, 2 * images.bytes, 2 * images.files + 2)
+
+
+def _merged(counts: tuple[int, int, int]) -> tuple[int, int]:
+    """Refinements with the run's workflow, and plain ones."""
+    return counts[0], counts[1] + counts[2]
+
+
 DISK: dict[str, Callable[[str, Problem], Stored]] = {
     "ingest": _ingested,
     "reference": lambda name, p: Stored(name, 2 * p.map_bytes + 300, 3),
@@ -285,5 +304,6 @@ DISK: dict[str, Callable[[str, Problem], Stored]] = {
     "reconstruct": _reconstructed,
     "correct": _corrected,
     "diagnose": lambda name, p: Stored(name, 140_000 * _pictures(p), 1),
+    "audit": _audited,
 }
 """Kind of stage with a folder -> bytes and files that it leaves there."""

@@ -11,10 +11,11 @@ from math import ceil
 import numpy as np
 
 from cryoiso.core.errors import MissingError
+from cryoiso.methods.audit import extent
 from cryoiso.pipeline.finding import Needs
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.job_size import PARAMETERS, Problem, Stored, disk, most, preset_of, problem_of
-from cryoiso.pipeline.workflow import RECORDS, folder_stages, kind_of
+from cryoiso.pipeline.workflow import RECORDS, kind_of, working_stages
 
 GRID_VOXEL_BYTES = 24
 """Of the sums of back-projection: three 64-bit integers."""
@@ -60,7 +61,7 @@ TRAINING_MAPS = 15
 def needs_of(inputs: Inputs, ranks: int) -> Needs:
     """What the machine is asked for (rank 0)."""
     problem = problem_here(inputs)
-    return needs_of_stages(problem, ranks, folder_stages(problem.job), disk(problem, ranks))
+    return needs_of_stages(problem, ranks, working_stages(problem.job), disk(problem, ranks))
 
 
 def problem_here(inputs: Inputs) -> Problem:
@@ -93,7 +94,7 @@ def needs_of_stages(p: Problem, ranks: int, stages: Sequence[str], stored: list[
 def metadata_of_stages(p: Problem) -> dict[str, int]:
     """Bytes of main memory that rank 0 holds in each stage beside what every rank does: the source's text."""
     found = {}
-    for name in folder_stages(p.job):
+    for name in working_stages(p.job):
         kind = kind_of(name)
         each = REFINED_ROW_BYTES if RECORDS[kind].searches else ROW_BYTES
         found[name] = int(MEMORY_MARGIN * (each - COLUMNS_BYTES) * _particles(kind, p))
@@ -106,7 +107,7 @@ def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
     Of a run on GPUs as well: refinement is counted as on CPUs there, which is more than it takes.
     """
     found = {}
-    for name in folder_stages(p.job):
+    for name in working_stages(p.job):
         kind = kind_of(name)
         held = PROGRAM_BYTES + COLUMNS_BYTES * _particles(kind, p) + MEMORY[kind](p, ranks)
         found[name] = int(MEMORY_MARGIN * held)
@@ -116,7 +117,7 @@ def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
 def gpu_memory(p: Problem, ranks: int) -> dict[str, int]:
     """Most bytes of a GPU that a rank holds in each stage that computes there."""
     p = p if p.device != "cpu" else replace(p, device="cuda")
-    kinds = {name: kind_of(name) for name in folder_stages(p.job)}
+    kinds = {name: kind_of(name) for name in working_stages(p.job)}
     return {
         name: int(MEMORY_MARGIN * (GPU_BYTES + GPU[kind](p, ranks)))
         for name, kind in kinds.items()
@@ -268,6 +269,20 @@ def _correction(p: Problem, ranks: int, mode: str) -> int:
     return int(max(step, applied) + TRAINING_MAPS * p.map_bytes)
 
 
+# --- controls
+
+
+def _audited(p: Problem, ranks: int) -> int:
+    return _most_of_chain(MEMORY, p, ranks)
+
+
+def _most_of_chain(costs: dict[str, Bytes], p: Problem, ranks: int) -> int:
+    """The largest stage of the controls' refinements, which have the stages of the run and fewer images."""
+    part = replace(p, job=extent.jobs(p.job)[0], particles=extent.particles_of(p.job, p.particles), with_shards=True)
+    kinds = {kind_of(name) for name in working_stages(part.job)}
+    return max(bytes_of(part, ranks) for kind, bytes_of in costs.items() if kind in kinds)
+
+
 # --- by kind of stage
 
 Bytes = Callable[[Problem, int], int]
@@ -276,7 +291,7 @@ MEMORY: dict[str, Bytes] = {
     "classify": _classification, "micelle": _reconstruction, "train": _train, "generate": _generate,
     "corefine": partial(_refinement_and_loop, "corefine"), "local": partial(_refinement_and_loop, "local"),
     "reconstruct": _reconstruction, "correct": _correct, "diagnose": lambda p, ranks: 25 * p.map_bytes,
-    "report": _little,
+    "audit": _audited, "report": _little,
 }  # fmt: skip
 """Kind of stage -> main memory of its own arrays."""
 GPU: dict[str, Bytes] = {
@@ -284,5 +299,6 @@ GPU: dict[str, Bytes] = {
     "local": MEMORY["local"], "micelle": _reconstruction,
     "reconstruct": _reconstruction, "train": _generator_training, "generate": lambda p, ranks: _generation(p),
     "correct": lambda p, ranks: _correction(p, ranks, p.job.correct.mode),
+    "audit": lambda p, ranks: _most_of_chain(GPU, p, ranks),
 }  # fmt: skip
 """Kind of stage that computes on a GPU -> memory there."""

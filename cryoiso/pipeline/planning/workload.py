@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cryoiso.methods.audit import extent
 from cryoiso.pipeline.planning.job_size import Problem, preset_of
 from cryoiso.pipeline.planning.memory import grid_voxels
-from cryoiso.pipeline.workflow import CO_REFINEMENTS, folder_stages, kind_of
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, working_stages
 
 WorkUnits = dict[str, float]
 """Kernel -> units."""
@@ -69,7 +70,7 @@ def times(work: WorkUnits, factor: float) -> WorkUnits:
 
 def stages(p: Problem, ranks: int, assumed: Assumed, device: str) -> dict[str, WorkUnits]:
     """Stage -> work of one rank, of stages that have a folder and the report."""
-    found = {name: WORKS[kind_of(name)](p, ranks, assumed, device) for name in (*folder_stages(p.job), "report")}
+    found = {name: WORKS[kind_of(name)](p, ranks, assumed, device) for name in (*working_stages(p.job), "report")}
     rounds = assumed.rounds or p.job.auxiliary.rounds
     for name in list(found):
         match = re.search(r"-(\d+)$", name)
@@ -146,10 +147,29 @@ def _report(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     return {"fixed": 5.0, "measure": 2.0 * p.box_px**3}
 
 
+def _audit(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
+    """The stages from the reference to the reconstruction, of every refinement of the controls."""
+    same, plain, local = extent.refinements(p.job)
+    n = extent.particles_of(p.job, p.particles)
+    whole, alone = (replace(p, job=job, particles=n, with_shards=True) for job in extent.jobs(p.job))
+    near = times(refinement(alone, alone.particles, ranks, assumed, {}, local_deg=extent.LOCAL_DEG), local)
+    images = {"write": 2 * alone.particles * p.box_px**2 * 4 / ranks}
+    return add(
+        times(_chain(whole, ranks, assumed, device), same), times(_chain(alone, ranks, assumed, device), plain), near,
+        times(reconstruction(alone, alone.particles, ranks, weighted=True), local), images,
+    )  # fmt: skip
+
+
+def _chain(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
+    """All stages of a workflow up to its final maps."""
+    left_out = ("ingest", "diagnose", "audit", "report")
+    return add(*(units for name, units in stages(p, ranks, assumed, device).items() if kind_of(name) not in left_out))
+
+
 WORKS: dict[str, Callable[[Problem, int, Assumed, str], WorkUnits]] = {
     "ingest": _ingest, "reference": _reference, "refine": _refine, "classify": _classify, "micelle": _micelle,
     "train": _train, "generate": _generate, "corefine": _corefine, "local": _local, "reconstruct": _reconstruct,
-    "correct": _correct, "diagnose": _diagnose, "report": _report,
+    "correct": _correct, "diagnose": _diagnose, "audit": _audit, "report": _report,
 }  # fmt: skip
 """Kind of stage -> its work of one rank."""
 

@@ -36,6 +36,7 @@ def input_files(job: Job) -> list[Path]:
     names = (
         job.particles.file, *passthrough_files(job), job.reference.file, job.reference.fit, job.sample.mask,
         job.truth.particles, job.truth.map, job.diagnose.model, job.diagnose.compare_model,
+        job.audit.other_reference, job.audit.background,
     )  # fmt: skip
     files = [Path(name) for name in names if name]
     return [path / products.INDEX if path.is_dir() else path for path in files]  # particles may be a folder of shards
@@ -93,10 +94,18 @@ def _sizes(images: list[Path], kind: str) -> dict[str, int]:
 
 def job_key(job: Job) -> str:
     """Digest of what decides the result: the whole job but for its title, its device, how inputs are hashed, where
-    images are read, when it stops and how it is sent to a batch system."""
-    facts = job.model_dump(exclude={"launch"})
+    images are read, when it stops, how it is sent to a batch system, and the controls that are run afterwards."""
+    facts = job.model_dump(exclude={"launch", "audit"})
     facts["run"] = {k: v for k, v in facts["run"].items() if k not in NO_RESULT}
     return digest_of(json.dumps(facts, sort_keys=True))
+
+
+def stage_key(stage: str, key: str, job: Job) -> str:
+    """The key of a stage from the one that follows from the job and the stages before it: the settings of the controls
+    decide the stage of the controls alone."""
+    if stage != "audit":
+        return key
+    return digest_of(key, json.dumps(job.audit.model_dump(exclude={"enable"}), sort_keys=True))
 
 
 def to_hash(manifest: dict[str, Any], job: Job) -> dict[str, int]:

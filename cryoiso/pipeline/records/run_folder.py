@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "result"
 
     @property
+    def audit(self) -> Path:
+        """Folder of the controls."""
+        return self.path / products.AUDIT_FOLDER
+
+    @property
     def report(self) -> Path:
         return self.path / products.REPORT_PAGE
 

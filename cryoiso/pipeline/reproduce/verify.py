@@ -19,7 +19,7 @@ from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.checksums import read_sums
 from cryoiso.pipeline.records.hashing import Outputs, hash_shared, list_outputs, next_key
 from cryoiso.pipeline.records.journal import read_journal
-from cryoiso.pipeline.records.manifest import check_manifest, job_key, read_record
+from cryoiso.pipeline.records.manifest import check_manifest, job_key, read_record, stage_key
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.seal import digest_of_files
 from cryoiso.pipeline.stages.table import stages_of
@@ -184,7 +184,7 @@ def _outputs(
     last = {(line["event"], line.get("stage")): line for line in lines}
     missing = []
     for stage in stages_of(job, named):
-        end = last.get(("end", stage.name))
+        end, key = last.get(("end", stage.name)), stage_key(stage.name, key, job)
         if end is None:
             missing.append(stage.name)
             continue

@@ -16,7 +16,7 @@ from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.job_size import Stored, disk
 from cryoiso.pipeline.planning.memory import needs_of_stages, problem_here
 from cryoiso.pipeline.records.hashing import next_key
-from cryoiso.pipeline.records.manifest import job_key
+from cryoiso.pipeline.records.manifest import job_key, stage_key
 from cryoiso.pipeline.site.doctor import check_machine
 from cryoiso.pipeline.stages.table import stages_of
 from cryoiso.pipeline.workflow import RECORDS
@@ -50,6 +50,7 @@ def stages_left(run: RunContext, until: str = "") -> list[str]:
     left: list[str] = []
     for stage in stages_of(run.job, run.folder):
         end = run.journal.last("end", stage.name) if run.journal is not None else None
+        key = stage_key(stage.name, key, run.job)
         if left or end is None or end["key"] != key:
             left.append(stage.name)
         else:

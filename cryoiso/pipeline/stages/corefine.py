@@ -34,7 +34,15 @@ from cryoiso.pipeline.job_inputs import Inputs, Sample
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.generate import planned_particles
 from cryoiso.pipeline.stages.post_command import post_process
-from cryoiso.pipeline.stages.rounds import engine_folder, is_settled, last_round, poses_after, references_after, skip
+from cryoiso.pipeline.stages.rounds import (
+    engine_folder,
+    is_settled,
+    known_grey_scale,
+    last_round,
+    poses_after,
+    references_after,
+    skip,
+)
 from cryoiso.pipeline.workflow import kind_of
 
 logger = logging.getLogger("cryoiso")
@@ -95,7 +103,7 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
     request = request_for(
         run, sample, engine_folder(run, name), source, references_after(run, round_ - 1),
         lowpass_A=job.reference.lowpass_A, correction=engines.correction(job), resume=resume,
-        homologue=references_after(run, 0, with_micelle=False)[1],
+        grey_scale=known_grey_scale(run, round_ - 1), homologue=references_after(run, 0, with_micelle=False)[1],
         on_checkpoint=lambda record: run.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
     section, record = job.auxiliary, None
@@ -224,9 +232,11 @@ def local(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     request = request_for(
         run, sample, engine_folder(run, "local"), subset, references_after(run, rounds),
         lowpass_A=_start_resolution(run, inputs, rounds), local_deg=job.auxiliary.local_deg, judged=True, resume=resume,
+        grey_scale=known_grey_scale(run, rounds),
         on_checkpoint=lambda record: run.note_checkpoint("local", iteration=record.get("iteration")),
     )  # fmt: skip
-    require_evidence(replace(request, source=source), comm)
+    if run.control is None:
+        require_evidence(replace(request, source=source), comm)
     result = engines.engine(job.refine.engine).refine(request, comm)
     refined = _merged(posed, result.particles, balanced.keep)
     moved = movement(posed.take(balanced.keep), refined.take(balanced.keep), job.sample.symmetry)

@@ -14,6 +14,7 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
+from cryoiso.pipeline.stages.rounds import control_references, known_grey_scale
 
 
 def refine(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
@@ -41,6 +42,8 @@ def refine_request(run: RunContext, inputs: Inputs, *, resume: bool) -> RefineRe
         lowpass_A=job.reference.lowpass_A,
         local_deg=job.refine.local_deg,
         correction=engines.correction(job) if job.run.workflow == "realign" else None,
+        grey_scale=known_grey_scale(run, 0),
+        half_references=on_root(run.comm, control_references, run),
         program=job.relion,
         on_checkpoint=lambda record: run.note_checkpoint("refine", iteration=record.get("iteration")),
     )

@@ -114,6 +114,21 @@ def noise_after(run: RunContext, inputs: Inputs, round_: int) -> np.ndarray | No
     return on_root(run.comm, read)
 
 
+def known_grey_scale(run: RunContext, round_: int) -> float | None:
+    """In a control: factor from the references after a round to the images, which need not match them; else None. Maps
+    that were made from the images have their grey scale."""
+    if run.control is None:
+        return None
+    return 1.0 if round_ or run.folder.has("micelle") else run.control.grey_scale
+
+
+def control_references(run: RunContext) -> dict[int, DensityMap] | None:
+    """The initial references of the half-sets in a control that gives each its own (rank 0)."""
+    if run.control is None or run.control.half_references is None:
+        return None
+    return {h: read_map(path) for h, path in zip(HALVES, run.control.half_references, strict=True)}
+
+
 def references_after(run: RunContext, round_: int, *, with_micelle: bool = True) -> dict[int, DensityMap]:
     """The reference of each half after a round (collective); one and the same map for both where nothing of the
     data is in it."""
@@ -126,11 +141,13 @@ def references_after(run: RunContext, round_: int, *, with_micelle: bool = True)
         if micelle:
             folder = run.folder.stage("micelle")
             return {h: read_map(folder / products.composite_half(h)) for h in HALVES}
+        if (given := control_references(run)) is not None:
+            return given
         both = read_map(run.folder.stage("reference") / products.REFERENCE)
         return {1: both, 2: both}
 
     maps = on_root(run.comm, read)
-    if round_ == 0 and not micelle:
+    if round_ == 0 and not micelle and (run.control is None or run.control.half_references is None):
         maps[2] = maps[1]  # what was one map is one map again after it travelled between ranks
     return maps
 

@@ -12,6 +12,7 @@ from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.stages import (
+    audit,
     classify,
     corefine,
     diagnose,
@@ -98,10 +99,12 @@ def stages_of(job: Job, folder: RunFolder) -> tuple[Stage, ...]:
         middle = ()
     corrected = (_stage(folder, "correct", _correct),) if folder.has("correct") else ()
     classes = (_stage(folder, "classify", classify.classify),) if folder.has("classify") else ()
+    audited = (Stage("audit", audit.audit, (products.AUDIT,), True),) if job.audit.enable else ()
     last = (
         _stage(folder, "reconstruct", reconstruct.reconstruct),
         *corrected,
         _stage(folder, "diagnose", diagnose.diagnose),
+        *audited,
         Stage("report", report.report, ("result", products.REPORT_PAGE, products.REPORT_NUMBERS)),
     )
     return first + classes + middle + last

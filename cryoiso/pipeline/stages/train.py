@@ -56,6 +56,8 @@ def _require_evidence(run: RunContext, inputs: Inputs, source: Any, round_: int)
     from cryoiso.methods.auxiliary.reference_check import require_evidence
 
     job = run.job
+    if run.control is not None:  # it is about images that do not
+        return
     if job.refine.engine == "native" and (round_ > 1 or job.auxiliary.poses == "refine"):
         return
     references = references_after(run, round_ - 1, with_micelle=False)

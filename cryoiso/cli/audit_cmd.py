@@ -1,0 +1,59 @@
+"""``cryoiso audit``: controls of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cryoiso.cli.common import echo
+from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.run_cmd import Trust
+
+AUDIT = keys(
+    "audit", "Controls", ("controls", "--control"), "particles", "regions", "region_share", "other_reference",
+    "background", open=True,
+)  # fmt: skip
+
+
+@with_keys(AUDIT)
+def audit(
+    given: Given,
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    trust: Trust = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print audit.json instead of lines.")] = False,
+) -> None:
+    """Test a finished run for model bias, overfitting and leaks between the half-sets.
+
+    Each control repeats the run's own workflow on a random subset of its particles with one thing changed (noise
+    instead of images, parts of the reference left out or added, another reference, another seed) and gives a number, an
+    interval, a verdict (pass, fail, inconclusive) and a sentence. Results are written to RUN/audit/audit.json and
+    RUN/audit/audit.html; nothing else in RUN is changed. After an interruption, the same command continues.
+
+    Exit status: 0 no control fails, 1 at least one fails.
+    """
+    import json
+
+    from cryoiso.cli.common import leave_with
+    from cryoiso.core.errors import EXIT_OTHER
+    from cryoiso.parallel.context import get_context
+
+    comm = get_context()
+    comm.install_signal_handlers()
+    from cryoiso.pipeline.audit.command import audit_run
+    from cryoiso.report.audit_page import write_page
+
+    found = audit_run(folder, comm, given.sections.get("audit", {}), given.names, trust)
+    if comm.rank == 0:
+        page = write_page(folder)
+        echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else "\n".join(_lines(found)))
+        if not as_json:
+            echo(f"figures and all numbers: {page}")
+    if found["verdict"] == "fail":
+        leave_with(comm, EXIT_OTHER)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    head = f"{found['verdict']}: {found['particles']:,} of {found['of']:,} particles, workflow {found['workflow']}"
+    return [head, *(f"{one['verdict']:15s} {one['title']}: {one['sentence']}" for one in found["controls"])]

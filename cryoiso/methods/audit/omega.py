@@ -1,0 +1,89 @@
+"""Density in a part of a map, as a share of another's: Omega of an omitted region, and what is left of an added one.
+
+Omega (Lucas et al., eLife 90486, 2023) = (sum rho_full - sum rho_omit) / sum rho_full over the voxels in which the two
+templates differ, rho being the maps reconstructed with the full and with the shortened template: 0 if the data alone
+made the density there, 1 if the template did. Both maps are brought to one grey scale and their solvent to zero first,
+which the definition needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cryoiso.methods.audit.blocks import Estimate, block_numbers, bootstrap, summed
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+STRONGEST = 100
+SHARE = 0.1
+"""Voxels count whose difference of templates is above this share of the mean of the strongest ones."""
+
+
+def differing(
+    full: Float[np.ndarray, "box box box"], omitted: Float[np.ndarray, "box box box"]
+) -> Bool[np.ndarray, "box box box"]:
+    """Voxels of the omitted part: full - omitted above a tenth of the mean of its 100 largest values."""
+    gap = np.asarray(full, np.float64) - omitted
+    part: Bool[np.ndarray, "box box box"] = gap > SHARE * float(np.sort(gap, axis=None)[-STRONGEST:].mean())
+    return part
+
+
+def levelled(
+    volume: Float[np.ndarray, "box box box"], solvent: Bool[np.ndarray, "box box box"]
+) -> Float[np.ndarray, "box box box"]:
+    """The map with its solvent at zero, (D, D, D) float64."""
+    data = np.asarray(volume, np.float64)
+    return data - (float(np.median(data[solvent])) if solvent.any() else 0.0)
+
+
+def scale_between(
+    volume: Float[np.ndarray, "box box box"], other: Float[np.ndarray, "box box box"],
+    where: Bool[np.ndarray, "box box box"],
+) -> float:  # fmt: skip
+    """Least-squares factor from ``other`` to ``volume`` within some voxels; 0 where ``other`` is empty."""
+    a, b = volume[where].astype(np.float64), other[where].astype(np.float64)
+    power = float(b @ b)
+    return float(a @ b) / power if power > 0 else 0.0
+
+
+def omega(
+    made_full: Float[np.ndarray, "box box box"], made_omitted: Float[np.ndarray, "box box box"],
+    part: Bool[np.ndarray, "box box box"], rest: Bool[np.ndarray, "box box box"],
+    solvent: Bool[np.ndarray, "box box box"], edge_px: int, seed: int = 0, orbits: np.ndarray | None = None,
+) -> Estimate:  # fmt: skip
+    """Omega with its bootstrap interval over blocks of the part.
+
+    Args:
+        made_full, made_omitted: maps reconstructed with the full and with the shortened reference.
+        part: voxels of the omitted part; ``rest``: the remaining particle, which sets the grey scale; ``solvent``.
+        edge_px: of a block.
+    """
+    full, omitted = levelled(made_full, solvent), levelled(made_omitted, solvent)
+    factor = scale_between(full, omitted, rest)
+    terms = summed(block_numbers(part, edge_px, orbits), full[part], factor * omitted[part])
+    return bootstrap(terms, lambda t: (t[..., 0] - t[..., 1]) / t[..., 0], seed, "omega")
+
+
+def share_left(
+    made_changed: Float[np.ndarray, "box box box"], made_full: Float[np.ndarray, "box box box"],
+    added: Float[np.ndarray, "box box box"], part: Bool[np.ndarray, "box box box"],
+    rest: Bool[np.ndarray, "box box box"], reference: Float[np.ndarray, "box box box"], edge_px: int, seed: int = 0,
+    orbits: np.ndarray | None = None,
+) -> Estimate:  # fmt: skip
+    """What is left of density that was added to a reference, as a share of what was added, beyond what the map without
+    it has in the same place.
+
+    Args:
+        made_changed, made_full: maps reconstructed with and without the addition.
+        added: the addition, on the grey scale of ``reference``; ``part``: its voxels; ``rest``: the particle.
+    """
+    one, two = (scale_between(m, reference, rest) for m in (made_changed, made_full))
+    if one <= 0 or two <= 0:
+        return Estimate(np.nan, np.nan, np.nan, np.nan)
+    gap = made_changed[part].astype(np.float64) / one - made_full[part].astype(np.float64) / two
+    template = added[part].astype(np.float64)
+    terms = summed(block_numbers(part, edge_px, orbits), gap * template, template * template)
+    return bootstrap(terms, lambda t: t[..., 0] / t[..., 1], seed, "added")

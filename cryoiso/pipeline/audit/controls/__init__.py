@@ -1,0 +1,1 @@
+"""One control per module: ``cases`` (what is run) and ``record`` (what came of it)."""

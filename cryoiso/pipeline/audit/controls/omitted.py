@@ -1,0 +1,91 @@
+"""Regions left out of the reference: are they in the map all the same?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cryoiso.methods.audit import omega as density
+from cryoiso.methods.audit import regions
+from cryoiso.methods.audit.blocks import Estimate
+from cryoiso.methods.audit.record import ControlRecord, FigureData, at_most, gravest
+from cryoiso.pipeline.audit.bench import Bench
+from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of
+
+NAME, TITLE = "omitted", "Regions left out of the reference"
+LARGEST = 0.1
+"""Share of a region's density that may depend on the reference."""
+
+
+def chosen(bench: Bench) -> list[np.ndarray]:
+    """The regions, each (D, D, D) bool."""
+    settings = bench.job.audit
+    return regions.regions(
+        bench.reference, bench.inside, bench.operations, settings.regions, settings.region_share
+    )  # fmt: skip
+
+
+def shortened(bench: Bench, region: np.ndarray) -> np.ndarray:
+    """The reference without a region."""
+    return regions.without(bench.reference, region, bench.pixel_size_A)
+
+
+def cases(bench: Bench) -> list[Case]:
+    """One for each region."""
+    found = []
+    for number, region in enumerate(chosen(bench), 1):
+        path = bench.write_reference(NAME, f"reference-{number}", shortened(bench, region))
+        found.append(Case(NAME, f"region-{number}", job_of(bench, path)))
+    return found
+
+
+def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
+    """Omega of every region (Lucas et al. 2023) and of all together."""
+    if unchanged.refused:
+        return ControlRecord(NAME, TITLE, "inconclusive", refused_sentence(bench, unchanged))
+    given = unchanged.map()
+    full, estimates, lost = bench.smooth(given), {}, []
+    for name, region in zip(sorted(outcomes), chosen(bench), strict=True):
+        if outcomes[name].refused:
+            lost.append(name)
+            continue
+        made = bench.aligned(outcomes[name].map(), given)
+        estimates[name] = _omega(bench, full, bench.smooth(made), region)
+    if not estimates:
+        return ControlRecord(
+            NAME, TITLE, "inconclusive", "Without these regions the images no longer match the reference beyond chance."
+        )
+    worst = max(estimates.values(), key=lambda e: e.value if np.isfinite(e.value) else -np.inf)
+    verdicts = [at_most(e.interval, LARGEST) for e in estimates.values()]
+    percent = ", ".join(f"{100 * e.value:.0f} %" for e in estimates.values())
+    sentence = f"Of the density of {len(estimates)} regions that the reference did not have, the map lacks {percent}"
+    sentence += " (Ω: 0 if the data alone make it, 100 % if the reference does)."
+    if lost:
+        sentence += f" Without {len(lost)} of the regions the images no longer matched the reference."
+    return ControlRecord(
+        NAME, TITLE, gravest([*verdicts, *(["inconclusive"] if lost else [])]), sentence,  # type: ignore[list-item]
+        measure="largest Ω of a region, the share of its density that depends on the reference",
+        number=worst.value, interval=worst.interval, threshold=LARGEST,
+        power=f"An Ω above {LARGEST + 2 * worst.error:.2f} would have been seen." if np.isfinite(worst.error) else "",
+        details={"omega": {name: [e.value, e.low, e.high] for name, e in estimates.items()}},
+        figure=FigureData(
+            "Ω", "region", intervals=[(name, e.value, e.low, e.high) for name, e in estimates.items()], level=LARGEST,
+            caption="Share of each region's density that depends on whether the reference has it, with 95 % intervals. "
+            "0: all of it comes from the images; beyond the line the control fails.",
+        ),
+    )  # fmt: skip
+
+
+def _omega(bench: Bench, full: np.ndarray, omitted: np.ndarray, region: np.ndarray) -> Estimate:
+    templates = bench.smooth(bench.reference), bench.smooth(shortened(bench, region))
+    part = density.differing(*templates) & bench.inside
+    return density.omega(
+        full, omitted, part, bench.inside & ~part, bench.solvent, bench.block_px, bench.seed, bench.operations
+    )  # fmt: skip
+
+
+def refused_sentence(bench: Bench, unchanged: Outcome) -> str:
+    """What is said where the unchanged repetition was refused."""
+    return (
+        f"The {len(bench.rows):,} particles of the controls do not match the reference beyond chance, so that nothing "
+        "can be compared. Give more of them (audit.particles), or look at the particles and the reference."
+    )

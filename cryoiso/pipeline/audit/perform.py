@@ -1,0 +1,146 @@
+"""All controls of a run, one after the other, and what they give together: audit.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cryoiso import __version__
+from cryoiso.core import products
+from cryoiso.io.atomic import write_json
+from cryoiso.methods.audit import extent
+from cryoiso.methods.audit.record import ControlRecord, Verdict, gravest
+from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.audit import images as pictures
+from cryoiso.pipeline.audit.bench import Bench, absent, facts_of, prepare
+from cryoiso.pipeline.audit.controls import added, decoy, leak, null, omitted, other_reference, stability
+from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of, repeat
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.preflight import require_auditable
+
+logger = logging.getLogger("cryoiso")
+CONTROLS: dict[str, ModuleType] = {
+    module.NAME: module for module in (null, omitted, added, decoy, other_reference, stability, leak)
+}
+UNCHANGED = "unchanged"
+"""The repetition that the others are compared with."""
+SCHEMA = 1
+RECORD = "control.json"
+
+
+@dataclass
+class Pictures:
+    """The images of the controls, made when they are first wanted."""
+
+    bench: Bench
+    inputs: Inputs
+    made: dict[str, pictures.ImageSet] = field(default_factory=dict)
+
+    def of(self, kind: str) -> pictures.ImageSet:
+        """Collective."""
+        if kind not in self.made:
+            maker: Callable[..., pictures.ImageSet] = pictures.real if kind == "real" else pictures.null
+            extra = () if kind == "real" else (kind,)
+            self.made[kind] = maker(self.bench, self.inputs, *extra)
+        return self.made[kind]
+
+
+def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
+    """Runs the controls of a job on its finished stages and writes audit.json. Collective; the same on every rank.
+
+    What an interrupted attempt left is used again. Nothing outside of the folder of the controls is changed.
+
+    Returns:
+        the contents of audit.json.
+    """
+    comm = run.comm
+    on_root(comm, require_auditable, run.job)
+    found: list[Bench] = []
+    on_root(comm, lambda: found.append(prepare(run, inputs)))
+    bench = found[0] if comm.rank == 0 else absent(run)
+    names = extent.chosen(run.job)
+    if comm.rank == 0:
+        same, plain, local = extent.refinements(run.job)
+        bench.folder.mkdir(exist_ok=True)
+        logger.info("%d controls on %d of %d particles: %d refinements", len(names), len(bench.rows), bench.total,
+                    same + plain + local)  # fmt: skip
+    shown, records = Pictures(bench, inputs), []
+    unchanged = _unchanged(bench, shown) if extent.need_unchanged(names) else Outcome(run)
+    for name in names:
+        record = _control(bench, CONTROLS[name], shown, unchanged)
+        if comm.rank == 0:
+            records.append(record)
+            logger.info("%s: %s. %s", record.title, record.verdict, record.sentence)
+    return on_root(comm, _finish, bench, records)
+
+
+def _unchanged(bench: Bench, shown: Pictures) -> Outcome:
+    """The subset refined as the run was; the run itself where the subset is all of it. Collective."""
+    if on_root(bench.comm, lambda: bench.is_whole):
+        return Outcome(bench.run)
+    case = on_root(bench.comm, lambda: Case(UNCHANGED, "run", job_of(bench)))
+    return repeat(bench, case, shown.of("real"))
+
+
+def _control(bench: Bench, control: ModuleType, shown: Pictures, unchanged: Outcome) -> ControlRecord:
+    """A control's repetitions and its record (on rank 0 alone). Collective."""
+    began = time.monotonic()
+    cases = on_root(bench.comm, control.cases, bench)
+    outcomes = {case.name: repeat(bench, case, shown.of(case.images)) for case in cases}
+    made: list[ControlRecord] = []
+    on_root(bench.comm, lambda: made.append(_recorded(bench, control, unchanged, outcomes)))
+    if bench.comm.rank == 0:
+        logger.debug("%s took %.0f s", control.NAME, time.monotonic() - began)
+        return made[0]
+    return ControlRecord(control.NAME, control.TITLE, "not applicable", "")
+
+
+def _recorded(
+    bench: Bench, control: ModuleType, unchanged: Outcome, outcomes: dict[str, Outcome]
+) -> ControlRecord:  # fmt: skip
+    """The record of a control, also written into its folder."""
+    record: ControlRecord = control.record(bench, unchanged, outcomes)
+    write_json(bench.folder / control.NAME / RECORD, record.as_dict())
+    return record
+
+
+def _finish(bench: Bench, records: list[ControlRecord]) -> dict[str, Any]:
+    """audit.json; the images can be made again and are removed."""
+    shown = [*records, *_left_out(bench, {r.name for r in records})]
+    order = list(extent.EXTENTS)
+    shown.sort(key=lambda record: order.index(record.name))
+    result: dict[str, Any] = {
+        "schema": SCHEMA, "cryoiso": __version__, "verdict": gravest(r.verdict for r in records), **facts_of(bench),
+        "controls": [record.as_dict() for record in shown],
+    }  # fmt: skip
+    write_json(bench.run.folder.path / products.AUDIT, result)
+    shutil.rmtree(bench.folder / pictures.FOLDER, ignore_errors=True)
+    return dict(json.loads((bench.run.folder.path / products.AUDIT).read_text(encoding="utf-8")))
+
+
+def _left_out(bench: Bench, done: set[str]) -> list[ControlRecord]:
+    """The controls that were not run, with the reason."""
+    job, asked = bench.job, bench.job.audit.controls
+    verdict: Verdict = "not applicable"
+    return [
+        ControlRecord(
+            name, CONTROLS[name].TITLE, verdict,
+            (one.reason(job) if not asked or name in asked else "Not asked for.") or "Not asked for.",
+        )
+        for name, one in extent.EXTENTS.items()
+        if name not in done
+    ]  # fmt: skip
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """audit.json of a run folder; None where there is none."""
+    path = folder / products.AUDIT
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -1,0 +1,195 @@
+"""Controls as a stage of a run and on a finished run: what they leave alone, and what they go on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from errors_helper import raises_code
+from pipeline_helper import StopsAt, cryoiso_here, forget_signals, hash_files, quick_report, simulate, use_quick_parts
+
+from cryoiso.core.config import parse_job
+from cryoiso.core.errors import Interrupted
+from cryoiso.core.sections.audit import ControlName
+from cryoiso.methods.audit import extent
+from cryoiso.parallel.context import Context
+from cryoiso.pipeline.audit import images
+from cryoiso.pipeline.audit.command import audit_run
+from cryoiso.pipeline.audit.perform import CONTROLS, audit
+from cryoiso.pipeline.audit.repeat import Outcome
+from cryoiso.pipeline.planning import job_size, workload
+from cryoiso.pipeline.records.manifest import job_key
+from cryoiso.pipeline.records.run_folder import RunFolder
+from cryoiso.pipeline.reproduce.verify import verify_run
+from cryoiso.pipeline.run import resume_run, run_job
+from cryoiso.pipeline.stages import engines
+
+FEW = {"controls": ["null", "stability", "leak"], "particles": 50}
+
+
+def job(**changes):
+    data = {"particles": {"file": "p.star"}, "reference": {"file": "r.mrc"}}
+    for key, value in changes.items():
+        section, name = key.split("_", 1)
+        data.setdefault(section, {})[name] = value
+    return parse_job(data)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audited")
+    return simulate(folder, n=60)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    use_quick_parts(monkeypatch)
+    yield
+    forget_signals()
+
+
+@pytest.fixture
+def finished(simulated, tmp_path, quick):
+    """A finished run without controls."""
+    return run_job(simulated, tmp_path / "run", Context(), quick_report).path
+
+
+def test_every_control_has_an_extent_a_name_in_the_job_file_and_a_module():
+    from typing import get_args
+
+    assert list(CONTROLS) == list(extent.EXTENTS) == list(get_args(ControlName))
+    assert all(hasattr(module, "cases") and hasattr(module, "record") for module in CONTROLS.values())
+
+
+def test_controls_leave_the_run_as_it_was(finished):
+    before = hash_files(finished)
+    sealed = (finished / "seal.json").read_bytes()
+    found = audit_run(finished, Context(), FEW, {})
+    after = {name: sha for name, sha in hash_files(finished).items() if not name.startswith("audit/")}
+    assert after == before and (finished / "seal.json").read_bytes() == sealed
+    assert not (finished / "lock.json").exists() and not (finished / "audit" / images.FOLDER).exists()
+    verified = verify_run(finished, Context())
+    assert not verified.differences
+    assert [c["name"] for c in found["controls"]] == list(CONTROLS)
+    done = {c["name"]: c["verdict"] for c in found["controls"]}
+    assert {done[n] for n in ("omitted", "added", "decoy", "other-reference")} == {"not applicable"}
+    assert all(done[n] in ("pass", "fail", "inconclusive") for n in FEW["controls"])
+    assert found["particles"] == 50 and found["of"] == 60
+
+
+def test_a_second_start_does_no_refinement_again_and_says_the_same(finished, monkeypatch):
+    first = audit_run(finished, Context(), FEW, {})
+    monkeypatch.setattr(engines, "engine", lambda name: pytest.fail("a refinement was done again"))
+    assert audit_run(finished, Context(), FEW, {}) == first
+
+
+def test_a_stopped_audit_goes_on_where_it_was(finished):
+    whole = audit_run(finished, Context(), FEW, {})
+    made = hash_files(finished / "audit")
+    shutil.rmtree(finished / "audit")
+    with pytest.raises(Interrupted):
+        audit_run(finished, StopsAt(4), FEW, {})
+    forget_signals()
+    assert not (finished / "audit" / "audit.json").exists()
+    assert audit_run(finished, Context(), FEW, {}) == whole
+    assert hash_files(finished / "audit") == made
+
+
+def test_as_a_stage_they_come_before_the_report_and_change_no_result(simulated, finished, tmp_path):
+    text = simulated.read_text()
+    with_audit = simulated.parent / "with_audit.toml"
+    with_audit.write_text(text + '[audit]\nenable = true\nparticles = 50\ncontrols = ["leak"]\n')
+    run = run_job(with_audit, tmp_path / "audited", Context(), quick_report, audit=audit)
+    same = {name: sha for name, sha in hash_files(run.path).items() if not name.startswith("audit/")}
+    assert same == hash_files(finished)
+    stages = [s["name"] for s in json.loads(run.manifest.read_text())["stages"]]
+    assert stages[-2:] == ["audit", "report"]
+    assert not verify_run(run.path, Context()).differences
+    (run.path / "audit" / "audit.json").unlink()
+    forget_signals()
+    resume_run(run.path, Context(), quick_report, audit=audit)
+    assert (run.path / "audit" / "audit.json").exists()
+
+
+def test_settings_of_the_controls_decide_no_other_stage():
+    assert job_key(job()) == job_key(job(audit_enable=True, audit_particles=100))
+
+
+def test_only_the_native_engine_can_be_audited_and_files_must_be_there(finished):
+    with raises_code("file-not-found"):
+        audit_run(finished, Context(), {"background": "nowhere.mrcs"}, {})
+    with raises_code("option-missing"):
+        audit_run(finished, Context(), {"controls": ["other-reference"]}, {})
+    with raises_code("job-bad-value"):
+        audit_run(finished, Context(), {"controls": ["magic"]}, {})
+    from cryoiso.pipeline.preflight import require_auditable
+
+    with raises_code("options-conflict"):
+        require_auditable(job(refine_engine="relion"))
+    assert not (finished / "audit").exists()
+
+
+def test_an_unfinished_or_changed_run_is_refused(simulated, tmp_path, quick):
+    folder = run_job(simulated, tmp_path / "run", Context(), quick_report, until="refine").path
+    forget_signals()
+    with raises_code("stage-unfinished"):
+        audit_run(folder, Context(), FEW, {})
+    resume_run(folder, Context(), quick_report)
+    forget_signals()
+    (folder / "04_reconstruct" / "map.mrc").write_bytes(b"x")
+    with raises_code("run-inputs-changed"):
+        audit_run(folder, Context(), FEW, {})
+
+
+def test_a_refused_decoy_passes_and_a_refused_repetition_decides_nothing(finished, monkeypatch):
+    from cryoiso.pipeline.audit.controls import decoy, omitted
+
+    refused = Outcome(None, "the reference does not match the images")  # type: ignore[arg-type]
+    assert decoy.record(None, refused, {"fold": refused}).verdict == "pass"  # type: ignore[arg-type]
+
+    class Bench:
+        rows = range(50)
+
+    assert omitted.record(Bench(), refused, {}).verdict == "inconclusive"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["refine", "auxiliary", "realign", "both"])
+def test_the_plan_knows_what_the_controls_cost(name):
+    wanted = job(run_workflow=name, audit_enable=True)
+    problem = job_size.Problem(wanted, 50_000, 64, 4.0, 150.0)
+    work = workload.stages(problem, 1, workload.Assumed(), "cpu")
+    gemm = {stage: units.get("gemm", 0.0) for stage, units in work.items()}
+    whole = sum(gemm.values()) - gemm["audit"]
+    assert 1.0 < gemm["audit"] / whole < 2.2  # about twice the run
+    bare = workload.stages(
+        job_size.Problem(job(run_workflow=name), 50_000, 64, 4.0, 150.0), 1, workload.Assumed(), "cpu"
+    )
+    assert {k: v for k, v in work.items() if k != "audit"} == bare
+    assert [s.name for s in job_size.disk(problem)][-3] == "audit"
+
+
+def test_particles_are_as_many_as_twice_the_run_allows_within_limits():
+    assert extent.particles_of(job(), 700) == 700
+    assert extent.particles_of(job(), 3000) == extent.LEAST
+    assert extent.particles_of(job(), 10**6) == extent.MOST
+    assert extent.particles_of(job(audit_particles=200), 700) == 200
+
+
+def test_the_command_says_verdicts_and_ends_with_1_where_one_fails(finished, monkeypatch):
+    from cryoiso.pipeline.audit import command
+
+    verdicts = {"verdict": "fail", "particles": 50, "of": 60, "workflow": "refine", "controls": []}
+    monkeypatch.setattr(command, "audit_run", lambda *a, **k: verdicts)
+    (finished / "audit").mkdir()
+    (finished / "audit" / "audit.json").write_text(json.dumps(verdicts))
+    done = cryoiso_here("audit", finished)
+    assert done.returncode == 1 and done.stdout.startswith("fail: 50 of 60 particles"), done.stderr
+    assert (finished / "audit" / "audit.html").exists()
+
+
+def test_folders_of_controls_are_runs_of_their_own(finished):
+    audit_run(finished, Context(), {**FEW, "controls": ["leak"]}, {})
+    nested = RunFolder(finished / "audit" / "leak" / "noise")
+    assert nested.journal.exists() and nested.resolved.exists() and nested.stage("reconstruct").is_dir()
+    assert not (finished / "audit" / "unchanged").exists()  # nothing is compared with it
