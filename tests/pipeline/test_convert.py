@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from cs_helper import save, table
 from errors_helper import raises_code
 
+from cryoiso.core.config import parse_job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io import conventions
 from cryoiso.io.cs import read_cs
 from cryoiso.io.star.read import read_particles
 from cryoiso.io.star.text import StarBlock, read_blocks, write_blocks
+from cryoiso.io.star.write import write_particles
 from cryoiso.physics.so3 import random_rotations
 from cryoiso.pipeline.commands.convert import Conversion, convert_files, identity_of_file
+from cryoiso.pipeline.stages.report import _write_cs
 
 AGAIN, CARRY = Conversion(overwrite=True), Conversion(overwrite=True, unconverted="carry")
 REAL = (
@@ -250,3 +255,19 @@ def test_beam_tilt_and_magnification_are_used_from_cs_files(cs):
     p = read_cs(cs)
     assert p.groups[0].beam_tilt_mrad[0] > 0 and p.groups[0].magnification[0] == pytest.approx(1.004)
     assert p.groups[1].beam_tilt_mrad == (0, 0) and p.groups[1].magnification == (1, 0, 0, 1)
+
+
+def test_the_result_for_cryosparc_is_its_own_file_with_new_poses(cs, tmp_path):
+    """Every field of the .cs input, rows and uids as in result/particles.star, poses in cryoSPARC's frame of D7."""
+    particles = read_cs(cs).take(np.array([3, 1, 5]))
+    rotation = random_rotations(np.random.default_rng(5), 3)
+    write_particles(tmp_path / "particles.star", particles.with_poses(rotation, np.full((3, 2), 1.5)))
+    job = parse_job({"particles": {"file": str(cs)}, "reference": {"file": "-"}, "sample": {"symmetry": "D7"}})
+    _write_cs(SimpleNamespace(job=job, folder=SimpleNamespace(result=tmp_path)))
+    was, now = np.load(cs)[[3, 1, 5]], np.load(tmp_path / "particles.cs")
+    assert set(was.dtype.names) <= set(now.dtype.names)
+    for field in (n for n in was.dtype.names if not n.startswith("alignments3D") or n.endswith("split")):
+        assert now[field].tobytes() == was[field].tobytes(), field
+    found = conventions.rotvec_to_matrix(now["alignments3D/pose"])
+    assert np.abs(conventions.from_cryosparc_frame(found, "D7") - rotation).max() < 1e-6
+    np.testing.assert_allclose(now["alignments3D/shift"], 1.5 / now["alignments3D/psize_A"][:, None].repeat(2, 1))
