@@ -38,8 +38,8 @@ def convert(
     to: Annotated[
         Target | None,
         typer.Option(
-            help="OUT is a folder with poses.pkl, ctf.pkl and particles.star, for cryoDRGN, DRGN-AI and recovar; IN may "
-            "be the folder of a run.",
+            help="OUT is a folder with poses.pkl, ctf.pkl and particles.star, for cryoDRGN, DRGN-AI and recovar; IN "
+            "may be the folder of a run.",
             show_default=False,
         ),
     ] = None,
