@@ -40,6 +40,7 @@ COMMANDS = (
     ("diagnose", "diagnose_cmd", "diagnose", False),
     ("rebalance", "rebalance_cmd", "rebalance", False),
     ("audit", "audit_cmd", "audit", True),
+    ("convert", "convert_cmd", "convert", False),
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),

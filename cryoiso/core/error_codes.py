@@ -83,6 +83,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "cs-malformed": "not a cryoSPARC particle file, or damaged",
         "cs-compressed": "a .cs file in the compressed format, which needs cryosparc-tools",
         "cs-field-missing": "the .cs file lacks a field",
+        "not-convertible": "something in a particle file that the other format has no known place for",
+        "side-table-mismatch": "the side table of a converted file is damaged or of other particles",
         "passthrough-mismatch": "the passthrough file is not the one that belongs to the .cs file",
         "value-not-a-number": "a value that should be a number is none",
         "value-out-of-range": "a value that is physically impossible",

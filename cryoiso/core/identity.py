@@ -78,6 +78,18 @@ def of_particles(particles: Particles, *, poses: bool = False, ordered: bool = F
     return found
 
 
+def particle_identity(particles: Particles) -> str:
+    """Hash of which particles a file holds and of their half-sets, whatever its format, columns and order of rows.
+
+    A half-set number that all particles share is none, as in a .cs file.
+    """
+    order = np.argsort(particles.uid, kind="stable")
+    half = np.zeros(len(order), np.int64) if particles.half is None else particles.half.astype(np.int64)
+    if len(np.unique(half)) == 1:
+        half = np.zeros(len(order), np.int64)
+    return digest_of(particles.uid[order].astype(np.uint64), half[order])
+
+
 def _by_uid(column: np.ndarray | None, order: np.ndarray) -> str:
     return "none" if column is None else MARK + digest_of(column[order].astype(np.int64))
 

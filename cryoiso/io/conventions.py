@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 __all__ = [
+    "anisomag_of_magnification",
+    "beam_tilt_mrad",
+    "beam_tilt_to_A",
     "detector_pixel_size_A",
     "euler_to_matrix",
     "from_cryosparc_frame",
     "join_two_level",
+    "magnification_of_anisomag",
     "matrix_to_euler",
     "matrix_to_rotvec",
     "rotvec_to_matrix",
@@ -84,6 +88,53 @@ def to_cryosparc_frame(rotation: Float[np.ndarray, "n 3 3"], symmetry: str) -> F
     """Inverse of ``from_cryosparc_frame``."""
     turn = cryosparc_turn(symmetry)
     return rotation if turn is None else np.asarray(rotation, np.float64) @ turn
+
+
+def beam_tilt_mrad(
+    tilt_A: Float[np.ndarray, "n 2"], spherical_aberration_mm: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "n 2"]:
+    """Beam tilt (rlnBeamTiltX, Y) of cryoSPARC's ``ctf/tilt_A``.
+
+    cryoSPARC keeps the third-order term of the phase as a length, Cs sin(tilt) (its authors, in their forum: the tilt
+    is that term over the spherical aberration). The sign is pyem's, which has x and y as RELION has them.
+
+    Args:
+        tilt_A: (n, 2) Å. spherical_aberration_mm: (n,).
+
+    Returns:
+        (n, 2) mrad; NaN where no tilt gives that term, because Cs is too small for it.
+    """
+    cs_A = np.asarray(spherical_aberration_mm, np.float64)[:, None] * 1e7
+    tilt = np.asarray(tilt_A, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sine = np.where(tilt == 0, 0.0, tilt / cs_A)
+    tilt_mrad: np.ndarray = 1e3 * np.arcsin(np.where(np.abs(sine) < 1, sine, np.nan))
+    return tilt_mrad
+
+
+def beam_tilt_to_A(
+    tilt_mrad: Float[np.ndarray, "n 2"], spherical_aberration_mm: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "n 2"]:
+    """Inverse of ``beam_tilt_mrad``: (n, 2) mrad -> (n, 2) Å."""
+    cs_A = np.asarray(spherical_aberration_mm, np.float64)[:, None] * 1e7
+    lengths_A: np.ndarray = cs_A * np.sin(np.asarray(tilt_mrad, np.float64) * 1e-3)
+    return lengths_A
+
+
+def magnification_of_anisomag(anisomag: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
+    """rlnMagMat00, 01, 10, 11 of cryoSPARC's ``ctf/anisomag``.
+
+    cryoSPARC keeps M - 1 row by row, where M takes Fourier coordinates of the image to those of the undistorted one
+    (its authors, in their forum); RELION keeps such an M itself.
+    """
+    matrix: np.ndarray = np.asarray(anisomag, np.float64) + np.array([1.0, 0.0, 0.0, 1.0])
+    return matrix
+
+
+def anisomag_of_magnification(magnification: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
+    """Inverse of ``magnification_of_anisomag``."""
+    without_identity: np.ndarray = np.asarray(magnification, np.float64) - np.array([1.0, 0.0, 0.0, 1.0])
+    return without_identity
 
 
 def detector_pixel_size_A(

@@ -2,10 +2,10 @@
 
 Mapped, and checked against other converters: uid; blob/path, idx, psize_A, shape, sign; ctf/accel_kv, cs_mm,
 amp_contrast, df1_A, df2_A, df_angle_rad, phase_shift_rad, bfactor, scale, exp_group_id; alignments3D/pose, shift,
-psize_A, split, class.
+psize_A, split, class. Mapped by what cryoSPARC's authors say of them (``conventions``): ctf/tilt_A, anisomag.
 
-Not mapped, because their units or signs are not documented well enough to be sure: ctf/shift_A, tilt_A, trefoil_A,
-tetra_A, anisomag. They are zero unless the job refined them; if one is not, a warning says that it is left out.
+Not mapped, because their units or signs are not documented well enough to be sure: ctf/shift_A, trefoil_A, tetra_A.
+They are zero unless the job refined them; if one is not, a warning says that it is left out.
 alignments2D gives no 3D pose and is ignored.
 """
 
@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from cryoiso.core.errors import InputError
-from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.core.types import Particles
 from cryoiso.io import conventions
+from cryoiso.io.cs_groups import column_or, groups_of_fields, has_tilt_without_cs
 from cryoiso.io.csfile import load_cs
 from cryoiso.io.imagenames import is_name
 from cryoiso.io.ranges import CS_FIELDS, RANGES, Range, check_range
@@ -41,10 +42,11 @@ NEEDED = {
     ),
     "pose": ("alignments3D/pose", "alignments3D/shift"),
 }
-MOST_IMAGES, MOST_PIXELS = 2**31, 2**16
+MOST_IMAGES = 2**31
 ROTATION = Range(-20, 20, "rad")
 """A component of a rotation vector; its length is an angle, of no more than one turn."""
-UNMAPPED = ("ctf/shift_A", "ctf/tilt_A", "ctf/trefoil_A", "ctf/tetra_A", "ctf/anisomag")
+UNMAPPED = ("ctf/shift_A", "ctf/trefoil_A", "ctf/tetra_A")
+"""Terms whose units or signs are not public."""
 
 
 def read_cs(
@@ -72,17 +74,36 @@ def read_cs(
             passthrough files that differ; a bad image name, number of an image, image size, half-set or an impossible
             number.
     """
-    data = load_cs(path)
+    data = joined_fields(path, require, passthrough)
+    for name in unmapped_terms(data):
+        logger.warning("%s: %s is not zero but is not used", path, name)
+    return particles_of_fields(data, path, project, require)
+
+
+def joined_fields(
+    path: object, require: tuple[str, ...] = ("image", "ctf"), passthrough: Sequence[object] = ()
+) -> dict[str, np.ndarray]:
+    """Field -> (n, ...) values of a .cs file and of its passthrough files; arguments and errors as ``read_cs``."""
     needed = [name for kind in require for name in NEEDED[kind]]
-    data = _completed(data, needed, passthrough, path)
+    data = _completed(load_cs(path), needed, passthrough, path)
     missing = [name for name in needed if name not in data]
     if missing:
         hint = "Export the particles group from cryoSPARC, or give the job's passthrough files too (--passthrough)."
         raise InputError("a field is missing", file=path, expected=missing[0], hint=hint, code="cs-field-missing")
+    return data
+
+
+def unmapped_terms(data: dict[str, np.ndarray]) -> list[str]:
+    """Fields that say something which ``particles_of_fields`` leaves out."""
+    found = [name for name in UNMAPPED if name in data and np.any(data[name])]
+    return [*found, *(["ctf/tilt_A"] if has_tilt_without_cs(data) else [])]
+
+
+def particles_of_fields(
+    data: dict[str, np.ndarray], path: object, project: str = "", require: tuple[str, ...] = ("image", "ctf")
+) -> Particles:
+    """Particles of the fields of a .cs file; arguments and errors as ``read_cs``."""
     _require_possible(data, "ctf" in require, path)
-    for name in UNMAPPED:
-        if name in data and np.any(data[name]):
-            logger.warning("%s: %s is not zero but is not used", path, name)
     particles = _particles(data, path, project)
     check_groups(particles.groups, particles.optics, particles.stack, path, "ctf" in require)
     if "ctf" in require:
@@ -191,7 +212,7 @@ def _particles(data: dict[str, np.ndarray], path: object, project: str) -> Parti
 
     n = len(data["uid"])
     names = _names(data["blob/path"], path) if {"blob/path", "blob/idx"} <= data.keys() else []
-    groups, optics = _groups(data, path)
+    groups, optics = groups_of_fields(data, path)
     index = _indices(data["blob/idx"], path) if names else np.full(n, -1, np.int64)
     table: dict[str, Any] = {}
     if names:
@@ -206,23 +227,18 @@ def _particles(data: dict[str, np.ndarray], path: object, project: str) -> Parti
         groups=groups,
         stack=resolve_paths(names, path, project) if names else np.full(n, "", dtype=str),
         index=index,
-        defocus_u_A=_column(data, "ctf/df1_A", np.nan),
-        defocus_v_A=_column(data, "ctf/df2_A", np.nan),
-        defocus_angle_deg=np.degrees(_column(data, "ctf/df_angle_rad", np.nan)),
-        phase_shift_deg=np.degrees(_column(data, "ctf/phase_shift_rad", 0.0)),
-        ctf_bfactor_A2=_column(data, "ctf/bfactor", 0.0),
-        ctf_scale=_column(data, "ctf/scale", 1.0),
+        defocus_u_A=column_or(data, "ctf/df1_A", np.nan),
+        defocus_v_A=column_or(data, "ctf/df2_A", np.nan),
+        defocus_angle_deg=np.degrees(column_or(data, "ctf/df_angle_rad", np.nan)),
+        phase_shift_deg=np.degrees(column_or(data, "ctf/phase_shift_rad", 0.0)),
+        ctf_bfactor_A2=column_or(data, "ctf/bfactor", 0.0),
+        ctf_scale=column_or(data, "ctf/scale", 1.0),
         rotation=rotation,
         shift_A=shift_A,
         half=_halves(data, path),
         table=pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in table.items()}) if table else None,
         results=sign,
     )
-
-
-def _column(data: dict[str, np.ndarray], name: str, default: float) -> np.ndarray:
-    n = len(data["uid"])
-    return data[name].astype(np.float64) if name in data else np.full(n, default)
 
 
 def _poses(data: dict[str, np.ndarray]) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -280,41 +296,3 @@ def _halves(data: dict[str, np.ndarray], path: object) -> np.ndarray | None:
             code="half-set-missing",
         )  # fmt: skip
     return (split.astype(np.int64) + 1).astype(np.int8)
-
-
-def _shortest(value: Any) -> float:
-    """The shortest decimal number that this float32 can stand for: 2.95, not 2.9500000477."""
-    return float(str(np.float32(value)))
-
-
-def _groups(data: dict[str, np.ndarray], path: object) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
-    """One optics group for each different set of exposure group, microscope values, pixel size and box."""
-    n = len(data["uid"])
-    box = np.zeros(n)
-    if "blob/shape" in data:
-        box = data["blob/shape"][:, 1]
-        bad = np.flatnonzero((data["blob/shape"][:, 0] != box) | (box < 1) | (box > MOST_PIXELS))
-        if len(bad):
-            side, other = data["blob/shape"][bad[0]].tolist()
-            raise InputError("impossible size of an image (blob/shape)", file=path, row=int(bad[0]) + 1,
-                             expected=f"square images of at most {MOST_PIXELS:,} px",
-                             found=f"{side} x {other}", code="stack-not-of-images")  # fmt: skip
-    keys = [
-        data.get("ctf/exp_group_id", np.zeros(n)).astype(np.float64),
-        _column(data, "ctf/accel_kv", np.nan),
-        _column(data, "ctf/cs_mm", np.nan),
-        _column(data, "ctf/amp_contrast", np.nan),
-        _column(data, "blob/psize_A", np.nan),
-        box.astype(np.float64),
-    ]
-    table = np.nan_to_num(np.stack(keys, 1), nan=-1e300)
-    _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))
-    groups = []
-    for number, row in enumerate(np.sort(first).tolist(), start=1):
-        values = [float(k[row]) for k in keys]
-        voltage, spherical, amplitude, pixel = (_shortest(v) for v in values[1:5])
-        groups.append(
-            OpticsGroup(number, f"exp_group_{values[0]:.0f}", pixel, int(values[5]), voltage, spherical, amplitude)
-        )
-    return tuple(groups), rank[inverse.reshape(-1)].astype(np.int32)

@@ -47,6 +47,8 @@ FIELDS = {
     "alignments3D/psize_A": NUMBER,
     "blob/psize_A": NUMBER,
     "blob/sign": NUMBER,
+    "ctf/tilt_A": Field("f", (2,), "two numbers per row"),
+    "ctf/anisomag": Field("f", (4,), "four numbers per row"),
     **dict.fromkeys(
         (
             *("ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast", "ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad"),

@@ -42,6 +42,7 @@ ROLES: tuple[Row, ...] = (
     (products.PARTICLES, "EMPIAR: beside the particle stacks",
      "every particle with its last pose, RELION format; image names are those of the input, so deposit the stacks "
      "under these names"),
+    (products.CS_PARTICLES, "-", "the same particles and poses for cryoSPARC, with the uids of its own"),
     (METHODS, "the paper; EMDB: image processing", "methods text with the parameters really used, and references"),
     (DEPOSITION, "for programs", "the numbers of this page"),
     (CONTENTS, "-", "this page"),

@@ -25,6 +25,9 @@ class RunSection(Section):
         "are replaced on each node), or auto: $TMPDIR or similar if that is a local disk (default: no copy)",
     )
     title: str = Field("", description="title of the report")
+    cs_result: bool = Field(
+        False, description="write result/particles.cs too, for cryoSPARC: the uids and fields of a .cs input, new poses"
+    )
     hash_inputs: Literal["all", "small"] = Field(
         "all",
         description="SHA-256 of image stacks and given shards, computed while they are read; all: always; small: only "

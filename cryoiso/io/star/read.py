@@ -52,7 +52,13 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
         InputError: no such file, missing column, bad or impossible number (with its row), unknown optics group, the
             same image twice.
     """
-    blocks = read_blocks(path)
+    return particles_of_blocks(read_blocks(path), path, project, require)
+
+
+def particles_of_blocks(
+    blocks: list[StarBlock], path: object, project: str = "", require: tuple[str, ...] = ("image", "ctf")
+) -> Particles:
+    """Particles of the tables of a STAR file; arguments and errors as ``read_particles``."""
     block = particle_block(blocks, path)
     tables = [b for b in blocks if b.name == "optics" and b is not block]
     if len(tables) > 1:

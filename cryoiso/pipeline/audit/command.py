@@ -84,7 +84,8 @@ def _job(place: RunFolder, settings: Mapping[str, Any], names: Mapping[str, str]
     require_recorded_job(place, job)
     require_trust(place, job, trust)
     values = {**job.audit.model_dump(), **settings}
-    job.audit = parse_job({"particles": {"file": "-"}, "reference": {"file": "-"}, "audit": values}, options=names).audit
+    needed = {"particles": {"file": "-"}, "reference": {"file": "-"}}
+    job.audit = parse_job({**needed, "audit": values}, options=names).audit
     job = with_absolute_paths(job, Path.cwd())
     require_auditable(job)
     return job
