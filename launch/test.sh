@@ -6,14 +6,15 @@
 #   bash launch/test.sh tests/cli/test_cli.py -x  arguments go to pytest
 #
 # Variables: CRYOISO_VENV, PYTHON; CRYOISO_SHARED, folder of reference data (default: ../shared);
-# CRYOISO_TEST_WORKERS, test files that run at the same time (default: one a core).
+# CRYOISO_TEST_WORKERS, test files that run at the same time (default: one a core);
+# CRYOISO_TEST_EXTRAS=oracles, also install the programs of others that some tests compare with.
 set -uo pipefail
-case "${1:-}" in -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
 echo "environment"
-prepare_environment mpich,docs,dev || exit 1
+prepare_environment "mpich,docs,dev${CRYOISO_TEST_EXTRAS:+,$CRYOISO_TEST_EXTRAS}" || exit 1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-1} MPLBACKEND=Agg
 
 failed=
