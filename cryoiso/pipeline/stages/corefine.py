@@ -101,18 +101,18 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
     section, record = job.auxiliary, None
     if exported and section.weight == "measured":
         record = homologue_evidence(request, comm)
-        if comm.rank == 0 and record["confirmed"]:
+        if comm.rank == 0 and record["homologue"]["confirmed"]:
             logger.warning(
                 "RELION cannot weigh auxiliary particles: they count in full, which biases poses towards the homologue"
             )
     found = co_refine(
         engines.engine(job.refine.engine), request, auxiliary, comm,
         pooled=section.noise_group == "raw", weight=section.weight,
-        left_out=record is not None and not record["confirmed"],
+        left_out=record is not None and not record["homologue"]["confirmed"],
     )  # fmt: skip
     facts = _facts(job, round_, before, found, known)
     if record is not None:
-        facts["homologue"] = record
+        facts |= _weight_facts([record])
     _finish_round(run, inputs, sample, name, source, found.raw, facts)
     if section.post_command:
         on_root(comm, _post_process, run, round_)
@@ -156,7 +156,8 @@ def _weight_facts(iterations: list[IterationRecord]) -> dict[str, Any]:
     last = iterations[-1] if iterations else IterationRecord()
     facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share")}
     if iterations and "homologue" in iterations[0]:
-        facts |= {"homologue": iterations[0]["homologue"], "auxiliary_factor": last.get("auxiliary_factor")}
+        facts |= {name: last[name] for name in ("auxiliary_factor", "homologue_precision") if name in last}
+        facts["homologue"] = iterations[0]["homologue"]
     return facts
 
 
@@ -177,11 +178,11 @@ def _finish_round(
         posed: all raw particles, where those are a subset.
     """
     comm, folder, job = run.comm, run.folder.stage(name), run.job
-    prior, confirmed = references_after(run, 0), facts.get("homologue")
+    prior, precision = references_after(run, 0), facts.get("homologue_precision")
     plain, damped, curve = engines.reference_reconstructor()(
         source, raw, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding, device=comm.device(),
         diameter_A=sample.diameter_A, prior=prior, pixel_size_A=prior[1].pixel_size_A,
-        precision=None if confirmed is None else engines.confirmed_precision(confirmed),
+        precision=None if precision is None else np.array(precision),
     )  # fmt: skip
 
     def write() -> None:
@@ -239,7 +240,7 @@ def local(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
 def _confirmed_in(run: RunContext, round_: int) -> dict[str, Any]:
     """What a round found of the homologue; empty where it was not asked (reads a file)."""
     facts = json.loads((run.folder.stage(f"corefine-{round_}") / products.facts("corefine")).read_text())
-    return {name: facts[name] for name in ("homologue",) if name in facts}
+    return {name: facts[name] for name in ("homologue", "homologue_precision") if name in facts}
 
 
 def _start_resolution(run: RunContext, inputs: Inputs, rounds: int) -> float:
