@@ -162,7 +162,7 @@ def test_the_power_of_the_true_map_is_that_of_the_signal(raw):
     found, relative = Confirmation.of_record(record["homologue"]), np.array(record["homologue_precision"])
     seen = slice(3, found.first_shell + 2)
     believed = relative[seen] / found.precision[seen]
-    assert (believed <= 1).all() and believed.min() > 0.4
+    assert (believed < 1 + 1e-9).all() and believed.min() > 0.4
 
 
 def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw, made, unguarded, tmp_path):
@@ -171,7 +171,7 @@ def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw,
     settings = {"max_iterations": 3}
     one = alone(images, tmp_path / "alone", **settings)
     both = together(images, made, tmp_path / "both", weight="measured", **settings)
-    extra = ("seconds", "auxiliary_weight_share", "auxiliary_factor", "homologue")
+    extra = ("seconds", "auxiliary_weight_share", "auxiliary_factor", "homologue", "homologue_precision")
     for mine, theirs in zip(one.iterations, both.result.iterations, strict=True):
         assert theirs["auxiliary_weight_share"] == 0 and not any(theirs["auxiliary_factor"])
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k not in extra}
