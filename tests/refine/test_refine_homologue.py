@@ -25,7 +25,7 @@ from test_refine_auxiliary import (
 from cryoiso.core.protocols import RefineRequest, RefineResult
 from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
-from cryoiso.methods.auxiliary.corefine import co_refine
+from cryoiso.methods.auxiliary import corefine
 from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 from cryoiso.metrics.fsc_curve import randomise_phases
 from cryoiso.parallel.context import Context
@@ -202,7 +202,12 @@ def test_the_identity_has_the_homologue_of_a_measured_weight(raw):
     assert of_request(request, 1.0)["auxiliary"] != of_request(given, 1.0)["auxiliary"]
 
 
-def test_an_engine_that_cannot_weigh_refines_the_raw_particles_alone(raw, made, tmp_path):
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_an_engine_that_cannot_weigh_refines_what_is_confirmed(raw, made, tmp_path, monkeypatch, confirmed):
+    """All particles together, or the raw ones alone, with the evidence of a native iteration."""
+    evidence = {"homologue": {"confirmed": confirmed}}
+    monkeypatch.setattr(corefine, "homologue_evidence", lambda request, comm: evidence)
+
     class Recorder:
         name = "recorder"
 
@@ -212,10 +217,10 @@ def test_an_engine_that_cannot_weigh_refines_the_raw_particles_alone(raw, made, 
             return RefineResult(p.with_poses(np.tile(np.eye(3), (len(p), 1, 1)), np.zeros((len(p), 2))), {})
 
     engine = Recorder()
-    found = co_refine(engine, request_for(raw, tmp_path), made, Context(), left_out=True)
-    assert np.array_equal(engine.seen.source.particles.uid, raw.particles.uid) and engine.seen.auxiliary is None
-    assert np.array_equal(found.raw.rotation[7], np.eye(3))
-    assert found.auxiliary is made.particles
+    found = corefine.co_refine(engine, request_for(raw, tmp_path), made, Context(), weight="measured")
+    assert len(engine.seen.source.particles) == (180 if confirmed else 120)
+    assert np.array_equal(found.raw.uid, raw.particles.uid) and np.array_equal(found.raw.rotation[7], np.eye(3))
+    assert (found.auxiliary is made.particles) != confirmed and found.first is found.last is evidence
 
 
 # --- references between rounds

@@ -79,7 +79,6 @@ def request_for(
 def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Raw and auxiliary particles together; raw ones alone are kept and reconstructed."""
     from cryoiso.methods.auxiliary.corefine import co_refine
-    from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 
     name, comm, job = f"corefine-{round_}", run.comm, run.job
     if is_settled(run, round_):
@@ -98,21 +97,12 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
         homologue=references_after(run, 0, with_micelle=False)[1],
         on_checkpoint=lambda record: run.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
-    section, record = job.auxiliary, None
-    if exported and section.weight == "measured":
-        record = homologue_evidence(request, comm)
-        if comm.rank == 0 and record["homologue"]["confirmed"]:
-            logger.warning(
-                "RELION cannot weigh auxiliary particles: they count in full, which biases poses towards the homologue"
-            )
+    section = job.auxiliary
     found = co_refine(
         engines.engine(job.refine.engine), request, auxiliary, comm,
         pooled=section.noise_group == "raw", weight=section.weight,
-        left_out=record is not None and not record["homologue"]["confirmed"],
     )  # fmt: skip
     facts = _facts(job, round_, before, found, known)
-    if record is not None:
-        facts |= _weight_facts([record])
     _finish_round(run, inputs, sample, name, source, found.raw, facts)
     if section.post_command:
         on_root(comm, _post_process, run, round_)
@@ -144,20 +134,21 @@ def _facts(job: Job, round_: int, before: Particles, found: Any, known: Particle
         "auxiliary": len(found.auxiliary),
         "moved": moved,
         "resolution_A": found.result.resolution_A,
-        **_weight_facts(found.result.iterations),
-        "auxiliary_error_deg": movement(known, found.auxiliary, symmetry)["median_deg"],
+        **_weight_facts(found.first, found.last),
+        "auxiliary_error_deg": (
+            None if found.auxiliary is known else movement(known, found.auxiliary, symmetry)["median_deg"]
+        ),
         "views": views,
         "settled": bool(moved["upper_quartile_deg"] < job.auxiliary.settle_deg),
     }
 
 
-def _weight_facts(iterations: list[IterationRecord]) -> dict[str, Any]:
+def _weight_facts(first: IterationRecord, last: IterationRecord) -> dict[str, Any]:
     """What the auxiliary particles weighed at the end, and why; None where the engine does not say."""
-    last = iterations[-1] if iterations else IterationRecord()
     facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share")}
-    if iterations and "homologue" in iterations[0]:
+    if "homologue" in first:
+        facts["homologue"] = first["homologue"]
         facts |= {name: last[name] for name in ("auxiliary_factor", "homologue_precision") if name in last}
-        facts["homologue"] = iterations[0]["homologue"]
     return facts
 
 
