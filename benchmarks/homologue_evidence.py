@@ -43,7 +43,7 @@ def evidence(name: str, seed: int, data: Path, work: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work) as out:
         run, inputs = begin_refinement(job, Path(out), get_context(), resume=False)
         with using_scratch(inputs):
-            found = homologue_evidence(refine_request(run, inputs, resume=False), run.comm)
+            found = homologue_evidence(refine_request(run, inputs, resume=False), run.comm)["homologue"]
     return {"set": name, "seed": seed, **found, "cpu_s": round(time.process_time() - started, 1),
             "version": views.version()}  # fmt: skip
 

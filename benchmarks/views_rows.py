@@ -68,13 +68,13 @@ ROWS: dict[str, Row] = {
     "oracle": Row(reference="signal_map.mrc"),
     "auxiliary white": Row("auxiliary", job=_auxiliary("white-noise")),
     "auxiliary coloured": Row("auxiliary", job=_auxiliary("coloured-noise")),
-    "auxiliary coloured, weight 1": Row("auxiliary", job=_auxiliary("coloured-noise", 1.0)),
+    "auxiliary coloured weight 1": Row("auxiliary", job=_auxiliary("coloured-noise", 1.0)),
     "auxiliary vae": Row("auxiliary", job=_auxiliary("per-half")),
-    "auxiliary vae, weight 1": Row("auxiliary", job=_auxiliary("per-half", 1.0)),
+    "auxiliary vae weight 1": Row("auxiliary", job=_auxiliary("per-half", 1.0)),
     "auxiliary vae before": Row("auxiliary", engine=BEFORE, job=_auxiliary("per-half", 1.0)),
     "realign": Row("realign"),
     "both": Row("both", job={**_auxiliary("per-half"), "correct": {"preset": "small"}}),
-    "both, weight 1": Row("both", job={**_auxiliary("per-half", 1.0), "correct": {"preset": "small"}}),
+    "both weight 1": Row("both", job={**_auxiliary("per-half", 1.0), "correct": {"preset": "small"}}),
 }
 
 

@@ -22,6 +22,7 @@ class HomologueRecord(TypedDict):
     """Resolution of the first compared shell."""
     correlation: list[float]
     rho: list[float]
+    inverse_power: list[float]
 
 
 class IterationRecord(TypedDict, total=False):
@@ -45,6 +46,8 @@ class IterationRecord(TypedDict, total=False):
     """Of the references' weight; only with auxiliary particles."""
     auxiliary_factor: list[float]
     """By shell, on the weight of the auxiliary particles (mean of both half-sets); only where it was measured."""
+    homologue_precision: list[float]
+    """By shell, in units of 1/tau^2 (mean of both half-sets); only where it was measured."""
     homologue: HomologueRecord
     """Of the first iteration; only where the weight of auxiliary particles is measured."""
     scale_sd: float

@@ -13,7 +13,7 @@ from cryoiso.refine.homologue import Confirmation, confirmation, log_confirmatio
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import weight_scale
 from cryoiso.refine.schedule import State
-from cryoiso.refine.sums import HalfSums
+from cryoiso.refine.sums import HalfSums, mean_of_halves
 
 SphereFsc = Callable[[dict[int, np.ndarray], np.ndarray | None, State], np.ndarray]
 """(D//2+1,) FSC of half -> map inside a mask, in the shells that have data."""
@@ -63,11 +63,16 @@ class AuxiliaryWeight:
         if self.measured and self.homologue is None:
             self.homologue = self._measure(model, sums, agreed)
             record["homologue"] = self.homologue.record(self.extent_A)
+        if self.homologue is not None:
+            scale = weight_scale(model.sigma2 / model.intensity.largest_weight())
+            largest = {half: self.homologue.precision_of(term, scale) for half, term in agreed.wiener.items()}
+            relative = {half: largest[half] / agreed.wiener[half].double() for half in largest}
+            record["homologue_precision"] = mean_of_halves(relative, self.comm)
+            sums.limit_weight(largest)
         if not self.present:
             return record
-        if self.homologue is not None:
-            sums.limit_precision(self.homologue.precision, agreed.wiener)
-            record["auxiliary_factor"] = sums.mean_factor(self.comm)
+        if self.measured:
+            record["auxiliary_factor"] = mean_of_halves({half: sums.factor(half) for half in sums.raw}, self.comm)
         record["auxiliary_weight_share"] = sums.auxiliary_share(model.state.radius_px, self.comm)
         return record
 

@@ -53,6 +53,8 @@ class HalfSide:
     """Effective number of independent complex coefficients of the filtered map."""
     correlation: Float[np.ndarray, " shells"]
     """FSC of the filtered map with the homologue, filtered likewise."""
+    power: Float[np.ndarray, " shells"]
+    """Mean |V0|^2 over the shell, in the units of tau^2."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Confirmation:
     """(radius+1,) lower limit of the correlation of signal and homologue; zero where nothing is confirmed."""
     correlation: Float[np.ndarray, " shells"]
     """(radius+1,) of the filtered half-maps with the homologue, mean of both; zero before ``first_shell``."""
+    inverse_power: Float[np.ndarray, " shells"]
+    """(radius+1,) of the homologue on the grey scale of the data: what 1 / tau^2 would be if it were the signal, in
+    units of weights without ``noise.weight_scale``."""
     first_shell: int
     """The first that was compared."""
     deviation: float
@@ -75,9 +80,27 @@ class Confirmation:
     @property
     def precision(self) -> Float[np.ndarray, " shells"]:
         """(radius+1,) precision rho^2 / (1 - rho^2) of the homologue as an observation of the map, in units of 1 /
-        tau^2."""
+        tau^2 where the signal is as strong as the homologue."""
         square = np.square(self.rho)
         return np.asarray(square / (1 - square))
+
+    def precision_of(
+        self, wiener: Float[torch.Tensor, " shells"], scale: float = 1.0
+    ) -> Float[torch.Tensor, " shells"]:
+        """Precision by shell in units of the weight: rho^2 / (1 - rho^2) over the power of the signal or of the
+        homologue, whichever is larger; zero beyond the shells that were compared.
+
+        A homologue with more power than the signal would otherwise outshine it where directions are empty.
+
+        Args:
+            wiener: (>= radius+1,) 1 / tau^2 in units of the weight.
+            scale: factor on the weights (``noise.weight_scale``).
+        """
+        found = torch.zeros_like(wiener, dtype=torch.float64)
+        last = min(len(wiener), len(self.rho))
+        weakest = torch.minimum(wiener[:last].double(), torch.as_tensor(scale * self.inverse_power[:last]).to(found))
+        found[:last] = torch.as_tensor(self.precision[:last]).to(found) * weakest
+        return found
 
     def record(self, extent_A: float) -> HomologueRecord:
         """Plain values, from which ``of_record`` gives the same bits.
@@ -92,11 +115,13 @@ class Confirmation:
             "first_A": extent_A / self.first_shell,
             "correlation": self.correlation.tolist(),
             "rho": self.rho.tolist(),
+            "inverse_power": self.inverse_power.tolist(),
         }
 
     @classmethod
     def of_record(cls, record: HomologueRecord) -> Confirmation:
-        return cls(np.array(record["rho"]), np.array(record["correlation"]), record["first_shell"], record["deviation"])
+        rho, correlation, inverse = (np.array(record[k]) for k in ("rho", "correlation", "inverse_power"))
+        return cls(rho, correlation, inverse, record["first_shell"], record["deviation"])
 
 
 def confirmation(
@@ -127,7 +152,8 @@ def confirmation(
     }
     sides = {h: comm.bcast(own.get(h), root_of_half(h, comm.size)) for h in HALVES}
     halves = on_every_rank(filtered, comm)
-    return judged(sides, fsc(halves[1], halves[2]), searched_px + BEYOND)
+    grey_scale = max(_grey_scale(sides, searched_px, operations * scale), 1e-15)
+    return judged(sides, fsc(halves[1], halves[2]), searched_px + BEYOND, grey_scale)
 
 
 def _half_side(
@@ -135,21 +161,36 @@ def _half_side(
     operations: int, scale: float, covered: float,
 ) -> HalfSide:  # fmt: skip
     known = sums.sampled(torch.from_numpy(np.ascontiguousarray(homologue, np.float32)).to(sums.weight.device))
-    cross, variance, coefficients = _by_shell(sums, known, wiener)
+    cross, variance, coefficients, power = _by_shell(sums, known, wiener)
     seen = FourierSums(known * sums.weight, sums.weight, sums.box_px, sums.padding, sums.radius_px)
     curve = fsc(filtered, as_map(seen.reconstruct(wiener)))[: sums.radius_px + 1]
-    return HalfSide(cross, variance * operations * scale, coefficients * covered / operations, curve)
+    # The FSC sees padding^3 grid points in a coefficient of the box and the noise inside its mask only; the likelihood
+    # counts Friedel pairs, so that a weight w is the precision w / 2.
+    power *= sums.padding**3 / (2 * covered)
+    return HalfSide(cross, variance * operations * scale, coefficients * covered / operations, curve, power)
+
+
+def _grey_scale(sides: dict[int, HalfSide], searched_px: int, factor: float) -> float:
+    """Least-squares factor of the homologue on the sums of both half-sets, in the shells that chose the poses.
+
+    Args:
+        factor: of the variance on sum W |V0|^2.
+    """
+    inside = slice(1, searched_px + 1)
+    variance = sum(float(side.variance[inside].sum()) for side in sides.values())
+    return max(sum(float(side.cross[inside].sum()) for side in sides.values()) * factor / max(variance, 1e-30), 0.0)
 
 
 def _by_shell(
     sums: FourierSums, known: torch.Tensor, wiener: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(radius+1,) cross terms, their variance for one operation, and independent coefficients in the whole box.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(radius+1,) cross terms, their variance for one operation, independent coefficients in the whole box, and mean
+    power of the homologue.
 
     Plane by plane, to save memory; without x = 0, where every coefficient stands twice.
     """
     size, rows = sums.radius_px + 1, len(sums.weight)
-    totals = np.zeros((4, size + 1))
+    totals = np.zeros((6, size + 1))
     term = torch.cat([wiener[:size].to(sums.weight), torch.ones(1).to(sums.weight)])
     axis = torch.arange(rows, device=sums.weight.device, dtype=torch.float32) - (rows - 1) // 2
     x = torch.arange(1, sums.weight.shape[2], device=sums.weight.device, dtype=torch.float32)
@@ -158,26 +199,32 @@ def _by_shell(
         shell = ((plane + axis[i] ** 2).sqrt() / sums.padding).round().long().clamp(max=size)
         w, v = sums.weight[i, :, 1:], known[i, :, 1:]
         share = (w / (w + term[shell]).clamp(min=1e-30)).square().double()
-        values = ((sums.numerator[i, :, 1:].conj() * v).real, w * v.abs().square(), share, share.square())
+        square = v.abs().square()
+        values = (
+            (sums.numerator[i, :, 1:].conj() * v).real, w * square, share, share.square(), square, torch.ones_like(w),
+        )  # fmt: skip
         for total, value in zip(totals, values, strict=True):
             flat = value.double().reshape(-1)
             total += torch.bincount(shell.reshape(-1), flat, minlength=size + 1).cpu().numpy()
-    cross, variance, first, second = totals[:, :size]
-    return cross, variance, first**2 / np.maximum(second, 1e-300) / sums.padding**3
+    cross, variance, first, second, power, voxels = totals[:, :size]
+    coefficients = first**2 / np.maximum(second, 1e-300) / sums.padding**3
+    return cross, variance, coefficients, power / np.maximum(voxels, 1)
 
 
-def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int) -> Confirmation:
+def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int, grey_scale: float = 1.0) -> Confirmation:
     """The correlation with the homologue that both half-sets confirm.
 
     Args:
         halves: (>= radius+1,) FSC of the two filtered half-maps.
         first: first shell that is compared.
+        grey_scale: of the data over that of the homologue.
     """
+    inverse = 1 / np.maximum(grey_scale**2 * sides[1].power, 1e-30)
     shells = len(sides[1].cross)
     nothing, beyond = np.zeros(shells), np.arange(shells) >= first
     variance = sum(side.variance[beyond].sum() for side in sides.values())
     if not variance > 0:
-        return Confirmation(nothing, nothing, first, 0.0)
+        return Confirmation(nothing, nothing, inverse, first, 0.0)
     deviation = float(sum(side.cross[beyond].sum() for side in sides.values()) / np.sqrt(variance))
     mean = np.where(beyond, (sides[1].correlation + sides[2].correlation) / 2, 0.0)
     error = 1 / np.sqrt(2 * np.maximum((sides[1].coefficients + sides[2].coefficients) / 2, 1))
@@ -186,12 +233,12 @@ def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int) -> Confir
     low[ends[0] if len(ends) else shells :] = 0
     low[:first] = 0
     if ndtr(-deviation) >= CHANCE or not low.any():
-        return Confirmation(nothing, mean, first, deviation)
+        return Confirmation(nothing, mean, inverse, first, deviation)
     signal = np.clip(halves[:shells], 0, 1)
     signal = np.minimum(signal + ERRORS * error * (1 - signal**2), 1)
     rho = np.minimum(low / np.sqrt(signal), LARGEST)
     rho[1:first] = rho[first : first + EXTENDED].mean()
-    return Confirmation(rho, mean, first, deviation)
+    return Confirmation(rho, mean, inverse, first, deviation)
 
 
 def log_confirmation(found: Confirmation, extent_A: float) -> None:

@@ -60,20 +60,15 @@ class HalfSums:
         if sums is not None:
             (self.auxiliary if auxiliary else self.raw)[half] = sums
 
-    def limit_precision(
-        self, precision: Float[np.ndarray, " shells"], wiener: dict[int, Float[torch.Tensor, " shells"]]
-    ) -> None:
-        """Limit the mean weight of the auxiliary particles in each shell to ``precision`` in units of 1 / tau^2.
+    def limit_weight(self, largest: dict[int, Float[torch.Tensor, " shells"]]) -> None:
+        """Limit the mean weight of the auxiliary particles in each shell.
 
         Args:
-            wiener: half -> 1 / tau^2 in units of the weight.
+            largest: half -> (radius+1,) that weight, for the halves of which this rank is root.
         """
         for half, made in self.auxiliary.items():
             own = made.shell_mean_weight()[: made.radius_px + 1].double().clamp(min=1e-30)
-            believed = torch.zeros_like(own)
-            known = torch.as_tensor(precision[: len(own)]).to(own)
-            believed[: len(known)] = known
-            self.factors[half] = (believed * wiener[half].to(own)[: len(own)] / own).clamp(max=1.0).float()
+            self.factors[half] = (largest[half].to(own) / own).clamp(max=1.0).float()
 
     def factor(self, half: int) -> Float[torch.Tensor, " shells"]:
         """(radius+1,) factor on the sums of a half's auxiliary particles."""
@@ -115,12 +110,17 @@ class HalfSums:
             totals += np.array(comm.bcast(mine, root_of_half(half, comm.size)))
         return float(totals[1] / totals.sum()) if totals[1] > 0 else 0.0
 
-    def mean_factor(self, comm: Communicator) -> list[float]:
-        """(radius+1,) mean of both half-sets' factors (collective)."""
-        own = {half: self.factor(half).cpu().numpy().astype(np.float64) for half in self.raw}
-        found = [comm.bcast(own.get(half), root_of_half(half, comm.size)) for half in HALVES]
-        mean: list[float] = ((found[0] + found[1]) / 2).tolist()
-        return mean
+
+def mean_of_halves(own: dict[int, Float[torch.Tensor, " shells"]], comm: Communicator) -> list[float]:
+    """Mean of both half-sets' numbers (collective).
+
+    Args:
+        own: of the halves of which this rank is root.
+    """
+    known = {half: values.cpu().numpy().astype(np.float64) for half, values in own.items()}
+    found = [comm.bcast(known.get(half), root_of_half(half, comm.size)) for half in HALVES]
+    mean: list[float] = ((found[0] + found[1]) / 2).tolist()
+    return mean
 
 
 def gathered(

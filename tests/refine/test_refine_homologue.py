@@ -25,7 +25,7 @@ from test_refine_auxiliary import (
 from cryoiso.core.protocols import RefineRequest, RefineResult
 from cryoiso.core.types import DensityMap
 from cryoiso.io.sources import ArraySource
-from cryoiso.methods.auxiliary.corefine import co_refine
+from cryoiso.methods.auxiliary import corefine
 from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 from cryoiso.metrics.fsc_curve import randomise_phases
 from cryoiso.parallel.context import Context
@@ -63,7 +63,7 @@ def noise_like(raw: ArraySource, seed: int, n: int = 120) -> ArraySource:
 
 def found_in(source: ArraySource, homologue: DensityMap | None = None) -> Confirmation:
     request = replace(request_for(source, None, **ONCE), homologue=homologue)
-    return Confirmation.of_record(homologue_evidence(request, Context()))
+    return Confirmation.of_record(homologue_evidence(request, Context())["homologue"])
 
 
 # --- what is confirmed
@@ -94,7 +94,7 @@ def test_a_homologue_is_confirmed_by_how_alike_it_is(raw):
 def sides(correlation: np.ndarray, coefficients: float) -> dict[int, HalfSide]:
     shells = len(correlation)
     n = np.full(shells, coefficients)
-    one = HalfSide(correlation * n, n / 2, n, correlation)
+    one = HalfSide(correlation * n, n / 2, n, correlation, np.ones(shells))
     return {1: one, 2: one}
 
 
@@ -126,8 +126,8 @@ def test_nothing_is_believed_from_the_first_shell_without_agreement_on():
 
 
 def test_auxiliary_weight_never_exceeds_the_precision_however_many_there_are():
-    """Sums of a shell's mean weight 50 count 2 where the precision is half of 1 / tau^2 = 4, and their own 1 where they
-    weigh less than that; zero where nothing is confirmed."""
+    """Sums of a shell's mean weight 50 count 2 where that is the precision, and their own 1 where they weigh less;
+    zero where nothing is confirmed."""
 
     def sums(weight: float) -> FourierSums:
         w = torch.full((9, 9, 5), weight)
@@ -135,13 +135,34 @@ def test_auxiliary_weight_never_exceeds_the_precision_however_many_there_are():
 
     for own, expected in ((50.0, 2.0), (1.0, 1.0)):
         held = HalfSums(0.0, {h: sums(3.0) for h in (1, 2)}, {h: sums(own) for h in (1, 2)})
-        held.limit_precision(np.array([0.0, 0.5]), {h: torch.full((3,), 4.0) for h in (1, 2)})
-        factor = held.mean_factor(Context())
-        assert factor[1] * own == pytest.approx(expected) and factor[0] == factor[2] == 0
+        held.limit_weight({h: torch.tensor([0.0, 2.0, 0.0]) for h in (1, 2)})
+        factor = held.factor(1)
+        assert float(factor[1]) * own == pytest.approx(expected) and factor[0] == factor[2] == 0
         share = held.auxiliary_share(1, Context())
         assert share == pytest.approx(expected / (3 + expected))
         weight, shell = held.joined()[1].weight, sums(1.0).shells()
         assert torch.allclose(weight[shell == 1], torch.tensor(3 + expected)) and (weight[shell == 2] == 3).all()
+
+
+def test_a_homologue_stronger_than_the_signal_is_believed_by_its_own_power():
+    """Where tau^2 is small, for want of signal or of evidence of it, an observation of precision 1 / tau^2 would set
+    the map to the homologue in full."""
+    rho, shells = 0.6, 4
+    found = Confirmation(np.full(shells, rho), np.zeros(shells), np.full(shells, 2.0), 2, 10.0)
+    p = rho**2 / (1 - rho**2)
+    made = found.precision_of(torch.tensor([0.1, 1.0, 50.0, 1e3, 1.0, 1.0]), scale=2.0)
+    assert made.tolist() == pytest.approx([0.1 * p, 1.0 * p, 4.0 * p, 4.0 * p, 0, 0])
+
+
+def test_the_power_of_the_true_map_is_that_of_the_signal(raw):
+    """On whatever grey scale it is given, 1 / tau^2 of the half-maps and of the map agree in shells that were measured
+    well, within what a coarse search blurs."""
+    request = replace(request_for(raw, None, **ONCE), homologue=replace(raw.truth, data=7 * raw.truth.data))
+    record = homologue_evidence(request, Context())
+    found, relative = Confirmation.of_record(record["homologue"]), np.array(record["homologue_precision"])
+    seen = slice(3, found.first_shell + 2)
+    believed = relative[seen] / found.precision[seen]
+    assert (believed < 1 + 1e-9).all() and believed.min() > 0.4
 
 
 def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw, made, unguarded, tmp_path):
@@ -150,7 +171,7 @@ def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw,
     settings = {"max_iterations": 3}
     one = alone(images, tmp_path / "alone", **settings)
     both = together(images, made, tmp_path / "both", weight="measured", **settings)
-    extra = ("seconds", "auxiliary_weight_share", "auxiliary_factor", "homologue")
+    extra = ("seconds", "auxiliary_weight_share", "auxiliary_factor", "homologue", "homologue_precision")
     for mine, theirs in zip(one.iterations, both.result.iterations, strict=True):
         assert theirs["auxiliary_weight_share"] == 0 and not any(theirs["auxiliary_factor"])
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k not in extra}
@@ -181,7 +202,12 @@ def test_the_identity_has_the_homologue_of_a_measured_weight(raw):
     assert of_request(request, 1.0)["auxiliary"] != of_request(given, 1.0)["auxiliary"]
 
 
-def test_an_engine_that_cannot_weigh_refines_the_raw_particles_alone(raw, made, tmp_path):
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_an_engine_that_cannot_weigh_refines_what_is_confirmed(raw, made, tmp_path, monkeypatch, confirmed):
+    """All particles together, or the raw ones alone, with the evidence of a native iteration."""
+    evidence = {"homologue": {"confirmed": confirmed}}
+    monkeypatch.setattr(corefine, "homologue_evidence", lambda request, comm: evidence)
+
     class Recorder:
         name = "recorder"
 
@@ -191,10 +217,10 @@ def test_an_engine_that_cannot_weigh_refines_the_raw_particles_alone(raw, made, 
             return RefineResult(p.with_poses(np.tile(np.eye(3), (len(p), 1, 1)), np.zeros((len(p), 2))), {})
 
     engine = Recorder()
-    found = co_refine(engine, request_for(raw, tmp_path), made, Context(), left_out=True)
-    assert np.array_equal(engine.seen.source.particles.uid, raw.particles.uid) and engine.seen.auxiliary is None
-    assert np.array_equal(found.raw.rotation[7], np.eye(3))
-    assert found.auxiliary is made.particles
+    found = corefine.co_refine(engine, request_for(raw, tmp_path), made, Context(), weight="measured")
+    assert len(engine.seen.source.particles) == (180 if confirmed else 120)
+    assert np.array_equal(found.raw.uid, raw.particles.uid) and np.array_equal(found.raw.rotation[7], np.eye(3))
+    assert (found.auxiliary is made.particles) != confirmed and found.first is found.last is evidence
 
 
 # --- references between rounds

@@ -8,13 +8,18 @@ from typing import Any, Literal
 import numpy as np
 
 from cryoiso.core.errors import CryoisoError
+from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator, Engine, ImageSource, RefineRequest, RefineResult
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import Particles
 from cryoiso.io.sources import JoinedSource
 from cryoiso.methods.auxiliary.particles import FLAG
+from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 
+WEIGHING = ("native",)
+"""Engines that sum raw and auxiliary particles separately, and so can weigh them."""
 EDGES_DEG = np.concatenate([[0.0], np.geomspace(0.25, 180, 39)])
 
 
@@ -25,6 +30,15 @@ class CoRefined:
     raw: Particles
     auxiliary: Particles
     result: RefineResult
+    first: IterationRecord
+    """The iteration that measured the weight: the result's first, or, where the engine cannot weigh, one of the raw
+    particles before it; empty where neither is known."""
+
+    @property
+    def last(self) -> IterationRecord:
+        """The iteration with the last weight of the auxiliary particles."""
+        iterations = self.result.iterations
+        return iterations[-1] if iterations and self.first is iterations[0] else self.first
 
 
 def co_refine(
@@ -35,7 +49,6 @@ def co_refine(
     *,
     pooled: bool = False,
     weight: float | Literal["measured"] = 1.0,
-    left_out: bool = False,
 ) -> CoRefined:
     """Refines raw and auxiliary particles together (collective).
 
@@ -50,21 +63,29 @@ def co_refine(
         pooled: the auxiliaries join the optics groups of the raw particles, and one noise model serves both; else they
             have groups of their own, so that their noise is estimated apart.
         weight: factor on the auxiliaries' weight in the references; measured: by what the raw particles confirm of
-            ``request.homologue``.
-        left_out: refine the raw particles alone; the auxiliaries keep their poses. For engines that cannot weigh.
+            ``request.homologue``. Engines that cannot weigh refine all particles where it is confirmed, the raw ones
+            alone where it is not; the auxiliaries then keep their poses.
 
     Raises:
         CryoisoError: the engine lost or reordered particles.
         InputError: ``pooled``, and the optics groups of both are not the same.
     """
-    raw = request.source
-    if left_out:
-        result = engine.refine(replace(request, source=_without_views(raw, False)), comm)
-        return CoRefined(_returned(engine, raw, result), auxiliary.particles, result)
+    raw, first = request.source, IterationRecord()
+    if weight == "measured" and engine.name not in WEIGHING:
+        first = homologue_evidence(replace(request, source=_without_views(raw, False)), comm)
+        if not first["homologue"]["confirmed"]:
+            result = engine.refine(replace(request, source=_without_views(raw, False)), comm)
+            return CoRefined(_returned(engine, raw, result), auxiliary.particles, result, first)
+        if comm.rank == 0:
+            logger.warning(
+                "%s cannot weigh auxiliary particles: they count in full, which draws poses to the homologue",
+                engine.name,
+            )
     joined = JoinedSource(_without_views(raw, False), _without_views(auxiliary, True), pooled=pooled)
     flags = np.arange(len(joined.particles)) >= len(raw.particles)
     result = engine.refine(replace(request, source=joined, auxiliary=flags, auxiliary_weight=weight), comm)
-    return CoRefined(_returned(engine, raw, result), _returned(engine, auxiliary, result), result)
+    first = first or (result.iterations or [first])[0]
+    return CoRefined(_returned(engine, raw, result), _returned(engine, auxiliary, result), result, first)
 
 
 def _returned(engine: Engine, source: ImageSource, result: RefineResult) -> Particles:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cryoiso.core.protocols import Communicator, RefineRequest
-from cryoiso.core.records import HomologueRecord
+from cryoiso.core.records import IterationRecord
 from cryoiso.refine.initial_model import Match, first_state, initial_model, match, mean_power, require_match
 from cryoiso.refine.iterate import Refinement
 
@@ -33,7 +33,7 @@ def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
     return found
 
 
-def homologue_evidence(request: RefineRequest, comm: Communicator) -> HomologueRecord:
+def homologue_evidence(request: RefineRequest, comm: Communicator) -> IterationRecord:
     """How far the raw images alone confirm the homologue: one native iteration of them (collective).
 
     Args:
@@ -44,7 +44,7 @@ def homologue_evidence(request: RefineRequest, comm: Communicator) -> HomologueR
     """
     alone = replace(request, auxiliary_weight="measured", folder=None, correction=None)  # type: ignore[arg-type]
     run = _refinement(alone, comm)
-    return run.step(initial_model(run, request.lowpass_A)).history[0]["homologue"]
+    return run.step(initial_model(run, request.lowpass_A)).history[0]
 
 
 def _refinement(request: RefineRequest, comm: Communicator) -> Refinement:

@@ -87,7 +87,6 @@ def request_for(
 def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Raw and auxiliary particles together; raw ones alone are kept and reconstructed."""
     from cryoiso.methods.auxiliary.corefine import co_refine
-    from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 
     name, comm, job = f"corefine-{round_}", run.comm, run.job
     if is_settled(run, round_):
@@ -106,21 +105,12 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
         grey_scale=known_grey_scale(run, round_ - 1), homologue=references_after(run, 0, with_micelle=False)[1],
         on_checkpoint=lambda record: run.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
-    section, record = job.auxiliary, None
-    if exported and section.weight == "measured":
-        record = homologue_evidence(request, comm)
-        if comm.rank == 0 and record["confirmed"]:
-            logger.warning(
-                "RELION cannot weigh auxiliary particles: they count in full, which biases poses towards the homologue"
-            )
+    section = job.auxiliary
     found = co_refine(
         engines.engine(job.refine.engine), request, auxiliary, comm,
         pooled=section.noise_group == "raw", weight=section.weight,
-        left_out=record is not None and not record["confirmed"],
     )  # fmt: skip
     facts = _facts(job, round_, before, found, known)
-    if record is not None:
-        facts["homologue"] = record
     _finish_round(run, inputs, sample, name, source, found.raw, facts)
     if section.post_command:
         on_root(comm, _post_process, run, round_)
@@ -152,19 +142,21 @@ def _facts(job: Job, round_: int, before: Particles, found: Any, known: Particle
         "auxiliary": len(found.auxiliary),
         "moved": moved,
         "resolution_A": found.result.resolution_A,
-        **_weight_facts(found.result.iterations),
-        "auxiliary_error_deg": movement(known, found.auxiliary, symmetry)["median_deg"],
+        **_weight_facts(found.first, found.last),
+        "auxiliary_error_deg": (
+            None if found.auxiliary is known else movement(known, found.auxiliary, symmetry)["median_deg"]
+        ),
         "views": views,
         "settled": bool(moved["upper_quartile_deg"] < job.auxiliary.settle_deg),
     }
 
 
-def _weight_facts(iterations: list[IterationRecord]) -> dict[str, Any]:
+def _weight_facts(first: IterationRecord, last: IterationRecord) -> dict[str, Any]:
     """What the auxiliary particles weighed at the end, and why; None where the engine does not say."""
-    last = iterations[-1] if iterations else IterationRecord()
     facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share")}
-    if iterations and "homologue" in iterations[0]:
-        facts |= {"homologue": iterations[0]["homologue"], "auxiliary_factor": last.get("auxiliary_factor")}
+    if "homologue" in first:
+        facts["homologue"] = first["homologue"]
+        facts |= {name: last[name] for name in ("auxiliary_factor", "homologue_precision") if name in last}
     return facts
 
 
@@ -185,11 +177,11 @@ def _finish_round(
         posed: all raw particles, where those are a subset.
     """
     comm, folder, job = run.comm, run.folder.stage(name), run.job
-    prior, confirmed = references_after(run, 0), facts.get("homologue")
+    prior, precision = references_after(run, 0), facts.get("homologue_precision")
     plain, damped, curve = engines.reference_reconstructor()(
         source, raw, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding, device=comm.device(),
         diameter_A=sample.diameter_A, prior=prior, pixel_size_A=prior[1].pixel_size_A,
-        precision=None if confirmed is None else engines.confirmed_precision(confirmed),
+        precision=None if precision is None else np.array(precision),
     )  # fmt: skip
 
     def write() -> None:
@@ -249,7 +241,7 @@ def local(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
 def _confirmed_in(run: RunContext, round_: int) -> dict[str, Any]:
     """What a round found of the homologue; empty where it was not asked (reads a file)."""
     facts = json.loads((run.folder.stage(f"corefine-{round_}") / products.facts("corefine")).read_text())
-    return {name: facts[name] for name in ("homologue",) if name in facts}
+    return {name: facts[name] for name in ("homologue", "homologue_precision") if name in facts}
 
 
 def _start_resolution(run: RunContext, inputs: Inputs, rounds: int) -> float:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cryoiso.core.config import ClassifySection, Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import Communicator, Engine, ReferenceCorrection, RefineRequest
-from cryoiso.core.records import HomologueRecord
 from cryoiso.core.types import DensityMap
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def engine(name: str) -> Engine:
@@ -87,13 +83,6 @@ def reference_reconstructor() -> Callable[..., Any]:
     from cryoiso.refine.reconstruct import reconstruct_references
 
     return reconstruct_references
-
-
-def confirmed_precision(record: HomologueRecord) -> np.ndarray:
-    """(S,) precision of the homologue by shell, in units of 1 / tau^2 (``refine.homologue``)."""
-    from cryoiso.refine.homologue import Confirmation
-
-    return Confirmation.of_record(record).precision
 
 
 def class_request(base: RefineRequest, settings: ClassifySection, maps: tuple[DensityMap, ...]) -> Any:
