@@ -61,6 +61,7 @@ MEASURED = "measured.mrc"
 MEASURED_FOURIER = "measured_fourier.mrc"
 RESULT_CORRECTED_MAP = "additional_corrected_map.mrc"
 RESULT_MEASURED = "additional_measured.mrc"
+RESULT_LOCAL_RESOLUTION = "additional_local_resolution.mrc"
 
 # what is measured of the final maps
 LOCAL_RESOLUTION = "local_resolution.mrc"

@@ -11,12 +11,14 @@ from cryoiso.core import products
 from cryoiso.core.types import DensityMap
 from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
+from cryoiso.methods.assess.emdb_flags import sentences
 from cryoiso.report.collect import collect
 from cryoiso.report.methods_text import final_counts, methods, warnings, workflow
 from cryoiso.report.records import ReportData
 from cryoiso.report.sharing import for_others
 from cryoiso.report.surface import contour_level, surface_png
 from cryoiso.report.text import number, section
+from cryoiso.report.view_script import view_script
 
 IMAGE, METHODS, CONTENTS, DEPOSITION = "image_500x500.png", "METHODS.md", "CONTENTS.md", "deposition.json"
 PRIMARY = products.WEIGHTED_MAP
@@ -35,15 +37,18 @@ ROLES: tuple[Row, ...] = (
      "**network-corrected**: missing directions were filled in; no half-map, no resolution; its MRC label says so"),
     (products.RESULT_MEASURED, "EMDB: additional map, or not at all",
      "voxel by voxel, the share (0 to 1) of the corrected map's local power that was measured; not a density"),
+    (products.RESULT_LOCAL_RESOLUTION, "EMDB: additional map, or not at all",
+     "voxel by voxel, the local resolution of the half-maps in Å; not a density"),
     (products.FSC_XML, "EMDB: FSC curve",
      "of the half-maps, corrected for the mask; the resolution is read from this curve"),
     (products.FSC_UNMASKED_XML, "EMDB: FSC curve, or not at all", "of the half-maps without a mask"),
     (IMAGE, "EMDB: image of the map", f"surface of {PRIMARY} at the contour level below, z upwards"),
     (products.PARTICLES, "EMPIAR: beside the particle stacks",
-     "every particle with its last pose, RELION format; image names are those of the input, so deposit the stacks "
-     "under these names"),
+     "every particle with its last pose, RELION format; image names are those of the input (absolute ones begin at the "
+     "folder that all have in common), so deposit the stacks under these names"),
     (products.CS_PARTICLES, "-", "the same particles and poses for cryoSPARC, with the uids of its own"),
     (METHODS, "the paper; EMDB: image processing", "methods text with the parameters really used, and references"),
+    (products.VIEW_SCRIPT, "-", "ChimeraX commands: opens these maps at their levels, coloured by what was measured"),
     (DEPOSITION, "for programs", "the numbers of this page"),
     (CONTENTS, "-", "this page"),
     (products.SUMS, "EMPIAR: beside the files", "checksums; `sha256sum -c SHA256SUMS` checks them"),
@@ -70,10 +75,20 @@ def deposit(folder: Path) -> None:
     with atomic_write(result / IMAGE) as stream:
         stream.write(surface_png(density, levels[PRIMARY], mask.data))
     write_text(result / METHODS, methods(data))
-    present = [row for row in ROLES if (result / row[0]).exists() or row[0] in (CONTENTS, DEPOSITION, products.SUMS)]
+    here = [row[0] for row in ROLES if (result / row[0]).exists()]
+    write_text(result / products.VIEW_SCRIPT, view_script(here, levels, _local_range(data)))
+    made = (CONTENTS, DEPOSITION, products.SUMS, products.VIEW_SCRIPT)
+    present = [row for row in ROLES if (result / row[0]).exists() or row[0] in made]
     facts = _facts(data, density, levels, present)
     write_text(result / DEPOSITION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     write_text(result / CONTENTS, _contents(facts, present, data))
+
+
+def _local_range(data: ReportData) -> tuple[float, float] | None:
+    """Local resolutions between which colours change."""
+    at = section(section(data["diagnose"], "local_resolution"), "percentiles_A")
+    low, high = number(at, "5"), number(at, "95")
+    return None if low is None or high is None else (low, max(high, low + 0.1))
 
 
 def _facts(data: ReportData, density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:
@@ -93,6 +108,7 @@ def _facts(data: ReportData, density: DensityMap, levels: dict[str, float], rows
         "pixel_size_A": round(density.pixel_size_A, 6),
         "contour_levels": {name: float(f"{level:.4g}") for name, level in levels.items()},
         "warnings": warnings(data),
+        "emdb_flags": data["diagnose"].get("emdb_flags") or [],
         "files": {name: {"goes_to": role.replace("**", ""), "is": what.replace("**", "")} for name, role, what in rows},
     }
 
@@ -122,6 +138,8 @@ def _contents(facts: dict[str, Any], rows: list[Row], data: ReportData) -> str:
     ]  # fmt: skip
     if facts["warnings"]:
         parts += ["## To be said with the entry", "\n".join(f"- {text}" for text in facts["warnings"])]
+    if said := sentences(facts["emdb_flags"]):
+        parts += ["## What EMDB's automatic checks will flag", "\n".join(f"- {text}" for text in said)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -89,7 +89,7 @@ def _image(ax: Any) -> dict[str, Any]:
         if values is None or np.ndim(values) != 2 or image.cmap.name == "gray":
             continue
         step = -(-max(values.shape) // MOST_CELLS)
-        shown: Any = np.ma.filled(np.ma.asarray(values, float), np.nan)[::step, ::step]
+        shown: np.ndarray = np.ma.filled(np.ma.asarray(values, float), np.nan)[::step, ::step]
         if image.origin == "upper":
             shown = shown[::-1]
         return {

@@ -9,6 +9,7 @@ import pytest
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.star import text as star_text
+from cryoiso.io.star.passed_on import copy_shared
 from cryoiso.io.star.text import StarBlock, format_blocks, read_blocks, write_blocks
 
 
@@ -178,3 +179,17 @@ def test_bad_blocks_are_named(tmp_path, text, words):
         blocks_of(tmp_path, text)
     for word in [str(tmp_path / "blocks.star"), *words]:
         assert word in str(caught.value)
+
+
+def test_what_is_passed_on_names_no_folder(tmp_path):
+    rows = [
+        "000001@/home/me/my_set/Extract/a.mrcs /data/scope/x.mrc 1.5 'no path'",
+        '000002@/home/me/my_set/Extract/deep/b.mrcs "/data/scope/a b/y.mrc" 2/3 rel/z',
+    ]
+    head = "data_\n\nloop_\n_rlnImageName #1\n_rlnMicrographName #2\n_rlnX #3\n_rlnY #4\n"
+    (tmp_path / "a.star").write_text(head + "\n".join(rows) + "\n")
+    assert copy_shared(tmp_path / "a.star", tmp_path / "b.star") == ["/data/scope", "/home/me/my_set/Extract"]
+    text = (tmp_path / "b.star").read_text()
+    assert text == head + ("000001@a.mrcs x.mrc 1.5 'no path'\n" + '000002@deep/b.mrcs "a b/y.mrc" 2/3 rel/z\n')
+    assert copy_shared(tmp_path / "b.star", tmp_path / "c.star") == []
+    assert (tmp_path / "c.star").read_bytes() == (tmp_path / "b.star").read_bytes()

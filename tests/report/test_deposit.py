@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def test_every_file_has_its_place_and_every_place_its_file(run):
     contents = (run / "result/CONTENTS.md").read_text()
     assert all(f"`{name}`" in contents for name in names)
     assert {"image_500x500.png", "METHODS.md", "fsc.xml", "SHA256SUMS"} <= names
-    assert not any(name.startswith("additional") for name in names)  # nothing was corrected in this workflow
+    additional = {name for name in names if name.startswith("additional")}
+    assert additional == {"additional_local_resolution.mrc"}, "nothing was corrected in this workflow"
 
 
 def test_half_maps_are_those_of_the_reconstruction(run):
@@ -117,6 +119,45 @@ def test_maps_have_headers_that_archives_read(run):
             assert [int(h[n]) for n in ("nxstart", "nystart", "nzstart")] == [0, 0, 0]
             assert file.get_labels()[0] == f"cryoiso {__version__}"
             assert not any(re.search(r"\d\d:\d\d|20\d\d", label) for label in file.get_labels())
+
+
+def test_maps_pass_the_checks_of_the_archive(run, tmp_path):
+    """The wwPDB's own program: one box, one pixel size, three different maps, nothing wrong with a header."""
+    check = "wwpdb.utils.emdb.checkemupload.checkemupload"
+    pytest.importorskip(check, reason="LOUD: no wwpdb-utils-emdb")
+    primary, *halves = (run / "result" / name for name in ("map_weighted.mrc", "half1.mrc", "half2.mrc"))
+    command = [
+        sys.executable,
+        "-m",
+        check,
+        "--primmap",
+        primary,
+        "--halfmaps",
+        *halves,
+        "--output",
+        tmp_path / "o.json",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert done.returncode == 0 and "error" not in found, done.stdout
+    pairs = [found["half_maps_to_each_other"], *found["primary_map_to_half_maps"]]
+    assert len(pairs) == 3
+    for pair in pairs:
+        facts = pair["map_checks"]
+        assert facts == {"identical": False, "same_box_size": True, "same_pixel_size": True, "overlap": True}, pair
+
+
+def test_nothing_that_is_passed_on_names_a_folder_of_this_machine(run):
+    """No file of the result has the path of the run, the job or the images in it, not even inside a header."""
+    for path in (run / "result").iterdir():
+        content = path.read_bytes()
+        for folder in (run, run.parent, Path.home()):
+            assert len(str(folder)) < 2 or str(folder).encode() + b"/" not in content, (path, folder)
+    script = (run / "result/view.cxc").read_text()
+    opened = re.findall(r"^open (\S+) id \d+$", script, re.M)
+    assert "map_weighted.mrc" in opened and all((run / "result" / name).exists() for name in opened)
+    levels = json.loads((run / "result/deposition.json").read_text())["contour_levels"]
+    assert f"level {levels['map_weighted.mrc']:.4g} " in script
 
 
 def test_corrected_maps_say_that_they_are_additional(run, tmp_path):

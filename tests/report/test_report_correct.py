@@ -25,7 +25,7 @@ from cryoiso.report import build
 from cryoiso.report.run_reader import read_json
 from cryoiso.report.sections import correct, correct_figures, realign
 
-SECTIONS = ["correct", "correct-fourier", "correct-curves", "correct-training"]
+SECTIONS = ["measured", "correct", "correct-fourier", "correct-curves", "correct-training"]
 NOT_A_RESOLUTION = "agreement of network outputs - not a resolution"
 
 
@@ -73,7 +73,7 @@ def test_the_folder_of_the_command_gets_a_report(made, mode):
     done = cryoiso_here("report", folder)
     assert done.returncode == 0, done.stderr
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert ids(text) == SECTIONS and len(pictures(text)) == 4 and all(len(p) > 3000 for p in pictures(text))
+    assert ids(text) == SECTIONS and len(pictures(text)) == 5 and all(len(p) > 3000 for p in pictures(text))
     facts, data = read_json(folder / "correct.json"), read_json(folder / "report.json")
     assert data["correct"] == {**facts, "maps": {half: Path(name).name for half, name in facts["maps"].items()}}
     said = section(text, "correct")
@@ -145,8 +145,8 @@ def test_every_numeric_column_of_a_training_has_a_panel(made, monkeypatch):
 def test_every_volume_may_be_absent(corrected, name):
     (corrected / name).unlink()
     text = build(corrected).read_text(encoding="utf-8")
-    assert ids(text) == SECTIONS
-    assert len(pictures(text)) == (3 if name == "corrected_map.mrc" else 4)
+    assert ids(text) == (SECTIONS[1:] if name == "measured.mrc" else SECTIONS)
+    assert len(pictures(text)) == {"corrected_map.mrc": 3, "measured.mrc": 4}.get(name, 5)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_keys_may_be_absent_or_new_or_odd(tmp_path, corrected, facts):
     assert "100.0 %" not in text and "<map>" not in text
     assert ("no network has touched" in section(text, "correct")) and ("None" not in section(text, "correct"))
     (corrected / "correct.json").write_text(json.dumps(facts))  # with all of them
-    assert ids(build(corrected).read_text(encoding="utf-8"))[:2] == ["correct", "correct-fourier"]
+    assert ids(build(corrected).read_text(encoding="utf-8"))[:3] == ["measured", "correct", "correct-fourier"]
 
 
 def test_a_moved_run_shows_its_own_half_maps(made, tmp_path):
@@ -269,7 +269,7 @@ def test_a_run_with_both(tmp_path, monkeypatch):
     job = write_job(tmp_path, run_workflow="realign", **tiny)
     run = run_job(job, tmp_path / "run", Context(), report=build).path
     text, data = (run / "report.html").read_text(encoding="utf-8"), read_json(run / "report.json")
-    assert [key for key in ids(text) if key.startswith(("correct", "realign"))] == [*SECTIONS, "realign"]
+    assert [key for key in ids(text) if key.startswith(("correct", "realign"))] == [*SECTIONS[1:], "realign"]
     said = section(text, "realign")
     assert realign.SHARED in said and "no: no further iteration needs references" in said
     assert len(calls) == sum(row["applied"] for row in data["realign"][0]["iterations"]) > 0

@@ -37,7 +37,7 @@ def read_model_map(path: Path, pixel_size_A: float | None = None) -> tuple[Densi
             "the voxels are not cubes", file=path, expected="one pixel size",
             found=" x ".join(f"{v:g}" for v in voxel) + " Å", code="map-not-cubic",
         )  # fmt: skip
-    data = np.asarray(raw, np.float32)
+    data = np.array(raw, np.float32)
     if not np.isfinite(data).all():
         raise InputError("the map has voxels that are NaN or infinite", file=path, code="map-not-finite")
     shape = (data.shape[0], data.shape[1], data.shape[2])

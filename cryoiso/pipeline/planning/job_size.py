@@ -20,6 +20,7 @@ from cryoiso.io.shardset import SHARD_BYTES, SPREAD
 from cryoiso.io.stack import StackReader
 from cryoiso.methods.audit import extent
 from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.stages.map_numbers import wants_local_resolution
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, working_stages
 
 PARAMETERS = {
@@ -33,7 +34,7 @@ CHECKPOINTS = 2 * 3
 """Copies of a network's weights in the two checkpoints of a training: themselves and two moments."""
 STATE_BYTES = 5000
 """History and names in a checkpoint."""
-REPORT_BYTES = 1_800_000
+REPORT_BYTES = 2_800_000
 
 
 @dataclass(frozen=True)
@@ -228,9 +229,9 @@ def _reconstructed(name: str, p: Problem) -> Stored:
 
 
 def _result(p: Problem) -> Stored:
-    """Maps and particles; two FSC curves, a picture, two texts, numbers and checksums."""
-    maps = 5 + 2 * (p.job.run.workflow in ("realign", "both"))
-    return Stored("result", maps * p.map_bytes + _star(p) + 150_000, maps + 8)
+    """Maps and particles; two FSC curves, a picture, two texts, a script, numbers and checksums."""
+    maps = 5 + 2 * (p.job.run.workflow in ("realign", "both")) + wants_local_resolution(p.job.diagnose, p.box_px)
+    return Stored("result", maps * p.map_bytes + _star(p) + 150_000, maps + 9)
 
 
 def _corrected(name: str, p: Problem) -> Stored:
@@ -291,6 +292,14 @@ def _merged(counts: tuple[int, int, int]) -> tuple[int, int]:
     return counts[0], counts[1] + counts[2]
 
 
+def _diagnosed(name: str, p: Problem) -> Stored:
+    """Numbers, and the map of the local resolution where it is measured; a model's table is small."""
+    local = wants_local_resolution(p.job.diagnose, p.box_px)
+    table = 400_000 * bool(p.job.diagnose.model)
+    size = 140_000 * _pictures(p) + local * p.map_bytes + 2 * table
+    return Stored(name, size, 1 + local + bool(table))
+
+
 DISK: dict[str, Callable[[str, Problem], Stored]] = {
     "ingest": _ingested,
     "reference": lambda name, p: Stored(name, 2 * p.map_bytes + 300, 3),
@@ -303,7 +312,7 @@ DISK: dict[str, Callable[[str, Problem], Stored]] = {
     "local": lambda name, p: _round_of(_refined(name, p), p),
     "reconstruct": _reconstructed,
     "correct": _corrected,
-    "diagnose": lambda name, p: Stored(name, 140_000 * _pictures(p), 1),
+    "diagnose": _diagnosed,
     "audit": _audited,
 }
 """Kind of stage with a folder -> bytes and files that it leaves there."""

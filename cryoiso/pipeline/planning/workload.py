@@ -16,6 +16,7 @@ import numpy as np
 from cryoiso.methods.audit import extent
 from cryoiso.pipeline.planning.job_size import Problem, preset_of
 from cryoiso.pipeline.planning.memory import grid_voxels
+from cryoiso.pipeline.stages.map_numbers import wants_local_resolution
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, working_stages
 
 WorkUnits = dict[str, float]
@@ -140,7 +141,9 @@ def _correct(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits
 
 
 def _diagnose(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
-    return {"measure": 6.0 * p.box_px**3 * (2 if p.job.run.workflow in CO_REFINEMENTS else 1), "fixed": 2.0}
+    local = 2.0 if wants_local_resolution(p.job.diagnose, p.box_px) else 0.0
+    times_measured = 2 if p.job.run.workflow in CO_REFINEMENTS else 1
+    return {"measure": (6.0 * times_measured + local) * p.box_px**3, "fixed": 2.0}
 
 
 def _report(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:

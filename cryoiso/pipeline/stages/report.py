@@ -28,7 +28,8 @@ def _publish(run: RunContext) -> None:
     folder = run.folder
     numbers = json.loads((folder.stage("diagnose") / products.facts("diagnose")).read_text(encoding="utf-8"))
     corrected = folder.stage("correct") if folder.has("correct") else None
-    fill_result(folder.result, final_poses(run), folder.stage("reconstruct"), corrected, numbers)
+    local = folder.stage("diagnose") / products.LOCAL_RESOLUTION
+    fill_result(folder.result, final_poses(run), folder.stage("reconstruct"), corrected, numbers, local)
     if run.job.run.cs_result:
         _write_cs(run)
     if run.report is not None:

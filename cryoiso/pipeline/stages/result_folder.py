@@ -10,6 +10,7 @@ from xml.sax.saxutils import quoteattr
 from cryoiso.core import products
 from cryoiso.io.atomic import atomic_path, write_text
 from cryoiso.io.mrc import copy_labelled
+from cryoiso.io.star.passed_on import copy_shared
 
 COPIED = (*products.HALF_MAPS, products.MAP, products.WEIGHTED_MAP, products.MASK)
 """Of the stage ``reconstruct``, byte by byte."""
@@ -25,18 +26,28 @@ CURVES = {
 }
 
 
-def fill_result(result: Path, particles: Path, maps: Path, corrected: Path | None, numbers: dict[str, Any]) -> None:
-    """Copies the results into their folder, and writes the FSC curves.
+LOCAL_LABEL = "additional map: local resolution in angstroms, not a density"
+
+
+def fill_result(
+    result: Path, particles: Path, maps: Path, corrected: Path | None, numbers: dict[str, Any],
+    local_resolution: Path | None = None,
+) -> None:  # fmt: skip
+    """Copies the results into their folder, and writes the FSC curves. What is passed on names no folder of the user's.
 
     Args:
         particles: STAR file with the last poses. maps: folder of the final half-maps.
         corrected: folder of the corrected maps, if there are any.
         numbers: what `diagnose` measured.
+        local_resolution: that map, where it was measured.
     """
     result.mkdir(exist_ok=True)
-    for file, name in ((particles, products.PARTICLES), *((maps / name, name) for name in COPIED)):
-        with atomic_path(result / name, file.stat().st_size) as part:
+    copy_shared(particles, result / products.PARTICLES)
+    for file in (maps / name for name in COPIED):
+        with atomic_path(result / file.name, file.stat().st_size) as part:
             shutil.copyfile(file, part)
+    if local_resolution is not None and local_resolution.exists():
+        copy_labelled(local_resolution, result / products.RESULT_LOCAL_RESOLUTION, LOCAL_LABEL)
     for name, (to, label) in ADDITIONAL.items():
         if corrected is not None:
             copy_labelled(corrected / name, result / to, label)

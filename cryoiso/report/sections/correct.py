@@ -169,7 +169,7 @@ def _words(facts: dict[str, Any]) -> list[str]:
     said.append(text)
     if share is not None:
         said.append(
-            f"Inside the mask {_share_words(share)} of the local power came from data (mean over the voxels). Power is "
+            f"Inside the mask {share_words(share)} of the local power came from data (mean over the voxels). Power is "
             "mostly that of coarse features, which nearly all views show; for fine ones see 'Measured directions'."
         )
     what = "map that went in, which no network has" if single else "half-maps that went in, which no network has"
@@ -189,10 +189,10 @@ def _filter_words(facts: dict[str, Any]) -> str:
     """How much was measured, as far as it is known."""
     limit_A, mean = number(facts, "resolution_A"), number(facts, "filter_mean")
     up_to = "" if limit_A is None else f" up to {limit_A:.1f} Å"
-    return "" if mean is None else f"{_share_words(mean)} of Fourier space{up_to} was measured"
+    return "" if mean is None else f"{share_words(mean)} of Fourier space{up_to} was measured"
 
 
-def _share_words(share: float) -> str:
+def share_words(share: float) -> str:
     """A share that is not all of it is not written as all of it."""
     return "more than 99.9 %" if 0.9995 <= share < 1 else percent(share)
 
@@ -211,10 +211,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("mode", _MODES.get(str(mode), str(mode or ""))),
         ("went in", ", ".join(Path(str(path)).name for path in section(facts, "maps").values())),
         ("corrected up to", "" if limit_A is None else f"{limit_A:.2f} Å"),
-        ("mean of the filter A up to there", "" if mean is None else _share_words(mean)),
+        ("mean of the filter A up to there", "" if mean is None else share_words(mean)),
         (
             "share of the local power that was measured, mean inside the mask",
-            "" if share is None else _share_words(share),
+            "" if share is None else share_words(share),
         ),
         ("network", _network(section(facts, "settings"))),
         ("training", _course(section(facts, "settings"))),

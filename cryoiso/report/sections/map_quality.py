@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cryoiso.core import products
 from cryoiso.core.records import DiagnoseRecord
 from cryoiso.methods.assess import emdb_flags
 from cryoiso.report.run_reader import stage_folder
 from cryoiso.report.sections.correct import Slices, planes
+from cryoiso.report.sections.map_quality_figures import LOCAL
 from cryoiso.report.text import Entry, Text, number, numbers_of, section
 
-LOCAL, MODEL = "local", "model"
+MODEL = "model"
 LOCAL_CAPTION = (
     "Slices through the centre, coloured by the local resolution of the half-maps inside the mask; lines surround the "
     "density. On the right its distribution over the mask. Window {window:.0f} Å (full width at half maximum), local "
@@ -25,7 +24,6 @@ MODEL_CAPTION = (
     "residue (reference Gaussian of {sigma:g} Å), mean over five residues; 1 is a resolved atom, 0 no density. Q falls "
     "where the model is wrong, the particle moves or directions are missing, and depends on how the map was sharpened."
 )
-MOST_CHAINS = 8
 
 
 def collect_slices(folder: Path) -> Slices:
@@ -116,15 +114,3 @@ def sentences(d: DiagnoseRecord) -> list[str]:
     """For the summary: what EMDB will flag."""
     flags = d.get("emdb_flags")
     return emdb_flags.sentences(flags) if isinstance(flags, list) else []
-
-
-def by_chain(model: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Q of the residues of each chain, in order, NaN where there is none; the first ``MOST_CHAINS`` chains."""
-    table = section(model, "table")
-    chains, scores = table.get("chain"), numbers_of(table, "q")
-    if not isinstance(chains, list) or len(chains) != len(scores):
-        return {}
-    found: dict[str, list[float]] = {}
-    for name, score in zip(chains, scores, strict=True):
-        found.setdefault(str(name), []).append(np.nan if score is None else float(score))
-    return {name: np.array(found[name]) for name in list(found)[:MOST_CHAINS]}

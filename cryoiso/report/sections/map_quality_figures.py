@@ -24,9 +24,10 @@ from cryoiso.report.canvas import (
     values_of,
 )
 from cryoiso.report.sections.correct import Slices
-from cryoiso.report.sections.map_quality import LOCAL, by_chain
-from cryoiso.report.text import number, section
+from cryoiso.report.text import number, numbers_of, section
 
+LOCAL = "local"
+MOST_CHAINS = 8
 _PLANES = ("XY", "XZ", "YZ")
 _COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, SKY, GREY, "#CC79A7", "#555555")
 SMOOTH = 5
@@ -125,3 +126,15 @@ def _smooth(scores: np.ndarray) -> np.ndarray:
     if len(scores) < SMOOTH:
         return scores
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def by_chain(model: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Q of the residues of each chain, in order, NaN where there is none; the first ``MOST_CHAINS`` chains."""
+    table = section(model, "table")
+    chains, scores = table.get("chain"), numbers_of(table, "q")
+    if not isinstance(chains, list) or len(chains) != len(scores):
+        return {}
+    found: dict[str, list[float]] = {}
+    for name, score in zip(chains, scores, strict=True):
+        found.setdefault(str(name), []).append(np.nan if score is None else float(score))
+    return {name: np.array(found[name]) for name in list(found)[:MOST_CHAINS]}

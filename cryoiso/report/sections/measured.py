@@ -12,6 +12,7 @@ from cryoiso.core import products
 from cryoiso.core.types import DensityMap
 from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, stage_folder
+from cryoiso.report.sections.correct import share_words
 from cryoiso.report.surface import contour_level
 from cryoiso.report.surface_view import RESOLUTION_STOPS, Surface, still
 from cryoiso.report.text import Entry, Text, number, numbers_of, percent, section
@@ -117,7 +118,7 @@ def _sentences(data: ReportData) -> list[str]:
         mean, below = number(facts, "measured_share_mean"), number(shares, "below_half")
         if mean is not None:
             part = "" if below is None else f"; in {percent(below)} of its volume less than half was"
-            said.append(f"Inside the mask {percent(mean)} of the corrected map's local power was measured{part}.")
+            said.append(f"Inside the mask {share_words(mean)} of the corrected map's local power was measured{part}.")
     if _auxiliaries(data):
         said.append("Auxiliary images helped to find poses; none of them is in any map.")
     reach = _reach(data)
@@ -184,7 +185,7 @@ def _length(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else percent(value)
+    return "" if value is None else share_words(value)
 
 
 def _three(part: dict[str, Any], keys: tuple[str, str, str], unit: str, digits: int) -> str:
