@@ -14,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 echo "environment"
 prepare_environment mpich,docs,dev || exit 1
+unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles all of cryoiso again
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-1} MPLBACKEND=Agg
 
 failed=
