@@ -15,6 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 echo "environment"
 prepare_environment "mpich,docs,dev${CRYOISO_TEST_EXTRAS:+,$CRYOISO_TEST_EXTRAS}" || exit 1
+unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles all of cryoiso again
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-1} MPLBACKEND=Agg
 
 failed=

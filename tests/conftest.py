@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # also for the processes that tests start
 HERE = [str(ROOT), str(ROOT / "tests" / "helpers")]
 sys.path[:0] = HERE
+import forks_helper  # noqa: E402 (lies in helpers)
+
 os.environ["PYTHONPATH"] = os.pathsep.join([*HERE, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("MPLBACKEND", "Agg")
+# processes that compile all of cryoiso again and again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # the key that signs runs: not that of the user
 os.environ["CRYOISO_STATE_DIR"] = str(Path(tempfile.gettempdir()) / f"cryoiso-tests-{os.getuid()}")
 # numba's threads would become torch's as well, and the bits of this process others than those of a rank
@@ -97,9 +104,17 @@ def quick(monkeypatch):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--shapes", action="store_true", help="check the shapes that signatures name, in every call")
+    parser.addoption("--costs", metavar="FILE", type=Path, help="append what every test costs, as JSON lines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--costs"):
+        from costs_helper import Costs
+
+        config.pluginmanager.register(Costs(config.getoption("--costs").resolve()))
+    forks_helper.let_spawned_processes_be_forks()
+    if config.getoption("--slow"):
+        os.environ["CRYOISO_TEST_SLOW"] = "1"
     if config.getoption("--shapes"):
         import shapes_helper
 
@@ -140,6 +155,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Restores the signal handlers: those that a run in this process leaves would let pytest ignore SIGTERM."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

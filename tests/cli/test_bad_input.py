@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks_helper import python
 from mpi_helper import run_mpi, start_mpi
 from pipeline_helper import SERIAL, cryoiso, cryoiso_here, simulate, write_cube, write_job
 
@@ -161,7 +162,7 @@ inputs = Inputs(read_job(Path({str(job)!r}))[1], RunFolder(Path("none")), Contex
 check_job(inputs)
 print(inputs.reference().map.box_px, inputs.reference().source)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=SERIAL)
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, env=SERIAL)
     assert done.stdout.startswith("24 map other.mrc, interpolated from 20 px"), done.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks_helper import python
 from mpi_helper import run_mpi
 
 from cryoiso import __version__
@@ -25,7 +26,7 @@ HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
 
 
 def cryoiso(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "cryoiso.cli.main", *map(str, arguments)]
+    command = [python(), "-m", "cryoiso.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env})
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from correct_helper import BOX, PIXEL, SIZES, task_of
+from forks_helper import python
 from mpi_helper import run_mpi
 from pipeline_helper import cryoiso_here
 
@@ -158,7 +159,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(halves, tmp_path):
 def test_stopped_and_resumed_gives_the_same_bits(halves, tmp_path, mode):
     options = [halves[1], halves[2], "--mode", mode, *OPTIONS[:2], "--sub-maps", 30, *OPTIONS[4:]]
     cryoiso_here("correct", *options, "--out", tmp_path / "straight")
-    command = [sys.executable, "-m", "cryoiso.cli.main", "correct", *map(str, options), "--out", tmp_path / "cut"]
+    command = [python(), "-m", "cryoiso.cli.main", "correct", *map(str, options), "--out", tmp_path / "cut"]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE)
     while process.poll() is None and not list((tmp_path / "cut").glob("training_*")):
         time.sleep(0.02)

@@ -4,12 +4,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from errors_helper import raises_code
+from forks_helper import python
 
 from cryoiso.core.errors import CryoisoError, InputError, UsageError
 from cryoiso.io import checkpoint, read_particle_file
@@ -139,7 +139,7 @@ def test_command_ends_with_the_code_for_bad_input(tmp_path):
     os.mkfifo(tmp_path / "p.star")
     signal.alarm(0)  # a process of its own has a limit of its own: it loads the program first
     done = subprocess.run(
-        [sys.executable, "-m", "cryoiso.cli.main", "ingest", "p.star", "shards"],
+        [python(), "-m", "cryoiso.cli.main", "ingest", "p.star", "shards"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 65 and "named pipe" in done.stderr and "Traceback" not in done.stderr

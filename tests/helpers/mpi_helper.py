@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forks_helper import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,7 @@ def mpi_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def start_mpi(
-    n: int, script: str | Sequence[str | Path], env: Mapping[str, str] | None = None, **popen
+    n: int, script: str | Sequence[str | Path], env: Mapping[str, str] | None = None, forks: bool = True, **popen
 ) -> subprocess.Popen[str]:
     """Starts ``script`` on n ranks and returns at once; see ``run_mpi``. The job has a process group of its own."""
     command = ["-c", script] if isinstance(script, str) else [str(part) for part in script]
@@ -54,7 +55,7 @@ def start_mpi(
     if mpirun is None:
         raise RuntimeError("no mpirun: mark the test with pytest.mark.mpi")
     return subprocess.Popen(
-        [mpirun, "-n", str(n), sys.executable, *command],
+        [mpirun, "-n", str(n), python() if forks else sys.executable, *command],
         env=mpi_environment(env), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True, **popen,
     )  # fmt: skip
@@ -66,6 +67,7 @@ def run_mpi(
     timeout: float = 120.0,
     env: Mapping[str, str] | None = None,
     *,
+    forks: bool = True,
     check: bool = True,
     **popen,
 ) -> subprocess.CompletedProcess[str]:
@@ -75,10 +77,11 @@ def run_mpi(
         script: Python source, or the arguments of the Python interpreter, e.g. ["-m", "cryoiso.cli.main", "doctor"].
         timeout: seconds after which all ranks are killed and TimeoutExpired is raised.
         env: variables added to the environment.
+        forks: the ranks are forks that have imported everything, see ``forks_helper``; else each starts a Python.
         check: raise AssertionError, with what the ranks printed, unless the exit status is 0.
         popen: further arguments of subprocess.Popen, e.g. cwd.
     """
-    process = start_mpi(n, script, env, **popen)
+    process = start_mpi(n, script, env, forks, **popen)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:

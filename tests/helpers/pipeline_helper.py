@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forks_helper import python
 
 from cryoiso.core.log import logger
 from cryoiso.core.types import DensityMap
@@ -23,21 +25,28 @@ from cryoiso.io.mrc import write_map
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.context import Context
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SERIAL = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "OMPI_", "PMIX_", "SLURM_"))}
 
 
 def cryoiso(*arguments: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "cryoiso.cli.main", *map(str, arguments)]
+    """The command line in a process of its own, see ``forks_helper``."""
+    command = [python(), "-m", "cryoiso.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**SERIAL, **env})
 
 
 def cryoiso_here(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command line in this process: quicker, for commands that fail before they start to work."""
+    """The command line in this process: quicker, for commands that fail before they start to work.
+
+    Environment, signal handlers and log handlers are afterwards what they were before.
+    """
     from cryoiso.cli.main import main
 
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["cryoiso", *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    words = ["cryoiso", *map(str, arguments)]
+    argv, environment = sys.argv, dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    sys.argv = words
     code: Any = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -46,10 +55,13 @@ def cryoiso_here(*arguments: object) -> subprocess.CompletedProcess[str]:
         code = leave.code or 0
     finally:
         sys.argv = argv
-        for handler in [*logging.getLogger("cryoiso").handlers]:
-            logging.getLogger("cryoiso").removeHandler(handler)
-            handler.close()
-    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
+        os.environ.clear()
+        os.environ.update(environment)
+        close_logs()
+        logger.handlers.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def simulate(folder: Path, n: int = 40, box: int = 24, pixel_size: float = 7.0, seed: int = 1) -> Path:
@@ -141,8 +153,10 @@ def quick_report(folder: Path) -> None:
 def use_quick_parts(monkeypatch: Any) -> None:
     """Lets the pipeline of this process work with the stand-ins."""
     from cryoiso.pipeline.inputs import reference
+    from cryoiso.pipeline.records import environment
     from cryoiso.pipeline.stages import engines
 
+    monkeypatch.setattr(environment, "git_state", functools.cache(environment.git_state))  # two programs per run
     monkeypatch.setattr(engines, "engine", lambda name: QuickEngine())
     monkeypatch.setattr(engines, "reconstructor", lambda: quick_reconstructor)
     monkeypatch.setattr(engines, "full_reconstructor", lambda: quick_full_reconstructor)
@@ -167,8 +181,13 @@ def forget_signals() -> None:
     from cryoiso.parallel import signals
 
     signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    close_logs()
+
+
+def close_logs() -> None:
+    """Closes the log files of runs in this process."""
     for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
         logger.removeHandler(handler)
         handler.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forks_helper import python
 from mpi_helper import find_mpirun, mpi_environment
 
 from cryoiso.io.mrc import read_map, write_map
@@ -95,7 +96,7 @@ def start(ranks: int, job: dict[str, Any], out: Path, kind: str, *more: str) -> 
     """The job on so many ranks, in a process group of its own."""
     import json
 
-    command = [sys.executable, "-c", DRIVER, json.dumps(job), str(out), kind, *more]
+    command = [python(), "-c", DRIVER, json.dumps(job), str(out), kind, *more]
     if ranks > 1:
         command = [str(find_mpirun()), "-n", str(ranks), *command]
     return subprocess.Popen(

@@ -123,7 +123,7 @@ env = {{k: os.environ[k] for k in ("PATH", "PYTHONPATH")}} | {told}
 command = [sys.executable, "-c", "from cryoiso.cli.main import main; main()", "doctor"]
 sys.exit(subprocess.run(command, env=env).returncode)
 """
-    done = run_mpi(ranks, script, check=False)
+    done = run_mpi(ranks, script, check=False, forks=False)
     assert done.returncode == status, done.stderr
     assert ("its variables did not reach them" in done.stderr) == bool(status)
     assert done.stdout.count("cryoiso ") == (0 if status else ranks), "a rank went on by itself"

@@ -124,7 +124,7 @@ def test_samples_are_the_transform_of_the_turned_map():
     pair = small_pair()
     r = random_rotations(rng(7), 1)
     found = pair.sample(r)[0].numpy()
-    padded = np.fft.irfftn(half_space(pair.body), s=(2 * pair.body.fourier.box_px,) * 3)
+    padded = np.fft.irfftn(half_space(pair.body), s=(2 * pair.body.fourier.box_px,) * 3, axes=(0, 1, 2))
     inner = np.fft.fftshift(padded)
     coords = (np.indices(inner.shape) - len(inner) // 2)[::-1].reshape(3, -1) * pair.body.pixel_size_A
     near = np.abs(coords).max(0) <= pair.body.fourier.box_px / 2 * pair.body.pixel_size_A

@@ -142,6 +142,9 @@ def in_child(action) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+PLACES = ("before rename", "after rename", "before line", "after line")
+
+
 def kill_at(place: str, count: int) -> None:
     """From now on the ``count``-th rename or journal line of this process is its last act, or never happens."""
     calls = {"n": 0}
@@ -165,11 +168,21 @@ def kill_at(place: str, count: int) -> None:
     os.replace, Journal.append = replace, append
 
 
-@pytest.mark.parametrize("place", ["before rename", "after rename", "before line", "after line"])
-def test_killed_at_any_instant_resume_ends_with_the_same_bits(place, data, tmp_path, quick):
+@pytest.mark.parametrize(
+    "place, first, step",
+    [
+        # of every rename and of every line one side; the other side with --slow
+        ("before rename", 1, 2),
+        ("after rename", 2, 2),
+        ("before line", 1, 2),
+        ("after line", 2, 2),
+        *(pytest.param(place, 1, 1, marks=pytest.mark.slow) for place in PLACES),
+    ],
+)
+def test_killed_at_any_instant_resume_ends_with_the_same_bits(place, first, step, data, tmp_path, quick):
     job = write_job(data, "kill.toml", particles_shard_mib=1)
     expected = hash_files(run_job(job, tmp_path / "whole", Context(), quick_report).path)
-    for count in range(1, 100):
+    for n, count in enumerate(range(first, 100, step)):
         folder = tmp_path / f"killed{count}"
 
         def attempt(folder=folder, count=count):
@@ -181,8 +194,9 @@ def test_killed_at_any_instant_resume_ends_with_the_same_bits(place, data, tmp_p
             assert count > 8, "nothing was killed"
             return
         assert status == -signal.SIGKILL
-        if count % 2 == 0 or not (folder / "resolved.toml").exists():  # killed before there was anything to resume
-            run_job(job, folder, Context(), quick_report, go_on=count % 2 == 0)
+        again = n % 2 == 1  # 'run' with go_on and 'resume' in turn
+        if again or not (folder / "resolved.toml").exists():  # killed before there was anything to resume
+            run_job(job, folder, Context(), quick_report, go_on=again)
         else:
             resume_run(folder, Context(), quick_report)
         assert hash_files(folder) == expected, f"killed {place} {count}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from errors_helper import raises_code
+from forks_helper import python
 from mpi_helper import find_mpirun, mpi_environment
 from pipeline_helper import SERIAL, cryoiso, cryoiso_here, hash_files, simulate, write_job
 
@@ -187,7 +187,7 @@ def test_a_killed_training_ends_with_the_same_bits(data, tmp_path):
     job = write_job(data, "killed.toml", **changes)
     done = cryoiso("run", job, "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "cryoiso.cli.main", "run", str(job), "--out", str(tmp_path / "killed")]
+    command = [python(), "-m", "cryoiso.cli.main", "run", str(job), "--out", str(tmp_path / "killed")]
     child = subprocess.Popen(command, env=SERIAL, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "killed/journal.jsonl", '"train-1"', child)
     child.send_signal(signal.SIGTERM)
@@ -293,7 +293,7 @@ def test_commands_train_and_generate(trained, data, tmp_path):
 def test_generation_gives_the_same_files_on_one_and_three_ranks(trained, data, tmp_path):
     for ranks in (1, 3):
         command = [
-            find_mpirun(), "-n", ranks, sys.executable, "-m", "cryoiso.cli.main", "auxiliary", "generate", trained,
+            find_mpirun(), "-n", ranks, python(), "-m", "cryoiso.cli.main", "auxiliary", "generate", trained,
             data / "particles.star", "--count", 500, "--export", "--out", tmp_path / str(ranks),
         ]  # fmt: skip
         done = subprocess.run([str(w) for w in command], env=mpi_environment(), capture_output=True, text=True)

@@ -6,11 +6,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 from errors_helper import raises_code
+from forks_helper import python
 
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.pipeline.records import lock
@@ -23,7 +23,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
             "from cryoiso.pipeline.records.lock import locked\nfrom pathlib import Path\n"
             f"with locked(Path({str(tmp_path)!r}, 'lock.json')): pass"
         )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        done = subprocess.run([python(), "-c", code], capture_output=True, text=True)
         assert "another run works in" in done.stderr and str(os.getpid()) in done.stderr
     assert not (tmp_path / "lock.json").exists()
 
@@ -33,7 +33,7 @@ def test_lock_of_a_dead_process_is_taken_over(tmp_path):
         "import os\nfrom cryoiso.pipeline.records.lock import locked\nfrom pathlib import Path\n"
         f"with locked(Path({str(tmp_path)!r}, 'lock.json')): os.kill(os.getpid(), 9)"
     )
-    subprocess.run([sys.executable, "-c", code])
+    subprocess.run([python(), "-c", code])
     assert (tmp_path / "lock.json").exists()
     with lock.locked(tmp_path / "lock.json"):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()

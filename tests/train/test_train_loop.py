@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from errors_helper import raises_code
+from forks_helper import python
 from torch import nn
 from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_arrays, digest
 
@@ -355,7 +355,7 @@ with guard(ctx):
 def test_a_signal_writes_a_checkpoint_and_exits_75(tmp_path):
     script = SIGNALLED.format(tests=str(Path(__file__).parent))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "OMPI_"))}
-    command = [sys.executable, "-c", script, str(tmp_path / "parts")]
+    command = [python(), "-c", script, str(tmp_path / "parts")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     process = subprocess.Popen([*command, "begin"], **pipes)
     assert process.stdout.readline() == "ready\n"
