@@ -22,11 +22,11 @@ from cryoiso.core.sections.methods import (
     MicelleSection,
     RealignSection,
 )
-from cryoiso.core.sections.refinement import ReconstructSection, RefineSection, RelionSection
+from cryoiso.core.sections.refinement import CommandSection, ReconstructSection, RefineSection, RelionSection
 from cryoiso.core.sections.running import LaunchSection, RunSection
 
 __all__ = [
-    "AuxiliarySection", "ClassifySection", "CorrectSection", "Job", "LaunchSection", "MicelleSection",
+    "AuxiliarySection", "ClassifySection", "CommandSection", "CorrectSection", "Job", "LaunchSection", "MicelleSection",
     "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection", "RelionSection",
     "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_command", "parse_job",
 ]  # fmt: skip
@@ -45,6 +45,7 @@ class Job(Section):
     correct: CorrectSection = Field(default_factory=CorrectSection)
     realign: RealignSection = Field(default_factory=RealignSection)
     relion: RelionSection = Field(default_factory=RelionSection)
+    command: CommandSection = Field(default_factory=CommandSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     run: RunSection = Field(default_factory=RunSection)
     launch: LaunchSection = Field(default_factory=LaunchSection)
