@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.options import help_of, keys
-from cryoiso.core.config import RelionSection
+from cryoiso.core.config import CommandSection, RelionSection
 
 SYMMETRY = keys("sample", "Sample", "symmetry")
 SAMPLE = keys("sample", "Sample", "symmetry", "diameter_A", "mask")
@@ -70,5 +70,13 @@ RelionKeys = Annotated[
         "--relion", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
         help=f"With --engine relion: a key of the job file's [relion] ({', '.join(RelionSection.model_fields)}), e.g. "
         "--relion ranks=5 --relion 'extra=--gpu 0'. May be repeated.",
+    ),
+]  # fmt: skip
+CommandKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--command", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
+        help=f"With --engine command: a key of the job file's [command] ({', '.join(CommandSection.model_fields)}), "
+        "e.g. --command 'run=my_refine {particles} {reference} {out_particles}'. May be repeated.",
     ),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from cryoiso.cli.common import echo
 from cryoiso.cli.groups import (
     NETWORK,
     REFINEMENT,
+    CommandKeys,
     OutputFolder,
     ParticlesOrShards,
     Reference,
@@ -44,6 +45,7 @@ def realign(
     ] = None,
     refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
+    command: CommandKeys = None,
     go_on: Resume = False,
 ) -> None:
     """Refine poses with gold-standard half-sets and isotropic references.
@@ -59,7 +61,8 @@ def realign(
     comm = get_context()
     job = on_root(
         comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
-        refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"), run={"workflow": "realign"},
+        refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),
+        command=keys_of(command, "--command"), run={"workflow": "realign"},
     )  # fmt: skip
     realign_files(job, out, comm, auxiliary=auxiliary, resume=go_on)
     if comm.rank == 0:

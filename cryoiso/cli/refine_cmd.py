@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import REFINEMENT, OutputFolder, ParticlesOrShards, Reference, RefineKeys, RelionKeys, Resume
+from cryoiso.cli.groups import (
+    REFINEMENT,
+    CommandKeys,
+    OutputFolder,
+    ParticlesOrShards,
+    Reference,
+    RefineKeys,
+    RelionKeys,
+    Resume,
+)
 from cryoiso.cli.options import Given, keys_of, with_keys
 from cryoiso.core import products
 
@@ -16,6 +25,7 @@ def refine(
     given: Given,
     refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
+    command: CommandKeys = None,
     go_on: Resume = False,
 ) -> None:
     """Refine poses with gold-standard half-sets.
@@ -30,6 +40,7 @@ def refine(
     job = on_root(
         comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),
+        command=keys_of(command, "--command"),
     )  # fmt: skip
     refine_files(job, out, comm, resume=go_on)
     if comm.rank == 0:

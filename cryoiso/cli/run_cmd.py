@@ -73,7 +73,7 @@ def resume(
 
     The result is the same as without the interruption. Stages whose files are complete and unchanged are skipped. Any
     number of ranks may be used. A run started by another user, or whose programs have changed since, requires --trust
-    before it starts programs: relion.program, launcher and extra, auxiliary.post_command.
+    before it starts programs: relion.program, launcher and extra, command.run and go_on, auxiliary.post_command.
     """
     from cryoiso.parallel.context import get_context
 

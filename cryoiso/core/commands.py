@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from cryoiso.core.errors import UsageError
 
 COMMANDS = (
-    ("relion", "launcher"), ("relion", "extra"), ("auxiliary", "post_command"), ("launch", "program"),
-    ("launch", "image_command"), ("launch", "mpirun"),
+    ("relion", "launcher"), ("relion", "extra"), ("command", "run"), ("command", "go_on"),
+    ("auxiliary", "post_command"), ("launch", "program"), ("launch", "image_command"), ("launch", "mpirun"),
 )  # fmt: skip
 """Settings that are commands, or arguments of one."""
 _FORM = re.compile(r"0?\d{0,2}(\.\d{1,2})?[dfgs]?")

@@ -24,13 +24,13 @@ from cryoiso.core.sections.methods import (
     MicelleSection,
     RealignSection,
 )
-from cryoiso.core.sections.refinement import ReconstructSection, RefineSection, RelionSection
+from cryoiso.core.sections.refinement import CommandSection, ReconstructSection, RefineSection, RelionSection
 from cryoiso.core.sections.running import LaunchSection, RunSection
 
 __all__ = [
-    "AuditSection", "AuxiliarySection", "ClassifySection", "CorrectSection", "DiagnoseSection", "Job", "LaunchSection",
-    "MicelleSection", "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection", "RefineSection",
-    "RelionSection", "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_job",
+    "AuditSection", "AuxiliarySection", "ClassifySection", "CommandSection", "CorrectSection", "DiagnoseSection", "Job",
+    "LaunchSection", "MicelleSection", "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection",
+    "RefineSection", "RelionSection", "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_job",
 ]  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class Job(Section):
     correct: CorrectSection = Field(default_factory=CorrectSection)
     realign: RealignSection = Field(default_factory=RealignSection)
     relion: RelionSection = Field(default_factory=RelionSection)
+    command: CommandSection = Field(default_factory=CommandSection)
     diagnose: DiagnoseSection = Field(default_factory=DiagnoseSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     audit: AuditSection = Field(default_factory=AuditSection)

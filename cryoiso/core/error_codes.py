@@ -167,6 +167,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "relion-file-invalid": "a file of RELION is not as it should be",
         "correction-unusable": "the corrected reference cannot be used",
     },
+    "Engines by command": {
+        "command-failed": "the command of an engine ended with an error, or took too long",
+        "command-result-invalid": "what the command of an engine left behind cannot be used",
+    },
     "Anything else": {
         "stopped-by-signal": "stopped by a signal; what is finished is kept",
         "interrupted-from-keyboard": "Ctrl-C",

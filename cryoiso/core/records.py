@@ -98,6 +98,8 @@ class RefineRecord(TypedDict, total=False):
     correction: dict[str, Any]
     relion: dict[str, Any]
     """How the program was run."""
+    command: dict[str, Any]
+    """The same of an engine by command."""
 
 
 class CurvesRecord(TypedDict, total=False):

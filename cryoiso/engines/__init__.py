@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING
 from cryoiso.core.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from cryoiso.engines.by_command.engine import CommandEngine
     from cryoiso.engines.native import NativeEngine
     from cryoiso.engines.relion.engine import RelionEngine
 
-__all__ = ["NativeEngine", "RelionEngine"]
+__all__ = ["CommandEngine", "NativeEngine", "RelionEngine"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
+            "by_command.engine": ["CommandEngine"],
             "native": ["NativeEngine"],
             "relion.engine": ["RelionEngine"],
         },

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cryoiso.core.config import Job
+from cryoiso.core.config import CommandSection, Job, RelionSection
 from cryoiso.core.errors import UsageError
 from cryoiso.pipeline.records.run_folder import REALIGN_STAGES, REFINE_STAGES
 
@@ -94,6 +94,16 @@ def _co_refinement_stages(job: Job) -> tuple[str, ...]:
     local = ["local"] if job.auxiliary.balance else []
     correct = ["correct"] if job.run.workflow == "both" else []
     return ("ingest", "reference", "refine", *micelle, *rounds, *local, "reconstruct", *correct, "diagnose")
+
+
+def program_of(job: Job) -> RelionSection | CommandSection:
+    """The job's section about the program that its engine starts."""
+    return job.command if job.refine.engine == "command" else job.relion
+
+
+def starts_a_program(job: Job) -> bool:
+    """Whether somebody's program refines, which reads images from files."""
+    return job.refine.engine in ("relion", "command")
 
 
 def kind_of(stage: str) -> str:

@@ -138,6 +138,10 @@ def _refinement(data: ReportData, cite: Citations) -> str:
         program = section(refine, "relion")
         text = f"{first} were refined with RELION {program.get('version') or '(version unknown)'} {cite('relion')}, "
         text += f"auto-refinement of independent half-sets {cite('gold')}, {where}, {count} iterations"
+    elif engine == "command":
+        program = section(refine, "command")
+        text = f"{first} were refined with {program.get('name') or 'an outside program (command.run)'}, {where}, in "
+        text += f"{count} {'round' if count == 1 else 'rounds'}; half-maps: {program.get('half_maps')}"
     else:
         text = f"{first} were refined by maximum likelihood with the program's own engine, {where}"
         if local is None:

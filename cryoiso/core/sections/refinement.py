@@ -12,8 +12,10 @@ from cryoiso.core.sections.base import AutoOrPositive, Section
 class RefineSection(Section):
     """Refinement of poses."""
 
-    engine: Literal["native", "relion"] = Field(
-        "native", description="refinement engine: the built-in one, or RELION's relion_refine_mpi"
+    engine: Literal["native", "relion", "command"] = Field(
+        "native",
+        description="refinement engine; native: the built-in one; relion: RELION's relion_refine_mpi; command: any "
+        "program, see [command]",
     )
     max_iterations: int = Field(25, ge=1, description="largest number of iterations; a converged refinement stops")
     healpix_order: int = Field(
@@ -122,3 +124,39 @@ class RelionSection(Section):
     timeout_min: float = Field(
         0.0, ge=0, description="stop with an error if RELION writes nothing for this time; 0: no time limit"
     )
+
+
+class CommandSection(Section):
+    """Any program as the refinement engine."""
+
+    run: str = Field(
+        "",
+        description="command line that refines poses, without a shell; {particles}, {reference}, {out_particles} and "
+        "others are replaced; with {half} it runs once per half-set",
+    )
+    go_on: str = Field(
+        "", description="command line that continues an interrupted run in its folder (default: it starts again)"
+    )
+    name: str = Field("", description="name and version of the program, for the report")
+    out_particles: str = Field(
+        "particles_out.star", description="file with the poses that it writes, in its folder; RELION's or cisTEM's STAR"
+    )
+    out_half: str = Field(
+        "half{half}.mrc",
+        description="unregularised half-maps that it writes, in its folder; empty: reconstruct them from its poses",
+    )
+    images: Literal["auto", "original", "export"] = Field(
+        "auto",
+        description="images that it reads; original: the original stacks; export: stacks written from the shards; "
+        "auto: the original stacks if no image was changed or added",
+    )
+    rounds: int = Field(
+        1, ge=1, description="how often it runs; each round starts from the half-maps of the one before"
+    )
+    site_launcher: bool = Field(
+        False, description="leave the batch system's variables to it, for a command that starts with srun or the like"
+    )
+    timeout_min: float = Field(
+        0.0, ge=0, description="stop with an error if it writes nothing for this time; 0: no time limit"
+    )
+    limit_min: float = Field(0.0, ge=0, description="stop with an error if it runs longer; 0: no time limit")

@@ -38,7 +38,9 @@ SUFFIXES = (".mrcs", ".mrc", ".st")
 KEPT_RESULTS = ("cryoisoAuxiliary", "rlnMicrographName")
 
 
-def image_names(source: ImageSource, folder: Path, which: str, comm: Context, *, resume: bool = False) -> list[str]:
+def image_names(
+    source: ImageSource, folder: Path, which: str, comm: Context, *, resume: bool = False, reader: str = "RELION"
+) -> list[str]:
     """(n,) names ``000001@/path/stack.mrcs`` of the images that RELION reads for each particle (collective).
 
     Args:
@@ -46,21 +48,23 @@ def image_names(source: ImageSource, folder: Path, which: str, comm: Context, *,
         folder: exported stacks go into its sub-folder ``images``.
         which: RelionSection.images.
         resume: stacks of the same particles that are there already are taken.
+        reader: the program, for messages.
 
     Raises:
         InputError: "original" was asked for and an original image is not to be had.
     """
     source = relion_source(source)
-    kept, why = on_root(comm, usable_originals, source, which)
+    kept, why = on_root(comm, usable_originals, source, which, reader)
     if why and comm.rank == 0:
-        logger.info("RELION gets its own copy of the images: the originals will not do: %s", why)
+        logger.info("%s gets its own copy of the images: the originals will not do: %s", reader, why)
     rows = np.flatnonzero(~kept)
     names = np.empty(len(kept), dtype=object)
     particles = source.particles
     for row in np.flatnonzero(kept).tolist():
         names[row] = f"{int(particles.index[row]) + 1:06d}@{os.path.abspath(str(particles.stack[row]))}"
     if len(rows):
-        for row, name in zip(rows.tolist(), _export(source, rows, folder / "images", comm, resume), strict=True):
+        exported = _export(source, rows, folder / "images", comm, resume, reader)
+        for row, name in zip(rows.tolist(), exported, strict=True):
             names[row] = name
     return [str(name) for name in names]
 
@@ -82,7 +86,7 @@ def all_flipped(particles: Particles) -> bool:
     return "flipped" in kinds and "" not in kinds
 
 
-def usable_originals(source: ImageSource, which: str) -> tuple[np.ndarray, str]:
+def usable_originals(source: ImageSource, which: str, reader: str = "RELION") -> tuple[np.ndarray, str]:
     """Whose original image shows what the source gives, so that RELION may read it.
 
     Args:
@@ -110,8 +114,8 @@ def usable_originals(source: ImageSource, which: str) -> tuple[np.ndarray, str]:
     if which == "original":
         if why or not kept.all():
             raise InputError(
-                f"RELION cannot read the original images: {why or some}",
-                expected="relion.images = 'auto' or 'export'",
+                f"{reader} cannot read the original images: {why or some}",
+                expected=f"{'relion' if reader == 'RELION' else 'command'}.images = 'auto' or 'export'",
                 code="relion-images-unreadable",
             )
         return kept, ""
@@ -154,7 +158,7 @@ def images_a_stack(n: int, box_px: int) -> int:
     return max(1, STACK_BYTES // (4 * box_px**2), -(-n // MOST_STACKS))
 
 
-def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, resume: bool) -> list[str]:
+def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, resume: bool, reader: str) -> list[str]:
     """Writes the source's images into stacks, ranks side by side, and returns their names (collective)."""
     bounds = chunk_bounds(len(rows), images_a_stack(len(rows), source.box_px))
     note = {"digest": _digest(source, rows), "stacks": len(bounds)}
@@ -162,7 +166,7 @@ def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, 
     if not there:
         mine = owned_chunks(len(bounds), comm.rank, comm.size)
         own = sum(stop - start for start, stop in (bounds[k] for k in mine))
-        line = ProgressLine("images for RELION", own, active=comm.rank == 0)
+        line = ProgressLine(f"images for {reader}", own, active=comm.rank == 0)
         error: CryoisoError | None = None
         try:
             for k in mine:
@@ -172,7 +176,7 @@ def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, 
             error = caught
         agree(comm, error)
         if comm.stop_requested():
-            raise Interrupted("stopped by a signal while images were written for RELION")
+            raise Interrupted(f"stopped by a signal while images were written for {reader}")
         line.close(f"{len(rows):,} images of {source.box_px} px")
         on_root(comm, write_text, folder / "images.json", json.dumps(note) + "\n")
     return [

@@ -24,6 +24,7 @@ from cryoiso.pipeline.job_inputs import Inputs, using_scratch
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
 from cryoiso.pipeline.stages.refine import refine_request
+from cryoiso.pipeline.workflow import starts_a_program
 
 
 def realign_files(job: Job, out: Path, comm: Context, *, auxiliary: Path | None = None, resume: bool = False) -> None:
@@ -70,7 +71,7 @@ def _refine_with(run: RunContext, inputs: Inputs, auxiliary: ShardSource, resume
     comm, job, out = run.comm, run.job, run.folder.path
     request = replace(refine_request(run, inputs, resume=resume), folder=out / "engine")
     if inputs.scratch is not None:
-        inputs.scratch.attach(auxiliary, once=job.refine.engine == "relion")
+        inputs.scratch.attach(auxiliary, once=starts_a_program(job))
     on_root(comm, request.folder.mkdir, exist_ok=True)
     found = co_refine(engines.engine(job.refine.engine), request, auxiliary, comm, weight=job.auxiliary.weight)
     made = write_reconstruction(

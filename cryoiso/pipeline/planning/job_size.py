@@ -21,7 +21,7 @@ from cryoiso.io.stack import StackReader
 from cryoiso.methods.audit import extent
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages.map_numbers import wants_local_resolution
-from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, working_stages
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, program_of, starts_a_program, working_stages
 
 PARAMETERS = {
     ("generator", "small"): 122_000, ("generator", "paper"): 7_292_000, ("unet", "small"): 429_000,
@@ -87,7 +87,7 @@ def problem_of(inputs: Inputs) -> Problem:
     largest = max((Path(name).stat().st_size for name in stacks), default=0)
     row = max(60, file.stat().st_size // max(len(particles), 1)) if text else 250
     if inputs.originals is None:  # images are read for it, and every stage asks
-        inputs.originals = job.refine.engine == "relion" and _original_images_do(inputs)
+        inputs.originals = starts_a_program(job) and _original_images_do(inputs)
     return Problem(
         job, len(particles), box, pixel, diameter, row, file.is_dir(), len(particles.groups), largest,
         originals=inputs.originals,
@@ -101,7 +101,7 @@ def _original_images_do(inputs: Inputs) -> bool:
     try:
         given = Path(inputs.job.particles.file).is_dir()
         source = ShardSource(inputs.shards) if given else _AsIngested(inputs.plan())
-        return bool(usable_originals(source, inputs.job.relion.images)[0].all())
+        return bool(usable_originals(source, program_of(inputs.job).images)[0].all())
     except InputError:  # the run will tell
         return False
 
@@ -197,9 +197,9 @@ def _star(p: Problem, n: int | None = None) -> int:
 def _refined(name: str, p: Problem, auxiliaries: int = 0) -> Stored:
     """Two generations of the checkpoint, two maps, particles, two summaries."""
     n = p.particles + auxiliaries
-    if p.job.refine.engine == "relion":
+    if starts_a_program(p.job):
         whole = Stored(name, p.job.refine.max_iterations * (6 * p.map_bytes + 350 * n) + 2 * p.map_bytes, 40)
-        copied = auxiliaries + (0 if p.originals or p.job.relion.images == "original" else p.particles)
+        copied = auxiliaries + (0 if p.originals or program_of(p.job).images == "original" else p.particles)
         return with_temporary(whole, *_images_for_relion(copied, p.box_px))
     state = 4 * (p.map_bytes - 1024) + 112 * n + STATE_BYTES
     return Stored(name, 2 * state + 2 * p.map_bytes + _star(p, n) + 2500, 7)

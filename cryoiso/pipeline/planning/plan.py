@@ -13,7 +13,7 @@ from cryoiso.pipeline.planning import job_size, memory, workload
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.rates import Rates
 from cryoiso.pipeline.planning.workload import Assumed
-from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, record_of
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, kind_of, record_of, starts_a_program
 
 MARGIN = 1.25
 """Of the wall-time that is suggested, on top of the uncertainty."""
@@ -178,7 +178,7 @@ def make_plan(
 
 def _repeated(p: Problem, layout: Layout, rates: Rates, assumed: Assumed) -> float | None:
     """Of the native engine's interrupted iteration everything but the search; of RELION's all."""
-    kept = () if p.job.refine.engine == "relion" else SEARCH
+    kept = () if starts_a_program(p.job) else SEARCH
     n = p.particles + (p.auxiliaries if p.job.run.workflow in CO_REFINEMENTS else 0)
     works = [
         {unit: amount for unit, amount in one.items() if unit not in kept}
@@ -243,8 +243,9 @@ def _fact_lines(plan: Plan, told: dict[str, Any]) -> list[str]:
         f"memory of a node: {gib(plan.node_bytes)}" + (" (that of rank 0, which has all metadata)" if others else ""),
         f"disk at the most at once: {gib(told['disk_bytes_at_once'])}, {told['files_at_once']} files",
     ]
-    if p.job.refine.engine == "relion" and any(r.temporary_bytes for r in plan.rows if record_of(r.stage).searches):
-        lines.append("RELION gets a copy of the images, which is removed when it has ended")
+    if starts_a_program(p.job) and any(r.temporary_bytes for r in plan.rows if record_of(r.stage).searches):
+        reader = "RELION" if p.job.refine.engine == "relion" else "the command"
+        lines.append(f"{reader} gets a copy of the images, which is removed when it has ended")
     if plan.gpu_bytes:
         lines.append(f"GPU memory: {gib(plan.gpu_bytes[0])} a rank ({plan.gpu_bytes[1]})")
     return [

@@ -24,7 +24,10 @@ from cryoiso.pipeline.records.manifest import job_key, read_record
 from cryoiso.pipeline.records.run_folder import RunFolder
 
 logger = logging.getLogger("cryoiso")
-PROGRAMS = (("relion", "program"), ("relion", "launcher"), ("relion", "extra"), ("auxiliary", "post_command"))
+PROGRAMS = (
+    ("relion", "program"), ("relion", "launcher"), ("relion", "extra"), ("command", "run"), ("command", "go_on"),
+    ("auxiliary", "post_command"),
+)  # fmt: skip
 """Settings that decide which programs are started, and with which arguments."""
 FOLDER = "CRYOISO_STATE_DIR"
 """Where the secret lies; else $XDG_STATE_HOME/cryoiso, else ~/.local/state/cryoiso."""

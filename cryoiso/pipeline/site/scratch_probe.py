@@ -18,7 +18,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.planning.job_size import disk, problem_of, shard_layout
 from cryoiso.pipeline.site import filesystem
-from cryoiso.pipeline.workflow import CO_REFINEMENTS
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, starts_a_program
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Images:
 def images_of(inputs: Inputs, ranks: int) -> Images:
     """What the stages of a job will ask of scratch, see ``Scratch.attach`` (rank 0; reads the inputs)."""
     job = inputs.job
-    with_auxiliary, relion = job.run.workflow in CO_REFINEMENTS, job.refine.engine == "relion"
+    with_auxiliary, relion = job.run.workflow in CO_REFINEMENTS, starts_a_program(job)
     if not job.run.scratch or (relion and not with_auxiliary):
         return Images(job.run.scratch)
     problem = problem_of(inputs)

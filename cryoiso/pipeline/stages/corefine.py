@@ -43,7 +43,7 @@ from cryoiso.pipeline.stages.rounds import (
     references_after,
     skip,
 )
-from cryoiso.pipeline.workflow import kind_of
+from cryoiso.pipeline.workflow import kind_of, program_of, starts_a_program
 
 logger = logging.getLogger("cryoiso")
 
@@ -79,7 +79,7 @@ def request_for(
         seed=job.run.seed,
         diameter_A=sample.diameter_A,
         mask=sample.mask,
-        program=job.relion,
+        program=program_of(job),
         **options,
     )
 
@@ -91,7 +91,7 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
     name, comm, job = f"corefine-{round_}", run.comm, run.job
     if is_settled(run, round_):
         return skip(run, name)
-    sample, exported = inputs.sample(), job.refine.engine == "relion"
+    sample, exported = inputs.sample(), starts_a_program(job)
     source = inputs.source(once=exported)
     before = poses_after(run, inputs, round_ - 1)
     auxiliary = ShardSource(run.folder.stage(f"generate-{round_}"))
@@ -218,7 +218,7 @@ def local(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     posed = poses_after(run, inputs, rounds)
     section = job.auxiliary
     balanced = balanced_subset(posed, job.sample.symmetry, section.balance_cap, job.run.seed, keep=section.balance_keep)
-    source = inputs.source(once=job.refine.engine == "relion")
+    source = inputs.source(once=starts_a_program(job))
     source.particles = posed
     subset = SubsetSource(source, balanced.keep)
     request = request_for(

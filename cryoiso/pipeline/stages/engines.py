@@ -9,6 +9,7 @@ from cryoiso.core.config import ClassifySection, Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import Communicator, Engine, ReferenceCorrection, RefineRequest
 from cryoiso.core.types import DensityMap
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, starts_a_program
 
 
 def engine(name: str) -> Engine:
@@ -25,23 +26,33 @@ def engine(name: str) -> Engine:
         from cryoiso.engines.relion.engine import RelionEngine
 
         return RelionEngine()
-    raise UsageError(f"unknown engine '{name}' (known: native, relion)", code="choice-unknown")
+    if name == "command":
+        from cryoiso.engines.by_command.engine import CommandEngine
+
+        return CommandEngine()
+    raise UsageError(f"unknown engine '{name}' (known: native, relion, command)", code="choice-unknown")
 
 
 def require_engine(job: Job) -> None:
     """Stops before any work where the engine's program or its launcher is not there.
 
     Raises:
-        MissingError: no RELION, or no mpirun that belongs to it.
-        UsageError: settings that RELION cannot be started with.
+        MissingError: no RELION, no mpirun that belongs to it, or no program of the command's name.
+        UsageError: settings that the program cannot be started with.
     """
+    if starts_a_program(job) and job.refine.junk:
+        raise UsageError("refine.junk: native engine only", code="options-conflict")
+    if starts_a_program(job) and job.refine.image_mask != "none":
+        raise UsageError(
+            "refine.image_mask: native engine only; RELION masks with zeros (--zero_mask)", code="options-conflict"
+        )
+    if job.refine.engine == "command":
+        from cryoiso.engines.by_command.engine import require_command
+
+        require_command(
+            job.command, correction=correction(job) is not None, co_refinement=job.run.workflow in CO_REFINEMENTS
+        )
     if job.refine.engine == "relion":
-        if job.refine.junk:
-            raise UsageError("refine.junk: native engine only", code="options-conflict")
-        if job.refine.image_mask != "none":
-            raise UsageError(
-                "refine.image_mask: native engine only; RELION masks with zeros (--zero_mask)", code="options-conflict"
-            )
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words
         from cryoiso.engines.relion.install import find_relion

@@ -15,6 +15,7 @@ from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages import engines
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
 from cryoiso.pipeline.stages.rounds import control_references, known_grey_scale
+from cryoiso.pipeline.workflow import program_of, starts_a_program
 
 
 def refine(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
@@ -27,7 +28,7 @@ def refine(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
 def refine_request(run: RunContext, inputs: Inputs, *, resume: bool) -> RefineRequest:
     """What the stage ``refine`` asks an engine for. Collective."""
     job, sample = run.job, inputs.sample()
-    source = inputs.source(once=job.refine.engine == "relion")
+    source = inputs.source(once=starts_a_program(job))
     start = on_root(run.comm, read_map, run.folder.stage("reference") / products.REFERENCE, sample.pixel_size_A)
     return RefineRequest(
         source=source,
@@ -44,7 +45,7 @@ def refine_request(run: RunContext, inputs: Inputs, *, resume: bool) -> RefineRe
         correction=engines.correction(job) if job.run.workflow == "realign" else None,
         grey_scale=known_grey_scale(run, 0),
         half_references=on_root(run.comm, control_references, run),
-        program=job.relion,
+        program=program_of(job),
         on_checkpoint=lambda record: run.note_checkpoint("refine", iteration=record.get("iteration")),
     )
 

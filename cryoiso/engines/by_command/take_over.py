@@ -1,0 +1,133 @@
+"""What the user's program left behind: checked as a whole before anything of it is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core.config import CommandSection
+from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.types import HALVES, Particles
+from cryoiso.engines.by_command.template import out_half
+from cryoiso.engines.relion.images import rows_of_names
+from cryoiso.io.cistem import Parameters, is_cistem, read_cistem, read_par
+from cryoiso.io.mrc import read_map
+from cryoiso.io.star.columns import Columns
+from cryoiso.io.star.read import particles_of_blocks
+from cryoiso.io.star.text import read_blocks
+from cryoiso.refine.offsets import check_poses
+
+NUMBERS = ("rlnLogLikeliContribution", "rlnMaxValueProbDistribution", "rlnNormCorrection")
+PIXEL_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Poses:
+    """Of the particles that the program was given, in their order."""
+
+    rotation: np.ndarray
+    shift_A: np.ndarray
+    columns: dict[str, np.ndarray]
+
+
+def returned_poses(file: Path, given: Particles, names: list[str]) -> Poses:
+    """Poses out of the program's file, by uid, else by image, or by the place in the stack.
+
+    Args:
+        given: the particles that it was given. names: of their images.
+
+    Raises:
+        CryoisoError: the file is missing or cannot be used, or lacks particles.
+    """
+    if not file.is_file():
+        raise CryoisoError(f"the command ended well but wrote no {file.name} (command.out_particles): {file}",
+                           code="command-result-invalid")  # fmt: skip
+    try:
+        if file.suffix == ".par":
+            return _by_position(read_par(file), given, file)
+        blocks = read_blocks(file)
+        if is_cistem(blocks):
+            return _by_position(read_cistem(file, blocks), given, file)
+        found = particles_of_blocks(blocks, file, "", ("pose",))
+    except InputError as error:
+        raise CryoisoError(f"the command's poses cannot be used: {error}", code="command-result-invalid") from None
+    table = Columns(found.table, file)
+    rows = _rows_of_uids(found.uid, given.uid) if table.has("cryoisoUid") else None
+    if rows is None:
+        rows = rows_of_names(table.text("rlnImageName") if table.has("rlnImageName") else [], names, file)
+    if found.half is not None and found.half.any() and (found.half[rows] != given.half).any():
+        raise CryoisoError(f"{file}: the command changed the half-sets", code="command-result-invalid")
+    rotation, shift_A = found.require_poses(file)
+    columns = {name: table.number(name)[rows] for name in NUMBERS if table.has(name)}
+    return Poses(rotation[rows], shift_A[rows], columns)
+
+
+def _rows_of_uids(found: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
+    """(n,) row of each particle; None where the numbers or uids are others."""
+    order = np.argsort(found, kind="stable")
+    place = np.minimum(np.searchsorted(found[order], wanted), len(found) - 1)
+    rows: np.ndarray = order[place]
+    return rows if len(found) == len(wanted) and (found[rows] == wanted).all() else None
+
+
+def _by_position(found: Parameters, given: Particles, file: Path) -> Poses:
+    order = np.argsort(found.position, kind="stable")
+    if not np.array_equal(found.position[order], np.arange(len(given))):
+        raise CryoisoError(
+            f"{file}: not each particle exactly once ({len(given):,} were given, {len(found.position):,} came back)",
+            code="relion-particles-lost",
+        )
+    columns = {} if found.score is None else {"cisTEMScore": found.score[order]}
+    return Poses(found.rotation[order], found.shift_A[order], columns)
+
+
+def require_possible(particles: Particles, box_px: int, file: object) -> None:
+    """
+    Raises:
+        CryoisoError: a pose or offset that cannot be.
+    """
+    try:
+        check_poses(particles, box_px, file)
+    except InputError as error:
+        raise CryoisoError(f"the command's poses cannot be used: {error}", code="command-result-invalid") from None
+
+
+def returned_maps(folders: dict[int, Path], section: CommandSection, request: RefineRequest) -> dict[int, np.ndarray]:
+    """Half -> (D, D, D) map that the program wrote.
+
+    Args:
+        folders: half -> where it ran.
+
+    Raises:
+        CryoisoError: a map is missing, on another grid or not finite, or both are one map.
+    """
+    maps = {half: _map(folders[half] / out_half(section, half), request) for half in HALVES}
+    if np.array_equal(maps[1], maps[2]):
+        raise CryoisoError("the command's two half-maps are one map", code="half-maps-identical")
+    return maps
+
+
+def _map(file: Path, request: RefineRequest) -> np.ndarray:
+    if not file.is_file():
+        raise CryoisoError(
+            f"the command ended well but wrote no {file.name}: {file}. command.out_half names its half-maps; empty: "
+            "they are reconstructed from its poses",
+            code="command-result-invalid",
+        )
+    box, pixel = request.source.box_px, request.reference.pixel_size_A
+    try:
+        found = read_map(file)
+    except InputError as error:
+        raise CryoisoError(f"the command's map cannot be used: {error}", code="command-result-invalid") from None
+    if found.box_px != box or abs(found.pixel_size_A / pixel - 1) > PIXEL_TOLERANCE:
+        raise CryoisoError(
+            f"{file}: the command's map has another grid (expected {box} px of {pixel:g} Å, found {found.box_px} px of "
+            f"{found.pixel_size_A:g} Å)",
+            code="command-result-invalid",
+        )
+    if not np.isfinite(found.data).all() or not np.any(found.data):
+        raise CryoisoError(f"{file}: the command's map is empty or not finite", code="command-result-invalid")
+    return np.asarray(found.data, np.float32)
