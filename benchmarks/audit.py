@@ -65,10 +65,10 @@ SCENARIOS: dict[str, Scenario] = {
 class Size:
     """Of the simulated particles."""
 
-    particles: int = 600
+    particles: int = 800
     box: int = 36
     pixel_A: float = 5.4
-    snr_db: float = -12
+    snr_db: float = -10
     fraction: float = 0.9
     """of views from one end"""
 
