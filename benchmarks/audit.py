@@ -28,6 +28,21 @@ from benchmarks.bias import make_noise
 
 
 @dataclass(frozen=True)
+class Size:
+    """Of the simulated particles."""
+
+    particles: int = 800
+    box: int = 36
+    pixel_A: float = 5.4
+    snr_db: float = -10
+    fraction: float = 0.9
+    """of views from one end"""
+
+
+FEW = Size(300, 32, 6.0, -5)
+
+
+@dataclass(frozen=True)
 class Scenario:
     """A run of known truth, and what its audit should say."""
 
@@ -38,6 +53,7 @@ class Scenario:
     unguarded: bool = False
     controls: tuple[str, ...] = ()
     """() all"""
+    size: Size = Size()
     fails: tuple[str, ...] = ()
     """controls that should fail; the others should not"""
 
@@ -51,30 +67,23 @@ SCENARIOS: dict[str, Scenario] = {
     "good": Scenario(),
     "wrong_reference": Scenario(reference="other", unguarded=True, fails=("null",)),
     "noise": Scenario(noise=True, unguarded=True, fails=("null",)),
-    "auxiliary_coloured": Scenario({**AUXILIARY, "auxiliary.generators": "coloured-noise"}, controls=NULL_AND_LEAK),
-    "auxiliary_per_half": Scenario({**AUXILIARY, "auxiliary.generators": "per-half"}, controls=("leak",)),
-    "auxiliary_shared": Scenario(
-        {**AUXILIARY, "auxiliary.generators": "shared"}, controls=("leak",), fails=("leak",)
+    "auxiliary_coloured": Scenario(
+        {**AUXILIARY, "auxiliary.generators": "coloured-noise"}, controls=NULL_AND_LEAK, size=FEW
     ),
-    "realign_independent": Scenario({**SMALL_NETWORK, "realign.mode": "independent"}, controls=("leak",)),
-    "realign_paired": Scenario({**SMALL_NETWORK, "realign.mode": "paired"}, controls=("leak",), fails=("leak",)),
+    "auxiliary_per_half": Scenario({**AUXILIARY, "auxiliary.generators": "per-half"}, controls=("leak",), size=FEW),
+    "auxiliary_shared": Scenario(
+        {**AUXILIARY, "auxiliary.generators": "shared"}, controls=("leak",), size=FEW, fails=("leak",)
+    ),
+    "realign_independent": Scenario({**SMALL_NETWORK, "realign.mode": "independent"}, controls=("leak",), size=FEW),
+    "realign_paired": Scenario(
+        {**SMALL_NETWORK, "realign.mode": "paired"}, controls=("leak",), size=FEW, fails=("leak",)
+    ),
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of the simulated particles."""
-
-    particles: int = 600
-    box: int = 36
-    pixel_A: float = 5.4
-    snr_db: float = -12
-    fraction: float = 0.9
-    """of views from one end"""
-
-
-def prepare(scenario: Scenario, size: Size, seed: int, folder: Path) -> Path:
+def prepare(scenario: Scenario, seed: int, folder: Path) -> Path:
     """Particles, reference and job file."""
+    size = scenario.size
     grid = ("--box", size.box, "--pixel-size", size.pixel_A)
     harness.cryoiso(
         "simulate", "phantom", folder, *grid, "--n", size.particles, "--mode", "preferred", "--fraction", size.fraction,
@@ -105,11 +114,11 @@ def prepare(scenario: Scenario, size: Size, seed: int, folder: Path) -> Path:
     return folder / "job.toml"
 
 
-def judge(name: str, size: Size, seed: int, work: Path) -> dict[str, Any]:
+def judge(name: str, seed: int, work: Path) -> dict[str, Any]:
     """A run and its audit; the verdict of each control and what both cost."""
     scenario = SCENARIOS[name]
     folder = work / f"{name}-{seed}"
-    job, run = prepare(scenario, size, seed, folder), folder / "run"
+    job, run = prepare(scenario, seed, folder), folder / "run"
     if scenario.unguarded:
         words = [sys.executable, "-m", "benchmarks.job_process", "run", job, run, "--unguarded"]
         cost = harness.measure(words, folder / "run.log", harness.REPO)
@@ -123,7 +132,8 @@ def judge(name: str, size: Size, seed: int, work: Path) -> dict[str, Any]:
     kept = ("verdict", "number", "interval", "sentence", "details")
     controls = {c["name"]: {k: c[k] for k in kept} for c in found["controls"]}
     return {
-        "scenario": name, "seed": seed, "verdict": found["verdict"], "resolution_A": found["resolution_A"],
+        "scenario": name, "seed": seed, "size": vars(scenario.size), "verdict": found["verdict"],
+        "resolution_A": found["resolution_A"],
         "particles": found["particles"], "run_cpu_s": cost.cpu_s,
         "audit_cpu_s": None if audit is None else audit.cpu_s,
         "should_fail": list(scenario.fails), "controls": controls,
@@ -153,9 +163,9 @@ def main() -> None:
     with harness.work_folder(a.work) as work:
         for name in a.scenarios.split(","):
             for seed in map(int, a.seeds.split(",")):
-                row = judge(name, Size(), seed, work)
+                row = judge(name, seed, work)
                 kept = [r for r in result["rows"] if (r["scenario"], r["seed"]) != (name, seed)]
-                result = {"rows": [*kept, row], "size": vars(Size()), "machine": harness.machine()}
+                result = {"rows": [*kept, row], "machine": harness.machine()}
                 harness.write_json(a.out, result)
     print(table(result["rows"]))
 

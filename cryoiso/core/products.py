@@ -18,8 +18,7 @@ SUMS = "SHA256SUMS"
 TIMING = "timing.json"
 """How long the parts of a stage took: the one file of a stage that differs between two runs of the same job."""
 
-AUDIT_FOLDER = "audit"
-AUDIT = f"{AUDIT_FOLDER}/audit.json"
+AUDIT = "audit/audit.json"
 """Results of the controls, beside a folder for each of them."""
 
 # particles

@@ -26,6 +26,6 @@ def write_page(folder: Path) -> Path:
         "title": f"Controls of {folder.resolve().name}", "summary": sentences(part), "numbers": [], "provenance": [],
         "stages": [],
     }  # fmt: skip
-    path = folder / products.AUDIT_FOLDER / PAGE
+    path = (folder / products.AUDIT).with_name(PAGE)
     write_text(path, page(data, figures))
     return path

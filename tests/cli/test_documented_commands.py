@@ -199,7 +199,7 @@ def test_options_named_in_prose_exist():
     assert wrong == []
 
 
-OF_PAGE = {"relion": ["refine", "hook relion"], "validate": ["verify", "replay"]}
+OF_PAGE = {"relion": ["refine", "hook relion"], "validate": ["audit", "verify", "replay"]}
 OF_PAGE |= {name: [name] for name in ("correct", "diagnose", "doctor", "plan", "realign")}
 OF_PAGE["auxiliary"] = ["auxiliary train", "auxiliary generate"]
 

@@ -51,7 +51,8 @@ def independence(
 
     With coefficients A, B whose phases are independent, Re(A conj B) has mean 0 and variance |A|^2 |B|^2 / 2, so that
     the error of the FSC is sqrt(sum |A|^2 |B|^2 / 2 / (sum |A|^2 sum |B|^2)) over the unique half of a shell, times the
-    square root of the order of the point group, whose mates repeat each coefficient.
+    square root of the order of the point group, whose mates repeat each coefficient, and over that of the share of the
+    box that the maps fill: where they have power only inside a part of it, neighbouring coefficients are alike.
 
     Args:
         operations: order of the point group that both maps have.
@@ -72,12 +73,25 @@ def independence(
     power_a, power_b = np.abs(a) ** 2, np.abs(b) ** 2
     scale = np.sqrt(per_shell(power_a, unique) * per_shell(power_b, unique))
     # the planes kx = 0 and D/2 hold each of their coefficients twice
-    variance = operations * 0.5 * per_shell(power_a * power_b, unique)
+    variance = operations * 0.5 * per_shell(power_a * power_b, unique) / filled(first, second)
     with np.errstate(divide="ignore", invalid="ignore"):
         curve = per_shell((a * b.conj()).real, unique) / scale
         error = np.sqrt(variance) / scale
     good = np.isfinite(curve) & (error > 0)
     return Independence(np.arange(1, last + 1)[good], curve[good], error[good])
+
+
+def filled(first: Float[np.ndarray, "box box box"], second: Float[np.ndarray, "box box box"]) -> float:
+    """Share of the box that two maps fill: <p><q> / <p q>, p and q their mean squares at each distance from the centre;
+    1 if their power is the same everywhere."""
+    axis2 = (np.arange(first.shape[0]) - first.shape[0] // 2) ** 2
+    radius = np.sqrt(axis2[:, None, None] + axis2[None, :, None] + axis2[None, None, :])
+    ring = np.rint(radius).astype(np.int64).ravel()
+    count = np.bincount(ring)
+    p, q = (np.bincount(ring, (np.asarray(v, np.float64) ** 2).ravel()) / np.maximum(count, 1) for v in (first, second))
+    n = count.sum()
+    together = float((count * p * q).sum() / n)
+    return float((count * p).sum() / n * (count * q).sum() / n / together) if together > 0 else 1.0
 
 
 def shared(

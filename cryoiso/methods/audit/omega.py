@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cryoiso.methods.audit.blocks import Estimate, block_numbers, bootstrap, summed
+from cryoiso.methods.audit.blocks import LEAST_BLOCKS, Estimate, block_numbers, bootstrap, summed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+TWO_SIDED = 1.96
+"""Standard errors of a 95 % interval."""
 STRONGEST = 100
 SHARE = 0.1
 """Voxels count whose difference of templates is above this share of the mean of the strongest ones."""
@@ -69,21 +71,28 @@ def omega(
 
 def share_left(
     made_changed: Float[np.ndarray, "box box box"], made_full: Float[np.ndarray, "box box box"],
-    added: Float[np.ndarray, "box box box"], part: Bool[np.ndarray, "box box box"],
-    rest: Bool[np.ndarray, "box box box"], reference: Float[np.ndarray, "box box box"], edge_px: int, seed: int = 0,
-    orbits: np.ndarray | None = None,
+    added: Float[np.ndarray, "box box box"], elsewhere: list[Float[np.ndarray, "box box box"]],
+    rest: Bool[np.ndarray, "box box box"], reference: Float[np.ndarray, "box box box"],
 ) -> Estimate:  # fmt: skip
     """What is left of density that was added to a reference, as a share of what was added, beyond what the map without
     it has in the same place.
 
+    The error is the scatter of the same number in other places, to which nothing was added.
+
     Args:
         made_changed, made_full: maps reconstructed with and without the addition.
-        added: the addition, on the grey scale of ``reference``; ``part``: its voxels; ``rest``: the particle.
+        added: the addition, on the grey scale of ``reference``; ``elsewhere``: the same in other places; ``rest``: the
+            particle.
+
+    Returns:
+        NaN where a map does not resemble the reference; NaN for the error with fewer than ``LEAST_BLOCKS`` places.
     """
     one, two = (scale_between(m, reference, rest) for m in (made_changed, made_full))
     if one <= 0 or two <= 0:
         return Estimate(np.nan, np.nan, np.nan, np.nan)
-    gap = made_changed[part].astype(np.float64) / one - made_full[part].astype(np.float64) / two
-    template = added[part].astype(np.float64)
-    terms = summed(block_numbers(part, edge_px, orbits), gap * template, template * template)
-    return bootstrap(terms, lambda t: t[..., 0] / t[..., 1], seed, "added")
+    gap = made_changed.astype(np.float64) / one - made_full.astype(np.float64) / two
+    value, *others = (float((gap * t).sum() / (t * t).sum()) for t in (added, *elsewhere))
+    if len(others) < LEAST_BLOCKS:
+        return Estimate(value, np.nan, np.nan, np.nan)
+    error = float(np.sqrt(np.mean(np.square(others))))
+    return Estimate(value, value - TWO_SIDED * error, value + TWO_SIDED * error, error)

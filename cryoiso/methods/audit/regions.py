@@ -76,37 +76,44 @@ def without(
     return left
 
 
-def blobs(
-    reference: Float[np.ndarray, "box box box"], inside: Bool[np.ndarray, "box box box"],
-    operations: Float[np.ndarray, "g 3 3"], pixel_size_A: float,
-) -> Float[np.ndarray, "box box box"]:  # fmt: skip
-    """Balls beside the particle, one and its symmetry mates, as dense as the particle's denser half: (D, D, D).
+def blob_places(
+    inside: Bool[np.ndarray, "box box box"], operations: Float[np.ndarray, "g 3 3"], pixel_size_A: float, others: int,
+    seed: int,
+) -> Float[np.ndarray, "n 3"]:  # fmt: skip
+    """Centres (x, y, z) in voxels from the middle of balls that are clear of the particle and of their symmetry mates.
 
-    The centre is where a ball is clear of the particle and nearest to the middle of the box, so that it is within the
-    sphere that the refinement looks at.
+    The first is the one nearest to the middle of the box, so that it is within the sphere that the refinement looks at;
+    the others, at most as many as asked for, are random and clear of the first and its mates.
     """
     from scipy.ndimage import distance_transform_edt
 
-    box = reference.shape[0]
-    z, y, x = np.indices(reference.shape) - float(box // 2)
+    box = inside.shape[0]
+    z, y, x = np.indices(inside.shape) - float(box // 2)
     away = distance_transform_edt(~inside) * pixel_size_A
-    radius = np.sqrt(x**2 + y**2 + z**2)
-    crowded = np.zeros(reference.shape)
-    for op in operations[1:]:  # not on an axis, where mates would lie upon each other
-        image = np.stack([x, y, z], -1) @ op.T
-        crowded = np.maximum(crowded, np.linalg.norm(image - np.stack([x, y, z], -1), axis=-1) < 4 * BLOB_SD_A
-                             / pixel_size_A)  # fmt: skip
-    free = (away > BLOB_GAP_A) & (crowded == 0) & (radius < 0.45 * box)
+    points = np.stack([x, y, z], -1)
+    radius, apart_px = np.linalg.norm(points, axis=-1), 4 * BLOB_SD_A / pixel_size_A
+    free = (away > BLOB_GAP_A) & (radius < 0.45 * box)
+    for op in operations[1:]:  # not near an axis, where mates would lie upon each other
+        free &= np.linalg.norm(points @ op.T - points, axis=-1) > apart_px
     if not free.any():
         free = (away > 0.5 * BLOB_GAP_A) & (radius < 0.5 * box)
-    flat = np.where(free, radius, np.inf).argmin()
-    centre = np.array([x.ravel()[flat], y.ravel()[flat], z.ravel()[flat]])
-    made = np.zeros(reference.shape)
+    candidates = points[free]
+    first = candidates[np.linalg.norm(candidates, axis=1).argmin()]
+    clear = candidates[_to_nearest(candidates, operations @ first) > apart_px]
+    chosen = generator(seed, "blobs elsewhere").permutation(len(clear))[:others]
+    return np.concatenate([first[None], clear[chosen]])
+
+
+def blob_at(
+    centre: Float[np.ndarray, " 3"], box_px: int, operations: Float[np.ndarray, "g 3 3"], pixel_size_A: float
+) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
+    """A ball of height 1 and its symmetry mates: (D, D, D)."""
+    z, y, x = np.indices((box_px,) * 3) - float(box_px // 2)
+    made = np.zeros((box_px,) * 3)
     for mate in operations @ centre:
         r2 = ((x - mate[0]) ** 2 + (y - mate[1]) ** 2 + (z - mate[2]) ** 2) * pixel_size_A**2
         made = np.maximum(made, np.exp(-0.5 * r2 / BLOB_SD_A**2))
-    dense: Float[np.ndarray, "box box box"] = (made * float(np.percentile(reference[inside], 75))).astype(np.float32)
-    return dense
+    return made
 
 
 def other_fold(

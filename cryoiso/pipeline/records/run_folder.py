@@ -59,7 +59,7 @@ class RunFolder:
     @property
     def audit(self) -> Path:
         """Folder of the controls."""
-        return self.path / products.AUDIT_FOLDER
+        return (self.path / products.AUDIT).parent
 
     @property
     def report(self) -> Path:

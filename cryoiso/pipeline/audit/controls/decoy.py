@@ -41,7 +41,9 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     curve = fsc(volume, decoy)
     parted_A = resolution_at(curve, 0.5, bench.box_px, bench.pixel_size_A)
     lowpass_A = bench.job.reference.lowpass_A
-    claimed = resolution_at(fsc(*(made.map(f"half{h}.mrc") for h in (1, 2))), 0.143, bench.box_px, bench.pixel_size_A)
+    claimed = resolution_at(
+        fsc(*(made.map(name) for name in products.HALF_MAPS)), 0.143, bench.box_px, bench.pixel_size_A
+    )
     band = Band.beyond(lowpass_A, claimed, bench.box_px, bench.pixel_size_A)
     beyond = likeness.correlation(volume, decoy, mask > 0, band, bench.seed, bench.operations) if band.usable else None
     verdict = _verdict(parted_A, lowpass_A, None if beyond is None else beyond.interval)

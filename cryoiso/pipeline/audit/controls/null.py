@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.methods.audit import likeness
 from cryoiso.methods.audit.blocks import Estimate
 from cryoiso.methods.audit.extent import has_plain_counterpart
@@ -35,7 +36,7 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     own = unchanged.map() if not unchanged.refused else _map_of_run(bench)
     gain, first = _beyond(bench, own, noise)
     extra, second = _by_workflow(bench, noise, outcomes)
-    halves = [outcomes["workflow"].map(f"half{h}.mrc") for h in (1, 2)]
+    halves = [outcomes["workflow"].map(name) for name in products.HALF_MAPS]
     claimed = resolution_at(fsc(*halves), 0.143, bench.box_px, bench.pixel_size_A)
     sentence = _sentence(bench, gain, first) + _workflow_sentence(extra, second)
     sentence += f" Half-maps of noise agree to {claimed:.1f} Å (FSC 0.143, without a mask)."

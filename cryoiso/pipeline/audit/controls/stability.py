@@ -55,7 +55,7 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             parts.append({"local": "the local search was refused", "seed": "the repetition was refused"}[name])
             continue
         share, error, moved = shared(before, _poses(bench, outcome), bench.operations, WITHIN_DEG)
-        halves = [outcome.map(f"half{h}.mrc") for h in (1, 2)]
+        halves = [outcome.map(half) for half in products.HALF_MAPS]
         reached = resolution_at(fsc(halves[0], halves[1]), 0.143, bench.box_px, bench.pixel_size_A)
         shares[name] = {"share": share, "error": error, "median_deg": float(np.median(moved)), "half_maps_A": reached}
         verdicts.append(at_least((share - 2 * error, share + 2 * error), STAY[name]))
