@@ -60,6 +60,7 @@ def refine(tree: Path, box: int, search: str, folder: Path, out: Path) -> dict[s
         pixels * EXTENT_A / box, "--diameter", DIAMETER_A, "--max-iterations", 1, "--device", "cpu", *SEARCHES[search],
         "--out", out,
     ]  # fmt: skip
+    out.parent.mkdir(exist_ok=True)
     counted = out.with_suffix(".json")
     log = out.with_suffix(".log")
     cost = harness.measure(
@@ -85,6 +86,14 @@ def child(counted: Path, arguments: list[str]) -> None:
     from cryoiso.cli.main import main as cryoiso
     from cryoiso.refine import iterate, search
 
+    empty = iterate.SliceAccumulator.empty
+
+    def touched(*args: Any, **kwargs: Any) -> Any:
+        """Pages of the grid are handed out once in an iteration, whatever the number of particles."""
+        accumulator = empty(*args, **kwargs)
+        accumulator.clear()
+        return accumulator
+
     seconds = dict.fromkeys(TIMED, 0.0)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,6 +108,7 @@ def child(counted: Path, arguments: list[str]) -> None:
         return call
 
     search.Searcher.search = timed("search", search.Searcher.search)  # type: ignore[method-assign]
+    iterate.SliceAccumulator.empty = touched  # type: ignore[method-assign]
     iterate.accumulate = timed("sums", iterate.accumulate)
     iterate.Refinement.step = timed("iteration", iterate.Refinement.step)  # type: ignore[method-assign]
     sys.argv[1:] = arguments
@@ -121,6 +131,12 @@ def main() -> None:
     trees = dict(one.split("=", 1) for one in options.tree) or {"now": str(harness.REPO)}
     rows: list[dict[str, Any]] = []
     with harness.work_folder(options.work) as work:
+        for name, path in trees.items():  # kernels are compiled, and kept for the runs that count
+            prepare(min(SETS), options.shared / "data", work / f"set{min(SETS)}")
+            out = work / f"{name}-first"
+            shutil.rmtree(out, ignore_errors=True)
+            for search in SEARCHES:
+                refine(Path(path), min(SETS), search, work / f"set{min(SETS)}", out / search)
         for box in options.boxes:
             prepare(box, options.shared / "data", work / f"set{box}")
             for search in SEARCHES:

@@ -135,7 +135,7 @@ class Posterior:
 
 
 @lru_cache(maxsize=32)
-def _children(cell_deg: float) -> Tensor:
+def cell_children(cell_deg: float) -> Tensor:
     """(8, 3, 3) rotations by +-cell/4 along each axis."""
     from cryoiso.physics.so3 import rotvec_to_matrix
 
@@ -240,7 +240,7 @@ class Searcher:
             shift = shift.gather(1, order[..., None].expand(-1, -1, 2))
         alive = score > score.amax(1, keepdim=True) - level.threshold
         particle, slot = alive.nonzero(as_tuple=True)
-        children = _children(level.cell_deg).to(rotation.device)
+        children = cell_children(level.cell_deg).to(rotation.device)
         kids = torch.einsum("cij,rjk->rcik", children, rotation[particle, slot])
         centre = shift[particle, slot][:, None].expand(-1, 8, 2)
         rows = particle[:, None].expand(-1, 8).reshape(-1)
