@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 EXTENT_A = 335.4
 DIAMETER_A = 160
-SETS = {48: (2.2, 400, -12.0), 128: (2.4, 300, -10.0), 256: (2.67, 200, -10.0)}
+SETS = {48: (2.2, 400, -12.0), 128: (2.4, 200, -10.0), 256: (2.67, 120, -10.0)}
 """Box -> finest information in pixels, particles, signal-to-noise ratio in dB. 256 px: 3.5 Å."""
 SEARCHES = {"global": (), "local": ("--local", 3)}
 """Options of the two refinements."""
