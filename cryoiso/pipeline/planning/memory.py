@@ -19,6 +19,8 @@ from cryoiso.pipeline.workflow import RECORDS, folder_stages, kind_of
 GRID_VOXEL_BYTES = 24
 """Of the sums of back-projection: three 64-bit integers."""
 SUMS_VOXEL_BYTES = 12
+REDUCTION_BYTES = 128 << 20
+"""Of MPI, which adds up grids slab by slab: 120 MiB measured, whatever the box (docs/scaling.md)."""
 SORTED_SAMPLE_BYTES = 28
 WAITING = 2**23
 """Coefficients that wait for insertion, 12 B each, and samples that are sorted for it."""
@@ -180,7 +182,7 @@ def _refinement(p: Problem, n: int, ranks: int, kinds: int = 1) -> int:
     padding, radius = p.job.refine.padding, (p.box_px - 1) // 2
     voxels = grid_voxels(radius, padding)
     coefficients = np.pi / 2 * radius**2
-    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
+    grid = GRID_VOXEL_BYTES * voxels + (REDUCTION_BYTES if ranks > 1 else 0)
     waiting = 12 * min(WAITING, 128 * 12 * coefficients) + SORTED_SAMPLE_BYTES * min(voxels / 2, WAITING)
     sums = SUMS_VOXEL_BYTES * voxels * (2 * kinds - 1 if ranks == 1 else kinds)  # those of the last half are the grid
     maps = 10 * p.map_bytes + 8 * IMAGE_ARRAYS * coefficients
@@ -198,7 +200,7 @@ def transform_bytes(p: Problem, padding: int) -> int:
 def _reconstruction(p: Problem, ranks: int) -> int:
     padding, radius = p.job.reconstruct.padding, (p.box_px - 1) // 2
     voxels = grid_voxels(radius, padding)
-    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
+    grid = GRID_VOXEL_BYTES * voxels + (REDUCTION_BYTES if ranks > 1 else 0)
     waiting = 12 * min(voxels / 2, WAITING) + SORTED_SAMPLE_BYTES * min(voxels / 2, WAITING)
     one_half = SUMS_VOXEL_BYTES * voxels  # the first half's, beside the grid of the second; then that grid is gone
     return int(grid + one_half + max(waiting, transform_bytes(p, padding)) + 7 * p.map_bytes)
