@@ -13,21 +13,23 @@ from cryoiso.physics._kernels import EXACT
 
 
 @njit(parallel=True, **EXACT)
-def to_float(grid, rows, unit, numerator, weight):
-    """Fixed-point sums (re, im, weight) times 1/unit into numerator (float32 pairs) and weight (float32).
+def to_float(grid, axis, rows, first_z, last_z, unit, numerator, weight):
+    """Fixed-point sums (re, im, weight) times 1/unit into numerator (float32 pairs) and weight (float32), for the
+    planes first_z..last_z.
 
-    The plane x = 0 has one of each Friedel pair, depending on the slice; here each gets the sum of both.
+    The plane x = 0 has one of each Friedel pair, depending on the slice; here each gets the sum of both. axis: that
+    plane (rows, rows, 3), flat.
     """
     columns = (rows + 1) // 2
-    for z in prange(rows):
+    for z in prange(first_z, last_z):
         for y in range(rows):
             first = (z * rows + y) * columns
-            mate = ((rows - 1 - z) * rows + rows - 1 - y) * columns
+            mate = (rows - 1 - z) * rows + rows - 1 - y
             for x in range(columns):
                 i = first + x
                 re, im, w = grid[3 * i], grid[3 * i + 1], grid[3 * i + 2]
                 if x == 0:
-                    re, im, w = re + grid[3 * mate], im - grid[3 * mate + 1], w + grid[3 * mate + 2]
+                    re, im, w = re + axis[3 * mate], im - axis[3 * mate + 1], w + axis[3 * mate + 2]
                 numerator[2 * i] = re / unit
                 numerator[2 * i + 1] = im / unit
                 weight[i] = w / unit
@@ -79,33 +81,35 @@ def sum_filtered(weight, rows, padding, term, floor, signal, noise):
 
 
 @njit(parallel=True, **EXACT)
-def divide(numerator, weight, rows, padding, term, floor, factor, size, out):
+def divide(numerator, weight, rows, padding, term, floor, factor, size, first_x, last_x, out):
     """numerator / max(weight + term, floor) * factor; zero where nothing was measured or beyond the shells of floor.
 
-    term, floor: one number per shell. out: flat float32 pairs of a (size, size, size//2+1) transform with its origin at
-    index 0, initially zero.
+    term, floor: one number per shell. out: flat float32 pairs of the columns first_x..last_x of a (size, size,
+    size//2+1) transform with its origin at index 0, initially zero.
     """
     h = (rows - 1) // 2
     reach = min(h, (size - 1) // 2)
-    columns, out_columns = h + 1, size // 2 + 1
+    columns, out_columns = h + 1, last_x - first_x
     radius = floor.shape[0] - 1
     for plane in prange(2 * reach + 1):
         z = plane - reach
         for y in range(-reach, reach + 1):
             first = ((z + h) * rows + y + h) * columns
             to = ((z % size) * size + y % size) * out_columns
-            for x in range(reach + 1):
+            for x in range(first_x, min(last_x, reach + 1)):
                 shell = _shell(z, y, x, padding)
                 w = weight[first + x]
                 if shell <= radius and w > 0:
                     scale = factor / max(w + term[shell], floor[shell])
-                    out[2 * (to + x)] = numerator[2 * (first + x)] * scale
-                    out[2 * (to + x) + 1] = numerator[2 * (first + x) + 1] * scale
+                    at = 2 * (to + x - first_x)
+                    out[at] = numerator[2 * (first + x)] * scale
+                    out[at + 1] = numerator[2 * (first + x) + 1] * scale
 
 
 @njit(parallel=True, **EXACT)
 def add_rotated(numerator, weight, rows, operations, out, out_weight):
-    """Add sum_S old(S k) to every voxel k, by trilinear interpolation; nothing from beyond the grid.
+    """Add sum_S old(S k) to every voxel k of the sphere that fits into the grid, by trilinear interpolation; nothing
+    from beyond the grid. Slices and their rotated copies leave the corners of the cube empty.
 
     operations (g, 3, 3) float32; numerator, out: float32 pairs.
     """
@@ -117,6 +121,8 @@ def add_rotated(numerator, weight, rows, operations, out, out_weight):
         for line in range(rows):
             y = np.float32(line - h)
             for x in range(columns):
+                if np.float32(x) * np.float32(x) + y * y + z * z > np.float32((h + 2) * (h + 2)):
+                    continue
                 at = (plane * rows + line) * columns + x
                 for g in range(operations.shape[0]):
                     s = operations[g]

@@ -22,6 +22,7 @@ PATCH, LANES, SUMS = 64, 16, 10
 
 # Places in the working space of a patch, PATCH numbers each: fractions and Friedel sign in the grid, the reference, the
 # image, the image shifted to the centre, its weight or CTF, frequencies, a lattice step's cosine and sine, two sums.
+# The sign, re and im are adjacent.
 _FX, _FY, _FZ, _SIGN, _RE, _IM = (np.uintp(i * PATCH) for i in range(6))
 _DATA_RE, _DATA_IM, _MOVED_RE, _MOVED_IM, _WEIGHT, _KX, _KY = (np.uintp(i * PATCH) for i in range(6, 13))
 _COS_X, _SIN_X, _COS_Y, _SIN_Y, _CROSS, _NORM = (np.uintp(i * PATCH) for i in range(13, 19))
@@ -166,6 +167,45 @@ def score_local(grid, rows, rotation, member, frequency, wave, scale, task, part
                 _add_scores(f, total, _U((r - first) * width))
         for r in range(first, last):
             _nine_scores(total, _U((r - first) * width), out[r])
+
+
+@njit(parallel=True, **EXACT)
+def score_lattices(grid, rows, rotation, member, frequency, wave, scale, data, weight, centre, reach, at_once, out):
+    """The same for J views of each of B images, at 3 x 3 lattices around several centres, from one slice per view.
+
+    rotation (B, J, 3, 3); data (B, 2K), weight (B, K); centre (lattices, 2) float64, as shift above; at_once: views
+    that are scored together; out (B, J, lattices, 9).
+    """
+    row = _U(rows + 1)
+    plane = row * _U(rows)
+    h = np.float32((rows - 1) // 2)
+    width, lattices = SUMS * LANES, len(centre)
+    for i in prange(rotation.shape[0]):
+        f, corner = np.empty(_PLACES * PATCH, np.float32), np.empty(3 * PATCH, np.int32)
+        slices = np.empty((at_once, 3 * PATCH), np.float32)
+        of_x, of_y = _factors(centre, 0, lattices, reach)
+        for first in range(0, rotation.shape[1], at_once):
+            last = min(first + at_once, rotation.shape[1])
+            turn = rotation[i, first:last, :2] * scale
+            total = np.zeros((last - first) * lattices * width, np.float32)
+            for patch in range(member.shape[0]):
+                _load(f, data[i], weight[i], member[patch], frequency[patch])
+                for k in range(4 * PATCH):
+                    f[_COS_X + _U(k)] = wave[patch, k]
+                for r in range(last - first):
+                    _locate(f, corner, turn[r], h)
+                    _interpolate(grid, row, plane, f, corner)
+                    for k in range(3 * PATCH):
+                        slices[r, k] = f[_SIGN + _U(k)]
+                for c in range(lattices):
+                    _move(f, of_x[c], of_y[c], reach)
+                    for r in range(last - first):
+                        for k in range(3 * PATCH):
+                            f[_SIGN + _U(k)] = slices[r, k]
+                        _add_scores(f, total, _U((r * lattices + c) * width))
+            for r in range(last - first):
+                for c in range(lattices):
+                    _nine_scores(total, _U((r * lattices + c) * width), out[i, first + r, c])
 
 
 @njit(**EXACT)

@@ -7,6 +7,9 @@ that are inserted (of order 1 per coefficient), and leaves room for sums up to 2
 
 from __future__ import annotations
 
+import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,8 +27,21 @@ if TYPE_CHECKING:
     from jaxtyping import Complex, Float, Int
 
 UNIT = float(2**32)
-MOST_SAMPLES = 2**24
+MOST_SAMPLES = 2**23
 """Samples that are sorted at once: 28 B each."""
+RELEASED_VOXELS = 2**21
+"""Voxels that are converted before their memory, 24 B each, is released."""
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Zeros of the system's, in huge pages where it has them, which can be returned in parts."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 @dataclass
@@ -38,6 +54,8 @@ class SliceAccumulator:
     radius_px: int
     bound: float = 0.0
     """Upper bound of any voxel's sum, to detect overflow."""
+    _memory: mmap.mmap | None = field(default=None, repr=False, compare=False)
+    """Of the grid on a CPU."""
     _tile: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32), repr=False, compare=False)
     _sample: np.ndarray = field(default_factory=lambda: np.empty((0, 6), np.float32), repr=False, compare=False)
 
@@ -48,16 +66,21 @@ class SliceAccumulator:
         radius = min(radius_px or (box_px - 1) // 2, (box_px - 1) // 2)
         h = padding * radius + 2
         shape = (2 * h + 1, 2 * h + 1, h + 1, 3)
-        if torch.device(device).type == "cpu":
-            grid = torch.from_numpy(np.zeros(shape, np.int64))  # numpy asks the system for huge pages, torch does not
-        else:
-            grid = torch.zeros(shape, dtype=torch.int64, device=device)
-        return cls(grid, box_px, padding, radius)
+        if torch.device(device).type != "cpu":
+            return cls(torch.zeros(shape, dtype=torch.int64, device=device), box_px, padding, radius)
+        memory = _mapped(8 * math.prod(shape))
+        grid = torch.from_numpy(np.frombuffer(memory, np.int64).reshape(shape))
+        return cls(grid, box_px, padding, radius, _memory=memory)
 
     def clear(self) -> None:
         """Reset to zero, reusing the memory: newly allocated memory would have to be mapped first."""
         self.grid.zero_()
         self.bound = 0.0
+
+    def discard(self) -> None:
+        """Give up the grid and the working space."""
+        self.grid, self._memory = torch.empty(0), None
+        self._tile, self._sample = np.empty(0, np.int32), np.empty((0, 6), np.float32)
 
     def insert(
         self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
@@ -134,8 +157,12 @@ class SliceAccumulator:
         for offset, share in corner_shares(fraction, self.grid.shape[:3]):
             flat.index_add_(0, (corner + offset).reshape(-1), (rows * share[..., None]).to(torch.int64).reshape(-1, 3))
 
-    def finish(self) -> FourierSums:
+    def finish(self, *, release: bool = False) -> FourierSums:
         """Convert the sums to floating point, with the x = 0 plane completed by its Friedel mates.
+
+        Args:
+            release: give the grid's memory back plane by plane, on CPUs; afterwards it is empty. Grid and result are
+                then never both in memory.
 
         Raises:
             CryoisoError: if the sums may have overflowed.
@@ -147,19 +174,34 @@ class SliceAccumulator:
                 code="images-not-normalised",
             )
         if self.grid.device.type == "cpu":
-            return self._finish_numba()
+            return self._finish_numba(release)
         return self.finish_torch()
 
-    def _finish_numba(self) -> FourierSums:
+    def _finish_numba(self, release: bool) -> FourierSums:
         from cryoiso.physics import _grid_kernels
 
         shape = tuple(self.grid.shape[:3])
         numerator, weight = np.empty(shape, np.complex64), np.empty(shape, np.float32)
         pairs_of = numerator.reshape(-1).view(np.float32)
-        _grid_kernels.to_float(self.grid.view(-1).numpy(), shape[0], UNIT, pairs_of, weight.reshape(-1))
+        mates = self.grid[:, :, 0].contiguous().view(-1).numpy().copy()
+        step = max(1, RELEASED_VOXELS // (shape[1] * shape[2])) if release else shape[0]
+        for first in range(0, shape[0], step):
+            last = min(first + step, shape[0])
+            flat = self.grid.view(-1).numpy()
+            _grid_kernels.to_float(flat, mates, shape[0], first, last, UNIT, pairs_of, weight.reshape(-1))
+            if release:
+                self._release(last)
         return FourierSums(
             torch.from_numpy(numerator), torch.from_numpy(weight), self.box_px, self.padding, self.radius_px
         )
+
+    def _release(self, planes: int) -> None:
+        """Return the memory of the first planes to the system, where it is this object's own."""
+        if self._memory is None or np.frombuffer(self._memory, np.int64).ctypes.data != self.grid.data_ptr():
+            return
+        end = planes * self.grid[0].numel() * 8 // mmap.PAGESIZE * mmap.PAGESIZE
+        if end and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, 0, end)
 
     def finish_torch(self) -> FourierSums:
         """The plain torch version of the CPU kernel, for GPUs and as its reference."""

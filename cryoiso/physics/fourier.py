@@ -115,6 +115,11 @@ class Disc:
         frequency = np.where(member >= 0, np.stack([self.kx[member], self.ky[member]]), 0).astype(np.float32)
         return member.reshape(-1, size), frequency.reshape(2, -1, size).swapaxes(0, 1).copy()
 
+    @cached_property
+    def reach(self) -> Int[np.ndarray, 2]:
+        """Largest |kx| and |ky|."""
+        return np.array([np.abs(self.kx).max(initial=0), np.abs(self.ky).max(initial=0)]).astype(np.int64)
+
     def gather(self, coefficients: Shaped[Tensor, "*batch box columns"]) -> Shaped[Tensor, "*batch k"]:
         """(..., D, D//2+1) -> (..., K)."""
         index = self.on(coefficients.device).flat

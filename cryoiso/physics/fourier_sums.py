@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cryoiso.physics.fourier import divide_by_gridding, sinc2_profile
 from cryoiso.physics.masks import sphere_mask
+from cryoiso.physics.padded_transform import to_volume
 from cryoiso.physics.projection import FourierVolume, corner_shares, flat_pairs
 
 if TYPE_CHECKING:
@@ -39,9 +41,10 @@ class FourierSums:
         """The same sums on another device."""
         return FourierSums(self.numerator.to(device), self.weight.to(device), self.box_px, self.padding, self.radius_px)
 
-    def shells(self) -> Int[Tensor, "rows rows columns"]:
-        """(2h+1, 2h+1, h+1) int64: radius in units of the unpadded grid, nearest shell."""
-        h = (self.weight.shape[0] - 1) // 2
+    def shells(self, reach: int | None = None) -> Int[Tensor, "rows rows columns"]:
+        """(2h+1, 2h+1, h+1) int64: radius in units of the unpadded grid, nearest shell; with a ``reach`` in voxels only
+        so far from the origin."""
+        h = (self.weight.shape[0] - 1) // 2 if reach is None else reach
         z = torch.arange(-h, h + 1, device=self.weight.device, dtype=torch.float32)
         x = torch.arange(0, h + 1, device=self.weight.device, dtype=torch.float32)
         r = torch.sqrt(z[:, None, None] ** 2 + z[None, :, None] ** 2 + x[None, None, :] ** 2)
@@ -92,10 +95,12 @@ class FourierSums:
         """
         term, floor = self._per_shell(wiener), self.floor(wiener is not None)
         if self.weight.device.type == "cpu":
-            transform = self._divide_numba(term, floor)
+            size = self.box_px * self.padding
+            count = min(self.weight.shape[2], (size - 1) // 2 + 1)
+            whole = to_volume(partial(self._divide_numba, term, floor), count, self.box_px, size)
+            volume = divide_by_gridding(whole, self.padding)
         else:
-            transform = to_transform(self.divide_torch(term, floor), self.box_px * self.padding) * self.box_px
-        volume = transform_to_volume(transform, self.box_px, self.padding)
+            volume = half_space_to_volume(self.divide_torch(term, floor), self.box_px, self.padding)
         return volume * sphere_mask(self.box_px, self.box_px / 2, EDGE_PX, device=volume.device, dtype=volume.dtype)
 
     def floor(self, regularised: bool = False) -> Float[Tensor, " shells"]:
@@ -180,11 +185,12 @@ class FourierSums:
         volume = volume * envelope.square()  # once for FourierVolume, which divides by it
         return FourierVolume.from_volume(volume, self.padding, self.radius_px).grid.to(self.numerator)
 
-    def _divide_numba(self, term: Tensor, floor: Tensor) -> Tensor:
+    def _divide_numba(self, term: Tensor, floor: Tensor, first: int, last: int) -> Tensor:
+        """Columns first..last of the quotient's transform: (P, P, last - first) complex64, origin at index 0."""
         from cryoiso.physics import _grid_kernels
 
         size = self.box_px * self.padding
-        transform = np.zeros((size, size, size // 2 + 1), np.complex64)
+        transform = np.zeros((size, size, last - first), np.complex64)
         _grid_kernels.divide(
             flat_pairs(self.numerator),
             self.weight.contiguous().view(-1).numpy(),
@@ -194,6 +200,8 @@ class FourierSums:
             floor.numpy(),
             np.float32(self.box_px),
             size,
+            first,
+            last,
             _flat(transform),
         )
         return torch.from_numpy(transform)
@@ -237,15 +245,8 @@ def to_transform(
 
 
 def transform_to_volume(transform: Tensor, box_px: int, padding: int) -> Tensor:
-    """(P, P, P//2+1) transform, P = padding D, origin at index 0 -> the inner (D, D, D), gridding corrected.
-
-    Axis by axis, keeping only the inner part: less than half the work of the whole transform.
-    """
-    size = box_px * padding
-    inner = (torch.arange(box_px, device=transform.device) - box_px // 2) % size
-    volume = torch.fft.ifft(transform, dim=0)[inner]
-    volume = torch.fft.ifft(volume, dim=1)[:, inner]
-    volume = torch.fft.irfft(volume, n=size, dim=2)[:, :, inner]
+    """(P, P, P//2+1) transform, P = padding D, origin at index 0 -> the inner (D, D, D), gridding corrected."""
+    volume = to_volume(lambda first, last: transform[:, :, first:last], transform.shape[2], box_px, box_px * padding)
     return divide_by_gridding(volume, padding)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.shapes import require_cube, require_rotations
 from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
+from cryoiso.physics.padded_transform import to_half_space
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Complex, Float, Int
@@ -46,9 +47,12 @@ class FourierVolume:
         """
         box = require_cube(volume)
         radius = min(radius_px or (box - 1) // 2, (box - 1) // 2)
+        h = padding * radius + 2
+        if not (volume.requires_grad and torch.is_grad_enabled()):
+            return cls(to_half_space(divide_by_gridding(volume, padding) / box, padding * box, h), box, padding, radius)
         padded = pad_volume(divide_by_gridding(volume, padding), box * padding)
         transform = torch.fft.rfftn(torch.fft.ifftshift(padded), dim=(0, 1, 2)) / box
-        return cls(_crop_half_space(transform, padding * radius + 2), box, padding, radius)
+        return cls(_crop_half_space(transform, h), box, padding, radius)
 
     def slices(self, rotation: Float[Tensor, "n 3 3"], where: Disc) -> Complex[Tensor, "n k"]:
         """Central slices at the coefficients of ``where``.

@@ -209,30 +209,83 @@ def _local_scores_numba(
     from cryoiso.physics import _patch_kernels
 
     out = torch.empty(len(particle), 9)
-    unit = 2 * np.pi / white.where.box_px
     rot = np.ascontiguousarray(rotation.numpy(), np.float32)
     check_reach(rot, white.where, volume.padding, volume.grid.shape[0])
     member, frequency = white.where.patches
-    angle = (spacing_px * unit) * frequency.astype(np.float64)
-    wave = np.stack([np.cos(angle), np.sin(angle)], 2).astype(np.float32)
     rows = particle.numpy()
     _patch_kernels.score_local(
-        flat_pairs(volume.grid),
-        volume.grid.shape[0],
-        rot,
-        member,
-        frequency,
-        wave.reshape(len(member), -1),
-        np.float32(volume.padding),
-        runs(rows, VIEWS_AT_ONCE),
-        rows,
-        pairs(white.data),
-        white.weight.contiguous().numpy(),
-        shift_px.numpy().astype(np.float64) * unit,
-        np.abs(frequency).max(axis=(0, 2)).astype(np.int64),
-        out.numpy(),
-    )
+        flat_pairs(volume.grid), volume.grid.shape[0], rot, member, frequency, _waves(white.where, spacing_px),
+        np.float32(volume.padding), runs(rows, VIEWS_AT_ONCE), rows, pairs(white.data),
+        white.weight.contiguous().numpy(), shift_px.double().numpy() * (2 * np.pi / white.where.box_px),
+        white.where.reach, out.numpy(),
+    )  # fmt: skip
     return out
+
+
+def _waves(where: Disc, spacing_px: float) -> Float[np.ndarray, "patches numbers"]:
+    """(patches, 4 PATCH) float32: cosine and sine of a lattice step along x, then along y."""
+    angle = (spacing_px * 2 * np.pi / where.box_px) * where.patches[1].astype(np.float64)
+    return np.stack([np.cos(angle), np.sin(angle)], 2).astype(np.float32).reshape(len(angle), -1)
+
+
+def near_scores(
+    white: Whitened,
+    volume: FourierVolume,
+    rotations: Float[Tensor, "n j 3 3"],
+    shift_px: Float[Tensor, "shifts 2"],
+    log_prior: Float[Tensor, " shifts"],
+) -> Float[Tensor, "n shifts j"]:
+    """As ``global_scores``, for J views of each image's own (B, J, 3, 3).
+
+    On CPUs shifts on a square lattice are scored from one slice per view, the lattice in squares of 3 x 3.
+    """
+    squares = _squares(shift_px.cpu().numpy()) if white.data.device.type == "cpu" else None
+    if squares is None:
+        return near_scores_torch(white, volume, rotations, shift_px, log_prior)
+    from cryoiso.physics import _patch_kernels
+
+    spacing_px, centre_px, place = squares
+    b, j = rotations.shape[:2]
+    rot = with_magnification(rotations.reshape(-1, 3, 3), white.magnification).numpy()
+    check_reach(rot, white.where, volume.padding, volume.grid.shape[0])
+    member, frequency = white.where.patches
+    out = torch.empty(b, j, 9 * len(centre_px))
+    _patch_kernels.score_lattices(
+        flat_pairs(volume.grid), volume.grid.shape[0], np.ascontiguousarray(rot, np.float32).reshape(b, j, 3, 3),
+        member, frequency, _waves(white.where, spacing_px), np.float32(volume.padding), pairs(white.data),
+        white.weight.contiguous().numpy(), centre_px * (2 * np.pi / white.where.box_px), white.where.reach,
+        VIEWS_AT_ONCE, out.numpy().reshape(b, j, len(centre_px), 9),
+    )  # fmt: skip
+    return out[:, :, place].transpose(1, 2) + log_prior[:, None]
+
+
+def near_scores_torch(
+    white: Whitened,
+    volume: FourierVolume,
+    rotations: Float[Tensor, "n j 3 3"],
+    shift_px: Float[Tensor, "shifts 2"],
+    log_prior: Float[Tensor, " shifts"],
+) -> Float[Tensor, "n shifts j"]:
+    """The plain torch version of the CPU kernel, for GPUs and as its reference."""
+    slices = ReferenceSlices.of(volume, rotations, white.where, white.magnification)
+    return global_scores(white, slices, shift_px, log_prior)
+
+
+def _squares(
+    shift_px: Float[np.ndarray, "shifts 2"],
+) -> tuple[float, Float[np.ndarray, "squares 2"], Int[np.ndarray, " shifts"]] | None:
+    """Squares of 3 x 3 that cover shifts on a square lattice through 0: spacing, centres (x, y), and the place of each
+    shift among the squares' points, y slow. None where the shifts are on no such lattice."""
+    sizes = np.abs(shift_px[np.abs(shift_px) > 1e-6])
+    if not len(sizes):
+        return None
+    spacing = float(sizes.min())
+    steps = np.rint(shift_px / spacing).astype(np.int64)
+    if np.abs(steps * spacing - shift_px).max() > 1e-4 * spacing:
+        return None
+    square, inside = np.divmod(steps + 1, 3)
+    centres, which = np.unique(square, axis=0, return_inverse=True)
+    return spacing, 3.0 * spacing * centres, 9 * which.reshape(-1) + 3 * inside[:, 1] + inside[:, 0]
 
 
 def runs(particle: Int[np.ndarray, " r"], longest: int | None = None) -> Int[np.ndarray, " bounds"]:

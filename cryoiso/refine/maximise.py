@@ -199,7 +199,7 @@ def model_terms(
         flat_pairs(volume.grid), volume.grid.shape[0], rotation, member, frequency, np.float32(volume.padding),
         runs(rows), rows, pairs(batch.coefficients), batch.ctf.contiguous().numpy(),
         posterior.shift_px.double().numpy() * unit, posterior.weight.float().numpy(),
-        np.abs(frequency).max(axis=(0, 2)).astype(np.int64), cross.numpy(), norm.numpy(),
+        where.reach, cross.numpy(), norm.numpy(),
     )  # fmt: skip
     return cross, norm
 

@@ -198,10 +198,12 @@ def half_sums(
         total = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
         finished = []
         if total is not None:
-            finished.append(replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound).finish())
+            whole = replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound)
+            finished.append(whole.finish(release=True))
             total = None
+            del whole
         if half == halves[-1]:
-            accumulator.grid = torch.empty(0)  # before there are further arrays of its size
+            accumulator.discard()  # before there are further arrays of its size
         if finished:
             yield half, finished.pop().symmetrised(operations)
 

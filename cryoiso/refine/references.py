@@ -35,7 +35,7 @@ def exchange_low_resolution(sums: dict[int, FourierSums], radius_px: int, comm: 
         edge = s.padding * radius_px
         h = (s.weight.shape[0] - 1) // 2
         box = (slice(h - edge, h + edge + 1), slice(h - edge, h + edge + 1), slice(0, edge + 1))
-        inside = s.shells()[box] <= radius_px
+        inside = s.shells(edge) <= radius_px
         for target, i in ((s.numerator, 0), (s.weight, 1)):
             both = (torch.as_tensor(parts[1][i]) + torch.as_tensor(parts[2][i])).to(target) / 2
             target[box] = torch.where(inside, both, target[box])

@@ -26,6 +26,7 @@ from cryoiso.refine.likelihood import (
     global_scores,
     lattice,
     local_scores,
+    near_scores,
     shift_factors,
 )
 from cryoiso.refine.view_density import ViewPrior
@@ -135,7 +136,7 @@ class Posterior:
 
 
 @lru_cache(maxsize=32)
-def _children(cell_deg: float) -> Tensor:
+def cell_children(cell_deg: float) -> Tensor:
     """(8, 3, 3) rotations by +-cell/4 along each axis."""
     from cryoiso.physics.so3 import rotvec_to_matrix
 
@@ -198,8 +199,12 @@ class Searcher:
         scores, indices, shift_indices = [], [], []
         for i in range(0, len(white.data), step):
             part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.where, white.magnification)
-            reference = self._reference(white) if given is None else self._near(part, given.take(slice(i, i + step)))
-            best, at = global_scores(part, reference, plan.shifts_px, log_prior).max(dim=1)
+            if given is None:
+                scored = global_scores(part, self._reference(white), plan.shifts_px, log_prior)
+            else:
+                turned = given.take(slice(i, i + step)).turned(plan.rotations)
+                scored = near_scores(part, self.volume, turned, plan.shifts_px, log_prior)
+            best, at = scored.max(dim=1)
             if self.views is not None:
                 best = best + self._prior_of_grid(None if given is None else given.take(slice(i, i + step)))
             top, j = best.topk(beam, dim=1)
@@ -220,9 +225,6 @@ class Searcher:
             self._grid_prior = self.views(self.plan.rotations)
         return self._grid_prior
 
-    def _near(self, white: Whitened, given: Given) -> ReferenceSlices:
-        return ReferenceSlices.of(self.volume, given.turned(self.plan.rotations), white.where, white.magnification)
-
     def _level(
         self,
         white: Whitened,
@@ -240,7 +242,7 @@ class Searcher:
             shift = shift.gather(1, order[..., None].expand(-1, -1, 2))
         alive = score > score.amax(1, keepdim=True) - level.threshold
         particle, slot = alive.nonzero(as_tuple=True)
-        children = _children(level.cell_deg).to(rotation.device)
+        children = cell_children(level.cell_deg).to(rotation.device)
         kids = torch.einsum("cij,rjk->rcik", children, rotation[particle, slot])
         centre = shift[particle, slot][:, None].expand(-1, 8, 2)
         rows = particle[:, None].expand(-1, 8).reshape(-1)

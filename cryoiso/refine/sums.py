@@ -36,11 +36,14 @@ def reduced(
     bound = sum(comm.allgather(accumulator.bound))
     whole = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
     if whole is None:
+        accumulator.discard()
         return None
     device, total = accumulator.grid.device, [whole]
     del whole
-    accumulator.grid = torch.empty(0)  # before there are further arrays of its size
-    finished = [replace(accumulator, grid=torch.as_tensor(total.pop()).to(device), bound=bound).finish()]
+    whole_sums = replace(accumulator, grid=torch.as_tensor(total.pop()).to(device), bound=bound)
+    accumulator.discard()  # before there are further arrays of its size
+    finished = [whole_sums.finish(release=True)]
+    whole_sums.discard()
     return finished.pop().symmetrised(operations)
 
 

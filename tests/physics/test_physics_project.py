@@ -12,6 +12,7 @@ from errors_helper import raises_code
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import DensityMap
+from cryoiso.physics import padded_transform
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier import disc, images_to_fourier, shift_phases
 from cryoiso.physics.fourier_sums import half_space_to_volume
@@ -183,6 +184,17 @@ def test_kernel_and_its_torch_twin_agree(padding):
     assert relative(fast, plain) < 1e-5
     exact = FourierVolume(volume.grid.to(torch.complex128), 30, padding, volume.radius_px)
     assert relative(fast, exact.slices(rotation.double(), where)) < 1e-5
+
+
+@pytest.mark.parametrize("box, padding, radius", [(20, 2, 9), (21, 2, 10), (21, 1, 10), (20, 3, 5)])
+def test_the_transform_slab_by_slab_is_that_of_the_padded_cube(monkeypatch, box, padding, radius):
+    """With gradients the padded cube is transformed as a whole, without them axis by axis, here a plane at a time."""
+    monkeypatch.setattr(padded_transform, "SLAB", 1)
+    volume = torch.as_tensor(RNG.normal(size=(box,) * 3))
+    in_parts = FourierVolume.from_volume(volume, padding, radius)
+    whole = FourierVolume.from_volume(volume.clone().requires_grad_(), padding, radius)
+    assert in_parts.grid.shape == whole.grid.shape
+    assert relative(in_parts.grid, whole.grid.detach()) < 1e-12
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.simulation import SimulatedSource, simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
-from cryoiso.refine import batches, search
+from cryoiso.refine import batches, maximise, search
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.likelihood import local_scores_torch, with_magnification
@@ -333,8 +333,9 @@ def test_an_iteration_in_plain_torch_is_the_same(few, monkeypatch):
     monkeypatch.setattr(FourierVolume, "slices", lambda *a: used.append("slices") or FourierVolume.slices_torch(*a))
     monkeypatch.setattr(SliceAccumulator, "insert", lambda *a: used.append("in") or SliceAccumulator.insert_torch(*a))
     monkeypatch.setattr(search, "local_scores", lambda *a, together: used.append("scores") or torch_scores(*a))
+    monkeypatch.setattr(maximise, "model_terms", lambda *a: used.append("terms") or maximise.model_terms_torch(*a))
     other = run.step(model)
-    assert {"slices", "in", "scores"} <= set(used)
+    assert {"slices", "in", "scores", "terms"} <= set(used)
     agree(one, other, few.particles)
 
 

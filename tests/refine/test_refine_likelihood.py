@@ -39,6 +39,8 @@ from cryoiso.refine.likelihood import (
     lattice,
     local_scores,
     local_scores_torch,
+    near_scores,
+    near_scores_torch,
     shift_factors,
     whiten,
 )
@@ -46,6 +48,7 @@ from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import (
     FIRST_THRESHOLD,
     State,
+    disc_of_shifts,
     global_grid,
     search_plan,
 )
@@ -163,6 +166,22 @@ def with_m(rotation, batch):
     from cryoiso.refine.likelihood import with_magnification
 
     return with_magnification(rotation, batch.magnification)
+
+
+@pytest.mark.parametrize("magnified_by", [None, 0.85])
+@pytest.mark.parametrize("shifts", ["disc", "odd"])
+def test_scores_near_given_poses_agree_with_plain_torch(source, reference, magnified_by, shifts):
+    """Forty views of each image, more than are scored at once; shifts on a lattice, and elsewhere."""
+    pixel_A = PIXEL_A if magnified_by is None else PIXEL_A * magnified_by
+    batch = the_batch(source, 3, pixel_A=pixel_A, radius=12)
+    white = whiten(batch, RNG.uniform(0.5, 2, (1, BOX // 2 + 1)))
+    rotations = tensor(random_rotations(RNG, 120)).reshape(3, 40, 3, 3)
+    shift = disc_of_shifts(2.9, 0.7) if shifts == "disc" else tensor(RNG.normal(0, 2, (5, 2)))
+    prior = tensor(RNG.normal(size=len(shift)))
+    fast = near_scores(white, reference, rotations, shift, prior)
+    plain = near_scores_torch(white, reference, rotations, shift, prior)
+    assert fast.shape == plain.shape == (3, len(shift), 40)
+    assert float((fast - plain).abs().max()) < 2e-5 * float(plain.abs().max())
 
 
 def test_views_are_scored_alike_whatever_their_company(source, reference):

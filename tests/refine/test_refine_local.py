@@ -39,11 +39,11 @@ from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.simulation import simulate as simulate_images
 from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
-from cryoiso.refine import batches, search
+from cryoiso.refine import batches, maximise, search
 from cryoiso.refine.batches import BatchReader
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.likelihood import global_scores, local_scores, whiten
+from cryoiso.refine.likelihood import global_scores, local_scores, near_scores, near_scores_torch, whiten
 from cryoiso.refine.schedule import State, local_grid, search_plan
 from cryoiso.refine.search import Given, Searcher
 
@@ -98,7 +98,9 @@ class Counter:
         self.function, self.count = function, 0
 
     def __call__(self, *arguments):
-        found = self.function(*arguments)
+        return self.counted(self.function(*arguments))
+
+    def counted(self, found):
         self.count += found.numel()
         return found
 
@@ -107,6 +109,7 @@ def count_scores(monkeypatch) -> tuple[Counter, Counter]:
     """Counts scored samples (view x shift) from now on: of the first grid, of the levels."""
     counters = Counter(global_scores), Counter(local_scores)
     monkeypatch.setattr(search, "global_scores", counters[0])
+    monkeypatch.setattr(search, "near_scores", lambda *a: counters[0].counted(near_scores(*a)))
     monkeypatch.setattr(search, "local_scores", counters[1])
     return counters
 
@@ -372,6 +375,8 @@ def test_a_local_iteration_in_plain_torch_is_the_same(few, monkeypatch):
     monkeypatch.setattr(FourierVolume, "slices", FourierVolume.slices_torch)
     monkeypatch.setattr(SliceAccumulator, "insert", SliceAccumulator.insert_torch)
     monkeypatch.setattr(search, "local_scores", torch_scores)
+    monkeypatch.setattr(search, "near_scores", near_scores_torch)
+    monkeypatch.setattr(maximise, "model_terms", maximise.model_terms_torch)
     agree(one, run.step(model), few.particles)
 
 

@@ -20,11 +20,16 @@ from cryoiso.pipeline.workflow import RECORDS, kind_of, working_stages
 GRID_VOXEL_BYTES = 24
 """Of the sums of back-projection: three 64-bit integers."""
 SUMS_VOXEL_BYTES = 12
+REDUCTION_BYTES = 128 << 20
+"""Of MPI, which adds up grids slab by slab: 120 MiB measured, whatever the box (docs/scaling.md)."""
 SORTED_SAMPLE_BYTES = 28
+WAITING = 2**23
+"""Coefficients that wait for insertion, 12 B each, and samples that are sorted for it."""
 SCORES_BYTES = 4 * 4 << 24
 """Four arrays of the scores that the search holds at once."""
-WEIGHED_SLICES = 128 * 8 * 5
-"""Slices of a batch that wait for insertion: images x views x arrays."""
+IMAGE_ARRAYS = 128 * 6
+"""Slices of a batch beside its images in the cache: images x arrays."""
+REFERENCE_VOXEL_BYTES = 8
 CACHE_BYTES = 1 << 30
 """Of ``refine.batches.BatchReader`` and of ``train.batches.Batches``."""
 MEMORY_MARGIN = 1.15
@@ -170,20 +175,27 @@ def _images_of_refinement(p: Problem, n: int, ranks: int) -> int:
 
 
 def _refinement(p: Problem, n: int, ranks: int, kinds: int = 1) -> int:
-    """The larger of expectation (images, grid, scores) and the transforms between iterations.
+    """The larger of expectation (images, reference, grid, scores or samples) and the transforms between iterations.
 
     Args:
         kinds: of particles whose sums are apart: 2 where there are auxiliaries. Their grids are filled in turn.
     """
     padding, radius = p.job.refine.padding, (p.box_px - 1) // 2
-    voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
+    voxels = grid_voxels(radius, padding)
     coefficients = np.pi / 2 * radius**2
-    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
-    sorting = SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
-    sums = SUMS_VOXEL_BYTES * voxels * (2 if ranks == 1 else 1) * kinds
-    maps = 10 * p.map_bytes + 8 * WEIGHED_SLICES * coefficients
+    grid = GRID_VOXEL_BYTES * voxels + (REDUCTION_BYTES if ranks > 1 else 0)
+    waiting = 12 * min(WAITING, 128 * 12 * coefficients) + SORTED_SAMPLE_BYTES * min(voxels / 2, WAITING)
+    sums = SUMS_VOXEL_BYTES * voxels * (2 * kinds - 1 if ranks == 1 else kinds)  # those of the last half are the grid
+    maps = 10 * p.map_bytes + 8 * IMAGE_ARRAYS * coefficients
     images = _images_of_refinement(p, n, ranks)
-    return int(images + maps + sums + max(grid + sorting + SCORES_BYTES, 16 * padded))
+    searching = grid + REFERENCE_VOXEL_BYTES * voxels + max(waiting, SCORES_BYTES)
+    return int(images + maps + sums + max(searching, transform_bytes(p, padding)))
+
+
+def transform_bytes(p: Problem, padding: int) -> int:
+    """Of a transform between a map and its padded cube (``physics.padded_transform``): the map's half-transform, and
+    slabs of the cube."""
+    return int(padding * p.map_bytes + 4 * 8 * max(2**22, (padding * p.box_px) ** 2))
 
 
 def _classification(p: Problem, ranks: int) -> int:
@@ -195,11 +207,11 @@ def _classification(p: Problem, ranks: int) -> int:
 
 def _reconstruction(p: Problem, ranks: int) -> int:
     padding, radius = p.job.reconstruct.padding, (p.box_px - 1) // 2
-    voxels, padded = grid_voxels(radius, padding), (padding * p.box_px) ** 3
-    grid = GRID_VOXEL_BYTES * voxels * (2 if ranks > 1 else 1)
-    waiting = 12 * min(voxels / 2, 2**23) + SORTED_SAMPLE_BYTES * min(voxels / 2, 2**24)
+    voxels = grid_voxels(radius, padding)
+    grid = GRID_VOXEL_BYTES * voxels + (REDUCTION_BYTES if ranks > 1 else 0)
+    waiting = 12 * min(voxels / 2, WAITING) + SORTED_SAMPLE_BYTES * min(voxels / 2, WAITING)
     one_half = SUMS_VOXEL_BYTES * voxels  # the first half's, beside the grid of the second; then that grid is gone
-    return int(grid + one_half + max(waiting, 8 * padded) + 7 * p.map_bytes)
+    return int(grid + one_half + max(waiting, transform_bytes(p, padding)) + 7 * p.map_bytes)
 
 
 # --- networks

@@ -40,6 +40,7 @@ def _search(p: Problem, device: str) -> Timed:
     from cryoiso.physics.so3 import random_rotations
     from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, local_scores
     from cryoiso.refine.schedule import disc_of_shifts
+    from cryoiso.refine.search import cell_children
 
     draw = np.random.default_rng(1)
     box, padding = p.box_px, p.job.refine.padding
@@ -58,8 +59,10 @@ def _search(p: Problem, device: str) -> Timed:
 
     slices = ReferenceSlices.of(volume, turns[:VIEWS], coarse, None)
     narrow, wide = images(coarse, IMAGES), images(fine, IMAGES)
-    rows = torch.arange(8 * VIEWS, device=device) % IMAGES
-    rows, centre = rows.sort()[0], torch.zeros(8 * VIEWS, 2, device=device)
+    children = cell_children(1.0).to(device)  # views come in eights of neighbours in the search too
+    kids = torch.einsum("cij,rjk->rcik", children, turns[:VIEWS]).reshape(-1, 3, 3)
+    rows = torch.arange(8 * VIEWS, device=device) * IMAGES // (8 * VIEWS)
+    centre = torch.zeros(8 * VIEWS, 2, device=device)
     accumulator = SliceAccumulator.empty(box, padding=padding, device=device)
     inserted = images(whole, 4 * IMAGES)
     return {
@@ -68,7 +71,7 @@ def _search(p: Problem, device: str) -> Timed:
             lambda: global_scores(narrow, slices, shifts, prior),
         ),
         "local": (
-            float(8 * VIEWS * fine.size), lambda: local_scores(wide, volume, rows, turns, centre, 0.5, 8)
+            float(8 * VIEWS * fine.size), lambda: local_scores(wide, volume, rows, kids, centre, 0.5, 8)
         ),
         "insert": (
             float(4 * IMAGES * whole.size),

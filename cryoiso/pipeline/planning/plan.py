@@ -241,6 +241,7 @@ def _fact_lines(plan: Plan, told: dict[str, Any]) -> list[str]:
     p, a, others = plan.problem, plan.assumed, plan.layout.ranks > 1
     lines = [
         f"memory of a node: {gib(plan.node_bytes)}" + (" (that of rank 0, which has all metadata)" if others else ""),
+        *_threads_line(plan),
         f"disk at the most at once: {gib(told['disk_bytes_at_once'])}, {told['files_at_once']} files",
     ]
     if starts_a_program(p.job) and any(r.temporary_bytes for r in plan.rows if record_of(r.stage).searches):
@@ -253,6 +254,19 @@ def _fact_lines(plan: Plan, told: dict[str, Any]) -> list[str]:
         f"rates: {plan.rates.source}; times may be off by a factor of {plan.rates.spread:g} either way",
         f"assumed: {a.iterations} iterations a refinement, a resolution of "
         f"{2 * p.pixel_size_A / a.nyquist_share:.1f} Å, all rounds of auxiliary particles",
+    ]
+
+
+def _threads_line(plan: Plan) -> list[str]:
+    """What a node would hold if its cores were threads: each rank has grids of its own, threads share them."""
+    layout, p = plan.layout, plan.problem
+    if layout.gpus_per_node or layout.ranks_per_node == 1:
+        return []
+    own, metadata = memory.memory_of_stages(p, layout.nodes), memory.metadata_of_stages(p)
+    one = max(own[name] + metadata[name] for name in own)
+    return [
+        f"memory of a node with one rank of {layout.ranks_per_node} times the threads: {gib(one)} (ranks have grids of "
+        "their own, threads share them)"
     ]
 
 
