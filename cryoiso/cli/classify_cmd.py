@@ -33,6 +33,14 @@ def classify(
             "subsets of the particles.",
         ),
     ] = None,
+    auxiliary: Annotated[
+        Path | None,
+        typer.Option(
+            "--auxiliary",
+            help="Folder of shards with auxiliary particles of known poses ('cryoiso auxiliary generate'): they join "
+            "the maps of all classes with equal weight.",
+        ),
+    ] = None,
     refine_keys: RefineKeys = None,
     go_on: Resume = False,
 ) -> None:
@@ -51,7 +59,7 @@ def classify(
         refine={"solvent_mask": False, **keys_of(refine_keys, "--refine")},
     )  # fmt: skip
     on_root(comm, _require_effect, job.refine)
-    classify_files(job, ref or [], out, comm, resume=go_on)
+    classify_files(job, ref or [], out, comm, auxiliary=auxiliary, resume=go_on)
     if comm.rank == 0:
         maps = (products.class_map(number) for number in range(1, job.classify.classes + 1))
         echo("\n".join(str(out / name) for name in (products.PARTICLES, products.facts("classify"), *maps)))

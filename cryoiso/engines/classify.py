@@ -129,8 +129,12 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
 
 
 def classified(request: ClassRequest, model: ClassModel) -> Particles:
-    """The particles with class numbers and probabilities, and with poses where these were searched."""
-    particles, junk = request.base.source.particles, request.settings.junk
+    """The particles with class numbers and probabilities, and with poses where these were searched.
+
+    Args:
+        model: of these particles, without auxiliary ones.
+    """
+    particles, junk = request.particles(), request.settings.junk
     if request.settings.align != "none":
         particles = particles.with_poses(model.rotation, model.shift_A)
     number = model.assigned(junk)
@@ -150,14 +154,20 @@ def _write(request: ClassRequest, task: Classification, model: ClassModel) -> No
         write_map(folder / products.class_map(k + 1), model.maps[k], pixel)
         for half in HALVES:
             write_map(folder / products.class_half_map(k + 1, half), model.half_maps[k][half], pixel)
-    write_particles(folder / products.PARTICLES, classified(request, model))
-    write_text(folder / products.facts("classify"), json.dumps(summary(request, task, model), indent=1) + "\n")
+    own = model if request.base.auxiliary is None else model.of_rows(task.run.raw)
+    write_particles(folder / products.PARTICLES, classified(request, own))
+    write_text(folder / products.facts("classify"), json.dumps(summary(request, task, own), indent=1) + "\n")
     seconds = {"seconds": [record.get("seconds") for record in model.history]}
     write_text(folder / products.TIMING, json.dumps(seconds, indent=1) + "\n")
 
 
 def summary(request: ClassRequest, task: Classification, model: ClassModel) -> dict[str, Any]:
-    """Contents of classify.json."""
+    """Contents of classify.json.
+
+    Args:
+        model: of the particles without auxiliary ones.
+    """
+    half = task.particles.half[task.run.raw] if task.particles.half is not None else np.zeros(len(model.rotation))
     settings, junk, last = request.settings, request.settings.junk, model.history[-1]
     share = model.share()
     counts = np.bincount(model.assigned(junk), minlength=model.classes + 2)[1:]
@@ -165,7 +175,7 @@ def summary(request: ClassRequest, task: Classification, model: ClassModel) -> d
         {
             "number": k + 1, "occupancy": round(float(share[:, k].mean()), 6), "particles": int(counts[k]),
             "resolution_A": last["resolution_A"][k],
-            "half_set_weights": [round(float(share[task.particles.half == h, k].sum()), 3) for h in HALVES],
+            "half_set_weights": [round(float(share[half == h, k].sum()), 3) for h in HALVES],
         }
         for k in range(model.classes)
     ]  # fmt: skip
@@ -183,6 +193,8 @@ def summary(request: ClassRequest, task: Classification, model: ClassModel) -> d
             "number": model.classes + 1,
             **junk_facts(cones, model.rotation, 1 - model.particle, model.junk),
         }
+    if request.base.auxiliary is not None:
+        facts["auxiliary"] = int(request.base.auxiliary.sum())
     if empty := empty_facts(model.sigma2, task.particles.groups, task.run.box):
         facts["empty_shells"] = empty
     return facts

@@ -290,11 +290,11 @@ class Refinement:
             began = time.monotonic()
             new, record["correction"] = self._corrected(advanced, everything, new, agreed.plain, resolution, plan)
             record["seconds"] += time.monotonic() - began
-        shift_A = -shift_px * self.particles.group_values("pixel_size_A")[:, None]
+        shift_A, sigma2 = -shift_px * self.particles.group_values("pixel_size_A")[:, None], noise.spectra(model.sigma2)
         return Model(
-            advanced, new, noise.spectra(model.sigma2), intensity, rotation, shift_A, columns, raw, views,
+            advanced, new, sigma2, intensity, rotation, shift_A, columns, raw, views,
             total_weight=self.shares.total_weight(
-                model, whole, agreed.wiener, self._joined_shell(state), advanced.radius_px, comm
+                model, sigma2, whole, agreed.wiener, self._joined_shell(state), advanced.radius_px, comm
             ),
             history=[*model.history, record],
         )  # fmt: skip
@@ -404,11 +404,6 @@ class Refinement:
         return self._flattened(volume, resolution_A)[0]
 
     def _flattened(self, volume: np.ndarray, resolution_A: float) -> tuple[np.ndarray, np.ndarray | None]:
-        """That map, and the mask made from it; None if it was not."""
-        volume = volume * self.sphere
-        if self.request.mask is not None:
-            return (volume * self.request.mask.data).astype(np.float32), None
-        if not self.settings.solvent_mask:
-            return volume, None
-        mask = references.solvent_mask(volume, self.pixel, resolution_A)
-        return (volume * mask).astype(np.float32), mask
+        mask, solvent = self.request.mask, self.settings.solvent_mask
+        given = None if mask is None else mask.data
+        return references.flattened(volume, self.sphere, given, self.pixel, resolution_A if solvent else None)

@@ -83,18 +83,32 @@ def score_without(
     return 0.5 * (power - left).sum(1), norm.sum(1)
 
 
+def noise_change(
+    before: Float[np.ndarray, "groups shells"], after: Float[np.ndarray, "groups shells"]
+) -> Float[np.ndarray, " shells"]:
+    """(S,) ratio of two noise spectra, the mean over optics groups; 1 where a shell is empty."""
+    held = np.isfinite(before) & np.isfinite(after)
+    ratio = np.divide(before, after, out=np.ones_like(before), where=held & (after > 0))
+    return np.asarray(ratio.mean(0))
+
+
 def total_weight(
-    sums: FourierSums, wiener: Float[Tensor, " shells"], shared: int, kappa: float
+    sums: FourierSums, wiener: Float[Tensor, " shells"], shared: int, kappa: float, change: Float[np.ndarray, " s"]
 ) -> Float[np.ndarray, "z y x"]:
     """(2h+1, 2h+1, h+1) float32 (W + 1/tau^2) / kappa of a half-set's sums.
 
     Args:
         wiener: (radius+1,) 1/tau^2 of every shell.
         shared: up to this shell both halves have the mean of their sums, so that an image's own share is half.
+        change: (S,) of ``noise_change``: the sums have the weights of the noise before, images are compared with that
+            after.
     """
     shell = sums.shells().clamp(max=sums.radius_px)
     floor = sums.floor(True)
     weight = torch.maximum(sums.weight + wiener.to(sums.weight)[shell], floor[shell])
+    weight = (
+        weight * torch.as_tensor(change, dtype=weight.dtype, device=weight.device)[shell.clamp(max=len(change) - 1)]
+    )
     return (torch.where(shell <= shared, 2 * weight, weight) / kappa).cpu().numpy().astype(np.float32)
 
 

@@ -14,7 +14,7 @@ from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.symmetry import point_group
 from cryoiso.refine.agreement import on_every_rank
 from cryoiso.refine.junk import JUNK_COLUMN
-from cryoiso.refine.leverage import Leverage, cropped, own_response, total_weight
+from cryoiso.refine.leverage import Leverage, cropped, noise_change, own_response, total_weight
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import weight_scale
 from cryoiso.refine.own_shares import OwnShares
@@ -69,13 +69,13 @@ class ReferenceShares:
         )  # fmt: skip
 
     def total_weight(
-        self, model: Model, sums: dict[int, FourierSums], wiener: dict[int, Tensor], shared_px: int, radius_px: int,
-        comm: Communicator,
+        self, model: Model, sigma2: np.ndarray, sums: dict[int, FourierSums], wiener: dict[int, Tensor],
+        shared_px: int, radius_px: int, comm: Communicator,
     ) -> dict[int, np.ndarray]:  # fmt: skip
         """``Model.total_weight`` of the next references (collective).
 
         Args:
-            model: of the iteration that made the sums.
+            model: of the iteration that made the sums; ``sigma2`` (G, S): noise spectra of the next one.
             sums: of the halves that this rank is root of; ``wiener``: their terms.
             shared_px: up to this shell both halves have common sums.
             radius_px: of the next search.
@@ -83,9 +83,8 @@ class ReferenceShares:
         if not self.wanted:
             return {}
         scale = self.kappa * weight_scale(model.sigma2 / model.intensity.largest_weight())
-        padding = self.request.settings.padding
-        own = {
-            half: cropped(total_weight(one, wiener[half], shared_px, scale * self.filled[half]), padding, radius_px)
-            for half, one in sums.items()
-        }
+        padding, change, own = self.request.settings.padding, noise_change(model.sigma2, sigma2), {}
+        for half, one in sums.items():
+            total = total_weight(one, wiener[half], shared_px, scale * self.filled[half], change)
+            own[half] = cropped(total, padding, radius_px)
         return on_every_rank(own, comm)

@@ -70,12 +70,27 @@ def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> Float[np.n
     return np.asarray(sphere_mask(box_px, radius, 3.0), np.float32)
 
 
-def solvent_mask(
-    volume: Float[np.ndarray, "box box box"], pixel_size_A: float, resolution_A: float
-) -> Float[np.ndarray, "box box box"]:
-    """A soft mask made from a map, low-passed at 15 Å or one and a half times the resolution."""
+def flattened(
+    volume: Float[np.ndarray, "box box box"],
+    sphere: Float[np.ndarray, "box box box"],
+    given: Float[np.ndarray, "box box box"] | None,
+    pixel_size_A: float,
+    resolution_A: float | None,
+) -> tuple[Float[np.ndarray, "box box box"], Float[np.ndarray, "box box box"] | None]:
+    """The map inside the sphere and a mask: the given one, or a soft one made from the map itself, low-passed at 15 Å
+    or one and a half times the resolution; None: no mask is made.
+
+    Returns:
+        the map; the mask that was made, None if none was.
+    """
+    volume = volume * sphere
+    if given is not None:
+        return (volume * given).astype(np.float32), None
+    if resolution_A is None:
+        return volume, None
     lowpass_A = max(15.0, 1.5 * resolution_A)
-    return np.asarray(soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0))
+    mask = np.asarray(soft_mask_from_map(volume, pixel_size_A, lowpass_A, extend_A=4.5, soft_A=9.0))
+    return (volume * mask).astype(np.float32), mask
 
 
 def anisotropy(

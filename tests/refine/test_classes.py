@@ -28,6 +28,7 @@ from cryoiso.physics.simulation import SimulatedSource
 from cryoiso.physics.simulation import simulate as simulate_images
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
+from cryoiso.pipeline.stages.engines import class_request
 from cryoiso.refine.classes.expectation import class_posterior
 from cryoiso.refine.classes.initial import initial_classes
 from cryoiso.refine.classes.iterate import Classification
@@ -209,6 +210,29 @@ def test_a_class_without_particles_stays_empty(mixed):
     assert model.history[-1]["resolution_A"][1] is None and not model.half_maps[1][1].any()
 
 
+def test_auxiliary_particles_join_the_maps_alone(mixed, tmp_path):
+    """They are shared by all classes; files, shares and classes are those of the raw particles."""
+    rows = np.arange(120)
+    raw = ArraySource(mixed.read(rows), mixed.particles.take(rows))
+    made = simulate_images(mixed.maps[0], 120, snr_db=-3.0, seed=77)
+    more = ArraySource(made.read(rows), made.particles)
+    base = request_for(raw, tmp_path).base
+    model = classify(class_request(base, ClassifySection(lowpass_A=20.0), mixed.maps, more), Context())
+    assigned = model.assigned(False)[:120]
+    assert (model.posterior[120:] == 0.5).all() and accuracy(mixed.state[:120], assigned) > 0.95
+    written = read_particle_file(tmp_path / "particles.star")
+    np.testing.assert_array_equal(written.uid, raw.particles.uid)
+    np.testing.assert_array_equal(written.table["rlnClassNumber"].astype(int), assigned)
+    summary = json.loads((tmp_path / "classify.json").read_text())
+    assert summary["auxiliary"] == 120 and summary["particles"] == 120
+    assert sum(one["particles"] for one in summary["classes"]) == 120
+    np.testing.assert_allclose(model.occupancy, model.posterior[:120].mean(0), atol=1e-9)
+    alone = classify(request_for(raw, tmp_path / "alone", mixed.maps, lowpass_A=20.0), Context())
+    true = mixed.maps[1].data - mixed.maps[1].data.mean()
+    with_more, without = (fsc(m.maps[1], true) for m in (model, alone))
+    assert with_more[3:12].mean() > without[3:12].mean(), "the map of the smaller class gains views"
+
+
 def test_assigned_classes():
     posterior, particle = np.array([[0.6, 0.4], [0.2, 0.8], [0.5, 0.5]]), np.array([1.0, 0.9, 0.3])
     assert assigned_classes(posterior, None).tolist() == [1, 2, 1]
@@ -326,7 +350,7 @@ def test_the_command_line(tmp_path):
         ((truth, "--align", "some"), EXIT_USAGE, "--align: "),
         ((truth, "--refine", "no_key=1"), EXIT_USAGE, "no_key"),
         ((truth, "--refine", "junk=true"), EXIT_USAGE, "give --junk"),
-        ((truth, "--refine", "scale=particle"), EXIT_USAGE, "no intensities"),
+        ((truth, "--refine", "scale=particle"), EXIT_USAGE, "options-conflict"),
         ((truth, "--ref", folder / "truth_map.mrc"), EXIT_USAGE, "one for each class"),
         ((folder / "particles.star",), EXIT_INPUT, "no poses"),
         ((folder / "missing.star",), EXIT_INPUT, "missing.star"),
@@ -341,3 +365,20 @@ def test_the_command_line(tmp_path):
     assert str(out / "class002.mrc") in done.stdout
     classes = read_particle_file(out / "particles.star").table["rlnClassNumber"].astype(int)
     assert set(classes) <= {1, 2, 3} and len(classes) == 40
+
+
+def test_intensities_of_the_file_are_used(mixed):
+    """Images whose signals differ by a factor of nine, with the intensities that say so: classes and maps are those of
+    equal images, once the noise is known; without them they are not."""
+    rng = np.random.default_rng(4)
+    scale = np.exp(rng.uniform(-1.1, 1.1, 300))
+    images = mixed.read(np.arange(300)) * scale[:, None, None].astype(np.float32)
+    given = mixed.particles.with_intensity(scale, np.square(scale))  # the noise was multiplied as well
+    equal, told, not_told = (
+        first_steps(task_for(source, mixed.maps, lowpass_A=20.0), 3)
+        for source in (mixed, ArraySource(images, given), ArraySource(images, mixed.particles))
+    )
+    np.testing.assert_allclose(told.posterior, equal.posterior, atol=0.02)
+    assert np.abs(not_told.posterior - equal.posterior).max() > 0.1
+    true = equal.half_maps[0][1] - equal.half_maps[0][1].mean()
+    assert fsc(true, told.half_maps[0][1])[1:12].min() > 0.999 > fsc(true, not_told.half_maps[0][1])[1:12].min()

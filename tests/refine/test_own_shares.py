@@ -58,7 +58,7 @@ class Half:
         reference = sums.reconstruct(wiener) * torch.as_tensor(mask)
         self.volume = FourierVolume.from_volume(reference, PADDING, RADIUS)
         kappa = own_response(BOX, RADIUS, PADDING, mask, 1)
-        total = cropped(total_weight(sums, wiener, 0, kappa), PADDING, RADIUS)
+        total = cropped(total_weight(sums, wiener, 0, kappa, np.ones(1)), PADDING, RADIUS)
         leverage = Leverage.of(total, np.ones(n), BOX, PADDING, "cpu")
         shift_px = self.posterior.best_shift_px.numpy()
         self.shares = OwnShares(leverage, source.particles.rotation, shift_px, np.zeros(n), ONE, 75.0 / PIXEL_A)

@@ -24,11 +24,14 @@ from cryoiso.pipeline.inputs.stacks import open_stacks
 from cryoiso.pipeline.stages import engines
 
 
-def classify_files(job: Job, references: list[Path], out: Path, comm: Context, *, resume: bool = False) -> None:
+def classify_files(
+    job: Job, references: list[Path], out: Path, comm: Context, *, auxiliary: Path | None = None, resume: bool = False
+) -> None:
     """Sorts the particles of a job into classes, the images read from their stacks or shards. Collective.
 
     Args:
         references: a map or model for each class; empty: maps of random subsets of the particles.
+        auxiliary: folder of shards with auxiliary particles, which join the maps of the classes.
         resume: go on with an interrupted classification in the same folder.
 
     Raises:
@@ -48,7 +51,8 @@ def classify_files(job: Job, references: list[Path], out: Path, comm: Context, *
     source = _open(particles, job, comm)
     prepared = on_root(comm, _references, job, references, source.particles)
     maps = tuple(one.map for one in prepared)
-    request = engines.class_request(_request(job, source, prepared, out, comm, resume), settings, maps)
+    more = None if auxiliary is None else _auxiliary(auxiliary, job, comm)
+    request = engines.class_request(_request(job, source, prepared, out, comm, resume), settings, maps, more)
     on_root(comm, engines.check_classes, request)
     on_root(comm, out.mkdir, parents=True, exist_ok=True)
     engines.classify(request, comm)
@@ -64,6 +68,20 @@ def _read(job: Job) -> Particles:
         found = read_job_particles(section, ("image", "ctf"), job.sample.symmetry)
         found = replace(found, groups=ingest.check_stacks(found, section.file))
     return assign_halves(found, job.run.seed, section.file)
+
+
+def _auxiliary(folder: Path, job: Job, comm: Context) -> ShardSource:
+    """Auxiliary particles with their poses and half-sets. Collective."""
+
+    def read() -> Particles:
+        found = ShardSource(folder).particles
+        found.require_poses(folder)
+        return bare(assign_halves(found, job.run.seed, folder))
+
+    known = on_root(comm, read)
+    source = ShardSource(folder)
+    source.particles = known
+    return source
 
 
 def _open(particles: Particles, job: Job, comm: Context) -> ImageSource:

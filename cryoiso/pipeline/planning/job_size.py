@@ -202,7 +202,15 @@ def _refined(name: str, p: Problem, auxiliaries: int = 0) -> Stored:
         copied = auxiliaries + (0 if p.originals or program_of(p.job).images == "original" else p.particles)
         return with_temporary(whole, *_images_for_relion(copied, p.box_px))
     state = 4 * (p.map_bytes - 1024) + 112 * n + STATE_BYTES
+    if p.job.refine.scale != "none":
+        state += _total_weights(p) + 32 * n
     return Stored(name, 2 * state + 2 * p.map_bytes + _star(p, n) + 2500, 7)
+
+
+def _total_weights(p: Problem) -> int:
+    """Of both halves, at the largest radius: what the images' own shares in a reference follow from."""
+    h = p.job.refine.padding * ((p.box_px - 1) // 2) + 2
+    return 2 * 4 * (2 * h + 1) ** 2 * (h + 1)
 
 
 def _images_for_relion(n: int, box_px: int) -> tuple[int, int]:
@@ -261,10 +269,8 @@ def _generated(name: str, p: Problem) -> Stored:
 
 def _classified(name: str, p: Problem) -> Stored:
     """Two generations of the checkpoint, three maps of each class, particles and those selected, two summaries."""
-    k, padding = p.job.classify.classes, p.job.refine.padding
-    h = padding * ((p.box_px - 1) // 2) + 2
-    totals = 2 * 4 * (2 * h + 1) ** 2 * (h + 1)  # what own shares follow from, at the largest radius
-    state = k * (5 * (p.map_bytes - 1024) + totals) + (130 + 8 * k) * p.particles + STATE_BYTES
+    k = p.job.classify.classes
+    state = k * (5 * (p.map_bytes - 1024) + _total_weights(p)) + (130 + 8 * k) * p.particles + STATE_BYTES
     return Stored(name, 2 * state + 3 * k * p.map_bytes + 2 * _star(p) + 60_000, 3 * k + 7)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from cryoiso.core.config import ClassifySection, Job
 from cryoiso.core.errors import UsageError
-from cryoiso.core.protocols import Communicator, Engine, ReferenceCorrection, RefineRequest
+from cryoiso.core.protocols import Communicator, Engine, ImageSource, ReferenceCorrection, RefineRequest
 from cryoiso.core.types import DensityMap
 from cryoiso.pipeline.workflow import CO_REFINEMENTS, starts_a_program
 
@@ -96,11 +99,19 @@ def reference_reconstructor() -> Callable[..., Any]:
     return reconstruct_references
 
 
-def class_request(base: RefineRequest, settings: ClassifySection, maps: tuple[DensityMap, ...]) -> Any:
-    """``refine.classes.model.ClassRequest``."""
+def class_request(
+    base: RefineRequest, settings: ClassifySection, maps: tuple[DensityMap, ...], auxiliary: ImageSource | None = None
+) -> Any:
+    """``refine.classes.model.ClassRequest``, with auxiliary particles as further ones of the classes' maps."""
+    from cryoiso.io.sources import JoinedSource
     from cryoiso.refine.classes.model import ClassRequest
 
-    return ClassRequest(base, settings, maps)
+    if auxiliary is None:
+        return ClassRequest(base, settings, maps)
+    raw = base.source.particles
+    flags = np.arange(len(raw) + len(auxiliary.particles)) >= len(raw)
+    joined = replace(base, source=JoinedSource(base.source, auxiliary), auxiliary=flags)
+    return ClassRequest(joined, settings, maps, raw)
 
 
 def check_classes(request: Any) -> None:

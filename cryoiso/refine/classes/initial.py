@@ -48,6 +48,7 @@ def initial_classes(task: Classification) -> ClassModel:
         model.references = _scaled(task, sigma2, state)
     else:
         model.posterior = np.eye(k)[random_classes(task)]
+        model.posterior[~run.raw] = 1 / k  # auxiliary particles are of no class
         if task.settings.junk and k > 1:
             _without_junk(task, model)
         model.references, model.total_weight = _of_subsets(task, model)
@@ -145,7 +146,7 @@ def _of_subsets(task: Classification, model: ClassModel) -> tuple[Maps, Maps]:
     noise = NoiseSums.empty(*model.sigma2.shape)
     for half in HALVES:
         task.add_half(half, posterior, [nothing] * k, model, noise, sums)
-    made = task.make_maps(sums, task.weights(model.posterior, model.particle), model, lowpass_A)
+    made = task.make_maps(sums, task.weights(model.posterior, model.particle), model, model.sigma2, lowpass_A)
     low = [
         {h: np.asarray(lowpass(torch.as_tensor(one[h]), run.pixel, lowpass_A), np.float32) for h in HALVES}
         for one in made.references

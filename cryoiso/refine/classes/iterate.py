@@ -22,7 +22,16 @@ from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
-from cryoiso.refine.classes.expectation import NAMES, POSE, ClassExpectation, ClassPosterior, width
+from cryoiso.refine.classes.expectation import (
+    NAMES,
+    POSE,
+    ClassExpectation,
+    ClassPosterior,
+    at_given_poses,
+    best_poses,
+    weighted,
+    width,
+)
 from cryoiso.refine.classes.maximise import (
     LEAST_PARTICLES,
     ClassMaps,
@@ -35,7 +44,7 @@ from cryoiso.refine.classes.model import ClassModel, ClassRequest, assigned_clas
 from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.junk import FACTS, JunkJudge, JunkPrior, learned
-from cryoiso.refine.leverage import Leverage, own_response
+from cryoiso.refine.leverage import Leverage, noise_change, own_response
 from cryoiso.refine.likelihood import Whitened, whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate_mixture
 from cryoiso.refine.noise import weight_scale
@@ -88,9 +97,10 @@ class Classification:
             def posterior(
                 batch: Batch, white: Whitened, expect: ClassExpectation = expect, half: int = half
             ) -> ClassPosterior:
-                result = expect(batch, white, self.given(batch.rows))
+                raw = bool(self.run.raw[batch.rows[0]])
+                result = expect(batch, white, self.given(batch.rows)) if raw else self._evenly(batch, model.classes)
                 found.append((batch.rows, result.table))
-                for part in result.parts if self.searched else ():
+                for part in result.parts if self.searched and raw else ():
                     views[half].add(part.rotation, part.weight, run.cells)
                 return result
 
@@ -99,6 +109,16 @@ class Classification:
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES} if self.searched else {}
         return self._maximise(model, sums, noise, counts, table, plan, time.monotonic() - started)
+
+    def _evenly(self, batch: Batch, classes: int) -> ClassPosterior:
+        """Auxiliary particles, which are of no class: at the poses that they were made with, shared by all."""
+        n, share = len(batch), np.full((len(batch), classes), 1 / classes)
+        part = at_given_poses(self.at_given_poses(batch.rows), torch.zeros(n, device=self.run.device))
+        facts = np.zeros((n, len(FACTS)))
+        table = np.column_stack(
+            [best_poses([part], np.zeros(n, np.int64)), np.zeros(n), share[:, 0], np.ones(n), share, facts]
+        )
+        return ClassPosterior(tuple(weighted([part] * classes, share)), table)
 
     def _expectation(self, model: ClassModel, half: int, plan: SearchPlan | None) -> ClassExpectation:
         run, radius = self.run, model.state.radius_px
@@ -139,18 +159,25 @@ class Classification:
             SliceAccumulator.empty(run.box, radius, run.settings.padding, run.device) for _ in range(model.classes)
         ]
         scale = self._weight_scale(model)
-        for batch in map(
-            self.intensity.of, run.batches(half, False, radius, model.state.iteration, KeptSearches(None))
-        ):
-            white = whiten(batch, model.sigma2)
-            parts = posterior(batch, white).parts
-            accumulate_mixture(batch, white, list(zip(parts, volumes, accumulators, strict=True)), noise, scale)
+        for auxiliary in run.kinds:
+            batches = run.batches(half, auxiliary, radius, model.state.iteration, KeptSearches(None))
+            for batch in map(self.intensity.of, batches):
+                white = whiten(batch, model.sigma2)
+                parts = posterior(batch, white).parts
+                accumulate_mixture(batch, white, list(zip(parts, volumes, accumulators, strict=True)), noise, scale)
         reduce_classes(run, accumulators, half, sums)
 
-    def make_maps(self, sums: ClassSums, weight: np.ndarray, model: ClassModel, share_to_A: float) -> ClassMaps:
-        """Maps of every class from the sums of an iteration (collective)."""
+    def make_maps(
+        self, sums: ClassSums, weight: np.ndarray, model: ClassModel, sigma2: np.ndarray, share_to_A: float
+    ) -> ClassMaps:
+        """Maps of every class from the sums of an iteration (collective).
+
+        Args:
+            model: of that iteration; ``sigma2`` (G, S): noise spectra of the next one.
+        """
         kappa = self.kappa * self._weight_scale(model)
-        return make_maps(self.run, sums, weight, model.state, share_to_A, kappa)
+        change = noise_change(model.sigma2, sigma2)
+        return make_maps(self.run, sums, weight, model.state, share_to_A, kappa, change)
 
     def _weight_scale(self, model: ClassModel) -> float:
         return weight_scale(model.sigma2 / self.intensity.largest_weight())
@@ -162,21 +189,23 @@ class Classification:
         mask = run.sphere if run.request.mask is None else run.sphere * run.request.mask.data
         return own_response(run.box, run.limit, run.settings.padding, mask, run.request.seed)
 
-    def weights(self, posterior: np.ndarray, particle: np.ndarray) -> np.ndarray:
-        """(K, 2) posterior weight of each class in each half-set."""
+    def weights(self, posterior: np.ndarray, particle: np.ndarray, raw: bool = False) -> np.ndarray:
+        """(K, 2) posterior weight of each class in each half-set, of all particles or of the raw ones alone."""
         share = posterior * particle[:, None]
-        return np.stack([share[self._half == half].sum(0) for half in HALVES], 1)
+        counted = self.run.raw if raw else np.ones(len(share), bool)
+        return np.stack([share[counted & (self._half == half)].sum(0) for half in HALVES], 1)
 
     def _maximise(
         self, model: ClassModel, sums: ClassSums, noise: NoiseSums, counts: dict[int, np.ndarray], table: np.ndarray,
         plan: SearchPlan | None, seconds: float,
     ) -> ClassModel:  # fmt: skip
-        k = model.classes
+        k, raw = model.classes, self.run.raw
         particle = table[:, POSE + NAMES.index("particle")]
         posterior = table[:, POSE + len(NAMES) : POSE + len(NAMES) + k]
         weight = self.weights(posterior, particle)
-        occupancy = self._occupancy(weight)
-        made = self.make_maps(sums, weight, model, self.run.settings.join_halves_A)
+        occupancy = self._occupancy(self.weights(posterior, particle, raw=True))
+        sigma2 = noise.spectra(model.sigma2)
+        made = self.make_maps(sums, weight, model, sigma2, self.run.settings.join_halves_A)
         rotation, shift_A = self._poses(model, table)
         junk = self._learn_junk(table, rotation)
         changed = self._changed(model, posterior, particle)
@@ -186,20 +215,20 @@ class Classification:
             "iteration": state.iteration,
             "resolution_A": [None if r is None else round(r, 4) for r in made.resolution_A],
             "changed": changed,
-            "occupancy": [round(float(v), 6) for v in occupancy * particle.mean()],
+            "occupancy": [round(float(v), 6) for v in occupancy * particle[raw].mean()],
             "search_resolution_A": self.run.box * self.run.pixel / model.state.radius_px,
-            "log_likelihood": float(columns["rlnLogLikeliContribution"].sum()),
-            "class_probability_mean": float(posterior.max(1).mean()),
+            "log_likelihood": float(columns["rlnLogLikeliContribution"][raw].sum()),
+            "class_probability_mean": float(posterior[raw].max(1).mean()),
             "seconds": seconds,
         }  # fmt: skip
         if self.settings.junk:
-            record["junk"] = round(float(1 - particle.mean()), 6)
+            record["junk"] = round(float(1 - particle[raw].mean()), 6)
         if plan is not None:
             record["step_deg"] = plan.levels[-1].cell_deg / 2
         if self.comm.rank == 0:
             _report(record)
         return ClassModel(
-            state, made.references, noise.spectra(model.sigma2), occupancy, rotation, shift_A, posterior.copy(),
+            state, made.references, sigma2, occupancy, rotation, shift_A, posterior.copy(),
             particle.copy(), columns, share_out(self.run, made, state.radius_px), made.half_maps, made.maps, counts,
             junk, [*model.history, record],
         )  # fmt: skip
@@ -225,19 +254,20 @@ class Classification:
     def _learn_junk(self, table: np.ndarray, rotation: np.ndarray) -> JunkPrior | None:
         if not self.settings.junk:
             return None
-        return learned(table[:, -len(FACTS) :], self.run.cones.index(rotation[:, 2]), len(self.run.cones))
+        raw, cones = self.run.raw, self.run.cones
+        return learned(table[raw, -len(FACTS) :], cones.index(rotation[raw][:, 2]), len(cones))
 
     def _changed(self, model: ClassModel, posterior: np.ndarray, particle: np.ndarray) -> float:
         """Share of the particles whose most likely class is another one than before; 1 in the first iteration."""
         if not model.history:
             return 1.0
         now = assigned_classes(posterior, particle if self.settings.junk else None)
-        return float((model.assigned(self.settings.junk) != now).mean())
+        return float((model.assigned(self.settings.junk) != now)[self.run.raw].mean())
 
     def _advance(self, state: State, made: ClassMaps, changed: float, shift_A: np.ndarray) -> State:
         """The next iteration's state. It is the last where hardly any particle changed class and no class got finer."""
         run = self.run
-        shift_px = -shift_A / self.particles.group_values("pixel_size_A")[:, None] - run.centre_px
+        shift_px = (-shift_A / self.particles.group_values("pixel_size_A")[:, None] - run.centre_px)[run.raw]
         spread_px = float(np.sqrt(np.mean(np.square(shift_px)) + 1e-12)) if self.searched else state.shift_sd_px
         better, settled = made.shell > state.best_shell, changed < self.settings.min_change
         stalled = 0 if better or not settled else state.stalled + 1

@@ -55,6 +55,7 @@ def make_maps(
     state: State,
     share_to_A: float,
     kappa: float,
+    change: np.ndarray,
 ) -> ClassMaps:
     """Half-maps, FSC, signal power and references of every class (collective).
 
@@ -63,26 +64,28 @@ def make_maps(
         weight: (K, 2) posterior weight of each class in each half-set.
         share_to_A: halves of a class share what is coarser, so that they stay the same class in one frame; 0: nothing.
         kappa: see ``leverage.own_response``, times the factor that the sums were multiplied by.
+        change: (S,) of the noise spectra, see ``leverage.noise_change``.
     """
     made = ClassMaps()
     for k, own in enumerate(sums):
         if weight[k].min() < LEAST_PARTICLES:
             _add_empty(made, run.box)
         else:
-            _add_class(made, run, own, state, share_to_A, kappa)
+            _add_class(made, run, own, state, share_to_A, kappa, change)
         own.clear()
     return made
 
 
 def _add_class(
-    made: ClassMaps, run: Refinement, own: dict[int, FourierSums], state: State, share_to_A: float, kappa: float
-) -> None:
+    made: ClassMaps, run: Refinement, own: dict[int, FourierSums], state: State, share_to_A: float, kappa: float,
+    change: np.ndarray,
+) -> None:  # fmt: skip
     half_maps = run.half_maps(own)
     agreed = run.compare_halves(own, half_maps, state)
     shell = min(int(run.box * run.pixel / share_to_A) if share_to_A else 0, run.limit, run.insertion_radius(state))
     if shell >= 1:
         exchange_low_resolution(own, shell, run.comm)
-    made.total_weight.append({h: total_weight(one, agreed.wiener[h], shell, kappa) for h, one in own.items()})
+    made.total_weight.append({h: total_weight(one, agreed.wiener[h], shell, kappa, change) for h, one in own.items()})
     resolution = run.resolution_A(agreed.plain)
     made.references.append(run.next_references(own, agreed, resolution))
     made.half_maps.append(half_maps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +11,13 @@ from cryoiso.core.config import ClassifySection
 from cryoiso.core.identity import MARK, Identity, digest_of, of_map, of_particles
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.records import ClassIterationRecord
-from cryoiso.core.types import HALVES, DensityMap
+from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.junk import JunkPrior
 from cryoiso.refine.schedule import State
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Bool, Float, Int, Shaped
 
 ONLY_WHEN = ("max_iterations", "min_change", "enable", "select")
 """Settings that say when a classification ends, and what a run does with it; it may go on with others."""
@@ -34,6 +34,12 @@ class ClassRequest:
     settings: ClassifySection
     maps: tuple[DensityMap, ...] = ()
     """First reference of every class; empty: back-projections of random subsets of the particles."""
+    raw: Particles | None = None
+    """The particles without auxiliary ones, with every column of their file; None: those of ``base``."""
+
+    def particles(self) -> Particles:
+        """The particles that are classified, without auxiliary ones."""
+        return self.base.source.particles if self.raw is None else self.raw
 
     def identity(self, diameter_A: float) -> Identity:
         """Everything that decides what comes out, but for the number of iterations."""
@@ -96,6 +102,11 @@ class ClassModel:
         """(N, K) posterior of each class, of all that the image may be."""
         share: np.ndarray = self.posterior * self.particle[:, None]
         return share
+
+    def of_rows(self, rows: Bool[np.ndarray, " n"]) -> ClassModel:
+        """The same model with some of its particles."""
+        each = {name: getattr(self, name)[rows] for name in ("rotation", "shift_A", "posterior", "particle")}
+        return replace(self, **each, columns={name: values[rows] for name, values in self.columns.items()})
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, for a checkpoint."""

@@ -68,16 +68,19 @@ def entries(data: ReportData) -> list[Entry]:
 
 
 def _figure(part: dict[str, Any]) -> str:
-    from cryoiso.report.canvas import address, new_figure, styled
+    from cryoiso.report.canvas import BLUE, GREEN, ORANGE, SKY, VERMILLION, address, new_figure, styled
 
+    colours = (BLUE, ORANGE, GREEN, SKY, VERMILLION)
     with styled():
         figure, axes = new_figure(7.6, 3.1)
         ax, bottom = axes[0, 0], np.zeros(len(part["ring"]))
         place = np.arange(len(part["ring"]))
         for k, name in enumerate(part["names"]):
             kept = int(name) in part["selected"]
-            ax.bar(place, part["share"][:, k], bottom=bottom, width=0.75, label=f"class {name}" + ", selected" * kept,
-                   edgecolor="white", linewidth=0.6, alpha=1.0 if kept else 0.55)  # fmt: skip
+            ax.bar(
+                place, part["share"][:, k], bottom=bottom, width=0.75, label=f"class {name}" + ", selected" * kept,
+                color=colours[k % len(colours)], edgecolor="white", linewidth=0.6, alpha=1.0 if kept else 0.55,
+            )  # fmt: skip
             bottom += part["share"][:, k]
         if part["junk"]:
             ax.bar(place, np.maximum(1 - bottom, 0), bottom=bottom, width=0.75, label="no particle", color="#BBBBBB")
