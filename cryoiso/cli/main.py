@@ -38,6 +38,7 @@ COMMANDS = (
     ("micelle", "micelle_cmd", "micelle", True),
     ("diagnose", "diagnose_cmd", "diagnose", False),
     ("rebalance", "rebalance_cmd", "rebalance", False),
+    ("symmetry", "symmetry_cmd", "symmetry", False),
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),

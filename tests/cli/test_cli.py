@@ -19,7 +19,7 @@ from cryoiso.io.mrc import read_map, write_map
 COMMANDS = (
     "init", "doctor", "plan", "launch", "simulate", "ingest", "reference", "refine", "realign", "reconstruct",
     "classify", "ctf-refine", "correct", "micelle", "auxiliary", "hook", "diagnose",
-    "rebalance", "report", "run", "resume", "verify", "replay",
+    "rebalance", "symmetry", "report", "run", "resume", "verify", "replay",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
 
