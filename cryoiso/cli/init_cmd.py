@@ -42,7 +42,8 @@ def init(
     options = given.job(particles={"file": str(particles)}, reference={"file": ""})
     project, passthrough = options.particles.project, options.particles.passthrough
     found = read_particle_file(particles, project, passthrough=passthrough)
-    point_group(options.sample.symmetry)
+    if options.sample.symmetry.lower() != "auto":
+        point_group(options.sample.symmetry)
     job = given.job(
         particles={
             "file": _from(out, particles),

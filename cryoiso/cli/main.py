@@ -41,6 +41,7 @@ COMMANDS = (
     ("rebalance", "rebalance_cmd", "rebalance", False),
     ("audit", "audit_cmd", "audit", True),
     ("convert", "convert_cmd", "convert", False),
+    ("symmetry", "symmetry_cmd", "symmetry", False),
     ("report", "report_cmd", "report", False),
     ("run", "run_cmd", "run", True),
     ("resume", "run_cmd", "resume", True),

@@ -164,6 +164,8 @@ class DiagnoseRecord(CurvesRecord, total=False):
     pose_errors: dict[str, Any]
     map_to_truth: dict[str, Any]
     true_poses: dict[str, Any]
+    symmetry_proposal: dict[str, Any]
+    """Point group that the half-maps have, if it was asked for (``physics.symmetry_proposal``)."""
     verdict: VerdictRecord
     emdb_flags: list[dict[str, Any]]
     """See `cryoiso.methods.assess.emdb_flags`."""

@@ -40,8 +40,9 @@ __all__ = ["MrcHeader", "build_header", "copy_labelled", "parse_header", "read_h
            "write_map", "write_stack"]  # fmt: skip
 
 PIXEL_SIZE_HINT = (
-    "Give it: pixel_size_A under [reference] in the job file, or on the command line --pixel-size (diagnose, correct), "
-    "--map-pixel-size (reference) or --ref-pixel-size (refine, classify, realign, ctf-refine, micelle, auxiliary)."
+    "Give it: pixel_size_A under [reference] in the job file, or on the command line --pixel-size (diagnose, correct, "
+    "symmetry), --map-pixel-size (reference) or --ref-pixel-size (refine, classify, realign, ctf-refine, micelle, "
+    "auxiliary)."
 )
 
 MAX_MAP_PX = 2048

@@ -36,6 +36,20 @@ class Placement:
         placed_A: np.ndarray = (-xyz if self.mirrored else xyz) @ self.rotation.T + self.shift_A
         return placed_A
 
+    def poses(
+        self, rotation: Float[np.ndarray, "n 3 3"], shift_A: Float[np.ndarray, "n 2"]
+    ) -> tuple[Float[np.ndarray, "n 3 3"], Float[np.ndarray, "n 2"]]:
+        """Poses in the target's frame, of images whose poses are in the moving map's: the same projections.
+
+        A point p' = R p + d of the target is A p in the image, so A' = A R^T, and the origin moves by (A' d) in x and
+        y. Not for a mirror image.
+
+        Args:
+            rotation: (n, 3, 3) A; shift_A: (n, 2) RELION's origins.
+        """
+        turned = np.asarray(rotation, np.float64) @ self.rotation.T
+        return turned, np.asarray(shift_A, np.float64) + (turned @ self.shift_A)[:, :2]
+
     def after(self, first: Placement) -> Placement:
         """The placement that applies ``first`` (not mirrored) and then this one."""
         sign = -1 if self.mirrored else 1

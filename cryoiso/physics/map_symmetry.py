@@ -107,12 +107,12 @@ def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> Map
         return MapSymmetry(name, "has it", 1.0, max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A))
     ops = point_group(name)[1:]
     density = fs.reduced_map(density, REDUCED_TO_A)
-    finest = _finest_A(density)
+    finest = finest_A(density)
     score = _score(_self_pair(density, finest), ops)
     if score >= CLEAR:
         return MapSymmetry(name, "has it", score, finest)
     found = find_frame(density, name, finest)
-    if found is not None and found.score > score + BETTER and _is_real(density, found, name, lowpass_A):
+    if found is not None and found.score > score + BETTER and is_real(density, found, name, lowpass_A):
         turn = cryosparc_turn(name)
         theirs = turn is not None and _score(_self_pair(density, finest), turn.T @ ops @ turn) > score + BETTER
         return MapSymmetry(name, "elsewhere", score, finest, found, theirs)
@@ -134,11 +134,13 @@ def filled_to_A(density: DensityMap) -> float:
     return box_px * density.pixel_size_A / max(int(filled[-1]) if len(filled) else 1, 3)
 
 
-def _finest_A(density: DensityMap) -> float:
+def finest_A(density: DensityMap) -> float:
+    """Resolution of the first check of a map."""
     return max(CHECKED_AT_A[0], 2.5 * density.pixel_size_A, filled_to_A(density))
 
 
-def _is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float) -> bool:
+def is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float) -> bool:
+    """Whether a frame that was found has the group: by its score, or by what noise hides alike."""
     if frame.score >= FOUND or frame.score < DOUBTFUL:
         return frame.score >= FOUND
     return _seen_through_noise(apply_fit(density, frame), name, lowpass_A) is not None
@@ -147,7 +149,7 @@ def _is_real(density: DensityMap, frame: Placement, name: str, lowpass_A: float)
 def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tuple[float, float] | None:
     """Score and resolution at which a noisy map has the group in the standard frame; None if at none."""
     ops = point_group(name)[1:]
-    finest = _finest_A(density)
+    finest = finest_A(density)
     for resolution in sorted({finest, max(finest, *CHECKED_AT_A, lowpass_A)}):
         pair = _self_pair(density, resolution)
         classes = _class_means(pair.score(ops, np.zeros((len(ops), 3))), ops)
@@ -157,7 +159,13 @@ def _seen_through_noise(density: DensityMap, name: str, lowpass_A: float) -> tup
     return None
 
 
-def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT_A[0]) -> Placement | None:
+SelfRotations = dict[int, list[Placement]]
+"""Fold -> rotations by 360/fold degrees that best map a density onto itself, about its own axes."""
+
+
+def find_frame(
+    density: DensityMap, group: str, resolution_A: float = CHECKED_AT_A[0], searched: SelfRotations | None = None
+) -> Placement | None:
     """The placement that brings a map's own symmetry axes into the standard frame; its score is that of the placed map.
 
     The rotations that map the density onto itself are searched: the angle of a generator of the group, every axis,
@@ -169,6 +177,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
         density: any map.
         group: point group other than C1.
         resolution_A: of the search.
+        searched: the map's rotations of this resolution that are known already; others are added.
 
     Returns:
         None if no rotation of the map onto itself was found.
@@ -180,7 +189,7 @@ def find_frame(density: DensityMap, group: str, resolution_A: float = CHECKED_AT
     turn = cryosparc_turn(name)
     if turn is not None:
         candidates.insert(0, Placement(turn, np.zeros(3), 0.0))
-    candidates += _candidates(density, name, resolution_A)
+    candidates += _candidates(density, name, resolution_A, {} if searched is None else searched)
     ops = point_group(name)[1:]
     pair = _self_pair(density, resolution_A, fs.FULL)
     middle = pair.body.centre_A
@@ -224,30 +233,39 @@ def _least_turned(placement: Placement, name: str) -> Placement:
     return replace(placement, rotation=turns[nearest], shift_A=ops[nearest] @ placement.shift_A)
 
 
-def _candidates(density: DensityMap, name: str, resolution_A: float) -> list[Placement]:
+def _candidates(density: DensityMap, name: str, resolution_A: float, searched: SelfRotations) -> list[Placement]:
     """Frames compatible with the map's rotations onto itself, the best rotations first."""
     first, *others = generators(name)
-    found = [_self_rotations(density, fold, resolution_A) for fold, _ in (first, *others[:1])]
+    found = []
+    for fold, _ in (first, *others[:1]):
+        if fold not in searched:
+            searched[fold] = self_rotations(density, fold, resolution_A)
+        found.append(searched[fold])
     target1 = np.array(first[1], np.float64)
     frames = []
     for main in found[0]:
         for sign in (1.0, -1.0):
-            axis = sign * _axis(main.rotation)
+            axis = sign * axis_of(main.rotation)
             if not others:
                 if axis[2] >= 0:
                     frames.append((_onto(target1, axis), [main]))
                 continue
             target2 = np.array(others[0][1], np.float64)
             for second in found[1]:
-                other = _axis(second.rotation)
+                other = axis_of(second.rotation)
                 for axis2 in (other, -other):
                     if abs(np.dot(axis, axis2) - np.dot(target1, target2)) < 0.15:
                         frames.append((_onto(np.stack([target1, target2]), np.stack([axis, axis2])), [main, second]))
     return [Placement(frame, -frame @ _fixed_point(parts), 0.0) for frame, parts in frames]
 
 
-def _self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list[Placement]:
-    """Rotations by 360/fold degrees, about any axis at any position, that best map the density onto itself."""
+def self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list[Placement]:
+    """Rotations by 360/fold degrees, about any axis at any position, that best map the density onto itself, best
+    first.
+
+    Args:
+        density: on a grid of at most the finest information that is used (``fit_search.reduced_map``).
+    """
     count = round(4 * np.pi / np.radians(AXIS_STEP_DEG) ** 2)
     axes = fibonacci_sphere(count)
     axes = np.concatenate([np.eye(3), axes[axes[:, 2] >= 0] if fold == 2 else axes])
@@ -255,7 +273,7 @@ def _self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list
     found = rotation_search(density, rotvec_to_matrix(angle * axes), resolution_A, AXIS_STEP_DEG)
     kept = []
     for placement in found:
-        along = abs(float(_axis(placement.rotation) @ placement.shift_A))
+        along = abs(float(axis_of(placement.rotation) @ placement.shift_A))
         if (
             abs(_angle_deg(placement) - np.degrees(angle)) < 8 and along < 0.4 * resolution_A
         ):  # else another rotation, or a screw
@@ -263,7 +281,8 @@ def _self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list
     return kept
 
 
-def _axis(rotation: np.ndarray) -> np.ndarray:
+def axis_of(rotation: np.ndarray) -> np.ndarray:
+    """(3,) unit vector about which a rotation (3, 3) turns."""
     from scipy.spatial.transform import Rotation
 
     vector = Rotation.from_matrix(rotation).as_rotvec()

@@ -25,6 +25,9 @@ PATHS = (
     ("audit", "background"),
 )
 
+AUTO = "auto"
+"""Symmetry of a job that asks for a proposal."""
+
 
 def read_job(path: Path) -> tuple[str, Job]:
     """The text of a job file and the job in it, with absolute paths.
@@ -45,7 +48,27 @@ def read_job(path: Path) -> tuple[str, Job]:
         raise UsageError(str(error), code=error.code) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}", code="toml-malformed") from None
-    return text, with_absolute_paths(parse_job(data, path), path.absolute().parent)
+    job = without_auto(parse_job(data, path), path)
+    return text, with_absolute_paths(job, path.absolute().parent)
+
+
+def without_auto(job: Job, path: Path) -> Job:
+    """The job with the symmetry C1 and a proposal at the end in place of "auto".
+
+    Raises:
+        UsageError: a workflow in which more follows from the symmetry than one refinement.
+    """
+    if job.sample.symmetry.strip().lower() != AUTO:
+        return job
+    if job.run.workflow != "refine":
+        raise UsageError(
+            f"{path}: sample.symmetry = 'auto' refines in C1 and proposes a point group; that is for the workflow "
+            f"'refine' (found '{job.run.workflow}'). Name the group here once it is known, or C1.",
+            code="options-conflict",
+        )
+    copy = job.model_copy(deep=True)
+    copy.sample.symmetry, copy.sample.propose_symmetry = "C1", True
+    return copy
 
 
 def read_resolved(run: RunFolder) -> tuple[str, Job]:

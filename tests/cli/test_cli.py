@@ -20,7 +20,7 @@ from cryoiso.io.mrc import read_map, write_map
 COMMANDS = (
     "init", "doctor", "plan", "benchmark", "launch", "simulate", "ingest", "reference", "refine", "realign",
     "reconstruct", "classify", "ctf-refine", "correct", "micelle", "auxiliary", "hook", "diagnose",
-    "rebalance", "audit", "convert", "report", "run", "resume", "verify", "replay",
+    "rebalance", "audit", "convert", "symmetry", "report", "run", "resume", "verify", "replay",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
 

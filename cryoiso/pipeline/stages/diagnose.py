@@ -64,4 +64,11 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
     )  # fmt: skip
     if run.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
         numbers["notes"].append(SHARED_NETWORK)
+    if job.sample.propose_symmetry:
+        from cryoiso.physics.symmetry_proposal import propose_symmetry
+
+        proposed = propose_symmetry(half1, half2)
+        logger.info("%s", proposed.words)
+        numbers["symmetry_proposal"] = proposed.facts()
+        numbers["notes"].append(f"Symmetry proposed from the half-maps, not imposed: {proposed.words}")
     write_json(run.folder.stage("diagnose") / products.facts("diagnose"), numbers)

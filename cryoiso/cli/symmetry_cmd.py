@@ -1,0 +1,50 @@
+"""``cryoiso symmetry``: propose the point group of a map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cryoiso.cli.common import echo
+
+if TYPE_CHECKING:
+    from cryoiso.physics.symmetry_proposal import Proposal
+
+
+def symmetry(
+    map1: Annotated[Path, typer.Argument(metavar="MAP", help="Map refined in C1 (MRC), or its first half-map.")],
+    map2: Annotated[Path | None, typer.Argument(metavar="HALF2", help="The second half-map.")] = None,
+    particles: Annotated[
+        Path | None, typer.Option(help="STAR or .cs file with the poses, to be rotated with the map.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("symmetry"),
+    max_fold: Annotated[int, typer.Option(min=2, max=100, help="Largest n of Cn and Dn.")] = 12,
+    pixel_size: Annotated[float | None, typer.Option(help="Pixel size, if the headers are wrong.  [Å]")] = None,
+) -> None:
+    """Propose the point group of a map that was refined without one.
+
+    Tests Cn and Dn, T, O and I about all axes, against random rotations. Two half-maps tell a symmetric particle from
+    one that is only nearly so. Writes symmetry.json and, if a group was found, the maps and particles in its standard
+    frame. Nothing is imposed.
+    """
+    from cryoiso.pipeline.commands.symmetry import symmetry_files
+
+    found, written = symmetry_files(
+        map1, map2, out, particles=particles, max_fold=max_fold, pixel_size_A=pixel_size
+    )  # fmt: skip
+    echo("\n".join(_lines(found)))
+    echo("\n".join(str(path) for path in written))
+
+
+def _lines(found: Proposal) -> list[str]:
+    null = found.folds[0]
+    lines = [f"fold  correlation  (random rotations: {null.null_mean:.2f} on average, 90 % below {null.null_high:.2f})"]
+    lines += [f"{test.fold:4d}  {test.score:11.2f}" + ("  *" if test.stands_out else "") for test in found.folds]
+    if found.groups:
+        lines.append("group  correlation  over half-maps")
+    for test in found.groups:
+        ratio = "-" if test.ratio is None else f"{test.ratio:.3f}"
+        lines.append(f"{test.group:5s}  {test.frame.score:11.2f}  {ratio:>14s}  {test.finding}")
+    return [*lines, found.words]
