@@ -307,7 +307,7 @@ def test_resuming_gives_the_same_bits(few, tmp_path):
 # --- the other implementation of the heavy steps
 
 
-def torch_scores(white, volume, particle, rotation, shift_px, spacing_px):
+def torch_scores(white, volume, particle, rotation, shift_px, spacing_px, together=1):
     rotation = with_magnification(rotation, white.magnification)
     return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
 

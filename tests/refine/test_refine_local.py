@@ -97,8 +97,8 @@ class Counter:
     def __init__(self, function) -> None:
         self.function, self.count = function, 0
 
-    def __call__(self, *arguments):
-        return self.counted(self.function(*arguments))
+    def __call__(self, *arguments, **named):
+        return self.counted(self.function(*arguments, **named))
 
     def counted(self, found):
         self.count += found.numel()

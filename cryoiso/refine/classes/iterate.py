@@ -159,7 +159,7 @@ class Classification:
             SliceAccumulator.empty(run.box, radius, run.settings.padding, run.device) for _ in range(model.classes)
         ]
         scale = self._weight_scale(model)
-        for auxiliary in run.kinds:
+        for auxiliary in (False,) if run.raw.all() else (False, True):
             batches = run.batches(half, auxiliary, radius, model.state.iteration, KeptSearches(None))
             for batch in map(self.intensity.of, batches):
                 white = whiten(batch, model.sigma2)
