@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cryoiso.core.config import Job
 
-LEAST, MOST = 1000, 20_000
+LEAST, MOST = 700, 20_000
 """Particles of a control by default: fewer decide nothing, more sharpen nothing."""
 COST = 1.8
 """Refinements of all particles that the controls together may cost by default."""
