@@ -247,6 +247,24 @@ def test_a_program_that_reads_one_stack_and_cistems_table(data, tmp_path):
     np.testing.assert_array_equal(kept, source.read(np.flatnonzero(posed.half == 2)))
 
 
+def test_the_script_for_cistem_answers_refine3ds_questions(data, tmp_path):
+    """A stand-in for refine3d notes the answers, and returns the table: 49 of them, at their places."""
+    refine3d = tmp_path / "refine3d"
+    refine3d.write_text("#!/bin/sh\ncat > answers\ncp $(sed -n 2p answers) $(sed -n 7p answers)\n")
+    refine3d.chmod(0o755)
+    script = Path(__file__).parents[2] / "launch" / "engines" / "cistem.sh"
+    head = script.read_text()
+    run = head.split('run = "cistem.sh ')[1].split('"')[0]
+    section = CommandSection(run=f"env REFINE3D={refine3d} {script} {run}", out_half="", rounds=2)
+    CommandEngine().refine(request(data, tmp_path / "o", section))
+    for round_, search in ((1, "Yes"), (2, "No")):
+        folder = tmp_path / f"o/command/round-{round_:02d}/half2"
+        answers = (folder / "answers").read_text().splitlines()
+        assert len(answers) == 49 and answers[0] == str(folder / "particles_in.mrcs")
+        assert answers[8:16] == ["C3", "1", "0", "1.0", "7", "500", "0.0", "70"]
+        assert answers[33] == search and answers[44:] == ["Yes", "No", "Yes", "No", "4"]
+
+
 def _noisy(density, seed):
     noise = np.random.default_rng(seed).normal(size=density.data.shape).astype(np.float32)
     return replace(density, data=density.data + 0.1 * density.data.std() * noise)
