@@ -85,7 +85,7 @@ def test_half_maps_from_its_poses_and_a_reference_per_half(data, tmp_path):
         folder = tmp_path / f"o/command/round-02/half{half}"
         given = read_particles(folder / "particles_in.star", "", ("pose",))
         assert set(given.half.tolist()) == {half} and given.rotation is not None
-        reference = read_map(folder / "reference.mrc").data
+        reference = read_map(folder / "reference_in.mrc").data
         assert fsc(reference, truth)[1:4].min() > 0.8
         assert (tmp_path / f"o/command/round-01/half{half}/done").exists()
     record = json.loads((tmp_path / "o/refine.json").read_text())
@@ -195,7 +195,7 @@ def test_references_are_corrected_between_rounds(data, tmp_path):
     section = command(data, before="env SECOND={reference2}", rounds=2)
     CommandEngine().refine(request(data, tmp_path / "o", section, correction=Turned()))
     first = read_map(tmp_path / "o/command/round-01/half1.mrc").data
-    second = read_map(tmp_path / "o/command/round-02/reference1.mrc").data
+    second = read_map(tmp_path / "o/command/round-02/reference1_in.mrc").data
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] < -0.3
     history = json.loads((tmp_path / "o/refine.json").read_text())["iterations"]
     assert history[0]["correction"]["applied"] and "correction" not in history[1]
