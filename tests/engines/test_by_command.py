@@ -22,8 +22,10 @@ from cryoiso.engines.by_command.engine import CommandEngine, require_command
 from cryoiso.engines.by_command.template import template_of
 from cryoiso.io import read_map, read_particles
 from cryoiso.io.cistem import read_cistem, read_par, write_cistem, write_par
-from cryoiso.io.sources import StackSource
+from cryoiso.io.sources import ArraySource, StackSource
+from cryoiso.methods.auxiliary.corefine import co_refine
 from cryoiso.metrics.fsc_curve import fsc
+from cryoiso.parallel.context import Context
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.stages.engines import require_engine
@@ -199,6 +201,23 @@ def test_references_are_corrected_between_rounds(data, tmp_path):
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] < -0.3
     history = json.loads((tmp_path / "o/refine.json").read_text())["iterations"]
     assert history[0]["correction"]["applied"] and "correction" not in history[1]
+
+
+def test_a_co_refinement_gives_half_maps_of_the_raw_particles_alone(data, tmp_path):
+    """The auxiliary particles go through the program with their flag, and leave no trace in the half-maps."""
+    section = command(data, files=NO_MAPS, before="env HALF={half}", out_half="")
+    plain = request(data, tmp_path / "plain", section)
+    CommandEngine().refine(plain)
+    p = plain.source.particles
+    others = ArraySource(np.flip(plain.source.read(np.arange(len(p))), 0), replace(p, uid=p.uid + np.uint64(1)))
+    found = co_refine(CommandEngine(), request(data, tmp_path / "joint", section), others, Context(), pooled=True)
+    truth = read_particles(data / "truth.star", "", ("pose",))
+    assert np.abs(found.raw.rotation - truth.rotation).max() < 1e-7 and len(found.auxiliary) == len(p)
+    for name in ("half1.mrc", "half2.mrc"):
+        assert (tmp_path / "joint" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    given = read_particles(tmp_path / "joint/command/round-01/half1/particles_in.star", "", ())
+    flags = given.table["cryoisoAuxiliary"].tolist()
+    assert flags.count("1") == flags.count("0") == (p.half == 1).sum()
 
 
 def test_cistems_tables(data, tmp_path):
