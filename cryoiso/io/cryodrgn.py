@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import Particles
 from cryoiso.io.atomic import atomic_write
 from cryoiso.io.star.write import write_particles
 
-POSES, CTF, IMAGES = "poses.pkl", "ctf.pkl", "particles.star"
+POSES, CTF, IMAGES = "poses.pkl", "ctf.pkl", products.PARTICLES
 
 
 def require_one_grid(particles: Particles, file: object) -> None:

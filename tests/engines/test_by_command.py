@@ -22,8 +22,10 @@ from cryoiso.engines.by_command.engine import CommandEngine, require_command
 from cryoiso.engines.by_command.template import template_of
 from cryoiso.io import read_map, read_particles
 from cryoiso.io.cistem import read_cistem, read_par, write_cistem, write_par
-from cryoiso.io.sources import StackSource
+from cryoiso.io.sources import ArraySource, StackSource
+from cryoiso.methods.auxiliary.corefine import co_refine
 from cryoiso.metrics.fsc_curve import fsc
+from cryoiso.parallel.context import Context
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.stages.engines import require_engine
@@ -85,7 +87,7 @@ def test_half_maps_from_its_poses_and_a_reference_per_half(data, tmp_path):
         folder = tmp_path / f"o/command/round-02/half{half}"
         given = read_particles(folder / "particles_in.star", "", ("pose",))
         assert set(given.half.tolist()) == {half} and given.rotation is not None
-        reference = read_map(folder / "reference.mrc").data
+        reference = read_map(folder / "reference_in.mrc").data
         assert fsc(reference, truth)[1:4].min() > 0.8
         assert (tmp_path / f"o/command/round-01/half{half}/done").exists()
     record = json.loads((tmp_path / "o/refine.json").read_text())
@@ -195,10 +197,27 @@ def test_references_are_corrected_between_rounds(data, tmp_path):
     section = command(data, before="env SECOND={reference2}", rounds=2)
     CommandEngine().refine(request(data, tmp_path / "o", section, correction=Turned()))
     first = read_map(tmp_path / "o/command/round-01/half1.mrc").data
-    second = read_map(tmp_path / "o/command/round-02/reference1.mrc").data
+    second = read_map(tmp_path / "o/command/round-02/reference1_in.mrc").data
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] < -0.3
     history = json.loads((tmp_path / "o/refine.json").read_text())["iterations"]
     assert history[0]["correction"]["applied"] and "correction" not in history[1]
+
+
+def test_a_co_refinement_gives_half_maps_of_the_raw_particles_alone(data, tmp_path):
+    """The auxiliary particles go through the program with their flag, and leave no trace in the half-maps."""
+    section = command(data, files=NO_MAPS, before="env HALF={half}", out_half="")
+    plain = request(data, tmp_path / "plain", section)
+    CommandEngine().refine(plain)
+    p = plain.source.particles
+    others = ArraySource(np.flip(plain.source.read(np.arange(len(p))), 0), replace(p, uid=p.uid + np.uint64(1)))
+    found = co_refine(CommandEngine(), request(data, tmp_path / "joint", section), others, Context(), pooled=True)
+    truth = read_particles(data / "truth.star", "", ("pose",))
+    assert np.abs(found.raw.rotation - truth.rotation).max() < 1e-7 and len(found.auxiliary) == len(p)
+    for name in ("half1.mrc", "half2.mrc"):
+        assert (tmp_path / "joint" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    given = read_particles(tmp_path / "joint/command/round-01/half1/particles_in.star", "", ())
+    flags = given.table["cryoisoAuxiliary"].tolist()
+    assert flags.count("1") == flags.count("0") == (p.half == 1).sum()
 
 
 def test_cistems_tables(data, tmp_path):
@@ -245,6 +264,24 @@ def test_a_program_that_reads_one_stack_and_cistems_table(data, tmp_path):
     assert (result.particles.results["cisTEMScore"] == 0).all()
     kept = np.fromfile(tmp_path / "o/command/round-01/half2/kept", "<f4", offset=1024).reshape(-1, 24, 24)
     np.testing.assert_array_equal(kept, source.read(np.flatnonzero(posed.half == 2)))
+
+
+def test_the_script_for_cistem_answers_refine3ds_questions(data, tmp_path):
+    """A stand-in for refine3d notes the answers, and returns the table: 49 of them, at their places."""
+    refine3d = tmp_path / "refine3d"
+    refine3d.write_text("#!/bin/sh\ncat > answers\ncp $(sed -n 2p answers) $(sed -n 7p answers)\n")
+    refine3d.chmod(0o755)
+    script = Path(__file__).parents[2] / "launch" / "engines" / "cistem.sh"
+    head = script.read_text()
+    run = head.split('run = "cistem.sh ')[1].split('"')[0]
+    section = CommandSection(run=f"env REFINE3D={refine3d} {script} {run}", out_half="", rounds=2)
+    CommandEngine().refine(request(data, tmp_path / "o", section))
+    for round_, search in ((1, "Yes"), (2, "No")):
+        folder = tmp_path / f"o/command/round-{round_:02d}/half2"
+        answers = (folder / "answers").read_text().splitlines()
+        assert len(answers) == 49 and answers[0] == str(folder / "particles_in.mrcs")
+        assert answers[8:16] == ["C3", "1", "0", "1.0", "7", "500", "0.0", "70"]
+        assert answers[33] == search and answers[44:] == ["Yes", "No", "Yes", "No", "4"]
 
 
 def _noisy(density, seed):

@@ -39,7 +39,7 @@ def main(how: str, particles: str, reference: str, out: str, half1: str, half2: 
         if how == "halves":
             row[labels.index("_rlnRandomSubset")] = "1"
         own = [value for label, value in zip(labels, row, strict=True) if label not in POSE]
-        found = known[row[labels.index("_cryoisoUid")]]
+        found = known.get(row[labels.index("_cryoisoUid")], ["0"] * len(true_labels))
         lines.append(" ".join([*own, *(found[true_labels.index(label)] for label in POSE)]))
     Path(out).write_text("\n".join(lines) + "\n")
     import numpy as np

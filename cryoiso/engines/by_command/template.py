@@ -13,14 +13,14 @@ from cryoiso.core.protocols import RefineRequest
 
 KEY = "command.run"
 PARTICLES, CISTEM, PAR, STACK = "particles_in.star", "particles_in.cistem.star", "particles_in.par", "particles_in.mrcs"
-REFERENCE, UNFILTERED, MASK = "reference.mrc", "reference_unfiltered.mrc", "mask.mrc"
+REFERENCE, UNFILTERED, MASK = "reference_in.mrc", "reference_unfiltered.mrc", "mask_in.mrc"
 ONE_STACK = ("stack", "cistem", "par")
 """Placeholders of programs that read one stack in the order of their table."""
 
 
 def reference_of(half: int) -> str:
     """Reference of a half-set."""
-    return f"reference{half}.mrc"
+    return f"reference{half}_in.mrc"
 
 
 @dataclass(frozen=True)
