@@ -64,6 +64,6 @@ def _require_effect(refine: RefineSection) -> None:
 
     if refine.junk:
         raise UsageError("--refine junk: no effect on a classification; give --junk", code="options-conflict")
-    for key in ("scale", "image_mask"):
-        if getattr(refine, key) != "none":
+    for key in ("scale", "image_mask", "relax_symmetry"):
+        if getattr(refine, key) not in ("none", ""):
             raise UsageError(f"--refine {key}: no effect on a classification; leave it out", code="options-conflict")
