@@ -76,5 +76,6 @@ def _require_effect(refine: RefineSection) -> None:
             "--refine scale: a classification estimates no intensities, it uses those of the file; leave it out",
             code="options-conflict",
         )
-    if refine.image_mask != "none":
-        raise UsageError("--refine image_mask: no effect on a classification; leave it out", code="options-conflict")
+    for key in ("image_mask", "relax_symmetry"):
+        if getattr(refine, key) not in ("none", ""):
+            raise UsageError(f"--refine {key}: no effect on a classification; leave it out", code="options-conflict")

@@ -21,6 +21,7 @@ REFERENCE = keys(
 SEARCH = keys(
     "refine", "Search", "max_iterations", "healpix_order", "local_deg", "shift_range_A", "shift_step_A",
     "finest_step_deg", "max_resolution_A", "stalled_iterations", "junk", "image_mask",
+    "relax_symmetry",
 )  # fmt: skip
 REGULARISATION = keys(
     "refine", "References and resolution", "padding", "join_halves_A", "solvent_mask", "regularisation", "weighted_fsc",

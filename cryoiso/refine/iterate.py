@@ -42,6 +42,7 @@ from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.model import Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.reference_shares import ReferenceShares
+from cryoiso.refine.relaxation import Relaxation
 from cryoiso.refine.schedule import State
 from cryoiso.refine.search import Given, Searcher, SearchPlan
 from cryoiso.refine.search_cache import KeptSearches
@@ -72,6 +73,7 @@ class Refinement:
         else:
             self.rotations = schedule.local_grid(order, request.local_deg).to(device)
             self.particles.require_poses()
+        self.relaxation = Relaxation.of_request(request)
         centre_px = offsets.given_centres_px(self.particles)
         self.has_offsets = centre_px is not None
         self.centre_px = np.zeros((len(self.particles), 2)) if centre_px is None else centre_px
@@ -123,12 +125,14 @@ class Refinement:
         )
         return replace(plan, shifts_px=plan.shifts_px.to(self.device))
 
-    def given(self, rows: np.ndarray) -> Given | None:
+    def given(self, rows: np.ndarray, iteration: int = 0) -> Given | None:
         """Starting point of the search for these particles: in a local search their poses, in a global one their
         offsets; None without either."""
         centre = self.centre_px[rows]
         if self.request.local_deg is not None:
-            return Given(self._tensor(self.particles.require_poses()[0][rows]), self._tensor(centre))
+            poses = self._tensor(self.particles.require_poses()[0][rows])
+            near = Given(poses, self._tensor(centre))
+            return near if self.relaxation is None else self.relaxation.of(near, self.particles.uid[rows], iteration)
         if not self.has_offsets:
             return None
         return Given(None, self._tensor(centre))
@@ -172,12 +176,12 @@ class Refinement:
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
                 for batch in map(model.intensity.of, self.batches(half, auxiliary, radius, state.iteration, kept)):
                     scored = batch if mask is None else mask.of(batch)
-                    white = whiten(scored, model.sigma2)
+                    white, given = whiten(scored, model.sigma2), self.given(batch.rows, state.iteration)
                     posterior = kept.get(batch.rows, self.device)
                     if posterior is None:
-                        posterior = searcher.search(scored, white, self.given(batch.rows))
+                        posterior = searcher.search(scored, white, given)
                         kept.put(batch.rows, posterior)
-                    posterior = junk.weighed(scored, white, posterior, self.given(batch.rows))
+                    posterior = junk.weighed(scored, white, posterior, given)
                     whole = white if scored is batch else whiten(batch, model.sigma2)
                     accumulate(batch, whole, posterior, volume, accumulator, noise, scale, images, scored)
                     if not auxiliary:
@@ -195,7 +199,8 @@ class Refinement:
         new = self._maximise(model, sums, noise, intensity, counts, rotation, shift_px, columns, plan, seconds)
         if self.auxiliaries.left_out and len(kinds) == 1:
             new.keep_poses(model, ~self.raw)
-        return replace(new, junk=junk.learned(rotation, self.raw))
+        new = replace(new, junk=junk.learned(rotation, self.raw))
+        return new if self.relaxation is None else self.relaxation.settled(new, model.rotation, self.raw, self.comm)
 
     def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
         """Store for this iteration's search results (collective)."""

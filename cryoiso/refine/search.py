@@ -80,21 +80,41 @@ class Given:
     """(B, 3, 3) float32; None in a global search."""
     shift_px: Float[Tensor, "n 2"]
     """(B, 2) float32, of the content."""
+    copies: Float[Tensor, "g 3 3"] | None = None
+    """(G, 3, 3) operations S: a local search stays near A S for every one of them; None: near A."""
 
     def near(self) -> Given | None:
         """Itself for a local search, None for a global one."""
         return None if self.rotation is None else self
 
     def take(self, rows: slice | Tensor) -> Given:
-        return Given(None if self.rotation is None else self.rotation[rows], self.shift_px[rows])
+        return replace(
+            self, rotation=None if self.rotation is None else self.rotation[rows], shift_px=self.shift_px[rows]
+        )
 
     def centre(self, white: Whitened) -> Whitened:
         """The images with their content moved back by the given shifts, so that a search finds the remaining shift."""
         return replace(white, data=white.data * shift_factors(white.where, self.shift_px))
 
     def turned(self, turns: Float[Tensor, "j 3 3"]) -> Float[Tensor, "n j 3 3"]:
-        """(B, J, 3, 3): every given rotation combined with every one of ``turns`` (J, 3, 3)."""
-        return torch.einsum("jik,bkl->bjil", turns, self._rotation())
+        """(B, J, 3, 3): every given rotation combined with every one of ``turns`` (J, 3, 3); (B, J G, 3, 3) with
+        copies, those of a turn one after the other."""
+        near = torch.einsum("jik,bkl->bjil", turns, self._rotation())
+        if self.copies is None:
+            return near
+        return torch.einsum("bjil,glm->bjgim", near, self.copies).flatten(1, 2)
+
+    def taken(self, turns: Float[Tensor, "j 3 3"], index: Int[Tensor, "n m"]) -> Float[Tensor, "n m 3 3"]:
+        """(B, M, 3, 3): those of ``turned`` at ``index`` (B, M)."""
+        if self.copies is None:
+            return turns[index] @ self._rotation()[:, None]
+        count = len(self.copies)
+        return turns[index // count] @ self._rotation()[:, None] @ self.copies[index % count]
+
+    @property
+    def copy_count(self) -> int:
+        """Number of poses that a local search stays near, per image."""
+        return 1 if self.copies is None else len(self.copies)
 
     def _rotation(self) -> Tensor:
         assert self.rotation is not None  # asked for in local searches only
@@ -104,8 +124,10 @@ class Given:
         self, rotation: Float[Tensor, "r c 3 3"], particle: Int[Tensor, " r"], limit_deg: float
     ) -> Bool[Tensor, "r c"]:
         """(R, C): which of ``rotation`` (R, C, 3, 3) are within an angle of those given for their ``particle`` (R,)."""
+        given = self._rotation()[:, None]
+        given = given if self.copies is None else given @ self.copies
         # |A - B|^2 = 8 sin^2(angle / 2), exact for small angles
-        distance2 = (rotation - self._rotation()[particle][:, None]).square().sum((-2, -1))
+        distance2 = (rotation[:, :, None] - given[particle][:, None]).square().sum((-2, -1)).amin(2)
         near: Tensor = distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
         return near
 
@@ -195,7 +217,7 @@ class Searcher:
         beam = min(plan.levels[0].beam, len(plan.rotations))
         # in a local search the slices of every image are held too
         width = len(plan.shifts_px) if given is None else max(len(plan.shifts_px), white.where.size)
-        step = max(1, self.block // (width * len(plan.rotations)))
+        step = max(1, self.block // (width * len(plan.rotations) * (1 if given is None else given.copy_count)))
         scores, indices, shift_indices = [], [], []
         for i in range(0, len(white.data), step):
             part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.where, white.magnification)
@@ -211,9 +233,8 @@ class Searcher:
             scores.append(top)
             indices.append(j)
             shift_indices.append(at.gather(1, j))
-        rotation = plan.rotations[torch.cat(indices)]
-        if given is not None:
-            rotation = rotation @ given._rotation()[:, None]
+        chosen = torch.cat(indices)
+        rotation = plan.rotations[chosen] if given is None else given.taken(plan.rotations, chosen)
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
     def _prior_of_grid(self, given: Given | None) -> Tensor:

@@ -27,6 +27,11 @@ class RefineSection(Section):
         le=90,
         description="search only within this angle of the particles' given poses (default: all views)",
     )
+    relax_symmetry: str = Field(
+        "",
+        description="point group that the particle has only nearly: a local search in C1 that looks near all copies of "
+        "each given pose (native engine)",
+    )
     shift_range_A: float | None = Field(None, gt=0, description="largest shift searched (default: a tenth of the box)")
     shift_step_A: float | None = Field(
         None, gt=0, description="coarsest step of the shift search (default: from the resolution)"

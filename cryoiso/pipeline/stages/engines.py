@@ -45,6 +45,8 @@ def require_engine(job: Job) -> None:
     """
     if starts_a_program(job) and job.refine.junk:
         raise UsageError("refine.junk: native engine only", code="options-conflict")
+    if starts_a_program(job) and job.refine.relax_symmetry:
+        raise UsageError("refine.relax_symmetry: native engine only", code="options-conflict")
     if starts_a_program(job) and job.refine.image_mask != "none":
         raise UsageError(
             "refine.image_mask: native engine only; RELION masks with zeros (--zero_mask)", code="options-conflict"
