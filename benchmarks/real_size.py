@@ -3,7 +3,9 @@
 For each box a simulated set of haemagglutinin (C3, even views, coloured noise) is searched once at the full resolution,
 globally from the map alone and locally around its true poses, in a process of one thread. Times are CPU seconds of that
 process, taken around the search and the sums of the particles and around all that an iteration does once, so that a few
-hundred particles tell what a particle costs. Trees take turns, first one set with all of them, then the next.
+hundred particles tell what a particle costs. The reference is the map that the images were made of, on their grey
+scale, so that the test of the reference and the fit of its grey scale are left out. Trees take turns, first one set
+with all of them, then the next.
 
     python benchmarks/real_size.py [--work FOLDER] [--boxes 48 128 256] [--tree NAME=PATH ...] [--out FILE]
 """
@@ -84,8 +86,11 @@ def refine(tree: Path, box: int, search: str, folder: Path, out: Path) -> dict[s
 def child(counted: Path, arguments: list[str]) -> None:
     """The program, with CPU seconds of the search, of the sums and of the whole iteration."""
     from cryoiso.cli.main import main as cryoiso
-    from cryoiso.refine import iterate, search
+    from cryoiso.refine import initial_model, iterate, search
 
+    # the reference is the signal of the images itself
+    initial_model.require_match = lambda *_args, **_keys: None
+    initial_model.grey_scale = lambda *_args, **_keys: 1.0
     empty = iterate.SliceAccumulator.empty
 
     def touched(*args: Any, **kwargs: Any) -> Any:
@@ -124,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boxes", type=int, nargs="+", default=sorted(SETS), choices=sorted(SETS))
     parser.add_argument("--tree", action="append", default=[], metavar="NAME=PATH", help="source trees to compare")
+    parser.add_argument("--compiled", action="store_true", help="kernels are compiled and kept already")
     parser.add_argument("--shared", type=Path, default=harness.SHARED)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "real_size.json")
@@ -131,7 +137,9 @@ def main() -> None:
     trees = dict(one.split("=", 1) for one in options.tree) or {"now": str(harness.REPO)}
     rows: list[dict[str, Any]] = []
     with harness.work_folder(options.work) as work:
-        for name, path in trees.items():  # kernels are compiled, and kept for the runs that count
+        for name, path in (
+            () if options.compiled else trees.items()
+        ):  # kernels are compiled, and kept for the runs that count
             prepare(min(SETS), options.shared / "data", work / f"set{min(SETS)}")
             out = work / f"{name}-first"
             shutil.rmtree(out, ignore_errors=True)

@@ -30,7 +30,7 @@ UNIT = float(2**32)
 MOST_SAMPLES = 2**23
 """Samples that are sorted at once: 28 B each."""
 RELEASED_VOXELS = 2**21
-"""Voxels that are converted before their memory, 24 B each, is released."""
+"""Voxels that are converted at once, before their memory, 24 B each, is released."""
 
 
 def _mapped(size: int) -> mmap.mmap:
@@ -207,10 +207,17 @@ class SliceAccumulator:
         """The plain torch version of the CPU kernel, for GPUs and as its reference."""
         grid = self.grid
         plane = grid[:, :, 0, :]
-        mate = plane.flip(0, 1) * torch.tensor([1, -1, 1], dtype=torch.int64, device=grid.device)
-        whole = torch.cat([(plane + mate)[:, :, None], grid[:, :, 1:]], dim=2).to(torch.float64) / UNIT
-        numerator = torch.complex(whole[..., 0].float(), whole[..., 1].float())
-        return FourierSums(numerator, whole[..., 2].float(), self.box_px, self.padding, self.radius_px)
+        plane = plane + plane.flip(0, 1) * torch.tensor([1, -1, 1], dtype=torch.int64, device=grid.device)
+        numerator = torch.empty(grid.shape[:3], dtype=torch.complex64, device=grid.device)
+        weight = torch.empty(grid.shape[:3], device=grid.device)
+        step = max(1, RELEASED_VOXELS // plane[0].shape[0] ** 2)
+        for i in range(0, len(grid), step):
+            part = grid[i : i + step].clone()
+            part[:, :, 0] = plane[i : i + step]
+            values = (part.to(torch.float64) / UNIT).float()
+            numerator[i : i + step] = torch.complex(values[..., 0], values[..., 1])
+            weight[i : i + step] = values[..., 2]
+        return FourierSums(numerator, weight, self.box_px, self.padding, self.radius_px)
 
 
 def _bound(data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"]) -> float:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 VIEWS_AT_ONCE = 32
 """Views of one particle that the CPU kernel scores together: few enough for its sums to stay in the cache."""
 
+MOST_SQUARES = 64
+"""Of 3 x 3 shifts that are scored from one slice; beyond, matrix products are used."""
+
 
 @dataclass(frozen=True)
 class Whitened:
@@ -275,7 +278,7 @@ def _squares(
     shift_px: Float[np.ndarray, "shifts 2"],
 ) -> tuple[float, Float[np.ndarray, "squares 2"], Int[np.ndarray, " shifts"]] | None:
     """Squares of 3 x 3 that cover shifts on a square lattice through 0: spacing, centres (x, y), and the place of each
-    shift among the squares' points, y slow. None where the shifts are on no such lattice."""
+    shift among the squares' points, y slow. None where the shifts are on no such lattice, or too many."""
     sizes = np.abs(shift_px[np.abs(shift_px) > 1e-6])
     if not len(sizes):
         return None
@@ -285,6 +288,8 @@ def _squares(
         return None
     square, inside = np.divmod(steps + 1, 3)
     centres, which = np.unique(square, axis=0, return_inverse=True)
+    if len(centres) > MOST_SQUARES:
+        return None
     return spacing, 3.0 * spacing * centres, 9 * which.reshape(-1) + 3 * inside[:, 1] + inside[:, 0]
 
 
