@@ -23,7 +23,7 @@ from cryoiso.parallel import signals
 from cryoiso.pipeline.inputs.placed_model import measure_model
 
 logger = logging.getLogger("cryoiso")
-AUTO_BOX_PX = 320
+AUTO_BOX_PX = 400
 """Largest box in which the local resolution is measured unasked; time grows as its third power."""
 
 
