@@ -49,7 +49,8 @@ def diagnose(
     """Measure half-maps and poses.
 
     Prints global (FSC) and directional resolution (3DFSC, cFAR, FSO), view distribution and sampling (SCF), a verdict
-    and, for simulated particles, the errors of poses and map.
+    and, for simulated particles, the errors of poses and map. With --model, map-model FSC and Q-scores; without
+    half-maps, these alone.
     """
     from cryoiso.pipeline.commands.diagnose import diagnose_files, diagnose_model, write_volume
 

@@ -170,7 +170,7 @@ class DiagnoseRecord(CurvesRecord, total=False):
     emdb_flags: list[dict[str, Any]]
     """See `cryoiso.methods.assess.emdb_flags`."""
     local_resolution: dict[str, Any]
-    """See `cryoiso.metrics.local_resolution`."""
+    """See `cryoiso.metrics.windowed_fsc`."""
     model: dict[str, Any]
     """See `cryoiso.methods.assess.model_map`."""
     notes: list[str]

@@ -10,17 +10,23 @@ if TYPE_CHECKING:
     from cryoiso.metrics.fsc_curve import fsc, fsc_corrected, resolution_at, shell_frequencies, transform
     from cryoiso.metrics.half_maps import check_half_maps
     from cryoiso.metrics.mapmodel import compare_maps, cone_fsc, correlation
+    from cryoiso.metrics.model_comparison import ModelComparison, compare_models
     from cryoiso.metrics.orientation import ViewDistribution, view_distribution
     from cryoiso.metrics.pose_error import PoseErrors, pose_errors
+    from cryoiso.metrics.qscore import q_scores
     from cryoiso.metrics.sampling import Sampling, fourier_sampling, view_efficiency
+    from cryoiso.metrics.windowed_fsc import LocalResolution, local_resolution
 
 __all__ = [
     "ConicalFSC",
+    "LocalResolution",
+    "ModelComparison",
     "PoseErrors",
     "Sampling",
     "ViewDistribution",
     "check_half_maps",
     "compare_maps",
+    "compare_models",
     "cone_fsc",
     "conical_fsc",
     "correlation",
@@ -29,7 +35,9 @@ __all__ = [
     "fsc",
     "fsc3d",
     "fsc_corrected",
+    "local_resolution",
     "pose_errors",
+    "q_scores",
     "resolution_at",
     "resolved_region",
     "shell_frequencies",
@@ -48,8 +56,11 @@ if not TYPE_CHECKING:
             "fsc_curve": ["fsc", "fsc_corrected", "resolution_at", "shell_frequencies", "transform"],
             "half_maps": ["check_half_maps"],
             "mapmodel": ["compare_maps", "cone_fsc", "correlation"],
+            "model_comparison": ["ModelComparison", "compare_models"],
             "orientation": ["ViewDistribution", "view_distribution"],
             "pose_error": ["PoseErrors", "pose_errors"],
+            "qscore": ["q_scores"],
             "sampling": ["Sampling", "fourier_sampling", "view_efficiency"],
+            "windowed_fsc": ["LocalResolution", "local_resolution"],
         },
     )

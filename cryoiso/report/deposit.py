@@ -17,6 +17,7 @@ from cryoiso.report.methods_text import final_counts, methods, warnings, workflo
 from cryoiso.report.records import ReportData
 from cryoiso.report.sharing import for_others
 from cryoiso.report.surface import contour_level, surface_png
+from cryoiso.report.surface_view import LEAST_RANGE
 from cryoiso.report.text import number, section
 from cryoiso.report.view_script import view_script
 
@@ -88,7 +89,7 @@ def _local_range(data: ReportData) -> tuple[float, float] | None:
     """Local resolutions between which colours change."""
     at = section(section(data["diagnose"], "local_resolution"), "percentiles_A")
     low, high = number(at, "5"), number(at, "95")
-    return None if low is None or high is None else (low, max(high, low + 0.1))
+    return None if low is None or high is None else (low, max(high, LEAST_RANGE * low))
 
 
 def _facts(data: ReportData, density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:

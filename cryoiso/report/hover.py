@@ -53,7 +53,7 @@ def _lines(ax: Any) -> dict[str, Any]:
     """Lines with more than two points (thresholds have two); one without a name is named by its axis."""
     lines = []
     for line in ax.get_lines():
-        x, y = np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)
+        x, y = (np.asarray(v, float) for v in (line.get_xdata(orig=False), line.get_ydata(orig=False)))
         if len(x) < 3 or not np.isfinite(y).any():
             continue
         step = -(-len(x) // MOST_POINTS)

@@ -15,8 +15,10 @@ from cryoiso.report.surface import drawn_part, resize, shown_density, surface_pn
 INFERRED, BETWEEN, MEASURED = (213, 94, 0), (232, 232, 228), (0, 114, 178)
 SHARE_STOPS = (INFERRED, BETWEEN, MEASURED)
 """Of the measured share, from 0 to 1."""
-RESOLUTION_STOPS = ((0, 34, 78), (87, 92, 109), (166, 157, 117), (253, 232, 55))
-"""Of the local resolution, from fine to coarse (cividis)."""
+RESOLUTION_STOPS = ((0, 114, 178), (120, 190, 210), (240, 228, 120), (213, 94, 0))
+"""Of the local resolution, from fine to coarse."""
+LEAST_RANGE = 1.15
+"""The coarsest colour is at least this many times the finest one's resolution: noise is not shown as differences."""
 
 
 @dataclass(frozen=True)

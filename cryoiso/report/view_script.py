@@ -42,7 +42,7 @@ def view_script(present: Iterable[str], levels: dict[str, float], local_A: tuple
     ]
     if weighted and local and local_A:
         low, high = local_A
-        lines += [f"# local resolution: dark {low:.1f} A, light {high:.1f} A"]
+        lines += [f"# local resolution: blue {low:.1f} A, orange {high:.1f} A"]
         lines += [f"color sample #{weighted} map #{local} palette {_palette(RESOLUTION_STOPS, low, high)}"]
     if corrected and share:
         lines += ["# orange: inferred by the network; blue: measured"]

@@ -205,7 +205,8 @@ class DiagnoseSection(Section):
     )
     q_sigma_A: float = Field(0.6, gt=0, le=2, description="width of the reference Gaussian of the Q-scores")
     local_resolution: Literal["auto", "yes", "no"] = Field(
-        "auto", description="measure the local resolution; auto: in boxes of up to 320 pixels, where it takes a minute"
+        "auto",
+        description="measure the local resolution; auto: in boxes of up to 400 pixels (less than a minute)",
     )
     local_window_A: float | None = Field(
         None,

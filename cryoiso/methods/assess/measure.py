@@ -13,6 +13,11 @@ Keys of `diagnose` (lists are curves; a number that could not be had is null, a 
     pose_errors: see `cryoiso.metrics.pose_error.PoseErrors.summary`; histogram: edges_deg, all, top, side
     map_to_truth and true_poses: fsc, axial, equatorial, resolution_05_A, axial_A, equatorial_A, correlation,
     frame_rotation, frame_shift_A
+Added by `pipeline.stages.map_numbers`:
+    emdb_flags: list of name, value, threshold, raised, says (`cryoiso.methods.assess.emdb_flags`)
+    local_resolution: window_A, threshold, coarsest_A, percentiles_A (5, 25, 50, 75, 95, inside the mask),
+    share_at_coarsest; frequency_invA and least_fsc of each band
+    model: see `cryoiso.methods.assess.model_map`
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ from cryoiso.io.mrc import write_map
 from cryoiso.methods.assess.emdb_flags import emdb_flags, sentences
 from cryoiso.methods.assess.measure import plain
 from cryoiso.methods.assess.model_map import q_table
-from cryoiso.metrics.local_resolution import local_resolution
+from cryoiso.metrics.windowed_fsc import local_resolution
 from cryoiso.parallel import signals
 from cryoiso.pipeline.inputs.placed_model import measure_model
 
 logger = logging.getLogger("cryoiso")
-AUTO_BOX_PX = 320
+AUTO_BOX_PX = 400
 """Largest box in which the local resolution is measured unasked; time grows as its third power."""
 
 

@@ -180,7 +180,7 @@
       const right = view[0] * a + view[1] * b + view[2] * c, up = view[3] * a + view[4] * b + view[5] * c;
       const near = view[6] * a + view[7] * b + view[8] * c;
       const lit = 0.3 + 0.62 * Math.max(0, -0.42 * right + 0.55 * up + 0.72 * near) + 0.16 * Math.max(0, 0.8 * right + 0.6 * near);
-      light[i] = lit * (0.86 + 0.14 * z[i]);
+      light[i] = 1.12 * lit * (0.88 + 0.12 * z[i]);
     }
     let drawn = 0;
     for (let t = 0; t < mesh.triangles.length; t += 3) {

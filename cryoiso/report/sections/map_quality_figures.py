@@ -24,6 +24,7 @@ from cryoiso.report.canvas import (
     values_of,
 )
 from cryoiso.report.sections.correct import Slices
+from cryoiso.report.surface_view import LEAST_RANGE, RESOLUTION_STOPS
 from cryoiso.report.text import number, numbers_of, section
 
 LOCAL = "local"
@@ -36,17 +37,20 @@ SMOOTH = 5
 
 def local(slices: Slices, d: DiagnoseRecord) -> Picture:
     """Planes of the local resolution inside the mask, and a bar with its percentiles."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     low, high = _range(slices, d)
     inside = [plane > 0.5 for plane in slices.get("mask", [np.ones_like(p) for p in slices[LOCAL]])]
     half_px = _extent_px(inside)
+    colours = LinearSegmentedColormap.from_list("resolution", np.array(RESOLUTION_STOPS) / 255)
     with styled():
         figure, axes = new_figure(9.6, 2.75, ncols=4, width_ratios=(1, 1, 1, 0.9))
         for index, (ax, name) in enumerate(zip(axes[0], _PLANES, strict=False)):
             middle = _middle(half_px, slices[LOCAL][index])
             values = np.ma.masked_where(~inside[index][middle], slices[LOCAL][index][middle])
-            image = ax.imshow(values, cmap="cividis", vmin=low, vmax=high, origin="lower", interpolation="nearest")
+            image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, origin="lower", interpolation="nearest")
             if "map" in slices:
-                plane = slices["map"][index][middle]
+                plane = np.where(inside[index], slices["map"][index], slices["map"][index].min())[middle]
                 level = float(np.percentile(plane, 90))
                 if plane.min() < level < plane.max():
                     ax.contour(plane, (level,), colors=VERMILLION, linewidths=0.8)
@@ -73,7 +77,7 @@ def _range(slices: Slices, d: DiagnoseRecord) -> tuple[float, float]:
     if low is None or high is None:
         every = np.concatenate([plane.ravel() for plane in slices[LOCAL]])
         low, high = (float(v) for v in np.percentile(every, (5, 95)))
-    return low, max(high, low + 0.1)
+    return low, max(high, LEAST_RANGE * low)
 
 
 def _extent_px(inside: list[np.ndarray]) -> int:

@@ -14,7 +14,7 @@ from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.sections.correct import share_words
 from cryoiso.report.surface import contour_level
-from cryoiso.report.surface_view import RESOLUTION_STOPS, Surface, still
+from cryoiso.report.surface_view import LEAST_RANGE, RESOLUTION_STOPS, Surface, still
 from cryoiso.report.text import Entry, Text, number, numbers_of, percent, section
 
 KEY = "measured"
@@ -26,7 +26,7 @@ SHARE_COLOURS = (
     "Blue: the local power came from data; orange: it was inferred by the correction. Do not build into orange parts "
     "without other evidence."
 )
-LOCAL_COLOURS = "Colours: local resolution of the half-maps (dark: fine)."
+LOCAL_COLOURS = "Colours: local resolution of the half-maps (blue: fine)."
 NO_COLOURS = "No network touched this map, and its local resolution was not measured: one colour."
 HALF = 0.5
 """Share of measured power; where less was measured, most of the density is inferred."""
@@ -52,8 +52,9 @@ def collect_surface(folder: Path) -> Surface | None:
         return _surface(density, mask, None)
     inside = local.data[mask.data > 0.5] if mask is not None and mask.box_px == local.box_px else local.data.ravel()
     low, high = np.percentile(inside, (2, 98)) if inside.size else (0.0, 1.0)
+    high = max(high, LEAST_RANGE * low)
     words = (f"{low:.1f} Å", f"{high:.1f} Å")
-    return _surface(density, mask, local.data, (float(low), float(max(high, low + 0.1))), RESOLUTION_STOPS, words)
+    return _surface(density, mask, local.data, (float(low), float(high)), RESOLUTION_STOPS, words)
 
 
 def _read(path: Path) -> DensityMap | None:
@@ -122,7 +123,9 @@ def _sentences(data: ReportData) -> list[str]:
     if _auxiliaries(data):
         said.append("Auxiliary images helped to find poses; none of them is in any map.")
     reach = _reach(data)
-    if reach is not None:
+    if reach is not None and reach > 0.9995:
+        said.append("All directions of Fourier space were measured to the resolution of the map (within one tenth).")
+    elif reach is not None:
         said.append(
             f"{percent(reach)} of the directions of Fourier space were measured to the resolution of the map (within "
             "one tenth); in the others its detail is coarser."

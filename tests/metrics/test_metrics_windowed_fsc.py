@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from cryoiso.core.errors import InputError
 from cryoiso.metrics.fsc_curve import fsc, resolution_at
-from cryoiso.metrics.local_resolution import local_resolution
+from cryoiso.metrics.windowed_fsc import local_resolution
 
 BOX, PIXEL_A = 64, 2.0
 
