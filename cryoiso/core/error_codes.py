@@ -169,6 +169,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Engines by command": {
         "command-failed": "the command of an engine ended with an error, or took too long",
+        "waiting-for-files": "a refinement by hand: files are written, and its result is waited for",
         "command-result-invalid": "what the command of an engine left behind cannot be used",
     },
     "Anything else": {

@@ -98,12 +98,12 @@ def _co_refinement_stages(job: Job) -> tuple[str, ...]:
 
 def program_of(job: Job) -> RelionSection | CommandSection:
     """The job's section about the program that its engine starts."""
-    return job.command if job.refine.engine == "command" else job.relion
+    return job.command if job.refine.engine in ("command", "files") else job.relion
 
 
 def starts_a_program(job: Job) -> bool:
     """Whether somebody's program refines, which reads images from files."""
-    return job.refine.engine in ("relion", "command")
+    return job.refine.engine in ("relion", "command", "files")
 
 
 def kind_of(stage: str) -> str:

@@ -138,7 +138,7 @@ def _refinement(data: ReportData, cite: Citations) -> str:
         program = section(refine, "relion")
         text = f"{first} were refined with RELION {program.get('version') or '(version unknown)'} {cite('relion')}, "
         text += f"auto-refinement of independent half-sets {cite('gold')}, {where}, {count} iterations"
-    elif engine == "command":
+    elif engine in ("command", "files"):
         program = section(refine, "command")
         text = f"{first} were refined with {program.get('name') or 'an outside program (command.run)'}, {where}, in "
         text += f"{count} {'round' if count == 1 else 'rounds'}; half-maps: {program.get('half_maps')}"

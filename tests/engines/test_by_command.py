@@ -12,16 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cs_helper import save
 from errors_helper import raises_code
 from pipeline_helper import SERIAL, cryoiso_here
 
 from cryoiso.core.config import CommandSection, RefineSection, RelionSection, parse_job
 from cryoiso.core.errors import CryoisoError, InputError, MissingError, UsageError
 from cryoiso.core.protocols import RefineRequest
+from cryoiso.engines.by_command.by_hand import FilesEngine
 from cryoiso.engines.by_command.engine import CommandEngine, require_command
 from cryoiso.engines.by_command.template import template_of
 from cryoiso.io import read_map, read_particles
 from cryoiso.io.cistem import read_cistem, read_par, write_cistem, write_par
+from cryoiso.io.conventions import to_cryosparc_frame
+from cryoiso.io.cs_write import fields_of_particles, structured
 from cryoiso.io.sources import ArraySource, StackSource
 from cryoiso.methods.auxiliary.corefine import co_refine
 from cryoiso.metrics.fsc_curve import fsc
@@ -218,6 +222,31 @@ def test_a_co_refinement_gives_half_maps_of_the_raw_particles_alone(data, tmp_pa
     given = read_particles(tmp_path / "joint/command/round-01/half1/particles_in.star", "", ())
     flags = given.table["cryoisoAuxiliary"].tolist()
     assert flags.count("1") == flags.count("0") == (p.half == 1).sum()
+
+
+def test_a_refinement_by_hand_stops_and_goes_on(data, tmp_path):
+    """cryoSPARC's file comes back with other uids, its own names of stacks, and its own frame of D7."""
+    base = request(data, tmp_path / "o", CommandSection(), symmetry="D7")
+    with raises_code("waiting-for-files", CryoisoError, match="STEPS.md"):
+        FilesEngine().refine(base)
+    folder = tmp_path / "o/by-hand/round-01"
+    given = np.load(folder / "particles_in.cs")
+    own = read_particles(folder / "particles_in.star", "", ())
+    assert np.array_equal(given["uid"], own.uid) and set(given["blob/shape"].ravel()) == {24}
+    with raises_code("waiting-for-files", CryoisoError):
+        FilesEngine().refine(replace(base, resume=True))
+    truth = read_particles(data / "truth.star", "", ("pose",))
+    back = fields_of_particles(replace(own, rotation=to_cryosparc_frame(truth.rotation, "D7"), shift_A=truth.shift_A))
+    back["uid"] += np.uint64(7)
+    names = [path.decode().rpartition("/")[2] for path in back["blob/path"].tolist()]
+    columns = {name: back[name] for name in back.dtype.names}
+    columns["blob/path"] = np.array([f"J3/imported/000090334788266266069_{name}".encode() for name in names])
+    save(folder / "particles_out.cs", structured(columns)[::-1])
+    result = FilesEngine().refine(replace(base, resume=True))
+    assert np.abs(result.particles.rotation - truth.rotation).max() < 1e-6
+    assert np.abs(result.particles.shift_A - truth.shift_A).max() < 1e-4
+    record = json.loads((tmp_path / "o/refine.json").read_text())
+    assert record["engine"] == "files" and record["command"]["half_maps"] == "reconstructed from its poses"
 
 
 def test_cistems_tables(data, tmp_path):

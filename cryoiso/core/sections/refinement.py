@@ -12,10 +12,10 @@ from cryoiso.core.sections.base import AutoOrPositive, Section
 class RefineSection(Section):
     """Refinement of poses."""
 
-    engine: Literal["native", "relion", "command"] = Field(
+    engine: Literal["native", "relion", "command", "files"] = Field(
         "native",
         description="refinement engine; native: the built-in one; relion: RELION's relion_refine_mpi; command: any "
-        "program, see [command]",
+        "program, see [command]; files: by hand in another program, from files and back",
     )
     max_iterations: int = Field(25, ge=1, description="largest number of iterations; a converged refinement stops")
     healpix_order: int = Field(

@@ -69,7 +69,7 @@ class CommandEngine:
             CryoisoError: it failed, took too long, or left something that cannot be used.
             Interrupted: stopped by a signal; the program is gone.
         """
-        return _Rounds(request, Context() if comm is None else cast(Context, comm)).whole()
+        return Rounds(request, Context() if comm is None else cast(Context, comm)).whole()
 
 
 @dataclass
@@ -84,7 +84,12 @@ class State:
     history: list[IterationRecord] = field(default_factory=list)
 
 
-class _Rounds:
+class Rounds:
+    """Rounds of a program of somebody's; the same on every rank."""
+
+    place, engine = "command", "command"
+    """Folder of its files, and name of the engine."""
+
     def __init__(self, request: RefineRequest, comm: Context) -> None:
         section = request.program
         self.section: CommandSection = section if isinstance(section, CommandSection) else CommandSection()
@@ -94,7 +99,7 @@ class _Rounds:
         require_rounds(self.section, request.correction is not None)
         if request.half_references is not None or self.section.rounds > 1:
             require_reference_per_half(self.template, "references come from the half-sets")
-        self.folder = request.folder.absolute() / "command"
+        self.folder = request.folder.absolute() / self.place
         self.state_file = self.folder / "state.npz"
         identity = of_request(request, request.diameter_A, ordered=True)
         facts = {k: v for k, v in self.section.model_dump().items() if k not in NOT_DECIDING}
@@ -122,7 +127,7 @@ class _Rounds:
     def _prepare(self) -> None:
         fresh = not self.request.resume
         if fresh:
-            for name in ("command", "correction"):
+            for name in (self.place, "correction"):
                 shutil.rmtree(self.request.folder / name, ignore_errors=True)
         begun = self.folder.exists()
         if begun:
@@ -154,11 +159,15 @@ class _Rounds:
         poses = on_root(comm, self._poses, folders, names)
         posed = self._posed(poses)
         on_root(comm, take_over.require_possible, posed, self.request.source.box_px, folders[1])
-        if self.section.out_half:
+        if on_root(comm, self._has_maps, folders):
             maps = on_root(comm, take_over.returned_maps, folders, self.section, self.request)
         else:
             maps = self._reconstructed(posed)
         return self._judged(number, state, poses, maps)
+
+    def _has_maps(self, folders: dict[int, Path]) -> bool:
+        """Whether half-maps come from the program."""
+        return bool(self.section.out_half)
 
     def _folders(self, number: int) -> dict[int, Path]:
         """Half -> where the program runs for it."""
@@ -203,12 +212,14 @@ class _Rounds:
 
     def _poses(self, folders: dict[int, Path], names: list[str]) -> take_over.Poses:
         """What the program returned, in the order of the source (rank 0)."""
-        particles, out = self.request.source.particles, self.section.out_particles
+        particles, out, symmetry = self.request.source.particles, self.section.out_particles, self.request.symmetry
         if not self.template.per_half:
-            return take_over.returned_poses(folders[1] / out, particles, names)
+            return take_over.returned_poses(folders[1] / out, particles, names, symmetry)
         rows = [np.flatnonzero(self._half() == half) for half in HALVES]
         parts = [
-            take_over.returned_poses(folders[h] / out, particles.take(r), [names[i] for i in r] if names else [])
+            take_over.returned_poses(
+                folders[h] / out, particles.take(r), [names[i] for i in r] if names else [], symmetry
+            )
             for h, r in zip(HALVES, rows, strict=True)
         ]
         order = np.argsort(np.concatenate(rows), kind="stable")
@@ -309,9 +320,9 @@ class _Rounds:
         for half, path in result.half_maps.items():
             write_map(path, state.maps[half], request.reference.pixel_size_A)
         write_particles(request.folder / products.PARTICLES, result.particles)
-        made_by = "the command" if section.out_half else "reconstructed from its poses"
+        made_by = "the command" if self._has_maps(self._folders(state.round)) else "reconstructed from its poses"
         summary: RefineRecord = {
-            "engine": "command",
+            "engine": self.engine,
             "command": {"name": section.name, "run": section.run, "rounds": section.rounds, "half_maps": made_by},
             "symmetry": request.symmetry,
             "diameter_A": request.diameter_A,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import HALVES, Particles
@@ -13,7 +14,9 @@ from cryoiso.engines.by_command import template as names_of
 from cryoiso.engines.by_command.template import Template
 from cryoiso.engines.relion.images import relion_particles, relion_source, write_input
 from cryoiso.io.cistem import write_cistem, write_par
+from cryoiso.io.cs_write import fields_of_particles, write_fields
 from cryoiso.io.mrc import write_map, write_stack
+from cryoiso.io.restore import in_cs_frame
 from cryoiso.parallel.partition import chunk_bounds
 
 
@@ -41,6 +44,11 @@ def write_inputs(
         mine = [names[row] for row in rows.tolist()]
     write_input(folder / names_of.PARTICLES, some, mine, with_poses=with_poses, box_px=source.box_px)
     seen = relion_particles(some, with_poses=with_poses)
+    if "cs" in template.names:
+        table = pd.DataFrame({"rlnImageName": mine})
+        groups = tuple(replace(group, box_px=source.box_px) for group in seen.groups)
+        theirs = in_cs_frame(replace(seen, table=table, groups=groups), request.symmetry)
+        write_fields(folder / names_of.CS, fields_of_particles(theirs))
     if "cistem" in template.names:
         write_cistem(folder / names_of.CISTEM, seen)
     if "par" in template.names:

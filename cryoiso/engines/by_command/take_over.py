@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from cryoiso.core.types import HALVES, Particles
 from cryoiso.engines.by_command.template import out_half
 from cryoiso.engines.relion.images import rows_of_names
 from cryoiso.io.cistem import Parameters, is_cistem, read_cistem, read_par
+from cryoiso.io.cs import joined_fields, particles_of_fields
+from cryoiso.io.cs_write import image_names
 from cryoiso.io.mrc import read_map
+from cryoiso.io.restore import in_our_frame
 from cryoiso.io.star.columns import Columns
 from cryoiso.io.star.read import particles_of_blocks
 from cryoiso.io.star.text import read_blocks
@@ -33,11 +37,12 @@ class Poses:
     columns: dict[str, np.ndarray]
 
 
-def returned_poses(file: Path, given: Particles, names: list[str]) -> Poses:
+def returned_poses(file: Path, given: Particles, names: list[str], symmetry: str = "C1") -> Poses:
     """Poses out of the program's file, by uid, else by image, or by the place in the stack.
 
     Args:
         given: the particles that it was given. names: of their images.
+        symmetry: point group, in whose frame of cryoSPARC the poses of a .cs file are.
 
     Raises:
         CryoisoError: the file is missing or cannot be used, or lacks particles.
@@ -48,6 +53,8 @@ def returned_poses(file: Path, given: Particles, names: list[str]) -> Poses:
     try:
         if file.suffix == ".par":
             return _by_position(read_par(file), given, file)
+        if file.suffix == ".cs":
+            return _of_cs(file, given, names, symmetry)
         blocks = read_blocks(file)
         if is_cistem(blocks):
             return _by_position(read_cistem(file, blocks), given, file)
@@ -58,11 +65,36 @@ def returned_poses(file: Path, given: Particles, names: list[str]) -> Poses:
     rows = _rows_of_uids(found.uid, given.uid) if table.has("cryoisoUid") else None
     if rows is None:
         rows = rows_of_names(table.text("rlnImageName") if table.has("rlnImageName") else [], names, file)
-    if found.half is not None and found.half.any() and (found.half[rows] != given.half).any():
-        raise CryoisoError(f"{file}: the command changed the half-sets", code="command-result-invalid")
+    _require_same_halves(found.half, rows, given, file)
     rotation, shift_A = found.require_poses(file)
     columns = {name: table.number(name)[rows] for name in NUMBERS if table.has(name)}
     return Poses(rotation[rows], shift_A[rows], columns)
+
+
+def _of_cs(file: Path, given: Particles, names: list[str], symmetry: str) -> Poses:
+    """Poses of a .cs file, by uid, else by image: cryoSPARC puts a number before the names of stacks it imports."""
+    found = in_our_frame(particles_of_fields(joined_fields(file, ("image", "pose")), file, "", ()), symmetry)
+    rows = _rows_of_uids(found.uid, given.uid)
+    if rows is None:
+        images = [f"{i + 1}@{_plain(stack)}" for stack, i in zip(*image_names(found, file), strict=True)]
+        rows = rows_of_names(images, [f"{int(n.partition('@')[0])}@{_plain(n)}" for n in names], file)
+    _require_same_halves(found.half, rows, given, file)
+    rotation, shift_A = found.require_poses(file)
+    return Poses(rotation[rows], shift_A[rows], {})
+
+
+def _plain(name: str) -> str:
+    """File name of a stack without folders and cryoSPARC's number.
+
+    >>> _plain("J1/imported/000090334788266266069_particles-001.mrcs")
+    'particles-001.mrcs'
+    """
+    return re.sub(r"^\d{15,}_", "", name.rpartition("/")[2])
+
+
+def _require_same_halves(half: np.ndarray | None, rows: np.ndarray, given: Particles, file: Path) -> None:
+    if half is not None and half.any() and (half[rows] != given.half).any():
+        raise CryoisoError(f"{file}: the half-sets were changed", code="command-result-invalid")
 
 
 def _rows_of_uids(found: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:

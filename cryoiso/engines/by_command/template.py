@@ -12,7 +12,8 @@ from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import RefineRequest
 
 KEY = "command.run"
-PARTICLES, CISTEM, PAR, STACK = "particles_in.star", "particles_in.cistem.star", "particles_in.par", "particles_in.mrcs"
+PARTICLES, CS, STACK = "particles_in.star", "particles_in.cs", "particles_in.mrcs"
+CISTEM, PAR = "particles_in.cistem.star", "particles_in.par"
 REFERENCE, UNFILTERED, MASK = "reference_in.mrc", "reference_unfiltered.mrc", "mask_in.mrc"
 ONE_STACK = ("stack", "cistem", "par")
 """Placeholders of programs that read one stack in the order of their table."""
@@ -59,9 +60,9 @@ def template_of(section: CommandSection) -> Template:
     marks = {name: f"\0{name}\0" for name in _names()}
     filled = fill_words([*words, *split_command(section.go_on, "command.go_on")], marks, KEY)
     found = frozenset(name for name, mark in marks.items() if any(mark in word for word in filled))
-    given = found & {"particles", *ONE_STACK}
+    given = found & {"particles", "cs", *ONE_STACK}
     if not given or not found & {"reference", "unfiltered", "reference1", "reference2"}:
-        missing = "{reference}" if given else "{particles} (or {cistem}, {par})"
+        missing = "{reference}" if given else "{particles} (or {cs}, {cistem}, {par})"
         raise UsageError(f"{KEY}: {missing} is missing", code="placeholder-missing")
     if section.out_half and fill_words([section.out_half], {"half": 1}, "command.out_half") == [section.out_half]:
         raise UsageError("command.out_half: needs {half}, 1 or 2", code="placeholder-missing")
@@ -105,7 +106,7 @@ def words_of(
 
 def _names() -> tuple[str, ...]:
     return (
-        "particles", "cistem", "par", "stack", "reference", "unfiltered", "reference1", "reference2", "mask",
+        "particles", "cs", "cistem", "par", "stack", "reference", "unfiltered", "reference1", "reference2", "mask",
         "symmetry", "diameter", "radius", "pixel_size", "box", "count", "resolution", "seed", "round", "half",
         "local_deg", "iterations", "folder", "out_particles", "out_half1", "out_half2", "out_half",
     )  # fmt: skip
@@ -120,7 +121,8 @@ def _values(
     count = len(source.particles) if not half or own is None else int((own == half).sum())
     outs = {k: folder / out_half(section, k) if section.out_half else "" for k in (1, 2)}
     return {
-        "particles": folder / PARTICLES, "cistem": folder / CISTEM, "par": folder / PAR, "stack": folder / STACK,
+        "particles": folder / PARTICLES, "cs": folder / CS, "cistem": folder / CISTEM, "par": folder / PAR,
+        "stack": folder / STACK,
         "reference": folder / REFERENCE, "unfiltered": folder / UNFILTERED,
         "reference1": folder / reference_of(1), "reference2": folder / reference_of(2), "mask": folder / MASK,
         "symmetry": request.symmetry, "diameter": f"{diameter:g}", "radius": f"{diameter / 2:g}",

@@ -119,12 +119,13 @@ def _to_star(source: Path, out: Path, how: Conversion) -> dict[str, Any]:
     blocks, origin = side_table.load_blocks(side) if side else (None, None)
     symmetry = _symmetry(how, origin, side)
     new = in_our_frame(particles_of_fields(data, source, how.project, ("image",)), symmetry)
+    restored = None if blocks is None else _restored_star(blocks, side, new, symmetry, how)
+    side_table.save_rows(side_table_of(out), structured(data), Origin(source.name, symmetry))  # no file without its own
     changed: dict[str, int] = {}
-    if blocks is None:
+    if restored is None:
         write_particles(out, _with_columns(new, data))
     else:
-        changed = _write_restored(out, _restored_star(blocks, side, new, symmetry, how))
-    side_table.save_rows(side_table_of(out), structured(data), Origin(source.name, symmetry))
+        changed = _write_restored(out, restored)
     return _facts(new, side_table_of(out), side, changed, symmetry)
 
 
@@ -166,8 +167,8 @@ def _to_cs(source: Path, out: Path, how: Conversion) -> dict[str, Any]:
         restored = restored_rows(old, before, new, lambda particles: in_cs_frame(particles, symmetry))
         changed = restored.changed
         rows = old if restored.rows is None else restored.rows
-    write_fields(out, rows, csdat=how.csdat)
     side_table.save_blocks(side_table_of(out), blocks, Origin(source.name, symmetry))
+    write_fields(out, rows, csdat=how.csdat)
     return _facts(new, side_table_of(out), side, changed, symmetry)
 
 

@@ -33,7 +33,11 @@ def engine(name: str) -> Engine:
         from cryoiso.engines.by_command.engine import CommandEngine
 
         return CommandEngine()
-    raise UsageError(f"unknown engine '{name}' (known: native, relion, command)", code="choice-unknown")
+    if name == "files":
+        from cryoiso.engines.by_command.by_hand import FilesEngine
+
+        return FilesEngine()
+    raise UsageError(f"unknown engine '{name}' (known: native, relion, command, files)", code="choice-unknown")
 
 
 def require_engine(job: Job) -> None:
@@ -57,6 +61,10 @@ def require_engine(job: Job) -> None:
         require_command(
             job.command, correction=correction(job) is not None, co_refinement=job.run.workflow in CO_REFINEMENTS
         )
+    if job.refine.engine == "files":
+        from cryoiso.engines.by_command.engine import require_rounds
+
+        require_rounds(job.command, correction(job) is not None)
     if job.refine.engine == "relion":
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words
