@@ -67,7 +67,7 @@ def without_auto(job: Job, path: Path) -> Job:
             code="options-conflict",
         )
     copy = job.model_copy(deep=True)
-    copy.sample.symmetry, copy.sample.propose_symmetry = "C1", True
+    copy.sample.symmetry, copy.run.propose_symmetry = "C1", True
     return copy
 
 

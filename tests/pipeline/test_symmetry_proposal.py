@@ -151,7 +151,7 @@ def test_auto_in_a_job_is_c1_with_a_proposal(tmp_path):
     text = '[particles]\nfile = "p.star"\n[reference]\nfile = "r.mrc"\n[sample]\nsymmetry = "auto"\n'
     (tmp_path / "job.toml").write_text(text + '[run]\nworkflow = "refine"\n')
     _, job = read_job(tmp_path / "job.toml")
-    assert job.sample.symmetry == "C1" and job.sample.propose_symmetry
+    assert job.sample.symmetry == "C1" and job.run.propose_symmetry
     (tmp_path / "job.toml").write_text(text + '[run]\nworkflow = "auxiliary"\n')
     with pytest.raises(UsageError, match=r"proposes a point group") as refused:
         read_job(tmp_path / "job.toml")

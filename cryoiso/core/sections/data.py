@@ -52,9 +52,6 @@ class SampleSection(Section):
         description="point group: Cn, Dn, T, O or I; in a job file also auto: refine without one (C1) and propose one "
         "of the resulting half-maps",
     )
-    propose_symmetry: bool = Field(
-        False, description="test the final half-maps for a point group; what is found is proposed, not imposed"
-    )
     diameter_A: float | None = Field(None, gt=0, description="particle diameter (default: measured from the reference)")
     mask: str = Field("", description="solvent mask, MRC (default: computed from the half-maps)")
 

@@ -17,6 +17,9 @@ class RunSection(Section):
         description="refine: refinement alone; auxiliary: with auxiliary particles from a generator; realign: with "
         "anisotropy correction in the loop; both: auxiliary particles and correction",
     )
+    propose_symmetry: bool = Field(
+        False, description="test the final half-maps for a point group; what is found is proposed, not imposed"
+    )
     seed: int = Field(1, ge=0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device to compute on; auto: a GPU if present")
     scratch: str = Field(

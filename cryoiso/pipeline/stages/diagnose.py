@@ -64,7 +64,7 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
     )  # fmt: skip
     if run.folder.has("correct") and job.realign.correct and job.realign.mode == "paired":
         numbers["notes"].append(SHARED_NETWORK)
-    if job.sample.propose_symmetry:
+    if job.run.propose_symmetry:
         from cryoiso.physics.symmetry_proposal import propose_symmetry
 
         proposed = propose_symmetry(half1, half2)
