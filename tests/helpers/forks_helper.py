@@ -21,6 +21,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,9 +109,11 @@ def _server() -> subprocess.Popen[str] | None:
     server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/", env=env)
     atexit.register(stop, server)
     assert server.stdout is not None
-    if server.stdout.readline() != "ready\n":
-        raise RuntimeError("the server of forks did not start; CRYOISO_TEST_FORKS=0 does without")
+    ready = server.stdout.readline() == "ready\n"
     server.stdout.close()
+    if not ready:
+        warnings.warn("the server of forks did not start: every process of a test imports everything", stacklevel=2)
+        return None
     client = folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, server=str(folder / "socket")))
     client.chmod(client.stat().st_mode | stat.S_IXUSR)
