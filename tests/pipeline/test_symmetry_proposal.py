@@ -44,13 +44,13 @@ def nearly_c3(rotation=None) -> DensityMap:
     return pseudo_atoms_to_map(moved, weight, sigma, BOX, PIXEL, 13.0)
 
 
-SLOWER = [pytest.param(group, marks=pytest.mark.slow) for group in ("C2", "D3", "T", "O", "I2")]
+SLOWER = [pytest.param(group, marks=pytest.mark.slow) for group in ("C2", "C7", "D3", "T", "O", "I2")]
 
 
-@pytest.mark.parametrize("group", ["C1", "C7", "D2", *SLOWER])
+@pytest.mark.parametrize("group", ["C1", "D2", *SLOWER])
 def test_the_group_and_its_frame_are_found(group):
     moved = density(group, ELSEWHERE, (4, -3, 2))
-    found = propose_symmetry(moved, max_fold=7)
+    found = propose_symmetry(moved, max_fold=7 if group == "C7" else 5)
     assert found.group == group, found.words
     assert found.pseudo is None or group == "C2", "this one is long and thin: nearly D2"
     if group != "C1":
