@@ -106,8 +106,9 @@ def _overwrite(columns: dict[str, np.ndarray], field: str, fresh: np.ndarray, ro
     values = fresh[field]
     if field not in columns:
         columns[field] = values
-    elif columns[field].dtype.kind == "S":
-        columns[field] = np.where(rows, values, columns[field])
+    elif columns[field].dtype.kind in "SU":  # a longer text needs a wider column
+        same_kind = values if columns[field].dtype.kind == "S" else np.char.decode(values, "utf-8")
+        columns[field] = np.where(rows, same_kind, columns[field])
     else:
         columns[field][rows] = values[rows].astype(columns[field].dtype)
 

@@ -338,9 +338,12 @@ def test_relion_by_command_is_relion_as_an_engine(data, tmp_path):
     base = request(data, tmp_path / "engine", CommandSection())
     as_engine = replace(base, settings=base.settings.model_copy(update={"engine": "relion"}), program=section)
     RelionEngine().refine(as_engine)
-    words = commands.first_command(_search(as_engine, section), as_engine.settings, section, relion)
+    search, launch = _search(as_engine, section), commands.launch(section, relion)
+    first = commands.first_command(search, as_engine.settings, section, relion)
+    last = commands.next_command("run_it002_optimiser.star", search, section, relion, 3, finish=True)
     places = {"particles_in.star": "{particles}", "reference_in.mrc": "{unfiltered}"}
-    line = " ".join(places.get(word, word) for word in [*commands.launch(section, relion), *words])
+    both = [" ".join(places.get(word, word) for word in [*launch, *words]) for words in (first, last)]
+    line = f"sh -c '{both[0]} && {both[1]}'"
     by_hand = CommandSection(
         run=line, out_particles="run_data.star", out_half="run_half{half}_class001_unfil.mrc", name="RELION 3.1.3"
     )

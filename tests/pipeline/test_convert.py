@@ -159,6 +159,21 @@ def test_new_poses_of_cryosparc_come_into_relions_columns(shared_data, tmp_path)
         np.testing.assert_allclose(group.beam_tilt_mrad, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["S", "U"])
+def test_new_and_longer_names_of_images_fit(tmp_path, kind):
+    """Particles that were extracted again under longer names, of a file with names as bytes or as text."""
+    rows = cs_rows(**{"blob/path": np.array([">J1/a.mrc", ">J1/b.mrc"] * 3).astype(kind)})
+    convert_files(save(tmp_path / "in.cs", rows), tmp_path / "a.star", AGAIN)
+    blocks = read_blocks(tmp_path / "a.star")
+    blocks[-1].columns["rlnImageName"][2] = "000009@Extract/job042/a_much_longer_name.mrcs"
+    write_blocks(tmp_path / "a.star", blocks)
+    assert convert_files(tmp_path / "a.star", tmp_path / "b.cs", AGAIN)["changed"] == {"image": 1}
+    found = np.load(tmp_path / "b.cs")
+    names = [path if kind == "U" else path.decode() for path in found["blob/path"].tolist()]
+    assert names[2] == "Extract/job042/a_much_longer_name.mrcs" and found["blob/idx"][2] == 8
+    assert names[:2] == [">J1/a.mrc", ">J1/b.mrc"] and found["blob/path"].dtype.kind == kind
+
+
 def test_odd_dihedral_groups_keep_their_axes_both_ways(cs, tmp_path):
     """cryoSPARC's D7 has its two-fold axis on y; forgetting --symmetry on the way back does not matter."""
     convert_files(cs, tmp_path / "a.star", Conversion(symmetry="D7"))
