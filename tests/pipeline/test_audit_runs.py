@@ -154,6 +154,16 @@ def test_a_refused_decoy_passes_and_a_refused_repetition_decides_nothing(finishe
     assert omitted.record(Bench(), refused, {}).verdict == "inconclusive"  # type: ignore[arg-type]
 
 
+def test_one_network_for_both_half_sets_is_a_leak_whatever_the_half_maps_say():
+    from cryoiso.pipeline.audit.controls.leak import shared_networks
+
+    shared = {"auxiliary_generators": "shared", "realign_mode": "paired"}
+    assert len(shared_networks(job(run_workflow="both", **shared))) == 2
+    assert len(shared_networks(job(run_workflow="auxiliary", **shared))) == 1
+    assert shared_networks(job(run_workflow="refine", **shared)) == []
+    assert shared_networks(job(run_workflow="both")) == []
+
+
 @pytest.mark.parametrize("name", ["refine", "auxiliary", "realign", "both"])
 def test_the_plan_knows_what_the_controls_cost(name):
     wanted = job(run_workflow=name, audit_enable=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cryoiso.core import products
+from cryoiso.core.config import Job
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.io.mrc import read_map
 from cryoiso.methods.audit import regions
@@ -13,6 +14,7 @@ from cryoiso.methods.audit.record import ControlRecord, FigureData, Line
 from cryoiso.pipeline.audit.bench import Bench
 from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of, with_control
 from cryoiso.pipeline.inputs.standard_frame import symmetrised
+from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
 NAME, TITLE = "leak", "Independence of the half-sets"
 TOTAL = 3.0
@@ -35,6 +37,16 @@ def cases(bench: Bench) -> list[Case]:
     return [with_control(case, bench.grey_scale, (paths[0], paths[1]))]
 
 
+def shared_networks(job: Job) -> list[str]:
+    """Settings by which one network sees both half-sets before their half-maps are made."""
+    found = []
+    if job.run.workflow in CO_REFINEMENTS and job.auxiliary.generators == "shared":
+        found.append('auxiliary.generators = "shared"')
+    if job.run.workflow in ("realign", "both") and job.realign.correct and job.realign.mode == "paired":
+        found.append('realign.mode = "paired"')
+    return found
+
+
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
     """FSC of the half-maps, and of the corrected ones where each has a network of its own, in standard errors."""
     made = outcomes["noise"]
@@ -53,13 +65,19 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     if leaks:
         sentence = f"Half-maps of noise that should share nothing agree: the {' and the '.join(leaks)} of one half-set "
         sentence += "contain information of the other."
+    networks = shared_networks(bench.job)
+    if networks:
+        sentence = f"One network saw both half-sets ({', '.join(networks)}): their FSC is no gold standard. " + sentence
     strongest, length_A = float(worst.z.max()), bench.box_px * bench.pixel_size_A
     return ControlRecord(
-        NAME, TITLE, "fail" if leaks else "pass", sentence + by_design,
+        NAME, TITLE, "fail" if leaks or networks else "pass", sentence + by_design,
         measure=f"largest FSC of any shell in its standard errors ({name})", number=strongest,
         threshold=worst.limit,
         power=f"An FSC above {float(np.median(worst.error) * worst.limit):.2f} in one shell would have been seen.",
-        details={k: {"largest_z": float(o.z.max()), "total": o.total, "limit": o.limit} for k, o in found.items()},
+        details={
+            "shared_networks": networks, "measured_leak": leaks,
+            **{k: {"largest_z": float(o.z.max()), "total": o.total, "limit": o.limit} for k, o in found.items()},
+        },
         figure=FigureData(
             "spatial frequency (1/Å)", "FSC / standard error",
             [Line(k, (o.shells / length_A).tolist(), o.z.tolist()) for k, o in found.items()],
