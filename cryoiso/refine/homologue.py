@@ -227,18 +227,30 @@ def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int, grey_scal
         return Confirmation(nothing, nothing, inverse, first, 0.0)
     deviation = float(sum(side.cross[beyond].sum() for side in sides.values()) / np.sqrt(variance))
     mean = np.where(beyond, (sides[1].correlation + sides[2].correlation) / 2, 0.0)
-    error = 1 / np.sqrt(2 * np.maximum((sides[1].coefficients + sides[2].coefficients) / 2, 1))
-    low = mean - ERRORS * error * (1 - mean**2)
+    coefficients = np.where(beyond, (sides[1].coefficients + sides[2].coefficients) / 2, 0.0)
+    pooled, number = _pooled(mean, coefficients)
+    error = 1 / np.sqrt(2 * np.maximum(number, 1))
+    low = pooled - ERRORS * error * (1 - pooled**2)
     ends = np.flatnonzero(beyond & ~(low > 0))  # from the first shell without agreement on, nothing is believed
     low[ends[0] if len(ends) else shells :] = 0
     low[:first] = 0
     if ndtr(-deviation) >= CHANCE or not low.any():
         return Confirmation(nothing, mean, inverse, first, deviation)
-    signal = np.clip(halves[:shells], 0, 1)
+    signal = np.clip(_pooled(halves[:shells], coefficients)[0], 0, 1)
     signal = np.minimum(signal + ERRORS * error * (1 - signal**2), 1)
     rho = np.minimum(low / np.sqrt(signal), LARGEST)
     rho[1:first] = rho[first : first + EXTENDED].mean()
     return Confirmation(rho, mean, inverse, first, deviation)
+
+
+def _pooled(values: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of a shell and its two neighbours, by their numbers of coefficients, and the sum of these numbers.
+
+    Unevenly measured shells have few; correlations vary little between neighbours.
+    """
+    window = np.ones(3)
+    total = np.convolve(number, window, "same")
+    return np.convolve(values * number, window, "same") / np.maximum(total, 1e-300), total
 
 
 def log_confirmation(found: Confirmation, extent_A: float) -> None:
