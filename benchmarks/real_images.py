@@ -30,7 +30,7 @@ FULL_PX, FULL_PIXEL_A, BOX = 384, 0.637, 64
 DIAMETER_A, RESOLUTION_A = 190.0, 15.0
 KV, CS_MM, AMPLITUDE_CONTRAST = 300.0, 2.7, 0.1
 """Of a Titan Krios, as published for the set; the files say nothing."""
-DEFOCI, ORDER, SHIFT_RANGE_A = 6, 2, 16.0
+DEFOCI, ORDER, SHIFT_RANGE_A = 4, 2, 16.0
 AMPLITUDES = np.concatenate([-np.geomspace(2, 0.125, 9), np.geomspace(0.125, 2, 5)])
 """Finer for the sign that raw micrographs have: protein is dark in them."""
 RESAMPLINGS = 4000
@@ -114,15 +114,16 @@ def evidences(images: np.ndarray, shows: np.ndarray, variant: Variant, data: Pat
         sigma2 = noise_variance(x, where.shell, ~shows & (np.arange(len(shows)) % 2 == fold), variant.noise)
         unit = np.sqrt(float(sigma2.mean()) / power / 4)  # amplitude 1: a quarter of the noise's power
         amplitudes = torch.as_tensor(AMPLITUDES * unit, dtype=torch.float32)
-        for i in range(0, len(images), 8):
-            total = torch.full((len(x[i : i + 8]), len(AMPLITUDES)), -torch.inf)
+        # ice is scored with the noise of the other fold alone; particles also say how strong the reference is
+        wanted = torch.as_tensor(np.flatnonzero(shows | (np.arange(len(shows)) % 2 != fold)))
+        for rows in wanted.split(8):
+            total = torch.full((len(rows), len(AMPLITUDES)), -torch.inf)
             for c in ctfs:
-                white = Whitened(2 * x[i : i + 8] * c / sigma2, (2 * c.square() / sigma2).expand(len(total), -1),
-                                 where, None)  # fmt: skip
+                white = Whitened(2 * x[rows] * c / sigma2, (2 * c.square() / sigma2).expand(len(rows), -1), where, None)
                 cross, norm = cross_and_norm(white, slices, shifts)
                 each = [(a * cross - 0.5 * a.square() * norm[:, None]).flatten(1).logsumexp(1) for a in amplitudes]
                 total = torch.logaddexp(total, torch.stack(each, 1))
-            out[i : i + 8, fold] = total.double().numpy() - np.log(len(ctfs) * len(shifts) * len(rotations))
+            out[rows.numpy(), fold] = total.double().numpy() - np.log(len(ctfs) * len(shifts) * len(rotations))
     return out
 
 
