@@ -43,7 +43,7 @@ OTHER_PROGRAMS = {
     "mpirun": "--bind-to --map-by",
     "Apptainer": "--bind --cleanenv --containall --no-home --env --nv --pid --rocm --userns --shared --file --tag",
     "containers/build.sh": "--base --bootstrap --builder --cpu --mirror --no-relion --torch --torch-index --rocm",
-    "benchmarks, pytest": "--published --netns --sizes --ranks --slow --tables",
+    "benchmarks, pytest": "--published --netns --sizes --ranks --slow --tables --tree",
 }
 FOREIGN = set(" ".join(OTHER_PROGRAMS.values()).split())
 WORD = re.compile(r"(?<![\w\-/{(])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![_a-z0-9])")
