@@ -1,7 +1,7 @@
 """What a particle costs in the native refinement at real boxes: CPU seconds, accuracy and memory, for one or two trees.
 
 For each box a simulated set of haemagglutinin (C3, even views, coloured noise) is searched once at the full resolution,
-globally from the map alone and locally around its true poses, in a process of one thread. Times are CPU seconds of that
+globally from the map alone and locally around its true poses, in processes of one thread. Times are CPU seconds of that
 process, taken around the search and the sums of the particles and around all that an iteration does once, so that a few
 hundred particles tell what a particle costs. The reference is the map that the images were made of, on their grey
 scale, so that the test of the reference and the fit of its grey scale are left out. Trees take turns, first one set
@@ -29,8 +29,9 @@ EXTENT_A = 335.4
 DIAMETER_A = 160
 SETS = {48: (2.2, 400, -12.0), 128: (2.4, 200, -10.0), 256: (2.67, 120, -10.0)}
 """Box -> finest information in pixels, particles, signal-to-noise ratio in dB. 256 px: 3.5 Å."""
-SEARCHES = {"global": (), "local": ("--local", 3)}
-"""Options of the two refinements."""
+SEARCHES = {"global": (), "15 A": ("--shift-range", 15), "local": ("--local", 3)}
+"""Options of the refinements: a first iteration, where shifts are searched in a tenth of the box; a later one, where
+they are known to lie within 15 Å; a local one."""
 TIMED = ("search", "sums", "iteration")
 
 
@@ -128,6 +129,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boxes", type=int, nargs="+", default=sorted(SETS), choices=sorted(SETS))
+    parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
     parser.add_argument("--tree", action="append", default=[], metavar="NAME=PATH", help="source trees to compare")
     parser.add_argument("--compiled", action="store_true", help="kernels are compiled and kept already")
     parser.add_argument("--shared", type=Path, default=harness.SHARED)
@@ -143,13 +145,13 @@ def main() -> None:
             prepare(min(SETS), options.shared / "data", work / f"set{min(SETS)}")
             out = work / f"{name}-first"
             shutil.rmtree(out, ignore_errors=True)
-            for search in SEARCHES:
+            for search in options.searches:
                 refine(Path(path), min(SETS), search, work / f"set{min(SETS)}", out / search)
         for box in options.boxes:
             prepare(box, options.shared / "data", work / f"set{box}")
-            for search in SEARCHES:
+            for search in options.searches:
                 for name, path in trees.items():
-                    out = work / f"{name}-{box}-{search}"
+                    out = work / f"{name}-{box}-{search.replace(' ', '')}"
                     shutil.rmtree(out, ignore_errors=True)
                     found = refine(Path(path), box, search, work / f"set{box}", out)
                     rows.append({"box": box, "particles": SETS[box][1], "search": search, "tree": name, **found})

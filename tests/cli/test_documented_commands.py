@@ -44,7 +44,7 @@ OTHER_PROGRAMS = {
     "Apptainer": "--bind --cleanenv --containall --no-home --env --nv --pid --rocm --userns --shared --file --tag",
     "containers/build.sh": "--base --bootstrap --builder --cpu --mirror --no-relion --torch --torch-index --rocm",
     "cryoDRGN": "--poses --ctf --zdim --uninvert-data",
-    "benchmarks, pytest": "--published --netns --sizes --ranks --slow --tables",
+    "benchmarks, pytest": "--published --netns --sizes --ranks --slow --tables --tree",
 }
 FOREIGN = set(" ".join(OTHER_PROGRAMS.values()).split())
 WORD = re.compile(r"(?<![\w\-/{(])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![_a-z0-9])")
