@@ -230,7 +230,7 @@ def test_the_message_about_a_missing_pixel_size_names_the_option_of_each_command
     from cryoiso.io.mrc import PIXEL_SIZE_HINT
 
     for option, output in (
-        ("--pixel-size", {"simulate", "reference"}),
+        ("--pixel-size", {"simulate", "reference", "benchmark"}),
         ("--map-pixel-size", ()),
         ("--ref-pixel-size", ()),
     ):
