@@ -47,7 +47,10 @@ COMMANDS = (
     ("resume", "run_cmd", "resume", True),
     ("verify", "verify_cmd", "verify", True),
     ("replay", "replay_cmd", "replay", True),
+    ("relion-external", "relion_external_cmd", "relion_external", False),
 )
+PASSED_ON = {"relion-external": {"allow_extra_args": True, "ignore_unknown_options": True}}
+"""Commands that hand options which they do not know on to another command."""
 
 GROUPS = {
     "hook": (
@@ -102,7 +105,7 @@ def build_app() -> typer.Typer:
 def _add(app: typer.Typer, commands: tuple[tuple[str, str, str, bool], ...]) -> None:
     for name, module, function, collective in commands:
         body = getattr(importlib.import_module(f"cryoiso.cli.{module}"), function)
-        app.command(name, cls=PanelledCommand)(as_command(body, collective))
+        app.command(name, cls=PanelledCommand, context_settings=PASSED_ON.get(name))(as_command(body, collective))
 
 
 def _save_overheads() -> None:

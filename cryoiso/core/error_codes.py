@@ -165,6 +165,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "relion-images-unreadable": "RELION cannot read the original images",
         "relion-particles-lost": "an engine did not return all particles with their half-sets",
         "relion-file-invalid": "a file of RELION is not as it should be",
+        "external-step-failed": "a step that ran as a job of RELION's GUI failed",
         "correction-unusable": "the corrected reference cannot be used",
     },
     "Engines by command": {

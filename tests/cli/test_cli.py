@@ -21,6 +21,7 @@ COMMANDS = (
     "init", "doctor", "plan", "benchmark", "launch", "simulate", "ingest", "reference", "refine", "realign",
     "reconstruct", "classify", "ctf-refine", "correct", "micelle", "auxiliary", "hook", "diagnose",
     "rebalance", "audit", "convert", "symmetry", "report", "run", "resume", "verify", "replay",
+    "relion-external",
 )  # fmt: skip
 HEAVY = "torch numba mpi4py pandas matplotlib scipy h5py gemmi"
 
