@@ -18,7 +18,7 @@ RESOURCES = keys(
 )  # fmt: skip
 BATCH_JOB = keys(
     "launch", "Batch job", "scheduler", "name", "account", ("queue", "--queue", "--partition"), "grace_s", "requeue",
-    "extra", "template", open=True,
+    "expedite", "extra", "template", open=True,
 )  # fmt: skip
 ENVIRONMENT = keys(
     "launch", "Environment", ("modules", "--module"), "setup", "program", "image", "image_command", "mpi", "mpirun",

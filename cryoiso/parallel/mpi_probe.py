@@ -15,10 +15,19 @@ _ASK = """
 import json, warnings
 warnings.simplefilter("ignore")
 import mpi4py
-from mpi4py import MPI
-paths = sorted({line.split()[-1] for line in open("/proc/self/maps") if "libmpi" in line and "/" in line})
+def loaded():
+    paths = sorted({line.split()[-1] for line in open("/proc/self/maps") if "libmpi" in line and "/" in line})
+    return next((path for path in paths if "libmpi_abi" in path), paths[0] if paths else "")
+try:
+    from mpi4py import MPI
+except ImportError:
+    if "libmpi_abi" not in loaded():
+        raise
+    why = f"mpi4py {mpi4py.__version__} has no module for the standard MPI ABI, which it found as {loaded()}"
+    print(json.dumps({"mpi4py": mpi4py.__version__, "path": loaded(), "abi": True, "error": why}))
+    raise SystemExit
 library = MPI.Get_library_version().split(chr(10))[0].strip(chr(0) + " ")
-print(json.dumps({"mpi4py": mpi4py.__version__, "library": library, "path": paths[0] if paths else ""}))
+print(json.dumps({"mpi4py": mpi4py.__version__, "library": library, "path": loaded(), "abi": "libmpi_abi" in loaded()}))
 """
 OPEN_MPI, MPICH = "Open MPI", "MPICH"
 """Families of MPI libraries and launchers; ranks of one do not see each other under the launcher of the other."""
@@ -31,7 +40,11 @@ def outside_launcher() -> dict[str, str]:
 
 
 def probe_mpi(timeout: float = 60.0) -> dict[str, Any]:
-    """Which MPI library mpi4py loads and which mpirun belongs to it; ``error`` says why there is none."""
+    """Which MPI library mpi4py loads and which mpirun belongs to it; ``error`` says why there is none.
+
+    ``abi``: it is ``libmpi_abi``, the library of the standard ABI of MPI 5, which Open MPI and MPICH offer beside
+    their own. mpi4py has a separate module for it, which not all of its wheels contain.
+    """
     beside = Path(sys.executable).parent / "mpirun"
     found: dict[str, Any] = {"mpirun": str(beside) if beside.exists() else shutil.which("mpirun") or ""}
     try:

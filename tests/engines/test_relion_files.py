@@ -177,6 +177,12 @@ def test_the_mpi_of_a_program_is_that_of_its_libraries(tmp_path):
     assert install._mpi_of("\tlibmpi.so.12 => /opt/mpich/lib/libmpi.so.12 (0x2)\n") == (
         MPICH, "/opt/mpich/lib/libmpi.so.12",
     )  # fmt: skip
+    abi = tmp_path / "lib" / "libmpi_abi.so.1"  # the same name whoever made it
+    assert install._mpi_of(f"\tlibmpi_abi.so.1 => {abi} (0x2)\n") == (MPICH, str(abi))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 6.0.0'\n")
+    (tmp_path / "bin" / "mpirun").chmod(0o755)
+    assert install._mpi_of(f"\tlibmpi_abi.so.1 => {abi} (0x2)\n") == (OPEN_MPI, str(abi))
     assert install._mpi_of("\tlibc.so.6 => /lib/libc.so.6 (0x2)\n") == ("", "")
     for name, says in (("mpirun", "HYDRA build details:"), ("mpirun.openmpi", "mpirun (Open MPI) 4.1.4")):
         (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")

@@ -15,7 +15,7 @@ from pipeline_helper import cryoiso, cryoiso_here, write_job
 from cryoiso.core.config import Job
 from cryoiso.core.errors import EXIT_DONE, EXIT_INPUT, EXIT_MISSING, EXIT_OTHER
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.mpi_probe import family_of_launcher
+from cryoiso.parallel.mpi_probe import family_of_launcher, probe_mpi
 from cryoiso.pipeline.finding import ERROR, FINE, NOTE, WARNING, Needs, exit_code
 from cryoiso.pipeline.site import filesystem, machine
 from cryoiso.pipeline.site.checks import judge
@@ -68,6 +68,16 @@ def test_a_good_machine_has_nothing_but_fine_findings():
     assert {f.severity for f in found} == {FINE} and exit_code(found) == EXIT_DONE
 
 
+def test_the_library_of_the_standard_abi_is_named(monkeypatch):
+    there = sorted((Path(sys.prefix) / "lib").glob("libmpi_abi.so.*"))
+    if not there:
+        pytest.skip("no libmpi_abi in this environment (pip install 'mpich>=5')")
+    monkeypatch.setenv("MPI4PY_LIBMPI", str(there[0]))
+    found = probe_mpi()
+    assert found["abi"] and found["path"] == str(there[0])
+    assert "standard MPI ABI" in found["error"] if "error" in found else "MPI" in found["library"]
+
+
 CASES = {
     "more threads than cores": (dict(ranks=[{}, {}]), {}, WARNING, "8 threads share 4 cores", "set it to 2"),
     "bound to few cores": (
@@ -83,6 +93,13 @@ CASES = {
         WARNING,
         "would not see each other",
         "use /venv/bin/mpirun",
+    ),
+    "MPI ABI without a module": (
+        dict(mpi={**MPI, "abi": True, "error": "mpi4py 4.1.2 has no module for the standard MPI ABI"}),
+        {},
+        NOTE,
+        "standard MPI ABI",
+        "MPI4PY_LIBMPI",
     ),
     "no MPI": (dict(mpi={**MPI, "error": "cannot load"}), {}, NOTE, "cannot load", "pip install"),
     "GPUs on some": (

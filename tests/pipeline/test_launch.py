@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import signal
@@ -72,6 +73,24 @@ def test_what_is_asked_of_the_batch_system(scheduler, lines, job):
         assert line in text, line
     once = script(job, scheduler=scheduler, requeue=False)
     assert not re.search(r"scontrol requeue|qrerun|-Q \"75\"|if again|again \|\||--requeue|-r y", once)
+
+
+def test_an_expedited_requeue_is_asked_of_slurm_alone_and_of_one_that_knows_it(job, tmp_path, monkeypatch):
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+    for version, known in (("25.11.1", True), ("26.05.0", True), ("25.05.4", False), ("22.05.8", False)):
+        sbatch.write_text(f"#!/bin/sh\necho slurm-wlm {version}\n")
+        sbatch.chmod(0o755)
+        if known:
+            text = script(job, expedite=True)
+            assert "\n#SBATCH --requeue=expedite\n" in text and "scontrol requeue" in text
+        else:
+            with raises_code("options-conflict", UsageError, match=version[:5]):
+                script(job, expedite=True)
+    for wrong in ({"scheduler": "pbs"}, {"requeue": False}):
+        with raises_code("options-conflict", UsageError):
+            script(job, expedite=True, **wrong)
 
 
 def test_extra_lines_get_the_word_of_the_scheduler_once(job):

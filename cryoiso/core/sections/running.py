@@ -59,6 +59,11 @@ class LaunchSection(Section):
     )
     grace_s: int = Field(300, ge=10, description="time before the limit at which the job writes a checkpoint and stops")
     requeue: bool = Field(True, description="requeue the job if it stopped before the run was complete")
+    expedite: bool = Field(
+        False,
+        description="Slurm 25.11 or later, where the site allows it: after a node failure restart at once, with the "
+        "highest priority (--requeue=expedite)",
+    )
     account: str = Field("", description="account or project to charge")
     queue: str = Field("", description="queue or partition")
     modules: list[str] = Field([], description="environment modules to load")

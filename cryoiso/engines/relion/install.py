@@ -75,10 +75,13 @@ def _mpi_of(libraries: str) -> tuple[str, str]:
     """Family and path of the MPI library in the output of ldd."""
     lines = [line.strip() for line in libraries.splitlines()]
     paths = [line.split("=>")[1].split("(")[0].strip() for line in lines if "libmpi" in line and "=>" in line]
-    named = [path for path in paths if re.search(r"/libmpi(ch)?\.so", path)]
+    named = [path for path in paths if re.search(r"/libmpi(ch|_abi)?\.so", path)]
     library = (named or paths or [""])[0]
     if re.search(r"libopen-(rte|pal)|libmpi\.so\.(20|40)|libmpi_cxx\.so\.(20|40)", libraries):
         return OPEN_MPI, library
+    if "/libmpi_abi.so" in library:  # Open MPI and MPICH both have one: their mpirun tells
+        beside = Path(library).resolve().parents[1] / "bin" / "mpirun"
+        return _family_of(str(beside)) or MPICH, library
     return (MPICH, library) if library else ("", "")
 
 

@@ -21,6 +21,7 @@ from cryoiso.core.config import Job, LaunchSection, parse_job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import write_text
 from cryoiso.pipeline.batch.container import started_in, words_for_script
+from cryoiso.pipeline.batch.expedite import require_expedited_requeue
 from cryoiso.pipeline.batch.fill_template import fill_own, fill_site, read_template, words_of
 from cryoiso.pipeline.batch.mpi_launcher import Start, how_to_start
 from cryoiso.pipeline.batch.script_safety import require_name, require_one_line, require_plain
@@ -147,6 +148,8 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
             f"launch.grace_s = {section.grace_s}: no time for work is left of the wall time, {seconds} s",
             code="option-out-of-range",
         )
+    if section.expedite:
+        require_expedited_requeue(section)
     for key in ("account", "queue", "gpu_type"):
         require_name(f"launch.{key}", getattr(section, key))
     start = how_to_start(section, ranks, per_node)
@@ -163,6 +166,7 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
         "ram_gb": section.ram_gb, "ram_mb": None if section.ram_gb is None else math.ceil(1000 * section.ram_gb),
         "seconds": seconds, "time": _clock(seconds), "time_hm": _clock(60 * math.ceil(seconds / 60))[:-3],
         "grace_s": section.grace_s, "grace_min": math.ceil(section.grace_s / 60), "requeue": section.requeue,
+        "expedite": section.expedite,
         "account": section.account, "queue": section.queue, "modules": section.modules, "setup": section.setup,
         "extra": [_DIRECTIVE.sub("", line) for line in section.extra],
         "bin": own_bin, "srun": start.srun, "start": start.why,

@@ -74,10 +74,16 @@ def _mpi(facts: dict[str, Any]) -> Iterator[Finding]:
     if mpi is None:
         return
     if mpi.get("error"):
-        yield Finding("MPI", NOTE, f"none: {mpi['error']}", "For several ranks: pip install 'cryoiso[mpich]'.")
+        remedy = "For several ranks: pip install 'cryoiso[mpich]'."
+        if mpi.get("abi"):
+            remedy = (
+                "For several ranks set MPI4PY_LIBMPI to the libmpi.so beside it, or install an mpi4py with that module."
+            )
+        yield Finding("MPI", NOTE, f"none: {mpi['error']}", remedy)
         return
     where = mpi["path"] or "path unknown"
-    yield Finding("MPI", FINE, f"{mpi['library']} ({where}), mpi4py {mpi['mpi4py']}")
+    abi = ", the standard MPI ABI" if mpi.get("abi") else ""
+    yield Finding("MPI", FINE, f"{mpi['library']} ({where}{abi}), mpi4py {mpi['mpi4py']}")
     if not mpi["mpirun"]:
         yield Finding("mpirun", NOTE, "no mpirun found", "srun, or a module of the site, must start several ranks.")
     first = mpi["first_on_path"]

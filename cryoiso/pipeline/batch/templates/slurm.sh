@@ -20,7 +20,7 @@
 # Before its end the job gets USR1, writes a checkpoint and stops with exit status 75. With "B:" the signal goes to this
 # script, which hands it on; without it, to the ranks that srun started.
 #SBATCH --signal={{ "" if srun and not image else "B:" }}USR1@{{ grace_s }}
-#SBATCH --{{ "requeue" if requeue else "no-requeue" }}
+#SBATCH --{{ "requeue=expedite" if expedite else "requeue" if requeue else "no-requeue" }}
 #SBATCH --open-mode=append
 #SBATCH --output={{ (log|replace("%", "%%") ~ "-%j.log")|word }}
 {% for line in extra %}
