@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import HALVES, Particles
@@ -33,6 +32,8 @@ def write_inputs(
         with_poses: whether poses are among what the program should see.
         unfiltered: half -> the map of the first round as it was given; None: ``references``.
     """
+    import pandas as pd  # here, since it starts a thread (pyarrow's), which no process may have that is forked
+
     source, pixel = request.source, request.reference.pixel_size_A
     given = replace(relion_source(source).particles, rotation=particles.rotation, shift_A=particles.shift_A)
     some = given.take(rows)
