@@ -11,10 +11,10 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from errors_helper import raises_code
 from pipeline_helper import cryoiso_here, python, write_job
+from relion_project_helper import make_program, make_project
 
 from cryoiso.core.errors import EXIT_REQUEUE, EXIT_USAGE, Interrupted
 from cryoiso.engines.relion import external_job
@@ -24,31 +24,6 @@ from cryoiso.pipeline.commands import relion_external
 from cryoiso.pipeline.commands.relion_external import STEPS, ExternalJob, half_maps_of, run_external_job
 
 MARKS = (SUCCESS, FAILURE, ABORTED, ABORT_NOW)
-COLUMNS = (
-    "ImageName", "OpticsGroup", "AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst", "RandomSubset",
-    "DefocusU", "DefocusV", "DefocusAngle", "MaxValueProbDistribution",
-)  # fmt: skip
-OPTICS = """# version 30001
-
-data_optics
-
-loop_
-_rlnOpticsGroup #1
-_rlnOpticsGroupName #2
-_rlnVoltage #3
-_rlnSphericalAberration #4
-_rlnAmplitudeContrast #5
-_rlnImagePixelSize #6
-_rlnImageSize #7
-_rlnImageDimensionality #8
-1 g1 300 2.7 0.1 2.0 32 2
-
-# version 30001
-
-data_particles
-
-loop_
-"""
 
 
 @pytest.fixture
@@ -56,18 +31,7 @@ def project(tmp_path, monkeypatch) -> Path:
     """A RELION project with the particles of a refinement, as the working folder."""
     python()  # its server starts in the tests' own working folder
     monkeypatch.chdir(tmp_path)
-    refined = Path("Refine3D/job010")
-    refined.mkdir(parents=True)
-    rng = np.random.default_rng(1)
-    rows = [
-        f"{i + 1:06d}@Extract/job005/a.mrcs 1 {rng.uniform(-180, 180):.3f} {abs(rng.normal(0, 20)):.3f} 0 0 0 "
-        f"{1 + i % 2} 15000 15000 0 {rng.uniform():.4f}"
-        for i in range(200)
-    ]
-    labels = [f"_rln{name} #{number}" for number, name in enumerate(COLUMNS, 1)]
-    (refined / "run_data.star").write_text(OPTICS + "\n".join((*labels, *rows)) + "\n")
-    for name in ("half1_class001_unfil", "half2_class001_unfil", "class001"):
-        (refined / f"run_{name}.mrc").touch()
+    make_project(tmp_path)
     return tmp_path
 
 
@@ -197,10 +161,7 @@ def test_aborting_ends_the_step_and_can_be_seen_by_relion(project, monkeypatch, 
 
 @pytest.mark.relion
 def test_relions_own_pipeliner_runs_the_job_and_takes_its_outputs(project):
-    program = project / "bin" / "cryoiso"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {python()} -m cryoiso.cli.main "$@"\n')
-    program.chmod(0o755)
+    programs = make_program(project)
     Path("default_pipeline.star").write_text("data_pipeline_general\n\n_rlnPipeLineJobCounter 1\n\n")
     options = {
         "fn_exe": '"cryoiso relion-external rebalance"', "in_part": "Refine3D/job010/run_data.star",
@@ -210,7 +171,7 @@ def test_relions_own_pipeliner_runs_the_job_and_takes_its_outputs(project):
     labels = "_rlnJobOptionVariable #1\n_rlnJobOptionValue #2\n"
     rows = "".join(f"{name} {value}\n" for name, value in options.items())
     Path("external.star").write_text(head + labels + rows)
-    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
     for words in (
         ["--addJobFromStar", "external.star"],
         ["--RunJobs", "External/job001/", "--schedule", "s", "--sec_wait_after", "0"],

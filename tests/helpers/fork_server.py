@@ -76,6 +76,7 @@ def import_everything() -> None:
     import cryoiso
 
     names = [m.name for m in pkgutil.walk_packages(cryoiso.__path__, "cryoiso.")]
+    names = [name for name in names if not name.startswith("cryoiso.ccpem")]  # its GUI's libraries start threads
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in [*LIBRARIES, *names]:
