@@ -138,11 +138,11 @@ def test_the_workflow_runs_and_its_half_maps_can_be_corrected(project):
     job = run(RUN, job_file="data/job.toml")
     assert {"run/result/particles.star", "run/result/half1.mrc", "run/result/map.mrc"} <= set(nodes(job))
     shown = displayed(job)
-    assert shown["Report"] == "html" and shown["Map"] == "mapmodel" and shown["Verdict"] == "text"
+    assert shown["Report"] == "html" and shown["3D viewer: Map"] == "mapmodel" and shown["Verdict"] == "text"
     halves = {f"half{half}": f"{job.output_dir}run/result/half{half}.mrc" for half in (1, 2)}
     corrected = run(CORRECT, **halves, epochs=1)
     assert "corrected_map.mrc" in nodes(corrected)
-    assert displayed(corrected) == {"Correction": "table", "Corrected map": "mapmodel"}
+    assert displayed(corrected) == {"Correction": "table", "3D viewer: Corrected map": "mapmodel"}
 
 
 def test_cryoiso_does_not_import_the_pipeliner():
