@@ -45,10 +45,10 @@ def relion_external(
 ) -> None:
     """Run a step as an External job of RELION's GUI.
 
-    Enter 'cryoiso relion-external STEP' as the external executable. RELION passes files, threads and parameters;
-    parameters that are not listed here are passed to 'cryoiso STEP', e.g. the label symmetry with the value C3. The
-    step writes into the job's folder; RELION shows its end, and its files as inputs of other jobs. Aborting and
-    continuing the job in the GUI works as for RELION's own jobs.
+    Enter 'cryoiso relion-external' and, after a space, the step as the external executable. RELION passes files,
+    threads and parameters; parameters that are not listed here are passed to 'cryoiso STEP', e.g. the label
+    symmetry with the value C3. The step writes into the job's folder; RELION shows its end, and its files as inputs
+    of other jobs. Aborting and continuing the job in the GUI works as for RELION's own jobs.
     """
     from cryoiso.core.errors import UsageError
     from cryoiso.engines.relion import external_job

@@ -43,6 +43,7 @@ OTHER_PROGRAMS = {
     "mpirun": "--bind-to --map-by",
     "Apptainer": "--bind --cleanenv --containall --no-home --env --nv --pid --rocm --userns --shared --file --tag",
     "containers/build.sh": "--base --bootstrap --builder --cpu --mirror --no-relion --torch --torch-index --rocm",
+    "rattler-build, Spack, EasyBuild": "--recipe --channel --path --robot --sourcepath",
     "cryoDRGN": "--poses --ctf --zdim --uninvert-data",
     "benchmarks, pytest": "--published --netns --sizes --ranks --slow --tables --tree",
 }
