@@ -32,8 +32,6 @@ def write_inputs(
         with_poses: whether poses are among what the program should see.
         unfiltered: half -> the map of the first round as it was given; None: ``references``.
     """
-    import pandas as pd  # here, since it starts a thread (pyarrow's), which no process may have that is forked
-
     source, pixel = request.source, request.reference.pixel_size_A
     given = replace(relion_source(source).particles, rotation=particles.rotation, shift_A=particles.shift_A)
     some = given.take(rows)
@@ -46,6 +44,8 @@ def write_inputs(
     write_input(folder / names_of.PARTICLES, some, mine, with_poses=with_poses, box_px=source.box_px)
     seen = relion_particles(some, with_poses=with_poses)
     if "cs" in template.names:
+        import pandas as pd
+
         table = pd.DataFrame({"rlnImageName": mine})
         groups = tuple(replace(group, box_px=source.box_px) for group in seen.groups)
         theirs = in_cs_frame(replace(seen, table=table, groups=groups), request.symmetry)
