@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import HALVES, Particles
@@ -45,6 +44,8 @@ def write_inputs(
     write_input(folder / names_of.PARTICLES, some, mine, with_poses=with_poses, box_px=source.box_px)
     seen = relion_particles(some, with_poses=with_poses)
     if "cs" in template.names:
+        import pandas as pd
+
         table = pd.DataFrame({"rlnImageName": mine})
         groups = tuple(replace(group, box_px=source.box_px) for group in seen.groups)
         theirs = in_cs_frame(replace(seen, table=table, groups=groups), request.symmetry)
