@@ -12,7 +12,7 @@ from cryoiso.physics.filters import power_spectrum
 from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.audit.controls import reference as control
 
-BOX, PIXEL_A, LOWPASS_A, DIAMETER_A = 32, 5.0, 40.0, 120.0
+BOX, PIXEL_A, LOWPASS_A, DIAMETER_A = 32, 5.0, 30.0, 120.0
 C3 = point_group("C3")
 BAND = confirmed.band_of(LOWPASS_A, 13.0, BOX, PIXEL_A)
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 DECOYS = 60
-FINER = 3.0
-"""The band ends at this fraction of the initial reference's resolution: tenths of a degree and of an ångström between
-map and reference do not matter there, and homologues still agree."""
+FINER = 2.0
+"""The band ends at this fraction of the initial reference's resolution: distant homologues still agree there, and
+tenths of a degree and of an ångström between map and reference do not matter."""
 EDGE_SHELLS = 4
 """Shells of the grid beyond the band."""
 FINEST_PX = 3.0

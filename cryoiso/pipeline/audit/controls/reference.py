@@ -105,7 +105,7 @@ def verdict_of(found: Confirmation) -> Verdict:
     if not (np.isfinite(low) and np.isfinite(high)):
         return "inconclusive"
     if low > LEAST and found.reached == 0:
-        return "pass" if low > found.mirror else "inconclusive"
+        return "pass" if found.mirror < found.value - found.error else "inconclusive"
     return "fail" if high < WORTH else "inconclusive"
 
 
@@ -126,12 +126,12 @@ def _sentence(found: Confirmation, verdict: Verdict, lowpass_A: float, finest_A:
         return "The particles confirm the reference. " + where + numbers
     if verdict == "fail":
         return (
-            f"The data do not confirm the reference. {where}{numbers} The same outline alone gives as much as "
+            f"The data do not confirm the reference. {where}{numbers} The same outline alone gives about "
             f"{LEAST:g}, and {WORTH:g}, a quarter of the signal's power, is excluded: the images show another "
             "molecule, or none, or their poses are wrong. Do not interpret this map; repeat the run with another "
             "reference."
         )
-    if low > LEAST and low <= found.mirror:
+    if low > LEAST and found.reached == 0:
         return (
             f"The particles do not tell the reference from its mirror image. {where}{numbers} Find out the hand at a "
             "higher resolution before you interpret the map."
