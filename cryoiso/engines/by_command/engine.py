@@ -315,15 +315,20 @@ class Rounds:
         files = {half: self.request.folder / products.half_map(half) for half in HALVES}
         return RefineResult(particles, files, state.history, state.resolution_A)
 
+    def _program_facts(self, state: State) -> dict[str, Any]:
+        """What refine.json says of the program."""
+        section = self.section
+        made_by = "the command" if self._has_maps(self._folders(state.round)) else "reconstructed from its poses"
+        return {"command": {"name": section.name, "run": section.run, "rounds": section.rounds, "half_maps": made_by}}
+
     def _publish(self, state: State, result: RefineResult) -> None:
-        request, section = self.request, self.section
+        request = self.request
         for half, path in result.half_maps.items():
             write_map(path, state.maps[half], request.reference.pixel_size_A)
         write_particles(request.folder / products.PARTICLES, result.particles)
-        made_by = "the command" if self._has_maps(self._folders(state.round)) else "reconstructed from its poses"
         summary: RefineRecord = {
             "engine": self.engine,
-            "command": {"name": section.name, "run": section.run, "rounds": section.rounds, "half_maps": made_by},
+            **self._program_facts(state),  # type: ignore[typeddict-item]
             "symmetry": request.symmetry,
             "diameter_A": request.diameter_A,
             "resolution_A": result.resolution_A,
