@@ -55,7 +55,6 @@ class Server:
         self.lose: dict[str, str] = {}
         """Call -> "before" or "after" it has worked, its connection is lost, once."""
         self.fails, self.down, self.calls = "", False, []
-        self.names: list[str] = []
 
     def session(self, base_url: Any = None, **options: Any) -> CryoSPARC:
         return CryoSPARC(self, **options)
@@ -77,7 +76,8 @@ class Server:
     def new(self, kind: str, **facts: Any) -> str:
         uid = f"J{len(self.jobs) + 1}"
         self.jobs[uid] = SimpleNamespace(
-            uid=uid, kind=kind, status="building", desc="", outputs={}, tables={}, connections={}, params={}, deleted=False,
+            uid=uid, kind=kind, status="building", desc="", outputs={}, tables={}, connections={}, params={},
+            deleted=False, looks=0,
             version="v5.0.3-stand-in", queue_message=None, errors_run=[], log=[], lane=None, queued=0, **facts,
         )  # fmt: skip
         (self.root / uid).mkdir(parents=True)
@@ -88,6 +88,8 @@ class Server:
         if job.status == "queued":
             job.status = "running"
             job.log.append(SimpleNamespace(type="text", text="-- Iteration 1"))
+        elif job.status == "running" and not job.looks:
+            job.looks += 1
         elif job.status == "running":
             if self.fails:
                 job.status = "failed"
@@ -237,7 +239,8 @@ class ExternalJob(Job):
         self._server.call("upload", lambda: shutil.copy(source, place))
 
     def add_output(
-        self, type: str, name: Any = None, slots: Any = (), passthrough: Any = None, title: Any = None, *, alloc: Any = None
+        self, type: str, name: Any = None, slots: Any = (), passthrough: Any = None, title: Any = None, *,
+        alloc: Any = None
     ) -> str:  # fmt: skip
         assert name not in self.outputs and alloc is None
         self.model.outputs[name] = (type, slots)

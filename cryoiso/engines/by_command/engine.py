@@ -87,8 +87,8 @@ class State:
 class Rounds:
     """Rounds of a program of somebody's; the same on every rank."""
 
-    place, engine = "command", "command"
-    """Folder of its files, and name of the engine."""
+    place, engine, reader = "command", "command", "the command"
+    """Folder of its files, name of the engine, and the program in messages."""
 
     def __init__(self, request: RefineRequest, comm: Context) -> None:
         section = request.program
@@ -111,7 +111,7 @@ class Rounds:
         names: list[str] = []
         if not self.template.one_stack:
             names = image_names(
-                request.source, self.folder, section.images, comm, resume=request.resume, reader="the command"
+                request.source, self.folder, section.images, comm, resume=request.resume, reader=self.reader
             )
         state = on_root(comm, self._load) or self._first()
         with side_by_side(comm) as bell:

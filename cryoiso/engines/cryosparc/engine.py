@@ -23,9 +23,10 @@ from cryoiso.engines.by_command import template as names_of
 from cryoiso.engines.by_command.engine import Rounds, State
 from cryoiso.engines.by_command.inputs import write_inputs
 from cryoiso.engines.cryosparc import session, watch
-from cryoiso.engines.cryosparc.errand import Errand, Order, project_of
+from cryoiso.engines.cryosparc.errand import Errand, project_of
 from cryoiso.engines.cryosparc.frame import in_cryosparcs_frame
 from cryoiso.engines.cryosparc.ledger import REFINEMENT, Ledger
+from cryoiso.engines.cryosparc.order import Order
 from cryoiso.engines.cryosparc.outputs import MASK, REFERENCE, Shipment
 from cryoiso.engines.cryosparc.results import PARTICLES
 from cryoiso.io.atomic import write_text
@@ -68,7 +69,7 @@ class CryosparcEngine:
 
 
 class _Round(Rounds):
-    place, engine = "cryosparc", "cryosparc"
+    place, engine, reader = "cryosparc", "cryosparc", "cryoSPARC"
 
     def __init__(self, request: RefineRequest, section: CryosparcSection, comm: Context) -> None:
         self.own = section
@@ -106,6 +107,7 @@ class _Round(Rounds):
     def _run(self, number: int, half: int, folder: Path, state: State, names: list[str], bell: StopBell) -> None:
         if on_root(self.comm, self._written, folder, state, names):
             return
+        on_root(self.comm, lambda: Ledger.read(folder / RECORD).mark)  # a damaged record is an error of all ranks
         errand = Errand(self._order(folder), Ledger.read(folder / RECORD)) if self.comm.rank == 0 else None
         watch.run(errand, self.comm, bell)
         on_root(self.comm, write_text, folder / "done", "")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cryoiso.core.config import CryosparcSection
@@ -18,29 +16,14 @@ from cryoiso.core.errors import CryoisoError
 from cryoiso.core.log import duration, printable
 from cryoiso.engines.cryosparc import session
 from cryoiso.engines.cryosparc.ledger import PARTICLES, REFINEMENT, Ledger
-from cryoiso.engines.cryosparc.outputs import SLOTS, Shipment, filled
+from cryoiso.engines.cryosparc.order import JOB_TYPES, Order
+from cryoiso.engines.cryosparc.outputs import SLOTS, filled
 from cryoiso.engines.cryosparc.results import take_results
 
 logger = logging.getLogger("cryoiso")
-JOB_TYPES = {"homogeneous": "homo_refine_new", "non-uniform": "nonuniform_refine_new", "local": "new_local_refine"}
 PROGRESS_S = 300.0
 """A line of its log is repeated in ours so often."""
 _ENDED_BADLY = ("failed", "killed")
-
-
-@dataclass(frozen=True)
-class Order:
-    """What cryoSPARC is to do in a round."""
-
-    section: CryosparcSection
-    kind: str
-    """Key of ``JOB_TYPES``."""
-    params: dict[str, Any]
-    title: str
-    folder: Path
-    shipment: Shipment
-    half_maps: dict[int, str]
-    """Half -> name of the half-map to bring back; empty: none."""
 
 
 class Errand:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cryoiso.core.errors import CryoisoError
+from cryoiso.engines.cryosparc.order import Order
 from cryoiso.io.atomic import atomic_path
-
-if TYPE_CHECKING:
-    from cryoiso.engines.cryosparc.errand import Order
 
 PARTICLES = "particles_out.cs"
 LETTER = {1: "A", 2: "B"}
@@ -35,7 +33,7 @@ def take_results(project: Any, job: Any, order: Order) -> None:
         field = f"map_half_{LETTER[half]}/path"
         if field not in volume or not str(volume[field][0]):
             raise CryoisoError(
-                f"{where}: its volume has no {field}. Set cryosparc.half_maps = 'reconstruct' and resume",
+                f"{where}: its volume has no {field}. Set cryosparc.half_maps = 'reconstruct' and start again",
                 code="cryosparc-result-invalid",
             )
         with atomic_path(order.folder / name) as part:

@@ -15,8 +15,8 @@ TIMEOUT_S = 120
 OLDEST = 5
 """Major version of cryosparc-tools whose interface is used."""
 LOGIN = (
-    "Set CRYOSPARC_BASE_URL and log in with 'python -m cryosparc.tools login --url URL' as the user who runs cryoiso, "
-    "on a host that reaches cryoSPARC"
+    "Set CRYOSPARC_BASE_URL and log in with 'python -m cryosparc.tools login', as the user who runs cryoiso, on a host "
+    "that reaches cryoSPARC"
 )
 _BUSY = (429, 502, 503, 504)
 """HTTP statuses that say: later."""
