@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -259,6 +260,39 @@ def test_a_lost_connection_makes_no_second_job(data, server, tmp_path, call, whe
     assert server.jobs["J2"].queued == 1 and len(result.particles) == 60
 
 
+@pytest.mark.parametrize("call", ["create_external_job", "create_job", "queue"])
+def test_a_request_that_the_library_repeats_queues_nothing_twice(data, server, tmp_path, call):
+    """cryosparc-tools sends a request again when its answer was lost: of a job made twice, one is never queued."""
+    server.lose = {call: "twice"}
+    CryosparcEngine().refine(request(data, tmp_path / "o"))
+    assert not server.lose and sum(job.queued for job in server.jobs.values()) == 1
+    assert sum(job.kind != "snowflake" and job.status == "completed" for job in server.jobs.values()) == 1
+
+
+def test_a_killed_job_of_particles_is_filled_again(data, server, tmp_path):
+    """Its files went with it."""
+    base = request(data, tmp_path / "o", {"retry_min": 0})
+    server.lose = {"save_output": "before"}
+    upload = server.call
+
+    def down_after(name: str, function: Callable[[], Any]) -> Any:
+        if name == "save_output":
+            server.down = True
+        return upload(name, function)
+
+    server.call = down_after
+    with raises_code("cryosparc-unreachable"):
+        CryosparcEngine().refine(base)
+    assert ledger_of(tmp_path / "o")["uploaded"]
+    server.call, server.down = upload, False
+    server.jobs["J1"].status = "killed"
+    for file in (tmp_path / "P1/J1").rglob("*.mrc*"):
+        file.unlink()
+    CryosparcEngine().refine(replace(base, resume=True))
+    assert [job.kind for job in server.jobs.values()] == ["snowflake", "homo_refine_new"]
+    assert list((tmp_path / "P1/J1/images").iterdir())
+
+
 def test_a_restart_follows_the_job_that_is_there(data, server, tmp_path):
     """cryoSPARC stays away; later the same job is taken up, also with other settings that decide nothing."""
     out = tmp_path / "o"
@@ -384,6 +418,23 @@ def test_a_local_refinement_sends_poses_mask_and_extent(data, server, tmp_path):
     assert (
         job.connections["mask"] == ("J1", "mask") and np.abs(held.tables["particles"]["alignments3D/pose"]).max() > 0.1
     )
+
+
+def test_the_library_itself_without_a_server(data, tmp_path, monkeypatch):
+    """The installed cryosparc-tools: no address, no login, and an address where nothing answers."""
+    from cryosparc import tools
+
+    real, nowhere = tools.CryoSPARC, "http://localhost:1"
+    unset = {"base_url": None, "host": None, "base_port": None, "email": None, "password": None}
+    base = request(data, tmp_path / "o", {"retry_min": 0})
+    for given, code, words in (
+        ({}, "cryosparc-not-logged-in", "address"),
+        ({"base_url": nowhere}, "cryosparc-not-logged-in", "no login"),
+        ({"base_url": nowhere, "email": "me", "password": SECRET}, "cryosparc-unreachable", "retry_min"),
+    ):
+        monkeypatch.setattr(tools, "CryoSPARC", functools.partial(real, **{**unset, **given}))
+        with raises_code(code, CryoisoError, match=words):
+            CryosparcEngine().refine(base)
 
 
 def test_no_credentials_are_written(data, server, tmp_path, monkeypatch, caplog):

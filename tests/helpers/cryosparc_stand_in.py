@@ -53,7 +53,8 @@ class Server:
     def __init__(self, root: Path, refine: Callable[..., Any]) -> None:
         self.root, self.refine, self.jobs = root, refine, {}
         self.lose: dict[str, str] = {}
-        """Call -> "before" or "after" it has worked, its connection is lost, once."""
+        """Call -> what happens to it once: its connection is lost "before" or "after" it has worked, or it is made
+        "twice"."""
         self.fails, self.down, self.calls = "", False, []
 
     def session(self, base_url: Any = None, **options: Any) -> CryoSPARC:
@@ -65,6 +66,8 @@ class Server:
         if self.down or when == "before":
             raise httpx.ConnectError("lost")
         value = function()
+        if when == "twice":  # the library itself repeats a request whose answer was lost
+            return function()
         if when == "after":
             raise httpx.ReadTimeout("lost")
         return value
@@ -204,7 +207,8 @@ class Job:
 
     def queue(self, lane: Any = None, hostname: Any = None, gpus: list = [], cluster_vars: dict = {}) -> None:  # noqa: B006
         def enqueue() -> None:
-            assert self.status == "building", "a job is queued once"
+            if self.status != "building":
+                raise self._server.refuse(409, "not in status building")
             self.model.status, self.model.lane = "queued", lane
             self.model.queued += 1
 
@@ -226,9 +230,6 @@ class ExternalJob(Job):
 
     def stop(self, error: str = "") -> None:
         self.model.status = "failed" if error else "completed"
-
-    def refresh(self) -> ExternalJob:
-        return self
 
     def mkdir(self, target_path: Any, parents: bool = False, exist_ok: bool = False) -> None:
         (self._server.root / self.uid / str(target_path)).mkdir(parents=parents, exist_ok=exist_ok)

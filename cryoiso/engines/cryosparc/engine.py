@@ -35,7 +35,7 @@ from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.group_stop import StopBell
 from cryoiso.physics.filters import lowpass
-from cryoiso.physics.symmetry import cryosparc_turn
+from cryoiso.physics.symmetry import cryosparc_turn, normalise_name
 
 logger = logging.getLogger("cryoiso")
 FIXED = ("refine_symmetry", "refine_gs_resplit")
@@ -160,7 +160,8 @@ class _Round(Rounds):
     def _params(self) -> dict[str, Any]:
         request = self.request
         params: dict[str, Any] = {
-            "refine_symmetry": request.symmetry, "refine_gs_resplit": False, "refine_res_init": self.limit_A
+            "refine_symmetry": normalise_name(request.symmetry), "refine_gs_resplit": False,
+            "refine_res_init": self.limit_A,
         }  # fmt: skip
         if request.local_deg is not None:
             params["init_r_extent"] = request.local_deg
@@ -225,7 +226,8 @@ def require_project(section: CryosparcSection) -> None:
         CryoisoError: not logged in, or one of them is not there.
     """
     try:
-        project_of(session.connect(), section)
+        with session.quiet():
+            project_of(session.connect(), section)
     except Exception as error:
         if isinstance(error, CryoisoError) or not session.is_lost(error):
             raise

@@ -70,12 +70,13 @@ class Errand:
         if job.status == "completed":
             return job
         if job.status in _ENDED_BADLY:
-            job.clear()
+            asked(f"to clear job {uid}", job.clear)
+            self.ledger.note_cleared()
         if job.status == "building":
-            job.start("running")
+            asked(f"to start job {uid}", job.start, "running")
         files = [*ship.maps, *(ship.stacks if section.upload else ())]
         if section.upload and ship.stacks:
-            job.mkdir("images", exist_ok=True)
+            asked("a folder for images", job.mkdir, "images", exist_ok=True)
         for name, path in files:
             if name not in self.ledger.uploaded:
                 asked(f"the upload of {path.name}", job.upload, name, path, overwrite=True)
@@ -88,9 +89,9 @@ class Errand:
                 continue
             if name not in job.outputs:
                 asked(f"an output {name}", job.add_output, type_, name, slots)
-            table = filled(job.alloc_output(name, columns["uid"]), columns, name)
+            table = filled(asked(f"the fields of {name}", job.alloc_output, name, columns["uid"]), columns, name)
             asked(f"the {name}", job.save_output, name, table)
-        job.stop()
+        asked(f"to end job {uid}", job.stop)
         return job
 
     def _refinement(self, project: Any, held: Any) -> Any:
@@ -119,23 +120,36 @@ class Errand:
             return
         text = f"{ledger.mark}-{name}"
         if name in ledger.asked:
-            jobs = project.find_jobs(workspace_uid=self._section.workspace, order=-1)
-            uid = next((job.uid for job in jobs if text in job.desc), None)
+            uid = asked("its jobs", self._marked, project, text)
             if uid is not None:
                 return ledger.note_job(name, uid)
         ledger.note_asked(name)
         made = asked(f"a new job in {self._section.project}-{self._section.workspace}", create, text)
         ledger.note_job(name, made.uid)
 
+    def _marked(self, project: Any, text: str) -> str | None:
+        jobs = project.find_jobs(workspace_uid=self._section.workspace, order=-1)
+        return next((str(job.uid) for job in jobs if text in job.desc), None)
+
     def _queue(self, job: Any) -> None:
-        """Queues it once; a job that had ended badly when this program began is cleared and queued again."""
+        """Queues it once; a job that had ended badly when this program began is cleared and queued again.
+
+        The library repeats a request whose answer was lost: it may be refused because it has worked.
+        """
         if job.status in _ENDED_BADLY and not self._began:
             logger.info("cryoSPARC %s: %s before; queued again", self._name(job), job.status)
-            job.clear()
+            asked(f"to clear job {job.uid}", job.clear)
         self._began = True
-        if job.status == "building":
-            lane = self._section.lane
-            asked(f"lane {lane}" if lane else "to run the job on its master", job.queue, lane or None)
+        if job.status != "building":
+            return
+        lane = self._section.lane
+        try:
+            asked(
+                f"to queue the job in lane {lane}" if lane else "to run the job on its master", job.queue, lane or None
+            )
+        except CryoisoError:
+            if asked(f"job {job.uid}", job.refresh).status == "building":
+                raise
 
     def _ended(self, job: Any) -> Iterator[float]:
         """Waits until it has completed.

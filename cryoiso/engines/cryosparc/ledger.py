@@ -73,3 +73,8 @@ class Ledger:
     def note_uploaded(self, name: str) -> None:
         self.uploaded.append(name)
         self.save()
+
+    def note_cleared(self) -> None:
+        """The files of the external job are gone."""
+        self.uploaded = []
+        self.save()

@@ -6,6 +6,9 @@ The address and the login are those of cryosparc-tools itself: its environment v
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cryoiso.core.errors import CryoisoError, MissingError
@@ -67,6 +70,14 @@ def connect() -> Any:
         raise explained(cause, "the login") or _no_login("cryoSPARC did not accept the login") from None
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's warning for every attempt of a request, which names the address."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"\*\*\* API client")
+        yield
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether an error of the library says that cryoSPARC did not answer, so that the same may work later."""
     import httpx
@@ -87,7 +98,14 @@ def explained(error: BaseException, what: str) -> CryoisoError | None:
     """
     import httpx
     from cryosparc.errors import APIError
+    from pydantic import ValidationError
 
+    if isinstance(error, ValidationError):
+        return CryoisoError(
+            f"cryosparc-tools does not understand cryoSPARC's answer to {what}: install the cryosparc-tools of "
+            "cryoSPARC's version",
+            code="cryosparc-refused",
+        )
     if isinstance(error, httpx.HTTPStatusError):
         status, data = error.response.status_code, None
     elif isinstance(error, APIError):

@@ -59,15 +59,19 @@ class _Watch:
         if time.monotonic() < self._due:
             return None
         try:
-            pause = next(self._steps)
+            with session.quiet():
+                pause = next(self._steps)
         except StopIteration:
             return Event("ended")
         except CryoisoError as error:
             return self._failed(error)
         except Exception as error:
-            if not session.is_lost(error):
+            if session.is_lost(error):
+                return self._wait()
+            refused = session.explained(error, "a request")
+            if refused is None:
                 raise
-            return self._wait()
+            return self._failed(refused)
         if self._losses:
             logger.info("cryoSPARC answers again")
         self._losses, self._due = 0, time.monotonic() + pause
@@ -76,11 +80,13 @@ class _Watch:
     def _wait(self) -> Event | None:
         """After a lost connection: the same again, later."""
         section, now = self._errand.order.section, time.monotonic()
+        limit_s = 60 * section.retry_min
         if not self._losses:
             self._lost_since = now
-            limit = duration(60 * section.retry_min)
-            logger.warning("cryoSPARC does not answer; trying again for %s. Its jobs go on meanwhile", limit)
-        if now - self._lost_since > 60 * section.retry_min:
+            if limit_s:
+                limit = duration(limit_s)
+                logger.warning("cryoSPARC does not answer; trying again for %s. Its jobs go on meanwhile", limit)
+        if now - self._lost_since >= limit_s:
             return self._failed(
                 CryoisoError(
                     f"cryoSPARC has not answered for {duration(now - self._lost_since)} (cryosparc.retry_min). Its "
