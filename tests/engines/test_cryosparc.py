@@ -182,10 +182,10 @@ def test_the_native_engine_behind_the_stand_in_gives_what_it_gives_alone(data, s
     result = CryosparcEngine().refine(base)
     assert not np.array_equal(result.particles.rotation, np.tile(np.eye(3), (60, 1, 1)))
     moved = angular_distance_deg(result.particles.rotation, expected.particles.rotation, point_group("C3"))
-    assert np.median(moved) < 0.01 and np.mean(moved > 0.1) < 0.05
+    assert moved.max() < 1e-3
     for half in (1, 2):
         ours, theirs = (read_map(tmp_path / f / f"half{half}.mrc").data for f in ("o", "alone"))
-        assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9999
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_a_co_refinement_gives_half_maps_of_the_raw_particles_alone(data, server, tmp_path):
@@ -476,6 +476,7 @@ def test_what_is_wrong_is_found_before_anything_runs(data, server, tmp_path, mon
         ({**good, "lane": "cpu"}, "cryosparc-not-found", "known: gpu"),
         ({**good, "params": {"refine_gs_resplit": True}}, "options-conflict", "half-sets"),
         ({**good, "workflow": "realign"}, "options-conflict", "reference"),
+        ({**good, "job": "local"}, "option-missing", "sample.mask"),
     ):
         with raises_code(code, match=words):
             require_engine(job(**section))

@@ -75,7 +75,12 @@ def require_engine(job: Job) -> None:
         from cryoiso.engines.cryosparc.engine import require_cryosparc, require_project
 
         require_cryosparc(job.cryosparc, correction=correction(job) is not None)
-        require_project(job.cryosparc)
+        balanced = job.run.workflow in CO_REFINEMENTS and job.auxiliary.balance
+        if (balanced or job.refine.local_deg is not None or job.cryosparc.job == "local") and not job.sample.mask:
+            way_out = ", or auxiliary.balance = false" if balanced else ""
+            raise UsageError(
+                f"cryoSPARC's local refinement needs a mask: set sample.mask{way_out}", code="option-missing"
+            )
     if job.refine.engine == "relion":
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words
