@@ -1,8 +1,9 @@
 """Verdicts of `cryoiso audit` on runs whose truth is known: false alarms and misses of every control.
 
 good              simulated particles of an invented protein and a relative of it as the reference: all should pass
-wrong_reference   the same particles refined against another protein; `null` should fail
-noise             images of noise refined against the relative, the refusal of noise switched off; `null` should fail
+wrong_reference   the same particles refined against another protein; `reference` should fail
+noise             images of noise refined against the relative, the refusal of noise switched off; `reference` and
+                  `null` should fail
 auxiliary_*       the workflow `auxiliary`, with projections and coloured noise, with a generator for each half-set, and
                   with one generator for both: `leak` should fail for the last only
 realign_*         the workflow `realign` with a network for each half-set, and with one for both, likewise
@@ -65,8 +66,8 @@ SMALL_NETWORK = {"run.workflow": "realign", "correct.preset": "small", "correct.
 NULL_AND_LEAK = ("null", "leak")
 SCENARIOS: dict[str, Scenario] = {
     "good": Scenario(),
-    "wrong_reference": Scenario(reference="other", unguarded=True, fails=("null",)),
-    "noise": Scenario(noise=True, unguarded=True, fails=("null",)),
+    "wrong_reference": Scenario(reference="other", unguarded=True, fails=("reference",)),
+    "noise": Scenario(noise=True, unguarded=True, fails=("reference", "null")),
     "auxiliary_coloured": Scenario(
         {**AUXILIARY, "auxiliary.generators": "coloured-noise"}, controls=NULL_AND_LEAK, size=FEW
     ),
@@ -142,11 +143,12 @@ def judge(name: str, seed: int, work: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Verdicts, one row for each run."""
-    names = ("null", "omitted", "added", "decoy", "stability", "leak")
+    names = ("reference", "null", "omitted", "added", "decoy", "stability", "leak")
     short = {"pass": "pass", "fail": "FAIL", "inconclusive": "?", "not applicable": "-"}
     lines = [
         (r["scenario"], r["seed"], f"{r['resolution_A']:.1f} Å",
-         *(short[r["controls"][n]["verdict"]] + (" (should)" if n in r["should_fail"] else "") for n in names))
+         *(short[r["controls"].get(n, {"verdict": "not applicable"})["verdict"]]
+           + (" (should)" if n in r["should_fail"] else "") for n in names))
         for r in rows
     ]  # fmt: skip
     return harness.markdown(("run", "seed", "half-maps", *names), lines)

@@ -26,8 +26,9 @@ def audit(
 ) -> None:
     """Test a finished run for model bias, overfitting and leaks between the half-sets.
 
-    Each control repeats the run's own workflow on a random subset of its particles with one thing changed (noise
-    instead of images, parts of the reference left out or added, another reference, another seed) and gives a number, an
+    The first control compares the run's own maps with its reference where the refinement never had it. Each of the
+    others repeats the run's workflow on a random subset of its particles with one thing changed (noise instead of
+    images, parts of the reference left out or added, another reference, another seed). Each gives a number, an
     interval, a verdict (pass, fail, inconclusive) and a sentence. Results are written to RUN/audit/audit.json and
     RUN/audit/audit.html; nothing else in RUN is changed. After an interruption, the same command continues.
 

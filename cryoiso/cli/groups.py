@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.options import help_of, keys
-from cryoiso.core.config import CommandSection, RelionSection
+from cryoiso.core.config import CommandSection, CryosparcSection, RelionSection
 
 SYMMETRY = keys("sample", "Sample", "symmetry")
 SAMPLE = keys("sample", "Sample", "symmetry", "diameter_A", "mask")
@@ -79,5 +79,14 @@ CommandKeys = Annotated[
         "--command", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
         help=f"With --engine command: a key of the job file's [command] ({', '.join(CommandSection.model_fields)}), "
         "e.g. --command 'run=my_refine {particles} {reference} {out_particles}'. May be repeated.",
+    ),
+]  # fmt: skip
+CryosparcKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cryosparc", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
+        help="With --engine cryosparc: a key of the job file's [cryosparc] "
+        f"({', '.join(CryosparcSection.model_fields)}), e.g. --cryosparc project=P3 --cryosparc workspace=W1. May be "
+        "repeated.",
     ),
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from cryoiso.cli.groups import (
     NETWORK,
     REFINEMENT,
     CommandKeys,
+    CryosparcKeys,
     OutputFolder,
     ParticlesOrShards,
     Reference,
@@ -46,6 +47,7 @@ def realign(
     refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
     command: CommandKeys = None,
+    cryosparc: CryosparcKeys = None,
     go_on: Resume = False,
 ) -> None:
     """Refine poses with gold-standard half-sets and isotropic references.
@@ -62,7 +64,8 @@ def realign(
     job = on_root(
         comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),
-        command=keys_of(command, "--command"), run={"workflow": "realign"},
+        command=keys_of(command, "--command"), cryosparc=keys_of(cryosparc, "--cryosparc"),
+        run={"workflow": "realign"},
     )  # fmt: skip
     realign_files(job, out, comm, auxiliary=auxiliary, resume=go_on)
     if comm.rank == 0:

@@ -6,6 +6,7 @@ from cryoiso.cli.common import echo
 from cryoiso.cli.groups import (
     REFINEMENT,
     CommandKeys,
+    CryosparcKeys,
     OutputFolder,
     ParticlesOrShards,
     Reference,
@@ -26,6 +27,7 @@ def refine(
     refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
     command: CommandKeys = None,
+    cryosparc: CryosparcKeys = None,
     go_on: Resume = False,
 ) -> None:
     """Refine poses with gold-standard half-sets.
@@ -40,7 +42,7 @@ def refine(
     job = on_root(
         comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),
-        command=keys_of(command, "--command"),
+        command=keys_of(command, "--command"), cryosparc=keys_of(cryosparc, "--cryosparc"),
     )  # fmt: skip
     refine_files(job, out, comm, resume=go_on)
     if comm.rank == 0:

@@ -24,13 +24,20 @@ from cryoiso.core.sections.methods import (
     MicelleSection,
     RealignSection,
 )
-from cryoiso.core.sections.refinement import CommandSection, ReconstructSection, RefineSection, RelionSection
+from cryoiso.core.sections.refinement import (
+    CommandSection,
+    CryosparcSection,
+    ReconstructSection,
+    RefineSection,
+    RelionSection,
+)
 from cryoiso.core.sections.running import LaunchSection, RunSection
 
 __all__ = [
-    "AuditSection", "AuxiliarySection", "ClassifySection", "CommandSection", "CorrectSection", "DiagnoseSection", "Job",
-    "LaunchSection", "MicelleSection", "ParticlesSection", "RealignSection", "ReconstructSection", "ReferenceSection",
-    "RefineSection", "RelionSection", "RunSection", "SampleSection", "TruthSection", "job_to_toml", "parse_job",
+    "AuditSection", "AuxiliarySection", "ClassifySection", "CommandSection", "CorrectSection", "CryosparcSection",
+    "DiagnoseSection", "Job", "LaunchSection", "MicelleSection", "ParticlesSection", "RealignSection",
+    "ReconstructSection", "ReferenceSection", "RefineSection", "RelionSection", "RunSection", "SampleSection",
+    "TruthSection", "job_to_toml", "parse_job",
 ]  # fmt: skip
 
 
@@ -49,6 +56,7 @@ class Job(Section):
     realign: RealignSection = Field(default_factory=RealignSection)
     relion: RelionSection = Field(default_factory=RelionSection)
     command: CommandSection = Field(default_factory=CommandSection)
+    cryosparc: CryosparcSection = Field(default_factory=CryosparcSection)
     diagnose: DiagnoseSection = Field(default_factory=DiagnoseSection)
     truth: TruthSection = Field(default_factory=TruthSection)
     audit: AuditSection = Field(default_factory=AuditSection)

@@ -173,6 +173,15 @@ GROUPS: dict[str, dict[str, str]] = {
         "waiting-for-files": "a refinement by hand: files are written, and its result is waited for",
         "command-result-invalid": "what the command of an engine left behind cannot be used",
     },
+    "cryoSPARC": {
+        "cryosparc-not-logged-in": "no address of cryoSPARC, or no valid login for it",
+        "cryosparc-not-found": "cryoSPARC has no such project, workspace, lane or job",
+        "cryosparc-unreachable": "cryoSPARC did not answer for too long",
+        "cryosparc-refused": "cryoSPARC refused a request",
+        "cryosparc-job-failed": "the refinement failed or was killed in cryoSPARC",
+        "cryosparc-particles-lost": "cryoSPARC did not return each particle exactly once",
+        "cryosparc-result-invalid": "what came back from cryoSPARC, or the record of its jobs, cannot be used",
+    },
     "Anything else": {
         "stopped-by-signal": "stopped by a signal; what is finished is kept",
         "interrupted-from-keyboard": "Ctrl-C",

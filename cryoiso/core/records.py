@@ -100,6 +100,8 @@ class RefineRecord(TypedDict, total=False):
     """How the program was run."""
     command: dict[str, Any]
     """The same of an engine by command."""
+    cryosparc: dict[str, Any]
+    """The same of cryoSPARC: project, uids of its jobs, parameters."""
 
 
 class CurvesRecord(TypedDict, total=False):

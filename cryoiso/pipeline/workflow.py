@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from cryoiso.core.config import CommandSection, Job, RelionSection
+from cryoiso.core.config import CommandSection, CryosparcSection, Job, RelionSection
 from cryoiso.core.errors import UsageError
 from cryoiso.pipeline.records.run_folder import REALIGN_STAGES, REFINE_STAGES
 
@@ -96,14 +96,16 @@ def _co_refinement_stages(job: Job) -> tuple[str, ...]:
     return ("ingest", "reference", "refine", *micelle, *rounds, *local, "reconstruct", *correct, "diagnose")
 
 
-def program_of(job: Job) -> RelionSection | CommandSection:
+def program_of(job: Job) -> RelionSection | CommandSection | CryosparcSection:
     """The job's section about the program that its engine starts."""
+    if job.refine.engine == "cryosparc":
+        return job.cryosparc
     return job.command if job.refine.engine in ("command", "files") else job.relion
 
 
 def starts_a_program(job: Job) -> bool:
     """Whether somebody's program refines, which reads images from files."""
-    return job.refine.engine in ("relion", "command", "files")
+    return job.refine.engine in ("relion", "cryosparc", "command", "files")
 
 
 def kind_of(stage: str) -> str:

@@ -138,6 +138,11 @@ def _refinement(data: ReportData, cite: Citations) -> str:
         program = section(refine, "relion")
         text = f"{first} were refined with RELION {program.get('version') or '(version unknown)'} {cite('relion')}, "
         text += f"auto-refinement of independent half-sets {cite('gold')}, {where}, {count} iterations"
+    elif engine == "cryosparc":
+        program = section(refine, "cryosparc")
+        version = program.get("version") or "(version unknown)"
+        text = f"{first} were refined with cryoSPARC {version}, {program.get('job')} refinement (job "
+        text += f"{program.get('project')}-{program.get('uid')}), {where}; half-maps: {program.get('half_maps')}"
     elif engine in ("command", "files"):
         program = section(refine, "command")
         text = f"{first} were refined with {program.get('name') or 'an outside program (command.run)'}, {where}, in "

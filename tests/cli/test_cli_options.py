@@ -25,10 +25,10 @@ GROUPS = {
     "realign": (*groups.REFINEMENT, realign_cmd.CORRECTION, groups.NETWORK, realign_cmd.AUXILIARY),
 }
 COMMAND_ONLY = {
-    "refine": {"particles", "ref", "out", "refine_keys", "relion", "command", "go_on"},
-    "realign": {"particles", "ref", "out", "refine_keys", "relion", "command", "go_on", "auxiliary"},
+    "refine": {"particles", "ref", "out", "refine_keys", "relion", "command", "cryosparc", "go_on"},
+    "realign": {"particles", "ref", "out", "refine_keys", "relion", "command", "cryosparc", "go_on", "auxiliary"},
 }
-"""Parameters that are no key of a section: files, --refine, --relion and --command KEY=VALUE, --resume."""
+"""Parameters that are no key of a section: files, --refine, --relion, --command and --cryosparc KEY=VALUE, --resume."""
 NEEDED: dict[str, Any] = {"particles": {"file": "a.star"}, "reference": {"file": "a.mrc"}}
 
 

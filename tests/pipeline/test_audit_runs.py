@@ -25,7 +25,7 @@ from cryoiso.pipeline.reproduce.verify import verify_run
 from cryoiso.pipeline.run import resume_run, run_job
 from cryoiso.pipeline.stages import engines
 
-FEW = {"controls": ["null", "stability", "leak"], "particles": 50}
+FEW = {"controls": ["reference", "null", "stability", "leak"], "particles": 50}
 
 
 def job(**changes):
@@ -152,6 +152,17 @@ def test_a_refused_decoy_passes_and_a_refused_repetition_decides_nothing(finishe
         rows = range(50)
 
     assert omitted.record(Bench(), refused, {}).verdict == "inconclusive"  # type: ignore[arg-type]
+
+
+def test_regions_and_balls_say_what_to_do():
+    from cryoiso.pipeline.audit.controls import added, omitted
+
+    assert "The images make this density" in omitted.advice({"region-1": "pass"}, True)
+    mixed = omitted.advice({"region-1": "pass", "region-2": "inconclusive", "region-3": "fail"}, False)
+    assert "of region-3 comes from the reference" in mixed and "of region-2 does is not decided" in mixed
+    assert "audit.particles" in mixed and "region-1" not in mixed
+    assert "audit.particles" not in omitted.advice({"region-2": "inconclusive"}, True)  # there are no more
+    assert "below 20 %" in added.advice("inconclusive", 0.2, True) and "remove" in added.advice("pass", 0.01, True)
 
 
 def test_one_network_for_both_half_sets_is_a_leak_whatever_the_half_maps_say():

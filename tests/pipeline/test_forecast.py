@@ -228,7 +228,7 @@ def test_rank_0_counts_the_images_that_it_writes_itself(board, tmp_path, monkeyp
     monkeypatch.setattr(images.ProgressLine, "update", lambda line, done, words="": seen.append((done, line.total)))
     particles = SimpleNamespace(uid=np.arange(95), group_values=lambda name: np.full(95, 2.0))
     source = SimpleNamespace(particles=particles, box_px=8, read=lambda rows: np.zeros((len(rows), 8, 8), np.float32))
-    images._export(source, np.arange(95), tmp_path / "images", Two(), False)
+    images._export(source, np.arange(95), tmp_path / "images", Two(), False, "RELION")
     assert seen == [(10 * k, 50) for k in range(1, 6)]
 
 

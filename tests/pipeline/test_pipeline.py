@@ -56,7 +56,7 @@ def test_run_folder_has_what_is_promised(data, tmp_path, quick):
         assert (folder / name).stat().st_size > 0, name
     assert {p.name for p in (folder / "result").iterdir()} == {
         "particles.star", "half1.mrc", "half2.mrc", "map.mrc", "map_weighted.mrc", "mask.mrc", "fsc.xml",
-        "fsc_unmasked.xml", "SHA256SUMS",
+        "fsc_unmasked.xml", "SHA256SUMS", "additional_local_resolution.mrc",
     }  # fmt: skip
     assert (folder / "job.toml").read_bytes() == (data / "job.toml").read_bytes()
     assert not (folder / "lock.json").exists() and not list(folder.rglob("*.part"))

@@ -188,7 +188,7 @@ class Blank:
 @pytest.mark.parametrize("n", [1, 30, 95])
 def test_the_copy_has_the_files_and_bytes_that_are_planned(n, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "STACK_BYTES", 4 * 24**2 * 2)  # two images a stack, until there are 40 stacks
-    images._export(Blank(n, 24), np.arange(n), tmp_path / "images", Context(), False)
+    images._export(Blank(n, 24), np.arange(n), tmp_path / "images", Context(), False, "RELION")
     found = [path.stat().st_size for path in (tmp_path / "images").iterdir()]
     planned = job_size._images_for_relion(n, 24)
     assert planned[1] == len(found) and planned[0] == pytest.approx(sum(found), abs=200)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cryoiso.core.sections.base import Section
 
-ControlName = Literal["null", "omitted", "added", "decoy", "other-reference", "stability", "leak"]
+ControlName = Literal["reference", "null", "omitted", "added", "decoy", "other-reference", "stability", "leak"]
 
 
 class AuditSection(Section):
@@ -17,8 +17,8 @@ class AuditSection(Section):
     enable: bool = Field(False, description="run the controls at the end of the run, before the report")
     controls: list[ControlName] = Field(
         [],
-        description="controls to run: null, omitted, added, decoy, other-reference, stability, leak (default: all that "
-        "apply)",
+        description="controls to run: reference, null, omitted, added, decoy, other-reference, stability, leak "
+        "(default: all that apply)",
     )
     particles: int | None = Field(
         None,

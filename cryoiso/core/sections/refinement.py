@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import tomllib
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from cryoiso.core.sections.base import AutoOrPositive, Section
 
@@ -12,10 +14,11 @@ from cryoiso.core.sections.base import AutoOrPositive, Section
 class RefineSection(Section):
     """Refinement of poses."""
 
-    engine: Literal["native", "relion", "command", "files"] = Field(
+    engine: Literal["native", "relion", "cryosparc", "command", "files"] = Field(
         "native",
-        description="refinement engine; native: the built-in one; relion: RELION's relion_refine_mpi; command: any "
-        "program, see [command]; files: by hand in another program, from files and back",
+        description="refinement engine; native: the built-in one; relion: RELION's relion_refine_mpi; cryosparc: a "
+        "cryoSPARC that you are logged in to, see [cryosparc]; command: any program, see [command]; files: by hand in "
+        "another program, from files and back",
     )
     max_iterations: int = Field(25, ge=1, description="largest number of iterations; a converged refinement stops")
     healpix_order: int = Field(
@@ -165,3 +168,46 @@ class CommandSection(Section):
         0.0, ge=0, description="stop with an error if it writes nothing for this time; 0: no time limit"
     )
     limit_min: float = Field(0.0, ge=0, description="stop with an error if it runs longer; 0: no time limit")
+
+
+def _table(value: Any) -> Any:
+    """A table, also as the text of one, from a command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"table = {value}")["table"]
+    except tomllib.TOMLDecodeError:
+        raise PydanticCustomError("table", "Input should be a table, {{name = value, ...}}") from None
+
+
+class CryosparcSection(Section):
+    """cryoSPARC as the refinement engine. Its address and login are those of cryosparc-tools, never of a job file."""
+
+    project: str = Field("", description="uid of the project, e.g. P3")
+    workspace: str = Field("", description="uid of the workspace in it, e.g. W1")
+    lane: str = Field("", description="scheduler lane of the refinement (default: on the master itself)")
+    job: Literal["homogeneous", "non-uniform", "local"] = Field(
+        "homogeneous", description="kind of refinement; local wherever refine.local_deg is set"
+    )
+    params: Annotated[dict[str, bool | int | float | str], BeforeValidator(_table)] = Field(
+        {}, description="further parameters of the refinement, by cryoSPARC's names, e.g. {refine_scale_min = true}"
+    )
+    images: Literal["auto", "original", "export"] = Field(
+        "auto",
+        description="images that it gets; original: the original stacks; export: stacks written from the shards; "
+        "auto: the original stacks if no image was changed or added",
+    )
+    upload: bool = Field(
+        True,
+        description="copy images into the project; false: cryoSPARC reads them at the paths that this program has",
+    )
+    half_maps: Literal["cryosparc", "reconstruct"] = Field(
+        "cryosparc", description="half-maps; cryosparc: its own; reconstruct: reconstructed from its poses"
+    )
+    on_stop: Literal["leave", "kill"] = Field(
+        "leave", description="its job when this program is stopped by a signal; leave: it goes on, for a resume"
+    )
+    poll_s: float = Field(10.0, gt=0, description="time between two looks at its job")
+    retry_min: float = Field(
+        60.0, ge=0, description="how long a cryoSPARC that does not answer is waited for; its job goes on meanwhile"
+    )

@@ -87,8 +87,8 @@ class State:
 class Rounds:
     """Rounds of a program of somebody's; the same on every rank."""
 
-    place, engine = "command", "command"
-    """Folder of its files, and name of the engine."""
+    place, engine, reader = "command", "command", "the command"
+    """Folder of its files, name of the engine, and the program in messages."""
 
     def __init__(self, request: RefineRequest, comm: Context) -> None:
         section = request.program
@@ -111,7 +111,7 @@ class Rounds:
         names: list[str] = []
         if not self.template.one_stack:
             names = image_names(
-                request.source, self.folder, section.images, comm, resume=request.resume, reader="the command"
+                request.source, self.folder, section.images, comm, resume=request.resume, reader=self.reader
             )
         state = on_root(comm, self._load) or self._first()
         with side_by_side(comm) as bell:
@@ -315,15 +315,20 @@ class Rounds:
         files = {half: self.request.folder / products.half_map(half) for half in HALVES}
         return RefineResult(particles, files, state.history, state.resolution_A)
 
+    def _program_facts(self, state: State) -> dict[str, Any]:
+        """What refine.json says of the program."""
+        section = self.section
+        made_by = "the command" if self._has_maps(self._folders(state.round)) else "reconstructed from its poses"
+        return {"command": {"name": section.name, "run": section.run, "rounds": section.rounds, "half_maps": made_by}}
+
     def _publish(self, state: State, result: RefineResult) -> None:
-        request, section = self.request, self.section
+        request = self.request
         for half, path in result.half_maps.items():
             write_map(path, state.maps[half], request.reference.pixel_size_A)
         write_particles(request.folder / products.PARTICLES, result.particles)
-        made_by = "the command" if self._has_maps(self._folders(state.round)) else "reconstructed from its poses"
         summary: RefineRecord = {
             "engine": self.engine,
-            "command": {"name": section.name, "run": section.run, "rounds": section.rounds, "half_maps": made_by},
+            **self._program_facts(state),  # type: ignore[typeddict-item]
             "symmetry": request.symmetry,
             "diameter_A": request.diameter_A,
             "resolution_A": result.resolution_A,

@@ -35,6 +35,8 @@ STACK_BYTES, MOST_STACKS = 2**28, 40
 """Exported images come in stacks of 256 MiB, or larger ones where there would be too many."""
 SAMPLE = 32
 SUFFIXES = (".mrcs", ".mrc", ".st")
+SECTIONS = {"RELION": "relion", "cryoSPARC": "cryosparc"}
+"""Program -> its section of the job file."""
 KEPT_RESULTS = ("cryoisoAuxiliary", "rlnMicrographName")
 
 
@@ -115,7 +117,7 @@ def usable_originals(source: ImageSource, which: str, reader: str = "RELION") ->
         if why or not kept.all():
             raise InputError(
                 f"{reader} cannot read the original images: {why or some}",
-                expected=f"{'relion' if reader == 'RELION' else 'command'}.images = 'auto' or 'export'",
+                expected=f"{SECTIONS.get(reader, 'command')}.images = 'auto' or 'export'",
                 code="relion-images-unreadable",
             )
         return kept, ""

@@ -40,6 +40,7 @@ def has_plain_counterpart(job: Job) -> bool:
 EXTENTS = {
     one.name: one
     for one in (
+        Extent("reference", lambda job: 0, compared=False),
         Extent("null", lambda job: 1, lambda job: int(has_plain_counterpart(job))),
         Extent("omitted", lambda job: job.audit.regions),
         Extent("added", lambda job: 1),

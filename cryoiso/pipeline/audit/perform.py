@@ -20,7 +20,7 @@ from cryoiso.methods.audit.record import ControlRecord, Verdict, gravest
 from cryoiso.parallel.abort import on_root
 from cryoiso.pipeline.audit import images as pictures
 from cryoiso.pipeline.audit.bench import Bench, absent, facts_of, prepare
-from cryoiso.pipeline.audit.controls import added, decoy, leak, null, omitted, other_reference, stability
+from cryoiso.pipeline.audit.controls import added, decoy, leak, null, omitted, other_reference, reference, stability
 from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of, repeat
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
@@ -28,7 +28,7 @@ from cryoiso.pipeline.preflight import require_auditable
 
 logger = logging.getLogger("cryoiso")
 CONTROLS: dict[str, ModuleType] = {
-    module.NAME: module for module in (null, omitted, added, decoy, other_reference, stability, leak)
+    module.NAME: module for module in (reference, null, omitted, added, decoy, other_reference, stability, leak)
 }
 UNCHANGED = "unchanged"
 """The repetition that the others are compared with."""
@@ -108,6 +108,7 @@ def _recorded(
 ) -> ControlRecord:  # fmt: skip
     """The record of a control, also written into its folder."""
     record: ControlRecord = control.record(bench, unchanged, outcomes)
+    (bench.folder / control.NAME).mkdir(exist_ok=True)
     write_json(bench.folder / control.NAME / RECORD, record.as_dict())
     return record
 

@@ -245,7 +245,7 @@ def _fact_lines(plan: Plan, told: dict[str, Any]) -> list[str]:
         f"disk at the most at once: {gib(told['disk_bytes_at_once'])}, {told['files_at_once']} files",
     ]
     if starts_a_program(p.job) and any(r.temporary_bytes for r in plan.rows if record_of(r.stage).searches):
-        reader = "RELION" if p.job.refine.engine == "relion" else "the command"
+        reader = {"relion": "RELION", "cryosparc": "cryoSPARC"}.get(p.job.refine.engine, "the command")
         lines.append(f"{reader} gets a copy of the images, which is removed when it has ended")
     if plan.gpu_bytes:
         lines.append(f"GPU memory: {gib(plan.gpu_bytes[0])} a rank ({plan.gpu_bytes[1]})")

@@ -37,7 +37,12 @@ def engine(name: str) -> Engine:
         from cryoiso.engines.by_command.by_hand import FilesEngine
 
         return FilesEngine()
-    raise UsageError(f"unknown engine '{name}' (known: native, relion, command, files)", code="choice-unknown")
+    if name == "cryosparc":
+        from cryoiso.engines.cryosparc.engine import CryosparcEngine
+
+        return CryosparcEngine()
+    known = "native, relion, cryosparc, command, files"
+    raise UsageError(f"unknown engine '{name}' (known: {known})", code="choice-unknown")
 
 
 def require_engine(job: Job) -> None:
@@ -46,6 +51,7 @@ def require_engine(job: Job) -> None:
     Raises:
         MissingError: no RELION, no mpirun that belongs to it, or no program of the command's name.
         UsageError: settings that the program cannot be started with.
+        CryoisoError: not logged in to cryoSPARC, or it has no such project.
     """
     if starts_a_program(job) and job.refine.junk:
         raise UsageError("refine.junk: native engine only", code="options-conflict")
@@ -65,6 +71,16 @@ def require_engine(job: Job) -> None:
         from cryoiso.engines.by_command.engine import require_rounds
 
         require_rounds(job.command, correction(job) is not None)
+    if job.refine.engine == "cryosparc":
+        from cryoiso.engines.cryosparc.engine import require_cryosparc, require_project
+
+        require_cryosparc(job.cryosparc, correction=correction(job) is not None)
+        balanced = job.run.workflow in CO_REFINEMENTS and job.auxiliary.balance
+        if (balanced or job.refine.local_deg is not None or job.cryosparc.job == "local") and not job.sample.mask:
+            way_out = ", or auxiliary.balance = false" if balanced else ""
+            raise UsageError(
+                f"cryoSPARC's local refinement needs a mask: set sample.mask{way_out}", code="option-missing"
+            )
     if job.refine.engine == "relion":
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words

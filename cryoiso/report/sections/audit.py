@@ -45,7 +45,7 @@ def text(part: dict[str, Any]) -> Text:
     """The table of the controls."""
     n, of = number(part, "particles"), number(part, "of")
     said = (
-        "Each control repeats this run's workflow with one thing changed"
+        "Each control but the first repeats this run's workflow with one thing changed"
         + (f", on {n:,.0f} of its {of:,.0f} particles" if n and of else "")
         + ". A control that passes does not prove that the map is right: it excludes one way of being wrong."
     )

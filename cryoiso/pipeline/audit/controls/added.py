@@ -6,9 +6,9 @@ import numpy as np
 
 from cryoiso.methods.audit import omega as density
 from cryoiso.methods.audit import regions
-from cryoiso.methods.audit.record import ControlRecord, FigureData, at_most
+from cryoiso.methods.audit.record import ControlRecord, FigureData, Verdict, at_most
 from cryoiso.pipeline.audit.bench import Bench
-from cryoiso.pipeline.audit.controls.omitted import refused_sentence
+from cryoiso.pipeline.audit.controls.omitted import MORE, UNDECIDED, refused_sentence
 from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of
 
 NAME, TITLE = "added", "Density added to the reference"
@@ -31,6 +31,18 @@ def cases(bench: Bench) -> list[Case]:
     return [Case(NAME, "blobs", job_of(bench, path))]
 
 
+def advice(verdict: Verdict, left: float, whole: bool) -> str:
+    """What a verdict means for the map, and what to do."""
+    if verdict == "pass":
+        return "What only the reference has, the images remove."
+    if not np.isfinite(left):
+        return "The map does not resemble its reference enough to measure it."
+    level = f"Density below {100 * max(left, 0):.0f} % of the particle's may come from the reference alone"
+    if verdict == "fail":
+        return f"{level}: do not interpret it; repeat the run from a reference without the features in question."
+    return f"{level}; whether more than {100 * LARGEST:.0f} % stays is not decided. {UNDECIDED if whole else MORE}"
+
+
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
     """What is left of the blobs, beyond what the map made with the right reference has there."""
     if unchanged.refused:
@@ -45,9 +57,11 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         bench.smooth(made), bench.smooth(unchanged.map()), added, elsewhere, bench.inside,
         bench.smooth(bench.reference),
     )  # fmt: skip
-    sentence = f"Of balls that the reference had beside the particle, {100 * left.value:.0f} % is left in the map."
+    verdict = at_most(left.interval, LARGEST)
+    sentence = f"Of balls that the reference had beside the particle, {100 * left.value:.0f} % is left in the map. "
     return ControlRecord(
-        NAME, TITLE, at_most(left.interval, LARGEST), sentence, measure="share of the added density that is left",
+        NAME, TITLE, verdict, sentence + advice(verdict, left.value, bench.is_whole),
+        measure="share of the added density that is left",
         number=left.value, interval=left.interval, threshold=LARGEST,
         power=f"A share above {LARGEST + 2 * left.error:.2f} would have been seen." if np.isfinite(left.error) else "",
         details={"other_places": len(elsewhere)},

@@ -7,7 +7,7 @@ import numpy as np
 from cryoiso.methods.audit import omega as density
 from cryoiso.methods.audit import regions
 from cryoiso.methods.audit.blocks import Estimate
-from cryoiso.methods.audit.record import ControlRecord, FigureData, at_most, gravest
+from cryoiso.methods.audit.record import ControlRecord, FigureData, Verdict, at_most, gravest
 from cryoiso.pipeline.audit.bench import Bench
 from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of
 
@@ -55,10 +55,11 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             NAME, TITLE, "inconclusive", "Without these regions the images no longer match the reference beyond chance."
         )
     worst = max(estimates.values(), key=lambda e: e.value if np.isfinite(e.value) else -np.inf)
-    verdicts = [at_most(e.interval, LARGEST) for e in estimates.values()]
+    judged = {name: at_most(e.interval, LARGEST) for name, e in estimates.items()}
+    verdicts = [*judged.values()]
     percent = ", ".join(f"{100 * e.value:.0f} %" for e in estimates.values())
     sentence = f"Of the density of {len(estimates)} regions that the reference did not have, the map lacks {percent}"
-    sentence += " (Ω: 0 if the data alone make it, 100 % if the reference does)."
+    sentence += " (Ω: 0 if the data alone make it, 100 % if the reference does). " + advice(judged, bench.is_whole)
     if lost:
         sentence += f" Without {len(lost)} of the regions the images no longer matched the reference."
     return ControlRecord(
@@ -81,6 +82,36 @@ def _omega(bench: Bench, full: np.ndarray, omitted: np.ndarray, region: np.ndarr
     return density.omega(
         full, omitted, part, bench.inside & ~part, bench.solvent, bench.block_px, bench.seed, bench.operations
     )  # fmt: skip
+
+
+def advice(judged: dict[str, Verdict], whole: bool) -> str:
+    """What the verdicts of the regions mean for the map, and what to do.
+
+    Args:
+        judged: name of a region's folder -> verdict.
+        whole: the controls had all particles of the run.
+    """
+    bad, open_ = ([name for name, verdict in judged.items() if verdict == v] for v in ("fail", "inconclusive"))
+    if not bad and not open_:
+        return "The images make this density, whether the reference has it or not."
+    parts = []
+    if bad:
+        parts.append(
+            f"More than {100 * LARGEST:.0f} % of {' and '.join(bad)} comes from the reference: interpret nothing there "
+            "that the map without it does not show."
+        )
+    if open_:
+        parts.append(f"Whether more than {100 * LARGEST:.0f} % of {' and '.join(open_)} does is not decided.")
+        parts.append(UNDECIDED if whole else MORE)
+    parts.append(f"Compare the maps in audit/{NAME}/REGION with the run's: what both show there comes from the images.")
+    return " ".join(parts)
+
+
+MORE = "More particles may decide it (audit.particles)."
+UNDECIDED = (
+    "All particles were used, so that only further images decide it: usually views from directions that the set has "
+    "few of, which leave the reference a say."
+)
 
 
 def refused_sentence(bench: Bench, unchanged: Outcome) -> str:

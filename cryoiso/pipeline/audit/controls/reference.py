@@ -1,0 +1,139 @@
+"""Do the particles confirm their reference, where the refinement never had it? Nothing is repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cryoiso.core import products
+from cryoiso.io.mrc import read_map
+from cryoiso.methods.audit import confirmed
+from cryoiso.methods.audit.confirmed import Confirmation
+from cryoiso.methods.audit.omega import TWO_SIDED
+from cryoiso.methods.audit.record import ControlRecord, FigureData, Verdict
+from cryoiso.pipeline.audit.bench import Bench
+from cryoiso.pipeline.audit.repeat import Case, Outcome
+
+NAME, TITLE = "reference", "Confirmation of the reference by the particles"
+LEAST = 0.2
+"""Correlation with the particles' signal that a reference must exceed to be confirmed; noise and particles of another
+molecule reach that by the common outline."""
+WORTH = 0.5
+"""Correlation that a homologue worth the name has: where it can be excluded, the reference is wrong."""
+ADVICE = (
+    "To decide it, refine more particles, or repeat the run with a coarser first reference (a larger "
+    "reference.lowpass_A), which leaves more shells to the particles."
+)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The run's map that has seen nothing of the reference beyond the first low-pass filter."""
+
+    volume: np.ndarray
+    halves: tuple[np.ndarray, np.ndarray]
+
+
+def cases(bench: Bench) -> list[Case]:
+    """None: the run's own half-maps say it."""
+    return []
+
+
+def maps_of(folder: Path) -> Maps:
+    """Final maps of the raw particles; those of the poses before the auxiliary particles where there were any, since
+    these show the whole reference."""
+    before = folder / products.INITIAL_POSES
+    place = before if before.is_dir() else folder
+    first, second = (read_map(place / name).data for name in products.HALF_MAPS)
+    return Maps(read_map(place / products.WEIGHTED_MAP).data, (first, second))
+
+
+def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
+    """Correlation of the particles' signal with the reference, in shells that no search had of it."""
+    lowpass_A = bench.job.reference.lowpass_A
+    band = confirmed.band_of(lowpass_A, bench.resolution_A, bench.box_px, bench.pixel_size_A)
+    if not band.usable:
+        return ControlRecord(
+            NAME, TITLE, "inconclusive",
+            f"The data can neither confirm nor refute the reference: the resolution of {bench.resolution_A:.1f} Å is "
+            f"hardly finer than the first reference ({lowpass_A:g} Å), and up to there every map resembles its "
+            f"reference, that of noise as well. {ADVICE}",
+        )  # fmt: skip
+    made = maps_of(bench.run.folder.stage("reconstruct"))
+    found = confirmed.confirm(
+        bench.aligned(made.volume, bench.reference),
+        made.halves, bench.reference, bench.aligned(confirmed.mirror_image(bench.reference), made.volume),
+        bench.inside, band, bench.pixel_size_A, bench.diameter_A, bench.operations, bench.seed,
+    )  # fmt: skip
+    return judged(found, lowpass_A, bench.box_px * bench.pixel_size_A / band.last, (band.first, band.last))
+
+
+def judged(found: Confirmation, lowpass_A: float, finest_A: float, shells: tuple[int, int]) -> ControlRecord:
+    """The record of a confirmation."""
+    verdict = verdict_of(found)
+    return ControlRecord(
+        NAME, TITLE, verdict, _sentence(found, verdict, lowpass_A, finest_A),
+        measure="correlation of the particles' signal with the reference, in shells that no search had of it",
+        number=found.value, interval=found.interval, threshold=LEAST,
+        power=f"A right reference has 1; one above {LEAST + TWO_SIDED * found.error:.2f} would have been confirmed."
+        if np.isfinite(found.error) else "",
+        details={
+            "shells": list(shells), "mirror": found.mirror, "decoys": len(found.decoys),
+            "decoys_that_agree_as_well": found.reached, "largest_decoy": float(found.decoys.max()),
+            "decoys_rms": found.error,
+        },
+        figure=FigureData(
+            "correlation with the particles' signal", "",
+            intervals=[
+                ("reference", found.value, *found.interval),
+                ("mirror image", found.mirror, found.mirror, found.mirror),
+                ("random densities", 0.0, -TWO_SIDED * found.error, TWO_SIDED * found.error),
+            ],
+            level=LEAST,
+            caption=f"Agreement between {lowpass_A:g} and {finest_A:.1f} Å, where the refinement never had anything of "
+            "the reference: 1 for the right one, 0 for an unrelated one. Random densities have its outline, symmetry "
+            "and spectrum; 95 % of them are within the bar.",
+        ),
+    )  # fmt: skip
+
+
+def verdict_of(found: Confirmation) -> Verdict:
+    """Pass: confirmed, and better than the mirror image. Fail: it is no homologue worth the name."""
+    low, high = found.interval
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "inconclusive"
+    if low > LEAST and found.reached == 0:
+        return "pass" if found.mirror < found.value - found.error else "inconclusive"
+    return "fail" if high < WORTH else "inconclusive"
+
+
+def _sentence(found: Confirmation, verdict: Verdict, lowpass_A: float, finest_A: float) -> str:
+    if not np.isfinite(found.value):
+        return (
+            f"The data can neither confirm nor refute the reference: beyond the first reference ({lowpass_A:g} Å) the "
+            f"half-maps do not agree with each other. {ADVICE}"
+        )
+    low, high = found.interval
+    where = f"Between {lowpass_A:g} and {finest_A:.1f} Å, where the refinement never had anything of the reference, "
+    numbers = (
+        f"the particles' signal has a correlation of {found.value:.2f} ({low:.2f} to {high:.2f}) with it; the best of "
+        f"{len(found.decoys)} random densities of the same outline has {found.decoys.max():.2f}, the mirror image "
+        f"{found.mirror:.2f}."
+    )
+    if verdict == "pass":
+        return "The particles confirm the reference. " + where + numbers
+    if verdict == "fail":
+        return (
+            f"The data do not confirm the reference. {where}{numbers} The same outline alone gives about "
+            f"{LEAST:g}, and {WORTH:g}, a quarter of the signal's power, is excluded: the images show another "
+            "molecule, or none, or their poses are wrong. Do not interpret this map; repeat the run with another "
+            "reference."
+        )
+    if low > LEAST and found.reached == 0:
+        return (
+            f"The particles do not tell the reference from its mirror image. {where}{numbers} Find out the hand at a "
+            "higher resolution before you interpret the map."
+        )
+    return "The data neither confirm nor refute the reference. " + where + numbers + " " + ADVICE

@@ -1,0 +1,160 @@
+"""Do particles confirm their reference? The right one, a homologue of known likeness, a random fold, a mirror image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cryoiso.methods.audit import confirmed
+from cryoiso.methods.audit.confirmed import Confirmation, Grid
+from cryoiso.methods.audit.likeness import Band, filtered
+from cryoiso.physics.filters import power_spectrum
+from cryoiso.physics.symmetry import point_group
+from cryoiso.pipeline.audit.controls import reference as control
+
+BOX, PIXEL_A, LOWPASS_A, DIAMETER_A = 32, 5.0, 30.0, 120.0
+C3 = point_group("C3")
+BAND = confirmed.band_of(LOWPASS_A, 13.0, BOX, PIXEL_A)
+
+
+def outline() -> np.ndarray:
+    """A long body, so that outline alone makes unrelated densities alike."""
+    z, y, x = np.indices((BOX,) * 3) - BOX // 2
+    return (z / 11) ** 2 + (y / 8) ** 2 + (x / 8) ** 2 <= 1
+
+
+ORBIT = confirmed.representatives(BOX, C3)
+EVEN = np.exp(-0.5 * ((np.arange(BOX // 2 + 1) - 4) / 6) ** 2)
+
+
+def model() -> np.ndarray:
+    """A density with the spectrum that all others get."""
+    from cryoiso.physics.filters import apply_radial
+
+    white = np.random.default_rng(0).standard_normal((BOX,) * 3)
+    return np.asarray(apply_radial(white, EVEN), np.float64)
+
+
+def fold(number: int) -> np.ndarray:
+    """A random fold in the outline; numbers that `confirm` with seed 0 does not draw."""
+    return np.asarray(confirmed.random_density(outline().astype(float), ORBIT, model(), 77, number), np.float64)
+
+
+def half_maps(truth: np.ndarray, noise: float, seed: int = 5) -> list[np.ndarray]:
+    """Truth and independent noise, as strong as ``noise`` times the truth in the band."""
+    made = []
+    for half in (1, 2):
+        white = np.random.default_rng([seed, half]).standard_normal((BOX,) * 3).ravel()[ORBIT]
+        scale = noise * filtered(truth, BAND).std() / filtered(white, BAND).std()
+        made.append(truth + scale * white)
+    return made
+
+
+def confirm(truth: np.ndarray, reference: np.ndarray, noise: float = 1.0, seed: int = 5) -> Confirmation:
+    first, second = half_maps(truth, noise, seed)
+    return confirmed.confirm(
+        (first + second) / 2, (first, second), reference, confirmed.mirror_image(reference), outline(), BAND, PIXEL_A,
+        DIAMETER_A, C3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+def test_the_right_reference_has_correlation_1_whatever_the_noise(noise):
+    found = confirm(fold(1), fold(1), noise)
+    assert found.value == pytest.approx(1, abs=0.1) and control.verdict_of(found) == "pass"
+    assert found.mirror < 0.5 and found.reached == 0
+
+
+def test_the_likeness_of_a_homologue_is_recovered():
+    truth, other = fold(1), fold(2)
+    for share in (0.6, 0.8):
+        homologue = share * truth + np.sqrt(1 - share**2) * other
+        low, high = confirm(truth, homologue).interval
+        assert low < share < high
+
+
+def test_other_folds_and_the_mirror_image_of_the_truth_are_not_confirmed():
+    truth = fold(1)
+    found = [confirm(truth, fold(number)) for number in range(10, 14)]
+    assert [control.verdict_of(one) for one in found] == ["fail"] * 4
+    values, errors = (np.array([getattr(one, k) for one in found]) for k in ("value", "error"))
+    assert np.abs(values / errors).max() < 4
+    mirrored = confirm(truth, confirmed.mirror_image(truth))
+    assert control.verdict_of(mirrored) != "pass" and mirrored.mirror == pytest.approx(1, abs=0.1)
+
+
+def test_pure_noise_confirms_nothing():
+    nothing = half_maps(fold(1), 1.0)
+    first, second = (half - fold(1) for half in nothing)
+    found = confirmed.confirm(
+        (first + second) / 2, (first, second), fold(1), fold(2), outline(), BAND, PIXEL_A, DIAMETER_A, C3
+    )
+    assert control.verdict_of(found) != "pass" and abs(found.value) < 4 * found.error
+
+
+def test_half_maps_without_any_agreement_give_no_number():
+    first = fold(1)
+    found = confirmed.confirm(
+        first, (first, -first), first, fold(2), outline(), BAND, PIXEL_A, DIAMETER_A, C3
+    )  # fmt: skip
+    assert np.isnan(found.value) and control.verdict_of(found) == "inconclusive"
+    record = control.judged(found, LOWPASS_A, 15.0, (6, 10))
+    assert "do not agree" in record.sentence and record.as_dict()["number"] is None
+
+
+def test_decoys_have_the_symmetry_and_spectrum_of_the_reference():
+    one = fold(3)
+    np.testing.assert_allclose(power_spectrum(one, 3)[3:12], power_spectrum(model(), 3)[3:12], rtol=0.2)
+    odd = np.ones((9, 9, 9))
+    quarter = confirmed.random_density(odd, confirmed.representatives(9, point_group("C4")), odd, 1, 0)
+    np.testing.assert_allclose(np.rot90(quarter, axes=(1, 2)), quarter, atol=1e-5 * np.abs(quarter).max())
+
+
+@pytest.mark.parametrize("box", [8, 9])
+def test_a_mirror_image_keeps_the_centre_and_twice_is_once(box):
+    some = np.random.default_rng(0).standard_normal((box,) * 3)
+    mirrored = confirmed.mirror_image(some)
+    np.testing.assert_array_equal(mirrored[:, :, box // 2], some[:, :, box // 2])
+    np.testing.assert_array_equal(mirrored[:, :, box // 2 + 2], some[:, :, box // 2 - 2])
+    np.testing.assert_array_equal(confirmed.mirror_image(mirrored), some)
+
+
+def test_a_coarser_grid_keeps_shells_and_numbers():
+    band, truth = Band(5, 8), fold(1)
+    grid = Grid.of(band, BOX, PIXEL_A)
+    assert grid.box_px == 24 and grid.box_px * grid.pixel_size_A == pytest.approx(BOX * PIXEL_A)
+    from cryoiso.metrics.fsc_curve import fsc
+
+    pair = truth, truth + 0.5 * fold(2)
+    fine, coarse = fsc(*pair), fsc(*(grid.take(v, PIXEL_A) for v in pair))
+    np.testing.assert_allclose(coarse[:9], fine[:9], atol=1e-3)
+
+
+def confirmation(value: float, rms: float, mirror: float = 0.0) -> Confirmation:
+    return Confirmation(value, rms * np.array([1.0, -1.0]), mirror)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "words"),
+    [
+        (confirmation(0.8, 0.1), "pass", "confirm the reference"),
+        (confirmation(0.1, 0.1), "fail", "do not confirm"),
+        (confirmation(0.35, 0.2), "inconclusive", "neither confirm nor refute"),
+        (confirmation(0.8, 0.1, mirror=0.75), "inconclusive", "mirror image"),
+    ],
+)
+def test_verdict_and_sentence(found, verdict, words):
+    record = control.judged(found, 30.0, 10.0, (7, 19))
+    assert record.verdict == verdict and words in record.sentence
+
+
+def test_a_run_that_is_no_finer_than_its_first_reference_decides_nothing_and_says_what_to_do():
+    class Bench:
+        class job:
+            class reference:
+                lowpass_A = 30.0
+
+        resolution_A, box_px, pixel_size_A = 26.0, 64, 4.0
+
+    record = control.record(Bench(), None, {})  # type: ignore[arg-type]
+    assert record.verdict == "inconclusive" and "reference.lowpass_A" in record.sentence
