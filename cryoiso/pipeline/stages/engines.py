@@ -81,6 +81,7 @@ def require_engine(job: Job) -> None:
             raise UsageError(
                 f"cryoSPARC's local refinement needs a mask: set sample.mask{way_out}", code="option-missing"
             )
+        require_project(job.cryosparc)
     if job.refine.engine == "relion":
         from cryoiso.engines.relion.command import launch
         from cryoiso.engines.relion.extra import extra_words
