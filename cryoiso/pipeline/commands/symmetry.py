@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryoiso.core import products
 from cryoiso.core.errors import UsageError
 from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
@@ -13,7 +14,7 @@ from cryoiso.io.star.write import write_particles
 from cryoiso.physics.symmetry_proposal import MAX_FOLD, Proposal, propose_symmetry
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
 
-FACTS, POSES = "symmetry.json", "particles.star"
+FACTS, POSES = "symmetry.json", products.PARTICLES
 
 
 def symmetry_files(
