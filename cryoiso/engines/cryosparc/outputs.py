@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError
 
 SLOTS = {
@@ -26,7 +27,7 @@ NEEDED = {
     "mask": ("mask/path",),
 }  # fmt: skip
 """Fields without which the tables would not say what they must."""
-REFERENCE, MASK = "reference.mrc", "mask.mrc"
+REFERENCE, MASK = products.REFERENCE, products.MASK
 
 
 @dataclass(frozen=True)

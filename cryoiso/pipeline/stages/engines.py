@@ -72,7 +72,7 @@ def require_engine(job: Job) -> None:
 
         require_rounds(job.command, correction(job) is not None)
     if job.refine.engine == "cryosparc":
-        from cryoiso.engines.cryosparc.engine import require_cryosparc
+        from cryoiso.engines.cryosparc.engine import require_cryosparc, require_project
 
         require_cryosparc(job.cryosparc, correction=correction(job) is not None)
         balanced = job.run.workflow in CO_REFINEMENTS and job.auxiliary.balance
