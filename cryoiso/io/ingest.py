@@ -176,8 +176,11 @@ def plan(particles: Particles, settings: Any = None, source: object = "") -> Ing
 
 
 def _sha256(source: object) -> str:
+    digest = hashlib.sha256()
     with open_regular(source) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _images_per_shard(box_px: int, settings: IngestSettings) -> int:
