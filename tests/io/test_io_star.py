@@ -249,6 +249,40 @@ def test_a_table_takes_its_text_and_an_offset_per_value(tmp_path):
     assert table.memory_usage(deep=True, index=False).sum() <= text + 8 * (len(rows) + 1) * len(table.columns)
 
 
+NUMBERS = [
+    *("1", "007", "+1.5", "-0.000000", ".5", "5.", "1e3", "1E-3", "1e400", "4e-324", "0.1", "2.2250738585072011e-308"),
+    *(
+        "179769313486231580793728971405303415079934132710037826936173778980444968292764750946649017977587207096330.5",
+        "inf",
+    ),
+    *(
+        "9007199254740993",
+        "123456.789012345678901234567890",
+        "-nan",
+        "NaN",
+        "infinity",
+        "None",
+        "1_000",
+        "0x1f",
+        "1d5",
+        "é",
+    ),
+    *("١", "1e", "--1", "nan(1)", "1,5", "1;"),
+]
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_are_those_of_python(tmp_path, value):
+    path = star(tmp_path, rows=[row.replace("00017", value) for row in ROWS[:2]])
+    got = Columns(read_particles(path).table, path).number("rlnMyOwnColumn", finite=False)
+    try:
+        expected = float("nan") if "_" in value or not value.isascii() else float(value)
+    except ValueError:
+        expected = float("nan")
+    np.testing.assert_array_equal(got, [expected, 1e3])
+    assert np.signbit(got[0]) == np.signbit(expected) or np.isnan(expected)
+
+
 def test_written_poses_are_good_to_a_millionth(tmp_path):
     rng = np.random.default_rng(0)
     p = memory_particles(500)
