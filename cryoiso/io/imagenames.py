@@ -23,10 +23,14 @@ SAMPLE = 16
 """Names that are looked up in both places to see whether there are two sets of images."""
 
 
-def parse_image_names(names: list[str], path: object) -> tuple[list[str], np.ndarray]:
+def parse_image_names(names: list[str], path: object, before: int = 0) -> tuple[list[str], np.ndarray]:
     """Stack name and 0-based index of ``000012@stack.mrcs``; a name without @ is its first image.
 
     The first @ ends the number, so that folder names may hold one. RELION's ``:mrcs`` at the end is taken off.
+
+    Args:
+        path: the particle file, for errors.
+        before: number of rows of the file that come before these.
 
     Raises:
         InputError: what stands before @ is no number from 1 to 2^31, or what follows is no file name; names the row.
@@ -39,7 +43,7 @@ def parse_image_names(names: list[str], path: object) -> tuple[list[str], np.nda
         raise InputError(
             "bad image name",
             file=path,
-            row=row + 1,
+            row=before + row + 1,
             expected="NUMBER@STACK, NUMBER from 1",
             found=_short(names[row]),
             code="image-name-invalid",
@@ -51,7 +55,7 @@ def parse_image_names(names: list[str], path: object) -> tuple[list[str], np.nda
             raise InputError(
                 "bad image name",
                 file=path,
-                row=row + 1,
+                row=before + row + 1,
                 expected=expected,
                 found=_short(names[row]),
                 code="image-name-invalid",

@@ -26,7 +26,7 @@ from cryoiso.io.atomic import temporary_name
 from cryoiso.io.contrast_sign import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
 from cryoiso.io.particle_file import read_particle_file
-from cryoiso.io.regular_file import read_regular_bytes
+from cryoiso.io.regular_file import open_regular
 from cryoiso.io.shards import (
     COLUMNS,
     FORMAT,
@@ -169,10 +169,18 @@ def plan(particles: Particles, settings: Any = None, source: object = "") -> Ing
     per_shard = _images_per_shard(box, settings)
     n = len(particles)
     shards = tuple((start, min(start + per_shard, n)) for start in range(0, n, per_shard))
-    sha = hashlib.sha256(read_regular_bytes(source)).hexdigest() if source else ""
+    sha = _sha256(source) if source else ""
     newest = max(os.stat(s).st_mtime for s in np.unique(particles.stack).tolist())
     unhashed = IngestPlan(particles, settings, box, decision, shards, "", str(source), sha, newest)
     return replace(unhashed, digest=_digest(unhashed))
+
+
+def _sha256(source: object) -> str:
+    digest = hashlib.sha256()
+    with open_regular(source) as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _images_per_shard(box_px: int, settings: IngestSettings) -> int:

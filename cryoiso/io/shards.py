@@ -292,14 +292,14 @@ class ShardSource:
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
         order = np.argsort(rows, kind="stable")
         ordered = rows[order]
+        in_order = bool((order[1:] > order[:-1]).all())
         shard = np.searchsorted(self._edges, ordered, side="right") - 1
         for start, stop in runs(ordered + shard):  # adding the shard's number makes a gap between two shards
             number = int(shard[start])
             first = int(ordered[start] - self._edges[number])
             block = self._block(number, slice(first, first + stop - start))
-            if start == 0 and stop == len(rows) and (order[1:] > order[:-1]).all():
-                return self._finite(block.astype(np.float32), rows)
-            out[order[start:stop]] = block
+            # a slice takes half of the time of an index array; batches of a half-set are many short runs
+            out[slice(start, stop) if in_order else order[start:stop]] = block
         return self._finite(out, rows)
 
     def _finite(self, images: np.ndarray, rows: np.ndarray) -> np.ndarray:

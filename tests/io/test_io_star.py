@@ -12,6 +12,7 @@ from errors_helper import raises_code
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions, read_particle_file
+from cryoiso.io.star import text_column
 from cryoiso.io.star.columns import Columns
 from cryoiso.io.star.read import read_particles, write_particles
 from cryoiso.io.star.text import read_blocks
@@ -221,6 +222,67 @@ def test_only_changed_poses_are_written_anew(tmp_path):
     assert np.abs(q.rotation - rotation).max() < 2e-8
 
 
+def test_files_read_and_written_in_small_slabs_are_the_same(tmp_path, monkeypatch):
+    rows = [
+        f"{i:06d}@{'ab'[i % 2]}.mrcs {1e4 + i} 9000 30 {'73'[i % 2]} {'é' * i}x {i} 20 30 {i}.5 0 1"
+        for i in range(1, 24)
+    ]
+    path = star(tmp_path, rows=rows)
+
+    def written(name: str) -> bytes:
+        p = read_particles(path)
+        rotation, defocus = p.rotation.copy(), p.defocus_u_A.copy()
+        rotation[5::7], defocus[3::5] = np.eye(3), 12345.5
+        p = replace(p.with_poses(rotation, p.shift_A), defocus_u_A=defocus)
+        write_particles(tmp_path / name, p.with_results(rlnMaxValueProbDistribution=np.linspace(0, 1, len(p))))
+        return (tmp_path / name).read_bytes()
+
+    whole = written("whole.star")
+    monkeypatch.setattr(text_column, "SLAB", 4)
+    assert written("slabs.star") == whole
+
+
+def test_a_table_takes_its_text_and_an_offset_per_value(tmp_path):
+    rows = [f"{i:06d}@stack.mrcs 10000 9000 30 7 x 10 20 30 0 0 1" for i in range(1, 5001)]
+    table = read_particles(star(tmp_path, rows=rows)).table
+    text = sum(len(value) for row in rows for value in row.split())
+    assert table.memory_usage(deep=True, index=False).sum() <= text + 8 * (len(rows) + 1) * len(table.columns)
+
+
+NUMBERS = [
+    *("1", "007", "+1.5", "-0.000000", ".5", "5.", "1e3", "1E-3", "1e400", "4e-324", "0.1", "2.2250738585072011e-308"),
+    *(
+        "179769313486231580793728971405303415079934132710037826936173778980444968292764750946649017977587207096330.5",
+        "inf",
+    ),
+    *(
+        "9007199254740993",
+        "123456.789012345678901234567890",
+        "-nan",
+        "NaN",
+        "infinity",
+        "None",
+        "1_000",
+        "0x1f",
+        "1d5",
+        "é",
+    ),
+    *("١", "1e", "--1", "nan(1)", "1,5", "1;"),
+]
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_are_those_of_python(tmp_path, value):
+    path = star(tmp_path, rows=[row.replace("00017", value) for row in ROWS[:2]])
+    got = Columns(read_particles(path).table, path).number("rlnMyOwnColumn", finite=False)
+    try:
+        expected = float("nan") if "_" in value or not value.isascii() else float(value)
+    except ValueError:
+        expected = float("nan")
+    np.testing.assert_array_equal(got, [expected, 1e3])
+    assert np.signbit(got[0]) == np.signbit(expected) or np.isnan(expected)
+
+
 def test_written_poses_are_good_to_a_millionth(tmp_path):
     rng = np.random.default_rng(0)
     p = memory_particles(500)
@@ -349,7 +411,9 @@ def test_two_level_poses_are_written_back_into_the_inner_angles(shared, tmp_path
         (lambda s: s[: s.index("000001@a")], ["empty"]),
     ],
 )  # fmt: skip
-def test_bad_files_are_named_with_row_and_column(tmp_path, change, words):
+@pytest.mark.parametrize("slab", [2, text_column.SLAB])
+def test_bad_files_are_named_with_row_and_column(tmp_path, monkeypatch, change, words, slab):
+    monkeypatch.setattr(text_column, "SLAB", slab)
     path = star(tmp_path)
     path.write_text(change(path.read_text()))
     with pytest.raises(InputError) as caught:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from cryoiso.core.errors import InputError
-from cryoiso.io.star import text as star_text
+from cryoiso.io.star import library, text_column
 from cryoiso.io.star.passed_on import copy_shared
-from cryoiso.io.star.text import StarBlock, format_blocks, read_blocks, write_blocks
+from cryoiso.io.star.text import StarBlock, format_blocks, read_blocks, read_packed_blocks, write_blocks
+from cryoiso.io.star.text_column import TextColumn
 
 
 def test_every_real_star_file_comes_back_from_blocks_unchanged(shared, tmp_path):
@@ -36,10 +35,21 @@ def test_blocks_hold_what_gemmi_reads(shared):
                 assert values == [cif.as_string(v) if v[:1] in ("'", '"') else v for v in raw], (path, tag)
 
 
-def blocks_of(folder: Path, text: str) -> list[StarBlock]:
-    path = folder / "blocks.star"
-    path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
-    return read_blocks(path)
+def blocks_of(tmp_path, text: str) -> list[StarBlock]:
+    """As both readers have it: by starfile, and some rows at a time."""
+    (tmp_path / "blocks.star").write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    try:
+        found = read_blocks(tmp_path / "blocks.star")
+    except InputError as error:
+        with pytest.raises(InputError) as other:
+            read_packed_blocks(tmp_path / "blocks.star")
+        assert str(other.value) == str(error)
+        raise
+    packed = read_packed_blocks(tmp_path / "blocks.star")
+    assert [(b.name, b.loop, {k: list(v) for k, v in b.columns.items()}) for b in packed] == [
+        (b.name, b.loop, b.columns) for b in found
+    ]
+    return found
 
 
 def test_text_that_looks_like_numbers_stays_text(tmp_path):
@@ -134,12 +144,32 @@ def test_plain_tables_are_read_by_starfile_alone(tmp_path, monkeypatch):
     def looked_up(line: str) -> list[str]:
         raise AssertionError(f"read from its line: {line}")
 
-    monkeypatch.setattr(star_text, "_tokens", looked_up)
+    monkeypatch.setattr(library, "tokens", looked_up)
     block = StarBlock("particles", True, {"rlnImageName": ["000001@s.mrcs", "2@s.mrcs"], "rlnX": ["1e3", "None"]})
-    assert blocks_of(tmp_path, format_blocks([block])) == [block]
+    write_blocks(tmp_path / "blocks.star", [block])
+    assert read_blocks(tmp_path / "blocks.star") == [block]
     block.columns["rlnX"][1] = "nan"
+    write_blocks(tmp_path / "blocks.star", [block])
     with pytest.raises(AssertionError, match=r"2@s\.mrcs nan"):
-        blocks_of(tmp_path, format_blocks([block]))
+        read_blocks(tmp_path / "blocks.star")
+
+
+def test_tables_of_several_slabs_are_those_of_one(tmp_path, monkeypatch):
+    values = [v for v in AWKWARD if v != "\udcff"]
+    rows = {
+        "plain": StarBlock("plain", True, {"k": [f"{i:06d}@s.mrcs" for i in range(50)], "v": ["1e3", "nan"] * 25}),
+        "odd": StarBlock("odd", True, {"k": values, "v": ["x"] * len(values)}),
+        "not UTF-8": StarBlock("bytes", True, {"k": ["a", "\udcff", "c"] * 9, "v": ["x", "y", "z"] * 9}),
+    }
+    whole = format_blocks(list(rows.values()))
+    monkeypatch.setattr(text_column, "SLAB", 7)
+    assert format_blocks(list(rows.values())) == whole
+    assert blocks_of(tmp_path, whole) == list(rows.values())
+    packed = {b.name: b.columns for b in read_packed_blocks(tmp_path / "blocks.star")}
+    assert all(isinstance(column, TextColumn) for name in ("plain", "odd") for column in packed[name].values())
+    assert list(packed["bytes"]["k"]) == rows["not UTF-8"].columns["k"]
+    with pytest.raises(InputError, match=r"(?s)row 19.*expected 2 values.*found 3.*line 23 .*first row is on line 5"):
+        blocks_of(tmp_path, "data_x\nloop_\n_k\n_v\n" + "1 2\n" * 18 + "1 2 3\n" + "1 2\n" * 20)
 
 
 def test_a_file_mended_after_an_error_is_read_anew(tmp_path):

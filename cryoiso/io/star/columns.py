@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.types import OpticsGroup
 from cryoiso.io import conventions
 from cryoiso.io.ranges import PIXEL_SIZE, RANGES, check_range
+from cryoiso.io.star.text_column import MadeColumn, series_column, slabs
 
 logger = logging.getLogger("cryoiso")
 
@@ -44,9 +46,19 @@ class Columns:
         Raises:
             InputError: there is no such column.
         """
+        return list(self.values(name))
+
+    def values(self, name: str) -> MadeColumn:
+        """As ``text``, but values become Python strings only when they are asked for."""
         if name not in self.frame.columns:
             raise InputError("a column is missing", file=self.file, expected=f"_{name}", code="star-column-missing")
-        return [str(v) for v in self.frame[name].tolist()]
+        return series_column(self.frame[name])
+
+    def text_slabs(self, name: str) -> Iterator[tuple[slice, list[str]]]:
+        """The column some thousand rows at a time, with the rows; errors as ``text``."""
+        values = self.values(name)
+        for rows in slabs(len(values)):
+            yield rows, values[rows]
 
     def number(self, name: str, default: float | None = None, finite: bool = True, ranged: bool = True) -> np.ndarray:
         """The column as (n,) float64; ``default`` where the file has no such column (None: an error).
@@ -59,8 +71,12 @@ class Columns:
         """
         if name not in self.frame.columns and default is not None:
             return np.full(len(self.frame), float(default))
-        text = self.text(name)
-        values = _floats(text)
+        text = self.values(name)
+        values = _cast(self.frame[name])
+        if values is None:
+            values = np.empty(len(text), np.float64)
+            for rows in slabs(len(text)):
+                values[rows] = _floats(text[rows])
         if finite and not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise InputError(
@@ -74,6 +90,19 @@ class Columns:
         if finite and ranged and name in RANGES:
             check_range(values, RANGES[name], self.file, f"column _{name}{self.where}", rows=self.rows, shown=text)
         return values
+
+
+def _cast(series: Any) -> np.ndarray | None:
+    """Numbers of a column in one buffer, in a seventh of the time; None where Arrow takes any value for no number."""
+    import pandas as pd
+    import pyarrow as pa
+
+    if not isinstance(series.dtype, pd.StringDtype):
+        return None
+    try:
+        return np.array(pa.array(series).cast(pa.float64()), np.float64)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
 
 
 def _floats(text: list[str]) -> np.ndarray:

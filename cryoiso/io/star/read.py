@@ -28,7 +28,7 @@ from cryoiso.io.star.columns import (
     rotation_of_table,
     shift_of_table,
 )
-from cryoiso.io.star.text import StarBlock, read_blocks
+from cryoiso.io.star.text import StarBlock, read_packed_blocks
 from cryoiso.io.star.write import write_particles
 
 logger = logging.getLogger("cryoiso")
@@ -52,7 +52,7 @@ def read_particles(path: object, project: str = "", require: tuple[str, ...] = (
         InputError: no such file, missing column, bad or impossible number (with its row), unknown optics group, the
             same image twice.
     """
-    return particles_of_blocks(read_blocks(path), path, project, require)
+    return particles_of_blocks(read_packed_blocks(path), path, project, require)
 
 
 def particles_of_blocks(
@@ -73,7 +73,8 @@ def particles_of_blocks(
     table = block.frame()
     table.attrs["star_block"] = block.name
     table.attrs["star_others"] = [(b.name, b.loop, b.columns) for b in others]
-    return particles_from_table(table, optics.frame() if optics else None, path, project, require)
+    groups = StarBlock("optics", True, {k: list(v) for k, v in optics.columns.items()}).frame() if optics else None
+    return particles_from_table(table, groups, path, project, require)
 
 
 def particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
@@ -125,7 +126,8 @@ def particles_from_table(
                 hint=_HINTS[what],
                 code="star-column-missing",
             )
-    stack, index = _images(columns, path, project)
+    images = _Images(columns, path) if columns.has("rlnImageName") else None
+    stack = np.full(n, "", dtype=str) if images is None else images.resolved(path, project)
     if optics_table is not None:
         groups, optics = optics_of_table(columns, Columns(optics_table, path, block="optics"), strict)
     else:
@@ -135,11 +137,11 @@ def particles_from_table(
     nan = float("nan")
     pixel = np.array([g.pixel_size_A for g in groups])[optics]
     particles = Particles(
-        uid=_uids(columns, path, "image" in require),
+        uid=_uids(columns, images, path, "image" in require),
         optics=optics.astype(np.int32),
         groups=tuple(groups),
         stack=stack,
-        index=index,
+        index=np.full(n, -1, np.int64) if images is None else images.index,
         defocus_u_A=columns.number("rlnDefocusU", nan, ranged=strict),
         defocus_v_A=columns.number("rlnDefocusV", nan, ranged=strict),
         defocus_angle_deg=columns.number("rlnDefocusAngle", nan, ranged=strict),
@@ -164,7 +166,11 @@ def _micrographs(columns: Columns) -> np.ndarray | None:
     """(n,) number of each row's micrograph, if the table names them."""
     if not columns.has("rlnMicrographName"):
         return None
-    return np.unique(np.array(columns.text("rlnMicrographName"), dtype=str), return_inverse=True)[1].reshape(-1)
+    names: dict[str, int] = {}
+    numbers = np.empty(len(columns), np.int64)
+    for rows, text in columns.text_slabs("rlnMicrographName"):
+        numbers[rows] = [names.setdefault(name, len(names)) for name in text]
+    return np.unique(np.array(list(names), dtype=str), return_inverse=True)[1].reshape(-1)[numbers]
 
 
 def _optional(columns: Columns, name: str, strict: bool) -> np.ndarray | None:
@@ -189,40 +195,76 @@ _HINTS = {
 }
 
 
-def _images(columns: Columns, path: object, project: str) -> tuple[np.ndarray, np.ndarray]:
-    if not columns.has("rlnImageName"):
-        return np.full(len(columns), "", dtype=str), np.full(len(columns), -1, np.int64)
-    names, index = parse_image_names(columns.text("rlnImageName"), path)
-    return resolve_paths(names, path, project), index
+class _Images:
+    """What the names of images say, without a Python string per row.
+
+    Attributes:
+        stacks: different names of stacks, in order of appearance.
+        stack: (n,) int32 position of each row's stack among them.
+        index: (n,) int64 image within the stack, from 0.
+        hashes: (n,) uint64 of the image's name.
+    """
+
+    def __init__(self, columns: Columns, path: object) -> None:
+        n = len(columns)
+        places: dict[str, int] = {}
+        self.stack, self.index, self.hashes = np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n, np.uint64)
+        for rows, text in columns.text_slabs("rlnImageName"):
+            stacks, index = parse_image_names(text, path, rows.start)
+            self.stack[rows] = [places.setdefault(stack, len(places)) for stack in stacks]
+            self.index[rows] = index
+            self.hashes[rows] = [stable_hash(f"{i + 1}@{s}") for s, i in zip(stacks, index.tolist())]
+        self.stacks = list(places)
+
+    def resolved(self, path: object, project: str) -> np.ndarray:
+        """(n,) str: where each row's stack lies."""
+        paths: np.ndarray = resolve_paths(self.stacks, path, project)[self.stack]
+        return paths
+
+    def names(self) -> list[str]:
+        """Names of all images, written alike."""
+        return [f"{i + 1}@{self.stacks[s]}" for s, i in zip(self.stack.tolist(), self.index.tolist())]
 
 
-def _uids(columns: Columns, path: object, unique: bool) -> np.ndarray:
+def _uids(columns: Columns, images: _Images | None, path: object, unique: bool) -> np.ndarray:
     """cryoisoUid where there, else the hash of the image's name, else (no images) of the row number."""
-    names = [f"row {i}" for i in range(len(columns))]
-    if columns.has("rlnImageName"):
-        stacks, index = parse_image_names(columns.text("rlnImageName"), path)
-        names = [f"{i + 1}@{s}" for s, i in zip(stacks, index.tolist())]
-        if unique:
-            _no_duplicates(names, "the same image is in two rows", path, columns.text("rlnImageName"))
-        elif len(set(names)) < len(names):
-            names = _numbered_repeats(names)
+    uid = _hashes_of_names(columns, images, path, unique)
     if columns.has("cryoisoUid"):
-        text = columns.text("cryoisoUid")
-        for row, value in enumerate(text):
-            if not (value.isascii() and value.isdigit()) or len(value) > 20 or int(value) >= 2**64:
-                raise InputError(
-                    "bad cryoisoUid",
-                    file=path,
-                    row=row + 1,
-                    expected="an integer below 2^64",
-                    found=value[:40],
-                    code="value-not-a-number",
-                )
-        uid = np.array([int(v) for v in text], np.uint64)
-    else:
-        uid = np.array([stable_hash(name) for name in names], np.uint64)
-    _no_duplicates(uid.tolist(), "two particles have the same identity (cryoisoUid)", path, uid.tolist())
+        uid = np.empty(len(columns), np.uint64)
+        for rows, text in columns.text_slabs("cryoisoUid"):
+            for row, value in enumerate(text, start=rows.start):
+                if not (value.isascii() and value.isdigit()) or len(value) > 20 or int(value) >= 2**64:
+                    raise InputError(
+                        "bad cryoisoUid",
+                        file=path,
+                        row=row + 1,
+                        expected="an integer below 2^64",
+                        found=value[:40],
+                        code="value-not-a-number",
+                    )
+            uid[rows] = [int(v) for v in text]
+    if not _differ(uid):
+        _no_duplicates(uid.tolist(), "two particles have the same identity (cryoisoUid)", path, uid.tolist())
     return uid
+
+
+def _hashes_of_names(columns: Columns, images: _Images | None, path: object, unique: bool) -> np.ndarray:
+    """(n,) uint64. Equal names have equal hashes, so names are looked at only where two hashes are equal."""
+    if images is None:
+        return np.array([stable_hash(f"row {i}") for i in range(len(columns))], np.uint64)
+    if _differ(images.hashes):
+        return images.hashes
+    names = images.names()
+    if unique:
+        _no_duplicates(names, "the same image is in two rows", path, columns.values("rlnImageName"))
+        return images.hashes
+    return np.array([stable_hash(name) for name in _numbered_repeats(names)], np.uint64)
+
+
+def _differ(numbers: np.ndarray) -> bool:
+    """Whether no number is there twice."""
+    ordered = np.sort(numbers)
+    return bool((ordered[1:] != ordered[:-1]).all())
 
 
 def _numbered_repeats(names: list[str]) -> list[str]:

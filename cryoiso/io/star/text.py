@@ -4,18 +4,17 @@ Values stay strings, so nothing is lost: leading zeros, long decimals and text t
 they were. Only layout (padding, comments, ``#1`` column numbers) is not kept. Format: Hall, J. Chem. Inf. Comput. Sci.
 31 (1991) 326, in the dialect of RELION: one loop row a line.
 
-The ``starfile`` package reads the tables. What it may change (quoted or missing values, ``nan``, a ``#`` inside a
-value) is looked up in the line that it came from. Writing is done here, because ``starfile`` stamps the time into what
-it writes and the same results must give the same bytes.
+The ``starfile`` package reads tables (``library``). Those of particles, and all that is written, go some thousand rows
+at a time (``text_column``), so that a million particles need little more memory than their text. No stamp of time is
+written: the same results give the same bytes.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -23,37 +22,53 @@ from typing import Any
 from cryoiso.core.errors import InputError
 from cryoiso.io.atomic import atomic_write
 from cryoiso.io.regular_file import open_regular
-
-logger = logging.getLogger("cryoiso")
+from cryoiso.io.star import library
+from cryoiso.io.star.text_column import TableBuilder, TextColumn, slabs
+from cryoiso.io.star.tokens import tokens
 
 MAX_LINE, MAX_COLUMNS, MAX_BLOCKS = 2**20, 1_000, 10_000
 """Longest line, columns of a block and blocks of a file that are read; RELION's own files are far below."""
-LONG_LINE = 2**15
-_CLOSING = {"'": re.compile(r"'(?=[ \t]|$)"), '"': re.compile(r'"(?=[ \t]|$)')}
-_BARE = re.compile(r"[^ \t]+")
-_SPACE = re.compile(r"[ \t]+")
 _STRUCTURE = re.compile(r"(data_\S*|loop_)(\s+#.*)?$|_\S", re.IGNORECASE)
+
+
+class RowList:
+    """Rows of a table as they stand in the file."""
+
+    def __init__(self, width: int, first_line: int, split: object) -> None:
+        self.rows: library.Rows = []
+
+    def add(self, number: int, text: str) -> None:
+        self.rows.append((number, text))
+
+
+Builder = type[RowList] | type[TableBuilder]
 
 
 @dataclass
 class StarBlock:
     """One ``data_`` block: name without ``data_``, whether it is a loop, and its values as text.
 
-    ``columns`` maps a name without the leading underscore to its list of strings (one entry each if not a loop).
+    ``columns`` maps a name without the leading underscore to its list of strings (one entry each if not a loop), or to
+    a column of ``text_column``.
     """
 
     name: str
     loop: bool
-    columns: dict[str, list[str]]
+    columns: dict[str, Any]
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def frame(self) -> Any:
-        """The block as a pandas.DataFrame of Python strings."""
+        """The block as a pandas.DataFrame of Python strings; a ``TextColumn`` keeps its buffer."""
         import pandas as pd
 
-        return pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in self.columns.items()})
+        return pd.DataFrame(
+            {
+                k: v.series() if isinstance(v, TextColumn) else pd.Series(v, dtype=object)
+                for k, v in self.columns.items()
+            }
+        )
 
 
 def block_of_frame(name: str, frame: Any, loop: bool = True) -> StarBlock:
@@ -62,37 +77,58 @@ def block_of_frame(name: str, frame: Any, loop: bool = True) -> StarBlock:
 
 
 def read_blocks(path: object) -> list[StarBlock]:
-    """All blocks of a STAR file in their order.
+    """All blocks of a STAR file in their order, read by ``starfile``.
 
     Raises:
         InputError: no such file, not a STAR file, two tables in one block, a column named twice, or a row whose number
             of values is not that of the columns.
     """
-    outlines = _outline(path)
-    longest = max((len(text) for o in outlines for _, text in o.rows), default=0)
-    # the library takes seconds for a line of very many values, only to fail
-    tables = _tables(path, {name for o in outlines for name in o.columns}) if longest <= LONG_LINE else {}
+    outlines = _outline(path, RowList)
+    rows = [o.items if o.table is None else o.table.rows for o in outlines]
+    longest = max((len(text) for block in rows for _, text in block), default=0)
+    names = {name for o in outlines for name in o.columns}
+    tables = library.tables(path, names) if longest <= library.LONG_LINE else {}
     count = Counter(o.name for o in outlines)
     blocks = []
-    for outline in outlines:
-        table = tables.pop(outline.name, None) if count[outline.name] == 1 else None
-        values = _loop_values(outline, table, path) if outline.loop else _list_values(outline, table, path)
+    for o, mine in zip(outlines, rows, strict=True):
+        table = tables.pop(o.name, None) if count[o.name] == 1 else None
+        if o.loop:
+            values = library.loop_values(o.name, o.columns, mine, table, path)
+        else:
+            values = library.list_values(o.columns, mine, table, path)
+        blocks.append(StarBlock(o.name, o.loop, dict(zip(o.columns, values))))
+    return blocks
+
+
+def read_packed_blocks(path: object) -> list[StarBlock]:
+    """As ``read_blocks`` for files of particles, of which there may be millions: some thousand rows at a time, without
+    ``starfile``, which holds the file several times. Columns of loops are ``TextColumn``s, which cannot be changed."""
+    blocks = []
+    for outline in _outline(path, TableBuilder):
+        values = _loop_values(outline, path) if outline.loop else _list_values(outline, path)
         blocks.append(StarBlock(outline.name, outline.loop, dict(zip(outline.columns, values))))
     return blocks
 
 
 @dataclass
 class _Outline:
-    """Where a block's values stand: line number and text of every row (of every item if the block is no loop)."""
+    """A block as far as it was read: names of columns, and the rows of a loop or line number and text of each item."""
 
     name: str
+    builder: Builder
     loop: bool = False
     columns: list[str] = field(default_factory=list)
-    rows: list[tuple[int, str]] = field(default_factory=list)
+    items: list[tuple[int, str]] = field(default_factory=list)
+    table: Any = None
+
+    def add_row(self, number: int, text: str) -> None:
+        if self.table is None:
+            self.table = self.builder(len(self.columns), number, tokens)
+        self.table.add(number, text)
 
 
-def _outline(path: object) -> list[_Outline]:
-    """Blocks, their column names and the lines of their rows. The values are not looked at."""
+def _outline(path: object, builder: Builder) -> list[_Outline]:
+    """Blocks, their column names and their rows. A row with a wrong number of values is noted, not refused."""
     found: list[_Outline] = []
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape") as lines:
@@ -103,9 +139,9 @@ def _outline(path: object) -> list[_Outline]:
                 if not text or text[0] == "#":
                     continue
                 if text[0] in "_dDlL" and _STRUCTURE.match(text):
-                    _add_structure(found, number, text, path)
+                    _add_structure(found, number, text, path, builder)
                 elif found and found[-1].loop and found[-1].columns:
-                    found[-1].rows.append((number, text))
+                    found[-1].add_row(number, text)
                 else:
                     raise _out_of_place(found, number, text, path)
     except FileNotFoundError:
@@ -128,7 +164,7 @@ def _not_text(number: int, long: bool, path: object) -> InputError:
     )
 
 
-def _add_structure(found: list[_Outline], number: int, text: str, path: object) -> None:
+def _add_structure(found: list[_Outline], number: int, text: str, path: object, builder: Builder) -> None:
     word = text.split()[0]
     if any("\ud800" <= letter <= "\udfff" for letter in word):
         problem = "the name of a column or block is not UTF-8"
@@ -138,7 +174,7 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object) 
             raise InputError(
                 "too many data blocks", file=path, expected=f"at most {MAX_BLOCKS:,}", code="star-malformed"
             )
-        found.append(_Outline(word[5:]))
+        found.append(_Outline(word[5:], builder))
         return
     if not found:
         raise _out_of_place(found, number, text, path)
@@ -153,7 +189,7 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object) 
                 code="star-malformed",
             )
         block.loop = True
-    elif block.loop and block.rows:
+    elif block.table is not None:
         hint = f"See line {number}. If it is a row whose first value starts with _, put that value in quotes."
         raise InputError(
             f"a column name below the rows of the table data_{block.name}", file=path, hint=hint, code="star-malformed"
@@ -168,7 +204,7 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object) 
             raise InputError(problem, file=path, expected=f"at most {MAX_COLUMNS:,}", code="star-malformed")
         block.columns.append(name)
         if not block.loop:
-            block.rows.append((number, text))
+            block.items.append((number, text))
 
 
 def _out_of_place(found: list[_Outline], number: int, text: str, path: object) -> InputError:
@@ -186,99 +222,42 @@ def _out_of_place(found: list[_Outline], number: int, text: str, path: object) -
     )
 
 
-def _tables(path: object, names: Iterable[str]) -> dict[str, Any]:
-    """What starfile reads, as text: block name -> DataFrame of a loop, dict of a list. Empty where it gives up."""
-    import linecache
+def _loop_values(outline: _Outline, path: object) -> list[Sequence[str]]:
+    """The columns of a loop."""
+    table = outline.table
+    if table is None:
+        return [[] for _ in outline.columns]
+    columns: list[Sequence[str]] = table.columns()
+    if table.wrong:
+        row, line, values = table.wrong
+        raise InputError(
+            f"wrong number of values in the table data_{outline.name}",
+            file=path,
+            row=row + 1,
+            expected=f"{len(outline.columns)} values, one a column",
+            found=values,
+            hint=f"See line {line} of the file (the first row is on line {table.first_line}).",
+            code="star-malformed",
+        )
+    return columns
 
-    import starfile
 
-    linecache.clearcache()  # it reads through this cache, which does not notice that a file has changed
-    try:
-        return dict(starfile.read(str(path), always_dict=True, parse_as_string=sorted(names)))
-    except (ValueError, TypeError, LookupError, OverflowError) as error:
-        logger.debug("%s: starfile gave up (%s); its tables are read line by line", path, error)
-        return {}
-    finally:
-        linecache.clearcache()
-
-
-def _loop_values(outline: _Outline, table: Any, path: object) -> list[list[str]]:
-    """The columns of a loop: starfile's values, with rows in doubt read again from their lines.
-
-    starfile takes an apostrophe for a quotation mark, ends a row at any #, reads "nan" as missing, fills up short
-    rows with empty text, ends a table at a value that starts with data_, and writes the block's name over a column
-    called "name".
-    """
-    rows = outline.rows
-    whole = table is not None and not isinstance(table, dict) and "name" not in outline.columns
-    if whole and list(table) == outline.columns and len(table) == len(rows):
-        values = [table[name].tolist() for name in outline.columns]
-        doubt = {i for i, (_, text) in enumerate(rows) if _marked(text)}
-        doubt.update(i for column in values for i, v in enumerate(column) if not (isinstance(v, str) and v))
-    else:
-        values = [[""] * len(rows) for _ in outline.columns]
-        doubt = set(range(len(rows)))
-    for i in sorted(doubt):
-        tokens = _tokens(rows[i][1])
-        if len(tokens) != len(values):
+def _list_values(outline: _Outline, path: object) -> list[Sequence[str]]:
+    """The columns of a block that is no loop, one value each."""
+    values: list[Sequence[str]] = []
+    for name, (number, text) in zip(outline.columns, outline.items):
+        words = tokens(text)
+        if len(words) > 2:
+            hint = f"See line {number} of the file. A value with spaces must stand in quotes."
             raise InputError(
-                f"wrong number of values in the table data_{outline.name}",
+                f"_{name} has more than one value",
                 file=path,
-                row=i + 1,
-                expected=f"{len(values)} values, one a column",
-                found=len(tokens),
-                hint=f"See line {rows[i][0]} of the file (the first row is on line {rows[0][0]}).",
+                found=" ".join(words[1:]),
+                hint=hint,
                 code="star-malformed",
             )
-        for column, token in zip(values, tokens):
-            column[i] = token
+        values.append([words[1] if len(words) == 2 else ""])
     return values
-
-
-def _list_values(outline: _Outline, table: Any, path: object) -> list[list[str]]:
-    """The columns of a block that is no loop, one value each; starfile takes a backslash for an escape."""
-    values = []
-    for name, (number, text) in zip(outline.columns, outline.rows):
-        value = table.get(name) if isinstance(table, dict) else None
-        if not isinstance(value, str) or _marked(text) or "\\" in text:
-            tokens = _tokens(text)
-            if len(tokens) > 2:
-                hint = f"See line {number} of the file. A value with spaces must stand in quotes."
-                raise InputError(
-                    f"_{name} has more than one value",
-                    file=path,
-                    found=" ".join(tokens[1:]),
-                    hint=hint,
-                    code="star-malformed",
-                )
-            value = tokens[1] if len(tokens) == 2 else ""
-        values.append([value])
-    return values
-
-
-def _marked(text: str) -> bool:
-    return '"' in text or "'" in text or "#" in text
-
-
-def _tokens(line: str) -> list[str]:
-    """The values of a line: quotes taken off, a comment left out (# begins one only at the start of a word)."""
-    if not _marked(line):
-        return _SPACE.split(line)
-    found = []
-    at, open_ended = 0, set()
-    while word := _BARE.search(line, at):
-        start, quote = word.start(), word[0][0]
-        if quote == "#":
-            break
-        end = _CLOSING[quote].search(line, start + 1) if quote in _CLOSING and quote not in open_ended else None
-        if end is None:
-            open_ended.add(quote)  # nor will a later one be closed: looking again and again would take for ever
-            found.append(word[0])
-            at = word.end()
-        else:
-            found.append(line[start + 1 : end.start()])
-            at = end.end()
-    return found
 
 
 def _quoted(value: str) -> str:
@@ -291,23 +270,27 @@ def _quoted(value: str) -> str:
 
 def format_blocks(blocks: list[StarBlock]) -> str:
     """A STAR text; reading it back gives equal blocks."""
-    parts = []
+    return "".join(_pieces(blocks))
+
+
+def _pieces(blocks: list[StarBlock]) -> Iterator[str]:
+    """The text of blocks, some rows at a time."""
     for block in blocks:
-        parts.append(f"\n# version 30001\n\ndata_{block.name}\n\n")
+        yield f"\n# version 30001\n\ndata_{block.name}\n\n"
         if not block.loop:
-            parts.extend(f"_{k} {_quoted(v[0])}\n" for k, v in block.columns.items())
+            yield from (f"_{k} {_quoted(v[0])}\n" for k, v in block.columns.items())
             continue
-        parts.append("loop_\n")
-        parts.extend(f"_{name} #{i}\n" for i, name in enumerate(block.columns, start=1))
-        columns = [_quoted_column(c) for c in block.columns.values()]
-        if len(columns) == 1:  # a lone value such as data_x would read as structure
-            columns[0] = [f'"{v}"' if _STRUCTURE.match(v) else v for v in columns[0]]
-        parts.append("".join(map("%s\n".__mod__, map(" ".join, zip(*columns)))))
-        parts.append("\n")
-    return "".join(parts)
+        yield "loop_\n"
+        yield from (f"_{name} #{i}\n" for i, name in enumerate(block.columns, start=1))
+        for rows in slabs(min(map(len, block.columns.values()), default=0)):
+            columns = [_quoted_column(c[rows]) for c in block.columns.values()]
+            if len(columns) == 1:  # a lone value such as data_x would read as structure
+                columns[0] = [f'"{v}"' if _STRUCTURE.match(v) else v for v in columns[0]]
+            yield "".join(map("%s\n".__mod__, map(" ".join, zip(*columns))))
+        yield "\n"
 
 
-def _quoted_column(values: list[str]) -> list[str]:
+def _quoted_column(values: Sequence[str]) -> Sequence[str]:
     joined = "\n".join(values)
     plain = joined.split() == values and not any(map(str.startswith, values, repeat(("'", '"', "#", "_"))))
     return values if plain else [_quoted(v) for v in values]
@@ -315,6 +298,6 @@ def _quoted_column(values: list[str]) -> list[str]:
 
 def write_blocks(path: object, blocks: list[StarBlock]) -> None:
     """Writes a STAR file atomically."""
-    text = format_blocks(blocks)
     with atomic_write(path, "wb") as stream:
-        stream.write(text.encode("utf-8", errors="surrogateescape"))
+        for text in _pieces(blocks):
+            stream.write(text.encode("utf-8", errors="surrogateescape"))

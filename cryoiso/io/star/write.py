@@ -1,11 +1,12 @@
 """Writes ``Particles`` as RELION 3.1 STAR files: optics groups and particles, with every column of the source kept.
 
-A value whose number has not changed keeps the source's text, so reading and writing back loses nothing. 100,000 rows
-take about
-a second: columns are formatted whole.
+A value whose number has not changed keeps the source's text, so reading and writing back loses nothing. Text is made
+some thousand rows at a time, while it is written.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,6 +15,10 @@ from cryoiso.io import conventions
 from cryoiso.io.alignment import ANGLES, POSES, is_body_table, outdated
 from cryoiso.io.star.columns import CTF_FLAGS, Columns, rotation_of_table, shift_of_table, subtomogram_rotation
 from cryoiso.io.star.text import StarBlock, block_of_frame, write_blocks
+from cryoiso.io.star.text_column import MadeColumn, series_column, slabs
+
+Text = dict[str, Sequence[str]]
+"""Names of columns and their text."""
 
 MOVED_TO_OPTICS = (
     "rlnVoltage",
@@ -58,7 +63,7 @@ def write_particles(path: object, particles: Particles, names: list[str] | None 
             _merge(columns, name, np.asarray(factor, np.float64), "%.6f")
     for name, values in particles.results.items():
         columns[name] = _result_text(np.asarray(values))
-    columns["cryoisoUid"] = list(map(str, particles.uid.tolist()))
+    columns["cryoisoUid"] = MadeColumn(len(particles), lambda rows: list(map(str, particles.uid[rows].tolist())))
     attrs = getattr(particles.table, "attrs", {})
     others = [StarBlock(*block) for block in attrs.get("star_others", []) if not (moved and is_body_table(block[0]))]
     _require_one_length(columns, len(particles))
@@ -66,26 +71,28 @@ def write_particles(path: object, particles: Particles, names: list[str] | None 
     write_blocks(path, blocks)
 
 
-def _source_columns(particles: Particles) -> dict[str, list[str]]:
+def _source_columns(particles: Particles) -> Text:
     if particles.table is None:
         return {}
-    columns = {str(c): [str(v) for v in particles.table[c].tolist()] for c in particles.table.columns}
+    columns: Text = {str(c): series_column(particles.table[c]) for c in particles.table.columns}
     if particles.optics_table is None:
         for name in MOVED_TO_OPTICS:
             columns.pop(name, None)
     return columns
 
 
-def _write_images(columns: dict[str, list[str]], particles: Particles, names: list[str] | None) -> None:
+def _write_images(columns: Text, particles: Particles, names: list[str] | None) -> None:
     if names is not None:
         columns["rlnImageName"] = [str(n) for n in names]
     elif "rlnImageName" not in columns and len(particles) and particles.index[0] >= 0:
-        columns["rlnImageName"] = [
-            f"{i + 1:06d}@{s}" for i, s in zip(particles.index.tolist(), particles.stack.tolist())
-        ]
+        index, stack = particles.index, particles.stack
+        columns["rlnImageName"] = MadeColumn(
+            len(particles),
+            lambda rows: [f"{i + 1:06d}@{s}" for i, s in zip(index[rows].tolist(), stack[rows].tolist())],
+        )
 
 
-def _write_ctf(columns: dict[str, list[str]], particles: Particles) -> None:
+def _write_ctf(columns: Text, particles: Particles) -> None:
     for name, values, default in (
         ("rlnDefocusU", particles.defocus_u_A, np.nan),
         ("rlnDefocusV", particles.defocus_v_A, np.nan),
@@ -99,18 +106,18 @@ def _write_ctf(columns: dict[str, list[str]], particles: Particles) -> None:
             _merge(columns, name, values, "%.6f")
 
 
-def _write_optics_column(columns: dict[str, list[str]], particles: Particles) -> None:
+def _write_optics_column(columns: Text, particles: Particles) -> None:
     numbers = np.array([g.number for g in particles.groups], np.int64)[particles.optics]
     _merge(columns, "rlnOpticsGroup", numbers, "%d")
 
 
-def _require_one_length(columns: dict[str, list[str]], n: int) -> None:
+def _require_one_length(columns: Text, n: int) -> None:
     wrong = {name: len(values) for name, values in columns.items() if len(values) != n}
     if wrong:
         raise ValueError(f"columns of other lengths than {n}: {wrong}")
 
 
-def _write_poses(columns: dict[str, list[str]], particles: Particles) -> bool:
+def _write_poses(columns: Text, particles: Particles) -> bool:
     """Returns whether any pose differs from the source's, or the source has poses that the particles lost."""
     source = None if particles.table is None else Columns(particles.table, None)
     lost = particles.rotation is None and source is not None and source.has(*ANGLES)
@@ -124,7 +131,7 @@ def _write_poses(columns: dict[str, list[str]], particles: Particles) -> bool:
     return moved
 
 
-def _write_angles(columns: dict[str, list[str]], source: Columns | None, rotation: np.ndarray) -> bool:
+def _write_angles(columns: Text, source: Columns | None, rotation: np.ndarray) -> bool:
     outer = subtomogram_rotation(source) if source else None
     old = rotation_of_table(source) if source else None
     same = np.zeros(len(rotation), bool) if old is None else np.abs(old - rotation).max((1, 2)) < 1e-12
@@ -134,7 +141,7 @@ def _write_angles(columns: dict[str, list[str]], source: Columns | None, rotatio
     return not same.all()
 
 
-def _write_shifts(columns: dict[str, list[str]], source: Columns | None, particles: Particles) -> bool:
+def _write_shifts(columns: Text, source: Columns | None, particles: Particles) -> bool:
     shift = np.asarray(particles.shift_A, np.float64)
     in_pixels = source is not None and not source.has("rlnOriginXAngst", "rlnOriginYAngst")
     old = None if source is None else shift_of_table(source, particles.group_values("pixel_size_A"))
@@ -146,7 +153,7 @@ def _write_shifts(columns: dict[str, list[str]], source: Columns | None, particl
     return not same.all()
 
 
-def _rename(columns: dict[str, list[str]], old: str, new: str) -> None:
+def _rename(columns: Text, old: str, new: str) -> None:
     """Renames a column in its place; if the new name is there already, the old column goes."""
     if old not in columns:
         return
@@ -157,29 +164,50 @@ def _rename(columns: dict[str, list[str]], old: str, new: str) -> None:
     columns.update(items)
 
 
-def _replace(columns: dict[str, list[str]], name: str, values: np.ndarray, same: np.ndarray) -> None:
+def _replace(columns: Text, name: str, values: np.ndarray, same: np.ndarray) -> None:
     if name in columns and same.all():
         return
-    text = format_column(values, "%.6f")
-    if name in columns and same.any():
-        text = [old if keep else new for old, new, keep in zip(columns[name], text, same.tolist())]
-    columns[name] = text
+    columns[name] = _kept_where(same, columns.get(name), values, "%.6f")
 
 
-def _merge(columns: dict[str, list[str]], name: str, values: np.ndarray, form: str) -> None:
+def _merge(columns: Text, name: str, values: np.ndarray, form: str) -> None:
     """Overwrites the entries of a column whose number is another one; the rest keeps its text."""
-    if name not in columns:
-        columns[name] = format_column(values, form)
-        return
-    try:
-        old = np.array(columns[name], dtype=str).astype(np.float64)
-    except ValueError:
-        columns[name] = format_column(values, form)
+    text = columns.get(name)
+    old = None if text is None else _numbers(text)
+    if old is None:
+        columns[name] = _formatted(values, form)
         return
     same = (old == values) | (np.isnan(old) & np.isnan(np.asarray(values, np.float64)))
     if not same.all():
-        text = format_column(values, form)
-        columns[name] = [a if keep else b for a, b, keep in zip(columns[name], text, same.tolist())]
+        columns[name] = _kept_where(same, text, values, form)
+
+
+def _numbers(text: Sequence[str]) -> np.ndarray | None:
+    """(n,) float64 of a column of text; None if any value is no number."""
+    numbers = np.empty(len(text), np.float64)
+    try:
+        for rows in slabs(len(text)):
+            numbers[rows] = np.array(text[rows], dtype=str).astype(np.float64)
+    except ValueError:
+        return None
+    return numbers
+
+
+def _kept_where(same: np.ndarray, old: Sequence[str] | None, values: np.ndarray, form: str) -> Sequence[str]:
+    """The old text where ``same``, else the formatted values."""
+    made = _formatted(values, form)
+    if old is None or not same.any():
+        return made
+
+    def text(rows: slice) -> list[str]:
+        return [a if keep else b for a, b, keep in zip(old[rows], made[rows], same[rows].tolist())]
+
+    return MadeColumn(len(values), text)
+
+
+def _formatted(values: np.ndarray, form: str) -> MadeColumn:
+    values = np.asarray(values)
+    return MadeColumn(len(values), lambda rows: format_column(values[rows], form))
 
 
 def format_column(values: np.ndarray, form: str) -> list[str]:
@@ -190,12 +218,12 @@ def format_column(values: np.ndarray, form: str) -> list[str]:
     return list(map(form.__mod__, values.tolist()))
 
 
-def _result_text(values: np.ndarray) -> list[str]:
-    if values.dtype.kind in "iub":
-        return [str(int(v)) for v in values.tolist()]
-    if values.dtype.kind == "f":
-        return format_column(values, "%.9g")
-    return [str(v) for v in values.tolist()]
+def _result_text(values: np.ndarray) -> MadeColumn:
+    kind = values.dtype.kind
+    if kind == "f":
+        return _formatted(values, "%.9g")
+    as_text = (lambda v: str(int(v))) if kind in "iub" else str
+    return MadeColumn(len(values), lambda rows: [as_text(v) for v in values[rows].tolist()])
 
 
 def _optics_block(particles: Particles) -> StarBlock:
@@ -231,7 +259,7 @@ def _optics_block(particles: Particles) -> StarBlock:
     return StarBlock("optics", True, columns)
 
 
-def _write_zernike(columns: dict[str, list[str]], groups: tuple[OpticsGroup, ...]) -> None:
+def _write_zernike(columns: Text, groups: tuple[OpticsGroup, ...]) -> None:
     for name, values in (
         ("rlnOddZernike", [g.odd_zernike for g in groups]),
         ("rlnEvenZernike", [g.even_zernike for g in groups]),

@@ -38,9 +38,10 @@ PROGRAM_BYTES = 480 << 20
 """Python, torch, numba and their kernels, measured."""
 GPU_BYTES = 600 << 20
 """Of a GPU: its context and kernels."""
-ROW_BYTES, REFINED_ROW_BYTES = 1900, 3200
-"""Metadata of a particle on rank 0: text of its row and columns; in a refinement also poses of two iterations and the
-file that is written. Measured (docs/scaling.md)."""
+ROW_BYTES, REFINED_ROW_BYTES = 1200, 1400
+"""Metadata of a particle on rank 0: text of its row and columns. Measured with a million rows of 344 characters in 20
+columns (docs/scaling.md): 870 held and 950 while they are read, to which come 270 while columns are handed out; in a
+refinement 1,180 while a new file is written, and poses and results of another iteration (150, counted)."""
 COLUMNS_BYTES = 700
 """Of that what every rank has: columns without the text, poses, the name of the stack. Measured with names of 22
 characters: 450 held, 720 while poses are handed out; a character of the name is 4 bytes each time."""

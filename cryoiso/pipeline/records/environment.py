@@ -18,7 +18,20 @@ from cryoiso.parallel.context import Context
 from cryoiso.parallel.launcher import thread_count
 
 PACKAGES = (
-    *("torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib"),
+    *(
+        "torch",
+        "numpy",
+        "scipy",
+        "numba",
+        "h5py",
+        "mrcfile",
+        "starfile",
+        "pandas",
+        "pyarrow",
+        "gemmi",
+        "mpi4py",
+        "matplotlib",
+    ),
     *("pydantic", "typer"),
 )
 LABELS = Path("/.singularity.d/labels.json")

@@ -23,7 +23,8 @@ from cryoiso.pipeline.site.filesystem import look_at_folder
 from cryoiso.pipeline.site.shared_memory import look_for_abandoned
 
 PACKAGES = (
-    "torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "gemmi", "mpi4py", "matplotlib"
+    "torch", "numpy", "scipy", "numba", "h5py", "mrcfile", "starfile", "pandas", "pyarrow", "gemmi", "mpi4py",
+    "matplotlib",
 )  # fmt: skip
 INFINIBAND = Path("/sys/class/infiniband")
 
