@@ -35,3 +35,19 @@ prepare_environment() {
   grep -qF "$wanted" "$stamp" 2>/dev/null || : > "$stamp"
   echo "$wanted $extras" >> "$stamp"
 }
+
+# Packages that tests compare with, each by itself: tests of one that cannot be had are skipped, and say so.
+install_oracles() {
+  "$venv/bin/python" - <<'PY'
+import subprocess
+import sys
+import tomllib
+
+with open("pyproject.toml", "rb") as file:
+    wanted = tomllib.load(file)["project"]["optional-dependencies"]["oracles"]
+for one in wanted:
+    words = [sys.executable, "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", one]
+    if subprocess.run(words).returncode:
+        print(f"  {one.split(';')[0]} could not be installed; its tests will be skipped")
+PY
+}

@@ -7,14 +7,15 @@
 #
 # Variables: CRYOISO_VENV, PYTHON; CRYOISO_SHARED, folder of reference data (default: ../shared);
 # CRYOISO_TEST_WORKERS, test files that run at the same time (default: one a core);
-# CRYOISO_TEST_EXTRAS=oracles, also install the programs of others that some tests compare with.
+# CRYOISO_TEST_ORACLES=1, also install the packages of others that some tests compare with.
 set -uo pipefail
 case "${1:-}" in -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
 echo "environment"
-prepare_environment "mpich,docs,dev${CRYOISO_TEST_EXTRAS:+,$CRYOISO_TEST_EXTRAS}" || exit 1
+prepare_environment mpich,docs,dev || exit 1
+[ -z "${CRYOISO_TEST_ORACLES:-}" ] || install_oracles
 unset PYTHONDONTWRITEBYTECODE # else every process that a test starts compiles all of cryoiso again
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-1} MPLBACKEND=Agg
 
