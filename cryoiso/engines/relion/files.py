@@ -90,7 +90,8 @@ class Star:
                 found=known if block not in self.blocks else f"no such column in data_{block}",
                 code="relion-file-invalid",
             )  # fmt: skip
-        return self.blocks[block].columns[name]
+        values: list[str] = self.blocks[block].columns[name]
+        return values
 
     def text(self, block: str, name: str) -> str:
         """The first value of a column, that of a list."""
