@@ -26,7 +26,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = {Requirement(line).name: Requirement(line).specifier for line in PROJECT["dependencies"]}
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 EASYBUILD_NAMES = {"torch": "PyTorch"}
-BUNDLED = {"numpy": "SciPy-bundle", "scipy": "SciPy-bundle", "pandas": "SciPy-bundle", "jinja2": "Python-bundle-PyPI"}
+BUNDLED = {
+    "numpy": "SciPy-bundle",
+    "scipy": "SciPy-bundle",
+    "pandas": "SciPy-bundle",
+    "jinja2": "Python-bundle-PyPI",
+    "pyarrow": "Arrow",
+}
 SPACK = ROOT / "containers" / "spack" / "packages" / "py_cryoiso" / "package.py"
 (EASYBUILD,) = (ROOT / "containers" / "easybuild").glob("*.eb")
 
