@@ -9,6 +9,7 @@ import typer
 
 from cryoiso.cli.options import help_of, keys
 from cryoiso.core.config import CommandSection, CryosparcSection, RelionSection
+from cryoiso.core.sections.base import Section
 
 SYMMETRY = keys("sample", "Sample", "symmetry")
 SAMPLE = keys("sample", "Sample", "symmetry", "diameter_A", "mask")
@@ -65,28 +66,26 @@ RefineKeys = Annotated[
         "repeated.",
     ),
 ]  # fmt: skip
+
+
+def _keys_of_engine(engine: str, section: type[Section], example: str) -> typer.models.OptionInfo:
+    """The option that sets keys of the job file's section of an engine."""
+    option: typer.models.OptionInfo = typer.Option(
+        f"--{engine}", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
+        help=f"With --engine {engine}: a key of the job file's [{engine}] ({', '.join(section.model_fields)}), e.g. "
+        f"{example}. May be repeated.",
+    )  # fmt: skip
+    return option
+
+
 RelionKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--relion", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
-        help=f"With --engine relion: a key of the job file's [relion] ({', '.join(RelionSection.model_fields)}), e.g. "
-        "--relion ranks=5 --relion 'extra=--gpu 0'. May be repeated.",
-    ),
-]  # fmt: skip
+    list[str] | None, _keys_of_engine("relion", RelionSection, "--relion ranks=5 --relion 'extra=--gpu 0'")
+]
 CommandKeys = Annotated[
     list[str] | None,
-    typer.Option(
-        "--command", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
-        help=f"With --engine command: a key of the job file's [command] ({', '.join(CommandSection.model_fields)}), "
-        "e.g. --command 'run=my_refine {particles} {reference} {out_particles}'. May be repeated.",
-    ),
-]  # fmt: skip
+    _keys_of_engine("command", CommandSection, "--command 'run=my_refine {particles} {reference} {out_particles}'"),
+]
 CryosparcKeys = Annotated[
     list[str] | None,
-    typer.Option(
-        "--cryosparc", metavar="KEY=VALUE", rich_help_panel=ENGINE.panel,
-        help="With --engine cryosparc: a key of the job file's [cryosparc] "
-        f"({', '.join(CryosparcSection.model_fields)}), e.g. --cryosparc project=P3 --cryosparc workspace=W1. May be "
-        "repeated.",
-    ),
-]  # fmt: skip
+    _keys_of_engine("cryosparc", CryosparcSection, "--cryosparc project=P3 --cryosparc workspace=W1"),
+]

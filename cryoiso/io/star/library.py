@@ -55,22 +55,31 @@ def loop_values(name: str, columns: list[str], rows: Rows, table: Any, path: obj
     for i in sorted(doubt):
         words = tokens(rows[i][1])
         if len(words) != len(values):
-            raise InputError(
-                f"wrong number of values in the table data_{name}",
-                file=path,
-                row=i + 1,
-                expected=f"{len(values)} values, one a column",
-                found=len(words),
-                hint=f"See line {rows[i][0]} of the file (the first row is on line {rows[0][0]}).",
-                code="star-malformed",
-            )
+            raise wrong_width(name, i, rows[i][0], rows[0][0], len(values), len(words), path)
         for column, token in zip(values, words):
             column[i] = token
     return values
 
 
+def wrong_width(name: str, row: int, line: int, first_line: int, width: int, found: int, path: object) -> InputError:
+    """The error of a row (from 0) of the table ``name`` that has another number of values than there are columns."""
+    return InputError(
+        f"wrong number of values in the table data_{name}",
+        file=path,
+        row=row + 1,
+        expected=f"{width} values, one a column",
+        found=found,
+        hint=f"See line {line} of the file (the first row is on line {first_line}).",
+        code="star-malformed",
+    )
+
+
 def list_values(columns: list[str], items: Rows, table: Any, path: object) -> list[list[str]]:
-    """The columns of a block that is no loop, one value each; starfile takes a backslash for an escape."""
+    """The columns of a block that is no loop, one value each; starfile takes a backslash for an escape.
+
+    Args:
+        table: as starfile read it; None: all values are read from their lines.
+    """
     values = []
     for name, (number, text) in zip(columns, items):
         value = table.get(name) if isinstance(table, dict) else None

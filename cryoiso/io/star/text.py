@@ -105,7 +105,10 @@ def read_packed_blocks(path: object) -> list[StarBlock]:
     ``starfile``, which holds the file several times. Columns of loops are ``TextColumn``s, which cannot be changed."""
     blocks = []
     for outline in _outline(path, TableBuilder):
-        values = _loop_values(outline, path) if outline.loop else _list_values(outline, path)
+        if outline.loop:
+            values = _loop_values(outline, path)
+        else:
+            values = [*library.list_values(outline.columns, outline.items, None, path)]
         blocks.append(StarBlock(outline.name, outline.loop, dict(zip(outline.columns, values))))
     return blocks
 
@@ -230,34 +233,8 @@ def _loop_values(outline: _Outline, path: object) -> list[Sequence[str]]:
     columns: list[Sequence[str]] = table.columns()
     if table.wrong:
         row, line, values = table.wrong
-        raise InputError(
-            f"wrong number of values in the table data_{outline.name}",
-            file=path,
-            row=row + 1,
-            expected=f"{len(outline.columns)} values, one a column",
-            found=values,
-            hint=f"See line {line} of the file (the first row is on line {table.first_line}).",
-            code="star-malformed",
-        )
+        raise library.wrong_width(outline.name, row, line, table.first_line, len(outline.columns), values, path)
     return columns
-
-
-def _list_values(outline: _Outline, path: object) -> list[Sequence[str]]:
-    """The columns of a block that is no loop, one value each."""
-    values: list[Sequence[str]] = []
-    for name, (number, text) in zip(outline.columns, outline.items):
-        words = tokens(text)
-        if len(words) > 2:
-            hint = f"See line {number} of the file. A value with spaces must stand in quotes."
-            raise InputError(
-                f"_{name} has more than one value",
-                file=path,
-                found=" ".join(words[1:]),
-                hint=hint,
-                code="star-malformed",
-            )
-        values.append([words[1] if len(words) == 2 else ""])
-    return values
 
 
 def _quoted(value: str) -> str:
