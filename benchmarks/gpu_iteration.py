@@ -23,7 +23,7 @@ from cryoiso.core.config import RefineSection
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.parallel.context import Context
-from cryoiso.physics.phantom import phantom_map
+from cryoiso.physics.phantom import phantom_of_box
 from cryoiso.physics.simulation import simulate
 from cryoiso.pipeline.records.environment import computes_on
 from cryoiso.refine.initial_model import initial_model
@@ -32,7 +32,6 @@ from cryoiso.refine.model import Model
 
 POOL, FEW = 256, 1024
 MOST = 130_000
-PHANTOM_A = 160.0
 
 
 class Repeated:
@@ -54,8 +53,7 @@ class Repeated:
 
 
 def pool(box_px: int, pixel_size_A: float, count: int) -> tuple[np.ndarray, Particles, DensityMap]:
-    fitting_A = PHANTOM_A / (0.67 * box_px)
-    truth = DensityMap(phantom_map(box_px, fitting_A, 2.2 * fitting_A).data, pixel_size_A)
+    truth = phantom_of_box(box_px, pixel_size_A, 2.2)
     source = simulate(truth, count, snr_db=-10.0, shift_sd_A=4.0, seed=1)
     images = np.concatenate([np.asarray(block, np.float16) for block in source.blocks()])
     return images, source.particles, source.volume

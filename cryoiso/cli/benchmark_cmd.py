@@ -11,9 +11,6 @@ import typer
 
 from cryoiso.cli.common import echo
 
-PHANTOM_A = 160.0
-"""Width of the built-in phantom."""
-
 
 class Workflow(StrEnum):
     """The workflows of a job."""
@@ -64,16 +61,12 @@ def benchmark(
 
 
 def _simulated(folder: Path, count: int, box_px: int, pixel_size_A: float) -> None:
-    from cryoiso.core.types import DensityMap
-    from cryoiso.physics.phantom import phantom_map
+    from cryoiso.physics.phantom import phantom_of_box
     from cryoiso.physics.simulation import simulate
     from cryoiso.pipeline.commands.simulate import Writing, check_folder, write_plain
 
     check_folder(folder, False)
-    # the phantom's size is fixed; here it fills two thirds of any box
-    fitting_A = PHANTOM_A / (0.67 * box_px)
-    density = phantom_map(box_px, fitting_A, 3 * fitting_A)
-    density = DensityMap(density.data, pixel_size_A)
+    density = phantom_of_box(box_px, pixel_size_A, 3.0)
     write_plain(simulate(density, count, shift_sd_A=4.0), folder, {}, Writing())
 
 

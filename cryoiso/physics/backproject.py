@@ -97,9 +97,9 @@ class SliceAccumulator:
         if self.grid.device.type == "cpu":
             self._insert_numba(data, weight, rotation, where)
             return
-        if gpu_kernels.can("insert_slices", self.grid):
+        module = gpu_kernels.kernels_for("insert_slices", self.grid)
+        if module is not None:
             self.bound += _bound(data, weight)
-            module = gpu_kernels.kernels("cuda")
             gpu_kernels.insert_slices(module, self.grid, where, data, weight, rotation, self.padding, UNIT)
             return
         step = max(1, SAMPLES_AT_ONCE // max(where.size, 1))

@@ -55,9 +55,10 @@ def compiled(kernel: str, device_type: str) -> bool:
     return True
 
 
-def can(kernel: str, grid: Tensor) -> bool:
-    """Whether a kernel can be used on a grid."""
-    return grid.device.type == "cuda" and grid.numel() < LARGEST_GRID and compiled(kernel, grid.device.type)
+def kernels_for(kernel: str, grid: Tensor) -> Any:
+    """The module of kernels where this one works on the grid, else None: plain torch does its work."""
+    usable = grid.device.type == "cuda" and grid.numel() < LARGEST_GRID and compiled(kernel, grid.device.type)
+    return kernels(grid.device.type) if usable else None
 
 
 def score_local(

@@ -49,6 +49,10 @@ class _Element:
     twist_deg: float = 0.0
 
 
+WIDTH_A = 160.0
+"""Of the trimer, with room for its blur."""
+
+
 def trimer(seed: int = 1) -> PseudoAtoms:
     """The trimer of a seed: pseudo-atoms (about 1,600) with C3 symmetry about z.
 
@@ -257,3 +261,14 @@ def phantom_map(
     """
     atoms = homologue(seed, variant) if variant else trimer(seed)
     return pseudo_atoms_to_map(*atoms, box_px, pixel_size_A, resolution_A)
+
+
+def phantom_of_box(box_px: int, pixel_size_A: float, resolution_px: float) -> DensityMap:
+    """The trimer scaled so that it fills two thirds of a box, for tests of speed, which need its size and not its own.
+
+    Args:
+        pixel_size_A: stated by the map.
+        resolution_px: resolution in pixels.
+    """
+    fitting_A = WIDTH_A / (0.67 * box_px)
+    return DensityMap(phantom_map(box_px, fitting_A, resolution_px * fitting_A).data, pixel_size_A)

@@ -198,9 +198,10 @@ def local_scores(
     rotation = with_magnification(rotation, white.magnification)
     if white.data.device.type == "cpu":
         return _local_scores_numba(white, volume, particle, rotation, shift_px, spacing_px)
-    if gpu_kernels.can("score_local", volume.grid):
+    module = gpu_kernels.kernels_for("score_local", volume.grid)
+    if module is not None:
         return gpu_kernels.score_local(
-            gpu_kernels.kernels("cuda"), volume, white.where, white.data, white.weight, particle, rotation, shift_px,
+            module, volume, white.where, white.data, white.weight, particle, rotation, shift_px,
             spacing_px, together,
         )  # fmt: skip
     return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)

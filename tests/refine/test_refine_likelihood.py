@@ -282,7 +282,7 @@ def test_scores_on_a_gpu_agree(source, reference):
     rotation, shift = tensor(random_rotations(RNG, 96)), tensor(RNG.normal(0, 3, (12, 2))).repeat_interleave(8, 0)
     here = local_scores(white, reference, rows, rotation, shift, 0.5)
     on_gpu = (rows.cuda(), rotation.cuda(), shift.cuda(), 0.5)
-    assert gpu_kernels.can("score_local", volume.grid)
+    assert gpu_kernels.kernels_for("score_local", volume.grid) is not None
     for found in (
         *(local_scores(there, volume, *on_gpu, together=n) for n in (1, 8)), local_scores_torch(there, volume, *on_gpu)
     ):  # fmt: skip
