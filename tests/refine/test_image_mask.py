@@ -11,12 +11,11 @@ import pytest
 import torch
 from ctf_applied_helper import of_kind
 from errors_helper import raises_code
-from mpi_helper import run_mpi
-from test_refine_engine import BOX, PIXEL_A, Stopped, contents, in_memory, request_for
+from test_refine_engine import BOX, PIXEL_A, contents, in_memory, request_for, require_same_bits
 from test_refine_likelihood import true_posterior
 
 from cryoiso.core.config import parse_job
-from cryoiso.core.errors import Interrupted, UsageError
+from cryoiso.core.errors import UsageError
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.sources import ArraySource
 from cryoiso.parallel.context import Context
@@ -175,23 +174,7 @@ t.NativeEngine().refine(t.masked_request(Path(sys.argv[2])), get_context())
 @pytest.mark.mpi
 def test_ranks_and_interruptions_give_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "BATCH_IMAGES", 16)
-    NativeEngine().refine(masked_request(tmp_path / "1"), Context())
-    run_mpi(2, ["-c", RANKS_SCRIPT, str(Path(__file__).parent), tmp_path / "2"])
-    assert contents(tmp_path / "2") == contents(tmp_path / "1")
-
-    class Killed(Exception):
-        pass
-
-    def kill(record) -> None:
-        raise Killed
-
-    request = masked_request(tmp_path / "resumed")
-    with pytest.raises(Killed):
-        NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
-    with pytest.raises(Interrupted):
-        NativeEngine().refine(replace(request, resume=True), Stopped(after=2))
-    NativeEngine().refine(replace(request, resume=True), Context())
-    assert contents(tmp_path / "resumed") == contents(tmp_path / "1")
+    require_same_bits(masked_request, RANKS_SCRIPT, tmp_path)
     NativeEngine().refine(masked_request(tmp_path / "other", "zero"), Context())
     assert contents(tmp_path / "other")["half1.mrc"] != contents(tmp_path / "1")["half1.mrc"]
 

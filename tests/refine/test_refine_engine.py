@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -274,6 +275,32 @@ class Stopped(Context):
     def stop_requested(self) -> bool:
         self.left -= 1
         return self.left < 0
+
+
+def require_same_bits(request_in: Callable[[Path], RefineRequest], script: str, folder: Path) -> None:
+    """On two ranks, and killed after its first iteration, stopped and resumed, as on one rank without interruption.
+
+    Args:
+        request_in: a request by the folder of its results; on 2 ranks ``script`` makes it in sys.argv[2].
+    """
+    NativeEngine().refine(request_in(folder / "1"), Context())
+    run_mpi(2, ["-c", script, str(Path(__file__).parent), folder / "2"])
+    assert contents(folder / "2") == contents(folder / "1")
+
+    class Killed(Exception):
+        pass
+
+    def kill(record) -> None:
+        if record["iteration"] == 1:
+            raise Killed
+
+    request = request_in(folder / "resumed")
+    with pytest.raises(Killed):
+        NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
+    with pytest.raises(Interrupted):
+        NativeEngine().refine(replace(request, resume=True), Stopped(after=2))
+    NativeEngine().refine(replace(request, resume=True), Context())
+    assert contents(folder / "resumed") == contents(folder / "1")
 
 
 def test_resuming_gives_the_same_bits(few, tmp_path):

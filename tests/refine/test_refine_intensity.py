@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import torch
 from ctf_applied_helper import of_kind
-from mpi_helper import run_mpi
 from test_refine_auxiliary import auxiliaries_of, together
-from test_refine_engine import BOX, PIXEL_A, Stopped, contents, in_memory, request_for
+from test_refine_engine import BOX, PIXEL_A, in_memory, request_for, require_same_bits
 from test_refine_likelihood import true_posterior
 
-from cryoiso.core.errors import Interrupted
 from cryoiso.core.types import Particles, concatenate
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io import read_particle_file
@@ -237,24 +235,7 @@ def refine_in_small_batches(folder: Path, comm) -> None:
 @pytest.mark.mpi
 def test_ranks_and_interruptions_give_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "BATCH_IMAGES", 16)
-    NativeEngine().refine(request_of_few(tmp_path / "1"), Context())
-    run_mpi(2, ["-c", RANKS_SCRIPT, str(Path(__file__).parent), tmp_path / "2"])
-    assert contents(tmp_path / "2") == contents(tmp_path / "1")
-
-    class Killed(Exception):
-        pass
-
-    def kill(record) -> None:
-        if record["iteration"] == 1:
-            raise Killed
-
-    request = request_of_few(tmp_path / "resumed")
-    with pytest.raises(Killed):
-        NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
-    with pytest.raises(Interrupted):
-        NativeEngine().refine(replace(request, resume=True), Stopped(after=2))
-    NativeEngine().refine(replace(request, resume=True), Context())
-    assert contents(tmp_path / "resumed") == contents(tmp_path / "1")
+    require_same_bits(request_of_few, RANKS_SCRIPT, tmp_path)
 
 
 def test_auxiliary_particles_keep_theirs(tmp_path):

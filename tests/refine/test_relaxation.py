@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from errors_helper import raises_code
-from mpi_helper import run_mpi
-from test_refine_engine import BOX, PIXEL_A, Stopped, contents, in_memory, request_for
+from test_refine_engine import BOX, PIXEL_A, in_memory, request_for, require_same_bits
 
 from cryoiso.core.config import parse_job
-from cryoiso.core.errors import Interrupted, UsageError
+from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap
 from cryoiso.engines.native import NativeEngine
@@ -145,23 +144,7 @@ t.NativeEngine().refine(t.relaxed(60, Path(sys.argv[2]), True, max_iterations=3)
 @pytest.mark.mpi
 def test_ranks_and_interruptions_give_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "BATCH_IMAGES", 16)
-    NativeEngine().refine(relaxed(60, tmp_path / "1", True, max_iterations=3), Context())
-    run_mpi(2, ["-c", RANKS_SCRIPT, str(Path(__file__).parent), tmp_path / "2"])
-    assert contents(tmp_path / "2") == contents(tmp_path / "1")
-
-    class Killed(Exception):
-        pass
-
-    def kill(record) -> None:
-        raise Killed
-
-    request = relaxed(60, tmp_path / "resumed", True, max_iterations=3)
-    with pytest.raises(Killed):
-        NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
-    with pytest.raises(Interrupted):
-        NativeEngine().refine(replace(request, resume=True), Stopped(after=2))
-    NativeEngine().refine(replace(request, resume=True), Context())
-    assert contents(tmp_path / "resumed") == contents(tmp_path / "1")
+    require_same_bits(lambda folder: relaxed(60, folder, True, max_iterations=3), RANKS_SCRIPT, tmp_path)
 
 
 def test_what_does_not_go_together_is_refused():
