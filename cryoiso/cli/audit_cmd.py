@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.options import JobOptions, keys, with_keys
 from cryoiso.cli.run_cmd import Trust
 
 AUDIT = keys(
@@ -19,7 +19,7 @@ AUDIT = keys(
 
 @with_keys(AUDIT)
 def audit(
-    given: Given,
+    given: JobOptions,
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print audit.json instead of lines.")] = False,

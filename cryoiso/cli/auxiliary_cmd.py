@@ -9,7 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import COMPUTING, FILES, GRID, IMAGES, SHARDS, SYMMETRY, OutputFolder, Posed, Resume
-from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.options import JobOptions, keys, with_keys
 
 GENERATOR = keys(
     "auxiliary", "Generator", "preset", "generators", "steps", "batch", "learning_rate", "likelihood_sd",
@@ -23,7 +23,7 @@ def train(
     particles: Posed,
     ref: Annotated[Path, typer.Option("--ref", help="Reference in the frame of the poses: atomic model or map.")],
     out: OutputFolder,
-    given: Given,
+    given: JobOptions,
     go_on: Resume = False,
 ) -> None:
     """Train the conditional hierarchical VAE on particles with poses.
@@ -49,7 +49,7 @@ def generate(
         Path, typer.Argument(help="Raw particles (STAR or .cs file) from which CTFs, half-sets and shifts are drawn.")
     ],
     out: OutputFolder,
-    given: Given,
+    given: JobOptions,
     count: Annotated[
         int | None,
         typer.Option(min=2, help="Number of auxiliary particles (default: by --ratio).", rich_help_panel=MADE.panel),

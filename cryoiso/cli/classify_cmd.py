@@ -9,7 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SAMPLE, OutputFolder, ParticlesOrShards, RefineKeys, Resume
-from cryoiso.cli.options import Given, keys, keys_of, with_keys
+from cryoiso.cli.options import JobOptions, keys, keys_of, with_keys
 from cryoiso.core import products
 from cryoiso.core.config import RefineSection
 
@@ -24,7 +24,7 @@ SEARCH = keys("refine", "Search", "healpix_order", "max_resolution_A")
 def classify(
     particles: ParticlesOrShards,
     out: OutputFolder,
-    given: Given,
+    given: JobOptions,
     ref: Annotated[
         list[Path] | None,
         typer.Option(

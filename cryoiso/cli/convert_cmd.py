@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.options import JobOptions, keys, with_keys
 
 
 class Unconverted(StrEnum):
@@ -29,7 +29,7 @@ class Target(StrEnum):
     keys("sample", "Sample", "symmetry", open=True), keys("particles", "Images", "project", "passthrough")
 )  # fmt: skip
 def convert(
-    given: Given,
+    given: JobOptions,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Particles: a STAR or .cs file.")],
     out: Annotated[
         Path | None,

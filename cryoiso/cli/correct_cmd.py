@@ -9,7 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import COMPUTING, NETWORK, Resume
-from cryoiso.cli.options import Given, help_of, keys, with_keys
+from cryoiso.cli.options import JobOptions, help_of, keys, with_keys
 from cryoiso.core import products
 
 CORRECTION = keys("correct", "Correction", "mode", "resolution_A", "epochs")
@@ -19,7 +19,7 @@ MEASURED = "Measured directions"
 @with_keys(CORRECTION, NETWORK, COMPUTING)
 def correct(
     half1: Annotated[Path, typer.Argument(help="First half-map (MRC), unmasked and unfiltered; or the only map.")],
-    given: Given,
+    given: JobOptions,
     half2: Annotated[Path | None, typer.Argument(help="Second half-map.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("corrected"),
     mask: Annotated[Path | None, typer.Option(help=help_of("sample", "mask"))] = None,
@@ -52,12 +52,12 @@ def correct(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
-    from cryoiso.pipeline.stages.correct import CorrectionTask, correct_files
+    from cryoiso.pipeline.stages.correct import CorrectionFiles, correct_files
 
     comm = get_context()
     job = on_root(comm, given.job, particles={"file": "-"}, reference={"file": "-"})
     maps = {1: half1} if half2 is None else {1: half1, 2: half2}
-    task = CorrectionTask(
+    task = CorrectionFiles(
         maps, out, job.correct, mask=mask, transfer=filter_, missing_cone_deg=missing_cone, axis=axis,
         pixel_size_A=pixel_size, warm=warm, seed=job.run.seed, device=job.run.device,
     )  # fmt: skip

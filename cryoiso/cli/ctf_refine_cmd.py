@@ -10,7 +10,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import IMAGES, SAMPLE, OutputFolder, Posed
-from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.options import JobOptions, keys, with_keys
 from cryoiso.core import products
 
 PARAMETERS, REFERENCE = "Parameters", "Reference"
@@ -37,7 +37,7 @@ class TiltChoice(StrEnum):
 def ctf_refine(
     particles: Posed,
     out: OutputFolder,
-    given: Given,
+    given: JobOptions,
     half1: Annotated[
         Path | None, typer.Option(help="Half-map of the particles of half-set 1.", rich_help_panel=REFERENCE)
     ] = None,

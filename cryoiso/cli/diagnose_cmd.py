@@ -9,7 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import SYMMETRY
-from cryoiso.cli.options import Given, help_of, keys, with_keys
+from cryoiso.cli.options import JobOptions, help_of, keys, with_keys
 from cryoiso.core import products
 from cryoiso.core.records import DiagnoseRecord
 
@@ -22,7 +22,7 @@ OUT = Path(products.facts("diagnose"))
 
 @with_keys(SYMMETRY, TRUTH, MODEL, LOCAL, keys("run", "Computing", "seed"))
 def diagnose(
-    given: Given,
+    given: JobOptions,
     half1: Annotated[Path | None, typer.Argument(metavar="HALF1", help=HALF1)] = None,
     half2: Annotated[Path | None, typer.Argument(metavar="HALF2", help=HALF2)] = None,
     half1_option: Annotated[Path | None, typer.Option("--half1", help="Same as HALF1.")] = None,

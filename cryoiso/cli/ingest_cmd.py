@@ -9,7 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import IMAGES, SHARDS
-from cryoiso.cli.options import Given, help_of, with_keys
+from cryoiso.cli.options import JobOptions, help_of, with_keys
 from cryoiso.core import products
 
 
@@ -17,7 +17,7 @@ from cryoiso.core import products
 def ingest(
     particles: Annotated[Path, typer.Argument(help=help_of("particles", "file"))],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; finished shards in it are kept.")],
-    given: Given,
+    given: JobOptions,
 ) -> None:
     """Write particle images into HDF5 shards.
 

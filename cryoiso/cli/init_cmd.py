@@ -10,7 +10,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import SYMMETRY
-from cryoiso.cli.options import Given, help_of, keys, with_keys
+from cryoiso.cli.options import JobOptions, help_of, keys, with_keys
 
 PLACEHOLDER = "reference.mrc"
 
@@ -18,7 +18,7 @@ PLACEHOLDER = "reference.mrc"
 @with_keys(SYMMETRY, keys("particles", "Images", "project", "passthrough"))
 def init(
     particles: Annotated[Path, typer.Argument(help=help_of("particles", "file"))],
-    given: Given,
+    given: JobOptions,
     reference: Annotated[
         Path | None, typer.Option(help=help_of("reference", "file") + " May be entered into the job file later.")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.options import Given, keys, keys_of, with_keys
+from cryoiso.cli.options import JobOptions, keys, keys_of, with_keys
 from cryoiso.core.config import Job
 
 logger = logging.getLogger("cryoiso")
@@ -42,7 +42,7 @@ Setting = Annotated[
 @with_keys(RESOURCES, BATCH_JOB, ENVIRONMENT, CPU_JOB)
 def launch(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file; 'cryoiso init' writes one.")],
-    given: Given,
+    given: JobOptions,
     run: Run = None,
     out: Out = None,
     submit: Annotated[

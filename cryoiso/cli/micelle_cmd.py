@@ -9,7 +9,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SYMMETRY, OutputFolder, Posed, Resume
-from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.options import JobOptions, keys, with_keys
 from cryoiso.core import products
 
 MICELLE = keys("micelle", "Micelle", "threshold", "lowpass_A")
@@ -23,7 +23,7 @@ def micelle(
         Path, typer.Option("--ref", help="Homologue of the protein, map or model, in the frame of the poses.")
     ],
     out: OutputFolder,
-    given: Given,
+    given: JobOptions,
     mask: Annotated[
         Path | None, typer.Option(help="Protein mask (MRC) instead of a threshold.", rich_help_panel=PANEL)
     ] = None,

@@ -84,7 +84,7 @@ def help_of(section: str, key: str, default: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class Given:
+class JobOptions:
     """What a command was given of its options that are keys of the job file."""
 
     sections: dict[str, dict[str, Any]]
@@ -133,7 +133,7 @@ def with_keys(*groups: Keys) -> Callable[[F], F]:
                 value = options.pop(name)
                 if value is not None:
                     sections.setdefault(section, {})[key] = value
-            return function(given=Given(sections, shown), **options)
+            return function(given=JobOptions(sections, shown), **options)
 
         every: list[inspect.Parameter] = []
         for parameter in inspect.signature(function, eval_str=True).parameters.values():

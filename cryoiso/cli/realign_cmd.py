@@ -20,7 +20,7 @@ from cryoiso.cli.groups import (
     RelionKeys,
     Resume,
 )  # fmt: skip
-from cryoiso.cli.options import Given, keys, keys_of, with_keys
+from cryoiso.cli.options import JobOptions, keys, keys_of, with_keys
 from cryoiso.core import products
 
 CORRECTION = keys(
@@ -36,7 +36,7 @@ def realign(
     particles: ParticlesOrShards,
     ref: Reference,
     out: OutputFolder,
-    given: Given,
+    given: JobOptions,
     auxiliary: Annotated[
         Path | None,
         typer.Option(

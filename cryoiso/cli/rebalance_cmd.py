@@ -10,7 +10,7 @@ import typer
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import SYMMETRY
-from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.options import JobOptions, keys, with_keys
 
 
 class Better(StrEnum):
@@ -22,7 +22,7 @@ class Better(StrEnum):
 
 @with_keys(SYMMETRY, keys("particles", "Images", "passthrough"), keys("run", "Computing", "seed"))
 def rebalance(
-    given: Given,
+    given: JobOptions,
     particles: Annotated[Path, typer.Argument(help="Particles with poses: a STAR or .cs file of a refinement.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("rebalanced"),
     cap: Annotated[int | None, typer.Option(min=1, help="Most particles of a cone of views.")] = None,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from cryoiso.cli.common import echo
 from cryoiso.cli.groups import COMPUTING, IMAGES, SYMMETRY, OutputFolder, Posed
-from cryoiso.cli.options import Given, keys, with_keys
+from cryoiso.cli.options import JobOptions, keys, with_keys
 from cryoiso.core import products
 
 
 @with_keys(SYMMETRY, keys("reconstruct", "Reconstruction", "padding"), IMAGES, COMPUTING)
-def reconstruct(particles: Posed, out: OutputFolder, given: Given) -> None:
+def reconstruct(particles: Posed, out: OutputFolder, given: JobOptions) -> None:
     """Reconstruct half-maps from given poses.
 
     Writes half1.mrc, half2.mrc, their mean map.mrc, and map_weighted.mrc: both half-sets together, every Fourier

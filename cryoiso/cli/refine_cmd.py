@@ -14,7 +14,7 @@ from cryoiso.cli.groups import (
     RelionKeys,
     Resume,
 )
-from cryoiso.cli.options import Given, keys_of, with_keys
+from cryoiso.cli.options import JobOptions, keys_of, with_keys
 from cryoiso.core import products
 
 
@@ -23,7 +23,7 @@ def refine(
     particles: ParticlesOrShards,
     ref: Reference,
     out: OutputFolder,
-    given: Given,
+    given: JobOptions,
     refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
     command: CommandKeys = None,

@@ -11,7 +11,7 @@ import typer
 from cryoiso.cli.common import echo
 
 
-class Inputs(StrEnum):
+class InputCheck(StrEnum):
     """What to do about the inputs."""
 
     check = "check"
@@ -21,8 +21,8 @@ class Inputs(StrEnum):
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder; it may have been moved or copied.")],
     inputs: Annotated[
-        Inputs, typer.Option("--inputs", help="check: also hash the inputs that still exist; skip: outputs only.")
-    ] = Inputs.check,
+        InputCheck, typer.Option("--inputs", help="check: also hash the inputs that still exist; skip: outputs only.")
+    ] = InputCheck.check,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Verify a run folder against its recorded checksums.
@@ -41,7 +41,7 @@ def verify(
     from cryoiso.pipeline.reproduce.verify import verify_run
 
     comm = get_context()
-    verdict = verify_run(folder, comm, inputs=inputs == Inputs.check)
+    verdict = verify_run(folder, comm, inputs=inputs == InputCheck.check)
     if comm.rank == 0:
         echo(json.dumps(verdict.as_dict(), indent=1) if as_json else "\n".join(_lines(verdict)))
     if not verdict.good:

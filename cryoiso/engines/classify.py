@@ -30,7 +30,7 @@ from cryoiso.refine.classes.model import ClassModel, ClassRequest
 from cryoiso.refine.junk import JUNK_COLUMN, junk_facts
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
-from cryoiso.refine.schedule import State
+from cryoiso.refine.schedule import ScheduleState
 
 CLASS_COLUMN = "cryoisoClassProbability"
 
@@ -119,7 +119,7 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
         logger.warning("%s was written by cryoiso %s, this is %s", file, values.get("cryoiso"), __version__)
     try:
         rows = rows_by_uid(arrays["uid"], task.particles.uid)
-        state = State(**values["state"])
+        state = ScheduleState(**values["state"])
         done = is_done(state.stalled, state.iteration, task.settings.max_iterations)
         return ClassModel.of_arrays(arrays, replace(state, done=done), values["history"], rows)
     except (KeyError, TypeError) as error:

@@ -32,8 +32,8 @@ from cryoiso.refine.junk import JUNK_COLUMN, JunkPrior, junk_facts
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
-from cryoiso.refine.schedule import State
-from cryoiso.refine.search_cache import forget
+from cryoiso.refine.schedule import ScheduleState
+from cryoiso.refine.search_cache import clear
 from cryoiso.refine.view_density import density_facts
 
 
@@ -62,7 +62,7 @@ class NativeEngine:
         file = request.folder / "checkpoint" / "state.npz"
         model = _resume(file, run) if request.resume else None
         if not request.resume and comm.rank == 0:  # else a later resumption would find those of an earlier job
-            forget(file.parent)
+            clear(file.parent)
             checkpoint.remove(file)
         if request.correction is not None:
             if comm.rank == 0:
@@ -77,7 +77,7 @@ class NativeEngine:
                     request.on_checkpoint(model.history[-1])
         result = _result(request, model)
         if comm.rank == 0:
-            forget(file.parent)
+            clear(file.parent)
             _write(request, run, model, result)
         comm.barrier()
         return result
@@ -175,7 +175,7 @@ def _restored(file: Path, arrays: dict[str, np.ndarray], values: dict[str, Any],
         logger.warning("%s was written by cryoiso %s, this is %s", file, values.get("cryoiso"), __version__)
     try:
         rows = rows_by_uid(arrays["uid"], run.particles.uid)
-        state = State(**values["state"])
+        state = ScheduleState(**values["state"])
         model = Model(
             replace(state, done=schedule.is_done(state.stalled, state.iteration, run.settings)),
             {h: arrays[f"reference{h}"] for h in HALVES},

@@ -18,7 +18,7 @@ _MARK = b"cyFR"
 
 
 @dataclass(frozen=True)
-class Frame:
+class Record:
     """Where a record lies."""
 
     path: Path
@@ -53,9 +53,9 @@ def _head(key: str, data: bytes) -> bytes:
     return _HEAD.pack(_MARK, len(raw), len(data), zlib.crc32(data, zlib.crc32(raw)))
 
 
-def frames(path: Path) -> list[Frame]:
+def records(path: Path) -> list[Record]:
     """The records of a file up to the first that is cut off; their contents are not read."""
-    found: list[Frame] = []
+    found: list[Record] = []
     at, length = 0, path.stat().st_size
     with open_regular(path) as stream:
         while at + _HEAD.size <= length:
@@ -63,12 +63,12 @@ def frames(path: Path) -> list[Frame]:
             if mark != _MARK or at + _HEAD.size + key_size + size > length:
                 break
             key = stream.read(key_size).decode(errors="replace")
-            found.append(Frame(path, at, key, size))
+            found.append(Record(path, at, key, size))
             at = stream.seek(size, os.SEEK_CUR)
     return found
 
 
-def content(frame: Frame) -> bytes | None:
+def content(frame: Record) -> bytes | None:
     """What a record holds; None if it is damaged or gone."""
     try:
         with open_regular(frame.path) as stream:

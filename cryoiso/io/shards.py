@@ -35,7 +35,7 @@ from cryoiso.io.shardcheck import (
     read_columns,
 )
 from cryoiso.io.stack import runs
-from cryoiso.io.staging import Copies
+from cryoiso.io.staging import ScratchCopies
 
 FORMAT = "cryoiso-shard"
 VERSION = 1
@@ -240,7 +240,7 @@ class ShardSource:
         self._edges = np.array([s["start"] for s in self.index["shards"]] + [self.index["images"]], np.int64)
         self._open: OrderedDict[int, Any] = OrderedDict()
         self._max_open = max_open
-        self._copies = Copies()
+        self._copies = ScratchCopies()
         self.chunks = [
             (start, min(start + CHUNK_IMAGES, s["stop"]))
             for s in self.index["shards"]
@@ -266,7 +266,7 @@ class ShardSource:
         numbers: list[int] = np.unique(np.searchsorted(self._edges, rows, side="right") - 1).tolist()
         return numbers
 
-    def use_copies(self, copies: Copies) -> None:
+    def use_copies(self, copies: ScratchCopies) -> None:
         """From now on images are read from copies of the shards, where there are any that can be read."""
         self.close()
         self._copies = copies

@@ -34,7 +34,7 @@ class NotStaged(CryoisoError):
         super().__init__(message, code="scratch-not-used")
 
 
-class Stopped(Exception):
+class CopyStopped(Exception):
     """A stop signal came while a file was copied; nothing of it is left."""
 
 
@@ -128,7 +128,7 @@ def copy_checked(source: Path, target: Path, sha256: str, stop: Callable[[], str
             _reserve(go.fileno(), os.fstat(come.fileno()).st_size)
             while block := come.read(BLOCK):
                 if stop():
-                    raise Stopped
+                    raise CopyStopped
                 digest.update(block)
                 view = memoryview(block)
                 while view:
@@ -156,7 +156,7 @@ def _reserve(handle: int, size: int) -> None:
             raise
 
 
-class Copies:
+class ScratchCopies:
     """Which files have a copy, by name. A copy that fails its reader is not used again."""
 
     def __init__(self, files: Mapping[str, Path] | None = None) -> None:

@@ -44,7 +44,7 @@ def heed() -> None:
 
 @contextmanager
 def listening_to(told: Callable[[], bool]) -> Iterator[None]:
-    """Inside, ``heed`` also asks this, e.g. a ``StopBell``, whether to stop."""
+    """Inside, ``heed`` also asks this, e.g. a ``StopSignal``, whether to stop."""
     _others.append(told)
     try:
         yield

@@ -1,6 +1,6 @@
 """How a small process that somebody else's program started hands its task to the ranks that wait, and gets the answer.
 
-Rank 0 keeps a ``Desk``; whoever has a task ``ask``s. On the same host they talk over a local socket in a folder that
+Rank 0 keeps a ``TaskServer``; a process with a task calls ``request``. On the same host they talk over a local socket in a folder that
 only the user can enter, else over TCP, and where no connection comes about or lasts (networks between nodes may be
 closed) through files in the run folder. Everything said is signed with a secret that lies in a file that only the user
 can read, over a number that the other side has just drawn: nobody else can hand in a task or an answer, and nothing
@@ -203,7 +203,7 @@ def _opened(message: bytes, secret: bytes, *about: bytes) -> bytes:
     return body
 
 
-class Desk:
+class TaskServer:
     """Where tasks are handed in; looks for them when asked to, and never waits."""
 
     def __init__(self, file: Path, numbers: Sequence[str]) -> None:
@@ -278,7 +278,7 @@ class Desk:
             shutil.rmtree(self._room, ignore_errors=True)
 
 
-def ask(file: Path, task: dict[str, Any], *, limit_s: float | None = None, connect_s: float = 5.0) -> str:
+def request(file: Path, task: dict[str, Any], *, limit_s: float | None = None, connect_s: float = 5.0) -> str:
     """Hands a task to a desk and waits for the answer.
 
     Args:

@@ -20,7 +20,7 @@ from cryoiso.core.log import ProgressLine, duration
 from cryoiso.io import scratch_lease as leases
 from cryoiso.io.atomic import write_text
 from cryoiso.io.shards import ShardSource
-from cryoiso.io.staging import Copies, NotStaged, Stopped, copy_checked, find_place, require_room
+from cryoiso.io.staging import ScratchCopies, NotStaged, CopyStopped, copy_checked, find_place, require_room
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
@@ -63,7 +63,7 @@ class Scratch:
     journal: Journal | None = None
     """of the run, on rank 0: knows the hashes of the shards"""
     _held: dict[str, leases.Lease] = field(default_factory=dict)
-    _copies: dict[str, Copies] = field(default_factory=dict)
+    _copies: dict[str, ScratchCopies] = field(default_factory=dict)
     """By folder of the originals."""
     facts: list[dict[str, Any]] = field(default_factory=list)
 
@@ -94,7 +94,7 @@ class Scratch:
         while self._held:
             self._held.popitem()[1].release()
 
-    def _stage(self, source: ShardSource, hashes: dict[str, str], everything: bool) -> Copies:
+    def _stage(self, source: ShardSource, hashes: dict[str, str], everything: bool) -> ScratchCopies:
         began = time.monotonic()
         names = [str(s["file"]) for s in source.index["shards"]]
         mine = names if everything else [names[k] for k in shards_of_ranks(source, self.mates, self.comm.size)]
@@ -109,7 +109,7 @@ class Scratch:
             self._drop(found.key)
         self._tell(source, found, time.monotonic() - began)
         target = found.target if not found.why_not else None
-        return Copies({n: target / n for n in mine} if target else None)
+        return ScratchCopies({n: target / n for n in mine} if target else None)
 
     def _prepare(self, originals: Path, found: _Set) -> None:
         """Takes the lease and makes sure that there is room; notes why not where that fails."""
@@ -202,7 +202,7 @@ def _copy_one(originals: Path, name: str, found: _Set, told: Any) -> None:
         found.why_not = str(why)
     except OSError as error:
         found.why_not = f"{error.filename or target}: {error.strerror or error}"
-    except Stopped:
+    except CopyStopped:
         pass  # all ranks hear of the signal at the end of this round
 
 

@@ -9,13 +9,13 @@ import numpy as np
 from cryoiso.core.protocols import Communicator, RefineRequest
 from cryoiso.core.records import IterationRecord
 from cryoiso.refine.agreement import Agreement
-from cryoiso.refine.homologue import Confirmation, confirmation, log_confirmation
+from cryoiso.refine.homologue import HomologueCorrelation, confirmation, log_confirmation
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import weight_scale
-from cryoiso.refine.schedule import State
+from cryoiso.refine.schedule import ScheduleState
 from cryoiso.refine.sums import HalfSums, mean_of_halves
 
-SphereFsc = Callable[[dict[int, np.ndarray], np.ndarray | None, State], np.ndarray]
+SphereFsc = Callable[[dict[int, np.ndarray], np.ndarray | None, ScheduleState], np.ndarray]
 """(D//2+1,) FSC of half -> map inside a mask, in the shells that have data."""
 
 
@@ -36,7 +36,7 @@ class AuxiliaryWeight:
         self.extent_A = request.reference.box_px * request.reference.pixel_size_A
         self.present = request.auxiliary is not None
         self.measured = request.auxiliary_weight == "measured"
-        self.homologue: Confirmation | None = None
+        self.homologue: HomologueCorrelation | None = None
         """Of the first iteration; None before, and with a fixed factor."""
 
     def begin(self, model: Model) -> tuple[bool, ...]:
@@ -44,7 +44,7 @@ class AuxiliaryWeight:
         that are searched."""
         self.homologue = None
         if self.measured and model.history:
-            self.homologue = Confirmation.of_record(model.history[0]["homologue"])
+            self.homologue = HomologueCorrelation.of_record(model.history[0]["homologue"])
         return (False, True) if self.present and not self.left_out else (False,)
 
     @property
@@ -76,7 +76,7 @@ class AuxiliaryWeight:
         record["auxiliary_weight_share"] = sums.auxiliary_share(model.state.radius_px, self.comm)
         return record
 
-    def _measure(self, model: Model, sums: HalfSums, agreed: Agreement) -> Confirmation:
+    def _measure(self, model: Model, sums: HalfSums, agreed: Agreement) -> HomologueCorrelation:
         given, state = self.request.homologue or self.request.reference, model.state
         found = confirmation(
             sums.raw, agreed.wiener, given.data * self.sphere, state.radius_px,

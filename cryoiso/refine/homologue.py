@@ -58,7 +58,7 @@ class HalfSide:
 
 
 @dataclass(frozen=True)
-class Confirmation:
+class HomologueCorrelation:
     """Correlation with the homologue that the raw particles confirm."""
 
     rho: Float[np.ndarray, " shells"]
@@ -119,7 +119,7 @@ class Confirmation:
         }
 
     @classmethod
-    def of_record(cls, record: HomologueRecord) -> Confirmation:
+    def of_record(cls, record: HomologueRecord) -> HomologueCorrelation:
         rho, correlation, inverse = (np.array(record[k]) for k in ("rho", "correlation", "inverse_power"))
         return cls(rho, correlation, inverse, record["first_shell"], record["deviation"])
 
@@ -135,7 +135,7 @@ def confirmation(
     operations: int = 1,
     scale: float = 1.0,
     covered: float = 1.0,
-) -> Confirmation:
+) -> HomologueCorrelation:
     """Compare the raw particles of a first iteration with the homologue (collective).
 
     Args:
@@ -211,7 +211,7 @@ def _by_shell(
     return cross, variance, coefficients, power / np.maximum(voxels, 1)
 
 
-def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int, grey_scale: float = 1.0) -> Confirmation:
+def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int, grey_scale: float = 1.0) -> HomologueCorrelation:
     """The correlation with the homologue that both half-sets confirm.
 
     Args:
@@ -224,7 +224,7 @@ def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int, grey_scal
     nothing, beyond = np.zeros(shells), np.arange(shells) >= first
     variance = sum(side.variance[beyond].sum() for side in sides.values())
     if not variance > 0:
-        return Confirmation(nothing, nothing, inverse, first, 0.0)
+        return HomologueCorrelation(nothing, nothing, inverse, first, 0.0)
     deviation = float(sum(side.cross[beyond].sum() for side in sides.values()) / np.sqrt(variance))
     mean = np.where(beyond, (sides[1].correlation + sides[2].correlation) / 2, 0.0)
     coefficients = np.where(beyond, (sides[1].coefficients + sides[2].coefficients) / 2, 0.0)
@@ -235,12 +235,12 @@ def judged(sides: dict[int, HalfSide], halves: np.ndarray, first: int, grey_scal
     low[ends[0] if len(ends) else shells :] = 0
     low[:first] = 0
     if ndtr(-deviation) >= CHANCE or not low.any():
-        return Confirmation(nothing, mean, inverse, first, deviation)
+        return HomologueCorrelation(nothing, mean, inverse, first, deviation)
     signal = np.clip(_pooled(halves[:shells], coefficients)[0], 0, 1)
     signal = np.minimum(signal + ERRORS * error * (1 - signal**2), 1)
     rho = np.minimum(low / np.sqrt(signal), LARGEST)
     rho[1:first] = rho[first : first + EXTENDED].mean()
-    return Confirmation(rho, mean, inverse, first, deviation)
+    return HomologueCorrelation(rho, mean, inverse, first, deviation)
 
 
 def _pooled(values: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -253,7 +253,7 @@ def _pooled(values: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.convolve(values * number, window, "same") / np.maximum(total, 1e-300), total
 
 
-def log_confirmation(found: Confirmation, extent_A: float) -> None:
+def log_confirmation(found: HomologueCorrelation, extent_A: float) -> None:
     """Say whether the data confirm the homologue.
 
     Args:

@@ -20,8 +20,8 @@ from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm,
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts, group_medians, mean_spectra, require_sound_images, tell_of_empty
-from cryoiso.refine.schedule import State, disc_of_shifts, first_shift_sd_px, global_grid, search_plan
-from cryoiso.refine.search import Given, SearchPlan
+from cryoiso.refine.schedule import ScheduleState, disc_of_shifts, first_shift_sd_px, global_grid, search_plan
+from cryoiso.refine.search import PriorPoses, SearchPlan
 
 if TYPE_CHECKING:
     from cryoiso.refine.iterate import Refinement
@@ -58,10 +58,10 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     return Model(state, scaled, sigma2, intensity, rotation, shift_A)
 
 
-def first_state(run: Refinement, lowpass_A: float) -> State:
+def first_state(run: Refinement, lowpass_A: float) -> ScheduleState:
     """Initial state: the search is as fine as the low-passed reference, and no shift has been estimated yet."""
     radius = int(np.clip(round(run.box * run.pixel / lowpass_A), 3, run.limit))
-    return State(radius_px=radius, shift_sd_px=first_shift_sd_px(run.box))
+    return ScheduleState(radius_px=radius, shift_sd_px=first_shift_sd_px(run.box))
 
 
 def mean_power(run: Refinement) -> np.ndarray:
@@ -138,7 +138,7 @@ def _chance(cross: np.ndarray) -> float:
     return float(stdtr(n - 1, -mean / error)) if error > 0 else float(mean <= 0)
 
 
-def match(run: Refinement, references: dict[int, np.ndarray], sigma2: np.ndarray, state: State) -> Match:
+def match(run: Refinement, references: dict[int, np.ndarray], sigma2: np.ndarray, state: ScheduleState) -> Match:
     """Agreement of the raw images with the references; more images are used if few are not conclusive (collective).
 
     The pose is chosen with one half of the coefficients (even ones) by normalised correlation and the factor fitted
@@ -165,7 +165,7 @@ def match(run: Refinement, references: dict[int, np.ndarray], sigma2: np.ndarray
     return found
 
 
-def _plan_for_all_views(run: Refinement, state: State) -> SearchPlan:
+def _plan_for_all_views(run: Refinement, state: ScheduleState) -> SearchPlan:
     """The global search's first step, with one disc of shifts for all images."""
     plan = run.plan(state)
     if run.request.local_deg is not None:
@@ -226,7 +226,7 @@ def grey_scale(
     run: Refinement,
     reference: np.ndarray,
     sigma2: np.ndarray,
-    state: State,
+    state: ScheduleState,
     references: dict[int, np.ndarray] | None = None,
 ) -> float:
     """Least-squares factor between the common reference's projections and the raw images (collective).
@@ -274,7 +274,7 @@ def require_match(found: Match) -> None:
         )
 
 
-def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, given: Given | None) -> np.ndarray:
+def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, given: PriorPoses | None) -> np.ndarray:
     """(n, 4) of each image: sum of cross terms and of squares at its best pose, as it is and with its sign changed.
 
     Columns: cross, cross with changed sign, squares, squares at the pose for the changed sign.

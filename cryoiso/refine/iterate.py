@@ -43,9 +43,9 @@ from cryoiso.refine.model import Model, best_of
 from cryoiso.refine.noise import empty_between, last_shell, weight_scale
 from cryoiso.refine.reference_shares import ReferenceShares
 from cryoiso.refine.relaxation import Relaxation
-from cryoiso.refine.schedule import State
-from cryoiso.refine.search import Given, Searcher, SearchPlan
-from cryoiso.refine.search_cache import KeptSearches
+from cryoiso.refine.schedule import ScheduleState
+from cryoiso.refine.search import PriorPoses, Searcher, SearchPlan
+from cryoiso.refine.search_cache import SearchCache
 from cryoiso.refine.sums import HalfSums, gathered, reduced
 from cryoiso.refine.view_density import ViewCounts, ViewPrior, prior_of, view_grid
 
@@ -118,24 +118,24 @@ class Refinement:
         most = max(len(owned_chunks(len(plan), r, self.comm.size)) for r in range(self.comm.size))
         return [plan[i] for i in mine], most
 
-    def plan(self, state: State) -> SearchPlan:
+    def plan(self, state: ScheduleState) -> SearchPlan:
         """The search plan of this iteration, on this rank's device."""
         plan = schedule.search_plan(
             state, self.settings, self.rotations, self.box, self.pixel, self.diameter, self.request.local_deg
         )
         return replace(plan, shifts_px=plan.shifts_px.to(self.device))
 
-    def given(self, rows: np.ndarray, iteration: int = 0) -> Given | None:
+    def given(self, rows: np.ndarray, iteration: int = 0) -> PriorPoses | None:
         """Starting point of the search for these particles: in a local search their poses, in a global one their
         offsets; None without either."""
         centre = self.centre_px[rows]
         if self.request.local_deg is not None:
             poses = self._tensor(self.particles.require_poses()[0][rows])
-            near = Given(poses, self._tensor(centre))
+            near = PriorPoses(poses, self._tensor(centre))
             return near if self.relaxation is None else self.relaxation.of(near, self.particles.uid[rows], iteration)
         if not self.has_offsets:
             return None
-        return Given(None, self._tensor(centre))
+        return PriorPoses(None, self._tensor(centre))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.float32, device=self.device)
@@ -144,7 +144,7 @@ class Refinement:
         """Largest distance of a shift from the centre of its search, whatever the spread of the others."""
         return schedule.shift_range_px(self.settings, self.box, self.pixel, self.diameter, self.request.local_deg)
 
-    def insertion_radius(self, state: State) -> int:
+    def insertion_radius(self, state: ScheduleState) -> int:
         """Radius of the back-projection, beyond the search radius so that the FSC can extend."""
         return min(self.limit, int(1.5 * state.radius_px) + 6)
 
@@ -202,19 +202,19 @@ class Refinement:
         new = replace(new, junk=junk.learned(rotation, self.raw))
         return new if self.relaxation is None else self.relaxation.settled(new, model.rotation, self.raw, self.comm)
 
-    def _kept(self, model: Model, plan: SearchPlan) -> KeptSearches:
+    def _kept(self, model: Model, plan: SearchPlan) -> SearchCache:
         """Store for this iteration's search results (collective)."""
         if self.request.folder is None:
-            return KeptSearches(None)
+            return SearchCache(None)
         identity = of_iteration(self.request, self.identity, model, plan, self.centre_px)
-        kept = KeptSearches.of(self.request.folder / "checkpoint", identity, self.comm)
+        kept = SearchCache.of(self.request.folder / "checkpoint", identity, self.comm)
         if len(kept) and self.comm.rank == 0:
             batches = len(self.reader.plan(HALVES))
             logger.info("iteration %d: %d of %d batches were searched before the interruption",
                         model.state.iteration + 1, len(kept), batches)  # fmt: skip
         return kept
 
-    def batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: KeptSearches) -> Iterator[Batch]:
+    def batches(self, half: int, auxiliary: bool, radius: int, iteration: int, kept: SearchCache) -> Iterator[Batch]:
         batches, most = self.owned(half, auxiliary)
         keep = self.reader.preload_radius(radius, batches)
         searched = 1 if self.raw.all() or self.auxiliaries.left_out else 2
@@ -229,7 +229,7 @@ class Refinement:
             line.update(i + 1)
         line.close()
 
-    def heed(self, kept: KeptSearches | None = None) -> None:
+    def heed(self, kept: SearchCache | None = None) -> None:
         """Stop on all ranks if any received a stop signal (collective); search results are saved first.
 
         Raises:
@@ -304,13 +304,13 @@ class Refinement:
             history=[*model.history, record],
         )  # fmt: skip
 
-    def _join_halves(self, sums: dict[int, FourierSums], state: State) -> None:
+    def _join_halves(self, sums: dict[int, FourierSums], state: ScheduleState) -> None:
         """Give both halves one frame: coarser than ``refine.join_halves_A`` they share their sums (collective)."""
         shell = self._joined_shell(state)
         if shell >= 1:
             references.exchange_low_resolution(sums, shell, self.comm)
 
-    def _joined_shell(self, state: State) -> int:
+    def _joined_shell(self, state: ScheduleState) -> int:
         joined_A = self.settings.join_halves_A
         return min(int(self.box * self.pixel / joined_A) if joined_A else 0, self.limit, self.insertion_radius(state))
 
@@ -329,14 +329,14 @@ class Refinement:
             own = {half: references.within(volume, self.limit) for half, volume in own.items()}
         return on_every_rank(own, self.comm)
 
-    def compare_halves(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: State) -> Agreement:
+    def compare_halves(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: ScheduleState) -> Agreement:
         s = self.settings
         return agreement(
             sums, raw, lambda maps: self._fsc(maps, self.sphere, state), self.comm,
             uneven=s.regularisation == "uneven", weighted=s.weighted_fsc,
         )  # fmt: skip
 
-    def _anisotropy(self, raw: dict[int, np.ndarray], state: State) -> float | None:
+    def _anisotropy(self, raw: dict[int, np.ndarray], state: ScheduleState) -> float | None:
         """cFAR of the half-maps; None where they agree in no direction (collective)."""
         value = None
         if self.comm.rank == 0:
@@ -356,7 +356,7 @@ class Refinement:
         return on_every_rank(own, self.comm)
 
     def _corrected(
-        self, state: State, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray], curve: np.ndarray,
+        self, state: ScheduleState, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray], curve: np.ndarray,
         resolution_A: float, plan: SearchPlan,
     ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:  # fmt: skip
         """Half -> corrected reference, and the correction's record (collective)."""
@@ -387,7 +387,7 @@ class Refinement:
             return dict.fromkeys(HALVES, self.first_reference(self.request.reference, lowpass_A))
         return {half: self.first_reference(given[half], lowpass_A) for half in HALVES}
 
-    def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: State) -> np.ndarray:
+    def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: ScheduleState) -> np.ndarray:
         """(D//2+1,) between the half-maps, in the shells with data.
 
         Beyond the inserted data the maps are empty, and a mask would correlate its own leakage there; between shells

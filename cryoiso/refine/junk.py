@@ -27,7 +27,7 @@ from cryoiso.refine.batches import Batch
 from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, score_and_norm
 from cryoiso.refine.rows import gathered_rows
-from cryoiso.refine.search import Given, Posterior, SearchPlan
+from cryoiso.refine.search import PriorPoses, Posterior, SearchPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -200,7 +200,7 @@ class JunkJudge:
         """(B,) log evidence of junk: the mean of that of nothing (0) and of the ball, at ``centre_px`` or, in a search,
         at all shifts around it."""
         if centre_px is not None:
-            white = Given(None, centre_px).centre(white)
+            white = PriorPoses(None, centre_px).centre(white)
         identity = torch.eye(3, device=white.data.device)[None]
         slices = ReferenceSlices.of(self.blob, identity, white.where, white.magnification)
         if self.plan is None:
@@ -243,7 +243,7 @@ class JunkSearch:
         if self.cones is not None and reference is not None:
             self._judge = JunkJudge.of(reference, pixel_size_A, volume, self.cones, self.prior, self.plan)
 
-    def weighed(self, batch: Batch, white: Whitened, posterior: Posterior, given: Given | None) -> Posterior:
+    def weighed(self, batch: Batch, white: Whitened, posterior: Posterior, given: PriorPoses | None) -> Posterior:
         """A search's posterior with the weights of each image times its probability of a particle."""
         if self._judge is None:
             return posterior

@@ -10,7 +10,7 @@ import numpy as np
 from cryoiso.core.records import IterationRecord
 from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.junk import JunkPrior
-from cryoiso.refine.schedule import State
+from cryoiso.refine.schedule import ScheduleState
 from cryoiso.refine.search import Posterior
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ BEST = ("",) * 11 + (
 class Model:
     """Complete state at the start of an iteration, and the content of a checkpoint."""
 
-    state: State
+    state: ScheduleState
     references: dict[int, Float[np.ndarray, "box box box"]]
     """Half -> (D, D, D) float32 reference."""
     sigma2: Float[np.ndarray, "groups shells"]

@@ -29,7 +29,7 @@ from cryoiso.physics.resample import place_map
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import normalise_name, point_group
 from cryoiso.refine.model import Model
-from cryoiso.refine.search import Given
+from cryoiso.refine.search import PriorPoses
 from cryoiso.refine.view_density import view_grid
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Relaxation:
             request.reference.pixel_size_A, request.seed, request.settings.max_iterations,
         )  # fmt: skip
 
-    def of(self, given: Given, uid: Int[np.ndarray, " n"], iteration: int) -> Given:
+    def of(self, given: PriorPoses, uid: Int[np.ndarray, " n"], iteration: int) -> PriorPoses:
         """Where the search of an iteration stays near."""
         assert given.rotation is not None  # a local search has poses
         operations = torch.as_tensor(self.operations, dtype=torch.float32, device=given.rotation.device)

@@ -30,7 +30,7 @@ EXPECTED_ITERATIONS = 8
 
 
 @dataclass(frozen=True)
-class State:
+class ScheduleState:
     """State of the schedule; plain numbers, the same on every rank."""
 
     iteration: int = 0
@@ -96,7 +96,7 @@ def shift_range_px(
     return float((settings.shift_range_A or reach_A) / pixel_size_A)
 
 
-def finest_step_deg(state: State, settings: RefineSection, resolution_A: float, diameter_A: float) -> float:
+def finest_step_deg(state: ScheduleState, settings: RefineSection, resolution_A: float, diameter_A: float) -> float:
     """Step that the search should end with: 0.3 of the angle that the resolution spans on the diameter.
 
     No finer than the settings say. "auto": below SETTLED_STEP_DEG no finer than poses are uncertain, since the mean of
@@ -117,7 +117,7 @@ def last_step_deg(cell_deg: float, finest_deg: float) -> float:
 
 
 def search_plan(
-    state: State,
+    state: ScheduleState,
     settings: RefineSection,
     rotations: Float[torch.Tensor, "j 3 3"],
     box_px: int,
@@ -165,7 +165,7 @@ def agreement_shell(fsc: Float[np.ndarray, " shells"], threshold: float = 0.143)
 
 
 def advance(
-    state: State,
+    state: ScheduleState,
     shell: int,
     change_deg: float,
     tolerance_deg: float,
@@ -174,7 +174,7 @@ def advance(
     box_px: int,
     limit_px: int,
     uncertainty_deg: float = 180.0,
-) -> State:
+) -> ScheduleState:
     """The next iteration's state.
 
     Args:
@@ -189,7 +189,7 @@ def advance(
     stalled = 0 if better or not settled else state.stalled + 1
     radius = int(np.clip(round(1.15 * shell) + 2, 3, limit_px))
     iteration = state.iteration + 1
-    return State(
+    return ScheduleState(
         iteration=iteration,
         radius_px=radius,
         shift_sd_px=float(np.clip(shift_sd_px, 0.3, box_px / 10)),
@@ -201,7 +201,7 @@ def advance(
     )
 
 
-def with_finer_steps(state: State, step_deg: float, next_step_deg: float, settings: RefineSection) -> State:
+def with_finer_steps(state: ScheduleState, step_deg: float, next_step_deg: float, settings: RefineSection) -> ScheduleState:
     """The same state, but not converged where the next search goes finer than this one's ``step_deg``.
 
     Down to SETTLED_STEP_DEG steps follow the resolution alone, whose growth keeps a refinement going.

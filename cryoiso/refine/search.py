@@ -72,7 +72,7 @@ class SearchPlan:
 
 
 @dataclass(frozen=True)
-class Given:
+class PriorPoses:
     """Poses known before the search, row for row those of a batch: shifts are searched around the given ones, and a
     local search stays near the given rotations."""
 
@@ -83,11 +83,11 @@ class Given:
     copies: Float[Tensor, "g 3 3"] | None = None
     """(G, 3, 3) operations S: a local search stays near A S for every one of them; None: near A."""
 
-    def near(self) -> Given | None:
+    def near(self) -> PriorPoses | None:
         """Itself for a local search, None for a global one."""
         return None if self.rotation is None else self
 
-    def take(self, rows: slice | Tensor) -> Given:
+    def take(self, rows: slice | Tensor) -> PriorPoses:
         return replace(
             self, rotation=None if self.rotation is None else self.rotation[rows], shift_px=self.shift_px[rows]
         )
@@ -187,7 +187,7 @@ class Searcher:
             self._slices[key] = ReferenceSlices.of(self.volume, self.plan.rotations, white.where, white.magnification)
         return self._slices[key]
 
-    def search(self, batch: Batch, white: Whitened, given: Given | None = None) -> Posterior:
+    def search(self, batch: Batch, white: Whitened, given: PriorPoses | None = None) -> Posterior:
         """Posterior over poses of every image of the batch; near the given poses if the plan is that of a local search.
 
         Args:
@@ -210,7 +210,7 @@ class Searcher:
             best_shift_px=found.best_shift_px + given.shift_px,
         )
 
-    def _nominate(self, white: Whitened, given: Given | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _nominate(self, white: Whitened, given: PriorPoses | None) -> tuple[Tensor, Tensor, Tensor]:
         """Best views of the grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M)."""
         plan = self.plan
         log_prior = -plan.shifts_px.square().sum(1) / (2 * plan.shift_sd_px**2)
@@ -237,7 +237,7 @@ class Searcher:
         rotation = plan.rotations[chosen] if given is None else given.taken(plan.rotations, chosen)
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
-    def _prior_of_grid(self, given: Given | None) -> Tensor:
+    def _prior_of_grid(self, given: PriorPoses | None) -> Tensor:
         """Log prior of the first step's views: (J,), or (B, J) for rotations of the given poses."""
         assert self.views is not None
         if given is not None:
@@ -253,7 +253,7 @@ class Searcher:
         rotation: Tensor,
         shift: Tensor,
         score: Tensor,
-        given: Given | None,
+        given: PriorPoses | None,
         keep_lattice: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the selected candidates: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""

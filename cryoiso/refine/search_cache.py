@@ -18,7 +18,7 @@ import torch
 
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
-from cryoiso.io.append_log import Frame, append, content, frames
+from cryoiso.io.append_log import Record, append, content, records
 from cryoiso.refine.search import Posterior
 
 EVERY_S = 60.0
@@ -30,27 +30,27 @@ PATTERN = "searched-*.frames"
 
 
 @dataclass
-class KeptSearches:
+class SearchCache:
     """Posteriors of one iteration, batch by batch: one file per rank, read by all after an interruption."""
 
     folder: Path | None
     """None: nothing is saved."""
     identity: str = ""
-    _known: dict[tuple[int, ...], Frame] = field(default_factory=dict)
+    _known: dict[tuple[int, ...], Record] = field(default_factory=dict)
     _waiting: list[tuple[str, bytes]] = field(default_factory=list)
     _file: Path = Path()
     _end: int = 0
     _written: float = 0.0
 
     @classmethod
-    def of(cls, folder: Path, identity: str, comm: Communicator) -> KeptSearches:
+    def of(cls, folder: Path, identity: str, comm: Communicator) -> SearchCache:
         """Open the results of an earlier attempt at the same iteration; results of other iterations are removed
         (collective).
 
         Args:
             identity: of the iteration: everything on which the posteriors depend, except the batch.
         """
-        found: list[Frame] = []
+        found: list[Record] = []
         if comm.rank == 0:
             found = [frame for path in sorted(folder.glob(PATTERN)) for frame in _of_iteration(path, identity)]
         found = comm.bcast(found)
@@ -95,18 +95,18 @@ class KeptSearches:
         self._waiting, self._written = [], time.monotonic()
 
 
-def forget(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Remove the saved results of a finished iteration."""
     for path in folder.glob(PATTERN):
         with suppress(OSError):
             path.unlink()
 
 
-def _of_iteration(path: Path, identity: str) -> list[Frame]:
+def _of_iteration(path: Path, identity: str) -> list[Record]:
     """The records of a file up to the first of another iteration; a file without any is removed."""
-    found: list[Frame] = []
+    found: list[Record] = []
     with suppress(OSError):
-        for frame in frames(path):
+        for frame in records(path):
             if frame.key.split(" ")[0] != identity:
                 break
             found.append(frame)

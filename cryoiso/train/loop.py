@@ -29,7 +29,7 @@ from cryoiso.parallel.partition import chunk_bounds, owned_rows
 from cryoiso.train import state as states
 from cryoiso.train.prefetch import Prefetcher, part_of
 from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, training_mode, try_compiled
-from cryoiso.train.watch import Verdict, flat_loss
+from cryoiso.train.watch import TrainingDecision, flat_loss
 
 CHECKPOINT = Path("checkpoint") / "state.npz"
 WARM_UP = 20
@@ -64,7 +64,7 @@ class LoopSettings:
     of it by the batch only."""
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What is trained. ``parallel.partition.owned_rows(batch, 1, index, size)`` shares out the images of a step."""
 
     module: nn.Module
@@ -96,7 +96,7 @@ class Task(Protocol):
         """The step from which on ``loss`` is the same function; 0 if it always is. No loss is called flat before."""
         ...
 
-    def judge(self, history: Sequence[dict[str, Any]]) -> Verdict:
+    def judge(self, history: Sequence[dict[str, Any]]) -> TrainingDecision:
         """What to do after these records of the present attempt; the same on every rank for the same records."""
         ...
 
@@ -119,7 +119,7 @@ class TrainOutcome:
 
 
 def train(
-    task: Task,
+    task: TrainingTask,
     group: TrainingGroup,
     settings: LoopSettings,
     folder: Path,
@@ -145,14 +145,14 @@ def train(
         InputError: the checkpoint is of another configuration.
     """
     with training_mode(group.device):
-        run = _Run(task, group, settings, Path(folder), stop or (lambda: bool(signals.stop_signal())), on_progress)
+        run = _TrainingRun(task, group, settings, Path(folder), stop or (lambda: bool(signals.stop_signal())), on_progress)
         return run.go(resume)
 
 
-class _Run:
+class _TrainingRun:
     def __init__(
         self,
-        task: Task,
+        task: TrainingTask,
         group: TrainingGroup,
         settings: LoopSettings,
         folder: Path,
@@ -161,7 +161,7 @@ class _Run:
     ) -> None:
         self.task, self.group, self.settings, self.folder = task, group, settings, folder
         self.stop, self.on_progress = stop, on_progress
-        self.progress = states.Progress()
+        self.progress = states.TrainingProgress()
         self.rows = owned_rows(task.batch, 1, group.index, group.size)
         self.parts = chunk_bounds(len(self.rows), settings.micro_batch) if settings.micro_batch else []
         self.configuration = {**asdict(settings), **task.configuration(), "batch": task.batch}
@@ -190,7 +190,7 @@ class _Run:
         if progress is None:
             return None
         arrays = self.group.share_arrays({} if found is None else found[0])
-        self.progress = states.Progress(**progress)
+        self.progress = states.TrainingProgress(**progress)
         self.timer.resume(self.progress)
         if self.group.is_first:
             logger.info("training goes on after step %d of attempt %d", self.progress.step, self.progress.attempt + 1)
@@ -374,7 +374,7 @@ class _Timer:
         self.notes: list[dict[str, Any]] = []
         self._last: tuple[float, int, int] | None = None
 
-    def resume(self, progress: states.Progress) -> None:
+    def resume(self, progress: states.TrainingProgress) -> None:
         """Keeps what was noted up to the checkpoint."""
         try:
             notes = json.loads(self.path.read_text(encoding="utf-8"))["notes"]
@@ -383,7 +383,7 @@ class _Timer:
         at = (progress.attempt, progress.step)
         self.notes = [note for note in notes if (note["attempt"], note["step"]) <= at]
 
-    def note(self, progress: states.Progress) -> float:
+    def note(self, progress: states.TrainingProgress) -> float:
         """Speed since the last record, images a second."""
         now, before = time.monotonic(), self._last
         self._last = (now, progress.attempt, progress.step)

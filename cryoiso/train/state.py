@@ -24,7 +24,7 @@ _OPTIMISER = "optimiser "
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a training is; the same on every rank of its group."""
 
     step: int = 0
@@ -45,7 +45,7 @@ class Progress:
 
     def next_attempt(self) -> None:
         """Forgets all but the history."""
-        fresh = Progress(attempt=self.attempt + 1, history=self.history)
+        fresh = TrainingProgress(attempt=self.attempt + 1, history=self.history)
         self.__dict__.update(fresh.__dict__)
 
     def records(self) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ class Progress:
 
 
 def save(
-    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress, configuration: dict[str, Any]
+    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, progress: TrainingProgress, configuration: dict[str, Any]
 ) -> None:
     """Writes a checkpoint; the one before it is kept beside it.
 
@@ -70,7 +70,7 @@ def save(
     checkpoint.save(path, arrays, {"progress": asdict(progress), "versions": versions}, configuration)
 
 
-def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarray], Progress] | None:
+def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarray], TrainingProgress] | None:
     """Arrays and progress of the newest readable checkpoint, None where there is none.
 
     Raises:
@@ -84,7 +84,7 @@ def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarra
     if versions.get("torch") != str(torch.__version__):
         logger.warning("%s was written with torch %s, this is %s", path, versions.get("torch"), torch.__version__)
     try:
-        return arrays, Progress(**values["progress"])
+        return arrays, TrainingProgress(**values["progress"])
     except (KeyError, TypeError) as error:
         raise InputError(
             f"the checkpoint is of another version ({error})", file=path, hint=HINT, code="version-mismatch"

@@ -15,7 +15,7 @@ SURE = 3.0
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TrainingDecision:
     """What a judge says: go on; begin again with new parameters; or stop, since beginning again would not help."""
 
     action: Literal["go on", "restart", "stop"] = "go on"

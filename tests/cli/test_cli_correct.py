@@ -25,7 +25,7 @@ from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_f
 from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
-from cryoiso.pipeline.stages.correct import CorrectionTask, _correct_alone, correct_files
+from cryoiso.pipeline.stages.correct import CorrectionFiles, _correct_alone, correct_files
 from cryoiso.pipeline.stages.isolated_process import apart
 
 OPTIONS = ["--cube", 16, "--sub-maps", 4, "--batch", 2, "--epochs", 1]
@@ -80,7 +80,7 @@ def test_what_was_measured_stays_as_it_was(halves, tmp_path):
     """Where the filter is 1, corrected and given half-maps have the same coefficients."""
     out = tmp_path / "out"
     correct_files(
-        CorrectionTask(halves, out, CorrectSection(**SIZES, resolution_A=19.2), missing_cone_deg=30.0), Context()
+        CorrectionFiles(halves, out, CorrectSection(**SIZES, resolution_A=19.2), missing_cone_deg=30.0), Context()
     )
     whole = read_map(out / "filter.mrc").data > 0.999
     radius = np.linalg.norm(np.indices((BOX,) * 3) - BOX // 2, axis=0)
@@ -93,7 +93,7 @@ def test_what_was_measured_stays_as_it_was(halves, tmp_path):
         assert np.abs(made - given)[~whole & (radius < 8)].max() > 1e-3 * np.abs(given).max()
 
 
-def opened_by(task: CorrectionTask, limit_A: float) -> set[str]:
+def opened_by(task: CorrectionFiles, limit_A: float) -> set[str]:
     """Names of all files that the correction of one half opened."""
     seen: set[str] = set()
     sys.addaudithook(lambda event, args: seen.add(os.path.basename(str(args[0]))) if event == "open" else None)
@@ -106,7 +106,7 @@ def test_the_process_that_corrects_half_2_needs_and_opens_no_half_1(halves, tmp_
     correct_files(task_of(halves, out, mode="independent"), Context())
     made = (out / "corrected_half2.mrc").read_bytes()
     halves[1].unlink()
-    alone = CorrectionTask({2: halves[2]}, out, CorrectSection(**SIZES, mode="independent"), seed=2, of_a_pair=True)
+    alone = CorrectionFiles({2: halves[2]}, out, CorrectSection(**SIZES, mode="independent"), seed=2, of_a_pair=True)
     limit_A = json.loads((out / "correct.json").read_text())["resolution_A"]
     seen = apart(opened_by, alone, limit_A)
     assert "in2.mrc" in seen and "in1.mrc" not in seen

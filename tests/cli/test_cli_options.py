@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from cryoiso.cli import auxiliary_cmd, groups, realign_cmd
 from cryoiso.cli.main import build_app
-from cryoiso.cli.options import Given, Keys, help_of, keys, with_keys
+from cryoiso.cli.options import JobOptions, Keys, help_of, keys, with_keys
 from cryoiso.core.config import Job, job_to_toml, parse_job
 from cryoiso.core.errors import EXIT_USAGE
 from cryoiso.core.sections.base import choices_of, limits_of, unit_of
@@ -203,7 +203,7 @@ def test_options_of_one_name_are_refused():
     with pytest.raises(ValueError, match="duplicate"):
 
         @with_keys(keys("refine", "A", "padding"), keys("reconstruct", "B", "padding"))
-        def twice(given: Given) -> None: ...
+        def twice(given: JobOptions) -> None: ...
 
 
 def test_the_job_file_explains_every_key_in_the_words_of_the_help():

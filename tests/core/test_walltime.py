@@ -210,15 +210,15 @@ def test_a_signal_to_any_rank_stops_the_work_of_rank_0():
 
 
 def test_the_stage_of_the_diagnosis_listens_to_all_ranks(monkeypatch):
-    """What it does on rank 0 hears the bell that the others ring."""
+    """What it does on rank 0 receives the stop signal that the others send."""
     from types import SimpleNamespace
 
-    from cryoiso.parallel.group_stop import StopBell
+    from cryoiso.parallel.group_stop import StopSignal
     from cryoiso.pipeline.stages import diagnose
 
     monkeypatch.setattr(diagnose, "_diagnose", lambda run, inputs: signals.heed())
     diagnose.diagnose(SimpleNamespace(comm=Context()), None, resume=False)
-    monkeypatch.setattr(StopBell, "heard", lambda bell: True)
+    monkeypatch.setattr(StopSignal, "received", lambda stop_signal: True)
     with pytest.raises(Interrupted):
         diagnose.diagnose(SimpleNamespace(comm=Context()), None, resume=False)
 

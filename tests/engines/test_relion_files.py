@@ -24,8 +24,8 @@ from cryoiso.engines.relion.files import (
 )
 from cryoiso.engines.relion.images import image_names, relion_particles, rows_of_names, write_input
 from cryoiso.engines.relion.install import MPICH, OPEN_MPI, Relion
-from cryoiso.engines.relion.progress_parser import Progress
-from cryoiso.engines.relion.result import Ledger, remove_early_iterations
+from cryoiso.engines.relion.progress_parser import RelionProgress
+from cryoiso.engines.relion.result import IterationLedger, remove_early_iterations
 from cryoiso.io import read_particle_file
 from cryoiso.io.imageprep import IngestSettings
 from cryoiso.io.mrc import write_map, write_stack
@@ -68,7 +68,7 @@ LOG = """RELION version: 3.1.3
 
 def test_progress_is_read_from_pieces_of_any_size():
     for size in (1, 7, 64, 10_000):
-        progress, began = Progress(), []
+        progress, began = RelionProgress(), []
         for start in range(0, len(LOG), size):
             began += progress.feed(LOG[start : start + size])
         assert began == [4] and progress.iteration == 4 and progress.resolution_A == 24.0
@@ -77,7 +77,7 @@ def test_progress_is_read_from_pieces_of_any_size():
 
 
 def test_the_last_iteration_and_errors_are_noticed():
-    progress = Progress()
+    progress = RelionProgress()
     progress.feed(" Auto-refine: Refinement has converged, entering last iteration where two halves will be combined\n")
     assert progress.last and not progress.error
     progress.feed(
@@ -256,16 +256,16 @@ def test_what_came_after_an_iteration_is_forgotten(tmp_path):
 def test_the_ledger_outlives_files_and_interruptions(tmp_path):
     root = tmp_path / "run"
     write_iteration(root, 1)
-    ledger = Ledger(root)
+    ledger = IterationLedger(root)
     ledger.note_callback(1, {"applied": True})
     ledger.note_callback(2, {"applied": False})
     assert ledger.note_iterations(1)["resolution_A"] == 12.5
     remove_early_iterations(root, 2)
-    again = Ledger(root)
+    again = IterationLedger(root)
     (record,) = again.records()  # iteration 2 has not ended
     assert record["correction"] == {"applied": True} and record["step_deg"] == 7.5 and record["changes_deg"] == 3.5
     again.forget_after(0)
-    assert Ledger(root).records() == []
+    assert IterationLedger(root).records() == []
 
 
 def test_a_missing_value_names_file_block_and_column(tmp_path):

@@ -20,12 +20,12 @@ from errors_helper import raises_code
 from cryoiso.core.errors import InputError
 from cryoiso.parallel import private_socket, task_socket
 from cryoiso.parallel.private_socket import listen
-from cryoiso.parallel.task_socket import Address, Desk, HandoverError, ask
+from cryoiso.parallel.task_socket import Address, TaskServer, HandoverError, request
 
 
 @pytest.fixture
 def desk(tmp_path):
-    made = Desk(tmp_path / "callback.json", ["127.0.0.1"])
+    made = TaskServer(tmp_path / "callback.json", ["127.0.0.1"])
     yield made
     made.close()
 
@@ -73,7 +73,7 @@ def take_road(monkeypatch, file, road):
 def test_several_callers_at_once_each_get_their_own_answer(desk, tmp_path, monkeypatch, road):
     file = tmp_path / "callback.json"
     take_road(monkeypatch, file, road)
-    callers = [in_thread(ask, file, {"n": n}) for n in range(6)]
+    callers = [in_thread(request, file, {"n": n}) for n in range(6)]
     tasks = serve(desk, 6)
     for thread, _ in callers:
         thread.join(10)
@@ -84,7 +84,7 @@ def test_several_callers_at_once_each_get_their_own_answer(desk, tmp_path, monke
 @pytest.mark.parametrize("road", ROADS)
 def test_a_refusal_and_its_reason_reach_the_caller(desk, tmp_path, monkeypatch, road):
     take_road(monkeypatch, tmp_path / "callback.json", road)
-    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
+    thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1})
     serve(desk, 1, lambda call: call.answer(False, "the network broke", "network-file-damaged"))
     thread.join(10)
     assert isinstance(found["error"], HandoverError) and "network broke" in str(found["error"])
@@ -94,7 +94,7 @@ def test_a_refusal_and_its_reason_reach_the_caller(desk, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("road", ROADS)
 def test_a_desk_that_closes_frees_its_callers_at_once(desk, tmp_path, monkeypatch, road):
     take_road(monkeypatch, tmp_path / "callback.json", road)
-    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
+    thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1})
     serve(desk, 1, lambda call: None)
     began = time.monotonic()
     desk.close()
@@ -104,7 +104,7 @@ def test_a_desk_that_closes_frees_its_callers_at_once(desk, tmp_path, monkeypatc
 
 
 def test_a_caller_that_was_not_looked_at_yet_is_freed_too(desk, tmp_path):
-    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1})
+    thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1})
     time.sleep(0.2)
     desk.close()
     thread.join(10)
@@ -112,7 +112,7 @@ def test_a_caller_that_was_not_looked_at_yet_is_freed_too(desk, tmp_path):
 
 
 def test_a_caller_gives_up_after_its_time(desk, tmp_path):
-    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 1}, limit_s=0.5)
+    thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1}, limit_s=0.5)
     calls = []
     while thread.is_alive():
         calls += desk.look()
@@ -127,7 +127,7 @@ def test_a_wrong_secret_is_not_let_in(desk, tmp_path, monkeypatch, road):
     take_road(monkeypatch, file, road)
     forged = tmp_path / "forged.json"
     Address(**{**Address.read(file).__dict__, "secret": "00" * 32}).write(forged)
-    thread, found = in_thread(ask, forged, {"n": 1}, limit_s=1.5)
+    thread, found = in_thread(request, forged, {"n": 1}, limit_s=1.5)
     until = time.monotonic() + 3
     while thread.is_alive() and time.monotonic() < until:
         assert desk.look() == []
@@ -138,7 +138,7 @@ def test_a_wrong_secret_is_not_let_in(desk, tmp_path, monkeypatch, road):
 
 def test_what_was_said_before_cannot_be_said_again(tmp_path):
     """A recorded task is worth nothing on another connection: the desk draws a new number for each."""
-    desk = Desk(tmp_path / "callback.json", [])
+    desk = TaskServer(tmp_path / "callback.json", [])
     secret = bytes.fromhex(Address.read(tmp_path / "callback.json").secret)
     old = os.urandom(16)
     mine = os.urandom(16)
@@ -156,7 +156,7 @@ def test_silent_and_noisy_strangers_do_not_hold_up_the_desk(desk, tmp_path):
     address = Address.read(tmp_path / "callback.json")
     silent, noisy = (task_socket._connect(address, 2.0) for _ in range(2))
     noisy.sendall(os.urandom(4096))
-    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 7})
+    thread, found = in_thread(request, tmp_path / "callback.json", {"n": 7})
     serve(desk, 1)
     thread.join(10)
     assert found["result"] == "done 7"
@@ -205,7 +205,7 @@ def test_a_crowd_of_strangers_neither_ends_the_run_nor_takes_its_file_descriptor
             assert len(desk._callers) <= task_socket.MOST_CALLERS
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 3}, limit_s=20.0)
+        thread, found = in_thread(request, tmp_path / "callback.json", {"n": 3}, limit_s=20.0)
         serve(desk, 1, limit_s=20.0)
         thread.join(20)
         assert found["result"] == "done 3"
@@ -218,7 +218,7 @@ def test_a_caller_that_lost_its_place_goes_by_the_files(desk, tmp_path, monkeypa
     monkeypatch.setattr(task_socket, "MOST_CALLERS", 1)
     address = Address.read(tmp_path / "callback.json")
     monkeypatch.setattr(desk, "_doors", [DropsAll(door) for door in desk._doors])
-    thread, found = in_thread(ask, tmp_path / "callback.json", {"n": 5}, limit_s=20.0)
+    thread, found = in_thread(request, tmp_path / "callback.json", {"n": 5}, limit_s=20.0)
     serve(desk, 1, limit_s=20.0)
     thread.join(20)
     assert found["result"] == "done 5" and address.local
@@ -301,7 +301,7 @@ def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_stay(desk, 
 def test_a_desk_without_a_local_socket_has_the_other_ways(tmp_path, monkeypatch):
     gone = tmp_path / "gone"  # a cleaner of /tmp was quicker
     monkeypatch.setattr("cryoiso.parallel.task_socket.private_folder", lambda purpose: gone)
-    without = Desk(tmp_path / "callback.json", ["127.0.0.1"])
+    without = TaskServer(tmp_path / "callback.json", ["127.0.0.1"])
     address = Address.read(tmp_path / "callback.json")
     assert address.local == "" and address.port > 0
     without.close()
@@ -317,20 +317,20 @@ def test_the_secret_is_for_its_owner_alone(desk, tmp_path):
     assert os.stat(file).st_mode & 0o777 == 0o600
     os.chmod(file, 0o644)
     with raises_code("ranks-unreachable", InputError):
-        ask(file, {"n": 1})
+        request(file, {"n": 1})
 
 
 def test_no_desk_is_one_clear_error(tmp_path):
     with raises_code("ranks-unreachable", InputError):
-        ask(tmp_path / "callback.json", {})
+        request(tmp_path / "callback.json", {})
 
 
 def test_files_of_an_earlier_desk_are_gone(tmp_path):
     file = tmp_path / "callback.json"
-    first = Desk(file, [])
+    first = TaskServer(file, [])
     (tmp_path / "callback.json.drop" / ("ab" * 16 + ".task")).write_bytes(b"old")
     old = Address.read(file)
-    second = Desk(file, [])  # the first one's job was killed
+    second = TaskServer(file, [])  # the first one's job was killed
     assert Address.read(file).secret != old.secret and second.look() == []
     assert not list((tmp_path / "callback.json.drop").iterdir())
     second.close(), first.close()

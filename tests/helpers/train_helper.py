@@ -20,7 +20,7 @@ from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.physics.simulation import make_particles
 from cryoiso.train.batches import Batches
 from cryoiso.train.loop import LoopSettings
-from cryoiso.train.watch import Verdict
+from cryoiso.train.watch import TrainingDecision
 
 torch.set_num_threads(1)  # the convolutions are tiny: more threads only wait for each other
 SETTINGS = LoopSettings(steps=24, learning_rate=3e-3, seed=5, log_every=4)
@@ -48,7 +48,7 @@ class ToyTask:
         *,
         factor: Callable[[int, int], float] = lambda attempt, step: 1.0,
         seed: int = 5,
-        verdict: Callable[[list[dict[str, Any]]], Verdict] = lambda history: Verdict(),
+        verdict: Callable[[list[dict[str, Any]]], TrainingDecision] = lambda history: TrainingDecision(),
     ) -> None:
         """
         Args:
@@ -87,7 +87,7 @@ class ToyTask:
     def annealed_at(self, attempt: int) -> int:
         return 0
 
-    def judge(self, history: list[dict[str, Any]]) -> Verdict:
+    def judge(self, history: list[dict[str, Any]]) -> TrainingDecision:
         return self.verdict(history)
 
     def configuration(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cryoiso.core.errors import EXIT_INPUT, InputError
 from cryoiso.io.ingest import ingest
 from cryoiso.io.shardcheck import first_not_finite
 from cryoiso.io.shards import ShardSource, read_attributes, read_index
-from cryoiso.io.staging import Copies
+from cryoiso.io.staging import ScratchCopies
 from cryoiso.pipeline.reproduce.compare import compare_files
 
 N, BOX = 40, 24
@@ -203,7 +203,7 @@ def test_a_copy_that_leads_elsewhere_is_not_used(shards, written, tmp_path):
     with h5py.File(copy, "r+") as file:
         external(file, "/etc/passwd")
     source, good = ShardSource(shards), ShardSource(written)
-    source.use_copies(Copies({"shard-00000.h5": copy}))
+    source.use_copies(ScratchCopies({"shard-00000.h5": copy}))
     np.testing.assert_array_equal(source.read(np.arange(N)), good.read(np.arange(N)))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cryoiso.methods.audit import confirmed
-from cryoiso.methods.audit.confirmed import Confirmation, Grid
+from cryoiso.methods.audit.confirmed import ReferenceCorrelation, BandGrid
 from cryoiso.methods.audit.likeness import Band, filtered
 from cryoiso.physics.filters import power_spectrum
 from cryoiso.physics.symmetry import point_group
@@ -50,7 +50,7 @@ def half_maps(truth: np.ndarray, noise: float, seed: int = 5) -> list[np.ndarray
     return made
 
 
-def confirm(truth: np.ndarray, reference: np.ndarray, noise: float = 1.0, seed: int = 5) -> Confirmation:
+def confirm(truth: np.ndarray, reference: np.ndarray, noise: float = 1.0, seed: int = 5) -> ReferenceCorrelation:
     first, second = half_maps(truth, noise, seed)
     return confirmed.confirm(
         (first + second) / 2, (first, second), reference, confirmed.mirror_image(reference), outline(), BAND, PIXEL_A,
@@ -121,7 +121,7 @@ def test_a_mirror_image_keeps_the_centre_and_twice_is_once(box):
 
 def test_a_coarser_grid_keeps_shells_and_numbers():
     band, truth = Band(5, 8), fold(1)
-    grid = Grid.of(band, BOX, PIXEL_A)
+    grid = BandGrid.of(band, BOX, PIXEL_A)
     assert grid.box_px == 24 and grid.box_px * grid.pixel_size_A == pytest.approx(BOX * PIXEL_A)
     from cryoiso.metrics.fsc_curve import fsc
 
@@ -130,8 +130,8 @@ def test_a_coarser_grid_keeps_shells_and_numbers():
     np.testing.assert_allclose(coarse[:9], fine[:9], atol=1e-3)
 
 
-def confirmation(value: float, rms: float, mirror: float = 0.0) -> Confirmation:
-    return Confirmation(value, rms * np.array([1.0, -1.0]), mirror)
+def confirmation(value: float, rms: float, mirror: float = 0.0) -> ReferenceCorrelation:
+    return ReferenceCorrelation(value, rms * np.array([1.0, -1.0]), mirror)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.particles import auxiliary_particles
 from cryoiso.methods.auxiliary.settings import PRESETS, network
 from cryoiso.methods.auxiliary.task import GeneratorTask, collapsed_layers
-from cryoiso.methods.auxiliary.training import Course, curves, train_generators
+from cryoiso.methods.auxiliary.training import GeneratorTraining, curves, train_generators
 from cryoiso.metrics.imagestats import compare_images
 from cryoiso.nets.hvae import ConditionalHvae
 from cryoiso.nets.losses import negative_elbo
@@ -23,7 +23,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulation import simulate
 from cryoiso.physics.views import Views
-from cryoiso.train.watch import Verdict
+from cryoiso.train.watch import TrainingDecision
 
 BOX, PIXEL, N, HELD_OUT = 48, 4.0, 600, 256
 SETTINGS = replace(PRESETS["small"], steps=200)
@@ -44,7 +44,7 @@ def data():
 def trained(data, tmp_path_factory):
     particles, images, homologue = data
     folder = tmp_path_factory.mktemp("generator")
-    course = Course("1", np.arange(N), homologue, folder / "half1", folder / "generator1.npz", {})
+    course = GeneratorTraining("1", np.arange(N), homologue, folder / "half1", folder / "generator1.npz", {})
     outcomes = train_generators(
         [course], ArraySource(images, particles), particles, SETTINGS, Context(), seed=3, resume=False
     )
@@ -137,7 +137,7 @@ def test_a_collapse_is_seen_when_the_annealing_is_over_and_not_before(data):
     layers = network(SETTINGS, BOX).latent_layers
     dead, alive = [1e-9] * layers, [0.1] * layers
 
-    def after(step: int, kl: list[float]) -> Verdict:
+    def after(step: int, kl: list[float]) -> TrainingDecision:
         return t.judge([{"step": step, "attempt": 0, "kl_per_layer": kl}])
 
     end = t.annealed_at(0)

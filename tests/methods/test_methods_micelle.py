@@ -17,8 +17,8 @@ from cryoiso.engines.native import NativeEngine
 from cryoiso.io.models import model_to_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.micelle import normal_equations, solve
-from cryoiso.methods.micelle.image_sums import HalfSums, ImagePass
-from cryoiso.methods.micelle.normal_equations import Grid, NormalEquations, Unknowns, inner
+from cryoiso.methods.micelle.image_sums import MicelleSums, SumPass
+from cryoiso.methods.micelle.normal_equations import SolutionGrid, NormalEquations, Unknowns, inner
 from cryoiso.methods.micelle.protein import filtered, protein_mask
 from cryoiso.methods.micelle.recover import MicelleSettings, recover_micelle_halves
 from cryoiso.metrics.pose_error import pose_errors
@@ -49,9 +49,9 @@ def blob(box: int, pixel_A: float, finest_A: float, seed: int) -> np.ndarray:
     return lowpass(rng.standard_normal((box,) * 3).astype(np.float32) * sphere, pixel_A, finest_A) * sphere
 
 
-def image_pass(particles: Particles, images: np.ndarray, grid: Grid, symmetry: str) -> ImagePass:
+def image_pass(particles: Particles, images: np.ndarray, grid: SolutionGrid, symmetry: str) -> SumPass:
     reader = BatchReader(ArraySource(images, particles), particles, grid.pixel_size_A, with_dc=True, memory_bytes=0)
-    return ImagePass(reader, point_group(symmetry), grid.radius_px, grid.padding, Context())
+    return SumPass(reader, point_group(symmetry), grid.radius_px, grid.padding, Context())
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ def test_the_convolution_is_the_sum_of_projections_and_back_projections(box, sym
     """w.T v against sum_i (c P_i w).(c P_i v), slice by slice, from a grid padded by 6; also on a coarser grid."""
     particles = make_particles(60, box, PIXEL_A, seed=2)
     particles = replace(particles, half=np.ones(60, np.int8))
-    grid = Grid.of(box, PIXEL_A, finest_A)
+    grid = SolutionGrid.of(box, PIXEL_A, finest_A)
     assert (grid.size_px < box) == (finest_A == 30.0)
     images = np.zeros((60, box, box), np.float32)
     run = image_pass(particles, images, grid, symmetry)
-    sums, whole = run.run({1: HalfSums(), 2: HalfSums()})
+    sums, whole = run.run({1: MicelleSums(), 2: MicelleSums()})
     zero = np.zeros((grid.size_px,) * 3, np.float32)
     made = NormalEquations(run.finished(sums[1], "cpu"), grid, zero, zero, 0.0)
     where = disc(box, grid.radius_px, with_dc=True)
@@ -93,9 +93,9 @@ def test_back_projected_images_are_the_convolved_volume():
     particles = make_particles(80, BOX, PIXEL_A, seed=2, shift_sd_A=5.0)
     particles = replace(particles, half=np.ones(80, np.int8))
     images = SimulatedSource(DensityMap(v, PIXEL_A), particles, noise=False).read(np.arange(80))
-    grid = Grid.of(BOX, PIXEL_A, 2 * PIXEL_A)
+    grid = SolutionGrid.of(BOX, PIXEL_A, 2 * PIXEL_A)
     run = image_pass(particles, images, grid, "C1")
-    sums, _ = run.run({1: HalfSums(), 2: HalfSums()})
+    sums, _ = run.run({1: MicelleSums(), 2: MicelleSums()})
     outside = np.asarray(sphere_mask(BOX, BOX / 2 - 5), np.float32)
     made = NormalEquations(run.finished(sums[1], "cpu"), grid, v, outside, 0.0)
     expected = made.outside * made.convolve(torch.from_numpy(v))
@@ -117,9 +117,9 @@ def test_the_normal_equations_are_symmetric_and_positive():
 
 def equations_of(source: ArraySource, lowpass_A: float = 20.0) -> dict[int, NormalEquations]:
     mask = protein_mask(trimer())
-    grid = Grid.of(BOX, PIXEL_A, 12.0)
+    grid = SolutionGrid.of(BOX, PIXEL_A, 12.0)
     run = image_pass(source.particles, source.read(np.arange(len(source.particles))), grid, "C3")
-    sums, _ = run.run({1: HalfSums(), 2: HalfSums()})
+    sums, _ = run.run({1: MicelleSums(), 2: MicelleSums()})
     arguments = grid, grid.coarse(mask.data * trimer().data), grid.outside(mask.data, None), lowpass_A
     return {h: NormalEquations(run.finished(s, "cpu"), *arguments) for h, s in sums.items()}
 
@@ -157,9 +157,9 @@ def exact_images(volume: np.ndarray, particles: Particles) -> np.ndarray:
 @pytest.mark.parametrize("padding, worst", [(2, 0.08), (3, 0.03), (4, 0.02)])
 def test_what_the_model_can_say_comes_back_from_noise_free_images(monkeypatch, padding, worst):
     """V = g M h + (1 - M) L u with known g and u: both come back, but for the sums' interpolation: 7, 2.7, 1.8 %."""
-    plain = Grid.of
-    monkeypatch.setattr(Grid, "of", lambda *a: replace(plain(*a), padding=padding))
-    mask, grid = protein_mask(trimer()), Grid.of(BOX, PIXEL_A, 12.0)
+    plain = SolutionGrid.of
+    monkeypatch.setattr(SolutionGrid, "of", lambda *a: replace(plain(*a), padding=padding))
+    mask, grid = protein_mask(trimer()), SolutionGrid.of(BOX, PIXEL_A, 12.0)
     smooth = lowpass(blob(BOX, PIXEL_A, 20.0, 9), PIXEL_A, 25.0)
     truth = grid.outside(mask.data, None) * smooth * (0.5 * trimer().data.std() / smooth.std())
     particles = make_particles(400, BOX, PIXEL_A, shift_sd_A=5.0, seed=3)
@@ -308,10 +308,10 @@ def test_a_gpu_gives_the_same_micelle():
 
 
 def test_the_coarse_grid_holds_the_box():
-    grid = Grid.of(256, 1.0, 10.0)
+    grid = SolutionGrid.of(256, 1.0, 10.0)
     assert grid.size_px * grid.voxel_A == pytest.approx(256.0) and 2 * grid.voxel_A < 10.0 / 1.4
     volume = blob(64, 2.0, 16.0, 3)
-    grid = Grid.of(64, 2.0, 10.0)
+    grid = SolutionGrid.of(64, 2.0, 10.0)
     back = grid.fine(grid.coarse(volume))
     assert grid.size_px < 64 and np.linalg.norm(back - volume) < 0.02 * np.linalg.norm(volume)
     assert normal_equations.OVERSAMPLING * grid.radius_px <= grid.size_px / 2

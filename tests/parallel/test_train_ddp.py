@@ -49,8 +49,8 @@ def test_one_rank_needs_no_torch_distributed():
 @pytest.mark.parametrize("error", [None, Interrupted("stop"), CryoisoError("failed", code="training-diverged")])
 def test_alone_side_by_side_is_nothing_special(error):
     def both():
-        with side_by_side(Context()) as bell:
-            assert not bell.heard()
+        with side_by_side(Context()) as stop_signal:
+            assert not stop_signal.received()
             if error is not None:
                 raise error
 
@@ -175,11 +175,11 @@ GROUPS = """
 half = 1 if ctx.rank in ranks_of_half(1, ctx.size) else 2
 steps = {1: 40, 2: 8}[half]
 for turn in range(2):
-    with side_by_side(ctx) as bell, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
+    with side_by_side(ctx) as stop_signal, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
         assert group.size == len(ranks_of_half(half, ctx.size)) and group.ranks[group.index] == ctx.rank
         task = ToyTask(group, seed=half)
         end = train(task, group, replace(SETTINGS, steps=steps, seed=half), folder / f"{turn}half{half}",
-                    stop=bell.heard)
+                    stop=stop_signal.received)
     assert not torch.distributed.is_initialized()
 found = ctx.allgather((half, digest(task.module), end.history[-1]["loss"]))
 # a rank that trains in no group, and groups that members do not agree upon
@@ -217,9 +217,9 @@ class Slow(ToyTask):
                 print("ready", half, group.index, os.getpid(), flush=True)
             time.sleep(0.0 if half == int(sys.argv[3]) else 0.25)
         return super().loss(module, batch, step, attempt)
-with side_by_side(ctx) as bell, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
+with side_by_side(ctx) as stop_signal, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
     task = Slow(group, seed=half)
-    train(task, group, SETTINGS, folder / f"half{half}", stop=bell.heard, resume=sys.argv[2] == "resume")
+    train(task, group, SETTINGS, folder / f"half{half}", stop=stop_signal.received, resume=sys.argv[2] == "resume")
 print("end", half, digest(task.module), flush=True)
 """
 
@@ -253,9 +253,9 @@ def process_result(err: str):
 
 FAILING = """
 half = 1 if ctx.rank in ranks_of_half(1, ctx.size) else 2
-with side_by_side(ctx) as bell, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
+with side_by_side(ctx) as stop_signal, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
     task = ToyTask(group, factor=lambda attempt, step: float("nan") if half == 2 else 1.0)
-    train(task, group, replace(SETTINGS, steps=10**6), folder / f"half{half}", stop=bell.heard)
+    train(task, group, replace(SETTINGS, steps=10**6), folder / f"half{half}", stop=stop_signal.received)
 print("end")
 """
 DYING = """
@@ -265,8 +265,8 @@ class Dies(ToyTask):
         if ctx.rank == 1 and step == 5:
             raise InputError("no such image", file="a.mrcs", code="stack-too-short")
         return super().prepare(step)
-with side_by_side(ctx) as bell, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
-    train(Dies(group), group, replace(SETTINGS, steps=10**6), folder / f"half{half}", stop=bell.heard)
+with side_by_side(ctx) as stop_signal, training_group(ctx, ranks_of_half(half, ctx.size)) as group:
+    train(Dies(group), group, replace(SETTINGS, steps=10**6), folder / f"half{half}", stop=stop_signal.received)
 print("end")
 """
 

@@ -12,7 +12,7 @@ from cryoiso.core.errors import MissingError
 from cryoiso.pipeline.planning import benchmark as bench
 from cryoiso.pipeline.planning import rates
 from cryoiso.pipeline.planning.ceilings import BYTES, FLOPS, Ceilings, flops_of
-from cryoiso.pipeline.planning.same_results import Comparison, comparisons
+from cryoiso.pipeline.planning.same_results import KernelComparison, comparisons
 
 BEST = Ceilings(memory=10.0, products=50.0)
 
@@ -34,7 +34,7 @@ def test_kernels_of_a_gpu_agree_with_those_of_the_cpu():
 @pytest.mark.parametrize("difference", [0.1, float("nan")])
 def test_a_device_that_computes_wrong_is_refused(difference):
     with raises_code("device-computes-wrong", MissingError, match="local"):
-        bench.require_same([Comparison("slices", 0.0, 1e-5), Comparison("local", difference, 1e-4)], "cpu")
+        bench.require_same([KernelComparison("slices", 0.0, 1e-5), KernelComparison("local", difference, 1e-4)], "cpu")
 
 
 def test_operations_are_counted():

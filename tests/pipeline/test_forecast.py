@@ -180,7 +180,7 @@ def test_relions_iterations_are_pieces_of_the_stage(board, clock, tmp_path):
     def piece_of(iteration: int, last: bool) -> tuple[int, int]:
         return iteration - 1, iteration if last else 8
 
-    watch = supervise._Watch(supervise.Start([], tmp_path, lambda extra: extra, None, piece_of=piece_of))
+    watch = supervise._RelionWatch(supervise.RelionStart([], tmp_path, lambda extra: extra, None, piece_of=piece_of))
     work_on(ProgressLine("images for RELION", 10), clock, 0, 10, 60.0)
     watch._follow(BEFORE.format(1) + "\n")
     clock.now += 600
@@ -206,12 +206,12 @@ def test_relions_iterations_are_pieces_of_the_stage(board, clock, tmp_path):
 
 def test_all_places_where_relion_can_be_stopped_are_heard(board, clock):
     """It is looked after twenty times a second, and each time whoever rings is listened to."""
-    from cryoiso.parallel.group_stop import StopBell
+    from cryoiso.parallel.group_stop import StopSignal
 
-    bell = StopBell(Context())
+    stop_signal = StopSignal(Context())
     for _ in range(100):
         clock.now += 60
-        bell.heard()
+        stop_signal.received()
     assert board.longest_s == 60
 
 
@@ -307,15 +307,15 @@ def test_a_real_run_on_a_device_without_rates(tmp_path, monkeypatch):
     run = run_job(job, tmp_path / "run", Context(), until="reference")
     context = RunContext(read_resolved(run)[1], run, Context(), journal=Journal(run.journal))
     inputs = Inputs(context.job, run, context.comm)
-    with_rates = remaining_time.later_stages(context, inputs)("refine", 60.0, 60.0)
+    with_rates = remaining_time.remaining_stages(context, inputs)("refine", 60.0, 60.0)
     assert with_rates.unknown == () and with_rates.seconds > 0
     monkeypatch.setattr(
         remaining_time, "predicted_stages", lambda run, _: dict.fromkeys([*folder_stages(run.job), "report"])
     )
-    assert remaining_time.later_stages(context, inputs)("refine", 60.0, 60.0) == Ahead(
+    assert remaining_time.remaining_stages(context, inputs)("refine", 60.0, 60.0) == Ahead(
         0.0, ("reconstruct", "diagnose", "report")
     )
-    assert remaining_time.later_stages(context, inputs, "refine")("refine", 60.0, 60.0) == Ahead()
+    assert remaining_time.remaining_stages(context, inputs, "refine")("refine", 60.0, 60.0) == Ahead()
 
 
 # --- what is said

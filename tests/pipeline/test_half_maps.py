@@ -22,7 +22,7 @@ from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
-from cryoiso.pipeline.stages.correct import CorrectionTask, correct_files
+from cryoiso.pipeline.stages.correct import CorrectionFiles, correct_files
 
 BOX, PIXEL_A = 32, 6.0
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -152,7 +152,7 @@ def test_diagnose_notes_what_is_odd(tmp_path):
 def test_correct_says_what_is_odd(files, tmp_path, caplog):
     write_map(files[1], 1000 * TWO, PIXEL_A)
     section = CorrectSection(cube_px=16, sub_maps=2, batch=2, epochs=0)
-    correct_files(CorrectionTask(dict(zip((1, 2), files, strict=True)), tmp_path / "out", section), Context())
+    correct_files(CorrectionFiles(dict(zip((1, 2), files, strict=True)), tmp_path / "out", section), Context())
     assert "different grey scales" in caplog.text
 
 

@@ -27,7 +27,7 @@ from pipeline_helper import (
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
 from cryoiso.io import scratch_lease, staging
 from cryoiso.io.shards import ShardSource
-from cryoiso.io.staging import Copies, NotStaged
+from cryoiso.io.staging import ScratchCopies, NotStaged
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import scratch_copies as pipeline_scratch
@@ -112,7 +112,7 @@ def test_a_source_reads_copies_and_goes_on_without_them(shards, tmp_path, caplog
     files = {name: tmp_path / "copy" / name for name in names}
     for name, path in files.items():
         staging.copy_checked(folder / name, path, "", lambda: "", lambda n: None)
-    source.use_copies(Copies(files))
+    source.use_copies(ScratchCopies(files))
     assert np.array_equal(source.read(rows), expected)
     assert {f.filename for f in source._open.values()} <= set(map(str, files.values()))
     source.close()
@@ -122,7 +122,7 @@ def test_a_source_reads_copies_and_goes_on_without_them(shards, tmp_path, caplog
                 path.unlink()
             else:
                 path.write_bytes((folder / path.name).read_bytes()[:3000] if how == "cut" else b"rubbish" * 999)
-        other, copies = ShardSource(folder), Copies(files)
+        other, copies = ShardSource(folder), ScratchCopies(files)
         for reader in (source, other):
             reader.use_copies(copies)
         caplog.clear()
@@ -139,7 +139,7 @@ def test_a_wrong_checksum_leaves_nothing(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 1000)
     with pytest.raises(NotStaged, match="another checksum"):
         staging.copy_checked(tmp_path / "a", tmp_path / "b", "0" * 64, lambda: "", lambda n: None)
-    with pytest.raises(staging.Stopped):
+    with pytest.raises(staging.CopyStopped):
         staging.copy_checked(tmp_path / "a", tmp_path / "b", "", lambda: "SIGTERM", lambda n: None)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 

@@ -35,7 +35,7 @@ from cryoiso.refine.classes.iterate import Classification
 from cryoiso.refine.classes.model import ClassModel, ClassRequest, assigned_classes
 from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.reconstruct import reconstruct_halves
-from cryoiso.refine.search_cache import KeptSearches
+from cryoiso.refine.search_cache import SearchCache
 
 GRID = DensityMap(np.zeros((BOX,) * 3, np.float32), PIXEL_A)
 
@@ -249,7 +249,7 @@ def own_and_other(task: Classification, model: ClassModel, own_share: bool) -> n
         expect = task._expectation(model, half, None)
         if own_share:
             expect.leverage = None
-        for batch in task.run.batches(half, False, model.state.radius_px, 0, KeptSearches(None)):
+        for batch in task.run.batches(half, False, model.state.radius_px, 0, SearchCache(None)):
             white = whiten(batch, model.sigma2)
             scores = [expect._of_class(k, batch, white, task.given(batch.rows))[1] for k in (0, 1)]
             found[batch.rows] = torch.stack(scores, 1).numpy()

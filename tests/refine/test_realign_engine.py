@@ -184,7 +184,7 @@ def test_stopped_in_the_middle_of_a_training(few, tmp_path, monkeypatch):
                 left[0] -= 1
                 return left[0] < 0
 
-            patch.setattr(group_stop.StopBell, "heard", lambda self: ring() or self._rung)
+            patch.setattr(group_stop.StopSignal, "received", lambda self: ring() or self._sent)
             patch.setattr(correction_run._Trainer, "heed", lambda self: None)  # asks between the trainings
             NativeEngine().refine(replace(request, resume=True), Context())
         began.append(sorted(p.parts[-3] for p in resumed.glob("correction/correction-001/training_*/checkpoint/*")))

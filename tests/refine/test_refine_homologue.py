@@ -31,7 +31,7 @@ from cryoiso.metrics.fsc_curve import randomise_phases
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import initial_model
-from cryoiso.refine.homologue import LARGEST, Confirmation, HalfSide, judged
+from cryoiso.refine.homologue import LARGEST, HomologueCorrelation, HalfSide, judged
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.reconstruct import reconstruct_references
 from cryoiso.refine.sums import HalfSums
@@ -61,9 +61,9 @@ def noise_like(raw: ArraySource, seed: int, n: int = 120) -> ArraySource:
     return source
 
 
-def found_in(source: ArraySource, homologue: DensityMap | None = None) -> Confirmation:
+def found_in(source: ArraySource, homologue: DensityMap | None = None) -> HomologueCorrelation:
     request = replace(request_for(source, None, **ONCE), homologue=homologue)
-    return Confirmation.of_record(homologue_evidence(request, Context())["homologue"])
+    return HomologueCorrelation.of_record(homologue_evidence(request, Context())["homologue"])
 
 
 # --- what is confirmed
@@ -119,7 +119,7 @@ def test_nothing_is_believed_from_the_first_shell_without_agreement_on():
     found = judged(sides(curve, 1e4), np.ones(12), 5)
     assert (found.rho[5:8] > 0.1).all() and not found.rho[8:].any()
     assert found.rho[1:5] == pytest.approx(np.full(4, found.rho[5:8].mean())) and found.rho[0] == 0
-    again = Confirmation.of_record(json.loads(json.dumps(found.record(200.0))))
+    again = HomologueCorrelation.of_record(json.loads(json.dumps(found.record(200.0))))
     assert np.array_equal(again.rho, found.rho) and again.deviation == found.deviation
 
 
@@ -149,7 +149,7 @@ def test_a_homologue_stronger_than_the_signal_is_believed_by_its_own_power():
     """Where tau^2 is small, for want of signal or of evidence of it, an observation of precision 1 / tau^2 would set
     the map to the homologue in full."""
     rho, shells = 0.6, 4
-    found = Confirmation(np.full(shells, rho), np.zeros(shells), np.full(shells, 2.0), 2, 10.0)
+    found = HomologueCorrelation(np.full(shells, rho), np.zeros(shells), np.full(shells, 2.0), 2, 10.0)
     p = rho**2 / (1 - rho**2)
     made = found.precision_of(torch.tensor([0.1, 1.0, 50.0, 1e3, 1.0, 1.0]), scale=2.0)
     assert made.tolist() == pytest.approx([0.1 * p, 1.0 * p, 4.0 * p, 4.0 * p, 0, 0])
@@ -160,7 +160,7 @@ def test_the_power_of_the_true_map_is_that_of_the_signal(raw):
     well, within what a coarse search blurs."""
     request = replace(request_for(raw, None, **ONCE), homologue=replace(raw.truth, data=7 * raw.truth.data))
     record = homologue_evidence(request, Context())
-    found, relative = Confirmation.of_record(record["homologue"]), np.array(record["homologue_precision"])
+    found, relative = HomologueCorrelation.of_record(record["homologue"]), np.array(record["homologue_precision"])
     seen = slice(3, found.first_shell + 2)
     believed = relative[seen] / found.precision[seen]
     assert (believed < 1 + 1e-9).all() and believed.min() > 0.4

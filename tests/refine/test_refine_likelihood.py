@@ -47,7 +47,7 @@ from cryoiso.refine.likelihood import (
 from cryoiso.refine.maximise import NoiseSums, accumulate
 from cryoiso.refine.schedule import (
     FIRST_THRESHOLD,
-    State,
+    ScheduleState,
     disc_of_shifts,
     global_grid,
     search_plan,
@@ -294,7 +294,7 @@ def test_scores_on_a_gpu_agree(source, reference):
 
 def a_plan(radius: int = 15) -> SearchPlan:
     settings = RefineSection(healpix_order=2, finest_step_deg=1.0)
-    return search_plan(State(radius_px=radius, shift_sd_px=2.0), settings, GRID, BOX, PIXEL_A, 140.0)
+    return search_plan(ScheduleState(radius_px=radius, shift_sd_px=2.0), settings, GRID, BOX, PIXEL_A, 140.0)
 
 
 def test_the_search_finds_poses(truth):
@@ -460,7 +460,7 @@ def test_images_of_the_wrong_sign_and_of_nothing_are_refused(truth):
     images = source.read(np.arange(200))
     dark = a_refinement(ArraySource(-images, source.particles), source.volume)
     with pytest.raises(InputError, match="sign"):
-        grey_scale(dark, source.volume.data, mean_power(dark), State(radius_px=8))
+        grey_scale(dark, source.volume.data, mean_power(dark), ScheduleState(radius_px=8))
 
 
 # --- from sums to references

@@ -44,8 +44,8 @@ from cryoiso.refine.batches import BatchReader
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.likelihood import global_scores, local_scores, near_scores, near_scores_torch, whiten
-from cryoiso.refine.schedule import State, local_grid, search_plan
-from cryoiso.refine.search import Given, Searcher
+from cryoiso.refine.schedule import ScheduleState, local_grid, search_plan
+from cryoiso.refine.search import PriorPoses, Searcher
 
 LOCAL_DEG = 8.0
 ROUNDING = 1.001
@@ -157,11 +157,11 @@ def test_samples_of_the_posterior_are_in_the_ball(trimers, local_deg):
     """Not only the best pose: every view that is back-projected; from poses that are all wrong."""
     reader = BatchReader(trimers, trimers.particles, PIXEL_A)
     batch = reader.read(np.arange(60), 12)
-    given = Given(
+    given = PriorPoses(
         torch.as_tensor(random_rotations(np.random.default_rng(1), 60), dtype=torch.float32), torch.zeros(60, 2)
     )
     settings, grid = RefineSection(), local_grid(2, local_deg)
-    plan = search_plan(State(radius_px=12), settings, grid, BOX, PIXEL_A, DIAMETER_A, local_deg)
+    plan = search_plan(ScheduleState(radius_px=12), settings, grid, BOX, PIXEL_A, DIAMETER_A, local_deg)
     volume = FourierVolume.from_volume(torch.as_tensor(trimers.truth.data))
     found = Searcher(plan, volume).search(batch, whiten(batch, np.ones((1, BOX // 2 + 1))), given)
     start = given.rotation.double().numpy()
@@ -190,7 +190,7 @@ def test_scores_near_given_poses_are_those_of_a_global_grid(trimers):
     volume = FourierVolume.from_volume(torch.as_tensor(trimers.truth.data))
     rotation = torch.as_tensor(trimers.particles.rotation[:6], dtype=torch.float32)
     shift = torch.as_tensor(-trimers.particles.shift_A[:6] / PIXEL_A, dtype=torch.float32)
-    given, turns = Given(rotation, shift), local_grid(2, 10.0)
+    given, turns = PriorPoses(rotation, shift), local_grid(2, 10.0)
     views = given.turned(turns)
     own = search.ReferenceSlices.of(volume, views, white.where, None)
     offsets = torch.tensor([[0.0, 0.0], [1.5, -0.5], [-2.0, 1.0]])
@@ -219,7 +219,7 @@ def test_shifts_go_as_far_as_the_turns_move_the_rim():
     """At most a tenth of the box, and at least one step."""
 
     def reach_A(local_deg: float, **settings) -> float:
-        state = State(radius_px=14, shift_sd_px=30.0)
+        state = ScheduleState(radius_px=14, shift_sd_px=30.0)
         plan = search_plan(
             state, RefineSection(**settings), local_grid(2, local_deg), BOX, PIXEL_A, DIAMETER_A, local_deg
         )

@@ -14,7 +14,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.io import checkpoint
 from cryoiso.refine.schedule import (
     SETTLED_STEP_DEG,
-    State,
+    ScheduleState,
     advance,
     agreement_shell,
     disc_of_shifts,
@@ -31,12 +31,12 @@ def test_agreement_shell():
     assert agreement_shell(np.array([1, 0.1, 0.8])) == 0
 
 
-def step(state: State, shell: int, change: float, **settings) -> State:
+def step(state: ScheduleState, shell: int, change: float, **settings) -> ScheduleState:
     return advance(state, shell, change, 2.0, 1.5, RefineSection(**settings), 64, 31)
 
 
 def test_resolution_grows_with_agreement_and_within_the_limit():
-    state = State(radius_px=5)
+    state = ScheduleState(radius_px=5)
     radii = [step(state, s, 30.0).radius_px for s in (4, 8, 15, 31)]
     assert radii == sorted(radii) and radii[-1] == 31 and all(r > s for r, s in zip(radii[:3], (4, 8, 15)))
     assert step(state, 0, 30.0).radius_px >= 3
@@ -44,22 +44,22 @@ def test_resolution_grows_with_agreement_and_within_the_limit():
 
 
 def test_it_stops_when_nothing_improves_and_particles_are_still():
-    state = State(radius_px=10)
+    state = ScheduleState(radius_px=10)
     for shell, change in ((5, 90.0), (8, 20.0), (9, 5.0), (9, 2.0)):
         state = step(state, shell, change)
         assert not state.done
     state = step(state, 9, 1.9)  # same shell, no better movement
     assert state.done and state.iteration == 5
     # better agreement keeps it going although nothing moves
-    assert not step(State(best_shell=9, last_change_deg=1.0), 10, 0.1).done
+    assert not step(ScheduleState(best_shell=9, last_change_deg=1.0), 10, 0.1).done
     # and an upper bound ends it in any case
-    assert step(State(iteration=24), 30, 90.0, max_iterations=25).done
+    assert step(ScheduleState(iteration=24), 30, 90.0, max_iterations=25).done
 
 
 def test_it_always_stops():
     """Whatever the half-maps do, within max_iterations."""
     for seed in range(20):
-        rng, state = np.random.default_rng(seed), State()
+        rng, state = np.random.default_rng(seed), ScheduleState()
         while not state.done:
             state = step(state, int(rng.integers(0, 31)), float(rng.uniform(0, 180)), max_iterations=9)
         assert state.iteration <= 9
@@ -76,7 +76,7 @@ def test_shifts_cover_a_disc_evenly():
 def test_search_plans(radius):
     """Finer levels for finer references, ending with the whole radius; coarse ones see no more than their grid can."""
     settings = RefineSection(healpix_order=2)
-    plan = search_plan(State(radius_px=radius), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
+    plan = search_plan(ScheduleState(radius_px=radius), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
     cells = [level.cell_deg for level in plan.levels]
     assert cells == [15.0 / 2**i for i in range(len(cells))]
     assert plan.levels[-1].radius_px == radius
@@ -85,16 +85,16 @@ def test_search_plans(radius):
     resolution = 64 * 4.0 / radius
     finest = np.radians(cells[-1] / 2) * 150.0 / 2
     assert finest < 0.25 * resolution, "one step moves the edge by a quarter of the resolution at most"
-    finer = search_plan(State(radius_px=31), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
+    finer = search_plan(ScheduleState(radius_px=31), settings, global_grid(1, "C1"), 64, 4.0, 150.0)
     assert len(finer.levels) >= len(plan.levels)
     limited = RefineSection(healpix_order=2, finest_step_deg=4.0)
-    coarse = search_plan(State(radius_px=31), limited, global_grid(1, "C1"), 64, 4.0, 150.0)
+    coarse = search_plan(ScheduleState(radius_px=31), limited, global_grid(1, "C1"), 64, 4.0, 150.0)
     assert coarse.levels[-1].cell_deg / 2 >= 4.0 / 1.5
 
 
 def last_step(uncertainty_deg: float, radius_px: int = 127, diameter_A: float = 250.0, **settings) -> float:
     """Of a box of 256 px of 1.2 Å."""
-    state = State(radius_px=radius_px, uncertainty_deg=uncertainty_deg)
+    state = ScheduleState(radius_px=radius_px, uncertainty_deg=uncertainty_deg)
     plan = search_plan(state, RefineSection(**settings), global_grid(1, "C1"), 256, 1.2, diameter_A)
     return plan.levels[-1].cell_deg / 2
 
@@ -113,7 +113,7 @@ def test_the_finest_step_follows_resolution_and_diameter_where_poses_are_certain
 @pytest.mark.parametrize("uncertainty", [0.0, 0.3, 2.0, 180.0])
 def test_where_resolution_asks_for_no_finer_step_nothing_changes(uncertainty):
     for radius in range(3, 24):
-        state = State(radius_px=radius, uncertainty_deg=uncertainty)
+        state = ScheduleState(radius_px=radius, uncertainty_deg=uncertainty)
         auto, before = (
             search_plan(state, RefineSection(**s), global_grid(1, "C1"), 48, 4.5, 150.0)
             for s in ({}, {"finest_step_deg": 0.5})
@@ -124,7 +124,7 @@ def test_where_resolution_asks_for_no_finer_step_nothing_changes(uncertainty):
 @pytest.mark.parametrize("true_deg", [0.02, 0.1, 0.2, 0.4])
 def test_steps_halve_until_the_poses_are_as_uncertain_and_no_further(true_deg):
     """An iteration cannot tell more than half of its step; a posterior over several cells ends the halving."""
-    state, steps = State(radius_px=127), []
+    state, steps = ScheduleState(radius_px=127), []
     for _ in range(8):
         state = replace(state, radius_px=127)
         steps.append(last_step(state.uncertainty_deg, diameter_A=2000.0))
@@ -138,7 +138,7 @@ def test_steps_halve_until_the_poses_are_as_uncertain_and_no_further(true_deg):
 
 def test_it_does_not_converge_while_steps_become_finer():
     settings = RefineSection(stalled_iterations=1, max_iterations=9)
-    still = State(iteration=4, stalled=1, done=True)
+    still = ScheduleState(iteration=4, stalled=1, done=True)
     assert with_finer_steps(still, 0.469, 0.234, settings) == replace(still, stalled=0, done=False)
     assert with_finer_steps(still, 0.234, 0.234, settings).done and with_finer_steps(still, 0.234, 0.469, settings).done
     assert with_finer_steps(still, 0.94, SETTLED_STEP_DEG, settings).done, "coarser steps come with the resolution"
@@ -158,7 +158,7 @@ def test_shift_range_follows_the_settings_and_the_data():
     grid = global_grid(1, "C1")
 
     def plan(shift_sd_px: float, **settings) -> SearchPlan:
-        state = State(radius_px=12, shift_sd_px=shift_sd_px)
+        state = ScheduleState(radius_px=12, shift_sd_px=shift_sd_px)
         return search_plan(state, RefineSection(**settings), grid, 64, 4.0, 150.0)
 
     narrow, wide, asked = plan(0.5), plan(9.0), plan(9.0, shift_range_A=12, shift_step_A=4)

@@ -27,7 +27,7 @@ from cryoiso.pipeline.inputs.standard_frame import symmetrised
 from cryoiso.pipeline.stages.engines import require_engine
 from cryoiso.refine import batches
 from cryoiso.refine.relaxation import Relaxation, _rotated
-from cryoiso.refine.search import Given
+from cryoiso.refine.search import PriorPoses
 from cryoiso.refine.view_density import view_grid
 
 OPERATIONS = point_group("C3")
@@ -90,7 +90,7 @@ def test_the_second_half_comes_to_the_register_of_the_first():
     from cryoiso.physics.resample import place_map
     from cryoiso.refine.intensity import Intensity
     from cryoiso.refine.model import Model
-    from cryoiso.refine.schedule import State
+    from cryoiso.refine.schedule import ScheduleState
 
     turned = place_map(source.truth.data, PIXEL_A, OPERATIONS[1], np.zeros(3))
     maps = {1: source.truth.data, 2: turned}
@@ -99,7 +99,7 @@ def test_the_second_half_comes_to_the_register_of_the_first():
     cells = view_grid()
     views = {h: np.bincount(cells.index(poses[half == h][:, 2]), minlength=len(cells)) for h in maps}
     model = Model(
-        State(iteration=3, done=True), maps, np.ones((1, 5)), Intensity.ones(100), poses, np.zeros((100, 2)),
+        ScheduleState(iteration=3, done=True), maps, np.ones((1, 5)), Intensity.ones(100), poses, np.zeros((100, 2)),
         half_maps=maps, views=views,
     )  # fmt: skip
     found = relaxation.settled(model, poses, np.ones(100, bool), Context())
@@ -118,7 +118,7 @@ def test_the_second_half_comes_to_the_register_of_the_first():
 def test_copies_of_given_poses():
     rng = np.random.default_rng(0)
     given, turns = random_rotations(rng, 4), random_rotations(rng, 5)
-    near = Given(*(torch.as_tensor(x, dtype=torch.float32) for x in (given, np.zeros((4, 2)), OPERATIONS)))
+    near = PriorPoses(*(torch.as_tensor(x, dtype=torch.float32) for x in (given, np.zeros((4, 2)), OPERATIONS)))
     turned = near.turned(torch.as_tensor(turns, dtype=torch.float32))
     assert turned.shape == (4, 15, 3, 3)
     np.testing.assert_allclose(turned[2, 3 * 4 + 1], turns[4] @ given[2] @ OPERATIONS[1], atol=1e-5)

@@ -21,7 +21,7 @@ from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_
 from cryoiso.core.errors import EXIT_REQUEUE, CryoisoError, InputError, Interrupted
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.train.loop import CHECKPOINT, train
-from cryoiso.train.watch import Verdict, flat_loss
+from cryoiso.train.watch import TrainingDecision, flat_loss
 
 NAN = float("nan")
 
@@ -244,7 +244,7 @@ def test_the_judge_sees_the_records_of_its_attempt_and_restarts(tmp_path):
     def verdict(history):
         seen.append([(r["attempt"], r["step"]) for r in history])
         collapsed = history[-1]["attempt"] == 0 and history[-1]["step"] == 8
-        return Verdict("restart", "the posterior collapsed") if collapsed else Verdict()
+        return TrainingDecision("restart", "the posterior collapsed") if collapsed else TrainingDecision()
 
     task, outcome = run(tmp_path, ToyTask(verdict=verdict))
     assert task.started == [0, 1] and outcome.attempts == 2
@@ -252,7 +252,7 @@ def test_the_judge_sees_the_records_of_its_attempt_and_restarts(tmp_path):
 
 
 def test_a_verdict_to_stop_ends_without_another_attempt(tmp_path):
-    task = ToyTask(verdict=lambda history: Verdict("stop", "the particles are all the same"))
+    task = ToyTask(verdict=lambda history: TrainingDecision("stop", "the particles are all the same"))
     with raises_code("training-diverged", CryoisoError, match="tried once and failed: the particles are all the same"):
         run(tmp_path, task)
     assert task.started == [0]

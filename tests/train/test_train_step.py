@@ -57,7 +57,7 @@ def test_state_of_channels_last_parameters_comes_back_in_their_layout(tmp_path):
     x = torch.randn(2, 3, 8, 8)
     for _ in range(3):
         stepper(lambda m: (m(x).square().mean(), {}), 1.0, list)
-    state.save(tmp_path / "s.npz", module, stepper.optimiser, state.Progress(step=3), {})
+    state.save(tmp_path / "s.npz", module, stepper.optimiser, state.TrainingProgress(step=3), {})
     other, restored = build()
     arrays, progress = state.load(tmp_path / "s.npz", {})
     state.restore(arrays, other, restored.optimiser)

@@ -18,13 +18,13 @@ from cryoiso.core.errors import CryoisoError
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
 from cryoiso.engines.by_command import take_over
 from cryoiso.engines.by_command import template as names_of
-from cryoiso.engines.by_command.engine import Rounds, State
+from cryoiso.engines.by_command.engine import Rounds, RoundState
 from cryoiso.engines.by_command.inputs import write_inputs
 from cryoiso.engines.by_command.template import out_half
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.group_stop import StopBell
+from cryoiso.parallel.group_stop import StopSignal
 
 OUT = ("particles_out.cs", "particles_out.star", "particles_out.par")
 STEPS = "STEPS.md"
@@ -53,10 +53,10 @@ class FilesEngine:
 class _ByHand(Rounds):
     place, engine = "by-hand", "files"
 
-    def _run(self, number: int, half: int, folder: Path, state: State, names: list[str], bell: StopBell) -> None:
+    def _run(self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal) -> None:
         on_root(self.comm, self._require_result, number, folder, state, names)
 
-    def _require_result(self, number: int, folder: Path, state: State, names: list[str]) -> None:
+    def _require_result(self, number: int, folder: Path, state: RoundState, names: list[str]) -> None:
         if _result(folder) is not None:
             return
         if not (folder / STEPS).exists():
@@ -88,7 +88,7 @@ def _result(folder: Path) -> Path | None:
     return next((folder / name for name in OUT if (folder / name).is_file()), None)
 
 
-def steps(request: RefineRequest, section: CommandSection, state: State, number: int) -> str:
+def steps(request: RefineRequest, section: CommandSection, state: RoundState, number: int) -> str:
     """What to do, as a page."""
     pixel, same = request.reference.pixel_size_A, request.half_references is None and number == 1
     maps = " and ".join(f"`{out_half(section, half)}`" for half in (1, 2))

@@ -37,7 +37,7 @@ from cryoiso.io.star.write import write_particles
 from cryoiso.metrics.fsc_curve import fsc, resolution_at
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.group_stop import StopBell, side_by_side
+from cryoiso.parallel.group_stop import StopSignal, side_by_side
 from cryoiso.parallel.partition import root_of_half
 from cryoiso.physics.filters import apply_radial, lowpass
 from cryoiso.physics.so3 import angular_distance_deg
@@ -73,7 +73,7 @@ class CommandEngine:
 
 
 @dataclass
-class State:
+class RoundState:
     """After a round; the same on every rank."""
 
     round: int
@@ -114,9 +114,9 @@ class Rounds:
                 request.source, self.folder, section.images, comm, resume=request.resume, reader=self.reader
             )
         state = on_root(comm, self._load) or self._first()
-        with side_by_side(comm) as bell:
+        with side_by_side(comm) as stop_signal:
             while state.round < section.rounds:
-                state = self._next(state, names, bell)
+                state = self._next(state, names, stop_signal)
                 on_root(comm, self._save, state)
                 if comm.rank == 0 and request.on_checkpoint:
                     request.on_checkpoint(state.history[-1])
@@ -138,24 +138,24 @@ class Rounds:
         if not begun:
             identity_file.note(self.folder, self.identity)
 
-    def _first(self) -> State:
+    def _first(self) -> RoundState:
         request = self.request
         pixel = request.reference.pixel_size_A
         filtered = {h: lowpass(volume, pixel, request.lowpass_A) for h, volume in self._given().items()}
-        return State(0, filtered, request.lowpass_A)
+        return RoundState(0, filtered, request.lowpass_A)
 
     def _given(self) -> dict[int, np.ndarray]:
         """Half -> reference that the refinement begins with."""
         own = self.request.half_references or dict.fromkeys(HALVES, self.request.reference)
         return {half: np.asarray(own[half].data, np.float32) for half in HALVES}
 
-    def _next(self, state: State, names: list[str], bell: StopBell) -> State:
+    def _next(self, state: RoundState, names: list[str], stop_signal: StopSignal) -> RoundState:
         """One round (collective)."""
         comm, number = self.comm, state.round + 1
         folders = self._folders(number)
         for half in dict.fromkeys(folders.values()):  # once where one run serves both
             which = [h for h, folder in folders.items() if folder == half]
-            self._run(number, which[0] if len(which) == 1 else 0, half, state, names, bell)
+            self._run(number, which[0] if len(which) == 1 else 0, half, state, names, stop_signal)
         poses = on_root(comm, self._poses, folders, names)
         posed = self._posed(poses)
         on_root(comm, take_over.require_possible, posed, self.request.source.box_px, folders[1])
@@ -174,7 +174,7 @@ class Rounds:
         folder = self.folder / f"round-{number:02d}"
         return {half: folder / f"half{half}" if self.template.per_half else folder for half in HALVES}
 
-    def _run(self, number: int, half: int, folder: Path, state: State, names: list[str], bell: StopBell) -> None:
+    def _run(self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal) -> None:
         section = self.section
         line, done = on_root(self.comm, self._begin, number, half, folder, state, names)
         if done:
@@ -183,10 +183,10 @@ class Rounds:
             line, section, self.request, folder, round_=number, half=half, resolution_A=state.resolution_A
         )  # fmt: skip
         limits = {"silence_s": 60 * section.timeout_min, "limit_s": 60 * section.limit_min}
-        follow.run(follow.Start(words, folder, section.site_launcher, **limits), self.comm, bell)
+        follow.run(follow.CommandStart(words, folder, section.site_launcher, **limits), self.comm, stop_signal)
         on_root(self.comm, write_text, folder / "done", "")
 
-    def _begin(self, number: int, half: int, folder: Path, state: State, names: list[str]) -> tuple[str, bool]:
+    def _begin(self, number: int, half: int, folder: Path, state: RoundState, names: list[str]) -> tuple[str, bool]:
         """The command line to start now, and whether this run has ended well before (rank 0)."""
         if (folder / "done").exists():
             return "", True
@@ -246,7 +246,7 @@ class Rounds:
         found = {half: comm.bcast(made[half], root_of_half(half, comm.size)) for half in HALVES}
         return {half: np.asarray(density.data, np.float32) for half, density in found.items()}
 
-    def _judged(self, number: int, state: State, poses: take_over.Poses, maps: dict[int, np.ndarray]) -> State:
+    def _judged(self, number: int, state: RoundState, poses: take_over.Poses, maps: dict[int, np.ndarray]) -> RoundState:
         """Resolution, references of the next round, and the record (collective)."""
         request = self.request
         pixel, box = request.reference.pixel_size_A, request.source.box_px
@@ -263,7 +263,7 @@ class Rounds:
             record["correction"] = facts
         if self.comm.rank == 0:
             logger.info("round %d of %d: resolution %.2f Å", number, self.section.rounds, resolution)
-        return State(number, references, resolution, poses, maps, [*state.history, record])
+        return RoundState(number, references, resolution, poses, maps, [*state.history, record])
 
     def _references(self, maps: dict[int, np.ndarray], curve: np.ndarray, extent_A: float) -> dict[int, np.ndarray]:
         """Half -> Wiener-filtered half-map, FSC of a half-map being SSNR / (1 + SSNR); zero from the first shell below
@@ -287,7 +287,7 @@ class Rounds:
             mask=None if request.mask is None else request.mask.data, initial=self._given(),
         )  # fmt: skip
 
-    def _save(self, state: State) -> None:
+    def _save(self, state: RoundState) -> None:
         poses = cast(take_over.Poses, state.poses)
         arrays = {"rotation": poses.rotation, "shift_A": poses.shift_A}
         arrays |= {f"column {name}": values for name, values in poses.columns.items()}
@@ -296,7 +296,7 @@ class Rounds:
         values = {"round": state.round, "resolution_A": state.resolution_A, "history": state.history}
         checkpoint.save(self.state_file, arrays, values, self.identity)
 
-    def _load(self) -> State | None:
+    def _load(self) -> RoundState | None:
         found = checkpoint.load_same(self.state_file, self.identity, "refinement by command")
         if found is None:
             return None
@@ -304,24 +304,24 @@ class Rounds:
         columns = {k.removeprefix("column "): v for k, v in arrays.items() if k.startswith("column ")}
         poses = take_over.Poses(arrays["rotation"], arrays["shift_A"], columns)
         logger.info("refinement by command goes on after round %d", values["round"])
-        return State(
+        return RoundState(
             values["round"], {h: arrays[f"reference{h}"] for h in HALVES}, values["resolution_A"], poses,
             {h: arrays[f"half{h}"] for h in HALVES}, values["history"],
         )  # fmt: skip
 
-    def _result(self, state: State) -> RefineResult:
+    def _result(self, state: RoundState) -> RefineResult:
         poses = cast(take_over.Poses, state.poses)
         particles = self._posed(poses).with_results(**poses.columns)
         files = {half: self.request.folder / products.half_map(half) for half in HALVES}
         return RefineResult(particles, files, state.history, state.resolution_A)
 
-    def _program_facts(self, state: State) -> dict[str, Any]:
+    def _program_facts(self, state: RoundState) -> dict[str, Any]:
         """What refine.json says of the program."""
         section = self.section
         made_by = "the command" if self._has_maps(self._folders(state.round)) else "reconstructed from its poses"
         return {"command": {"name": section.name, "run": section.run, "rounds": section.rounds, "half_maps": made_by}}
 
-    def _publish(self, state: State, result: RefineResult) -> None:
+    def _publish(self, state: RoundState, result: RefineResult) -> None:
         request = self.request
         for half, path in result.half_maps.items():
             write_map(path, state.maps[half], request.reference.pixel_size_A)

@@ -13,8 +13,8 @@ from cryoiso.core.log import duration
 from cryoiso.engines.process import Program, clean_environment, describe_status
 from cryoiso.parallel.abort import agree
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.group_stop import StopBell
-from cryoiso.parallel.idle_wait import keep_watch
+from cryoiso.parallel.group_stop import StopSignal
+from cryoiso.parallel.idle_wait import poll_on_root
 
 logger = logging.getLogger("cryoiso")
 LOG = "command.log"
@@ -23,7 +23,7 @@ TAIL = 2000
 
 
 @dataclass(frozen=True)
-class Start:
+class CommandStart:
     """What to start, the same on every rank."""
 
     words: list[str]
@@ -36,7 +36,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Event:
+class CommandEvent:
     """Why the ranks are woken."""
 
     kind: str
@@ -44,7 +44,7 @@ class Event:
     message: str = ""
 
 
-def run(start: Start, comm: Context, bell: StopBell) -> None:
+def run(start: CommandStart, comm: Context, stop_signal: StopSignal) -> None:
     """Starts the program and returns when it has ended well (collective).
 
     Raises:
@@ -52,10 +52,10 @@ def run(start: Start, comm: Context, bell: StopBell) -> None:
         CryoisoError: it failed, fell silent or took too long; nothing of it is left by then.
         Interrupted: a signal asked to stop.
     """
-    watch = _Watch(start) if comm.rank == 0 else None
+    watch = _CommandWatch(start) if comm.rank == 0 else None
     try:
         agree(comm, watch.begin() if watch else None)
-        event = keep_watch(comm, bell, watch.look if watch else lambda _: None)
+        event = poll_on_root(comm, stop_signal, watch.look if watch else lambda _: None)
         if event.kind == "stop":
             raise Interrupted("stopped by a signal; the command was ended")
         if event.kind == "error":
@@ -65,8 +65,8 @@ def run(start: Start, comm: Context, bell: StopBell) -> None:
             watch.end()
 
 
-class _Watch:
-    def __init__(self, start: Start) -> None:
+class _CommandWatch:
+    def __init__(self, start: CommandStart) -> None:
         self._start, self._began = start, time.monotonic()
         self._program: Program | None = None
 
@@ -82,14 +82,14 @@ class _Watch:
             return error
         return None
 
-    def look(self, stop: bool) -> Event | None:
+    def look(self, stop: bool) -> CommandEvent | None:
         program, start = self._program, self._start
         if stop or program is None:
-            return Event("stop")
+            return CommandEvent("stop")
         status = program.status()  # before its output: what it wrote last is seen
         program.output()
         if status is not None:
-            return Event("ended") if status == 0 else self._error(describe_status(status))
+            return CommandEvent("ended") if status == 0 else self._error(describe_status(status))
         if start.limit_s and time.monotonic() - self._began > start.limit_s:
             return self._error(f"ran for more than {duration(start.limit_s)} and was ended (command.limit_min)")
         if start.silence_s and program.silent_s() > start.silence_s:
@@ -97,10 +97,10 @@ class _Watch:
             return self._error(f"has written nothing for {silent} and was ended (command.timeout_min)")
         return None
 
-    def _error(self, what: str) -> Event:
+    def _error(self, what: str) -> CommandEvent:
         log = self._start.folder / LOG
         tail = log.read_text(encoding="utf-8", errors="replace")[-TAIL:].strip()
-        return Event("error", f"the command {what}: {shlex.join(self._start.words)}\n{tail}\nSee {log}")
+        return CommandEvent("error", f"the command {what}: {shlex.join(self._start.words)}\n{tail}\nSee {log}")
 
     def end(self) -> None:
         """Nothing of the program is left on this host."""

@@ -20,12 +20,12 @@ from cryoiso.core.errors import CryoisoError, UsageError
 from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
 from cryoiso.core.types import HALVES, Particles
 from cryoiso.engines.by_command import template as names_of
-from cryoiso.engines.by_command.engine import Rounds, State
+from cryoiso.engines.by_command.engine import Rounds, RoundState
 from cryoiso.engines.by_command.inputs import write_inputs
 from cryoiso.engines.cryosparc import session, watch
 from cryoiso.engines.cryosparc.errand import Errand, project_of
 from cryoiso.engines.cryosparc.frame import in_cryosparcs_frame
-from cryoiso.engines.cryosparc.ledger import REFINEMENT, Ledger
+from cryoiso.engines.cryosparc.ledger import REFINEMENT, JobLedger
 from cryoiso.engines.cryosparc.order import Order
 from cryoiso.engines.cryosparc.outputs import MASK, REFERENCE, Shipment
 from cryoiso.engines.cryosparc.results import PARTICLES
@@ -33,7 +33,7 @@ from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.group_stop import StopBell
+from cryoiso.parallel.group_stop import StopSignal
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.symmetry import cryosparc_turn, normalise_name
 
@@ -93,7 +93,7 @@ class _Round(Rounds):
         require_project(self.own)  # before images are copied
         super()._prepare()
 
-    def _first(self) -> State:
+    def _first(self) -> RoundState:
         """One reference for both half-sets, as cryoSPARC takes it. Where each has its own, the mean of both, and of it
         only what is coarser than half-sets share anyway."""
         if self.request.half_references is None:
@@ -102,17 +102,17 @@ class _Round(Rounds):
         mean = lowpass((given[1] + given[2]) / 2, self.request.reference.pixel_size_A, limit_A)
         if self.comm.rank == 0:
             logger.info("cryoSPARC takes one reference for both half-sets: their mean, low-passed to %g Å", limit_A)
-        return State(0, dict.fromkeys(HALVES, mean), limit_A)
+        return RoundState(0, dict.fromkeys(HALVES, mean), limit_A)
 
-    def _run(self, number: int, half: int, folder: Path, state: State, names: list[str], bell: StopBell) -> None:
+    def _run(self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal) -> None:
         if on_root(self.comm, self._written, folder, state, names):
             return
-        on_root(self.comm, lambda: Ledger.read(folder / RECORD).mark)  # a damaged record is an error of all ranks
-        errand = Errand(self._order(folder), Ledger.read(folder / RECORD)) if self.comm.rank == 0 else None
-        watch.run(errand, self.comm, bell)
+        on_root(self.comm, lambda: JobLedger.read(folder / RECORD).mark)  # a damaged record is an error of all ranks
+        errand = Errand(self._order(folder), JobLedger.read(folder / RECORD)) if self.comm.rank == 0 else None
+        watch.run(errand, self.comm, stop_signal)
         on_root(self.comm, write_text, folder / "done", "")
 
-    def _written(self, folder: Path, state: State, names: list[str]) -> bool:
+    def _written(self, folder: Path, state: RoundState, names: list[str]) -> bool:
         """Writes the files that cryoSPARC gets unless they are there; whether its results are there, too (rank 0)."""
         if (folder / "begun").exists():
             return (folder / "done").exists()
@@ -167,8 +167,8 @@ class _Round(Rounds):
             params["init_r_extent"] = request.local_deg
         return params | self.own.params
 
-    def _program_facts(self, state: State) -> dict[str, Any]:
-        ledger = Ledger.read(self._folders(state.round)[1] / RECORD)
+    def _program_facts(self, state: RoundState) -> dict[str, Any]:
+        ledger = JobLedger.read(self._folders(state.round)[1] / RECORD)
         return {"cryosparc": {
             "version": ledger.version, "project": self.own.project, "workspace": self.own.workspace, "job": self.kind,
             "jobs": ledger.jobs, "uid": ledger.jobs.get(REFINEMENT, ""), "params": self._params(),

@@ -15,7 +15,7 @@ from cryoiso.core.config import CryosparcSection
 from cryoiso.core.errors import CryoisoError
 from cryoiso.core.log import duration, printable
 from cryoiso.engines.cryosparc import session
-from cryoiso.engines.cryosparc.ledger import PARTICLES, REFINEMENT, Ledger
+from cryoiso.engines.cryosparc.ledger import PARTICLES, REFINEMENT, JobLedger
 from cryoiso.engines.cryosparc.order import JOB_TYPES, Order
 from cryoiso.engines.cryosparc.outputs import SLOTS, filled
 from cryoiso.engines.cryosparc.results import take_results
@@ -29,7 +29,7 @@ _ENDED_BADLY = ("failed", "killed")
 class Errand:
     """Follows one order (rank 0)."""
 
-    def __init__(self, order: Order, ledger: Ledger) -> None:
+    def __init__(self, order: Order, ledger: JobLedger) -> None:
         self.order, self.ledger, self._section = order, ledger, order.section
         self._began = False
         self._told = ("", 0.0)

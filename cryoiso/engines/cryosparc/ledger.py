@@ -20,7 +20,7 @@ PARTICLES, REFINEMENT = "particles", "refinement"
 
 
 @dataclass
-class Ledger:
+class JobLedger:
     """The file ``cryosparc.json`` of a round."""
 
     file: Path
@@ -36,7 +36,7 @@ class Ledger:
     """Of the cryoSPARC that ran the refinement."""
 
     @classmethod
-    def read(cls, file: Path) -> Ledger:
+    def read(cls, file: Path) -> JobLedger:
         """The file, or a new one.
 
         Raises:

@@ -13,15 +13,15 @@ from cryoiso.engines.cryosparc.errand import Errand
 from cryoiso.engines.cryosparc.ledger import REFINEMENT
 from cryoiso.parallel.abort import agree
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.group_stop import StopBell
-from cryoiso.parallel.idle_wait import keep_watch
+from cryoiso.parallel.group_stop import StopSignal
+from cryoiso.parallel.idle_wait import poll_on_root
 
 logger = logging.getLogger("cryoiso")
 LONGEST_PAUSE_S = 60.0
 
 
 @dataclass(frozen=True)
-class Event:
+class CryosparcEvent:
     """Why the ranks are woken."""
 
     kind: str
@@ -29,7 +29,7 @@ class Event:
     message: str = ""
 
 
-def run(errand: Errand | None, comm: Context, bell: StopBell) -> None:
+def run(errand: Errand | None, comm: Context, stop_signal: StopSignal) -> None:
     """Returns when the results lie in the folder of the round (collective).
 
     Args:
@@ -39,30 +39,30 @@ def run(errand: Errand | None, comm: Context, bell: StopBell) -> None:
         CryoisoError: cryoSPARC refused something, its job failed, or it did not answer for ``cryosparc.retry_min``.
         Interrupted: a signal asked to stop; the job in cryoSPARC goes on, or was killed, by ``cryosparc.on_stop``.
     """
-    watch = _Watch(errand) if errand else None
-    event = keep_watch(comm, bell, watch.look if watch else lambda _: None)
+    watch = _CryosparcWatch(errand) if errand else None
+    event = poll_on_root(comm, stop_signal, watch.look if watch else lambda _: None)
     if event.kind == "stop":
         raise Interrupted(f"stopped by a signal; {event.message}")
     agree(comm, watch.error if watch else None)
 
 
-class _Watch:
+class _CryosparcWatch:
     def __init__(self, errand: Errand) -> None:
         self._errand, self._steps = errand, errand.steps()
         self._due, self._lost_since, self._losses = 0.0, 0.0, 0
         self.error: CryoisoError | None = None
 
-    def look(self, stop: bool) -> Event | None:
+    def look(self, stop: bool) -> CryosparcEvent | None:
         """One step, if it is time for one."""
         if stop:
-            return Event("stop", self._stopped())
+            return CryosparcEvent("stop", self._stopped())
         if time.monotonic() < self._due:
             return None
         try:
             with session.quiet():
                 pause = next(self._steps)
         except StopIteration:
-            return Event("ended")
+            return CryosparcEvent("ended")
         except CryoisoError as error:
             return self._failed(error)
         except Exception as error:
@@ -77,7 +77,7 @@ class _Watch:
         self._losses, self._due = 0, time.monotonic() + pause
         return None
 
-    def _wait(self) -> Event | None:
+    def _wait(self) -> CryosparcEvent | None:
         """After a lost connection: the same again, later."""
         section, now = self._errand.order.section, time.monotonic()
         limit_s = 60 * section.retry_min
@@ -99,9 +99,9 @@ class _Watch:
         self._steps = self._errand.steps()
         return None
 
-    def _failed(self, error: CryoisoError) -> Event:
+    def _failed(self, error: CryoisoError) -> CryosparcEvent:
         self.error = error
-        return Event("error")
+        return CryosparcEvent("error")
 
     def _stopped(self) -> str:
         """What becomes of the job in cryoSPARC, in words."""

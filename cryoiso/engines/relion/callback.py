@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cryoiso.core.errors import EXIT_OTHER, EXIT_USAGE, CryoisoError
-from cryoiso.parallel.task_socket import ask
+from cryoiso.parallel.task_socket import request
 
 VARIABLE = "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE"
 DESK_FILE = "callback.json"
@@ -33,7 +33,7 @@ def hand_over(desk: Path, star: str) -> None:
         InputError: nobody waits.
         HandoverError: they could not, or are gone.
     """
-    ask(desk, {"star": os.path.abspath(star), "host": socket.gethostname(), "process": os.getpid()})
+    request(desk, {"star": os.path.abspath(star), "host": socket.gethostname(), "process": os.getpid()})
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ import numpy as np
 from cryoiso.core.errors import CryoisoError, InputError, code_of
 from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.core.types import HALVES
-from cryoiso.engines.relion.external import Task, read_task, uses_iterations
+from cryoiso.engines.relion.external import ReconstructionTask, read_task, uses_iterations
 from cryoiso.engines.relion.files import SUFFIX, read_model, read_optimiser, read_sampling
 from cryoiso.engines.relion.serve import Setting, corrected, half_maps, maps_of, regularisation, write_result
 from cryoiso.io.atomic import atomic_write, write_text
@@ -118,7 +118,7 @@ def _leave_to_first(meeting: _Meeting, own: dict[str, np.ndarray]) -> dict[str, 
 class _Meeting:
     """Two processes that know each other by the tokens in their notes."""
 
-    def __init__(self, task: Task, limit_s: float) -> None:
+    def __init__(self, task: ReconstructionTask, limit_s: float) -> None:
         self.task = task
         stem = task.star.name.removesuffix(".star").removesuffix(SUFFIX)
         names = {half: stem.replace(f"_half{task.name.half}_", f"_half{half}_") for half in HALVES}
@@ -187,7 +187,7 @@ class _Meeting:
             file.unlink(missing_ok=True)
 
 
-def _surroundings(task: Task, folder: Path, correction: ReferenceCorrection | None) -> tuple[Setting, float]:
+def _surroundings(task: ReconstructionTask, folder: Path, correction: ReferenceCorrection | None) -> tuple[Setting, float]:
     """What RELION's files of the iteration before tell: those of this one are not written yet."""
     name = task.name
     pixel, dimensions, step_deg, version, mask, initial = task.pixel_size_A, 2, 360.0, "", "", None
@@ -217,7 +217,7 @@ def _surroundings(task: Task, folder: Path, correction: ReferenceCorrection | No
     return setting, step_deg
 
 
-def _first_references(task: Task, pixel_size_A: float | None) -> dict[int, np.ndarray] | None:
+def _first_references(task: ReconstructionTask, pixel_size_A: float | None) -> dict[int, np.ndarray] | None:
     files = {half: task.name.of(0, f"half{half}_class001.mrc") for half in HALVES}
     if not all(file.exists() for file in files.values()):
         return None  # a continued run (run_ct12) has no iteration 0 of its own

@@ -27,14 +27,14 @@ from cryoiso.engines.relion.identity import identity_of
 from cryoiso.engines.relion.images import all_flipped, image_names, relion_source, write_input
 from cryoiso.engines.relion.install import Relion, find_relion
 from cryoiso.engines.relion.serve import Setting
-from cryoiso.engines.relion.supervise import Start, run
+from cryoiso.engines.relion.supervise import RelionStart, run
 from cryoiso.io import identity_file
 from cryoiso.io.atomic import write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.group_stop import StopBell, side_by_side
+from cryoiso.parallel.group_stop import StopSignal, side_by_side
 from cryoiso.physics.filters import lowpass
 from cryoiso.refine.offsets import check_poses
 from cryoiso.refine.schedule import expected_iterations
@@ -102,11 +102,11 @@ class _Refinement:
             names = image_names(request.source, self.folder, self.section.images, comm, resume=request.resume)
         on_root(comm, self._write_inputs, names)
         _release_gpu()
-        with side_by_side(comm) as bell:
-            self._all_starts(bell)
+        with side_by_side(comm) as stop_signal:
+            self._all_starts(stop_signal)
         return on_root(comm, self._finish, names).of(request.source.particles)
 
-    def _all_starts(self, bell: StopBell) -> None:
+    def _all_starts(self, stop_signal: StopSignal) -> None:
         before = ""
         while True:
             step = on_root(self.comm, self._next, not before)
@@ -118,7 +118,7 @@ class _Refinement:
                 )
             before = step.state
             on_root(self.comm, _announce, step.command)
-            run(self._start(step.command), self.comm, bell)
+            run(self._start(step.command), self.comm, stop_signal)
 
     def _prepare_folders(self) -> None:
         fresh = not self.request.resume
@@ -200,8 +200,8 @@ class _Refinement:
         remove_iterations_after(self.root, iteration)
         self._ledger().forget_after(iteration)
 
-    def _ledger(self) -> results.Ledger:
-        return results.Ledger(self.root, self.first)
+    def _ledger(self) -> results.IterationLedger:
+        return results.IterationLedger(self.root, self.first)
 
     def _launched(self, words: list[str]) -> list[str]:
         exported = (VARIABLE,) if self.search.callback else ()
@@ -222,9 +222,9 @@ class _Refinement:
             filtered = lowpass(given.data, given.pixel_size_A, self.request.lowpass_A)
             write_map(Path(f"{self.root}_it001_half{half}_class001.mrc"), filtered, given.pixel_size_A)
 
-    def _start(self, command: list[str]) -> Start:
+    def _start(self, command: list[str]) -> RelionStart:
         site = commands.uses_site_launcher(self.section)
-        return Start(
+        return RelionStart(
             command=command,
             folder=self.folder,
             environment=lambda extra: clean_environment(extra, keep_allocation=site),

@@ -44,7 +44,7 @@ CORNER_EDGE_PX = 3.0
 
 
 @dataclass(frozen=True)
-class Task:
+class ReconstructionTask:
     """One call of RELION: what it wants reconstructed."""
 
     star: Path
@@ -71,7 +71,7 @@ class Task:
         return self.real, self.imaginary, self.weight
 
 
-def read_task(star: Path, folder: Path) -> Task:
+def read_task(star: Path, folder: Path) -> ReconstructionTask:
     """RELION's ``..._external_reconstruct.star``.
 
     Args:
@@ -123,7 +123,7 @@ def read_task(star: Path, folder: Path) -> Task:
         raise InputError(
             "wrong number of shells", file=path, expected=box // 2 + 1, found=len(tau2), code="relion-file-invalid"
         )
-    return Task(
+    return ReconstructionTask(
         star=path,
         name=parse_name(path),
         real=files[0],
@@ -154,7 +154,7 @@ class FourierArrays:
     """(n, n, n//2+1) bool: where there may be data"""
 
 
-def read_arrays(task: Task, device: str = "cpu") -> FourierArrays:
+def read_arrays(task: ReconstructionTask, device: str = "cpu") -> FourierArrays:
     """
     Raises:
         InputError: a file is missing, truncated, of a wrong size, or has numbers that are not finite.
@@ -168,7 +168,7 @@ def read_arrays(task: Task, device: str = "cpu") -> FourierArrays:
     return FourierArrays(numerator, torch.as_tensor(parts[2], device=device) * inside, radius, inside)
 
 
-def _read_half(path: Path, task: Task, n: int) -> np.ndarray:
+def _read_half(path: Path, task: ReconstructionTask, n: int) -> np.ndarray:
     """(n, n, n//2+1) float64: the file's half-complex array cut (or extended by zeros) to n points a side."""
     raw, _ = read_raw_map(path)
     side = math.floor(task.padding * task.box_px + 0.5)
@@ -197,7 +197,7 @@ def _radius(n: int, device: str) -> Tensor:
 
 
 def reconstruct(
-    task: Task, arrays: FourierArrays, *, regularised: bool, iterative: bool, dimensions: int = 2
+    task: ReconstructionTask, arrays: FourierArrays, *, regularised: bool, iterative: bool, dimensions: int = 2
 ) -> Tensor:
     """The map.
 
@@ -217,7 +217,7 @@ def reconstruct(
     return _without_corners(volume, task).float()
 
 
-def _prior(task: Task, arrays: FourierArrays) -> Tensor:
+def _prior(task: ReconstructionTask, arrays: FourierArrays) -> Tensor:
     """1 / (padding^3 tau^2) of every point inside; RELION rounds half shells up."""
     shell = (arrays.radius / task.padding + 0.5).long().clamp(max=len(task.tau2) - 1)
     tau2 = torch.as_tensor(task.tau2, device=shell.device)[shell]
@@ -227,7 +227,7 @@ def _prior(task: Task, arrays: FourierArrays) -> Tensor:
     return prior.where(known, unknown) * arrays.inside
 
 
-def _inverse(task: Task, arrays: FourierArrays, weight: Tensor) -> Tensor:
+def _inverse(task: ReconstructionTask, arrays: FourierArrays, weight: Tensor) -> Tensor:
     """1 / weight, where a weight is not much smaller than others of its shell."""
     last = task.current_px // 2
     shell = (arrays.radius / task.padding).long()
@@ -240,7 +240,7 @@ def _inverse(task: Task, arrays: FourierArrays, weight: Tensor) -> Tensor:
     return torch.where(arrays.inside & (weight > 0), 1.0 / weight.clamp(min=1e-300), torch.zeros_like(weight))
 
 
-def _pipe_menon(task: Task, arrays: FourierArrays, weight: Tensor) -> Tensor:
+def _pipe_menon(task: ReconstructionTask, arrays: FourierArrays, weight: Tensor) -> Tensor:
     """w with (w weight) * kernel = 1 on the sampled points: w <- w / ((w weight) * kernel)."""
     n = weight.shape[0]
     kernel = _kernel_transform(task, n, weight.device)
@@ -253,7 +253,7 @@ def _pipe_menon(task: Task, arrays: FourierArrays, weight: Tensor) -> Tensor:
     return (made / scale).where(weight > 0, torch.zeros_like(made))
 
 
-def _kernel_transform(task: Task, n: int, device: torch.device) -> Tensor:
+def _kernel_transform(task: ReconstructionTask, n: int, device: torch.device) -> Tensor:
     """(n, n, n) transform of the Kaiser-Bessel kernel over the real-space grid, first point the centre.
 
     Like RELION's it is looked up by the distance over D x padding (not over n), and zero from half of that on.
@@ -271,7 +271,7 @@ def _kernel_transform(task: Task, n: int, device: torch.device) -> Tensor:
     return table[(distance / (0.5 / KERNEL_STEPS)).long().clamp_(max=KERNEL_STEPS)]  # rounded as RELION's division is
 
 
-def _to_real_space(task: Task, transform: Tensor, dimensions: int) -> Tensor:
+def _to_real_space(task: ReconstructionTask, transform: Tensor, dimensions: int) -> Tensor:
     """(D, D, D): the transform on the padded grid, its middle cut out; RELION's normalisation of transforms."""
     n, box = transform.shape[0], task.box_px
     side = math.floor(task.padding * box + 0.5)
@@ -292,7 +292,7 @@ def _to_real_space(task: Task, transform: Tensor, dimensions: int) -> Tensor:
     return scaled
 
 
-def _without_corners(volume: Tensor, task: Task) -> Tensor:
+def _without_corners(volume: Tensor, task: ReconstructionTask) -> Tensor:
     """The mean of what lies outside the largest sphere in its place, with a soft edge; then the gridding correction."""
     box = task.box_px
     axis = torch.arange(box, dtype=torch.float64, device=volume.device) - box // 2

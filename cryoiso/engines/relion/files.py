@@ -141,7 +141,7 @@ class Star:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class AngularSampling:
     """Angles of one iteration, before oversampling."""
 
     healpix_order: int
@@ -153,11 +153,11 @@ class Sampling:
         return 60.0 / 2.0**self.healpix_order
 
 
-def read_sampling(path: Path) -> Sampling:
+def read_sampling(path: Path) -> AngularSampling:
     """``..._sampling.star``."""
     star = Star.read(path)
     order = int(star.number("sampling_general", "rlnHealpixOrder"))
-    return Sampling(order, star.text("sampling_general", "rlnSymmetryGroup"))
+    return AngularSampling(order, star.text("sampling_general", "rlnSymmetryGroup"))
 
 
 def read_model(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _UNIT_S = {"sec": 1.0, "min": 60.0, "hrs": 3600.0}
 
 
 @dataclass
-class Progress:
+class RelionProgress:
     """How far RELION is; ``feed`` it with its output."""
 
     iteration: int = 0

@@ -76,7 +76,7 @@ class Found:
         return RefineResult(posed, self.half_maps, self.iterations, self.resolution_A)
 
 
-def publish(request: RefineRequest, ledger: Ledger, names: list[str], program: dict[str, Any]) -> Found:
+def publish(request: RefineRequest, ledger: IterationLedger, names: list[str], program: dict[str, Any]) -> Found:
     """Reads RELION's final files and writes the engine's (rank 0).
 
     Args:
@@ -131,7 +131,7 @@ def _refined(
     return rotation[rows], shift_A[rows], columns
 
 
-class Ledger:
+class IterationLedger:
     """Records of the iterations, kept in a file as they come: RELION's own files of early iterations do not stay."""
 
     def __init__(self, root: Path, first: int = 1) -> None:

@@ -14,7 +14,7 @@ from cryoiso.core.errors import CryoisoError
 from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.core.types import HALVES
 from cryoiso.engines.relion import external
-from cryoiso.engines.relion.external import Task
+from cryoiso.engines.relion.external import ReconstructionTask
 from cryoiso.engines.relion.tau2 import ratio, with_uneven_tau2
 from cryoiso.io.mrc import write_map
 from cryoiso.metrics.fsc_curve import resolution_at
@@ -44,7 +44,7 @@ class Setting:
     """whose signal power regularises: "relion" or "uneven" (``tau2``)"""
 
 
-def serve(tasks: dict[int | None, Task], step_deg: float, setting: Setting, comm: Context) -> dict[str, Any] | None:
+def serve(tasks: dict[int | None, ReconstructionTask], step_deg: float, setting: Setting, comm: Context) -> dict[str, Any] | None:
     """Writes what RELION waits for, and removes the arrays that it left for us (collective).
 
     Args:
@@ -78,7 +78,7 @@ def serve(tasks: dict[int | None, Task], step_deg: float, setting: Setting, comm
     return facts
 
 
-def _both_halves(tasks: dict[int, Task], setting: Setting, comm: Context) -> dict[int, dict[str, np.ndarray]]:
+def _both_halves(tasks: dict[int, ReconstructionTask], setting: Setting, comm: Context) -> dict[int, dict[str, np.ndarray]]:
     """Half -> what ``maps_of`` makes, each half's on one rank and sent to all (collective)."""
     made: dict[int, dict[str, np.ndarray]] = {}
     error: CryoisoError | None = None
@@ -97,14 +97,14 @@ def _both_halves(tasks: dict[int, Task], setting: Setting, comm: Context) -> dic
     return made
 
 
-def regularisation(tasks: dict[int, Task], made: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
+def regularisation(tasks: dict[int, ReconstructionTask], made: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
     """What the record says of a signal power other than RELION's; nothing where it is RELION's."""
     ours = {str(half): ratio(tasks[half], made[half]["tau2"]) for half in tasks if "tau2" in made[half]}
     return {"tau2": "uneven", "tau2_over_relion": ours} if ours else {}
 
 
 def half_maps(
-    tasks: dict[int, Task], made: dict[int, dict[str, np.ndarray]], step_deg: float, setting: Setting
+    tasks: dict[int, ReconstructionTask], made: dict[int, dict[str, np.ndarray]], step_deg: float, setting: Setting
 ) -> HalfMaps:
     """What a correction is told, from the maps of both halves by kind."""
     first = tasks[1]
@@ -122,7 +122,7 @@ def half_maps(
     )
 
 
-def maps_of(task: Task, setting: Setting, comm: Context, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
+def maps_of(task: ReconstructionTask, setting: Setting, comm: Context, kinds: tuple[str, ...]) -> dict[str, np.ndarray]:
     """kind -> (D, D, D) float32: "maps" without, "references" with the prior; "tau2" -> (D//2+1,) its power, where it
     is not RELION's."""
     device = _device(task, comm.device())
@@ -140,7 +140,7 @@ def maps_of(task: Task, setting: Setting, comm: Context, kinds: tuple[str, ...])
     return {**maps, "tau2": task.tau2} if setting.tau2 == "uneven" and "references" in kinds else maps
 
 
-def _device(task: Task, device: str) -> str:
+def _device(task: ReconstructionTask, device: str) -> str:
     """The CPU where the arrays, in double precision and several at once, would not fit onto the GPU."""
     if not device.startswith("cuda"):
         return device
@@ -172,7 +172,7 @@ def corrected(
     return made, dict(facts)
 
 
-def write_result(task: Task, volume: np.ndarray, setting: Setting) -> None:
+def write_result(task: ReconstructionTask, volume: np.ndarray, setting: Setting) -> None:
     """What RELION reads back; its arrays go."""
     write_map(task.result, volume, setting.pixel_size_A)
     for array in task.arrays:

@@ -18,15 +18,15 @@ from cryoiso.core.progress import board
 from cryoiso.core.types import HALVES
 from cryoiso.engines.process import Program, describe_status
 from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
-from cryoiso.engines.relion.external import Task, read_task
-from cryoiso.engines.relion.progress_parser import Progress
+from cryoiso.engines.relion.external import ReconstructionTask, read_task
+from cryoiso.engines.relion.progress_parser import RelionProgress
 from cryoiso.engines.relion.serve import Setting, serve
 from cryoiso.parallel.abort import agree
 from cryoiso.parallel.context import Context
-from cryoiso.parallel.group_stop import StopBell
-from cryoiso.parallel.idle_wait import keep_watch
+from cryoiso.parallel.group_stop import StopSignal
+from cryoiso.parallel.idle_wait import poll_on_root
 from cryoiso.parallel.rendezvous_address import candidates
-from cryoiso.parallel.task_socket import Call, Desk
+from cryoiso.parallel.task_socket import Call, TaskServer
 
 logger = logging.getLogger("cryoiso")
 LOG = "run.log"
@@ -36,12 +36,12 @@ ONE_HALF_LIMIT_S = 3600.0
 
 
 @dataclass(frozen=True)
-class Event:
+class RelionEvent:
     """Why the ranks are woken."""
 
     kind: str
     """"tasks", "ended", "stop" or "error\""""
-    tasks: dict[int | None, Task] = field(default_factory=dict)
+    tasks: dict[int | None, ReconstructionTask] = field(default_factory=dict)
     step_deg: float = 360.0
     message: str = ""
     code: str = ""
@@ -50,7 +50,7 @@ class Event:
 
 
 @dataclass
-class Start:
+class RelionStart:
     """What to start, the same on every rank."""
 
     command: list[str]
@@ -73,18 +73,18 @@ class Start:
     """called on rank 0 with what a callback did, before RELION gets its answer"""
 
 
-def run(start: Start, comm: Context, bell: StopBell) -> None:
+def run(start: RelionStart, comm: Context, stop_signal: StopSignal) -> None:
     """Starts RELION and returns when it has ended well (collective).
 
     Raises:
         CryoisoError: RELION failed or fell silent, or a callback failed; RELION is gone by then.
         Interrupted: a signal asked to stop.
     """
-    watch = _Watch(start) if comm.rank == 0 else None
+    watch = _RelionWatch(start) if comm.rank == 0 else None
     try:
         agree(comm, watch.begin() if watch else None)
         while True:
-            event = keep_watch(comm, bell, watch.look if watch else lambda _: None)
+            event = poll_on_root(comm, stop_signal, watch.look if watch else lambda _: None)
             if event.kind == "ended":
                 return
             if event.kind == "stop":
@@ -104,17 +104,17 @@ def run(start: Start, comm: Context, bell: StopBell) -> None:
             watch.end()
 
 
-class _Watch:
+class _RelionWatch:
     """Rank 0's view of a running RELION."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: RelionStart) -> None:
         self._start = start
         self._program: Program | None = None
-        self._desk: Desk | None = None
-        self._calls: dict[int | None, tuple[Task, Call]] = {}
+        self._desk: TaskServer | None = None
+        self._calls: dict[int | None, tuple[ReconstructionTask, Call]] = {}
         self._first_call = 0.0
         self._warned = 0
-        self._progress = Progress()
+        self._progress = RelionProgress()
         self._told = time.monotonic()
 
     def begin(self) -> CryoisoError | None:
@@ -122,7 +122,7 @@ class _Watch:
         try:
             if start.setting is not None:
                 desk_file = start.folder / DESK_FILE
-                self._desk = Desk(desk_file, candidates(False) if start.elsewhere else ())
+                self._desk = TaskServer(desk_file, candidates(False) if start.elsewhere else ())
                 extra[VARIABLE] = write_script(start.folder / "callback.sh", desk_file)
             self._program = Program(
                 start.command, start.folder / LOG, folder=start.folder, environment=start.environment(extra)
@@ -131,17 +131,17 @@ class _Watch:
             return error
         return None
 
-    def look(self, stop: bool) -> Event | None:
+    def look(self, stop: bool) -> RelionEvent | None:
         """What to wake the ranks for, if anything."""
         try:
             return self._look(stop)
         except CryoisoError as error:
-            return Event("error", message=str(error), code=error.code)
+            return RelionEvent("error", message=str(error), code=error.code)
 
-    def _look(self, stop: bool) -> Event | None:
+    def _look(self, stop: bool) -> RelionEvent | None:
         program = self._program
         if stop or program is None:
-            return Event("stop")
+            return RelionEvent("stop")
         status = program.status()  # before its output: what it wrote last is seen
         self._follow(program.output())
         if status is not None:
@@ -149,16 +149,16 @@ class _Watch:
         self._collect()
         if set(self._calls) in ({None}, set(HALVES)):
             task = next(iter(self._calls.values()))[0]
-            return Event("tasks", {half: call[0] for half, call in self._calls.items()}, self._step(task))
+            return RelionEvent("tasks", {half: call[0] for half, call in self._calls.items()}, self._step(task))
         if self._calls and time.monotonic() - self._first_call > ONE_HALF_LIMIT_S:
             task = next(iter(self._calls.values()))[0]
-            return Event(
+            return RelionEvent(
                 "error", message=f"RELION called for half {task.name.half} of iteration {task.name.iteration} and not "
                 f"for the other half within {duration(ONE_HALF_LIMIT_S)}; it was ended. See {program.log}",
                 code="relion-half-not-called",
             )  # fmt: skip
         if self._start.silence_s and program.silent_s() > self._start.silence_s:
-            return Event(
+            return RelionEvent(
                 "error", message=f"RELION has written nothing for {duration(program.silent_s())} and was ended "
                 f"(relion.timeout_min). See {program.log}",
                 code="relion-silent",
@@ -213,18 +213,18 @@ class _Watch:
             task.result.unlink(missing_ok=True)  # whatever is there afterwards was made for this call
             self._calls[task.name.half] = (task, call)
 
-    def _step(self, task: Task) -> float:
+    def _step(self, task: ReconstructionTask) -> float:
         step = self._progress.step_deg if self._progress.iteration == task.name.iteration else None
         step = step or self._start.step_of(task.name.iteration or 0)
         return 360.0 if step is None else step
 
-    def _ended(self, status: int, when: str = "") -> Event:
+    def _ended(self, status: int, when: str = "") -> RelionEvent:
         if status == 0 and not when:
-            return Event("ended")
+            return RelionEvent("ended")
         log = self._start.folder / LOG
         said = f": {self._progress.error}" if self._progress.error else ""
         message = f"RELION {describe_status(status)}{when}{said}. See {log}"
-        return Event("error", message=message, code="relion-failed", status=status)
+        return RelionEvent("error", message=message, code="relion-failed", status=status)
 
     @contextmanager
     def at_work(self, comm: Context) -> Iterator[None]:

@@ -14,14 +14,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cryoiso.engines.relion.external import FourierArrays, Task
+from cryoiso.engines.relion.external import FourierArrays, ReconstructionTask
 
 LEAST_FSC, MOST_FSC = 0.001, 0.999
 LEAST_WEIGHT = 1e-3
 """Share of a shell's mean weight below which a coefficient does not count as noisier, as in our own half-maps."""
 
 
-def with_uneven_tau2(task: Task, arrays: FourierArrays) -> Task:
+def with_uneven_tau2(task: ReconstructionTask, arrays: FourierArrays) -> ReconstructionTask:
     """The task with tau^2 from this half's own weights and the FSC that RELION gives, times its tau2_fudge.
 
     Shells for which RELION has no prior, or that hold no weight, stay as they are. The joined reconstruction at the
@@ -35,13 +35,13 @@ def with_uneven_tau2(task: Task, arrays: FourierArrays) -> Task:
     return replace(task, tau2=np.where((task.tau2 > 0) & (noise > 0), found, task.tau2))
 
 
-def ratio(task: Task, tau2: np.ndarray) -> float:
+def ratio(task: ReconstructionTask, tau2: np.ndarray) -> float:
     """Median over the shells of how many times these tau^2 are RELION's; 1 where it has none."""
     known = task.tau2 > 0
     return float(f"{np.median(tau2[known] / task.tau2[known]):.4g}") if known.any() else 1.0
 
 
-def noise_of_shells(task: Task, arrays: FourierArrays) -> np.ndarray:
+def noise_of_shells(task: ReconstructionTask, arrays: FourierArrays) -> np.ndarray:
     """(D//2+1,) noise that the FSC sees in each shell: sum w f^2 / sum (w f)^2, f = 1 / max(w, floor), of the weights
     w summed onto the unpadded grid. 0 where there is none."""
     weight = summed(task, arrays)
@@ -61,7 +61,7 @@ def noise_of_shells(task: Task, arrays: FourierArrays) -> np.ndarray:
     return np.asarray(found[:shells].cpu())
 
 
-def summed(task: Task, arrays: FourierArrays) -> torch.Tensor:
+def summed(task: ReconstructionTask, arrays: FourierArrays) -> torch.Tensor:
     """(m, m, m//2+1) float64 weights on the unpadded grid, zero frequency in the middle of all axes but the last: each
     the sum over the points of the padded grid that are nearest to it (half ways away from zero, as RELION rounds; like
     RELION without the Friedel mates of points beside the plane x = 0)."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.methods.anisotropy.correction_run import BOTH, Course, Done, Job, network_file
+from cryoiso.methods.anisotropy.correction_run import BOTH, Network, CorrectionOutput, CorrectionInput, network_file
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.parallel.abort import agree
 from cryoiso.parallel.context import Context
@@ -74,7 +74,7 @@ def correct_halves(
     comm = comm if comm is not None else Context()
     courses = _courses(settings, tuple(sorted({h for hs in comm.allgather(tuple(halves)) for h in hs})))
     apart = len(courses) == 2 and comm.size > 1
-    done: dict[str, Done] = {}
+    done: dict[str, CorrectionOutput] = {}
     for turn in [courses] if apart else [[course] for course in courses]:
         mine, ranks = turn[0], range(comm.size)
         if apart:
@@ -82,35 +82,35 @@ def correct_halves(
             mine, ranks = turn[which], ranks_of_half(which + 1, comm.size)
         error, job = None, None
         try:
-            job = Job.of(mine, halves, transfer, mask, settings, seed, warm, resolution_A)
+            job = CorrectionInput.of(mine, halves, transfer, mask, settings, seed, warm, resolution_A)
         except InputError as caught:
             error = caught
         agree(comm, error)
         assert job is not None
-        with side_by_side(comm) as bell, training_group(comm, ranks) as group:
-            found = job.run(group, Path(folder), resume, bell.heard)
+        with side_by_side(comm) as stop_signal, training_group(comm, ranks) as group:
+            found = job.run(group, Path(folder), resume, stop_signal.received)
         done |= _from_all(comm, mine.label, found)
     return _joined(done, courses, settings, folder, resolution_A)
 
 
-def _courses(settings: Correction, halves: tuple[int, ...]) -> list[Course]:
+def _courses(settings: Correction, halves: tuple[int, ...]) -> list[Network]:
     if settings.mode == "single":
         if len(halves) != 1:
             raise InputError("the mode 'single' takes one map", found=len(halves), code="option-out-of-range")
-        return [Course(BOTH, halves)]
+        return [Network(BOTH, halves)]
     if settings.mode == "independent":
-        return [Course(str(h), (h,)) for h in halves]
+        return [Network(str(h), (h,)) for h in halves]
     if halves != (1, 2):
         raise InputError(
             "the mode 'paired' needs both half-maps", expected="1 and 2", found=halves, code="option-out-of-range"
         )
-    return [Course(BOTH, halves)]
+    return [Network(BOTH, halves)]
 
 
-def _from_all(comm: Any, label: str, found: Done) -> dict[str, Done]:
+def _from_all(comm: Any, label: str, found: CorrectionOutput) -> dict[str, CorrectionOutput]:
     """The results of all groups on every rank: arrays from the first rank that has them, slab-wise."""
     labels = comm.allgather(label)
-    out: dict[str, Done] = {}
+    out: dict[str, CorrectionOutput] = {}
     for name in sorted(set(labels)):
         root = labels.index(name)
         mine = found if comm.rank == root else None
@@ -118,12 +118,12 @@ def _from_all(comm: Any, label: str, found: Done) -> dict[str, Done]:
         rest = comm.bcast(None if mine is None else (mine.history, mine.attempts, mine.scale), root)
         maps = {h: comm.bcast(None if mine is None else mine.maps[h], root) for h in halves}
         inferred = {h: comm.bcast(None if mine is None else mine.inferred[h], root) for h in halves}
-        out[name] = Done(maps, inferred, *rest)
+        out[name] = CorrectionOutput(maps, inferred, *rest)
     return out
 
 
 def _joined(
-    done: dict[str, Done], courses: list[Course], settings: Correction, folder: Path, resolution_A: float | None
+    done: dict[str, CorrectionOutput], courses: list[Network], settings: Correction, folder: Path, resolution_A: float | None
 ) -> Corrected:
     maps = {half: data for one in done.values() for half, data in one.maps.items()}
     inferred = {half: data for one in done.values() for half, data in one.inferred.items()}

@@ -44,7 +44,7 @@ ESTIMATE_STEPS = 100
 
 
 @dataclass(frozen=True)
-class Course:
+class Network:
     """One network to be trained, and the halves that it sees and corrects."""
 
     label: str
@@ -52,7 +52,7 @@ class Course:
 
 
 @dataclass(frozen=True)
-class Done:
+class CorrectionOutput:
     """What became of a course."""
 
     maps: dict[int, np.ndarray]
@@ -63,10 +63,10 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Job:
+class CorrectionInput:
     """One course with everything that it works on."""
 
-    course: Course
+    course: Network
     data: dict[int, np.ndarray]
     transfer: np.ndarray
     reach: np.ndarray
@@ -78,9 +78,9 @@ class Job:
 
     @classmethod
     def of(
-        cls, course: Course, halves: dict[int, DensityMap], transfer: np.ndarray, mask: np.ndarray | None,
+        cls, course: Network, halves: dict[int, DensityMap], transfer: np.ndarray, mask: np.ndarray | None,
         settings: Correction, seed: int, warm: dict[str, Path] | None, resolution_A: float | None,
-    ) -> Job:  # fmt: skip
+    ) -> CorrectionInput:  # fmt: skip
         """Checks and prepares; every rank of the course's group gets the same."""
         maps = {half: halves[half] for half in course.halves}
         box, pixel = next(iter(maps.values())).box_px, next(iter(maps.values())).pixel_size_A
@@ -97,7 +97,7 @@ class Job:
             None if file is None else networks.matching_weights(file, settings.network), pixel,
         )  # fmt: skip
 
-    def run(self, group: TrainingGroup, folder: Path, resume: bool, stop: Callable[[], bool]) -> Done:
+    def run(self, group: TrainingGroup, folder: Path, resume: bool, stop: Callable[[], bool]) -> CorrectionOutput:
         """Trains and applies the network (collective over the group)."""
         seen = {half: filtered(data, self.transfer) for half, data in self.data.items()}
         scale = GreyScale.of(list(seen.values()), self.inside)
@@ -110,7 +110,7 @@ class Job:
         if group.is_first:
             networks.save(network_file(folder, self.course.label), network, self._facts(scale, outcomes))
         group.barrier()
-        return Done(maps, inferred, _joined(outcomes), outcomes[-1].attempts, scale)
+        return CorrectionOutput(maps, inferred, _joined(outcomes), outcomes[-1].attempts, scale)
 
     def _by_completion(
         self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
@@ -210,7 +210,7 @@ def tile_px(settings: Correction, box_px: int) -> int:
 class _Trainer:
     """Trains a task; each round has a folder of its own for checkpoints."""
 
-    job: Job
+    job: CorrectionInput
     group: TrainingGroup
     folder: Path
     resume: bool

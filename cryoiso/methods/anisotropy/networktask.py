@@ -13,7 +13,7 @@ from cryoiso.core.identity import MARK
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.submaps import digest_of
 from cryoiso.nets.unet import Unet3d
-from cryoiso.train.watch import Verdict
+from cryoiso.train.watch import TrainingDecision
 
 
 class NetworkTask:
@@ -38,8 +38,8 @@ class NetworkTask:
     def annealed_at(self, attempt: int) -> int:
         return 0
 
-    def judge(self, history: Sequence[dict[str, Any]]) -> Verdict:
-        return Verdict()
+    def judge(self, history: Sequence[dict[str, Any]]) -> TrainingDecision:
+        return TrainingDecision()
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result beside the loop's settings."""

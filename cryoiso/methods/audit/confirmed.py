@@ -36,7 +36,7 @@ SPARSE = 0.3
 
 
 @dataclass(frozen=True)
-class Confirmation:
+class ReferenceCorrelation:
     """Correlation of the particles' own signal with a reference; 1 for the right one, 0 for an unrelated one."""
 
     value: float
@@ -62,14 +62,14 @@ class Confirmation:
 
 
 @dataclass(frozen=True)
-class Grid:
+class BandGrid:
     """A grid that is as coarse as the band allows; its shells are those of the map's grid."""
 
     box_px: int
     pixel_size_A: float
 
     @classmethod
-    def of(cls, band: Band, box_px: int, pixel_size_A: float) -> Grid:
+    def of(cls, band: Band, box_px: int, pixel_size_A: float) -> BandGrid:
         box = min(box_px, 2 * (band.last + EDGE_SHELLS))
         return cls(box, pixel_size_A * box_px / box)
 
@@ -149,7 +149,7 @@ def confirm(
     reference: Float[np.ndarray, "box box box"], mirrored: Float[np.ndarray, "box box box"],
     inside: Bool[np.ndarray, "box box box"], band: Band, pixel_size_A: float, diameter_A: float,
     operations: Float[np.ndarray, "g 3 3"], seed: int = 0,
-) -> Confirmation:  # fmt: skip
+) -> ReferenceCorrelation:  # fmt: skip
     """Agreement of a map with its reference, with decoys and with the mirror image, in a band.
 
     Args:
@@ -159,7 +159,7 @@ def confirm(
         inside: outline of the reference, within which random densities are made.
         operations: point group of all of them.
     """
-    grid = Grid.of(band, len(volume), pixel_size_A)
+    grid = BandGrid.of(band, len(volume), pixel_size_A)
     sphere = grid.sphere(diameter_A)
     one, model, other = (grid.take(v, pixel_size_A) for v in (volume, reference, mirrored))
     first, second = (grid.take(half, pixel_size_A) for half in halves)
@@ -174,4 +174,4 @@ def confirm(
         return agreement(fsc(one, density, sphere), own, band)
 
     made = (random_density(np.clip(outline, 0, 1), orbit, model, seed, number) for number in range(DECOYS))
-    return Confirmation(of(model), np.array([of(density) for density in made]), of(other))
+    return ReferenceCorrelation(of(model), np.array([of(density) for density in made]), of(other))

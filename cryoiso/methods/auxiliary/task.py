@@ -20,7 +20,7 @@ from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae
 from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.train.batches import Batches
-from cryoiso.train.watch import Verdict
+from cryoiso.train.watch import TrainingDecision
 
 COLLAPSE_NATS = 0.1
 """A layer whose latents tell less than this about an image has collapsed."""
@@ -116,17 +116,17 @@ class GeneratorTask:
         share = min(self.settings.kl_anneal_fraction * SLOWER[min(attempt, len(SLOWER) - 1)], 0.95)
         return int(share * self.settings.steps)
 
-    def judge(self, history: Sequence[dict[str, Any]]) -> Verdict:
+    def judge(self, history: Sequence[dict[str, Any]]) -> TrainingDecision:
         """Restart if the posterior has collapsed once the KL term has its whole weight."""
         if not history or history[-1]["step"] <= self.annealed_at(history[-1]["attempt"]):
-            return Verdict()
+            return TrainingDecision()
         kl = history[-1].get("kl_per_layer")
         if kl is None:
-            return Verdict()
+            return TrainingDecision()
         collapsed = collapsed_layers(np.asarray(kl), self.config.box_px)
         if collapsed.mean() <= COLLAPSED_SHARE:
-            return Verdict()
-        return Verdict(
+            return TrainingDecision()
+        return TrainingDecision(
             "restart",
             f"the posterior has collapsed in {collapsed.sum()} of {len(collapsed)} layers (less than "
             f"{COLLAPSE_NATS:g} nats an image)",

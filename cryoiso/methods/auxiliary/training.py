@@ -28,7 +28,7 @@ RECORDS = 200
 
 
 @dataclass(frozen=True)
-class Course:
+class GeneratorTraining:
     """One generator to be trained: on which particles, with which reference."""
 
     label: str
@@ -43,7 +43,7 @@ class Course:
 
 
 def train_generators(
-    courses: list[Course],
+    courses: list[GeneratorTraining],
     source: ImageSource,
     particles: Particles,
     settings: Training,
@@ -79,8 +79,8 @@ def train_generators(
         if apart:
             which = 0 if comm.rank in ranks_of_half(1, comm.size) else 1
             mine, ranks = turn[which], ranks_of_half(which + 1, comm.size)
-        with side_by_side(comm) as bell, training_group(comm, ranks) as group:
-            found = _train_one(mine, source, particles, scales[mine.label], settings, group, seed, resume, bell.heard)
+        with side_by_side(comm) as stop_signal, training_group(comm, ranks) as group:
+            found = _train_one(mine, source, particles, scales[mine.label], settings, group, seed, resume, stop_signal.received)
             if on_checkpoint and group.is_first:
                 on_checkpoint(mine.label, found.step)
         for label, outcome in comm.allgather((mine.label, found)):
@@ -89,7 +89,7 @@ def train_generators(
 
 
 def _train_one(
-    course: Course,
+    course: GeneratorTraining,
     source: ImageSource,
     particles: Particles,
     scale: np.ndarray,

@@ -29,7 +29,7 @@ LEAST_CTF = 0.1
 
 
 @dataclass
-class HalfSums:
+class MicelleSums:
     """What has been read of one half-set so far, reduced over ranks; on the half's root, elsewhere ``grid`` is None."""
 
     grid: np.ndarray | None = None
@@ -53,13 +53,13 @@ class HalfSums:
         return {f"{k}{half}": np.asarray(v) for k, v in named.items()} | {f"bound{half}": np.array(self.bound)}
 
     @classmethod
-    def of_arrays(cls, arrays: dict[str, np.ndarray], half: int) -> HalfSums:
+    def of_arrays(cls, arrays: dict[str, np.ndarray], half: int) -> MicelleSums:
         """From :meth:`arrays`."""
         values: dict[str, Any] = {k: arrays[f"{k}{half}"] for k in ("grid", "done", "power", "count")}
         return cls(bound=float(arrays[f"bound{half}"]), **values)
 
 
-class ImagePass:
+class SumPass:
     """Reads the images once, both halves at the same pace, so that both have a map whenever it is interrupted."""
 
     def __init__(
@@ -78,7 +78,7 @@ class ImagePass:
         check_poses(reader.particles, reader.source.box_px)
         self.pixel = reader.particles.group_values("pixel_size_A")
 
-    def run(self, before: dict[int, HalfSums]) -> tuple[dict[int, HalfSums], bool]:
+    def run(self, before: dict[int, MicelleSums]) -> tuple[dict[int, MicelleSums], bool]:
         """Adds what is not yet in ``before`` (collective).
 
         Returns:
@@ -129,8 +129,8 @@ class ImagePass:
         self,
         accumulators: dict[int, SliceAccumulator],
         found: list[tuple[int, int, float, float]],
-        before: dict[int, HalfSums],
-    ) -> dict[int, HalfSums]:
+        before: dict[int, MicelleSums],
+    ) -> dict[int, MicelleSums]:
         """Sums over ranks, added to what was there before; every half on its root."""
         everything = sorted(item for part in self.comm.allgather(found) for item in part)
         result = {}
@@ -144,10 +144,10 @@ class ImagePass:
             new = np.array([item[1:] for item in everything if item[0] == half]).reshape(-1, 3)
             columns = np.concatenate([np.stack([old.done, old.power, old.count], 1), new])
             columns = columns[np.argsort(columns[:, 0], kind="stable")]
-            result[half] = HalfSums(grid, bound, columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
+            result[half] = MicelleSums(grid, bound, columns[:, 0].astype(np.int64), columns[:, 1], columns[:, 2])
         return result
 
-    def finished(self, sums: HalfSums, device: str) -> FourierSums:
+    def finished(self, sums: MicelleSums, device: str) -> FourierSums:
         """The sums as numbers, on the half's root, a copy of the point group counted once."""
         assert sums.grid is not None
         empty = SliceAccumulator(

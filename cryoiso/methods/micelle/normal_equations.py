@@ -33,7 +33,7 @@ radius; beyond it they would take GiBs."""
 
 
 @dataclass(frozen=True)
-class Grid:
+class SolutionGrid:
     """The grid that is solved on: the particles' box in Å, with no more voxels than the frequencies in use need."""
 
     box_px: int
@@ -48,7 +48,7 @@ class Grid:
     """Of the grid of the sums; the convolution itself needs 2."""
 
     @classmethod
-    def of(cls, box_px: int, pixel_size_A: float, finest_A: float) -> Grid:
+    def of(cls, box_px: int, pixel_size_A: float, finest_A: float) -> SolutionGrid:
         """The grid for data up to a resolution."""
         from scipy.fft import next_fast_len
 
@@ -118,7 +118,7 @@ class NormalEquations:
     """A z = rhs of one half-set, A = J^T J + sigma^2 / tau^2 and rhs = J^T x."""
 
     def __init__(
-        self, sums: FourierSums, grid: Grid, protein: np.ndarray, outside: np.ndarray, lowpass_A: float
+        self, sums: FourierSums, grid: SolutionGrid, protein: np.ndarray, outside: np.ndarray, lowpass_A: float
     ) -> None:
         """
         Args:
@@ -216,7 +216,7 @@ def _filter(volume: Tensor, factor: Tensor) -> Tensor:
     return filtered
 
 
-def _lowpass_factor(grid: Grid, lowpass_A: float, device: torch.device) -> Tensor:
+def _lowpass_factor(grid: SolutionGrid, lowpass_A: float, device: torch.device) -> Tensor:
     """(E, E, E//2+1) float32; without a low-pass, everything up to the finest frequency used."""
     radius = radius_grid(grid.size_px, 3, device)
     if not lowpass_A:

@@ -15,8 +15,8 @@ from cryoiso.core.identity import Identity, of_images, of_particles, sketch_of
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io import checkpoint
-from cryoiso.methods.micelle.image_sums import HalfSums, ImagePass
-from cryoiso.methods.micelle.normal_equations import Grid, NormalEquations
+from cryoiso.methods.micelle.image_sums import MicelleSums, SumPass
+from cryoiso.methods.micelle.normal_equations import SolutionGrid, NormalEquations
 from cryoiso.methods.micelle.protein import ProteinMask
 from cryoiso.methods.micelle.solve import CgState, start, step
 from cryoiso.parallel.abort import agree, on_root
@@ -128,11 +128,11 @@ def recover_micelle_halves(
         Interrupted: stopped by a signal before any image of either half was read.
     """
     comm = comm if comm is not None else Context()
-    run = _Run(source, particles, homologue, mask, comm, settings, device, on_iteration)
+    run = _Recovery(source, particles, homologue, mask, comm, settings, device, on_iteration)
     found = run.load(checkpoint_file) if resume and checkpoint_file else {}
     if not resume and checkpoint_file:  # else a later resumption would find that of an earlier job
         on_root(comm, checkpoint.remove, checkpoint_file)
-    before = {h: HalfSums.of_arrays(found, h) if f"grid{h}" in found else HalfSums() for h in HALVES}
+    before = {h: MicelleSums.of_arrays(found, h) if f"grid{h}" in found else MicelleSums() for h in HALVES}
     sums, whole = run.images.run(before)
     if not all(len(s.done) for s in sums.values()):
         raise Interrupted("stopped by a signal before there was anything to keep")
@@ -150,7 +150,7 @@ def recover_micelle_halves(
     return Recovery(halves, stopped, run.grid_facts())
 
 
-class _Run:
+class _Recovery:
     """The parts of :func:`recover_micelle_halves`."""
 
     def __init__(
@@ -177,11 +177,11 @@ class _Run:
                 )
         pixel = homologue.pixel_size_A
         finest = max(2 * pixel, FINEST_OF_LOWPASS * settings.lowpass_A)
-        self.grid = Grid.of(source.box_px, pixel, finest)
+        self.grid = SolutionGrid.of(source.box_px, pixel, finest)
         self.protein = np.asarray(mask.data * homologue.data, np.float32)
         self.mask = mask
         reader = BatchReader(source, particles, pixel, device, with_dc=True, memory_bytes=0)
-        self.images = ImagePass(
+        self.images = SumPass(
             reader, point_group(settings.symmetry), self.grid.radius_px, self.grid.padding, comm
         )  # fmt: skip
 
@@ -194,7 +194,7 @@ class _Run:
             "padding": g.padding,
         }
 
-    def equations(self, sums: dict[int, HalfSums]) -> tuple[dict[int, NormalEquations], InputError | None]:
+    def equations(self, sums: dict[int, MicelleSums]) -> tuple[dict[int, NormalEquations], InputError | None]:
         """The normal equations of the halves that this rank is root of."""
         result: dict[int, NormalEquations] = {}
         protein, outside = self.grid.coarse(self.protein), self.grid.outside(self.mask.data, self.settings.diameter_A)
@@ -222,7 +222,7 @@ class _Run:
         return result, error
 
     @staticmethod
-    def _explained(made: NormalEquations, sums: HalfSums) -> float:
+    def _explained(made: NormalEquations, sums: MicelleSums) -> float:
         """Part of an image's mean power that the homologue alone explains."""
         return made.rhs.grey**2 / made.homologue_power / max(float(sums.count.sum()), 1.0)
 
@@ -290,7 +290,7 @@ class _Run:
 
         return on_root(self.comm, read)
 
-    def save(self, file: Path, sums: dict[int, HalfSums], states: dict[int, CgState]) -> None:
+    def save(self, file: Path, sums: dict[int, MicelleSums], states: dict[int, CgState]) -> None:
         """Brings all to rank 0, which writes it."""
         arrays: dict[str, np.ndarray] = {}
         for half in HALVES:

@@ -23,7 +23,7 @@ from cryoiso.io.atomic import write_text
 from cryoiso.pipeline.batch.container import started_in, words_for_script
 from cryoiso.pipeline.batch.expedite import require_expedited_requeue
 from cryoiso.pipeline.batch.fill_template import fill_own, fill_site, read_template, words_of
-from cryoiso.pipeline.batch.mpi_launcher import Start, how_to_start
+from cryoiso.pipeline.batch.mpi_launcher import RankLauncher, how_to_start
 from cryoiso.pipeline.batch.script_safety import require_name, require_one_line, require_plain
 from cryoiso.pipeline.jobfile import read_job
 from cryoiso.pipeline.records.manifest import input_files
@@ -177,7 +177,7 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     return {**_cryosparc_words(facts, start, program, words), **facts, **section.variables}
 
 
-def _cryosparc_words(facts: dict[str, Any], start: Start, program: list[str], words: list[str]) -> dict[str, Any]:
+def _cryosparc_words(facts: dict[str, Any], start: RankLauncher, program: list[str], words: list[str]) -> dict[str, Any]:
     """What cryoSPARC's cluster scripts call these things; its counts are those of one node."""
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or "user"
     return {

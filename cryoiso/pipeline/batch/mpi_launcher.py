@@ -16,7 +16,7 @@ _FLAVOURS = (("Open MPI", "pmix"), ("MPICH", "pmi2"))
 
 
 @dataclass(frozen=True)
-class Start:
+class RankLauncher:
     """How the ranks are started."""
 
     prefix: tuple[str, ...]
@@ -31,7 +31,7 @@ class Start:
         return self.flavour not in ("", "mpirun")
 
 
-def how_to_start(section: LaunchSection, ranks: int, ranks_per_node: int) -> Start:
+def how_to_start(section: LaunchSection, ranks: int, ranks_per_node: int) -> RankLauncher:
     """The launcher for a job.
 
     Raises:
@@ -44,14 +44,14 @@ def how_to_start(section: LaunchSection, ranks: int, ranks_per_node: int) -> Sta
             code="options-conflict",
         )
     if ranks == 1 and (section.mpi == "mpirun" or section.scheduler != "slurm"):
-        return Start((), "", "one rank, no launcher")
+        return RankLauncher((), "", "one rank, no launcher")
     library = _library(section)
     flavour, why = _flavour(section, library)
     if flavour != "mpirun":
         words = ("srun", f"--mpi={flavour}", f"--ntasks={ranks}", f"--ntasks-per-node={ranks_per_node}",
                  f"--cpus-per-task={section.cpus_per_rank}")  # fmt: skip
-        return Start(words, flavour, why)
-    return Start(_mpirun(section, library, ranks, ranks_per_node), "mpirun", why)
+        return RankLauncher(words, flavour, why)
+    return RankLauncher(_mpirun(section, library, ranks, ranks_per_node), "mpirun", why)
 
 
 def _library(section: LaunchSection) -> str:

@@ -20,7 +20,7 @@ from cryoiso.io.mrc import read_map
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.commands.ctf_refine_facts import Micrographs, all_facts
+from cryoiso.pipeline.commands.ctf_refine_facts import MicrographPositions, all_facts
 from cryoiso.pipeline.inputs.grids import read_mask, require_grid
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
 from cryoiso.pipeline.inputs.particle_tables import bare
@@ -89,7 +89,7 @@ def ctf_refine_files(
     return written if comm.rank == 0 else ({}, {})
 
 
-def _read(job: Job, choice: ReferenceChoice, out: Path) -> tuple[Particles, CtfReference, Micrographs]:
+def _read(job: Job, choice: ReferenceChoice, out: Path) -> tuple[Particles, CtfReference, MicrographPositions]:
     section = job.particles
     if Path(section.file).resolve() == (out / products.PARTICLES).resolve():
         raise UsageError(
@@ -104,7 +104,7 @@ def _read(job: Job, choice: ReferenceChoice, out: Path) -> tuple[Particles, CtfR
     if choice.ref is None:
         _require_halves(particles, section.file)
     logger.info("reference: %s to %.2f Å", reference.source, reference.resolution_A)
-    return particles, reference, Micrographs.of(particles, section.file)
+    return particles, reference, MicrographPositions.of(particles, section.file)
 
 
 def _require_defocus(particles: Particles, file: object) -> None:
@@ -159,7 +159,7 @@ def _reference(particles: Particles, job: Job, choice: ReferenceChoice) -> CtfRe
 
 
 def _write(
-    full: Particles, found: CtfRefinement, reference: CtfReference, micrographs: Micrographs,
+    full: Particles, found: CtfRefinement, reference: CtfReference, micrographs: MicrographPositions,
     settings: CtfRefinementSettings, choice: ReferenceChoice, job: Job, out: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     facts = {

@@ -21,7 +21,7 @@ PIXEL_COLUMNS = ("rlnMicrographPixelSize", "rlnMicrographOriginalPixelSize")
 
 
 @dataclass(frozen=True)
-class Micrographs:
+class MicrographPositions:
     """Which micrograph each of n particles lies on, and where."""
 
     names: list[str]
@@ -31,7 +31,7 @@ class Micrographs:
     """(n, 2)."""
 
     @classmethod
-    def of(cls, particles: Particles, file: object) -> Micrographs:
+    def of(cls, particles: Particles, file: object) -> MicrographPositions:
         """From the columns rlnMicrographName, rlnCoordinateX and Y; the unit of coordinates is the micrograph's pixel
         size where the file has it, else that of the images."""
         if particles.table is None:
@@ -76,7 +76,7 @@ def all_facts(
     before: Particles,
     found: CtfRefinement,
     reference: CtfReference,
-    micrographs: Micrographs,
+    micrographs: MicrographPositions,
     settings: CtfRefinementSettings,
 ) -> dict[str, Any]:
     """The numbers of ctf_refine.json, but for the files."""
@@ -110,7 +110,7 @@ def _without_lists(facts: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if facts is None else {k: v for k, v in facts.items() if not isinstance(v, list)}
 
 
-def _planes(before: Particles, found: CtfRefinement, micrographs: Micrographs) -> dict[int, TiltPlane | None]:
+def _planes(before: Particles, found: CtfRefinement, micrographs: MicrographPositions) -> dict[int, TiltPlane | None]:
     """Micrograph -> plane of the refined defoci; empty without coordinates or refined particles."""
     if micrographs.index is None or micrographs.position_A is None or found.prior_sd_A <= 0:
         return {}
@@ -124,7 +124,7 @@ def _planes(before: Particles, found: CtfRefinement, micrographs: Micrographs) -
 
 
 def _micrograph_table(
-    before: Particles, found: CtfRefinement, micrographs: Micrographs, planes: dict[int, TiltPlane | None]
+    before: Particles, found: CtfRefinement, micrographs: MicrographPositions, planes: dict[int, TiltPlane | None]
 ) -> list[dict[str, Any]]:
     if micrographs.index is None:
         return []

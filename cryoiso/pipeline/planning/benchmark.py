@@ -22,7 +22,7 @@ from cryoiso.pipeline.planning.ceilings import FLOPS, Ceilings, demand, flops_of
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.microbenchmarks import timings
 from cryoiso.pipeline.planning.rates import CPU, best_time, built_in, of_stages
-from cryoiso.pipeline.planning.same_results import Comparison
+from cryoiso.pipeline.planning.same_results import KernelComparison
 from cryoiso.pipeline.records.environment import computes_on
 
 NETWORKS = ("train", "generate", "unet")
@@ -67,7 +67,7 @@ def kernel_times(p: Problem, device: str, best: Ceilings, limit_s: float) -> lis
     return found
 
 
-def require_same(found: list[Comparison], device: str) -> None:
+def require_same(found: list[KernelComparison], device: str) -> None:
     """Refuse a device whose results differ from those of the reference.
 
     Raises:
@@ -114,7 +114,7 @@ workflow = "{p.job.run.workflow}"
 
 
 def record(
-    p: Problem, device: str, best: Ceilings, kernels: list[KernelTime], same: list[Comparison],
+    p: Problem, device: str, best: Ceilings, kernels: list[KernelTime], same: list[KernelComparison],
     small: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What ``--out`` and ``--json`` write."""

@@ -23,7 +23,7 @@ from cryoiso.parallel import signals
 from cryoiso.pipeline.batch.walltime import End, job_end
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.planning.remaining_time import Later, later_stages
+from cryoiso.pipeline.planning.remaining_time import RemainingTime, remaining_stages
 
 logger = logging.getLogger("cryoiso")
 LOOK_EVERY_S = 1.0
@@ -41,7 +41,7 @@ class Forecast:
     board: Board
     end: End | None
     stop_before_s: float
-    later: Later
+    later: RemainingTime
     tell: Callable[..., None] = lambda **facts: None
     stop: Callable[[str], None] = signals.ask_to_stop
     job_began: float = field(default_factory=time.time)
@@ -139,7 +139,7 @@ def watching(run: RunContext, inputs: Inputs, until: str = "") -> Iterator[None]
     journal, done = run.journal, threading.Event()
     end = job_end()
     forecast = Forecast(
-        board, end, run.job.run.stop_before_end_s, later_stages(run, inputs, until),
+        board, end, run.job.run.stop_before_end_s, remaining_stages(run, inputs, until),
         tell=lambda **facts: journal.append("forecast", **facts), job_began=_began(),
     )  # fmt: skip
     if end is not None:

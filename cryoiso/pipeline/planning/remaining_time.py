@@ -135,11 +135,11 @@ class Estimates:
         return Ahead(sum(seconds or 0.0 for seconds in times.values()), unknown)
 
 
-Later = Callable[[str, float, float], Ahead]
+RemainingTime = Callable[[str, float, float], Ahead]
 """(stage, seconds since this process began it, seconds left of it) -> the stages after it"""
 
 
-def later_stages(run: RunContext, inputs: Inputs, until: str = "") -> Later:
+def remaining_stages(run: RunContext, inputs: Inputs, until: str = "") -> RemainingTime:
     """Foretells the stages after the running one, up to ``until`` if given (rank 0)."""
     names = [stage.name for stage in stages_of(run.job, run.folder)]
     names = names[: names.index(until) + 1] if until else names

@@ -17,7 +17,7 @@ BOX_PX, IMAGES, VIEWS = 32, 6, 8
 
 
 @dataclass(frozen=True)
-class Comparison:
+class KernelComparison:
     """Largest difference of one inner loop's results, as a share of the largest value."""
 
     kernel: str
@@ -29,7 +29,7 @@ class Comparison:
         return self.difference <= self.allowed  # False for NaN
 
 
-def comparisons(device: str) -> list[Comparison]:
+def comparisons(device: str) -> list[KernelComparison]:
     """Slices, scores of the global and of the local search, and back-projection."""
     import torch
 
@@ -72,7 +72,7 @@ def comparisons(device: str) -> list[Comparison]:
     insert = elsewhere.insert_torch if on_cpu else elsewhere.insert
     insert(there.data, there.weight, rotation_there[::VIEWS], where)
     found.append(("insert", elsewhere.grid, here.grid, 1e-5))
-    return [Comparison(name, _difference(one, two), allowed) for name, one, two, allowed in found]
+    return [KernelComparison(name, _difference(one, two), allowed) for name, one, two, allowed in found]
 
 
 def _difference(one: Tensor, two: Tensor) -> float:

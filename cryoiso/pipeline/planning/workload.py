@@ -191,7 +191,7 @@ def refinement(
 
 def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: float | None = None) -> Iterator[WorkUnits]:
     """Work of each iteration."""
-    from cryoiso.refine.schedule import State, global_grid, local_grid, search_plan
+    from cryoiso.refine.schedule import ScheduleState, global_grid, local_grid, search_plan
 
     settings = p.job.refine
     limit = (p.box_px - 1) // 2
@@ -206,7 +206,7 @@ def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: floa
     for i in range(min(assumed.iterations, settings.max_iterations)):
         radius = first if i == 0 else last
         # poses that allow any step: the resolution alone decides
-        state = State(i, radius, max(2.0, 0.03 * p.box_px) if i == 0 else 2.0, uncertainty_deg=0.0)
+        state = ScheduleState(i, radius, max(2.0, 0.03 * p.box_px) if i == 0 else 2.0, uncertainty_deg=0.0)
         plan = search_plan(state, settings, grid, p.box_px, p.pixel_size_A, p.diameter_A, local_deg)
         inserted = min(limit, int(1.5 * radius) + 6)
         views, shifts = len(grid), len(plan.shifts_px)

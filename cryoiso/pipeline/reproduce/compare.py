@@ -19,7 +19,7 @@ TEXT = (".json", ".star", ".toml", ".txt", ".md", ".xml", ".csv", "")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FileDifference:
     """One file that is not the same twice."""
 
     file: str
@@ -34,7 +34,7 @@ class Comparison:
 
 def compare_files(
     name: str, old: Path | None, new: Path | None, symmetry: str, names: dict[str, str] | None = None
-) -> Comparison | None:
+) -> FileDifference | None:
     """What differs between a file and its second making; None if only the folder's own name does.
 
     Args:
@@ -44,17 +44,17 @@ def compare_files(
         names: old folder -> new folder; where a text differs by nothing else it counts as the same.
     """
     if old is None or new is None:
-        return Comparison(name, "was not there before" if old is None else "was not made again")
+        return FileDifference(name, "was not there before" if old is None else "was not made again")
     if not old.is_file():
-        return Comparison(name, "is gone from the run; its hash differs from the one made now")
+        return FileDifference(name, "is gone from the run; its hash differs from the one made now")
     if old.suffix in TEXT and names and _same_text(old, new, names):
         return None
     kinds = {".mrc": _maps, ".star": _poses, ".json": _json, ".npz": _arrays, ".h5": _datasets}
     kind = kinds.get(old.suffix)
     try:
-        return kind(name, old, new, symmetry) if kind else Comparison(name, "has other bytes")
+        return kind(name, old, new, symmetry) if kind else FileDifference(name, "has other bytes")
     except (CryoisoError, ValueError, OSError, KeyError) as error:
-        return Comparison(name, f"has other bytes, and could not be compared further: {error}")
+        return FileDifference(name, f"has other bytes, and could not be compared further: {error}")
 
 
 def _same_text(old: Path, new: Path, names: dict[str, str]) -> bool:
@@ -64,14 +64,14 @@ def _same_text(old: Path, new: Path, names: dict[str, str]) -> bool:
     return text == new.read_bytes()
 
 
-def _maps(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
+def _maps(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
     """Relative difference, and the FSC of both."""
     from cryoiso.io.mrc import read_raw_map
     from cryoiso.metrics.fsc_curve import fsc
 
     a, b = (np.array(read_raw_map(path)[0], np.float64) for path in (old, new))
     if a.shape != b.shape:
-        return Comparison(name, f"has another size: {a.shape} before, {b.shape} now")
+        return FileDifference(name, f"has another size: {a.shape} before, {b.shape} now")
     relative = _relative(a, b)
     numbers: dict[str, Any] = {"relative_difference": relative}
     words = f"differs by {relative:.2g} of its standard deviation (rms)"
@@ -79,7 +79,7 @@ def _maps(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
         curve = fsc(a.astype(np.float32), b.astype(np.float32))
         numbers |= {"fsc": [round(float(v), 9) for v in curve], "fsc_lowest": float(np.nanmin(curve))}
         words += f", FSC at least {np.floor(1e6 * np.nanmin(curve)) / 1e6:.6f} in every shell"
-    return Comparison(name, words, relative < ROUNDING, numbers)
+    return FileDifference(name, words, relative < ROUNDING, numbers)
 
 
 def _relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -90,7 +90,7 @@ def _relative(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(a - b)))) / scale
 
 
-def _poses(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
+def _poses(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
     """Number of particles with another pose, matched by their identity."""
     from cryoiso.io import read_particle_file
     from cryoiso.metrics.pose_error import pose_errors
@@ -99,7 +99,7 @@ def _poses(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
     _, mine, theirs = np.intersect1d(a.uid, b.uid, return_indices=True)
     numbers: dict[str, Any] = {"particles": [len(a), len(b)], "in_both": len(mine)}
     if not len(mine) or not np.array_equal(np.sort(a.uid), np.sort(b.uid)):
-        return Comparison(name, f"holds other particles: {len(a)} before, {len(b)} now, {len(mine)} in both",
+        return FileDifference(name, f"holds other particles: {len(a)} before, {len(b)} now, {len(mine)} in both",
                           numbers=numbers)  # fmt: skip
     (rotation_a, shift_a), (rotation_b, shift_b) = a.require_poses(old), b.require_poses(new)
     turned = pose_errors(rotation_a[mine], rotation_b[theirs], symmetry, align="none").errors_deg
@@ -111,17 +111,17 @@ def _poses(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
     }  # fmt: skip
     words = f"{count:,} of {len(mine):,} particles have another pose (by more than {POSE_DEG:g}° or {POSE_A:g} Å)"
     words += f"; at most {turned.max():.3g}° and {moved.max():.3g} Å" if count else "; other columns differ"
-    return Comparison(name, words, count == 0, numbers)
+    return FileDifference(name, words, count == 0, numbers)
 
 
-def _json(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
+def _json(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
     found: list[tuple[str, float | None]] = []
     _walk("", json.loads(old.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8")), found)
     shown = ", ".join(f"{key} (by {by:.2g} of its value)" if by is not None else key for key, by in found[:4])
     more = f" and {len(found) - 4} more" if len(found) > 4 else ""
     largest = max((by for _, by in found if by is not None), default=0.0)
     rounding = all(by is not None for _, by in found) and largest < ROUNDING
-    return Comparison(name, f"other values: {shown}{more}", rounding, {"values": len(found), "largest": largest})
+    return FileDifference(name, f"other values: {shown}{more}", rounding, {"values": len(found), "largest": largest})
 
 
 def _walk(key: str, a: Any, b: Any, found: list[tuple[str, float | None]]) -> None:
@@ -140,12 +140,12 @@ def _walk(key: str, a: Any, b: Any, found: list[tuple[str, float | None]]) -> No
         found.append((key, None))
 
 
-def _arrays(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
+def _arrays(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
     with np.load(old, allow_pickle=False) as a, np.load(new, allow_pickle=False) as b:
         return _named(name, {k: a[k] for k in a.files}, {k: b[k] for k in b.files})
 
 
-def _datasets(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
+def _datasets(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
     from cryoiso.io.shardcheck import open_shard, plain_dataset
 
     with open_shard(old) as a, open_shard(new) as b:
@@ -157,13 +157,13 @@ def _datasets(name: str, old: Path, new: Path, symmetry: str) -> Comparison:
     changed = sorted(k for k in facts[0].keys() | facts[1].keys() if facts[0].get(k) != facts[1].get(k))
     if not changed:
         return found
-    return Comparison(name, f"{found.words}; other attributes: {', '.join(changed)}", False, found.numbers)
+    return FileDifference(name, f"{found.words}; other attributes: {', '.join(changed)}", False, found.numbers)
 
 
-def _named(name: str, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> Comparison:
+def _named(name: str, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> FileDifference:
     """Which of several arrays differ, and by how much at most."""
     if a.keys() != b.keys():
-        return Comparison(name, f"holds other arrays: {', '.join(sorted(a.keys() ^ b.keys()))}")
+        return FileDifference(name, f"holds other arrays: {', '.join(sorted(a.keys() ^ b.keys()))}")
     worst, changed = 0.0, []
     for key in sorted(a):
         if a[key].shape == b[key].shape and a[key].dtype.kind in "fiub" and b[key].dtype.kind in "fiub":
@@ -174,8 +174,8 @@ def _named(name: str, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> Com
             changed.append(key)
             worst = max(worst, by)
     if not changed:
-        return Comparison(name, "has other bytes, but the same arrays", True)
+        return FileDifference(name, "has other bytes, but the same arrays", True)
     words = f"arrays differ: {', '.join(changed[:4])}" + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
     numbers = {"arrays": changed, "relative_difference": worst if np.isfinite(worst) else None}
     words += f", by up to {worst:.2g} of their standard deviation" if np.isfinite(worst) else ""
-    return Comparison(name, words, worst < ROUNDING, numbers)
+    return FileDifference(name, words, worst < ROUNDING, numbers)

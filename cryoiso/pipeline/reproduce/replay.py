@@ -25,7 +25,7 @@ from cryoiso.pipeline.records.manifest import check_manifest, given_shards, read
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.seal import REPORTS
 from cryoiso.pipeline.records.trust import require_recorded_job, require_trust
-from cryoiso.pipeline.reproduce.compare import Comparison, compare_files
+from cryoiso.pipeline.reproduce.compare import FileDifference, compare_files
 from cryoiso.pipeline.run import do_stage, prepare_device
 from cryoiso.pipeline.stages.input_hashes import require_unchanged
 from cryoiso.pipeline.stages.table import stages_of
@@ -44,7 +44,7 @@ class Replay:
     out: str
     same: int
     """files with the bits that were recorded"""
-    different: list[Comparison] = field(default_factory=list)
+    different: list[FileDifference] = field(default_factory=list)
     made_by: str = ""
     """versions of the program and of packages that the run was made with"""
 

@@ -45,7 +45,7 @@ FEW_SHELLS = 2
 
 
 @dataclass(frozen=True)
-class CorrectionTask:
+class CorrectionFiles:
     """Which files are corrected, and how."""
 
     maps: dict[int, Path]
@@ -79,13 +79,13 @@ def correct(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """The stage: corrects the half-maps of the stage ``reconstruct``."""
     maps, job = run.folder.stage("reconstruct"), run.job
     correct_files(
-        CorrectionTask({h: maps / products.half_map(h) for h in (1, 2)}, run.folder.stage("correct"), job.correct,
+        CorrectionFiles({h: maps / products.half_map(h) for h in (1, 2)}, run.folder.stage("correct"), job.correct,
              maps / products.MASK, seed=job.run.seed, device=job.run.device),
         run.comm, resume=resume,
     )  # fmt: skip
 
 
-def correct_files(task: CorrectionTask, comm: Context, *, resume: bool = False) -> None:
+def correct_files(task: CorrectionFiles, comm: Context, *, resume: bool = False) -> None:
     """Corrects maps into a folder (collective).
 
     Writes corrected_half1.mrc, corrected_half2.mrc and their mean corrected_map.mrc (of one map only the last),
@@ -107,7 +107,7 @@ def _here(function: Any, *args: Any) -> Any:
     return function(*args)
 
 
-def _begin(task: CorrectionTask) -> None:
+def _begin(task: CorrectionFiles) -> None:
     if len(task.maps) == 1 and task.transfer is None and task.missing_cone_deg is None:
         raise UsageError(
             "a single map needs --missing-cone or --filter; otherwise give both half-maps",
@@ -121,7 +121,7 @@ def _begin(task: CorrectionTask) -> None:
     task.out.mkdir(parents=True, exist_ok=True)
 
 
-def _write_filter(task: CorrectionTask) -> float | None:
+def _write_filter(task: CorrectionFiles) -> float | None:
     """Writes filter.mrc, and mask.mrc where none was given; returns the resolution up to which is corrected."""
     from cryoiso.methods.anisotropy.filter import checked, missing_cone, nothing_beyond, seen_shells
     from cryoiso.metrics.directional_fsc import fsc3d
@@ -165,7 +165,7 @@ def _is_short(seen_shell: int, last_shell: float) -> bool:
     return last_shell > seen_shell + 1
 
 
-def _correct_maps(task: CorrectionTask, limit_A: float | None, comm: Context, resume: bool) -> None:
+def _correct_maps(task: CorrectionFiles, limit_A: float | None, comm: Context, resume: bool) -> None:
     """Trains, applies, writes (collective)."""
     if task.alone and comm.size == 1:
         facts = {}
@@ -180,7 +180,7 @@ def _correct_maps(task: CorrectionTask, limit_A: float | None, comm: Context, re
     on_root(comm, _finish, task, {0: (found.facts, found.history)})
 
 
-def _correct_alone(task: CorrectionTask, limit_A: float | None, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _correct_alone(task: CorrectionFiles, limit_A: float | None, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """One half in a process that was told of no other."""
     comm = Context()
     comm.device_preference = task.device
@@ -189,7 +189,7 @@ def _correct_alone(task: CorrectionTask, limit_A: float | None, resume: bool) ->
     return found.facts, found.history
 
 
-def _read_mine(task: CorrectionTask, comm: Context) -> dict[int, DensityMap]:
+def _read_mine(task: CorrectionFiles, comm: Context) -> dict[int, DensityMap]:
     """The maps that this rank corrects, and no other."""
     from cryoiso.parallel.ddp import ranks_of_half
 
@@ -205,7 +205,7 @@ def _read_mine(task: CorrectionTask, comm: Context) -> dict[int, DensityMap]:
 
 
 def _corrected(
-    task: CorrectionTask, maps: dict[int, DensityMap], limit_A: float | None, comm: Context, resume: bool
+    task: CorrectionFiles, maps: dict[int, DensityMap], limit_A: float | None, comm: Context, resume: bool
 ) -> Any:
     from cryoiso.methods.anisotropy.correct import correct_halves
     from cryoiso.methods.anisotropy.correction_run import network_file
@@ -223,27 +223,27 @@ def _corrected(
     )
 
 
-def _write_parts(task: CorrectionTask, found: Any) -> None:
+def _write_parts(task: CorrectionFiles, found: Any) -> None:
     pixel = read_map(task.out / products.FILTER).pixel_size_A
     for half in found.maps:
         write_map(_corrected_part(task, half), found.maps[half], pixel)
         write_map(_inferred_part(task, half), found.inferred[half], pixel)
 
 
-def _corrected_part(task: CorrectionTask, half: int) -> Path:
+def _corrected_part(task: CorrectionFiles, half: int) -> Path:
     return task.out / (products.CORRECTED_MAP if task.mode == "single" else products.corrected_half(half))
 
 
-def _inferred_part(task: CorrectionTask, half: int) -> Path:
+def _inferred_part(task: CorrectionFiles, half: int) -> Path:
     """What the network added to it; removed at the end."""
     return task.out / ("inferred_map.mrc" if task.mode == "single" else f"inferred_half{half}.mrc")
 
 
-def _finish(task: CorrectionTask, parts: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
+def _finish(task: CorrectionFiles, parts: dict[int, tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """The mean map, what of it was measured, and the numbers."""
     from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_fourier
 
-    def mean_of(part: Callable[[CorrectionTask, int], Path]) -> DensityMap:
+    def mean_of(part: Callable[[CorrectionFiles, int], Path]) -> DensityMap:
         found = [read_map(part(task, half)) for half in task.maps]
         return replace(found[0], data=_mean([density.data for density in found]))
 
@@ -265,7 +265,7 @@ def _finish(task: CorrectionTask, parts: dict[int, tuple[dict[str, Any], dict[st
 
 
 def _facts(
-    task: CorrectionTask, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]
+    task: CorrectionFiles, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]
 ) -> Any:
     mask = read_map(task.out / products.MASK)
     transfer = read_map(task.out / products.FILTER)
@@ -318,7 +318,7 @@ def _mean_within(transfer: DensityMap, limit_A: float) -> float:
     return float(transfer.data[(r > 0) & (r <= transfer.box_px * transfer.pixel_size_A / limit_A)].mean())
 
 
-def _curves(task: CorrectionTask) -> dict[str, Any]:
+def _curves(task: CorrectionFiles) -> dict[str, Any]:
     """FSC of what went in, and of what came out under a name that nobody takes for a resolution."""
     from cryoiso.methods.anisotropy.filter import seen_shells
     from cryoiso.metrics.fsc_curve import fsc, shell_frequencies

@@ -21,7 +21,7 @@ from cryoiso.methods.auxiliary.condition import fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.noise import on_grid, residual_spectra
 from cryoiso.methods.auxiliary.settings import Training, network, training
-from cryoiso.methods.auxiliary.training import Course, curves, train_generators
+from cryoiso.methods.auxiliary.training import GeneratorTraining, curves, train_generators
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
@@ -122,7 +122,7 @@ def train_into(
 
 def _without_network(
     folder: Path,
-    courses: list[Course],
+    courses: list[GeneratorTraining],
     source: Any,
     particles: Particles,
     comm: Context,
@@ -160,12 +160,12 @@ def _courses(
     references: dict[int, DensityMap],
     section: AuxiliarySection,
     facts: dict[str, Any],
-) -> list[Course]:
+) -> list[GeneratorTraining]:
     half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
     if section.generators == "shared":
         whole = _filtered(references[1], section.condition_lowpass_A)
         facts = {**facts, "half": 0}
-        return [Course("both", np.arange(len(half)), whole, folder / "both", folder / products.SHARED_GENERATOR, facts)]
+        return [GeneratorTraining("both", np.arange(len(half)), whole, folder / "both", folder / products.SHARED_GENERATOR, facts)]
     courses = []
     for h in HALVES:
         rows = np.flatnonzero(half == h)
@@ -177,7 +177,7 @@ def _courses(
             )
         reference = _filtered(references[h], section.condition_lowpass_A)
         file = folder / products.generator(h)
-        courses.append(Course(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))
+        courses.append(GeneratorTraining(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))
     return courses
 
 
@@ -189,7 +189,7 @@ def _filtered(reference: DensityMap, lowpass_A: float) -> DensityMap:
 
 
 def _finish(
-    folder: Path, courses: list[Course], halves: dict[str, Any], settings: dict[str, Any], facts: dict[str, Any]
+    folder: Path, courses: list[GeneratorTraining], halves: dict[str, Any], settings: dict[str, Any], facts: dict[str, Any]
 ) -> None:
     """Curves and speeds; the checkpoints have done their duty."""
     times: dict[str, Any] = {}

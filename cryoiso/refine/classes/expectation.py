@@ -14,7 +14,7 @@ from cryoiso.refine.batches import Batch
 from cryoiso.refine.junk import FACTS, JunkJudge, log_cells
 from cryoiso.refine.leverage import Leverage, score_without
 from cryoiso.refine.likelihood import Whitened
-from cryoiso.refine.search import Given, Posterior, Searcher
+from cryoiso.refine.search import PriorPoses, Posterior, Searcher
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,7 +42,7 @@ def width(classes: int) -> int:
     return POSE + len(NAMES) + classes + len(FACTS)
 
 
-def at_given_poses(given: Given, score: Float[Tensor, " n"]) -> Posterior:
+def at_given_poses(given: PriorPoses, score: Float[Tensor, " n"]) -> Posterior:
     """The posterior of images whose poses are known: one sample each, of log-likelihood ``score`` (B,)."""
     assert given.rotation is not None
     one, rotation, shift = torch.ones_like(score), given.rotation, given.shift_px
@@ -64,7 +64,7 @@ class ClassExpectation:
     """Of each class, None for an empty one; None: the references were not made of these images."""
     judge: JunkJudge | None = None
 
-    def __call__(self, batch: Batch, white: Whitened, given: Given | None) -> ClassPosterior:
+    def __call__(self, batch: Batch, white: Whitened, given: PriorPoses | None) -> ClassPosterior:
         """
         Args:
             given: poses of the batch, or what a search starts from.
@@ -81,7 +81,7 @@ class ClassExpectation:
         table = np.column_stack([poses, total, most, particle, posterior, facts])
         return ClassPosterior(tuple(weighted(parts, posterior * particle[:, None])), table)
 
-    def _of_class(self, k: int, batch: Batch, white: Whitened, given: Given | None) -> tuple[Posterior, Tensor, Tensor]:
+    def _of_class(self, k: int, batch: Batch, white: Whitened, given: PriorPoses | None) -> tuple[Posterior, Tensor, Tensor]:
         """Posterior over the poses, its evidence without the image's own share in the reference; score at the best
         pose, likewise, and norm there: (B,) each."""
         volume = self.volumes[k]
@@ -107,7 +107,7 @@ class ClassExpectation:
 
     def _junk(
         self, white: Whitened, best: list[tuple[Posterior, Tensor, Tensor]], chosen: np.ndarray, total: np.ndarray,
-        given: Given | None,
+        given: PriorPoses | None,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Facts (B, 5) and probability of a particle (B,)."""
         if self.judge is None:

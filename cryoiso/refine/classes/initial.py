@@ -22,7 +22,7 @@ from cryoiso.refine.classes.model import ClassModel, Maps
 from cryoiso.refine.initial_model import Match, first_state, grey_scale, mean_power, require_match
 from cryoiso.refine.likelihood import Whitened, score_and_norm, whiten
 from cryoiso.refine.maximise import NoiseSums
-from cryoiso.refine.schedule import State
+from cryoiso.refine.schedule import ScheduleState
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -55,7 +55,7 @@ def initial_classes(task: Classification) -> ClassModel:
     return model
 
 
-def _scaled(task: Classification, sigma2: np.ndarray, state: State) -> Maps:
+def _scaled(task: Classification, sigma2: np.ndarray, state: ScheduleState) -> Maps:
     """The given maps, low-passed and on the grey scale of the images; one for both halves."""
     found: Maps = []
     for number, given in enumerate(task.request.maps, 1):
@@ -70,7 +70,7 @@ def _scaled(task: Classification, sigma2: np.ndarray, state: State) -> Maps:
     return found
 
 
-def _scale_at_given_poses(task: Classification, reference: np.ndarray, sigma2: np.ndarray, state: State) -> float:
+def _scale_at_given_poses(task: Classification, reference: np.ndarray, sigma2: np.ndarray, state: ScheduleState) -> float:
     """Least-squares factor between a map's projections at the given poses and the images (collective).
 
     Raises:

@@ -49,9 +49,9 @@ from cryoiso.refine.likelihood import Whitened, whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate_mixture
 from cryoiso.refine.noise import weight_scale
 from cryoiso.refine.rows import gathered_rows
-from cryoiso.refine.schedule import State
-from cryoiso.refine.search import Given, Searcher, SearchPlan
-from cryoiso.refine.search_cache import KeptSearches
+from cryoiso.refine.schedule import ScheduleState
+from cryoiso.refine.search import PriorPoses, Searcher, SearchPlan
+from cryoiso.refine.search_cache import SearchCache
 from cryoiso.refine.view_density import ViewCounts, prior_of
 
 
@@ -69,18 +69,18 @@ class Classification:
         given = self.settings.align != "global"  # intensities belong to the poses of the file
         self.intensity = Intensity.given(self.particles) if given else Intensity.ones(len(self.particles))
 
-    def given(self, rows: np.ndarray) -> Given | None:
+    def given(self, rows: np.ndarray) -> PriorPoses | None:
         """Poses of these particles, or what a search of them starts from."""
         return self.run.given(rows) if self.searched else self.at_given_poses(rows)
 
-    def at_given_poses(self, rows: np.ndarray) -> Given:
+    def at_given_poses(self, rows: np.ndarray) -> PriorPoses:
         """Poses that these particles come with."""
         rotation = self.particles.require_poses()[0][rows]
         tensors = (
             torch.as_tensor(values, dtype=torch.float32, device=self.run.device)
             for values in (rotation, self.run.centre_px[rows])
         )
-        return Given(*tensors)
+        return PriorPoses(*tensors)
 
     def step(self, model: ClassModel) -> ClassModel:
         """One iteration: posterior and sums of each half, reduction, new references (collective)."""
@@ -160,7 +160,7 @@ class Classification:
         ]
         scale = self._weight_scale(model)
         for auxiliary in (False,) if run.raw.all() else (False, True):
-            batches = run.batches(half, auxiliary, radius, model.state.iteration, KeptSearches(None))
+            batches = run.batches(half, auxiliary, radius, model.state.iteration, SearchCache(None))
             for batch in map(self.intensity.of, batches):
                 white = whiten(batch, model.sigma2)
                 parts = posterior(batch, white).parts
@@ -264,14 +264,14 @@ class Classification:
         now = assigned_classes(posterior, particle if self.settings.junk else None)
         return float((model.assigned(self.settings.junk) != now)[self.run.raw].mean())
 
-    def _advance(self, state: State, made: ClassMaps, changed: float, shift_A: np.ndarray) -> State:
+    def _advance(self, state: ScheduleState, made: ClassMaps, changed: float, shift_A: np.ndarray) -> ScheduleState:
         """The next iteration's state. It is the last where hardly any particle changed class and no class got finer."""
         run = self.run
         shift_px = (-shift_A / self.particles.group_values("pixel_size_A")[:, None] - run.centre_px)[run.raw]
         spread_px = float(np.sqrt(np.mean(np.square(shift_px)) + 1e-12)) if self.searched else state.shift_sd_px
         better, settled = made.shell > state.best_shell, changed < self.settings.min_change
         stalled = 0 if better or not settled else state.stalled + 1
-        return State(
+        return ScheduleState(
             iteration=state.iteration + 1,
             radius_px=int(np.clip(round(1.15 * made.shell) + 2, 3, run.limit)),
             shift_sd_px=float(np.clip(spread_px, 0.3, run.box / 10)),

@@ -16,7 +16,7 @@ from cryoiso.refine.full_map import joined, mean_term
 from cryoiso.refine.iterate import Refinement
 from cryoiso.refine.leverage import cropped, total_weight
 from cryoiso.refine.references import exchange_low_resolution
-from cryoiso.refine.schedule import State, agreement_shell
+from cryoiso.refine.schedule import ScheduleState, agreement_shell
 from cryoiso.refine.sums import reduced
 
 LEAST_PARTICLES = 2.0
@@ -52,7 +52,7 @@ def make_maps(
     run: Refinement,
     sums: ClassSums,
     weight: np.ndarray,
-    state: State,
+    state: ScheduleState,
     share_to_A: float,
     kappa: float,
     change: np.ndarray,
@@ -77,7 +77,7 @@ def make_maps(
 
 
 def _add_class(
-    made: ClassMaps, run: Refinement, own: dict[int, FourierSums], state: State, share_to_A: float, kappa: float,
+    made: ClassMaps, run: Refinement, own: dict[int, FourierSums], state: ScheduleState, share_to_A: float, kappa: float,
     change: np.ndarray,
 ) -> None:  # fmt: skip
     half_maps = run.half_maps(own)

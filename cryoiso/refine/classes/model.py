@@ -14,7 +14,7 @@ from cryoiso.core.records import ClassIterationRecord
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.junk import JunkPrior
-from cryoiso.refine.schedule import State
+from cryoiso.refine.schedule import ScheduleState
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
@@ -58,7 +58,7 @@ class ClassRequest:
 class ClassModel:
     """Everything an iteration starts from; a checkpoint is exactly this."""
 
-    state: State
+    state: ScheduleState
     references: Maps
     sigma2: Float[np.ndarray, "groups shells"]
     """(G, S) noise variance by optics group and shell."""
@@ -124,7 +124,7 @@ class ClassModel:
 
     @classmethod
     def of_arrays(
-        cls, arrays: dict[str, np.ndarray], state: State, history: list[ClassIterationRecord], rows: np.ndarray
+        cls, arrays: dict[str, np.ndarray], state: ScheduleState, history: list[ClassIterationRecord], rows: np.ndarray
     ) -> ClassModel:
         """The model of a checkpoint.
 

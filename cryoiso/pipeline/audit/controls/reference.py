@@ -10,7 +10,7 @@ import numpy as np
 from cryoiso.core import products
 from cryoiso.io.mrc import read_map
 from cryoiso.methods.audit import confirmed
-from cryoiso.methods.audit.confirmed import Confirmation
+from cryoiso.methods.audit.confirmed import ReferenceCorrelation
 from cryoiso.methods.audit.omega import TWO_SIDED
 from cryoiso.methods.audit.record import ControlRecord, FigureData, Verdict
 from cryoiso.pipeline.audit.bench import Bench
@@ -70,7 +70,7 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     return judged(found, lowpass_A, bench.box_px * bench.pixel_size_A / band.last, (band.first, band.last))
 
 
-def judged(found: Confirmation, lowpass_A: float, finest_A: float, shells: tuple[int, int]) -> ControlRecord:
+def judged(found: ReferenceCorrelation, lowpass_A: float, finest_A: float, shells: tuple[int, int]) -> ControlRecord:
     """The record of a confirmation."""
     verdict = verdict_of(found)
     return ControlRecord(
@@ -99,7 +99,7 @@ def judged(found: Confirmation, lowpass_A: float, finest_A: float, shells: tuple
     )  # fmt: skip
 
 
-def verdict_of(found: Confirmation) -> Verdict:
+def verdict_of(found: ReferenceCorrelation) -> Verdict:
     """Pass: confirmed, and better than the mirror image. Fail: it is no homologue worth the name."""
     low, high = found.interval
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -109,7 +109,7 @@ def verdict_of(found: Confirmation) -> Verdict:
     return "fail" if high < WORTH else "inconclusive"
 
 
-def _sentence(found: Confirmation, verdict: Verdict, lowpass_A: float, finest_A: float) -> str:
+def _sentence(found: ReferenceCorrelation, verdict: Verdict, lowpass_A: float, finest_A: float) -> str:
     if not np.isfinite(found.value):
         return (
             f"The data can neither confirm nor refute the reference: beyond the first reference ({lowpass_A:g} Å) the "
