@@ -157,26 +157,26 @@ def kernel(images: int) -> dict[str, Any]:
     import torch
 
     from cryoiso.physics.backproject import SliceAccumulator
-    from cryoiso.physics.fourier import disc
+    from cryoiso.physics.fourier import fourier_disc
     from cryoiso.physics.so3 import random_rotations
 
     rng = np.random.default_rng(1)
-    where = disc(BOX, (BOX - 1) // 2, True)
+    disc = fourier_disc(BOX, (BOX - 1) // 2, True)
     rotation = torch.from_numpy(random_rotations(rng, images).astype(np.float32))
-    data = torch.randn(images, where.size, dtype=torch.complex64)
-    weight = torch.rand(images, where.size)
+    data = torch.randn(images, disc.size, dtype=torch.complex64)
+    weight = torch.rand(images, disc.size)
     accumulator = SliceAccumulator.empty(BOX, padding=PADDING)
-    seconds = cheapest(lambda: accumulator.insert(data, weight, rotation, where))
+    seconds = cheapest(lambda: accumulator.insert(data, weight, rotation, disc))
     accumulator.clear()
-    accumulator.insert(data, weight, rotation, where)
+    accumulator.insert(data, weight, rotation, disc)
     flat = accumulator.grid.view(-1).numpy()
     lines = int((flat[: len(flat) // 8 * 8].reshape(-1, 8) != 0).any(1).sum())
-    samples = images * where.size
+    samples = images * disc.size
     needed = samples * (12 + 12 + 72) + 2 * lines * LINE_BYTES
     unsorted = samples * 2 * 6.5 * LINE_BYTES
     return {
         "images": images,
-        "samples_an_image": where.size,
+        "samples_an_image": disc.size,
         "grid_MB": accumulator.grid.numel() * 8 / 1e6,
         "ms_an_image": 1e3 * seconds / images,
         "ns_a_sample": 1e9 * seconds / samples,
@@ -205,13 +205,13 @@ def stages(folder: Path, images: int) -> dict[str, float]:
     plain = BatchReader(source, particles, PIXEL_A, with_dc=True, memory_bytes=0)
     blocks = [np.arange(i, i + BLOCK_IMAGES) for i in range(0, images, BLOCK_IMAGES)]
     batch = plain.read(blocks[0], (BOX - 1) // 2)
-    where, freq = batch.where, batch.where.frequencies(PIXEL_A)
+    disc, freq = batch.disc, batch.disc.frequencies(PIXEL_A)
     pixels = torch.from_numpy(source.read(blocks[0]))
     data, weight = torch.empty_like(batch.coefficients), torch.empty_like(batch.ctf)
     shift = torch.zeros(len(batch), 2)
     steps: dict[str, Callable[[np.ndarray], Any]] = {
         "read and check": source.read,
-        "transform and pick": lambda rows: where.gather(images_to_fourier(pixels)),
+        "transform and pick": lambda rows: disc.gather(images_to_fourier(pixels)),
         "CTF": lambda rows: ctf_for(particles, rows, BOX, freq_invA=freq),
         "shift and weigh": lambda rows: weigh(batch, shift, data, weight),
     }

@@ -92,7 +92,7 @@ def evidences(images: np.ndarray, shows: np.ndarray, variant: Variant, data: Pat
     """(2 n, folds, amplitudes) log evidence of each image against nothing, with the noise of each fold."""
     import torch
 
-    from cryoiso.physics.fourier import disc, images_to_fourier
+    from cryoiso.physics.fourier import fourier_disc, images_to_fourier
     from cryoiso.physics.projection import FourierVolume
     from cryoiso.refine.likelihood import ReferenceSlices, Whitened, cross_and_norm
     from cryoiso.refine.schedule import global_grid
@@ -101,17 +101,17 @@ def evidences(images: np.ndarray, shows: np.ndarray, variant: Variant, data: Pat
     if variant.mask:
         images = images * soft_circle(pixel)
     radius = int(BOX * pixel / RESOLUTION_A)
-    where = disc(BOX, radius)
-    x = where.gather(images_to_fourier(torch.as_tensor(images))).to(torch.complex64)
+    disc = fourier_disc(BOX, radius)
+    x = disc.gather(images_to_fourier(torch.as_tensor(images))).to(torch.complex64)
     volume = FourierVolume.from_volume(torch.as_tensor(reference(data, pixel)), 2, radius)
     rotations = global_grid(ORDER, "D2")
-    slices = ReferenceSlices.of(volume, rotations, where, None)
-    ctfs = contrast_transfer(data, where, pixel) if variant.ctf else torch.ones(1, where.size)
+    slices = ReferenceSlices.of(volume, rotations, disc, None)
+    ctfs = contrast_transfer(data, disc, pixel) if variant.ctf else torch.ones(1, disc.size)
     shifts = shift_grid(pixel)
-    power = float((ctfs.square() @ slices.power).mean()) / where.size
+    power = float((ctfs.square() @ slices.power).mean()) / disc.size
     out = np.zeros((len(images), 2, len(AMPLITUDES)))
     for fold in (0, 1):
-        sigma2 = noise_variance(x, where.shell, ~shows & (np.arange(len(shows)) % 2 == fold), variant.noise)
+        sigma2 = noise_variance(x, disc.shell, ~shows & (np.arange(len(shows)) % 2 == fold), variant.noise)
         unit = np.sqrt(float(sigma2.mean()) / power / 4)  # amplitude 1: a quarter of the noise's power
         amplitudes = torch.as_tensor(AMPLITUDES * unit, dtype=torch.float32)
         # ice is scored with the noise of the other fold alone; particles also say how strong the reference is
@@ -119,7 +119,7 @@ def evidences(images: np.ndarray, shows: np.ndarray, variant: Variant, data: Pat
         for rows in wanted.split(8):
             total = torch.full((len(rows), len(AMPLITUDES)), -torch.inf)
             for c in ctfs:
-                white = Whitened(2 * x[rows] * c / sigma2, (2 * c.square() / sigma2).expand(len(rows), -1), where, None)
+                white = Whitened(2 * x[rows] * c / sigma2, (2 * c.square() / sigma2).expand(len(rows), -1), disc, None)
                 cross, norm = cross_and_norm(white, slices, shifts)
                 each = [(a * cross - 0.5 * a.square() * norm[:, None]).flatten(1).logsumexp(1) for a in amplitudes]
                 total = torch.logaddexp(total, torch.stack(each, 1))
@@ -141,12 +141,12 @@ def reference(data: Path, pixel_A: float) -> np.ndarray:
     return np.asarray(made.map.data, np.float32)
 
 
-def contrast_transfer(data: Path, where: Any, pixel_A: float) -> Any:
+def contrast_transfer(data: Path, disc: Any, pixel_A: float) -> Any:
     """(DEFOCI, K) CTF of every defocus, without astigmatism."""
     import torch
 
     wavelength = 12.2643 / np.sqrt(KV * 1e3 + 0.97845e-6 * (KV * 1e3) ** 2)
-    ky, kx = where.frequencies(pixel_A)
+    ky, kx = disc.frequencies(pixel_A)
     s2 = (ky.square() + kx.square()).numpy()
     phase = np.pi * wavelength * defoci(data)[:, None] * s2 - 0.5 * np.pi * CS_MM * 1e7 * wavelength**3 * s2**2
     c = np.sqrt(1 - AMPLITUDE_CONTRAST**2) * np.sin(phase) + AMPLITUDE_CONTRAST * np.cos(phase)

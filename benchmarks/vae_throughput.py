@@ -101,17 +101,17 @@ def published(particles: Particles, code: Path) -> Variant:
 def projector(particles: Particles) -> Callable[[], Any]:
     """A function that makes the CTF-multiplied projections (B, 1, D, D) of the batch."""
     from cryoiso.physics.contrast_transfer import ctf
-    from cryoiso.physics.fourier import disc, fourier_to_images, shift_phases
+    from cryoiso.physics.fourier import fourier_disc, fourier_to_images, shift_phases
     from cryoiso.physics.projection import FourierVolume, scatter_to_half_plane
 
     p = particles
-    volume, where = FourierVolume.from_volume(p.volume), disc(p.box, (p.box - 1) // 2, with_dc=True)
-    ky, kx = (k.to(p.device) for k in where.frequencies(1.0))
+    volume, disc = FourierVolume.from_volume(p.volume), fourier_disc(p.box, (p.box - 1) // 2, with_dc=True)
+    ky, kx = (k.to(p.device) for k in disc.frequencies(1.0))
     pixel_A = EXTENT_A / p.box
     optics = {"voltage_kV": 300.0, "spherical_aberration_mm": 2.7, "amplitude_contrast": 0.1}
 
     def project():
-        values = volume.slices(p.rotation, where)
+        values = volume.slices(p.rotation, disc)
         transfer = ctf(
             ky / pixel_A,
             kx / pixel_A,
@@ -122,7 +122,7 @@ def projector(particles: Particles) -> Callable[[], Any]:
         )
         phases = shift_phases(ky, kx, -p.shift_px.double())
         values = values * (phases * transfer).to(values.dtype)
-        return fourier_to_images(scatter_to_half_plane(values, where), p.box)[:, None]
+        return fourier_to_images(scatter_to_half_plane(values, disc), p.box)[:, None]
 
     return project
 

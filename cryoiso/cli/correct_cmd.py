@@ -58,7 +58,7 @@ def correct(
     job = on_root(comm, given.job, particles={"file": "-"}, reference={"file": "-"})
     maps = {1: half1} if half2 is None else {1: half1, 2: half2}
     task = CorrectionFiles(
-        maps, out, job.correct, mask=mask, transfer=filter_, missing_cone_deg=missing_cone, axis=axis,
+        maps, out, job.correct, mask=mask, fsc_filter=filter_, missing_cone_deg=missing_cone, axis=axis,
         pixel_size_A=pixel_size, warm=warm, seed=job.run.seed, device=job.run.device,
     )  # fmt: skip
     correct_files(task, comm, resume=go_on)

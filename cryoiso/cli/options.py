@@ -112,7 +112,7 @@ class JobOptions:
 
 
 def with_keys(*groups: Keys) -> Callable[[F], F]:
-    """Adds the options of these keys to a command, in place of its parameter ``given`` (a :class:`Given`).
+    """Adds the options of these keys to a command, in place of its parameter ``given`` (a :class:`JobOptions`).
 
     Raises:
         ValueError: two options have one name.

@@ -61,7 +61,7 @@ def of_particles(particles: Particles, *, poses: bool = False, ordered: bool = F
     ctf = [f.name for f in fields(Particles) if f.name not in _NOT_CTF]
     columns = [getattr(particles, name) for name in ctf]
     optics = [{k: v for k, v in asdict(group).items() if k not in ("number", "name")} for group in particles.groups]
-    found: Identity = {
+    identity: Identity = {
         "number": len(particles),
         "uids": _by_uid(particles.uid, order),
         "half-sets": _by_uid(particles.half, order),
@@ -69,13 +69,15 @@ def of_particles(particles: Particles, *, poses: bool = False, ordered: bool = F
         "CTF": MARK + digest_of(*(column[order] for column in columns if isinstance(column, np.ndarray))),
     }
     shifts = particles.shift_A  # every search begins at the offsets; none is the same as zero
-    given = shifts is not None and bool(np.any(shifts))
-    found["offsets"] = MARK + digest_of(np.round(shifts[order], 3) + 0.0) if given and shifts is not None else "none"
+    has_shifts = shifts is not None and bool(np.any(shifts))
+    identity["offsets"] = (
+        MARK + digest_of(np.round(shifts[order], 3) + 0.0) if has_shifts and shifts is not None else "none"
+    )
     if poses:
-        found["poses"] = MARK + digest_of(np.round(particles.require_poses()[0][order], 4) + 0.0)
+        identity["poses"] = MARK + digest_of(np.round(particles.require_poses()[0][order], 4) + 0.0)
     if ordered:
-        found[ORDER] = MARK + digest_of(particles.uid)
-    return found
+        identity[ORDER] = MARK + digest_of(particles.uid)
+    return identity
 
 
 def particle_identity(particles: Particles) -> str:
@@ -147,10 +149,10 @@ def require_same(was: Any, now: Identity, file: object, what: str = "refinement"
             hint="Written by an earlier version. Start again without --resume, or in another folder.",
             code="checkpoint-not-continuable",
         )  # fmt: skip
-    found = list(differences(was, plain(now)))
-    if found:
+    changes = list(differences(was, plain(now)))
+    if changes:
         raise InputError(
-            f"the checkpoint is of another {what}: {'; '.join(found)}", file=file, hint=HINT,
+            f"the checkpoint is of another {what}: {'; '.join(changes)}", file=file, hint=HINT,
             code="checkpoint-of-another-run",
         )  # fmt: skip
 
@@ -161,26 +163,26 @@ def differences(was: Identity, now: Identity, above: str = "") -> Iterator[str]:
     if any(was.get(key) != now.get(key) for key in _SETS if key in keys):
         keys = [next(key for key in _SETS if was.get(key) != now.get(key))]
     for key in keys:
-        one, two = was.get(key, "not noted"), now.get(key, "not noted")
+        before, after = was.get(key, "not noted"), now.get(key, "not noted")
         name = f"{above}{key}"
-        if isinstance(one, dict) and isinstance(two, dict) and SKETCH not in {*one, *two}:
-            yield from differences(one, two, f"{name}: ")
-        elif not _same(one, two):
-            if all(_is_digest(value) for value in (one, two)):
+        if isinstance(before, dict) and isinstance(after, dict) and SKETCH not in {*before, *after}:
+            yield from differences(before, after, f"{name}: ")
+        elif not _same(before, after):
+            if all(_is_digest(value) for value in (before, after)):
                 yield f"{name} differ" if key.endswith("s") else f"{name} differs"
             else:
-                yield f"{name} was {_shown(one)}, is {_shown(two)}"
+                yield f"{name} was {_shown(before)}, is {_shown(after)}"
 
 
-def _same(one: Any, two: Any) -> bool:
-    if isinstance(one, dict) and isinstance(two, dict):
-        before, after = (np.asarray(value.get(SKETCH, []), np.float64) for value in (one, two))
+def _same(first: Any, two: Any) -> bool:
+    if isinstance(first, dict) and isinstance(two, dict):
+        before, after = (np.asarray(value.get(SKETCH, []), np.float64) for value in (first, two))
         return before.shape == after.shape and bool(np.allclose(before, after, rtol=0, atol=SKETCH_TOLERANCE))
-    if isinstance(one, list) and isinstance(two, list):
-        return len(one) == len(two) and all(map(_same, one, two))
-    if isinstance(one, float) and isinstance(two, float):
-        return math.isclose(one, two, rel_tol=NUMBER_TOLERANCE)
-    return json.dumps(one) == json.dumps(two)
+    if isinstance(first, list) and isinstance(two, list):
+        return len(first) == len(two) and all(map(_same, first, two))
+    if isinstance(first, float) and isinstance(two, float):
+        return math.isclose(first, two, rel_tol=NUMBER_TOLERANCE)
+    return json.dumps(first) == json.dumps(two)
 
 
 def _is_digest(value: Any) -> bool:

@@ -35,12 +35,12 @@ def settle_kernel_cache(package: Path | None = None, shipped: Path = SHIPPED) ->
     if os.environ.get(VARIABLE) or os.access(package, os.W_OK):
         return
     name = f"cryoiso-{__version__}-kernels"
-    found = _own_folder(Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}")
-    found = found or _own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name)
-    if found is None:
+    folder = _own_folder(Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}")
+    folder = folder or _own_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name)
+    if folder is None:
         return  # numba has its say
-    _fill(found, shipped)
-    os.environ[VARIABLE] = str(found)
+    _fill(folder, shipped)
+    os.environ[VARIABLE] = str(folder)
 
 
 def _own_folder(path: Path) -> Path | None:

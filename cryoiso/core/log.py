@@ -33,7 +33,7 @@ def printable(text: object, *, lines: bool = True) -> str:
     >>> printable("a\\x1b[2Jb.mrc"), printable("x\\ny", lines=False), printable("50 Å")
     ('a\\\\x1b[2Jb.mrc', 'x\\\\ny', '50 Å')
     """
-    shown = _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
+    shown = _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), str(text))
     return shown if lines else shown.replace("\n", "\\n").replace("\t", "\\t")
 
 

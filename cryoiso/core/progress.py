@@ -133,16 +133,16 @@ class Board:
         if not self.pieces:
             return None
         counted, share, quiet, more = self.counted_s(), self.share, now - self._noted, self.pieces - self.piece - 1
-        whole = counted + max(self.tail_s, quiet if share >= 1 else 0.0) if counted else self.piece_s
-        if whole <= 0:
+        total_s = counted + max(self.tail_s, quiet if share >= 1 else 0.0) if counted else self.piece_s
+        if total_s <= 0:
             return None
         if share >= 1:
             here = self.tail_s - quiet
         else:
-            here = (1 - share) * counted + self.tail_s - quiet if counted else whole - (now - self.piece_began)
+            here = (1 - share) * counted + self.tail_s - quiet if counted else total_s - (now - self.piece_began)
         if not more and ((share >= 1 and not self.tail_s) or here < -LATE_S):
             return None  # something follows the last piece that followed no other
-        return max(here, 0.0) + more * whole
+        return max(here, 0.0) + more * total_s
 
 
 board = Board()

@@ -170,16 +170,16 @@ def concatenate(first: Particles, second: Particles, *, pooled: bool = False) ->
     """
     columns: dict[str, Any] = {}
     for f in fields(Particles):
-        one, two = getattr(first, f.name), getattr(second, f.name)
+        left, right = getattr(first, f.name), getattr(second, f.name)
         if f.name in ("groups", "table", "optics_table", "results", "optics", *_OPTIONAL):
             continue
-        if (one is None) != (two is None):
+        if (left is None) != (right is None):
             raise InputError(
                 f"only one of the two particle sets has a '{f.name}'",
                 expected="both or none",
                 code="particle-sets-differ",
             )
-        columns[f.name] = None if one is None else np.concatenate([one, two])
+        columns[f.name] = None if left is None else np.concatenate([left, right])
     columns |= {name: _joined(first, second, name) for name in _OPTIONAL}
     if pooled:
         _require_same_optics(first, second)
@@ -198,24 +198,24 @@ _OPTIONAL = ("micrograph", "signal_scale", "noise_level")
 
 def _joined(first: Particles, second: Particles, name: str) -> np.ndarray | None:
     """An optional field of both sets; a set without it gets a micrograph of its own, or intensities of 1."""
-    one, two = getattr(first, name), getattr(second, name)
-    if one is None and two is None:
+    left, right = getattr(first, name), getattr(second, name)
+    if left is None and right is None:
         return None
     if name != "micrograph":
-        return np.concatenate([np.ones(len(p)) if v is None else v for p, v in ((first, one), (second, two))])
-    one, two = (np.zeros(len(p), np.int64) if v is None else v for p, v in ((first, one), (second, two)))
-    return np.concatenate([one, two + one.max(initial=-1) + 1])
+        return np.concatenate([np.ones(len(p)) if v is None else v for p, v in ((first, left), (second, right))])
+    left, right = (np.zeros(len(p), np.int64) if v is None else v for p, v in ((first, left), (second, right)))
+    return np.concatenate([left, right + left.max(initial=-1) + 1])
 
 
 def _require_same_optics(first: Particles, second: Particles) -> None:
     """The box does not count: sources bring all images to one."""
     for i in np.unique(second.optics).tolist():
-        mine = first.groups[i] if i < len(first.groups) else None
-        if mine is None or replace(mine, box_px=0) != replace(second.groups[i], box_px=0):
+        group = first.groups[i] if i < len(first.groups) else None
+        if group is None or replace(group, box_px=0) != replace(second.groups[i], box_px=0):
             raise InputError(
                 "particles cannot join an optics group of other particles",
                 expected=second.groups[i],
-                found=mine,
+                found=group,
                 code="particle-sets-differ",
             )
 

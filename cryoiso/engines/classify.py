@@ -83,12 +83,15 @@ def check_classes(request: ClassRequest) -> None:
         raise InputError(
             "every class needs a map", expected=settings.classes, found=len(request.maps), code="arrays-do-not-fit"
         )
-    for number, one in enumerate((base.reference, *request.maps)):
-        if one.box_px != base.source.box_px or abs(one.pixel_size_A / base.reference.pixel_size_A - 1) > 0.01:
+    for number, class_map in enumerate((base.reference, *request.maps)):
+        if (
+            class_map.box_px != base.source.box_px
+            or abs(class_map.pixel_size_A / base.reference.pixel_size_A - 1) > 0.01
+        ):
             raise InputError(
                 f"map {number} is on another grid than the particles",
                 expected=f"{base.source.box_px} px of {base.reference.pixel_size_A:g} Å",
-                found=f"{one.box_px} px of {one.pixel_size_A:g} Å",
+                found=f"{class_map.box_px} px of {class_map.pixel_size_A:g} Å",
                 code="grid-mismatch",
             )
     for h in HALVES:
@@ -105,8 +108,8 @@ def _resume(file: Path, task: Classification, identity: Identity) -> ClassModel 
     """The checkpointed model, read by rank 0 and given to all; None where there is none (collective)."""
 
     def read() -> ClassModel | None:
-        found = checkpoint.load_same(file, identity, "classification")
-        return None if found is None else _restored(file, *found, task)
+        saved = checkpoint.load_same(file, identity, "classification")
+        return None if saved is None else _restored(file, *saved, task)
 
     model = on_root(cast(Context, task.comm), read)
     if model is not None and task.comm.rank == 0:

@@ -115,12 +115,15 @@ def _check(request: RefineRequest) -> None:
             )
 
 
-def _check_half_references(found: dict[int, DensityMap], reference: DensityMap) -> None:
-    if set(found) != set(HALVES):
+def _check_half_references(half_references: dict[int, DensityMap], reference: DensityMap) -> None:
+    if set(half_references) != set(HALVES):
         raise InputError(
-            "each half-set needs a reference of its own", expected=HALVES, found=tuple(found), code="arrays-do-not-fit"
+            "each half-set needs a reference of its own",
+            expected=HALVES,
+            found=tuple(half_references),
+            code="arrays-do-not-fit",
         )
-    for h, own in found.items():
+    for h, own in half_references.items():
         if own.box_px != reference.box_px or abs(own.pixel_size_A / reference.pixel_size_A - 1) > 0.01:
             raise InputError(
                 f"the reference of half-set {h} is on another grid than the common one",
@@ -156,8 +159,8 @@ def _resume(file: Path, run: Refinement) -> Model | None:
     identity = run.identity
 
     def read() -> Model | None:
-        found = checkpoint.load_same(file, identity, "refinement")
-        return None if found is None else _restored(file, *found, run)
+        saved = checkpoint.load_same(file, identity, "refinement")
+        return None if saved is None else _restored(file, *saved, run)
 
     model = on_root(cast(Context, run.comm), read)
     if model is not None and run.comm.rank == 0:

@@ -19,13 +19,13 @@ from contextlib import suppress
 
 def members(session: int) -> list[int]:
     """Processes of this host that belong to a session."""
-    found = []
+    processes = []
     for name in os.listdir("/proc"):
         if name.isdigit():
             with suppress(OSError):
                 if os.getsid(int(name)) == session:
-                    found.append(int(name))
-    return found
+                    processes.append(int(name))
+    return processes
 
 
 def end_session(session: int, grace_s: float) -> None:

@@ -53,7 +53,7 @@ def _head(key: str, data: bytes) -> bytes:
     return _HEAD.pack(_MARK, len(raw), len(data), zlib.crc32(data, zlib.crc32(raw)))
 
 
-def records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
     """The records of a file up to the first that is cut off; their contents are not read."""
     found: list[Record] = []
     at, length = 0, path.stat().st_size
@@ -68,12 +68,12 @@ def records(path: Path) -> list[Record]:
     return found
 
 
-def content(frame: Record) -> bytes | None:
+def content(record: Record) -> bytes | None:
     """What a record holds; None if it is damaged or gone."""
     try:
-        with open_regular(frame.path) as stream:
-            stream.seek(frame.start)
-            whole = stream.read(frame.end - frame.start)
+        with open_regular(record.path) as stream:
+            stream.seek(record.start)
+            whole = stream.read(record.end - record.start)
     except (OSError, InputError):
         return None
     mark, key_size, size, crc = _HEAD.unpack(whole[: _HEAD.size]) if len(whole) >= _HEAD.size else (b"", 0, 0, 0)

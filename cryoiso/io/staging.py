@@ -119,7 +119,7 @@ def copy_checked(source: Path, target: Path, sha256: str, stop: Callable[[], str
 
     Raises:
         NotStaged: another checksum than expected, or it cannot be written; nothing is left.
-        Stopped: ``stop`` said so; nothing is left.
+        CopyStopped: ``stop`` said so; nothing is left.
     """
     part = temporary_name(target).with_suffix(f".{os.getpid()}.part")
     digest = hashlib.sha256()

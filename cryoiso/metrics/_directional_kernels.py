@@ -44,15 +44,15 @@ def double_cone_ratios(start, stop, points, values, centres, cosine, least, out)
     (2,): smallest powers of A and of B that count; out (m,) float64, 0 where a cone has less.
     """
     x, y, z = points[:, 0].copy(), points[:, 1].copy(), points[:, 2].copy()
-    cross, one, two = values[0], values[1], values[2]
+    cross, power1, power2 = values[0], values[1], values[2]
     for i in range(start, stop):
         u, v, w = centres[i, 0], centres[i, 1], centres[i, 2]
         a = b = c = 0.0
         for j in range(len(x)):
             if abs(u * x[j] + v * y[j] + w * z[j]) >= cosine:
                 a += cross[j]
-                b += one[j]
-                c += two[j]
+                b += power1[j]
+                c += power2[j]
         out[i] = a / sqrt(b * c) if b > least[0] and c > least[1] else 0.0
 
 
@@ -182,16 +182,16 @@ def sums_about_axes(start, stop, fa, fb, axes, cosine, falloff, sums):
                     a, b = fa[iz, iy, kx], fb[iz, iy, kx]
                     weight = 1.0 if kx == 0 else 2.0
                     cross = weight * (a.real * b.real + a.imag * b.imag)
-                    one = weight * (a.real * a.real + a.imag * a.imag)
-                    two = weight * (b.real * b.real + b.imag * b.imag)
+                    power1 = weight * (a.real * a.real + a.imag * a.imag)
+                    power2 = weight * (b.real * b.real + b.imag * b.imag)
                     shell = sums[part, int(radius + 0.5)]
                     for j in range(n):
                         if cosines[j] >= cosine:
                             off = (cosines[j] - 1) / (cosine - 1)
                             w = exp(-falloff * off * off) if falloff > 0 else 1.0
                             shell[0, j] += w * cross
-                            shell[1, j] += w * one
-                            shell[2, j] += w * two
+                            shell[1, j] += w * power1
+                            shell[2, j] += w * power2
                             shell[3, j] += 0.5 * weight
 
 

@@ -55,11 +55,11 @@ def cone_curves(
     cosine = float(np.cos(np.radians(cone_deg)) - 1e-12)
     columns = np.ascontiguousarray(axes.T, np.float64)
     in_threads(sums_about_axes, _PARTS, fa, fb, columns, cosine, float(falloff), sums)
-    cross, one, two, coefficients = np.moveaxis(sums.sum(0), 1, 0)
-    least = NO_POWER * np.stack([one, two]).max(2, keepdims=True)
+    cross, power1, power2, coefficients = np.moveaxis(sums.sum(0), 1, 0)
+    least = NO_POWER * np.stack([power1, power2]).max(2, keepdims=True)
     curves = np.where(coefficients < FEWEST, np.nan, 0.0)
-    known = (coefficients >= FEWEST) & (one > least[0]) & (two > least[1])
-    np.divide(cross, np.sqrt(one * two), out=curves, where=known)
+    known = (coefficients >= FEWEST) & (power1 > least[0]) & (power2 > least[1])
+    np.divide(cross, np.sqrt(power1 * power2), out=curves, where=known)
     curves[0] = 1.0
     return curves.T
 

@@ -183,9 +183,9 @@ class Sphere:
             summed = np.empty_like(plain)
             in_threads(mix_rings, len(plain), shares, plain, summed)
             summed = summed.view(np.complex128).reshape(orders.shape)
-            cross, one, two = np.moveaxis(fft.irfft(summed, self.columns, axis=0), 3, 0)
-            some = (one > NO_POWER * total[:, 1]) & (two > NO_POWER * total[:, 2])
-            ratio = np.divide(cross, np.sqrt(np.abs(one * two)), out=np.zeros_like(cross), where=some)
+            cross, power1, power2 = np.moveaxis(fft.irfft(summed, self.columns, axis=0), 3, 0)
+            some = (power1 > NO_POWER * total[:, 1]) & (power2 > NO_POWER * total[:, 2])
+            ratio = np.divide(cross, np.sqrt(np.abs(power1 * power2)), out=np.zeros_like(cross), where=some)
             out[start : start + _BLOCK] = np.clip(ratio, -1, 1).transpose(2, 1, 0)
         return out
 

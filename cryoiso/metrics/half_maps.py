@@ -65,18 +65,18 @@ def check_half_maps(
     curve = shell_correlation(transforms[0], transforms[1], box_px)
     power = [_shell_power(f, box_px) for f in transforms]
     filled = [np.flatnonzero(p[1:] > NO_POWER * p[1:].max()) + 1 for p in power]
-    both = np.intersect1d(filled[0], filled[1])
+    common_shells = np.intersect1d(filled[0], filled[1])
     _refuse_filtered(transforms, power, box_px, names)
     _refuse_one_inverted(curve, box_px, names)
-    found = [
-        *_agreement(curve, both, box_px),
+    problems = [
+        *_agreement(curve, common_shells, box_px),
         *(_filtered(shells, box_px, name) for shells, name in zip(filled, names, strict=True)),
         *(_masked(half, name) for half, name in zip(pair, names, strict=True)),
-        _spectra(power, both),
+        _spectra(power, common_shells),
         _beside(transforms, box_px),
         _dark(pair[0] / pair[0].std() + pair[1] / pair[1].std()),
     ]
-    return [words for words in found if words]
+    return [words for words in problems if words]
 
 
 def _check_values(half: np.ndarray, name: object) -> None:
@@ -105,12 +105,12 @@ def _check_values(half: np.ndarray, name: object) -> None:
         )  # fmt: skip
 
 
-def _refuse_one_map_twice(one: np.ndarray, two: np.ndarray, names: tuple[object, object]) -> None:
-    a, b = (half.astype(np.float64) - half.mean(dtype=np.float64) for half in (one, two))
+def _refuse_one_map_twice(first: np.ndarray, second: np.ndarray, names: tuple[object, object]) -> None:
+    a, b = (half.astype(np.float64) - half.mean(dtype=np.float64) for half in (first, second))
     r = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
     if np.sqrt(max(0.0, 1 - r * r)) >= SAME:
         return
-    how = "inverted" if r < 0 else "scaled or shifted by a constant" if not np.array_equal(one, two) else ""
+    how = "inverted" if r < 0 else "scaled or shifted by a constant" if not np.array_equal(first, second) else ""
     raise InputError(
         "the half-maps are the same map" + (f", {how}" if how else ""), file=names[1],
         expected=f"the other half of {names[0]}", found=f"a correlation of {r:.6f}",
@@ -149,9 +149,9 @@ def _refuse_one_inverted(curve: np.ndarray, box_px: int, names: tuple[object, ob
         )  # fmt: skip
 
 
-def _agreement(curve: np.ndarray, both: np.ndarray, box_px: int) -> list[str]:
+def _agreement(curve: np.ndarray, common_shells: np.ndarray, box_px: int) -> list[str]:
     last = box_px // 2
-    if len(both) < last - 1 or curve[1:].min() < TOO_ALIKE:
+    if len(common_shells) < last - 1 or curve[1:].min() < TOO_ALIKE:
         return []
     return [
         f"the half-maps agree up to Nyquist's frequency (FSC {curve[1:].min():.3f} or more): too well for halves of "
@@ -183,8 +183,8 @@ def _masked(half: np.ndarray, name: object) -> str:
     )
 
 
-def _spectra(power: list[np.ndarray], both: np.ndarray) -> str:
-    shells = both[both >= 3]
+def _spectra(power: list[np.ndarray], common_shells: np.ndarray) -> str:
+    shells = common_shells[common_shells >= 3]
     if len(shells) < 3:
         return ""
     ratio = np.log(power[1][shells] / power[0][shells])

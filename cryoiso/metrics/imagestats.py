@@ -144,8 +144,8 @@ def _add_block(total: np.ndarray, box_px: int, images: list[np.ndarray], radius_
     n = min(len(images[0]), len(images[1]))
     _add_pairs(parts, ("pairs", "kl_nats"), counts[1][:n], counts[0][:n], good[1][:n] & good[0][:n])
     even = len(images[0]) // 2 * 2
-    both = good[0][0:even:2] & good[0][1:even:2]
-    _add_pairs(parts, ("real_pairs", "kl_real_nats"), counts[0][0:even:2], counts[0][1:even:2], both)
+    good_pairs = good[0][0:even:2] & good[0][1:even:2]
+    _add_pairs(parts, ("real_pairs", "kl_real_nats"), counts[0][0:even:2], counts[0][1:even:2], good_pairs)
 
 
 def _add_pairs(
@@ -269,9 +269,9 @@ def _bands(
             continue
         with np.errstate(divide="ignore", invalid="ignore"):
             sums = {name: (weight * power[name])[rows].sum() for name in _SETS}
-            whole = np.log(sums["generated"] / sums["real"])
+            log_ratio = np.log(sums["generated"] / sums["real"])
         largest = _deviation(ratio, frequency_invA, np.isin(np.arange(len(ratio)), rows))["largest"]
-        bands.append({"from_A": start, "to_A": end, "log_ratio": whole, "largest": largest})
+        bands.append({"from_A": start, "to_A": end, "log_ratio": log_ratio, "largest": largest})
     return bands
 
 

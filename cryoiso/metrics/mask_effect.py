@@ -65,16 +65,16 @@ def mask_effect(
     plain = [transform(half) for half in halves]
     unmasked = conical_fsc(plain[0], plain[1], box_px, masked.pixel_size_A)
     change = ~_agreeing(plain[0], plain[1], box_px)
-    made = [transform(randomise_where(half, change, seed, uid), mask) for uid, half in enumerate(halves, 1)]
-    random = conical_fsc(made[0], made[1], box_px, masked.pixel_size_A)
+    transforms = [transform(randomise_where(half, change, seed, uid), mask) for uid, half in enumerate(halves, 1)]
+    random = conical_fsc(transforms[0], transforms[1], box_px, masked.pixel_size_A)
     shells = np.arange(box_px // 2 + 1)
     counted = (shells >= _first_below(unmasked, AGREES) + MARGIN) & (shells < _first_below(masked, 0.143))
-    left, whole = (
+    left, total = (
         np.where(counted, np.clip(np.nan_to_num(cones.curves), 0, 1) * shells**2, 0.0).sum(1)
         for cones in (random, masked)
     )
     worst = np.argsort(unmasked.areas, kind="stable")[: max(1, round(WORST * len(unmasked.axes)))]
-    return MaskEffect(_ratio(left.sum(), whole.sum()), _ratio(left[worst].sum(), whole[worst].sum()), unmasked)
+    return MaskEffect(_ratio(left.sum(), total.sum()), _ratio(left[worst].sum(), total[worst].sum()), unmasked)
 
 
 def _agreeing(fa: np.ndarray, fb: np.ndarray, box_px: int) -> np.ndarray:
@@ -93,5 +93,5 @@ def _first_below(cones: ConicalFSC, threshold: float) -> np.ndarray:
     return first
 
 
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole > 0 else 0.0
+def _ratio(part: float, total: float) -> float:
+    return float(part / total) if total > 0 else 0.0

@@ -128,8 +128,8 @@ def _aligned(a: str, b: str) -> np.ndarray:
     """(n, 2) rows of residues that a global alignment puts side by side."""
     import gemmi
 
-    found = gemmi.align_string_sequences(list(a), list(b), [])
-    top, bottom = found.add_gaps(a, 1), found.add_gaps(b, 2)
+    alignment = gemmi.align_string_sequences(list(a), list(b), [])
+    top, bottom = alignment.add_gaps(a, 1), alignment.add_gaps(b, 2)
     rows, i, j = [], 0, 0
     for x, y in zip(top, bottom, strict=True):
         if x != "-" and y != "-":
@@ -154,11 +154,11 @@ def _pairing(
     for (p, q), pairs in aligned.items():
         moved = second[q].positions_A[pairs[:, 1]] @ rotation.T + shift
         apart[p, q] = float(np.median(np.linalg.norm(first[p].positions_A[pairs[:, 0]] - moved, axis=1)))
-    found = {i: j}
+    pair_of = {i: j}
     for p, q in sorted(apart, key=lambda key: (apart[key], key)):
-        if p not in found and q not in found.values():
-            found[p] = q
-    return found
+        if p not in pair_of and q not in pair_of.values():
+            pair_of[p] = q
+    return pair_of
 
 
 def _points(

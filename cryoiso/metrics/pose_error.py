@@ -128,9 +128,9 @@ def pose_errors(
 
     estimated, true = np.asarray(estimated, np.float64), np.asarray(true, np.float64)
     if estimated.shape != true.shape or estimated.ndim != 3 or len(estimated) == 0:
-        found = (estimated.shape, true.shape)
+        shapes = (estimated.shape, true.shape)
         raise InputError(
-            "poses to compare do not fit", expected="two arrays (n, 3, 3)", found=found, code="arrays-do-not-fit"
+            "poses to compare do not fit", expected="two arrays (n, 3, 3)", found=shapes, code="arrays-do-not-fit"
         )
     mode = ("any" if align else "none") if isinstance(align, bool) else align
     if mode not in ("any", "axis", "none"):

@@ -70,9 +70,9 @@ def _scores(
     sums = _Sums(len(centres))
     sums.add(centre, np.square(centre), np.ones(len(centres)), POINTS)
     for radius_A in np.arange(STEP_A, REACH_A + STEP_A / 2, STEP_A):
-        found, mean, mean_square = _sphere(grid, tree, centres, radius_A, scale, origin)
+        has_points, mean, mean_square = _sphere(grid, tree, centres, radius_A, scale, origin)
         gaussian = float(np.exp(-0.5 * (radius_A / sigma_A) ** 2))
-        sums.add(mean, mean_square, np.full(len(centres), gaussian), np.where(found, POINTS, 0))
+        sums.add(mean, mean_square, np.full(len(centres), gaussian), np.where(has_points, POINTS, 0))
     return sums.correlation()
 
 
@@ -101,10 +101,10 @@ def _sphere(
     grid: np.ndarray, tree: object, centres: np.ndarray, radius_A: float, scale: np.ndarray, origin: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whether there are enough clear points, and mean and mean square of the density at ``POINTS`` of them."""
-    found = np.zeros(len(centres), bool)
+    has_points = np.zeros(len(centres), bool)
     mean, mean_square = np.zeros(len(centres)), np.zeros(len(centres))
     for attempt in ATTEMPTS:
-        rows = np.flatnonzero(~found)
+        rows = np.flatnonzero(~has_points)
         if not len(rows):
             break
         points = centres[rows, None] + radius_A * _even_directions(attempt)
@@ -114,8 +114,8 @@ def _sphere(
         chosen = _spread(clear[enough])
         values = _sample(grid, (np.take_along_axis(points[enough], chosen[..., None], 1) - origin) / scale)
         done = rows[enough]
-        found[done], mean[done], mean_square[done] = True, values.mean(1), np.square(values).mean(1)
-    return found, mean, mean_square
+        has_points[done], mean[done], mean_square[done] = True, values.mean(1), np.square(values).mean(1)
+    return has_points, mean, mean_square
 
 
 def _spread(clear: np.ndarray) -> np.ndarray:

@@ -156,8 +156,8 @@ def _local_fsc(fa: np.ndarray, fb: np.ndarray, box_px: int, bands: _Bands, k: in
     # products of frequencies up to `reach` fold back at this size onto no frequency that the window lets through
     size = fft.next_fast_len(int(np.ceil(2 * reach + passed)) + 1, real=True)
     a, b = (_filtered(spectrum, box_px, size, float(bands.centres[k]), bands.half_width) for spectrum in (fa, fb))
-    across, one, two = (_windowed(product, box_px, bands.sigma_px, passed) for product in (a * b, a * a, b * b))
-    power = np.clip(one, 0, None) * np.clip(two, 0, None)
+    across, power1, power2 = (_windowed(product, box_px, bands.sigma_px, passed) for product in (a * b, a * a, b * b))
+    power = np.clip(power1, 0, None) * np.clip(power2, 0, None)
     return np.where(power > 0, across / np.sqrt(np.where(power > 0, power, 1)), 0.0)
 
 
@@ -217,8 +217,8 @@ def _first_crossing(curves: np.ndarray, least: np.ndarray, centres: np.ndarray) 
     before, after = (np.take_along_axis(excess, i[None], 0)[0] for i in (at - 1, at))
     part = np.clip(before / np.where(before > after, before - after, 1), 0, 1)
     crossing = centres[at - 1] + part * (centres[at] - centres[at - 1])
-    found: np.ndarray = np.where(first == 0, centres[0], np.where(first == len(centres), centres[-1], crossing))
-    return found
+    frequency: np.ndarray = np.where(first == 0, centres[0], np.where(first == len(centres), centres[-1], crossing))
+    return frequency
 
 
 def _interpolated(coarse: np.ndarray, box_px: int) -> np.ndarray:

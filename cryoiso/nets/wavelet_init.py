@@ -42,8 +42,8 @@ def start_as_wavelets(network: HvaeModules) -> None:
     network.out.weight.zero_()
     for channel in range(finest):
         network.out.weight[channel, channel, 1, 1] = 1
-    for layer, (level, known, told) in zip(network.latent_layers(), _precisions(config), strict=True):
-        _describe(layer, config.latent_channels, known, told)
+    for layer, (level, known, posterior_precision) in zip(network.latent_layers(), _precisions(config), strict=True):
+        _describe(layer, config.latent_channels, known, posterior_precision)
         if layer.rises:
             _connect(layer, image_channels(config, level - 1))
         else:
@@ -78,13 +78,13 @@ def _precisions(config: HvaeConfig) -> Iterator[tuple[int, Tensor, Tensor]]:
         known[0] = average
 
 
-def _describe(layer: LatentLayer, channels: int, known: Tensor, told: Tensor) -> None:
+def _describe(layer: LatentLayer, channels: int, known: Tensor, posterior_precision: Tensor) -> None:
     """Posterior, prior and injection of one layer as the module's docstring has them."""
     n = len(known)
     basis = hadamard(n)
-    share = 1 - torch.exp(2 * (told - known))
+    share = 1 - torch.exp(2 * (posterior_precision - known))
     layer.posterior.out.weight[:n, :n] = share[:, None] * basis
-    layer.posterior.out.bias[channels : channels + n] = _unbounded(told + share.log() / 2)
+    layer.posterior.out.bias[channels : channels + n] = _unbounded(posterior_precision + share.log() / 2)
     layer.prior.out.bias[channels : channels + n] = _unbounded(known + share.log() / 2)
     layer.inject.weight[:n] = 0
     layer.inject.weight[:n, :n] = basis.T

@@ -43,10 +43,10 @@ def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any
         except CryoisoError as caught:
             error = caught
     ctx.wait_for_all()
-    told = ctx.bcast(_sent(error))
-    if told is not None:
+    sent = ctx.bcast(_sent(error))
+    if sent is not None:
         if error is None:
-            error = _remade(*told)
+            error = _remade(*sent)
         setattr(error, _COMMON, True)
         raise error
     value: T = ctx.bcast(result)
@@ -55,9 +55,9 @@ def on_root(ctx: Context, function: Callable[..., T], *args: Any, **options: Any
 
 def agree(ctx: Context, error: CryoisoError | None) -> None:
     """Raises on every rank the error of the lowest rank that has one; returns if nobody has. Collective."""
-    for rank, found in enumerate(ctx.allgather(_sent(error))):
-        if found is not None:
-            common = error if rank == ctx.rank and error is not None else _remade(*found)
+    for rank, sent in enumerate(ctx.allgather(_sent(error))):
+        if sent is not None:
+            common = error if rank == ctx.rank and error is not None else _remade(*sent)
             setattr(common, _COMMON, True)
             raise common
 

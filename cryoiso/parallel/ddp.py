@@ -255,8 +255,8 @@ def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_ho
     beacon = rendezvous_address.Beacon(64 + 8 * len(members), addresses) if needed and index == 0 else None
     offers = comm.allgather((addresses, beacon.port) if beacon is not None else None)
     offer = offers[members[0]] if needed and index >= 0 else None
-    mine = rendezvous_address.reachable(*offer) if offer is not None else {}
-    answers = comm.allgather((members if needed and index >= 0 else (), sorted(mine)))
+    routes = rendezvous_address.reachable(*offer) if offer is not None else {}
+    answers = comm.allgather((members if needed and index >= 0 else (), sorted(routes)))
     if beacon is not None:
         with beacon:
             pass
@@ -270,7 +270,7 @@ def _find_route(comm: Communicator, members: tuple[int, ...], index: int, one_ho
                 code="network-unreachable",
             )
         if group == members:
-            return common[0], mine.get(common[0], "")
+            return common[0], routes.get(common[0], "")
     return "", ""
 
 
@@ -347,8 +347,8 @@ def _sum_slices(group: TrainingGroup, values: Tensor) -> Tensor:
     padded[: values.numel()] = values
     copies = torch.empty_like(padded)
     group.finish(dist.all_to_all_single(copies, padded, async_op=True))
-    mine = _sum_rows(copies.view(group.size, length))
-    group.finish(dist.all_gather(list(padded.view(group.size, length)), mine, async_op=True))
+    own_sum = _sum_rows(copies.view(group.size, length))
+    group.finish(dist.all_gather(list(padded.view(group.size, length)), own_sum, async_op=True))
     return padded[: values.numel()]
 
 

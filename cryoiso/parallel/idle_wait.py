@@ -23,14 +23,14 @@ def poll_on_root(comm: Context, stop_signal: StopSignal, look: Callable[[bool], 
         stop_signal: any rank that gets a stop signal sends it on.
         look: on rank 0; is told whether anybody was told to stop, returns None to go on watching. It must not raise.
     """
-    found: Any = None
+    result: Any = None
     if comm.rank == 0:
         pause = 1e-3
-        while (found := look(stop_signal.received())) is None:
+        while (result := look(stop_signal.received())) is None:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_NAP_S)
     _arrive(comm, stop_signal)
-    value: T = comm.bcast(found)
+    value: T = comm.bcast(result)
     return value
 
 

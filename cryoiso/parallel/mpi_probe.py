@@ -46,17 +46,17 @@ def probe_mpi(timeout: float = 60.0) -> dict[str, Any]:
     their own. mpi4py has a separate module for it, which not all of its wheels contain.
     """
     beside = Path(sys.executable).parent / "mpirun"
-    found: dict[str, Any] = {"mpirun": str(beside) if beside.exists() else shutil.which("mpirun") or ""}
+    facts: dict[str, Any] = {"mpirun": str(beside) if beside.exists() else shutil.which("mpirun") or ""}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _ASK], capture_output=True, text=True, timeout=timeout, env=outside_launcher()
         )
     except subprocess.TimeoutExpired:
-        return {**found, "error": f"loading MPI took more than {timeout:.0f} s"}
+        return {**facts, "error": f"loading MPI took more than {timeout:.0f} s"}
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
-        return {**found, "error": lines[-1] if lines else f"exit status {done.returncode}"}
-    return {**found, **json.loads(done.stdout.strip().splitlines()[-1])}
+        return {**facts, "error": lines[-1] if lines else f"exit status {done.returncode}"}
+    return {**facts, **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
 def family_of_library(said: str) -> str:

@@ -27,6 +27,6 @@ def sum_in_pairs(part: Callable[[int], list[Tensor]], first: int, last: int) -> 
         return part(first)
     middle = (first + last + 1) // 2
     total = sum_in_pairs(part, first, middle)
-    for mine, other in zip(total, sum_in_pairs(part, middle, last), strict=True):
-        mine.add_(other)
+    for left, right in zip(total, sum_in_pairs(part, middle, last), strict=True):
+        left.add_(right)
     return total

@@ -101,10 +101,10 @@ def peer_uid(connection: socket.socket) -> int:
     if not hasattr(socket, "SO_PEERCRED"):
         return -1
     try:
-        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     except OSError:
         return -1
-    return int(struct.unpack("3i", found)[1])
+    return int(struct.unpack("3i", credentials)[1])
 
 
 def surplus(sources: Sequence[str], most: int) -> list[int]:

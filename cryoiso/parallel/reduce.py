@@ -56,12 +56,12 @@ def concat_all(comm: Any, rows: np.ndarray) -> np.ndarray:
     row_bytes = rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
     if not out.size:
         return out
-    whole = MPI.BYTE.Create_contiguous(row_bytes).Commit()
+    row_type = MPI.BYTE.Create_contiguous(row_bytes).Commit()
     try:
         starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        comm.Allgatherv([rows, len(rows), whole], [out, (counts, starts), whole])
+        comm.Allgatherv([rows, len(rows), row_type], [out, (counts, starts), row_type])
     finally:
-        whole.Free()
+        row_type.Free()
     return out
 
 
@@ -96,9 +96,9 @@ def _sum_in_rank_order(comm: Any, slab: np.ndarray, root: int | None) -> None:
     size = comm.size
     shares = np.array([len(part) for part in np.array_split(np.empty(slab.size, np.bool_), size)])
     starts = np.concatenate([[0], np.cumsum(shares)[:-1]])
-    mine = int(shares[comm.rank])
-    copies = np.empty((size, mine), slab.dtype)
-    comm.Alltoallv([slab, (shares, starts)], [copies, (np.full(size, mine), np.arange(size) * mine)])
+    own_share = int(shares[comm.rank])
+    copies = np.empty((size, own_share), slab.dtype)
+    comm.Alltoallv([slab, (shares, starts)], [copies, (np.full(size, own_share), np.arange(size) * own_share)])
     total = copies[0]
     for other in copies[1:]:
         total += other

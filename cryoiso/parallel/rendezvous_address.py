@@ -22,13 +22,13 @@ _LEAD_NOWHERE = ("docker", "br-", "virbr", "veth", "cni", "podman", "lxc")
 
 def interfaces() -> dict[str, str]:
     """IPv4 address -> name of the network interface that has it; empty where the system does not tell (not Linux)."""
-    found: dict[str, str] = {}
+    addresses: dict[str, str] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with suppress(OSError):
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                found.setdefault(socket.inet_ntoa(answer[20:24]), name)
-    return found
+                addresses.setdefault(socket.inet_ntoa(answer[20:24]), name)
+    return addresses
 
 
 def candidates(one_host: bool) -> list[str]:
@@ -71,8 +71,8 @@ class Beacon:
 def reachable(addresses: Sequence[str], port: int, limit_s: float = 3.0) -> dict[str, str]:
     """Which of these addresses answer, each with the interface of this host that leads there ("" if unknown)."""
     named = interfaces()
-    found: dict[str, str] = {}
+    routes: dict[str, str] = {}
     for address in addresses:
         with suppress(OSError), socket.create_connection((address, port), limit_s) as connection:
-            found[address] = named.get(connection.getsockname()[0], "")
-    return found
+            routes[address] = named.get(connection.getsockname()[0], "")
+    return routes

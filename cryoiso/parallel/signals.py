@@ -38,18 +38,18 @@ def heed() -> None:
     Raises:
         Interrupted: it was.
     """
-    if stop_signal() or any(told() for told in _others):
+    if stop_signal() or any(is_stopped() for is_stopped in _others):
         raise Interrupted("stopped by a signal; what is finished is kept")
 
 
 @contextmanager
-def listening_to(told: Callable[[], bool]) -> Iterator[None]:
+def listening_to(is_stopped: Callable[[], bool]) -> Iterator[None]:
     """Inside, ``heed`` also asks this, e.g. a ``StopSignal``, whether to stop."""
-    _others.append(told)
+    _others.append(is_stopped)
     try:
         yield
     finally:
-        _others.remove(told)
+        _others.remove(is_stopped)
 
 
 def stop_signal() -> str:

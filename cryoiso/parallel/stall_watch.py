@@ -35,8 +35,8 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
-        found = read_stat(os.getpid())
-        return cls(os.getpid(), found[1] if found else -1)
+        stat = read_stat(os.getpid())
+        return cls(os.getpid(), stat[1] if stat else -1)
 
 
 def read_stat(number: int, proc: Path = PROC) -> tuple[str, int, int] | None:
@@ -79,10 +79,10 @@ class LocalNeighbour:
 
     def look(self) -> bool:
         """False: the process has ended or cannot be seen."""
-        found = read_stat(self._process.number, self._proc)
-        if found is None or found[1] != self._process.start:
+        stat = read_stat(self._process.number, self._proc)
+        if stat is None or stat[1] != self._process.start:
             return False
-        state, _, cpu = found
+        state, _, cpu = stat
         idle, self._cpu = cpu == self._cpu, cpu
         if state in STOPPED:
             remedy = f"'kill -CONT {self._process.number}' there lets it go on"

@@ -1,8 +1,8 @@
 """How a small process that somebody else's program started hands its task to the ranks that wait, and gets the answer.
 
-Rank 0 keeps a ``TaskServer``; a process with a task calls ``request``. On the same host they talk over a local socket in a folder that
-only the user can enter, else over TCP, and where no connection comes about or lasts (networks between nodes may be
-closed) through files in the run folder. Everything said is signed with a secret that lies in a file that only the user
+Rank 0 keeps a ``TaskServer``; a process with a task calls ``request``. On the same host they talk over a local socket
+in a folder that only the user can enter, else over TCP, and where no connection comes about or lasts (networks between
+nodes may be closed) through files in the run folder. Everything said is signed with a secret that lies in a file that only the user
 can read, over a number that the other side has just drawn: nobody else can hand in a task or an answer, and nothing
 said before can be used again. Callers that have not shown the secret are few, have a deadline, and lose their place to
 others first: they can neither use up the file descriptors nor end the run.
@@ -241,28 +241,28 @@ class TaskServer:
         for door in self._doors:
             for connection, source in accept_all(door, MOST_CALLERS):
                 self._callers.append(_Connection(connection, source, self._secret))
-        found: list[Call] = []
+        calls: list[Call] = []
         for caller in list(self._callers):
             if not caller.advance():
                 caller.close()
                 self._callers.remove(caller)
             elif caller.known:
-                found.append(caller)
+                calls.append(caller)
                 self._callers.remove(caller)
                 self._waiting.append(caller)
         for index in sorted(surplus([caller.source for caller in self._callers], MOST_CALLERS), reverse=True):
             self._callers.pop(index).close()
-        return found + self._letters()
+        return calls + self._letters()
 
     def _letters(self) -> list[Call]:
-        found: list[Call] = []
+        letters: list[Call] = []
         with suppress(OSError):
             for name in sorted(os.listdir(self._drop)):
                 if name.endswith(".task") and name not in self._seen:
                     self._seen.add(name)
                     with suppress(HandoverError, ValueError, OSError):
-                        found.append(_Letter(self._drop / name, self._secret))
-        return found
+                        letters.append(_Letter(self._drop / name, self._secret))
+        return letters
 
     def close(self) -> None:
         """Nobody waits any more: callers that were not answered fail."""
@@ -303,10 +303,10 @@ def request(file: Path, task: dict[str, Any], *, limit_s: float | None = None, c
             answer = _by_wire(connection, secret, body, until)
     if answer is None:
         answer = _by_letter(file, address, secret, body, until)
-    found = json.loads(answer)
-    if not found["ok"]:
-        raise HandoverError(found["message"], code=found.get("code") or "ranks-unreachable")
-    return str(found["message"])
+    reply = json.loads(answer)
+    if not reply["ok"]:
+        raise HandoverError(reply["message"], code=reply.get("code") or "ranks-unreachable")
+    return str(reply["message"])
 
 
 def _connect(address: Address, connect_s: float) -> socket.socket | None:
@@ -351,16 +351,16 @@ def _by_wire(connection: socket.socket, secret: bytes, body: bytes, until: float
         _NotAccepted: it ended before the desk had the task.
         HandoverError: it ended afterwards, or the time is over.
     """
-    mine, accepted = secrets.token_bytes(_NONCE), False
+    own_nonce, accepted = secrets.token_bytes(_NONCE), False
     try:
         connection.settimeout(_HELLO_S)
         theirs = _receive(connection, _NONCE)
-        connection.sendall(mine + _framed(body, secret, b"task", theirs, mine))
+        connection.sendall(own_nonce + _framed(body, secret, b"task", theirs, own_nonce))
         connection.settimeout(None if until is None else max(until - time.monotonic(), 1e-3))
         accepted = _receive(connection, 1) == _ACCEPTED
         head = _receive(connection, _MAC + 4)
         rest = _receive(connection, min(int.from_bytes(head[_MAC:], "big"), _LONGEST))
-        return _opened(head + rest, secret, b"answer", theirs, mine)
+        return _opened(head + rest, secret, b"answer", theirs, own_nonce)
     except OSError as error:
         if isinstance(error, TimeoutError) and until is not None and time.monotonic() >= until:
             raise HandoverError("no answer from the ranks in time", code="ranks-unreachable") from None
@@ -370,13 +370,13 @@ def _by_wire(connection: socket.socket, secret: bytes, body: bytes, until: float
 
 
 def _receive(connection: socket.socket, count: int) -> bytes:
-    found = b""
-    while len(found) < count:
-        new = connection.recv(count - len(found))
+    received = b""
+    while len(received) < count:
+        new = connection.recv(count - len(received))
         if not new:
             raise ConnectionResetError("the ranks have ended")
-        found += new
-    return found
+        received += new
+    return received
 
 
 def _by_letter(file: Path, address: Address, secret: bytes, body: bytes, until: float | None) -> bytes:

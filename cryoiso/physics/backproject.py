@@ -83,46 +83,46 @@ class SliceAccumulator:
         self._tile, self._sample = np.empty(0, np.int32), np.empty((0, 6), np.float32)
 
     def insert(
-        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], disc: Disc
     ) -> None:
         """Add slices.
 
         Args:
             data: (J, K) complex: CTF-weighted, centred coefficients (over the noise variance).
             weight: (J, K) real: CTF^2 (over the noise variance), times the posterior weight.
-            rotation: (J, 3, 3); ``where`` must contain each Friedel pair once.
+            rotation: (J, 3, 3); ``disc`` must contain each Friedel pair once.
         """
         if data.numel() == 0:
             return
         if self.grid.device.type == "cpu":
-            self._insert_numba(data, weight, rotation, where)
+            self._insert_numba(data, weight, rotation, disc)
             return
         module = gpu_kernels.kernels_for("insert_slices", self.grid)
         if module is not None:
             self.bound += _bound(data, weight)
-            gpu_kernels.insert_slices(module, self.grid, where, data, weight, rotation, self.padding, UNIT)
+            gpu_kernels.insert_slices(module, self.grid, disc, data, weight, rotation, self.padding, UNIT)
             return
-        step = max(1, SAMPLES_AT_ONCE // max(where.size, 1))
+        step = max(1, SAMPLES_AT_ONCE // max(disc.size, 1))
         for part in zip(data.split(step), weight.split(step), rotation.split(step), strict=True):
-            self.insert_torch(*part, where)
+            self.insert_torch(*part, disc)
 
-    def _insert_numba(self, data: Tensor, weight: Tensor, rotation: Tensor, where: Disc) -> None:
+    def _insert_numba(self, data: Tensor, weight: Tensor, rotation: Tensor, disc: Disc) -> None:
         import numba
 
         from cryoiso.physics import _kernels
 
         rot = np.ascontiguousarray(rotation.numpy(), np.float32)
-        check_reach(rot, where, self.padding, self.grid.shape[0])
+        check_reach(rot, disc, self.padding, self.grid.shape[0])
         flat, values = self.grid.view(-1).numpy(), np.ascontiguousarray(weight.numpy(), np.float32)
-        step = self._working_space(len(rot), where.size)
+        step = self._working_space(len(rot), disc.size)
         for i in range(0, len(rot), step):
             part = slice(i, i + step)
             self.bound += 8 * _kernels.insert_slices(
                 flat,
                 self.grid.shape[0],
                 rot[part],
-                where.ky,
-                where.kx,
+                disc.ky,
+                disc.kx,
                 np.float32(self.padding),
                 pairs(data[part].to(torch.complex64)),
                 values[part],
@@ -146,11 +146,11 @@ class SliceAccumulator:
         return len(self._tile) // size
 
     def insert_torch(
-        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], where: Disc
+        self, data: Complex[Tensor, "n k"], weight: Float[Tensor, "n k"], rotation: Float[Tensor, "n 3 3"], disc: Disc
     ) -> None:
         """The plain torch version of the CPU kernel, for GPUs and as its reference."""
         self.bound += _bound(data, weight)
-        corner, fraction, flip = slice_corners(rotation.float(), where, self.padding, self.grid.shape[0])
+        corner, fraction, flip = slice_corners(rotation.float(), disc, self.padding, self.grid.shape[0])
         data = torch.where(flip, data.conj(), data)
         rows = torch.stack([data.real, data.imag, weight.to(data.real.dtype)], dim=-1) * UNIT
         flat = self.grid.view(-1, 3)

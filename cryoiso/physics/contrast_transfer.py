@@ -196,8 +196,8 @@ def _phase_coefficients(particles: Particles, rows: np.ndarray, lam: float) -> n
     )
     mean, half = np.pi * lam * (du + dv) / 2, np.pi * lam * (du - dv) / 2
     axis = np.radians(axis)
-    one = np.ones_like(mean)
-    return np.stack([mean, half * np.cos(2 * axis), half * np.sin(2 * axis), np.radians(phase), one], 1)
+    ones = np.ones_like(mean)
+    return np.stack([mean, half * np.cos(2 * axis), half * np.sin(2 * axis), np.radians(phase), ones], 1)
 
 
 def magnify(

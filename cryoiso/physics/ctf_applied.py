@@ -76,8 +76,8 @@ def apply_ctf(
 
 
 def _filtered(images: np.ndarray, factor: Tensor) -> np.ndarray:
-    given = torch.from_numpy(np.ascontiguousarray(images, np.float32))
-    filtered: np.ndarray = torch.fft.irfft2(torch.fft.rfft2(given) * factor, s=given.shape[-2:]).numpy()
+    originals = torch.from_numpy(np.ascontiguousarray(images, np.float32))
+    filtered: np.ndarray = torch.fft.irfft2(torch.fft.rfft2(originals) * factor, s=originals.shape[-2:]).numpy()
     return filtered
 
 
@@ -121,11 +121,11 @@ def restored(
     ctf = microscope_ctf(particles, rows, box)
     out = np.array(images, np.float32)
     for number, kind in _kinds(particles, rows):
-        given, c = out[number.numpy()], ctf[number]
+        image, c = out[number.numpy()], ctf[number]
         if kind == "flipped":
-            out[number.numpy()] = _filtered(given, _sign(c))
+            out[number.numpy()] = _filtered(image, _sign(c))
         else:
-            out[number.numpy()] = _whole(given, c, particles.uid[rows[number.numpy()]])
+            out[number.numpy()] = _whole(image, c, particles.uid[rows[number.numpy()]])
     return out
 
 
@@ -142,12 +142,12 @@ def _whole(images: np.ndarray, ctf: Tensor, uids: np.ndarray) -> np.ndarray:
     shell = shells(box)
     parts = seen * ctf / divisor
     # where an image was cut out of a larger one after the multiplication, more than c x stands at the zeros of c
-    found = restored_spectrum(parts.abs().square(), torch.ones_like(ctf))
-    limit = (LEAKED * power / found.clamp(min=1e-30)).clamp(max=1).sqrt()[:, shell]
-    whole: np.ndarray = torch.fft.irfft2(
+    spectrum = restored_spectrum(parts.abs().square(), torch.ones_like(ctf))
+    limit = (LEAKED * power / spectrum.clamp(min=1e-30)).clamp(max=1).sqrt()[:, shell]
+    restored_images: np.ndarray = torch.fft.irfft2(
         parts * limit + white * (power[:, shell] * (1 - known.square())).sqrt(), s=(box, box)
     ).numpy()
-    return whole
+    return restored_images
 
 
 def shells(box_px: int) -> Int[Tensor, "{box_px} {box_px}//2+1"]:

@@ -42,8 +42,8 @@ def belt_map(belt: Belt, box_px: int, pixel_size_A: float) -> DensityMap:
         inside: np.ndarray = (level <= 1).astype(np.float32)
         return inside
 
-    whole, core = body(0.0), body(belt.shell_A)
-    density = belt.shell_density * (whole - core) + belt.core_density * core
+    outer, core = body(0.0), body(belt.shell_A)
+    density = belt.shell_density * (outer - core) + belt.core_density * core
     blurred = apply_bfactor(density, pixel_size_A, 8 * np.pi**2 * belt.softness_A**2)
     return DensityMap(np.asarray(blurred, np.float32), pixel_size_A)
 

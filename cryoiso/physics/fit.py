@@ -107,8 +107,8 @@ def fit_about_axis(
     if group == "C1":
         return fit_into(moving, target, resolution_A=resolution_A, mirror=mirror)
     task = _Task(target, float(resolution_A), point_group(group), (False, True) if mirror else (False,))
-    found = _about_axes(task, moving, Placement(np.eye(3), np.zeros(3), 0.0), group)
-    return replace(task.judge(moving, found, group, None), on_axes=True)
+    by_hand = _about_axes(task, moving, Placement(np.eye(3), np.zeros(3), 0.0), group)
+    return replace(task.judge(moving, by_hand, group, None), on_axes=True)
 
 
 def apply_fit(
@@ -162,7 +162,7 @@ class _Task:
         coarse_A = max(self.resolution_A, math.radians(max(step_deg, AXIS_STEP_DEG * 2)) * fine.body.radius_A)
         coarse = self.pair(moving, coarse_A, allowed) if coarse_A > 1.05 * self.resolution_A else fine
         searched = fs.search(coarse, rotation, allowed, self.hands)
-        found = {}
+        placements = {}
         for hand in self.hands:
             shift, score = searched[hand]
             rows = self._distinct(rotation, shift, score, COARSE_CANDIDATES, step_deg, coarse_A)
@@ -172,8 +172,8 @@ class _Task:
             r, u, score = fs.refine(fine, r[rows], u, hand, allowed, 15)
             rows = self._distinct(r, u, score, FINE_CANDIDATES, 0.5 * step_deg, self.resolution_A)
             d = u - _middle(fine, r, hand)
-            found[hand] = [Placement(r[i], d[i], float(score[i]), hand) for i in rows]
-        return found
+            placements[hand] = [Placement(r[i], d[i], float(score[i]), hand) for i in rows]
+        return placements
 
     def _distinct(
         self, rotation: np.ndarray, shift_A: np.ndarray, score: np.ndarray, count: int, deg: float, near_A: float
@@ -199,10 +199,12 @@ class _Task:
         nearest = int(np.argmax(np.round(np.einsum("gii->g", turns), 9)))
         return replace(placement, rotation=turns[nearest], shift_A=self.ops[nearest] @ placement.shift_A)
 
-    def judge(self, moving: DensityMap, found: dict[bool, list[Placement]], group: str, free: Placement | None) -> Fit:
+    def judge(
+        self, moving: DensityMap, placements: dict[bool, list[Placement]], group: str, free: Placement | None
+    ) -> Fit:
         """Compare the best placements with their errors."""
-        best, *others = (self.least_turned(p) for p in found[False])
-        mirror = self.least_turned(found[True][0]) if found.get(True) else None
+        best, *others = (self.least_turned(p) for p in placements[False])
+        mirror = self.least_turned(placements[True][0]) if placements.get(True) else None
         runner_up = others[0] if others else None
         pair = self.pair(moving, self.resolution_A)
         hand: Hand = "not tried"
@@ -251,8 +253,8 @@ def _about_axes(task: _Task, moving: DensityMap, base: Placement, group: str) ->
     laid = moving if still else apply_fit(moving, base, task.target.box_px, task.target.pixel_size_A)
     rotation = _normaliser(group)
     allowed = fs.AXIS if group[0] == "C" else fs.FIXED
-    found = task.run(laid, rotation, allowed, AXIS_STEP_DEG)
-    return {hand: [p.after(base) for p in placements] for hand, placements in found.items()}
+    candidates = task.run(laid, rotation, allowed, AXIS_STEP_DEG)
+    return {hand: [p.after(base) for p in placements] for hand, placements in candidates.items()}
 
 
 def _normaliser(group: str) -> np.ndarray:

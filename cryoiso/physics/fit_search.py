@@ -257,16 +257,16 @@ def search(
     box = next_fast_len(2 * top + 2, real=True)
     kx, ky, kz = pair.index.T
     flat = torch.as_tensor(((kz % box) * box + ky % box) * (box // 2 + 1) + kx)
-    found: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {hand: [] for hand in hands}
+    candidates: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {hand: [] for hand in hands}
     step = max(1, (1 << 21) // box**3)
     for first in range(0, len(rotation), step):
         values = pair.sample(rotation[first : first + step])
         for hand in hands:
             product = pair.target * (values if hand else values.conj())
-            found[hand].append(_best_shift(product, flat, box, allowed))
+            candidates[hand].append(_best_shift(product, flat, box, allowed))
     scale = pair.side_A / box
     return {hand: (np.concatenate([p[0] for p in parts]) * scale, np.concatenate([p[1] for p in parts]))
-            for hand, parts in found.items()}  # fmt: skip
+            for hand, parts in candidates.items()}  # fmt: skip
 
 
 def _best_shift(product: Tensor, flat: Tensor, box: int, allowed: str) -> tuple[np.ndarray, np.ndarray]:

@@ -134,7 +134,7 @@ class Disc:
 
 
 @lru_cache(maxsize=64)
-def disc(box_px: int, radius_px: float, with_dc: bool = False) -> Disc:
+def fourier_disc(box_px: int, radius_px: float, with_dc: bool = False) -> Disc:
     """Coefficients with |k| <= radius_px, ordered by shell so that a smaller radius is a prefix of a larger one.
 
     The Nyquist column of an even box is left out: it is its own Friedel mate and cannot be interpolated.

@@ -97,8 +97,8 @@ class FourierSums:
         if self.weight.device.type == "cpu":
             size = self.box_px * self.padding
             count = min(self.weight.shape[2], (size - 1) // 2 + 1)
-            whole = to_volume(partial(self._divide_numba, term, floor), count, self.box_px, size)
-            volume = divide_by_gridding(whole, self.padding)
+            padded = to_volume(partial(self._divide_numba, term, floor), count, self.box_px, size)
+            volume = divide_by_gridding(padded, self.padding)
         else:
             volume = half_space_to_volume(self.divide_torch(term, floor), self.box_px, self.padding)
         return volume * sphere_mask(self.box_px, self.box_px / 2, EDGE_PX, device=volume.device, dtype=volume.dtype)

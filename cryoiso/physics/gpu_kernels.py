@@ -64,7 +64,7 @@ def kernels_for(kernel: str, grid: Tensor) -> Any:
 def score_local(
     module: Any,
     volume: FourierVolume,
-    where: Disc,
+    disc: Disc,
     data: Complex[Tensor, "n k"],
     weight: Float[Tensor, "n k"],
     particle: Int[Tensor, " r"],
@@ -82,13 +82,13 @@ def score_local(
     out = torch.empty(len(particle), 9, device=rotation.device)
     if not len(particle):
         return out
-    there = where.on(rotation.device)
-    unit = 2 * torch.pi / where.box_px
+    there = disc.on(rotation.device)
+    unit = 2 * torch.pi / disc.box_px
     along_x, along_y = spacing_px * unit * there.kx, spacing_px * unit * there.ky
     turns = torch.stack([along_x.cos(), along_x.sin(), along_y.cos(), along_y.sin()])
     module.score_local[(len(particle) // views,)](
         _whole(volume.grid), rotation.float().contiguous(), there.kx, there.ky, turns, particle.contiguous(),
-        _whole(data), weight.contiguous(), shift_px.contiguous(), out, where.size, (volume.grid.shape[0] - 1) // 2,
+        _whole(data), weight.contiguous(), shift_px.contiguous(), out, disc.size, (volume.grid.shape[0] - 1) // 2,
         float(volume.padding), unit, VIEWS=views, BLOCK=SCORE_BLOCK, num_warps=SCORE_WARPS,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -98,7 +98,7 @@ def score_local(
 def insert_slices(
     module: Any,
     grid: Int[Tensor, "rows rows columns 3"],
-    where: Disc,
+    disc: Disc,
     data: Complex[Tensor, "n k"],
     weight: Float[Tensor, "n k"],
     rotation: Float[Tensor, "n 3 3"],
@@ -106,10 +106,10 @@ def insert_slices(
     unit: float,
 ) -> None:
     """``physics.backproject.SliceAccumulator.insert`` by the kernel; adds to ``grid``."""
-    there = where.on(grid.device)
-    blocks = -(-where.size // INSERT_BLOCK)
+    there = disc.on(grid.device)
+    blocks = -(-disc.size // INSERT_BLOCK)
     module.insert_slices[(len(data), blocks)](
-        grid, rotation.float().contiguous(), there.kx, there.ky, _whole(data), weight.float().contiguous(), where.size,
+        grid, rotation.float().contiguous(), there.kx, there.ky, _whole(data), weight.float().contiguous(), disc.size,
         (grid.shape[0] - 1) // 2, float(padding), unit, BLOCK=INSERT_BLOCK, num_warps=INSERT_WARPS,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -121,15 +121,15 @@ def _whole(values: Complex[Tensor, "*n"]) -> Int[Tensor, "*n 1"]:
 
 
 def _trial(module: Any, kernel: str, device: torch.device) -> None:
-    from cryoiso.physics.fourier import disc
+    from cryoiso.physics.fourier import fourier_disc
 
-    where, turn = disc(8, 3), torch.eye(3, device=device).repeat(8, 1, 1)
-    data = torch.ones(8, where.size, dtype=torch.complex64, device=device)
+    disc, turn = fourier_disc(8, 3), torch.eye(3, device=device).repeat(8, 1, 1)
+    data = torch.ones(8, disc.size, dtype=torch.complex64, device=device)
     if kernel == "score_local":
         volume = FourierVolume.from_volume(torch.ones(8, 8, 8, device=device))
         row, shift = torch.zeros(8, dtype=torch.int64, device=device), torch.zeros(8, 2, device=device)
-        score_local(module, volume, where, data, data.real.contiguous(), row, turn, shift, 1.0, 8)
+        score_local(module, volume, disc, data, data.real.contiguous(), row, turn, shift, 1.0, 8)
     else:
         grid = torch.zeros(17, 17, 9, 3, dtype=torch.int64, device=device)
-        insert_slices(module, grid, where, data, data.real, turn, 2, 1.0)
+        insert_slices(module, grid, disc, data, data.real, turn, 2, 1.0)
     torch.cuda.synchronize(device)

@@ -111,11 +111,11 @@ def map_symmetry(density: DensityMap, group: str, lowpass_A: float = 0.0) -> Map
     score = _score(_self_pair(density, finest), ops)
     if score >= CLEAR:
         return MapSymmetry(name, "has it", score, finest)
-    found = find_frame(density, name, finest)
-    if found is not None and found.score > score + BETTER and is_real(density, found, name, lowpass_A):
+    frame = find_frame(density, name, finest)
+    if frame is not None and frame.score > score + BETTER and is_real(density, frame, name, lowpass_A):
         turn = cryosparc_turn(name)
         theirs = turn is not None and _score(_self_pair(density, finest), turn.T @ ops @ turn) > score + BETTER
-        return MapSymmetry(name, "elsewhere", score, finest, found, theirs)
+        return MapSymmetry(name, "elsewhere", score, finest, frame, theirs)
     noisy = _seen_through_noise(density, name, lowpass_A)
     if noisy is not None:
         return MapSymmetry(name, "noisy", *noisy)
@@ -236,14 +236,14 @@ def _least_turned(placement: Placement, name: str) -> Placement:
 def _candidates(density: DensityMap, name: str, resolution_A: float, searched: SelfRotations) -> list[Placement]:
     """Frames compatible with the map's rotations onto itself, the best rotations first."""
     first, *others = generators(name)
-    found = []
+    candidates = []
     for fold, _ in (first, *others[:1]):
         if fold not in searched:
             searched[fold] = self_rotations(density, fold, resolution_A)
-        found.append(searched[fold])
+        candidates.append(searched[fold])
     target1 = np.array(first[1], np.float64)
     frames = []
-    for main in found[0]:
+    for main in candidates[0]:
         for sign in (1.0, -1.0):
             axis = sign * axis_of(main.rotation)
             if not others:
@@ -251,7 +251,7 @@ def _candidates(density: DensityMap, name: str, resolution_A: float, searched: S
                     frames.append((_onto(target1, axis), [main]))
                 continue
             target2 = np.array(others[0][1], np.float64)
-            for second in found[1]:
+            for second in candidates[1]:
                 other = axis_of(second.rotation)
                 for axis2 in (other, -other):
                     if abs(np.dot(axis, axis2) - np.dot(target1, target2)) < 0.15:
@@ -270,9 +270,9 @@ def self_rotations(density: DensityMap, fold: int, resolution_A: float) -> list[
     axes = fibonacci_sphere(count)
     axes = np.concatenate([np.eye(3), axes[axes[:, 2] >= 0] if fold == 2 else axes])
     angle = 2 * np.pi / fold
-    found = rotation_search(density, rotvec_to_matrix(angle * axes), resolution_A, AXIS_STEP_DEG)
+    scores = rotation_search(density, rotvec_to_matrix(angle * axes), resolution_A, AXIS_STEP_DEG)
     kept = []
-    for placement in found:
+    for placement in scores:
         along = abs(float(axis_of(placement.rotation) @ placement.shift_A))
         if (
             abs(_angle_deg(placement) - np.degrees(angle)) < 8 and along < 0.4 * resolution_A

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.shapes import require_cube, require_rotations
-from cryoiso.physics.fourier import Disc, disc, divide_by_gridding, fourier_to_images, pad_volume, shift_phases
+from cryoiso.physics.fourier import Disc, divide_by_gridding, fourier_disc, fourier_to_images, pad_volume, shift_phases
 from cryoiso.physics.padded_transform import to_half_space
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ class FourierVolume:
         transform = torch.fft.rfftn(torch.fft.ifftshift(padded), dim=(0, 1, 2)) / box
         return cls(_crop_half_space(transform, h), box, padding, radius)
 
-    def slices(self, rotation: Float[Tensor, "n 3 3"], where: Disc) -> Complex[Tensor, "n k"]:
-        """Central slices at the coefficients of ``where``.
+    def slices(self, rotation: Float[Tensor, "n 3 3"], disc: Disc) -> Complex[Tensor, "n k"]:
+        """Central slices at the coefficients of ``disc``.
 
         Args:
             rotation: (J, 3, 3); map coordinates -> image coordinates (a 2x2 magnification may be multiplied in before,
@@ -66,28 +66,28 @@ class FourierVolume:
         """
         needs_grad = torch.is_grad_enabled() and (rotation.requires_grad or self.grid.requires_grad)
         if self.grid.device.type == "cpu" and self.grid.dtype == torch.complex64 and not needs_grad:
-            return self._slices_numba(rotation, where)
+            return self._slices_numba(rotation, disc)
         if needs_grad:
-            return self.slices_torch(rotation, where)
-        step = max(1, SAMPLES_AT_ONCE // max(where.size, 1))
-        return torch.cat([self.slices_torch(part, where) for part in rotation.split(step)])
+            return self.slices_torch(rotation, disc)
+        step = max(1, SAMPLES_AT_ONCE // max(disc.size, 1))
+        return torch.cat([self.slices_torch(part, disc) for part in rotation.split(step)])
 
-    def _slices_numba(self, rotation: Tensor, where: Disc) -> Tensor:
+    def _slices_numba(self, rotation: Tensor, disc: Disc) -> Tensor:
         from cryoiso.physics import _kernels
 
         rot = np.ascontiguousarray(rotation.detach().numpy(), np.float32)
-        check_reach(rot, where, self.padding, self.grid.shape[0])
-        out = torch.empty(len(rot), where.size, dtype=torch.complex64)
+        check_reach(rot, disc, self.padding, self.grid.shape[0])
+        out = torch.empty(len(rot), disc.size, dtype=torch.complex64)
         _kernels.extract_slices(
-            flat_pairs(self.grid), self.grid.shape[0], rot, where.ky, where.kx, where.neighbours,
+            flat_pairs(self.grid), self.grid.shape[0], rot, disc.ky, disc.kx, disc.neighbours,
             np.float32(self.padding), pairs(out),
         )  # fmt: skip
         return out
 
-    def slices_torch(self, rotation: Float[Tensor, "n 3 3"], where: Disc) -> Complex[Tensor, "n k"]:
+    def slices_torch(self, rotation: Float[Tensor, "n 3 3"], disc: Disc) -> Complex[Tensor, "n k"]:
         """The plain torch version of the CPU kernel: any device and precision, differentiable in grid and rotation."""
         corner, fraction, flip = slice_corners(
-            rotation.to(self.grid.real.dtype), where, self.padding, self.grid.shape[0]
+            rotation.to(self.grid.real.dtype), disc, self.padding, self.grid.shape[0]
         )
         value = torch.zeros(flip.shape, dtype=self.grid.dtype, device=self.grid.device)
         flat = self.grid.reshape(-1)
@@ -96,7 +96,7 @@ class FourierVolume:
         return torch.where(flip, value.conj(), value)
 
 
-def check_reach(rotation: Float[np.ndarray, "n 3 3"], where: Disc, padding: int, grid_rows: int) -> None:
+def check_reach(rotation: Float[np.ndarray, "n 3 3"], disc: Disc, padding: int, grid_rows: int) -> None:
     """Refuse samples beyond the grid, and NaN, for which the CPU kernels would access memory out of bounds.
 
     Args:
@@ -105,12 +105,12 @@ def check_reach(rotation: Float[np.ndarray, "n 3 3"], where: Disc, padding: int,
     Raises:
         CryoisoError: magnification times radius exceeds the grid.
     """
-    if not len(rotation) or not where.size:
+    if not len(rotation) or not disc.size:
         return
     x, y = rotation[:, 0].astype(np.float64), rotation[:, 1].astype(np.float64)
     xx, yy, xy = (x * x).sum(1), (y * y).sum(1), (x * y).sum(1)
     largest = float(np.sqrt((xx + yy) / 2 + np.hypot((xx - yy) / 2, xy)).max())
-    radius = float(np.hypot(where.ky, where.kx).max())
+    radius = float(np.hypot(disc.ky, disc.kx).max())
     if not padding * radius * largest < (grid_rows - 1) // 2:
         raise CryoisoError(
             f"slices reach to {radius * largest:.1f} Fourier pixels but the grid ends at "
@@ -140,11 +140,11 @@ def _crop_half_space(transform: Tensor, h: int) -> Tensor:
 
 
 def slice_corners(
-    rotation: Float[Tensor, "n 3 3"], where: Disc, padding: int, grid_rows: int
+    rotation: Float[Tensor, "n 3 3"], disc: Disc, padding: int, grid_rows: int
 ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "3 n k"], Bool[Tensor, "n k"]]:
     """Lower corner (flat index), fractions (3, J, K) as (x, y, z) and the Friedel flag of each sample of each slice."""
     device, dtype = rotation.device, rotation.dtype
-    there = where.on(device)
+    there = disc.on(device)
     ky, kx = there.ky.to(dtype), there.kx.to(dtype)
     h = (grid_rows - 1) // 2
     # (3, J, K): k3 = A^T (kx, ky, 0), so component a is kx * A[0, a] + ky * A[1, a]
@@ -204,20 +204,20 @@ def project(
         raise InputError(
             "a shift for each rotation", expected=(n, 2), found=tuple(shift_A.shape), code="arrays-do-not-fit"
         )
-    where = disc(box, (box - 1) // 2, with_dc=True)
-    slices = FourierVolume.from_volume(volume, padding).slices(rotation.to(volume.dtype), where)
+    disc = fourier_disc(box, (box - 1) // 2, with_dc=True)
+    slices = FourierVolume.from_volume(volume, padding).slices(rotation.to(volume.dtype), disc)
     if shift_A is not None:
-        ky, kx = where.frequencies(1.0)
+        ky, kx = disc.frequencies(1.0)
         phases = shift_phases(ky.to(shift_A), kx.to(shift_A), -shift_A / pixel_size_A)
         slices = slices * phases.to(slices.dtype)
-    return fourier_to_images(scatter_to_half_plane(slices, where), box)
+    return fourier_to_images(scatter_to_half_plane(slices, disc), box)
 
 
-def scatter_to_half_plane(values: Complex[Tensor, "n k"], where: Disc) -> Complex[Tensor, "n box columns"]:
+def scatter_to_half_plane(values: Complex[Tensor, "n k"], disc: Disc) -> Complex[Tensor, "n box columns"]:
     """(n, K) -> (n, D, D//2+1), the Friedel mates of the kx = 0 column filled in, zero elsewhere."""
-    n, box = values.shape[0], where.box_px
+    n, box = values.shape[0], disc.box_px
     columns = box // 2 + 1
-    there = where.on(values.device)
+    there = disc.on(values.device)
     index = there.flat
     plane = torch.zeros(n, box * columns, dtype=values.dtype, device=values.device)
     plane = plane.index_copy(1, index, values)

@@ -22,7 +22,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator, shuffle_keys
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
 from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
-from cryoiso.physics.fourier import Disc, disc, fourier_to_images, shift_phases
+from cryoiso.physics.fourier import Disc, fourier_disc, fourier_to_images, shift_phases
 from cryoiso.physics.noise import colour_noise, noise_spectrum
 from cryoiso.physics.projection import FourierVolume, magnified, scatter_to_half_plane
 from cryoiso.physics.views import GivenViews, Views, normals, rows_of, sample_rotations, uniforms
@@ -173,7 +173,7 @@ class Projector:
     def _frequencies(self, group: OpticsGroup) -> Disc:
         """The image frequencies covered by the map: |M k| up to the map's Nyquist circle."""
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
-        return disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
+        return fourier_disc(self.box_px, (self.box_px - 1) // 2 / max(largest, 1.0), with_dc=True)
 
     def _group(
         self,

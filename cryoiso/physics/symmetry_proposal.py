@@ -138,11 +138,13 @@ class Proposal:
                 f"The map has the symmetry {self.group}, {where} (correlation with its copies {self.frame.score:.2f})."
             )
         if self.pseudo is not None:
-            one = next(g for g in self.groups if g.group == self.pseudo)
-            ratio = "" if one.ratio is None else f", {one.ratio:.2f} of what the half-maps would allow"
+            pseudo_group = next(g for g in self.groups if g.group == self.pseudo)
+            ratio = (
+                "" if pseudo_group.ratio is None else f", {pseudo_group.ratio:.2f} of what the half-maps would allow"
+            )
             said += (
-                f" It has {self.pseudo} only nearly (correlation {one.frame.score:.2f}{ratio}): a pseudo-symmetry, or "
-                "noise; do not impose it without a reason."
+                f" It has {self.pseudo} only nearly (correlation {pseudo_group.frame.score:.2f}{ratio}): a pseudo-symmetry, "
+                "or noise; do not impose it without a reason."
             )
         return said
 
@@ -167,13 +169,13 @@ def propose_symmetry(half1: DensityMap, half2: DensityMap | None = None, max_fol
     Raises:
         InputError: an empty map.
     """
-    maps = [fs.reduced_map(one, REDUCED_TO_A) for one in (half1, half2) if one is not None]
-    whole = DensityMap(np.mean([one.data for one in maps], 0), maps[0].pixel_size_A)
-    finest = finest_A(whole)
-    searched: SelfRotations = {n: self_rotations(whole, n, finest) for n in range(2, max_fold + 1)}
-    folds = fold_tests(whole, searched, finest)
+    maps = [fs.reduced_map(half_map, REDUCED_TO_A) for half_map in (half1, half2) if half_map is not None]
+    full_map = DensityMap(np.mean([half_map.data for half_map in maps], 0), maps[0].pixel_size_A)
+    finest = finest_A(full_map)
+    searched: SelfRotations = {n: self_rotations(full_map, n, finest) for n in range(2, max_fold + 1)}
+    folds = fold_tests(full_map, searched, finest)
     seen = {test.fold for test in folds if test.stands_out}
-    groups = [test for name in _groups_of(seen) if (test := _group_test(name, whole, maps, finest, searched))]
+    groups = [test for name in _groups_of(seen) if (test := _group_test(name, full_map, maps, finest, searched))]
     has = max((g for g in groups if g.finding == "has it"), key=lambda g: (g.order, g.frame.score), default=None)
     order = 1 if has is None else has.order
     nearly = [g for g in groups if g.finding == "nearly" and g.order > order]
@@ -191,8 +193,8 @@ def fold_tests(density: DensityMap, searched: SelfRotations, resolution_A: float
     far = random[angular_distance_deg(random, np.eye(3)) > LEAST_ANGLE_DEG]
     null = fs.search(pair, far, fs.FULL, (False,))[False][1]
     tests = []
-    for fold, found in searched.items():
-        score, axis = (found[0].score, axis_of(found[0].rotation)) if found else (0.0, np.zeros(3))
+    for fold, candidates in searched.items():
+        score, axis = (candidates[0].score, axis_of(candidates[0].rotation)) if candidates else (0.0, np.zeros(3))
         x, y, z = axis.round(5).tolist()
         high = float(np.quantile(null, NULL_QUANTILE))
         tests.append(FoldTest(fold, float(score), (x, y, z), float(null.mean()), high))
@@ -201,18 +203,18 @@ def fold_tests(density: DensityMap, searched: SelfRotations, resolution_A: float
 
 def _groups_of(folds: set[int]) -> list[str]:
     """Point groups whose axes are all among these folds."""
-    made = [f"C{n}" for n in sorted(folds)]
+    groups = [f"C{n}" for n in sorted(folds)]
     if 2 in folds:
-        made += [f"D{n}" for n in sorted(folds)]
-        made += [name for name, needs in (("T", {3}), ("O", {3, 4}), ("I2", {3, 5})) if needs <= folds]
-    return made
+        groups += [f"D{n}" for n in sorted(folds)]
+        groups += [name for name, needs in (("T", {3}), ("O", {3, 4}), ("I2", {3, 5})) if needs <= folds]
+    return groups
 
 
 def _group_test(
-    name: str, whole: DensityMap, maps: list[DensityMap], resolution_A: float, searched: SelfRotations
+    name: str, full_map: DensityMap, maps: list[DensityMap], resolution_A: float, searched: SelfRotations
 ) -> GroupTest | None:
     """A group at its best frame; None where nothing speaks for it."""
-    frame = find_frame(whole, name, resolution_A, searched)
+    frame = find_frame(full_map, name, resolution_A, searched)
     if frame is None or frame.score < DOUBTFUL:
         return None
     shell_A, own, half = _curves(name, frame, maps)
@@ -224,14 +226,14 @@ def _group_test(
         has, near = frame.score >= CLEAR, frame.score >= EVEN
     else:
         has, near = ratio >= LEAST_RATIO, ratio >= NEARLY_RATIO
-    has = has and is_real(whole, frame, name, 0.0)
+    has = has and is_real(full_map, frame, name, 0.0)
     finding: Finding = "has it" if has else "nearly" if near else "no"
     return GroupTest(name, frame, finding, shell_A, own, half, ratio)
 
 
 def _curves(name: str, frame: Placement, maps: list[DensityMap]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Resolutions of the shells, mean FSC with the rotated copies, and FSC of the half-maps."""
-    laid = [apply_fit(one, frame) for one in maps]
+    laid = [apply_fit(half_map, frame) for half_map in maps]
     box, pixel = laid[0].box_px, laid[0].pixel_size_A
     mask = np.asarray(sphere_mask(box, 0.4 * box, 0.08 * box))
     first = np.fft.rfftn(laid[0].data * mask)
@@ -244,14 +246,14 @@ def _curves(name: str, frame: Placement, maps: list[DensityMap]) -> tuple[np.nda
     return box * pixel / shell, own, half
 
 
-def _fsc(one: np.ndarray, other: np.ndarray, box_px: int) -> np.ndarray:
+def _fsc(first: np.ndarray, second: np.ndarray, box_px: int) -> np.ndarray:
     """(D//2+1,) correlation of two transforms (D, D, D//2+1) shell by shell."""
     shell = np.minimum(shell_index(box_px, 3).numpy().ravel(), box_px // 2 + 1)
-    weight = friedel_weights(box_px).expand(one.shape).numpy().ravel()
+    weight = friedel_weights(box_px).expand(first.shape).numpy().ravel()
 
     def sums(values: np.ndarray) -> np.ndarray:
         return np.bincount(shell, weight * values.ravel(), box_px // 2 + 2)[: box_px // 2 + 1]
 
-    norm = sums(np.abs(one) ** 2) * sums(np.abs(other) ** 2)
-    curve: np.ndarray = sums((one.conj() * other).real) / np.sqrt(np.maximum(norm, 1e-30))
+    norm = sums(np.abs(first) ** 2) * sums(np.abs(second) ** 2)
+    curve: np.ndarray = sums((first.conj() * second).real) / np.sqrt(np.maximum(norm, 1e-30))
     return curve

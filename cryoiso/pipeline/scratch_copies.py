@@ -20,7 +20,7 @@ from cryoiso.core.log import ProgressLine, duration
 from cryoiso.io import scratch_lease as leases
 from cryoiso.io.atomic import write_text
 from cryoiso.io.shards import ShardSource
-from cryoiso.io.staging import ScratchCopies, NotStaged, CopyStopped, copy_checked, find_place, require_room
+from cryoiso.io.staging import CopyStopped, NotStaged, ScratchCopies, copy_checked, find_place, require_room
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context

@@ -77,13 +77,13 @@ class AuxiliaryWeight:
         return record
 
     def _measure(self, model: Model, sums: HalfSums, agreed: Agreement) -> HomologueCorrelation:
-        given, state = self.request.homologue or self.request.reference, model.state
-        found = confirmation(
-            sums.raw, agreed.wiener, given.data * self.sphere, state.radius_px,
+        prior_map, state = self.request.homologue or self.request.reference, model.state
+        correlation = confirmation(
+            sums.raw, agreed.wiener, prior_map.data * self.sphere, state.radius_px,
             lambda a, b: self.fsc({1: a, 2: b}, self.sphere, state), self.comm, operations=self.operations,
             scale=weight_scale(model.sigma2 / model.intensity.largest_weight()),
             covered=float(np.square(self.sphere).mean()),
         )  # fmt: skip
         if self.comm.rank == 0:
-            log_confirmation(found, self.extent_A)
-        return found
+            log_confirmation(correlation, self.extent_A)
+        return correlation

@@ -20,7 +20,7 @@ from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
 from cryoiso.physics.ctf_applied import divide_by_ctf
-from cryoiso.physics.fourier import Disc, disc, images_to_fourier
+from cryoiso.physics.fourier import Disc, fourier_disc, images_to_fourier
 
 if TYPE_CHECKING:
     from jaxtyping import Complex, Float, Int, Shaped
@@ -51,7 +51,7 @@ class Batch:
     """(B, K) complex64: centred transform, beam tilt removed."""
     ctf: Float[Tensor, "n k"]
     """(B, K) float32."""
-    where: Disc
+    disc: Disc
     magnification: Float[np.ndarray, "2 2"] | None
     """(2, 2): image frequency -> frequency on the reference's grid; None for the identity."""
     premultiplied: np.ndarray | None = None
@@ -74,11 +74,11 @@ class Batch:
         """
         if self.premultiplied is None:
             return None
-        mine = torch.as_tensor(self.premultiplied, device=self.ctf.device)[:, None]
+        premultiplied = torch.as_tensor(self.premultiplied, device=self.ctf.device)[:, None]
         weight = self.ctf.square()
         if full_from is not None:
             weight = (weight / full_from**2).clamp(max=1.0)
-        return torch.where(mine, weight, 1.0)
+        return torch.where(premultiplied, weight, 1.0)
 
     def scaled(self, scale: Float[np.ndarray, " n"], noise: Float[np.ndarray, " n"]) -> Batch:
         """The batch of images whose signal has the factor ``scale`` (B,) and whose noise has ``noise`` (B,) times the
@@ -95,7 +95,7 @@ class Batch:
 
     def alike(self, other: Batch) -> bool:
         """Whether both sample the same frequencies."""
-        return self.where is other.where and np.array_equal(
+        return self.disc is other.disc and np.array_equal(
             np.eye(2) if self.magnification is None else self.magnification,
             np.eye(2) if other.magnification is None else other.magnification,
         )
@@ -192,12 +192,12 @@ class BatchReader:
     def disc_of(self, radius_px: int, matrix: Float[np.ndarray, "2 2"] | None) -> Disc:
         """Coefficients of images that lie within radius_px of the reference's grid, for a ``matrix`` of their group."""
         largest = 1.0 if matrix is None else float(np.linalg.norm(matrix, 2))
-        return disc(self.source.box_px, radius_px / largest, self.with_dc)
+        return fourier_disc(self.source.box_px, radius_px / largest, self.with_dc)
 
     def _cut(self, batch: Batch, radius_px: int) -> Batch:
-        where = self.disc_of(radius_px, batch.magnification)
-        k = where.size
-        return replace(batch, coefficients=batch.coefficients[:, :k], ctf=batch.ctf[:, :k], where=where)
+        disc = self.disc_of(radius_px, batch.magnification)
+        k = disc.size
+        return replace(batch, coefficients=batch.coefficients[:, :k], ctf=batch.ctf[:, :k], disc=disc)
 
     def _images(self, rows: np.ndarray) -> Tensor:
         """(B, D, D) float32 on the CPU, in memory that a GPU copies from without waiting."""
@@ -209,11 +209,11 @@ class BatchReader:
         groups = particles.optics[rows]
         first = particles.groups[groups[0]]
         matrix = self.matrix(first)
-        where = self.disc_of(radius_px, matrix)
+        disc = self.disc_of(radius_px, matrix)
         images = (self._images(rows) if images is None else images).to(self.device, non_blocking=True)
         plane = images_to_fourier(images)
-        x, mean = where.gather(plane).to(torch.complex64), None if self.with_dc else plane[:, 0, 0].real.clone()
-        freq = where.frequencies(first.pixel_size_A)
+        x, mean = disc.gather(plane).to(torch.complex64), None if self.with_dc else plane[:, 0, 0].real.clone()
+        freq = disc.frequencies(first.pixel_size_A)
         c = ctf_for(particles, rows, self.source.box_px, freq_invA=freq, device=self.device)
         premultiplied = np.array([g.ctf_applied == "premultiplied" for g in particles.groups])[groups]
         if premultiplied.any():
@@ -222,9 +222,9 @@ class BatchReader:
         for g in np.unique(groups):
             group = particles.groups[g]
             if any(group.beam_tilt_mrad) or any(group.odd_zernike):
-                mine = torch.as_tensor(np.flatnonzero(groups == g), device=self.device)
-                x[mine] *= beam_tilt_phase(*freq, group).conj().to(x)
-        return Batch(rows, groups, x, c, where, matrix, premultiplied if premultiplied.any() else None, mean)
+                rows_of_group = torch.as_tensor(np.flatnonzero(groups == g), device=self.device)
+                x[rows_of_group] *= beam_tilt_phase(*freq, group).conj().to(x)
+        return Batch(rows, groups, x, c, disc, matrix, premultiplied if premultiplied.any() else None, mean)
 
 
 def _key(rows: np.ndarray) -> tuple[int, int, int]:

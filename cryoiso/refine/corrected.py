@@ -31,5 +31,5 @@ def corrected(
         if comm.rank == 0:
             logger.info("iteration %d: references not corrected: %s", seen.iteration, why_not)
         return seen.references, {"applied": False, "why_not": why_not}
-    made, facts = correction(seen, comm)
-    return {half: without_solvent(made[half]) for half in HALVES}, facts
+    corrected_maps, facts = correction(seen, comm)
+    return {half: without_solvent(corrected_maps[half]) for half in HALVES}, facts

@@ -80,8 +80,8 @@ def reconstruct_full(
     pixel, box = pixel_size_A or particles.first_group.pixel_size_A, source.box_px
     limits: dict[int, int] = {}
     sums: dict[int, FourierSums] = {}
-    for half, made in half_sums(source, particles, comm, symmetry, padding, device, HALVES, pixel, limits):
-        sums[half] = made.to("cpu")  # GPUs need the room for the other half
+    for half, half_sum in half_sums(source, particles, comm, symmetry, padding, device, HALVES, pixel, limits):
+        sums[half] = half_sum.to("cpu")  # GPUs need the room for the other half
     sums = {half: s.to(device) for half, s in sums.items()}
     last = min(limits.values())
     plain = on_every_rank({h: references.within(as_map(s.reconstruct()), limits[h]) for h, s in sums.items()}, comm)
@@ -96,10 +96,10 @@ def reconstruct_full(
 
     agreed = agreement(sums, plain, fsc_in_sphere, comm, fsc_filtered=fsc_in_mask)
     curve, wiener = agreed.weighted, mean_term(agreed.wiener, comm)
-    whole = joined(sums, comm)
+    joined_sums = joined(sums, comm)
     weighted = None
-    if whole is not None:
-        weighted = DensityMap(references.within(whole.reconstruct(wiener).cpu().numpy(), end_of(curve)), pixel)
+    if joined_sums is not None:
+        weighted = DensityMap(references.within(joined_sums.reconstruct(wiener).cpu().numpy(), end_of(curve)), pixel)
     return FullReconstruction({half: DensityMap(m, pixel) for half, m in plain.items()}, weighted, curve)
 
 
@@ -115,8 +115,8 @@ def joined(sums: dict[int, FourierSums], comm: Communicator) -> FourierSums | No
             part = slice(start, start + PLANES)
             theirs = comm.bcast(getattr(sums[2], name)[part].cpu().numpy() if 2 in sums else None, roots[2])
             if 1 in sums:
-                mine = getattr(sums[1], name)
-                mine[part] += torch.as_tensor(theirs, device=mine.device)
+                own_part = getattr(sums[1], name)
+                own_part[part] += torch.as_tensor(theirs, device=own_part.device)
     return sums.get(1)
 
 
@@ -133,8 +133,10 @@ def _corrected_fsc(filtered: dict[int, np.ndarray], pixel_size_A: float, mask_of
 
 def mean_term(terms: dict[int, torch.Tensor], comm: Communicator) -> torch.Tensor:
     """The term of the mean of both halves' tau^2, on every rank (collective)."""
-    both = [comm.bcast(terms[h].cpu().numpy() if h in terms else None, root_of_half(h, comm.size)) for h in HALVES]
-    inverse = [1.0 / np.maximum(term.astype(np.float64), 1e-300) for term in both]
+    half_terms = [
+        comm.bcast(terms[h].cpu().numpy() if h in terms else None, root_of_half(h, comm.size)) for h in HALVES
+    ]
+    inverse = [1.0 / np.maximum(term.astype(np.float64), 1e-300) for term in half_terms]
     return torch.as_tensor(2.0 / (inverse[0] + inverse[1])).float()
 
 

@@ -96,11 +96,13 @@ class HomologueCorrelation:
             wiener: (>= radius+1,) 1 / tau^2 in units of the weight.
             scale: factor on the weights (``noise.weight_scale``).
         """
-        found = torch.zeros_like(wiener, dtype=torch.float64)
+        precision = torch.zeros_like(wiener, dtype=torch.float64)
         last = min(len(wiener), len(self.rho))
-        weakest = torch.minimum(wiener[:last].double(), torch.as_tensor(scale * self.inverse_power[:last]).to(found))
-        found[:last] = torch.as_tensor(self.precision[:last]).to(found) * weakest
-        return found
+        weakest = torch.minimum(
+            wiener[:last].double(), torch.as_tensor(scale * self.inverse_power[:last]).to(precision)
+        )
+        precision[:last] = torch.as_tensor(self.precision[:last]).to(precision) * weakest
+        return precision
 
     def record(self, extent_A: float) -> HomologueRecord:
         """Plain values, from which ``of_record`` gives the same bits.
@@ -253,23 +255,23 @@ def _pooled(values: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.convolve(values * number, window, "same") / np.maximum(total, 1e-300), total
 
 
-def log_confirmation(found: HomologueCorrelation, extent_A: float) -> None:
+def log_confirmation(correlation: HomologueCorrelation, extent_A: float) -> None:
     """Say whether the data confirm the homologue.
 
     Args:
         extent_A: length of the box.
     """
-    first_A, last = extent_A / found.first_shell, len(found.rho) - 1
-    if found.confirmed:
-        last = int(np.flatnonzero(found.rho)[-1])
+    first_A, last = extent_A / correlation.first_shell, len(correlation.rho) - 1
+    if correlation.confirmed:
+        last = int(np.flatnonzero(correlation.rho)[-1])
         logger.info(
             "the raw particles confirm the homologue beyond the first reference, at %.1f to %.1f Å (%.1f standard "
             "deviations above noise): correlation at least %.2f inside and %.2f at the end",
-            first_A, extent_A / last, found.deviation, found.rho[1], found.rho[last],
+            first_A, extent_A / last, correlation.deviation, correlation.rho[1], correlation.rho[last],
         )  # fmt: skip
     else:
         logger.warning(
             "the raw particles do not confirm the homologue beyond the first reference, at %.1f to %.1f Å (%.1f "
             "standard deviations above noise): auxiliary particles are left out of the references",
-            first_A, extent_A / last, found.deviation,
+            first_A, extent_A / last, correlation.deviation,
         )  # fmt: skip

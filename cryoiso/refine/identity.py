@@ -28,7 +28,7 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         diameter_A: as used by the engine.
         ordered: whether the order of the rows affects the engine.
     """
-    given = {} if request.grey_scale is None else {"grey scale": request.grey_scale}
+    grey_scale = {} if request.grey_scale is None else {"grey scale": request.grey_scale}
     settings = {k: v for k, v in request.settings.model_dump().items() if k not in ONLY_WHEN and k != "local_deg"}
     source, halves = request.source, request.half_references
     correction: Any = request.correction
@@ -38,7 +38,9 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         "box_px": source.box_px,
         "symmetry": request.symmetry,
         "reference": of_map(request.reference),
-        "half references": "none" if halves is None else {str(half): of_map(one) for half, one in halves.items()},
+        "half references": "none"
+        if halves is None
+        else {str(half): of_map(half_map) for half, half_map in halves.items()},
         "mask": of_map(request.mask),
         "lowpass_A": request.lowpass_A,
         "diameter_A": diameter_A,
@@ -48,7 +50,7 @@ def of_request(request: RefineRequest, diameter_A: float | None, *, ordered: boo
         "intensities": _intensities(request),
         "auxiliary": _auxiliary(request),
         "correction": "none" if correction is None else getattr(correction, "identity", correction.facts)(),
-        **given,
+        **grey_scale,
     }
 
 
@@ -87,10 +89,10 @@ def _auxiliary(request: RefineRequest) -> Any:
     if request.auxiliary is None:
         return "none"
     uids = np.sort(request.source.particles.uid[request.auxiliary])
-    found = {"uids": MARK + digest_of(uids), "weight": request.auxiliary_weight}
+    identity = {"uids": MARK + digest_of(uids), "weight": request.auxiliary_weight}
     if request.auxiliary_weight == "measured":
-        found["homologue"] = of_map(request.homologue)
-    return found
+        identity["homologue"] = of_map(request.homologue)
+    return identity
 
 
 def _volumes(source: Any) -> str:

@@ -29,7 +29,7 @@ from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.rng import generator
 from cryoiso.core.types import Particles
 from cryoiso.physics.contrast_transfer import wavelength_A
-from cryoiso.physics.fourier import Disc, disc, fourier_to_images, images_to_fourier
+from cryoiso.physics.fourier import Disc, fourier_disc, fourier_to_images, images_to_fourier
 from cryoiso.physics.masks import circle_mask, soft_edge
 from cryoiso.physics.projection import scatter_to_half_plane
 from cryoiso.refine.batches import Batch
@@ -88,20 +88,20 @@ class ImageMask:
     def of(self, batch: Batch) -> Batch:
         """The batch as it is scored; itself where no mask cuts anything."""
         radius = self.radius_px[batch.rows]
-        box, where = batch.where.box_px, batch.where
+        box, disc = batch.disc.box_px, batch.disc
         if (radius >= box / np.sqrt(2) + np.abs(self.centre_px[batch.rows]).sum(1)).all():
             return batch
         device = batch.coefficients.device
         mask = self._masks(batch, device)
-        images = _to_images(batch.coefficients, batch.mean, where) * mask
-        share = [gain_of(box, r, where.radius_px, False) for r in radius.tolist()]
+        images = _to_images(batch.coefficients, batch.mean, disc) * mask
+        share = [gain_of(box, r, disc.radius_px, False) for r in radius.tolist()]
         if self.fill:
             images = images + (1 - mask.square()).clamp(min=0).sqrt() * self._noise(batch, device)
-            share = [s + gain_of(box, r, where.radius_px, True) for s, r in zip(share, radius.tolist(), strict=True)]
-        return replace(batch, coefficients=where.gather(images_to_fourier(images)), share=np.stack(share))
+            share = [s + gain_of(box, r, disc.radius_px, True) for s, r in zip(share, radius.tolist(), strict=True)]
+        return replace(batch, coefficients=disc.gather(images_to_fourier(images)), share=np.stack(share))
 
     def _masks(self, batch: Batch, device: torch.device) -> Float[Tensor, "n box box"]:
-        box = batch.where.box_px
+        box = batch.disc.box_px
         axis = torch.arange(box, dtype=torch.float32, device=device) - box // 2
         centre, radius = (
             torch.as_tensor(values[batch.rows], dtype=torch.float32, device=device)
@@ -112,15 +112,15 @@ class ImageMask:
 
     def _noise(self, batch: Batch, device: torch.device) -> Float[Tensor, "n box box"]:
         """Noise with the group's spectrum in the band of the batch; of each particle the same in all iterations."""
-        box, where = batch.where.box_px, batch.where
+        box, disc = batch.disc.box_px, batch.disc
         white = np.empty((len(batch), box, box), np.float32)
         for image, uid in zip(white, self.particles.uid[batch.rows].tolist(), strict=True):
             image[:] = generator(self.seed, "image mask", uid).standard_normal((box, box), np.float32)
         sd = np.sqrt(np.where(np.isfinite(self.sigma2), self.sigma2, 0.0))[batch.group]
-        sd = sd[:, np.minimum(where.shell, sd.shape[1] - 1)]
+        sd = sd[:, np.minimum(disc.shell, sd.shape[1] - 1)]
         waves = images_to_fourier(torch.from_numpy(white).to(device))
-        coloured = where.gather(waves) * torch.as_tensor(sd, dtype=torch.float32, device=device)
-        return _to_images(coloured, waves[:, 0, 0].real, where)
+        coloured = disc.gather(waves) * torch.as_tensor(sd, dtype=torch.float32, device=device)
+        return _to_images(coloured, waves[:, 0, 0].real, disc)
 
 
 def require_whole_images(particles: Particles) -> None:
@@ -149,13 +149,13 @@ def displacement_A(particles: Particles, detail_A: float) -> Float[np.ndarray, "
 
 
 def _to_images(
-    coefficients: Complex[Tensor, "n k"], mean: Float[Tensor, " n"] | None, where: Disc
+    coefficients: Complex[Tensor, "n k"], mean: Float[Tensor, " n"] | None, disc: Disc
 ) -> Float[Tensor, "n box box"]:
     """Images of coefficients within a disc and of their transforms at zero frequency (0 if unknown)."""
-    plane = scatter_to_half_plane(coefficients, where)
+    plane = scatter_to_half_plane(coefficients, disc)
     if mean is not None:
         plane[:, 0, 0] = mean.to(plane)
-    return fourier_to_images(plane, where.box_px)
+    return fourier_to_images(plane, disc.box_px)
 
 
 @lru_cache(maxsize=256)
@@ -170,18 +170,18 @@ def gain_of(box_px: int, radius_px: float, band_px: float, outside: bool) -> Flo
     mask = circle_mask(box_px, radius_px, EDGE_PX, dtype=torch.float64)
     mask = (1 - mask.square()).clamp(min=0).sqrt() if outside else mask
     window = torch.fft.fft2(mask).abs().square() / box_px**4
-    where = disc(box_px, band_px, with_dc=True)
-    power = torch.fft.ifft2(torch.fft.fft2(window) * torch.fft.fft2(_band(box_px, where))).real
-    ky, kx = (torch.as_tensor(k).long() % box_px for k in (where.ky, where.kx))
+    disc = fourier_disc(box_px, band_px, with_dc=True)
+    power = torch.fft.ifft2(torch.fft.fft2(window) * torch.fft.fft2(_band(box_px, disc))).real
+    ky, kx = (torch.as_tensor(k).long() % box_px for k in (disc.ky, disc.kx))
     sums, counts = np.zeros((2, box_px // 2 + 1))
-    np.add.at(sums, where.shell, power[ky, kx].numpy())
-    np.add.at(counts, where.shell, 1)
+    np.add.at(sums, disc.shell, power[ky, kx].numpy())
+    np.add.at(counts, disc.shell, 1)
     return np.where(counts > 0, np.maximum(sums / np.maximum(counts, 1), 1e-6), 1.0)
 
 
-def _band(box_px: int, where: Disc) -> Float[Tensor, "box box"]:
+def _band(box_px: int, disc: Disc) -> Float[Tensor, "box box"]:
     """1 at the coefficients of a disc and their Friedel mates, in FFT order."""
-    ky, kx = (torch.as_tensor(k).long() for k in (where.ky, where.kx))
+    ky, kx = (torch.as_tensor(k).long() for k in (disc.ky, disc.kx))
     full = torch.zeros(box_px, box_px, dtype=torch.float64)
     full[ky % box_px, kx % box_px] = 1
     full[-ky % box_px, -kx % box_px] = 1

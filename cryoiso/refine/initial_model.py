@@ -12,7 +12,7 @@ from scipy.special import stdtr
 from cryoiso.core.errors import InputError
 from cryoiso.core.log import ProgressLine, logger
 from cryoiso.core.rng import shuffle_keys
-from cryoiso.physics.fourier import Disc, disc
+from cryoiso.physics.fourier import Disc, fourier_disc
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine import offsets
 from cryoiso.refine.intensity import Intensity
@@ -54,7 +54,7 @@ def initial_model(run: Refinement, lowpass_A: float) -> Model:
     elif run.has_offsets and run.comm.rank == 0:
         offsets.tell_of_given(run.centre_px, run.box)
     # those of the file belong to its poses
-    intensity = Intensity.ones(n) if run.request.local_deg is None else Intensity.given(run.particles)
+    intensity = Intensity.ones(n) if run.request.local_deg is None else Intensity.of_particles(run.particles)
     return Model(state, scaled, sigma2, intensity, rotation, shift_A)
 
 
@@ -85,8 +85,8 @@ def mean_power(run: Refinement) -> np.ndarray:
                 square = batch.coefficients.abs().square()
                 noise.add(batch, square)
                 weight = batch.power_weight()
-                both = (square if weight is None else square * weight, batch.ctf.square())
-                seen.append((batch.rows, torch.stack([x.double().mean(1) for x in both], 1).cpu().numpy()))
+                sums = (square if weight is None else square * weight, batch.ctf.square())
+                seen.append((batch.rows, torch.stack([x.double().mean(1) for x in sums], 1).cpu().numpy()))
             line.update(i + 1)
         line.close()
     facts, read = np.zeros((len(run.particles), 2)), np.zeros(len(run.particles), bool)
@@ -159,10 +159,10 @@ def match(run: Refinement, references: dict[int, np.ndarray], sigma2: np.ndarray
     for most in SCALE_PARTICLES:
         more = _terms(run, np.sort(order[len(terms) : most]), volumes, plan, sigma2, known=False)
         terms = np.concatenate([terms, more])
-        found = Match.of(terms)
-        if found.chance < CHANCE or len(terms) == len(order):
+        result = Match.of(terms)
+        if result.chance < CHANCE or len(terms) == len(order):
             break
-    return found
+    return result
 
 
 def _plan_for_all_views(run: Refinement, state: ScheduleState) -> SearchPlan:
@@ -181,11 +181,11 @@ def _plan_for_all_views(run: Refinement, state: ScheduleState) -> SearchPlan:
 def _volumes(run: Refinement, references: dict[int, np.ndarray], radius_px: int) -> dict[int, FourierVolume]:
     """Half -> reference for the comparison with its images: that of the other half-set."""
     maps = {id(data): data for data in references.values()}
-    made = {
+    volumes = {
         key: FourierVolume.from_volume(torch.as_tensor(data, device=run.device), run.settings.padding, radius_px)
         for key, data in maps.items()
     }
-    return {half: made[id(references[3 - half])] for half in (1, 2)}
+    return {half: volumes[id(references[3 - half])] for half in (1, 2)}
 
 
 def _order(run: Refinement) -> np.ndarray:
@@ -205,7 +205,7 @@ def _terms(
     """The columns of ``_fit`` for these rows; ``known``: around their given poses (collective)."""
     chosen = np.zeros(len(run.particles), bool)
     chosen[rows] = True
-    mine: list[tuple[np.ndarray, np.ndarray]] = []
+    own_terms: list[tuple[np.ndarray, np.ndarray]] = []
     for half in (1, 2):
         batches, most = run.owned(half)
         for i in range(most):
@@ -214,9 +214,9 @@ def _terms(
             some = np.flatnonzero(chosen[batch_rows])
             if len(some):
                 batch = run.reader.read(batch_rows, volumes[half].radius_px)
-                near = run.given(batch_rows) if known else None
-                mine.append((batch_rows[some], _fit(whiten(batch, sigma2), some, volumes[half], plan, near)))
-    everything = [item for part in run.comm.allgather(mine) for item in part]
+                near = run.prior_poses(batch_rows) if known else None
+                own_terms.append((batch_rows[some], _fit(whiten(batch, sigma2), some, volumes[half], plan, near)))
+    everything = [item for part in run.comm.allgather(own_terms) for item in part]
     # in row order, so that the sums have the same bits on any number of ranks
     order = np.argsort(np.concatenate([r for r, _ in everything]), kind="stable")
     return np.concatenate([values for _, values in everything])[order]
@@ -241,30 +241,30 @@ def grey_scale(
     common, most = dict.fromkeys((1, 2), reference), SCALE_PARTICLES[0]
     known = run.request.local_deg is not None or run.has_offsets
     if not run.request.judged:
-        found = match(run, references or common, sigma2, state)
-        require_match(found)
+        result = match(run, references or common, sigma2, state)
+        require_match(result)
         if not known and references is None:
-            return found.factor
-        most = found.images
+            return result.factor
+        most = result.images
     rows, volumes = np.sort(_order(run)[:most]), _volumes(run, common, state.radius_px)
     return Match.of(_terms(run, rows, volumes, run.plan(state), sigma2, known)).factor
 
 
-def require_match(found: Match) -> None:
+def require_match(result: Match) -> None:
     """Refuse images that do not match the reference.
 
     Raises:
         InputError: they do not correlate beyond chance, or do so with the opposite sign.
     """
-    if found.chance >= CHANCE:
+    if result.chance >= CHANCE:
         raise InputError(
             "the reference does not match the images: its projections do not correlate with them beyond chance",
             expected=f"a correlation that noise reaches in less than one of {1 / CHANCE:,.0f} sets",
-            found=f"one that noise reaches in {100 * found.chance:.2g} % of them, in {found.images:,} images",
+            found=f"one that noise reaches in {100 * result.chance:.2g} % of them, in {result.images:,} images",
             hint="Check the reference's identity, the pixel size, and whether the images show particles at all.",
             code="reference-does-not-match-images",
         )
-    if found.inverted:
+    if result.inverted:
         raise InputError(
             "the images match the reference's projections better with inverted contrast",
             expected="protein white in both",
@@ -274,36 +274,38 @@ def require_match(found: Match) -> None:
         )
 
 
-def _fit(white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, given: PriorPoses | None) -> np.ndarray:
+def _fit(
+    white: Whitened, rows: np.ndarray, volume: FourierVolume, plan: SearchPlan, prior: PriorPoses | None
+) -> np.ndarray:
     """(n, 4) of each image: sum of cross terms and of squares at its best pose, as it is and with its sign changed.
 
     Columns: cross, cross with changed sign, squares, squares at the pose for the changed sign.
     """
     ratio = 1.0 if white.magnification is None else float(np.linalg.norm(white.magnification, 2))
-    where = disc(white.where.box_px, volume.radius_px / ratio)
-    if given is not None:
-        white = given.centre(white)
-        given = given.near()
-    halves = [_every_second(where, i) for i in (0, 1)]
+    disc = fourier_disc(white.disc.box_px, volume.radius_px / ratio)
+    if prior is not None:
+        white = prior.centre(white)
+        prior = prior.near()
+    halves = [_every_second(disc, i) for i in (0, 1)]
 
     def slices_of(rotations: torch.Tensor) -> list[ReferenceSlices]:
         return [ReferenceSlices.of(volume, rotations, part, white.magnification) for part, _ in halves]
 
-    slices = slices_of(plan.rotations) if given is None else []
-    width = len(plan.shifts_px) if given is None else max(len(plan.shifts_px), where.size)
+    slices = slices_of(plan.rotations) if prior is None else []
+    width = len(plan.shifts_px) if prior is None else max(len(plan.shifts_px), disc.size)
     step = max(1, (1 << 24) // (width * len(plan.rotations)))
-    found = []
+    scores = []
     for i in range(0, len(rows), step):
         index = torch.as_tensor(rows[i : i + step], device=white.data.device)
-        if given is not None:
-            slices = slices_of(given.take(index).turned(plan.rotations))
+        if prior is not None:
+            slices = slices_of(prior.take(index).turned(plan.rotations))
         parts = [
             Whitened(white.data[index][:, keep], white.weight[index][:, keep], part, white.magnification)
             for part, keep in halves
         ]
         terms = [cross_and_norm(part, views, plan.shifts_px) for part, views in zip(parts, slices, strict=True)]
-        found.append(_held_out(*terms))
-    return torch.cat(found).cpu().numpy()
+        scores.append(_held_out(*terms))
+    return torch.cat(scores).cpu().numpy()
 
 
 def _held_out(choose: tuple[torch.Tensor, torch.Tensor], fit: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -316,7 +318,7 @@ def _held_out(choose: tuple[torch.Tensor, torch.Tensor], fit: tuple[torch.Tensor
     return torch.cat(columns, 1).double()
 
 
-def _every_second(where: Disc, first: int) -> tuple[Disc, np.ndarray]:
-    keep = np.arange(first, where.size, 2)
-    part = Disc(where.box_px, where.radius_px, where.ky[keep], where.kx[keep], where.flat[keep], where.shell[keep])
+def _every_second(disc: Disc, first: int) -> tuple[Disc, np.ndarray]:
+    keep = np.arange(first, disc.size, 2)
+    part = Disc(disc.box_px, disc.radius_px, disc.ky[keep], disc.kx[keep], disc.flat[keep], disc.shell[keep])
     return part, keep

@@ -55,11 +55,11 @@ class Intensity:
         return cls(np.ones(n), np.ones(n))
 
     @classmethod
-    def given(cls, particles: Particles) -> Intensity:
+    def of_particles(cls, particles: Particles) -> Intensity:
         """The particles' own; 1 where they have none."""
-        one, n = np.ones(len(particles)), len(particles)
+        ones, n = np.ones(len(particles)), len(particles)
         own = particles.signal_scale, particles.noise_level
-        return cls(*(one if values is None else np.asarray(values, np.float64).reshape(n) for values in own))
+        return cls(*(ones if values is None else np.asarray(values, np.float64).reshape(n) for values in own))
 
     def of(self, batch: Batch) -> Batch:
         """The batch with its intensities taken into account; the batch itself where all are 1."""
@@ -73,9 +73,9 @@ class Intensity:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, for a checkpoint."""
-        found = {"scale": self.scale, "noise": self.noise}
+        arrays = {"scale": self.scale, "noise": self.noise}
         more = {"expected scale": self.expected, "scale spread": self.spread}
-        return found | {name: values for name, values in more.items() if values is not None}
+        return arrays | {name: values for name, values in more.items() if values is not None}
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, np.ndarray], rows: Int[np.ndarray, " n"]) -> Intensity:
@@ -112,14 +112,14 @@ def image_terms(
         sigma2: (G, S) noise spectra.
         particle: (B,) sum of the posterior's weights; None: 1.
     """
-    shell = np.minimum(batch.where.shell, sigma2.shape[1] - 1)
+    shell = np.minimum(batch.disc.shell, sigma2.shape[1] - 1)
     inverse = 1.0 / sigma2[batch.group][:, shell]
     inside = inverse[:, : cross.shape[1]]
     power_weight = batch.power_weight()
     weight = (inverse > 0).astype(np.float64)
     if power_weight is not None:
         weight *= _double(power_weight)
-    left = 1.0 if batch.share is None else batch.share[:, np.minimum(batch.where.shell, batch.share.shape[1] - 1)]
+    left = 1.0 if batch.share is None else batch.share[:, np.minimum(batch.disc.shell, batch.share.shape[1] - 1)]
     total, squares = (np.maximum((w * left).sum(1), 1e-30) for w in (weight, np.square(weight)))
     columns = (
         (_double(cross) * inside).sum(1), (_double(norm) * inside).sum(1),

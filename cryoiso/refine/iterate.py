@@ -99,8 +99,8 @@ class Refinement:
     @cached_property
     def identity(self) -> Identity:
         """Identity of the refinement's inputs, the same on every rank (collective at the first call)."""
-        made = of_request(self.request, self.diameter) if self.comm.rank == 0 else None
-        return dict(self.comm.bcast(made))
+        identity = of_request(self.request, self.diameter) if self.comm.rank == 0 else None
+        return dict(self.comm.bcast(identity))
 
     def heed_empty(self, sigma2: np.ndarray) -> None:
         """Limit the resolution to the last shell in which the images have power."""
@@ -114,9 +114,9 @@ class Refinement:
         plan = self.reader.plan((half,))
         if auxiliary is not None:
             plan = [rows for rows in plan if self.raw[rows[0]] != auxiliary]
-        mine = owned_chunks(len(plan), self.comm.rank, self.comm.size)
+        chunks = owned_chunks(len(plan), self.comm.rank, self.comm.size)
         most = max(len(owned_chunks(len(plan), r, self.comm.size)) for r in range(self.comm.size))
-        return [plan[i] for i in mine], most
+        return [plan[i] for i in chunks], most
 
     def plan(self, state: ScheduleState) -> SearchPlan:
         """The search plan of this iteration, on this rank's device."""
@@ -125,7 +125,7 @@ class Refinement:
         )
         return replace(plan, shifts_px=plan.shifts_px.to(self.device))
 
-    def given(self, rows: np.ndarray, iteration: int = 0) -> PriorPoses | None:
+    def prior_poses(self, rows: np.ndarray, iteration: int = 0) -> PriorPoses | None:
         """Starting point of the search for these particles: in a local search their poses, in a global one their
         offsets; None without either."""
         centre = self.centre_px[rows]
@@ -156,7 +156,7 @@ class Refinement:
         scale = weight_scale(model.sigma2 / model.intensity.largest_weight())
         plan, radius = self.plan(state), self.insertion_radius(state)
         noise = NoiseSums.empty(*model.sigma2.shape)
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        results: list[tuple[np.ndarray, np.ndarray]] = []
         images = ImageTerms(self.settings.scale, model.sigma2)
         junk = JunkSearch(self.cones if self.settings.junk else None, model.junk, plan, model.intensity)
         sums = self.auxiliaries.sums()
@@ -176,21 +176,21 @@ class Refinement:
                 accumulator = SliceAccumulator.empty(self.box, radius, self.settings.padding, self.device)
                 for batch in map(model.intensity.of, self.batches(half, auxiliary, radius, state.iteration, kept)):
                     scored = batch if mask is None else mask.of(batch)
-                    white, given = whiten(scored, model.sigma2), self.given(batch.rows, state.iteration)
+                    white, near = whiten(scored, model.sigma2), self.prior_poses(batch.rows, state.iteration)
                     posterior = kept.get(batch.rows, self.device)
                     if posterior is None:
-                        posterior = searcher.search(scored, white, given)
+                        posterior = searcher.search(scored, white, near)
                         kept.put(batch.rows, posterior)
-                    posterior = junk.weighed(scored, white, posterior, given)
-                    whole = white if scored is batch else whiten(batch, model.sigma2)
-                    accumulate(batch, whole, posterior, volume, accumulator, noise, scale, images, scored)
+                    posterior = junk.weighed(scored, white, posterior, near)
+                    unmasked = white if scored is batch else whiten(batch, model.sigma2)
+                    accumulate(batch, unmasked, posterior, volume, accumulator, noise, scale, images, scored)
                     if not auxiliary:
                         views[half].add(posterior.rotation, posterior.weight, self.cells)
-                    found.append((batch.rows, best_of(posterior)))
+                    results.append((batch.rows, best_of(posterior)))
                 sums.put(half, auxiliary, reduced(accumulator, half, self.operations, self.comm))
         if self.request.correction is not None:  # it may take longer than the search
             kept.flush()
-        rotation, shift_px, columns = gathered(found, len(self.particles), self.comm)
+        rotation, shift_px, columns = gathered(results, len(self.particles), self.comm)
         columns |= junk.columns(self.raw, self.comm)
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES}
@@ -248,13 +248,13 @@ class Refinement:
         raw = self.half_maps(sums.raw)
         agreed = self.compare_halves(sums.raw, raw, state)
         weighed = self.auxiliaries.weigh(model, sums, agreed)
-        whole = sums.joined()
+        joined_sums = sums.joined()
         everything = raw
         if "auxiliary_weight_share" in weighed and self.request.correction is not None:
-            everything = self.half_maps(whole)
-        self._join_halves(whole, state)
+            everything = self.half_maps(joined_sums)
+        self._join_halves(joined_sums, state)
         resolution = self.resolution_A(agreed.plain)
-        new = self.next_references(whole, agreed, resolution)
+        new = self.next_references(joined_sums, agreed, resolution)
         changes_deg = float(np.median(angular_distance_deg(
             model.rotation[self.raw], rotation[self.raw], self.operations
         )))  # fmt: skip
@@ -299,7 +299,7 @@ class Refinement:
         return Model(
             advanced, new, sigma2, intensity, rotation, shift_A, columns, raw, views,
             total_weight=self.shares.total_weight(
-                model, sigma2, whole, agreed.wiener, self._joined_shell(state), advanced.radius_px, comm
+                model, sigma2, joined_sums, agreed.wiener, self._joined_shell(state), advanced.radius_px, comm
             ),
             history=[*model.history, record],
         )  # fmt: skip
@@ -329,7 +329,9 @@ class Refinement:
             own = {half: references.within(volume, self.limit) for half, volume in own.items()}
         return on_every_rank(own, self.comm)
 
-    def compare_halves(self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: ScheduleState) -> Agreement:
+    def compare_halves(
+        self, sums: dict[int, FourierSums], raw: dict[int, np.ndarray], state: ScheduleState
+    ) -> Agreement:
         s = self.settings
         return agreement(
             sums, raw, lambda maps: self._fsc(maps, self.sphere, state), self.comm,
@@ -356,8 +358,8 @@ class Refinement:
         return on_every_rank(own, self.comm)
 
     def _corrected(
-        self, state: ScheduleState, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray], curve: np.ndarray,
-        resolution_A: float, plan: SearchPlan,
+        self, state: ScheduleState, maps: dict[int, np.ndarray], references_now: dict[int, np.ndarray],
+        curve: np.ndarray, resolution_A: float, plan: SearchPlan,
     ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:  # fmt: skip
         """Half -> corrected reference, and the correction's record (collective)."""
         request = self.request
@@ -374,18 +376,18 @@ class Refinement:
         flatten = partial(self.flatten, resolution_A=resolution_A)
         return corrected(request.correction, seen, state.done, flatten, self.comm)
 
-    def first_reference(self, given: DensityMap, lowpass_A: float) -> np.ndarray:
+    def first_reference(self, initial: DensityMap, lowpass_A: float) -> np.ndarray:
         """(D, D, D) float32: the map low-passed, inside the sphere of the particle's diameter."""
-        coarse = np.asarray(lowpass(torch.as_tensor(given.data), self.pixel, lowpass_A), np.float32)
+        coarse = np.asarray(lowpass(torch.as_tensor(initial.data), self.pixel, lowpass_A), np.float32)
         reference: np.ndarray = coarse * self.sphere
         return reference
 
     def first_references(self, lowpass_A: float) -> dict[int, np.ndarray]:
         """Half -> its first reference, before any grey scale; the same array for both if there is only one."""
-        given = self.request.half_references
-        if given is None:
+        half_references = self.request.half_references
+        if half_references is None:
             return dict.fromkeys(HALVES, self.first_reference(self.request.reference, lowpass_A))
-        return {half: self.first_reference(given[half], lowpass_A) for half in HALVES}
+        return {half: self.first_reference(half_references[half], lowpass_A) for half in HALVES}
 
     def _fsc(self, maps: dict[int, np.ndarray], mask: np.ndarray | None, state: ScheduleState) -> np.ndarray:
         """(D//2+1,) between the half-maps, in the shells with data.
@@ -410,5 +412,5 @@ class Refinement:
 
     def _flattened(self, volume: np.ndarray, resolution_A: float) -> tuple[np.ndarray, np.ndarray | None]:
         mask, solvent = self.request.mask, self.settings.solvent_mask
-        given = None if mask is None else mask.data
-        return references.flattened(volume, self.sphere, given, self.pixel, resolution_A if solvent else None)
+        mask_data = None if mask is None else mask.data
+        return references.flattened(volume, self.sphere, mask_data, self.pixel, resolution_A if solvent else None)

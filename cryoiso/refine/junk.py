@@ -27,7 +27,7 @@ from cryoiso.refine.batches import Batch
 from cryoiso.refine.intensity import Intensity
 from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, score_and_norm
 from cryoiso.refine.rows import gathered_rows
-from cryoiso.refine.search import PriorPoses, Posterior, SearchPlan
+from cryoiso.refine.search import Posterior, PriorPoses, SearchPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -202,7 +202,7 @@ class JunkJudge:
         if centre_px is not None:
             white = PriorPoses(None, centre_px).centre(white)
         identity = torch.eye(3, device=white.data.device)[None]
-        slices = ReferenceSlices.of(self.blob, identity, white.where, white.magnification)
+        slices = ReferenceSlices.of(self.blob, identity, white.disc, white.magnification)
         if self.plan is None:
             none = torch.zeros(1, 2, device=white.data.device)
             ball = global_scores(white, slices, none, none[:, 0])[:, 0, 0]
@@ -243,7 +243,7 @@ class JunkSearch:
         if self.cones is not None and reference is not None:
             self._judge = JunkJudge.of(reference, pixel_size_A, volume, self.cones, self.prior, self.plan)
 
-    def weighed(self, batch: Batch, white: Whitened, posterior: Posterior, given: PriorPoses | None) -> Posterior:
+    def weighed(self, batch: Batch, white: Whitened, posterior: Posterior, prior: PriorPoses | None) -> Posterior:
         """A search's posterior with the weights of each image times its probability of a particle."""
         if self._judge is None:
             return posterior
@@ -251,7 +251,7 @@ class JunkSearch:
         score, norm = score_and_norm(inner, self._volume, p.best_rotation.float(), p.best_shift_px.float())
         evidence = p.log_evidence.double().cpu().numpy() - log_cells(self.plan)
         facts = self._judge.facts(
-            inner, score, norm, evidence, None if given is None else given.shift_px,
+            inner, score, norm, evidence, None if prior is None else prior.shift_px,
             None if self.intensity is None else self.intensity.expectation(batch.rows),
         )  # fmt: skip
         probability = self._judge.particle_probability(facts, p.best_rotation)

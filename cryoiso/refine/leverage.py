@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cryoiso.core.rng import generator
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.fourier import disc
+from cryoiso.physics.fourier import fourier_disc
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.so3 import random_rotations
@@ -60,7 +60,7 @@ class Leverage:
     ) -> Float[Tensor, "b k"]:
         """(B, K) h of every coefficient of the particles ``rows`` at poses (B, 3, 3)."""
         gamma = torch.as_tensor(self.share[rows], dtype=torch.float32, device=white.weight.device)[:, None]
-        slices = self.total.slices(with_magnification(rotation, white.magnification), white.where).real
+        slices = self.total.slices(with_magnification(rotation, white.magnification), white.disc).real
         return (gamma * white.weight / slices).clamp(0, MOST)
 
 
@@ -73,9 +73,9 @@ def score_without(
     Args:
         own: (B, K) that share h; None: none.
     """
-    slices = volume.slices(with_magnification(rotation, white.magnification), white.where)
+    slices = volume.slices(with_magnification(rotation, white.magnification), white.disc)
     norm = white.weight * slices.abs().square()
-    cross = (slices.conj() * white.data * shift_factors(white.where, shift_px)).real
+    cross = (slices.conj() * white.data * shift_factors(white.disc, shift_px)).real
     if own is None:
         return (cross - 0.5 * norm).sum(1), norm.sum(1)
     power = white.data.abs().square() / white.weight.clamp(min=1e-20)
@@ -126,18 +126,18 @@ def own_response(box_px: int, radius_px: int, padding: int, mask: Float[np.ndarr
     Interpolation spreads a coefficient over its neighbours, and the mask ((D, D, D), what references are multiplied by)
     does as well, so it is less than 1.
     """
-    rng, where = generator(seed, "probes of own shares"), disc(box_px, radius_px)
+    rng, disc = generator(seed, "probes of own shares"), fourier_disc(box_px, radius_px)
     rotation = torch.as_tensor(random_rotations(rng, PROBES), dtype=torch.float32)
-    noise = rng.standard_normal((2, PROBES, where.size)).astype(np.float32)
-    images, found, power = torch.complex(*map(torch.as_tensor, noise)), 0.0, 0.0
+    noise = rng.standard_normal((2, PROBES, disc.size)).astype(np.float32)
+    images, response, power = torch.complex(*map(torch.as_tensor, noise)), 0.0, 0.0
     for i in range(PROBES):
-        one = slice(i, i + 1)
+        row = slice(i, i + 1)
         accumulator = SliceAccumulator.empty(box_px, radius_px, padding)
-        accumulator.insert(images[one], torch.ones(1, where.size), rotation[one], where)
+        accumulator.insert(images[row], torch.ones(1, disc.size), rotation[row], disc)
         sums = accumulator.finish()
         even = replace(sums, weight=torch.ones_like(sums.weight))
         volume = even.reconstruct() * torch.as_tensor(mask, dtype=torch.float32)
-        back = FourierVolume.from_volume(volume, padding, radius_px).slices(rotation[one], where)
-        found += float((back.conj() * images[one]).real.double().sum())
-        power += float(images[one].abs().square().double().sum())
-    return found / power
+        back = FourierVolume.from_volume(volume, padding, radius_px).slices(rotation[row], disc)
+        response += float((back.conj() * images[row]).real.double().sum())
+        power += float(images[row].abs().square().double().sum())
+    return response / power

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics import gpu_kernels
-from cryoiso.physics.fourier import Disc, disc
+from cryoiso.physics.fourier import Disc, fourier_disc
 from cryoiso.physics.projection import FourierVolume, check_reach, flat_pairs, magnified, pairs
 from cryoiso.refine.batches import Batch
 
@@ -40,34 +40,34 @@ class Whitened:
     """(B, K) complex64: 2 x c / sigma^2."""
     weight: Float[Tensor, "n k"]
     """(B, K) float32: 2 c^2 / sigma^2."""
-    where: Disc
+    disc: Disc
     magnification: Float[np.ndarray, "2 2"] | None
 
-    def cut(self, size: int, where: Disc) -> Whitened:
+    def cut(self, size: int, disc: Disc) -> Whitened:
         """The first ``size`` coefficients: a smaller radius."""
-        return Whitened(self.data[:, :size], self.weight[:, :size], where, self.magnification)
+        return Whitened(self.data[:, :size], self.weight[:, :size], disc, self.magnification)
 
     def within(self, radius_px: float) -> Whitened:
         """The coefficients up to a radius on the reference's grid; all where there are no more."""
         ratio = 1.0 if self.magnification is None else float(np.linalg.norm(self.magnification, 2))
-        where = disc(self.where.box_px, radius_px / ratio)
-        return self.cut(where.size, where) if where.size < self.where.size else self
+        disc = fourier_disc(self.disc.box_px, radius_px / ratio)
+        return self.cut(disc.size, disc) if disc.size < self.disc.size else self
 
 
 def whiten(batch: Batch, sigma2: Float[np.ndarray, "groups shells"]) -> Whitened:
     """Divide by the noise spectra sigma2 (G, S), variance E|n|^2 of a coefficient by optics group and shell."""
     device = batch.ctf.device
     of_group = torch.as_tensor(2.0 / sigma2, dtype=torch.float32, device=device)
-    shell = batch.where.on(device).shell.clamp(max=sigma2.shape[1] - 1)
+    shell = batch.disc.on(device).shell.clamp(max=sigma2.shape[1] - 1)
     inverse = of_group[torch.as_tensor(batch.group, device=device)][:, shell]
     weighted = batch.ctf * inverse
-    return Whitened(batch.coefficients * weighted, batch.ctf * weighted, batch.where, batch.magnification)
+    return Whitened(batch.coefficients * weighted, batch.ctf * weighted, batch.disc, batch.magnification)
 
 
-def shift_factors(where: Disc, shift_px: Float[Tensor, "*n 2"]) -> Complex[Tensor, "*n k"]:
+def shift_factors(disc: Disc, shift_px: Float[Tensor, "*n 2"]) -> Complex[Tensor, "*n k"]:
     """exp(2 pi i k.s / D): moves content at ``shift_px`` (..., 2) back to the centre; (..., K) complex64."""
-    there = where.on(shift_px.device)
-    angle = (2 * np.pi / where.box_px) * (shift_px[..., :1] * there.kx + shift_px[..., 1:] * there.ky)
+    there = disc.on(shift_px.device)
+    angle = (2 * np.pi / disc.box_px) * (shift_px[..., :1] * there.kx + shift_px[..., 1:] * there.ky)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -84,20 +84,20 @@ class ReferenceSlices:
     """(2K, J) float32, or (B, 2K, J)."""
     power: Float[Tensor, "*n k j"]
     """(K, J) float32: |P|^2, or (B, K, J)."""
-    where: Disc
+    disc: Disc
 
     @classmethod
     def of(
         cls,
         volume: FourierVolume,
         rotations: Float[Tensor, "*n j 3 3"],
-        where: Disc,
+        disc: Disc,
         magnification: Float[np.ndarray, "2 2"] | None,
     ) -> ReferenceSlices:
-        """Slices of every rotation (J, 3, 3) or (B, J, 3, 3) at the coefficients of ``where``."""
-        slices = volume.slices(with_magnification(rotations.reshape(-1, 3, 3), magnification), where)
-        slices = slices.reshape(*rotations.shape[:-2], where.size)
-        return cls(as_real(slices).mT.contiguous(), slices.abs().square().mT.contiguous(), where)
+        """Slices of every rotation (J, 3, 3) or (B, J, 3, 3) at the coefficients of ``disc``."""
+        slices = volume.slices(with_magnification(rotations.reshape(-1, 3, 3), magnification), disc)
+        slices = slices.reshape(*rotations.shape[:-2], disc.size)
+        return cls(as_real(slices).mT.contiguous(), slices.abs().square().mT.contiguous(), disc)
 
 
 def with_magnification(
@@ -134,7 +134,7 @@ def cross_and_norm(
     Args:
         shift_px: (S, 2) shifts (x, y) of the content.
     """
-    moved = white.data[:, None, :] * shift_factors(white.where, shift_px)
+    moved = white.data[:, None, :] * shift_factors(white.disc, shift_px)
     b, s, k = moved.shape
     with tensor_cores(moved.device):
         if slices.real.ndim == 3:
@@ -168,9 +168,9 @@ def score_and_norm(
         rotation: (B, 3, 3) float32.
         shift_px: (B, 2) float32, of the content.
     """
-    slices = volume.slices(with_magnification(rotation, white.magnification), white.where)
+    slices = volume.slices(with_magnification(rotation, white.magnification), white.disc)
     norm = (white.weight * slices.abs().square()).sum(1)
-    cross = (slices.conj() * white.data * shift_factors(white.where, shift_px)).real.sum(1)
+    cross = (slices.conj() * white.data * shift_factors(white.disc, shift_px)).real.sum(1)
     return cross - 0.5 * norm, norm
 
 
@@ -201,7 +201,7 @@ def local_scores(
     module = gpu_kernels.kernels_for("score_local", volume.grid)
     if module is not None:
         return gpu_kernels.score_local(
-            module, volume, white.where, white.data, white.weight, particle, rotation, shift_px,
+            module, volume, white.disc, white.data, white.weight, particle, rotation, shift_px,
             spacing_px, together,
         )  # fmt: skip
     return local_scores_torch(white, volume, particle, rotation, shift_px, spacing_px)
@@ -214,21 +214,21 @@ def _local_scores_numba(
 
     out = torch.empty(len(particle), 9)
     rot = np.ascontiguousarray(rotation.numpy(), np.float32)
-    check_reach(rot, white.where, volume.padding, volume.grid.shape[0])
-    member, frequency = white.where.patches
+    check_reach(rot, white.disc, volume.padding, volume.grid.shape[0])
+    member, frequency = white.disc.patches
     rows = particle.numpy()
     _patch_kernels.score_local(
-        flat_pairs(volume.grid), volume.grid.shape[0], rot, member, frequency, _waves(white.where, spacing_px),
+        flat_pairs(volume.grid), volume.grid.shape[0], rot, member, frequency, _waves(white.disc, spacing_px),
         np.float32(volume.padding), runs(rows, VIEWS_AT_ONCE), rows, pairs(white.data),
-        white.weight.contiguous().numpy(), shift_px.double().numpy() * (2 * np.pi / white.where.box_px),
-        white.where.reach, out.numpy(),
+        white.weight.contiguous().numpy(), shift_px.double().numpy() * (2 * np.pi / white.disc.box_px),
+        white.disc.reach, out.numpy(),
     )  # fmt: skip
     return out
 
 
-def _waves(where: Disc, spacing_px: float) -> Float[np.ndarray, "patches numbers"]:
+def _waves(disc: Disc, spacing_px: float) -> Float[np.ndarray, "patches numbers"]:
     """(patches, 4 PATCH) float32: cosine and sine of a lattice step along x, then along y."""
-    angle = (spacing_px * 2 * np.pi / where.box_px) * where.patches[1].astype(np.float64)
+    angle = (spacing_px * 2 * np.pi / disc.box_px) * disc.patches[1].astype(np.float64)
     return np.stack([np.cos(angle), np.sin(angle)], 2).astype(np.float32).reshape(len(angle), -1)
 
 
@@ -251,13 +251,13 @@ def near_scores(
     spacing_px, centre_px, place = squares
     b, j = rotations.shape[:2]
     rot = with_magnification(rotations.reshape(-1, 3, 3), white.magnification).numpy()
-    check_reach(rot, white.where, volume.padding, volume.grid.shape[0])
-    member, frequency = white.where.patches
+    check_reach(rot, white.disc, volume.padding, volume.grid.shape[0])
+    member, frequency = white.disc.patches
     out = torch.empty(b, j, 9 * len(centre_px))
     _patch_kernels.score_lattices(
         flat_pairs(volume.grid), volume.grid.shape[0], np.ascontiguousarray(rot, np.float32).reshape(b, j, 3, 3),
-        member, frequency, _waves(white.where, spacing_px), np.float32(volume.padding), pairs(white.data),
-        white.weight.contiguous().numpy(), centre_px * (2 * np.pi / white.where.box_px), white.where.reach,
+        member, frequency, _waves(white.disc, spacing_px), np.float32(volume.padding), pairs(white.data),
+        white.weight.contiguous().numpy(), centre_px * (2 * np.pi / white.disc.box_px), white.disc.reach,
         VIEWS_AT_ONCE, out.numpy().reshape(b, j, len(centre_px), 9),
     )  # fmt: skip
     return out[:, :, place].transpose(1, 2) + log_prior[:, None]
@@ -271,7 +271,7 @@ def near_scores_torch(
     log_prior: Float[Tensor, " shifts"],
 ) -> Float[Tensor, "n shifts j"]:
     """The plain torch version of the CPU kernel, for GPUs and as its reference."""
-    slices = ReferenceSlices.of(volume, rotations, white.where, white.magnification)
+    slices = ReferenceSlices.of(volume, rotations, white.disc, white.magnification)
     return global_scores(white, slices, shift_px, log_prior)
 
 
@@ -320,14 +320,14 @@ def local_scores_torch(
     block: int = 1 << 22,
 ) -> Float[Tensor, "r 9"]:
     """The plain torch version of the CPU kernel, for GPUs; in blocks of rows that bound its memory."""
-    offsets = shift_factors(white.where, lattice(spacing_px, shift_px.device))
-    step = max(1, block // white.where.size)
+    offsets = shift_factors(white.disc, lattice(spacing_px, shift_px.device))
+    step = max(1, block // white.disc.size)
     out = []
     for i in range(0, len(particle), step):
         part = slice(i, i + step)
-        slices = volume.slices(rotation[part], white.where)
+        slices = volume.slices(rotation[part], white.disc)
         data, weight = white.data[particle[part]], white.weight[particle[part]]
-        t = slices.conj() * data * shift_factors(white.where, shift_px[part])
+        t = slices.conj() * data * shift_factors(white.disc, shift_px[part])
         norm = (weight * slices.abs().square()).sum(1)
         out.append(as_real(t) @ as_real(offsets.conj()).T - 0.5 * norm[:, None])
     return torch.cat(out) if out else torch.zeros(0, 9, device=shift_px.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.fourier import Disc, disc
+from cryoiso.physics.fourier import Disc, fourier_disc
 from cryoiso.physics.projection import FourierVolume, check_reach, flat_pairs, pairs
 from cryoiso.refine.batches import Batch
 from cryoiso.refine.intensity import ImageTerms
@@ -49,7 +49,7 @@ class NoiseSums:
         """residual (B, K): |x - model|^2 of every coefficient."""
         weight = batch.power_weight()
         if weight is None:
-            count = np.bincount(batch.where.shell, minlength=self.power.shape[1])[: self.power.shape[1]]
+            count = np.bincount(batch.disc.shell, minlength=self.power.shape[1])[: self.power.shape[1]]
             if batch.share is not None:
                 count = np.rint(count * batch.share * NOISE_UNIT).astype(np.int64)
                 np.add.at(self.count, batch.group, count)
@@ -62,7 +62,7 @@ class NoiseSums:
 
     def _by_shell(self, batch: Batch, values: Tensor) -> np.ndarray:
         """(B, S) int64 sums of values (B, K) over shells."""
-        shell = batch.where.on(values.device).shell
+        shell = batch.disc.on(values.device).shell
         size = self.power.shape[1]
         per_image = torch.zeros(len(values), size, dtype=torch.float64, device=values.device)
         per_image.index_add_(1, shell.clamp(max=size - 1), values.double())
@@ -143,11 +143,11 @@ def _terms_of_images(
     in it: (B, k) each, the last (B, 0) where it has none."""
     if images.own is None:
         return cross, norm, torch.zeros(len(batch), 0, device=cross.device)
-    where = _inside(batch, volume)
-    own = images.own(batch.rows, white, posterior, where)
-    square = batch.coefficients[posterior.particle, : where.size].abs().square()
+    disc = _inside(batch, volume)
+    own = images.own(batch.rows, white, posterior, disc)
+    square = batch.coefficients[posterior.particle, : disc.size].abs().square()
     terms = (*without_own(*_sample_terms(batch, posterior, volume), square, own), own)
-    means = (_posterior_sum(batch, posterior, one) for one in terms)
+    means = (_posterior_sum(batch, posterior, term) for term in terms)
     return next(means), next(means), next(means)
 
 
@@ -155,25 +155,25 @@ def _insert(batch: Batch, white: Whitened, posterior: Posterior, accumulator: Sl
     """Back-project the samples of a posterior, a bounded number of coefficients at a time."""
     rotation = with_magnification(posterior.rotation, batch.magnification)
     factor = posterior.weight * scale if scale != 1 else posterior.weight
-    step = max(1, COEFFICIENTS_AT_ONCE // batch.where.size)
+    step = max(1, COEFFICIENTS_AT_ONCE // batch.disc.size)
     for i in range(0, len(factor), step):
         part = slice(i, i + step)
-        data, weight = weighed(batch.where, white, posterior.particle[part], posterior.shift_px[part], factor[part])
-        accumulator.insert(data, weight, rotation[part], batch.where)
+        data, weight = weighed(batch.disc, white, posterior.particle[part], posterior.shift_px[part], factor[part])
+        accumulator.insert(data, weight, rotation[part], batch.disc)
 
 
-def weighed(where: Disc, white: Whitened, rows: Tensor, shift_px: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def weighed(disc: Disc, white: Whitened, rows: Tensor, shift_px: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Data and weight (R, K) of these rows, shifted to the centre and times ``factor`` (R,)."""
     if white.data.device.type != "cpu":
-        back = shift_factors(where, shift_px)
+        back = shift_factors(disc, shift_px)
         return white.data[rows] * back * factor[:, None], white.weight[rows] * factor[:, None]
     from cryoiso.physics import _kernels
 
-    data = torch.empty(len(rows), where.size, dtype=torch.complex64)
-    weight = torch.empty(len(rows), where.size)
-    shift = shift_px.double().numpy() * (2 * np.pi / where.box_px)
+    data = torch.empty(len(rows), disc.size, dtype=torch.complex64)
+    weight = torch.empty(len(rows), disc.size)
+    shift = shift_px.double().numpy() * (2 * np.pi / disc.box_px)
     _kernels.centre_and_scale(
-        pairs(white.data), white.weight.contiguous().numpy(), rows.numpy(), factor.float().numpy(), where.ky, where.kx,
+        pairs(white.data), white.weight.contiguous().numpy(), rows.numpy(), factor.float().numpy(), disc.ky, disc.kx,
         shift, pairs(data), weight.numpy(),
     )  # fmt: skip
     return data, weight
@@ -188,18 +188,18 @@ def model_terms(
         return model_terms_torch(batch, posterior, volume)
     from cryoiso.physics import _patch_kernels
 
-    where = _inside(batch, volume)
-    unit = 2 * np.pi / where.box_px
+    disc = _inside(batch, volume)
+    unit = 2 * np.pi / disc.box_px
     rotation = np.ascontiguousarray(with_magnification(posterior.rotation, batch.magnification).numpy(), np.float32)
-    check_reach(rotation, where, volume.padding, volume.grid.shape[0])
-    member, frequency = where.patches
+    check_reach(rotation, disc, volume.padding, volume.grid.shape[0])
+    member, frequency = disc.patches
     rows = posterior.particle.numpy()
-    cross, norm = torch.zeros(len(batch), where.size), torch.zeros(len(batch), where.size)
+    cross, norm = torch.zeros(len(batch), disc.size), torch.zeros(len(batch), disc.size)
     _patch_kernels.model_terms(
         flat_pairs(volume.grid), volume.grid.shape[0], rotation, member, frequency, np.float32(volume.padding),
         runs(rows), rows, pairs(batch.coefficients), batch.ctf.contiguous().numpy(),
         posterior.shift_px.double().numpy() * unit, posterior.weight.float().numpy(),
-        where.reach, cross.numpy(), norm.numpy(),
+        disc.reach, cross.numpy(), norm.numpy(),
     )  # fmt: skip
     return cross, norm
 
@@ -227,5 +227,5 @@ def _posterior_sum(batch: Batch, posterior: Posterior, values: Tensor) -> Tensor
 
 def _inside(batch: Batch, volume: FourierVolume) -> Disc:
     ratio = 1.0 if batch.magnification is None else float(np.linalg.norm(batch.magnification, 2))
-    radius = min(volume.radius_px / ratio, batch.where.radius_px)
-    return disc(batch.where.box_px, radius)
+    radius = min(volume.radius_px / ratio, batch.disc.radius_px)
+    return fourier_disc(batch.disc.box_px, radius)

@@ -95,8 +95,8 @@ def require_sound_images(particles: Particles, facts: Float[np.ndarray, "n 2"]) 
     defocus = (particles.defocus_u_A, particles.defocus_v_A, particles.defocus_angle_deg)
     _stop_at(~np.isfinite(power) & np.isfinite(ctf), particles, "has NaN or infinite pixels")
     for row in np.flatnonzero(~np.isfinite(ctf))[:1]:
-        found = "defocus U, V, angle = {:g}, {:g}, {:g}".format(*(column[row] for column in defocus))
-        _stop_at(~np.isfinite(ctf), particles, "has a CTF that is not a number", found)
+        defocus_text = "defocus U, V, angle = {:g}, {:g}, {:g}".format(*(column[row] for column in defocus))
+        _stop_at(~np.isfinite(ctf), particles, "has a CTF that is not a number", defocus_text)
     _stop_at(power == 0, particles, "is constant")
     optics = particles.optics
     ratio = power / group_medians(power, optics, np.ones(len(power), bool))  # groups may have scales of their own

@@ -61,13 +61,13 @@ def _stop_at(bad: np.ndarray, particles: Particles, file: object, problem: str, 
     row = int(np.argmax(bad))
     image = image_name(particles, row)
     others = f" ({int(bad.sum()):,} particles in all)" if bad.sum() > 1 else ""
-    found = "angles NaN" if particles.shift_A is None else "({:g}, {:g}) Å".format(*particles.shift_A[row])
+    pose_text = "angles NaN" if particles.shift_A is None else "({:g}, {:g}) Å".format(*particles.shift_A[row])
     raise InputError(
         f"{problem}: {image}{others}",
         file=file,
         row=row + 1,
         expected=expected,
-        found=found,
+        found=pose_text,
         hint="Correct or remove the row; rlnOriginXAngst and rlnOriginYAngst are in Å.",
         code="offset-out-of-range",
     )

@@ -49,21 +49,21 @@ class OwnShares:
     """Of the particle."""
 
     def __call__(
-        self, rows: Int[np.ndarray, " b"], white: Whitened, posterior: Posterior, where: Disc
+        self, rows: Int[np.ndarray, " b"], white: Whitened, posterior: Posterior, disc: Disc
     ) -> Float[Tensor, "r k"]:
         """(R, K) share h of every sample of a batch's posterior.
 
         Args:
             rows: (B,) of the particle table.
-            white: the batch; ``where``: its first K coefficients.
+            white: the batch; ``disc``: its first K coefficients.
         """
-        each, k = posterior.particle, where.size
-        own = Whitened(white.data, white.weight[each, :k], where, white.magnification)
+        each, k = posterior.particle, disc.size
+        own = Whitened(white.data, white.weight[each, :k], disc, white.magnification)
         return self.leverage(own, rows[each.cpu().numpy()], posterior.rotation) * self._found_again(
-            rows, posterior, where
+            rows, posterior, disc
         )
 
-    def _found_again(self, rows: np.ndarray, posterior: Posterior, where: Disc) -> Tensor:
+    def _found_again(self, rows: np.ndarray, posterior: Posterior, disc: Disc) -> Tensor:
         """(R, K) correlation of an image inserted then with one read out now.
 
         A sphere's transform falls off as exp(-q^2 r^2 / 10) at a distance q; a rotation by t about a random axis moves
@@ -80,7 +80,7 @@ class OwnShares:
         shift = torch.as_tensor(self.shift_px[rows], dtype=torch.float32, device=before.device)[posterior.particle]
         moved = self.radius_px**2 * (angle.square() + spread.square()) / 15
         moved = moved + (posterior.shift_px - shift).square().sum(1) / 4
-        radius = np.hypot(where.kx, where.ky) * (2 * np.pi / where.box_px)
+        radius = np.hypot(disc.kx, disc.ky) * (2 * np.pi / disc.box_px)
         square = torch.as_tensor(np.square(radius), dtype=torch.float32, device=before.device)
         return torch.exp(-moved[:, None] * square)
 

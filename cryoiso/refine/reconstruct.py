@@ -198,10 +198,10 @@ def half_sums(
         total = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
         finished = []
         if total is not None:
-            whole = replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound)
-            finished.append(whole.finish(release=True))
+            total_accumulator = replace(accumulator, grid=torch.as_tensor(total).to(device), bound=bound)
+            finished.append(total_accumulator.finish(release=True))
             total = None
-            del whole
+            del total_accumulator
         if half == halves[-1]:
             accumulator.discard()  # before there are further arrays of its size
         if finished:
@@ -224,17 +224,17 @@ def insert_batches(
         noise: receives the power of some images of each optics group.
     """
     some = _first_of_groups(reader.particles, plan)
-    mine = owned_chunks(len(plan), comm.rank, comm.size)
+    chunks = owned_chunks(len(plan), comm.rank, comm.size)
     most = max(len(owned_chunks(len(plan), r, comm.size)) for r in range(comm.size))
     radius = (reader.source.box_px - 1) // 2
     pixel = reader.particles.group_values("pixel_size_A")
-    intensity = Intensity.given(reader.particles)
+    intensity = Intensity.of_particles(reader.particles)
     waiting = _Waiting(accumulator)
     line = ProgressLine(f"back-projecting {label}", most, active=comm.rank == 0)
     for i in range(most):
         if comm.stop_requested():
             raise Interrupted("stopped by a signal while reconstructing")
-        rows = plan[mine[i]] if i < len(mine) else np.zeros(0, np.int64)
+        rows = plan[chunks[i]] if i < len(chunks) else np.zeros(0, np.int64)
         for start in range(0, len(rows), BLOCK_IMAGES):
             part = rows[start : start + BLOCK_IMAGES]
             batch = intensity.of(reader.read(part, radius))
@@ -256,10 +256,10 @@ def _first_of_groups(particles: Particles, plan: list[np.ndarray]) -> np.ndarray
 
 
 def _note_power(batch: Batch, some: np.ndarray, noise: NoiseSums) -> None:
-    mine = np.flatnonzero(some)
+    rows = np.flatnonzero(some)
     part = replace(
-        batch, rows=batch.rows[mine], group=batch.group[mine], coefficients=batch.coefficients[mine],
-        ctf=batch.ctf[mine], premultiplied=None if batch.premultiplied is None else batch.premultiplied[mine],
+        batch, rows=batch.rows[rows], group=batch.group[rows], coefficients=batch.coefficients[rows],
+        ctf=batch.ctf[rows], premultiplied=None if batch.premultiplied is None else batch.premultiplied[rows],
     )  # fmt: skip
     noise.add(part, part.coefficients.abs().square())
 
@@ -300,7 +300,7 @@ class _Waiting:
         self.count += len(batch)
 
     def _make_room(self, batch: Batch) -> None:
-        size, device = batch.where.size, batch.ctf.device
+        size, device = batch.disc.size, batch.ctf.device
         room = max(len(batch), min(self.accumulator.grid.numel() // 6, WAITING_COEFFICIENTS) // size)
         if self.first is None or (room, size) != self.weight.shape:
             self.data = torch.empty(room, size, dtype=torch.complex64, device=device)
@@ -312,7 +312,7 @@ class _Waiting:
         """Insert all waiting slices."""
         if self.first is not None and self.count:
             rotation = with_magnification(self.rotation[: self.count], self.first.magnification)
-            self.accumulator.insert(self.data[: self.count], self.weight[: self.count], rotation, self.first.where)
+            self.accumulator.insert(self.data[: self.count], self.weight[: self.count], rotation, self.first.disc)
         self.count = 0
 
 
@@ -323,14 +323,14 @@ def weigh(
     weight: Float[torch.Tensor, "n k"],
 ) -> None:
     """Write x c exp(2 pi i k.s / D) into data (B, K) and c^2 into weight (B, K), for content at s = content_px."""
-    where = batch.where
+    disc = batch.disc
     if data.device.type == "cpu":
         from cryoiso.physics import _kernels
 
-        shift = (2 * np.pi / where.box_px) * content_px.double().numpy()
+        shift = (2 * np.pi / disc.box_px) * content_px.double().numpy()
         _kernels.centre_and_weigh(
-            pairs(batch.coefficients), batch.ctf.numpy(), where.ky, where.kx, shift, pairs(data), weight.numpy()
+            pairs(batch.coefficients), batch.ctf.numpy(), disc.ky, disc.kx, shift, pairs(data), weight.numpy()
         )
     else:
-        data[:] = batch.coefficients * batch.ctf * shift_factors(where, content_px.float())
+        data[:] = batch.coefficients * batch.ctf * shift_factors(disc, content_px.float())
         weight[:] = batch.ctf.square()

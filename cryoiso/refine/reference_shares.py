@@ -51,8 +51,8 @@ class ReferenceShares:
 
     def note(self, half: int, mask: Float[np.ndarray, "box box box"] | None) -> None:
         """The mask (D, D, D) of the next reference of a half; None: ``support`` alone."""
-        whole = self.support.sum(dtype=np.float64)
-        self.filled[half] = 1.0 if mask is None else float((mask * self.support).sum(dtype=np.float64) / whole)
+        support_sum = self.support.sum(dtype=np.float64)
+        self.filled[half] = 1.0 if mask is None else float((mask * self.support).sum(dtype=np.float64) / support_sum)
 
     def of(self, model: Model, half: int) -> OwnShares | None:
         """Shares of the images in the references of a model; None where these were not made of them."""
@@ -84,7 +84,7 @@ class ReferenceShares:
             return {}
         scale = self.kappa * weight_scale(model.sigma2 / model.intensity.largest_weight())
         padding, change, own = self.request.settings.padding, noise_change(model.sigma2, sigma2), {}
-        for half, one in sums.items():
-            total = total_weight(one, wiener[half], shared_px, scale * self.filled[half], change)
+        for half, half_sums in sums.items():
+            total = total_weight(half_sums, wiener[half], shared_px, scale * self.filled[half], change)
             own[half] = cropped(total, padding, radius_px)
         return on_every_rank(own, comm)

@@ -37,8 +37,8 @@ def exchange_low_resolution(sums: dict[int, FourierSums], radius_px: int, comm: 
         box = (slice(h - edge, h + edge + 1), slice(h - edge, h + edge + 1), slice(0, edge + 1))
         inside = s.shells(edge) <= radius_px
         for target, i in ((s.numerator, 0), (s.weight, 1)):
-            both = (torch.as_tensor(parts[1][i]) + torch.as_tensor(parts[2][i])).to(target) / 2
-            target[box] = torch.where(inside, both, target[box])
+            mean_of_halves = (torch.as_tensor(parts[1][i]) + torch.as_tensor(parts[2][i])).to(target) / 2
+            target[box] = torch.where(inside, mean_of_halves, target[box])
 
 
 def _inner(s: FourierSums, radius_px: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ def spherical(box_px: int, pixel_size_A: float, diameter_A: float) -> Float[np.n
 def flattened(
     volume: Float[np.ndarray, "box box box"],
     sphere: Float[np.ndarray, "box box box"],
-    given: Float[np.ndarray, "box box box"] | None,
+    solvent_mask: Float[np.ndarray, "box box box"] | None,
     pixel_size_A: float,
     resolution_A: float | None,
 ) -> tuple[Float[np.ndarray, "box box box"], Float[np.ndarray, "box box box"] | None]:
@@ -84,8 +84,8 @@ def flattened(
         the map; the mask that was made, None if none was.
     """
     volume = volume * sphere
-    if given is not None:
-        return (volume * given).astype(np.float32), None
+    if solvent_mask is not None:
+        return (volume * solvent_mask).astype(np.float32), None
     if resolution_A is None:
         return volume, None
     lowpass_A = max(15.0, 1.5 * resolution_A)
@@ -105,5 +105,5 @@ def anisotropy(
     Args:
         last_shell: last shell with data.
     """
-    one, two = (transform(maps_of_both_halves[h], mask) for h in (1, 2))
-    return conical_fsc(one, two, len(mask), pixel_size_A, axes=CONES, last_shell=last_shell).cfar
+    first, second = (transform(maps_of_both_halves[h], mask) for h in (1, 2))
+    return conical_fsc(first, second, len(mask), pixel_size_A, axes=CONES, last_shell=last_shell).cfar

@@ -78,14 +78,14 @@ class Relaxation:
             request.reference.pixel_size_A, request.seed, request.settings.max_iterations,
         )  # fmt: skip
 
-    def of(self, given: PriorPoses, uid: Int[np.ndarray, " n"], iteration: int) -> PriorPoses:
+    def of(self, poses: PriorPoses, uid: Int[np.ndarray, " n"], iteration: int) -> PriorPoses:
         """Where the search of an iteration stays near."""
-        assert given.rotation is not None  # a local search has poses
-        operations = torch.as_tensor(self.operations, dtype=torch.float32, device=given.rotation.device)
+        assert poses.rotation is not None  # a local search has poses
+        operations = torch.as_tensor(self.operations, dtype=torch.float32, device=poses.rotation.device)
         if iteration > 0 or not self.at_random:
-            return replace(given, copies=operations)
+            return replace(poses, copies=operations)
         register = shuffle_keys(self.seed, "register", uid) % np.uint64(len(operations))
-        return replace(given, rotation=given.rotation @ operations[register.astype(np.int64)])
+        return replace(poses, rotation=poses.rotation @ operations[register.astype(np.int64)])
 
     def settled(self, model: Model, before: np.ndarray, counted: np.ndarray, comm: Communicator) -> Model:
         """The model with both halves in one register, and not converged while particles change theirs (collective).
@@ -111,9 +111,9 @@ class Relaxation:
 
     def _moved(self, model: Model) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """The operation that brings the second half to the register of the first, and its maps there; None: it is."""
-        one, two = (model.references[half] for half in (1, 2))
-        copies = [two, *(place_map(two, self.pixel_size_A, op, np.zeros(3)) for op in self.operations[1:])]
-        best = int(np.argmax([float(np.corrcoef(one.ravel(), copy.ravel())[0, 1]) for copy in copies]))
+        first, second = (model.references[half] for half in (1, 2))
+        copies = [second, *(place_map(second, self.pixel_size_A, op, np.zeros(3)) for op in self.operations[1:])]
+        best = int(np.argmax([float(np.corrcoef(first.ravel(), copy.ravel())[0, 1]) for copy in copies]))
         if best == 0:
             return None
         operation = self.operations[best]

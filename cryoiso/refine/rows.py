@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def gathered_rows(
-    found: list[tuple[np.ndarray, np.ndarray]], n: int, width: int, comm: Communicator
+    parts: list[tuple[np.ndarray, np.ndarray]], n: int, width: int, comm: Communicator
 ) -> Float[np.ndarray, "{n} {width}"]:
     """(n, width) float64: the numbers of all ranks by row, zero where no rank has any, on all ranks (collective).
 
     Args:
         found: rows and their numbers (rows, width), of this rank's batches.
     """
-    rows = np.concatenate([rows for rows, _ in found] or [np.empty(0, np.int64)])
-    facts = np.concatenate([facts for _, facts in found] or [np.empty((0, width))])
+    rows = np.concatenate([rows for rows, _ in parts] or [np.empty(0, np.int64)])
+    facts = np.concatenate([facts for _, facts in parts] or [np.empty((0, width))])
     table = np.zeros((n, width))
     table[comm.concat_all(rows)] = comm.concat_all(facts)
     return table

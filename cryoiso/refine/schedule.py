@@ -15,7 +15,7 @@ from cryoiso.refine.search import Level, SearchPlan
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-FIRST_BEAM, LAST_BEAM = 16, 4
+FIRST_CANDIDATES, LAST_CANDIDATES = 16, 4
 """Candidates per image at the first level of the local search, and at least at every later one."""
 FIRST_THRESHOLD, LATER_THRESHOLD = 10.0, 6.0
 """Log-likelihood by which candidates may be worse than the best, at the first level and at later ones."""
@@ -148,11 +148,11 @@ def search_plan(
     span = max(span, 1.01 * spacing)
     last = last_step_deg(cell, finest_step_deg(state, settings, resolution, diameter_A))
     levels: list[Level] = []
-    step, beam, threshold = spacing, FIRST_BEAM, FIRST_THRESHOLD
+    step, max_candidates, threshold = spacing, FIRST_CANDIDATES, FIRST_THRESHOLD
     while cell > last:
         cell, step = cell / 2, step / 2
-        levels.append(Level(2 * cell, step, radius_for(1.25 * cell), beam, threshold))
-        beam, threshold = max(LAST_BEAM, beam // 2), LATER_THRESHOLD
+        levels.append(Level(2 * cell, step, radius_for(1.25 * cell), max_candidates, threshold))
+        max_candidates, threshold = max(LAST_CANDIDATES, max_candidates // 2), LATER_THRESHOLD
     levels[-1] = replace(levels[-1], radius_px=state.radius_px)
     coarse = radius_for(2 ** len(levels) * cell)
     return SearchPlan(rotations, disc_of_shifts(span, spacing), coarse, tuple(levels), state.shift_sd_px, local_deg)
@@ -201,7 +201,9 @@ def advance(
     )
 
 
-def with_finer_steps(state: ScheduleState, step_deg: float, next_step_deg: float, settings: RefineSection) -> ScheduleState:
+def with_finer_steps(
+    state: ScheduleState, step_deg: float, next_step_deg: float, settings: RefineSection
+) -> ScheduleState:
     """The same state, but not converged where the next search goes finer than this one's ``step_deg``.
 
     Down to SETTLED_STEP_DEG steps follow the resolution alone, whose growth keeps a refinement going.

@@ -5,7 +5,7 @@ angle, and no level exceeds that limit.
 
 At a level with cells of size d, a rotation is replaced by its eight children d/4 away along each axis of rotation, and
 a shift by the 3 x 3 lattice at half the spacing. Only candidates within ``threshold`` of the best log-likelihood are
-refined, at most ``beam`` per image. The samples of the last level are the posterior.
+refined, at most ``max_candidates`` per image. The samples of the last level are the posterior.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Level:
     spacing_px: float
     """Of the 3 x 3 lattice of shifts."""
     radius_px: int
-    beam: int
+    max_candidates: int
     """Candidates per image that enter the level."""
     threshold: float
     """Candidates worse than the best by more than this (in log-likelihood) are left out."""
@@ -94,22 +94,22 @@ class PriorPoses:
 
     def centre(self, white: Whitened) -> Whitened:
         """The images with their content moved back by the given shifts, so that a search finds the remaining shift."""
-        return replace(white, data=white.data * shift_factors(white.where, self.shift_px))
+        return replace(white, data=white.data * shift_factors(white.disc, self.shift_px))
 
-    def turned(self, turns: Float[Tensor, "j 3 3"]) -> Float[Tensor, "n j 3 3"]:
-        """(B, J, 3, 3): every given rotation combined with every one of ``turns`` (J, 3, 3); (B, J G, 3, 3) with
-        copies, those of a turn one after the other."""
-        near = torch.einsum("jik,bkl->bjil", turns, self._rotation())
+    def turned(self, rotations: Float[Tensor, "j 3 3"]) -> Float[Tensor, "n j 3 3"]:
+        """(B, J, 3, 3): every given rotation combined with every one of ``rotations`` (J, 3, 3); (B, J G, 3, 3) with
+        copies, those of a rotation one after the other."""
+        near = torch.einsum("jik,bkl->bjil", rotations, self._rotation())
         if self.copies is None:
             return near
         return torch.einsum("bjil,glm->bjgim", near, self.copies).flatten(1, 2)
 
-    def taken(self, turns: Float[Tensor, "j 3 3"], index: Int[Tensor, "n m"]) -> Float[Tensor, "n m 3 3"]:
+    def taken(self, rotations: Float[Tensor, "j 3 3"], index: Int[Tensor, "n m"]) -> Float[Tensor, "n m 3 3"]:
         """(B, M, 3, 3): those of ``turned`` at ``index`` (B, M)."""
         if self.copies is None:
-            return turns[index] @ self._rotation()[:, None]
+            return rotations[index] @ self._rotation()[:, None]
         count = len(self.copies)
-        return turns[index // count] @ self._rotation()[:, None] @ self.copies[index % count]
+        return rotations[index // count] @ self._rotation()[:, None] @ self.copies[index % count]
 
     @property
     def copy_count(self) -> int:
@@ -124,10 +124,10 @@ class PriorPoses:
         self, rotation: Float[Tensor, "r c 3 3"], particle: Int[Tensor, " r"], limit_deg: float
     ) -> Bool[Tensor, "r c"]:
         """(R, C): which of ``rotation`` (R, C, 3, 3) are within an angle of those given for their ``particle`` (R,)."""
-        given = self._rotation()[:, None]
-        given = given if self.copies is None else given @ self.copies
+        prior_rotation = self._rotation()[:, None]
+        prior_rotation = prior_rotation if self.copies is None else prior_rotation @ self.copies
         # |A - B|^2 = 8 sin^2(angle / 2), exact for small angles
-        distance2 = (rotation[:, :, None] - given[particle][:, None]).square().sum((-2, -1)).amin(2)
+        distance2 = (rotation[:, :, None] - prior_rotation[particle][:, None]).square().sum((-2, -1)).amin(2)
         near: Tensor = distance2 <= 8 * np.sin(np.radians(limit_deg) / 2) ** 2 * (1 + 1e-4)
         return near
 
@@ -184,64 +184,64 @@ class Searcher:
     def _reference(self, white: Whitened) -> ReferenceSlices:
         key = None if white.magnification is None else white.magnification.tobytes()
         if key not in self._slices:
-            self._slices[key] = ReferenceSlices.of(self.volume, self.plan.rotations, white.where, white.magnification)
+            self._slices[key] = ReferenceSlices.of(self.volume, self.plan.rotations, white.disc, white.magnification)
         return self._slices[key]
 
-    def search(self, batch: Batch, white: Whitened, given: PriorPoses | None = None) -> Posterior:
+    def search(self, batch: Batch, white: Whitened, prior: PriorPoses | None = None) -> Posterior:
         """Posterior over poses of every image of the batch; near the given poses if the plan is that of a local search.
 
         Args:
-            given: row for row those of the batch; None: no prior poses.
+            prior: row for row those of the batch; None: no prior poses.
         """
-        if given is not None:
-            white = given.centre(white)
-        near = given.near() if given is not None else None
+        if prior is not None:
+            white = prior.centre(white)
+        near = prior.near() if prior is not None else None
         candidates, shifts, score = self._nominate(white.within(self.plan.coarse_radius_px), near)
         for i, level in enumerate(self.plan.levels):
             narrowed = white.within(level.radius_px)
             last = i == len(self.plan.levels) - 1
             candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, near, last)
-        found = summarise(candidates, shifts, score, self.plan.levels[-1])
-        if given is None:
-            return found
+        posterior = summarise(candidates, shifts, score, self.plan.levels[-1])
+        if prior is None:
+            return posterior
         return replace(
-            found,
-            shift_px=found.shift_px + given.shift_px[found.particle],
-            best_shift_px=found.best_shift_px + given.shift_px,
+            posterior,
+            shift_px=posterior.shift_px + prior.shift_px[posterior.particle],
+            best_shift_px=posterior.best_shift_px + prior.shift_px,
         )
 
-    def _nominate(self, white: Whitened, given: PriorPoses | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _nominate(self, white: Whitened, prior: PriorPoses | None) -> tuple[Tensor, Tensor, Tensor]:
         """Best views of the grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M)."""
         plan = self.plan
         log_prior = -plan.shifts_px.square().sum(1) / (2 * plan.shift_sd_px**2)
-        beam = min(plan.levels[0].beam, len(plan.rotations))
+        max_candidates = min(plan.levels[0].max_candidates, len(plan.rotations))
         # in a local search the slices of every image are held too
-        width = len(plan.shifts_px) if given is None else max(len(plan.shifts_px), white.where.size)
-        step = max(1, self.block // (width * len(plan.rotations) * (1 if given is None else given.copy_count)))
+        width = len(plan.shifts_px) if prior is None else max(len(plan.shifts_px), white.disc.size)
+        step = max(1, self.block // (width * len(plan.rotations) * (1 if prior is None else prior.copy_count)))
         scores, indices, shift_indices = [], [], []
         for i in range(0, len(white.data), step):
-            part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.where, white.magnification)
-            if given is None:
+            part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.disc, white.magnification)
+            if prior is None:
                 scored = global_scores(part, self._reference(white), plan.shifts_px, log_prior)
             else:
-                turned = given.take(slice(i, i + step)).turned(plan.rotations)
+                turned = prior.take(slice(i, i + step)).turned(plan.rotations)
                 scored = near_scores(part, self.volume, turned, plan.shifts_px, log_prior)
             best, at = scored.max(dim=1)
             if self.views is not None:
-                best = best + self._prior_of_grid(None if given is None else given.take(slice(i, i + step)))
-            top, j = best.topk(beam, dim=1)
+                best = best + self._prior_of_grid(None if prior is None else prior.take(slice(i, i + step)))
+            top, j = best.topk(max_candidates, dim=1)
             scores.append(top)
             indices.append(j)
             shift_indices.append(at.gather(1, j))
         chosen = torch.cat(indices)
-        rotation = plan.rotations[chosen] if given is None else given.taken(plan.rotations, chosen)
+        rotation = plan.rotations[chosen] if prior is None else prior.taken(plan.rotations, chosen)
         return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
 
-    def _prior_of_grid(self, given: PriorPoses | None) -> Tensor:
+    def _prior_of_grid(self, prior: PriorPoses | None) -> Tensor:
         """Log prior of the first step's views: (J,), or (B, J) for rotations of the given poses."""
         assert self.views is not None
-        if given is not None:
-            return self.views(given.turned(self.plan.rotations))
+        if prior is not None:
+            return self.views(prior.turned(self.plan.rotations))
         if self._grid_prior is None:
             self._grid_prior = self.views(self.plan.rotations)
         return self._grid_prior
@@ -253,12 +253,12 @@ class Searcher:
         rotation: Tensor,
         shift: Tensor,
         score: Tensor,
-        given: PriorPoses | None,
+        prior: PriorPoses | None,
         keep_lattice: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Children of the selected candidates: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""
-        if score.shape[1] > level.beam:
-            score, order = score.topk(level.beam, dim=1)
+        if score.shape[1] > level.max_candidates:
+            score, order = score.topk(level.max_candidates, dim=1)
             rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
             shift = shift.gather(1, order[..., None].expand(-1, -1, 2))
         alive = score > score.amax(1, keepdim=True) - level.threshold
@@ -274,8 +274,8 @@ class Searcher:
         values = values - places.square().sum(-1) / (2 * self.plan.shift_sd_px**2)
         if self.views is not None:
             values = values + self.views(kids)[..., None]
-        if given is not None and self.plan.local_deg is not None:
-            near = given.is_near(kids, particle, self.plan.local_deg)
+        if prior is not None and self.plan.local_deg is not None:
+            near = prior.is_near(kids, particle, self.plan.local_deg)
             values = torch.where(near[..., None], values, -torch.inf)
         b, m = score.shape
         out_rotation = rotation[:, :, None].repeat(1, 1, 8, 1, 1)

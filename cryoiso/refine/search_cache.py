@@ -18,7 +18,7 @@ import torch
 
 from cryoiso.core.log import logger
 from cryoiso.core.protocols import Communicator
-from cryoiso.io.append_log import Record, append, content, records
+from cryoiso.io.append_log import Record, append, content, read_records
 from cryoiso.refine.search import Posterior
 
 EVERY_S = 60.0
@@ -50,22 +50,24 @@ class SearchCache:
         Args:
             identity: of the iteration: everything on which the posteriors depend, except the batch.
         """
-        found: list[Record] = []
+        records_found: list[Record] = []
         if comm.rank == 0:
-            found = [frame for path in sorted(folder.glob(PATTERN)) for frame in _of_iteration(path, identity)]
-        found = comm.bcast(found)
-        kept = cls(folder, identity, _file=folder / PATTERN.replace("*", str(comm.rank)), _written=time.monotonic())
-        kept._known = {_rows_of(frame.key): frame for frame in found}
-        kept._end = max((frame.end for frame in found if frame.path == kept._file), default=0)
-        return kept
+            records_found = [
+                record for path in sorted(folder.glob(PATTERN)) for record in _of_iteration(path, identity)
+            ]
+        records_found = comm.bcast(records_found)
+        cache = cls(folder, identity, _file=folder / PATTERN.replace("*", str(comm.rank)), _written=time.monotonic())
+        cache._known = {_rows_of(record.key): record for record in records_found}
+        cache._end = max((record.end for record in records_found if record.path == cache._file), default=0)
+        return cache
 
     def __len__(self) -> int:
         return len(self._known)
 
     def get(self, rows: np.ndarray, device: str) -> Posterior | None:
         """The posterior of the batch with these rows, if available."""
-        frame = self._known.get(_brief(rows))
-        data = None if frame is None else content(frame)
+        record = self._known.get(_brief(rows))
+        data = None if record is None else content(record)
         if data is None:
             return None
         arrays = np.load(io.BytesIO(data))
@@ -104,15 +106,15 @@ def clear(folder: Path) -> None:
 
 def _of_iteration(path: Path, identity: str) -> list[Record]:
     """The records of a file up to the first of another iteration; a file without any is removed."""
-    found: list[Record] = []
+    known: list[Record] = []
     with suppress(OSError):
-        for frame in records(path):
-            if frame.key.split(" ")[0] != identity:
+        for record in read_records(path):
+            if record.key.split(" ")[0] != identity:
                 break
-            found.append(frame)
-        if not found:
+            known.append(record)
+        if not known:
             path.unlink()
-    return found
+    return known
 
 
 def _brief(rows: np.ndarray) -> tuple[int, ...]:

@@ -34,12 +34,12 @@ def reduced(
         accumulator.grid = torch.empty(0)
         return finished.pop().symmetrised(operations)
     bound = sum(comm.allgather(accumulator.bound))
-    whole = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
-    if whole is None:
+    summed = comm.sum_to(accumulator.grid.cpu().numpy(), root_of_half(half, comm.size))
+    if summed is None:
         accumulator.discard()
         return None
-    device, total = accumulator.grid.device, [whole]
-    del whole
+    device, total = accumulator.grid.device, [summed]
+    del summed
     whole_sums = replace(accumulator, grid=torch.as_tensor(total.pop()).to(device), bound=bound)
     accumulator.discard()  # before there are further arrays of its size
     finished = [whole_sums.finish(release=True)]
@@ -69,25 +69,25 @@ class HalfSums:
         Args:
             largest: half -> (radius+1,) that weight, for the halves of which this rank is root.
         """
-        for half, made in self.auxiliary.items():
-            own = made.shell_mean_weight()[: made.radius_px + 1].double().clamp(min=1e-30)
+        for half, auxiliary_sums in self.auxiliary.items():
+            own = auxiliary_sums.shell_mean_weight()[: auxiliary_sums.radius_px + 1].double().clamp(min=1e-30)
             self.factors[half] = (largest[half].to(own) / own).clamp(max=1.0).float()
 
     def factor(self, half: int) -> Float[torch.Tensor, " shells"]:
         """(radius+1,) factor on the sums of a half's auxiliary particles."""
-        given = self.factors.get(half)
-        return torch.full((self.raw[half].radius_px + 1,), self.auxiliary_weight) if given is None else given
+        by_shell = self.factors.get(half)
+        return torch.full((self.raw[half].radius_px + 1,), self.auxiliary_weight) if by_shell is None else by_shell
 
     def joined(self) -> dict[int, FourierSums]:
         """Half -> raw sums plus weight times those of the auxiliary particles, which are overwritten to save memory.
         Without auxiliary particles the raw sums themselves."""
-        for half, made in self.auxiliary.items():
+        for half, auxiliary_sums in self.auxiliary.items():
             factor: float | torch.Tensor = self.auxiliary_weight
             if half in self.factors:
-                factor = self.factors[half][made.shells().clamp(max=made.radius_px)]
+                factor = self.factors[half][auxiliary_sums.shells().clamp(max=auxiliary_sums.radius_px)]
             for target, own in (
-                (made.numerator, self.raw[half].numerator),
-                (made.weight, self.raw[half].weight),
+                (auxiliary_sums.numerator, self.raw[half].numerator),
+                (auxiliary_sums.weight, self.raw[half].weight),
             ):
                 target.mul_(factor).add_(own)
         return self.auxiliary or self.raw
@@ -98,19 +98,21 @@ class HalfSums:
         shell = np.arange(radius_px + 1, dtype=np.float64)
         totals = np.zeros(2)
         for half in HALVES:
-            mine = [0.0, 0.0]
+            own_shares = [0.0, 0.0]
             if half in self.raw and self.auxiliary:
-                own, made = (
+                own, auxiliary_sums = (
                     sums[half].shell_mean_weight()[1 : radius_px + 1].cpu().numpy()
                     for sums in (self.raw, self.auxiliary)
                 )
                 # a shell has voxels in proportion to its area
-                mine = [float(shell[1:] ** 2 @ own)]
+                own_shares = [float(shell[1:] ** 2 @ own)]
                 if half in self.factors:
-                    mine.append(float(shell[1:] ** 2 @ (made * self.factors[half][1 : radius_px + 1].cpu().numpy())))
+                    own_shares.append(
+                        float(shell[1:] ** 2 @ (auxiliary_sums * self.factors[half][1 : radius_px + 1].cpu().numpy()))
+                    )
                 else:
-                    mine.append(self.auxiliary_weight * float(shell[1:] ** 2 @ made))
-            totals += np.array(comm.bcast(mine, root_of_half(half, comm.size)))
+                    own_shares.append(self.auxiliary_weight * float(shell[1:] ** 2 @ auxiliary_sums))
+            totals += np.array(comm.bcast(own_shares, root_of_half(half, comm.size)))
         return float(totals[1] / totals.sum()) if totals[1] > 0 else 0.0
 
 
@@ -121,13 +123,13 @@ def mean_of_halves(own: dict[int, Float[torch.Tensor, " shells"]], comm: Communi
         own: of the halves of which this rank is root.
     """
     known = {half: values.cpu().numpy().astype(np.float64) for half, values in own.items()}
-    found = [comm.bcast(known.get(half), root_of_half(half, comm.size)) for half in HALVES]
-    mean: list[float] = ((found[0] + found[1]) / 2).tolist()
+    half_values = [comm.bcast(known.get(half), root_of_half(half, comm.size)) for half in HALVES]
+    mean: list[float] = ((half_values[0] + half_values[1]) / 2).tolist()
     return mean
 
 
 def gathered(
-    found: list[tuple[np.ndarray, np.ndarray]], n: int, comm: Communicator
+    parts: list[tuple[np.ndarray, np.ndarray]], n: int, comm: Communicator
 ) -> tuple[Float[np.ndarray, "{n} 3 3"], Float[np.ndarray, "{n} 2"], dict[str, Shaped[np.ndarray, " {n}"]]]:
     """Rotations (n, 3, 3), shifts (n, 2) and per-particle numbers of all ranks, on all ranks, in row order
     (collective).
@@ -135,6 +137,6 @@ def gathered(
     Args:
         found: rows and the output of ``model.best_of`` for this rank's batches.
     """
-    table = gathered_rows(found, n, len(BEST), comm)
+    table = gathered_rows(parts, n, len(BEST), comm)
     columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}
     return table[:, :9].reshape(n, 3, 3).copy(), table[:, 9:11].copy(), columns

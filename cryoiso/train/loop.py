@@ -60,8 +60,8 @@ class LoopSettings:
     """cosine: up over the first steps, then down to zero at the last."""
     micro_batch: int = 0
     """Gradients of so many images at a time; 0: of all that a rank has. With 1, the result is the same bits on one CPU
-    rank, two, four, ... if all have the same number of images. ``Task.loss`` must then treat each image alone and know
-    of it by the batch only."""
+    rank, two, four, ... if all have the same number of images. ``TrainingTask.loss`` must then treat each
+    image alone and know of it by the batch only."""
 
 
 class TrainingTask(Protocol):
@@ -145,7 +145,9 @@ def train(
         InputError: the checkpoint is of another configuration.
     """
     with training_mode(group.device):
-        run = _TrainingRun(task, group, settings, Path(folder), stop or (lambda: bool(signals.stop_signal())), on_progress)
+        run = _TrainingRun(
+            task, group, settings, Path(folder), stop or (lambda: bool(signals.stop_signal())), on_progress
+        )
         return run.go(resume)
 
 
@@ -185,11 +187,11 @@ class _TrainingRun:
         return TrainOutcome(self.progress.history, self.progress.step, self.progress.attempt + 1)
 
     def _load(self) -> dict[str, np.ndarray] | None:
-        found = states.load(self.folder / CHECKPOINT, self.configuration) if self.group.is_first else None
-        progress = self.group.share(None if found is None else asdict(found[1]))
+        saved = states.load(self.folder / CHECKPOINT, self.configuration) if self.group.is_first else None
+        progress = self.group.share(None if saved is None else asdict(saved[1]))
         if progress is None:
             return None
-        arrays = self.group.share_arrays({} if found is None else found[0])
+        arrays = self.group.share_arrays({} if saved is None else saved[0])
         self.progress = states.TrainingProgress(**progress)
         self.timer.resume(self.progress)
         if self.group.is_first:

@@ -125,8 +125,8 @@ def part_of(batch: Any, start: int, stop: int, images: int) -> Any:
         if value is None or isinstance(value, (bool, int, float, str)) or getattr(value, "ndim", None) == 0:
             return value
         if not isinstance(value, (Tensor, np.ndarray)) or len(value) != images:
-            found = f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}"
-            raise ValueError(f"a batch of {images} images cannot be divided: it holds a {found}")
+            description = f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}"
+            raise ValueError(f"a batch of {images} images cannot be divided: it holds a {description}")
         rows = value[start:stop]
         return rows.clone() if isinstance(rows, Tensor) else rows.copy()
 

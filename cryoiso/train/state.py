@@ -54,7 +54,11 @@ class TrainingProgress:
 
 
 def save(
-    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, progress: TrainingProgress, configuration: dict[str, Any]
+    path: Path,
+    module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    progress: TrainingProgress,
+    configuration: dict[str, Any],
 ) -> None:
     """Writes a checkpoint; the one before it is kept beside it.
 
@@ -76,10 +80,10 @@ def load(path: Path, configuration: dict[str, Any]) -> tuple[dict[str, np.ndarra
     Raises:
         InputError: it was written with another configuration.
     """
-    found = checkpoint.load_same(path, configuration, "training")
-    if found is None:
+    saved = checkpoint.load_same(path, configuration, "training")
+    if saved is None:
         return None
-    arrays, values = found
+    arrays, values = saved
     versions = values.get("versions", {})
     if versions.get("torch") != str(torch.__version__):
         logger.warning("%s was written with torch %s, this is %s", path, versions.get("torch"), torch.__version__)

@@ -69,8 +69,8 @@ class Stepper:
         loss, terms = loss_of(self.wrapped)
         (loss * (share * self.group.size)).backward()
         numbers = share * self._values(loss, terms)
-        told = flags()
-        return self._finish(self.group.all_sum(_after(told, numbers)), len(told))
+        flag_values = flags()
+        return self._finish(self.group.all_sum(_after(flag_values, numbers)), len(flag_values))
 
     def in_parts(
         self,
@@ -96,17 +96,17 @@ class Stepper:
             self.optimiser.zero_grad(set_to_none=True)
             loss, terms = loss_of(self.wrapped, i)
             (loss * sizes[i]).backward()
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            return [sizes[i] * self._values(loss, terms), *found]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            return [sizes[i] * self._values(loss, terms), *gradients]
 
         sums, *gradients = sum_in_pairs(part, 0, len(sizes))
         self.group.sum_gradients(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.div_(images)
-        told = flags()
-        numbers = self.group.all_sum(_after(told, sums))
-        numbers[len(told) :] /= images
-        return self._finish(numbers, len(told))
+        flag_values = flags()
+        numbers = self.group.all_sum(_after(flag_values, sums))
+        numbers[len(flag_values) :] /= images
+        return self._finish(numbers, len(flag_values))
 
     def _finish(self, numbers: Tensor, at: int) -> Tensor:
         """Clips and applies the gradient, unless it or the loss, number ``at``, is not finite."""
@@ -128,8 +128,8 @@ class Stepper:
         return torch.cat([_beside(value.detach().double().reshape(-1), loss) for value in (loss, *terms.values())])
 
 
-def _after(told: list[float], numbers: Tensor) -> Tensor:
-    return torch.cat([_beside(torch.tensor(told, dtype=torch.float64), numbers), numbers])
+def _after(flag_values: list[float], numbers: Tensor) -> Tensor:
+    return torch.cat([_beside(torch.tensor(flag_values, dtype=torch.float64), numbers), numbers])
 
 
 def _beside(values: Tensor, other: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from errors_helper import raises_code
 from cryoiso.core.errors import InputError
 from cryoiso.parallel import private_socket, task_socket
 from cryoiso.parallel.private_socket import listen
-from cryoiso.parallel.task_socket import Address, TaskServer, HandoverError, request
+from cryoiso.parallel.task_socket import Address, HandoverError, TaskServer, request
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cryoiso.physics.fourier import disc, images_to_fourier
+from cryoiso.physics.fourier import fourier_disc, images_to_fourier
 
 
 class Gaussians(NamedTuple):
@@ -63,9 +63,9 @@ def relative(a, b) -> float:
 def inside_nyquist(images: np.ndarray, with_dc: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(n, K) coefficients of images inside the Nyquist circle, each Friedel pair once, and their ky, kx (K,)."""
     box = images.shape[-1]
-    where = disc(box, (box - 1) // 2, with_dc)
-    values = where.gather(images_to_fourier(torch.as_tensor(np.asarray(images, np.float64))))
-    return values.numpy(), where.ky.astype(float), where.kx.astype(float)
+    disc = fourier_disc(box, (box - 1) // 2, with_dc)
+    values = disc.gather(images_to_fourier(torch.as_tensor(np.asarray(images, np.float64))))
+    return values.numpy(), disc.ky.astype(float), disc.kx.astype(float)
 
 
 def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:

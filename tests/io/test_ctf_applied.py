@@ -103,7 +103,7 @@ def test_noise_spectra(plain, kind):
     for g, group in enumerate(changed.particles.groups):
         mine = changed.particles.optics[rows] == g
         for shell in range(1, 16):
-            inside = before.where.shell == shell
+            inside = before.disc.shell == shell
             weight = c2[mine][:, inside] if group.ctf_premultiplied else np.ones_like(c2[mine][:, inside])
             wanted = (weight * residual[mine][:, inside]).sum() / weight.sum()
             np.testing.assert_allclose(found[g, shell], wanted, rtol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cryoiso.methods.audit import confirmed
-from cryoiso.methods.audit.confirmed import ReferenceCorrelation, BandGrid
+from cryoiso.methods.audit.confirmed import BandGrid, ReferenceCorrelation
 from cryoiso.methods.audit.likeness import Band, filtered
 from cryoiso.physics.filters import power_spectrum
 from cryoiso.physics.symmetry import point_group

@@ -88,12 +88,12 @@ def test_curves_are_log_likelihoods_computed_coefficient_by_coefficient(scattere
     numbers = block_curves(block, model, turned, grid)
     fy, fx = block.frequencies()
     used = torch.hypot(fy, fx) >= 1 / COARSEST_A
-    sigma2 = torch.as_tensor(model.sigma2[block.batch.group][:, block.batch.where.shell])
+    sigma2 = torch.as_tensor(model.sigma2[block.batch.group][:, block.batch.disc.shell])
     direct = []
     for change in grid:
         p = scattered.given
         p = replace(p, defocus_u_A=p.defocus_u_A + change, defocus_v_A=p.defocus_v_A + change)
-        c = ctf_for(p, block.batch.rows, freq_invA=block.batch.where.frequencies(1.9))
+        c = ctf_for(p, block.batch.rows, freq_invA=block.batch.disc.frequencies(1.9))
         off = (block.data - model.scale[block.half] * c * block.slices).abs().square().double()
         direct.append(-(off / sigma2)[:, used].sum(1).numpy())
     curve = np.stack(direct, 1) - direct[len(grid) // 2][:, None]

@@ -18,7 +18,7 @@ from cryoiso.io.models import model_to_map
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.micelle import normal_equations, solve
 from cryoiso.methods.micelle.image_sums import MicelleSums, SumPass
-from cryoiso.methods.micelle.normal_equations import SolutionGrid, NormalEquations, Unknowns, inner
+from cryoiso.methods.micelle.normal_equations import NormalEquations, SolutionGrid, Unknowns, inner
 from cryoiso.methods.micelle.protein import filtered, protein_mask
 from cryoiso.methods.micelle.recover import MicelleSettings, recover_micelle_halves
 from cryoiso.metrics.pose_error import pose_errors
@@ -26,7 +26,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.detergent_belt import belt_map, in_detergent
 from cryoiso.physics.filters import lowpass
-from cryoiso.physics.fourier import disc, fourier_to_images, shift_phases
+from cryoiso.physics.fourier import fourier_disc, fourier_to_images, shift_phases
 from cryoiso.physics.masks import sphere_mask
 from cryoiso.physics.projection import FourierVolume, scatter_to_half_plane
 from cryoiso.physics.simulation import SimulatedSource, make_particles, simulate
@@ -69,14 +69,14 @@ def test_the_convolution_is_the_sum_of_projections_and_back_projections(box, sym
     sums, whole = run.run({1: MicelleSums(), 2: MicelleSums()})
     zero = np.zeros((grid.size_px,) * 3, np.float32)
     made = NormalEquations(run.finished(sums[1], "cpu"), grid, zero, zero, 0.0)
-    where = disc(box, grid.radius_px, with_dc=True)
+    disc = fourier_disc(box, grid.radius_px, with_dc=True)
     poses = np.concatenate([particles.rotation @ s for s in point_group(symmetry)])
-    ctf = ctf_for(particles, np.arange(60), freq_invA=where.frequencies(PIXEL_A)).repeat(len(poses) // 60, 1)
+    ctf = ctf_for(particles, np.arange(60), freq_invA=disc.frequencies(PIXEL_A)).repeat(len(poses) // 60, 1)
     v, w = (blob(box, PIXEL_A, 1.2 * finest_A, seed) for seed in (1, 2))
 
     def views(volume: np.ndarray) -> torch.Tensor:
         transform = FourierVolume.from_volume(torch.from_numpy(volume), 6)
-        return transform.slices(torch.from_numpy(poses.astype(np.float32)), where) * ctf
+        return transform.slices(torch.from_numpy(poses.astype(np.float32)), disc) * ctf
 
     seen = {"v": views(v), "w": views(w)}
     coarse = {"v": torch.from_numpy(grid.coarse(v)), "w": torch.from_numpy(grid.coarse(w))}
@@ -144,14 +144,12 @@ def test_conjugate_gradients_solve_the_equations():
 
 def exact_images(volume: np.ndarray, particles: Particles) -> np.ndarray:
     """Noise-free images by slices through a grid padded by 6, whose interpolation error is below 0.3 %."""
-    where = disc(len(volume), (len(volume) - 1) // 2, with_dc=True)
+    disc = fourier_disc(len(volume), (len(volume) - 1) // 2, with_dc=True)
     rotation, shift_A = particles.require_poses()
-    slices = FourierVolume.from_volume(torch.from_numpy(volume), 6).slices(
-        torch.from_numpy(np.float32(rotation)), where
-    )
-    ctf = ctf_for(particles, np.arange(len(particles)), freq_invA=where.frequencies(PIXEL_A))
-    phases = shift_phases(*where.frequencies(1.0), torch.from_numpy(-shift_A / PIXEL_A))
-    return fourier_to_images(scatter_to_half_plane(slices * ctf * phases.to(slices.dtype), where), len(volume)).numpy()
+    slices = FourierVolume.from_volume(torch.from_numpy(volume), 6).slices(torch.from_numpy(np.float32(rotation)), disc)
+    ctf = ctf_for(particles, np.arange(len(particles)), freq_invA=disc.frequencies(PIXEL_A))
+    phases = shift_phases(*disc.frequencies(1.0), torch.from_numpy(-shift_A / PIXEL_A))
+    return fourier_to_images(scatter_to_half_plane(slices * ctf * phases.to(slices.dtype), disc), len(volume)).numpy()
 
 
 @pytest.mark.parametrize("padding, worst", [(2, 0.08), (3, 0.03), (4, 0.02)])

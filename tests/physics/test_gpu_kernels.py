@@ -17,7 +17,7 @@ import torch
 
 from cryoiso.physics import gpu_kernels
 from cryoiso.physics.backproject import UNIT, SliceAccumulator
-from cryoiso.physics.fourier import disc
+from cryoiso.physics.fourier import fourier_disc
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.so3 import random_rotations
@@ -36,9 +36,9 @@ def tensor(values: np.ndarray) -> torch.Tensor:
 
 def images() -> Whitened:
     g = torch.Generator().manual_seed(5)
-    where = disc(BOX, RADIUS)
-    data = 30 * torch.randn(3, where.size, dtype=torch.complex64, generator=g)
-    return Whitened(data, torch.rand(3, where.size, generator=g) + 0.1, where, None)
+    disc = fourier_disc(BOX, RADIUS)
+    data = 30 * torch.randn(3, disc.size, dtype=torch.complex64, generator=g)
+    return Whitened(data, torch.rand(3, disc.size, generator=g) + 0.1, disc, None)
 
 
 def reference() -> FourierVolume:
@@ -57,7 +57,7 @@ def scored(views: int) -> tuple:
 def inserted(order: list[int]) -> tuple:
     white, rotation = images(), tensor(random_rotations(np.random.default_rng(7), 3))
     grid = torch.zeros_like(SliceAccumulator.empty(BOX, RADIUS).grid)
-    return grid, white.where, white.data[order], white.weight[order], rotation[order], 2, UNIT
+    return grid, white.disc, white.data[order], white.weight[order], rotation[order], 2, UNIT
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def interpreted(tmp_path_factory) -> list[torch.Tensor]:
     """What the kernels return, run by the interpreter in one process for all cases."""
     folder = tmp_path_factory.mktemp("interpreted")
     white, volume = images(), reference()
-    cases = [("score_local", (volume, white.where, white.data, white.weight, *scored(v), v)) for v in (1, 8)]
+    cases = [("score_local", (volume, white.disc, white.data, white.weight, *scored(v), v)) for v in (1, 8)]
     cases += [("insert_slices", inserted(order)) for order in ([0, 1, 2], [2, 0, 1])]
     torch.save(cases, folder / "cases.pt")
     program = Path(__file__).parent.parent / "helpers" / "interpret_kernels.py"
@@ -82,8 +82,8 @@ def test_scores_of_the_kernel_are_those_of_plain_torch(interpreted, case):
 
 def test_insertion_by_the_kernel_is_that_of_plain_torch(interpreted):
     plain = SliceAccumulator.empty(BOX, RADIUS)
-    _, where, data, weight, rotation, *_ = inserted([0, 1, 2])
-    plain.insert_torch(data, weight, rotation, where)
+    _, disc, data, weight, rotation, *_ = inserted([0, 1, 2])
+    plain.insert_torch(data, weight, rotation, disc)
     assert (plain.grid[..., 2] > 0).sum() > 1000
     difference = float((interpreted[2] - plain.grid).abs().max())
     assert difference < 2e-6 * float(plain.grid.abs().max())  # float32, rounded once more

@@ -24,7 +24,7 @@ from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
 from cryoiso.physics import backproject
 from cryoiso.physics.backproject import UNIT, SliceAccumulator
-from cryoiso.physics.fourier import disc, divide_by_gridding, pad_volume
+from cryoiso.physics.fourier import divide_by_gridding, fourier_disc, pad_volume
 from cryoiso.physics.fourier_sums import FourierSums, rotate_half_space, to_transform, transform_to_volume
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.projection import FourierVolume
@@ -47,9 +47,9 @@ def tensor(a) -> torch.Tensor:
 def slices_to_insert(box: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, object]:
     """(data, weight, rotation, where) of n random slices, axis-parallel ones among them."""
     rotation = tensor(np.concatenate([random_rotations(RNG, n - 24), point_group("O")]))
-    where = disc(box, (box - 1) // 2, with_dc=True)
-    data = torch.complex(*tensor(RNG.normal(size=(2, n, where.size))))
-    return data, tensor(RNG.random((n, where.size))), rotation, where
+    disc = fourier_disc(box, (box - 1) // 2, with_dc=True)
+    data = torch.complex(*tensor(RNG.normal(size=(2, n, disc.size))))
+    return data, tensor(RNG.random((n, disc.size))), rotation, disc
 
 
 def noise_free_map(truth: DensityMap, n: int, *, with_ctf: bool, symmetry: str = "C1", **views) -> np.ndarray:
@@ -75,10 +75,10 @@ def without_ctf(particles: Particles) -> Particles:
 
 @pytest.mark.parametrize("box, padding", [(24, 2), (25, 2), (24, 1), (21, 3)])
 def test_kernel_and_its_torch_twin_agree(box, padding):
-    data, weight, rotation, where = slices_to_insert(box, 60)
+    data, weight, rotation, disc = slices_to_insert(box, 60)
     fast, plain = SliceAccumulator.empty(box, padding=padding), SliceAccumulator.empty(box, padding=padding)
-    fast.insert(data, weight, rotation, where)
-    plain.insert_torch(data, weight, rotation, where)
+    fast.insert(data, weight, rotation, disc)
+    plain.insert_torch(data, weight, rotation, disc)
     for i in range(3):
         a, b = fast.grid[..., i].double(), plain.grid[..., i].double()
         assert relative(a, b) < 5e-6
@@ -87,9 +87,9 @@ def test_kernel_and_its_torch_twin_agree(box, padding):
 
 
 def some_sums(box: int, padding: int, n: int = 60) -> SliceAccumulator:
-    data, weight, rotation, where = slices_to_insert(box, n)
+    data, weight, rotation, disc = slices_to_insert(box, n)
     accumulator = SliceAccumulator.empty(box, padding=padding)
-    accumulator.insert(data, weight, rotation, where)
+    accumulator.insert(data, weight, rotation, disc)
     return accumulator
 
 
@@ -147,16 +147,16 @@ def test_images_are_centred_and_weighted_alike_by_kernel_and_torch():
     shift = torch.as_tensor(RNG.normal(0, 3, (20, 2)))
     data, weight = torch.empty_like(batch.coefficients), torch.empty_like(batch.ctf)
     weigh(batch, shift, data, weight)
-    assert relative(data, batch.coefficients * batch.ctf * shift_factors(batch.where, shift.float())) < 1e-5
+    assert relative(data, batch.coefficients * batch.ctf * shift_factors(batch.disc, shift.float())) < 1e-5
     assert relative(weight, batch.ctf.square()) < 1e-6
 
 
 @pytest.mark.gpu
 def test_insertion_on_a_gpu_agrees():
-    data, weight, rotation, where = slices_to_insert(24, 60)
+    data, weight, rotation, disc = slices_to_insert(24, 60)
     here, there = SliceAccumulator.empty(24), SliceAccumulator.empty(24, device="cuda")
-    here.insert(data, weight, rotation, where)
-    there.insert(data.cuda(), weight.cuda(), rotation.cuda(), where)
+    here.insert(data, weight, rotation, disc)
+    there.insert(data.cuda(), weight.cuda(), rotation.cuda(), disc)
     assert relative(there.grid.double(), here.grid.double()) < 1e-6
     a, b = there.finish().reconstruct(), here.finish().reconstruct()
     assert relative(a, b) < 1e-4
@@ -164,9 +164,9 @@ def test_insertion_on_a_gpu_agrees():
 
 def test_sums_keep_every_sample():
     """All eight shares of a sample sum to it, to the rounding towards zero of each: no weight is lost or made."""
-    data, weight, rotation, where = slices_to_insert(24, 60)
+    data, weight, rotation, disc = slices_to_insert(24, 60)
     accumulator = SliceAccumulator.empty(24)
-    accumulator.insert(data, weight, rotation, where)
+    accumulator.insert(data, weight, rotation, disc)
     assert float(accumulator.grid[..., 2].sum()) / UNIT == pytest.approx(float(weight.double().sum()), rel=1e-6)
 
 
@@ -174,13 +174,13 @@ def test_sums_have_the_same_bits_in_any_order_and_on_any_number_of_threads():
     """Threads, order of the particles, size of the batches, and partial sums of ranks."""
     import numba
 
-    data, weight, rotation, where = slices_to_insert(32, 200)
+    data, weight, rotation, disc = slices_to_insert(32, 200)
 
     def grid(order: np.ndarray, batches: int, threads: int) -> torch.Tensor:
         accumulator = SliceAccumulator.empty(32)
         numba.set_num_threads(threads)
         for rows in np.array_split(order, batches):
-            accumulator.insert(data[rows], weight[rows], rotation[rows], where)
+            accumulator.insert(data[rows], weight[rows], rotation[rows], disc)
         return accumulator.grid
 
     most = numba.config.NUMBA_NUM_THREADS
@@ -206,10 +206,10 @@ print(t.digest_of_sums())
 def digest_of_sums() -> str:
     """SHA-256 of the sums of slices that are the same in every process."""
     rng = np.random.default_rng(8)
-    where, rotation = disc(32, 15), tensor(random_rotations(rng, 150))
-    data = torch.complex(*tensor(rng.normal(size=(2, 150, where.size))))
+    disc, rotation = fourier_disc(32, 15), tensor(random_rotations(rng, 150))
+    data = torch.complex(*tensor(rng.normal(size=(2, 150, disc.size))))
     accumulator = SliceAccumulator.empty(32)
-    accumulator.insert(data, tensor(rng.random((150, where.size))), rotation, where)
+    accumulator.insert(data, tensor(rng.random((150, disc.size))), rotation, disc)
     return hashlib.sha256(accumulator.grid.numpy().tobytes()).hexdigest()
 
 
@@ -223,20 +223,20 @@ def test_five_threads_make_the_same_bits():
 
 def test_overflow_is_seen():
     """Of a single huge value, of many large ones, and of sums from other ranks; not of what still fits."""
-    data, weight, rotation, where = slices_to_insert(24, 30)
+    data, weight, rotation, disc = slices_to_insert(24, 30)
     accumulator = SliceAccumulator.empty(24)
-    accumulator.insert(data * 1e5, weight, rotation, where)
+    accumulator.insert(data * 1e5, weight, rotation, disc)
     accumulator.finish()
     for twin in ("insert", "insert_torch"):
         single = SliceAccumulator.empty(24)
         values = data.clone()
         values[3, 5] = 3e9
-        getattr(single, twin)(values, weight, rotation, where)
+        getattr(single, twin)(values, weight, rotation, disc)
         with raises_code("images-not-normalised", CryoisoError):
             single.finish()
     many = SliceAccumulator.empty(24)
     for _ in range(5):
-        many.insert(data * 1e6, weight, rotation, where)
+        many.insert(data * 1e6, weight, rotation, disc)
     with raises_code("images-not-normalised", CryoisoError):
         many.finish()
     with raises_code("images-not-normalised", CryoisoError):
@@ -246,10 +246,10 @@ def test_overflow_is_seen():
 def test_the_bound_is_one():
     """No voxel exceeds what the overflow guard believes."""
     for padding in (1, 2):
-        data, weight, rotation, where = slices_to_insert(24, 100)
+        data, weight, rotation, disc = slices_to_insert(24, 100)
         rotation = rotation[:1].expand(100, 3, 3).contiguous()  # all on one plane
         accumulator = SliceAccumulator.empty(24, padding=padding)
-        accumulator.insert(torch.ones_like(data), torch.ones_like(weight), rotation, where)
+        accumulator.insert(torch.ones_like(data), torch.ones_like(weight), rotation, disc)
         sums = accumulator.finish()
         assert float(sums.weight.max()) <= accumulator.bound
 
@@ -271,13 +271,13 @@ def test_projections_go_back_to_the_map(box, with_ctf):
 def test_symmetrising_the_sums_equals_inserting_all_copies():
     """C3 by interpolation of the sums against every view inserted three times; 80 views alone leave gaps."""
     truth = phantom(44, 4.5, 11.0)
-    where, rotation = disc(44, 21), random_rotations(RNG, 80)
+    disc, rotation = fourier_disc(44, 21), random_rotations(RNG, 80)
     volume = FourierVolume.from_volume(tensor(truth.data))
     one, all_ = SliceAccumulator.empty(44), SliceAccumulator.empty(44)
-    data, ones = volume.slices(tensor(rotation), where), torch.ones(80, where.size)
-    one.insert(data, ones, tensor(rotation), where)
+    data, ones = volume.slices(tensor(rotation), disc), torch.ones(80, disc.size)
+    one.insert(data, ones, tensor(rotation), disc)
     for s in point_group("C3"):
-        all_.insert(data, ones, tensor(rotation @ s), where)
+        all_.insert(data, ones, tensor(rotation @ s), disc)
     symmetrised, whole = one.finish().symmetrised(point_group("C3")), all_.finish()
     a, b, alone = symmetrised.reconstruct(), whole.reconstruct(), one.finish().reconstruct()
     curve = fsc(a.numpy(), b.numpy())
@@ -288,12 +288,12 @@ def test_symmetrising_the_sums_equals_inserting_all_copies():
 
 @pytest.mark.parametrize("name", ["D2", "C4"])
 def test_symmetrising_is_exact_where_the_group_maps_the_lattice_onto_itself(name):
-    data, weight, rotation, where = slices_to_insert(24, 60)
+    data, weight, rotation, disc = slices_to_insert(24, 60)
     ops = point_group(name)
     one, all_ = SliceAccumulator.empty(24), SliceAccumulator.empty(24)
-    one.insert(data, weight, rotation, where)
+    one.insert(data, weight, rotation, disc)
     for s in ops:
-        all_.insert(data, weight, rotation @ tensor(s), where)
+        all_.insert(data, weight, rotation @ tensor(s), disc)
     a, b = one.finish().symmetrised(ops), all_.finish()
     inside = a.shells() <= 11
     assert relative(a.numerator[inside], b.numerator[inside]) < 1e-4
@@ -305,10 +305,10 @@ def test_directions_that_were_not_seen_stay_empty():
     box, cone = 48, 30.0
     truth = phantom(box, 4.0, 8.8)
     rotation = make_particles(600, box, 4.0, views=Views("missing-cone", cone_deg=cone), seed=2).rotation
-    where = disc(box, 23)
+    disc = fourier_disc(box, 23)
     accumulator = SliceAccumulator.empty(box)
-    data = FourierVolume.from_volume(tensor(truth.data)).slices(tensor(rotation), where)
-    accumulator.insert(data, torch.ones(data.shape), tensor(rotation), where)
+    data = FourierVolume.from_volume(tensor(truth.data)).slices(tensor(rotation), disc)
+    accumulator.insert(data, torch.ones(data.shape), tensor(rotation), disc)
     sums = accumulator.finish()
     h = (sums.weight.shape[0] - 1) // 2
     z, y, x = np.meshgrid(np.arange(-h, h + 1), np.arange(-h, h + 1), np.arange(h + 1), indexing="ij")
@@ -408,9 +408,9 @@ def test_tiny_weights_do_not_blow_up():
 
 
 def test_maps_end_at_the_sphere_that_every_view_contains():
-    data, weight, rotation, where = slices_to_insert(32, 100)
+    data, weight, rotation, disc = slices_to_insert(32, 100)
     accumulator = SliceAccumulator.empty(32)
-    accumulator.insert(data, weight, rotation, where)
+    accumulator.insert(data, weight, rotation, disc)
     volume = accumulator.finish().reconstruct().numpy()
     axis = np.arange(32) - 16
     radius = np.sqrt(axis[:, None, None] ** 2 + axis[:, None] ** 2 + axis**2)

@@ -14,7 +14,7 @@ from cryoiso.core.errors import CryoisoError, InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.physics import padded_transform
 from cryoiso.physics.backproject import SliceAccumulator
-from cryoiso.physics.fourier import disc, images_to_fourier, shift_phases
+from cryoiso.physics.fourier import fourier_disc, images_to_fourier, shift_phases
 from cryoiso.physics.fourier_sums import half_space_to_volume
 from cryoiso.physics.projection import FourierVolume, magnified, project, scatter_to_half_plane
 from cryoiso.physics.resample import resample_map
@@ -61,12 +61,16 @@ def test_slices_are_the_transform_of_the_line_integrals():
     Zero frequency lies on a grid point, where the division by the envelope is too much of a good thing: 4 %.
     """
     box = 40
-    object_, rotation, where = some_gaussians(box, sigma=1.0), random_rotations(RNG, 20), disc(40, 19, with_dc=True)
+    object_, rotation, disc = (
+        some_gaussians(box, sigma=1.0),
+        random_rotations(RNG, 20),
+        fourier_disc(40, 19, with_dc=True),
+    )
     volume = FourierVolume.from_volume(tensor(object_.volume(box)))
-    truth = object_.transform(rotation, where.ky / box, where.kx / box) / box
-    slices = volume.slices(tensor(rotation), where).numpy()
+    truth = object_.transform(rotation, disc.ky / box, disc.kx / box) / box
+    slices = volume.slices(tensor(rotation), disc).numpy()
     for shell in (0, 1, 4, 10, 16):  # beyond, the sampled Gaussians themselves are aliased
-        here = where.shell == shell
+        here = disc.shell == shell
         assert relative(slices[:, here], truth[:, here]) < (0.03 if shell else 0.05)
 
 
@@ -108,13 +112,13 @@ def test_magnified_slices_sample_the_object_at_m_k():
     """Anisotropic magnification with shear: image frequency k sees the object at M k."""
     box, matrix = 40, np.array([[1.06, 0.03], [-0.02, 0.95]])
     object_, rotation = some_gaussians(box), random_rotations(RNG, 20)
-    where = disc(box, 17)
+    disc = fourier_disc(box, 17)
     volume = FourierVolume.from_volume(tensor(object_.volume(box)))
     turned = magnified(tensor(rotation), torch.as_tensor(matrix))
-    kx, ky = matrix @ np.stack([where.kx, where.ky]).astype(float)
+    kx, ky = matrix @ np.stack([disc.kx, disc.ky]).astype(float)
     truth = object_.transform(rotation, ky / box, kx / box) / box
-    assert relative(volume.slices(turned, where), truth) < 0.03
-    assert relative(volume.slices(tensor(rotation), where), truth) > 0.1
+    assert relative(volume.slices(turned, disc), truth) < 0.03
+    assert relative(volume.slices(tensor(rotation), disc), truth) > 0.1
     np.testing.assert_array_equal(turned[:, 2], tensor(rotation)[:, 2])
 
 
@@ -122,9 +126,9 @@ def test_a_ratio_of_pixel_sizes_is_a_magnification():
     """Images of 4 Å pixels from a map of 5 Å pixels equal images of the map brought onto 4 Å pixels."""
     coarse = some_gaussians(40, sigma=2.0).volume(40)
     fine = resample_map(coarse, 5.0, 40, 4.0)
-    rotation, where = tensor(random_rotations(RNG, 10)), disc(40, 15)
-    ours = FourierVolume.from_volume(tensor(coarse)).slices(magnified(rotation, torch.eye(2) * 5.0 / 4.0), where)
-    truth = FourierVolume.from_volume(tensor(fine)).slices(rotation, where)
+    rotation, disc = tensor(random_rotations(RNG, 10)), fourier_disc(40, 15)
+    ours = FourierVolume.from_volume(tensor(coarse)).slices(magnified(rotation, torch.eye(2) * 5.0 / 4.0), disc)
+    truth = FourierVolume.from_volume(tensor(fine)).slices(rotation, disc)
     # a projection is a sum over voxels, of which the finer grid has (5/4)^3 times as many
     assert relative(ours * (5 / 4) ** 3, truth) < 0.03
 
@@ -132,15 +136,15 @@ def test_a_ratio_of_pixel_sizes_is_a_magnification():
 def test_samples_beyond_the_grid_are_refused():
     """Rather than read from and written to memory that belongs to somebody else."""
     volume = FourierVolume.from_volume(tensor(some_gaussians(24).volume(24)))
-    rotation, where = tensor(random_rotations(RNG, 3)), disc(24, 11)
+    rotation, disc = tensor(random_rotations(RNG, 3)), fourier_disc(24, 11)
     far = magnified(rotation, torch.eye(2) * 1.6)
-    values = torch.ones(3, where.size)
+    values = torch.ones(3, disc.size)
     with raises_code("grid-too-coarse", CryoisoError, match="grid ends at 11"):
-        volume.slices(far, where)
+        volume.slices(far, disc)
     with raises_code("grid-too-coarse", CryoisoError, match="grid ends at 11"):
-        SliceAccumulator.empty(24).insert(values.to(torch.complex64), values, far, where)
+        SliceAccumulator.empty(24).insert(values.to(torch.complex64), values, far, disc)
     with pytest.raises(CryoisoError):
-        volume.slices(rotation * float("nan"), where)
+        volume.slices(rotation * float("nan"), disc)
 
 
 def test_simulated_images_of_a_large_magnification():
@@ -149,9 +153,9 @@ def test_simulated_images_of_a_large_magnification():
     p = make_particles(6, 32, 3.0, seed=1)
     p = replace(p, groups=(replace(p.groups[0], magnification=(1.4, 0.0, 0.0, 1.3)),))
     images = Projector(DensityMap(object_.volume(32).astype(np.float32), 3.0), with_ctf=False).images(p, np.arange(6))
-    where = disc(32, 11)
-    truth = object_.transform(p.rotation, 1.3 * where.ky / 32, 1.4 * where.kx / 32) / 32
-    assert relative(where.gather(images_to_fourier(images)), truth) < 0.03
+    disc = fourier_disc(32, 11)
+    truth = object_.transform(p.rotation, 1.3 * disc.ky / 32, 1.4 * disc.kx / 32) / 32
+    assert relative(disc.gather(images_to_fourier(images)), truth) < 0.03
 
 
 # --- Friedel's law, twins, derivatives, adjoint
@@ -162,12 +166,12 @@ def test_friedel_symmetry(box):
     volume = FourierVolume.from_volume(tensor(RNG.normal(size=(box,) * 3)))
     plane = volume.grid[:, :, 0]
     assert relative(plane.flip(0, 1).conj(), plane) < 1e-5
-    where, rotation = disc(box, (box - 1) // 2, with_dc=True), generic_rotations(20)
-    opposite = replace(where, ky=-where.ky, kx=-where.kx)
-    slices = volume.slices(rotation, where)
+    disc, rotation = fourier_disc(box, (box - 1) // 2, with_dc=True), generic_rotations(20)
+    opposite = replace(disc, ky=-disc.ky, kx=-disc.kx)
+    slices = volume.slices(rotation, disc)
     assert relative(volume.slices(rotation, opposite).conj(), slices) < 1e-5
     # the whole plane, made of the half-plane, is the transform of a real image
-    half = scatter_to_half_plane(slices, where)
+    half = scatter_to_half_plane(slices, disc)
     whole = torch.zeros(len(half), box, box, dtype=half.dtype)
     whole[:, :, : box // 2 + 1] = half
     index = -torch.arange(box) % box
@@ -179,11 +183,11 @@ def test_friedel_symmetry(box):
 @pytest.mark.parametrize("padding", [1, 2, 3])
 def test_kernel_and_its_torch_twin_agree(padding):
     volume = FourierVolume.from_volume(tensor(RNG.normal(size=(30,) * 3)), padding)
-    rotation, where = generic_rotations(60), disc(30, 14, with_dc=True)
-    fast, plain = volume.slices(rotation, where), volume.slices_torch(rotation, where)
+    rotation, disc = generic_rotations(60), fourier_disc(30, 14, with_dc=True)
+    fast, plain = volume.slices(rotation, disc), volume.slices_torch(rotation, disc)
     assert relative(fast, plain) < 1e-5
     exact = FourierVolume(volume.grid.to(torch.complex128), 30, padding, volume.radius_px)
-    assert relative(fast, exact.slices(rotation.double(), where)) < 1e-5
+    assert relative(fast, exact.slices(rotation.double(), disc)) < 1e-5
 
 
 @pytest.mark.parametrize("box, padding, radius", [(20, 2, 9), (21, 2, 10), (21, 1, 10), (20, 3, 5)])
@@ -200,19 +204,19 @@ def test_the_transform_slab_by_slab_is_that_of_the_padded_cube(monkeypatch, box,
 @pytest.mark.gpu
 def test_slices_on_a_gpu_agree():
     volume = FourierVolume.from_volume(tensor(RNG.normal(size=(30,) * 3)))
-    rotation, where = generic_rotations(60), disc(30, 14, with_dc=True)
+    rotation, disc = generic_rotations(60), fourier_disc(30, 14, with_dc=True)
     there = FourierVolume(volume.grid.cuda(), 30, 2, volume.radius_px)
-    assert relative(there.slices(rotation.cuda(), where), volume.slices(rotation, where)) < 1e-5
+    assert relative(there.slices(rotation.cuda(), disc), volume.slices(rotation, disc)) < 1e-5
 
 
 def test_gradients():
     """Of the slices in volume and rotation, of whole images in the shift too (finite differences, float64)."""
     volume = torch.as_tensor(RNG.normal(size=(6, 6, 6))).requires_grad_()
     rotation = torch.as_tensor(random_rotations(np.random.default_rng(5), 2)).requires_grad_()
-    where = disc(6, 2, with_dc=True)
+    disc = fourier_disc(6, 2, with_dc=True)
 
     def slices(v, r):
-        return FourierVolume.from_volume(v).slices_torch(r, where)
+        return FourierVolume.from_volume(v).slices_torch(r, disc)
 
     assert torch.autograd.gradcheck(slices, (volume, rotation), fast_mode=True)
     shift = torch.as_tensor(RNG.normal(0, 2, (2, 2))).requires_grad_()
@@ -248,15 +252,15 @@ def test_insertion_is_the_adjoint_of_slicing(box, twin):
 
     The inner product of Hermitian grids runs over the whole space: twice the half-space, the x = 0 plane once.
     """
-    where, rotation = disc(box, (box - 1) // 2), generic_rotations(20)
+    disc, rotation = fourier_disc(box, (box - 1) // 2), generic_rotations(20)
     volume = FourierVolume.from_volume(tensor(RNG.normal(size=(box,) * 3)))
-    y = torch.as_tensor(RNG.normal(size=(2, len(rotation), where.size)), dtype=torch.float32)
+    y = torch.as_tensor(RNG.normal(size=(2, len(rotation), disc.size)), dtype=torch.float32)
     y = torch.complex(*y)
     accumulator = SliceAccumulator.empty(box)
     insert = accumulator.insert if twin == "numba" else accumulator.insert_torch
-    insert(y, torch.ones(y.shape), rotation, where)
+    insert(y, torch.ones(y.shape), rotation, disc)
     sums = accumulator.finish()
-    slices = volume.slices(rotation, where)
+    slices = volume.slices(rotation, disc)
     left = 2 * (slices.conj() * y).real.double().sum()
     product = (volume.grid.conj() * sums.numerator).real.double()
     right = product[:, :, 0].sum() + 2 * product[:, :, 1:].sum()
@@ -275,11 +279,11 @@ def test_back_projection_is_the_adjoint_of_projection(box):
     rotation, shift = tensor(random_rotations(RNG, 16)), tensor(RNG.normal(0, 2, (16, 2)))
     x, y = tensor(RNG.normal(size=(box,) * 3)), tensor(RNG.normal(size=(16, box, box)))
     y = y - y.mean((1, 2), keepdim=True)  # insertion would mirror the zero frequency onto itself
-    where = disc(box, (box - 1) // 2)
-    ky, kx = where.frequencies(1.0)
-    data = where.gather(images_to_fourier(y)) * shift_phases(ky, kx, -shift.double()).conj().to(torch.complex64)
+    disc = fourier_disc(box, (box - 1) // 2)
+    ky, kx = disc.frequencies(1.0)
+    data = disc.gather(images_to_fourier(y)) * shift_phases(ky, kx, -shift.double()).conj().to(torch.complex64)
     accumulator = SliceAccumulator.empty(box)
-    accumulator.insert(data, torch.ones(data.shape), rotation, where)
+    accumulator.insert(data, torch.ones(data.shape), rotation, disc)
     adjoint = half_space_to_volume(accumulator.finish().numerator, box, 2) * (2 * box) ** 3 / box**2
     images = project(x, rotation, shift)
     left, right = (images * y).double().sum(), (x * adjoint).double().sum()

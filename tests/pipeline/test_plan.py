@@ -88,14 +88,14 @@ def test_generated_shards_are_cut_as_generation_does():
 
 def test_work_of_an_iteration_is_that_of_the_search_plan():
     """The global search multiplies images x shifts with coefficients x views: the count of the code's own matrices."""
-    from cryoiso.physics.fourier import disc
+    from cryoiso.physics.fourier import fourier_disc
     from cryoiso.refine.schedule import ScheduleState, global_grid, search_plan
 
     p = problem(128, 64)
     first = next(workload.iterations(p, 128, 1, Assumed()))
     grid = global_grid(2, "C1")
     plan = search_plan(ScheduleState(0, round(64 * 3 / 30), 2.0), p.job.refine, grid, 64, 3.0, 150.0)
-    k = disc(64, plan.coarse_radius_px).size
+    k = fourier_disc(64, plan.coarse_radius_px).size
     flops = 128 * len(grid) * k * (4 * len(plan.shifts_px) + 2)
     assert first["gemm"] == pytest.approx(flops, rel=0.15)
 

@@ -27,7 +27,7 @@ from pipeline_helper import (
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
 from cryoiso.io import scratch_lease, staging
 from cryoiso.io.shards import ShardSource
-from cryoiso.io.staging import ScratchCopies, NotStaged
+from cryoiso.io.staging import NotStaged, ScratchCopies
 from cryoiso.parallel import signals
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline import scratch_copies as pipeline_scratch

@@ -107,15 +107,15 @@ def test_poses_in_the_new_frame_give_the_same_images():
 
 
 def _projections(density_map: DensityMap, particles) -> np.ndarray:
-    from cryoiso.physics.fourier import disc, fourier_to_images, shift_phases
+    from cryoiso.physics.fourier import fourier_disc, fourier_to_images, shift_phases
     from cryoiso.physics.projection import scatter_to_half_plane
 
-    where = disc(BOX, BOX // 2 - 2, with_dc=True)
+    disc = fourier_disc(BOX, BOX // 2 - 2, with_dc=True)
     volume = FourierVolume.from_volume(torch.as_tensor(density_map.data), 3)
-    slices = volume.slices(torch.as_tensor(particles.rotation, dtype=torch.float32), where)
-    ky, kx = (torch.as_tensor(k) / BOX for k in (where.ky, where.kx))
+    slices = volume.slices(torch.as_tensor(particles.rotation, dtype=torch.float32), disc)
+    ky, kx = (torch.as_tensor(k) / BOX for k in (disc.ky, disc.kx))
     phases = shift_phases(ky, kx, torch.as_tensor(-particles.shift_A / PIXEL, dtype=torch.float32))
-    return fourier_to_images(scatter_to_half_plane(slices * phases, where), BOX).numpy()
+    return fourier_to_images(scatter_to_half_plane(slices * phases, disc), BOX).numpy()
 
 
 # --- as a command and in a job

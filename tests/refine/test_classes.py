@@ -251,7 +251,7 @@ def own_and_other(task: Classification, model: ClassModel, own_share: bool) -> n
             expect.leverage = None
         for batch in task.run.batches(half, False, model.state.radius_px, 0, SearchCache(None)):
             white = whiten(batch, model.sigma2)
-            scores = [expect._of_class(k, batch, white, task.given(batch.rows))[1] for k in (0, 1)]
+            scores = [expect._of_class(k, batch, white, task.prior_poses(batch.rows))[1] for k in (0, 1)]
             found[batch.rows] = torch.stack(scores, 1).numpy()
     sign = 2 * model.posterior - 1
     return (sign * found).sum(1)

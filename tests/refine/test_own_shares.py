@@ -125,17 +125,17 @@ def test_an_image_that_moved_has_no_share():
     """At the pose that it was inserted at the whole share, at a symmetry mate's as well, and none far from it."""
     made = in_memory(simulate(phantom_map(BOX, PIXEL_A, 14.0), 40, snr_db=-5.0, seed=3))
     half = Half(ArraySource(made.read(np.arange(40)), made.particles), tau2=0.1)
-    where, shares = half.white.where, replace(half.shares, operations=point_group("C3"))
+    disc, shares = half.white.disc, replace(half.shares, operations=point_group("C3"))
     plain = shares.leverage(half.white, half.rows, half.posterior.rotation)
-    found = shares(half.rows, half.white, half.posterior, where)
+    found = shares(half.rows, half.white, half.posterior, disc)
     torch.testing.assert_close(found, plain)
     operation = torch.as_tensor(point_group("C3")[1], dtype=torch.float32)
     mates = replace(half.posterior, rotation=half.posterior.rotation @ operation)
-    again = shares(half.rows, half.white, mates, where) / shares.leverage(half.white, half.rows, mates.rotation)
+    again = shares(half.rows, half.white, mates, disc) / shares.leverage(half.white, half.rows, mates.rotation)
     torch.testing.assert_close(again, torch.ones_like(again), rtol=1e-3, atol=1e-3)
     moved = replace(half.posterior, rotation=half.posterior.rotation.flip(0))
-    outer = where.shell == RADIUS
-    assert (shares(half.rows, half.white, moved, where)[:, outer] < 0.05 * plain[:, outer]).float().mean() > 0.8
+    outer = disc.shell == RADIUS
+    assert (shares(half.rows, half.white, moved, disc)[:, outer] < 0.05 * plain[:, outer]).float().mean() > 0.8
     blurred = replace(shares, spread_deg=np.full(40, 10.0))
-    share = (blurred(half.rows, half.white, half.posterior, where) / plain).numpy()
-    assert share[:, where.shell == 1].min() > 0.97 and share[:, outer].max() < 0.9
+    share = (blurred(half.rows, half.white, half.posterior, disc) / plain).numpy()
+    assert share[:, disc.shell == 1].min() > 0.97 and share[:, outer].max() < 0.9

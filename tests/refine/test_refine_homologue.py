@@ -31,7 +31,7 @@ from cryoiso.metrics.fsc_curve import randomise_phases
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import FourierSums
 from cryoiso.refine import initial_model
-from cryoiso.refine.homologue import LARGEST, HomologueCorrelation, HalfSide, judged
+from cryoiso.refine.homologue import LARGEST, HalfSide, HomologueCorrelation, judged
 from cryoiso.refine.identity import of_request
 from cryoiso.refine.reconstruct import reconstruct_references
 from cryoiso.refine.sums import HalfSums

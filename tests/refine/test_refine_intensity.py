@@ -188,7 +188,7 @@ def test_a_refinement_finds_the_scales_and_writes_them(tmp_path):
     np.testing.assert_allclose(back.signal_scale, result.particles.signal_scale, atol=1e-6)
     np.testing.assert_allclose(back.noise_level, result.particles.noise_level, atol=1e-6)
     facts = intensity_facts(
-        Intensity.given(back), source.particles, back.rotation, np.ones(240, bool), "C3"
+        Intensity.of_particles(back), source.particles, back.rotation, np.ones(240, bool), "C3"
     )  # fmt: skip
     assert facts["micrographs"] == MICROGRAPHS and sum(cone["particles"] for cone in facts["by_view"]) == 240
     assert result.iterations[-1]["scale_sd"] == pytest.approx(scale.std(), rel=0.25)

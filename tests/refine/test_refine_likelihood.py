@@ -19,7 +19,7 @@ from cryoiso.physics import gpu_kernels
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.filters import lowpass, power_spectrum
-from cryoiso.physics.fourier import disc
+from cryoiso.physics.fourier import fourier_disc
 from cryoiso.physics.noise import noise_spectrum
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.projection import FourierVolume, project
@@ -85,8 +85,8 @@ def likelihood_by_hand(source, batch, volume: FourierVolume, row: int, rotation,
     model = model * np.exp(-2j * np.pi * (kx * shift_px[0] + ky * shift_px[1]))
     model = model * ctf_for(source.particles, batch.rows[[row]], BOX, dtype=torch.float64)[0].numpy()
     inside = np.zeros(model.size, bool)
-    inside[batch.where.flat] = True
-    on_axis = batch.where.flat[(batch.where.kx == 0)]
+    inside[batch.disc.flat] = True
+    on_axis = batch.disc.flat[(batch.disc.kx == 0)]
     columns = BOX // 2 + 1
     inside[(BOX - on_axis // columns) % BOX * columns] = True  # the Friedel mates in the kx = 0 column
     inside = inside.reshape(model.shape)
@@ -118,7 +118,7 @@ def test_global_scores_are_the_gaussian_likelihood(source, reference):
     views = random_rotations(RNG, 5)
     shifts = tensor([[0, 0], [2.5, -1.0], [-0.3, 4.0]])
     log_prior = tensor([0.0, -0.5, -2.0])
-    slices = ReferenceSlices.of(reference, tensor(views), batch.where, None)
+    slices = ReferenceSlices.of(reference, tensor(views), batch.disc, None)
     scores = global_scores(white, slices, shifts, log_prior)
     assert scores.shape == (3, 3, 5)
     for i in range(3):
@@ -131,7 +131,7 @@ def test_global_scores_are_the_gaussian_likelihood(source, reference):
 def test_a_smaller_radius_is_a_prefix(source, reference):
     batch = the_batch(source)
     sigma2 = np.linspace(1, 2, BOX // 2 + 1)[None]
-    small = disc(BOX, 7)
+    small = fourier_disc(BOX, 7)
     cut = whiten(batch, sigma2).cut(small.size, small)
     direct = whiten(the_batch(source, radius=7), sigma2)
     np.testing.assert_array_equal(cut.data.numpy(), direct.data.numpy())
@@ -152,11 +152,11 @@ def test_local_scores_kernel_twin_and_global_scores_agree(source, reference, rad
     assert fast.shape == plain.shape == (50, 9)
     scale = float(plain.abs().max())
     assert float((fast - plain).abs().max()) < 2e-5 * scale
-    blocks = local_scores_torch(white, reference, rows, with_m(rotation, batch), shift, spacing, block=white.where.size)
+    blocks = local_scores_torch(white, reference, rows, with_m(rotation, batch), shift, spacing, block=white.disc.size)
     assert float((blocks - plain).abs().max()) < 1e-5 * scale
     assert float((local_scores(white, reference, rows, rotation, shift, spacing) - fast).abs().max()) < 1e-5 * scale
     for r in (0, 23, 49):
-        slices = ReferenceSlices.of(reference, rotation[r : r + 1], batch.where, batch.magnification)
+        slices = ReferenceSlices.of(reference, rotation[r : r + 1], batch.disc, batch.magnification)
         places = shift[r] + lattice(spacing)
         whole = global_scores(white, slices, places, torch.zeros(9))[rows[r], :, 0]
         assert float((whole - fast[r]).abs().max()) < 3e-5 * scale
@@ -210,12 +210,12 @@ def test_terms_of_the_maximisation_agree_with_plain_torch(source, reference, mag
     for fast, plain in zip(
         maximise.model_terms(batch, posterior, inner), maximise.model_terms_torch(batch, posterior, inner), strict=True
     ):
-        assert fast.shape == plain.shape and fast.shape[1] < batch.where.size
+        assert fast.shape == plain.shape and fast.shape[1] < batch.disc.size
         assert float((fast - plain).abs().max()) < 1e-5 * float(plain.abs().max())
         assert not fast[5].any() and float(plain.abs().max()) > 0
     white = whiten(batch, np.ones((1, BOX // 2 + 1)))
-    data, weights = maximise.weighed(batch.where, white, rows, shift, weight)
-    expected = white.data[rows] * shift_factors(batch.where, shift) * weight[:, None]
+    data, weights = maximise.weighed(batch.disc, white, rows, shift, weight)
+    expected = white.data[rows] * shift_factors(batch.disc, shift) * weight[:, None]
     assert float((data - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     np.testing.assert_array_equal(weights, white.weight[rows] * weight[:, None])
 
@@ -247,10 +247,10 @@ def as_tf32(x: torch.Tensor) -> torch.Tensor:
 def test_rounding_of_tensor_cores_is_far_below_the_threshold_of_candidates(truth, snr_db):
     source = simulate(truth, 12, snr_db=snr_db, shift_sd_A=4.0, seed=7)
     white = whiten(the_batch(source), np.ones((1, BOX // 2 + 1)))
-    slices = ReferenceSlices.of(FourierVolume.from_volume(tensor(truth.data)), GRID[:500], white.where, None)
+    slices = ReferenceSlices.of(FourierVolume.from_volume(tensor(truth.data)), GRID[:500], white.disc, None)
     shifts, even = tensor([[0, 0], [1, 0], [0, 1]]), torch.zeros(3)
     exact = global_scores(white, slices, shifts, even)
-    moved = as_tf32(as_real(white.data[:, None] * shift_factors(white.where, shifts)).flatten(0, 1))
+    moved = as_tf32(as_real(white.data[:, None] * shift_factors(white.disc, shifts)).flatten(0, 1))
     cross, power = moved @ as_tf32(slices.real), as_tf32(white.weight) @ as_tf32(slices.power)
     rounded = cross.reshape(exact.shape) - 0.5 * power[:, None]
     assert not torch.equal(rounded, exact)

@@ -190,16 +190,16 @@ def test_scores_near_given_poses_are_those_of_a_global_grid(trimers):
     volume = FourierVolume.from_volume(torch.as_tensor(trimers.truth.data))
     rotation = torch.as_tensor(trimers.particles.rotation[:6], dtype=torch.float32)
     shift = torch.as_tensor(-trimers.particles.shift_A[:6] / PIXEL_A, dtype=torch.float32)
-    given, turns = PriorPoses(rotation, shift), local_grid(2, 10.0)
-    views = given.turned(turns)
-    own = search.ReferenceSlices.of(volume, views, white.where, None)
+    prior, rotations = PriorPoses(rotation, shift), local_grid(2, 10.0)
+    views = prior.turned(rotations)
+    own = search.ReferenceSlices.of(volume, views, white.disc, None)
     offsets = torch.tensor([[0.0, 0.0], [1.5, -0.5], [-2.0, 1.0]])
-    found = global_scores(given.centre(white), own, offsets, torch.zeros(3))
+    found = global_scores(prior.centre(white), own, offsets, torch.zeros(3))
     for i in range(6):
-        common = search.ReferenceSlices.of(volume, views[i], white.where, None)
+        common = search.ReferenceSlices.of(volume, views[i], white.disc, None)
         expected = global_scores(white, common, offsets + shift[i], torch.zeros(3))[i]
         torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=0.02)
-        np.testing.assert_allclose(views[i, 5], turns[5] @ rotation[i], atol=1e-6)
+        np.testing.assert_allclose(views[i, 5], rotations[5] @ rotation[i], atol=1e-6)
 
 
 def test_shifts_stay_near_the_given_ones(trimers, tmp_path):

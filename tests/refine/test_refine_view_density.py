@@ -112,7 +112,9 @@ def test_the_search_heeds_the_prior():
     reader = BatchReader(source, source.particles, 6.0)
     batch = reader.read(np.arange(40), 6)
     white = whiten(batch, np.ones((1, 17)))
-    plan = schedule.search_plan(schedule.ScheduleState(radius_px=6), settings, schedule.global_grid(1, "C1"), 32, 6.0, 100.0)
+    plan = schedule.search_plan(
+        schedule.ScheduleState(radius_px=6), settings, schedule.global_grid(1, "C1"), 32, 6.0, 100.0
+    )
     volume = FourierVolume.from_volume(torch.as_tensor(truth.data), 2, 6)
     upper = np.where(view_grid().centres()[:, 2] > 0.1, 0.0, -1e3)
     even = Searcher(plan, volume).search(batch, white).best_rotation[:, 2, 2]

@@ -117,17 +117,19 @@ def test_the_second_half_comes_to_the_register_of_the_first():
 
 def test_copies_of_given_poses():
     rng = np.random.default_rng(0)
-    given, turns = random_rotations(rng, 4), random_rotations(rng, 5)
+    given, rotations = random_rotations(rng, 4), random_rotations(rng, 5)
     near = PriorPoses(*(torch.as_tensor(x, dtype=torch.float32) for x in (given, np.zeros((4, 2)), OPERATIONS)))
-    turned = near.turned(torch.as_tensor(turns, dtype=torch.float32))
+    turned = near.turned(torch.as_tensor(rotations, dtype=torch.float32))
     assert turned.shape == (4, 15, 3, 3)
-    np.testing.assert_allclose(turned[2, 3 * 4 + 1], turns[4] @ given[2] @ OPERATIONS[1], atol=1e-5)
+    np.testing.assert_allclose(turned[2, 3 * 4 + 1], rotations[4] @ given[2] @ OPERATIONS[1], atol=1e-5)
     index = torch.tensor([[0, 7], [14, 3], [1, 1], [5, 9]])
-    taken = near.taken(torch.as_tensor(turns, dtype=torch.float32), index)
+    taken = near.taken(torch.as_tensor(rotations, dtype=torch.float32), index)
     np.testing.assert_allclose(taken, turned.gather(1, index[..., None, None].expand(-1, -1, 3, 3)), atol=1e-6)
     inside = near.is_near(torch.as_tensor(given[1] @ OPERATIONS, dtype=torch.float32)[None], torch.tensor([1]), 2.0)
     assert inside.all()
-    assert not near.is_near(torch.as_tensor(given[1] @ turns, dtype=torch.float32)[None], torch.tensor([1]), 2.0).any()
+    assert not near.is_near(
+        torch.as_tensor(given[1] @ rotations, dtype=torch.float32)[None], torch.tensor([1]), 2.0
+    ).any()
 
 
 RANKS_SCRIPT = """

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from cryoiso.engines.relion import files as relion
 from cryoiso.engines.relion.external import read_task
 from cryoiso.io import checkpoint
-from cryoiso.io.append_log import append, content, records
+from cryoiso.io.append_log import append, content, read_records
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.jobfile import read_resolved
@@ -146,9 +146,9 @@ def test_kept_searches_give_what_was_saved_or_nothing(changes, cut):
     records = [("first", b"abc" * 20), ("second", bytes(range(200)))]
     append(path, 0, records)
     path.write_bytes(with_bytes(path.read_bytes(), changes, 40, cut))
-    for frame in refused_or(records, path) or []:
+    for record in refused_or(read_records, path) or []:
         found = content(frame)
-        assert found is None or (frame.key, found) in records
+        assert found is None or (record.key, found) in records
 
 
 @examples(80)

@@ -44,8 +44,8 @@ class FilesEngine:
             CryoisoError: the result is not there yet (code ``waiting-for-files``), or cannot be used.
             InputError: as every engine.
         """
-        given = request.program if isinstance(request.program, CommandSection) else CommandSection()
-        section = given.model_copy(update={**SETTINGS, "out_half": given.out_half or MAPS})
+        command_section = request.program if isinstance(request.program, CommandSection) else CommandSection()
+        section = command_section.model_copy(update={**SETTINGS, "out_half": command_section.out_half or MAPS})
         comm = Context() if comm is None else cast(Context, comm)
         return _ByHand(replace(request, program=section), comm).whole()
 
@@ -53,7 +53,9 @@ class FilesEngine:
 class _ByHand(Rounds):
     place, engine = "by-hand", "files"
 
-    def _run(self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal) -> None:
+    def _run(
+        self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal
+    ) -> None:
         on_root(self.comm, self._require_result, number, folder, state, names)
 
     def _require_result(self, number: int, folder: Path, state: RoundState, names: list[str]) -> None:

@@ -174,7 +174,9 @@ class Rounds:
         folder = self.folder / f"round-{number:02d}"
         return {half: folder / f"half{half}" if self.template.per_half else folder for half in HALVES}
 
-    def _run(self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal) -> None:
+    def _run(
+        self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal
+    ) -> None:
         section = self.section
         line, done = on_root(self.comm, self._begin, number, half, folder, state, names)
         if done:
@@ -239,14 +241,16 @@ class Rounds:
         source: Any = request.source
         if request.auxiliary is not None:
             source, posed = SubsetSource(source, ~request.auxiliary), posed.take(~request.auxiliary)
-        made = reconstruct_halves(
+        half_maps = reconstruct_halves(
             source, posed, comm, symmetry=request.symmetry, padding=request.settings.padding, device=comm.device(),
             pixel_size_A=request.reference.pixel_size_A,
         )  # fmt: skip
-        found = {half: comm.bcast(made[half], root_of_half(half, comm.size)) for half in HALVES}
-        return {half: np.asarray(density.data, np.float32) for half, density in found.items()}
+        all_maps = {half: comm.bcast(half_maps[half], root_of_half(half, comm.size)) for half in HALVES}
+        return {half: np.asarray(density.data, np.float32) for half, density in all_maps.items()}
 
-    def _judged(self, number: int, state: RoundState, poses: take_over.Poses, maps: dict[int, np.ndarray]) -> RoundState:
+    def _judged(
+        self, number: int, state: RoundState, poses: take_over.Poses, maps: dict[int, np.ndarray]
+    ) -> RoundState:
         """Resolution, references of the next round, and the record (collective)."""
         request = self.request
         pixel, box = request.reference.pixel_size_A, request.source.box_px
@@ -297,10 +301,10 @@ class Rounds:
         checkpoint.save(self.state_file, arrays, values, self.identity)
 
     def _load(self) -> RoundState | None:
-        found = checkpoint.load_same(self.state_file, self.identity, "refinement by command")
-        if found is None:
+        state = checkpoint.load_same(self.state_file, self.identity, "refinement by command")
+        if state is None:
             return None
-        arrays, values = found
+        arrays, values = state
         columns = {k.removeprefix("column "): v for k, v in arrays.items() if k.startswith("column ")}
         poses = take_over.Poses(arrays["rotation"], arrays["shift_A"], columns)
         logger.info("refinement by command goes on after round %d", values["round"])

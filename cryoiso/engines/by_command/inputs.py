@@ -33,20 +33,20 @@ def write_inputs(
         unfiltered: half -> the map of the first round as it was given; None: ``references``.
     """
     source, pixel = request.source, request.reference.pixel_size_A
-    given = replace(relion_source(source).particles, rotation=particles.rotation, shift_A=particles.shift_A)
-    some = given.take(rows)
+    originals = replace(relion_source(source).particles, rotation=particles.rotation, shift_A=particles.shift_A)
+    some = originals.take(rows)
     if template.one_stack:
         stack = folder / names_of.STACK
         _write_stack(stack, request, rows)
-        mine = [f"{i + 1:06d}@{stack}" for i in range(len(rows))]
+        image_names = [f"{i + 1:06d}@{stack}" for i in range(len(rows))]
     else:
-        mine = [names[row] for row in rows.tolist()]
-    write_input(folder / names_of.PARTICLES, some, mine, with_poses=with_poses, box_px=source.box_px)
+        image_names = [names[row] for row in rows.tolist()]
+    write_input(folder / names_of.PARTICLES, some, image_names, with_poses=with_poses, box_px=source.box_px)
     seen = relion_particles(some, with_poses=with_poses)
     if "cs" in template.names:
         import pandas as pd
 
-        table = pd.DataFrame({"rlnImageName": mine})
+        table = pd.DataFrame({"rlnImageName": image_names})
         groups = tuple(replace(group, box_px=source.box_px) for group in seen.groups)
         theirs = in_cs_frame(replace(seen, table=table, groups=groups), request.symmetry)
         write_fields(folder / names_of.CS, fields_of_particles(theirs))

@@ -37,11 +37,11 @@ class Poses:
     columns: dict[str, np.ndarray]
 
 
-def returned_poses(file: Path, given: Particles, names: list[str], symmetry: str = "C1") -> Poses:
+def returned_poses(file: Path, originals: Particles, names: list[str], symmetry: str = "C1") -> Poses:
     """Poses out of the program's file, by uid, else by image, or by the place in the stack.
 
     Args:
-        given: the particles that it was given. names: of their images.
+        originals: the particles that it was given. names: of their images.
         symmetry: point group, in whose frame of cryoSPARC the poses of a .cs file are.
 
     Raises:
@@ -52,34 +52,34 @@ def returned_poses(file: Path, given: Particles, names: list[str], symmetry: str
                            code="command-result-invalid")  # fmt: skip
     try:
         if file.suffix == ".par":
-            return _by_position(read_par(file), given, file)
+            return _by_position(read_par(file), originals, file)
         if file.suffix == ".cs":
-            return _of_cs(file, given, names, symmetry)
+            return _of_cs(file, originals, names, symmetry)
         blocks = read_blocks(file)
         if is_cistem(blocks):
-            return _by_position(read_cistem(file, blocks), given, file)
-        found = particles_of_blocks(blocks, file, "", ("pose",))
+            return _by_position(read_cistem(file, blocks), originals, file)
+        returned = particles_of_blocks(blocks, file, "", ("pose",))
     except InputError as error:
         raise CryoisoError(f"the command's poses cannot be used: {error}", code="command-result-invalid") from None
-    table = Columns(found.table, file)
-    rows = _rows_of_uids(found.uid, given.uid) if table.has("cryoisoUid") else None
+    table = Columns(returned.table, file)
+    rows = _rows_of_uids(returned.uid, originals.uid) if table.has("cryoisoUid") else None
     if rows is None:
         rows = rows_of_names(table.text("rlnImageName") if table.has("rlnImageName") else [], names, file)
-    _require_same_halves(found.half, rows, given, file)
-    rotation, shift_A = found.require_poses(file)
+    _require_same_halves(returned.half, rows, originals, file)
+    rotation, shift_A = returned.require_poses(file)
     columns = {name: table.number(name)[rows] for name in NUMBERS if table.has(name)}
     return Poses(rotation[rows], shift_A[rows], columns)
 
 
-def _of_cs(file: Path, given: Particles, names: list[str], symmetry: str) -> Poses:
+def _of_cs(file: Path, originals: Particles, names: list[str], symmetry: str) -> Poses:
     """Poses of a .cs file, by uid, else by image: cryoSPARC puts a number before the names of stacks it imports."""
-    found = in_our_frame(particles_of_fields(joined_fields(file, ("image", "pose")), file, "", ()), symmetry)
-    rows = _rows_of_uids(found.uid, given.uid)
+    returned = in_our_frame(particles_of_fields(joined_fields(file, ("image", "pose")), file, "", ()), symmetry)
+    rows = _rows_of_uids(returned.uid, originals.uid)
     if rows is None:
-        images = [f"{i + 1}@{_plain(stack)}" for stack, i in zip(*image_names(found, file), strict=True)]
+        images = [f"{i + 1}@{_plain(stack)}" for stack, i in zip(*image_names(returned, file), strict=True)]
         rows = rows_of_names(images, [f"{int(n.partition('@')[0])}@{_plain(n)}" for n in names], file)
-    _require_same_halves(found.half, rows, given, file)
-    rotation, shift_A = found.require_poses(file)
+    _require_same_halves(returned.half, rows, originals, file)
+    rotation, shift_A = returned.require_poses(file)
     return Poses(rotation[rows], shift_A[rows], {})
 
 
@@ -92,28 +92,29 @@ def _plain(name: str) -> str:
     return re.sub(r"^\d{15,}_", "", name.rpartition("/")[2])
 
 
-def _require_same_halves(half: np.ndarray | None, rows: np.ndarray, given: Particles, file: Path) -> None:
-    if half is not None and half.any() and (half[rows] != given.half).any():
+def _require_same_halves(half: np.ndarray | None, rows: np.ndarray, originals: Particles, file: Path) -> None:
+    if half is not None and half.any() and (half[rows] != originals.half).any():
         raise CryoisoError(f"{file}: the half-sets were changed", code="command-result-invalid")
 
 
-def _rows_of_uids(found: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
+def _rows_of_uids(uids: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
     """(n,) row of each particle; None where the numbers or uids are others."""
-    order = np.argsort(found, kind="stable")
-    place = np.minimum(np.searchsorted(found[order], wanted), len(found) - 1)
+    order = np.argsort(uids, kind="stable")
+    place = np.minimum(np.searchsorted(uids[order], wanted), len(uids) - 1)
     rows: np.ndarray = order[place]
-    return rows if len(found) == len(wanted) and (found[rows] == wanted).all() else None
+    return rows if len(uids) == len(wanted) and (uids[rows] == wanted).all() else None
 
 
-def _by_position(found: Parameters, given: Particles, file: Path) -> Poses:
-    order = np.argsort(found.position, kind="stable")
-    if not np.array_equal(found.position[order], np.arange(len(given))):
+def _by_position(returned: Parameters, originals: Particles, file: Path) -> Poses:
+    order = np.argsort(returned.position, kind="stable")
+    if not np.array_equal(returned.position[order], np.arange(len(originals))):
         raise CryoisoError(
-            f"{file}: not each particle exactly once ({len(given):,} were given, {len(found.position):,} came back)",
+            f"{file}: not each particle exactly once ({len(originals):,} were given, "
+            f"{len(returned.position):,} came back)",
             code="relion-particles-lost",
         )
-    columns = {} if found.score is None else {"cisTEMScore": found.score[order]}
-    return Poses(found.rotation[order], found.shift_A[order], columns)
+    columns = {} if returned.score is None else {"cisTEMScore": returned.score[order]}
+    return Poses(returned.rotation[order], returned.shift_A[order], columns)
 
 
 def require_possible(particles: Particles, box_px: int, file: object) -> None:
@@ -151,15 +152,15 @@ def _map(file: Path, request: RefineRequest) -> np.ndarray:
         )
     box, pixel = request.source.box_px, request.reference.pixel_size_A
     try:
-        found = read_map(file)
+        returned = read_map(file)
     except InputError as error:
         raise CryoisoError(f"the command's map cannot be used: {error}", code="command-result-invalid") from None
-    if found.box_px != box or abs(found.pixel_size_A / pixel - 1) > PIXEL_TOLERANCE:
+    if returned.box_px != box or abs(returned.pixel_size_A / pixel - 1) > PIXEL_TOLERANCE:
         raise CryoisoError(
-            f"{file}: the command's map has another grid (expected {box} px of {pixel:g} Å, found {found.box_px} px of "
-            f"{found.pixel_size_A:g} Å)",
+            f"{file}: the command's map has another grid (expected {box} px of {pixel:g} Å, "
+            f"found {returned.box_px} px of {returned.pixel_size_A:g} Å)",
             code="command-result-invalid",
         )
-    if not np.isfinite(found.data).all() or not np.any(found.data):
+    if not np.isfinite(returned.data).all() or not np.any(returned.data):
         raise CryoisoError(f"{file}: the command's map is empty or not finite", code="command-result-invalid")
-    return np.asarray(found.data, np.float32)
+    return np.asarray(returned.data, np.float32)

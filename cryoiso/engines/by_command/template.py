@@ -59,14 +59,14 @@ def template_of(section: CommandSection) -> Template:
         )
     marks = {name: f"\0{name}\0" for name in _names()}
     filled = fill_words([*words, *split_command(section.go_on, "command.go_on")], marks, KEY)
-    found = frozenset(name for name, mark in marks.items() if any(mark in word for word in filled))
-    given = found & {"particles", "cs", *ONE_STACK}
-    if not given or not found & {"reference", "unfiltered", "reference1", "reference2"}:
-        missing = "{reference}" if given else "{particles} (or {cs}, {cistem}, {par})"
+    placeholders = frozenset(name for name, mark in marks.items() if any(mark in word for word in filled))
+    inputs = placeholders & {"particles", "cs", *ONE_STACK}
+    if not inputs or not placeholders & {"reference", "unfiltered", "reference1", "reference2"}:
+        missing = "{reference}" if inputs else "{particles} (or {cs}, {cistem}, {par})"
         raise UsageError(f"{KEY}: {missing} is missing", code="placeholder-missing")
     if section.out_half and fill_words([section.out_half], {"half": 1}, "command.out_half") == [section.out_half]:
         raise UsageError("command.out_half: needs {half}, 1 or 2", code="placeholder-missing")
-    return Template(found)
+    return Template(placeholders)
 
 
 def require_reference_per_half(template: Template, why: str) -> None:

@@ -98,13 +98,15 @@ class _Round(Rounds):
         only what is coarser than half-sets share anyway."""
         if self.request.half_references is None:
             return super()._first()
-        given, limit_A = self._given(), self.limit_A
-        mean = lowpass((given[1] + given[2]) / 2, self.request.reference.pixel_size_A, limit_A)
+        references, limit_A = self._given(), self.limit_A
+        mean = lowpass((references[1] + references[2]) / 2, self.request.reference.pixel_size_A, limit_A)
         if self.comm.rank == 0:
             logger.info("cryoSPARC takes one reference for both half-sets: their mean, low-passed to %g Å", limit_A)
         return RoundState(0, dict.fromkeys(HALVES, mean), limit_A)
 
-    def _run(self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal) -> None:
+    def _run(
+        self, number: int, half: int, folder: Path, state: RoundState, names: list[str], stop_signal: StopSignal
+    ) -> None:
         if on_root(self.comm, self._written, folder, state, names):
             return
         on_root(self.comm, lambda: JobLedger.read(folder / RECORD).mark)  # a damaged record is an error of all ranks

@@ -124,8 +124,8 @@ class Errand:
             if uid is not None:
                 return ledger.note_job(name, uid)
         ledger.note_asked(name)
-        made = asked(f"a new job in {self._section.project}-{self._section.workspace}", create, text)
-        ledger.note_job(name, made.uid)
+        job = asked(f"a new job in {self._section.project}-{self._section.workspace}", create, text)
+        ledger.note_job(name, job.uid)
 
     def _marked(self, project: Any, text: str) -> str | None:
         jobs = project.find_jobs(workspace_uid=self._section.workspace, order=-1)
@@ -222,7 +222,7 @@ def asked(what: str, function: Callable[..., Any], *args: Any, **options: Any) -
 
 def _reason(job: Any) -> str:
     """cryoSPARC's own message."""
-    errors = [str(found.message) for found in getattr(job.model, "errors_run", []) if not found.warning]
+    errors = [str(event.message) for event in getattr(job.model, "errors_run", []) if not event.warning]
     return printable((errors[-1] if errors else "") or _last_line(job) or "it gives no reason; see its log there")
 
 

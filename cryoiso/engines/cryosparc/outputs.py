@@ -44,8 +44,8 @@ class Shipment:
     @property
     def stacks(self) -> tuple[tuple[str, Path], ...]:
         """Name in the job's folder, and file, of every stack of images."""
-        found = sorted(set(_texts(self.rows["blob/path"])))
-        return tuple((f"images/{i:04d}_{os.path.basename(name)}", Path(name)) for i, name in enumerate(found, 1))
+        paths = sorted(set(_texts(self.rows["blob/path"])))
+        return tuple((f"images/{i:04d}_{os.path.basename(name)}", Path(name)) for i, name in enumerate(paths, 1))
 
     def columns(self, name: str, images: str, job: str) -> dict[str, Any] | None:
         """Field -> values of an output; None: there is none.

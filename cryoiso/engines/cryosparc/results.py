@@ -40,17 +40,17 @@ def take_results(project: Any, job: Any, order: Order) -> None:
             project.download_file(str(volume[field][0]).lstrip(">"), part)
 
 
-def require_all(found: np.ndarray, given: np.ndarray, where: str) -> None:
+def require_all(uids: np.ndarray, expected_uids: np.ndarray, where: str) -> None:
     """
     Raises:
         CryoisoError: not every particle exactly once.
     """
-    lost = np.setdiff1d(given, found)
-    if len(lost) or len(found) != len(given):
+    lost = np.setdiff1d(expected_uids, uids)
+    if len(lost) or len(uids) != len(expected_uids):
         first = f"; the first missing one has uid {lost[0]}" if len(lost) else ""
         raise CryoisoError(
-            f"{where} did not return each particle exactly once ({len(given):,} were given, {len(found):,} came back, "
-            f"{len(lost):,} are missing{first}). It leaves out particles where half-sets differ in size or alignments "
+            f"{where} did not return each particle exactly once ({len(expected_uids):,} were given, {len(uids):,} came "
+            f"back, {len(lost):,} are missing{first}). It leaves out particles where half-sets differ in size or alignments "
             "fail: see its log",
             code="cryosparc-particles-lost",
         )

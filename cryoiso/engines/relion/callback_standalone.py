@@ -66,9 +66,9 @@ def reconstruct_alone(
     setting = replace(setting, tau2=tau2)
     ranks = Context()
     if correction is None or task.name.half is None:
-        made = maps_of(task, setting, ranks, ("references",))
-        write_result(task, made["references"], setting)
-        return {"applied": False, **regularisation({task.name.half or 0: task}, {task.name.half or 0: made})}
+        maps = maps_of(task, setting, ranks, ("references",))
+        write_result(task, maps["references"], setting)
+        return {"applied": False, **regularisation({task.name.half or 0: task}, {task.name.half or 0: maps})}
     setting.folder.mkdir(exist_ok=True)
     own = maps_of(task, setting, ranks, ("maps", "references"))
     meeting = _Meeting(task, limit_s)
@@ -87,10 +87,10 @@ def _correct_both(
     theirs = meeting.wait_for("ready")
     other = read_task(Path(theirs["star"]), Path())
     with np.load(theirs["maps"]) as file:
-        made = {1: own, 2: {kind: file[kind] for kind in own}}
-    state: HalfMaps = half_maps({1: meeting.task, 2: other}, made, step_deg, setting)
+        maps_of_halves = {1: own, 2: {kind: file[kind] for kind in own}}
+    state: HalfMaps = half_maps({1: meeting.task, 2: other}, maps_of_halves, step_deg, setting)
     references, facts = corrected(state, setting.correction, ranks)
-    facts |= regularisation({1: meeting.task, 2: other}, made)
+    facts |= regularisation({1: meeting.task, 2: other}, maps_of_halves)
     for half, task in ((1, meeting.task), (2, other)):
         write_result(task, references[half], setting)
     meeting.say("done")
@@ -164,7 +164,7 @@ class _Meeting:
 
     def _until_found(self, look: Callable[[], T | None], stage: str) -> T:
         began, warned = time.monotonic(), False
-        while (found := look()) is None:
+        while (note := look()) is None:
             if not (warned or self._heard) and time.monotonic() - began > WARN_AFTER_S:
                 warned = True
                 logger.warning(
@@ -179,7 +179,7 @@ class _Meeting:
             if os.getppid() != self._parent:
                 raise CryoisoError("RELION has ended", code="relion-callback-failed")
             time.sleep(LOOK_S)
-        return found
+        return note
 
     def leave(self) -> None:
         """Removes the notes of both; the last one to go does so."""
@@ -187,7 +187,9 @@ class _Meeting:
             file.unlink(missing_ok=True)
 
 
-def _surroundings(task: ReconstructionTask, folder: Path, correction: ReferenceCorrection | None) -> tuple[Setting, float]:
+def _surroundings(
+    task: ReconstructionTask, folder: Path, correction: ReferenceCorrection | None
+) -> tuple[Setting, float]:
     """What RELION's files of the iteration before tell: those of this one are not written yet."""
     name = task.name
     pixel, dimensions, step_deg, version, mask, initial = task.pixel_size_A, 2, 360.0, "", "", None

@@ -139,8 +139,8 @@ class _Refinement:
         if isinstance(source, SubtomogramSource):
             source.write(folder / PARTICLES, source.particles, with_poses=local)
         else:
-            given = relion_source(source).particles
-            write_input(folder / PARTICLES, given, names, with_poses=local, box_px=source.box_px)
+            originals = relion_source(source).particles
+            write_input(folder / PARTICLES, originals, names, with_poses=local, box_px=source.box_px)
         write_map(folder / REFERENCE, request.reference.data, request.reference.pixel_size_A)
         if request.mask is not None:
             write_map(folder / MASK, request.mask.data.clip(0, 1), request.reference.pixel_size_A)
@@ -218,9 +218,9 @@ class _Refinement:
             if part.endswith(".star"):
                 text = source.read_text(encoding="utf-8").replace("_it000_", "_it001_")
                 write_text(target, re.sub(r"(?m)^(_rlnCurrentIteration\s+)0\b", r"\g<1>1", text))
-        for half, given in (self.request.half_references or {}).items():
-            filtered = lowpass(given.data, given.pixel_size_A, self.request.lowpass_A)
-            write_map(Path(f"{self.root}_it001_half{half}_class001.mrc"), filtered, given.pixel_size_A)
+        for half, half_reference in (self.request.half_references or {}).items():
+            filtered = lowpass(half_reference.data, half_reference.pixel_size_A, self.request.lowpass_A)
+            write_map(Path(f"{self.root}_it001_half{half}_class001.mrc"), filtered, half_reference.pixel_size_A)
 
     def _start(self, command: list[str]) -> RelionStart:
         site = commands.uses_site_launcher(self.section)
@@ -259,7 +259,7 @@ class _Refinement:
             return None
 
     def _piece_of(self, iteration: int, last: bool) -> tuple[int, int]:
-        """As ``Start`` wants it: iterations as are expected of any engine, and the one that joins the halves."""
+        """As ``RelionStart`` expects it: the iterations expected of any engine, and the one that joins the halves."""
         done = max(iteration - self.first, 0)
         last = last or done >= self.request.settings.max_iterations
         return done, done + 1 if last else expected_iterations(done, self.request.settings) + 1
@@ -317,8 +317,8 @@ def check(request: RefineRequest) -> None:
         InputError: something that RELION would fail at, or do without a word.
     """
     source, reference = request.source, request.reference
-    for label, given in ((" of half-set 1", 1), (" of half-set 2", 2), ("", None)):
-        own = reference if given is None else (request.half_references or {}).get(given, reference)
+    for label, map_key in ((" of half-set 1", 1), (" of half-set 2", 2), ("", None)):
+        own = reference if map_key is None else (request.half_references or {}).get(map_key, reference)
         if own.box_px != source.box_px or abs(own.pixel_size_A / reference.pixel_size_A - 1) > 0.01:
             raise InputError(
                 f"the reference{label} is on another grid than the particles",

@@ -246,11 +246,15 @@ def _pipe_menon(task: ReconstructionTask, arrays: FourierArrays, weight: Tensor)
     kernel = _kernel_transform(task, n, weight.device)
     scale = weight.max().clamp(min=1e-300)
     weight = weight / scale
-    made = arrays.inside.double()
+    gridding_weight = arrays.inside.double()
     for _ in range(PIPE_MENON_ITERATIONS):
-        spread = torch.fft.rfftn(torch.fft.irfftn(made * weight, s=(n, n, n), dim=(0, 1, 2)) * kernel, dim=(0, 1, 2))
-        made = torch.where(arrays.inside, made / spread.abs().clamp(min=1e-6 / float(scale)), made)
-    return (made / scale).where(weight > 0, torch.zeros_like(made))
+        spread = torch.fft.rfftn(
+            torch.fft.irfftn(gridding_weight * weight, s=(n, n, n), dim=(0, 1, 2)) * kernel, dim=(0, 1, 2)
+        )
+        gridding_weight = torch.where(
+            arrays.inside, gridding_weight / spread.abs().clamp(min=1e-6 / float(scale)), gridding_weight
+        )
+    return (gridding_weight / scale).where(weight > 0, torch.zeros_like(gridding_weight))
 
 
 def _kernel_transform(task: ReconstructionTask, n: int, device: torch.device) -> Tensor:

@@ -53,9 +53,9 @@ def parse_name(path: object) -> Name:
     match = _STEM.match(re.sub(r"\.(star|mrc)$", "", file.name).removesuffix(SUFFIX))
     if match is None:
         raise InputError("not the name of a RELION output file", file=path, code="relion-file-invalid")
-    found = match.groupdict()
-    root = str(file.with_name(found["root"]))
-    number = {key: None if found[key] is None else int(found[key]) for key in ("iteration", "half", "kind")}
+    parts = match.groupdict()
+    root = str(file.with_name(parts["root"]))
+    number = {key: None if parts[key] is None else int(parts[key]) for key in ("iteration", "half", "kind")}
     return Name(root, number["iteration"], number["half"], number["kind"])
 
 
@@ -223,12 +223,12 @@ def complete_iterations(root: Path, particles: int) -> list[int]:
         root: the run's output name.
         particles: rows that its data files must have.
     """
-    found = []
+    iterations = []
     for file in root.parent.glob(f"{root.name}_it*_optimiser.star"):
         iteration = parse_name(file.with_name(file.name.removesuffix("_optimiser.star"))).iteration
         if iteration is not None and _is_complete(root, iteration, particles):
-            found.append(iteration)
-    return sorted(found)
+            iterations.append(iteration)
+    return sorted(iterations)
 
 
 def _is_complete(root: Path, iteration: int, particles: int) -> bool:

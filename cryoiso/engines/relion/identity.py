@@ -35,12 +35,12 @@ def deciding(extra: str) -> list[str]:
     >>> deciding("--gpu 0:1 --ini_high 20 --preread_images")
     ['--ini_high', '20']
     """
-    words, found = shlex.split(extra), []
+    words, kept = shlex.split(extra), []
     while words:
         word = words.pop(0)
         if word in WITH_VALUE:
             if words and not words[0].startswith("--"):
                 words.pop(0)
         elif word not in ALONE:
-            found.append(word)
-    return found
+            kept.append(word)
+    return kept

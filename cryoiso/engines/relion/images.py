@@ -166,13 +166,13 @@ def _export(source: ImageSource, rows: np.ndarray, folder: Path, comm: Context, 
     note = {"digest": _digest(source, rows), "stacks": len(bounds)}
     there = on_root(comm, _prepare_folder, folder, note, resume)
     if not there:
-        mine = owned_chunks(len(bounds), comm.rank, comm.size)
-        own = sum(stop - start for start, stop in (bounds[k] for k in mine))
+        chunks = owned_chunks(len(bounds), comm.rank, comm.size)
+        own = sum(stop - start for start, stop in (bounds[k] for k in chunks))
         line = ProgressLine(f"images for {reader}", own, active=comm.rank == 0)
         error: CryoisoError | None = None
         try:
-            for k in mine:
-                before = bounds[k][0] - bounds[mine[0]][0]
+            for k in chunks:
+                before = bounds[k][0] - bounds[chunks[0]][0]
                 _write_stack(source, rows[slice(*bounds[k])], folder / _stack_name(k), line, before)
         except CryoisoError as caught:
             error = caught
@@ -275,17 +275,17 @@ def write_input(
     write_particles(path, seen, names)
 
 
-def rows_of_names(found: list[str], names: list[str], file: object) -> np.ndarray:
+def rows_of_names(image_names: list[str], names: list[str], file: object) -> np.ndarray:
     """(n,) position in ``found`` (what RELION wrote) of every particle.
 
     Raises:
         CryoisoError: RELION lost, added or doubled particles.
     """
-    place = {_key(name): i for i, name in enumerate(found)}
+    place = {_key(name): i for i, name in enumerate(image_names)}
     rows = np.array([place.get(_key(name), -1) for name in names], np.int64)
-    if len(place) != len(found) or len(found) != len(names) or (rows < 0).any():
+    if len(place) != len(image_names) or len(image_names) != len(names) or (rows < 0).any():
         raise CryoisoError(
-            f"{file}: RELION did not return each particle exactly once ({len(names)} were given, {len(found)} "
+            f"{file}: RELION did not return each particle exactly once ({len(names)} were given, {len(image_names)} "
             f"came back, {int((rows < 0).sum())} are missing)",
             code="relion-particles-lost",
         )

@@ -93,9 +93,9 @@ def _mpirun_of(family: str, library: str) -> str:
     names = ("mpirun.openmpi", "mpirun") if family == OPEN_MPI else ("mpirun.mpich", "mpiexec.hydra", "mpirun")
     for folder in [*folders, *os.environ.get("PATH", "").split(os.pathsep)]:
         for name in names:
-            found = shutil.which(name, path=folder) if folder else None
-            if found and _family_of(found) == family:
-                return found
+            path = shutil.which(name, path=folder) if folder else None
+            if path and _family_of(path) == family:
+                return path
     return ""
 
 

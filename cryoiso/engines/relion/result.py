@@ -120,12 +120,12 @@ def _refined(
     particles: Particles, data: Path, names: list[str]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Rotations, shifts and result columns in the order of the source."""
-    found = read_particles(data, require=("pose",))
-    table = Columns(found.table, data)
+    refined = read_particles(data, require=("pose",))
+    table = Columns(refined.table, data)
     rows = rows_of_names(table.text("rlnImageName"), names, data)
-    if found.half is None or (found.half[rows] != particles.half).any():
+    if refined.half is None or (refined.half[rows] != particles.half).any():
         raise CryoisoError(f"{data}: RELION changed the half-sets", code="relion-particles-lost")
-    rotation, shift_A = found.require_poses(data)
+    rotation, shift_A = refined.require_poses(data)
     columns = {name: table.number(name)[rows] for name in COLUMNS if table.has(name)}
     columns |= {name: columns[name].astype(np.int64) for name in WHOLE if name in columns}
     return rotation[rows], shift_A[rows], columns
@@ -144,8 +144,8 @@ class IterationLedger:
         self._file = root.parent / "records.json"
         self._records: dict[int, IterationRecord] = {}
         if self._file.exists():
-            found = json.loads(self._file.read_text(encoding="utf-8"))
-            self._records = {int(iteration): record for iteration, record in found.items()}
+            saved = json.loads(self._file.read_text(encoding="utf-8"))
+            self._records = {int(iteration): record for iteration, record in saved.items()}
 
     def note_callback(self, iteration: int, facts: dict[str, Any]) -> None:
         """What was done in a callback; the rest of the iteration is not known yet."""

@@ -44,7 +44,9 @@ class Setting:
     """whose signal power regularises: "relion" or "uneven" (``tau2``)"""
 
 
-def serve(tasks: dict[int | None, ReconstructionTask], step_deg: float, setting: Setting, comm: Context) -> dict[str, Any] | None:
+def serve(
+    tasks: dict[int | None, ReconstructionTask], step_deg: float, setting: Setting, comm: Context
+) -> dict[str, Any] | None:
     """Writes what RELION waits for, and removes the arrays that it left for us (collective).
 
     Args:
@@ -60,13 +62,13 @@ def serve(tasks: dict[int | None, ReconstructionTask], step_deg: float, setting:
     began = time.monotonic()
     if None in tasks:
         joined = tasks[None]
-        made = on_one(comm, 0, lambda: maps_of(joined, setting, comm, ("references",)))
-        on_one(comm, 0, lambda: write_result(joined, made["references"], setting))
+        maps = on_one(comm, 0, lambda: maps_of(joined, setting, comm, ("references",)))
+        on_one(comm, 0, lambda: write_result(joined, maps["references"], setting))
         return None
-    made = _both_halves({half: tasks[half] for half in HALVES}, setting, comm)
-    state = half_maps({half: tasks[half] for half in HALVES}, made, step_deg, setting)
+    maps = _both_halves({half: tasks[half] for half in HALVES}, setting, comm)
+    state = half_maps({half: tasks[half] for half in HALVES}, maps, step_deg, setting)
     references, facts = corrected(state, setting.correction, comm)
-    facts |= regularisation({half: tasks[half] for half in HALVES}, made)
+    facts |= regularisation({half: tasks[half] for half in HALVES}, maps)
     for half in HALVES:
         on_one(
             comm, root_of_half(half, comm.size), lambda half=half: write_result(tasks[half], references[half], setting)
@@ -78,40 +80,42 @@ def serve(tasks: dict[int | None, ReconstructionTask], step_deg: float, setting:
     return facts
 
 
-def _both_halves(tasks: dict[int, ReconstructionTask], setting: Setting, comm: Context) -> dict[int, dict[str, np.ndarray]]:
+def _both_halves(
+    tasks: dict[int, ReconstructionTask], setting: Setting, comm: Context
+) -> dict[int, dict[str, np.ndarray]]:
     """Half -> what ``maps_of`` makes, each half's on one rank and sent to all (collective)."""
-    made: dict[int, dict[str, np.ndarray]] = {}
+    by_half: dict[int, dict[str, np.ndarray]] = {}
     error: CryoisoError | None = None
     for half, task in tasks.items():
         if comm.rank == root_of_half(half, comm.size) and error is None:
             try:
-                made[half] = maps_of(task, setting, comm, KINDS)
+                by_half[half] = maps_of(task, setting, comm, KINDS)
             except CryoisoError as caught:
                 error = caught
     agree(comm, error)
     for half in HALVES:
         root = root_of_half(half, comm.size)
-        mine = made.get(half, {})
+        own_maps = by_half.get(half, {})
         names = [*KINDS, "tau2"] if setting.tau2 == "uneven" else KINDS
-        made[half] = {name: comm.bcast(mine.get(name), root) for name in names}
-    return made
+        by_half[half] = {name: comm.bcast(own_maps.get(name), root) for name in names}
+    return by_half
 
 
-def regularisation(tasks: dict[int, ReconstructionTask], made: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
+def regularisation(tasks: dict[int, ReconstructionTask], by_half: dict[int, dict[str, np.ndarray]]) -> dict[str, Any]:
     """What the record says of a signal power other than RELION's; nothing where it is RELION's."""
-    ours = {str(half): ratio(tasks[half], made[half]["tau2"]) for half in tasks if "tau2" in made[half]}
+    ours = {str(half): ratio(tasks[half], by_half[half]["tau2"]) for half in tasks if "tau2" in by_half[half]}
     return {"tau2": "uneven", "tau2_over_relion": ours} if ours else {}
 
 
 def half_maps(
-    tasks: dict[int, ReconstructionTask], made: dict[int, dict[str, np.ndarray]], step_deg: float, setting: Setting
+    tasks: dict[int, ReconstructionTask], by_half: dict[int, dict[str, np.ndarray]], step_deg: float, setting: Setting
 ) -> HalfMaps:
     """What a correction is told, from the maps of both halves by kind."""
     first = tasks[1]
     return HalfMaps(
         iteration=first.name.iteration or 0,
-        maps={half: made[half]["maps"] for half in HALVES},
-        references={half: made[half]["references"] for half in HALVES},
+        maps={half: by_half[half]["maps"] for half in HALVES},
+        references={half: by_half[half]["references"] for half in HALVES},
         pixel_size_A=setting.pixel_size_A,
         fsc=first.fsc,
         resolution_A=resolution_at(first.fsc, 0.143, first.box_px, setting.pixel_size_A),
@@ -160,16 +164,16 @@ def corrected(
         if comm.rank == 0:
             logger.info("iteration %d: references not corrected: %s", state.iteration, why_not)
         return state.references, {"applied": False, "why_not": why_not}
-    made, facts = correction(state, comm)
+    corrected_maps, facts = correction(state, comm)
     for half in HALVES:
-        found = np.asarray(made[half])
-        if found.shape != state.references[half].shape or not np.isfinite(found).all():
+        half_map = np.asarray(corrected_maps[half])
+        if half_map.shape != state.references[half].shape or not np.isfinite(half_map).all():
             raise CryoisoError(
                 f"the correction's reference of half {half} in iteration {state.iteration} cannot be used: shape "
-                f"{found.shape}, {int((~np.isfinite(found)).sum())} voxels not finite",
+                f"{half_map.shape}, {int((~np.isfinite(half_map)).sum())} voxels not finite",
                 code="correction-unusable",
             )
-    return made, dict(facts)
+    return corrected_maps, dict(facts)
 
 
 def write_result(task: ReconstructionTask, volume: np.ndarray, setting: Setting) -> None:

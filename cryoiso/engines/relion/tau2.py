@@ -31,8 +31,8 @@ def with_uneven_tau2(task: ReconstructionTask, arrays: FourierArrays) -> Reconst
     noise = noise_of_shells(task, arrays)
     fsc = np.clip(np.nan_to_num(task.fsc), LEAST_FSC, MOST_FSC)
     joined = 2.0 if task.name.half is None else 1.0
-    found = task.fudge * joined * fsc / (1 - fsc) * noise
-    return replace(task, tau2=np.where((task.tau2 > 0) & (noise > 0), found, task.tau2))
+    tau2 = task.fudge * joined * fsc / (1 - fsc) * noise
+    return replace(task, tau2=np.where((task.tau2 > 0) & (noise > 0), tau2, task.tau2))
 
 
 def ratio(task: ReconstructionTask, tau2: np.ndarray) -> float:
@@ -57,8 +57,8 @@ def noise_of_shells(task: ReconstructionTask, arrays: FourierArrays) -> np.ndarr
     measured = w > 0
     noise = torch.bincount(shell[measured], (w * f * f)[measured], size)
     signal = torch.bincount(shell[measured], (w * f).square()[measured], size)
-    found = torch.where(signal > 0, noise / signal.clamp(min=1e-300), torch.zeros_like(signal))
-    return np.asarray(found[:shells].cpu())
+    noise_power = torch.where(signal > 0, noise / signal.clamp(min=1e-300), torch.zeros_like(signal))
+    return np.asarray(noise_power[:shells].cpu())
 
 
 def summed(task: ReconstructionTask, arrays: FourierArrays) -> torch.Tensor:

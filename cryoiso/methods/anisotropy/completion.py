@@ -31,13 +31,13 @@ VOLUME_COST = 32
 
 
 class CompletionTask(NetworkTask):
-    """The task that ``train.loop.train`` works on (its ``Task``)."""
+    """The task that ``train.loop.train`` works on (its ``TrainingTask``)."""
 
     def __init__(
         self,
         estimates: list[np.ndarray],
         solvent: Solvent,
-        inside: np.ndarray,
+        particle_mask: np.ndarray,
         settings: Correction,
         seed: int,
         *,
@@ -52,7 +52,7 @@ class CompletionTask(NetworkTask):
         Args:
             estimates: y of one or (paired) two half-maps, (D, D, D), normalised, solvent at 0.
             solvent: the filter and the band, on ``device``.
-            inside: (D, D, D) bool; centres of sub-maps are drawn from it, turned with the map.
+            particle_mask: (D, D, D) bool; centres of sub-maps are drawn from it, turned with the map.
             noise: per estimate, from ``solvent.noise_amplitude``; None: no noise is added.
             device, index, size: of this rank and its place in its group.
             label: names the network and the round.
@@ -64,11 +64,13 @@ class CompletionTask(NetworkTask):
         self.box, self.cube = estimates[0].shape[0], settings.cube_px
         self.estimates = on_device(np.stack(estimates), device)
         self.noise = None if noise is None else torch.stack(noise).to(device)
-        self.offsets = (np.argwhere(inside) - self.box // 2)[:, ::-1]
+        self.offsets = (np.argwhere(particle_mask) - self.box // 2)[:, ::-1]
         self.core = core(self.cube).to(device)
         self.steps_a_turn = max(1, round((self.box / self.cube) ** 3 / VOLUME_COST))
         self._turned: tuple[int, Tensor, Tensor] | None = None
-        self._given = digest_of(*estimates, solvent.transfer.cpu().numpy(), np.asarray(inside), *_arrays(noise))
+        self._given = digest_of(
+            *estimates, solvent.fsc_filter.cpu().numpy(), np.asarray(particle_mask), *_arrays(noise)
+        )
 
     def rotation(self, turn: int) -> np.ndarray:
         """(3, 3) of a turn, the same on every rank."""
@@ -106,7 +108,7 @@ class CompletionTask(NetworkTask):
             volumes = turned(volumes, rotation.expand(len(volumes), 3, 3))[:, 0]
             measured = self.solvent.measured(volumes[0])
             if self.noise is not None:
-                measured = measured + self._noise(one, turn) * self.solvent.transfer
+                measured = measured + self._noise(one, turn) * self.solvent.fsc_filter
             given = self.solvent.filled(measured, self.box, self.settings.solvent_steps)
             self._turned = turn, self._padded(given), self._padded(volumes[-1])
         return self._turned[1:]

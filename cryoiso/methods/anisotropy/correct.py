@@ -10,7 +10,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
-from cryoiso.methods.anisotropy.correction_run import BOTH, Network, CorrectionOutput, CorrectionInput, network_file
+from cryoiso.methods.anisotropy.correction_run import BOTH, CorrectionInput, CorrectionOutput, NetworkPlan, network_file
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.parallel.abort import agree
 from cryoiso.parallel.context import Context
@@ -38,7 +38,7 @@ class Corrected:
 
 def correct_halves(
     halves: dict[int, DensityMap],
-    transfer: Float[np.ndarray, "box box box"],
+    fsc_filter: Float[np.ndarray, "box box box"],
     mask: Float[np.ndarray, "box box box"] | None,
     settings: Correction,
     comm: Context | None,
@@ -57,7 +57,7 @@ def correct_halves(
     Args:
         halves: half -> map; one map in mode "single". In mode "independent" a rank of two or more needs only the half
             that it corrects (``parallel.ddp.ranks_of_half``); no rank reads another.
-        transfer: (D, D, D) filter A in [0, 1], centred, Friedel-symmetric.
+        fsc_filter: (D, D, D) filter A in [0, 1], centred, Friedel-symmetric.
         mask: (D, D, D) in [0, 1], sub-maps are drawn where it exceeds 0.5; None: the sphere in the box.
         settings: from ``settings.resolve``.
         comm: the ranks that share the work; None: this process alone.
@@ -72,17 +72,17 @@ def correct_halves(
         Interrupted, CryoisoError: as ``train.loop.train``.
     """
     comm = comm if comm is not None else Context()
-    courses = _courses(settings, tuple(sorted({h for hs in comm.allgather(tuple(halves)) for h in hs})))
-    apart = len(courses) == 2 and comm.size > 1
+    plans = _plans(settings, tuple(sorted({h for hs in comm.allgather(tuple(halves)) for h in hs})))
+    apart = len(plans) == 2 and comm.size > 1
     done: dict[str, CorrectionOutput] = {}
-    for turn in [courses] if apart else [[course] for course in courses]:
+    for turn in [plans] if apart else [[plan] for plan in plans]:
         mine, ranks = turn[0], range(comm.size)
         if apart:
             which = 0 if comm.rank in ranks_of_half(1, comm.size) else 1
             mine, ranks = turn[which], ranks_of_half(which + 1, comm.size)
         error, job = None, None
         try:
-            job = CorrectionInput.of(mine, halves, transfer, mask, settings, seed, warm, resolution_A)
+            job = CorrectionInput.of(mine, halves, fsc_filter, mask, settings, seed, warm, resolution_A)
         except InputError as caught:
             error = caught
         agree(comm, error)
@@ -90,21 +90,21 @@ def correct_halves(
         with side_by_side(comm) as stop_signal, training_group(comm, ranks) as group:
             found = job.run(group, Path(folder), resume, stop_signal.received)
         done |= _from_all(comm, mine.label, found)
-    return _joined(done, courses, settings, folder, resolution_A)
+    return _joined(done, plans, settings, folder, resolution_A)
 
 
-def _courses(settings: Correction, halves: tuple[int, ...]) -> list[Network]:
+def _plans(settings: Correction, halves: tuple[int, ...]) -> list[NetworkPlan]:
     if settings.mode == "single":
         if len(halves) != 1:
             raise InputError("the mode 'single' takes one map", found=len(halves), code="option-out-of-range")
-        return [Network(BOTH, halves)]
+        return [NetworkPlan(BOTH, halves)]
     if settings.mode == "independent":
-        return [Network(str(h), (h,)) for h in halves]
+        return [NetworkPlan(str(h), (h,)) for h in halves]
     if halves != (1, 2):
         raise InputError(
             "the mode 'paired' needs both half-maps", expected="1 and 2", found=halves, code="option-out-of-range"
         )
-    return [Network(BOTH, halves)]
+    return [NetworkPlan(BOTH, halves)]
 
 
 def _from_all(comm: Any, label: str, found: CorrectionOutput) -> dict[str, CorrectionOutput]:
@@ -123,7 +123,11 @@ def _from_all(comm: Any, label: str, found: CorrectionOutput) -> dict[str, Corre
 
 
 def _joined(
-    done: dict[str, CorrectionOutput], courses: list[Network], settings: Correction, folder: Path, resolution_A: float | None
+    done: dict[str, CorrectionOutput],
+    plans: list[NetworkPlan],
+    settings: Correction,
+    folder: Path,
+    resolution_A: float | None,
 ) -> Corrected:
     maps = {half: data for one in done.values() for half, data in one.maps.items()}
     inferred = {half: data for one in done.values() for half, data in one.inferred.items()}
@@ -133,7 +137,7 @@ def _joined(
         "resolution_A": resolution_A,
         "networks": {
             label: {
-                "halves": list(next(c.halves for c in courses if c.label == label)),
+                "halves": list(next(c.halves for c in plans if c.label == label)),
                 "steps": one.history[-1]["step"] if one.history else 0,
                 "loss": one.history[-1]["loss"] if one.history else None,
                 "attempts": one.attempts, "grey_level": one.scale.level, "grey_spread": one.scale.spread,

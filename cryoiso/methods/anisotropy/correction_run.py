@@ -44,7 +44,7 @@ ESTIMATE_STEPS = 100
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkPlan:
     """One network to be trained, and the halves that it sees and corrects."""
 
     label: str
@@ -53,7 +53,7 @@ class Network:
 
 @dataclass(frozen=True)
 class CorrectionOutput:
-    """What became of a course."""
+    """Result of a network."""
 
     maps: dict[int, np.ndarray]
     inferred: dict[int, np.ndarray]
@@ -64,13 +64,13 @@ class CorrectionOutput:
 
 @dataclass(frozen=True)
 class CorrectionInput:
-    """One course with everything that it works on."""
+    """One network with everything that it works on."""
 
-    course: Network
+    plan: NetworkPlan
     data: dict[int, np.ndarray]
-    transfer: np.ndarray
-    reach: np.ndarray
-    inside: np.ndarray
+    fsc_filter: np.ndarray
+    band_mask: np.ndarray
+    particle_mask: np.ndarray
     settings: Correction
     seed: int
     warm: dict[str, np.ndarray] | None
@@ -78,29 +78,29 @@ class CorrectionInput:
 
     @classmethod
     def of(
-        cls, course: Network, halves: dict[int, DensityMap], transfer: np.ndarray, mask: np.ndarray | None,
+        cls, plan: NetworkPlan, halves: dict[int, DensityMap], fsc_filter: np.ndarray, mask: np.ndarray | None,
         settings: Correction, seed: int, warm: dict[str, Path] | None, resolution_A: float | None,
     ) -> CorrectionInput:  # fmt: skip
-        """Checks and prepares; every rank of the course's group gets the same."""
-        maps = {half: halves[half] for half in course.halves}
+        """Checks and prepares; every rank of the network's group gets the same."""
+        maps = {half: halves[half] for half in plan.halves}
         box, pixel = next(iter(maps.values())).box_px, next(iter(maps.values())).pixel_size_A
         for half, one in maps.items():
             if one.box_px != box:
                 raise InputError(
                     f"half-map {half} has another box", expected=box, found=one.box_px, code="box-mismatch"
                 )
-        reach = band(box, pixel, resolution_A)
-        file = (warm or {}).get(course.label)
+        band_mask = band(box, pixel, resolution_A)
+        file = (warm or {}).get(plan.label)
         return cls(
-            course, {half: np.asarray(one.data, np.float32) for half, one in maps.items()},
-            checked(transfer, box) * reach, reach, particle_region(mask, box), settings, seed,
+            plan, {half: np.asarray(one.data, np.float32) for half, one in maps.items()},
+            checked(fsc_filter, box) * band_mask, band_mask, particle_region(mask, box), settings, seed,
             None if file is None else networks.matching_weights(file, settings.network), pixel,
         )  # fmt: skip
 
     def run(self, group: TrainingGroup, folder: Path, resume: bool, stop: Callable[[], bool]) -> CorrectionOutput:
         """Trains and applies the network (collective over the group)."""
-        seen = {half: filtered(data, self.transfer) for half, data in self.data.items()}
-        scale = GreyScale.of(list(seen.values()), self.inside)
+        seen = {half: filtered(data, self.fsc_filter) for half, data in self.data.items()}
+        scale = GreyScale.of(list(seen.values()), self.particle_mask)
         method = self._by_completion if self.settings.method == "completion" else self._as_published
         network, found, outcomes = method(scale, group, folder, _Trainer(self, group, folder, resume, stop))
         maps, inferred = {}, {}
@@ -108,7 +108,7 @@ class CorrectionInput:
             inferred[half] = (part * scale.spread).astype(np.float32)
             maps[half] = seen[half] + inferred[half] if self.settings.keep_measured else scale.restored(whole)
         if group.is_first:
-            networks.save(network_file(folder, self.course.label), network, self._facts(scale, outcomes))
+            networks.save(network_file(folder, self.plan.label), network, self._facts(scale, outcomes))
         group.barrier()
         return CorrectionOutput(maps, inferred, _joined(outcomes), outcomes[-1].attempts, scale)
 
@@ -116,8 +116,8 @@ class CorrectionInput:
         self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
     ) -> tuple[Any, dict[int, tuple[np.ndarray, np.ndarray]], list[TrainOutcome]]:
         """Network, half -> (corrected map, the network's part of it), outcomes of the rounds."""
-        settings, device, box, heed = self.settings, group.device, len(self.transfer), trainer.heed
-        solvent = Solvent(self.transfer, self.reach, device)
+        settings, device, box, heed = self.settings, group.device, len(self.fsc_filter), trainer.heed
+        solvent = Solvent(self.fsc_filter, self.band_mask, device)
         x = {half: scale.normalised(data) for half, data in self.data.items()}
         measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
         given = {half: solvent.filled(one, box, settings.solvent_steps, heed) for half, one in measured.items()}
@@ -125,16 +125,16 @@ class CorrectionInput:
         estimate = self._estimates(solvent, measured, given, heed) if settings.steps else given
         noise = None
         if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
-            noise = [noise_amplitude(data, self.transfer) for data in x.values()]
+            noise = [noise_amplitude(data, self.fsc_filter) for data in x.values()]
         weights, outcomes = self.warm, []
         # a given network has learnt what the first round teaches: it is applied, and one round follows
         first = 1 if self.warm is None or settings.steps == 0 else 0
         last = settings.rounds if settings.steps and self.warm is None else 1
         for number in range(first, last + 1):
             task = CompletionTask(
-                [one.cpu().numpy() for one in estimate.values()], solvent, self.inside, settings, self.seed,
+                [one.cpu().numpy() for one in estimate.values()], solvent, self.particle_mask, settings, self.seed,
                 noise=noise, device=device, index=group.index, size=group.size,
-                label=f"{self.course.label}, round {number}", warm=weights,
+                label=f"{self.plan.label}, round {number}", warm=weights,
             )  # fmt: skip
             outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
             network = task.module.eval()
@@ -160,30 +160,30 @@ class CorrectionInput:
         return found
 
     def _parts(self, solvent: Solvent, made: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        return filtered(made.cpu().numpy(), self.reach), solvent.inferred(made).cpu().numpy()
+        return filtered(made.cpu().numpy(), self.band_mask), solvent.inferred(made).cpu().numpy()
 
     def _as_published(
         self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
     ) -> tuple[Any, dict[int, tuple[np.ndarray, np.ndarray]], list[TrainOutcome]]:
         """As :meth:`_by_completion`."""
         settings = self.settings
-        given = {half: scale.normalised(filtered(data, self.transfer)) for half, data in self.data.items()}
+        given = {half: scale.normalised(filtered(data, self.fsc_filter)) for half, data in self.data.items()}
         task = CorrectionTask(
-            list(given.values()), self.transfer, self.inside, settings, self.seed, device=group.device,
-            index=group.index, size=group.size, label=self.course.label, warm=self.warm,
+            list(given.values()), self.fsc_filter, self.particle_mask, settings, self.seed, device=group.device,
+            index=group.index, size=group.size, label=self.plan.label, warm=self.warm,
         )  # fmt: skip
         outcome = trainer(task, settings.steps, 1, 1)
         network = task.module.eval()
         found = {}
         for half, data in given.items():
             made = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)  # type: ignore
-            found[half] = filtered(made, self.reach), filtered(made, self.reach - self.transfer)
+            found[half] = filtered(made, self.band_mask), filtered(made, self.band_mask - self.fsc_filter)
         return network, found, [outcome]
 
     def _facts(self, scale: GreyScale, outcomes: list[TrainOutcome]) -> dict[str, Any]:
         return {
-            "label": self.course.label,
-            "halves": list(self.course.halves),
+            "label": self.plan.label,
+            "halves": list(self.plan.halves),
             "settings": self.settings.facts(),
             "seed": self.seed,
             "pixel_size_A": self.pixel_size_A,
@@ -226,7 +226,7 @@ class _Trainer:
             raise group_wide(Interrupted("stopped by a signal while correcting maps"))
 
     def __call__(self, task: Any, steps: int, number: int, rounds: int) -> TrainOutcome:
-        settings, label, group = self.job.settings, self.job.course.label, self.group
+        settings, label, group = self.job.settings, self.job.plan.label, self.group
         if steps == 0:  # the network that was given is applied as it is
             task.start(0)
             task.module.to(group.device)

@@ -63,13 +63,13 @@ def missing_cone(
     return weights
 
 
-def checked(transfer: np.ndarray, box_px: int, file: object = None) -> np.ndarray:
+def checked(fsc_filter: np.ndarray, box_px: int, file: object = None) -> np.ndarray:
     """The filter, clipped to [0, 1] and made exactly Friedel-symmetric.
 
     Raises:
         InputError: another box, not finite, far outside [0, 1], not symmetric, or empty.
     """
-    a = np.asarray(transfer, np.float32)
+    a = np.asarray(fsc_filter, np.float32)
     if a.shape != (box_px,) * 3:
         raise InputError(
             "the filter has another box than the map",
@@ -97,7 +97,9 @@ def friedel_mate(a: np.ndarray) -> np.ndarray:
     return np.roll(mate, 1, (0, 1, 2)) if a.shape[0] % 2 == 0 else mate
 
 
-def on_grid(transfer: Float[np.ndarray, "box box box"], box_px: int) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
+def on_grid(
+    fsc_filter: Float[np.ndarray, "box box box"], box_px: int
+) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
     """The filter at the frequencies of another box of the same pixel size.
 
     Its point-spread function is cut to the new box with a triangular window, which is a convolution of the filter with
@@ -105,16 +107,16 @@ def on_grid(transfer: Float[np.ndarray, "box box box"], box_px: int) -> Float[np
     is surrounded by zeros.
 
     Args:
-        transfer: (D, D, D).
+        fsc_filter: (D, D, D).
         box_px: C.
 
     Returns:
         (C, C, C) float32.
     """
-    box, new = transfer.shape[0], box_px
+    box, new = fsc_filter.shape[0], box_px
     if new == box:
-        return np.asarray(transfer, np.float32)
-    spread = np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(transfer)).real)
+        return np.asarray(fsc_filter, np.float32)
+    spread = np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(fsc_filter)).real)
     window = np.clip(1 - np.abs(coordinates(box)) / (min(new, box) / 2 + 0.5), 0, 1)
     spread *= window[:, None, None] * window[None, :, None] * window
     keep = np.arange(-(min(new, box) // 2), (min(new, box) - 1) // 2 + 1)
@@ -142,17 +144,17 @@ def seen_shells(curve: np.ndarray, share: float = 1.0) -> int:
     return int(below[0]) if len(below) else len(curve) - 1
 
 
-def nothing_beyond(transfer: Float[np.ndarray, "box box box"], shell: int) -> Float[np.ndarray, "box box box"]:
+def nothing_beyond(fsc_filter: Float[np.ndarray, "box box box"], shell: int) -> Float[np.ndarray, "box box box"]:
     """The filter, 1 beyond a shell (an edge of one shell): what lies there stays as it is, nothing is inferred."""
-    beyond = np.clip(radii(transfer.shape[0]) - shell, 0, 1)
-    filled: np.ndarray = np.maximum(transfer, beyond).astype(np.float32)
+    beyond = np.clip(radii(fsc_filter.shape[0]) - shell, 0, 1)
+    filled: np.ndarray = np.maximum(fsc_filter, beyond).astype(np.float32)
     return filled
 
 
-def half_layout(transfer: np.ndarray) -> Tensor:
+def half_layout(fsc_filter: np.ndarray) -> Tensor:
     """(D, D, D) centred -> (D, D, D//2+1) float32 in the layout of ``rfftn``."""
-    box = transfer.shape[0]
-    return torch.from_numpy(np.ascontiguousarray(np.fft.ifftshift(transfer)[..., : box // 2 + 1], np.float32))
+    box = fsc_filter.shape[0]
+    return torch.from_numpy(np.ascontiguousarray(np.fft.ifftshift(fsc_filter)[..., : box // 2 + 1], np.float32))
 
 
 def band(box_px: int, pixel_size_A: float, resolution_A: float | None) -> np.ndarray:
@@ -164,11 +166,11 @@ def band(box_px: int, pixel_size_A: float, resolution_A: float | None) -> np.nda
 
 
 def filtered(
-    data: Real[np.ndarray, "box box box"], transfer: Float[np.ndarray, "box box box"]
+    data: Real[np.ndarray, "box box box"], fsc_filter: Float[np.ndarray, "box box box"]
 ) -> Float[np.ndarray, "box box box"]:
     """The map with its Fourier coefficients multiplied by a centred filter of the same box: (D, D, D) float32."""
     from scipy import fft
 
-    half = np.fft.ifftshift(transfer)[..., : data.shape[-1] // 2 + 1]
+    half = np.fft.ifftshift(fsc_filter)[..., : data.shape[-1] // 2 + 1]
     filtered: np.ndarray = fft.irfftn(fft.rfftn(np.asarray(data, np.float32)) * half, s=data.shape).astype(np.float32)
     return filtered

@@ -21,18 +21,18 @@ AXES = (-3, -2, -1)
 class Solvent:
     """Maps with given measured coefficients on one grid; volumes are (..., D, D, D) with the solvent at 0."""
 
-    def __init__(self, transfer: np.ndarray, reach: np.ndarray, device: str = "cpu") -> None:
+    def __init__(self, fsc_filter: np.ndarray, band_mask: np.ndarray, device: str = "cpu") -> None:
         """
         Args:
-            transfer: (D, D, D) filter A, centred.
-            reach: (D, D, D) band B up to which coefficients are filled in, A <= B.
+            fsc_filter: (D, D, D) filter A, centred.
+            band_mask: (D, D, D) band B up to which coefficients are filled in, A <= B.
         """
-        self.transfer = half_layout(transfer).to(device)
-        self.rest = half_layout(np.clip(reach - transfer, 0, None)).to(device)
+        self.fsc_filter = half_layout(fsc_filter).to(device)
+        self.rest = half_layout(np.clip(band_mask - fsc_filter, 0, None)).to(device)
 
     def measured(self, volumes: Tensor) -> Tensor:
         """Coefficients A x in the layout of ``rfftn``."""
-        coefficients: Tensor = torch.fft.rfftn(volumes, dim=AXES) * self.transfer
+        coefficients: Tensor = torch.fft.rfftn(volumes, dim=AXES) * self.fsc_filter
         return coefficients
 
     def joined(self, measured: Tensor, estimate: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ def _back(coefficients: Tensor, shape: tuple[int, ...]) -> Tensor:
     return volume
 
 
-def noise_amplitude(data: np.ndarray, transfer: np.ndarray, width_px: float = 1.5) -> Tensor:
+def noise_amplitude(data: np.ndarray, fsc_filter: np.ndarray, width_px: float = 1.5) -> Tensor:
     """Amplitude of a half-map's noise by its power and the FSC of its direction: sqrt((1 - A) <|X|^2>).
 
     The FSC of half-maps is S / (S + N), so 1 - FSC is the share of the noise in a coefficient's power; that is smoothed
     over neighbours by a Gaussian.
 
     Args:
-        data: (D, D, D) half-map, unfiltered. transfer: (D, D, D) A, its 3DFSC.
+        data: (D, D, D) half-map, unfiltered. fsc_filter: (D, D, D) A, its 3DFSC.
 
     Returns:
         (D, D, D//2+1) in the layout of ``rfftn``; white noise of variance 1 in real space, multiplied by it there, has
@@ -93,4 +93,4 @@ def noise_amplitude(data: np.ndarray, transfer: np.ndarray, width_px: float = 1.
 
     power = np.abs(np.fft.fftshift(np.fft.fftn(np.asarray(data, np.float32)))) ** 2 / data.size
     smooth = gaussian_filter(power.astype(np.float32), width_px, mode="wrap")
-    return half_layout(np.sqrt(np.clip(1 - transfer, 0, 1) * smooth))
+    return half_layout(np.sqrt(np.clip(1 - fsc_filter, 0, 1) * smooth))

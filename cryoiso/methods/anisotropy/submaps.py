@@ -34,22 +34,22 @@ class GreyScale:
     """Standard deviation inside the mask."""
 
     @classmethod
-    def of(cls, maps: list[np.ndarray], inside: np.ndarray) -> GreyScale:
+    def of(cls, maps: list[np.ndarray], particle_mask: np.ndarray) -> GreyScale:
         """The common scale of some maps.
 
         Args:
-            inside: (D, D, D) bool, the particle.
+            particle_mask: (D, D, D) bool, the particle.
 
         Raises:
             InputError: constant maps.
         """
         from scipy.ndimage import binary_dilation
 
-        values = np.concatenate([m[inside] for m in maps]).astype(np.float64)
+        values = np.concatenate([m[particle_mask] for m in maps]).astype(np.float64)
         # corners of the box are left out: reconstructions hold nothing there, on whatever level the solvent is
-        sphere = np.asarray(sphere_mask(len(inside), len(inside) / 2 - 1)) > 0.5
-        solvent = sphere & ~binary_dilation(inside, iterations=SOLVENT_MARGIN_PX)
-        solvent = solvent if solvent.sum() > MANY else ~inside
+        sphere = np.asarray(sphere_mask(len(particle_mask), len(particle_mask) / 2 - 1)) > 0.5
+        solvent = sphere & ~binary_dilation(particle_mask, iterations=SOLVENT_MARGIN_PX)
+        solvent = solvent if solvent.sum() > MANY else ~particle_mask
         outside = [m[solvent] for m in maps]
         level = float(np.mean(np.concatenate(outside), dtype=np.float64)) if solvent.any() else float(values.mean())
         spread = float(values.std())
@@ -78,25 +78,31 @@ def particle_region(mask: np.ndarray | None, box_px: int) -> np.ndarray:
         raise InputError(
             "the mask has another box than the map", expected=(box_px,) * 3, found=mask.shape, code="box-mismatch"
         )
-    inside = np.asarray(mask) > 0.5
-    if not inside.any():
+    particle_mask = np.asarray(mask) > 0.5
+    if not particle_mask.any():
         raise InputError("the mask is empty: no voxel above 0.5", code="mask-empty")
-    return inside
+    return particle_mask
 
 
 class SubMaps:
     """Where the sub-maps of a training lie, and how each is turned."""
 
-    def __init__(self, inside: np.ndarray, cube_px: int, seed: int, label: str, rotations: str) -> None:
+    def __init__(self, particle_mask: np.ndarray, cube_px: int, seed: int, label: str, rotations: str) -> None:
         """
         Args:
-            inside: (D, D, D) bool, centres are drawn from it.
+            particle_mask: (D, D, D) bool, centres are drawn from it.
             cube_px: C; a box smaller than this is surrounded by solvent.
             label: names the training in the random numbers.
             rotations: "so3" or "axes".
         """
-        self.places = np.argwhere(inside)
-        self.box, self.cube, self.seed, self.label, self.rotations = inside.shape[0], cube_px, seed, label, rotations
+        self.places = np.argwhere(particle_mask)
+        self.box, self.cube, self.seed, self.label, self.rotations = (
+            particle_mask.shape[0],
+            cube_px,
+            seed,
+            label,
+            rotations,
+        )
 
     def draw(self, number: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """The sub-map of this number in the endless sequence.

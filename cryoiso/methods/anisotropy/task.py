@@ -25,13 +25,13 @@ from cryoiso.parallel.partition import owned_rows
 
 
 class CorrectionTask(NetworkTask):
-    """The task that ``train.loop.train`` works on (its ``Task``)."""
+    """The task that ``train.loop.train`` works on (its ``TrainingTask``)."""
 
     def __init__(
         self,
         maps: list[np.ndarray],
-        transfer: np.ndarray,
-        inside: np.ndarray,
+        fsc_filter: np.ndarray,
+        particle_mask: np.ndarray,
         settings: Correction,
         seed: int,
         *,
@@ -44,8 +44,8 @@ class CorrectionTask(NetworkTask):
         """
         Args:
             maps: one or (paired) two (D, D, D) maps, normalised.
-            transfer: (D, D, D) A.
-            inside: (D, D, D) bool, centres of sub-maps.
+            fsc_filter: (D, D, D) A.
+            particle_mask: (D, D, D) bool, centres of sub-maps.
             device, index, size: of this rank and its place in its group.
             label: names the network.
             warm: parameters to begin with; None: new ones.
@@ -53,12 +53,12 @@ class CorrectionTask(NetworkTask):
         self.maps, self.settings, self.seed, self.label, self.warm = maps, settings, seed, label, warm
         self.batch = settings.batch
         self.rows = owned_rows(self.batch, 1, index, size)
-        self.sub_maps = SubMaps(inside, settings.cube_px, seed, label, settings.rotations)
-        self.filter = half_layout(on_grid(transfer, settings.cube_px)).to(device)
+        self.sub_maps = SubMaps(particle_mask, settings.cube_px, seed, label, settings.rotations)
+        self.filter = half_layout(on_grid(fsc_filter, settings.cube_px)).to(device)
         cube = settings.cube_px
         self.ball = ball(cube, 1.0).to(device)
         self.core = core(cube).to(device)
-        self._given = digest_of(transfer, np.asarray(inside), *maps)
+        self._given = digest_of(fsc_filter, np.asarray(particle_mask), *maps)
 
     def prepare(self, step: int) -> dict[str, Tensor]:
         """This rank's sub-maps and rotations of a step."""

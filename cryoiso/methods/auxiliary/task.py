@@ -32,7 +32,7 @@ FIRST_WEIGHT = 1e-3
 
 
 class GeneratorTask:
-    """The task that ``train.loop.train`` works on (its ``Task``).
+    """The task that ``train.loop.train`` works on (its ``TrainingTask``).
 
     Loss: negative evidence lower bound a pixel with a KL weight that grows linearly (paper, eqs. 9 and 10).
     """

@@ -80,7 +80,9 @@ def train_generators(
             which = 0 if comm.rank in ranks_of_half(1, comm.size) else 1
             mine, ranks = turn[which], ranks_of_half(which + 1, comm.size)
         with side_by_side(comm) as stop_signal, training_group(comm, ranks) as group:
-            found = _train_one(mine, source, particles, scales[mine.label], settings, group, seed, resume, stop_signal.received)
+            found = _train_one(
+                mine, source, particles, scales[mine.label], settings, group, seed, resume, stop_signal.received
+            )
             if on_checkpoint and group.is_first:
                 on_checkpoint(mine.label, found.step)
         for label, outcome in comm.allgather((mine.label, found)):

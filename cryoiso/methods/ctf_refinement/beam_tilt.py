@@ -52,7 +52,7 @@ def phase_sums(images: ImagePass, model: ImageModel) -> dict[int, PhaseSums]:
     """Sums of every optics group with particles, on every rank (collective)."""
     groups = images.particles.groups
     used = np.unique(images.particles.optics).tolist()
-    totals = {g: np.zeros((3, images.where(groups[g]).size), np.int64) for g in used}
+    totals = {g: np.zeros((3, images.disc(groups[g]).size), np.int64) for g in used}
 
     def work(block: Observed) -> None:
         cross, weight = _block_sums(block, model)
@@ -65,13 +65,13 @@ def phase_sums(images: ImagePass, model: ImageModel) -> dict[int, PhaseSums]:
     sums = {}
     for g in used:
         real, imag, weight = images.comm.sum_all(totals[g]) / UNIT
-        fy, fx = true_frequencies(images.where(groups[g]), groups[g])
+        fy, fx = true_frequencies(images.disc(groups[g]), groups[g])
         sums[g] = PhaseSums(real + 1j * imag, weight, fy.numpy(), fx.numpy())
     return sums
 
 
 def _block_sums(block: Observed, model: ImageModel) -> tuple[Tensor, Tensor]:
-    shell = np.minimum(block.batch.where.shell, model.sigma2.shape[1] - 1)
+    shell = np.minimum(block.batch.disc.shell, model.sigma2.shape[1] - 1)
     inverse = torch.as_tensor(1.0 / model.sigma2[block.batch.group][:, shell])
     predicted = model.scale[block.half] * block.batch.ctf * block.slices
     return (predicted.conj() * block.data).to(torch.complex128) * inverse, predicted.abs().square().double() * inverse

@@ -35,7 +35,7 @@ def quarter_turned(particles: Particles) -> Particles:
 
 def derivative_of_ctf(turned: Particles, block: Observed) -> Float[Tensor, "n k"]:
     """(B, K) float32: dc/d(phase) of a block's images, from ``quarter_turned`` particles."""
-    freq = block.batch.where.frequencies(block.group.pixel_size_A)
+    freq = block.batch.disc.frequencies(block.group.pixel_size_A)
     return ctf_for(turned, block.batch.rows, freq_invA=freq)
 
 

@@ -37,8 +37,8 @@ class ImageModel:
     def whitened(self, block: Observed) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
         """(B, K) each: 2 a Re(P* x) / sigma^2 and 2 a^2 |P|^2 / sigma^2, zero coarser than COARSEST_A; the
         log-likelihood of a CTF c is sum(first c - second c^2 / 2) over Friedel pairs."""
-        where, a = block.batch.where, self.scale[block.half]
-        shell = np.minimum(where.shell, self.sigma2.shape[1] - 1)
+        disc, a = block.batch.disc, self.scale[block.half]
+        shell = np.minimum(disc.shell, self.sigma2.shape[1] - 1)
         fy, fx = block.frequencies()
         used = ((fy * fy + fx * fx) >= COARSEST_A**-2).numpy()
         inverse = torch.as_tensor((2.0 / self.sigma2[block.batch.group])[:, shell] * used)
@@ -64,7 +64,7 @@ class ShellSums:
         """Add a block of images."""
         model = block.slices * block.batch.ctf
         parts = (block.data.abs().square(), (model.conj() * block.data).real, model.abs().square())
-        shell = torch.as_tensor(np.minimum(block.batch.where.shell, self.values.shape[-1] - 1))
+        shell = torch.as_tensor(np.minimum(block.batch.disc.shell, self.values.shape[-1] - 1))
         for k, part in enumerate((*parts, torch.ones_like(parts[0]))):
             each = torch.zeros(len(part), self.values.shape[-1], dtype=torch.float64)
             each.index_add_(1, shell, part.double())

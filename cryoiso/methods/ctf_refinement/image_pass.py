@@ -43,12 +43,12 @@ class Observed:
 
     def frequencies(self) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
         """(K,) each: (fy, fx) in 1/Å, magnification corrected, at which the CTF is evaluated."""
-        return true_frequencies(self.batch.where, self.group)
+        return true_frequencies(self.batch.disc, self.group)
 
 
-def true_frequencies(where: Disc, group: OpticsGroup) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
+def true_frequencies(disc: Disc, group: OpticsGroup) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
     """(K,) each: (fy, fx) in 1/Å of the coefficients of a group's images, magnification corrected."""
-    return magnify(*where.frequencies(group.pixel_size_A), group.magnification)
+    return magnify(*disc.frequencies(group.pixel_size_A), group.magnification)
 
 
 class ImagePass:
@@ -78,7 +78,7 @@ class ImagePass:
         self.half = particles.half
         self.plan = self.reader.plan(HALVES)
 
-    def where(self, group: OpticsGroup) -> Disc:
+    def disc(self, group: OpticsGroup) -> Disc:
         """Coefficients of the images of an optics group."""
         return self.reader.disc_of(self.radius_px, self.reader.matrix(group))
 
@@ -122,6 +122,6 @@ class ImagePass:
         pose = with_magnification(torch.as_tensor(self.rotation[rows], dtype=torch.float32), batch.magnification)
         return Observed(
             batch=batch, half=half, group=self.particles.groups[batch.group[0]],
-            data=batch.coefficients * shift_factors(batch.where, content_px),
-            slices=self.volumes[half].slices(pose, batch.where),
+            data=batch.coefficients * shift_factors(batch.disc, content_px),
+            slices=self.volumes[half].slices(pose, batch.disc),
         )  # fmt: skip

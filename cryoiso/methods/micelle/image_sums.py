@@ -116,7 +116,7 @@ class SumPass:
         weigh(batch, content_px, data, weight)
         for operation in self.operations:
             pose = torch.as_tensor(self.rotation[rows] @ operation, dtype=torch.float32, device=batch.ctf.device)
-            accumulator.insert(data, weight, with_magnification(pose, batch.magnification), batch.where)
+            accumulator.insert(data, weight, with_magnification(pose, batch.magnification), batch.disc)
         y = batch.coefficients.cpu().numpy()
         power = y.real.astype(np.float64) ** 2 + y.imag.astype(np.float64) ** 2
         counted = batch.power_weight(full_from=LEAST_CTF)

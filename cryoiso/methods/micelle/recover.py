@@ -16,7 +16,7 @@ from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io import checkpoint
 from cryoiso.methods.micelle.image_sums import MicelleSums, SumPass
-from cryoiso.methods.micelle.normal_equations import SolutionGrid, NormalEquations
+from cryoiso.methods.micelle.normal_equations import NormalEquations, SolutionGrid
 from cryoiso.methods.micelle.protein import ProteinMask
 from cryoiso.methods.micelle.solve import CgState, start, step
 from cryoiso.parallel.abort import agree, on_root

@@ -71,13 +71,13 @@ class MapCorrection:
     def __call__(self, state: HalfMaps, comm: Any) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
         """Next references and numbers for the iteration's record. Collective; see ``core.protocols``."""
         mask = on_root(comm, support, state)
-        transfer = on_root(comm, self._transfer, state, mask)
+        fsc_filter = on_root(comm, self._transfer, state, mask)
         inputs = self._by_half(comm, lambda half: self._prepared(state, half, mask))
-        facts: dict[str, Any] = {"applied": True, "mean_transfer": _rounded(mean_inside(transfer, state))}
+        facts: dict[str, Any] = {"applied": True, "mean_transfer": _rounded(mean_inside(fsc_filter, state))}
         if self.realign.correct:
-            inputs, learnt = self._without_anisotropy(state, inputs, self._known(state, transfer), mask, comm)
+            inputs, learnt = self._without_anisotropy(state, inputs, self._known(state, fsc_filter), mask, comm)
             facts |= learnt
-        made = self._by_half(comm, lambda half: self._finished(state, half, inputs[half], transfer, mask))
+        made = self._by_half(comm, lambda half: self._finished(state, half, inputs[half], fsc_filter, mask))
         facts["scale"] = {str(half): extremes(made[half][1], state) for half in HALVES}
         if comm.rank == 0:
             logger.info("iteration %d: references corrected%s", state.iteration, _in_words(facts))
@@ -100,10 +100,10 @@ class MapCorrection:
         clipped: np.ndarray = np.clip(found, 0.0, 1.0)
         return clipped
 
-    def _known(self, state: HalfMaps, transfer: np.ndarray) -> np.ndarray:
+    def _known(self, state: HalfMaps, fsc_filter: np.ndarray) -> np.ndarray:
         """What the correction need not infer: the measured directions, and all of the low resolution that was kept."""
         kept_A = self.realign.keep_lowres_A
-        return np.maximum(transfer, band(len(transfer), state.pixel_size_A, kept_A)) if kept_A else transfer
+        return np.maximum(fsc_filter, band(len(fsc_filter), state.pixel_size_A, kept_A)) if kept_A else fsc_filter
 
     def _prepared(self, state: HalfMaps, half: int, mask: np.ndarray) -> np.ndarray:
         """What the network gets to see of a half."""
@@ -123,7 +123,7 @@ class MapCorrection:
         return volume
 
     def _finished(
-        self, state: HalfMaps, half: int, volume: np.ndarray, transfer: np.ndarray, mask: np.ndarray
+        self, state: HalfMaps, half: int, volume: np.ndarray, fsc_filter: np.ndarray, mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The next reference and the factors of its shells."""
         r, original, limit = self.realign, state.references[half], (state.pixel_size_A, state.resolution_A)
@@ -131,12 +131,12 @@ class MapCorrection:
             volume = lowpass_at(volume, *limit)
         last_shell = int(shell_of(state) - EDGE_SHELLS / 2)
         volume, factor = match_scale(
-            volume, original, transfer, mask=mask, by_shell=r.match_scale, last_shell=last_shell
+            volume, original, fsc_filter, mask=mask, by_shell=r.match_scale, last_shell=last_shell
         )  # fmt: skip
         return (volume if r.lowpass else volume + original - lowpass_at(original, *limit)), factor
 
     def _without_anisotropy(
-        self, state: HalfMaps, inputs: dict[int, np.ndarray], transfer: np.ndarray, mask: np.ndarray, comm: Any
+        self, state: HalfMaps, inputs: dict[int, np.ndarray], fsc_filter: np.ndarray, mask: np.ndarray, comm: Any
     ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
         from cryoiso.methods.anisotropy.correct import correct_halves
         from cryoiso.methods.anisotropy.settings import resolve
@@ -149,9 +149,9 @@ class MapCorrection:
         if warm and retrain == "never":
             settings = replace(settings, epochs=0)
         work = state.folder / f"correction-{state.iteration:03d}"
-        resume = on_root(comm, _open, work, fingerprint(inputs, transfer, mask, settings, warm))
+        resume = on_root(comm, _open, work, fingerprint(inputs, fsc_filter, mask, settings, warm))
         found = correct_halves(
-            {half: DensityMap(inputs[half], state.pixel_size_A) for half in HALVES}, transfer, mask, settings, comm,
+            {half: DensityMap(inputs[half], state.pixel_size_A) for half in HALVES}, fsc_filter, mask, settings, comm,
             work, seed=int(generator(self.seed, "misalignment", state.iteration).integers(2**31)), resume=resume,
             warm=warm, resolution_A=state.resolution_A,
         )  # fmt: skip
@@ -176,12 +176,12 @@ def support(state: HalfMaps) -> np.ndarray:
         return np.asarray(sphere_mask(len(mean), 0.4 * len(mean), 0.08 * len(mean)), np.float32)
 
 
-def mean_inside(transfer: np.ndarray, state: HalfMaps) -> float:
+def mean_inside(fsc_filter: np.ndarray, state: HalfMaps) -> float:
     """Mean of a centred filter over all coefficients up to the resolution: 1 if every direction was measured."""
-    axis2 = (np.arange(len(transfer)) - len(transfer) // 2.0) ** 2
+    axis2 = (np.arange(len(fsc_filter)) - len(fsc_filter) // 2.0) ** 2
     r2 = axis2[:, None, None] + axis2[:, None] + axis2
     inside = (r2 > 0) & (r2 <= shell_of(state) ** 2)
-    return float(transfer[inside].mean()) if inside.any() else 1.0
+    return float(fsc_filter[inside].mean()) if inside.any() else 1.0
 
 
 def shell_of(state: HalfMaps) -> float:
@@ -195,10 +195,12 @@ def extremes(factor: np.ndarray, state: HalfMaps) -> list[float]:
     return [_rounded(float(x)) for x in (factor[1 : last + 1].min(), factor[1 : last + 1].max())]
 
 
-def fingerprint(inputs: dict[int, np.ndarray], transfer: np.ndarray, mask: np.ndarray, settings: Any, warm: Any) -> str:
+def fingerprint(
+    inputs: dict[int, np.ndarray], fsc_filter: np.ndarray, mask: np.ndarray, settings: Any, warm: Any
+) -> str:
     """A hash of everything that a training depends on, so that an interrupted one goes on only with the same."""
     digest = hashlib.blake2b(digest_size=16)
-    for array in (*inputs.values(), transfer, mask):
+    for array in (*inputs.values(), fsc_filter, mask):
         digest.update(np.ascontiguousarray(array).tobytes())
     digest.update(f"{settings} {sorted((warm or {}).items())}".encode())
     return digest.hexdigest()

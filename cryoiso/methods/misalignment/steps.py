@@ -145,7 +145,7 @@ def lowpass_at(
 def match_scale(
     corrected: Float[np.ndarray, "box box box"],
     original: Float[np.ndarray, "box box box"],
-    transfer: Float[np.ndarray, "box box box"] | None = None,
+    fsc_filter: Float[np.ndarray, "box box box"] | None = None,
     *,
     mask: Float[np.ndarray, "box box box"] | None = None,
     by_shell: bool = True,
@@ -160,7 +160,7 @@ def match_scale(
     Args:
         corrected: (D, D, D), f.
         original: (D, D, D), x0.
-        transfer: (D, D, D) centred filter A in [0, 1], 1 where a direction was measured; None: everywhere.
+        fsc_filter: (D, D, D) centred filter A in [0, 1], 1 where a direction was measured; None: everywhere.
         mask: (D, D, D), multiplies both before the fit; the result is not masked.
         by_shell: False: one factor for all shells.
         last_shell: finer ones get its factor, so that a filter's edge beyond it is not undone; None: the last of all.
@@ -174,9 +174,9 @@ def match_scale(
     _same_shape(corrected, original)
     f, x0 = (_transform(v if mask is None else v * np.asarray(mask, v.dtype)) for v in (corrected, original))
     weight: Tensor | float = 1.0
-    if transfer is not None:
-        _same_shape(transfer, original)
-        weight = half_layout(transfer).double()
+    if fsc_filter is not None:
+        _same_shape(fsc_filter, original)
+        weight = half_layout(fsc_filter).double()
     terms = weight * (x0 * f.conj()).real, weight * f.abs().square()
     if by_shell:
         cross, power = (radial_average(term, dims=3).numpy() for term in terms)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cryoiso.core.rng import generator, shuffle_keys
 from cryoiso.core.types import DensityMap, Particles
-from cryoiso.physics.fourier import disc, fourier_to_images, pad_volume, shift_phases
+from cryoiso.physics.fourier import fourier_disc, fourier_to_images, pad_volume, shift_phases
 from cryoiso.physics.nuisances.settings import Neighbours
 from cryoiso.physics.nuisances.shape import Outline
 from cryoiso.physics.projection import FourierVolume, magnified, scatter_to_half_plane
@@ -147,7 +147,7 @@ class CopyProjector:
         """Sums of the copies of particles of one optics group; ``place`` is each copy's position in ``rows``."""
         group, wide = particles.groups[g], 2 * self.box_px
         largest = float(np.linalg.norm(np.reshape(group.magnification, (2, 2)), 2))
-        seen = disc(wide, 2 * ((self.box_px - 1) // 2) / max(largest, 1.0), with_dc=True)
+        seen = fourier_disc(wide, 2 * ((self.box_px - 1) // 2) / max(largest, 1.0), with_dc=True)
         poses = torch.from_numpy(np.ascontiguousarray(copies.rotation[index], np.float32))
         if group.magnification != (1.0, 0.0, 0.0, 1.0):
             poses = magnified(poses, torch.tensor(group.magnification, dtype=poses.dtype).reshape(2, 2))

@@ -136,8 +136,8 @@ class NuisanceSource:
             )
             for v in np.unique(variant).tolist():
                 place = where[variant == v]
-                made = self._projector(kind, v, grid).images(self.particles, rows[place])
-                images[torch.from_numpy(place)] = made
+                projections = self._projector(kind, v, grid).images(self.particles, rows[place])
+                images[torch.from_numpy(place)] = projections
         if len(self.truth.copies.of(rows)[0]):
             images += self._copy_projector(grid).images(self.particles, rows, self.truth.copies)
         return images

@@ -133,16 +133,16 @@ def _with_optics(base: Particles, optics: Optics, layout: MicrographTruth, seed:
     scatter = [optics.beam_tilt_sd_mrad * normals(seed, f"beam tilt {a}", number) for a in "xy"]
     first = base.groups[0]
     grids = ((first.box_px, first.pixel_size_A), *optics.grids)
-    made = []
+    new_groups = []
     for i, group in enumerate(groups):
         tilt = tuple(float(group.beam_tilt_mrad[k] + optics.beam_tilt_mrad[k] + scatter[k][i]) for k in (0, 1))
         new: dict[str, Any] = {"beam_tilt_mrad": tilt}
         if optics.count > 1:
             box, pixel = grids[i % len(grids)]
             new |= {"number": i + 1, "name": f"opticsGroup{i + 1}", "box_px": box, "pixel_size_A": pixel}
-        made.append(replace(group, **new))
+        new_groups.append(replace(group, **new))
     of = base.optics if optics.count == 1 else (layout.of % optics.count).astype(np.int32)
-    return replace(base, groups=tuple(made), optics=of)
+    return replace(base, groups=tuple(new_groups), optics=of)
 
 
 def _require_room(groups: tuple[OpticsGroup, ...], diameter_A: float) -> None:

@@ -177,7 +177,9 @@ def facts_of(section: LaunchSection, job: Job, job_file: Path, run: Path, script
     return {**_cryosparc_words(facts, start, program, words), **facts, **section.variables}
 
 
-def _cryosparc_words(facts: dict[str, Any], start: RankLauncher, program: list[str], words: list[str]) -> dict[str, Any]:
+def _cryosparc_words(
+    facts: dict[str, Any], start: RankLauncher, program: list[str], words: list[str]
+) -> dict[str, Any]:
     """What cryoSPARC's cluster scripts call these things; its counts are those of one node."""
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or "user"
     return {

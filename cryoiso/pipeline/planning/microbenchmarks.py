@@ -35,7 +35,7 @@ def timings(p: Problem, device: str) -> Timed:
 
 def _search(p: Problem, device: str) -> Timed:
     from cryoiso.physics.backproject import SliceAccumulator
-    from cryoiso.physics.fourier import disc
+    from cryoiso.physics.fourier import fourier_disc
     from cryoiso.physics.projection import FourierVolume
     from cryoiso.physics.so3 import random_rotations
     from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, local_scores
@@ -47,15 +47,15 @@ def _search(p: Problem, device: str) -> Timed:
     density = torch.from_numpy(draw.standard_normal((box,) * 3).astype(np.float32)).to(device)
     volume = FourierVolume.from_volume(density, padding)
     radius = (box - 1) // 2
-    coarse, fine = disc(box, min(12, radius)), disc(box, max(2, 2 * radius // 3))
-    whole = disc(box, radius)
+    coarse, fine = fourier_disc(box, min(12, radius)), fourier_disc(box, max(2, 2 * radius // 3))
+    whole = fourier_disc(box, radius)
     turns = torch.as_tensor(random_rotations(draw, 8 * VIEWS), dtype=torch.float32, device=device)
     shifts = disc_of_shifts(2.2, 1.0)[:SHIFTS].to(device)
     prior = torch.zeros(len(shifts), device=device)
 
-    def images(where: Any, count: int) -> Whitened:
-        data = torch.randn(count, where.size, dtype=torch.complex64, device=device)
-        return Whitened(data, torch.rand(count, where.size, device=device), where, None)
+    def images(disc: Any, count: int) -> Whitened:
+        data = torch.randn(count, disc.size, dtype=torch.complex64, device=device)
+        return Whitened(data, torch.rand(count, disc.size, device=device), disc, None)
 
     slices = ReferenceSlices.of(volume, turns[:VIEWS], coarse, None)
     narrow, wide = images(coarse, IMAGES), images(fine, IMAGES)
@@ -85,15 +85,15 @@ def _reading(p: Problem, device: str) -> Timed:
     """Transform and CTF; the disk's part is not in it."""
     from cryoiso.core.types import OpticsGroup, Particles
     from cryoiso.physics.contrast_transfer import ctf_for
-    from cryoiso.physics.fourier import disc, images_to_fourier
+    from cryoiso.physics.fourier import fourier_disc, images_to_fourier
 
     pixels = torch.randn(IMAGES, p.box_px, p.box_px, device=device)
-    where = disc(p.box_px, (p.box_px - 1) // 2)
+    disc = fourier_disc(p.box_px, (p.box_px - 1) // 2)
     particles = _particles(p, OpticsGroup, Particles)
-    frequency = where.frequencies(p.pixel_size_A)
+    frequency = disc.frequencies(p.pixel_size_A)
 
     def prepare() -> Any:
-        made = where.gather(images_to_fourier(pixels)).to(torch.complex64)
+        made = disc.gather(images_to_fourier(pixels)).to(torch.complex64)
         return made, ctf_for(particles, np.arange(IMAGES), p.box_px, freq_invA=frequency, device=device)
 
     return {"read": (float(IMAGES * p.box_px**2), prepare)}

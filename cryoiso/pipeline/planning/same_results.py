@@ -34,43 +34,43 @@ def comparisons(device: str) -> list[KernelComparison]:
     import torch
 
     from cryoiso.physics.backproject import SliceAccumulator
-    from cryoiso.physics.fourier import disc
+    from cryoiso.physics.fourier import fourier_disc
     from cryoiso.physics.projection import FourierVolume
     from cryoiso.physics.so3 import random_rotations
     from cryoiso.refine.likelihood import ReferenceSlices, Whitened, global_scores, local_scores, local_scores_torch
 
     g, on_cpu = torch.Generator().manual_seed(1), torch.device(device).type == "cpu"
-    where = disc(BOX_PX, BOX_PX // 2 - 1)
+    disc = fourier_disc(BOX_PX, BOX_PX // 2 - 1)
     volume = FourierVolume.from_volume(torch.randn(BOX_PX, BOX_PX, BOX_PX, generator=g))
-    data = torch.randn(IMAGES, where.size, dtype=torch.complex64, generator=g)
-    white = Whitened(data, torch.rand(IMAGES, where.size, generator=g), where, None)
+    data = torch.randn(IMAGES, disc.size, dtype=torch.complex64, generator=g)
+    white = Whitened(data, torch.rand(IMAGES, disc.size, generator=g), disc, None)
     rotation = torch.as_tensor(random_rotations(np.random.default_rng(1), IMAGES * VIEWS), dtype=torch.float32)
     row = torch.arange(IMAGES).repeat_interleave(VIEWS)
     shift = torch.randn(IMAGES, 2, generator=g).repeat_interleave(VIEWS, 0)
-    there = Whitened(data.to(device), white.weight.to(device), where, None)
+    there = Whitened(data.to(device), white.weight.to(device), disc, None)
     volume_there = FourierVolume(volume.grid.to(device), BOX_PX, volume.padding, volume.radius_px)
     row_there, rotation_there, shift_there = row.to(device), rotation.to(device), shift.to(device)
     if on_cpu:
-        slices = volume.slices_torch(rotation, where)
+        slices = volume.slices_torch(rotation, disc)
         scores = local_scores_torch(white, volume, row, rotation, shift, 0.5)
     else:
-        slices = volume_there.slices(rotation_there, where)
+        slices = volume_there.slices(rotation_there, disc)
         scores = local_scores(there, volume_there, row_there, rotation_there, shift_there, 0.5, VIEWS)
     found = [
-        ("slices", slices, volume.slices(rotation, where), 1e-5),
+        ("slices", slices, volume.slices(rotation, disc), 1e-5),
         ("local", scores, local_scores(white, volume, row, rotation, shift, 0.5), 1e-4),
     ]
     if not on_cpu:
         shifts, even = torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
         one, two = (
-            global_scores(w, ReferenceSlices.of(v, r, where, None), shifts.to(r.device), even.to(r.device))
+            global_scores(w, ReferenceSlices.of(v, r, disc, None), shifts.to(r.device), even.to(r.device))
             for w, v, r in ((there, volume_there, rotation_there), (white, volume, rotation))
         )
         found.append(("gemm", one, two, 2e-3))  # TF32
     here, elsewhere = SliceAccumulator.empty(BOX_PX), SliceAccumulator.empty(BOX_PX, device=device)
-    here.insert(white.data, white.weight, rotation[::VIEWS], where)
+    here.insert(white.data, white.weight, rotation[::VIEWS], disc)
     insert = elsewhere.insert_torch if on_cpu else elsewhere.insert
-    insert(there.data, there.weight, rotation_there[::VIEWS], where)
+    insert(there.data, there.weight, rotation_there[::VIEWS], disc)
     found.append(("insert", elsewhere.grid, here.grid, 1e-5))
     return [KernelComparison(name, _difference(one, two), allowed) for name, one, two, allowed in found]
 

@@ -43,7 +43,7 @@ POSTERIOR_VIEWS = 4
 CLASS_ITERATIONS = 12
 """Of a classification."""
 ALIVE = 0.5
-"""Share of the beam that goes on."""
+"""Share of the candidates that are refined further."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def iterations(p: Problem, n: int, ranks: int, assumed: Assumed, local_deg: floa
         views, shifts = len(grid), len(plan.shifts_px)
         image = add(
             {"gemm": _coefficients(plan.coarse_radius_px) * views * (4.0 * shifts + 2)},
-            *({"local": 8 * ALIVE * level.beam * _coefficients(level.radius_px)} for level in plan.levels),
+            *({"local": 8 * ALIVE * level.max_candidates * _coefficients(level.radius_px)} for level in plan.levels),
             {"insert": POSTERIOR_VIEWS * _coefficients(inserted)},
             {} if kept else {"read": float(p.box_px**2)},
         )

@@ -53,7 +53,7 @@ class CorrectionFiles:
     out: Path
     section: CorrectSection
     mask: Path | None = None
-    transfer: Path | None = None
+    fsc_filter: Path | None = None
     """Filter (D, D, D); None: measured, or a missing cone."""
     missing_cone_deg: float | None = None
     axis: tuple[float, float, float] = (0.0, 0.0, 1.0)
@@ -108,14 +108,14 @@ def _here(function: Any, *args: Any) -> Any:
 
 
 def _begin(task: CorrectionFiles) -> None:
-    if len(task.maps) == 1 and task.transfer is None and task.missing_cone_deg is None:
+    if len(task.maps) == 1 and task.fsc_filter is None and task.missing_cone_deg is None:
         raise UsageError(
             "a single map needs --missing-cone or --filter; otherwise give both half-maps",
             code="option-missing",
         )
-    if task.transfer is not None and task.missing_cone_deg is not None:
+    if task.fsc_filter is not None and task.missing_cone_deg is not None:
         raise UsageError("--missing-cone and --filter exclude each other", code="options-conflict")
-    for path in (*task.maps.values(), task.mask, task.transfer):
+    for path in (*task.maps.values(), task.mask, task.fsc_filter):
         if path is not None and not path.is_file():
             raise InputError("no such file", file=path, code="file-not-found")
     task.out.mkdir(parents=True, exist_ok=True)
@@ -143,20 +143,20 @@ def _write_filter(task: CorrectionFiles) -> float | None:
         limit_A = resolution_at(curve, 0.143, box, pixel)
         if limit_A >= box * pixel / FEW_SHELLS:
             logger.warning("%s; are these the two half-maps of one particle, in one frame?", NOTHING_MEASURED)
-    if task.transfer is not None:
-        transfer = checked(read_map(task.transfer, pixel).data, box, task.transfer)
+    if task.fsc_filter is not None:
+        fsc_filter = checked(read_map(task.fsc_filter, pixel).data, box, task.fsc_filter)
     elif task.missing_cone_deg is not None:
-        transfer = missing_cone(box, task.missing_cone_deg, task.axis)
+        fsc_filter = missing_cone(box, task.missing_cone_deg, task.axis)
     else:
         last = box // 2 if limit_A is None else min(box // 2, int(np.ceil(box * pixel / limit_A)) + 1)
         found = fsc3d(known[1].data, known[2].data, mask, cone_deg=task.section.cone_deg, max_shell=last)
-        transfer = checked(np.clip(found, 0, 1), box)
+        fsc_filter = checked(np.clip(found, 0, 1), box)
     if curve is not None and (seen := seen_shells(curve, float(np.mean(mask)))) < len(curve) - 1:
-        transfer = nothing_beyond(transfer, seen)
+        fsc_filter = nothing_beyond(fsc_filter, seen)
         if limit_A is not None and _is_short(seen, box * pixel / limit_A):
             up_to = f"{box * pixel / seen:.1f} Å" if seen else "no resolution"
             logger.warning("the half-maps agree beyond chance up to %s only: nothing finer is inferred", up_to)
-    write_map(task.out / products.FILTER, np.asarray(transfer, np.float32), pixel)
+    write_map(task.out / products.FILTER, np.asarray(fsc_filter, np.float32), pixel)
     return limit_A
 
 
@@ -213,13 +213,13 @@ def _corrected(
 
     settings = replace(resolve(task.section, comm.device()), mode=task.mode)
     board.expect(0, 1, lines=settings.rounds if task.warm is None else 1)
-    transfer, mask = (on_root(comm, read_map, task.out / name).data for name in (products.FILTER, products.MASK))
+    fsc_filter, mask = (on_root(comm, read_map, task.out / name).data for name in (products.FILTER, products.MASK))
     warm = None
     if task.warm is not None:
         labels = [str(half) for half in task.maps] if task.alone else ["both"]
         warm = {label: network_file(task.warm, label) for label in labels}
     return correct_halves(
-        maps, transfer, mask, settings, comm, task.out, seed=task.seed, resume=resume, warm=warm, resolution_A=limit_A
+        maps, fsc_filter, mask, settings, comm, task.out, seed=task.seed, resume=resume, warm=warm, resolution_A=limit_A
     )
 
 
@@ -268,7 +268,7 @@ def _facts(
     task: CorrectionFiles, parts: dict[int, Any], share: np.ndarray, limit_A: float, curves: dict[str, Any]
 ) -> Any:
     mask = read_map(task.out / products.MASK)
-    transfer = read_map(task.out / products.FILTER)
+    fsc_filter = read_map(task.out / products.FILTER)
     inside, length_A = share[mask.data > 0.5], mask.box_px * mask.pixel_size_A
     networks = {label: one for facts, _ in parts.values() for label, one in facts["networks"].items()}
     history = {label: records for _, records in parts.values() for label, records in records.items()}
@@ -279,7 +279,7 @@ def _facts(
         "pixel_size_A": mask.pixel_size_A,
         "resolution_A": limit_A,
         "keep_measured": task.section.keep_measured,
-        "filter_mean": _mean_within(transfer, limit_A),
+        "filter_mean": _mean_within(fsc_filter, limit_A),
         "measured_share_mean": float(inside.mean()) if inside.size else None,
         "settings": next(iter(parts.values()))[0]["settings"],
         "networks": networks,
@@ -311,11 +311,11 @@ def _columns(records: list[dict[str, Any]]) -> list[str]:
     return [key for key, value in (records[-1] if records else {}).items() if isinstance(value, int | float)]
 
 
-def _mean_within(transfer: DensityMap, limit_A: float) -> float:
+def _mean_within(fsc_filter: DensityMap, limit_A: float) -> float:
     from cryoiso.methods.anisotropy.filter import radii
 
-    r = radii(transfer.box_px)
-    return float(transfer.data[(r > 0) & (r <= transfer.box_px * transfer.pixel_size_A / limit_A)].mean())
+    r = radii(fsc_filter.box_px)
+    return float(fsc_filter.data[(r > 0) & (r <= fsc_filter.box_px * fsc_filter.pixel_size_A / limit_A)].mean())
 
 
 def _curves(task: CorrectionFiles) -> dict[str, Any]:

@@ -165,7 +165,11 @@ def _courses(
     if section.generators == "shared":
         whole = _filtered(references[1], section.condition_lowpass_A)
         facts = {**facts, "half": 0}
-        return [GeneratorTraining("both", np.arange(len(half)), whole, folder / "both", folder / products.SHARED_GENERATOR, facts)]
+        return [
+            GeneratorTraining(
+                "both", np.arange(len(half)), whole, folder / "both", folder / products.SHARED_GENERATOR, facts
+            )
+        ]
     courses = []
     for h in HALVES:
         rows = np.flatnonzero(half == h)
@@ -189,7 +193,11 @@ def _filtered(reference: DensityMap, lowpass_A: float) -> DensityMap:
 
 
 def _finish(
-    folder: Path, courses: list[GeneratorTraining], halves: dict[str, Any], settings: dict[str, Any], facts: dict[str, Any]
+    folder: Path,
+    courses: list[GeneratorTraining],
+    halves: dict[str, Any],
+    settings: dict[str, Any],
+    facts: dict[str, Any],
 ) -> None:
     """Curves and speeds; the checkpoints have done their duty."""
     times: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from cryoiso.refine.batches import Batch
 from cryoiso.refine.junk import FACTS, JunkJudge, log_cells
 from cryoiso.refine.leverage import Leverage, score_without
 from cryoiso.refine.likelihood import Whitened
-from cryoiso.refine.search import PriorPoses, Posterior, Searcher
+from cryoiso.refine.search import Posterior, PriorPoses, Searcher
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,13 +42,13 @@ def width(classes: int) -> int:
     return POSE + len(NAMES) + classes + len(FACTS)
 
 
-def at_given_poses(given: PriorPoses, score: Float[Tensor, " n"]) -> Posterior:
+def at_given_poses(poses: PriorPoses, score: Float[Tensor, " n"]) -> Posterior:
     """The posterior of images whose poses are known: one sample each, of log-likelihood ``score`` (B,)."""
-    assert given.rotation is not None
-    one, rotation, shift = torch.ones_like(score), given.rotation, given.shift_px
+    assert poses.rotation is not None
+    weight, rotation, shift = torch.ones_like(score), poses.rotation, poses.shift_px
     rows = torch.arange(len(score), device=score.device)
     none = torch.zeros_like(score)
-    return Posterior(rows, rotation, shift, one, rotation, shift, score, none, one, none)
+    return Posterior(rows, rotation, shift, weight, rotation, shift, score, none, weight, none)
 
 
 @dataclass
@@ -64,39 +64,41 @@ class ClassExpectation:
     """Of each class, None for an empty one; None: the references were not made of these images."""
     judge: JunkJudge | None = None
 
-    def __call__(self, batch: Batch, white: Whitened, given: PriorPoses | None) -> ClassPosterior:
+    def __call__(self, batch: Batch, white: Whitened, prior: PriorPoses | None) -> ClassPosterior:
         """
         Args:
-            given: poses of the batch, or what a search starts from.
+            prior: poses of the batch, or what a search starts from.
         """
-        each = [self._of_class(k, batch, white, given) for k in range(len(self.volumes))]
+        each = [self._of_class(k, batch, white, prior) for k in range(len(self.volumes))]
         parts = [posterior for posterior, _, _ in each]
         evidence = np.column_stack([p.log_evidence.double().cpu().numpy() for p in parts])
         with np.errstate(divide="ignore"):
             posterior, total = class_posterior(evidence + np.log(self.occupancy))
-        facts, particle = self._junk(white, each, posterior.argmax(1), total, given)
+        facts, particle = self._junk(white, each, posterior.argmax(1), total, prior)
         poses = best_poses(parts, posterior.argmax(1))
         largest = np.column_stack([p.max_weight.double().cpu().numpy() for p in parts])
         most = (posterior * largest).max(1) * particle
         table = np.column_stack([poses, total, most, particle, posterior, facts])
         return ClassPosterior(tuple(weighted(parts, posterior * particle[:, None])), table)
 
-    def _of_class(self, k: int, batch: Batch, white: Whitened, given: PriorPoses | None) -> tuple[Posterior, Tensor, Tensor]:
+    def _of_class(
+        self, k: int, batch: Batch, white: Whitened, prior: PriorPoses | None
+    ) -> tuple[Posterior, Tensor, Tensor]:
         """Posterior over the poses, its evidence without the image's own share in the reference; score at the best
         pose, likewise, and norm there: (B,) each."""
         volume = self.volumes[k]
         inner = white.within(volume.radius_px)
         if self.searchers is None:
-            assert given is not None and given.rotation is not None
-            score, norm = self._score(k, batch.rows, inner, given.rotation, given.shift_px)
-            return at_given_poses(given, score), score, norm
-        found = self.searchers[k].search(batch, white, given)
-        pose = found.best_rotation.float(), found.best_shift_px.float()
+            assert prior is not None and prior.rotation is not None
+            score, norm = self._score(k, batch.rows, inner, prior.rotation, prior.shift_px)
+            return at_given_poses(prior, score), score, norm
+        posterior = self.searchers[k].search(batch, white, prior)
+        pose = posterior.best_rotation.float(), posterior.best_shift_px.float()
         score, norm = self._score(k, batch.rows, inner, *pose)
         if self.leverage is not None:
             with_own = score_without(inner, volume, *pose, None)[0]
-            found = replace(found, log_evidence=found.log_evidence - (with_own - score))
-        return found, score, norm
+            posterior = replace(posterior, log_evidence=posterior.log_evidence - (with_own - score))
+        return posterior, score, norm
 
     def _score(
         self, k: int, rows: np.ndarray, white: Whitened, rotation: Tensor, shift_px: Tensor
@@ -107,17 +109,20 @@ class ClassExpectation:
 
     def _junk(
         self, white: Whitened, best: list[tuple[Posterior, Tensor, Tensor]], chosen: np.ndarray, total: np.ndarray,
-        given: PriorPoses | None,
+        prior: PriorPoses | None,
     ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Facts (B, 5) and probability of a particle (B,)."""
         if self.judge is None:
             return np.zeros((len(total), len(FACTS))), np.ones(len(total))
-        score, norm = _of_best([one[1] for one in best], chosen), _of_best([one[2] for one in best], chosen)
-        rotation = _of_best([one[0].best_rotation for one in best], chosen)
-        shift = _of_best([one[0].best_shift_px for one in best], chosen)
+        score, norm = (
+            _of_best([class_terms[1] for class_terms in best], chosen),
+            _of_best([class_terms[2] for class_terms in best], chosen),
+        )
+        rotation = _of_best([class_terms[0].best_rotation for class_terms in best], chosen)
+        shift = _of_best([class_terms[0].best_shift_px for class_terms in best], chosen)
         searched = self.judge.plan is not None
         evidence = total - (log_cells(self.judge.plan) if self.judge.plan is not None else 0.0)
-        around = (None if given is None else given.shift_px) if searched else shift.float()
+        around = (None if prior is None else prior.shift_px) if searched else shift.float()
         facts = self.judge.facts(white.within(self.volumes[0].radius_px), score, norm, evidence, around)
         return facts, self.judge.particle_probability(facts, rotation)
 
@@ -154,15 +159,15 @@ def best_poses(parts: list[Posterior], best: Int[np.ndarray, " n"]) -> Float[np.
 def weighted(parts: list[Posterior], share: Float[np.ndarray, "n classes"]) -> list[Posterior]:
     """Each class's samples with their weights multiplied by its share (B, K) of the image; those without any left
     out."""
-    found = []
+    weighted_posteriors = []
     for k, p in enumerate(parts):
         factor = _column(share, k, p.weight)[p.particle]
         rows = factor > 0
-        found.append(replace(
+        weighted_posteriors.append(replace(
             p, particle=p.particle[rows], rotation=p.rotation[rows], shift_px=p.shift_px[rows],
             weight=(p.weight * factor)[rows],
         ))  # fmt: skip
-    return found
+    return weighted_posteriors
 
 
 def _column(share: np.ndarray, k: int, like: Tensor) -> Tensor:

@@ -57,20 +57,22 @@ def initial_classes(task: Classification) -> ClassModel:
 
 def _scaled(task: Classification, sigma2: np.ndarray, state: ScheduleState) -> Maps:
     """The given maps, low-passed and on the grey scale of the images; one for both halves."""
-    found: Maps = []
-    for number, given in enumerate(task.request.maps, 1):
-        first = task.run.first_reference(given, task.settings.lowpass_A)
+    scaled_maps: Maps = []
+    for number, class_map in enumerate(task.request.maps, 1):
+        first = task.run.first_reference(class_map, task.settings.lowpass_A)
         if task.searched:
             scale = grey_scale(task.run, first, sigma2, state)
         else:
             scale = _scale_at_given_poses(task, first, sigma2, state)
         if task.comm.rank == 0:
             logger.info("reference %d: grey scale multiplied by %.4g to match the images", number, scale)
-        found.append(dict.fromkeys(HALVES, (first * scale).astype(np.float32)))
-    return found
+        scaled_maps.append(dict.fromkeys(HALVES, (first * scale).astype(np.float32)))
+    return scaled_maps
 
 
-def _scale_at_given_poses(task: Classification, reference: np.ndarray, sigma2: np.ndarray, state: ScheduleState) -> float:
+def _scale_at_given_poses(
+    task: Classification, reference: np.ndarray, sigma2: np.ndarray, state: ScheduleState
+) -> float:
     """Least-squares factor between a map's projections at the given poses and the images (collective).
 
     Raises:
@@ -80,7 +82,7 @@ def _scale_at_given_poses(task: Classification, reference: np.ndarray, sigma2: n
     tensor = torch.as_tensor(reference, device=run.device)
     volume = FourierVolume.from_volume(tensor, run.settings.padding, state.radius_px)
     terms = np.zeros((len(task.particles), 2))
-    mine: list[tuple[np.ndarray, np.ndarray]] = []
+    own_terms: list[tuple[np.ndarray, np.ndarray]] = []
     for half in HALVES:
         batches, most = run.owned(half)
         for i in range(most):
@@ -88,12 +90,12 @@ def _scale_at_given_poses(task: Classification, reference: np.ndarray, sigma2: n
             if i < len(batches):
                 batch = task.intensity.of(run.reader.read(batches[i], state.radius_px))
                 white = whiten(batch, sigma2).within(state.radius_px)
-                given = task.given(batches[i])
-                assert given is not None and given.rotation is not None
-                score, norm = score_and_norm(white, volume, given.rotation, given.shift_px)
+                poses = task.prior_poses(batches[i])
+                assert poses is not None and poses.rotation is not None
+                score, norm = score_and_norm(white, volume, poses.rotation, poses.shift_px)
                 both = torch.stack([score + norm / 2, norm], 1).double().cpu().numpy()
-                mine.append((batches[i], both))
-    for rows, values in (item for part in run.comm.allgather(mine) for item in part):
+                own_terms.append((batches[i], both))
+    for rows, values in (item for part in run.comm.allgather(own_terms) for item in part):
         terms[rows] = values
     cross, square = terms.T
     match = Match.of(np.column_stack([cross, -cross, square, square]))
@@ -121,10 +123,10 @@ def _without_junk(task: Classification, model: ClassModel) -> None:
     """
     settings = task.settings.model_copy(update={"classes": 1})
     alone = Classification(replace(task.request, settings=settings), task.comm, task.run.device, task.run.diameter)
-    found = initial_classes(alone)
+    classes = initial_classes(alone)
     for _ in range(STEPS_BEFORE):
-        found = alone.step(found)
-    model.particle, model.junk, model.sigma2 = found.particle, found.junk, found.sigma2
+        classes = alone.step(classes)
+    model.particle, model.junk, model.sigma2 = classes.particle, classes.junk, classes.sigma2
 
 
 def _of_subsets(task: Classification, model: ClassModel) -> tuple[Maps, Maps]:
@@ -146,9 +148,9 @@ def _of_subsets(task: Classification, model: ClassModel) -> tuple[Maps, Maps]:
     noise = NoiseSums.empty(*model.sigma2.shape)
     for half in HALVES:
         task.add_half(half, posterior, [nothing] * k, model, noise, sums)
-    made = task.make_maps(sums, task.weights(model.posterior, model.particle), model, model.sigma2, lowpass_A)
+    class_maps = task.make_maps(sums, task.weights(model.posterior, model.particle), model, model.sigma2, lowpass_A)
     low = [
-        {h: np.asarray(lowpass(torch.as_tensor(one[h]), run.pixel, lowpass_A), np.float32) for h in HALVES}
-        for one in made.references
+        {h: np.asarray(lowpass(torch.as_tensor(reference[h]), run.pixel, lowpass_A), np.float32) for h in HALVES}
+        for reference in class_maps.references
     ]
-    return low, share_out(run, made, model.state.radius_px)
+    return low, share_out(run, class_maps, model.state.radius_px)

@@ -66,12 +66,12 @@ class Classification:
         if not self.searched:
             self.particles.require_poses()
         self._half = np.asarray(self.particles.half)
-        given = self.settings.align != "global"  # intensities belong to the poses of the file
-        self.intensity = Intensity.given(self.particles) if given else Intensity.ones(len(self.particles))
+        keeps_poses = self.settings.align != "global"  # intensities belong to the poses of the file
+        self.intensity = Intensity.of_particles(self.particles) if keeps_poses else Intensity.ones(len(self.particles))
 
-    def given(self, rows: np.ndarray) -> PriorPoses | None:
+    def prior_poses(self, rows: np.ndarray) -> PriorPoses | None:
         """Poses of these particles, or what a search of them starts from."""
-        return self.run.given(rows) if self.searched else self.at_given_poses(rows)
+        return self.run.prior_poses(rows) if self.searched else self.at_given_poses(rows)
 
     def at_given_poses(self, rows: np.ndarray) -> PriorPoses:
         """Poses that these particles come with."""
@@ -88,7 +88,7 @@ class Classification:
         run.heed_empty(model.sigma2)
         noise = NoiseSums.empty(*model.sigma2.shape)
         plan = run.plan(state) if self.searched else None
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        results: list[tuple[np.ndarray, np.ndarray]] = []
         sums: list[dict[int, FourierSums]] = [{} for _ in range(model.classes)]
         views = {half: ViewCounts.empty() for half in HALVES}
         for half in HALVES:
@@ -98,14 +98,16 @@ class Classification:
                 batch: Batch, white: Whitened, expect: ClassExpectation = expect, half: int = half
             ) -> ClassPosterior:
                 raw = bool(self.run.raw[batch.rows[0]])
-                result = expect(batch, white, self.given(batch.rows)) if raw else self._evenly(batch, model.classes)
-                found.append((batch.rows, result.table))
+                result = (
+                    expect(batch, white, self.prior_poses(batch.rows)) if raw else self._evenly(batch, model.classes)
+                )
+                results.append((batch.rows, result.table))
                 for part in result.parts if self.searched and raw else ():
                     views[half].add(part.rotation, part.weight, run.cells)
                 return result
 
             self.add_half(half, posterior, expect.volumes, model, noise, sums)
-        table = gathered_rows(found, len(self.particles), width(model.classes), self.comm)
+        table = gathered_rows(results, len(self.particles), width(model.classes), self.comm)
         noise = NoiseSums(self.comm.sum_all(noise.power), self.comm.sum_all(noise.count))
         counts = {half: self.comm.sum_all(views[half].counts) for half in HALVES} if self.searched else {}
         return self._maximise(model, sums, noise, counts, table, plan, time.monotonic() - started)
@@ -123,15 +125,15 @@ class Classification:
     def _expectation(self, model: ClassModel, half: int, plan: SearchPlan | None) -> ClassExpectation:
         run, radius = self.run, model.state.radius_px
         volumes = [
-            FourierVolume.from_volume(torch.as_tensor(one[half], device=run.device), run.settings.padding, radius)
-            for one in model.references
+            FourierVolume.from_volume(torch.as_tensor(reference[half], device=run.device), run.settings.padding, radius)
+            for reference in model.references
         ]
         searchers = judge = None
         if plan is not None:
             prior = prior_of(model.views, half, run.request.symmetry, run.settings, run.device)
             searchers = [Searcher(plan, volume, prior) for volume in volumes]
         if self.settings.junk:
-            mean = sum(p * one[half] for p, one in zip(model.occupancy, model.references, strict=True))
+            mean = sum(p * reference[half] for p, reference in zip(model.occupancy, model.references, strict=True))
             judge = JunkJudge.of(mean, run.pixel, volumes[0], self.run.cones, model.junk, plan)
         return ClassExpectation(volumes, model.occupancy, searchers, self._leverage(model, half), judge)
 
@@ -140,8 +142,10 @@ class Classification:
             return None
         run, share = self.run, model.share()
         return [
-            Leverage.of(one[half], share[:, k], run.box, run.settings.padding, run.device) if one else None
-            for k, one in enumerate(model.total_weight)
+            Leverage.of(total_weight[half], share[:, k], run.box, run.settings.padding, run.device)
+            if total_weight
+            else None
+            for k, total_weight in enumerate(model.total_weight)
         ]
 
     def add_half(
@@ -205,15 +209,15 @@ class Classification:
         weight = self.weights(posterior, particle)
         occupancy = self._occupancy(self.weights(posterior, particle, raw=True))
         sigma2 = noise.spectra(model.sigma2)
-        made = self.make_maps(sums, weight, model, sigma2, self.run.settings.join_halves_A)
+        class_maps = self.make_maps(sums, weight, model, sigma2, self.run.settings.join_halves_A)
         rotation, shift_A = self._poses(model, table)
         junk = self._learn_junk(table, rotation)
         changed = self._changed(model, posterior, particle)
-        state = self._advance(model.state, made, changed, shift_A)
+        state = self._advance(model.state, class_maps, changed, shift_A)
         columns = {name: table[:, POSE + i].copy() for i, name in enumerate(NAMES) if name != "particle"}
         record: ClassIterationRecord = {
             "iteration": state.iteration,
-            "resolution_A": [None if r is None else round(r, 4) for r in made.resolution_A],
+            "resolution_A": [None if r is None else round(r, 4) for r in class_maps.resolution_A],
             "changed": changed,
             "occupancy": [round(float(v), 6) for v in occupancy * particle[raw].mean()],
             "search_resolution_A": self.run.box * self.run.pixel / model.state.radius_px,
@@ -228,9 +232,9 @@ class Classification:
         if self.comm.rank == 0:
             _report(record)
         return ClassModel(
-            state, made.references, sigma2, occupancy, rotation, shift_A, posterior.copy(),
-            particle.copy(), columns, share_out(self.run, made, state.radius_px), made.half_maps, made.maps, counts,
-            junk, [*model.history, record],
+            state, class_maps.references, sigma2, occupancy, rotation, shift_A, posterior.copy(),
+            particle.copy(), columns, share_out(self.run, class_maps, state.radius_px), class_maps.half_maps,
+            class_maps.maps, counts, junk, [*model.history, record],
         )  # fmt: skip
 
     def _occupancy(self, weight: np.ndarray) -> np.ndarray:
@@ -264,18 +268,20 @@ class Classification:
         now = assigned_classes(posterior, particle if self.settings.junk else None)
         return float((model.assigned(self.settings.junk) != now)[self.run.raw].mean())
 
-    def _advance(self, state: ScheduleState, made: ClassMaps, changed: float, shift_A: np.ndarray) -> ScheduleState:
+    def _advance(
+        self, state: ScheduleState, class_maps: ClassMaps, changed: float, shift_A: np.ndarray
+    ) -> ScheduleState:
         """The next iteration's state. It is the last where hardly any particle changed class and no class got finer."""
         run = self.run
         shift_px = (-shift_A / self.particles.group_values("pixel_size_A")[:, None] - run.centre_px)[run.raw]
         spread_px = float(np.sqrt(np.mean(np.square(shift_px)) + 1e-12)) if self.searched else state.shift_sd_px
-        better, settled = made.shell > state.best_shell, changed < self.settings.min_change
+        better, settled = class_maps.shell > state.best_shell, changed < self.settings.min_change
         stalled = 0 if better or not settled else state.stalled + 1
         return ScheduleState(
             iteration=state.iteration + 1,
-            radius_px=int(np.clip(round(1.15 * made.shell) + 2, 3, run.limit)),
+            radius_px=int(np.clip(round(1.15 * class_maps.shell) + 2, 3, run.limit)),
             shift_sd_px=float(np.clip(spread_px, 0.3, run.box / 10)),
-            best_shell=max(made.shell, state.best_shell),
+            best_shell=max(class_maps.shell, state.best_shell),
             stalled=stalled,
             done=is_done(stalled, state.iteration + 1, self.settings.max_iterations),
         )

@@ -66,50 +66,52 @@ def make_maps(
         kappa: see ``leverage.own_response``, times the factor that the sums were multiplied by.
         change: (S,) of the noise spectra, see ``leverage.noise_change``.
     """
-    made = ClassMaps()
+    class_maps = ClassMaps()
     for k, own in enumerate(sums):
         if weight[k].min() < LEAST_PARTICLES:
-            _add_empty(made, run.box)
+            _add_empty(class_maps, run.box)
         else:
-            _add_class(made, run, own, state, share_to_A, kappa, change)
+            _add_class(class_maps, run, own, state, share_to_A, kappa, change)
         own.clear()
-    return made
+    return class_maps
 
 
 def _add_class(
-    made: ClassMaps, run: Refinement, own: dict[int, FourierSums], state: ScheduleState, share_to_A: float, kappa: float,
-    change: np.ndarray,
+    class_maps: ClassMaps, run: Refinement, own: dict[int, FourierSums], state: ScheduleState, share_to_A: float,
+    kappa: float, change: np.ndarray,
 ) -> None:  # fmt: skip
     half_maps = run.half_maps(own)
     agreed = run.compare_halves(own, half_maps, state)
     shell = min(int(run.box * run.pixel / share_to_A) if share_to_A else 0, run.limit, run.insertion_radius(state))
     if shell >= 1:
         exchange_low_resolution(own, shell, run.comm)
-    made.total_weight.append({h: total_weight(one, agreed.wiener[h], shell, kappa, change) for h, one in own.items()})
+    class_maps.total_weight.append(
+        {h: total_weight(half_sums, agreed.wiener[h], shell, kappa, change) for h, half_sums in own.items()}
+    )
     resolution = run.resolution_A(agreed.plain)
-    made.references.append(run.next_references(own, agreed, resolution))
-    made.half_maps.append(half_maps)
-    wiener, whole = mean_term(agreed.wiener, run.comm), joined(own, run.comm)
-    full = None if whole is None else as_map(whole.reconstruct(wiener.to(run.device)))
-    made.maps.append(run.comm.bcast(full, root_of_half(1, run.comm.size)))
-    made.resolution_A.append(resolution)
-    made.shell = max(made.shell, agreement_shell(agreed.weighted))
+    class_maps.references.append(run.next_references(own, agreed, resolution))
+    class_maps.half_maps.append(half_maps)
+    wiener, joined_sums = mean_term(agreed.wiener, run.comm), joined(own, run.comm)
+    full = None if joined_sums is None else as_map(joined_sums.reconstruct(wiener.to(run.device)))
+    class_maps.maps.append(run.comm.bcast(full, root_of_half(1, run.comm.size)))
+    class_maps.resolution_A.append(resolution)
+    class_maps.shell = max(class_maps.shell, agreement_shell(agreed.weighted))
 
 
-def share_out(run: Refinement, made: ClassMaps, radius_px: int) -> Maps:
+def share_out(run: Refinement, class_maps: ClassMaps, radius_px: int) -> Maps:
     """Class -> half -> (W + 1/tau^2) / kappa within the radius of the next search, on every rank (collective); an empty
     class has none."""
-    padding, found = run.settings.padding, []
-    for own, resolution in zip(made.total_weight, made.resolution_A, strict=True):
-        parts = {half: cropped(one, padding, radius_px) for half, one in own.items()}
-        found.append({} if resolution is None else on_every_rank(parts, run.comm))
-    return found
+    padding, shared_maps = run.settings.padding, []
+    for own, resolution in zip(class_maps.total_weight, class_maps.resolution_A, strict=True):
+        parts = {half: cropped(half_sums, padding, radius_px) for half, half_sums in own.items()}
+        shared_maps.append({} if resolution is None else on_every_rank(parts, run.comm))
+    return shared_maps
 
 
-def _add_empty(made: ClassMaps, box_px: int) -> None:
+def _add_empty(class_maps: ClassMaps, box_px: int) -> None:
     none = np.zeros((box_px,) * 3, np.float32)
-    made.references.append(dict.fromkeys(HALVES, none))
-    made.half_maps.append(dict.fromkeys(HALVES, none))
-    made.maps.append(none)
-    made.total_weight.append({})
-    made.resolution_A.append(None)
+    class_maps.references.append(dict.fromkeys(HALVES, none))
+    class_maps.half_maps.append(dict.fromkeys(HALVES, none))
+    class_maps.maps.append(none)
+    class_maps.total_weight.append({})
+    class_maps.resolution_A.append(None)

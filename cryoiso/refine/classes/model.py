@@ -51,7 +51,7 @@ class ClassRequest:
         if self.settings.align != "global" and any(values is not None for values in intensities):
             order = np.argsort(particles.uid, kind="stable")
             base["intensities"] = MARK + digest_of(*("none" if v is None else v[order] for v in intensities))
-        return {**base, "classify": settings, "maps": [of_map(one) for one in self.maps]}
+        return {**base, "classify": settings, "maps": [of_map(class_map) for class_map in self.maps]}
 
 
 @dataclass
@@ -111,16 +111,18 @@ class ClassModel:
     def arrays(self) -> dict[str, np.ndarray]:
         """By name, for a checkpoint."""
         names = ("sigma2", "occupancy", "rotation", "shift_A", "posterior", "particle")
-        found = {name: getattr(self, name) for name in names}
+        arrays = {name: getattr(self, name) for name in names}
         for h in HALVES:
-            found[f"references{h}"] = np.stack([one[h] for one in self.references])
-            found[f"half{h}"] = np.stack([one[h] for one in self.half_maps])
-            found |= {f"total{h} {k}": one[h] for k, one in enumerate(self.total_weight) if h in one}
-        found |= {"maps": np.stack(self.maps), **{f"views{h}": v for h, v in self.views.items()}}
-        found |= {f"column {name}": values for name, values in self.columns.items()}
+            arrays[f"references{h}"] = np.stack([references[h] for references in self.references])
+            arrays[f"half{h}"] = np.stack([references[h] for references in self.half_maps])
+            arrays |= {
+                f"total{h} {k}": references[h] for k, references in enumerate(self.total_weight) if h in references
+            }
+        arrays |= {"maps": np.stack(self.maps), **{f"views{h}": v for h, v in self.views.items()}}
+        arrays |= {f"column {name}": values for name, values in self.columns.items()}
         if self.junk is not None:
-            found |= {"junk share": self.junk.share, "junk amplitude": self.junk.amplitude}
-        return found
+            arrays |= {"junk share": self.junk.share, "junk amplitude": self.junk.amplitude}
+        return arrays
 
     @classmethod
     def of_arrays(
@@ -154,8 +156,8 @@ def assigned_classes(
 ) -> Int[np.ndarray, " n"]:
     """(N,) int64 from 1: the class with the largest posterior (N, K), or K + 1 where (N,) ``particle``, the probability
     of showing a particle at all, makes junk more likely."""
-    whole = posterior
+    all_posteriors = posterior
     if particle is not None:
-        whole = np.column_stack([posterior * particle[:, None], 1 - particle])
-    first: np.ndarray = whole.argmax(1) + 1
+        all_posteriors = np.column_stack([posterior * particle[:, None], 1 - particle])
+    first: np.ndarray = all_posteriors.argmax(1) + 1
     return first
