@@ -143,8 +143,8 @@ class Proposal:
                 "" if pseudo_group.ratio is None else f", {pseudo_group.ratio:.2f} of what the half-maps would allow"
             )
             said += (
-                f" It has {self.pseudo} only nearly (correlation {pseudo_group.frame.score:.2f}{ratio}): a pseudo-symmetry, "
-                "or noise; do not impose it without a reason."
+                f" It has {self.pseudo} only nearly (correlation {pseudo_group.frame.score:.2f}{ratio}): "
+                "a pseudo-symmetry, or noise; do not impose it without a reason."
             )
         return said
 

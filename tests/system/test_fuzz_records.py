@@ -147,7 +147,7 @@ def test_kept_searches_give_what_was_saved_or_nothing(changes, cut):
     append(path, 0, records)
     path.write_bytes(with_bytes(path.read_bytes(), changes, 40, cut))
     for record in refused_or(read_records, path) or []:
-        found = content(frame)
+        found = content(record)
         assert found is None or (record.key, found) in records
 
 

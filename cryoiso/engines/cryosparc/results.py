@@ -50,7 +50,7 @@ def require_all(uids: np.ndarray, expected_uids: np.ndarray, where: str) -> None
         first = f"; the first missing one has uid {lost[0]}" if len(lost) else ""
         raise CryoisoError(
             f"{where} did not return each particle exactly once ({len(expected_uids):,} were given, {len(uids):,} came "
-            f"back, {len(lost):,} are missing{first}). It leaves out particles where half-sets differ in size or alignments "
-            "fail: see its log",
+            f"back, {len(lost):,} are missing{first}). It leaves out particles where half-sets differ in size or "
+            "alignments fail: see its log",
             code="cryosparc-particles-lost",
         )
