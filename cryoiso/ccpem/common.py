@@ -71,8 +71,8 @@ class CryoisoJob(PipelinerJob):
 
     def facts(self, name: str) -> dict[str, Any]:
         """Numbers that the command left."""
-        found: dict[str, Any] = json.loads(Path(self.inside(name)).read_text())
-        return found
+        record: dict[str, Any] = json.loads(Path(self.inside(name)).read_text())
+        return record
 
     def given(self, option: str, flag: str) -> list[str]:
         """The option of the command line, where the job's is filled in."""
@@ -117,8 +117,8 @@ def curves(title: str, x: list[float], y: dict[str, list[float | None]], source:
     """FSC curves over spatial frequency; shells without a value are left out."""
     points = [[(a, b) for a, b in zip(x, values, strict=True) if b is not None] for values in y.values()]
     return create_results_display_object(
-        "graph", title=title, xvalues=[[a for a, _ in one] for one in points],
-        yvalues=[[b for _, b in one] for one in points], data_series_labels=list(y),
+        "graph", title=title, xvalues=[[a for a, _ in curve] for curve in points],
+        yvalues=[[b for _, b in curve] for curve in points], data_series_labels=list(y),
         xaxis_label="Spatial frequency (1/Å)", yaxis_label="FSC", yrange=[-0.1, 1.05], associated_data=[source],
     )  # fmt: skip
 

@@ -150,10 +150,10 @@ class Rebalance(CryoisoJob):
 
     def additional_joboption_validation(self) -> list[JobOptionValidationResult]:
         """Cap and fraction exclude each other."""
-        both = [self.joboptions[name] for name in ("keep", "cap")]
-        if sum(not option.is_blank for option in both) == 1:
+        exclusive = [self.joboptions[name] for name in ("keep", "cap")]
+        if sum(not option.is_blank for option in exclusive) == 1:
             return []
-        return [JobOptionValidationResult("error", both, "Give either the fraction to keep or the cap")]
+        return [JobOptionValidationResult("error", exclusive, "Give either the fraction to keep or the cap")]
 
     def create_output_nodes(self) -> None:
         """Kept and discarded particles."""

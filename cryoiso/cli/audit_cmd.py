@@ -19,7 +19,7 @@ AUDIT = keys(
 
 @with_keys(AUDIT)
 def audit(
-    given: JobOptions,
+    job_options: JobOptions,
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print audit.json instead of lines.")] = False,
@@ -45,16 +45,19 @@ def audit(
     from cryoiso.pipeline.audit.command import audit_run
     from cryoiso.report.audit_page import write_page
 
-    found = audit_run(folder, comm, given.sections.get("audit", {}), given.names, trust)
+    record = audit_run(folder, comm, job_options.sections.get("audit", {}), job_options.names, trust)
     if comm.rank == 0:
         page = write_page(folder)
-        echo(json.dumps(found, indent=1, ensure_ascii=False) if as_json else "\n".join(_lines(found)))
+        echo(json.dumps(record, indent=1, ensure_ascii=False) if as_json else "\n".join(_lines(record)))
         if not as_json:
             echo(f"figures and all numbers: {page}")
-    if found["verdict"] == "fail":
+    if record["verdict"] == "fail":
         leave_with(comm, EXIT_OTHER)
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
-    head = f"{found['verdict']}: {found['particles']:,} of {found['of']:,} particles, workflow {found['workflow']}"
-    return [head, *(f"{one['verdict']:15s} {one['title']}: {one['sentence']}" for one in found["controls"])]
+def _lines(record: dict[str, Any]) -> list[str]:
+    head = f"{record['verdict']}: {record['particles']:,} of {record['of']:,} particles, workflow {record['workflow']}"
+    return [
+        head,
+        *(f"{control['verdict']:15s} {control['title']}: {control['sentence']}" for control in record["controls"]),
+    ]

@@ -23,7 +23,7 @@ def train(
     particles: Posed,
     ref: Annotated[Path, typer.Option("--ref", help="Reference in the frame of the poses: atomic model or map.")],
     out: OutputFolder,
-    given: JobOptions,
+    job_options: JobOptions,
     go_on: Resume = False,
 ) -> None:
     """Train the conditional hierarchical VAE on particles with poses.
@@ -36,7 +36,7 @@ def train(
     from cryoiso.pipeline.commands.auxiliary import train_files
 
     comm = get_context()
-    job = on_root(comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)})
+    job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)})
     train_files(job, out, comm, resume=go_on)
     if comm.rank == 0:
         echo("\n".join(str(path) for path in sorted(out.glob("generator*.npz"))))
@@ -49,7 +49,7 @@ def generate(
         Path, typer.Argument(help="Raw particles (STAR or .cs file) from which CTFs, half-sets and shifts are drawn.")
     ],
     out: OutputFolder,
-    given: JobOptions,
+    job_options: JobOptions,
     count: Annotated[
         int | None,
         typer.Option(min=2, help="Number of auxiliary particles (default: by --ratio).", rich_help_panel=MADE.panel),
@@ -65,10 +65,10 @@ def generate(
     from cryoiso.pipeline.commands.auxiliary import generate_files
 
     comm = get_context()
-    job = on_root(comm, given.job, particles={"file": str(particles)}, reference={"file": ""})
-    made = generate_files(
+    job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": ""})
+    facts = generate_files(
         generators, job.particles, out, comm, count=count, settings=job.auxiliary, symmetry=job.sample.symmetry,
         seed=job.run.seed, device=job.run.device,
     )  # fmt: skip
     if comm.rank == 0:
-        echo(f"{out}: {made:,} auxiliary particles")
+        echo(f"{out}: {facts:,} auxiliary particles")

@@ -54,10 +54,10 @@ def benchmark(
     best = ceilings(device, min(seconds, 0.5))
     kernels = bench.kernel_times(problem, device, best, seconds)
     small = bench.miniature(problem, miniature, _simulated, _run) if miniature else None
-    found = bench.record(problem, device, best, kernels, same, small)
+    record = bench.record(problem, device, best, kernels, same, small)
     if out is not None:
-        write_json(out, found)
-    echo(json.dumps(found, indent=2) if as_json else "\n".join(bench.as_lines(found)))
+        write_json(out, record)
+    echo(json.dumps(record, indent=2) if as_json else "\n".join(bench.as_lines(record)))
 
 
 def _simulated(folder: Path, count: int, box_px: int, pixel_size_A: float) -> None:

@@ -24,7 +24,7 @@ SEARCH = keys("refine", "Search", "healpix_order", "max_resolution_A")
 def classify(
     particles: ParticlesOrShards,
     out: OutputFolder,
-    given: JobOptions,
+    job_options: JobOptions,
     ref: Annotated[
         list[Path] | None,
         typer.Option(
@@ -55,7 +55,7 @@ def classify(
 
     comm = get_context()
     job = on_root(
-        comm, given.job, particles={"file": str(particles)}, reference={"file": ""},
+        comm, job_options.job, particles={"file": str(particles)}, reference={"file": ""},
         refine={"solvent_mask": False, **keys_of(refine_keys, "--refine")},
     )  # fmt: skip
     on_root(comm, _require_effect, job.refine)

@@ -87,10 +87,10 @@ def require_utf8(options: dict[str, Any]) -> None:
         UsageError: names the option and the bytes.
     """
     for option, value in options.items():
-        for one in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(one, str | Path):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(item, str | Path):
                 continue
-            name = os.path.abspath(one) if isinstance(one, Path) else one
+            name = os.path.abspath(item) if isinstance(item, Path) else item
             try:
                 name.encode("utf-8")
             except UnicodeEncodeError:

@@ -29,7 +29,7 @@ class Target(StrEnum):
     keys("sample", "Sample", "symmetry", open=True), keys("particles", "Images", "project", "passthrough")
 )  # fmt: skip
 def convert(
-    given: JobOptions,
+    job_options: JobOptions,
     source: Annotated[Path, typer.Argument(metavar="IN", help="Particles: a STAR or .cs file.")],
     out: Annotated[
         Path | None,
@@ -76,8 +76,8 @@ def convert(
 
     if out is None and (to is not None or not identity):
         raise UsageError("name the file or folder to write, or give --identity", code="option-missing")
-    job = given.job(particles={"file": str(source)}, reference={"file": "-"})
-    symmetry = job.sample.symmetry if "sample" in given.sections else None
+    job = job_options.job(particles={"file": str(source)}, reference={"file": "-"})
+    symmetry = job.sample.symmetry if "sample" in job_options.sections else None
     passthrough = job.particles.passthrough
     if to is not None:
         _hand_over(source, out, symmetry or "C1", job.particles, overwrite)
@@ -89,8 +89,8 @@ def convert(
         echo("\n".join(_lines(out, convert_files(source, out, how))))
     if identity:
         for file, more in ((source, passthrough), *([(out, ())] if out is not None else [])):
-            found, count = identity_of_file(file, more)
-            echo(f"{found}  {file} ({count:,} particles)")
+            frame, count = identity_of_file(file, more)
+            echo(f"{frame}  {file} ({count:,} particles)")
 
 
 def _hand_over(source: Path, out: Path | None, symmetry: str, images: Any, overwrite: bool) -> None:

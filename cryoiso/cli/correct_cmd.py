@@ -19,7 +19,7 @@ MEASURED = "Measured directions"
 @with_keys(CORRECTION, NETWORK, COMPUTING)
 def correct(
     half1: Annotated[Path, typer.Argument(help="First half-map (MRC), unmasked and unfiltered; or the only map.")],
-    given: JobOptions,
+    job_options: JobOptions,
     half2: Annotated[Path | None, typer.Argument(help="Second half-map.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("corrected"),
     mask: Annotated[Path | None, typer.Option(help=help_of("sample", "mask"))] = None,
@@ -55,7 +55,7 @@ def correct(
     from cryoiso.pipeline.stages.correct import CorrectionFiles, correct_files
 
     comm = get_context()
-    job = on_root(comm, given.job, particles={"file": "-"}, reference={"file": "-"})
+    job = on_root(comm, job_options.job, particles={"file": "-"}, reference={"file": "-"})
     maps = {1: half1} if half2 is None else {1: half1, 2: half2}
     task = CorrectionFiles(
         maps, out, job.correct, mask=mask, fsc_filter=filter_, missing_cone_deg=missing_cone, axis=axis,
@@ -63,5 +63,5 @@ def correct(
     )  # fmt: skip
     correct_files(task, comm, resume=go_on)
     if comm.rank == 0:
-        made = (products.CORRECTED_MAP, products.MEASURED, products.facts("correct"))
-        echo("\n".join(str(out / name) for name in made))
+        products_written = (products.CORRECTED_MAP, products.MEASURED, products.facts("correct"))
+        echo("\n".join(str(out / name) for name in products_written))

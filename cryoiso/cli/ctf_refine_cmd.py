@@ -37,7 +37,7 @@ class TiltChoice(StrEnum):
 def ctf_refine(
     particles: Posed,
     out: OutputFolder,
-    given: JobOptions,
+    job_options: JobOptions,
     half1: Annotated[
         Path | None, typer.Option(help="Half-map of the particles of half-set 1.", rich_help_panel=REFERENCE)
     ] = None,
@@ -96,7 +96,7 @@ def ctf_refine(
     from cryoiso.pipeline.commands.ctf_refine import FACTS, ReferenceChoice, ctf_refine_files
 
     comm = get_context()
-    job = on_root(comm, given.job, particles={"file": str(particles)}, reference={"file": "-"})
+    job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": "-"})
     choice = on_root(comm, ReferenceChoice, ref, (half1, half2), resolution)
     settings = on_root(
         comm, CtfRefinementSettings, range_A, prior_sd, per_particle, micrographs.value, beam_tilt.value, control,
@@ -119,11 +119,12 @@ def _draw(path: Path, shown: dict[str, Any]) -> None:
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    found, lines = facts["particles"], []
+    particle_facts, lines = facts["particles"], []
     if facts["settings"]["particles"]:
         lines.append(
-            f"defocus of {found['count']:,} particles: prior {found['prior_sd_A']:.0f} Å, estimated error "
-            f"{found['estimated_error_A']:.0f} Å, {100 * found['at_limit']:.1f} % at the limit"
+            f"defocus of {particle_facts['count']:,} particles: prior {particle_facts['prior_sd_A']:.0f} Å, "
+            f"estimated error "
+            f"{particle_facts['estimated_error_A']:.0f} Å, {100 * particle_facts['at_limit']:.1f} % at the limit"
         )
     if facts["micrograph_fit"] is not None:
         width = facts["micrograph_fit"]["prior_sd_A"]

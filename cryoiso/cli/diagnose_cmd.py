@@ -22,7 +22,7 @@ OUT = Path(products.facts("diagnose"))
 
 @with_keys(SYMMETRY, TRUTH, MODEL, LOCAL, keys("run", "Computing", "seed"))
 def diagnose(
-    given: JobOptions,
+    job_options: JobOptions,
     half1: Annotated[Path | None, typer.Argument(metavar="HALF1", help=HALF1)] = None,
     half2: Annotated[Path | None, typer.Argument(metavar="HALF2", help=HALF2)] = None,
     half1_option: Annotated[Path | None, typer.Option("--half1", help="Same as HALF1.")] = None,
@@ -54,24 +54,24 @@ def diagnose(
     """
     from cryoiso.pipeline.commands.diagnose import diagnose_files, diagnose_model, write_volume
 
-    job = given.job(particles={"file": "-"}, reference={"file": "-"})
+    job = job_options.job(particles={"file": "-"}, reference={"file": "-"})
     table = out.parent / products.Q_TABLE
     if model_map is not None and job.diagnose.model and not any((half1, half2, half1_option, half2_option)):
         numbers = diagnose_model(model_map, job.diagnose, job.sample.symmetry, table, pixel_size_A=pixel_size)
         _tell(numbers, out)
         return
-    one, two = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
+    first, second = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
     true_poses, true_map = (Path(name) if name else None for name in (job.truth.particles, job.truth.map))
     numbers = diagnose_files(
-        one, two, mask, particles, job.sample.symmetry, true_poses, true_map,
+        first, second, mask, particles, job.sample.symmetry, true_poses, true_map,
         pixel_size_A=pixel_size, seed=job.run.seed, section=job.diagnose, model_map=model_map,
         local_resolution=local_resolution, table=table,
     )  # fmt: skip
     _tell(numbers, out)
     if fsc3d is not None:
-        write_volume("fsc3d", one, two, mask, fsc3d, pixel_size_A=pixel_size)
+        write_volume("fsc3d", first, second, mask, fsc3d, pixel_size_A=pixel_size)
     if phase_cosine is not None:
-        write_volume("phase-cosine", one, two, mask, phase_cosine, pixel_size_A=pixel_size)
+        write_volume("phase-cosine", first, second, mask, phase_cosine, pixel_size_A=pixel_size)
 
 
 def _tell(numbers: DiagnoseRecord, out: Path) -> None:
@@ -94,9 +94,9 @@ def _given(argument: Path | None, option: Path | None, name: str) -> Path:
     from cryoiso.core.errors import UsageError
 
     if (argument is None) == (option is None):
-        found = "is missing" if option is None else "is given twice"
+        problem = "is missing" if option is None else "is given twice"
         raise UsageError(
-            f"{name} {found}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2", code="option-missing"
+            f"{name} {problem}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2", code="option-missing"
         )
     return argument or option  # type: ignore[return-value]
 

@@ -33,27 +33,29 @@ def doctor(
     from cryoiso.pipeline.site.doctor import examine
 
     comm = get_context()
-    facts, found = examine(comm, folder, job)
+    facts, findings = examine(comm, folder, job)
     if comm.rank == 0:
         if as_json:
-            echo(json.dumps({"findings": finding.as_dicts(found), **facts}, indent=2))
+            echo(json.dumps({"findings": finding.as_dicts(findings), **facts}, indent=2))
         else:
-            echo("\n".join(_lines(found)))
+            echo("\n".join(_lines(findings)))
     comm.barrier()
-    if code := finding.exit_code(found):
+    if code := finding.exit_code(findings):
         raise SystemExit(code)
 
 
-def _lines(found: list) -> list[str]:
+def _lines(findings: list) -> list[str]:
     """One line a finding; what is not fine is marked, with its remedy below."""
     mark = {"fine": "", "note": "note: ", "warning": "WARNING: ", "error": "ERROR: "}
     lines, last = [], ""
-    for one in found:
-        label = "" if one.check == last else one.check
-        lines.append(f"{label:<13}{mark[one.severity]}{one.found}{f' [{one.code}]' if one.code else ''}")
-        if one.remedy:
-            lines.append(f"{'':<13}{'-> ' + one.remedy}")
-        last = one.check
-    count = {level: sum(f.severity == level for f in found) for level in ("error", "warning", "note")}
+    for finding in findings:
+        label = "" if finding.check == last else finding.check
+        lines.append(
+            f"{label:<13}{mark[finding.severity]}{finding.found}{f' [{finding.code}]' if finding.code else ''}"
+        )
+        if finding.remedy:
+            lines.append(f"{'':<13}{'-> ' + finding.remedy}")
+        last = finding.check
+    count = {level: sum(f.severity == level for f in findings) for level in ("error", "warning", "note")}
     words = [f"{n} {level}{'s' * (n > 1)}" for level, n in count.items() if n]
     return [*lines, "", ", ".join(words) if words else "all fine"]

@@ -17,7 +17,7 @@ from cryoiso.core import products
 def ingest(
     particles: Annotated[Path, typer.Argument(help=help_of("particles", "file"))],
     out: Annotated[Path, typer.Argument(help="Folder for the shards; finished shards in it are kept.")],
-    given: JobOptions,
+    job_options: JobOptions,
 ) -> None:
     """Write particle images into HDF5 shards.
 
@@ -29,7 +29,7 @@ def ingest(
     from cryoiso.pipeline.commands.ingest import ingest_files
 
     comm = get_context()
-    job = on_root(comm, given.job, particles={"file": str(particles)}, reference={"file": ""})
+    job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": ""})
     ingest_files(job.particles, out, comm)
     if comm.rank == 0:
         echo(out / products.INDEX)

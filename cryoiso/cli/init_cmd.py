@@ -18,7 +18,7 @@ PLACEHOLDER = "reference.mrc"
 @with_keys(SYMMETRY, keys("particles", "Images", "project", "passthrough"))
 def init(
     particles: Annotated[Path, typer.Argument(help=help_of("particles", "file"))],
-    given: JobOptions,
+    job_options: JobOptions,
     reference: Annotated[
         Path | None, typer.Option(help=help_of("reference", "file") + " May be entered into the job file later.")
     ] = None,
@@ -39,12 +39,12 @@ def init(
         raise UsageError(
             f"{out} already exists; give --overwrite to replace it, or another name with --out", code="file-exists"
         )
-    options = given.job(particles={"file": str(particles)}, reference={"file": ""})
+    options = job_options.job(particles={"file": str(particles)}, reference={"file": ""})
     project, passthrough = options.particles.project, options.particles.passthrough
-    found = read_particle_file(particles, project, passthrough=passthrough)
+    particle_set = read_particle_file(particles, project, passthrough=passthrough)
     if options.sample.symmetry.lower() != "auto":
         point_group(options.sample.symmetry)
-    job = given.job(
+    job = job_options.job(
         particles={
             "file": _from(out, particles),
             "project": _from(out, Path(project)) if project else "",
@@ -54,8 +54,8 @@ def init(
     )
     head = f"# cryoiso job: mpirun -n 4 cryoiso run {out.name}\n# Relative paths start from this file's folder.\n\n"
     write_text(out, head + job_to_toml(job))
-    sizes = sorted({round(group.pixel_size_A, 4) for group in found.groups})
-    echo(f"{particles}: {len(found):,} particles, pixel size {', '.join(f'{s:g}' for s in sizes)} Å")
+    sizes = sorted({round(group.pixel_size_A, 4) for group in particle_set.groups})
+    echo(f"{particles}: {len(particle_set):,} particles, pixel size {', '.join(f'{s:g}' for s in sizes)} Å")
     echo(f"{out} written. " + (f"Next: cryoiso run {out}" if reference else "Next: name your reference in it."))
 
 

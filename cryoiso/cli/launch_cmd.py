@@ -42,7 +42,7 @@ Setting = Annotated[
 @with_keys(RESOURCES, BATCH_JOB, ENVIRONMENT, CPU_JOB)
 def launch(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="The job file; 'cryoiso init' writes one.")],
-    given: JobOptions,
+    job_options: JobOptions,
     run: Run = None,
     out: Out = None,
     submit: Annotated[
@@ -60,14 +60,14 @@ def launch(
     """
     from cryoiso.pipeline.batch.launch import read_launch
 
-    settings = dict(given.sections.get("launch", {}))
+    settings = dict(job_options.sections.get("launch", {}))
     for path in ("image", "template"):
         if settings.get(path) and "://" not in settings[path]:
             settings[path] = str(Path(settings[path]).expanduser().absolute())
     if variables:
         settings["variables"] = keys_of(variables, "--set")
     script = out if out is not None else job.with_name(f"{job.stem}-launch.sh")
-    known = read_launch(job, settings, given.names)
+    known = read_launch(job, settings, job_options.names)
     _launch(known, job, run or job.with_name(f"{job.stem}-run"), script, chain, out is not None, submit, overwrite)
 
 
@@ -82,15 +82,15 @@ def _launch(
     if submit:
         submit_command(scheduler, script)
     scripts = scripts_of(known, job, run, script, chain)
-    for number, made in enumerate(scripts, start=1):
-        logger.info("script %d of %d: %s; ranks by %s", number, len(scripts), made.what, made.start)
+    for number, text in enumerate(scripts, start=1):
+        logger.info("script %d of %d: %s; ranks by %s", number, len(scripts), text.what, text.start)
     if write or submit:
         write_scripts(scripts, overwrite or not write)
     if submit:
-        echo("\n".join(send(scheduler, [made.path for made in scripts])))
+        echo("\n".join(send(scheduler, [text.path for text in scripts])))
     elif write:
-        for number, made in enumerate(scripts):
+        for number, text in enumerate(scripts):
             after = "NUMBER-OF-THE-FIRST" if number else ""
-            echo(f"{made.path} written: {made.what}. Next: {in_words(scheduler, made.path, after)}")
+            echo(f"{text.path} written: {text.what}. Next: {in_words(scheduler, text.path, after)}")
     else:
-        echo("\n\n".join(made.text for made in scripts), nl=False)
+        echo("\n\n".join(text.text for text in scripts), nl=False)

@@ -23,7 +23,7 @@ def micelle(
         Path, typer.Option("--ref", help="Homologue of the protein, map or model, in the frame of the poses.")
     ],
     out: OutputFolder,
-    given: JobOptions,
+    job_options: JobOptions,
     mask: Annotated[
         Path | None, typer.Option(help="Protein mask (MRC) instead of a threshold.", rich_help_panel=PANEL)
     ] = None,
@@ -62,7 +62,7 @@ def micelle(
 
     comm = get_context()
     job = on_root(
-        comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
+        comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         sample={"diameter_A": diameter},
     )  # fmt: skip
     settings = MicelleSettings(

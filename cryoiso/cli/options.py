@@ -112,7 +112,7 @@ class JobOptions:
 
 
 def with_keys(*groups: Keys) -> Callable[[F], F]:
-    """Adds the options of these keys to a command, in place of its parameter ``given`` (a :class:`JobOptions`).
+    """Adds the options of these keys to a command, in place of its parameter ``job_options`` (a :class:`JobOptions`).
 
     Raises:
         ValueError: two options have one name.
@@ -133,11 +133,11 @@ def with_keys(*groups: Keys) -> Callable[[F], F]:
                 value = options.pop(name)
                 if value is not None:
                     sections.setdefault(section, {})[key] = value
-            return function(given=JobOptions(sections, shown), **options)
+            return function(job_options=JobOptions(sections, shown), **options)
 
         every: list[inspect.Parameter] = []
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
-            every += parameters if parameter.name == "given" else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
+            every += parameters if parameter.name == "job_options" else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
         command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
         return command  # type: ignore[return-value]
@@ -145,16 +145,16 @@ def with_keys(*groups: Keys) -> Callable[[F], F]:
     return decorate
 
 
-def keys_of(given: list[str] | None, name: str) -> dict[str, Any]:
+def keys_of(settings: list[str] | None, name: str) -> dict[str, Any]:
     """Keys and values of an option KEY=VALUE that may be given several times.
 
     Raises:
         UsageError: an entry without "=".
     """
-    for entry in given or []:
+    for entry in settings or []:
         if "=" not in entry:
             raise UsageError(f"{name}: KEY=VALUE is expected (found '{entry}')", code="option-malformed")
-    return {key.strip(): value.strip() for key, _, value in (entry.partition("=") for entry in given or [])}
+    return {key.strip(): value.strip() for key, _, value in (entry.partition("=") for entry in settings or [])}
 
 
 def _model(section: str) -> Any:

@@ -63,8 +63,8 @@ def plan(
 
     if rates is not None and measure:
         raise UsageError("--rates and --measure exclude each other", code="options-conflict")
-    _, found = read_job(job)
-    problem = problem_of(Inputs(found, RunFolder(Path.cwd(), folder_stages(found)), Context()))
+    _, job_read = read_job(job)
+    problem = problem_of(Inputs(job_read, RunFolder(Path.cwd(), folder_stages(job_read)), Context()))
     layout = Layout(nodes, gpus, ranks_per_node or max(gpus, 1))
     device = layout.device
     if rates is not None:
@@ -79,5 +79,5 @@ def plan(
     if resolution:
         assumed = replace(assumed, nyquist_share=min(1.0, 2 * problem.pixel_size_A / resolution))
     time_s = float(seconds_of(time, "--time")) if time else None
-    made = make_plan(problem, layout, known, assumed, time_s)
-    echo(json.dumps(as_dict(made), indent=2) if as_json else "\n".join(as_lines(made)))
+    plan_made = make_plan(problem, layout, known, assumed, time_s)
+    echo(json.dumps(as_dict(plan_made), indent=2) if as_json else "\n".join(as_lines(plan_made)))

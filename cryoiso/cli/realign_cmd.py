@@ -36,7 +36,7 @@ def realign(
     particles: ParticlesOrShards,
     ref: Reference,
     out: OutputFolder,
-    given: JobOptions,
+    job_options: JobOptions,
     auxiliary: Annotated[
         Path | None,
         typer.Option(
@@ -62,7 +62,7 @@ def realign(
 
     comm = get_context()
     job = on_root(
-        comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
+        comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),
         command=keys_of(command, "--command"), cryosparc=keys_of(cryosparc, "--cryosparc"),
         run={"workflow": "realign"},

@@ -22,7 +22,7 @@ class Better(StrEnum):
 
 @with_keys(SYMMETRY, keys("particles", "Images", "passthrough"), keys("run", "Computing", "seed"))
 def rebalance(
-    given: JobOptions,
+    job_options: JobOptions,
     particles: Annotated[Path, typer.Argument(help="Particles with poses: a STAR or .cs file of a refinement.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("rebalanced"),
     cap: Annotated[int | None, typer.Option(min=1, help="Most particles of a cone of views.")] = None,
@@ -52,7 +52,7 @@ def rebalance(
     from cryoiso.report.canvas import decoded
     from cryoiso.report.figures import view_discs
 
-    job = given.job(particles={"file": str(particles)}, reference={"file": "-"})
+    job = job_options.job(particles={"file": str(particles)}, reference={"file": "-"})
     choice = QualityChoice(quality, better.value if better else None)
     facts, views = rebalance_files(
         particles, out, job.sample.symmetry, choice, cap=cap, keep=keep, cone_deg=cone, seed=job.run.seed,

@@ -9,7 +9,7 @@ from cryoiso.core import products
 
 
 @with_keys(SYMMETRY, keys("reconstruct", "Reconstruction", "padding"), IMAGES, COMPUTING)
-def reconstruct(particles: Posed, out: OutputFolder, given: JobOptions) -> None:
+def reconstruct(particles: Posed, out: OutputFolder, job_options: JobOptions) -> None:
     """Reconstruct half-maps from given poses.
 
     Writes half1.mrc, half2.mrc, their mean map.mrc, and map_weighted.mrc: both half-sets together, every Fourier
@@ -21,7 +21,7 @@ def reconstruct(particles: Posed, out: OutputFolder, given: JobOptions) -> None:
     from cryoiso.pipeline.commands.reconstruct import reconstruct_files
 
     comm = get_context()
-    job = on_root(comm, given.job, particles={"file": str(particles)}, reference={"file": ""})
+    job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": ""})
     reconstruct_files(job, out, comm)
     if comm.rank == 0:
         echo("\n".join(str(out / name) for name in (*products.HALF_MAPS, products.MAP, products.WEIGHTED_MAP)))

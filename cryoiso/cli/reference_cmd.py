@@ -70,17 +70,17 @@ def reference(
 
         resolution = max(2.5 * pixel_size, 0.5 * lowpass)
         full = phantom_map(box, pixel_size, resolution, seed=seed, variant=PHANTOMS[file])
-        made = finish_reference(full, lowpass, f"built-in {file}")
+        prepared = finish_reference(full, lowpass, f"built-in {file}")
     else:
-        made = prepare_reference(
+        prepared = prepare_reference(
             Path(file), box, pixel_size, lowpass, map_pixel_size_A=map_pixel_size, resample=True, symmetry=symmetry,
             fit=fit, fit_resolution_A=fit_resolution, mirror=mirror, standard_frame=standard_frame,
             symmetrise=symmetrise,
         )  # fmt: skip
-    write_map(out, made.initial.data, pixel_size)
-    echo(f"{out}: {made.source}, {box} px of {pixel_size:g} Å, diameter {made.diameter_A:.0f} Å")
-    if made.fit is not None:
-        echo(made.fit.verdict)
+    write_map(out, prepared.initial.data, pixel_size)
+    echo(f"{out}: {prepared.source}, {box} px of {pixel_size:g} Å, diameter {prepared.diameter_A:.0f} Å")
+    if prepared.fit is not None:
+        echo(prepared.fit.verdict)
 
 
 def _grid(file: str, box: int | None, pixel_size: float | None, map_pixel_size: float | None) -> tuple[int, float]:
@@ -95,5 +95,5 @@ def _grid(file: str, box: int | None, pixel_size: float | None, map_pixel_size: 
         raise UsageError("a model needs --box and --pixel-size: those of the particles", code="option-missing")
     from cryoiso.io.mrc import read_map
 
-    found = read_map(file, map_pixel_size)
-    return box or found.box_px, pixel_size or found.pixel_size_A
+    grid_map = read_map(file, map_pixel_size)
+    return box or grid_map.box_px, pixel_size or grid_map.pixel_size_A

@@ -23,7 +23,7 @@ def refine(
     particles: ParticlesOrShards,
     ref: Reference,
     out: OutputFolder,
-    given: JobOptions,
+    job_options: JobOptions,
     refine_keys: RefineKeys = None,
     relion: RelionKeys = None,
     command: CommandKeys = None,
@@ -40,7 +40,7 @@ def refine(
 
     comm = get_context()
     job = on_root(
-        comm, given.job, particles={"file": str(particles)}, reference={"file": str(ref)},
+        comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),
         command=keys_of(command, "--command"), cryosparc=keys_of(cryosparc, "--cryosparc"),
     )  # fmt: skip

@@ -64,8 +64,8 @@ def relion_external(
             raise UsageError(f"no step takes {' or '.join(unused)}: leave the entry empty", code="options-conflict")
         raise UsageError("give both half1 and half2, or neither", code="option-missing")
     halves = (half1, half2) if half1 is not None and half2 is not None else None
-    given = ExternalJob(
+    relion_job = ExternalJob(
         out, particles, reference, mask, half_maps=halves, job_file=job, threads=threads, ranks=ranks,
         options=tuple(context.args),
     )  # fmt: skip
-    run_external_job(step, given)
+    run_external_job(step, relion_job)

@@ -40,10 +40,14 @@ def replay(
 
     comm = get_context()
     run = Path(os.path.abspath(folder))
-    found = replay_stage(stage, folder, out or run.parent / f"{run.name}-replay-{stage}", comm, publish, trust)
+    result = replay_stage(stage, folder, out or run.parent / f"{run.name}-replay-{stage}", comm, publish, trust)
     if comm.rank == 0:
-        made_by = [f"made by {found.made_by}"] if found.made_by else []
-        lines = [found.verdict, *made_by, *(f"DIFFERENT  {one.file}: {one.words}" for one in found.different)]
-        echo(json.dumps(found.as_dict(), indent=1) if as_json else "\n".join(lines))
-    if not found.identical:
+        made_by = [f"made by {result.made_by}"] if result.made_by else []
+        lines = [
+            result.verdict,
+            *made_by,
+            *(f"DIFFERENT  {difference.file}: {difference.words}" for difference in result.different),
+        ]
+        echo(json.dumps(result.as_dict(), indent=1) if as_json else "\n".join(lines))
+    if not result.identical:
         leave_with(comm, EXIT_OTHER)

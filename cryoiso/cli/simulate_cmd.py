@@ -306,8 +306,8 @@ def _views(options: dict[str, Any]) -> tuple[Views | GivenViews, Any]:
         get("pole_rot"), get("retained"),
     )  # fmt: skip
     axis = euler_to_matrix(get("pole_rot"), get("pole_tilt"), 0.0)[0, 2]
-    given = read_set(Path(get("views_from")), ("pose",)) if get("views_from") else None
-    return (views_of(given, get("views_from") == get("ctf_from")) if given else views), axis
+    poses = read_set(Path(get("views_from")), ("pose",)) if get("views_from") else None
+    return (views_of(poses, get("views_from") == get("ctf_from")) if poses else views), axis
 
 
 def _source(

@@ -31,20 +31,20 @@ def symmetry(
     """
     from cryoiso.pipeline.commands.symmetry import symmetry_files
 
-    found, written = symmetry_files(
+    proposal, written = symmetry_files(
         map1, map2, out, particles=particles, max_fold=max_fold, pixel_size_A=pixel_size
     )  # fmt: skip
-    echo("\n".join(_lines(found)))
+    echo("\n".join(_lines(proposal)))
     echo("\n".join(str(path) for path in written))
 
 
-def _lines(found: Proposal) -> list[str]:
-    null = found.folds[0]
+def _lines(proposal: Proposal) -> list[str]:
+    null = proposal.folds[0]
     lines = [f"fold  correlation  (random rotations: {null.null_mean:.2f} on average, 90 % below {null.null_high:.2f})"]
-    lines += [f"{test.fold:4d}  {test.score:11.2f}" + ("  *" if test.stands_out else "") for test in found.folds]
-    if found.groups:
+    lines += [f"{test.fold:4d}  {test.score:11.2f}" + ("  *" if test.stands_out else "") for test in proposal.folds]
+    if proposal.groups:
         lines.append("group  correlation  over half-maps")
-    for test in found.groups:
+    for test in proposal.groups:
         ratio = "-" if test.ratio is None else f"{test.ratio:.3f}"
         lines.append(f"{test.group:5s}  {test.frame.score:11.2f}  {ratio:>14s}  {test.finding}")
-    return [*lines, found.words]
+    return [*lines, proposal.words]

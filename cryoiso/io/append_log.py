@@ -55,7 +55,7 @@ def _head(key: str, data: bytes) -> bytes:
 
 def read_records(path: Path) -> list[Record]:
     """The records of a file up to the first that is cut off; their contents are not read."""
-    found: list[Record] = []
+    known: list[Record] = []
     at, length = 0, path.stat().st_size
     with open_regular(path) as stream:
         while at + _HEAD.size <= length:
@@ -63,9 +63,9 @@ def read_records(path: Path) -> list[Record]:
             if mark != _MARK or at + _HEAD.size + key_size + size > length:
                 break
             key = stream.read(key_size).decode(errors="replace")
-            found.append(Record(path, at, key, size))
+            known.append(Record(path, at, key, size))
             at = stream.seek(size, os.SEEK_CUR)
-    return found
+    return known
 
 
 def content(record: Record) -> bytes | None:
@@ -73,11 +73,11 @@ def content(record: Record) -> bytes | None:
     try:
         with open_regular(record.path) as stream:
             stream.seek(record.start)
-            whole = stream.read(record.end - record.start)
+            raw = stream.read(record.end - record.start)
     except (OSError, InputError):
         return None
-    mark, key_size, size, crc = _HEAD.unpack(whole[: _HEAD.size]) if len(whole) >= _HEAD.size else (b"", 0, 0, 0)
-    body = whole[_HEAD.size :]
+    mark, key_size, size, crc = _HEAD.unpack(raw[: _HEAD.size]) if len(raw) >= _HEAD.size else (b"", 0, 0, 0)
+    body = raw[_HEAD.size :]
     if mark != _MARK or len(body) != key_size + size or zlib.crc32(body) != crc:
         return None
     return body[key_size:]

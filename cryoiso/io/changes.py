@@ -57,7 +57,7 @@ def quantities_of(particles: Particles, file: object = None) -> dict[str, np.nda
     """Quantity -> (n, ...) values of what is known of particles."""
     value = particles.group_values
     stacks, index = image_names(particles, file)
-    found: dict[str, np.ndarray | None] = {
+    quantities: dict[str, np.ndarray | None] = {
         "image": np.array([f"{i}@{stack}" for i, stack in zip(index.tolist(), stacks, strict=True)], dtype=object),
         "box": value("box_px"),
         "pixel": value("pixel_size_A"),
@@ -79,7 +79,7 @@ def quantities_of(particles: Particles, file: object = None) -> dict[str, np.nda
         "shift": particles.shift_A if particles.rotation is not None else None,
         "class": classes(particles) if particles.rotation is not None else None,
     }
-    known = {name: values for name, values in found.items() if values is not None}
+    known = {name: values for name, values in quantities.items() if values is not None}
     return {name: v for name, v in known.items() if v.dtype == object or not np.isnan(v.astype(np.float64)).any()}
 
 

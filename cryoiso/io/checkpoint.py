@@ -87,10 +87,10 @@ def load_same(path: Path, identity: Identity, what: str) -> Contents | None:
     Raises:
         InputError: it was made from something else, or by another version.
     """
-    found = load(path)
-    if found is not None:
-        require_same(found[1].pop(IDENTITY, None), identity, path, what)
-    return found
+    saved = load(path)
+    if saved is not None:
+        require_same(saved[1].pop(IDENTITY, None), identity, path, what)
+    return saved
 
 
 class DamagedError(InputError):
@@ -108,18 +108,20 @@ def read(path: Path) -> Contents:
         InputError: of a later version.
     """
     arrays, meta = _parsed(path)
-    found, digest = meta.pop("format", None), meta.pop("digest", "")
-    if isinstance(found, int) and found > FORMAT:
+    format_number, digest = meta.pop("format", None), meta.pop("digest", "")
+    if isinstance(format_number, int) and format_number > FORMAT:
         raise InputError(
             "a later version of the program wrote this file",
             file=path,
             expected=f"format {FORMAT}",
-            found=found,
+            found=format_number,
             code="version-mismatch",
         )
-    if found not in (FORMAT, WITHOUT_DIGEST):
-        raise DamagedError("this file is damaged or no checkpoint", file=path, expected=f"format {FORMAT}", found=found)
-    if found == FORMAT and digest != _digest(arrays, meta):
+    if format_number not in (FORMAT, WITHOUT_DIGEST):
+        raise DamagedError(
+            "this file is damaged or no checkpoint", file=path, expected=f"format {FORMAT}", found=format_number
+        )
+    if format_number == FORMAT and digest != _digest(arrays, meta):
         raise DamagedError("this file is damaged: its checksum is wrong", file=path)
     return arrays, meta
 

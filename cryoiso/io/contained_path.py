@@ -77,10 +77,10 @@ def why_not_contained(name: object) -> str:
 def links_out(folder: Path) -> list[Path]:
     """Symbolic links below a folder that lead out of it, sorted; links to folders are not followed."""
     root = os.path.realpath(folder)
-    found = []
+    links = []
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(place, name)
             if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:
-                found.append(Path(path))
-    return sorted(found)
+                links.append(Path(path))
+    return sorted(links)

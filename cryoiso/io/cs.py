@@ -95,8 +95,8 @@ def joined_fields(
 
 def unmapped_terms(data: dict[str, np.ndarray]) -> list[str]:
     """Fields that say something which ``particles_of_fields`` leaves out."""
-    found = [name for name in UNMAPPED if name in data and np.any(data[name])]
-    return [*found, *(["ctf/tilt_A"] if has_tilt_without_cs(data) else [])]
+    terms = [name for name in UNMAPPED if name in data and np.any(data[name])]
+    return [*terms, *(["ctf/tilt_A"] if has_tilt_without_cs(data) else [])]
 
 
 def particles_of_fields(
@@ -133,12 +133,12 @@ def read_cs_field(path: object, name: str, passthrough: Sequence[object] = ()) -
 
 
 def _completed(
-    data: dict[str, np.ndarray], needed: Sequence[str], given: Sequence[object], path: object
+    data: dict[str, np.ndarray], needed: Sequence[str], passthrough: Sequence[object], path: object
 ) -> dict[str, np.ndarray]:
     """The fields of a file and of its passthrough files: the given ones, else those beside it if a field is needed."""
     missing = [name for name in needed if name not in data]
-    if given:
-        for other in given:
+    if passthrough:
+        for other in passthrough:
             data = _joined(data, load_cs(other), path, other)
         return data
     if not missing:
@@ -163,9 +163,9 @@ def passthrough_beside(path: object) -> list[Path]:
 
 def _require_one_source(name: str, uid: np.ndarray, sources: dict[Path, dict[str, np.ndarray]], path: object) -> None:
     """Two passthrough files that say different things of a field: the user must choose."""
-    found = [(other, more["uid"], more[name]) for other, more in sources.items() if name in more]
-    for other, theirs, values in found[1:]:
-        first, first_uid, first_values = found[0]
+    matching = [(other, more["uid"], more[name]) for other, more in sources.items() if name in more]
+    for other, theirs, values in matching[1:]:
+        first, first_uid, first_values = matching[0]
         if not np.array_equal(_by_uid(first_values, first_uid, uid), _by_uid(values, theirs, uid)):
             raise InputError(
                 f"two passthrough files beside it differ in {name}: {first.name} and {other.name}", file=path,

@@ -45,8 +45,8 @@ def _beam_tilt(data: dict[str, np.ndarray]) -> np.ndarray:
 
 def _magnification(data: dict[str, np.ndarray], path: object) -> np.ndarray:
     """(n, 4), row by row."""
-    found = data.get("ctf/anisomag", np.zeros((len(data["uid"]), 4)))
-    matrix = conventions.magnification_of_anisomag(found)
+    anisomag = data.get("ctf/anisomag", np.zeros((len(data["uid"]), 4)))
+    matrix = conventions.magnification_of_anisomag(anisomag)
     rows = np.arange(1, len(matrix) + 1)
     for columns, name in (((0, 3), "rlnMagMat00"), ((1, 2), "rlnMagMat01")):
         what = "field ctf/anisomag, as a magnification"

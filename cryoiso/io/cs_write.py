@@ -136,11 +136,11 @@ def image_names(particles: Particles, file: object) -> tuple[list[str], np.ndarr
 
 def signs(particles: Particles) -> np.ndarray:
     """(n,) int: -1 where protein is dark in the images, 1 where it is bright or nothing is known (RELION's images)."""
-    found = particles.results.get("cryoisoSign")
-    if found is None:
+    sign = particles.results.get("cryoisoSign")
+    if sign is None:
         text = _text_column(particles, "cryoisoSign")
-        found = None if text is None else np.array([-1 if value.strip().startswith("-") else 1 for value in text])
-    return np.ones(len(particles), np.int64) if found is None else np.asarray(found, np.int64)
+        sign = None if text is None else np.array([-1 if value.strip().startswith("-") else 1 for value in text])
+    return np.ones(len(particles), np.int64) if sign is None else np.asarray(sign, np.int64)
 
 
 def classes(particles: Particles) -> np.ndarray | None:

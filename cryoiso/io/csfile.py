@@ -140,9 +140,10 @@ def _read_numpy(stream: IO[bytes], size: int, path: object) -> np.ndarray:
     length = int.from_bytes(stream.read(width), "little")
     left = size - stream.tell()
     if length > min(left, MOST_HEADER_BYTES):
-        found = f"{length:,} bytes" + (f", {max(left, 0):,} in the file" if length > left else "")
+        length_text = f"{length:,} bytes" + (f", {max(left, 0):,} in the file" if length > left else "")
         raise InputError("the header is truncated or too long", file=path,
-                         expected=f"at most {MOST_HEADER_BYTES:,} bytes", found=found, code="cs-malformed")  # fmt: skip
+                         expected=f"at most {MOST_HEADER_BYTES:,} bytes", found=length_text,
+                         code="cs-malformed")  # fmt: skip
     dtype, shape = _header(stream.read(length).decode("utf-8" if version[0] == 3 else "latin-1", "replace"), path)
     if len(shape) != 1:
         raise InputError(
@@ -171,9 +172,9 @@ def _header(text: str, path: object) -> tuple[np.dtype[Any], tuple[int, ...]]:
     """Type of a row and shape, from the text of a NumPy header."""
     try:
         # Python 2 wrote long integers as 4L
-        found = ast.literal_eval(re.sub(r"(?<=\d)L\b", "", text.strip()))
-        order, shape = found["fortran_order"], found["shape"]
-        dtype = np.lib.format.descr_to_dtype(found["descr"])
+        header = ast.literal_eval(re.sub(r"(?<=\d)L\b", "", text.strip()))
+        order, shape = header["fortran_order"], header["shape"]
+        dtype = np.lib.format.descr_to_dtype(header["descr"])
     except (ValueError, SyntaxError, TypeError, LookupError, RecursionError, MemoryError, ArithmeticError) as error:
         kind = type(error).__name__
         raise InputError(
@@ -215,9 +216,9 @@ def _read_csdat(path: object) -> np.ndarray:
 def _checked(values: np.ndarray, name: str, field: Field, path: object) -> np.ndarray:
     """The same values in this machine's byte order, if they are what the field should hold."""
     if values.dtype.kind not in field.kinds or values.shape[1:] != field.shape or not values.dtype.itemsize:
-        found = f"type {values.dtype}" + (f", {values.shape[1:]} values per row" if values.shape[1:] else "")
+        type_text = f"type {values.dtype}" + (f", {values.shape[1:]} values per row" if values.shape[1:] else "")
         raise InputError(
-            f"field {name} is of the wrong type", file=path, expected=field.words, found=found, code="cs-malformed"
+            f"field {name} is of the wrong type", file=path, expected=field.words, found=type_text, code="cs-malformed"
         )
     values = values.astype(values.dtype.newbyteorder("="))
     if values.dtype.kind == "f" and name != MAY_BE_ABSENT:

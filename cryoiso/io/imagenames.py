@@ -93,8 +93,8 @@ def resolve_paths(names: list[str], file: object, project: str = "") -> np.ndarr
     here = Path(os.path.abspath(base))
     unique = sorted(set(names))
     beside_first = _two_sets(unique, base, own, file, not project and here not in (own, *own.parents))
-    found = {name: _resolve(name, base, own, beside_first) for name in unique}
-    return np.array([found[name] for name in names], dtype=str)
+    paths = {name: _resolve(name, base, own, beside_first) for name in unique}
+    return np.array([paths[name] for name in names], dtype=str)
 
 
 def _resolve(name: str, base: Path, own: Path, beside_first: bool) -> str:

@@ -131,13 +131,17 @@ def normalise_particles(
 
     out, empty = np.empty_like(images), np.empty(len(images), bool)
     for kind in np.unique(kinds).tolist():
-        mine = np.flatnonzero(kinds == kind)
-        these = rows[mine]
+        rows_of_kind = np.flatnonzero(kinds == kind)
+        these = rows[rows_of_kind]
         if kind == "premultiplied":
-            out[mine], empty[mine] = _normalise_premultiplied(images[mine], particles, these, fraction, ramp)
+            out[rows_of_kind], empty[rows_of_kind] = _normalise_premultiplied(
+                images[rows_of_kind], particles, these, fraction, ramp
+            )
         else:
-            made, empty[mine] = normalise(restored(images[mine], particles, these), fraction, ramp)
-            out[mine] = apply_ctf(made, particles, these)
+            normalised, empty[rows_of_kind] = normalise(
+                restored(images[rows_of_kind], particles, these), fraction, ramp
+            )
+            out[rows_of_kind] = apply_ctf(normalised, particles, these)
     return out, empty
 
 

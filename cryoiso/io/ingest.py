@@ -185,8 +185,8 @@ def _sha256(source: object) -> str:
 
 def _images_per_shard(box_px: int, settings: IngestSettings) -> int:
     chunk = hdf5_chunk(box_px, settings.storage)
-    whole = settings.shard_mib * 2**20 // (box_px * box_px * np.dtype(settings.storage).itemsize)
-    return max(chunk, whole // chunk * chunk)
+    per_shard = settings.shard_mib * 2**20 // (box_px * box_px * np.dtype(settings.storage).itemsize)
+    return max(chunk, per_shard // chunk * chunk)
 
 
 def _digest(p: IngestPlan) -> str:

@@ -179,23 +179,23 @@ def _are_copies(places: list[np.ndarray]) -> bool:
 def _joined(models: Any) -> Any:
     import gemmi
 
-    whole = gemmi.Model(1)
+    joined = gemmi.Model(1)
     used: set[str] = set()
     for model in models:
         for chain in model:
             copy = chain.clone()
             copy.name = _free_name(chain.name, used)
-            whole.add_chain(copy)
-    return whole
+            joined.add_chain(copy)
+    return joined
 
 
 def _free_name(name: str, used: set[str]) -> str:
-    number, found = 1, name
-    while found in used:
+    number, free_name = 1, name
+    while free_name in used:
         number += 1
-        found = f"{name}{number}"
-    used.add(found)
-    return found
+        free_name = f"{name}{number}"
+    used.add(free_name)
+    return free_name
 
 
 def without_markers(model: Any, path: object) -> None:

@@ -112,8 +112,8 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
     if assembly == "none":
         return model
     wanted = "1" if assembly == "auto" else assembly
-    found = next((a for a in structure.assemblies if a.name == wanted), None)
-    if found is None:
+    chosen = next((a for a in structure.assemblies if a.name == wanted), None)
+    if chosen is None:
         if assembly == "auto":
             return model
         names = ", ".join(a.name for a in structure.assemblies) or "none"
@@ -124,9 +124,9 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
             found=assembly,
             code="assembly-unavailable",
         )
-    operators = sum(len(g.operators) for g in found.generators)
+    operators = sum(len(g.operators) for g in chosen.generators)
     try:
-        whole = gemmi.make_assembly(found, model, gemmi.HowToNameCopiedChain.AddNumber)
+        assembled = gemmi.make_assembly(chosen, model, gemmi.HowToNameCopiedChain.AddNumber)
     except RuntimeError as error:
         raise InputError(
             f"its biological assembly {wanted} cannot be built: {error}",
@@ -134,10 +134,10 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
             hint="Set assembly to none.",
             code="assembly-unavailable",
         ) from None
-    if assembly == "auto" and (operators < 2 or whole.count_atom_sites() <= model.count_atom_sites()):
+    if assembly == "auto" and (operators < 2 or assembled.count_atom_sites() <= model.count_atom_sites()):
         return model
     logger.info("%s: biological assembly %s, %d operators", path, wanted, operators)
-    return whole
+    return assembled
 
 
 def positions(model: Any) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:

@@ -149,8 +149,8 @@ def _not_mrc(raw: bytes, path: object) -> InputError:
     elif raw.startswith(b"version https://git-lfs"):
         hint = "It is a placeholder of git-lfs: fetch the file itself."
     expected = "an MRC header of 1024 bytes with sizes and a mode"
-    found = f"{len(raw)} bytes" if len(raw) < HEADER_BYTES else None
-    return InputError("not an MRC file", file=path, expected=expected, found=found, hint=hint, code="mrc-malformed")
+    size_text = f"{len(raw)} bytes" if len(raw) < HEADER_BYTES else None
+    return InputError("not an MRC file", file=path, expected=expected, found=size_text, hint=hint, code="mrc-malformed")
 
 
 def _axes(h: Any, path: object) -> list[int]:

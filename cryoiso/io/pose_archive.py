@@ -26,13 +26,13 @@ def read_pose_archive(path: object, require: tuple[str, ...] = ("pose",)) -> Par
     wanted = {"pose": ("rotation", (n, 3, 3)), "ctf": ("ctf", (n, CTF_COLUMNS))}
     for what in require:
         name, shape = wanted[what]
-        found = arrays[name].shape if name in arrays else "no such array"
-        if found != shape or not n:
+        found_shape = arrays[name].shape if name in arrays else "no such array"
+        if found_shape != shape or not n:
             raise InputError(
                 f"wrong array '{name}'",
                 file=path,
                 expected=f"shape {shape}, at least 1 row",
-                found=found,
+                found=found_shape,
                 code="arrays-do-not-fit",
             )
     rotation = arrays.get("rotation")

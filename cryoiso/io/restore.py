@@ -51,19 +51,19 @@ def restored_rows(
         new: the particles as they are now.
         to_cs: takes particles' poses into cryoSPARC's frame.
     """
-    found = changes(quantities_of(before), quantities_of(new))
+    changed = changes(quantities_of(before), quantities_of(new))
     columns = {name: old[name].copy() for name in old.dtype.names or ()}
-    if found:
+    if changed:
         fresh = fields_of_particles(to_cs(new))
-        for name, rows in found.items():
+        for name, rows in changed.items():
             for field in QUANTITIES[name].fields:
                 _overwrite(columns, field, fresh, rows)
         if "alignments3D/pose" in columns:  # a slot is whole, or cryoSPARC does not take it
             for field in (f for f in fresh.dtype.names or () if f.startswith("alignments3D/")):
                 columns.setdefault(field, fresh[field])
-        if any(name in found for name in POSE):
+        if any(name in changed for name in POSE):
             _forget_fits(columns)
-    return Restored({name: int(rows.sum()) for name, rows in found.items()}, rows=structured(columns))
+    return Restored({name: int(rows.sum()) for name, rows in changed.items()}, rows=structured(columns))
 
 
 def rows_of_result(
@@ -82,8 +82,8 @@ def rows_of_result(
     data = joined_fields(source, (), passthrough)
     old = structured(data)[rows_of_uids(data["uid"], particles.uid, source)]
     before = in_our_frame(particles_of_fields({n: old[n] for n in old.dtype.names or ()}, source, "", ()), symmetry)
-    found = restored_rows(old, before, particles, lambda new: in_cs_frame(new, symmetry)).rows
-    return old if found is None else found
+    rows = restored_rows(old, before, particles, lambda new: in_cs_frame(new, symmetry)).rows
+    return old if rows is None else rows
 
 
 def in_our_frame(particles: Particles, symmetry: str) -> Particles:
@@ -131,13 +131,13 @@ def restored_star(blocks: list[StarBlock], table: StarBlock, rows: np.ndarray, o
         old: particles of these rows. before: the same as a .cs file has them.
         new: the particles as they are now.
     """
-    found = changes(quantities_of(before), quantities_of(new))
-    changed = {name: int(where.sum()) for name, where in found.items()}
+    new_values = changes(quantities_of(before), quantities_of(new))
+    changed = {name: int(where.sum()) for name, where in new_values.items()}
     bodies = [b for b in blocks if is_body_table(b.name) and len(b) == len(table)]
     others = [_taken(b, rows) if any(b is body for body in bodies) else b for b in blocks]
-    if not found:
+    if not new_values:
         return Restored(changed, blocks=[_taken(b, rows) if b is table else b for b in others])
-    merged = _merged(old, new, found)
+    merged = _merged(old, new, new_values)
     if merged.table is not None:
         merged.table.attrs["star_block"] = table.name
         kept = [b for b, was in zip(others, blocks, strict=True) if was is not table and b.name != "optics"]
@@ -158,22 +158,22 @@ ATTRIBUTES = {
 COLUMNS = {"image": "rlnImageName", "class": "rlnClassNumber", "sign": "cryoisoSign"}
 
 
-def _merged(old: Particles, new: Particles, found: dict[str, np.ndarray]) -> Particles:
+def _merged(old: Particles, new: Particles, changed: dict[str, np.ndarray]) -> Particles:
     """The old particles with what is new."""
     values: dict[str, Any] = {}
     for name, attribute in ATTRIBUTES.items():
-        if name in found:
-            values[attribute] = _where(found[name], getattr(new, attribute), getattr(old, attribute))
-    if "rotation" in found and "shift" not in found and old.shift_A is None:
+        if name in changed:
+            values[attribute] = _where(changed[name], getattr(new, attribute), getattr(old, attribute))
+    if "rotation" in changed and "shift" not in changed and old.shift_A is None:
         values["shift_A"] = new.shift_A
     results = dict(old.results)
     for name, column in COLUMNS.items():
         fresh = _column(new, column)
-        if name in found and fresh is not None:
+        if name in changed and fresh is not None:
             was = _column(old, column)
-            results[column] = fresh if was is None else np.where(found[name], fresh, was)
+            results[column] = fresh if was is None else np.where(changed[name], fresh, was)
     merged = replace(old, results=results, **values)
-    return _with_groups(merged, old, new, found) if any(name in found for name in OF_GROUPS) else merged
+    return _with_groups(merged, old, new, changed) if any(name in changed for name in OF_GROUPS) else merged
 
 
 def _where(rows: np.ndarray, fresh: np.ndarray, was: np.ndarray | None) -> np.ndarray:
@@ -190,12 +190,12 @@ def _column(particles: Particles, name: str) -> np.ndarray | None:
     return None if table is None or name not in table.columns else np.asarray(table[name].tolist(), dtype=str)
 
 
-def _with_groups(merged: Particles, old: Particles, new: Particles, found: Container[str]) -> Particles:
+def _with_groups(merged: Particles, old: Particles, new: Particles, changed: Container[str]) -> Particles:
     """Optics groups with the new values: one for each pair of an old and a new one that has particles.
 
     What only the old ones have (Zernike terms, flags, columns of other programs) stays.
     """
-    attributes = [attribute for name, attribute in VALUES.items() if name in found]
+    attributes = [attribute for name, attribute in VALUES.items() if name in changed]
     pairs, optics = np.unique(np.stack([old.optics, new.optics], 1), axis=0, return_inverse=True)
     split = len(np.unique(pairs[:, 0])) < len(pairs)
     groups = []

@@ -46,10 +46,10 @@ def write_rows(source: object, out: object, rows: np.ndarray) -> None:
     write_blocks(out, [_taken(b, rows) if any(b is c for c in cut) else b for b in blocks])
 
 
-def _require_number(found: int, rows: np.ndarray, source: object) -> None:
-    if found != len(rows):
+def _require_number(count: int, rows: np.ndarray, source: object) -> None:
+    if count != len(rows):
         raise InputError("the file has changed while it was read", file=source, expected=f"{len(rows):,} particles",
-                         found=f"{found:,}", code="particle-sets-differ")  # fmt: skip
+                         found=f"{count:,}", code="particle-sets-differ")  # fmt: skip
 
 
 def _taken(block: StarBlock, rows: np.ndarray) -> StarBlock:

@@ -63,11 +63,11 @@ def own_root(folder: Path) -> Path:
     Raises:
         OSError: it cannot be made, or somebody else made it.
     """
-    mine = _of_user(folder)
+    own_folder = _of_user(folder)
     with suppress(FileExistsError):
-        os.mkdir(mine, 0o700)
-    _require_own(mine)
-    root = mine / socket.gethostname()
+        os.mkdir(own_folder, 0o700)
+    _require_own(own_folder)
+    root = own_folder / socket.gethostname()
     root.mkdir(exist_ok=True)
     return root
 
@@ -78,22 +78,22 @@ def nearest_to_root(folder: Path) -> Path:
     Raises:
         OSError: somebody else made it.
     """
-    mine = _of_user(folder)
-    if not os.path.lexists(mine):
+    own_folder = _of_user(folder)
+    if not os.path.lexists(own_folder):
         return folder
-    _require_own(mine)
-    root = mine / socket.gethostname()
-    return root if root.is_dir() else mine
+    _require_own(own_folder)
+    root = own_folder / socket.gethostname()
+    return root if root.is_dir() else own_folder
 
 
 def _of_user(folder: Path) -> Path:
     return folder / f"cryoiso-{os.getuid()}"
 
 
-def _require_own(mine: Path) -> None:
-    found = os.lstat(mine)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(13, "is not a folder of this user", str(mine))
+def _require_own(own_folder: Path) -> None:
+    status = os.lstat(own_folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise PermissionError(13, "is not a folder of this user", str(own_folder))
 
 
 def try_lock(file: Path) -> None:

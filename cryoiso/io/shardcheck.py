@@ -129,26 +129,28 @@ def plain_dataset(file: Any, name: str, path: Path) -> Any:
     link = file.get(name, getlink=True)
     if link is None:
         raise KeyError(f"no data set '{name}'")
-    found = file[name] if isinstance(link, h5py.HardLink) else None
+    dataset = file[name] if isinstance(link, h5py.HardLink) else None
     problem = ""
-    if found is None:
+    if dataset is None:
         problem = f"is a link ({type(link).__name__})"
-    elif not isinstance(found, h5py.Dataset):
+    elif not isinstance(dataset, h5py.Dataset):
         problem = "is no data set"
-    elif found.external:
+    elif dataset.external:
         problem = "lies in another file (external storage)"
-    elif found.is_virtual:
+    elif dataset.is_virtual:
         problem = "is virtual: made of data sets of other files"
-    elif found.id.get_create_plist().get_nfilters():
+    elif dataset.id.get_create_plist().get_nfilters():
         problem = "is packed by a filter"
-    elif found.dtype.hasobject or found.dtype.kind not in "iufS":
-        problem = f"has values of another kind ({found.dtype})"
-    elif found.id.get_storage_size() < found.size * found.dtype.itemsize:
-        problem = f"is not stored whole ({found.id.get_storage_size()} of {found.size * found.dtype.itemsize} bytes)"
+    elif dataset.dtype.hasobject or dataset.dtype.kind not in "iufS":
+        problem = f"has values of another kind ({dataset.dtype})"
+    elif dataset.id.get_storage_size() < dataset.size * dataset.dtype.itemsize:
+        problem = (
+            f"is not stored whole ({dataset.id.get_storage_size()} of {dataset.size * dataset.dtype.itemsize} bytes)"
+        )
     if problem:
         raise InputError(f"the data set '{name}' {problem}", file=path, expected="a data set as ingest writes it",
                          hint=AGAIN, code="shards-damaged")  # fmt: skip
-    return found
+    return dataset
 
 
 def check_images(file: Any, path: Path, rows: int, index: dict[str, Any]) -> None:
@@ -180,11 +182,12 @@ def read_columns(file: Any, path: Path, rows: int, names: tuple[str, ...]) -> di
     """
     columns = {}
     for name in (*names, "stack"):
-        found = plain_dataset(file, name, path)
-        if found.shape != (rows,) or found.dtype.kind not in ("iu" if name in WHOLE else "iuf"):
+        dataset = plain_dataset(file, name, path)
+        if dataset.shape != (rows,) or dataset.dtype.kind not in ("iu" if name in WHOLE else "iuf"):
             raise InputError(f"the column '{name}' has another shape or type", file=path, expected=f"{rows} numbers",
-                             found=f"{found.shape} of {found.dtype}", hint=AGAIN, code="shards-damaged")  # fmt: skip
-        columns[name] = found[()]
+                             found=f"{dataset.shape} of {dataset.dtype}", hint=AGAIN,
+                             code="shards-damaged")  # fmt: skip
+        columns[name] = dataset[()]
         if columns[name].dtype.kind == "f" and len(bad := np.flatnonzero(~np.isfinite(columns[name]))):
             raise InputError(f"the column '{name}' has a value that is not a number", file=path, row=int(bad[0]) + 1,
                              found=float(columns[name][bad[0]]), hint=AGAIN, code="shards-damaged")  # fmt: skip

@@ -150,8 +150,8 @@ def shard_attributes(
 
 def shard_matches(folder: Path, number: int, digest: str, bounds: tuple[int, int]) -> bool:
     """Whether this shard is there and of this set (a shard under its final name is always complete)."""
-    found = read_attributes(folder / shard_name(number))
-    return (found.get("plan"), found.get("start"), found.get("stop")) == (digest, *bounds)
+    attributes = read_attributes(folder / shard_name(number))
+    return (attributes.get("plan"), attributes.get("start"), attributes.get("stop")) == (digest, *bounds)
 
 
 def write_index(
@@ -369,10 +369,10 @@ class ShardSource:
             try:
                 if file.attrs.get("plan") != self.index["plan"]:
                     raise InputError("not of this index", file=path, hint=AGAIN, code="shards-damaged")
-                found = read_columns(file, path, shard["stop"] - shard["start"], COLUMNS)
+                of_shard = read_columns(file, path, shard["stop"] - shard["start"], COLUMNS)
             except HDF5_ERRORS as error:
                 raise InputError(f"damaged shard: {error}", file=path, hint=AGAIN, code="shards-damaged") from None
-            for name, values in found.items():
+            for name, values in of_shard.items():
                 parts[name].append(values)
         columns: dict[str, Any] = {name: np.concatenate(values) for name, values in parts.items()}
         check_columns(columns, self.index, self.folder / products.INDEX)

@@ -52,8 +52,8 @@ def load_rows(path: Path) -> tuple[np.ndarray, Origin]:
         InputError: not such a side table.
     """
     try:
-        with np.load(path, allow_pickle=False) as found:
-            rows, facts = found["rows"], json.loads(str(found["facts"]))
+        with np.load(path, allow_pickle=False) as archive:
+            rows, facts = archive["rows"], json.loads(str(archive["facts"]))
         if rows.ndim != 1 or "uid" not in (rows.dtype.names or ()):
             raise ValueError("no rows of particles")
         return rows, Origin(str(facts["source"]), str(facts["symmetry"]))

@@ -123,9 +123,9 @@ class JoinedSource:
         """Images of these rows: (n, D, D) float32."""
         rows = np.arange(len(self.particles))[rows]
         out = np.empty((len(rows), self.box_px, self.box_px), np.float32)
-        for part, mine, shift in ((0, rows < self._n, 0), (1, rows >= self._n, self._n)):
-            if mine.any():
-                out[mine] = self._parts[part].read(rows[mine] - shift)
+        for part, selected, shift in ((0, rows < self._n, 0), (1, rows >= self._n, self._n)):
+            if selected.any():
+                out[selected] = self._parts[part].read(rows[selected] - shift)
         return out
 
 
@@ -189,5 +189,5 @@ def as_recorded(
     """
     if not is_applied(particles) or not any(g.ctf_applied in kinds for g in particles.groups):
         return source, particles
-    made = RestoredSource(source, particles, kinds)
-    return made, made.particles
+    restored = RestoredSource(source, particles, kinds)
+    return restored, restored.particles

@@ -133,12 +133,12 @@ def _header_of_images(path: str) -> MrcHeader:
     header = read_header(path)
     header.require_right_angles(path, images=True)
     if header.axes[0] != 2 or header.volumes > 1:
-        found = f"{header.volumes} volumes" if header.volumes > 1 else f"sections along {'xyz'[header.axes[0]]}"
+        content = f"{header.volumes} volumes" if header.volumes > 1 else f"sections along {'xyz'[header.axes[0]]}"
         raise InputError(
             "not a stack of images",
             file=path,
             expected="images of x and y, one a section",
-            found=found,
+            found=content,
             code="stack-not-of-images",
         )
     if max(header.shape[1:]) > MAX_IMAGE_PX:

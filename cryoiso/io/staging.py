@@ -101,15 +101,17 @@ def require_room(folder: Path, need_bytes: int, files: int) -> None:
     Raises:
         NotStaged: it does not.
     """
-    found = os.statvfs(folder)
-    free = found.f_bavail * found.f_frsize - int(SPARE * found.f_blocks * found.f_frsize)
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize - int(SPARE * status.f_blocks * status.f_frsize)
     if free < need_bytes:
         raise NotStaged(f"{folder}: {max(free, 0) / 1e9:.3g} GB to spare, the images take {need_bytes / 1e9:.3g} GB")
-    if found.f_files and found.f_favail < files + SPARE_FILES:
-        raise NotStaged(f"{folder}: only {found.f_favail} more files fit on this file system")
+    if status.f_files and status.f_favail < files + SPARE_FILES:
+        raise NotStaged(f"{folder}: only {status.f_favail} more files fit on this file system")
 
 
-def copy_checked(source: Path, target: Path, sha256: str, stop: Callable[[], str], told: Callable[[int], None]) -> None:
+def copy_checked(
+    source: Path, target: Path, sha256: str, stop: Callable[[], str], on_bytes: Callable[[int], None]
+) -> None:
     """Copies a file in one pass that also takes its SHA-256; it has its name only when it is whole and right.
 
     Args:
@@ -133,7 +135,7 @@ def copy_checked(source: Path, target: Path, sha256: str, stop: Callable[[], str
                 view = memoryview(block)
                 while view:
                     view = view[go.write(view) :]
-                told(len(block))
+                on_bytes(len(block))
             os.fsync(go.fileno())
         if sha256 and digest.hexdigest() != sha256:
             raise NotStaged(f"{source}: was read with another checksum than it was written with")

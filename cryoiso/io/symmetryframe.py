@@ -152,21 +152,21 @@ def _pair_rotations(group: list[Trace], order: int) -> list[np.ndarray]:
 def _fit_frame(rotations: list[np.ndarray], operators: np.ndarray) -> np.ndarray | None:
     """Q with Q R Q^T in the group for the rotations R that were found, or None if they do not generate it."""
     tolerance = np.radians(TOLERANCE_DEG)
-    found = [_axis_angle(r) for r in rotations]
+    axes = [_axis_angle(r) for r in rotations]
     wanted = [_axis_angle(g) for g in operators[1:]]
-    if not found or not wanted:
+    if not axes or not wanted:
         return None
     u1, angle1 = max(wanted, key=lambda w: (abs(w[0][2]), -w[1]))
     second = next((w for w in wanted if np.linalg.norm(np.cross(u1, w[0])) > 0.1), None)
-    for v1, a1 in found:
+    for v1, a1 in axes:
         if abs(a1 - angle1) > tolerance:
             continue
-        others = [(v, a) for v, a in found if second and abs(a - second[1]) < tolerance] if second else [(v1, a1)]
+        others = [(v, a) for v, a in axes if second and abs(a - second[1]) < tolerance] if second else [(v1, a1)]
         for v2, _ in others:
             start = _frame_of_axes(u1, second[0] if second else None, v1, v2)
             if start is None:
                 continue
-            frame = _refined(start, found, wanted, tolerance)
+            frame = _refined(start, axes, wanted, tolerance)
             if frame is not None:
                 return frame
     return None
@@ -195,14 +195,14 @@ def _shortest_rotation(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return rotation
 
 
-def _refined(start: np.ndarray, found: list[Axis], wanted: list[Axis], tolerance: float) -> np.ndarray | None:
+def _refined(start: np.ndarray, axes: list[Axis], wanted: list[Axis], tolerance: float) -> np.ndarray | None:
     """Least-squares frame over all axes that agree with ``start``; None unless every operator of the group is met."""
     sources, targets, met = [], [], set()
-    for v, angle in found:
+    for v, angle in axes:
         turned = start @ v
         for number, (u, a) in enumerate(wanted):
-            both = ((1.0, abs(a - angle)), (-1.0, abs(2 * np.pi - a - angle)))
-            for sign, miss in both:
+            signed_differences = ((1.0, abs(a - angle)), (-1.0, abs(2 * np.pi - a - angle)))
+            for sign, miss in signed_differences:
                 if miss < tolerance and np.dot(turned, sign * u) > np.cos(tolerance):
                     sources.append(v)
                     targets.append(sign * u)

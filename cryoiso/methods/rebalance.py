@@ -100,11 +100,11 @@ def _quotas(cone: np.ndarray, half: np.ndarray, cap: int, cones: int) -> np.ndar
     n = np.bincount(3 * cone + half, minlength=3 * cones).reshape(cones, 3)
     quota = np.minimum(n, cap)
     room = np.maximum(cap - quota[:, 0], 0)
-    one, two = n[:, 1], n[:, 2]
-    odd = (room % 2 == 1) & (one > room // 2) & (two > room // 2)
+    first, second = n[:, 1], n[:, 2]
+    odd = (room % 2 == 1) & (first > room // 2) & (second > room // 2)
     share = room // 2 + (odd & (np.cumsum(odd) % 2 == 1))
-    quota[:, 1] = np.minimum(one, np.maximum(share, room - two))
-    quota[:, 2] = np.minimum(two, room - quota[:, 1])
+    quota[:, 1] = np.minimum(first, np.maximum(share, room - second))
+    quota[:, 2] = np.minimum(second, room - quota[:, 1])
     return quota
 
 
@@ -116,7 +116,7 @@ def facts(chosen: Rebalanced, particles: Particles, quality: np.ndarray | None =
     empty_fraction, efficiency); quality: medians of kept and discarded particles.
     """
     before, after = chosen.counts(), chosen.counts(chosen.keep)
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "particles": len(particles),
         "kept": int(chosen.keep.sum()),
         "discarded": int((~chosen.keep).sum()),
@@ -130,17 +130,17 @@ def facts(chosen: Rebalanced, particles: Particles, quality: np.ndarray | None =
         },
     }
     for name, part in (("before", particles), ("after", particles.take(chosen.keep))):
-        found[name] = _of_views(part, chosen.cones.symmetry)
+        record[name] = _of_views(part, chosen.cones.symmetry)
     if quality is not None:
-        found["quality_median"] = {
+        record["quality_median"] = {
             name: float(np.median(quality[rows])) if rows.any() else None
             for name, rows in (("kept", chosen.keep), ("discarded", ~chosen.keep))
         }
-    found["cones"] = [
+    record["cones"] = [
         {"axis": [round(float(x), 5) for x in axis], "before": int(b), "after": int(a)}
         for axis, b, a in zip(chosen.cones.axes, before, after, strict=True)
     ]
-    return found
+    return record
 
 
 def _of_views(particles: Particles, symmetry: str) -> dict[str, Any]:

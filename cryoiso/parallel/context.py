@@ -310,7 +310,7 @@ def _mismatch(launcher: launch.Launcher, size: int, library: str) -> str:
 
 def _share_cores(local: Any) -> None:
     """Each rank of a node gets its share of every core that it may run on, so that all together fill the node once."""
-    mine = os.sched_getaffinity(0)
-    everybody = local.allgather(mine)
-    share = sum(1.0 / sum(core in other for other in everybody) for core in mine)
+    own_cores = os.sched_getaffinity(0)
+    cores_of_ranks = local.allgather(own_cores)
+    share = sum(1.0 / sum(core in cores for cores in cores_of_ranks) for core in own_cores)
     launch.set_threads(max(1, int(share + 1e-9)))

@@ -4,8 +4,8 @@ Rank 0 keeps a ``TaskServer``; a process with a task calls ``request``. On the s
 in a folder that only the user can enter, else over TCP, and where no connection comes about or lasts (networks between
 nodes may be closed) through files in the run folder. Every message is signed with a secret that lies in a file that
 only the user can read, over a number that the other side has just drawn: nobody else can hand in a task or an answer,
-and nothing said before can be used again. Callers that have not shown the secret are few, have a deadline, and lose their place to
-others first: they can neither use up the file descriptors nor end the run.
+and nothing said before can be used again. Callers that have not shown the secret are few, have a deadline, and lose
+their place to others first: they can neither use up the file descriptors nor end the run.
 
 This module is imported by a process that must answer fast while MPI ranks wait for it: standard library only.
 """

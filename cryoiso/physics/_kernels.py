@@ -33,7 +33,7 @@ def blend_rows(typing, grid, at, row, plane, fx, fy, fz):
 
     def generate(context, builder, signature, arguments):
         flat, at, row, plane, fx, fy, fz = arguments
-        one, data = ir.Constant(fx.type, 1), context.make_array(signature.args[0])(context, builder, flat).data
+        unit, data = ir.Constant(fx.type, 1), context.make_array(signature.args[0])(context, builder, flat).data
         four, two = ir.VectorType(fx.type, 4), ir.VectorType(fx.type, 2)
 
         def spread(value, kind):
@@ -45,7 +45,7 @@ def blend_rows(typing, grid, at, row, plane, fx, fy, fz):
             start = builder.bitcast(builder.gep(data, [place]), four.as_pointer())
             return builder.fmul(spread(weight, four), builder.load(start, align=4))
 
-        gy, gz = builder.fsub(one, fy), builder.fsub(one, fz)
+        gy, gz = builder.fsub(unit, fy), builder.fsub(unit, fz)
         above = builder.add(at, plane)
         value = weighted(at, builder.fmul(gz, gy))
         value = builder.fadd(value, weighted(builder.add(at, row), builder.fmul(gz, fy)))
@@ -155,10 +155,10 @@ def _to_places(count):
 
 @njit(**EXACT)
 def _largest(values):
-    found = np.float32(0)
+    largest = np.float32(0)
     for i in range(values.shape[0]):
-        found = max(found, abs(values[i]))
-    return found
+        largest = max(largest, abs(values[i]))
+    return largest
 
 
 @njit(**EXACT)

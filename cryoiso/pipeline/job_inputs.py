@@ -76,15 +76,15 @@ class Inputs:
     @property
     def shards(self) -> Path:
         """Where the shards are: the job's particles themselves may be a folder of shards."""
-        given = Path(self.job.particles.file)
-        return given if given.is_dir() else self.folder.stage("ingest")
+        particles_path = Path(self.job.particles.file)
+        return particles_path if particles_path.is_dir() else self.folder.stage("ingest")
 
     def particles(self) -> Particles:
         """The source's particles with half-sets, every column of the source and the boxes of the stacks."""
         if self._particles is None:
             if self.shards != self.folder.stage("ingest"):
-                found = ShardSource(self.shards).particles
-                self._particles = assign_halves(found, self.job.run.seed, self.job.particles.file)
+                particles = ShardSource(self.shards).particles
+                self._particles = assign_halves(particles, self.job.run.seed, self.job.particles.file)
             else:
                 self._particles = self.plan().particles
         return self._particles
@@ -149,9 +149,9 @@ class Inputs:
         if not self.job.truth.map:
             return None
         box, pixel = self.grid()
-        found = read_map(self.job.truth.map)
-        require_grid(found, box, pixel, self.job.truth.map, "the particles")
-        return found.data
+        density = read_map(self.job.truth.map)
+        require_grid(density, box, pixel, self.job.truth.map, "the particles")
+        return density.data
 
     def source(self, *, once: bool = False) -> Any:
         """The shards with the source's particles; rank 0 also has the table they came from. Collective.
@@ -195,9 +195,9 @@ class SelectedShards(SubsetSource):
 class SelectedInputs(Inputs):
     """The inputs of the stages after a classification: the particles of the selected classes alone."""
 
-    def __init__(self, whole: Inputs) -> None:
-        self._whole = whole
-        super().__init__(whole.job, whole.folder, whole.comm)
+    def __init__(self, all_inputs: Inputs) -> None:
+        self._whole = all_inputs
+        super().__init__(all_inputs.job, all_inputs.folder, all_inputs.comm)
         self._rows: np.ndarray | None = None
 
     @property
@@ -227,9 +227,9 @@ class SelectedInputs(Inputs):
         """
         if self._rows is None:
             file = self.folder.stage("classify") / products.SELECTED
-            found = read_particle_file(file, self.job.particles.project).uid
-            self._rows = np.flatnonzero(np.isin(self._whole.particles().uid, found))
-            if not np.array_equal(self._whole.particles().uid[self._rows], found):
+            uids = read_particle_file(file, self.job.particles.project).uid
+            self._rows = np.flatnonzero(np.isin(self._whole.particles().uid, uids))
+            if not np.array_equal(self._whole.particles().uid[self._rows], uids):
                 raise InputError("the selected particles are not those of this run", file=file,
                                  hint="Start a new run.", code="run-particles-differ")  # fmt: skip
         return self._rows

@@ -152,7 +152,9 @@ def existing_parent(path: Path) -> Path:
 def images_of(inputs: Inputs) -> list[Path]:
     """The files that the particles' images lie in, with absolute paths (a run may be resumed from another folder): the
     shards where the job names a folder of them, else the stacks."""
-    given = Path(inputs.job.particles.file)
-    if given.is_dir():
-        return [Path(os.path.abspath(given / str(shard["file"]))) for shard in read_index(given)["shards"]]
+    particles_path = Path(inputs.job.particles.file)
+    if particles_path.is_dir():
+        return [
+            Path(os.path.abspath(particles_path / str(shard["file"]))) for shard in read_index(particles_path)["shards"]
+        ]
     return [Path(os.path.abspath(name)) for name in np.unique(inputs.particles().stack).tolist()]

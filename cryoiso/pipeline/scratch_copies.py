@@ -97,75 +97,75 @@ class Scratch:
     def _stage(self, source: ShardSource, hashes: dict[str, str], everything: bool) -> ScratchCopies:
         began = time.monotonic()
         names = [str(s["file"]) for s in source.index["shards"]]
-        mine = names if everything else [names[k] for k in shards_of_ranks(source, self.mates, self.comm.size)]
-        known = {n: hashes[n] for n in mine if n in hashes}
-        found = _Set(_key(source, hashes), mine, known)
+        own_names = names if everything else [names[k] for k in shards_of_ranks(source, self.mates, self.comm.size)]
+        known = {n: hashes[n] for n in own_names if n in hashes}
+        copies = _Set(_key(source, hashes), own_names, known)
         if self.comm.rank == self.mates[0]:
-            self._prepare(source.folder, found)
-        outcome = self.comm.allgather((found.target, found.why_not))
-        found.target, found.why_not = outcome[self.mates[0]]
-        self._copy(source.folder, found)
-        if found.why_not:
-            self._drop(found.key)
-        self._tell(source, found, time.monotonic() - began)
-        target = found.target if not found.why_not else None
-        return ScratchCopies({n: target / n for n in mine} if target else None)
+            self._prepare(source.folder, copies)
+        outcome = self.comm.allgather((copies.target, copies.why_not))
+        copies.target, copies.why_not = outcome[self.mates[0]]
+        self._copy(source.folder, copies)
+        if copies.why_not:
+            self._drop(copies.key)
+        self._tell(source, copies, time.monotonic() - began)
+        target = copies.target if not copies.why_not else None
+        return ScratchCopies({n: target / n for n in own_names} if target else None)
 
-    def _prepare(self, originals: Path, found: _Set) -> None:
+    def _prepare(self, originals: Path, copies: _Set) -> None:
         """Takes the lease and makes sure that there is room; notes why not where that fails."""
         try:
             place = find_place(self.wanted, originals, self.comm.hostname)
             root = leases.own_root(place)
-            for gone in leases.sweep(root, found.key):
+            for gone in leases.sweep(root, copies.key):
                 logger.info("scratch: removed %s, which a job left behind that is gone", root / gone)
-            held = self._held[found.key] = leases.take(root, found.key, run=str(self.run))
-            missing = [originals / n for n in found.names if not (held.files / n).exists()]
+            held = self._held[copies.key] = leases.take(root, copies.key, run=str(self.run))
+            missing = [originals / n for n in copies.names if not (held.files / n).exists()]
             require_room(root, sum(path.stat().st_size for path in missing), len(missing))
-            found.target = held.files
+            copies.target = held.files
         except NotStaged as why:
-            found.why_not = str(why)
+            copies.why_not = str(why)
         except OSError as error:
-            found.why_not = f"{error.filename or self.wanted}: {error.strerror or error}"
-        if found.why_not:
-            self._drop(found.key)
+            copies.why_not = f"{error.filename or self.wanted}: {error.strerror or error}"
+        if copies.why_not:
+            self._drop(copies.key)
 
     def _drop(self, key: str) -> None:
         held = self._held.pop(key, None)
         if held is not None:
             held.release()
 
-    def _copy(self, originals: Path, found: _Set) -> None:
+    def _copy(self, originals: Path, copies: _Set) -> None:
         """The ranks of a node share the copying; after each file all agree whether to go on. Collective."""
         comm, mates = self.comm, self.mates
-        mine = [] if found.why_not else found.names[mates.index(comm.rank) :: len(mates)]
-        rounds = int(comm.max_all(len(mine)))
-        sizes = [(originals / n).stat().st_size for n in mine]
+        own_names = [] if copies.why_not else copies.names[mates.index(comm.rank) :: len(mates)]
+        rounds = int(comm.max_all(len(own_names)))
+        sizes = [(originals / n).stat().st_size for n in own_names]
         line = ProgressLine("copying images to scratch, MB", int(sum(comm.allgather(sum(sizes)))) // 1_000_000,
                             active=comm.rank == 0)  # fmt: skip
         others = 0
         for number in range(rounds):
-            if number < len(mine) and not found.why_not:
+            if number < len(own_names) and not copies.why_not:
 
                 def told(_: int, before: int = others) -> None:
-                    line.update((before + found.bytes) // 1_000_000)
+                    line.update((before + copies.bytes) // 1_000_000)
 
-                _copy_one(originals, mine[number], found, told)
-            state = comm.allgather((found.why_not, found.bytes + found.reused))
-            found.why_not = next((state[r][0] for r in mates if state[r][0]), "")
-            others = sum(done for _, done in state) - found.bytes
+                _copy_one(originals, own_names[number], copies, told)
+            state = comm.allgather((copies.why_not, copies.bytes + copies.reused))
+            copies.why_not = next((state[r][0] for r in mates if state[r][0]), "")
+            others = sum(done for _, done in state) - copies.bytes
             if comm.stop_requested():
                 raise Interrupted(STOPPED)
         line.close()
 
-    def _tell(self, source: ShardSource, found: _Set, seconds: float) -> None:
+    def _tell(self, source: ShardSource, copies: _Set, seconds: float) -> None:
         """One line for each kind of outcome, and the numbers of every node for ``logs/timing.json``."""
         comm = self.comm
-        mine = {
-            "host": comm.hostname, "folder": str(found.target or ""), "why_not": found.why_not,
-            "bytes": found.bytes, "reused_bytes": found.reused, "shards": len(found.names),
+        node_facts = {
+            "host": comm.hostname, "folder": str(copies.target or ""), "why_not": copies.why_not,
+            "bytes": copies.bytes, "reused_bytes": copies.reused, "shards": len(copies.names),
         }  # fmt: skip
         nodes: dict[str, dict[str, Any]] = {}
-        for each in comm.allgather(mine):
+        for each in comm.allgather(node_facts):
             node = nodes.setdefault(each["host"], {**each, "bytes": 0, "reused_bytes": 0})
             for name in ("bytes", "reused_bytes"):
                 node[name] += each[name]
@@ -184,24 +184,24 @@ class Scratch:
                 write_text(on_disk, json.dumps({"scratch": self.facts}, indent=1) + "\n")
 
 
-def _copy_one(originals: Path, name: str, found: _Set, told: Any) -> None:
-    if found.target is None:
+def _copy_one(originals: Path, name: str, copies: _Set, on_bytes: Any) -> None:
+    if copies.target is None:
         return
-    target, expected = found.target / name, found.hashes.get(name, "")
+    target, expected = copies.target / name, copies.hashes.get(name, "")
     try:
         if expected and target.is_file() and sha256_of(target) == expected:
-            found.reused += target.stat().st_size
+            copies.reused += target.stat().st_size
             return
 
         def count(n: int) -> None:
-            found.bytes += n
-            told(n)
+            copies.bytes += n
+            on_bytes(n)
 
         copy_checked(originals / name, target, expected, signals.stop_signal, count)
     except NotStaged as why:
-        found.why_not = str(why)
+        copies.why_not = str(why)
     except OSError as error:
-        found.why_not = f"{error.filename or target}: {error.strerror or error}"
+        copies.why_not = f"{error.filename or target}: {error.strerror or error}"
     except CopyStopped:
         pass  # all ranks hear of the signal at the end of this round
 
@@ -247,8 +247,8 @@ def _key(source: ShardSource, hashes: dict[str, str]) -> str:
         facts += [[name, hashes[name]] for name in names]
     else:
         for name in names:
-            found = (source.folder / name).stat()
-            facts.append([str(source.folder.resolve()), name, found.st_size, found.st_mtime_ns])
+            status = (source.folder / name).stat()
+            facts.append([str(source.folder.resolve()), name, status.st_size, status.st_mtime_ns])
     return digest_of(json.dumps(facts))[:24]
 
 

@@ -116,27 +116,27 @@ def collect_maps(folder: Path, data: ReportData, before: Path | None = None) -> 
     from cryoiso.io.mrc import read_map
 
     truth = data["job"].get("truth", {}).get("map") or ""
-    made = stage_folder(folder, "reconstruct")
+    reconstruct_folder = stage_folder(folder, "reconstruct")
     sources = [
         (
             key,
             label,
             next(
-                (p for n in comparison.MAP_NAMES if (p := made / name / n).exists()),
-                made / name / comparison.MAP_NAMES[0],
+                (p for n in comparison.MAP_NAMES if (p := reconstruct_folder / name / n).exists()),
+                reconstruct_folder / name / comparison.MAP_NAMES[0],
             ),
         )
         for key, label, name in MAPS
     ]
     if truth:
         sources.append(("truth", "the truth", folder / truth))
-    found = [(key, label, read_map(path)) for key, label, path in sources if path.exists()]
+    maps = [(key, label, read_map(path)) for key, label, path in sources if path.exists()]
     earlier = auxiliary.collect_before_maps(folder, data)
     if before is not None and (other := comparison.other_map(before)) is not None:
         earlier = [("before", "before", other), *(item for item in earlier if item[0] != "before")]
-    found = [*earlier, *found]
-    box_px = next((m.box_px for key, _, m in found if key == "run"), found[0][2].box_px if found else 0)
-    return [item for item in found if item[2].box_px == box_px]
+    maps = [*earlier, *maps]
+    box_px = next((m.box_px for key, _, m in maps if key == "run"), maps[0][2].box_px if maps else 0)
+    return [item for item in maps if item[2].box_px == box_px]
 
 
 def stage_times(journal: list[JournalLine]) -> list[StageTime]:
@@ -161,8 +161,8 @@ def summary(data: ReportData) -> list[str]:
     sentences += _truth_sentences(d) + anisotropy.sentences(d) + auxiliary.sentences(data)
     sentences += view_density.sentences(data) + intensity.sentences(data) + classes.sentences(data)
     views = d.get("views", {}).get("estimated") or {}
-    both = all(auxiliary.views_before_and_after(data))
-    if views.get("top_fraction") is not None and not d.get("pose_errors") and not both:
+    has_both = all(auxiliary.views_before_and_after(data))
+    if views.get("top_fraction") is not None and not d.get("pose_errors") and not has_both:
         sentences.append(
             f"{percent(views['top_fraction'])} of the views lie within 36° of z (19.1 % if views were even); "
             f"view entropy {views['entropy']:.2f} of 1."
@@ -173,14 +173,16 @@ def summary(data: ReportData) -> list[str]:
 
 def _truth_sentences(d: DiagnoseRecord) -> list[str]:
     sentences = []
-    mine, ideal, errors = d.get("map_to_truth") or {}, d.get("true_poses") or {}, d.get("pose_errors") or {}
-    if mine.get("resolution_05_A") is not None:
-        text = f"Against the known truth the map reaches {_at(mine['resolution_05_A'], d)} (FSC 0.5)"
+    to_truth, ideal, errors = d.get("map_to_truth") or {}, d.get("true_poses") or {}, d.get("pose_errors") or {}
+    if to_truth.get("resolution_05_A") is not None:
+        text = f"Against the known truth the map reaches {_at(to_truth['resolution_05_A'], d)} (FSC 0.5)"
         if ideal.get("resolution_05_A") is not None:
             text += f", where the same images with their true poses reach {_at(ideal['resolution_05_A'], d)}"
         sentences.append(text + ".")
-        if mine.get("axial_A") is not None and mine.get("equatorial_A") is not None:
-            sentences.append(f"It is {mine['axial_A']:.1f} Å along z and {mine['equatorial_A']:.1f} Å across it.")
+        if to_truth.get("axial_A") is not None and to_truth.get("equatorial_A") is not None:
+            sentences.append(
+                f"It is {to_truth['axial_A']:.1f} Å along z and {to_truth['equatorial_A']:.1f} Å across it."
+            )
     if errors.get("median_deg") is not None:
         text = f"Poses are wrong by {errors['median_deg']:.1f}° (median)"
         text += f", {percent(errors['fraction_over_20'])} of them by more than 20°"
@@ -221,7 +223,7 @@ def numbers(data: ReportData) -> list[dict[str, Any]]:
 
 def _rows(d: DiagnoseRecord) -> list[tuple[str, str, Any, str, Any]]:
     """All rows of what `diagnose` measures, with None for what it did not."""
-    mine, ideal = d.get("map_to_truth") or {}, d.get("true_poses") or {}
+    to_truth, ideal = d.get("map_to_truth") or {}, d.get("true_poses") or {}
     errors, views = d.get("pose_errors") or {}, d.get("views") or {}
     seen, true = views.get("estimated") or {}, views.get("true") or {}
     rows: list[tuple[str, str, Any, str, Any]] = [
@@ -244,7 +246,7 @@ def _rows(d: DiagnoseRecord) -> list[tuple[str, str, Any, str, Any]]:
         ("equatorial_area", "mean FSC across z", ""),
         ("correlation", "correlation inside the mask", ""),
     ):
-        rows.append(("Map against truth", label, mine.get(key), unit, ideal.get(key)))
+        rows.append(("Map against truth", label, to_truth.get(key), unit, ideal.get(key)))
     for key, label, unit in _ERROR_ROWS:
         value = errors.get(key)
         rows.append(("Pose errors", label, 100 * value if unit == "%" and value is not None else value, unit, None))

@@ -64,23 +64,23 @@ def other_map(folder: Path) -> DensityMap | None:
     """The final map of the other run."""
     from cryoiso.io.mrc import read_map
 
-    made = stage_folder(folder, "reconstruct")
-    path = next((p for name in MAP_NAMES if (p := made / name).exists()), None)
+    reconstruct_folder = stage_folder(folder, "reconstruct")
+    path = next((p for name in MAP_NAMES if (p := reconstruct_folder / name).exists()), None)
     return None if path is None else read_map(path)
 
 
 def differences(before: dict[str, Any], this: dict[str, Any]) -> list[dict[str, Any]]:
     """Settings of two jobs that differ: ``key`` (section.name), ``before``, ``this``; None for a key that is absent."""
     workflows = {section(job, "run").get("workflow", "refine") for job in (before, this)}
-    found = []
+    rows = []
     for name in (*_SETTINGS, "run"):
         if name in _ONLY_IN and not workflows & set(_ONLY_IN[name]):
             continue
-        one, two = section(before, name), section(this, name)
-        for key in dict.fromkeys((*one, *two)):
-            if (name != "run" or key in _OF_THE_RUN) and one.get(key) != two.get(key):
-                found.append({"key": f"{name}.{key}", "before": one.get(key), "this": two.get(key)})
-    return found
+        before_part, this_part = section(before, name), section(this, name)
+        for key in dict.fromkeys((*before_part, *this_part)):
+            if (name != "run" or key in _OF_THE_RUN) and before_part.get(key) != this_part.get(key):
+                rows.append({"key": f"{name}.{key}", "before": before_part.get(key), "this": this_part.get(key)})
+    return rows
 
 
 def label(data: ReportData) -> str:

@@ -78,8 +78,8 @@ def deposit(folder: Path) -> None:
     write_text(result / METHODS, methods(data))
     here = [row[0] for row in ROLES if (result / row[0]).exists()]
     write_text(result / products.VIEW_SCRIPT, view_script(here, levels, _local_range(data)))
-    made = (CONTENTS, DEPOSITION, products.SUMS, products.VIEW_SCRIPT)
-    present = [row for row in ROLES if (result / row[0]).exists() or row[0] in made]
+    written = (CONTENTS, DEPOSITION, products.SUMS, products.VIEW_SCRIPT)
+    present = [row for row in ROLES if (result / row[0]).exists() or row[0] in written]
     facts = _facts(data, density, levels, present)
     write_text(result / DEPOSITION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     write_text(result / CONTENTS, _contents(facts, present, data))

@@ -185,11 +185,17 @@ def _errors(data: ReportData, first: DiagnoseRecord) -> Entry:
     from cryoiso.report.sections import auxiliary_figures as draw_auxiliary
 
     d = data["diagnose"]
-    mine, old = d.get("pose_errors") or {}, first.get("pose_errors") or {}
-    if not (mine.get("histogram") and old.get("histogram")):
-        return ("errors", "Pose errors", mine.get("histogram"), ERRORS, lambda: draw.pose_errors(d))
+    current, old = d.get("pose_errors") or {}, first.get("pose_errors") or {}
+    if not (current.get("histogram") and old.get("histogram")):
+        return ("errors", "Pose errors", current.get("histogram"), ERRORS, lambda: draw.pose_errors(d))
     title = "Pose errors before and after"
-    return ("errors-before", title, True, BEFORE_ERRORS + _before(data), lambda: draw_auxiliary.pose_errors(old, mine))
+    return (
+        "errors-before",
+        title,
+        True,
+        BEFORE_ERRORS + _before(data),
+        lambda: draw_auxiliary.pose_errors(old, current),
+    )
 
 
 def _auxiliary(data: ReportData, samples: dict[str, np.ndarray]) -> list[Entry]:

@@ -22,9 +22,9 @@ class Picture(str):
     hover: list[dict[str, Any]]
 
     def __new__(cls, address: str, hover: list[dict[str, Any]] | None = None) -> Picture:
-        made = super().__new__(cls, address)
-        made.hover = hover or []
-        return made
+        picture = super().__new__(cls, address)
+        picture.hover = hover or []
+        return picture
 
 
 def axes_of(figure: Any) -> list[dict[str, Any]]:
@@ -35,18 +35,18 @@ def axes_of(figure: Any) -> list[dict[str, Any]]:
         one of: ``lines`` (label, colour, x, y), ``cells`` (x, y, value; the nearest is meant) with ``unit``, ``image``
         (extent, rows of values).
     """
-    found = []
+    axes = []
     for ax in figure.axes:
         if part := _cells(ax) or _image(ax) or _lines(ax):
             box = ax.get_position()
-            found.append({
+            axes.append({
                 "box": [_short(v) for v in (box.x0, 1 - box.y1, box.width, box.height)],
                 "x": [*map(_short, ax.get_xlim()), ax.get_xscale()],
                 "y": [*map(_short, ax.get_ylim()), ax.get_yscale()],
                 "xlabel": ax.get_xlabel(),
                 **part,
             })  # fmt: skip
-    return found
+    return axes
 
 
 def _lines(ax: Any) -> dict[str, Any]:

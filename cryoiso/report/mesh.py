@@ -64,10 +64,10 @@ def _cells_around(edges: np.ndarray, axis: int) -> list[np.ndarray]:
     """The four cubes that share each edge, in order around it."""
     first, second = [a for a in range(3) if a != axis]
     cells = []
-    for one, two in ((-1, -1), (0, -1), (0, 0), (-1, 0)):
+    for dy, dx in ((-1, -1), (0, -1), (0, 0), (-1, 0)):
         cell = edges.copy()
-        cell[:, first] += one
-        cell[:, second] += two
+        cell[:, first] += dy
+        cell[:, second] += dx
         cells.append(cell)
     return cells
 

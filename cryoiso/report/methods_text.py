@@ -112,15 +112,15 @@ def _particles(data: ReportData, cite: Citations) -> str:
 
 
 def _reference(data: ReportData, cite: Citations) -> str:
-    made = data["reference"]
-    if not made:
+    reference = data["reference"]
+    if not reference:
         return ""
-    kind, _, file = str(made.get("source") or "").partition(" ")
+    kind, _, file = str(reference.get("source") or "").partition(" ")
     what = {"map": "a density map", "model": "an atomic model"}.get(kind, kind or "a reference")
     text = f"The first reference was made from {what}" + (f" ({Path(file).name})" if file else "")
-    if made.get("fit"):
+    if reference.get("fit"):
         text += ", turned and shifted into the frame of another map,"
-    return f"{text} and low-passed at {made['lowpass_A']:g} Å."
+    return f"{text} and low-passed at {reference['lowpass_A']:g} Å."
 
 
 def _refinement(data: ReportData, cite: Citations) -> str:
@@ -265,13 +265,13 @@ def _realign(data: ReportData, cite: Citations) -> str:
 
 
 def _maps(data: ReportData, cite: Citations) -> str:
-    counts, made = final_counts(data), data["reconstruct"]
+    counts, reconstruction = final_counts(data), data["reconstruct"]
     if len(counts) != 2:
         return ""
-    text = f"The half-maps were reconstructed by back-projection in Fourier space (padding {made.get('padding')}) from "
-    text += f"{counts[0]:,} and {counts[1]:,} particles ({sum(counts):,} together). They were neither masked nor "
-    text += "filtered nor "
-    text += "sharpened, and no network has touched them. map.mrc is their mean; map_weighted.mrc is the "
+    padding = reconstruction.get("padding")
+    text = f"The half-maps were reconstructed by back-projection in Fourier space (padding {padding}) "
+    text += f"from {counts[0]:,} and {counts[1]:,} particles ({sum(counts):,} together). They were neither masked nor "
+    text += "filtered nor sharpened, and no network has touched them. map.mrc is their mean; map_weighted.mrc is the "
     text += "Wiener-filtered map of all particles: the numerators of both half-sets together, divided by the sum of "
     text += "their weights and of 1/tau^2, where the signal's power tau^2 of a shell follows from the half-map FSC and "
     text += "the noise of the unevenly measured directions. It is zero from the first shell on in which the filtered "
@@ -283,9 +283,9 @@ def _resolution(data: ReportData, cite: Citations) -> str:
     resolution = number(d, "resolution_0143_A")
     if resolution is None:
         return ""
-    given = section(data["job"], "sample").get("mask")
+    mask_file = section(data["job"], "sample").get("mask")
     mask = {
-        "given": f"a mask given by the user ({Path(str(given)).name})",
+        "given": f"a mask given by the user ({Path(str(mask_file)).name})",
         "sphere": "a sphere, since the map did not stand out from its solvent",
         "map": "a soft mask made from the mean of the Wiener-filtered half-maps (low-passed at 15 Å, thresholded, "
         "extended by 3 Å, with an edge of 9 Å)",

@@ -18,9 +18,9 @@ def stage_folder(folder: Path, name: str) -> Path:
 
     A single command leaves the files of its stage in the folder itself.
     """
-    found = sorted(folder.glob(f"[0-9][0-9]_{name}"))
-    if found:
-        return found[-1]
+    folders = sorted(folder.glob(f"[0-9][0-9]_{name}"))
+    if folders:
+        return folders[-1]
     return folder if (folder / products.facts(name)).exists() else folder / f"00_{name}"
 
 

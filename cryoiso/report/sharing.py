@@ -60,14 +60,14 @@ def name_of(path: object) -> str:
 def _known(data: ReportData, folder: Path) -> list[tuple[str, str]]:
     """Paths that the run is known to have, and what is said instead; the longest first. They may contain blanks."""
     run = str(folder.absolute())
-    found = {f"{run}/": "", run: folder.absolute().name}
+    names = {f"{run}/": "", run: folder.absolute().name}
     for section in data.get("job", {}).values():
         for value in section.values() if isinstance(section, dict) else ():
             if isinstance(value, str) and value.startswith("/") and " -" not in value:
-                found.setdefault(value, name_of(value))
+                names.setdefault(value, name_of(value))
                 if (parent := PurePosixPath(value).parent) != PurePosixPath("/"):
-                    found.setdefault(f"{parent}/", "")
-    return sorted(found.items(), key=lambda pair: -len(pair[0]))
+                    names.setdefault(f"{parent}/", "")
+    return sorted(names.items(), key=lambda pair: -len(pair[0]))
 
 
 def _cut(value: Any, known: list[tuple[str, str]]) -> Any:
@@ -82,4 +82,4 @@ def _cut(value: Any, known: list[tuple[str, str]]) -> Any:
     if value.startswith("/") and " -" not in value and " /" not in value:
         value = name_of(value)
     value = _QUOTED.sub(r"\1\2\1", value)
-    return printable(_PATH.sub(lambda found: name_of(found[0]), value))
+    return printable(_PATH.sub(lambda match: name_of(match[0]), value))

@@ -167,11 +167,11 @@ def _first_crossing(cube: np.ndarray, level: float, frame: _Frame) -> tuple[np.n
             rise = np.where(np.isfinite(last[hit]), (level - last[hit]) / np.maximum(plane[hit] - last[hit], 1e-12), 0)
             depth[hit] = first + number - 1 + np.clip(rise, 0, 1)
             last = plane
-    whole = np.full((SIDE_PX, SIDE_PX), np.inf)
-    whole[rows, columns] = depth
+    depth_map = np.full((SIDE_PX, SIDE_PX), np.inf)
+    depth_map[rows, columns] = depth
     grid = np.mgrid[:SIDE_PX, :SIDE_PX] + 0.5
-    shown = np.stack([np.where(np.isfinite(whole), whole, 0.0), *grid])
-    return whole, (_view().T @ start)[:, None, None] + np.einsum("ij,jrc->irc", matrix, shown)
+    shown = np.stack([np.where(np.isfinite(depth_map), depth_map, 0.0), *grid])
+    return depth_map, (_view().T @ start)[:, None, None] + np.einsum("ij,jrc->irc", matrix, shown)
 
 
 def _shade(cube: np.ndarray, depth: np.ndarray, points: np.ndarray, own: np.ndarray) -> np.ndarray:

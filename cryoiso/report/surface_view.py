@@ -41,8 +41,8 @@ class Surface:
 
         assert self.values is not None
         low, high = self.ends
-        found = map_coordinates(np.asarray(self.values, np.float32), zyx_px, order=1, mode="nearest")
-        scaled: np.ndarray = np.clip((found - low) / max(high - low, 1e-9), 0, 1)
+        values = map_coordinates(np.asarray(self.values, np.float32), zyx_px, order=1, mode="nearest")
+        scaled: np.ndarray = np.clip((values - low) / max(high - low, 1e-9), 0, 1)
         return scaled
 
     def colours(self, zyx_px: np.ndarray) -> np.ndarray:

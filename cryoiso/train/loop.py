@@ -27,9 +27,9 @@ from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.parallel.group_stop import group_wide
 from cryoiso.parallel.partition import chunk_bounds, owned_rows
 from cryoiso.train import state as states
+from cryoiso.train.decision import TrainingDecision, flat_loss
 from cryoiso.train.prefetch import Prefetcher, part_of
 from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, training_mode, try_compiled
-from cryoiso.train.watch import TrainingDecision, flat_loss
 
 CHECKPOINT = Path("checkpoint") / "state.npz"
 WARM_UP = 20

@@ -19,8 +19,8 @@ from cryoiso.nets.losses import negative_elbo
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.physics.simulation import make_particles
 from cryoiso.train.batches import Batches
+from cryoiso.train.decision import TrainingDecision
 from cryoiso.train.loop import LoopSettings
-from cryoiso.train.watch import TrainingDecision
 
 torch.set_num_threads(1)  # the convolutions are tiny: more threads only wait for each other
 SETTINGS = LoopSettings(steps=24, learning_rate=3e-3, seed=5, log_every=4)

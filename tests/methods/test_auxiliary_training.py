@@ -23,7 +23,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulation import simulate
 from cryoiso.physics.views import Views
-from cryoiso.train.watch import TrainingDecision
+from cryoiso.train.decision import TrainingDecision
 
 BOX, PIXEL, N, HELD_OUT = 48, 4.0, 600, 256
 SETTINGS = replace(PRESETS["small"], steps=200)

@@ -20,8 +20,8 @@ from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_
 
 from cryoiso.core.errors import EXIT_REQUEUE, CryoisoError, InputError, Interrupted
 from cryoiso.parallel.ddp import TrainingGroup
+from cryoiso.train.decision import TrainingDecision, flat_loss
 from cryoiso.train.loop import CHECKPOINT, train
-from cryoiso.train.watch import TrainingDecision, flat_loss
 
 NAN = float("nan")
 

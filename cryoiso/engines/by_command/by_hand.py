@@ -19,7 +19,7 @@ from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
 from cryoiso.engines.by_command import take_over
 from cryoiso.engines.by_command import template as names_of
 from cryoiso.engines.by_command.engine import Rounds, RoundState
-from cryoiso.engines.by_command.inputs import write_inputs
+from cryoiso.engines.by_command.input_files import write_inputs
 from cryoiso.engines.by_command.template import out_half
 from cryoiso.io.atomic import write_text
 from cryoiso.parallel.abort import on_root

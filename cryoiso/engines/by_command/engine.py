@@ -23,8 +23,8 @@ from cryoiso.core.identity import Identity
 from cryoiso.core.protocols import Communicator, HalfMaps, RefineRequest, RefineResult
 from cryoiso.core.records import IterationRecord, RefineRecord
 from cryoiso.core.types import HALVES, Particles
-from cryoiso.engines.by_command import follow, take_over
-from cryoiso.engines.by_command.inputs import write_inputs
+from cryoiso.engines.by_command import supervise, take_over
+from cryoiso.engines.by_command.input_files import write_inputs
 from cryoiso.engines.by_command.template import require_reference_per_half, template_of, words_of
 from cryoiso.engines.relion.engine import check
 from cryoiso.engines.relion.images import image_names
@@ -185,7 +185,7 @@ class Rounds:
             line, section, self.request, folder, round_=number, half=half, resolution_A=state.resolution_A
         )  # fmt: skip
         limits = {"silence_s": 60 * section.timeout_min, "limit_s": 60 * section.limit_min}
-        follow.run(follow.CommandStart(words, folder, section.site_launcher, **limits), self.comm, stop_signal)
+        supervise.run(supervise.CommandStart(words, folder, section.site_launcher, **limits), self.comm, stop_signal)
         on_root(self.comm, write_text, folder / "done", "")
 
     def _begin(self, number: int, half: int, folder: Path, state: RoundState, names: list[str]) -> tuple[str, bool]:

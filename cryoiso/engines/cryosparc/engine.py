@@ -21,8 +21,8 @@ from cryoiso.core.protocols import Communicator, RefineRequest, RefineResult
 from cryoiso.core.types import HALVES, Particles
 from cryoiso.engines.by_command import template as names_of
 from cryoiso.engines.by_command.engine import Rounds, RoundState
-from cryoiso.engines.by_command.inputs import write_inputs
-from cryoiso.engines.cryosparc import session, watch
+from cryoiso.engines.by_command.input_files import write_inputs
+from cryoiso.engines.cryosparc import session, supervise
 from cryoiso.engines.cryosparc.errand import Errand, project_of
 from cryoiso.engines.cryosparc.frame import in_cryosparcs_frame
 from cryoiso.engines.cryosparc.ledger import REFINEMENT, JobLedger
@@ -111,7 +111,7 @@ class _Round(Rounds):
             return
         on_root(self.comm, lambda: JobLedger.read(folder / RECORD).mark)  # a damaged record is an error of all ranks
         errand = Errand(self._order(folder), JobLedger.read(folder / RECORD)) if self.comm.rank == 0 else None
-        watch.run(errand, self.comm, stop_signal)
+        supervise.run(errand, self.comm, stop_signal)
         on_root(self.comm, write_text, folder / "done", "")
 
     def _written(self, folder: Path, state: RoundState, names: list[str]) -> bool:

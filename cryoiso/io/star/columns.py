@@ -232,13 +232,13 @@ def _with_flags_of_rows(
             continue
         flags = _flags(columns, name)
         for k, group in enumerate(groups):
-            mine = np.flatnonzero(optics == k)
-            if len(mine) == 0:
+            rows_of_group = np.flatnonzero(optics == k)
+            if len(rows_of_group) == 0:
                 continue
-            wanted = getattr(group, attribute) if table.has(name) else bool(flags[mine[0]])
-            bad = mine[flags[mine] != wanted]
+            wanted = getattr(group, attribute) if table.has(name) else bool(flags[rows_of_group[0]])
+            bad = rows_of_group[flags[rows_of_group] != wanted]
             if len(bad):
-                where = "the table of optics groups" if table.has(name) else f"row {mine[0] + 1}"
+                where = "the table of optics groups" if table.has(name) else f"row {rows_of_group[0] + 1}"
                 raise InputError(
                     f"column _{name} differs within optics group {group.number}", file=columns.file,
                     row=int(bad[0]) + 1, expected=f"{int(wanted)}, as {where} has it", found=int(not wanted),

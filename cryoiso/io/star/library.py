@@ -44,8 +44,8 @@ def loop_values(name: str, columns: list[str], rows: Rows, table: Any, path: obj
     rows with empty text, ends a table at a value that starts with data_, and writes the block's name over a column
     called "name".
     """
-    whole = table is not None and not isinstance(table, dict) and "name" not in columns
-    if whole and list(table) == columns and len(table) == len(rows):
+    is_whole_block = table is not None and not isinstance(table, dict) and "name" not in columns
+    if is_whole_block and list(table) == columns and len(table) == len(rows):
         values = [table[column].tolist() for column in columns]
         doubt = {i for i, (_, text) in enumerate(rows) if marked(text)}
         doubt.update(i for column in values for i, v in enumerate(column) if not (isinstance(v, str) and v))
@@ -61,14 +61,16 @@ def loop_values(name: str, columns: list[str], rows: Rows, table: Any, path: obj
     return values
 
 
-def wrong_width(name: str, row: int, line: int, first_line: int, width: int, found: int, path: object) -> InputError:
+def wrong_width(
+    name: str, row: int, line: int, first_line: int, width: int, row_width: int, path: object
+) -> InputError:
     """The error of a row (from 0) of the table ``name`` that has another number of values than there are columns."""
     return InputError(
         f"wrong number of values in the table data_{name}",
         file=path,
         row=row + 1,
         expected=f"{width} values, one a column",
-        found=found,
+        found=row_width,
         hint=f"See line {line} of the file (the first row is on line {first_line}).",
         code="star-malformed",
     )

@@ -44,19 +44,19 @@ def _values(line: bytes) -> Iterator[Any]:
 
 def _absolute_values(line: bytes) -> Iterator[str]:
     for value in _values(line) if b"/" in line else ():
-        if found := _ABSOLUTE.match(value[0]):
-            yield os.fsdecode(found[2]).rstrip("\"'")
+        if match := _ABSOLUTE.match(value[0]):
+            yield os.fsdecode(match[2]).rstrip("\"'")
 
 
 def _shortened(line: bytes, prefixes: list[bytes]) -> bytes:
     """The row without the one of the prefixes that each of its paths begins with."""
     if b"/" not in line:
         return line
-    made, at = bytearray(), 0
+    shortened, at = bytearray(), 0
     for value in _values(line):
-        found = _ABSOLUTE.match(value[0])
-        prefix = next((p for p in prefixes if found and found[2].startswith(p)), b"")
-        if found and prefix:
-            made += line[at : value.start()] + found[1] + found[2][len(prefix) :]
+        match = _ABSOLUTE.match(value[0])
+        prefix = next((p for p in prefixes if match and match[2].startswith(p)), b"")
+        if match and prefix:
+            shortened += line[at : value.start()] + match[1] + match[2][len(prefix) :]
             at = value.end()
-    return bytes(made) + line[at:]
+    return bytes(shortened) + line[at:]

@@ -97,9 +97,13 @@ def particle_block(blocks: list[StarBlock], path: object) -> StarBlock:
             )  # fmt: skip
         if wanted:
             return wanted[0]
-    found = ", ".join(f"data_{b.name}" for b in blocks[:5])
+    block_names = ", ".join(f"data_{b.name}" for b in blocks[:5])
     raise InputError(
-        "no table of particles", file=path, expected="a loop with _rlnImageName", found=found, code="star-table-missing"
+        "no table of particles",
+        file=path,
+        expected="a loop with _rlnImageName",
+        found=block_names,
+        code="star-table-missing",
     )
 
 

@@ -90,12 +90,12 @@ def read_blocks(path: object) -> list[StarBlock]:
     tables = library.tables(path, names) if longest <= library.LONG_LINE else {}
     count = Counter(o.name for o in outlines)
     blocks = []
-    for o, mine in zip(outlines, rows, strict=True):
+    for o, own_rows in zip(outlines, rows, strict=True):
         table = tables.pop(o.name, None) if count[o.name] == 1 else None
         if o.loop:
-            values = library.loop_values(o.name, o.columns, mine, table, path)
+            values = library.loop_values(o.name, o.columns, own_rows, table, path)
         else:
-            values = library.list_values(o.columns, mine, table, path)
+            values = library.list_values(o.columns, own_rows, table, path)
         blocks.append(StarBlock(o.name, o.loop, dict(zip(o.columns, values))))
     return blocks
 
@@ -132,7 +132,7 @@ class _Outline:
 
 def _outline(path: object, builder: Builder) -> list[_Outline]:
     """Blocks, their column names and their rows. A row with a wrong number of values is noted, not refused."""
-    found: list[_Outline] = []
+    outlines: list[_Outline] = []
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), ""), start=1):
@@ -142,18 +142,18 @@ def _outline(path: object, builder: Builder) -> list[_Outline]:
                 if not text or text[0] == "#":
                     continue
                 if text[0] in "_dDlL" and _STRUCTURE.match(text):
-                    _add_structure(found, number, text, path, builder)
-                elif found and found[-1].loop and found[-1].columns:
-                    found[-1].add_row(number, text)
+                    _add_structure(outlines, number, text, path, builder)
+                elif outlines and outlines[-1].loop and outlines[-1].columns:
+                    outlines[-1].add_row(number, text)
                 else:
-                    raise _out_of_place(found, number, text, path)
+                    raise _out_of_place(outlines, number, text, path)
     except FileNotFoundError:
         raise InputError("no such file", file=path, code="file-not-found") from None
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", file=path, code="file-unreadable") from None
-    if not found:
+    if not outlines:
         raise InputError("not a STAR file: it has no data block", file=path, code="star-malformed")
-    return found
+    return outlines
 
 
 def _not_text(number: int, long: bool, path: object) -> InputError:
@@ -167,21 +167,21 @@ def _not_text(number: int, long: bool, path: object) -> InputError:
     )
 
 
-def _add_structure(found: list[_Outline], number: int, text: str, path: object, builder: Builder) -> None:
+def _add_structure(outlines: list[_Outline], number: int, text: str, path: object, builder: Builder) -> None:
     word = text.split()[0]
     if any("\ud800" <= letter <= "\udfff" for letter in word):
         problem = "the name of a column or block is not UTF-8"
         raise InputError(problem, file=path, hint=f"See line {number} of the file.", code="star-malformed")
     if word[0] in "dD":
-        if len(found) >= MAX_BLOCKS:
+        if len(outlines) >= MAX_BLOCKS:
             raise InputError(
                 "too many data blocks", file=path, expected=f"at most {MAX_BLOCKS:,}", code="star-malformed"
             )
-        found.append(_Outline(word[5:], builder))
+        outlines.append(_Outline(word[5:], builder))
         return
-    if not found:
-        raise _out_of_place(found, number, text, path)
-    block = found[-1]
+    if not outlines:
+        raise _out_of_place(outlines, number, text, path)
+    block = outlines[-1]
     name = word[1:]
     if word[0] != "_":
         if block.loop or block.columns:
@@ -210,9 +210,9 @@ def _add_structure(found: list[_Outline], number: int, text: str, path: object, 
             block.items.append((number, text))
 
 
-def _out_of_place(found: list[_Outline], number: int, text: str, path: object) -> InputError:
+def _out_of_place(outlines: list[_Outline], number: int, text: str, path: object) -> InputError:
     shown = repr(text[:40])
-    if not found:
+    if not outlines:
         return InputError(
             "not a STAR file", file=path, expected="a line 'data_...' first", found=shown, code="star-malformed"
         )

@@ -18,7 +18,7 @@ def tokens(line: str) -> list[str]:
     """The values of a line: quotes taken off, a comment left out (# begins one only at the start of a word)."""
     if not marked(line):
         return _SPACE.split(line)
-    found = []
+    words = []
     at, open_ended = 0, set()
     while word := _BARE.search(line, at):
         start, quote = word.start(), word[0][0]
@@ -27,9 +27,9 @@ def tokens(line: str) -> list[str]:
         end = _CLOSING[quote].search(line, start + 1) if quote in _CLOSING and quote not in open_ended else None
         if end is None:
             open_ended.add(quote)  # nor will a later one be closed: looking again and again would take for ever
-            found.append(word[0])
+            words.append(word[0])
             at = word.end()
         else:
-            found.append(line[start + 1 : end.start()])
+            words.append(line[start + 1 : end.start()])
             at = end.end()
-    return found
+    return words

@@ -195,12 +195,12 @@ def _numbers(text: Sequence[str]) -> np.ndarray | None:
 
 def _kept_where(same: np.ndarray, old: Sequence[str] | None, values: np.ndarray, form: str) -> Sequence[str]:
     """The old text where ``same``, else the formatted values."""
-    made = _formatted(values, form)
+    formatted = _formatted(values, form)
     if old is None or not same.any():
-        return made
+        return formatted
 
     def text(rows: slice) -> list[str]:
-        return [a if keep else b for a, b, keep in zip(old[rows], made[rows], same[rows].tolist())]
+        return [a if keep else b for a, b, keep in zip(old[rows], formatted[rows], same[rows].tolist())]
 
     return MadeColumn(len(values), text)
 

@@ -92,25 +92,25 @@ class CompletionTask(NetworkTask):
 
     def loss(self, module: nn.Module, batch: Any, step: int, attempt: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the module's docstring, and what it would be without a network."""
-        given, target = (self._cut(volume, batch["corner"]) for volume in self._volumes(step // self.steps_a_turn))
-        loss = weighted_mean(module(given) - target, self.core)
-        return loss, {"without_network": weighted_mean(given - target, self.core)}
+        inputs, target = (self._cut(volume, batch["corner"]) for volume in self._volumes(step // self.steps_a_turn))
+        loss = weighted_mean(module(inputs) - target, self.core)
+        return loss, {"without_network": weighted_mean(inputs - target, self.core)}
 
     @torch.no_grad()
     def _volumes(self, turn: int) -> tuple[Tensor, Tensor]:
         """(D, D, D) what the network sees and what it is to make of it, for one rotation."""
         if self._turned is None or self._turned[0] != turn:
             rng = generator(self.seed, f"half of network {self.label}", turn)
-            one = int(rng.integers(len(self.estimates)))
-            other = len(self.estimates) - 1 - one
+            index = int(rng.integers(len(self.estimates)))
+            other = len(self.estimates) - 1 - index
             rotation = torch.from_numpy(self.rotation(turn).astype(np.float32)).to(self.device)
-            volumes = self.estimates[[one, other] if other != one else [one]][:, None]
+            volumes = self.estimates[[index, other] if other != index else [index]][:, None]
             volumes = turned(volumes, rotation.expand(len(volumes), 3, 3))[:, 0]
             measured = self.solvent.measured(volumes[0])
             if self.noise is not None:
-                measured = measured + self._noise(one, turn) * self.solvent.fsc_filter
-            given = self.solvent.filled(measured, self.box, self.settings.solvent_steps)
-            self._turned = turn, self._padded(given), self._padded(volumes[-1])
+                measured = measured + self._noise(index, turn) * self.solvent.fsc_filter
+            filled = self.solvent.filled(measured, self.box, self.settings.solvent_steps)
+            self._turned = turn, self._padded(filled), self._padded(volumes[-1])
         return self._turned[1:]
 
     def _noise(self, half: int, turn: int) -> Tensor:

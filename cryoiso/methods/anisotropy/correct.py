@@ -76,20 +76,20 @@ def correct_halves(
     apart = len(plans) == 2 and comm.size > 1
     done: dict[str, CorrectionOutput] = {}
     for turn in [plans] if apart else [[plan] for plan in plans]:
-        mine, ranks = turn[0], range(comm.size)
+        own_plan, ranks = turn[0], range(comm.size)
         if apart:
             which = 0 if comm.rank in ranks_of_half(1, comm.size) else 1
-            mine, ranks = turn[which], ranks_of_half(which + 1, comm.size)
+            own_plan, ranks = turn[which], ranks_of_half(which + 1, comm.size)
         error, job = None, None
         try:
-            job = CorrectionInput.of(mine, halves, fsc_filter, mask, settings, seed, warm, resolution_A)
+            job = CorrectionInput.of(own_plan, halves, fsc_filter, mask, settings, seed, warm, resolution_A)
         except InputError as caught:
             error = caught
         agree(comm, error)
         assert job is not None
         with side_by_side(comm) as stop_signal, training_group(comm, ranks) as group:
-            found = job.run(group, Path(folder), resume, stop_signal.received)
-        done |= _from_all(comm, mine.label, found)
+            output = job.run(group, Path(folder), resume, stop_signal.received)
+        done |= _from_all(comm, own_plan.label, output)
     return _joined(done, plans, settings, folder, resolution_A)
 
 
@@ -107,17 +107,19 @@ def _plans(settings: Correction, halves: tuple[int, ...]) -> list[NetworkPlan]:
     return [NetworkPlan(BOTH, halves)]
 
 
-def _from_all(comm: Any, label: str, found: CorrectionOutput) -> dict[str, CorrectionOutput]:
+def _from_all(comm: Any, label: str, output: CorrectionOutput) -> dict[str, CorrectionOutput]:
     """The results of all groups on every rank: arrays from the first rank that has them, slab-wise."""
     labels = comm.allgather(label)
     out: dict[str, CorrectionOutput] = {}
     for name in sorted(set(labels)):
         root = labels.index(name)
-        mine = found if comm.rank == root else None
-        halves = comm.bcast(None if mine is None else tuple(mine.maps), root)
-        rest = comm.bcast(None if mine is None else (mine.history, mine.attempts, mine.scale), root)
-        maps = {h: comm.bcast(None if mine is None else mine.maps[h], root) for h in halves}
-        inferred = {h: comm.bcast(None if mine is None else mine.inferred[h], root) for h in halves}
+        own_output = output if comm.rank == root else None
+        halves = comm.bcast(None if own_output is None else tuple(own_output.maps), root)
+        rest = comm.bcast(
+            None if own_output is None else (own_output.history, own_output.attempts, own_output.scale), root
+        )
+        maps = {h: comm.bcast(None if own_output is None else own_output.maps[h], root) for h in halves}
+        inferred = {h: comm.bcast(None if own_output is None else own_output.inferred[h], root) for h in halves}
         out[name] = CorrectionOutput(maps, inferred, *rest)
     return out
 
@@ -129,8 +131,8 @@ def _joined(
     folder: Path,
     resolution_A: float | None,
 ) -> Corrected:
-    maps = {half: data for one in done.values() for half, data in one.maps.items()}
-    inferred = {half: data for one in done.values() for half, data in one.inferred.items()}
+    maps = {half: data for output in done.values() for half, data in output.maps.items()}
+    inferred = {half: data for output in done.values() for half, data in output.inferred.items()}
     facts = {
         "settings": settings.facts(),
         "steps": settings.steps,
@@ -138,14 +140,14 @@ def _joined(
         "networks": {
             label: {
                 "halves": list(next(c.halves for c in plans if c.label == label)),
-                "steps": one.history[-1]["step"] if one.history else 0,
-                "loss": one.history[-1]["loss"] if one.history else None,
-                "attempts": one.attempts, "grey_level": one.scale.level, "grey_spread": one.scale.spread,
+                "steps": output.history[-1]["step"] if output.history else 0,
+                "loss": output.history[-1]["loss"] if output.history else None,
+                "attempts": output.attempts, "grey_level": output.scale.level, "grey_spread": output.scale.spread,
             }
-            for label, one in done.items()
+            for label, output in done.items()
         },
     }  # fmt: skip
     return Corrected(
         maps, inferred, {label: network_file(folder, label) for label in done},
-        {label: one.history for label, one in done.items()}, facts,
+        {label: output.history for label, output in done.items()}, facts,
     )  # fmt: skip

@@ -84,15 +84,15 @@ class CorrectionInput:
         """Checks and prepares; every rank of the network's group gets the same."""
         maps = {half: halves[half] for half in plan.halves}
         box, pixel = next(iter(maps.values())).box_px, next(iter(maps.values())).pixel_size_A
-        for half, one in maps.items():
-            if one.box_px != box:
+        for half, half_map in maps.items():
+            if half_map.box_px != box:
                 raise InputError(
-                    f"half-map {half} has another box", expected=box, found=one.box_px, code="box-mismatch"
+                    f"half-map {half} has another box", expected=box, found=half_map.box_px, code="box-mismatch"
                 )
         band_mask = band(box, pixel, resolution_A)
         file = (warm or {}).get(plan.label)
         return cls(
-            plan, {half: np.asarray(one.data, np.float32) for half, one in maps.items()},
+            plan, {half: np.asarray(half_map.data, np.float32) for half, half_map in maps.items()},
             checked(fsc_filter, box) * band_mask, band_mask, particle_region(mask, box), settings, seed,
             None if file is None else networks.matching_weights(file, settings.network), pixel,
         )  # fmt: skip
@@ -102,11 +102,11 @@ class CorrectionInput:
         seen = {half: filtered(data, self.fsc_filter) for half, data in self.data.items()}
         scale = GreyScale.of(list(seen.values()), self.particle_mask)
         method = self._by_completion if self.settings.method == "completion" else self._as_published
-        network, found, outcomes = method(scale, group, folder, _Trainer(self, group, folder, resume, stop))
+        network, results, outcomes = method(scale, group, folder, _Trainer(self, group, folder, resume, stop))
         maps, inferred = {}, {}
-        for half, (whole, part) in found.items():
+        for half, (corrected, part) in results.items():
             inferred[half] = (part * scale.spread).astype(np.float32)
-            maps[half] = seen[half] + inferred[half] if self.settings.keep_measured else scale.restored(whole)
+            maps[half] = seen[half] + inferred[half] if self.settings.keep_measured else scale.restored(corrected)
         if group.is_first:
             networks.save(network_file(folder, self.plan.label), network, self._facts(scale, outcomes))
         group.barrier()
@@ -120,9 +120,9 @@ class CorrectionInput:
         solvent = Solvent(self.fsc_filter, self.band_mask, device)
         x = {half: scale.normalised(data) for half, data in self.data.items()}
         measured = {half: solvent.measured(on_device(data, device)) for half, data in x.items()}
-        given = {half: solvent.filled(one, box, settings.solvent_steps, heed) for half, one in measured.items()}
+        start = {half: solvent.filled(volume, box, settings.solvent_steps, heed) for half, volume in measured.items()}
         # no training: nobody looks at the first estimate
-        estimate = self._estimates(solvent, measured, given, heed) if settings.steps else given
+        estimate = self._estimates(solvent, measured, start, heed) if settings.steps else start
         noise = None
         if settings.mode == "independent":  # paired, the other half-map has noise of its own; one map's is not known
             noise = [noise_amplitude(data, self.fsc_filter) for data in x.values()]
@@ -132,53 +132,54 @@ class CorrectionInput:
         last = settings.rounds if settings.steps and self.warm is None else 1
         for number in range(first, last + 1):
             task = CompletionTask(
-                [one.cpu().numpy() for one in estimate.values()], solvent, self.particle_mask, settings, self.seed,
+                [volume.cpu().numpy() for volume in estimate.values()], solvent, self.particle_mask, settings,
+                self.seed,
                 noise=noise, device=device, index=group.index, size=group.size,
                 label=f"{self.plan.label}, round {number}", warm=weights,
             )  # fmt: skip
             outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
             network = task.module.eval()
-            made = {}
-            for half, one in given.items():
-                change = predict(network, one.cpu().numpy(), tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
-                made[half] = on_device(change, device)
-            estimate = self._estimates(solvent, measured, made, heed)
+            predicted = {}
+            for half, volume in start.items():
+                change = predict(network, volume.cpu().numpy(), tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
+                predicted[half] = on_device(change, device)
+            estimate = self._estimates(solvent, measured, predicted, heed)
             weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
-        return network, {h: self._parts(solvent, one.clamp(min=0)) for h, one in estimate.items()}, outcomes
+        return network, {h: self._parts(solvent, volume.clamp(min=0)) for h, volume in estimate.items()}, outcomes
 
     @staticmethod
     def _estimates(
-        solvent: Solvent, measured: dict[int, Tensor], made: dict[int, Tensor], heed: Callable[[], None]
+        solvent: Solvent, measured: dict[int, Tensor], predicted: dict[int, Tensor], heed: Callable[[], None]
     ) -> dict[int, Tensor]:
         """Half -> w, and what the solvent constraint makes of it."""
-        found = {}
-        for half, one in measured.items():
-            whole = solvent.joined(one, made[half])
+        estimates = {}
+        for half, volume in measured.items():
+            joined = solvent.joined(volume, predicted[half])
             # held to A w: held to A x, it would forget what the network made of weak data
-            held = solvent.measured(whole)
-            found[half] = solvent.filled(held, whole.shape[-1], ESTIMATE_STEPS, heed, whole)
-        return found
+            held = solvent.measured(joined)
+            estimates[half] = solvent.filled(held, joined.shape[-1], ESTIMATE_STEPS, heed, joined)
+        return estimates
 
-    def _parts(self, solvent: Solvent, made: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        return filtered(made.cpu().numpy(), self.band_mask), solvent.inferred(made).cpu().numpy()
+    def _parts(self, solvent: Solvent, predicted: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return filtered(predicted.cpu().numpy(), self.band_mask), solvent.inferred(predicted).cpu().numpy()
 
     def _as_published(
         self, scale: GreyScale, group: TrainingGroup, folder: Path, trainer: _Trainer
     ) -> tuple[Any, dict[int, tuple[np.ndarray, np.ndarray]], list[TrainOutcome]]:
         """As :meth:`_by_completion`."""
         settings = self.settings
-        given = {half: scale.normalised(filtered(data, self.fsc_filter)) for half, data in self.data.items()}
+        filtered_maps = {half: scale.normalised(filtered(data, self.fsc_filter)) for half, data in self.data.items()}
         task = CorrectionTask(
-            list(given.values()), self.fsc_filter, self.particle_mask, settings, self.seed, device=group.device,
+            list(filtered_maps.values()), self.fsc_filter, self.particle_mask, settings, self.seed, device=group.device,
             index=group.index, size=group.size, label=self.plan.label, warm=self.warm,
         )  # fmt: skip
         outcome = trainer(task, settings.steps, 1, 1)
         network = task.module.eval()
-        found = {}
-        for half, data in given.items():
-            made = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)  # type: ignore
-            found[half] = filtered(made, self.band_mask), filtered(made, self.band_mask - self.fsc_filter)
-        return network, found, [outcome]
+        results = {}
+        for half, data in filtered_maps.items():
+            predicted = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)  # type: ignore
+            results[half] = filtered(predicted, self.band_mask), filtered(predicted, self.band_mask - self.fsc_filter)
+        return network, results, [outcome]
 
     def _facts(self, scale: GreyScale, outcomes: list[TrainOutcome]) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from cryoiso.core.identity import MARK
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.submaps import digest_of
 from cryoiso.nets.unet import Unet3d
-from cryoiso.train.watch import TrainingDecision
+from cryoiso.train.decision import TrainingDecision
 
 
 class NetworkTask:

@@ -61,12 +61,12 @@ def predict(
     weight = (line[:, None, None] * line[None, :, None] * line).astype(np.float32)
     corners = list(product(starts, repeat=3))
     change = np.zeros(data.shape, np.float64)
-    mine = owned_rows(len(corners), 1, group.index, group.size)
+    own_tiles = owned_rows(len(corners), 1, group.index, group.size)
     for turn in range(-(-len(corners) // group.size)):
         between()
-        if turn >= len(mine):
+        if turn >= len(own_tiles):
             continue
-        number = mine[turn]
+        number = own_tiles[turn]
         here, there = _overlap(corners[number], tile_px, box)
         tile = np.zeros((tile_px,) * 3, np.float32)
         tile[there] = data[here]

@@ -59,11 +59,11 @@ class Solvent:
             between: called before every step.
             start: (..., D, D, D) the first f; None: A x.
         """
-        found = _back(measured, (*measured.shape[:-3], box_px, box_px, box_px)) if start is None else start
+        volume = _back(measured, (*measured.shape[:-3], box_px, box_px, box_px)) if start is None else start
         for _ in range(steps):
             between()
-            found = self.joined(measured, found.clamp(min=0))
-        return found
+            volume = self.joined(measured, volume.clamp(min=0))
+        return volume
 
 
 def on_device(data: np.ndarray, device: str) -> Tensor:

@@ -130,14 +130,14 @@ class SubMaps:
 @lru_cache(maxsize=1)
 def axis_rotations() -> np.ndarray:
     """(24, 3, 3): the rotations of a cube onto itself."""
-    found = []
+    rotations = []
     for order in ((0, 1, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1), (1, 0, 2), (2, 1, 0)):
         for signs in np.ndindex(2, 2, 2):
             m = np.zeros((3, 3))
             m[range(3), order] = 1 - 2 * np.array(signs)
             if np.linalg.det(m) > 0:
-                found.append(m)
-    return np.array(found)
+                rotations.append(m)
+    return np.array(rotations)
 
 
 def turned(cubes: Tensor, rotation: Tensor) -> Tensor:

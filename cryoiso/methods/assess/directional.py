@@ -112,20 +112,20 @@ def _of_the_mask(
         return {"mask": None}
     effect = mask_effect(half1, half2, mask, cones, seed=seed)
     plain = effect.unmasked
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "mask": {"share": effect.share, "share_worst": effect.share_worst, "cfar_unmasked": plain.cfar}
     }
     if max(effect.share, effect.share_worst) > MASK_MADE:
         curve = fsc(half1, half2)
         resolution = plain.resolutions_A()
-        found["unmasked"] = {
+        facts["unmasked"] = {
             "cfar": plain.cfar,
             "evenness": plain.evenness,
             "expected": _expected(Surrogate(half1, curve, None, seed=seed), plain, rotation, symmetry),
             "resolution_min_A": resolution.min(),
             "resolution_max_A": resolution.max(),
         }
-    return found
+    return facts
 
 
 def _expected(
@@ -136,10 +136,10 @@ def _expected(
         kinds["views"] = relative_sampling(rotation, symmetry, cones.box_px)
     result = {}
     for name, sampled in kinds.items():
-        made = conical_fsc(*surrogate.pair(sampled), cones.box_px, cones.pixel_size_A, last_shell=last_shell)
-        result[name] = {"cfar": made.cfar, "evenness": made.evenness}
+        curves = conical_fsc(*surrogate.pair(sampled), cones.box_px, cones.pixel_size_A, last_shell=last_shell)
+        result[name] = {"cfar": curves.cfar, "evenness": curves.evenness}
         if name == "views":
-            result[name]["short_fraction"] = float(np.mean(cones.areas < 0.5 * made.areas))
+            result[name]["short_fraction"] = float(np.mean(cones.areas < 0.5 * curves.areas))
     return result
 
 
@@ -167,15 +167,15 @@ def sampling(rotation: Float[np.ndarray, "n 3 3"], symmetry: str) -> dict[str, A
     Args:
         rotation: (n, 3, 3), n > 0.
     """
-    found = fourier_sampling(rotation, symmetry)
-    even = fourier_sampling(even_rotations(found.views), symmetry)
+    result = fourier_sampling(rotation, symmetry)
+    even = fourier_sampling(even_rotations(result.views), symmetry)
     coarse = fourier_sampling(rotation, symmetry, radius_px=30, most_points=MAP_POINTS)
     return {
-        "n": found.views,
-        "scf": found.scf,
-        "scf_star": found.scf_star,
+        "n": result.views,
+        "scf": result.scf,
+        "scf_star": result.scf_star,
         "scf_star_even": even.scf_star,
-        "empty_fraction": found.empty_fraction,
+        "empty_fraction": result.empty_fraction,
         "efficiency": view_efficiency(rotation, symmetry),
         "points": len(coarse.points),
         "map": np.round(coarse.counts / max(float(coarse.counts.mean()), 1e-9), 3),

@@ -88,8 +88,8 @@ def _peaks(curve: np.ndarray) -> int:
     from scipy.signal import find_peaks
 
     smooth = np.convolve(curve, np.ones(WINDOW) / WINDOW, mode="valid")
-    found, _ = find_peaks(smooth, distance=WINDOW, prominence=PROMINENCE)
-    return len(found)
+    peaks, _ = find_peaks(smooth, distance=WINDOW, prominence=PROMINENCE)
+    return len(peaks)
 
 
 def _masked(primary: np.ndarray) -> Flag:

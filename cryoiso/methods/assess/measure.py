@@ -193,18 +193,18 @@ def _errors(particles: Particles, truth: Particles, symmetry: str, notes: list[s
     if particles.rotation is None or truth.rotation is None:
         notes.append("No pose errors: the particles or their truth have no poses.")
         return None
-    _, mine, theirs = np.intersect1d(particles.uid, truth.uid, return_indices=True)
-    if len(mine) == 0:
+    _, rows, theirs = np.intersect1d(particles.uid, truth.uid, return_indices=True)
+    if len(rows) == 0:
         notes.append("No pose errors: no particle of the refinement is found in the truth (image names differ).")
         return None
-    if len(mine) < len(particles):
-        notes.append(f"Pose errors are of {len(mine)} particles; {len(particles) - len(mine)} are not in the truth.")
+    if len(rows) < len(particles):
+        notes.append(f"Pose errors are of {len(rows)} particles; {len(particles) - len(rows)} are not in the truth.")
     return pose_errors(
-        particles.rotation[mine],
+        particles.rotation[rows],
         truth.rotation[theirs],
         symmetry,
         align="axis",
-        shift_estimated_A=None if particles.shift_A is None else particles.shift_A[mine],
+        shift_estimated_A=None if particles.shift_A is None else particles.shift_A[rows],
         shift_true_A=None if truth.shift_A is None else truth.shift_A[theirs],
     )
 

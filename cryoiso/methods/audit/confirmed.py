@@ -161,7 +161,7 @@ def confirm(
     """
     grid = BandGrid.of(band, len(volume), pixel_size_A)
     sphere = grid.sphere(diameter_A)
-    one, model, other = (grid.take(v, pixel_size_A) for v in (volume, reference, mirrored))
+    map_values, model, other = (grid.take(v, pixel_size_A) for v in (volume, reference, mirrored))
     first, second = (grid.take(half, pixel_size_A) for half in halves)
     own = signal(first, second, sphere)
     outline = np.asarray(
@@ -171,7 +171,7 @@ def confirm(
     orbit = representatives(grid.box_px, operations)
 
     def of(density: np.ndarray) -> float:
-        return agreement(fsc(one, density, sphere), own, band)
+        return agreement(fsc(map_values, density, sphere), own, band)
 
-    made = (random_density(np.clip(outline, 0, 1), orbit, model, seed, number) for number in range(DECOYS))
-    return ReferenceCorrelation(of(model), np.array([of(density) for density in made]), of(other))
+    decoy_maps = (random_density(np.clip(outline, 0, 1), orbit, model, seed, number) for number in range(DECOYS))
+    return ReferenceCorrelation(of(model), np.array([of(density) for density in decoy_maps]), of(other))

@@ -38,8 +38,8 @@ def has_plain_counterpart(job: Job) -> bool:
 
 
 EXTENTS = {
-    one.name: one
-    for one in (
+    extent.name: extent
+    for extent in (
         Extent("reference", lambda job: 0, compared=False),
         Extent("null", lambda job: 1, lambda job: int(has_plain_counterpart(job))),
         Extent("omitted", lambda job: job.audit.regions),
@@ -59,7 +59,7 @@ EXTENTS = {
 def chosen(job: Job) -> list[str]:
     """Names of the controls that the job asks for and that apply to it, in order."""
     asked: list[str] = [*job.audit.controls] or [*EXTENTS]
-    return [name for name, one in EXTENTS.items() if name in asked and not one.reason(job)]
+    return [name for name, extent in EXTENTS.items() if name in asked and not extent.reason(job)]
 
 
 def need_unchanged(names: list[str]) -> bool:
@@ -83,7 +83,7 @@ def particles_of(job: Job, n: int) -> int:
     """Particles of each control, of n that the run has."""
     if job.audit.particles is not None:
         return min(job.audit.particles, n)
-    same, plain, local = refinements(job, [name for name, one in EXTENTS.items() if not one.reason(job)])
+    same, plain, local = refinements(job, [name for name, extent in EXTENTS.items() if not extent.reason(job)])
     affordable = int(COST * n / (same + plain + LOCAL_COST * local))
     return min(n, max(LEAST, min(affordable, MOST)))
 

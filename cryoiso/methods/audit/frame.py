@@ -30,10 +30,10 @@ def in_frame_of(
     allowed = {"C1": fit_search.FULL}.get(symmetry, fit_search.AXIS if symmetry[0] == "C" else fit_search.FIXED)
     if allowed == fit_search.FIXED:
         return np.asarray(moving, np.float32)
-    one, other = (DensityMap(np.asarray(v, np.float32), pixel_size_A) for v in (moving, target))
+    moved, other = (DensityMap(np.asarray(v, np.float32), pixel_size_A) for v in (moving, target))
     finest_A = max(resolution_A, 2.5 * pixel_size_A)
-    pair = fit_search.make_pair(fit_search.make_body(one, finest_A, hold=allowed), other, finest_A)
+    pair = fit_search.make_pair(fit_search.make_body(moved, finest_A, hold=allowed), other, finest_A)
     centre_A = np.asarray(pair.body.centre_A, np.float64)
     rotation, shift_A, score = fit_search.refine(pair, np.eye(3)[None], centre_A[None], False, allowed)
     placement = Placement(rotation[0], shift_A[0] - rotation[0] @ centre_A, float(score[0]))
-    return np.asarray(apply_fit(one, placement).data, np.float32)
+    return np.asarray(apply_fit(moved, placement).data, np.float32)

@@ -83,14 +83,14 @@ def difference(
     """Correlation of the first map with the reference less that of the second, blocks drawn alike for both."""
     a, c, b = (filtered(v, band)[inside] for v in (first, second, reference))
     numbers = block_numbers(inside, _edge_px(band, len(first)), orbits)
-    one = summed(numbers, np.ones_like(a), a, b, a * a, b * b, a * b)
+    sums = summed(numbers, np.ones_like(a), a, b, a * a, b * b, a * b)
     two = summed(numbers, np.ones_like(c), c, b, c * c, b * b, c * b)
 
     def statistic(totals: np.ndarray) -> np.ndarray:
-        one, two = _pearson(totals[..., :6]), _pearson(totals[..., 6:])
-        return np.asarray(np.nan_to_num(one) - np.nan_to_num(two))
+        sums, second = _pearson(totals[..., :6]), _pearson(totals[..., 6:])
+        return np.asarray(np.nan_to_num(sums) - np.nan_to_num(second))
 
-    return bootstrap(np.concatenate([one, two], 1), statistic, seed, "difference")
+    return bootstrap(np.concatenate([sums, two], 1), statistic, seed, "difference")
 
 
 def _pearson(totals: np.ndarray) -> np.ndarray:

@@ -68,11 +68,11 @@ class Background:
     ) -> Float[np.ndarray, "n box box"]:
         """An image for each particle, of mean 0 and standard deviation 1: (n, D, D) float32."""
         high, wide = (side - self.size for side in self.patches.shape[1:])
-        made = np.empty((len(rows), self.box_px, self.box_px), np.float32)
+        pixels = np.empty((len(rows), self.box_px, self.box_px), np.float32)
         for i, row in enumerate(rows.tolist()):
             rng = generator(seed, f"{purpose} of background", int(particles.uid[row]))
             number, y, x, turns, flip = rng.integers(0, (len(self.patches), high + 1, wide + 1, 4, 2))
             crop = self.patches[number, y : y + self.size, x : x + self.size][:: 1 - 2 * int(flip)]
             image = self.matrix @ (np.rot90(crop, turns) - crop.mean()) @ self.matrix.T
-            made[i] = image / max(float(image.std()), 1e-12)
-        return np.asarray(apply_ctf(made, particles, rows), np.float32)
+            pixels[i] = image / max(float(image.std()), 1e-12)
+        return np.asarray(apply_ctf(pixels, particles, rows), np.float32)

@@ -87,10 +87,10 @@ def share_left(
     Returns:
         NaN where a map does not resemble the reference; NaN for the error with fewer than ``LEAST_BLOCKS`` places.
     """
-    one, two = (scale_between(m, reference, rest) for m in (made_changed, made_full))
-    if one <= 0 or two <= 0:
+    scale_changed, scale_full = (scale_between(m, reference, rest) for m in (made_changed, made_full))
+    if scale_changed <= 0 or scale_full <= 0:
         return Estimate(np.nan, np.nan, np.nan, np.nan)
-    gap = made_changed.astype(np.float64) / one - made_full.astype(np.float64) / two
+    gap = made_changed.astype(np.float64) / scale_changed - made_full.astype(np.float64) / scale_full
     value, *others = (float((gap * t).sum() / (t * t).sum()) for t in (added, *elsewhere))
     if len(others) < LEAST_BLOCKS:
         return Estimate(value, np.nan, np.nan, np.nan)

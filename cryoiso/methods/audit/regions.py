@@ -42,7 +42,7 @@ def regions(
         candidates = points
     centre = (points * mass[:, None]).sum(0) / mass.sum()
     distance = np.linalg.norm(candidates - centre, axis=1)
-    found = []
+    chosen = []
     for _ in range(count):
         seed = candidates[int(distance.argmax())]
         mates = operations @ seed
@@ -52,8 +52,8 @@ def regions(
         region = np.zeros(reference.shape, bool)
         x, y, z = (points[taken] + box // 2).astype(np.int64).T
         region[z, y, x] = True
-        found.append(region)
-    return found
+        chosen.append(region)
+    return chosen
 
 
 def _to_nearest(points: np.ndarray, mates: np.ndarray) -> np.ndarray:
@@ -109,11 +109,11 @@ def blob_at(
 ) -> Float[np.ndarray, "{box_px} {box_px} {box_px}"]:
     """A ball of height 1 and its symmetry mates: (D, D, D)."""
     z, y, x = np.indices((box_px,) * 3) - float(box_px // 2)
-    made = np.zeros((box_px,) * 3)
+    blob = np.zeros((box_px,) * 3)
     for mate in operations @ centre:
         r2 = ((x - mate[0]) ** 2 + (y - mate[1]) ** 2 + (z - mate[2]) ** 2) * pixel_size_A**2
-        made = np.maximum(made, np.exp(-0.5 * r2 / BLOB_SD_A**2))
-    return made
+        blob = np.maximum(blob, np.exp(-0.5 * r2 / BLOB_SD_A**2))
+    return blob
 
 
 def other_fold(

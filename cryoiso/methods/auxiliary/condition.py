@@ -74,14 +74,14 @@ def fit_scale(
     keys = shuffle_keys(seed, "scale of the reference", particles.uid[rows])
     chosen = np.sort(rows[np.argsort(keys, kind="stable")[:SCALE_PARTICLES]])
     projector = Projector(reference)
-    mine = owned_rows(len(chosen), SCALE_BLOCK, comm.rank, comm.size)
+    own_rows = owned_rows(len(chosen), SCALE_BLOCK, comm.rank, comm.size)
     terms = []
-    for start in range(mine.start, mine.stop, SCALE_BLOCK):
-        part = chosen[start : min(start + SCALE_BLOCK, mine.stop)]
+    for start in range(own_rows.start, own_rows.stop, SCALE_BLOCK):
+        part = chosen[start : min(start + SCALE_BLOCK, own_rows.stop)]
         terms.append(_terms(source.read(part), projector.images(particles, part).numpy()))
     gathered = [t for share in comm.allgather(terms) for t in share]
-    both = np.concatenate(gathered)
-    return _factors(both, particles.optics[chosen], len(particles.groups))
+    all_terms = np.concatenate(gathered)
+    return _factors(all_terms, particles.optics[chosen], len(particles.groups))
 
 
 def _terms(images: np.ndarray, projections: np.ndarray) -> np.ndarray:
@@ -104,7 +104,7 @@ def _factors(terms: np.ndarray, optics: np.ndarray, n_groups: int) -> np.ndarray
         )
     scale = np.full(n_groups, common)
     for group in range(n_groups):
-        mine = terms[optics == group].sum(0)
-        if (optics == group).sum() >= FEW and mine[0] > 0 and mine[1] > 0:
-            scale[group] = mine[0] / mine[1]
+        group_sums = terms[optics == group].sum(0)
+        if (optics == group).sum() >= FEW and group_sums[0] > 0 and group_sums[1] > 0:
+            scale[group] = group_sums[0] / group_sums[1]
     return scale

@@ -91,9 +91,9 @@ def co_refine(
 def _returned(engine: Engine, source: ImageSource, result: RefineResult) -> Particles:
     """The source's particles, row for row, with the poses and results that the engine returned."""
     place = np.argsort(result.particles.uid, kind="stable")
-    found = result.particles.uid[place]
-    where = np.searchsorted(found, source.particles.uid)
-    if (where >= len(found)).any() or (found[where] != source.particles.uid).any():
+    returned_uids = result.particles.uid[place]
+    where = np.searchsorted(returned_uids, source.particles.uid)
+    if (where >= len(returned_uids)).any() or (returned_uids[where] != source.particles.uid).any():
         raise CryoisoError(f"the engine '{engine.name}' did not return all particles", code="relion-particles-lost")
     return _with_results(source.particles, result.particles.take(place[where]))
 

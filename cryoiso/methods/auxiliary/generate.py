@@ -32,10 +32,10 @@ class Maker:
     def images(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images and the noise-free projections in them, (n, D, D) float32 each, of rows of one half."""
         half = int(self.particles.half[rows[0]])  # type: ignore[index]
-        made, clean = self.generators[half].images(
+        generated, clean = self.generators[half].images(
             self.conditions[half], self.particles, rows, self.temperature, self.seed
         )
-        return made.cpu().numpy(), clean.cpu().numpy()
+        return generated.cpu().numpy(), clean.cpu().numpy()
 
     def at_temperature(self, temperature: float) -> Maker:
         """The same with another temperature."""

@@ -86,7 +86,7 @@ class Generator:
         Raises:
             InputError: box, pixel size or sign differ; names both.
         """
-        mine, theirs = [
+        own_shape, theirs = [
             f"{box} px of {pixel:.5g} Å, protein {'dark' if dark else 'white'} in the stacks"
             for box, pixel, dark in (
                 (self.reference.box_px, self.reference.pixel_size_A, bool(self.facts.get("inverted"))),
@@ -97,7 +97,7 @@ class Generator:
         if not (self.reference.box_px == box_px and same_pixel and bool(self.facts.get("inverted")) == inverted):
             raise InputError(
                 f"the generator was trained on images that differ from those of {data}", file=file,
-                expected=theirs, found=mine, hint="Train a generator on these particles.", code="network-mismatch",
+                expected=theirs, found=own_shape, hint="Train a generator on these particles.", code="network-mismatch",
             )  # fmt: skip
 
     def condition(self, device: str) -> Condition:
@@ -136,8 +136,8 @@ class Generator:
             return self.likelihood_sd * white
         grain = torch.empty_like(white)
         for group in np.unique(optics).tolist():
-            mine = torch.as_tensor(np.flatnonzero(optics == group), device=white.device)
-            grain[mine, 0] = colour_noise(white[mine, 0], self.noise[group])
+            rows = torch.as_tensor(np.flatnonzero(optics == group), device=white.device)
+            grain[rows, 0] = colour_noise(white[rows, 0], self.noise[group])
         return grain
 
 
@@ -171,11 +171,12 @@ def _require_format(values: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: the weights would mean another network than the one that was trained.
     """
-    found = values.get("network_format", 1)
-    if found != NETWORK_FORMAT:
+    format_number = values.get("network_format", 1)
+    if format_number != NETWORK_FORMAT:
         raise InputError(
             "the generator was trained by another version, whose network is different",
-            file=path, expected=f"network format {NETWORK_FORMAT}", found=found, hint="Train the generator again.",
+            file=path, expected=f"network format {NETWORK_FORMAT}", found=format_number,
+            hint="Train the generator again.",
             code="version-mismatch",
         )  # fmt: skip
 
@@ -183,14 +184,14 @@ def _require_format(values: dict[str, Any], path: Path) -> None:
 def _network(config: Any, arrays: dict[str, np.ndarray], path: Path) -> ConditionalHvae:
     try:
         shape: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-        made = HvaeConfig(**shape)
+        network_config = HvaeConfig(**shape)
         weights = weights_of(arrays)
-        require_weights(lambda: ConditionalHvae(made), weights, path)
+        require_weights(lambda: ConditionalHvae(network_config), weights, path)
     except (TypeError, AttributeError, ValueError) as error:
         raise InputError(
             f"the shape of the network is damaged: {error}", file=path, hint=HINT, code="network-file-damaged"
         ) from None
-    network = ConditionalHvae(made)
+    network = ConditionalHvae(network_config)
     load_weights(network, weights)
     return network
 

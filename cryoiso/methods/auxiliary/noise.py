@@ -38,10 +38,10 @@ def residual_spectra(
     """
     keys = shuffle_keys(seed, "noise of the images", particles.uid[rows])
     chosen = np.sort(rows[np.argsort(keys, kind="stable")[:SCALE_PARTICLES]])
-    projector, mine = Projector(reference), owned_rows(len(chosen), SCALE_BLOCK, comm.rank, comm.size)
+    projector, own_rows = Projector(reference), owned_rows(len(chosen), SCALE_BLOCK, comm.rank, comm.size)
     parts = []
-    for start in range(mine.start, mine.stop, SCALE_BLOCK):
-        part = chosen[start : min(start + SCALE_BLOCK, mine.stop)]
+    for start in range(own_rows.start, own_rows.stop, SCALE_BLOCK):
+        part = chosen[start : min(start + SCALE_BLOCK, own_rows.stop)]
         model = projector.images(particles, part).numpy() * scale[particles.optics[part]][:, None, None]
         parts.append(np.asarray(power_spectrum(source.read(part) - model), np.float64))
     power = np.concatenate([p for share in comm.allgather(parts) for p in share])

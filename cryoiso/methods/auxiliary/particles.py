@@ -52,19 +52,19 @@ def auxiliary_particles(
     Raises:
         InputError: no raw particles in this half, or fewer than one particle wanted.
     """
-    mine = np.flatnonzero(raw.half == half) if raw.half is not None else np.zeros(0, np.int64)
-    if len(mine) == 0 or count < 1:
+    rows = np.flatnonzero(raw.half == half) if raw.half is not None else np.zeros(0, np.int64)
+    if len(rows) == 0 or count < 1:
         expected = f"raw particles of half {half}"
         raise InputError(
-            "cannot make auxiliary particles", expected=expected, found=len(mine), code="particles-too-few"
+            "cannot make auxiliary particles", expected=expected, found=len(rows), code="particles-too-few"
         )
     base = stable_hash(f"{seed}/auxiliary/round {round_}/half {half}")
     with np.errstate(over="ignore"):
         uid = shuffle_keys(seed, "uid of auxiliary particle", np.arange(count, dtype=np.uint64) + np.uint64(base))
-    given = raw.take(mine)
-    groups, columns = draw_ctf(given, uid, box_px, pixel_size_A, seed)
-    known = None if known_shift_A is None else known_shift_A[mine]
-    spread = _shift_spread(given, known, first_shift_sd_px(box_px) * pixel_size_A)
+    templates = raw.take(rows)
+    groups, columns = draw_ctf(templates, uid, box_px, pixel_size_A, seed)
+    known = None if known_shift_A is None else known_shift_A[rows]
+    spread = _shift_spread(templates, known, first_shift_sd_px(box_px) * pixel_size_A)
     normals = [ndtri(uniforms(seed, f"auxiliary shift {axis}", uid)) for axis in "xy"]
     return Particles(
         uid=uid,
@@ -113,12 +113,12 @@ def apart(auxiliary: Particles, raw: Particles) -> Particles:
     return replace(auxiliary, groups=tuple(groups))
 
 
-def both_halves(one: Particles, two: Particles) -> Particles:
+def both_halves(first: Particles, second: Particles) -> Particles:
     """Half 1's particles and after them half 2's; their optics groups are the same, those of the data."""
-    arrays = [f.name for f in fields(one) if isinstance(getattr(one, f.name), np.ndarray)]
-    columns = {n: np.concatenate([getattr(one, n), getattr(two, n)]) for n in arrays}
-    results = {n: np.concatenate([one.results[n], two.results[n]]) for n in one.results}
-    return Particles(groups=one.groups, results=results, **columns)
+    arrays = [f.name for f in fields(first) if isinstance(getattr(first, f.name), np.ndarray)]
+    columns = {n: np.concatenate([getattr(first, n), getattr(second, n)]) for n in arrays}
+    results = {n: np.concatenate([first.results[n], second.results[n]]) for n in first.results}
+    return Particles(groups=first.groups, results=results, **columns)
 
 
 def _shift_spread(raw: Particles, known_A: np.ndarray | None, searched_A: float) -> float:
@@ -131,8 +131,8 @@ def _shift_spread(raw: Particles, known_A: np.ndarray | None, searched_A: float)
         return 0.0
     if known_A is None or not np.any(known_A):
         return _robust_sd(raw.shift_A)
-    found = raw.shift_A - known_A
-    return _robust_sd(found) if np.any(found) else min(_robust_sd(raw.shift_A), searched_A)
+    shift_error = raw.shift_A - known_A
+    return _robust_sd(shift_error) if np.any(shift_error) else min(_robust_sd(raw.shift_A), searched_A)
 
 
 def _robust_sd(shift_A: np.ndarray) -> float:

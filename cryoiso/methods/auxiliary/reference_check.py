@@ -28,9 +28,9 @@ def require_evidence(request: RefineRequest, comm: Communicator) -> Match:
     run = _refinement(request, comm)
     references = run.first_references(request.lowpass_A)
     sigma2 = mean_power(run)
-    found = match(run, references, sigma2, first_state(run, request.lowpass_A))
-    require_match(found)
-    return found
+    result = match(run, references, sigma2, first_state(run, request.lowpass_A))
+    require_match(result)
+    return result
 
 
 def homologue_evidence(request: RefineRequest, comm: Communicator) -> IterationRecord:
@@ -42,8 +42,8 @@ def homologue_evidence(request: RefineRequest, comm: Communicator) -> IterationR
     Raises:
         InputError: as ``require_evidence``.
     """
-    alone = replace(request, auxiliary_weight="measured", folder=None, correction=None)  # type: ignore[arg-type]
-    run = _refinement(alone, comm)
+    without_auxiliary = replace(request, auxiliary_weight="measured", folder=None, correction=None)  # type: ignore[arg-type]
+    run = _refinement(without_auxiliary, comm)
     return run.step(initial_model(run, request.lowpass_A)).history[0]
 
 

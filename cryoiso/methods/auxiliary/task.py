@@ -20,7 +20,7 @@ from cryoiso.nets.hvae import NETWORK_FORMAT, ConditionalHvae
 from cryoiso.nets.hvae_parts import HvaeConfig
 from cryoiso.nets.losses import negative_elbo
 from cryoiso.train.batches import Batches
-from cryoiso.train.watch import TrainingDecision
+from cryoiso.train.decision import TrainingDecision
 
 COLLAPSE_NATS = 0.1
 """A layer whose latents tell less than this about an image has collapsed."""

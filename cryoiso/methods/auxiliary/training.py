@@ -43,7 +43,7 @@ class GeneratorTraining:
 
 
 def train_generators(
-    courses: list[GeneratorTraining],
+    trainings: list[GeneratorTraining],
     source: ImageSource,
     particles: Particles,
     settings: Training,
@@ -69,29 +69,29 @@ def train_generators(
     Raises:
         Interrupted, CryoisoError: as ``train.loop.train``.
     """
-    scales = {c.label: fit_scale(source, particles, c.rows, c.reference, comm, seed) for c in courses}
-    apart = len(courses) == 2 and comm.size > 1
+    scales = {c.label: fit_scale(source, particles, c.rows, c.reference, comm, seed) for c in trainings}
+    apart = len(trainings) == 2 and comm.size > 1
     outcomes: dict[str, TrainOutcome] = {}
-    turns = [courses] if apart else [[c] for c in courses]
+    turns = [trainings] if apart else [[c] for c in trainings]
     for number, turn in enumerate(turns):
         board.expect(number, len(turns))
-        mine, ranks = turn[0], range(comm.size)
+        training, ranks = turn[0], range(comm.size)
         if apart:
             which = 0 if comm.rank in ranks_of_half(1, comm.size) else 1
-            mine, ranks = turn[which], ranks_of_half(which + 1, comm.size)
+            training, ranks = turn[which], ranks_of_half(which + 1, comm.size)
         with side_by_side(comm) as stop_signal, training_group(comm, ranks) as group:
-            found = _train_one(
-                mine, source, particles, scales[mine.label], settings, group, seed, resume, stop_signal.received
+            own_outcome = _train_one(
+                training, source, particles, scales[training.label], settings, group, seed, resume, stop_signal.received
             )
             if on_checkpoint and group.is_first:
-                on_checkpoint(mine.label, found.step)
-        for label, outcome in comm.allgather((mine.label, found)):
+                on_checkpoint(training.label, own_outcome.step)
+        for label, outcome in comm.allgather((training.label, own_outcome)):
             outcomes[label] = outcome
     return outcomes
 
 
 def _train_one(
-    course: GeneratorTraining,
+    training: GeneratorTraining,
     source: ImageSource,
     particles: Particles,
     scale: np.ndarray,
@@ -102,10 +102,10 @@ def _train_one(
     stop: Callable[[], bool],
 ) -> TrainOutcome:
     config = network(settings, source.box_px)
-    condition = Condition(course.reference, scale, group.device)
+    condition = Condition(training.reference, scale, group.device)
     task = GeneratorTask(
-        source, particles, course.rows, condition, config, settings, seed,
-        index=group.index, size=group.size, label=course.file.stem,
+        source, particles, training.rows, condition, config, settings, seed,
+        index=group.index, size=group.size, label=training.file.stem,
     )  # fmt: skip
     on_gpu = group.device != "cpu"
     loop = LoopSettings(
@@ -113,17 +113,17 @@ def _train_one(
         log_every=max(1, settings.steps // RECORDS), clip_norm=settings.clip_norm, amp=on_gpu, compile=on_gpu,
         channels_last=True,
     )  # fmt: skip
-    name = "generator" if course.label == "both" else f"generator of half {course.label}"
+    name = "generator" if training.label == "both" else f"generator of half {training.label}"
     line = ProgressLine(f"training the {name}", settings.steps, active=group.is_first)
 
     def progress(done: int, words: str) -> None:
         line.update(done, words)
 
     with few_threads(settings.preset):
-        outcome = train(task, group, loop, course.folder, stop=stop, resume=resume, on_progress=progress)
+        outcome = train(task, group, loop, training.folder, stop=stop, resume=resume, on_progress=progress)
     if group.is_first:
-        generator = Generator(task.module, course.reference, scale, settings.likelihood_sd, course.facts)  # type: ignore[arg-type]
-        generator.save(course.file)
+        generator = Generator(task.module, training.reference, scale, settings.likelihood_sd, training.facts)  # type: ignore[arg-type]
+        generator.save(training.file)
         bound = outcome.history[-1].get("bound")
         line.close(f"{outcome.step:,} steps, bound {bound:.4f} nats per pixel" if bound is not None else "")
     group.barrier()

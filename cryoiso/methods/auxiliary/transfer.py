@@ -22,7 +22,7 @@ LEAST_POWER = 1e-6
 
 
 def measure(
-    made: ImageSource, particles: Particles, conditions: dict[int, Condition], comm: Communicator, seed: int
+    generated: ImageSource, particles: Particles, conditions: dict[int, Condition], comm: Communicator, seed: int
 ) -> dict[str, Any]:
     """The transfer of each half-set's generator over its auxiliary images (collective).
 
@@ -44,11 +44,11 @@ def measure(
         rows = np.flatnonzero(particles.half == half)
         keys = shuffle_keys(seed, "image whose transfer is measured", particles.uid[rows])
         chosen = np.sort(rows[np.argsort(keys, kind="stable")[:COMPARED]])
-        mine = owned_rows(len(chosen), BLOCK, comm.rank, comm.size)
+        own_rows = owned_rows(len(chosen), BLOCK, comm.rank, comm.size)
         parts = []
-        for start in range(mine.start, mine.stop, BLOCK):
-            part = chosen[start : min(start + BLOCK, mine.stop)]
-            parts.append(shell_terms(made.read(part), condition.images(particles, part)[:, 0].cpu().numpy()))
+        for start in range(own_rows.start, own_rows.stop, BLOCK):
+            part = chosen[start : min(start + BLOCK, own_rows.stop)]
+            parts.append(shell_terms(generated.read(part), condition.images(particles, part)[:, 0].cpu().numpy()))
         terms = np.concatenate([p for share in comm.allgather(parts) for p in share])
         value, sd = transfer(terms)
         halves[str(half)] = {"images": len(chosen), "value": _plain(value[1:]), "sd": _plain(sd[1:])}

@@ -57,8 +57,8 @@ def phase_sums(images: ImagePass, model: ImageModel) -> dict[int, PhaseSums]:
     def work(block: Observed) -> None:
         cross, weight = _block_sums(block, model)
         for g in np.unique(block.batch.group).tolist():
-            mine = torch.as_tensor(np.flatnonzero(block.batch.group == g))
-            x, w = cross[mine].sum(0), weight[mine].sum(0)
+            rows_of_group = torch.as_tensor(np.flatnonzero(block.batch.group == g))
+            x, w = cross[rows_of_group].sum(0), weight[rows_of_group].sum(0)
             totals[g] += (torch.stack([x.real, x.imag, w]) * UNIT).round().to(torch.int64).numpy()
 
     images.each("beam tilt", work)

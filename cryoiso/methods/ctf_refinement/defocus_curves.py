@@ -74,11 +74,11 @@ def block_curves(
     out = np.empty((len(c), len(grid) + 1))
     volts = np.array([turned.groups[g].voltage_kV for g in block.batch.group])
     for voltage in np.unique(volts):
-        lam, mine = wavelength_A(float(voltage)), torch.as_tensor(np.flatnonzero(volts == voltage))
-        parts = _radial_parts(cross[mine], power[mine], c[mine], q[mine])
-        out[mine.numpy(), :-1] = _curves(parts, s2, lam, grid)
+        lam, rows = wavelength_A(float(voltage)), torch.as_tensor(np.flatnonzero(volts == voltage))
+        parts = _radial_parts(cross[rows], power[rows], c[rows], q[rows])
+        out[rows.numpy(), :-1] = _curves(parts, s2, lam, grid)
         slope = math.pi * lam * s2
-        out[mine.numpy(), -1] = (power[mine] * q[mine].square() * slope.square()).sum(1).numpy()
+        out[rows.numpy(), -1] = (power[rows] * q[rows].square() * slope.square()).sum(1).numpy()
     return out
 
 

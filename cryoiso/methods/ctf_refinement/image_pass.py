@@ -89,13 +89,13 @@ class ImagePass:
             Interrupted: stopped by a signal.
         """
         size = self.comm.size
-        mine = owned_chunks(len(self.plan), self.comm.rank, size)
+        chunks = owned_chunks(len(self.plan), self.comm.rank, size)
         most = max(len(owned_chunks(len(self.plan), rank, size)) for rank in range(size))
         line = ProgressLine(label, most, active=self.comm.rank == 0)
         for i in range(most):
             if self.comm.stop_requested():
                 raise Interrupted("stopped by a signal; nothing has been written")
-            rows = self.plan[mine[i]] if i < len(mine) else np.zeros(0, np.int64)
+            rows = self.plan[chunks[i]] if i < len(chunks) else np.zeros(0, np.int64)
             block = max(1, BLOCK_COEFFICIENTS // (2 * self.radius_px**2))
             for start in range(0, len(rows), block):
                 work(self._observed(rows[start : start + block]))

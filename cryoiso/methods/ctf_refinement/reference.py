@@ -39,12 +39,12 @@ class CtfReference:
         """The transforms; a map that both half-sets share is transformed once."""
         import torch
 
-        made: dict[int, FourierVolume] = {}
+        by_half: dict[int, FourierVolume] = {}
         for half, density in self.maps.items():
-            same = [h for h in made if self.maps[h] is density]
+            same = [h for h in by_half if self.maps[h] is density]
             data = torch.as_tensor(np.ascontiguousarray(density.data, np.float32))
-            made[half] = made[same[0]] if same else FourierVolume.from_volume(data, 2, self.radius_px)
-        return made
+            by_half[half] = by_half[same[0]] if same else FourierVolume.from_volume(data, 2, self.radius_px)
+        return by_half
 
     def with_random_phases(self, seed: int) -> CtfReference:
         """The same power with random phases: a reference without anything in common with the images."""
@@ -53,7 +53,7 @@ class CtfReference:
 
 
 def from_half_maps(
-    one: DensityMap, two: DensityMap, mask: Float[np.ndarray, "box box box"], resolution_A: float | None = None
+    first: DensityMap, second: DensityMap, mask: Float[np.ndarray, "box box box"], resolution_A: float | None = None
 ) -> CtfReference:
     """Half-maps inside a mask, each shell multiplied by their FSC, which is the Wiener filter of a half-map, up to
     where the FSC, corrected for the mask, falls below 0.143.
@@ -66,8 +66,8 @@ def from_half_maps(
     Raises:
         InputError: the half-maps do not agree far enough.
     """
-    box, pixel = one.box_px, one.pixel_size_A
-    curve = np.nan_to_num(fsc_corrected(one.data, two.data, mask)["corrected"], nan=0.0)
+    box, pixel = first.box_px, first.pixel_size_A
+    curve = np.nan_to_num(fsc_corrected(first.data, second.data, mask)["corrected"], nan=0.0)
     curve[0] = 1.0
     supported_A = resolution_at(curve, 0.143, box, pixel)
     used_A = max(supported_A, resolution_A or 0.0)
@@ -75,7 +75,7 @@ def from_half_maps(
     weight = np.where(np.arange(len(curve)) <= radius, np.clip(non_increasing(curve), 0.0, 1.0), 0.0)
     maps = {
         half: DensityMap(_unit(apply_radial(np.asarray(m.data * mask, np.float32), weight, 3)), pixel)
-        for half, m in zip(HALVES, (one, two), strict=True)
+        for half, m in zip(HALVES, (first, second), strict=True)
     }
     return CtfReference(maps, radius, used_A, "half-maps")
 

@@ -89,24 +89,24 @@ class SumPass:
             for half, plan in self.plans.items()
             for i in set(range(len(plan))) - set(before[half].done.tolist())
         )
-        mine = owned_chunks(len(todo), self.comm.rank, self.comm.size)
+        chunks = owned_chunks(len(todo), self.comm.rank, self.comm.size)
         most = max(len(owned_chunks(len(todo), r, self.comm.size)) for r in range(self.comm.size))
         empty = SliceAccumulator.empty(self.reader.source.box_px, self.radius, self.padding, self.reader.device)
         accumulators = {1: empty, 2: replace(empty, grid=torch.zeros_like(empty.grid))}
-        found: list[tuple[int, int, float, float]] = []
+        results: list[tuple[int, int, float, float]] = []
         line = ProgressLine("reading images", most, active=self.comm.rank == 0)
         stopped = False
         for i in range(most):
             stopped = self.comm.stop_requested()
             if stopped:
                 break
-            if i < len(mine):
-                _, half, number = todo[mine[i]]
+            if i < len(chunks):
+                _, half, number = todo[chunks[i]]
                 power, count = self._insert(self.plans[half][number], accumulators[half])
-                found.append((half, number, power, count))
+                results.append((half, number, power, count))
             line.update(i + 1)
         line.close("" if stopped else f"{sum(len(rows) for plan in self.plans.values() for rows in plan):,} images")
-        return self._reduce(accumulators, found, before), not stopped
+        return self._reduce(accumulators, results, before), not stopped
 
     def _insert(self, rows: np.ndarray, accumulator: SliceAccumulator) -> tuple[float, float]:
         """Back-projects a batch; its power and its number of coefficients."""
@@ -128,11 +128,11 @@ class SumPass:
     def _reduce(
         self,
         accumulators: dict[int, SliceAccumulator],
-        found: list[tuple[int, int, float, float]],
+        results: list[tuple[int, int, float, float]],
         before: dict[int, MicelleSums],
     ) -> dict[int, MicelleSums]:
         """Sums over ranks, added to what was there before; every half on its root."""
-        everything = sorted(item for part in self.comm.allgather(found) for item in part)
+        everything = sorted(item for part in self.comm.allgather(results) for item in part)
         result = {}
         for half, accumulator in accumulators.items():
             root = root_of_half(half, self.comm.size)
@@ -153,5 +153,5 @@ class SumPass:
         empty = SliceAccumulator(
             torch.as_tensor(sums.grid).to(device), self.reader.source.box_px, self.padding, self.radius, sums.bound
         )
-        whole, share = empty.finish(), 1.0 / len(self.operations)
-        return replace(whole, numerator=whole.numerator * share, weight=whole.weight * share)
+        full_sums, share = empty.finish(), 1.0 / len(self.operations)
+        return replace(full_sums, numerator=full_sums.numerator * share, weight=full_sums.weight * share)

@@ -129,21 +129,23 @@ def recover_micelle_halves(
     """
     comm = comm if comm is not None else Context()
     run = _Recovery(source, particles, homologue, mask, comm, settings, device, on_iteration)
-    found = run.load(checkpoint_file) if resume and checkpoint_file else {}
+    saved = run.load(checkpoint_file) if resume and checkpoint_file else {}
     if not resume and checkpoint_file:  # else a later resumption would find that of an earlier job
         on_root(comm, checkpoint.remove, checkpoint_file)
-    before = {h: MicelleSums.of_arrays(found, h) if f"grid{h}" in found else MicelleSums() for h in HALVES}
-    sums, whole = run.images.run(before)
+    before = {h: MicelleSums.of_arrays(saved, h) if f"grid{h}" in saved else MicelleSums() for h in HALVES}
+    sums, is_complete = run.images.run(before)
     if not all(len(s.done) for s in sums.values()):
         raise Interrupted("stopped by a signal before there was anything to keep")
     equations, error = run.equations(sums)
-    agree(comm, error if whole else None)
-    states = {h: run.state(h, equations[h], found if whole else {}) for h in equations}
-    finished = run.solve(equations, states, settings.max_iterations if whole else PARTIAL_ITERATIONS, listen=whole)
-    stopped = "" if whole and finished else "solving" if whole else "reading images"
+    agree(comm, error if is_complete else None)
+    states = {h: run.state(h, equations[h], saved if is_complete else {}) for h in equations}
+    finished = run.solve(
+        equations, states, settings.max_iterations if is_complete else PARTIAL_ITERATIONS, listen=is_complete
+    )
+    stopped = "" if is_complete and finished else "solving" if is_complete else "reading images"
     if checkpoint_file:
         if stopped:
-            run.save(checkpoint_file, sums, states if whole else {})
+            run.save(checkpoint_file, sums, states if is_complete else {})
         else:
             on_root(comm, checkpoint.remove, checkpoint_file)
     halves = {h: comm.bcast(run.result(h, equations, states), root_of_half(h, comm.size)) for h in HALVES}
@@ -200,16 +202,16 @@ class _Recovery:
         protein, outside = self.grid.coarse(self.protein), self.grid.outside(self.mask.data, self.settings.diameter_A)
         inside = self.grid.coarse(self.mask.data) > 0.5
         error = None
-        for half, mine in sums.items():
-            if mine.grid is None:
+        for half, half_sums in sums.items():
+            if half_sums.grid is None:
                 continue
-            made = NormalEquations(
-                self.images.finished(mine, self.device), self.grid, protein, outside, self.settings.lowpass_A
+            system = NormalEquations(
+                self.images.finished(half_sums, self.device), self.grid, protein, outside, self.settings.lowpass_A
             )  # fmt: skip
-            grey = made.zero().grey
-            noise = max(mine.mean_power - self._explained(made, mine), 1e-12 * mine.mean_power)
-            made.set_prior(noise, self.settings.prior_sd * abs(grey) * float(np.sqrt((protein[inside] ** 2).mean())))
-            significance = grey * np.sqrt(made.homologue_power / noise)
+            grey = system.zero().grey
+            noise = max(half_sums.mean_power - self._explained(system, half_sums), 1e-12 * half_sums.mean_power)
+            system.set_prior(noise, self.settings.prior_sd * abs(grey) * float(np.sqrt((protein[inside] ** 2).mean())))
+            significance = grey * np.sqrt(system.homologue_power / noise)
             if not significance > LEAST_SIGNIFICANCE:
                 error = InputError(
                     "the homologue is not in the images",
@@ -218,17 +220,17 @@ class _Recovery:
                     hint="It must lie in the frame of the poses, with the right hand, protein white in map and images.",
                     code="homologue-not-in-images",
                 )
-            result[half] = made
+            result[half] = system
         return result, error
 
     @staticmethod
-    def _explained(made: NormalEquations, sums: MicelleSums) -> float:
+    def _explained(system: NormalEquations, sums: MicelleSums) -> float:
         """Part of an image's mean power that the homologue alone explains."""
-        return made.rhs.grey**2 / made.homologue_power / max(float(sums.count.sum()), 1.0)
+        return system.rhs.grey**2 / system.homologue_power / max(float(sums.count.sum()), 1.0)
 
-    def state(self, half: int, equations: NormalEquations, found: dict[str, np.ndarray]) -> CgState:
-        if f"numbers{half}" in found:
-            return CgState.of_arrays(found, half, self.device)
+    def state(self, half: int, equations: NormalEquations, saved: dict[str, np.ndarray]) -> CgState:
+        if f"numbers{half}" in saved:
+            return CgState.of_arrays(saved, half, self.device)
         return start(equations)
 
     def solve(
@@ -258,14 +260,14 @@ class _Recovery:
         """The half's micelle on the images' grid; None where this rank is not its root."""
         if half not in states:
             return None
-        made, state = equations[half], states[half]
-        smooth = self.grid.fine(made.smooth(state.z.u).cpu().numpy())
+        system, state = equations[half], states[half]
+        smooth = self.grid.fine(system.smooth(state.z.u).cpu().numpy())
         outside = self.grid.outside(self.mask.data, self.settings.diameter_A, self.grid.box_px)
-        pass_band = float(made.lowpass.square().mean())
-        tau = float(np.sqrt(made.noise * pass_band / made.precision)) if made.precision else float("inf")
+        pass_band = float(system.lowpass.square().mean())
+        tau = float(np.sqrt(system.noise * pass_band / system.precision)) if system.precision else float("inf")
         return HalfMicelle(
-            (outside * smooth).astype(np.float32), state.z.grey, float(np.sqrt(made.noise / made.homologue_power)),
-            made.noise, tau, state.relative_residual <= self.settings.tolerance, state.history,
+            (outside * smooth).astype(np.float32), state.z.grey, float(np.sqrt(system.noise / system.homologue_power)),
+            system.noise, tau, state.relative_residual <= self.settings.tolerance, state.history,
         )  # fmt: skip
 
     # --- checkpoints
@@ -285,8 +287,8 @@ class _Recovery:
         """The checkpoint's arrays on every rank; empty where there is none."""
 
         def read() -> dict[str, np.ndarray]:
-            found = checkpoint.load_same(file, self._identity(), "micelle recovery")
-            return {} if found is None else found[0]
+            saved = checkpoint.load_same(file, self._identity(), "micelle recovery")
+            return {} if saved is None else saved[0]
 
         return on_root(self.comm, read)
 
@@ -294,7 +296,7 @@ class _Recovery:
         """Brings all to rank 0, which writes it."""
         arrays: dict[str, np.ndarray] = {}
         for half in HALVES:
-            mine = sums[half].arrays(half) if sums[half].grid is not None else {}
-            mine |= states[half].arrays(half) if half in states else {}
-            arrays |= self.comm.bcast(mine, root_of_half(half, self.comm.size))
+            half_arrays = sums[half].arrays(half) if sums[half].grid is not None else {}
+            half_arrays |= states[half].arrays(half) if half in states else {}
+            arrays |= self.comm.bcast(half_arrays, root_of_half(half, self.comm.size))
         on_root(self.comm, lambda: checkpoint.save(file, arrays, {}, self._identity()))

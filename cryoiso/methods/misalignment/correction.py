@@ -77,27 +77,27 @@ class MapCorrection:
         if self.realign.correct:
             inputs, learnt = self._without_anisotropy(state, inputs, self._known(state, fsc_filter), mask, comm)
             facts |= learnt
-        made = self._by_half(comm, lambda half: self._finished(state, half, inputs[half], fsc_filter, mask))
-        facts["scale"] = {str(half): extremes(made[half][1], state) for half in HALVES}
+        corrected_maps = self._by_half(comm, lambda half: self._finished(state, half, inputs[half], fsc_filter, mask))
+        facts["scale"] = {str(half): extremes(corrected_maps[half][1], state) for half in HALVES}
         if comm.rank == 0:
             logger.info("iteration %d: references corrected%s", state.iteration, _in_words(facts))
-        return {half: made[half][0] for half in HALVES}, facts
+        return {half: corrected_maps[half][0] for half in HALVES}, facts
 
     def _by_half(self, comm: Any, make: Any) -> dict[int, Any]:
         """half -> make(half), made on the half's root and given to all (collective)."""
         size = comm.size
-        mine = {half: make(half) if comm.rank == root_of_half(half, size) else None for half in HALVES}
-        return {half: comm.bcast(mine[half], root_of_half(half, size)) for half in HALVES}
+        own_maps = {half: make(half) if comm.rank == root_of_half(half, size) else None for half in HALVES}
+        return {half: comm.bcast(own_maps[half], root_of_half(half, size)) for half in HALVES}
 
     def _transfer(self, state: HalfMaps, mask: np.ndarray) -> np.ndarray:
         """3DFSC of the half-maps as they are: nothing that both halves share has been put into them yet."""
         for words in check_half_maps(state.maps[1], state.maps[2]):
             logger.warning("iteration %d: %s", state.iteration, words)
         shells = int(np.ceil(shell_of(state) + EDGE_SHELLS / 2))
-        found = fsc3d(
+        measured = fsc3d(
             state.maps[1], state.maps[2], mask, cone_deg=self.correct.cone_deg, max_shell=min(shells, len(mask) // 2)
         )  # fmt: skip
-        clipped: np.ndarray = np.clip(found, 0.0, 1.0)
+        clipped: np.ndarray = np.clip(measured, 0.0, 1.0)
         return clipped
 
     def _known(self, state: HalfMaps, fsc_filter: np.ndarray) -> np.ndarray:
@@ -150,16 +150,16 @@ class MapCorrection:
             settings = replace(settings, epochs=0)
         work = state.folder / f"correction-{state.iteration:03d}"
         resume = on_root(comm, _open, work, fingerprint(inputs, fsc_filter, mask, settings, warm))
-        found = correct_halves(
+        corrected = correct_halves(
             {half: DensityMap(inputs[half], state.pixel_size_A) for half in HALVES}, fsc_filter, mask, settings, comm,
             work, seed=int(generator(self.seed, "misalignment", state.iteration).integers(2**31)), resume=resume,
             warm=warm, resolution_A=state.resolution_A,
         )  # fmt: skip
-        made = found.network if settings.epochs else {}
-        names = on_root(comm, networks.keep, state.folder, state.iteration, made)
+        network_files = corrected.network if settings.epochs else {}
+        names = on_root(comm, networks.keep, state.folder, state.iteration, network_files)
         on_root(comm, shutil.rmtree, work, ignore_errors=True)
         names = names or sorted(path.name for path in (warm or {}).values())
-        return found.maps, {"networks": names, "warm": bool(warm), "loss": losses(found.history)}
+        return corrected.maps, {"networks": names, "warm": bool(warm), "loss": losses(corrected.history)}
 
 
 def support(state: HalfMaps) -> np.ndarray:
@@ -223,8 +223,8 @@ def _rounded(value: float) -> float:
 
 def losses(history: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
     """Network -> first and last loss that its training wrote down."""
-    told = {name: [r["loss"] for r in records if r.get("loss") is not None] for name, records in history.items()}
-    return {name: [_rounded(values[0]), _rounded(values[-1])] for name, values in told.items() if values}
+    curves = {name: [r["loss"] for r in records if r.get("loss") is not None] for name, records in history.items()}
+    return {name: [_rounded(values[0]), _rounded(values[-1])] for name, values in curves.items() if values}
 
 
 def _in_words(facts: dict[str, Any]) -> str:

@@ -34,10 +34,10 @@ def before(folder: Path, iteration: int, first: bool = False) -> dict[str, Path]
     return (earlier[0] if first else earlier[-1]) if earlier else None
 
 
-def keep(folder: Path, iteration: int, made: dict[str, Path]) -> list[str]:
+def keep(folder: Path, iteration: int, network_files: dict[str, Path]) -> list[str]:
     """Files an iteration's networks, forgets those that no resumption can need, and returns the new names."""
     names = []
-    for label, path in sorted(made.items()):
+    for label, path in sorted(network_files.items()):
         names.append(f"network-{iteration:03d}-{label}.npz")
         os.replace(path, folder / names[-1])
     known = found(folder)

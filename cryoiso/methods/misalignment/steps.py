@@ -194,8 +194,11 @@ def _transform(volume: np.ndarray) -> Tensor:
     return transform
 
 
-def _same_shape(one: np.ndarray, other: np.ndarray) -> None:
-    if np.shape(one) != np.shape(other):
+def _same_shape(first: np.ndarray, second: np.ndarray) -> None:
+    if np.shape(first) != np.shape(second):
         raise InputError(
-            "the maps lie on different grids", expected=np.shape(one), found=np.shape(other), code="arrays-do-not-fit"
+            "the maps lie on different grids",
+            expected=np.shape(first),
+            found=np.shape(second),
+            code="arrays-do-not-fit",
         )

@@ -146,16 +146,19 @@ def prepare(run: RunContext, inputs: Inputs) -> Bench:
     """
     particles = inputs.particles()
     rows = subset_rows(particles, extent.particles_of(run.job, len(particles)), run.job.run.seed)
-    given, made = run.folder.stage("reference"), run.folder.stage("reconstruct")
-    reference, initial = (read_map(given / name) for name in (products.REFERENCE, products.LOWPASSED_REFERENCE))
+    reference_folder, reconstruct_folder = run.folder.stage("reference"), run.folder.stage("reconstruct")
+    reference, initial = (
+        read_map(reference_folder / name) for name in (products.REFERENCE, products.LOWPASSED_REFERENCE)
+    )
     numbers = json.loads((run.folder.stage("diagnose") / products.facts("diagnose")).read_text(encoding="utf-8"))
     final = read_particle_file(final_poses(run), run.job.particles.project, ("pose",))
     return Bench(
         run, run.folder.audit, len(particles), rows, reference.pixel_size_A, inputs.diameter_A(),
         float(numbers["resolution_0143_A"]),
-        _grey_scale(read_map(made / products.MAP), initial, run.job.reference.lowpass_A, made),
+        _grey_scale(read_map(reconstruct_folder / products.MAP), initial, run.job.reference.lowpass_A,
+        reconstruct_folder),
         particles.take(rows), particles.with_poses(*final.require_poses()).take(rows), reference.data,
-        _inside(reference, read_map(made / products.MASK)),
+        _inside(reference, read_map(reconstruct_folder / products.MASK)),
     )  # fmt: skip
 
 
@@ -169,9 +172,9 @@ def _inside(reference: DensityMap, mask: DensityMap) -> np.ndarray:
     return inside
 
 
-def _grey_scale(made: DensityMap, initial: DensityMap, lowpass_A: float, file: Path) -> float:
+def _grey_scale(reconstruction: DensityMap, initial: DensityMap, lowpass_A: float, file: Path) -> float:
     """Least-squares factor from the initial reference to the run's map, which is on the images' grey scale."""
-    coarse = np.asarray(lowpass(made.data, made.pixel_size_A, lowpass_A), np.float64)
+    coarse = np.asarray(lowpass(reconstruction.data, reconstruction.pixel_size_A, lowpass_A), np.float64)
     where = initial.data > 0.1 * float(initial.data.max())
     factor = scale_between(coarse, np.asarray(initial.data, np.float64), where)
     if not factor > 0:

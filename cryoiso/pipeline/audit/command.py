@@ -94,7 +94,7 @@ def _job(place: RunFolder, settings: Mapping[str, Any], names: Mapping[str, str]
 def _recorded(run: RunContext) -> Outputs:
     """What the stages that the controls start from have left, by the journal."""
     ends = {line.get("stage"): line["outputs"] for line in read_journal(run.folder.journal) if line["event"] == "end"}
-    found: Outputs = {}
+    outputs: Outputs = {}
     for stage in stages_of(run.job, run.folder):
         if stage.name in ("audit", "report"):
             break
@@ -103,5 +103,5 @@ def _recorded(run: RunContext) -> Outputs:
                 f"{run.folder.path}: the stage '{stage.name}' is not finished. Continue it with 'cryoiso resume'.",
                 code="stage-unfinished",
             )
-        found.update(ends[stage.name])
-    return found
+        outputs.update(ends[stage.name])
+    return outputs

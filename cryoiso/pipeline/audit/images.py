@@ -92,9 +92,9 @@ def read_background(file: Path, box_px: int, pixel_size_A: float) -> Background:
 
 def _spectra(bench: Bench, inputs: Inputs, particles: Particles) -> np.ndarray:
     """(G, S) noise spectra that the run's first refinement estimated; of poses that were given, the images' power."""
-    found = noise_after(bench.run, inputs, 0)
-    if found is not None:
-        return found
+    spectra = noise_after(bench.run, inputs, 0)
+    if spectra is not None:
+        return spectra
     source = ShardSource(inputs.shards)
     rows = on_root(bench.comm, lambda: bench.rows)[:MEASURED]
     power = power_spectrum(source.read(rows))

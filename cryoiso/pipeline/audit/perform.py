@@ -42,15 +42,15 @@ class Pictures:
 
     bench: Bench
     inputs: Inputs
-    made: dict[str, pictures.ImageSet] = field(default_factory=dict)
+    image_sets: dict[str, pictures.ImageSet] = field(default_factory=dict)
 
     def of(self, kind: str) -> pictures.ImageSet:
         """Collective."""
-        if kind not in self.made:
+        if kind not in self.image_sets:
             maker: Callable[..., pictures.ImageSet] = pictures.real if kind == "real" else pictures.null
             extra = () if kind == "real" else (kind,)
-            self.made[kind] = maker(self.bench, self.inputs, *extra)
-        return self.made[kind]
+            self.image_sets[kind] = maker(self.bench, self.inputs, *extra)
+        return self.image_sets[kind]
 
 
 def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
@@ -63,9 +63,9 @@ def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
     """
     comm = run.comm
     on_root(comm, require_auditable, run.job)
-    found: list[Bench] = []
-    on_root(comm, lambda: found.append(prepare(run, inputs)))
-    bench = found[0] if comm.rank == 0 else absent(run)
+    benches: list[Bench] = []
+    on_root(comm, lambda: benches.append(prepare(run, inputs)))
+    bench = benches[0] if comm.rank == 0 else absent(run)
     names = extent.chosen(run.job)
     if comm.rank == 0:
         same, plain, local = extent.refinements(run.job)
@@ -95,11 +95,11 @@ def _control(bench: Bench, control: ModuleType, shown: Pictures, unchanged: Outc
     began = time.monotonic()
     cases = on_root(bench.comm, control.cases, bench)
     outcomes = {case.name: repeat(bench, case, shown.of(case.images)) for case in cases}
-    made: list[ControlRecord] = []
-    on_root(bench.comm, lambda: made.append(_recorded(bench, control, unchanged, outcomes)))
+    records: list[ControlRecord] = []
+    on_root(bench.comm, lambda: records.append(_recorded(bench, control, unchanged, outcomes)))
     if bench.comm.rank == 0:
         logger.debug("%s took %.0f s", control.NAME, time.monotonic() - began)
-        return made[0]
+        return records[0]
     return ControlRecord(control.NAME, control.TITLE, "not applicable", "")
 
 
@@ -134,9 +134,9 @@ def _left_out(bench: Bench, done: set[str]) -> list[ControlRecord]:
     return [
         ControlRecord(
             name, CONTROLS[name].TITLE, verdict,
-            (one.reason(job) if not asked or name in asked else "Not asked for.") or "Not asked for.",
+            (extent_of.reason(job) if not asked or name in asked else "Not asked for.") or "Not asked for.",
         )
-        for name, one in extent.EXTENTS.items()
+        for name, extent_of in extent.EXTENTS.items()
         if name not in done
     ]  # fmt: skip
 

@@ -109,9 +109,9 @@ def repeat(bench: Bench, case: Case, images: ImageSet) -> Outcome:
     refused = on_root(comm, _was_refused, folder, key)
     if refused:
         return Outcome(nested, refused)
-    given = (case.particles if case.particles is not None else images.particles) if comm.rank == 0 else None
+    particles = (case.particles if case.particles is not None else images.particles) if comm.rank == 0 else None
     try:
-        _stages(nested, Inputs(job, folder, comm, given), key, case.last)
+        _stages(nested, Inputs(job, folder, comm, particles), key, case.last)
     except InputError as error:
         if error.code not in REFUSALS:
             raise
@@ -138,8 +138,8 @@ def _was_refused(folder: RunFolder, key: str) -> str:
     file = folder.path / REFUSED
     if not file.is_file():
         return ""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return str(found["message"]) if found.get("key") == key else ""
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return str(saved["message"]) if saved.get("key") == key else ""
 
 
 def _stages(run: RunContext, inputs: Inputs, key: str, last: str) -> None:

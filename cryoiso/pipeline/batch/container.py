@@ -31,8 +31,8 @@ def folders_of(job: Job, job_file: Path, run: Path) -> list[Path]:
     if job.particles.project:
         files.add(Path(job.particles.project) / "project")
     files |= {Path(os.path.realpath(path)) for path in files}
-    found = {path.parent for path in files}
-    return sorted(path for path in found if not found & set(path.parents))
+    folders = {path.parent for path in files}
+    return sorted(path for path in folders if not folders & set(path.parents))
 
 
 def _stacks(job: Job) -> set[Path]:
@@ -100,9 +100,9 @@ def _digest_of_image(file: Path, size: int, modified_ns: int) -> str:
         done += count
         line.update(done >> 20)
 
-    found = sha256_of(file, seen)
-    line.close(f"{file}, sha256 {found[:16]}...")
-    return f"sha256:{found}"
+    digest = sha256_of(file, seen)
+    line.close(f"{file}, sha256 {digest[:16]}...")
+    return f"sha256:{digest}"
 
 
 def _how(section: LaunchSection) -> list[str]:

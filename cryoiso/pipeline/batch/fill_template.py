@@ -83,10 +83,10 @@ def read_template(file: Path) -> str:
 
 def words_of(text: str) -> set[str]:
     """The placeholders that a template of either kind may use."""
-    found = set(_RELION.findall(text))
+    names = set(_RELION.findall(text))
     for inner in re.findall(r"\{[{%](.*?)[%}]\}", text, flags=re.DOTALL):
-        found |= set(re.findall(r"[A-Za-z_]\w*", inner))
-    return found
+        names |= set(re.findall(r"[A-Za-z_]\w*", inner))
+    return names
 
 
 # --- {{ word }}
@@ -172,5 +172,5 @@ def _relion(text: str, words: dict[str, Any], file: Path) -> str:
                     hint=f"Set launch.{name}.",
                     code="placeholder-missing",
                 )
-        filled.append(_RELION.sub(lambda found: str(words[found[1]]), line))
+        filled.append(_RELION.sub(lambda match: str(words[match[1]]), line))
     return "".join(filled)

@@ -47,7 +47,7 @@ class Script:
     """how its ranks are started, for people"""
 
 
-def read_launch(job_file: Path, given: dict[str, Any], options: Mapping[str, str] | None = None) -> Job:
+def read_launch(job_file: Path, changes: dict[str, Any], options: Mapping[str, str] | None = None) -> Job:
     """A job file with absolute paths, its section ``launch`` amended by ``given``.
 
     Args:
@@ -58,8 +58,8 @@ def read_launch(job_file: Path, given: dict[str, Any], options: Mapping[str, str
     """
     _, job = read_job(job_file)
     facts = job.model_dump()
-    variables = {**facts["launch"]["variables"], **given.get("variables", {})}
-    facts["launch"].update(given, variables=variables)
+    variables = {**facts["launch"]["variables"], **changes.get("variables", {})}
+    facts["launch"].update(changes, variables=variables)
     return parse_job(facts, "options", options)
 
 
@@ -219,12 +219,12 @@ def seconds_of(text: str, what: str = "launch.time") -> int:
     >>> seconds_of("1-02:00:00"), seconds_of("00:30:00"), seconds_of("48:00")
     (93600, 1800, 172800)
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text.strip())
-    if found is None or not any(map(int, filter(None, found.groups()))):
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d)(?::(\d\d))?", text.strip())
+    if match is None or not any(map(int, filter(None, match.groups()))):
         raise UsageError(
             f"{what}: a wall-time as HH:MM:SS or D-HH:MM:SS is expected (found '{text}')", code="option-malformed"
         )
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 

@@ -63,14 +63,14 @@ def _library(section: LaunchSection) -> str:
     asked = section.mpi == "auto" and section.scheduler == "slurm"
     if section.image or not (asked or (section.nodes > 1 and not section.mpirun)):
         return ""
-    found = probe_mpi()
-    if found.get("error") and asked:
+    facts = probe_mpi()
+    if facts.get("error") and asked:
         raise MissingError(
-            f"no MPI library could be loaded here, so it is not known how ranks are started ({found['error']}). Load "
+            f"no MPI library could be loaded here, so it is not known how ranks are started ({facts['error']}). Load "
             "the modules that the job will load, or set launch.mpi (--mpi) to mpirun, pmix or pmi2.",
             code="mpi-missing",
         )
-    return " ".join(str(found.get("library", "")).replace("Version:", "").split())
+    return " ".join(str(facts.get("library", "")).replace("Version:", "").split())
 
 
 def _flavour(section: LaunchSection, library: str) -> tuple[str, str]:

@@ -79,9 +79,9 @@ def require_plain(template: Path, text: str, facts: dict[str, Any], own: set[str
     raw = words_of(re.sub(r"\b[A-Za-z_]\w*\s*\|\s*sh\b", "", text))
     for key in sorted(raw & facts.keys() - COMMANDS - own):
         for value in _texts(facts[key]):
-            if found := sorted(set(value) & set(_ACTIVE)):
+            if active := sorted(set(value) & set(_ACTIVE)):
                 raise InputError(
-                    f"'{key}' would put {' '.join(found)} into the script, where the shell would interpret it",
+                    f"'{key}' would put {' '.join(active)} into the script, where the shell would interpret it",
                     file=template, found=value, hint=f"Use another name, or {{{{ {key}|sh }}}} in the template.",
                     code="unsafe-for-batch-script",
                 )  # fmt: skip

@@ -56,11 +56,11 @@ def _slurm(job: str, env: Mapping[str, str], ask: Ask, now: float) -> End | None
 
 
 def _pbs(job: str, env: Mapping[str, str], ask: Ask, now: float) -> End | None:
-    told = ask(["qstat", "-f", job])
-    if match := re.search(r"Walltime\.Remaining\s*=\s*(\d+)", told):
+    status = ask(["qstat", "-f", job])
+    if match := re.search(r"Walltime\.Remaining\s*=\s*(\d+)", status):
         return End(now + float(match[1]), "qstat")
-    limit = re.search(r"Resource_List\.walltime\s*=\s*(\S+)", told)
-    start = re.search(r"\bstime\s*=\s*(.+)", told)
+    limit = re.search(r"Resource_List\.walltime\s*=\s*(\S+)", status)
+    start = re.search(r"\bstime\s*=\s*(.+)", status)
     began = _date(start[1].strip(), "%a %b %d %H:%M:%S %Y") if start else None
     if limit and began is not None:
         return End(began + _hours(limit[1]), "qstat")

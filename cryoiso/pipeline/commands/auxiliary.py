@@ -134,10 +134,10 @@ def generate_files(
 
 def _raw(section: ParticlesSection, seed: int) -> tuple[Particles, bool]:
     """The data with half-sets and boxes, and whether protein is dark in its stacks."""
-    found = read_job_particles(section)
-    found = assign_halves(found, seed, section.file)
-    found = replace(found, groups=io_ingest.check_stacks(found, section.file))
-    return found, bool(decide_sign(found, IngestSettings.of(section), section.file).inverted)
+    particles = read_job_particles(section)
+    particles = assign_halves(particles, seed, section.file)
+    particles = replace(particles, groups=io_ingest.check_stacks(particles, section.file))
+    return particles, bool(decide_sign(particles, IngestSettings.of(section), section.file).inverted)
 
 
 def _planned(

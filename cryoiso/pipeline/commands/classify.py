@@ -50,7 +50,7 @@ def classify_files(
     particles = on_root(comm, _read, job)
     source = _open(particles, job, comm)
     prepared = on_root(comm, _references, job, references, source.particles)
-    maps = tuple(one.map for one in prepared)
+    maps = tuple(class_reference.map for class_reference in prepared)
     more = None if auxiliary is None else _auxiliary(auxiliary, job, comm)
     request = engines.class_request(_request(job, source, prepared, out, comm, resume), settings, maps, more)
     on_root(comm, engines.check_classes, request)
@@ -63,20 +63,20 @@ def _read(job: Job) -> Particles:
     section = job.particles
     point_group(job.sample.symmetry)
     if Path(section.file).is_dir():
-        found = ShardSource(Path(section.file)).particles
+        particles = ShardSource(Path(section.file)).particles
     else:
-        found = read_job_particles(section, ("image", "ctf"), job.sample.symmetry)
-        found = replace(found, groups=ingest.check_stacks(found, section.file))
-    return assign_halves(found, job.run.seed, section.file)
+        particles = read_job_particles(section, ("image", "ctf"), job.sample.symmetry)
+        particles = replace(particles, groups=ingest.check_stacks(particles, section.file))
+    return assign_halves(particles, job.run.seed, section.file)
 
 
 def _auxiliary(folder: Path, job: Job, comm: Context) -> ShardSource:
     """Auxiliary particles with their poses and half-sets. Collective."""
 
     def read() -> Particles:
-        found = ShardSource(folder).particles
-        found.require_poses(folder)
-        return bare(assign_halves(found, job.run.seed, folder))
+        particles = ShardSource(folder).particles
+        particles.require_poses(folder)
+        return bare(assign_halves(particles, job.run.seed, folder))
 
     known = on_root(comm, read)
     source = ShardSource(folder)
@@ -86,13 +86,13 @@ def _auxiliary(folder: Path, job: Job, comm: Context) -> ShardSource:
 
 def _open(particles: Particles, job: Job, comm: Context) -> ImageSource:
     """The images; rank 0 also has the table of their file."""
-    given = on_root(comm, bare, particles)
+    particles_file = on_root(comm, bare, particles)
     source: ImageSource
     if Path(job.particles.file).is_dir():
         source = ShardSource(Path(job.particles.file))
-        source.particles = given
+        source.particles = particles_file
     else:
-        source = open_stacks(given, job.particles, comm)
+        source = open_stacks(particles_file, job.particles, comm)
     if comm.rank == 0:
         source.particles = replace(particles, groups=source.particles.groups)
     return source
@@ -115,7 +115,7 @@ def _request(
 ) -> RefineRequest:  # fmt: skip
     group, box = source.particles.first_group, source.box_px
     grid = DensityMap(np.zeros((box,) * 3, np.float32), group.pixel_size_A)
-    measured = max((one.diameter_A for one in prepared), default=None)
+    measured = max((class_reference.diameter_A for class_reference in prepared), default=None)
     settings = job.classify
 
     def mask() -> DensityMap | None:

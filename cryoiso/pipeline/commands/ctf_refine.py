@@ -52,8 +52,8 @@ class ReferenceChoice:
     resolution_A: float | None = None
 
     def __post_init__(self) -> None:
-        given = [path is not None for path in self.half_maps]
-        if (self.ref is not None) == any(given) or any(given) != all(given):
+        is_given = [path is not None for path in self.half_maps]
+        if (self.ref is not None) == any(is_given) or any(is_given) != all(is_given):
             raise UsageError(
                 "give both half-maps (--half1 and --half2), or one map (--ref) and --resolution", code="option-missing"
             )
@@ -84,8 +84,8 @@ def ctf_refine_files(
     full, reference, micrographs = on_root(comm, _read, job, choice, out)
     particles = bare(_with_halves(full, reference))
     source = open_stacks(particles, job.particles, comm)
-    found = refine_ctf(source, particles, reference, settings, comm, micrographs.index)
-    written = on_root(comm, _write, full, found, reference, micrographs, settings, choice, job, out)
+    refinement = refine_ctf(source, particles, reference, settings, comm, micrographs.index)
+    written = on_root(comm, _write, full, refinement, reference, micrographs, settings, choice, job, out)
     return written if comm.rank == 0 else ({}, {})
 
 
@@ -150,29 +150,29 @@ def _reference(particles: Particles, job: Job, choice: ReferenceChoice) -> CtfRe
         return from_map(density, choice.resolution_A, mask)
     first, second = choice.half_maps
     assert first is not None and second is not None
-    one, two, _ = read_half_maps(first, second, given_A)
-    require_grid(one, group.box_px, group.pixel_size_A, first, "the particles")
+    half_map1, half_map2, _ = read_half_maps(first, second, given_A)
+    require_grid(half_map1, group.box_px, group.pixel_size_A, first, "the particles")
     if mask is None:
-        mean = DensityMap((0.5 * (one.data + two.data)).astype(np.float32), one.pixel_size_A)
+        mean = DensityMap((0.5 * (half_map1.data + half_map2.data)).astype(np.float32), half_map1.pixel_size_A)
         mask = make_mask(mean, job.sample.diameter_A)
-    return from_half_maps(one, two, mask, choice.resolution_A)
+    return from_half_maps(half_map1, half_map2, mask, choice.resolution_A)
 
 
 def _write(
-    full: Particles, found: CtfRefinement, reference: CtfReference, micrographs: MicrographPositions,
+    full: Particles, refinement: CtfRefinement, reference: CtfReference, micrographs: MicrographPositions,
     settings: CtfRefinementSettings, choice: ReferenceChoice, job: Job, out: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     facts = {
         "schema": 1, "input": job.particles.file,
         "references": [str(path) for path in (choice.ref, *choice.half_maps) if path is not None],
-        **all_facts(full, found, reference, micrographs, settings),
+        **all_facts(full, refinement, reference, micrographs, settings),
     }  # fmt: skip
     refined = replace(
-        full, defocus_u_A=found.particles.defocus_u_A, defocus_v_A=found.particles.defocus_v_A,
-        defocus_angle_deg=found.particles.defocus_angle_deg, groups=found.particles.groups,
+        full, defocus_u_A=refinement.particles.defocus_u_A, defocus_v_A=refinement.particles.defocus_v_A,
+        defocus_angle_deg=refinement.particles.defocus_angle_deg, groups=refinement.particles.groups,
     )  # fmt: skip
-    results = {CHANGE: found.change_A} | ({ERROR: found.error_A} if settings.particles else {})
+    results = {CHANGE: refinement.change_A} | ({ERROR: refinement.error_A} if settings.particles else {})
     out.mkdir(parents=True, exist_ok=True)
     write_particles(out / products.PARTICLES, refined.with_results(**results))
     write_json(out / FACTS, facts)
-    return facts, micrographs.shown(found, full)
+    return facts, micrographs.shown(refinement, full)

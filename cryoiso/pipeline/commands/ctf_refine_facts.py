@@ -46,11 +46,11 @@ class MicrographPositions:
             place = pixels * _micrograph_pixel_A(particles, columns, file)[:, None]
         return cls(names.tolist(), index.reshape(-1), place)
 
-    def shown(self, found: CtfRefinement, before: Particles) -> dict[str, Any]:
+    def shown(self, refinement: CtfRefinement, before: Particles) -> dict[str, Any]:
         """What the figure shows: changes; with coordinates, position and defocus about the micrograph's mean."""
-        shown: dict[str, Any] = {"change_A": found.change_A, "position_A": None, "defocus_A": None}
+        shown: dict[str, Any] = {"change_A": refinement.change_A, "position_A": None, "defocus_A": None}
         if self.index is not None and self.position_A is not None:
-            defocus = astigmatism_of(before)[:, 0] + found.change_A
+            defocus = astigmatism_of(before)[:, 0] + refinement.change_A
             shown["position_A"] = self._centred(self.position_A)
             shown["defocus_A"] = self._centred(defocus[:, None])[:, 0]
         return shown
@@ -74,35 +74,37 @@ def _micrograph_pixel_A(particles: Particles, columns: Columns, file: object) ->
 
 def all_facts(
     before: Particles,
-    found: CtfRefinement,
+    refinement: CtfRefinement,
     reference: CtfReference,
     micrographs: MicrographPositions,
     settings: CtfRefinementSettings,
 ) -> dict[str, Any]:
     """The numbers of ctf_refine.json, but for the files."""
-    planes = _planes(before, found, micrographs)
+    planes = _planes(before, refinement, micrographs)
     return {
         "settings": asdict(settings),
         "reference": {
             "kind": reference.source, "resolution_A": reference.resolution_A, "last_shell": reference.radius_px,
         },
-        "particles": _particle_facts(found, settings),
-        **{key: value for key, value in found.facts.items() if key != "micrograph_fit"},
-        "micrograph_fit": _without_lists(found.facts.get("micrograph_fit")),
-        "micrographs": _micrograph_table(before, found, micrographs, planes),
+        "particles": _particle_facts(refinement, settings),
+        **{key: value for key, value in refinement.facts.items() if key != "micrograph_fit"},
+        "micrograph_fit": _without_lists(refinement.facts.get("micrograph_fit")),
+        "micrographs": _micrograph_table(before, refinement, micrographs, planes),
         "tilt_plane": _mean_plane([plane for plane in planes.values() if plane is not None]),
     }  # fmt: skip
 
 
-def _particle_facts(found: CtfRefinement, settings: CtfRefinementSettings) -> dict[str, Any]:
-    own, n = found.own_change_A, len(found.own_change_A)
-    change = found.change_A
+def _particle_facts(refinement: CtfRefinement, settings: CtfRefinementSettings) -> dict[str, Any]:
+    own, n = refinement.own_change_A, len(refinement.own_change_A)
+    change = refinement.change_A
     return {
-        "count": n, "prior_sd_A": found.prior_sd_A, "prior": "given" if settings.prior_sd_A else "estimated",
+        "count": n, "prior_sd_A": refinement.prior_sd_A, "prior": "given" if settings.prior_sd_A else "estimated",
         "mean_change_A": float(change.mean()), "rms_change_A": float(np.sqrt((change**2).mean())),
         "median_abs_change_A": float(np.median(np.abs(change))), "rms_own_change_A": float(np.sqrt((own**2).mean())),
-        "estimated_error_A": float(np.sqrt((found.error_A**2).mean())), "at_limit": float(found.at_limit.mean()),
-        "log_likelihood_gain": float(found.gain.sum()), "log_likelihood_gain_per_particle": float(found.gain.mean()),
+        "estimated_error_A": float(np.sqrt((refinement.error_A**2).mean())),
+        "at_limit": float(refinement.at_limit.mean()),
+        "log_likelihood_gain": float(refinement.gain.sum()),
+        "log_likelihood_gain_per_particle": float(refinement.gain.mean()),
     }  # fmt: skip
 
 
@@ -110,39 +112,47 @@ def _without_lists(facts: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if facts is None else {k: v for k, v in facts.items() if not isinstance(v, list)}
 
 
-def _planes(before: Particles, found: CtfRefinement, micrographs: MicrographPositions) -> dict[int, TiltPlane | None]:
+def _planes(
+    before: Particles, refinement: CtfRefinement, micrographs: MicrographPositions
+) -> dict[int, TiltPlane | None]:
     """Micrograph -> plane of the refined defoci; empty without coordinates or refined particles."""
-    if micrographs.index is None or micrographs.position_A is None or found.prior_sd_A <= 0:
+    if micrographs.index is None or micrographs.position_A is None or refinement.prior_sd_A <= 0:
         return {}
-    free = unshrunken(found.own_change_A, found.fisher, found.prior_sd_A)
-    defocus = astigmatism_of(before)[:, 0] + found.change_A - found.own_change_A + free
+    free = unshrunken(refinement.own_change_A, refinement.fisher, refinement.prior_sd_A)
+    defocus = astigmatism_of(before)[:, 0] + refinement.change_A - refinement.own_change_A + free
     planes: dict[int, TiltPlane | None] = {}
     for m in range(len(micrographs.names)):
-        here = np.flatnonzero((micrographs.index == m) & ~found.at_limit)
-        planes[m] = fit_plane(micrographs.position_A[here], defocus[here], found.fisher[here])
+        here = np.flatnonzero((micrographs.index == m) & ~refinement.at_limit)
+        planes[m] = fit_plane(micrographs.position_A[here], defocus[here], refinement.fisher[here])
     return planes
 
 
 def _micrograph_table(
-    before: Particles, found: CtfRefinement, micrographs: MicrographPositions, planes: dict[int, TiltPlane | None]
+    before: Particles, refinement: CtfRefinement, micrographs: MicrographPositions, planes: dict[int, TiltPlane | None]
 ) -> list[dict[str, Any]]:
     if micrographs.index is None:
         return []
-    old, change = astigmatism_of(before), found.micrograph_change_A
-    fit = found.facts.get("micrograph_fit") or {}
+    old, change = astigmatism_of(before), refinement.micrograph_change_A
+    fit = refinement.facts.get("micrograph_fit") or {}
     rows = []
     for m, name in enumerate(micrographs.names):
         here = np.flatnonzero(micrographs.index == m)
         row: dict[str, Any] = {
-            "name": name, "particles": len(here), "mean_defocus_A": float((old[here, 0] + found.change_A[here]).mean()),
-            "mean_change_A": float(found.change_A[here].mean()), "rms_own_change_A": _rms(found.own_change_A[here]),
+            "name": name, "particles": len(here), "mean_defocus_A": float((old[here,
+            0] + refinement.change_A[here]).mean()),
+            "mean_change_A": float(refinement.change_A[here].mean()),
+            "rms_own_change_A": _rms(refinement.own_change_A[here]),
         }  # fmt: skip
         if fit:
             row |= {"change_A": float(change[m, 0]), "error_A": fit["error_A"][m]}
         if "astigmatism_error_A" in fit:
-            both = np.stack([old[here, 1:].mean(0), old[here, 1:].mean(0) + change[m, 1:]])
-            row |= {"astigmatism_before_A": _size_A(both[0]), "astigmatism_A": _size_A(both[1])}
-            row |= {"astigmatism_angle_deg": float(np.degrees(0.5 * np.arctan2(both[1, 1], both[1, 0])) % 180)}
+            before_and_after = np.stack([old[here, 1:].mean(0), old[here, 1:].mean(0) + change[m, 1:]])
+            row |= {"astigmatism_before_A": _size_A(before_and_after[0]), "astigmatism_A": _size_A(before_and_after[1])}
+            row |= {
+                "astigmatism_angle_deg": float(
+                    np.degrees(0.5 * np.arctan2(before_and_after[1, 1], before_and_after[1, 0])) % 180
+                )
+            }
             row |= {"astigmatism_error_A": 2 * fit["astigmatism_error_A"][m]}
         plane = planes.get(m)
         rows.append(row | (plane.facts() if plane is not None else {}))

@@ -40,31 +40,33 @@ def diagnose_files(
     from cryoiso.physics.symmetry import point_group
 
     point_group(symmetry)
-    one, two, _ = read_half_maps(half1, half2, pixel_size_A)
-    check_models(section or DiagnoseSection(), (one.box_px, one.pixel_size_A))
+    half_map1, half_map2, _ = read_half_maps(half1, half2, pixel_size_A)
+    check_models(section or DiagnoseSection(), (half_map1.box_px, half_map1.pixel_size_A))
     truth = read_map(truth_map, pixel_size_A) if truth_map else None
     if truth is not None:
-        require_grid(truth, one.box_px, one.pixel_size_A, truth_map, "the half-maps")
-    full = replace(one, data=(one.data + two.data) / 2)
-    inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
+        require_grid(truth, half_map1.box_px, half_map1.pixel_size_A, truth_map, "the half-maps")
+    full = replace(half_map1, data=(half_map1.data + half_map2.data) / 2)
+    inside = read_mask(mask, half_map1.box_px, half_map1.pixel_size_A).data if mask else make_mask(full)
     doubt = warn_of_symmetry(full, symmetry, f"the mean of {half1.name} and {half2.name}")
-    found = diagnose(
-        one.data, two.data, inside, one.pixel_size_A,
+    record = diagnose(
+        half_map1.data, half_map2.data, inside, half_map1.pixel_size_A,
         _posed(particles, symmetry),
         symmetry,
         truth_particles=_posed(truth_particles, symmetry),
         truth_map=None if truth is None else truth.data,
         seed=seed,
     )  # fmt: skip
-    found["notes"] += [doubt] if doubt else []
+    record["notes"] += [doubt] if doubt else []
     section = section or DiagnoseSection()
-    note_flags(found, None)
+    note_flags(record, None)
     if local_resolution is not None:
-        measure_locally(found, one, two, inside, section, local_resolution)
+        measure_locally(record, half_map1, half_map2, inside, section, local_resolution)
     if section.model:
-        density, extent_px = read_model_map(model_map, pixel_size_A) if model_map else (mean_of(one, two), None)
-        add_model(found, density, section, symmetry, table or Path(products.Q_TABLE), extent_px)
-    return found
+        density, extent_px = (
+            read_model_map(model_map, pixel_size_A) if model_map else (mean_of(half_map1, half_map2), None)
+        )
+        add_model(record, density, section, symmetry, table or Path(products.Q_TABLE), extent_px)
+    return record
 
 
 def diagnose_model(
@@ -76,9 +78,9 @@ def diagnose_model(
         InputError: unreadable files, or a model that does not belong to the map.
     """
     density, extent_px = read_model_map(model_map, pixel_size_A)
-    found: DiagnoseRecord = {"schema": 1, "box_px": density.box_px, "pixel_size_A": density.pixel_size_A, "notes": []}
-    add_model(found, density, section, symmetry, table, extent_px)
-    return found
+    record: DiagnoseRecord = {"schema": 1, "box_px": density.box_px, "pixel_size_A": density.pixel_size_A, "notes": []}
+    add_model(record, density, section, symmetry, table, extent_px)
+    return record
 
 
 def _posed(file: Path | None, symmetry: str) -> Particles | None:
@@ -106,8 +108,8 @@ def write_volume(
     from cryoiso.pipeline.inputs.map_pairs import read_half_maps
     from cryoiso.pipeline.stages.half_maps import make_mask
 
-    one, two, _ = read_half_maps(half1, half2, pixel_size_A)
-    full = replace(one, data=(one.data + two.data) / 2)
-    inside = read_mask(mask, one.box_px, one.pixel_size_A).data if mask else make_mask(full)
+    half_map1, half_map2, _ = read_half_maps(half1, half2, pixel_size_A)
+    full = replace(half_map1, data=(half_map1.data + half_map2.data) / 2)
+    inside = read_mask(mask, half_map1.box_px, half_map1.pixel_size_A).data if mask else make_mask(full)
     measure = fsc3d if kind == "fsc3d" else phase_cosine
-    write_map(out, measure(one.data, two.data, inside), one.pixel_size_A)
+    write_map(out, measure(half_map1.data, half_map2.data, inside), half_map1.pixel_size_A)

@@ -71,11 +71,11 @@ def _is_raw(particles: Particles) -> np.ndarray:
 def _ignored(particles: Particles) -> list[str]:
     """What is known of the images and has no place in ctf.pkl."""
     groups = [particles.groups[k] for k in np.unique(particles.optics).tolist()]
-    found = []
+    ignored = []
     if any(any(g.beam_tilt_mrad) or any(g.odd_zernike) or any(g.even_zernike) for g in groups):
-        found.append("beam tilt or higher aberrations")
+        ignored.append("beam tilt or higher aberrations")
     if any(g.magnification != (1.0, 0.0, 0.0, 1.0) for g in groups):
-        found.append("anisotropic magnification")
+        ignored.append("anisotropic magnification")
     if any(g.ctf_applied for g in groups):
-        found.append("images that were flipped or multiplied by their CTF")
-    return found
+        ignored.append("images that were flipped or multiplied by their CTF")
+    return ignored

@@ -55,7 +55,7 @@ def _kept_shards(plan: Any, out: Path, comm: Context) -> dict[str, str]:
             (out / name).unlink()
 
     expected = on_root(comm, noted)
-    found = hash_shared(out, list(expected), comm, "checking shards") if expected else {}
-    changed = [name for name, facts in found.items() if facts["sha256"] != expected[name]]
+    digests = hash_shared(out, list(expected), comm, "checking shards") if expected else {}
+    changed = [name for name, facts in digests.items() if facts["sha256"] != expected[name]]
     on_root(comm, remove, changed)
-    return {name: facts["sha256"] for name, facts in found.items() if name not in changed}
+    return {name: facts["sha256"] for name, facts in digests.items() if name not in changed}

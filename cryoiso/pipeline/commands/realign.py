@@ -47,22 +47,22 @@ def realign_files(job: Job, out: Path, comm: Context, *, auxiliary: Path | None 
 
 
 def _check(inputs: Inputs, folder: Path) -> None:
-    found = ShardSource(folder)
+    source = ShardSource(folder)
     box, pixel = inputs.grid()
-    theirs = found.particles.groups[0].pixel_size_A
-    if found.box_px != box or abs(theirs / pixel - 1) > PIXEL_TOLERANCE:
+    theirs = source.particles.groups[0].pixel_size_A
+    if source.box_px != box or abs(theirs / pixel - 1) > PIXEL_TOLERANCE:
         raise InputError(
             "the auxiliary particles are on another grid than the particles", file=folder,
-            expected=f"{box} px of {pixel:g} Å", found=f"{found.box_px} px of {theirs:g} Å", code="grid-mismatch",
+            expected=f"{box} px of {pixel:g} Å", found=f"{source.box_px} px of {theirs:g} Å", code="grid-mismatch",
         )  # fmt: skip
-    if found.particles.half is None or not np.isin(found.particles.half, (1, 2)).all():
+    if source.particles.half is None or not np.isin(source.particles.half, (1, 2)).all():
         raise InputError(
             "the auxiliary particles have no half-sets",
             file=folder,
             expected="1 or 2 for each",
             code="particle-sets-differ",
         )
-    found.close()
+    source.close()
 
 
 def _refine_with(run: RunContext, inputs: Inputs, auxiliary: ShardSource, resume: bool) -> None:
@@ -73,16 +73,16 @@ def _refine_with(run: RunContext, inputs: Inputs, auxiliary: ShardSource, resume
     if inputs.scratch is not None:
         inputs.scratch.attach(auxiliary, once=starts_a_program(job))
     on_root(comm, request.folder.mkdir, exist_ok=True)
-    found = co_refine(engines.engine(job.refine.engine), request, auxiliary, comm, weight=job.auxiliary.weight)
-    made = write_reconstruction(
-        request.source, found.raw, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
+    refined = co_refine(engines.engine(job.refine.engine), request, auxiliary, comm, weight=job.auxiliary.weight)
+    reconstruction = write_reconstruction(
+        request.source, refined.raw, out, comm, symmetry=job.sample.symmetry, padding=job.reconstruct.padding,
         pixel_size_A=request.reference.pixel_size_A,
     )  # fmt: skip
 
     def write() -> None:
-        write_particles(out / products.PARTICLES, found.raw)
-        whole: dict[str, Any] = json.loads((request.folder / products.facts("refine")).read_text(encoding="utf-8"))
-        counts = {"particles": len(found.raw), "auxiliary": len(found.auxiliary)}
-        write_json(out / products.facts("refine"), {**whole, **counts, **made})
+        write_particles(out / products.PARTICLES, refined.raw)
+        record: dict[str, Any] = json.loads((request.folder / products.facts("refine")).read_text(encoding="utf-8"))
+        counts = {"particles": len(refined.raw), "auxiliary": len(refined.auxiliary)}
+        write_json(out / products.facts("refine"), {**record, **counts, **reconstruction})
 
     on_root(comm, write)

@@ -28,10 +28,10 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
 
         section = job.particles
         point_group(job.sample.symmetry)
-        found = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
-        found = replace(found, groups=io_ingest.check_stacks(found, section.file))
+        particles = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
+        particles = replace(particles, groups=io_ingest.check_stacks(particles, section.file))
         out.mkdir(parents=True, exist_ok=True)
-        return bare(assign_halves(found, job.run.seed, section.file))
+        return bare(assign_halves(particles, job.run.seed, section.file))
 
     comm.device_preference = job.run.device
     particles = on_root(comm, read)

@@ -132,15 +132,15 @@ def _launcher(ranks: int) -> list[str]:
 
 
 def _diagnose(job: ExternalJob) -> list[str]:
-    one, two = half_maps_of(job)
+    half1, half2 = half_maps_of(job)
     poses = [] if job.particles is None else ["--particles", str(job.particles)]
     facts = job.folder / products.facts("diagnose")
-    return ["diagnose", str(one), str(two), "--out", str(facts), *poses, *_mask(job)]
+    return ["diagnose", str(half1), str(half2), "--out", str(facts), *poses, *_mask(job)]
 
 
 def _correct(job: ExternalJob) -> list[str]:
-    one, two = half_maps_of(job)
-    return ["correct", str(one), str(two), "--out", str(job.folder), *_mask(job), "--resume"]
+    half1, half2 = half_maps_of(job)
+    return ["correct", str(half1), str(half2), "--out", str(job.folder), *_mask(job), "--resume"]
 
 
 def _rebalance(job: ExternalJob) -> list[str]:
@@ -165,10 +165,11 @@ def _whole_run(job: ExternalJob) -> list[str]:
         ("Input 3D reference", job.reference, named.reference.file),
         ("Input 3D mask", job.mask, named.sample.mask),
     )
-    for entry, given, wanted in pairs:  # RELION draws its flow chart from these entries: they must not lie
-        if given is not None and (wanted is None or given.resolve() != Path(wanted).resolve()):
+    for entry, provided, wanted in pairs:  # RELION draws its flow chart from these entries: they must not lie
+        if provided is not None and (wanted is None or provided.resolve() != Path(wanted).resolve()):
             raise UsageError(
-                f"{entry} is {given}, but the job file {job.job_file} names {wanted}. Name the same file in both, or "
+                f"{entry} is {provided}, but the job file {job.job_file} names {wanted}. Name the same file in both, "
+                f"or "
                 "leave the entry empty.",
                 code="options-conflict",
             )
@@ -198,10 +199,10 @@ def half_maps_of(job: ExternalJob) -> tuple[Path, Path]:
     if job.half_maps is not None:
         return job.half_maps
     for file in filter(None, (job.reference, job.particles)):
-        for one in _candidates(file):
-            two = one.with_name(_other_half(one.name))
-            if one.exists() and two.exists():
-                return one, two
+        for candidate in _candidates(file):
+            two = candidate.with_name(_other_half(candidate.name))
+            if candidate.exists() and two.exists():
+                return candidate, two
     if job.reference is None and job.particles is None:
         raise UsageError(
             "choose a half-map as 'Input 3D reference' on the Input tab, or give the parameters half1 and half2",

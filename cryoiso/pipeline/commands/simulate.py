@@ -91,10 +91,10 @@ def write_nuisances(
     require_space(out / FILES[0], sum(4 * len(source.rows_of_grid(g)) * g[0] ** 2 for g in source.grids))
     stack, index = _write_stacks(source, out, how.applied)
     write_map(out / "truth_map.mrc", source.volume.data, pixel)
-    true, given = (
+    true, with_errors = (
         replace(p.with_ctf_applied(how.applied), stack=stack, index=index) for p in (truth.particles, truth.given)
     )
-    _write_tables(true.with_results(**truth.columns()), given.with_results(**truth.shared_columns()), out, how)
+    _write_tables(true.with_results(**truth.columns()), with_errors.with_results(**truth.shared_columns()), out, how)
     if len(truth.copies):
         _write_copies(source, out)
     m = truth.micrographs
@@ -129,24 +129,24 @@ def _write_stacks(source: NuisanceSource, out: Path, applied: CtfApplied) -> tup
     n, done = len(source), 0
     stack, index = np.full(n, FILES[0], dtype="<U32"), np.empty(n, np.int64)
     progress = ProgressLine("simulating", n)
-    given = source.truth.given.with_ctf_applied(applied)
+    with_errors = source.truth.given.with_ctf_applied(applied)
     for number, grid in enumerate(source.grids, 1):
         name = FILES[0] if number == 1 else f"particles_{number}.mrcs"
         rows = source.rows_of_grid(grid)
         stack[rows], index[rows] = name, np.arange(len(rows))
         with write_stack(out / name, *grid) as writer:
             for part, images in source.blocks(grid):
-                writer.append(apply_ctf(images, given, part))
+                writer.append(apply_ctf(images, with_errors, part))
                 done += len(part)
                 progress.update(done)
     progress.close(f"{n:,} images of {' and '.join(f'{box}' for box, _ in source.grids)} px")
     return stack, index
 
 
-def _write_tables(truth: Particles, given: Particles, out: Path, how: Writing) -> None:
+def _write_tables(truth: Particles, with_errors: Particles, out: Path, how: Writing) -> None:
     write_particles(out / "truth.star", truth)
-    given = given if how.with_poses else replace(given, rotation=None, shift_A=None)
-    write_particles(out / "particles.star", given if how.halves else replace(given, half=None))
+    with_errors = with_errors if how.with_poses else replace(with_errors, rotation=None, shift_A=None)
+    write_particles(out / "particles.star", with_errors if how.halves else replace(with_errors, half=None))
 
 
 def _write_copies(source: NuisanceSource, out: Path) -> None:

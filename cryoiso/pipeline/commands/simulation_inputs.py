@@ -53,11 +53,11 @@ def _map(path: str, box: int | None, pixel_size: float | None, resolution: float
     from cryoiso.physics.filters import lowpass
     from cryoiso.physics.resample import resample_map
 
-    found = read_map(path)
-    box, pixel = box or found.box_px, pixel_size or found.pixel_size_A
-    data = found.data
-    if (box, pixel) != (found.box_px, found.pixel_size_A):
-        data = resample_map(data, found.pixel_size_A, box, pixel)
+    volume = read_map(path)
+    box, pixel = box or volume.box_px, pixel_size or volume.pixel_size_A
+    data = volume.data
+    if (box, pixel) != (volume.box_px, volume.pixel_size_A):
+        data = resample_map(data, volume.pixel_size_A, box, pixel)
     return DensityMap(lowpass(data, pixel, resolution) if resolution else data, pixel)
 
 
@@ -71,24 +71,24 @@ def objects(
         other: model or map of another protein; empty: a ball of the object's mass.
         resolution: Å, of all of them (None: 2.5 pixels).
     """
-    made = {PARTICLE: [volume]}
+    maps = {PARTICLE: [volume]}
     if "broken" in junk.kinds:
-        made["broken"] = _broken(volume, model, junk.broken_share, seed)
+        maps["broken"] = _broken(volume, model, junk.broken_share, seed)
     if "other" in junk.kinds:
         blur = resolution or 2.5 * volume.pixel_size_A
-        made["other"] = [_other(volume, model, other, blur, seed) if other else blob(volume, blur)]
-    return made
+        maps["other"] = [_other(volume, model, other, blur, seed) if other else blob(volume, blur)]
+    return maps
 
 
 def _other(volume: DensityMap, model: str, other: str, resolution: float, seed: int) -> DensityMap:
     """Another protein. Models have one scale; next to a map of any scale it gets the object's variance."""
-    found = object_map(other, volume.box_px, volume.pixel_size_A, resolution, seed)
+    other_map = object_map(other, volume.box_px, volume.pixel_size_A, resolution, seed)
     if is_model(model) and is_model(other):
-        return found
-    if not found.data.std() > 0:
+        return other_map
+    if not other_map.data.std() > 0:
         raise InputError("the map is constant: nothing to simulate", file=other, code="map-without-density")
-    data = (found.data - np.median(found.data)) * (volume.data.std() / found.data.std())
-    return DensityMap(data.astype(np.float32), found.pixel_size_A)
+    data = (other_map.data - np.median(other_map.data)) * (volume.data.std() / other_map.data.std())
+    return DensityMap(data.astype(np.float32), other_map.pixel_size_A)
 
 
 def _broken(volume: DensityMap, model: str, share: float, seed: int) -> list[DensityMap]:

@@ -87,9 +87,9 @@ def _reference(job: Job, box_px: int, pixel_size_A: float) -> Reference:
     )  # fmt: skip
 
 
-def _write_reference(job: Job, made: Reference, out: Path) -> None:
+def _write_reference(job: Job, reference: Reference, out: Path) -> None:
     section, folder = job.reference, out / "reference"
     folder.mkdir(parents=True, exist_ok=True)
-    write_map(folder / products.REFERENCE, made.map.data, made.map.pixel_size_A)
-    facts = {"source": made.source, "lowpass_A": section.lowpass_A, "diameter_A": round(made.diameter_A, 3)}
+    write_map(folder / products.REFERENCE, reference.map.data, reference.map.pixel_size_A)
+    facts = {"source": reference.source, "lowpass_A": section.lowpass_A, "diameter_A": round(reference.diameter_A, 3)}
     write_text(folder / products.facts("reference"), json.dumps(facts, indent=1) + "\n")

@@ -49,20 +49,20 @@ def symmetry_files(
             raise UsageError(f"--out {out}: would overwrite {target}, which is read", code="file-exists")
     if len({*targets, out / POSES}) <= len(targets):
         raise UsageError(f"the files to write have one name: {', '.join(t.name for t in targets)}", code="file-exists")
-    found = propose_symmetry(maps[0], maps[1] if len(maps) > 1 else None, max_fold)
+    proposal = propose_symmetry(maps[0], maps[1] if len(maps) > 1 else None, max_fold)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / FACTS, found.facts())
-    if found.group == "C1":
-        return found, [out / FACTS]
-    for target, one in zip(targets, maps, strict=True):
-        write_map(target, apply_fit(one, found.frame).data, one.pixel_size_A)
+    write_json(out / FACTS, proposal.facts())
+    if proposal.group == "C1":
+        return proposal, [out / FACTS]
+    for target, density in zip(targets, maps, strict=True):
+        write_map(target, apply_fit(density, proposal.frame).data, density.pixel_size_A)
     if posed is not None:
-        write_particles(out / POSES, _moved(posed, found))
+        write_particles(out / POSES, _moved(posed, proposal))
         targets.append(out / POSES)
-    return found, [out / FACTS, *targets]
+    return proposal, [out / FACTS, *targets]
 
 
-def _moved(particles: Particles, found: Proposal) -> Particles:
+def _moved(particles: Particles, proposal: Proposal) -> Particles:
     """The particles with poses in the group's frame; their intensities remain."""
-    moved = particles.with_poses(*found.frame.poses(*particles.require_poses()))
+    moved = particles.with_poses(*proposal.frame.poses(*particles.require_poses()))
     return moved.with_intensity(particles.signal_scale, particles.noise_level)

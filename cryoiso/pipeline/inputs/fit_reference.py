@@ -43,12 +43,12 @@ def fit_to_file(
     target = read_map(file)
     require_symmetry(target, symmetry, file, what="the map to fit into")
     finest = resolution_A or max(FINEST_A, 2.5 * max(moving.pixel_size_A, target.pixel_size_A))
-    found = fit_into(moving, target, symmetry=symmetry, resolution_A=finest, mirror=mirror)
-    doubtful = found.ambiguous or found.off_axis or found.hand in ("mirrored", "undecided")
-    logger.log(logging.WARNING if doubtful else logging.INFO, "fit into %s: %s", file.name, found.verdict)
-    if found.hand == "mirrored":
+    fit = fit_into(moving, target, symmetry=symmetry, resolution_A=finest, mirror=mirror)
+    doubtful = fit.ambiguous or fit.off_axis or fit.hand in ("mirrored", "undecided")
+    logger.log(logging.WARNING if doubtful else logging.INFO, "fit into %s: %s", file.name, fit.verdict)
+    if fit.hand == "mirrored":
         logger.warning(
             "the reference was not mirrored: if its own hand is right, then that of %s, and of all that is "
             "reconstructed in its frame, is wrong", file.name,
         )  # fmt: skip
-    return found
+    return fit

@@ -15,16 +15,16 @@ from cryoiso.pipeline.inputs.standard_frame import require_mask_symmetry
 logger = logging.getLogger("cryoiso")
 
 
-def require_grid(found: DensityMap, box_px: int, pixel_size_A: float, file: object, other: str) -> None:
+def require_grid(density: DensityMap, box_px: int, pixel_size_A: float, file: object, other: str) -> None:
     """Stops at a map that is not on the grid of something else.
 
     Raises:
         InputError: another box, or a pixel size that differs by more than 1 %.
     """
-    if found.box_px != box_px or abs(found.pixel_size_A / pixel_size_A - 1) > PIXEL_TOLERANCE:
+    if density.box_px != box_px or abs(density.pixel_size_A / pixel_size_A - 1) > PIXEL_TOLERANCE:
         raise InputError(
             f"the map is on another grid than {other}", file=file, expected=f"{box_px} px of {pixel_size_A:g} Å",
-            found=f"{found.box_px} px of {found.pixel_size_A:g} Å", code="grid-mismatch",
+            found=f"{density.box_px} px of {density.pixel_size_A:g} Å", code="grid-mismatch",
         )  # fmt: skip
 
 

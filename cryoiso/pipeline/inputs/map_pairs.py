@@ -26,20 +26,20 @@ def read_half_maps(
     Raises:
         InputError: unreadable, on different grids, or no two half-maps: see `cryoiso.metrics.half_maps`.
     """
-    one, two = read_map(half1, pixel_size_A), read_map(half2, pixel_size_A)
-    require_grid(two, one.box_px, one.pixel_size_A, half2, "the first half-map")
-    if abs(two.pixel_size_A / one.pixel_size_A - 1) > SAME_PIXEL:
+    first, second = read_map(half1, pixel_size_A), read_map(half2, pixel_size_A)
+    require_grid(second, first.box_px, first.pixel_size_A, half2, "the first half-map")
+    if abs(second.pixel_size_A / first.pixel_size_A - 1) > SAME_PIXEL:
         raise InputError(
-            "the half-maps have different pixel sizes", file=half2, expected=f"{one.pixel_size_A:g} Å as in {half1}",
-            found=f"{two.pixel_size_A:g} Å", hint="Are they of one reconstruction? If so, give --pixel-size.",
+            "the half-maps have different pixel sizes", file=half2, expected=f"{first.pixel_size_A:g} Å as in {half1}",
+            found=f"{second.pixel_size_A:g} Å", hint="Are they of one reconstruction? If so, give --pixel-size.",
             code="grid-mismatch",
         )  # fmt: skip
-    warnings = check_half_maps(one.data, two.data, (half1, half2))
-    apart_A = float(np.abs(np.subtract(one.origin_A, two.origin_A)).max())
-    if apart_A > 0.1 * one.pixel_size_A:
+    warnings = check_half_maps(first.data, second.data, (half1, half2))
+    apart_A = float(np.abs(np.subtract(first.origin_A, second.origin_A)).max())
+    if apart_A > 0.1 * first.pixel_size_A:
         warnings.append(
             f"the headers of the half-maps name origins {apart_A:g} Å apart; they are compared voxel by voxel"
         )
     for words in warnings:
         logger.warning("%s", words)
-    return one, two, warnings
+    return first, second, warnings

@@ -76,12 +76,12 @@ def measure_model(
 
     atoms = read_atoms(model)
     rotation, offset_A, score, placed = _placed(density, atoms, model, fit, symmetry)
-    found = model_numbers(density, extent_px or density.data.shape, atoms, rotation, offset_A, sigma_A)
-    found = {"model": model.name, "placed": placed, "correlation": score, **found}
-    found["placed_at_A"] = placed_at_A(density.pixel_size_A)
+    numbers = model_numbers(density, extent_px or density.data.shape, atoms, rotation, offset_A, sigma_A)
+    numbers = {"model": model.name, "placed": placed, "correlation": score, **numbers}
+    numbers["placed_at_A"] = placed_at_A(density.pixel_size_A)
     if other is not None:
-        found["comparison"] = {"model": other.name, **comparison(atoms, read_atoms(other))}
-    record: dict[str, Any] = plain(found)
+        numbers["comparison"] = {"model": other.name, **comparison(atoms, read_atoms(other))}
+    record: dict[str, Any] = plain(numbers)
     return record
 
 

@@ -97,7 +97,7 @@ def prepare_reference(
             hint="Protein must be white in it.",
             code="map-without-density",
         )
-    full, found = DensityMap(full.data, pixel_size_A), None
+    full, placement = DensityMap(full.data, pixel_size_A), None
     if standard_frame and not is_model(file):
         full, done = to_standard_frame(full, symmetry, file)
         source += f", {done}"
@@ -105,12 +105,12 @@ def prepare_reference(
         from cryoiso.physics.fit import apply_fit
         from cryoiso.pipeline.inputs.fit_reference import fit_to_file
 
-        found = fit_to_file(full, fit, symmetry, fit_resolution_A, mirror)
+        placement = fit_to_file(full, fit, symmetry, fit_resolution_A, mirror)
         if is_model(file):
-            again = (found.rotation, found.shift_A)
+            again = (placement.rotation, placement.shift_A)
             full, source = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry, again)
         else:
-            full = apply_fit(full, found)
+            full = apply_fit(full, placement)
         source += f", fitted into {fit.name}"
     if symmetrise:
         full = symmetrised(full, symmetry)
@@ -118,7 +118,7 @@ def prepare_reference(
     require_symmetry(
         full, symmetry, file, lowpass_A, "the reference" if fit is None else f"the map, as fitted into {fit},"
     )
-    return finish_reference(full, lowpass_A, source, found)
+    return finish_reference(full, lowpass_A, source, placement)
 
 
 def finish_reference(full: DensityMap, lowpass_A: float, source: str, fit: Fit | None = None) -> Reference:
@@ -155,12 +155,12 @@ def _from_map(
 ) -> tuple[DensityMap, str]:
     from cryoiso.io.mrc import read_map
 
-    found = read_map(file, map_pixel_size_A)
-    same_pixel = abs(found.pixel_size_A / pixel_size_A - 1) <= PIXEL_TOLERANCE
-    if same_pixel and found.box_px == box_px:
-        return found, f"map {file.name}"
-    expected, has = f"{box_px} px of {pixel_size_A:g} Å", f"{found.box_px} px of {found.pixel_size_A:g} Å"
-    ratio = found.box_px * found.pixel_size_A / (box_px * pixel_size_A)
+    density = read_map(file, map_pixel_size_A)
+    same_pixel = abs(density.pixel_size_A / pixel_size_A - 1) <= PIXEL_TOLERANCE
+    if same_pixel and density.box_px == box_px:
+        return density, f"map {file.name}"
+    expected, has = f"{box_px} px of {pixel_size_A:g} Å", f"{density.box_px} px of {density.pixel_size_A:g} Å"
+    ratio = density.box_px * density.pixel_size_A / (box_px * pixel_size_A)
     if not 1 / LARGEST_RATIO <= ratio <= LARGEST_RATIO:
         raise InputError(
             "the reference map and the particles are of very different size", file=file, expected=expected, found=has,
@@ -168,7 +168,7 @@ def _from_map(
             code="reference-size-mismatch",
         )  # fmt: skip
     if not resample:
-        what = "pixel size" if found.box_px == box_px else "box" if same_pixel else "box and pixel size"
+        what = "pixel size" if density.box_px == box_px else "box" if same_pixel else "box and pixel size"
         raise InputError(
             f"the reference map has another {what} than the particles", file=file, expected=expected, found=has,
             hint="If the map's header is right, set reference.resample = true (--resample) to bring it onto the "
@@ -176,7 +176,7 @@ def _from_map(
         )  # fmt: skip
     from cryoiso.physics.resample import resample_map
 
-    data = resample_map(found.data, found.pixel_size_A, box_px, pixel_size_A)
+    data = resample_map(density.data, density.pixel_size_A, box_px, pixel_size_A)
     logger.info("reference %s: %s interpolated to %s", file.name, has, expected)
     return DensityMap(data, pixel_size_A), f"map {file.name}, interpolated from {has}"
 

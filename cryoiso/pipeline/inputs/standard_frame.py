@@ -36,37 +36,37 @@ def require_symmetry(
     Raises:
         InputError: the map's correlation with its rotated copies is too low, and noise does not explain it.
     """
-    found = map_symmetry(density, group, lowpass_A)
-    if found.verdict == "noisy":
+    result = map_symmetry(density, group, lowpass_A)
+    if result.verdict == "noisy":
         logger.warning(
             "%s: %s has the symmetry %s only through much noise, or only nearly (correlation with its rotated copies "
-            "%.2f at %.0f Å)", file, what, found.group, found.score, found.resolution_A,
+            "%.2f at %.0f Å)", file, what, result.group, result.score, result.resolution_A,
         )  # fmt: skip
-    if found.verdict in ("has it", "noisy"):
-        return found
-    fact = f"{found.score:.2f} at {found.resolution_A:.0f} Å"
+    if result.verdict in ("has it", "noisy"):
+        return result
+    fact = f"{result.score:.2f} at {result.resolution_A:.0f} Å"
     expected = f"a correlation with its rotated copies above {CLEAR:g}"
-    if found.verdict == "elsewhere":
+    if result.verdict == "elsewhere":
         raise InputError(
-            f"{what} has the symmetry {found.group}, but not in the standard frame: {_where(found)}",
-            file=file, expected=expected, found=fact, hint=_remedy(file, found.group),
+            f"{what} has the symmetry {result.group}, but not in the standard frame: {_where(result)}",
+            file=file, expected=expected, found=fact, hint=_remedy(file, result.group),
             code="symmetry-not-in-standard-frame",
         )  # fmt: skip
     raise InputError(
-        f"{what} does not have the symmetry {found.group}, in the standard frame or in any other that was found",
+        f"{what} does not have the symmetry {result.group}, in the standard frame or in any other that was found",
         file=file, expected=expected, found=fact,
         hint="Check the point group. If the map is only noisy, or its copies may be averaged, 'cryoiso reference' with "
         "--symmetrise does that (with --fit first into a map that has the symmetry).", code="symmetry-mismatch",
     )  # fmt: skip
 
 
-def _where(found: MapSymmetry) -> str:
-    if found.cryosparc:
-        return f"it is in cryoSPARC's, with a two-fold axis on y instead of x (rotated by {found.turned_deg:.1f}°)"
-    axis = "axis" if found.group[0] == "C" else "main axis"
-    words = f"its {axis} is {found.tilt_deg:.1f}° from z and {found.offset_A:.1f} Å from the centre of the box"
-    if found.group[0] != "C":
-        words = f"its axes are rotated by {found.turned_deg:.1f}° and meet {found.offset_A:.1f} Å from the centre"
+def _where(result: MapSymmetry) -> str:
+    if result.cryosparc:
+        return f"it is in cryoSPARC's, with a two-fold axis on y instead of x (rotated by {result.turned_deg:.1f}°)"
+    axis = "axis" if result.group[0] == "C" else "main axis"
+    words = f"its {axis} is {result.tilt_deg:.1f}° from z and {result.offset_A:.1f} Å from the centre of the box"
+    if result.group[0] != "C":
+        words = f"its axes are rotated by {result.turned_deg:.1f}° and meet {result.offset_A:.1f} Å from the centre"
     return words
 
 
@@ -97,11 +97,11 @@ def to_standard_frame(density: DensityMap, group: str, file: object) -> tuple[De
             f"no axes of the symmetry {name} were found in the map", file=file,
             hint="C1 has no standard frame." if name == "C1" else "Check the point group.", code="symmetry-mismatch",
         )  # fmt: skip
-    found = MapSymmetry(name, "elsewhere", 0.0, 0.0, frame)
-    if found.turned_deg < SMALLEST_MOVE_DEG and found.offset_A < SMALLEST_MOVE_A:
+    result = MapSymmetry(name, "elsewhere", 0.0, 0.0, frame)
+    if result.turned_deg < SMALLEST_MOVE_DEG and result.offset_A < SMALLEST_MOVE_A:
         return density, f"in the standard frame of {name} already"
     moved = (
-        f"rotated by {found.turned_deg:.2f}° and shifted by {found.offset_A:.2f} Å into the standard frame of {name}"
+        f"rotated by {result.turned_deg:.2f}° and shifted by {result.offset_A:.2f} Å into the standard frame of {name}"
     )
     return apply_fit(density, frame), moved
 
@@ -168,13 +168,14 @@ def require_mask_symmetry(mask: np.ndarray, group: str, file: object) -> None:
 
 def warn_of_symmetry(density: DensityMap, group: str, what: str) -> str:
     """A sentence, also logged as a warning, if a map that is only measured lacks the point group; else empty."""
-    found = map_symmetry(density, group)
-    if found.verdict in ("has it", "noisy"):
+    result = map_symmetry(density, group)
+    if result.verdict in ("has it", "noisy"):
         return ""
-    where = _where(found) if found.verdict == "elsewhere" else "nor in any other that was found"
+    where = _where(result) if result.verdict == "elsewhere" else "nor in any other that was found"
     words = (
-        f"{what} does not have the symmetry {found.group} in the standard frame ({where}; correlation with its rotated "
-        f"copies {found.score:.2f} at {found.resolution_A:.0f} Å): what is counted modulo the symmetry is not right"
+        f"{what} does not have the symmetry {result.group} in the standard frame ({where}; correlation with its "
+        f"rotated "
+        f"copies {result.score:.2f} at {result.resolution_A:.0f} Å): what is counted modulo the symmetry is not right"
     )
     logger.warning(words)
     return words

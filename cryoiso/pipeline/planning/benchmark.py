@@ -55,7 +55,7 @@ def problem(box_px: int, pixel_size_A: float, workflow: str, device: str, partic
 
 def kernel_times(p: Problem, device: str, best: Ceilings, limit_s: float) -> list[KernelTime]:
     """Every inner loop of the workflow, about ``limit_s`` seconds each."""
-    found = []
+    times = []
     for name, (units, call) in timings(p, device).items():
         seconds = best_time(call, device, limit_s) / units
         need = demand(name, p.box_px, p.job.refine.padding)
@@ -63,21 +63,22 @@ def kernel_times(p: Problem, device: str, best: Ceilings, limit_s: float) -> lis
             need = (flops_of(call) / units, FLOPS)
         rate = need[0] / seconds / 1e9 if need else None
         unit = need[1] if need else ""
-        found.append(KernelTime(name, seconds, rate, unit, rate / best.of(unit) if rate else None))
-    return found
+        times.append(KernelTime(name, seconds, rate, unit, rate / best.of(unit) if rate else None))
+    return times
 
 
-def require_same(found: list[KernelComparison], device: str) -> None:
+def require_same(compared: list[KernelComparison], device: str) -> None:
     """Refuse a device whose results differ from those of the reference.
 
     Raises:
         MissingError: with what differs, and by how much.
     """
-    for one in found:
-        if not one.agrees:
+    for comparison in compared:
+        if not comparison.agrees:
             raise MissingError(
-                f"{computes_on(device)} computes other numbers than it should in {one.kernel}: they differ by "
-                f"{one.difference:.2g} of the largest value, {one.allowed:g} is allowed. Do not use it; update "
+                f"{computes_on(device)} computes other numbers than it should in {comparison.kernel}: they differ by "
+                f"{comparison.difference:.2g} of the largest value, {comparison.allowed:g} is allowed. Do not use "
+                f"it; update "
                 'its driver and torch, or set run.device = "cpu".',
                 code="device-computes-wrong",
             )
@@ -138,34 +139,34 @@ def record(
     }  # fmt: skip
 
 
-def as_lines(found: dict[str, Any]) -> list[str]:
+def as_lines(record: dict[str, Any]) -> list[str]:
     """The record for people."""
-    limits, reference = found["ceilings"], "the CPU" if found["device"] != CPU else "plain torch"
+    limits, reference = record["ceilings"], "the CPU" if record["device"] != CPU else "plain torch"
     lines = [
-        f"{found['hardware']}, box {found['problem']['box_px']} px",
+        f"{record['hardware']}, box {record['problem']['box_px']} px",
         f"results agree with those of {reference}: " + ", ".join(
-            f"{name} to {one['difference']:.0e}" for name, one in found["compared"].items()),
+            f"{name} to {comparison['difference']:.0e}" for name, comparison in record["compared"].items()),
         f"at best: copies {limits['memory_GB_per_s']:.1f} GB/s, products {limits['products_GFLOP_per_s']:.0f} GFLOP/s",
         "",
         f"{'loop':<18}{'s a unit':>12}{'rate':>16}{'of best':>10}",
     ]  # fmt: skip
-    for name, one in found["measured"].items():
-        rate = f"{one['rate']:.3g} {one['rate_unit']}" if one["rate"] else "-"
-        share = f"{one['share_of_ceiling']:.0%}" if one["share_of_ceiling"] else "-"
-        lines.append(f"{name:<18}{one['seconds_per_unit']:>12.3g}{rate:>16}{share:>10}")
-    return [*lines, *_of_miniature(found)]
+    for name, comparison in record["measured"].items():
+        rate = f"{comparison['rate']:.3g} {comparison['rate_unit']}" if comparison["rate"] else "-"
+        share = f"{comparison['share_of_ceiling']:.0%}" if comparison["share_of_ceiling"] else "-"
+        lines.append(f"{name:<18}{comparison['seconds_per_unit']:>12.3g}{rate:>16}{share:>10}")
+    return [*lines, *_of_miniature(record)]
 
 
-def _of_miniature(found: dict[str, Any]) -> list[str]:
+def _of_miniature(record: dict[str, Any]) -> list[str]:
     """Each stage's time beside the sum of its inner loops: the difference does not grow with the particles."""
-    small = found["miniature"]
+    small = record["miniature"]
     if small is None:
         return []
-    rates = of_stages(found["device"], found["kernels"], [])
+    rates = of_stages(record["device"], record["kernels"], [])
     title = f"a run of {small['particles']} particles"
     lines = ["", f"{title:<30}{'s':>8}{'CPU s':>8}{'s in loops':>12}"]
-    for name, one in small["stages"].items():
-        loops = rates.seconds(one["kind"], one["work"])
-        told = "-" if loops is None else f"{loops:.1f}"
-        lines.append(f"{name:<30}{one['seconds']:>8.1f}{one['cpu_seconds']:>8.1f}{told:>12}")
+    for name, stage in small["stages"].items():
+        loops = rates.seconds(stage["kind"], stage["work"])
+        loops_text = "-" if loops is None else f"{loops:.1f}"
+        lines.append(f"{name:<30}{stage['seconds']:>8.1f}{stage['cpu_seconds']:>8.1f}{loops_text:>12}")
     return lines

@@ -37,11 +37,11 @@ def ceilings(device: str, limit_s: float = 0.5) -> Ceilings:
     source, target = torch.ones(2, COPIED_FLOATS, device=device)
     moved = 8 * COPIED_FLOATS / best_time(lambda: target.copy_(source), device, limit_s)
     edge = MATRIX_EDGE[torch.device(device).type]
-    one, two = torch.randn(2, edge, edge, device=device)
+    left, right = torch.randn(2, edge, edge, device=device)
 
     def product() -> Any:
-        with tensor_cores(one.device):
-            return one @ two
+        with tensor_cores(left.device):
+            return left @ right
 
     return Ceilings(moved / 1e9, 2 * edge**3 / best_time(product, device, limit_s) / 1e9)
 

@@ -99,8 +99,8 @@ def _original_images_do(inputs: Inputs) -> bool:
     from cryoiso.engines.relion.images import usable_originals
 
     try:
-        given = Path(inputs.job.particles.file).is_dir()
-        source = ShardSource(inputs.shards) if given else _AsIngested(inputs.plan())
+        is_folder = Path(inputs.job.particles.file).is_dir()
+        source = ShardSource(inputs.shards) if is_folder else _AsIngested(inputs.plan())
         return bool(usable_originals(source, program_of(inputs.job).images)[0].all())
     except InputError:  # the run will tell
         return False
@@ -154,16 +154,16 @@ def _made_shards(name: str, p: Problem) -> Stored:
 
 def disk(p: Problem, ranks: int = 1) -> list[Stored]:
     """Bytes and files that every stage leaves, in order, the folder's own files last."""
-    found = [DISK[kind_of(name)](name, p) for name in working_stages(p.job)]
-    return [*found, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 8 + ranks)]
+    stored = [DISK[kind_of(name)](name, p) for name in working_stages(p.job)]
+    return [*stored, _result(p), Stored("run folder", 40_000 + 3_000 * ranks + REPORT_BYTES * _pictures(p), 8 + ranks)]
 
 
 def most(stored: list[Stored]) -> tuple[int, int]:
     """Most bytes and files that are there at once: what was left so far and what the present stage removes again."""
     before = peak = (0, 0)
-    for one in stored:
-        before = before[0] + one.bytes, before[1] + one.files
-        peak = max(peak[0], before[0] + one.temporary_bytes), max(peak[1], before[1] + one.temporary_files)
+    for entry in stored:
+        before = before[0] + entry.bytes, before[1] + entry.files
+        peak = max(peak[0], before[0] + entry.temporary_bytes), max(peak[1], before[1] + entry.temporary_files)
     return peak
 
 
@@ -180,8 +180,8 @@ def _pictures(p: Problem) -> int:
 def _ingested(name: str, p: Problem) -> Stored:
     if p.with_shards:
         return Stored(name, 0, 0)
-    made = _shards(name, p.particles, p)
-    return Stored(name, made.bytes + 1200, made.files + 2)
+    shards = _shards(name, p.particles, p)
+    return Stored(name, shards.bytes + 1200, shards.files + 2)
 
 
 def _refined_or_given(name: str, p: Problem) -> Stored:
@@ -198,9 +198,9 @@ def _refined(name: str, p: Problem, auxiliaries: int = 0) -> Stored:
     """Two generations of the checkpoint, two maps, particles, two summaries."""
     n = p.particles + auxiliaries
     if starts_a_program(p.job):
-        whole = Stored(name, p.job.refine.max_iterations * (6 * p.map_bytes + 350 * n) + 2 * p.map_bytes, 40)
+        full = Stored(name, p.job.refine.max_iterations * (6 * p.map_bytes + 350 * n) + 2 * p.map_bytes, 40)
         copied = auxiliaries + (0 if p.originals or program_of(p.job).images == "original" else p.particles)
-        return with_temporary(whole, *_images_for_relion(copied, p.box_px))
+        return with_temporary(full, *_images_for_relion(copied, p.box_px))
     state = 4 * (p.map_bytes - 1024) + 112 * n + STATE_BYTES
     if p.job.refine.scale != "none":
         state += _total_weights(p) + 32 * n
@@ -262,9 +262,9 @@ def _trained(name: str, p: Problem) -> Stored:
 
 
 def _generated(name: str, p: Problem) -> Stored:
-    made = _made_shards(name, p)
+    shards = _made_shards(name, p)
     stacks = (4 * p.box_px**2 + 1024) * p.auxiliaries if p.job.auxiliary.export else 0
-    return Stored(name, made.bytes + stacks + 100_000, made.files + 3 + 3 * p.job.auxiliary.export)
+    return Stored(name, shards.bytes + stacks + 100_000, shards.files + 3 + 3 * p.job.auxiliary.export)
 
 
 def _classified(name: str, p: Problem) -> Stored:
@@ -286,9 +286,9 @@ def _audited(name: str, p: Problem) -> Stored:
     total = files = 0
     for count, job in zip(_merged(extent.refinements(p.job)), jobs, strict=True):
         part = replace(p, job=job, particles=n, with_shards=True)
-        stored = [one for one in disk(part) if one.name not in ("ingest", "diagnose", "result", "run folder")]
-        total += count * (sum(one.bytes for one in stored) + 20_000)
-        files += count * (sum(one.files for one in stored) + 3)
+        stored = [entry for entry in disk(part) if entry.name not in ("ingest", "diagnose", "result", "run folder")]
+        total += count * (sum(entry.bytes for entry in stored) + 20_000)
+        files += count * (sum(entry.files for entry in stored) + 3)
     images = _shards(name, n, p)
     return Stored(name, total + 8 * p.map_bytes, files + 10, 2 * images.bytes, 2 * images.files + 2)
 

@@ -87,8 +87,8 @@ def needs_of_stages(p: Problem, ranks: int, stages: Sequence[str], stored: list[
         stored: what they will still write.
     """
 
-    def largest(found: dict[str, int]) -> int:
-        return max((found.get(stage, 0) for stage in stages), default=0)
+    def largest(bytes_of_stages: dict[str, int]) -> int:
+        return max((bytes_of_stages.get(stage, 0) for stage in stages), default=0)
 
     most_bytes, most_files = most(stored)
     return Needs(
@@ -99,12 +99,12 @@ def needs_of_stages(p: Problem, ranks: int, stages: Sequence[str], stored: list[
 
 def metadata_of_stages(p: Problem) -> dict[str, int]:
     """Bytes of main memory that rank 0 holds in each stage beside what every rank does: the source's text."""
-    found = {}
+    metadata = {}
     for name in working_stages(p.job):
         kind = kind_of(name)
         each = REFINED_ROW_BYTES if RECORDS[kind].searches else ROW_BYTES
-        found[name] = int(MEMORY_MARGIN * (each - COLUMNS_BYTES) * _particles(kind, p))
-    return found
+        metadata[name] = int(MEMORY_MARGIN * (each - COLUMNS_BYTES) * _particles(kind, p))
+    return metadata
 
 
 def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
@@ -112,12 +112,12 @@ def memory_of_stages(p: Problem, ranks: int) -> dict[str, int]:
 
     Of a run on GPUs as well: refinement is counted as on CPUs there, which is more than it takes.
     """
-    found = {}
+    memory = {}
     for name in working_stages(p.job):
         kind = kind_of(name)
         held = PROGRAM_BYTES + COLUMNS_BYTES * _particles(kind, p) + MEMORY[kind](p, ranks)
-        found[name] = int(MEMORY_MARGIN * held)
-    return found
+        memory[name] = int(MEMORY_MARGIN * held)
+    return memory
 
 
 def gpu_memory(p: Problem, ranks: int) -> dict[str, int]:
@@ -164,10 +164,10 @@ def grid_voxels(radius_px: int, padding: int) -> int:
 def _refinement_and_loop(kind: str, p: Problem, ranks: int) -> int:
     """Of a refinement, or of the correction between two of its iterations, which the images stay in memory for."""
     n, workflow = _particles(kind, p), p.job.run.workflow
-    whole = _refinement(p, n, ranks, 2 if kind == "corefine" else 1)
+    refinement = _refinement(p, n, ranks, 2 if kind == "corefine" else 1)
     if p.job.realign.correct and (workflow, kind) in (("realign", "refine"), ("both", "corefine")):
-        whole = max(whole, _images_of_refinement(p, n, ranks) + _correction(p, ranks, p.job.realign.mode))
-    return whole
+        refinement = max(refinement, _images_of_refinement(p, n, ranks) + _correction(p, ranks, p.job.realign.mode))
+    return refinement
 
 
 def _images_of_refinement(p: Problem, n: int, ranks: int) -> int:

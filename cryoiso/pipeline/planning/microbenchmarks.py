@@ -25,12 +25,12 @@ MEASURED_PX, PREPARED_PX = 32, 64
 
 def timings(p: Problem, device: str) -> Timed:
     """The kernels that the job's workflow uses."""
-    found = _search(p, device) | _reading(p, device) | _on_cpu(p)
+    times = _search(p, device) | _reading(p, device) | _on_cpu(p)
     if p.job.run.workflow in CO_REFINEMENTS:
-        found |= _generator(p, device)
+        times |= _generator(p, device)
     if p.job.run.workflow in ("realign", "both"):
-        found |= _unet(p, device)
-    return found
+        times |= _unet(p, device)
+    return times
 
 
 def _search(p: Problem, device: str) -> Timed:
@@ -48,7 +48,7 @@ def _search(p: Problem, device: str) -> Timed:
     volume = FourierVolume.from_volume(density, padding)
     radius = (box - 1) // 2
     coarse, fine = fourier_disc(box, min(12, radius)), fourier_disc(box, max(2, 2 * radius // 3))
-    whole = fourier_disc(box, radius)
+    full_disc = fourier_disc(box, radius)
     turns = torch.as_tensor(random_rotations(draw, 8 * VIEWS), dtype=torch.float32, device=device)
     shifts = disc_of_shifts(2.2, 1.0)[:SHIFTS].to(device)
     prior = torch.zeros(len(shifts), device=device)
@@ -64,7 +64,7 @@ def _search(p: Problem, device: str) -> Timed:
     rows = torch.arange(8 * VIEWS, device=device) * IMAGES // (8 * VIEWS)
     centre = torch.zeros(8 * VIEWS, 2, device=device)
     accumulator = SliceAccumulator.empty(box, padding=padding, device=device)
-    inserted = images(whole, 4 * IMAGES)
+    inserted = images(full_disc, 4 * IMAGES)
     return {
         "gemm": (
             float(IMAGES * coarse.size * VIEWS * (4 * len(shifts) + 2)),
@@ -74,8 +74,8 @@ def _search(p: Problem, device: str) -> Timed:
             float(8 * VIEWS * fine.size), lambda: local_scores(wide, volume, rows, kids, centre, 0.5, 8)
         ),
         "insert": (
-            float(4 * IMAGES * whole.size),
-            lambda: accumulator.insert(inserted.data, inserted.weight, turns[: 4 * IMAGES], whole),
+            float(4 * IMAGES * full_disc.size),
+            lambda: accumulator.insert(inserted.data, inserted.weight, turns[: 4 * IMAGES], full_disc),
         ),
         "transform": (float((padding * box) ** 3), lambda: FourierVolume.from_volume(density, padding)),
     }  # fmt: skip
@@ -93,8 +93,8 @@ def _reading(p: Problem, device: str) -> Timed:
     frequency = disc.frequencies(p.pixel_size_A)
 
     def prepare() -> Any:
-        made = disc.gather(images_to_fourier(pixels)).to(torch.complex64)
-        return made, ctf_for(particles, np.arange(IMAGES), p.box_px, freq_invA=frequency, device=device)
+        coefficients = disc.gather(images_to_fourier(pixels)).to(torch.complex64)
+        return coefficients, ctf_for(particles, np.arange(IMAGES), p.box_px, freq_invA=frequency, device=device)
 
     return {"read": (float(IMAGES * p.box_px**2), prepare)}
 
@@ -107,11 +107,11 @@ def _on_cpu(p: Problem) -> Timed:
     images = draw.standard_normal((IMAGES, p.box_px, p.box_px), np.float32)
     times = max(1, WRITTEN_BYTES // images.nbytes)
     small, edge = min(p.box_px, MEASURED_PX), min(p.box_px, PREPARED_PX)
-    one, two, density = _noisy_ball(small, draw), _noisy_ball(small, draw), _noisy_ball(edge, draw)
+    first, second, density = _noisy_ball(small, draw), _noisy_ball(small, draw), _noisy_ball(edge, draw)
     return {
         "write": (float(times * images.nbytes), lambda: _write(images, times, p.job.particles)),
         "prepare": (float(edge**3), lambda: _prepare(density, p.pixel_size_A)),
-        "measure": (6.0 * small**3, lambda: diagnose(one, two, _ball(small), p.pixel_size_A, None)),
+        "measure": (6.0 * small**3, lambda: diagnose(first, second, _ball(small), p.pixel_size_A, None)),
     }
 
 
@@ -133,9 +133,9 @@ def _write(images: np.ndarray, times: int, section: Any) -> None:
 
     def blocks() -> Iterator[np.ndarray]:
         for _ in range(times):
-            made = normalise(images, settings.background_fraction)[0] if settings.normalise else images
-            np.abs(made).max((1, 2))
-            yield made.astype(settings.storage)
+            normalised = normalise(images, settings.background_fraction)[0] if settings.normalise else images
+            np.abs(normalised).max((1, 2))
+            yield normalised.astype(settings.storage)
 
     with TemporaryDirectory() as folder:
         count, box = times * len(images), images.shape[-1]

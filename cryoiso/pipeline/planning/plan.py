@@ -102,8 +102,8 @@ class Plan:
     @property
     def gpu_bytes(self) -> tuple[int, str] | None:
         """The most GPU memory of a rank, and the stage that takes it."""
-        found = [(row.gpu_bytes, row.stage) for row in self.rows if row.gpu_bytes]
-        return max(found, key=lambda pair: pair[0]) if found else None
+        gpu_rows = [(row.gpu_bytes, row.stage) for row in self.rows if row.gpu_bytes]
+        return max(gpu_rows, key=lambda pair: pair[0]) if gpu_rows else None
 
     def disk_peak(self) -> tuple[int, int]:
         """Most bytes and files at once."""
@@ -181,10 +181,10 @@ def _repeated(p: Problem, layout: Layout, rates: Rates, assumed: Assumed) -> flo
     kept = () if starts_a_program(p.job) else SEARCH
     n = p.particles + (p.auxiliaries if p.job.run.workflow in CO_REFINEMENTS else 0)
     works = [
-        {unit: amount for unit, amount in one.items() if unit not in kept}
-        for one in workload.iterations(p, n, layout.ranks, assumed)
+        {unit: amount for unit, amount in units.items() if unit not in kept}
+        for units in workload.iterations(p, n, layout.ranks, assumed)
     ]
-    times = [rates.seconds("refine", one) for one in works]
+    times = [rates.seconds("refine", units) for units in works]
     return None if any(t is None for t in times) else max(t or 0.0 for t in times)
 
 
@@ -217,7 +217,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def as_lines(plan: Plan) -> list[str]:
     """The plan as people read it."""
-    p, layout, told = plan.problem, plan.layout, as_dict(plan)
+    p, layout, record = plan.problem, plan.layout, as_dict(plan)
     lines = [
         f"{p.particles:,} particles of {p.box_px} px, {p.job.sample.symmetry}, workflow {p.job.run.workflow}, on "
         f"{layout.nodes} node(s) with {layout.ranks_per_node} rank(s)"
@@ -232,17 +232,19 @@ def as_lines(plan: Plan) -> list[str]:
             f"{row.stage:<14}{_time(row.seconds):>14}{held:>16}{gib(row.disk_bytes):>12}{row.files:>8}{goes:>12}"
         )
     time = _time(plan.known_s) if not plan.unknown else f"{_time(plan.known_s)} + ?"
-    lines.append(f"{'all':<14}{time:>14}{gib(plan.memory_bytes):>16}{gib(told['disk_bytes']):>12}{told['files']:>8}")
-    return [*lines, "", *_fact_lines(plan, told), *_wall_lines(plan)]
+    lines.append(
+        f"{'all':<14}{time:>14}{gib(plan.memory_bytes):>16}{gib(record['disk_bytes']):>12}{record['files']:>8}"
+    )
+    return [*lines, "", *_fact_lines(plan, record), *_wall_lines(plan)]
 
 
-def _fact_lines(plan: Plan, told: dict[str, Any]) -> list[str]:
+def _fact_lines(plan: Plan, record: dict[str, Any]) -> list[str]:
     """What the table does not say."""
     p, a, others = plan.problem, plan.assumed, plan.layout.ranks > 1
     lines = [
         f"memory of a node: {gib(plan.node_bytes)}" + (" (that of rank 0, which has all metadata)" if others else ""),
         *_threads_line(plan),
-        f"disk at the most at once: {gib(told['disk_bytes_at_once'])}, {told['files_at_once']} files",
+        f"disk at the most at once: {gib(record['disk_bytes_at_once'])}, {record['files_at_once']} files",
     ]
     if starts_a_program(p.job) and any(r.temporary_bytes for r in plan.rows if record_of(r.stage).searches):
         reader = {"relion": "RELION", "cryosparc": "cryoSPARC"}.get(p.job.refine.engine, "the command")
@@ -263,9 +265,10 @@ def _threads_line(plan: Plan) -> list[str]:
     if layout.gpus_per_node or layout.ranks_per_node == 1:
         return []
     own, metadata = memory.memory_of_stages(p, layout.nodes), memory.metadata_of_stages(p)
-    one = max(own[name] + metadata[name] for name in own)
+    first_rank = max(own[name] + metadata[name] for name in own)
     return [
-        f"memory of a node with one rank of {layout.ranks_per_node} times the threads: {gib(one)} (ranks have grids of "
+        f"memory of a node with one rank of {layout.ranks_per_node} times the threads: {gib(first_rank)} (ranks have "
+        f"grids of "
         "their own, threads share them)"
     ]
 

@@ -98,8 +98,8 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
     """
     file = path / products.TIMING if path.is_dir() else path
     try:
-        found = json.loads(read_regular_text(file))
-        return _of_facts(found, "cpu_seconds" if cpu else "seconds")
+        record = json.loads(read_regular_text(file))
+        return _of_facts(record, "cpu_seconds" if cpu else "seconds")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             "no rates in this file",
@@ -110,14 +110,14 @@ def of_run(path: Path, *, cpu: bool = False) -> Rates:
         ) from None
 
 
-def _of_facts(found: dict[str, Any], what: str) -> Rates:
-    if "measured" in found and what == "cpu_seconds":
+def _of_facts(record: dict[str, Any], what: str) -> Rates:
+    if "measured" in record and what == "cpu_seconds":
         raise UsageError("--cpu: a benchmark's rates are wall times", code="options-conflict")
-    if what == "cpu_seconds" and found["device"] != CPU:
+    if what == "cpu_seconds" and record["device"] != CPU:
         raise UsageError("--cpu: this run used GPUs, whose time is not in its CPU seconds", code="options-conflict")
-    stages = [facts for facts in found["stages"].values() if tells_rates(facts, what)]
+    stages = [facts for facts in record["stages"].values() if tells_rates(facts, what)]
     timed = [(facts["work"], float(facts[what])) for facts in stages]
-    base = of_stages(found["device"], found["kernels"], timed)
+    base = of_stages(record["device"], record["kernels"], timed)
     sums: dict[str, list[float]] = {}
     for facts in stages:
         predicted = base.seconds(facts["kind"], facts["work"])
@@ -126,12 +126,12 @@ def _of_facts(found: dict[str, Any], what: str) -> Rates:
             pair[0] += facts[what]
             pair[1] += predicted
     factors = {kind: took / predicted for kind, (took, predicted) in sums.items()}
-    if "measured" in found:
-        words = f"cryoiso benchmark at {found['problem']['box_px']} px, {found['date']}, {found['hardware']}"
+    if "measured" in record:
+        words = f"cryoiso benchmark at {record['problem']['box_px']} px, {record['date']}, {record['hardware']}"
         return replace(base, source=words, spread=2.0)
-    words = f"run of {found['problem']['particles']:,} particles, {found['problem']['box_px']} px, {found['date']}, "
-    words += f"{found['ranks']} rank(s) of {found['threads']} thread(s), {found['hardware']}"
-    assumed = Assumed(found["iterations"] or Assumed().iterations, found["nyquist_share"] or Assumed().nyquist_share)
+    words = f"run of {record['problem']['particles']:,} particles, {record['problem']['box_px']} px, {record['date']}, "
+    words += f"{record['ranks']} rank(s) of {record['threads']} thread(s), {record['hardware']}"
+    assumed = Assumed(record["iterations"] or Assumed().iterations, record["nyquist_share"] or Assumed().nyquist_share)
     return replace(base, source=words, factors=factors, assumed=assumed)
 
 
@@ -162,10 +162,10 @@ def of_stages(device: str, kernels: dict[str, float], timed: list[tuple[WorkUnit
         rates = {**known, **free}
         for work, seconds in timed:
             parts = {k: units * rates.get(k, 0.0) for k, units in work.items() if units}
-            whole = sum(parts.values())
+            total = sum(parts.values())
             for kernel in free.keys() & parts.keys():
-                share = parts[kernel] / whole
-                pull[kernel][0] += share * math.log(seconds / whole)
+                share = parts[kernel] / total
+                pull[kernel][0] += share * math.log(seconds / total)
                 pull[kernel][1] += share
         free = {k: rate * math.exp(pull[k][0] / max(pull[k][1], 1e-300)) for k, rate in free.items()}
     return Rates({**known, **free}, "", 2.0 if free else 1.5, device=kind_of_device(device))
@@ -198,8 +198,8 @@ def best_time(call: Callable[[], Any], device: str, limit_s: float) -> float:
 
     first = once()
     taken = 0.0
-    found: list[float] = []
-    while not found or (taken < limit_s and len(found) < 20):
-        found.append(once())
-        taken += found[-1]
-    return min(found, default=first)
+    times: list[float] = []
+    while not times or (taken < limit_s and len(times) < 20):
+        times.append(once())
+        taken += times[-1]
+    return min(times, default=first)

@@ -94,9 +94,9 @@ class Estimates:
     """stage -> what there is to do"""
     device: str = "cpu"
 
-    def seconds(self, stage: str, found: Mapping[str, float]) -> float | None:
+    def seconds(self, stage: str, measured_stages: Mapping[str, float]) -> float | None:
         """What a stage will take, when others took what was found; None if nobody knows."""
-        measured_s = {name: took for name, took in found.items() if took >= SHORT_S and name != stage}
+        measured_s = {name: took for name, took in measured_stages.items() if took >= SHORT_S and name != stage}
         kin = [name for name in measured_s if kind_of(name) == kind_of(stage)]
         kin = kin or [name for name in measured_s if _like(name) == _like(stage)]
         if kin and (factor := self._factor(stage, kin, measured_s)) is not None:
@@ -115,10 +115,10 @@ class Estimates:
         if all(kind_of(name) == kind_of(stage) and self.work.get(name) == self.work.get(stage) for name in kin):
             return 1.0 / len(kin)
         for weigh in (self.predicted_s.get, self._fitted(measured_s)):
-            mine, theirs = weigh(stage), [weigh(name) for name in kin]
-            total = sum(one or 0.0 for one in theirs)
-            if mine is not None and total > 0 and None not in theirs:
-                return mine / total
+            own_weight, theirs = weigh(stage), [weigh(name) for name in kin]
+            total = sum(weight or 0.0 for weight in theirs)
+            if own_weight is not None and total > 0 and None not in theirs:
+                return own_weight / total
         return None
 
     def _fitted(self, measured_s: Mapping[str, float]) -> Callable[[str], float | None]:
@@ -127,10 +127,10 @@ class Estimates:
         rates = of_stages(self.device, built_in(self.device).kernels, timed)
         return lambda name: rates.seconds(kind_of(name), self.work.get(name, {}))
 
-    def after(self, stage: str, found: Mapping[str, float]) -> Ahead:
+    def after(self, stage: str, measured_s: Mapping[str, float]) -> Ahead:
         """The stages after one."""
         names = list(self.predicted_s)
-        times = {name: self.seconds(name, found) for name in names[names.index(stage) + 1 :]}
+        times = {name: self.seconds(name, measured_s) for name in names[names.index(stage) + 1 :]}
         unknown = tuple(name for name, seconds in times.items() if seconds is None)
         return Ahead(sum(seconds or 0.0 for seconds in times.values()), unknown)
 
@@ -150,10 +150,10 @@ def remaining_stages(run: RunContext, inputs: Inputs, until: str = "") -> Remain
         if stage not in names:
             return Ahead()
         so_far = measured(list(run.journal.lines) if run.journal is not None else [], run.comm.size)
-        found = dict(so_far.ended)
+        measured_s = dict(so_far.ended)
         if stage not in so_far.elsewhere:
-            found[stage] = so_far.begun.get(stage, 0.0) + elapsed_s + left_s
-        return estimates.after(stage, found)
+            measured_s[stage] = so_far.begun.get(stage, 0.0) + elapsed_s + left_s
+        return estimates.after(stage, measured_s)
 
     return after
 

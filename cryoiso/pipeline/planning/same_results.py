@@ -56,25 +56,28 @@ def comparisons(device: str) -> list[KernelComparison]:
     else:
         slices = volume_there.slices(rotation_there, disc)
         scores = local_scores(there, volume_there, row_there, rotation_there, shift_there, 0.5, VIEWS)
-    found = [
+    compared = [
         ("slices", slices, volume.slices(rotation, disc), 1e-5),
         ("local", scores, local_scores(white, volume, row, rotation, shift, 0.5), 1e-4),
     ]
     if not on_cpu:
         shifts, even = torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.zeros(2)
-        one, two = (
+        here_scores, there_scores = (
             global_scores(w, ReferenceSlices.of(v, r, disc, None), shifts.to(r.device), even.to(r.device))
             for w, v, r in ((there, volume_there, rotation_there), (white, volume, rotation))
         )
-        found.append(("gemm", one, two, 2e-3))  # TF32
+        compared.append(("gemm", here_scores, there_scores, 2e-3))  # TF32
     here, elsewhere = SliceAccumulator.empty(BOX_PX), SliceAccumulator.empty(BOX_PX, device=device)
     here.insert(white.data, white.weight, rotation[::VIEWS], disc)
     insert = elsewhere.insert_torch if on_cpu else elsewhere.insert
     insert(there.data, there.weight, rotation_there[::VIEWS], disc)
-    found.append(("insert", elsewhere.grid, here.grid, 1e-5))
-    return [KernelComparison(name, _difference(one, two), allowed) for name, one, two, allowed in found]
+    compared.append(("insert", elsewhere.grid, here.grid, 1e-5))
+    return [
+        KernelComparison(name, _difference(here_scores, there_scores), allowed)
+        for name, here_scores, there_scores, allowed in compared
+    ]
 
 
-def _difference(one: Tensor, two: Tensor) -> float:
-    one = one.cpu()
-    return float((one - two).abs().max() / two.abs().max())
+def _difference(first: Tensor, second: Tensor) -> float:
+    first = first.cpu()
+    return float((first - second).abs().max() / second.abs().max())

@@ -96,8 +96,8 @@ def _new(run: RunContext, p: Problem, device: str) -> dict[str, Any]:
 
 def _course(run: RunContext, p: Problem) -> tuple[int | None, float | None]:
     """Iterations of the first refinement, and the resolution of its search as a share of Nyquist's."""
-    found = _read(run.folder.stage("refine") / products.facts("refine")) or {}
-    records = found.get("iterations") or []
+    record = _read(run.folder.stage("refine") / products.facts("refine")) or {}
+    records = record.get("iterations") or []
     if not records or "search_resolution_A" not in records[-1]:
         return None, None
     return len(records), min(1.0, 2 * p.pixel_size_A / records[-1]["search_resolution_A"])
@@ -110,11 +110,11 @@ def predicted_stages(run: RunContext, inputs: Inputs) -> dict[str, float | None]
     """
     try:
         rates = _rates_so_far(run)
-        found = stages(problem_of(inputs), run.comm.size, Assumed(), run.comm.device())
+        predicted = stages(problem_of(inputs), run.comm.size, Assumed(), run.comm.device())
     except Exception:
         logger.debug("no plan of this run", exc_info=True)
         return {}
-    return {name: rates.seconds(kind_of(name), units) for name, units in found.items()}
+    return {name: rates.seconds(kind_of(name), units) for name, units in predicted.items()}
 
 
 def _rates_so_far(run: RunContext) -> Rates:

@@ -71,13 +71,13 @@ def times(work: WorkUnits, factor: float) -> WorkUnits:
 
 def stages(p: Problem, ranks: int, assumed: Assumed, device: str) -> dict[str, WorkUnits]:
     """Stage -> work of one rank, of stages that have a folder and the report."""
-    found = {name: WORKS[kind_of(name)](p, ranks, assumed, device) for name in (*working_stages(p.job), "report")}
+    works = {name: WORKS[kind_of(name)](p, ranks, assumed, device) for name in (*working_stages(p.job), "report")}
     rounds = assumed.rounds or p.job.auxiliary.rounds
-    for name in list(found):
+    for name in list(works):
         match = re.search(r"-(\d+)$", name)
         if match and int(match[1]) > rounds:
-            found[name] = {}
-    return found
+            works[name] = {}
+    return works
 
 
 def _ingest(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
@@ -101,8 +101,8 @@ def _classify(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnit
         each = reconstruction(p, p.particles, ranks, weighted=True)
     else:
         near = section.local_deg if section.align == "local" else None
-        one = refinement(p, p.particles, ranks, assumed, {}, local_deg=near)
-        each = times(one, 1 / min(assumed.iterations, p.job.refine.max_iterations))
+        work = refinement(p, p.particles, ranks, assumed, {}, local_deg=near)
+        each = times(work, 1 / min(assumed.iterations, p.job.refine.max_iterations))
     return times(each, section.classes * min(CLASS_ITERATIONS, section.max_iterations))
 
 
@@ -122,8 +122,8 @@ def _generate(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnit
 
 def _corefine(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     loop = correction(p, ranks, device, inside=True) if p.job.run.workflow == "both" else {}
-    whole = refinement(p, p.particles + p.auxiliaries, ranks, assumed, loop)
-    return add(whole, reconstruction(p, p.particles, ranks))
+    work = refinement(p, p.particles + p.auxiliaries, ranks, assumed, loop)
+    return add(work, reconstruction(p, p.particles, ranks))
 
 
 def _local(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
@@ -154,11 +154,11 @@ def _audit(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     """The stages from the reference to the reconstruction, of every refinement of the controls."""
     same, plain, local = extent.refinements(p.job)
     n = extent.particles_of(p.job, p.particles)
-    whole, alone = (replace(p, job=job, particles=n, with_shards=True) for job in extent.jobs(p.job))
+    full, alone = (replace(p, job=job, particles=n, with_shards=True) for job in extent.jobs(p.job))
     near = times(refinement(alone, alone.particles, ranks, assumed, {}, local_deg=extent.LOCAL_DEG), local)
     images = {"write": 2 * alone.particles * p.box_px**2 * 4 / ranks}
     return add(
-        times(_chain(whole, ranks, assumed, device), same), times(_chain(alone, ranks, assumed, device), plain), near,
+        times(_chain(full, ranks, assumed, device), same), times(_chain(alone, ranks, assumed, device), plain), near,
         times(reconstruction(alone, alone.particles, ranks, weighted=True), local), images,
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def refinement(
     p: Problem, n: int, ranks: int, assumed: Assumed, loop: WorkUnits, local_deg: float | None = None
 ) -> WorkUnits:
     """All iterations of a refinement of n images, on one rank; ``loop`` is added to each."""
-    each = [add(one, loop) for one in iterations(p, n, ranks, assumed, local_deg)]
+    each = [add(iteration, loop) for iteration in iterations(p, n, ranks, assumed, local_deg)]
     first_passes = {"read": 2.0 * n * p.box_px**2 / ranks}
     return add(first_passes, *each)
 

@@ -37,9 +37,9 @@ def read_sums(path: Path) -> dict[str, str]:
     Raises:
         InputError: a line that is not as sha256sum writes it, or names a file outside of the folder.
     """
-    found: dict[str, str] = {}
+    sums: dict[str, str] = {}
     if not path.is_file():
-        return found
+        return sums
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -58,5 +58,5 @@ def read_sums(path: Path) -> dict[str, str]:
                 code="record-damaged",
             )
         require_contained(path.parent, [name], path, number)
-        found[name] = sha256
-    return found
+        sums[name] = sha256
+    return sums

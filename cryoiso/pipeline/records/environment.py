@@ -56,13 +56,13 @@ def describe(comm: Context, device: str) -> dict[str, Any]:
 
 def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Versions of packages, those that numbers may depend on; empty text for one that is not there."""
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = ""
-    return found
+            versions[name] = ""
+    return versions
 
 
 def git_state(checkout: Path) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def container(env: Mapping[str, str] | None = None, labels: Path = LABELS) -> di
     facts: dict[str, Any] = {"kind": "Apptainer"} if image else {}
     facts |= {key: value for key, value in (("image", image), ("digest", digest)) if value}
     with suppress(OSError):
-        found = os.stat(image)
-        facts["bytes"], facts["modified_ns"] = found.st_size, found.st_mtime_ns
+        status = os.stat(image)
+        facts["bytes"], facts["modified_ns"] = status.st_size, status.st_mtime_ns
     with suppress(OSError, ValueError):
         facts["labels"] = json.loads(labels.read_text(encoding="utf-8"))
     return facts
@@ -138,8 +138,8 @@ def gpu(device: str) -> dict[str, Any]:
         return {}
     import torch
 
-    found = torch.cuda.get_device_properties(device)
-    facts: dict[str, Any] = {"gpu": found.name, "gpu_GiB": round(found.total_memory / 2**30, 1)}
+    properties = torch.cuda.get_device_properties(device)
+    facts: dict[str, Any] = {"gpu": properties.name, "gpu_GiB": round(properties.total_memory / 2**30, 1)}
     facts["cuda"] = str(torch.version.cuda or torch.version.hip or "")
     with suppress(OSError):
         facts["driver"] = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0].strip()

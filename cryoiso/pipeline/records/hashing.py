@@ -71,11 +71,11 @@ def digest_of(*texts: str) -> str:
 
 def list_outputs(folder: Path, places: tuple[str, ...]) -> list[str]:
     """Files under some places (files or folders) of a run folder, but temporary ones and timings; sorted, relative."""
-    found: list[Path] = []
+    outputs: list[Path] = []
     for place in places:
         path = folder / place
-        found += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    return sorted(str(p.relative_to(folder)) for p in found if p.suffix != ".part" and p.name != products.TIMING)
+        outputs += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sorted(str(p.relative_to(folder)) for p in outputs if p.suffix != ".part" and p.name != products.TIMING)
 
 
 def hash_outputs(folder: Path, places: tuple[str, ...], comm: Context) -> Outputs:
@@ -129,7 +129,7 @@ def hash_shared(folder: Path, names: list[str], comm: Context, label: str = "") 
     shares = [[n for n, its in enumerate(owner) if its == rank] for rank in range(comm.size)]
     share = sum(sizes[n] for n in shares[comm.rank])
     line = ProgressLine(label, share >> 20, active=bool(label) and comm.rank == 0)
-    much, mine, done = sum(sizes) > MUCH_BYTES, {}, 0
+    much, own_digests, done = sum(sizes) > MUCH_BYTES, {}, 0
 
     def seen(size: int) -> None:
         nonlocal done
@@ -140,8 +140,8 @@ def hash_shared(folder: Path, names: list[str], comm: Context, label: str = "") 
         if much and comm.stop_requested():
             raise Interrupted("stopped by a signal while reading the files of a stage")
         for n in shares[comm.rank][turn : turn + 1]:
-            mine[names[n]] = {"bytes": sizes[n], "sha256": sha256_of(folder / names[n], seen)}
+            own_digests[names[n]] = {"bytes": sizes[n], "sha256": sha256_of(folder / names[n], seen)}
     merged: Outputs = {}
-    for part in comm.allgather(mine):
+    for part in comm.allgather(own_digests):
         merged.update(part)
     return {name: merged[name] for name in names}

@@ -132,6 +132,6 @@ def _cut_torn_line(path: Path) -> None:
         return
     with open(path, "r+b") as stream:
         data = stream.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            stream.truncate(whole)
+        last_end = data.rfind(b"\n") + 1
+        if last_end < len(data):
+            stream.truncate(last_end)

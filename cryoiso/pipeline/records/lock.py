@@ -101,13 +101,13 @@ def _self() -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(read_regular_text(path))
+        owner = json.loads(read_regular_text(path))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict) and isinstance(found.get("host"), str) and isinstance(found.get("pid"), int):
-        return found
+        owner = None
+    if isinstance(owner, dict) and isinstance(owner.get("host"), str) and isinstance(owner.get("pid"), int):
+        return owner
     return {"host": "", "pid": 0}  # written by a run that died while taking the lock, or that takes it right now
 
 

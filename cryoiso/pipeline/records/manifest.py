@@ -62,10 +62,10 @@ def new_manifest(job: Job, images: list[Path]) -> dict[str, Any]:
     folder = Path(job.particles.file)
     kind = "shard" if folder.is_dir() else "stack"
     sizes = _sizes(images, kind)
-    found = {path: {"kind": kind, "bytes": size} for path, size in sizes.items()}
+    inputs = {path: {"kind": kind, "bytes": size} for path, size in sizes.items()}
     for shard in read_index(folder)["shards"] if folder.is_dir() else ():
         if "sha256" in shard:
-            found[os.path.abspath(folder / shard["file"])]["sha256"] = shard["sha256"]
+            inputs[os.path.abspath(folder / shard["file"])]["sha256"] = shard["sha256"]
     files: dict[str, Any] = {str(path): {"kind": "file", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
              for path in input_files(job)}  # fmt: skip
     return {
@@ -73,7 +73,7 @@ def new_manifest(job: Job, images: list[Path]) -> dict[str, Any]:
         "cryoiso": __version__,
         "seed": job.run.seed,
         "title": job.run.title,
-        "inputs": {**files, **found},
+        "inputs": {**files, **inputs},
         "stacks": {
             "number": len(sizes),
             "bytes": sum(sizes.values()),
@@ -274,16 +274,16 @@ def read_record(path: Path) -> dict[str, Any]:
         InputError: not JSON, or not an object.
     """
     try:
-        found = json.loads(read_regular_text(path))
+        record = json.loads(read_regular_text(path))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"cannot be read as JSON: {error}", file=path, code="record-damaged") from None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise InputError(
-            "not a JSON object", file=path, expected="{...}", found=type(found).__name__, code="record-damaged"
+            "not a JSON object", file=path, expected="{...}", found=type(record).__name__, code="record-damaged"
         )
-    return found
+    return record
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -293,28 +293,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
         InputError: it cannot be read.
     """
     try:
-        found = read_record(path)
+        manifest = read_record(path)
     except InputError as error:
         raise InputError(
             f"the manifest is damaged: {error.problem}", file=path, hint="Start a new run.", code="record-damaged"
         ) from None
-    if not found:
+    if not manifest:
         raise InputError("the manifest is gone or empty", file=path, hint="Start a new run.", code="record-damaged")
-    check_manifest(found, path)
-    return found
+    check_manifest(manifest, path)
+    return manifest
 
 
-def check_manifest(found: dict[str, Any], path: Path) -> None:
+def check_manifest(manifest: dict[str, Any], path: Path) -> None:
     """Makes sure that a manifest has what is read of it; an empty one, of a folder without, passes.
 
     Raises:
         InputError: names what is missing.
     """
-    if not found:
+    if not manifest:
         return
-    inputs, starts, stacks = found.get("inputs"), found.get("starts"), found.get("stacks")
+    inputs, starts, stacks = manifest.get("inputs"), manifest.get("starts"), manifest.get("stacks")
     missing = ""
-    if not isinstance(found.get("schema"), int) or not isinstance(found.get("cryoiso"), str):
+    if not isinstance(manifest.get("schema"), int) or not isinstance(manifest.get("cryoiso"), str):
         missing = "schema (a number) and cryoiso (a version)"
     elif not isinstance(inputs, dict) or not all(map(_is_input, inputs.values())):
         missing = "inputs, each with bytes and, where it was hashed, sha256"

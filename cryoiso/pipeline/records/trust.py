@@ -37,13 +37,13 @@ _BYTES = 32
 
 def programs_of(job: Job) -> dict[str, str]:
     """What a job says about programs, where it is not the default: "section.key" -> value."""
-    found = {}
+    programs = {}
     for section, key in PROGRAMS:
         part = getattr(job, section)
         value = getattr(part, key)
         if value != type(part).model_fields[key].default:
-            found[f"{section}.{key}"] = str(value)
-    return found
+            programs[f"{section}.{key}"] = str(value)
+    return programs
 
 
 def signature(job: Job) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def _refusal(run: RunFolder, now: dict[str, str], own: bool) -> str:
 
 def _differences(config: Any, job: Job) -> str:
     """Which settings differ from those of the last start, old -> new."""
-    now, found = job.model_dump(), []
+    now, changes = job.model_dump(), []
     for section, keys in (config if isinstance(config, dict) else {}).items():
         for key, value in (keys if isinstance(keys, dict) else {}).items():
             new = now.get(section, {}).get(key)
             if section != "launch" and new != value:
-                found.append(f"{section}.{key}: {value!r} -> {new!r}")
-    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-    return ", ".join(found[:4]) + more or "its settings"
+                changes.append(f"{section}.{key}: {value!r} -> {new!r}")
+    more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+    return ", ".join(changes[:4]) + more or "its settings"
 
 
 # --- the signature
@@ -189,10 +189,10 @@ def _secret(make: bool) -> bytes:
 
 
 def _read(file: Path) -> bytes:
-    found = file.read_bytes()
-    if len(found) < 2 * _BYTES:
+    content = file.read_bytes()
+    if len(content) < 2 * _BYTES:
         raise OSError(22, "is no key; remove it, and a new one is made", str(file))
-    return found
+    return content
 
 
 def _folder() -> Path:
@@ -200,8 +200,8 @@ def _folder() -> Path:
     Raises:
         OSError: there is no home folder.
     """
-    if given := os.environ.get(FOLDER):
-        return Path(given)
+    if folder := os.environ.get(FOLDER):
+        return Path(folder)
     try:
         return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "cryoiso"
     except RuntimeError as error:

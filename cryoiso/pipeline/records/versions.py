@@ -22,12 +22,12 @@ def require_schema(manifest: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: names the schema and the version that wrote it.
     """
-    found = manifest.get("schema")
-    if found != SCHEMA:
+    schema = manifest.get("schema")
+    if schema != SCHEMA:
         raise InputError(
             "the records of this run are those of another version of the program", file=path,
             expected=f"schema {SCHEMA}, cryoiso {__version__}",
-            found=f"schema {found}, cryoiso {manifest.get('cryoiso', 'unknown')}",
+            found=f"schema {schema}, cryoiso {manifest.get('cryoiso', 'unknown')}",
             hint="Use the version that made the run.", code="version-mismatch",
         )  # fmt: skip
 
@@ -83,9 +83,9 @@ def notes(manifest: dict[str, Any], now: dict[str, str] | None = None) -> list[s
     Args:
         now: the packages here; None: looked up.
     """
-    found, last = [], last_version(manifest)
+    lines, last = [], last_version(manifest)
     if manifest and last != __version__:
-        found.append(f"made by cryoiso {last}, this is {__version__}")
+        lines.append(f"made by cryoiso {last}, this is {__version__}")
     before = ((manifest.get("starts") or [{}])[-1].get("packages")) or {}
     here = package_versions() if now is None else now
     other = [
@@ -94,8 +94,8 @@ def notes(manifest: dict[str, Any], now: dict[str, str] | None = None) -> list[s
         if before.get(name, here[name]) != here[name]
     ]
     if other:
-        found.append(f"made with other packages, so that last bits may differ: {'; '.join(other)}")
-    return found
+        lines.append(f"made with other packages, so that last bits may differ: {'; '.join(other)}")
+    return lines
 
 
 def understood(manifest: dict[str, Any], path: Path, read: Callable[[], T]) -> T:

@@ -96,48 +96,50 @@ def _poses(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
     from cryoiso.metrics.pose_error import pose_errors
 
     a, b = (read_particle_file(path, "", ("pose",)) for path in (old, new))
-    _, mine, theirs = np.intersect1d(a.uid, b.uid, return_indices=True)
-    numbers: dict[str, Any] = {"particles": [len(a), len(b)], "in_both": len(mine)}
-    if not len(mine) or not np.array_equal(np.sort(a.uid), np.sort(b.uid)):
-        return FileDifference(name, f"holds other particles: {len(a)} before, {len(b)} now, {len(mine)} in both",
+    _, rows, theirs = np.intersect1d(a.uid, b.uid, return_indices=True)
+    numbers: dict[str, Any] = {"particles": [len(a), len(b)], "in_both": len(rows)}
+    if not len(rows) or not np.array_equal(np.sort(a.uid), np.sort(b.uid)):
+        return FileDifference(name, f"holds other particles: {len(a)} before, {len(b)} now, {len(rows)} in both",
                           numbers=numbers)  # fmt: skip
     (rotation_a, shift_a), (rotation_b, shift_b) = a.require_poses(old), b.require_poses(new)
-    turned = pose_errors(rotation_a[mine], rotation_b[theirs], symmetry, align="none").errors_deg
-    moved = np.linalg.norm(shift_a[mine] - shift_b[theirs], axis=1)
+    turned = pose_errors(rotation_a[rows], rotation_b[theirs], symmetry, align="none").errors_deg
+    moved = np.linalg.norm(shift_a[rows] - shift_b[theirs], axis=1)
     count = int(((turned > POSE_DEG) | (moved > POSE_A)).sum())
     numbers |= {
         "different_poses": count, "angle_deg": {"median": float(np.median(turned)), "largest": float(turned.max())},
         "shift_A": {"median": float(np.median(moved)), "largest": float(moved.max())},
     }  # fmt: skip
-    words = f"{count:,} of {len(mine):,} particles have another pose (by more than {POSE_DEG:g}° or {POSE_A:g} Å)"
+    words = f"{count:,} of {len(rows):,} particles have another pose (by more than {POSE_DEG:g}° or {POSE_A:g} Å)"
     words += f"; at most {turned.max():.3g}° and {moved.max():.3g} Å" if count else "; other columns differ"
     return FileDifference(name, words, count == 0, numbers)
 
 
 def _json(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
-    found: list[tuple[str, float | None]] = []
-    _walk("", json.loads(old.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8")), found)
-    shown = ", ".join(f"{key} (by {by:.2g} of its value)" if by is not None else key for key, by in found[:4])
-    more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-    largest = max((by for _, by in found if by is not None), default=0.0)
-    rounding = all(by is not None for _, by in found) and largest < ROUNDING
-    return FileDifference(name, f"other values: {shown}{more}", rounding, {"values": len(found), "largest": largest})
+    differences: list[tuple[str, float | None]] = []
+    _walk("", json.loads(old.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8")), differences)
+    shown = ", ".join(f"{key} (by {by:.2g} of its value)" if by is not None else key for key, by in differences[:4])
+    more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
+    largest = max((by for _, by in differences if by is not None), default=0.0)
+    rounding = all(by is not None for _, by in differences) and largest < ROUNDING
+    return FileDifference(
+        name, f"other values: {shown}{more}", rounding, {"values": len(differences), "largest": largest}
+    )
 
 
-def _walk(key: str, a: Any, b: Any, found: list[tuple[str, float | None]]) -> None:
+def _walk(key: str, a: Any, b: Any, differences: list[tuple[str, float | None]]) -> None:
     """Collects the keys under which two JSON values differ, with the relative difference of numbers."""
     if a == b:
         return
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         for part in a:
-            _walk(f"{key}.{part}" if key else part, a[part], b[part], found)
+            _walk(f"{key}.{part}" if key else part, a[part], b[part], differences)
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for number, (x, y) in enumerate(zip(a, b)):
-            _walk(f"{key}[{number}]", x, y, found)
+            _walk(f"{key}[{number}]", x, y, differences)
     elif all(isinstance(v, int | float) and not isinstance(v, bool) for v in (a, b)):
-        found.append((key, abs(a - b) / max(abs(a), abs(b))))
+        differences.append((key, abs(a - b) / max(abs(a), abs(b))))
     else:
-        found.append((key, None))
+        differences.append((key, None))
 
 
 def _arrays(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
@@ -149,15 +151,17 @@ def _datasets(name: str, old: Path, new: Path, symmetry: str) -> FileDifference:
     from cryoiso.io.shardcheck import open_shard, plain_dataset
 
     with open_shard(old) as a, open_shard(new) as b:
-        both: list[dict[str, np.ndarray]] = [
+        before_and_after: list[dict[str, np.ndarray]] = [
             {k: plain_dataset(f, k, path)[()] for k in f} for f, path in ((a, old), (b, new))
         ]
         facts = [{k: str(v) for k, v in f.attrs.items()} for f in (a, b)]
-    found = _named(name, *both)
+    difference = _named(name, *before_and_after)
     changed = sorted(k for k in facts[0].keys() | facts[1].keys() if facts[0].get(k) != facts[1].get(k))
     if not changed:
-        return found
-    return FileDifference(name, f"{found.words}; other attributes: {', '.join(changed)}", False, found.numbers)
+        return difference
+    return FileDifference(
+        name, f"{difference.words}; other attributes: {', '.join(changed)}", False, difference.numbers
+    )
 
 
 def _named(name: str, a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> FileDifference:

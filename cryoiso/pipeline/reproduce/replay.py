@@ -57,7 +57,7 @@ class Replay:
         """In words."""
         if self.identical:
             return f"{self.stage}: identical, all {self.same} files have the bits that the run recorded"
-        rounding = all(one.rounding for one in self.different)
+        rounding = all(difference.rounding for difference in self.different)
         text = f"{self.stage}: {len(self.different)} of {self.same + len(self.different)} files differ"
         return text + (", by no more than rounding" if rounding else "")
 
@@ -65,7 +65,8 @@ class Replay:
         return {
             "schema": 1, "stage": self.stage, "run": self.run, "out": self.out, "made_by": self.made_by,
             "replayed_by": f"cryoiso {__version__}", "identical": self.identical,
-            "verdict": self.verdict, "same": self.same, "different": [one.as_dict() for one in self.different],
+            "verdict": self.verdict, "same": self.same,
+            "different": [difference.as_dict() for difference in self.different],
         }  # fmt: skip
 
 
@@ -116,19 +117,19 @@ def replay_stage(
     if comm.rank == 0:
         logger.info("%s of %s again, in %s", name, run.path, target)
     again_inputs = Inputs(job, again.folder, comm)
-    made = do_stage(again, again_inputs, next(s for s in stages if s.name == stage), "", resume=False)
-    return on_root(comm, _judge, again, run, stage, recorded, made, versions.made_by(manifest))
+    outputs = do_stage(again, again_inputs, next(s for s in stages if s.name == stage), "", resume=False)
+    return on_root(comm, _judge, again, run, stage, recorded, outputs, versions.made_by(manifest))
 
 
 def _read_manifest(run: RunFolder) -> dict[str, Any]:
     """The manifest; the log says what of program and packages is not as in the run."""
-    found = read_record(run.manifest)
-    check_manifest(found, run.manifest)
-    if found:
-        versions.require_schema(found, run.manifest)
-    for note in versions.notes(found):
+    manifest = read_record(run.manifest)
+    check_manifest(manifest, run.manifest)
+    if manifest:
+        versions.require_schema(manifest, run.manifest)
+    for note in versions.notes(manifest):
         logger.warning("this run was %s", note)
-    return found
+    return manifest
 
 
 def _recorded(run: RunFolder, name: str, stages: list[str]) -> tuple[str, Outputs, Outputs]:
@@ -165,25 +166,25 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def _judge(again: RunContext, run: RunFolder, stage: str, recorded: Outputs, made: Outputs, made_by: str) -> Replay:
+def _judge(again: RunContext, run: RunFolder, stage: str, recorded: Outputs, outputs: Outputs, made_by: str) -> Replay:
     target, different, same = again.folder.path, [], 0
     # a run that was moved: its files name the folder in which they were made
     old = read_record(run.manifest).get("folder", str(run.path))
-    for name in sorted(set(recorded) | set(made)):
+    for name in sorted(set(recorded) | set(outputs)):
         if name in REPORTS:
             continue
-        was, now = recorded.get(name), made.get(name)
+        was, now = recorded.get(name), outputs.get(name)
         if was is not None and now is not None and was["sha256"] == now["sha256"]:
             same += 1
             continue
-        found = compare_files(
+        difference = compare_files(
             name, run.path / name if was else None, target / name if now else None, again.job.sample.symmetry,
             names={old: str(target), str(run.path): str(target)},
         )  # fmt: skip
-        if found is None:
+        if difference is None:
             same += 1
         else:
-            different.append(found)
+            different.append(difference)
     result = Replay(stage, str(run.path), str(target), same, different, made_by)
     write_json(target / RECORD, result.as_dict())
     return result

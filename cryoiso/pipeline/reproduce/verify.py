@@ -102,17 +102,17 @@ def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> VerifyRep
         InputError: what the run keeps about itself cannot be read.
     """
     run = RunFolder(folder.absolute())
-    verdict, recorded, given = on_root(comm, _read, run, inputs)
-    recorded_there, given_there = on_root(comm, lambda: (_there(run, recorded), _there(run, given)))
-    found = hash_shared(run.path, recorded_there + given_there, comm, "verify")
+    verdict, recorded, input_entries = on_root(comm, _read, run, inputs)
+    recorded_there, given_there = on_root(comm, lambda: (_there(run, recorded), _there(run, input_entries)))
+    digests = hash_shared(run.path, recorded_there + given_there, comm, "verify")
     if comm.rank == 0:
-        for entry in (*recorded, *given):
-            verdict.differences += _compare(run, entry, found.get(entry.name), entry.by == "input", verdict)
+        for entry in (*recorded, *input_entries):
+            verdict.differences += _compare(run, entry, digests.get(entry.name), entry.by == "input", verdict)
         known = {difference.file for difference in verdict.differences}
-        verdict.differences += _result_differences(run, {k: v for k, v in found.items() if k not in known})
+        verdict.differences += _result_differences(run, {k: v for k, v in digests.items() if k not in known})
         verdict.checked = {
             "outputs": len(recorded_there), "inputs": len(given_there),
-            "bytes": sum(facts["bytes"] for facts in found.values()),
+            "bytes": sum(facts["bytes"] for facts in digests.values()),
         }  # fmt: skip
     return comm.bcast(verdict)
 
@@ -144,11 +144,11 @@ def _read(run: RunFolder, inputs: bool) -> tuple[VerifyReport, list[Recorded], l
                 verdict.differences.append(
                     Difference(products.JOURNAL, f"names another hash for {name} than the seal", "seal", seal["time"])
                 )
-    given = list(_inputs(manifest, verdict)) if inputs else []
+    input_entries = list(_inputs(manifest, verdict)) if inputs else []
     if not inputs:
         verdict.notes.append("inputs were not looked at")
     _note_strangers(run, recorded, verdict)
-    return verdict, list(recorded.values()), given
+    return verdict, list(recorded.values()), input_entries
 
 
 def _read_seal(run: RunFolder) -> dict[str, Any]:
@@ -227,9 +227,9 @@ def _inputs(manifest: dict[str, Any], verdict: VerifyReport) -> Iterator[Recorde
         else:
             unhashed.append(name)
             if os.path.isfile(name) and os.stat(name).st_size != facts["bytes"]:
-                found = f"{os.stat(name).st_size} bytes"
+                size_text = f"{os.stat(name).st_size} bytes"
                 verdict.differences.append(
-                    Difference(name, SIZE, "input", starts[0].get("time", ""), f"{facts['bytes']} bytes", found)
+                    Difference(name, SIZE, "input", starts[0].get("time", ""), f"{facts['bytes']} bytes", size_text)
                 )
     if unhashed:
         verdict.notes.append(f"{len(unhashed)} input(s) were not hashed by the run; their sizes alone were compared")
@@ -249,20 +249,20 @@ def _note_strangers(run: RunFolder, recorded: dict[str, Recorded], verdict: Veri
 
 def _there(run: RunFolder, entries: list[Recorded]) -> list[str]:
     """The names of those that can be read, and have the size that they had; others need no hashing."""
-    found = []
+    existing = []
     for entry in entries:
         path = run.path / entry.name
         if path.is_file() and path.stat().st_size == entry.bytes:
-            found.append(entry.name)
-    return found
+            existing.append(entry.name)
+    return existing
 
 
 def _compare(
-    run: RunFolder, entry: Recorded, found: dict[str, Any] | None, is_input: bool, verdict: VerifyReport
+    run: RunFolder, entry: Recorded, digest: dict[str, Any] | None, is_input: bool, verdict: VerifyReport
 ) -> list[Difference]:
     """What is wrong with one file; an input that is gone is noted instead."""
     path = run.path / entry.name
-    if found is not None and found["sha256"] == entry.sha256:
+    if digest is not None and digest["sha256"] == entry.sha256:
         return []
     if not path.is_file():
         if is_input:
@@ -271,14 +271,14 @@ def _compare(
         return [Difference(entry.name, GONE, entry.by, entry.since)]
     stat = path.stat()
     modified = datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="seconds")
-    if found is None:
+    if digest is None:
         size = (f"{entry.bytes} bytes", f"{stat.st_size} bytes")
         return [Difference(entry.name, SIZE, entry.by, entry.since, *size, modified)]
-    sums = (f"sha256 {entry.sha256[:16]}...", f"{found['sha256'][:16]}...")
+    sums = (f"sha256 {entry.sha256[:16]}...", f"{digest['sha256'][:16]}...")
     return [Difference(entry.name, CONTENT, entry.by, entry.since, *sums, modified)]
 
 
-def _result_differences(run: RunFolder, found: Outputs) -> list[Difference]:
+def _result_differences(run: RunFolder, digests: Outputs) -> list[Difference]:
     """Whether result/ agrees with its own list of checksums, and its half-maps with the reconstruction's.
 
     Args:
@@ -288,17 +288,22 @@ def _result_differences(run: RunFolder, found: Outputs) -> list[Difference]:
     sums = f"result/{products.SUMS}"
     listed = read_sums(run.path / sums)
     for name, sha256 in listed.items():
-        facts = found.get(f"result/{name}")
+        facts = digests.get(f"result/{name}")
         if facts is not None and facts["sha256"] != sha256:
             differences.append(Difference(f"result/{name}", f"is not what {products.SUMS} says", sums, ""))
     if listed:
         present = {name.removeprefix("result/") for name in list_outputs(run.path, ("result",))} - {products.SUMS}
         for name in sorted(present - set(listed)):
-            if f"result/{name}" in found:
+            if f"result/{name}" in digests:
                 differences.append(Difference(f"result/{name}", f"is not listed in {products.SUMS}", sums, ""))
-    for made in (p for name in products.HALF_MAPS for p in run.path.glob(f"[0-9][0-9]_reconstruct/{name}")):
-        one, two = found.get(f"{made.parent.name}/{made.name}"), found.get(f"result/{made.name}")
-        if one is not None and two is not None and one["sha256"] != two["sha256"]:
-            name = f"result/{made.name}"
-            differences.append(Difference(name, f"is not the half-map of {made.parent.name}", made.parent.name, ""))
+    for half_map in (p for name in products.HALF_MAPS for p in run.path.glob(f"[0-9][0-9]_reconstruct/{name}")):
+        in_stage, in_result = (
+            digests.get(f"{half_map.parent.name}/{half_map.name}"),
+            digests.get(f"result/{half_map.name}"),
+        )
+        if in_stage is not None and in_result is not None and in_stage["sha256"] != in_result["sha256"]:
+            name = f"result/{half_map.name}"
+            differences.append(
+                Difference(name, f"is not the half-map of {half_map.parent.name}", half_map.parent.name, "")
+            )
     return differences

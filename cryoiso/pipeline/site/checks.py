@@ -22,23 +22,23 @@ FEW_OPEN_FILES = 256
 
 def judge(facts: dict[str, Any], needs: Needs | None = None) -> list[Finding]:
     """All findings, in the order a person would look."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in (_packages, _mpi):
-        found += check(facts)
-    found += _gpus(facts, needs)
+        findings += check(facts)
+    findings += _gpus(facts, needs)
     for check in (_torch, _threads, _limits, _clocks):
-        found += check(facts)
-    found += _relion(facts, needs)
-    found += _memory(facts, needs)
-    found += shared_memory_findings(facts)
+        findings += check(facts)
+    findings += _relion(facts, needs)
+    findings += _memory(facts, needs)
+    findings += shared_memory_findings(facts)
     for name, folder in facts["folders"].items():
         if name == SCRATCH:
             continue  # last, as it is of the job alone
-        found += folder_findings(name, folder, facts, needs if name == "run folder" else None)
+        findings += folder_findings(name, folder, facts, needs if name == "run folder" else None)
     if needs is not None and needs.job.run.device != "cpu":
-        found += _device(facts, needs)
-    found += scratch_findings(facts["folders"].get(SCRATCH, {}))
-    return found
+        findings += _device(facts, needs)
+    findings += scratch_findings(facts["folders"].get(SCRATCH, {}))
+    return findings
 
 
 # --- the program and its MPI
@@ -313,11 +313,11 @@ def _memory(facts: dict[str, Any], needs: Needs | None) -> Iterator[Finding]:
     by_host: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for rank in facts["ranks"]:
         by_host[rank["host"]].append(rank)
-    least, told, wanted = math.inf, "", 0
+    least, share_text, wanted = math.inf, "", 0
     for host, ranks in by_host.items():
         first = ranks[0]
         limit = first["memory_limit_bytes"]
-        whole = limit or first["memory_bytes"]
+        allowed_bytes = limit or first["memory_bytes"]
         share = min(limit or math.inf, max(first["memory_free_bytes"], 0)) / len(ranks)
         need = 0 if needs is None else needs.memory_bytes
         if needs is not None and any(rank["rank"] == 0 for rank in ranks):
@@ -325,20 +325,22 @@ def _memory(facts: dict[str, Any], needs: Needs | None) -> Iterator[Finding]:
         if share - need < least:
             kind = "allowed to this job" if limit else "in all"
             least, wanted = share - need, need
-            told = f"{gib(share)} a rank on {host} ({gib(whole)} {kind}, {gib(first['memory_free_bytes'])} free)"
+            share_text = (
+                f"{gib(share)} a rank on {host} ({gib(allowed_bytes)} {kind}, {gib(first['memory_free_bytes'])} free)"
+            )
     if least < 0:
         severity = ERROR if wanted > 1.5 * (least + wanted) else WARNING
         yield Finding(
             "memory",
             severity,
-            f"{told}, but a rank will need about {gib(wanted)}",
+            f"{share_text}, but a rank will need about {gib(wanted)}",
             "Start fewer ranks on a node, or ask for more memory.",
             EXIT_MISSING,
             code="memory-short" if severity == ERROR else "",
         )
     else:
         words = f"; a rank will need about {gib(wanted)}" if needs is not None else ""
-        yield Finding("memory", FINE, told + words)
+        yield Finding("memory", FINE, share_text + words)
 
 
 def _device(facts: dict[str, Any], needs: Needs) -> Iterator[Finding]:

@@ -63,10 +63,10 @@ def check_machine(inputs: Inputs, asked: Callable[[Inputs, int], Needs] = needs_
     needs = on_root(comm, asked, inputs, comm.size)
     device = needs.job.run.model_copy(update={"device": comm.device_preference})  # of a part of a run: what that needs
     needs = replace(needs, job=needs.job.model_copy(update={"run": device}))
-    found = judge(look(comm, [("run folder", inputs.folder.path)], thorough=False), needs)
+    findings = judge(look(comm, [("run folder", inputs.folder.path)], thorough=False), needs)
     if comm.rank == 0:
-        report.tell(found)
-    first = report.worst(found)
+        report.tell(findings)
+    first = report.worst(findings)
     error = None
     if first is not None and first.severity == report.ERROR:
         error = CryoisoError(first.line(), code=first.code)

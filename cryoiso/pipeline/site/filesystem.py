@@ -83,8 +83,8 @@ def filesystem_of(folder: Path, mounts: Path = Path("/proc/mounts")) -> dict[str
 
 def room(folder: Path) -> dict[str, int | None]:
     """Free bytes and free inodes for this user; None where the file system does not count inodes."""
-    found = os.statvfs(folder)
-    return {"free_bytes": found.f_bavail * found.f_frsize, "free_inodes": found.f_favail if found.f_files else None}
+    status = os.statvfs(folder)
+    return {"free_bytes": status.f_bavail * status.f_frsize, "free_inodes": status.f_favail if status.f_files else None}
 
 
 def try_out(name: Path, size: int, repeats: int) -> dict[str, Any]:

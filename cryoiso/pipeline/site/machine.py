@@ -49,8 +49,8 @@ def look(comm: Context, folders: Sequence[tuple[str, Path]], *, thorough: bool) 
         "library": comm.library(),
     }
     if thorough:
-        found = {"cryoiso": _program(), "mpi": _mpi(comm), "relion": _relion()} if comm.rank == 0 else None
-        facts |= comm.bcast(found)
+        report = {"cryoiso": _program(), "mpi": _mpi(comm), "relion": _relion()} if comm.rank == 0 else None
+        facts |= comm.bcast(report)
         facts["shared_memory"] = look_for_abandoned(comm)
     return facts
 
@@ -89,7 +89,7 @@ def _gpus(comm: Context) -> dict[str, Any]:
     """The GPUs that this rank sees, and why it sees none where there is a driver."""
     import torch
 
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "gpus": [],
         "driver": Path("/proc/driver/nvidia/version").exists() or Path("/dev/kfd").exists(),
         "torch_gpu": torch.version.cuda or getattr(torch.version, "hip", None) or "",
@@ -97,21 +97,21 @@ def _gpus(comm: Context) -> dict[str, Any]:
         "asked": asked_for_gpus(),
         "why_none": "",
     }
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        found["why_none"] = str(told[0].message).split(" (Triggered")[0] if told else ""
-        return found
+        facts["why_none"] = str(caught[0].message).split(" (Triggered")[0] if caught else ""
+        return facts
     count = torch.cuda.device_count()
-    mine = comm.local_rank % count if count else 0
+    index = comm.local_rank % count if count else 0
     for number in range(count):
         gpu = torch.cuda.get_device_properties(number)
-        one = {"name": gpu.name, "total_bytes": gpu.total_memory, "id": str(getattr(gpu, "uuid", number))}
-        if number == mine and comm.device_preference != "cpu":  # asking for the others would take memory on each
-            one |= {"used_by_this_rank": True, "free_bytes": torch.cuda.mem_get_info(number)[0]}
-        found["gpus"].append(one)
-    return found
+        device_facts = {"name": gpu.name, "total_bytes": gpu.total_memory, "id": str(getattr(gpu, "uuid", number))}
+        if number == index and comm.device_preference != "cpu":  # asking for the others would take memory on each
+            device_facts |= {"used_by_this_rank": True, "free_bytes": torch.cuda.mem_get_info(number)[0]}
+        facts["gpus"].append(device_facts)
+    return facts
 
 
 def memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> dict[str, int | None]:
@@ -156,15 +156,15 @@ def _mpi(comm: Context) -> dict[str, Any]:
     """The library that mpi4py loads, and what the launchers at hand belong to."""
     from cryoiso.parallel.mpi_probe import family_of_launcher, family_of_library, probe_mpi
 
-    found = probe_mpi()
+    facts = probe_mpi()
     path = shutil.which("mpirun") or ""
-    launchers = [name for name in dict.fromkeys((found["mpirun"], path)) if name]
+    launchers = [name for name in dict.fromkeys((facts["mpirun"], path)) if name]
     return {
-        **found,
+        **facts,
         "ranks": comm.size,
         "hosts": {host: len(ranks) for host, ranks in comm.nodes.items()},
-        "family": family_of_library(found.get("library", "")),
-        "mpirun_family": family_of_launcher(found["mpirun"]) if found["mpirun"] else "",
+        "family": family_of_library(facts.get("library", "")),
+        "mpirun_family": family_of_launcher(facts["mpirun"]) if facts["mpirun"] else "",
         "launchers": {name: family_of_launcher(name) for name in launchers},
         "first_on_path": path,
     }

@@ -71,17 +71,17 @@ def needs_left(inputs: Inputs, ranks: int, left: list[str]) -> Needs:
     if "report" in left:
         places |= {"result": inputs.folder.result, "run folder": inputs.folder.logs}
     sizes = {name: _sizes(place) for name, place in places.items()}
-    missing = [_less(one, sizes[one.name]) for one in disk(problem, ranks) if one.name in places]
+    missing = [_less(entry, sizes[entry.name]) for entry in disk(problem, ranks) if entry.name in places]
     return needs_of_stages(problem, ranks, left, missing)
 
 
-def _less(one: Stored, there: list[int]) -> Stored:
+def _less(entry: Stored, there: list[int]) -> Stored:
     """What is still to be written where files of these sizes are: first what stays, then what is removed again."""
     size, files = sum(there), len(there)
     return replace(
-        one, bytes=max(0, one.bytes - size), files=max(0, one.files - files),
-        temporary_bytes=max(0, one.temporary_bytes - max(0, size - one.bytes)),
-        temporary_files=max(0, one.temporary_files - max(0, files - one.files)),
+        entry, bytes=max(0, entry.bytes - size), files=max(0, entry.files - files),
+        temporary_bytes=max(0, entry.temporary_bytes - max(0, size - entry.bytes)),
+        temporary_files=max(0, entry.temporary_files - max(0, files - entry.files)),
     )  # fmt: skip
 
 
@@ -129,10 +129,10 @@ def _gpus_before(run: RunContext) -> str:
 
 def _computed(run: RunContext) -> list[bool]:
     """Of each start in the journal whether it began a stage that GPUs compute."""
-    found: list[bool] = []
+    computed: list[bool] = []
     for line in run.journal.lines if run.journal is not None else []:
         if line["event"] in ("run", "resume"):
-            found.append(False)
-        elif line["event"] == "start" and found and line["stage"] not in ON_CPUS:
-            found[-1] = True
-    return found
+            computed.append(False)
+        elif line["event"] == "start" and computed and line["stage"] not in ON_CPUS:
+            computed[-1] = True
+    return computed

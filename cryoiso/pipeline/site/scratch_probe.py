@@ -64,8 +64,8 @@ def images_of(inputs: Inputs, ranks: int) -> Images:
         section, all_bytes = job.particles, stored["ingest"].bytes
         counts = shard_layout(problem.particles, problem.box_px, section.storage, section.shard_mib)
         raw = [all_bytes * count // problem.particles for count in counts]
-    made = [s for name, s in stored.items() if name.startswith("generate-") and not relion]
-    auxiliary = [s.bytes // s.files for s in made for _ in range(s.files)]
+    generated = [s for name, s in stored.items() if name.startswith("generate-") and not relion]
+    auxiliary = [s.bytes // s.files for s in generated for _ in range(s.files)]
     folder = inputs.shards if problem.with_shards else None
     return Images(job.run.scratch, tuple(raw), tuple(auxiliary), with_auxiliary, folder)
 
@@ -76,11 +76,13 @@ def look_for_scratch(comm: Context, images: Images, run: Path) -> dict[str, dict
     Args:
         run: a folder on the file system that the run folder will be on.
     """
-    mine = None
+    own_facts = None
     if images.wanted and comm.rank == comm.nodes[comm.hostname][0]:
         raw, auxiliary = images.of_node(comm.nodes[comm.hostname], comm.size)
-        mine = _look(images, images.folder or run, comm.hostname, raw, auxiliary)
-    return {host: found for host, found in comm.allgather((comm.hostname, mine)) if found is not None}
+        own_facts = _look(images, images.folder or run, comm.hostname, raw, auxiliary)
+    return {
+        host: node_facts for host, node_facts in comm.allgather((comm.hostname, own_facts)) if node_facts is not None
+    }
 
 
 def _look(images: Images, originals: Path, host: str, raw: list[int], auxiliary: list[int]) -> dict[str, Any]:
@@ -113,17 +115,17 @@ def _try(folder: Path, host: str, free_bytes: int) -> dict[str, Any]:
     name = folder / f".cryoiso-{host}-{os.getpid()}.part"
     large = free_bytes > 4 * filesystem.PROBE_BYTES
     try:
-        found = filesystem.try_out(
+        result = filesystem.try_out(
             name, filesystem.PROBE_BYTES if large else filesystem.SMALL_BYTES, filesystem.SMALL_FILES
         )
-        if not found["problem"]:
+        if not result["problem"]:
             leases.try_lock(name)
     except OSError as error:
-        found["problem"] = f"{error.filename}: {error.strerror}"
+        result["problem"] = f"{error.filename}: {error.strerror}"
     finally:
         with suppress(OSError):
             name.unlink()
-    return found
+    return result
 
 
 def _no_room(folder: Path, sizes: list[int], old: tuple[int, int]) -> str:

@@ -55,8 +55,8 @@ def _in_use(proc: Path) -> Iterator[str]:
 
 def look_for_abandoned(comm: Context) -> dict[str, list[dict[str, Any]]]:
     """Host -> its abandoned files, on every rank. Collective."""
-    mine = (comm.hostname, abandoned()) if comm.local_rank == 0 else None
-    return dict(found for found in comm.allgather(mine) if found is not None)
+    own_files = (comm.hostname, abandoned()) if comm.local_rank == 0 else None
+    return dict(entry for entry in comm.allgather(own_files) if entry is not None)
 
 
 def shared_memory_findings(facts: dict[str, Any]) -> Iterator[Finding]:

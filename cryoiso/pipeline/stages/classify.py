@@ -42,9 +42,9 @@ def _request(run: RunContext, inputs: Inputs, resume: bool) -> RefineRequest:
     source = inputs.source()
     source.particles = on_root(comm, _posed, run, inputs)
     if comm.rank == 0:  # every column of the source goes on
-        whole = inputs.particles().with_poses(*source.particles.require_poses())
+        posed = inputs.particles().with_poses(*source.particles.require_poses())
         source.particles = replace(
-            whole, signal_scale=source.particles.signal_scale, noise_level=source.particles.noise_level
+            posed, signal_scale=source.particles.signal_scale, noise_level=source.particles.noise_level
         )
     return RefineRequest(
         source=source,
@@ -64,11 +64,11 @@ def _request(run: RunContext, inputs: Inputs, resume: bool) -> RefineRequest:
 
 def _posed(run: RunContext, inputs: Inputs) -> Particles:
     path = run.folder.stage("refine") / products.PARTICLES
-    found, particles = read_particle_file(path, run.job.particles.project, ("pose",)), bare(inputs.particles())
-    if not np.array_equal(found.uid, particles.uid):
+    posed, particles = read_particle_file(path, run.job.particles.project, ("pose",)), bare(inputs.particles())
+    if not np.array_equal(posed.uid, particles.uid):
         raise InputError("the refined particles are not those of this run", file=path, hint="Start a new run.",
                          code="run-particles-differ")  # fmt: skip
-    return particles.with_poses(*found.require_poses(path)).with_intensity(found.signal_scale, found.noise_level)
+    return particles.with_poses(*posed.require_poses(path)).with_intensity(posed.signal_scale, posed.noise_level)
 
 
 def _select(run: RunContext) -> None:
@@ -94,7 +94,7 @@ def largest_class(classes: list[dict[str, float]]) -> int:
     Args:
         classes: as in classify.json.
     """
-    return int(max(classes, key=lambda one: (one["particles"], -one["number"]))["number"])
+    return int(max(classes, key=lambda class_record: (class_record["particles"], -class_record["number"]))["number"])
 
 
 def _require_enough(particles: Particles, keep: np.ndarray, chosen: tuple[int, ...], file: Path) -> None:

@@ -106,12 +106,12 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
         on_checkpoint=lambda record: run.note_checkpoint(name, iteration=record.get("iteration")),
     )  # fmt: skip
     section = job.auxiliary
-    found = co_refine(
+    refined = co_refine(
         engines.engine(job.refine.engine), request, auxiliary, comm,
         pooled=section.noise_group == "raw", weight=section.weight,
     )  # fmt: skip
-    facts = _facts(job, round_, before, found, known)
-    _finish_round(run, inputs, sample, name, source, found.raw, facts)
+    facts = _facts(job, round_, before, refined, known)
+    _finish_round(run, inputs, sample, name, source, refined.raw, facts)
     if section.post_command:
         on_root(comm, _post_process, run, round_)
 
@@ -120,31 +120,31 @@ def _post_process(run: RunContext, round_: int) -> None:
     """The user's command on the reference of each half, so that the halves stay apart."""
     folder = run.folder.stage(f"corefine-{round_}")
     for half in HALVES:
-        given, made = folder / products.half_reference(half), folder / products.post_processed(half)
-        post_process(run.job.auxiliary.post_command, given, made, half, round_)
+        half_reference, processed = folder / products.half_reference(half), folder / products.post_processed(half)
+        post_process(run.job.auxiliary.post_command, half_reference, processed, half, round_)
 
 
-def _facts(job: Job, round_: int, before: Particles, found: Any, known: Particles) -> dict[str, Any]:
+def _facts(job: Job, round_: int, before: Particles, refined: Any, known: Particles) -> dict[str, Any]:
     """What the report says of a round."""
     from cryoiso.methods.auxiliary.corefine import movement
     from cryoiso.metrics.orientation import view_distribution
 
     symmetry = job.sample.symmetry
-    moved = movement(before, found.raw, symmetry)
+    moved = movement(before, refined.raw, symmetry)
     views = {}
-    for label, particles in (("before", before), ("after", found.raw)):
+    for label, particles in (("before", before), ("after", refined.raw)):
         spread = view_distribution(particles.require_poses()[0], symmetry)
         views["cells_per_ring"] = spread.grid.cells.tolist()
         views[label] = {**spread.summary(), "counts": spread.counts.tolist()}
     return {
         "round": round_,
-        "raw": len(found.raw),
-        "auxiliary": len(found.auxiliary),
+        "raw": len(refined.raw),
+        "auxiliary": len(refined.auxiliary),
         "moved": moved,
-        "resolution_A": found.result.resolution_A,
-        **_weight_facts(found.first, found.last),
+        "resolution_A": refined.result.resolution_A,
+        **_weight_facts(refined.first, refined.last),
         "auxiliary_error_deg": (
-            None if found.auxiliary is known else movement(known, found.auxiliary, symmetry)["median_deg"]
+            None if refined.auxiliary is known else movement(known, refined.auxiliary, symmetry)["median_deg"]
         ),
         "views": views,
         "settled": bool(moved["upper_quartile_deg"] < job.auxiliary.settle_deg),
@@ -203,8 +203,8 @@ def _finish_round(
 
 def _with_source_columns(inputs: Inputs, posed: Particles) -> Particles:
     """The source's particles, every column, with these poses and results."""
-    whole = inputs.particles().with_poses(*posed.require_poses())
-    return replace(whole, results={**whole.results, **posed.results})
+    all_particles = inputs.particles().with_poses(*posed.require_poses())
+    return replace(all_particles, results={**all_particles.results, **posed.results})
 
 
 def local(run: RunContext, inputs: Inputs, *, resume: bool) -> None:

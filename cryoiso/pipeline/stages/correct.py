@@ -128,8 +128,8 @@ def _write_filter(task: CorrectionFiles) -> float | None:
     from cryoiso.metrics.fsc_curve import fsc, resolution_at
 
     if len(task.maps) == 2:
-        one, two, _ = read_half_maps(task.maps[1], task.maps[2], task.pixel_size_A)
-        known = {1: one, 2: two}
+        half_map1, half_map2, _ = read_half_maps(task.maps[1], task.maps[2], task.pixel_size_A)
+        known = {1: half_map1, 2: half_map2}
     else:
         known = {half: read_map(path, task.pixel_size_A) for half, path in task.maps.items()}
     first = known[min(known)]
@@ -149,8 +149,8 @@ def _write_filter(task: CorrectionFiles) -> float | None:
         fsc_filter = missing_cone(box, task.missing_cone_deg, task.axis)
     else:
         last = box // 2 if limit_A is None else min(box // 2, int(np.ceil(box * pixel / limit_A)) + 1)
-        found = fsc3d(known[1].data, known[2].data, mask, cone_deg=task.section.cone_deg, max_shell=last)
-        fsc_filter = checked(np.clip(found, 0, 1), box)
+        measured = fsc3d(known[1].data, known[2].data, mask, cone_deg=task.section.cone_deg, max_shell=last)
+        fsc_filter = checked(np.clip(measured, 0, 1), box)
     if curve is not None and (seen := seen_shells(curve, float(np.mean(mask)))) < len(curve) - 1:
         fsc_filter = nothing_beyond(fsc_filter, seen)
         if limit_A is not None and _is_short(seen, box * pixel / limit_A):
@@ -171,22 +171,22 @@ def _correct_maps(task: CorrectionFiles, limit_A: float | None, comm: Context, r
         facts = {}
         for number, half in enumerate(task.maps):
             board.expect(number, len(task.maps))  # lines of the other process are not seen here
-            one = replace(task, maps={half: task.maps[half]}, of_a_pair=True)
-            facts[half] = apart(_correct_alone, one, limit_A, resume, stop=lambda: bool(signals.stop_signal()))
+            half_task = replace(task, maps={half: task.maps[half]}, of_a_pair=True)
+            facts[half] = apart(_correct_alone, half_task, limit_A, resume, stop=lambda: bool(signals.stop_signal()))
         on_root(comm, _finish, task, facts)
         return
-    found = _corrected(task, _read_mine(task, comm), limit_A, comm, resume)
-    on_root(comm, _write_parts, task, found)
-    on_root(comm, _finish, task, {0: (found.facts, found.history)})
+    corrected = _corrected(task, _read_mine(task, comm), limit_A, comm, resume)
+    on_root(comm, _write_parts, task, corrected)
+    on_root(comm, _finish, task, {0: (corrected.facts, corrected.history)})
 
 
 def _correct_alone(task: CorrectionFiles, limit_A: float | None, resume: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """One half in a process that was told of no other."""
     comm = Context()
     comm.device_preference = task.device
-    found = _corrected(task, _read_mine(task, comm), limit_A, comm, resume)
-    _write_parts(task, found)
-    return found.facts, found.history
+    corrected = _corrected(task, _read_mine(task, comm), limit_A, comm, resume)
+    _write_parts(task, corrected)
+    return corrected.facts, corrected.history
 
 
 def _read_mine(task: CorrectionFiles, comm: Context) -> dict[int, DensityMap]:
@@ -223,11 +223,11 @@ def _corrected(
     )
 
 
-def _write_parts(task: CorrectionFiles, found: Any) -> None:
+def _write_parts(task: CorrectionFiles, corrected: Any) -> None:
     pixel = read_map(task.out / products.FILTER).pixel_size_A
-    for half in found.maps:
-        write_map(_corrected_part(task, half), found.maps[half], pixel)
-        write_map(_inferred_part(task, half), found.inferred[half], pixel)
+    for half in corrected.maps:
+        write_map(_corrected_part(task, half), corrected.maps[half], pixel)
+        write_map(_inferred_part(task, half), corrected.inferred[half], pixel)
 
 
 def _corrected_part(task: CorrectionFiles, half: int) -> Path:
@@ -244,16 +244,16 @@ def _finish(task: CorrectionFiles, parts: dict[int, tuple[dict[str, Any], dict[s
     from cryoiso.methods.anisotropy.inferred import measured_share, measured_share_fourier
 
     def mean_of(part: Callable[[CorrectionFiles, int], Path]) -> DensityMap:
-        found = [read_map(part(task, half)) for half in task.maps]
-        return replace(found[0], data=_mean([density.data for density in found]))
+        half_maps = [read_map(part(task, half)) for half in task.maps]
+        return replace(half_maps[0], data=_mean([density.data for density in half_maps]))
 
-    whole, inferred = mean_of(_corrected_part), mean_of(_inferred_part)
-    pixel, first = whole.pixel_size_A, next(iter(parts.values()))[0]
+    corrected, inferred = mean_of(_corrected_part), mean_of(_inferred_part)
+    pixel, first = corrected.pixel_size_A, next(iter(parts.values()))[0]
     limit_A = first["resolution_A"] or 2 * pixel
-    measured = whole.data - inferred.data
+    measured = corrected.data - inferred.data
     width_px = max(1.0, limit_A / pixel / 2)
     share = measured_share(measured, inferred.data, width_px)
-    write_map(task.out / products.CORRECTED_MAP, whole.data, pixel)
+    write_map(task.out / products.CORRECTED_MAP, corrected.data, pixel)
     write_map(task.out / products.MEASURED, share, pixel)
     write_map(task.out / products.MEASURED_FOURIER, measured_share_fourier(measured, inferred.data), pixel)
     for half in task.maps:
@@ -270,7 +270,7 @@ def _facts(
     mask = read_map(task.out / products.MASK)
     fsc_filter = read_map(task.out / products.FILTER)
     inside, length_A = share[mask.data > 0.5], mask.box_px * mask.pixel_size_A
-    networks = {label: one for facts, _ in parts.values() for label, one in facts["networks"].items()}
+    networks = {label: network for facts, _ in parts.values() for label, network in facts["networks"].items()}
     history = {label: records for _, records in parts.values() for label, records in records.items()}
     return {
         "mode": task.mode,
@@ -325,12 +325,12 @@ def _curves(task: CorrectionFiles) -> dict[str, Any]:
 
     mask = read_map(task.out / products.MASK).data
     raw = [read_map(path, task.pixel_size_A) for path in task.maps.values()]
-    made = [read_map(_corrected_part(task, half)) for half in task.maps]
+    corrected = [read_map(_corrected_part(task, half)) for half in task.maps]
     frequency = shell_frequencies(raw[0].box_px, raw[0].pixel_size_A)
     curves = {
         "frequency_invA": frequency,
         "fsc_half_maps": fsc(raw[0].data, raw[1].data, mask),
-        "agreement_of_network_outputs_not_a_resolution": fsc(made[0].data, made[1].data, mask),
+        "agreement_of_network_outputs_not_a_resolution": fsc(corrected[0].data, corrected[1].data, mask),
     }
     seen = seen_shells(curves["fsc_half_maps"], float(np.mean(mask)))
     to_A = raw[0].box_px * raw[0].pixel_size_A / seen if seen else None

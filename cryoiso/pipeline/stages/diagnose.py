@@ -39,9 +39,9 @@ def _diagnose(run: RunContext, inputs: Inputs) -> None:
     half1, half2, mask = (read_map(maps / name) for name in (*products.HALF_MAPS, products.MASK))
     with_true_poses = maps / products.TRUE_POSES / products.MAP
 
-    def numbers_of(one: np.ndarray, two: np.ndarray, star: Path, true_poses: Path | None) -> DiagnoseRecord:
+    def numbers_of(half_map1: np.ndarray, half_map2: np.ndarray, star: Path, true_poses: Path | None) -> DiagnoseRecord:
         return measure(
-            one, two, mask.data, half1.pixel_size_A,
+            half_map1, half_map2, mask.data, half1.pixel_size_A,
             read_particle_file(star, job.particles.project, ("pose",)),
             job.sample.symmetry,
             truth_particles=inputs.truth(),

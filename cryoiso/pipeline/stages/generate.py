@@ -159,7 +159,7 @@ def _counts(particles: Particles) -> dict[str, int]:
     return {str(h): int(np.sum(particles.half == h)) for h in HALVES}
 
 
-def compare(raw: ImageSource, made: ImageSource, comm: Context, seed: int) -> dict[str, Any]:
+def compare(raw: ImageSource, generated: ImageSource, comm: Context, seed: int) -> dict[str, Any]:
     """Statistics of raw and generated images, half by half paired, ranks sharing the reading (collective)."""
     from cryoiso.core.rng import shuffle_keys
     from cryoiso.metrics.imagestats import image_statistics, image_sums
@@ -167,19 +167,19 @@ def compare(raw: ImageSource, made: ImageSource, comm: Context, seed: int) -> di
     pairs = []
     for half in HALVES:
         sides = []
-        for source in (raw, made):
+        for source in (raw, generated):
             rows = np.flatnonzero(source.particles.half == half)
             keys = shuffle_keys(seed, "compared image", source.particles.uid[rows])
             sides.append(np.sort(rows[np.argsort(keys, kind="stable")[:COMPARED]]))
         n = min(map(len, sides))
         pairs.append([side[:n] for side in sides])
     left, right = (np.concatenate([p[i] for p in pairs]) for i in (0, 1))
-    mine = owned_rows(len(left), COMPARED_BLOCK, comm.rank, comm.size)
+    own_rows = owned_rows(len(left), COMPARED_BLOCK, comm.rank, comm.size)
     radius = 0.5 * raw.box_px
     parts = []
-    for start in range(mine.start, mine.stop, COMPARED_BLOCK):
-        some = slice(start, min(start + COMPARED_BLOCK, mine.stop))
-        parts.append(image_sums(raw.read(left[some]), made.read(right[some]), radius))
+    for start in range(own_rows.start, own_rows.stop, COMPARED_BLOCK):
+        some = slice(start, min(start + COMPARED_BLOCK, own_rows.stop))
+        parts.append(image_sums(raw.read(left[some]), generated.read(right[some]), radius))
     sums = np.sum([part for share in comm.allgather(parts) for part in share], axis=0)
     group = raw.particles.first_group
     return image_statistics(sums, raw.box_px, group.pixel_size_A)
@@ -189,11 +189,11 @@ def _finish(folder: Path, maker: Maker, raw: ImageSource, facts: dict[str, Any],
     """Samples for the report and the facts."""
     from cryoiso.io.atomic import atomic_write
 
-    mine = np.arange(min(SAMPLES, int(np.sum(particles.half == 1))))
-    made, clean = maker.at_temperature(1.0).images(mine)
+    sample_rows = np.arange(min(SAMPLES, int(np.sum(particles.half == 1))))
+    generated, clean = maker.at_temperature(1.0).images(sample_rows)
     shown = raw.read(np.arange(min(SAMPLES, len(raw.particles))))
     with atomic_write(folder / products.SAMPLES) as stream:
-        np.savez(stream, raw=shown, auxiliary=made, projections=clean)
+        np.savez(stream, raw=shown, auxiliary=generated, projections=clean)
     write_json(folder / products.facts("generate"), facts)
     kl = facts["statistics"].get("kl_nats")
     logger.info("%d auxiliary particles%s", len(particles), "" if kl is None else f", KL to the raw ones {kl:.3g} nats")

@@ -75,9 +75,9 @@ class Support:
     Used for several reconstructions, it keeps the mask of the first. Rank 0's is the one that counts.
     """
 
-    def __init__(self, given: np.ndarray | None = None, diameter_A: float | None = None, seed: int = 0) -> None:
+    def __init__(self, mask: np.ndarray | None = None, diameter_A: float | None = None, seed: int = 0) -> None:
         self.diameter_A, self.seed = diameter_A, seed
-        self._mask, self.kind = given, "given"
+        self._mask, self.kind = mask, "given"
 
     def mask_of(self, full: DensityMap) -> np.ndarray:
         """The mask (D, D, D); made from this map if there is none yet."""

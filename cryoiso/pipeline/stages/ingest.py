@@ -76,8 +76,8 @@ def write_shards(
     hashes = None
     if known is not None:
         names = [name for name in map(shard_name, range(len(plan.shards))) if name not in known]
-        made = hash_shared(folder, names, comm, "hashing shards") if names else {}
-        hashes = {**known, **{name: facts["sha256"] for name, facts in made.items()}}
+        digests = hash_shared(folder, names, comm, "hashing shards") if names else {}
+        hashes = {**known, **{name: facts["sha256"] for name, facts in digests.items()}}
     on_root(comm, io_ingest.finish_index, plan, folder, hashes)
     line.close(f"{total:,} images of {plan.box_px} px in {len(plan.shards)} shard(s)")
 

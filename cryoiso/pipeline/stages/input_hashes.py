@@ -93,10 +93,10 @@ class ImageHashes:
         """
         if not self.number:
             return
-        comm, found = self._run.comm, dict(self._hasher.found)
-        mine = {path: facts for path, facts in found.items() if path not in self._told}
-        self._told.update(mine)
-        new = {path: facts for part in comm.allgather(mine) for path, facts in part.items()}
+        comm, hashed = self._run.comm, dict(self._hasher.found)
+        new_hashes = {path: facts for path, facts in hashed.items() if path not in self._told}
+        self._told.update(new_hashes)
+        new = {path: facts for part in comm.allgather(new_hashes) for path, facts in part.items()}
         if new or at_once:
             on_root(comm, self._note, new, at_once)
         agree(comm, self._hasher.error)

@@ -29,12 +29,12 @@ def apart(function: Callable[..., Any], *args: Any, stop: Callable[[], bool] = l
     process = context.Process(target=_call, args=(theirs, function, args), daemon=True)
     process.start()
     theirs.close()
-    told = False
+    is_stopped = False
     try:
         while not ours.poll(0.2):
-            if stop() and not told and process.pid:
+            if stop() and not is_stopped and process.pid:
                 process.terminate()
-                told = True
+                is_stopped = True
         answer = ours.recv()
     except EOFError:
         process.join(_LEAVE_S)

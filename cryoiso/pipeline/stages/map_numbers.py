@@ -84,12 +84,12 @@ def measure_locally(
     out: Path,
 ) -> None:  # fmt: skip
     """The local resolution as a map, and its percentiles."""
-    found = local_resolution(
+    result = local_resolution(
         half1.data, half2.data, half1.pixel_size_A, window_A=section.local_window_A,
         threshold=section.local_threshold, resolution_A=numbers.get("resolution_0143_A"), each_band=signals.heed,
     )  # fmt: skip
-    numbers["local_resolution"] = plain(found.summary(mask))
-    write_map(out, found.resolution_A, half1.pixel_size_A, half1.origin_A)
+    numbers["local_resolution"] = plain(result.summary(mask))
+    write_map(out, result.resolution_A, half1.pixel_size_A, half1.origin_A)
 
 
 def add_model(
@@ -97,12 +97,12 @@ def add_model(
     extent_px: tuple[int, int, int] | None = None,
 ) -> None:  # fmt: skip
     """Map-model FSC and Q-scores, with the table by residue as a file of its own."""
-    found: dict[str, Any] = measure_model(
+    model_record: dict[str, Any] = measure_model(
         density, Path(section.model), extent_px=extent_px, fit=section.fit_model, symmetry=symmetry,
         sigma_A=section.q_sigma_A, other=Path(section.compare_model) if section.compare_model else None,
     )  # fmt: skip
-    numbers["model"] = found
-    write_text(table, q_table(found))
+    numbers["model"] = model_record
+    write_text(table, q_table(model_record))
 
 
 def mean_of(half1: DensityMap, half2: DensityMap) -> DensityMap:

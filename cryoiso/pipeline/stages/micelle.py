@@ -81,22 +81,22 @@ def _read(job: Job, choice: MaskChoice, out: Path) -> tuple[Particles, DensityMa
 
     section = job.particles
     point_group(job.sample.symmetry)
-    found = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
-    found = replace(found, groups=io_ingest.check_stacks(found, section.file))
-    group = found.first_group
+    particles = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
+    particles = replace(particles, groups=io_ingest.check_stacks(particles, section.file))
+    group = particles.first_group
     file = Path(job.reference.file)
-    made = prepare_reference(
+    reference = prepare_reference(
         file, group.box_px, group.pixel_size_A, max(HOMOLOGUE_A, 2 * group.pixel_size_A),
         map_pixel_size_A=job.reference.pixel_size_A, resample=job.reference.resample, symmetry=job.sample.symmetry,
     )  # fmt: skip
     if choice.file is not None:
-        given = read_mask(choice.file, group.box_px, group.pixel_size_A, job.sample.symmetry)
-        mask = checked_mask(np.clip(given.data, 0, 1), group.pixel_size_A, file=choice.file)
+        mask_map = read_mask(choice.file, group.box_px, group.pixel_size_A, job.sample.symmetry)
+        mask = checked_mask(np.clip(mask_map.data, 0, 1), group.pixel_size_A, file=choice.file)
     else:
-        mask = protein_mask(made.map, choice.threshold, file)
+        mask = protein_mask(reference.map, choice.threshold, file)
     out.mkdir(parents=True, exist_ok=True)
-    logger.info("homologue: %s; %s", made.source, _words(mask))
-    return bare(assign_halves(found, job.run.seed, section.file)), made.map, mask
+    logger.info("homologue: %s; %s", reference.source, _words(mask))
+    return bare(assign_halves(particles, job.run.seed, section.file)), reference.map, mask
 
 
 def _words(mask: ProteinMask) -> str:
@@ -133,18 +133,18 @@ def write_micelle(
     def tell(half: int, record: dict[str, Any]) -> None:
         logger.info("half %d, iteration %d: residual %.1e", half, record["iteration"], record["residual"])
 
-    found = recover_micelle_halves(
+    recovery = recover_micelle_halves(
         source, particles, homologue, mask, comm, settings, device=comm.device(),
         checkpoint_file=folder / CHECKPOINT, resume=resume, on_iteration=tell,
     )  # fmt: skip
-    facts = on_root(comm, _write, found, particles, homologue, mask, settings, folder)
-    if found.stopped:
-        raise Interrupted(f"stopped by a signal while {found.stopped}; the maps so far are kept")
+    facts = on_root(comm, _write, recovery, particles, homologue, mask, settings, folder)
+    if recovery.stopped:
+        raise Interrupted(f"stopped by a signal while {recovery.stopped}; the maps so far are kept")
     return facts
 
 
 def _write(
-    found: Recovery,
+    recovery: Recovery,
     particles: Particles,
     homologue: DensityMap,
     mask: ProteinMask,
@@ -154,14 +154,14 @@ def _write(
     pixel = homologue.pixel_size_A
     write_map(folder / products.MASK, mask.data, pixel)
     composites = []
-    for half, result in found.halves.items():
+    for half, result in recovery.halves.items():
         composite = composite_reference(result, homologue, mask)
         composites.append(composite)
         write_map(folder / products.micelle_half(half), result.micelle, pixel)
         write_map(folder / products.composite_half(half), composite, pixel)
     write_map(folder / products.COMPOSITE, np.asarray(sum(composites) / len(composites), np.float32), pixel)
     facts = {
-        "finished": not found.stopped,
+        "finished": not recovery.stopped,
         "particles": len(particles),
         "symmetry": settings.symmetry,
         "lowpass_A": settings.lowpass_A,
@@ -169,17 +169,17 @@ def _write(
         "prior_sd": settings.prior_sd,
         "tolerance": settings.tolerance,
         **mask.facts(),
-        "grid": found.grid,
-        "agreement_of_halves": agreement_of_halves(found),
-        "halves": {str(half): result.facts() for half, result in found.halves.items()},
+        "grid": recovery.grid,
+        "agreement_of_halves": agreement_of_halves(recovery),
+        "halves": {str(half): result.facts() for half, result in recovery.halves.items()},
     }
     write_json(folder / products.facts("micelle"), facts)
-    for half, result in found.halves.items():
+    for half, result in recovery.halves.items():
         last = result.history[-1]
         logger.info(
             "half %d: grey scale %.4g +- %.1g, residual %.1e after %d iterations%s", half, result.grey_scale,
             result.grey_scale_error, last["residual"], last["iteration"],
-            "" if result.converged or found.stopped else " (not converged: raise --max-iterations)",
+            "" if result.converged or recovery.stopped else " (not converged: raise --max-iterations)",
         )  # fmt: skip
     logger.info("the micelles of both half-sets correlate by %.3f", facts["agreement_of_halves"])
     return facts
@@ -190,9 +190,9 @@ def composite_reference(result: HalfMicelle, homologue: DensityMap, mask: Protei
     return (result.grey_scale * mask.data * homologue.data + result.micelle).astype(np.float32)
 
 
-def agreement_of_halves(found: Recovery) -> float:
+def agreement_of_halves(recovery: Recovery) -> float:
     """Correlation coefficient of both half-sets' micelles, where either has any."""
-    one, two = (found.halves[h].micelle.astype(np.float64) for h in (1, 2))
-    where = (one != 0) | (two != 0)
-    spread = one[where].std() * two[where].std() if where.any() else 0.0
-    return round(float(np.corrcoef(one[where], two[where])[0, 1]), 4) if spread > 0 else 0.0
+    first, second = (recovery.halves[h].micelle.astype(np.float64) for h in (1, 2))
+    where = (first != 0) | (second != 0)
+    spread = first[where].std() * second[where].std() if where.any() else 0.0
+    return round(float(np.corrcoef(first[where], second[where])[0, 1]), 4) if spread > 0 else 0.0

@@ -51,11 +51,11 @@ def post_process(template: str, source: Path, target: Path, half: int, round_: i
         InputError: its map is on another grid.
         Interrupted: a signal came; the command was ended.
     """
-    given = read_map(source)
+    original = read_map(source)
     raw = target.with_name(f"{target.stem}_raw.mrc")
     raw.unlink(missing_ok=True)
     words = arguments(
-        template, input=source, output=raw, half=half, round=round_, pixel_size=f"{given.pixel_size_A:.6g}"
+        template, input=source, output=raw, half=half, round=round_, pixel_size=f"{original.pixel_size_A:.6g}"
     )  # fmt: skip
     log = target.with_suffix(".log")
     logger.info("round %d, half %d: %s", round_, half, shlex.join(words))
@@ -65,9 +65,9 @@ def post_process(template: str, source: Path, target: Path, half: int, round_: i
         tail = log.read_text(encoding="utf-8", errors="replace")[-TAIL:].strip()
         what = f"ended with status {status}" if status else f"ended well but wrote no {raw.name}"
         raise CryoisoError(f"auxiliary.post_command {what}: {shlex.join(words)}\n{tail}", code="post-command-failed")
-    made = read_map(raw, given.pixel_size_A)
-    require_grid(made, given.box_px, given.pixel_size_A, raw, "the map that it was made from")
-    write_map(target, made.data, given.pixel_size_A)
+    processed = read_map(raw, original.pixel_size_A)
+    require_grid(processed, original.box_px, original.pixel_size_A, raw, "the map that it was made from")
+    write_map(target, processed.data, original.pixel_size_A)
     raw.unlink()
 
 

@@ -77,5 +77,5 @@ def _true(inputs: Inputs) -> Particles | None:
 
 
 def _support(inputs: Inputs) -> Support:
-    given = inputs.mask()
-    return Support(None if given is None else given.data, inputs.diameter_A(), inputs.job.run.seed)
+    mask = inputs.mask()
+    return Support(None if mask is None else mask.data, inputs.diameter_A(), inputs.job.run.seed)

@@ -20,17 +20,17 @@ def reference(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
 
 
 def _write_reference(run: RunContext, inputs: Inputs) -> None:
-    made, folder, lowpass_A = inputs.reference(), run.folder.stage("reference"), run.job.reference.lowpass_A
-    write_map(folder / products.REFERENCE, made.map.data, made.map.pixel_size_A)
-    write_map(folder / products.LOWPASSED_REFERENCE, made.initial.data, made.initial.pixel_size_A)
+    reference, folder, lowpass_A = inputs.reference(), run.folder.stage("reference"), run.job.reference.lowpass_A
+    write_map(folder / products.REFERENCE, reference.map.data, reference.map.pixel_size_A)
+    write_map(folder / products.LOWPASSED_REFERENCE, reference.initial.data, reference.initial.pixel_size_A)
     facts = {
-        "source": made.source,
+        "source": reference.source,
         "lowpass_A": lowpass_A,
-        "diameter_A": round(made.diameter_A, 3),
-        "box_px": made.map.box_px,
-        "pixel_size_A": made.map.pixel_size_A,
+        "diameter_A": round(reference.diameter_A, 3),
+        "box_px": reference.map.box_px,
+        "pixel_size_A": reference.map.pixel_size_A,
     }
-    if made.fit is not None:
-        facts["fit"] = made.fit.facts()
+    if reference.fit is not None:
+        facts["fit"] = reference.fit.facts()
     write_json(folder / products.facts("reference"), facts)
-    logger.info("reference: %s, low-passed at %g Å, diameter %.0f Å", made.source, lowpass_A, made.diameter_A)
+    logger.info("reference: %s, low-passed at %g Å, diameter %.0f Å", reference.source, lowpass_A, reference.diameter_A)

@@ -77,9 +77,9 @@ def poses_after(run: RunContext, inputs: Inputs, round_: int) -> Particles:
 
     def read() -> Particles:
         path = pose_file(run, round_)
-        found = read_particle_file(path, run.job.particles.project, ("pose",))
+        posed_set = read_particle_file(path, run.job.particles.project, ("pose",))
         particles = bare(inputs.particles())
-        if not np.array_equal(found.uid, particles.uid):
+        if not np.array_equal(posed_set.uid, particles.uid):
             raise InputError(
                 "the refined particles are not those of this run",
                 file=path,
@@ -87,12 +87,12 @@ def poses_after(run: RunContext, inputs: Inputs, round_: int) -> Particles:
                 code="run-particles-differ",
             )
         columns = {
-            name: np.asarray(found.table[name], np.float64)
+            name: np.asarray(posed_set.table[name], np.float64)
             for name in CERTAINTY
-            if found.table is not None and name in found.table
+            if posed_set.table is not None and name in posed_set.table
         }
-        posed = particles.with_poses(*found.require_poses(path)).with_results(**columns)
-        return posed.with_intensity(found.signal_scale, found.noise_level)
+        posed = particles.with_poses(*posed_set.require_poses(path)).with_results(**columns)
+        return posed.with_intensity(posed_set.signal_scale, posed_set.noise_level)
 
     return on_root(run.comm, read)
 
@@ -104,11 +104,11 @@ def noise_after(run: RunContext, inputs: Inputs, round_: int) -> np.ndarray | No
     def read() -> np.ndarray | None:
         folder = run.folder.stage(f"corefine-{round_}") / "engine" if round_ else run.folder.stage("refine")
         path = folder / products.facts("refine")
-        found = json.loads(path.read_text(encoding="utf-8")).get("noise_variance") if path.exists() else None
-        if found is None:
+        noise_variance = json.loads(path.read_text(encoding="utf-8")).get("noise_variance") if path.exists() else None
+        if noise_variance is None:
             return None
         # the groups of auxiliary particles come after those of the raw ones
-        rows = [[np.inf if value is None else value for value in row] for row in found]
+        rows = [[np.inf if value is None else value for value in row] for row in noise_variance]
         return np.array(rows[: len(inputs.particles().groups)], np.float64)
 
     return on_root(run.comm, read)
@@ -141,10 +141,10 @@ def references_after(run: RunContext, round_: int, *, with_micelle: bool = True)
         if micelle:
             folder = run.folder.stage("micelle")
             return {h: read_map(folder / products.composite_half(h)) for h in HALVES}
-        if (given := control_references(run)) is not None:
-            return given
-        both = read_map(run.folder.stage("reference") / products.REFERENCE)
-        return {1: both, 2: both}
+        if (control := control_references(run)) is not None:
+            return control
+        reference = read_map(run.folder.stage("reference") / products.REFERENCE)
+        return {1: reference, 2: reference}
 
     maps = on_root(run.comm, read)
     if round_ == 0 and not micelle and (run.control is None or run.control.half_references is None):

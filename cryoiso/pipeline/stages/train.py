@@ -67,9 +67,9 @@ def _require_evidence(run: RunContext, inputs: Inputs, source: Any, round_: int)
         settings=job.refine.model_copy(update={"local_deg": None}), seed=job.run.seed,
         diameter_A=on_root(run.comm, inputs.diameter_A), lowpass_A=job.reference.lowpass_A,
     )  # fmt: skip
-    found = require_evidence(request, run.comm)
+    match = require_evidence(request, run.comm)
     if run.comm.rank == 0:
-        logger.info("%d raw images match the reference beyond chance", found.images)
+        logger.info("%d raw images match the reference beyond chance", match.images)
 
 
 def train_into(
@@ -132,9 +132,9 @@ def _without_network(
 ) -> None:
     """The baselines: projections on the images' grey scale with white noise of their background's variance, or with
     noise of their spectrum."""
-    told: dict[str, Any] = {"round": facts.get("round"), "halves": {}, "settings": {}}
+    facts_written: dict[str, Any] = {"round": facts.get("round"), "halves": {}, "settings": {}}
     if coloured:
-        told["noise"] = {"from": "images" if noise is None else "refinement", "spectra": {}}
+        facts_written["noise"] = {"from": "images" if noise is None else "refinement", "spectra": {}}
     for course in courses:
         rows, reference, seed = course.rows, course.reference, course.facts["seed"]
         scale, spectra = fit_scale(source, particles, rows, reference, comm, seed), None
@@ -143,10 +143,10 @@ def _without_network(
             if measured is None:
                 measured = residual_spectra(source, particles, rows, reference, scale, comm, seed)
             spectra = on_grid(measured, particles, reference.pixel_size_A)
-            told["noise"]["spectra"][course.label] = np.round(spectra, 6).tolist()
+            facts_written["noise"]["spectra"][course.label] = np.round(spectra, 6).tolist()
         generator = Generator(None, reference, scale, 1.0, course.facts, spectra)
         on_root(comm, generator.save, course.file)
-    on_root(comm, write_json, folder / products.facts("train"), told)
+    on_root(comm, write_json, folder / products.facts("train"), facts_written)
 
 
 def _shape(settings: Training, box_px: int) -> dict[str, Any]:
@@ -163,11 +163,11 @@ def _courses(
 ) -> list[GeneratorTraining]:
     half = particles.half if particles.half is not None else np.zeros(len(particles), np.int8)
     if section.generators == "shared":
-        whole = _filtered(references[1], section.condition_lowpass_A)
+        filtered_map = _filtered(references[1], section.condition_lowpass_A)
         facts = {**facts, "half": 0}
         return [
             GeneratorTraining(
-                "both", np.arange(len(half)), whole, folder / "both", folder / products.SHARED_GENERATOR, facts
+                "both", np.arange(len(half)), filtered_map, folder / "both", folder / products.SHARED_GENERATOR, facts
             )
         ]
     courses = []
@@ -204,10 +204,10 @@ def _finish(
     for course in courses:
         timing = course.folder / products.TIMING
         if timing.exists():
-            found = json.loads(timing.read_text(encoding="utf-8"))
-            steps = [n["images_per_s"] for n in found["notes"]]
+            timing_record = json.loads(timing.read_text(encoding="utf-8"))
+            steps = [n["images_per_s"] for n in timing_record["notes"]]
             times[course.label] = {
-                "seconds": found["seconds"],
+                "seconds": timing_record["seconds"],
                 "images_per_s": float(np.median(steps)) if steps else None,
             }
         shutil.rmtree(course.folder)

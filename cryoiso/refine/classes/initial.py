@@ -93,8 +93,8 @@ def _scale_at_given_poses(
                 poses = task.prior_poses(batches[i])
                 assert poses is not None and poses.rotation is not None
                 score, norm = score_and_norm(white, volume, poses.rotation, poses.shift_px)
-                both = torch.stack([score + norm / 2, norm], 1).double().cpu().numpy()
-                own_terms.append((batches[i], both))
+                moments = torch.stack([score + norm / 2, norm], 1).double().cpu().numpy()
+                own_terms.append((batches[i], moments))
     for rows, values in (item for part in run.comm.allgather(own_terms) for item in part):
         terms[rows] = values
     cross, square = terms.T

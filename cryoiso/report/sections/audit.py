@@ -22,15 +22,15 @@ def collect_audit(folder: Path) -> dict[str, Any]:
 
 def controls_of(part: dict[str, Any]) -> list[dict[str, Any]]:
     """The records of the controls."""
-    found = part.get("controls")
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    controls = part.get("controls")
+    return [control for control in controls if isinstance(control, dict)] if isinstance(controls, list) else []
 
 
 def sentences(part: dict[str, Any]) -> list[str]:
     """One sentence for the summary."""
     counts: dict[str, list[str]] = {}
-    for one in controls_of(part):
-        counts.setdefault(str(one.get("verdict")), []).append(str(one.get("title")))
+    for control in controls_of(part):
+        counts.setdefault(str(control.get("verdict")), []).append(str(control.get("title")))
     if not counts:
         return []
     parts = [
@@ -49,20 +49,21 @@ def text(part: dict[str, Any]) -> Text:
         + (f", on {n:,.0f} of its {of:,.0f} particles" if n and of else "")
         + ". A control that passes does not prove that the map is right: it excludes one way of being wrong."
     )
-    return Text((said, *_power(part)), HEAD, tuple(_row(one) for one in controls_of(part)))
+    return Text((said, *_power(part)), HEAD, tuple(_row(control) for control in controls_of(part)))
 
 
 def _power(part: dict[str, Any]) -> list[str]:
-    return [f"{one.get('title')}: {one['power']}" for one in controls_of(part) if one.get("power")]
+    return [f"{control.get('title')}: {control['power']}" for control in controls_of(part) if control.get("power")]
 
 
-def _row(one: dict[str, Any]) -> tuple[str, ...]:
-    unit, ends = str(one.get("unit") or ""), numbers_of(one, "interval")
+def _row(control: dict[str, Any]) -> tuple[str, ...]:
+    unit, ends = str(control.get("unit") or ""), numbers_of(control, "interval")
     interval = f"{_say(ends[0])} to {_say(ends[1])}" if len(ends) == 2 and None not in ends else ""
-    shown = tuple(f"{_say(number(one, key))} {unit}".strip() for key in ("number", "threshold"))
-    value = f"{shown[0]} ({one.get('measure')})" if shown[0] else ""
+    shown = tuple(f"{_say(number(control, key))} {unit}".strip() for key in ("number", "threshold"))
+    value = f"{shown[0]} ({control.get('measure')})" if shown[0] else ""
     return (
-        str(one.get("title")), SIGNS.get(str(one.get("verdict")), str(one.get("verdict"))), str(one.get("sentence")),
+        str(control.get("title")), SIGNS.get(str(control.get("verdict")), str(control.get("verdict"))),
+        str(control.get("sentence")),
         value, interval, shown[1],
     )  # fmt: skip
 
@@ -76,12 +77,14 @@ def entries(part: dict[str, Any]) -> list[Entry]:
     controls = controls_of(part)
     if not controls:
         return []
-    found: list[Entry] = [(KEY, "Controls", True, "", lambda: "")]
-    for one in controls:
-        if figure := section(one, "figure"):
-            title = f"Control: {one.get('title')}"
-            found.append((f"{KEY}-{one.get('name')}", title, True, str(figure.get("caption") or ""), _drawn(figure)))
-    return found
+    items: list[Entry] = [(KEY, "Controls", True, "", lambda: "")]
+    for control in controls:
+        if figure := section(control, "figure"):
+            title = f"Control: {control.get('title')}"
+            items.append(
+                (f"{KEY}-{control.get('name')}", title, True, str(figure.get("caption") or ""), _drawn(figure))
+            )
+    return items
 
 
 def _drawn(figure: dict[str, Any]) -> Callable[[], str]:

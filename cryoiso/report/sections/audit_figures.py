@@ -49,5 +49,5 @@ def _intervals(figure: dict[str, Any]) -> str:
 
 
 def _objects(figure: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    found = figure.get(key)
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    objects = figure.get(key)
+    return [item for item in objects if isinstance(item, dict)] if isinstance(objects, list) else []

@@ -98,7 +98,7 @@ def collect_before_maps(folder: Path, data: ReportData) -> list[tuple[str, str, 
     if not data.get("auxiliary"):
         return []
     first = _before_map(folder)
-    found = [] if first is None else [("before", "before", first)]
+    maps = [] if first is None else [("before", "before", first)]
     for part in data["auxiliary"]["rounds"]:
         path = stage_folder(folder, f"corefine-{part['round']}") / products.RAW_MAP
         if path.exists():
@@ -107,8 +107,8 @@ def collect_before_maps(folder: Path, data: ReportData) -> list[tuple[str, str, 
             if resolution_A:
                 smooth = lowpass(np.asarray(density.data, np.float32), density.pixel_size_A, resolution_A)
                 density = DensityMap(smooth, density.pixel_size_A)
-            found.append((f"round-{part['round']}", f"after round {part['round']}", density))
-    return found
+            maps.append((f"round-{part['round']}", f"after round {part['round']}", density))
+    return maps
 
 
 def _before_map(folder: Path) -> DensityMap | None:
@@ -117,19 +117,19 @@ def _before_map(folder: Path) -> DensityMap | None:
     from cryoiso.metrics.fsc_curve import fsc
     from cryoiso.physics.filters import apply_radial
 
-    made = stage_folder(folder, "reconstruct") / products.INITIAL_POSES
+    initial_folder = stage_folder(folder, "reconstruct") / products.INITIAL_POSES
     for name in (products.WEIGHTED_MAP, products.MAP):
-        if (made / name).exists():
-            return read_map(made / name)
+        if (initial_folder / name).exists():
+            return read_map(initial_folder / name)
     paths = [stage_folder(folder, "refine") / products.half_map(half) for half in HALVES]
     if not all(path.exists() for path in paths):
         return None
-    one, two = (read_map(path) for path in paths)
-    curve = fsc(one.data, two.data)
+    first, second = (read_map(path) for path in paths)
+    curve = fsc(first.data, second.data)
     below = np.flatnonzero(curve < 0.143)
     curve = np.where(np.arange(len(curve)) < (below[0] if len(below) else len(curve)), np.clip(curve, 0, 1), 0.0)
-    mean = 0.5 * (np.asarray(one.data, np.float32) + np.asarray(two.data, np.float32))
-    return DensityMap(apply_radial(mean, np.sqrt(2 * curve / (1 + curve))), one.pixel_size_A)
+    mean = 0.5 * (np.asarray(first.data, np.float32) + np.asarray(second.data, np.float32))
+    return DensityMap(apply_radial(mean, np.sqrt(2 * curve / (1 + curve))), first.pixel_size_A)
 
 
 def sentences(data: ReportData) -> list[str]:
@@ -156,12 +156,12 @@ def sentences(data: ReportData) -> list[str]:
 
 
 def _before_truth(d: DiagnoseRecord) -> list[str]:
-    mine, errors = d.get("map_to_truth") or {}, d.get("pose_errors") or {}
+    to_truth, errors = d.get("map_to_truth") or {}, d.get("pose_errors") or {}
     texts = []
-    if mine.get("resolution_05_A") is not None:
-        texts.append(f"the map reached {mine['resolution_05_A']:.1f} Å against the truth")
-        if mine.get("axial_A") is not None and mine.get("equatorial_A") is not None:
-            texts[-1] += f" ({mine['axial_A']:.1f} Å along z, {mine['equatorial_A']:.1f} Å across it)"
+    if to_truth.get("resolution_05_A") is not None:
+        texts.append(f"the map reached {to_truth['resolution_05_A']:.1f} Å against the truth")
+        if to_truth.get("axial_A") is not None and to_truth.get("equatorial_A") is not None:
+            texts[-1] += f" ({to_truth['axial_A']:.1f} Å along z, {to_truth['equatorial_A']:.1f} Å across it)"
     if errors.get("median_deg") is not None:
         text = f"poses were wrong by {errors['median_deg']:.1f}° (median)"
         if errors.get("fraction_over_20") is not None:
@@ -206,13 +206,13 @@ def _confirmed(rounds: list[dict[str, Any]]) -> list[str]:
     """Whether the raw particles of each round confirmed the homologue."""
     texts = []
     for part in rounds:
-        found = part["corefine"].get("homologue") or {}
-        deviation, first_A = number(found, "deviation"), number(found, "first_A")
+        homologue = part["corefine"].get("homologue") or {}
+        deviation, first_A = number(homologue, "deviation"), number(homologue, "first_A")
         if deviation is None or first_A is None:
             continue
         seen = f"beyond {first_A:.0f} Å, {deviation:.1f} standard deviations above noise"
-        if found.get("confirmed"):
-            rho = [r for r in numbers_of(found, "rho") if r]
+        if homologue.get("confirmed"):
+            rho = [r for r in numbers_of(homologue, "rho") if r]
             texts.append(
                 f"In round {part['round']} the raw particles alone confirmed the homologue ({seen}; correlation at "
                 f"least {max(rho, default=0):.2f}), and auxiliary particles were weighed by that."
@@ -256,22 +256,22 @@ def _passed_on(rounds: list[dict[str, Any]]) -> list[str]:
     return []
 
 
-def transfer_at(made: dict[str, Any]) -> list[tuple[float, float | None]]:
+def transfer_at(spectra: dict[str, Any]) -> list[tuple[float, float | None]]:
     """(resolution in Å, transfer of a round's generators there, mean of the halves), None where it is not known."""
-    known = made.get("transfer") or {}
+    known = spectra.get("transfer") or {}
     frequency, curves = values_of(known.get("frequency_invA")), []
     for half in (known.get("halves") or {}).values():
         curve, sd = values_of(half.get("value")), values_of(half.get("sd"))
         if len(curve) == len(sd) == len(frequency):
             curves.append(np.where(sd < KNOWN_SD, curve, np.nan))
-    found: list[tuple[float, float | None]] = []
+    points: list[tuple[float, float | None]] = []
     for resolution_A in RESOLUTIONS_A:
         value: float | None = None
         if curves and len(frequency) and frequency[0] <= 1 / resolution_A <= frequency[-1]:
             at = [float(np.interp(1 / resolution_A, frequency, curve)) for curve in curves]
             value = float(np.mean(at)) if np.isfinite(at).all() else None
-        found.append((resolution_A, value))
-    return found
+        points.append((resolution_A, value))
+    return points
 
 
 def _off(log_ratio: float) -> str:
@@ -296,9 +296,9 @@ def number_rows(data: ReportData) -> list[tuple[str, str, Any, str]]:
 
 def _round_rows(part: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
     group = f"Auxiliary particles, round {part['round']}"
-    made, fitted = part["generate"], part["corefine"]
-    s, moved = made.get("statistics") or {}, fitted.get("moved") or {}
-    counts = [n for n in (made.get("counts") or {}).values() if n is not None]
+    generation, fitted = part["generate"], part["corefine"]
+    s, moved = generation.get("statistics") or {}, fitted.get("moved") or {}
+    counts = [n for n in (generation.get("counts") or {}).values() if n is not None]
     largest = (s.get("finer") or {}).get("largest")
     beyond = f"{s['beyond_A']:.0f} Å" if s.get("beyond_A") is not None else "coarse shells"
     speeds = [(h, (part["timing"].get(h) or {}).get("images_per_s")) for h in HALVES]
@@ -312,7 +312,7 @@ def _round_rows(part: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
         (group, "KL of grey values between raw images", s.get("kl_real_nats"), "nats"),
         (group, "SNR of auxiliary images (image over background)", s.get("snr_generated_dB"), "dB"),
         (group, "SNR of raw images (image over background)", s.get("snr_real_dB"), "dB"),
-        *[(group, f"transfer of the generator at {at:.0f} Å", value, "") for at, value in transfer_at(made)],
+        *[(group, f"transfer of the generator at {at:.0f} Å", value, "") for at, value in transfer_at(generation)],
         (group, f"power of a shell beyond {beyond}, largest deviation", _shell(largest), "%"),
         (group, "raw particles moved, median", moved.get("median_deg"), "°"),
         (group, "raw particles moved by more than 10°", _times(100, moved.get("over_10")), "%"),

@@ -26,7 +26,7 @@ def found(data: ReportData) -> dict[str, Any]:
     chosen = section(part, "selected")
     if not isinstance(classes, list) or not isinstance(cones, list) or not cones or not classes:
         return {}
-    names = [str(one.get("number")) for one in classes if isinstance(one, dict)]
+    names = [str(class_record.get("number")) for class_record in classes if isinstance(class_record, dict)]
     rings: dict[int, list[list[float]]] = {}
     for cone in cones:
         angle, values = number(cone, "tilt_deg"), [number(cone, name) for name in ("particles", *names)]
@@ -49,7 +49,8 @@ def sentences(data: ReportData) -> list[str]:
     if not part:
         return []
     sizes = ", ".join(
-        f"class {one.get('number')} {100 * (number(one, 'occupancy') or 0):.0f} %" for one in part["classes"]
+        f"class {class_record.get('number')} {100 * (number(class_record, 'occupancy') or 0):.0f} %"
+        for class_record in part["classes"]
     )
     text = f"The particles were sorted into {len(part['names'])} classes ({sizes})"
     share = number(part["junk"], "share")

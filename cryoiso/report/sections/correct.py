@@ -63,21 +63,21 @@ def collect_slices(folder: Path, data: ReportData) -> Slices:
     """
     from cryoiso.io.mrc import read_map
 
-    facts, made = data.get("correct") or {}, stage_folder(folder, "correct")
+    facts, correct_folder = data.get("correct") or {}, stage_folder(folder, "correct")
     if not facts:
         return {}
-    found: Slices = {}
+    slices: Slices = {}
     box_px = None
     for key, name in VOLUMES.items():
-        if (made / name).exists():
-            density = read_map(made / name)
+        if (correct_folder / name).exists():
+            density = read_map(correct_folder / name)
             box_px = box_px or density.box_px
             if density.box_px == box_px:
-                found[key] = planes(density.data)
+                slices[key] = planes(density.data)
     before = _before(folder, facts)
     if before is not None and before.box_px == (box_px or before.box_px):
-        found["before"] = planes(before.data)
-    return found
+        slices["before"] = planes(before.data)
+    return slices
 
 
 def planes(volume: np.ndarray) -> list[np.ndarray]:

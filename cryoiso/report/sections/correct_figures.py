@@ -134,12 +134,12 @@ def _circle(ax, radius: float) -> None:
 def curves(facts: dict[str, Any], agreement: str) -> str:
     """FSC of what went in; on axes of its own, without any threshold, the agreement of what networks made."""
     frequency = values_of(numbers_of(facts, "frequency_invA"))
-    given, made = (values_of(numbers_of(facts, key)) for key in ("fsc_half_maps", agreement))
+    before, after = (values_of(numbers_of(facts, key)) for key in ("fsc_half_maps", agreement))
     with styled():
         figure, axes = new_figure(9.2, 3.5, ncols=2)
         left, right = axes[0]
-        if len(given) == len(frequency):
-            left.plot(frequency, given, color="black", label="half-maps that went in, masked")
+        if len(before) == len(frequency):
+            left.plot(frequency, before, color="black", label="half-maps that went in, masked")
         left.axhline(0.143, color="#555555", linewidth=0.8, linestyle=DASHED)
         left.annotate("0.143", (0, 0.143), (3, 2), textcoords="offset points", fontsize=7.5, color="#555555")
         _limit(left, facts, frequency[-1])
@@ -147,9 +147,9 @@ def curves(facts: dict[str, Any], agreement: str) -> str:
         resolution_axis(left, frequency[-1])
         if left.get_legend_handles_labels()[0]:
             left.legend(loc="best")
-        if len(made) == len(frequency):
+        if len(after) == len(frequency):
             label = "agreement of network outputs -\nnot a resolution"
-            right.plot(frequency, made, color=GREY, linestyle="--", label=label)
+            right.plot(frequency, after, color=GREY, linestyle="--", label=label)
             right.legend(loc="best")
         right.set(ylabel="correlation of network outputs")
         right.set_title("not a resolution", loc="left", color=GREY)

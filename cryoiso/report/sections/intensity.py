@@ -37,8 +37,8 @@ def estimated(data: ReportData) -> dict[str, Any]:
             return {}
         rows.append([float(np.degrees(np.arccos(np.clip(axis[2], -1, 1)))), *values])
     table = np.array(rows, np.float64).T
-    found: dict[str, Any] = dict(zip(("angle_deg", *COLUMNS), table, strict=True))
-    return {**found, **spread, "kind": part.get("scale"), "micrographs": number(part, "micrographs")}
+    columns: dict[str, Any] = dict(zip(("angle_deg", *COLUMNS), table, strict=True))
+    return {**columns, **spread, "kind": part.get("scale"), "micrographs": number(part, "micrographs")}
 
 
 def sentences(data: ReportData) -> list[str]:

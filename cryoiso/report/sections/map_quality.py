@@ -30,15 +30,18 @@ def collect_slices(folder: Path) -> Slices:
     """Central planes of the local resolution, the map and the mask; empty where it was not measured."""
     from cryoiso.io.mrc import read_map
 
-    made, local = stage_folder(folder, "reconstruct"), stage_folder(folder, "diagnose") / products.LOCAL_RESOLUTION
+    reconstruct_folder, local = (
+        stage_folder(folder, "reconstruct"),
+        stage_folder(folder, "diagnose") / products.LOCAL_RESOLUTION,
+    )
     if not local.exists():
         return {}
-    found, box_px = {LOCAL: planes((density := read_map(local)).data)}, density.box_px
+    slices, box_px = {LOCAL: planes((density := read_map(local)).data)}, density.box_px
     for key, names in (("map", (products.WEIGHTED_MAP, products.MAP)), ("mask", (products.MASK,))):
-        path = next((made / name for name in names if (made / name).exists()), None)
+        path = next((reconstruct_folder / name for name in names if (reconstruct_folder / name).exists()), None)
         if path is not None and (density := read_map(path)).box_px == box_px:
-            found[key] = planes(density.data)
-    return found
+            slices[key] = planes(density.data)
+    return slices
 
 
 def entries(d: DiagnoseRecord, slices: Slices) -> list[Entry]:
@@ -85,8 +88,8 @@ def texts(d: DiagnoseRecord) -> dict[str, Text]:
     return {MODEL: Text(tuple(said), (), tuple(row for row in rows if row[1]))}
 
 
-def _count(part: float | None, whole: float | None) -> str:
-    return "" if part is None or whole is None else f"{part:,.0f} of {whole:,.0f}"
+def _count(part: float | None, total: float | None) -> str:
+    return "" if part is None or total is None else f"{part:,.0f} of {total:,.0f}"
 
 
 def number_rows(d: DiagnoseRecord) -> list[tuple[str, str, Any, str, Any]]:

@@ -138,7 +138,7 @@ def by_chain(model: dict[str, Any]) -> dict[str, np.ndarray]:
     chains, scores = table.get("chain"), numbers_of(table, "q")
     if not isinstance(chains, list) or len(chains) != len(scores):
         return {}
-    found: dict[str, list[float]] = {}
+    residues: dict[str, list[float]] = {}
     for name, score in zip(chains, scores, strict=True):
-        found.setdefault(str(name), []).append(np.nan if score is None else float(score))
-    return {name: np.array(found[name]) for name in list(found)[:MOST_CHAINS]}
+        residues.setdefault(str(name), []).append(np.nan if score is None else float(score))
+    return {name: np.array(residues[name]) for name in list(residues)[:MOST_CHAINS]}

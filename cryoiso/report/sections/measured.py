@@ -39,12 +39,12 @@ def collect_surface(folder: Path) -> Surface | None:
     Raises:
         InputError: a map cannot be read.
     """
-    corrected, made = stage_folder(folder, "correct"), stage_folder(folder, "reconstruct")
-    mask = _read(made / products.MASK)
+    corrected, reconstruct_folder = stage_folder(folder, "correct"), stage_folder(folder, "reconstruct")
+    mask = _read(reconstruct_folder / products.MASK)
     pair = _read(corrected / products.CORRECTED_MAP), _read(corrected / products.MEASURED)
     if pair[0] is not None and pair[1] is not None and pair[0].box_px == pair[1].box_px:
         return _surface(pair[0], mask if mask is not None else _read(corrected / products.MASK), pair[1].data)
-    density = _read(made / products.WEIGHTED_MAP) or _read(made / products.MAP)
+    density = _read(reconstruct_folder / products.WEIGHTED_MAP) or _read(reconstruct_folder / products.MAP)
     if density is None:
         return None
     local = _read(stage_folder(folder, "diagnose") / products.LOCAL_RESOLUTION)
@@ -70,22 +70,22 @@ def _surface(density: DensityMap, mask: DensityMap | None, values: np.ndarray | 
 
 def collect_shares(folder: Path) -> dict[str, Any]:
     """Percentiles of the measured share inside the mask, and of the volume where less than half was measured."""
-    made = stage_folder(folder, "correct")
-    share, mask = _read(made / products.MEASURED), _read(made / products.MASK)
+    correct_folder = stage_folder(folder, "correct")
+    share, mask = _read(correct_folder / products.MEASURED), _read(correct_folder / products.MASK)
     if share is None:
         return {}
     inside = share.data[mask.data > 0.5] if mask is not None and mask.box_px == share.box_px else share.data.ravel()
     if not inside.size:
         return {}
     names = ("p5", "p50", "p95")
-    found = {name: float(v) for name, v in zip(names, np.percentile(inside, (5, 50, 95)), strict=True)}
-    return {**found, "below_half": float(np.mean(inside < HALF))}
+    percentiles = {name: float(v) for name, v in zip(names, np.percentile(inside, (5, 50, 95)), strict=True)}
+    return {**percentiles, "below_half": float(np.mean(inside < HALF))}
 
 
 def collect_controls(folder: Path) -> list[dict[str, Any]]:
     """The controls of an audit, where there was one."""
-    found = read_json(folder / products.AUDIT).get("controls")
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    controls = read_json(folder / products.AUDIT).get("controls")
+    return [control for control in controls if isinstance(control, dict)] if isinstance(controls, list) else []
 
 
 def entry(data: ReportData, surface: Surface | None) -> Entry:
@@ -159,14 +159,14 @@ def _omega_rows(data: ReportData) -> list[tuple[str, str]]:
     """The controls that measured Omega: the share of density in a region left out of the reference that is not from
     data."""
     rows = []
-    for one in (data.get("measured") or {}).get("controls") or []:
-        if not section(section(one, "details"), "omega"):
+    for control in (data.get("measured") or {}).get("controls") or []:
+        if not section(section(control, "details"), "omega"):
             continue
-        value, ends = number(one, "number"), numbers_of(one, "interval")
+        value, ends = number(control, "number"), numbers_of(control, "interval")
         interval = f" ({ends[0]:.3g} to {ends[1]:.3g})" if len(ends) == 2 and None not in ends else ""
         if value is not None:
-            unit = f" {one['unit']}" if one.get("unit") else ""
-            said = f"{value:.3g}{unit}{interval}: {one.get('verdict')}"
+            unit = f" {control['unit']}" if control.get("unit") else ""
+            said = f"{value:.3g}{unit}{interval}: {control.get('verdict')}"
             rows.append(("template bias Omega, region left out of the reference (control)", said))
     return rows
 
@@ -178,9 +178,9 @@ def _auxiliaries(data: ReportData) -> bool:
 def _reach(data: ReportData) -> float | None:
     """Share of the directions whose resolution is within a tenth of the map's."""
     d = data["diagnose"]
-    whole = number(d, "resolution_0143_A")
+    resolution_A = number(d, "resolution_0143_A")
     each = [v for v in numbers_of(section(d, "directional"), "resolution_A") if v is not None]
-    return float(np.mean(np.array(each) <= 1.1 * whole)) if whole and each else None
+    return float(np.mean(np.array(each) <= 1.1 * resolution_A)) if resolution_A and each else None
 
 
 def _length(value: float | None) -> str:

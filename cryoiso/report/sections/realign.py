@@ -42,8 +42,8 @@ def collect_realign(folder: Path) -> list[dict[str, Any]]:
     """
     stages = [("refinement", "refine")]
     stages += [(f"co-refinement of round {n}", f"corefine-{n}") for n in round_numbers(folder)]
-    found = [_refinement(name, stage_folder(folder, stage)) for name, stage in stages]
-    return [part for part in found if part]
+    refinements = [_refinement(name, stage_folder(folder, stage)) for name, stage in stages]
+    return [part for part in refinements if part]
 
 
 def _refinement(name: str, folder: Path) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def _iteration(index: int, record: Any) -> dict[str, Any]:
 
 
 def _shared(settings: dict[str, Any]) -> bool | None:
-    told = settings.get("halves_share_a_network")
-    return told if isinstance(told, bool) else None
+    is_shared = settings.get("halves_share_a_network")
+    return is_shared if isinstance(is_shared, bool) else None
 
 
 def corrected(part: dict[str, Any]) -> list[dict[str, Any]]:

@@ -30,14 +30,14 @@ def learned(data: ReportData) -> dict[str, Any]:
     if step is None or not 1 <= step <= 90:
         return {}
     grid = ViewGrid.with_step(step)
-    found: dict[str, Any] = {"cells": grid.cells}
+    figure: dict[str, Any] = {"cells": grid.cells}
     for half in ("half1", "half2"):
         values = numbers_of(part, half)
         if len(values) != len(grid) or any(v is None or not v >= 0 for v in values):
             return {}
-        found[half] = np.array(values, np.float64)
-    found |= {key: number(part, key) for key in ("axis_odds", "polarity_floor")}
-    return {**found, "used": part.get("used") is not False}
+        figure[half] = np.array(values, np.float64)
+    figure |= {key: number(part, key) for key in ("axis_odds", "polarity_floor")}
+    return {**figure, "used": part.get("used") is not False}
 
 
 def sentences(data: ReportData) -> list[str]:

@@ -31,7 +31,7 @@ def cases(bench: Bench) -> list[Case]:
     return [Case(NAME, "blobs", job_of(bench, path))]
 
 
-def advice(verdict: Verdict, left: float, whole: bool) -> str:
+def advice(verdict: Verdict, left: float, is_whole_run: bool) -> str:
     """What a verdict means for the map, and what to do."""
     if verdict == "pass":
         return "What only the reference has, the images remove."
@@ -40,7 +40,9 @@ def advice(verdict: Verdict, left: float, whole: bool) -> str:
     level = f"Density below {100 * max(left, 0):.0f} % of the particle's may come from the reference alone"
     if verdict == "fail":
         return f"{level}: do not interpret it; repeat the run from a reference without the features in question."
-    return f"{level}; whether more than {100 * LARGEST:.0f} % stays is not decided. {UNDECIDED if whole else MORE}"
+    return (
+        f"{level}; whether more than {100 * LARGEST:.0f} % stays is not decided. {UNDECIDED if is_whole_run else MORE}"
+    )
 
 
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
@@ -51,10 +53,10 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         return ControlRecord(
             NAME, TITLE, "pass", "Images were refused with the blobs in the reference, as not matching it."
         )
-    added, *elsewhere = (bench.smooth(one) for one in _blobs(bench))
-    made = bench.aligned(outcomes["blobs"].map(), unchanged.map())
+    added, *elsewhere = (bench.smooth(blob) for blob in _blobs(bench))
+    result = bench.aligned(outcomes["blobs"].map(), unchanged.map())
     left = density.share_left(
-        bench.smooth(made), bench.smooth(unchanged.map()), added, elsewhere, bench.inside,
+        bench.smooth(result), bench.smooth(unchanged.map()), added, elsewhere, bench.inside,
         bench.smooth(bench.reference),
     )  # fmt: skip
     verdict = at_most(left.interval, LARGEST)

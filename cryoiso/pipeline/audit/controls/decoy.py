@@ -22,27 +22,27 @@ FOLLOWS = 0.1
 
 def cases(bench: Bench) -> list[Case]:
     """One, with a random compact density of the particle's size, spectrum and symmetry."""
-    made = regions.other_fold(bench.reference, bench.inside, bench.seed, bench.pixel_size_A)
-    even = symmetrised(DensityMap(made, bench.pixel_size_A), bench.job.sample.symmetry).data
+    other_fold = regions.other_fold(bench.reference, bench.inside, bench.seed, bench.pixel_size_A)
+    even = symmetrised(DensityMap(other_fold, bench.pixel_size_A), bench.job.sample.symmetry).data
     data = regions.with_spectrum_of(even, bench.reference)
     return [Case(NAME, "fold", job_of(bench, bench.write_reference(NAME, "reference", data)))]
 
 
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
     """Where the map and the decoy part."""
-    made = outcomes["fold"]
-    if made.refused:
+    outcome = outcomes["fold"]
+    if outcome.refused:
         return ControlRecord(
             NAME, TITLE, "pass", "With a random density of the same size as the reference, the images were refused: "
             "they do not match it beyond chance.", measure="resolution at which map and decoy part", unit="Å",
         )  # fmt: skip
-    decoy, volume = read_map(made.stage("reference") / products.REFERENCE).data, made.map()
+    decoy, volume = read_map(outcome.stage("reference") / products.REFERENCE).data, outcome.map()
     mask = np.ones_like(decoy)
     curve = fsc(volume, decoy)
     parted_A = resolution_at(curve, 0.5, bench.box_px, bench.pixel_size_A)
     lowpass_A = bench.job.reference.lowpass_A
     claimed = resolution_at(
-        fsc(*(made.map(name) for name in products.HALF_MAPS)), 0.143, bench.box_px, bench.pixel_size_A
+        fsc(*(outcome.map(name) for name in products.HALF_MAPS)), 0.143, bench.box_px, bench.pixel_size_A
     )
     band = Band.beyond(lowpass_A, claimed, bench.box_px, bench.pixel_size_A)
     beyond = likeness.correlation(volume, decoy, mask > 0, band, bench.seed, bench.operations) if band.usable else None

@@ -29,8 +29,8 @@ def cases(bench: Bench) -> list[Case]:
     job.refine.solvent_mask = False  # maps of noise have no particle that a mask could be made from
     paths = []
     for half in HALVES:
-        made = DensityMap(regions.noise_reference(bench.reference, bench.seed, half), bench.pixel_size_A)
-        even = symmetrised(made, bench.job.sample.symmetry).data
+        noise_map = DensityMap(regions.noise_reference(bench.reference, bench.seed, half), bench.pixel_size_A)
+        even = symmetrised(noise_map, bench.job.sample.symmetry).data
         data = regions.with_spectrum_of(even, bench.reference)
         paths.append(bench.write_reference(NAME, f"reference{half}", data))
     case = Case(NAME, "noise", job, images="leak", last="correct")
@@ -39,28 +39,30 @@ def cases(bench: Bench) -> list[Case]:
 
 def shared_networks(job: Job) -> list[str]:
     """Settings by which one network sees both half-sets before their half-maps are made."""
-    found = []
+    networks = []
     if job.run.workflow in CO_REFINEMENTS and job.auxiliary.generators == "shared":
-        found.append('auxiliary.generators = "shared"')
+        networks.append('auxiliary.generators = "shared"')
     if job.run.workflow in ("realign", "both") and job.realign.correct and job.realign.mode == "paired":
-        found.append('realign.mode = "paired"')
-    return found
+        networks.append('realign.mode = "paired"')
+    return networks
 
 
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
     """FSC of the half-maps, and of the corrected ones where each has a network of its own, in standard errors."""
-    made = outcomes["noise"]
-    halves = [made.map(name) for name in products.HALF_MAPS]
-    found = {"half-maps": _of(bench, halves)}
+    outcome = outcomes["noise"]
+    halves = [outcome.map(name) for name in products.HALF_MAPS]
+    agreements = {"half-maps": _of(bench, halves)}
     by_design = ""
-    if made.context.folder.has("correct"):
-        corrected = [read_map(made.stage("correct") / products.corrected_half(h)).data for h in HALVES]
+    if outcome.context.folder.has("correct"):
+        corrected = [read_map(outcome.stage("correct") / products.corrected_half(h)).data for h in HALVES]
         if bench.job.correct.mode == "independent":
-            found["corrected half-maps"] = _of(bench, corrected)
+            agreements["corrected half-maps"] = _of(bench, corrected)
         else:
             by_design = " The corrected half-maps share a network (correct.mode = paired), and no FSC belongs to them."
-    leaks = [name for name, one in found.items() if one.z.max() > one.limit or one.total > TOTAL]
-    name, worst = max(found.items(), key=lambda pair: float(pair[1].z.max()))
+    leaks = [
+        name for name, agreement in agreements.items() if agreement.z.max() > agreement.limit or agreement.total > TOTAL
+    ]
+    name, worst = max(agreements.items(), key=lambda pair: float(pair[1].z.max()))
     sentence = f"Half-maps of noise that share nothing agree within chance in all {len(worst.shells)} shells."
     if leaks:
         sentence = f"Half-maps of noise that should share nothing agree: the {' and the '.join(leaks)} of one half-set "
@@ -76,11 +78,11 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         power=f"An FSC above {float(np.median(worst.error) * worst.limit):.2f} in one shell would have been seen.",
         details={
             "shared_networks": networks, "measured_leak": leaks,
-            **{k: {"largest_z": float(o.z.max()), "total": o.total, "limit": o.limit} for k, o in found.items()},
+            **{k: {"largest_z": float(o.z.max()), "total": o.total, "limit": o.limit} for k, o in agreements.items()},
         },
         figure=FigureData(
             "spatial frequency (1/Å)", "FSC / standard error",
-            [Line(k, (o.shells / length_A).tolist(), o.z.tolist()) for k, o in found.items()],
+            [Line(k, (o.shells / length_A).tolist(), o.z.tolist()) for k, o in agreements.items()],
             level=worst.limit, caption="Agreement of half-maps that were made of noise and began with references of "
             "their own, in standard errors: independent half-maps stay below the line.",
         ),

@@ -23,10 +23,10 @@ does, the control fails."""
 
 def cases(bench: Bench) -> list[Case]:
     """The workflow, and a plain refinement where the workflow is more, on the same noise."""
-    found = [Case(NAME, "workflow", job_of(bench), images="null")]
+    cases_of_null = [Case(NAME, "workflow", job_of(bench), images="null")]
     if has_plain_counterpart(bench.job):
-        found.append(Case(NAME, "plain", job_of(bench, plain=True), images="null"))
-    return [with_control(case, bench.grey_scale) for case in found]
+        cases_of_null.append(Case(NAME, "plain", job_of(bench, plain=True), images="null"))
+    return [with_control(case, bench.grey_scale) for case in cases_of_null]
 
 
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:

@@ -31,25 +31,25 @@ def shortened(bench: Bench, region: np.ndarray) -> np.ndarray:
 
 def cases(bench: Bench) -> list[Case]:
     """One for each region."""
-    found = []
+    cases_of_omitted = []
     for number, region in enumerate(chosen(bench), 1):
         path = bench.write_reference(NAME, f"reference-{number}", shortened(bench, region))
-        found.append(Case(NAME, f"region-{number}", job_of(bench, path)))
-    return found
+        cases_of_omitted.append(Case(NAME, f"region-{number}", job_of(bench, path)))
+    return cases_of_omitted
 
 
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
     """Omega of every region (Lucas et al. 2023) and of all together."""
     if unchanged.refused:
         return ControlRecord(NAME, TITLE, "inconclusive", refused_sentence(bench, unchanged))
-    given = unchanged.map()
-    full, estimates, lost = bench.smooth(given), {}, []
+    unchanged_map = unchanged.map()
+    full, estimates, lost = bench.smooth(unchanged_map), {}, []
     for name, region in zip(sorted(outcomes), chosen(bench), strict=True):
         if outcomes[name].refused:
             lost.append(name)
             continue
-        made = bench.aligned(outcomes[name].map(), given)
-        estimates[name] = _omega(bench, full, bench.smooth(made), region)
+        result = bench.aligned(outcomes[name].map(), unchanged_map)
+        estimates[name] = _omega(bench, full, bench.smooth(result), region)
     if not estimates:
         return ControlRecord(
             NAME, TITLE, "inconclusive", "Without these regions the images no longer match the reference beyond chance."
@@ -84,7 +84,7 @@ def _omega(bench: Bench, full: np.ndarray, omitted: np.ndarray, region: np.ndarr
     )  # fmt: skip
 
 
-def advice(judged: dict[str, Verdict], whole: bool) -> str:
+def advice(judged: dict[str, Verdict], is_whole_run: bool) -> str:
     """What the verdicts of the regions mean for the map, and what to do.
 
     Args:
@@ -102,7 +102,7 @@ def advice(judged: dict[str, Verdict], whole: bool) -> str:
         )
     if open_:
         parts.append(f"Whether more than {100 * LARGEST:.0f} % of {' and '.join(open_)} does is not decided.")
-        parts.append(UNDECIDED if whole else MORE)
+        parts.append(UNDECIDED if is_whole_run else MORE)
     parts.append(f"Compare the maps in audit/{NAME}/REGION with the run's: what both show there comes from the images.")
     return " ".join(parts)
 

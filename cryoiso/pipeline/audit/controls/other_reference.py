@@ -23,11 +23,11 @@ NAME, TITLE = "other-reference", "Another reference"
 def cases(bench: Bench) -> list[Case]:
     """One, with the second reference laid into the frame of the first."""
     first = bench.run.folder.stage("reference") / products.REFERENCE
-    made = prepare_reference(
+    other_reference = prepare_reference(
         Path(bench.job.audit.other_reference), bench.box_px, bench.pixel_size_A, bench.job.reference.lowpass_A,
         resample=True, symmetry=bench.job.sample.symmetry, fit=first, mirror=False,
     )  # fmt: skip
-    path = bench.write_reference(NAME, "reference", made.map.data)
+    path = bench.write_reference(NAME, "reference", other_reference.map.data)
     return [Case(NAME, "second", job_of(bench, path))]
 
 
@@ -39,18 +39,18 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     if second.refused:
         return ControlRecord(NAME, TITLE, "inconclusive", "The images do not match the second reference beyond chance.")
     other = read_map(second.stage("reference") / products.REFERENCE).data
-    one = unchanged.map()
-    two = bench.aligned(second.map(), one)
+    unchanged_map = unchanged.map()
+    two = bench.aligned(second.map(), unchanged_map)
     mask = bench.inside.astype(np.float64)
     x = shell_frequencies(bench.box_px, bench.pixel_size_A).tolist()
     curves = {
-        "the two maps": fsc(one, two, mask), "the two references": fsc(bench.reference, other, mask),
+        "the two maps": fsc(unchanged_map, two, mask), "the two references": fsc(bench.reference, other, mask),
         "second map and first reference": fsc(two, bench.reference, mask),
         "second map and second reference": fsc(two, other, mask),
     }  # fmt: skip
     at_A = {k: resolution_at(c, 0.5, bench.box_px, bench.pixel_size_A) for k, c in curves.items()}
     band = bench.beyond if bench.beyond.usable else bench.all_shells
-    maps = likeness.filtered(one, band)[bench.inside]
+    maps = likeness.filtered(unchanged_map, band)[bench.inside]
     others = [likeness.filtered(v, band)[bench.inside] for v in (two, other)]
     numbers = block_numbers(bench.inside, bench.block_px, bench.operations)
     terms = np.concatenate([

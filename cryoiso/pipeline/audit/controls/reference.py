@@ -61,35 +61,38 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             f"hardly finer than the first reference ({lowpass_A:g} Å), and up to there every map resembles its "
             f"reference, that of noise as well. {ADVICE}",
         )  # fmt: skip
-    made = maps_of(bench.run.folder.stage("reconstruct"))
-    found = confirmed.confirm(
-        bench.aligned(made.volume, bench.reference),
-        made.halves, bench.reference, bench.aligned(confirmed.mirror_image(bench.reference), made.volume),
+    half_maps = maps_of(bench.run.folder.stage("reconstruct"))
+    correlation = confirmed.confirm(
+        bench.aligned(half_maps.volume, bench.reference),
+        half_maps.halves, bench.reference, bench.aligned(confirmed.mirror_image(bench.reference), half_maps.volume),
         bench.inside, band, bench.pixel_size_A, bench.diameter_A, bench.operations, bench.seed,
     )  # fmt: skip
-    return judged(found, lowpass_A, bench.box_px * bench.pixel_size_A / band.last, (band.first, band.last))
+    return judged(correlation, lowpass_A, bench.box_px * bench.pixel_size_A / band.last, (band.first, band.last))
 
 
-def judged(found: ReferenceCorrelation, lowpass_A: float, finest_A: float, shells: tuple[int, int]) -> ControlRecord:
+def judged(
+    correlation: ReferenceCorrelation, lowpass_A: float, finest_A: float, shells: tuple[int, int]
+) -> ControlRecord:
     """The record of a confirmation."""
-    verdict = verdict_of(found)
+    verdict = verdict_of(correlation)
     return ControlRecord(
-        NAME, TITLE, verdict, _sentence(found, verdict, lowpass_A, finest_A),
+        NAME, TITLE, verdict, _sentence(correlation, verdict, lowpass_A, finest_A),
         measure="correlation of the particles' signal with the reference, in shells that no search had of it",
-        number=found.value, interval=found.interval, threshold=LEAST,
-        power=f"A right reference has 1; one above {LEAST + TWO_SIDED * found.error:.2f} would have been confirmed."
-        if np.isfinite(found.error) else "",
+        number=correlation.value, interval=correlation.interval, threshold=LEAST,
+        power="A right reference has 1; one above "
+        f"{LEAST + TWO_SIDED * correlation.error:.2f} would have been confirmed."
+        if np.isfinite(correlation.error) else "",
         details={
-            "shells": list(shells), "mirror": found.mirror, "decoys": len(found.decoys),
-            "decoys_that_agree_as_well": found.reached, "largest_decoy": float(found.decoys.max()),
-            "decoys_rms": found.error,
+            "shells": list(shells), "mirror": correlation.mirror, "decoys": len(correlation.decoys),
+            "decoys_that_agree_as_well": correlation.reached, "largest_decoy": float(correlation.decoys.max()),
+            "decoys_rms": correlation.error,
         },
         figure=FigureData(
             "correlation with the particles' signal", "",
             intervals=[
-                ("reference", found.value, *found.interval),
-                ("mirror image", found.mirror, found.mirror, found.mirror),
-                ("random densities", 0.0, -TWO_SIDED * found.error, TWO_SIDED * found.error),
+                ("reference", correlation.value, *correlation.interval),
+                ("mirror image", correlation.mirror, correlation.mirror, correlation.mirror),
+                ("random densities", 0.0, -TWO_SIDED * correlation.error, TWO_SIDED * correlation.error),
             ],
             level=LEAST,
             caption=f"Agreement between {lowpass_A:g} and {finest_A:.1f} Å, where the refinement never had anything of "
@@ -99,28 +102,30 @@ def judged(found: ReferenceCorrelation, lowpass_A: float, finest_A: float, shell
     )  # fmt: skip
 
 
-def verdict_of(found: ReferenceCorrelation) -> Verdict:
+def verdict_of(correlation: ReferenceCorrelation) -> Verdict:
     """Pass: confirmed, and better than the mirror image. Fail: it is no homologue worth the name."""
-    low, high = found.interval
+    low, high = correlation.interval
     if not (np.isfinite(low) and np.isfinite(high)):
         return "inconclusive"
-    if low > LEAST and found.reached == 0:
-        return "pass" if found.mirror < found.value - found.error else "inconclusive"
+    if low > LEAST and correlation.reached == 0:
+        return "pass" if correlation.mirror < correlation.value - correlation.error else "inconclusive"
     return "fail" if high < WORTH else "inconclusive"
 
 
-def _sentence(found: ReferenceCorrelation, verdict: Verdict, lowpass_A: float, finest_A: float) -> str:
-    if not np.isfinite(found.value):
+def _sentence(correlation: ReferenceCorrelation, verdict: Verdict, lowpass_A: float, finest_A: float) -> str:
+    if not np.isfinite(correlation.value):
         return (
             f"The data can neither confirm nor refute the reference: beyond the first reference ({lowpass_A:g} Å) the "
             f"half-maps do not agree with each other. {ADVICE}"
         )
-    low, high = found.interval
+    low, high = correlation.interval
     where = f"Between {lowpass_A:g} and {finest_A:.1f} Å, where the refinement never had anything of the reference, "
     numbers = (
-        f"the particles' signal has a correlation of {found.value:.2f} ({low:.2f} to {high:.2f}) with it; the best of "
-        f"{len(found.decoys)} random densities of the same outline has {found.decoys.max():.2f}, the mirror image "
-        f"{found.mirror:.2f}."
+        f"the particles' signal has a correlation of {correlation.value:.2f} ({low:.2f} to {high:.2f}) with it; the "
+        f"best of "
+        f"{len(correlation.decoys)} random densities of the same outline has {correlation.decoys.max():.2f}, the "
+        f"mirror image "
+        f"{correlation.mirror:.2f}."
     )
     if verdict == "pass":
         return "The particles confirm the reference. " + where + numbers
@@ -131,7 +136,7 @@ def _sentence(found: ReferenceCorrelation, verdict: Verdict, lowpass_A: float, f
             "molecule, or none, or their poses are wrong. Do not interpret this map; repeat the run with another "
             "reference."
         )
-    if low > LEAST and found.reached == 0:
+    if low > LEAST and correlation.reached == 0:
         return (
             f"The particles do not tell the reference from its mirror image. {where}{numbers} Find out the hand at a "
             "higher resolution before you interpret the map."

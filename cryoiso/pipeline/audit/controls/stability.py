@@ -82,10 +82,10 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
 
 def _poses(bench: Bench, outcome: Outcome) -> np.ndarray:
     """(n, 3, 3) of the subset, in its order."""
-    found = read_particle_file(outcome.poses(), bench.job.particles.project, ("pose",))
-    if len(found) == len(bench.rows):
-        order = np.argsort(found.uid, kind="stable")
-        rows = order[np.searchsorted(found.uid[order], bench.particles.uid)]
+    particles = read_particle_file(outcome.poses(), bench.job.particles.project, ("pose",))
+    if len(particles) == len(bench.rows):
+        order = np.argsort(particles.uid, kind="stable")
+        rows = order[np.searchsorted(particles.uid[order], bench.particles.uid)]
     else:
-        rows = np.arange(len(found))
-    return found.require_poses()[0][rows]
+        rows = np.arange(len(particles))
+    return particles.require_poses()[0][rows]
