@@ -31,9 +31,9 @@ from cryoiso.parallel.private_socket import SOCKET, accept_all, listen, private_
 
 _NONCE, _MAC, _LONGEST = 16, 32, 1 << 20
 _ACCEPTED = b"\x06"
-"""What the desk says when it has a signed task: from now on a broken connection means that the ranks have ended."""
+"""What the server says when it has a signed task: from now on a broken connection means that the ranks have ended."""
 _HELLO_S = 20.0
-"""Time that a caller has for its whole task; nobody holds up the desk."""
+"""Time that a caller has for its whole task; nobody holds up the server."""
 MOST_CALLERS = 32
 """Callers that may be connected without having shown the secret."""
 _LOOK_S = 0.05
@@ -45,7 +45,7 @@ class HandoverError(CryoisoError):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a desk is; in a file that only the user can read."""
+    """Where a server is; in a file that only the user can read."""
 
     host: str
     local: str
@@ -100,7 +100,7 @@ class Call:
 
 
 class _NotAccepted(Exception):
-    """The connection ended before the desk had the task: another way may lead there."""
+    """The connection ended before the server had the task: another way may lead there."""
 
 
 class _Connection(Call):
@@ -207,10 +207,10 @@ class TaskServer:
     """Where tasks are handed in; looks for them when asked to, and never waits."""
 
     def __init__(self, file: Path, numbers: Sequence[str]) -> None:
-        """Opens a desk and tells in ``file`` where it is.
+        """Opens a server and tells in ``file`` where it is.
 
         Args:
-            file: in a folder that all callers see; nothing of an earlier desk is left there.
+            file: in a folder that all callers see; nothing of an earlier server is left there.
             numbers: IPv4 addresses of this host, the likeliest first; none: same host only.
         """
         self._file = file
@@ -279,20 +279,20 @@ class TaskServer:
 
 
 def request(file: Path, task: dict[str, Any], *, limit_s: float | None = None, connect_s: float = 5.0) -> str:
-    """Hands a task to a desk and waits for the answer.
+    """Hands a task to a server and waits for the answer.
 
     Args:
-        file: that the desk wrote.
+        file: that the server wrote.
         task: plain values.
-        limit_s: wait no longer; None: as long as the desk is there.
+        limit_s: wait no longer; None: as long as the server is there.
         connect_s: for each way of getting there.
 
     Returns:
         the message of the answer.
 
     Raises:
-        InputError: no desk.
-        HandoverError: the answer is no, the desk is gone, or the time is over.
+        InputError: no server.
+        HandoverError: the answer is no, the server is gone, or the time is over.
     """
     address = Address.read(file)
     secret, body = bytes.fromhex(address.secret), json.dumps(task).encode()
@@ -310,7 +310,7 @@ def request(file: Path, task: dict[str, Any], *, limit_s: float | None = None, c
 
 
 def _connect(address: Address, connect_s: float) -> socket.socket | None:
-    """A connection to the desk, or None where there is no way."""
+    """A connection to the server, or None where there is no way."""
     if address.local and address.host == socket.gethostname():
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(connect_s)
@@ -321,15 +321,15 @@ def _connect(address: Address, connect_s: float) -> socket.socket | None:
     for number in address.numbers if address.port else ():
         with suppress(OSError):
             connection = socket.create_connection((number, address.port), connect_s)
-            if _is_desk(connection, connect_s):
+            if _is_server(connection, connect_s):
                 _notice_dead_hosts(connection)
                 return connection
             connection.close()
     return None
 
 
-def _is_desk(connection: socket.socket, limit_s: float) -> bool:
-    """Whether something at the other end speaks first, as a desk does; an address of a bridge may lead elsewhere."""
+def _is_server(connection: socket.socket, limit_s: float) -> bool:
+    """Whether something at the other end speaks first, as a server does; an address of a bridge may lead elsewhere."""
     connection.settimeout(limit_s)
     try:
         return len(connection.recv(1, socket.MSG_PEEK)) == 1
@@ -348,7 +348,7 @@ def _by_wire(connection: socket.socket, secret: bytes, body: bytes, until: float
     """The answer to a task over a connection.
 
     Raises:
-        _NotAccepted: it ended before the desk had the task.
+        _NotAccepted: it ended before the server had the task.
         HandoverError: it ended afterwards, or the time is over.
     """
     own_nonce, accepted = secrets.token_bytes(_NONCE), False
@@ -380,7 +380,7 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 
 def _by_letter(file: Path, address: Address, secret: bytes, body: bytes, until: float | None) -> bytes:
-    """Through the drop folder; the desk is gone when the file that announced it is gone or another's."""
+    """Through the drop folder; the server is gone when the file that announced it is gone or another's."""
     nonce = secrets.token_bytes(_NONCE)
     letter = Path(address.drop) / f"{nonce.hex()}.task"
     part = letter.with_suffix(".new")

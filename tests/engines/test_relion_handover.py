@@ -24,17 +24,17 @@ from cryoiso.parallel.task_socket import Address, HandoverError, TaskServer, req
 
 
 @pytest.fixture
-def desk(tmp_path):
+def server(tmp_path):
     made = TaskServer(tmp_path / "callback.json", ["127.0.0.1"])
     yield made
     made.close()
 
 
-def serve(desk, count, answer=lambda call: call.answer(True, f"done {call.task['n']}"), limit_s=10.0):
+def serve(server, count, answer=lambda call: call.answer(True, f"done {call.task['n']}"), limit_s=10.0):
     """Answers ``count`` calls once they are all there; returns their tasks."""
     calls, until = [], time.monotonic() + limit_s
     while len(calls) < count:
-        calls += desk.look()
+        calls += server.look()
         assert time.monotonic() < until, f"only {len(calls)} calls came"
         time.sleep(0.01)
     for call in calls:
@@ -61,7 +61,7 @@ ROADS = ("local", "network", "files")
 
 
 def take_road(monkeypatch, file, road):
-    """Leaves a caller with one way to the desk."""
+    """Leaves a caller with one way to the server."""
     address = Address.read(file)
     if road != "local":
         monkeypatch.setattr(task_socket.socket, "gethostname", lambda: "another-host")
@@ -70,11 +70,11 @@ def take_road(monkeypatch, file, road):
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_several_callers_at_once_each_get_their_own_answer(desk, tmp_path, monkeypatch, road):
+def test_several_callers_at_once_each_get_their_own_answer(server, tmp_path, monkeypatch, road):
     file = tmp_path / "callback.json"
     take_road(monkeypatch, file, road)
     callers = [in_thread(request, file, {"n": n}) for n in range(6)]
-    tasks = serve(desk, 6)
+    tasks = serve(server, 6)
     for thread, _ in callers:
         thread.join(10)
     assert sorted(task["n"] for task in tasks) == list(range(6))
@@ -82,47 +82,47 @@ def test_several_callers_at_once_each_get_their_own_answer(desk, tmp_path, monke
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_a_refusal_and_its_reason_reach_the_caller(desk, tmp_path, monkeypatch, road):
+def test_a_refusal_and_its_reason_reach_the_caller(server, tmp_path, monkeypatch, road):
     take_road(monkeypatch, tmp_path / "callback.json", road)
     thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1})
-    serve(desk, 1, lambda call: call.answer(False, "the network broke", "network-file-damaged"))
+    serve(server, 1, lambda call: call.answer(False, "the network broke", "network-file-damaged"))
     thread.join(10)
     assert isinstance(found["error"], HandoverError) and "network broke" in str(found["error"])
     assert found["error"].code == "network-file-damaged"
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_a_desk_that_closes_frees_its_callers_at_once(desk, tmp_path, monkeypatch, road):
+def test_a_server_that_closes_frees_its_callers_at_once(server, tmp_path, monkeypatch, road):
     take_road(monkeypatch, tmp_path / "callback.json", road)
     thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1})
-    serve(desk, 1, lambda call: None)
+    serve(server, 1, lambda call: None)
     began = time.monotonic()
-    desk.close()
+    server.close()
     thread.join(10)
     assert isinstance(found["error"], HandoverError) and time.monotonic() - began < 5
     assert not (tmp_path / "callback.json").exists()
 
 
-def test_a_caller_that_was_not_looked_at_yet_is_freed_too(desk, tmp_path):
+def test_a_caller_that_was_not_looked_at_yet_is_freed_too(server, tmp_path):
     thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1})
     time.sleep(0.2)
-    desk.close()
+    server.close()
     thread.join(10)
     assert isinstance(found["error"], HandoverError)
 
 
-def test_a_caller_gives_up_after_its_time(desk, tmp_path):
+def test_a_caller_gives_up_after_its_time(server, tmp_path):
     thread, found = in_thread(request, tmp_path / "callback.json", {"n": 1}, limit_s=0.5)
     calls = []
     while thread.is_alive():
-        calls += desk.look()
+        calls += server.look()
         time.sleep(0.01)
     assert isinstance(found["error"], HandoverError) and "in time" in str(found["error"])
     assert len(calls) == 1 and calls[0].gone()
 
 
 @pytest.mark.parametrize("road", ROADS)
-def test_a_wrong_secret_is_not_let_in(desk, tmp_path, monkeypatch, road):
+def test_a_wrong_secret_is_not_let_in(server, tmp_path, monkeypatch, road):
     file = tmp_path / "callback.json"
     take_road(monkeypatch, file, road)
     forged = tmp_path / "forged.json"
@@ -130,15 +130,15 @@ def test_a_wrong_secret_is_not_let_in(desk, tmp_path, monkeypatch, road):
     thread, found = in_thread(request, forged, {"n": 1}, limit_s=1.5)
     until = time.monotonic() + 3
     while thread.is_alive() and time.monotonic() < until:
-        assert desk.look() == []
+        assert server.look() == []
         time.sleep(0.01)
     thread.join(5)
     assert isinstance(found["error"], HandoverError)
 
 
 def test_what_was_said_before_cannot_be_said_again(tmp_path):
-    """A recorded task is worth nothing on another connection: the desk draws a new number for each."""
-    desk = TaskServer(tmp_path / "callback.json", [])
+    """A recorded task is worth nothing on another connection: the server draws a new number for each."""
+    server = TaskServer(tmp_path / "callback.json", [])
     secret = bytes.fromhex(Address.read(tmp_path / "callback.json").secret)
     old = os.urandom(16)
     mine = os.urandom(16)
@@ -147,17 +147,17 @@ def test_what_was_said_before_cannot_be_said_again(tmp_path):
         connection.sendall(recorded)
         until = time.monotonic() + 1
         while time.monotonic() < until:
-            assert desk.look() == []
+            assert server.look() == []
             time.sleep(0.02)
-    desk.close()
+    server.close()
 
 
-def test_silent_and_noisy_strangers_do_not_hold_up_the_desk(desk, tmp_path):
+def test_silent_and_noisy_strangers_do_not_hold_up_the_server(server, tmp_path):
     address = Address.read(tmp_path / "callback.json")
     silent, noisy = (task_socket._connect(address, 2.0) for _ in range(2))
     noisy.sendall(os.urandom(4096))
     thread, found = in_thread(request, tmp_path / "callback.json", {"n": 7})
-    serve(desk, 1)
+    serve(server, 1)
     thread.join(10)
     assert found["result"] == "done 7"
     silent.close(), noisy.close()
@@ -191,22 +191,22 @@ def strangers(where, count, user=0):
 
 
 @pytest.mark.parametrize("way", ["local", "network"])
-def test_a_crowd_of_strangers_neither_ends_the_run_nor_takes_its_file_descriptors(desk, tmp_path, way):
+def test_a_crowd_of_strangers_neither_ends_the_run_nor_takes_its_file_descriptors(server, tmp_path, way):
     address = Address.read(tmp_path / "callback.json")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     crowd = strangers(address.local if way == "local" else address.port, 400)
     lowest = os.dup(0)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 24, hard))  # fewer than the desk would like to keep
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 24, hard))  # fewer than the server would like to keep
     try:
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
-            assert desk.look() == []
-            assert len(desk._callers) <= task_socket.MOST_CALLERS
+            assert server.look() == []
+            assert len(server._callers) <= task_socket.MOST_CALLERS
             time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         thread, found = in_thread(request, tmp_path / "callback.json", {"n": 3}, limit_s=20.0)
-        serve(desk, 1, limit_s=20.0)
+        serve(server, 1, limit_s=20.0)
         thread.join(20)
         assert found["result"] == "done 3"
     finally:
@@ -214,12 +214,12 @@ def test_a_crowd_of_strangers_neither_ends_the_run_nor_takes_its_file_descriptor
         crowd.kill(), crowd.wait()
 
 
-def test_a_caller_that_lost_its_place_goes_by_the_files(desk, tmp_path, monkeypatch):
+def test_a_caller_that_lost_its_place_goes_by_the_files(server, tmp_path, monkeypatch):
     monkeypatch.setattr(task_socket, "MOST_CALLERS", 1)
     address = Address.read(tmp_path / "callback.json")
-    monkeypatch.setattr(desk, "_doors", [DropsAll(door) for door in desk._doors])
+    monkeypatch.setattr(server, "_doors", [DropsAll(door) for door in server._doors])
     thread, found = in_thread(request, tmp_path / "callback.json", {"n": 5}, limit_s=20.0)
-    serve(desk, 1, limit_s=20.0)
+    serve(server, 1, limit_s=20.0)
     thread.join(20)
     assert found["result"] == "done 5" and address.local
 
@@ -239,19 +239,19 @@ class DropsAll:
         self._door.close()
 
 
-def test_the_deadline_is_for_the_whole_task(desk, tmp_path, monkeypatch):
+def test_the_deadline_is_for_the_whole_task(server, tmp_path, monkeypatch):
     monkeypatch.setattr(task_socket, "_HELLO_S", 0.4)
     trickle = task_socket._connect(Address.read(tmp_path / "callback.json"), 2.0)
     began = time.monotonic()
     with trickle, pytest.raises(OSError):
         while time.monotonic() < began + 10:
             trickle.send(b"x")
-            desk.look()
+            server.look()
             time.sleep(0.02)
-    assert time.monotonic() < began + 5 and not desk._callers
+    assert time.monotonic() < began + 5 and not server._callers
 
 
-def test_the_local_socket_is_for_its_owner_alone(desk, tmp_path):
+def test_the_local_socket_is_for_its_owner_alone(server, tmp_path):
     local = Path(Address.read(tmp_path / "callback.json").local)
     assert os.stat(local.parent).st_mode & 0o777 == 0o700 and stat.S_ISSOCK(os.stat(local).st_mode)
     if os.getuid() != 0:
@@ -264,13 +264,13 @@ def test_the_local_socket_is_for_its_owner_alone(desk, tmp_path):
     assert crowd.stdout.readline() == "there\n"
     until = time.monotonic() + 1
     while time.monotonic() < until:
-        assert desk.look() == [] and not desk._callers
+        assert server.look() == [] and not server._callers
         time.sleep(0.05)
     assert crowd.stdout.readline() in ("b''\n", "ConnectionResetError\n")
     crowd.kill(), crowd.wait()
 
 
-def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_stay(desk, tmp_path, monkeypatch):
+def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_stay(server, tmp_path, monkeypatch):
     living = Path(Address.read(tmp_path / "callback.json").local).parent
     dead, empty = (private_socket.private_folder("desk") for _ in range(2))
     listen(socket.AF_UNIX, str(dead / "socket")).close()
@@ -290,7 +290,7 @@ def test_folders_of_killed_runs_are_removed_and_those_of_living_ones_stay(desk, 
     os.utime(young, (0, 0)), os.utime(busy, (0, 0))
     private_socket.private_folder("desk").rmdir(), other.rmdir()
     assert not young.exists() and not busy.exists()
-    desk.close()
+    server.close()
     assert not living.exists()
     monkeypatch.setattr(private_socket.tempfile, "gettempdir", lambda: "/" + "long" * 40)
     last = private_socket.private_folder("desk")
@@ -312,7 +312,7 @@ def test_doctest_of_private_socket():
     assert tried and not failed
 
 
-def test_the_secret_is_for_its_owner_alone(desk, tmp_path):
+def test_the_secret_is_for_its_owner_alone(server, tmp_path):
     file = tmp_path / "callback.json"
     assert os.stat(file).st_mode & 0o777 == 0o600
     os.chmod(file, 0o644)
@@ -343,22 +343,22 @@ def test_the_callers_program_starts_without_numpy_torch_or_mpi(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_the_script_for_relion_hands_over_from_any_folder(desk, tmp_path):
+def test_the_script_for_relion_hands_over_from_any_folder(server, tmp_path):
     from cryoiso.engines.relion.callback import write_script
 
     folder = tmp_path / "with space"
     folder.mkdir()
     words = write_script(folder / "callback.sh", tmp_path / "callback.json")
     process = subprocess.Popen(f"{words} run_it001.star", shell=True, cwd=folder, stderr=subprocess.PIPE, text=True)
-    tasks = serve(desk, 1, lambda call: call.answer(True))
+    tasks = serve(server, 1, lambda call: call.answer(True))
     assert process.wait(10) == 0 and tasks[0]["star"] == str(folder / "run_it001.star")
     process = subprocess.Popen(f"{words} run_it002.star", shell=True, cwd=folder, stderr=subprocess.PIPE, text=True)
-    serve(desk, 1, lambda call: call.answer(False, "no such array"))
+    serve(server, 1, lambda call: call.answer(False, "no such array"))
     _, said = process.communicate(timeout=10)
     assert process.returncode != 0 and "no such array" in said
 
 
-def test_the_address_survives_a_round_through_its_file(desk, tmp_path):
+def test_the_address_survives_a_round_through_its_file(server, tmp_path):
     found = Address.read(tmp_path / "callback.json")
     assert found.port > 0 and found.numbers == ("127.0.0.1",) and len(bytes.fromhex(found.secret)) == 32
     (tmp_path / "bad.json").write_text(json.dumps({"host": "x"}))

@@ -19,21 +19,21 @@ from cryoiso.core.errors import EXIT_OTHER, EXIT_USAGE, CryoisoError
 from cryoiso.parallel.task_socket import request
 
 VARIABLE = "RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE"
-DESK_FILE = "callback.json"
+ADDRESS_FILE = "callback.json"
 
 
-def hand_over(desk: Path, star: str) -> None:
+def hand_over(address_file: Path, star: str) -> None:
     """Asks the waiting ranks to reconstruct, and returns when the result is there.
 
     Args:
-        desk: file that says where they wait.
+        address_file: file that says where they wait.
         star: RELION's ``..._external_reconstruct.star``.
 
     Raises:
         InputError: nobody waits.
         HandoverError: they could not, or are gone.
     """
-    request(desk, {"star": os.path.abspath(star), "host": socket.gethostname(), "process": os.getpid()})
+    request(address_file, {"star": os.path.abspath(star), "host": socket.gethostname(), "process": os.getpid()})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,14 +49,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def write_script(script: Path, desk: Path) -> str:
+def write_script(script: Path, address_file: Path) -> str:
     """The script, and what RELION's variable must be set to. RELION hands it to a shell, so spaces do no harm."""
     package = Path(__file__).resolve().parents[3]
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
     script.write_text(
         "#!/bin/sh\n# RELION calls this after every iteration; see cryoiso's docs/relion.md\n"
         f"PYTHONPATH={shlex.quote(path)} exec {shlex.quote(sys.executable)} -m cryoiso.engines.relion.callback "
-        f'--desk {shlex.quote(str(desk.absolute()))} "$@"\n'
+        f'--desk {shlex.quote(str(address_file.absolute()))} "$@"\n'
     )
     script.chmod(0o755)
     return f"/bin/sh {shlex.quote(str(script.absolute()))}"

@@ -17,7 +17,7 @@ from cryoiso.core.log import duration, indented
 from cryoiso.core.progress import board
 from cryoiso.core.types import HALVES
 from cryoiso.engines.process import Program, describe_status
-from cryoiso.engines.relion.callback import DESK_FILE, VARIABLE, write_script
+from cryoiso.engines.relion.callback import ADDRESS_FILE, VARIABLE, write_script
 from cryoiso.engines.relion.external import ReconstructionTask, read_task
 from cryoiso.engines.relion.progress_parser import RelionProgress
 from cryoiso.engines.relion.serve import Setting, serve
@@ -110,7 +110,7 @@ class _RelionWatch:
     def __init__(self, start: RelionStart) -> None:
         self._start = start
         self._program: Program | None = None
-        self._desk: TaskServer | None = None
+        self._server: TaskServer | None = None
         self._calls: dict[int | None, tuple[ReconstructionTask, Call]] = {}
         self._first_call = 0.0
         self._warned = 0
@@ -121,9 +121,9 @@ class _RelionWatch:
         start, extra = self._start, {"OMPI_MCA_mpi_yield_when_idle": "1"}
         try:
             if start.setting is not None:
-                desk_file = start.folder / DESK_FILE
-                self._desk = TaskServer(desk_file, candidates(False) if start.elsewhere else ())
-                extra[VARIABLE] = write_script(start.folder / "callback.sh", desk_file)
+                address_file = start.folder / ADDRESS_FILE
+                self._server = TaskServer(address_file, candidates(False) if start.elsewhere else ())
+                extra[VARIABLE] = write_script(start.folder / "callback.sh", address_file)
             self._program = Program(
                 start.command, start.folder / LOG, folder=start.folder, environment=start.environment(extra)
             )
@@ -195,9 +195,9 @@ class _RelionWatch:
 
     def _collect(self) -> None:
         """Takes calls of RELION in; of an iteration both halves are needed."""
-        if self._desk is None:
+        if self._server is None:
             return
-        for call in self._desk.look():
+        for call in self._server.look():
             star = Path(str(call.task.get("star", "")))
             if star.parent.resolve() != self._start.folder.resolve():
                 call.answer(False, f"{star} is not of this run", "relion-callback-failed")
@@ -265,5 +265,5 @@ class _RelionWatch:
             self._program.stop()
         for _, call in self._calls.values():
             call.answer(False, "the run was ended", "ranks-unreachable")
-        if self._desk is not None:
-            self._desk.close()
+        if self._server is not None:
+            self._server.close()
