@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cryoiso.cli.common import echo
+
+if TYPE_CHECKING:
+    from cryoiso.pipeline.finding import Finding
 
 
 def doctor(
@@ -44,7 +47,7 @@ def doctor(
         raise SystemExit(code)
 
 
-def _lines(findings: list) -> list[str]:
+def _lines(findings: list[Finding]) -> list[str]:
     """One line a finding; what is not fine is marked, with its remedy below."""
     mark = {"fine": "", "note": "note: ", "warning": "WARNING: ", "error": "ERROR: "}
     lines, last = [], ""

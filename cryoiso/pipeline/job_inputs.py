@@ -201,7 +201,7 @@ class SelectedInputs(Inputs):
         self._rows: np.ndarray | None = None
 
     @property
-    def scratch(self) -> Scratch | None:  # type: ignore[override]
+    def scratch(self) -> Scratch | None:
         """Copies of the images on the nodes' own disks."""
         return self._whole.scratch
 

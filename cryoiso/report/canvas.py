@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import io
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.report.hover import Picture, axes_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, GREEN, VERMILLION, ORANGE, SKY, GREY = "#0072B2", "#009E73", "#D55E00", "#E69F00", "#56B4E9", "#8A8A8A"
 """Okabe and Ito's colours, which colour-blind people tell apart. Blue is this run, green the true poses, vermillion
@@ -42,12 +46,12 @@ _TICKS_A = (
 )
 
 
-def new_figure(width_in: float, height_in: float, **layout: Any):
+def new_figure(width_in: float, height_in: float, **layout: Any) -> tuple[Figure, np.ndarray]:
     """A figure with its axes (rows, columns), made without pyplot, so that nothing global changes."""
+    import matplotlib.figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(width_in, height_in), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(squeeze=False, **layout)
 
@@ -59,7 +63,7 @@ def styled() -> AbstractContextManager[None]:
     return rc_context(_STYLE)
 
 
-def address(figure, kind: str = "svg", dpi: int = 150) -> Picture:
+def address(figure: Figure, kind: str = "svg", dpi: int = 150) -> Picture:
     """The figure as a data: address, the same bytes every time, with the values that can be read off it."""
     stream = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -73,7 +77,7 @@ def decoded(data_address: str) -> bytes:
     return base64.b64decode(data_address.partition(",")[2])
 
 
-def picture(ax, image, low: float, high: float) -> None:
+def picture(ax: Axes, image: np.ndarray, low: float, high: float) -> None:
     """A grey picture without ticks or frame."""
     ax.imshow(image, cmap="gray", origin="lower", vmin=low, vmax=high, interpolation="bilinear")
     ax.set(xticks=[], yticks=[])
@@ -92,7 +96,7 @@ def values_of(numbers: Any) -> np.ndarray:
     return np.array(numbers if numbers is not None else [], np.float64)
 
 
-def scale_bar(ax, box_px: int, pixel_size_A: float) -> None:
+def scale_bar(ax: Axes, box_px: int, pixel_size_A: float) -> None:
     """A white bar of a round length in the corner of a picture."""
     box_A = box_px * pixel_size_A
     length_A = next((n for n in (200, 100, 50, 20, 10, 5) if n < 0.4 * box_A), 2)
@@ -101,7 +105,7 @@ def scale_bar(ax, box_px: int, pixel_size_A: float) -> None:
     ax.text(x0, y0 + 0.04 * box_px, f"{length_A} Å", color="white", fontsize=7.5)
 
 
-def from_zero(ax) -> None:
+def from_zero(ax: Axes) -> None:
     """An axis from zero to a little above the lines, however flat they are."""
     tops = [
         float(np.nanmax(y)) for line in ax.get_lines() if np.isfinite(y := np.asarray(line.get_ydata(), float)).any()
@@ -109,7 +113,7 @@ def from_zero(ax) -> None:
     ax.set_ylim(0, 1.08 * max(tops, default=1.0) or 1.0)
 
 
-def resolution_axis(ax, last_invA: float) -> None:
+def resolution_axis(ax: Axes, last_invA: float) -> None:
     """Resolution in Å above an axis of spatial frequency."""
     upper = ax.secondary_xaxis("top")
     kept: list[float] = []

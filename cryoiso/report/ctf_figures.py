@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from cryoiso.report.canvas import BLUE, address, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MOST_POINTS = 20_000
 """Particles drawn over the micrograph's position."""
@@ -31,7 +37,7 @@ def defocus_changes(
         return address(figure, "png", 160)
 
 
-def _over_micrograph(figure, ax, position_A: np.ndarray, defocus_A: np.ndarray) -> None:
+def _over_micrograph(figure: Figure, ax: Axes, position_A: np.ndarray, defocus_A: np.ndarray) -> None:
     step = max(1, -(-len(defocus_A) // MOST_POINTS))
     limit = max(float(np.percentile(np.abs(defocus_A), 98)), 1.0)
     x, y = position_A[::step].T / 1e3

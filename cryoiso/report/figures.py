@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,11 @@ from cryoiso.report.canvas import (
     styled,
 )
 from cryoiso.report.text import number, section
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import Colormap, Normalize
 
 
 def maps(items: list[tuple[str, str, DensityMap]], d: DiagnoseRecord) -> str:
@@ -152,7 +157,7 @@ def truth_fsc(d: DiagnoseRecord) -> str:
         return address(figure)
 
 
-def _fsc_axes(ax, frequency_invA: list[float], thresholds: tuple[float, ...]) -> None:
+def _fsc_axes(ax: Axes, frequency_invA: list[float], thresholds: tuple[float, ...]) -> None:
     """Frequency below, resolution in Å above, thresholds as thin lines."""
     last = frequency_invA[-1]
     ax.set(xlim=(0, last), ylim=(-0.1, 1.04), xlabel="spatial frequency (1/Å)", ylabel="FSC")
@@ -163,7 +168,7 @@ def _fsc_axes(ax, frequency_invA: list[float], thresholds: tuple[float, ...]) ->
     resolution_axis(ax, last)
 
 
-def _mark(ax, resolution_A: float | None, threshold: float, colour: str, text: bool = True) -> None:
+def _mark(ax: Axes, resolution_A: float | None, threshold: float, colour: str, text: bool = True) -> None:
     if not resolution_A or 1 / resolution_A > 0.999 * ax.get_xlim()[1]:
         return  # the curve never comes down to the threshold
     ax.plot([1 / resolution_A], [threshold], "o", color=colour, markersize=5, clip_on=False, zorder=5)
@@ -212,7 +217,9 @@ def view_discs(kinds: list[tuple[str, dict[str, Any], list[int]]]) -> str:
         return address(figure, "png", 160)
 
 
-def _hemisphere(ax, cells_per_ring: list[int], density: np.ndarray, sign: int, norm, cmap):
+def _hemisphere(
+    ax: Axes, cells_per_ring: list[int], density: np.ndarray, sign: int, norm: Normalize, cmap: Colormap
+) -> PolyCollection:
     """One disc in Lambert's equal-area projection: radius sqrt(1 - |z|), 1 at the rim."""
     from matplotlib.collections import PolyCollection
 

@@ -36,7 +36,7 @@ def figures_for_others(figures: list[Figure], data: ReportData, folder: Path) ->
     known = _known(data, folder)
 
     def cut(text: str) -> str:
-        return _cut(text, known)
+        return str(_cut(text, known))
 
     return [
         replace(

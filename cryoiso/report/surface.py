@@ -201,7 +201,8 @@ def _shade(cube: np.ndarray, depth: np.ndarray, points: np.ndarray, own: np.ndar
     cover = gaussian_filter(seen.astype(np.float64), 0.7)[..., None]
     # at the silhouette the nearest surface colour is spread outwards, then faded into the white
     spread = np.stack([_blurred(colour[..., k], seen, 1.5) for k in range(3)], axis=-1)
-    return np.clip(np.where(seen[..., None], colour, spread) * cover + (1 - cover), 0, 1)
+    pixels: np.ndarray = np.clip(np.where(seen[..., None], colour, spread) * cover + (1 - cover), 0, 1)
+    return pixels
 
 
 def _blurred(values: np.ndarray, where: np.ndarray, sigma_px: float) -> np.ndarray:

@@ -28,7 +28,7 @@ _OWN_START = "work.sh"
 class _Unset(Undefined):
     """A placeholder that is known but has no value: false in a condition, an error where it is to be printed."""
 
-    __str__ = Undefined._fail_with_undefined_error  # type: ignore[assignment]
+    __str__ = Undefined._fail_with_undefined_error
 
 
 def fill_own(scheduler: str, facts: dict[str, Any]) -> str:

@@ -59,7 +59,8 @@ class MicrographPositions:
         assert self.index is not None
         sums = np.zeros((len(self.names), values.shape[1]))
         np.add.at(sums, self.index, values)
-        return values - (sums / np.bincount(self.index, minlength=len(self.names))[:, None])[self.index]
+        centred: np.ndarray = values - (sums / np.bincount(self.index, minlength=len(self.names))[:, None])[self.index]
+        return centred
 
 
 def _micrograph_pixel_A(particles: Particles, columns: Columns, file: object) -> np.ndarray:
@@ -68,7 +69,8 @@ def _micrograph_pixel_A(particles: Particles, columns: Columns, file: object) ->
             return columns.number(name)
         optics = particles.optics_table
         if optics is not None and name in optics.columns:
-            return Columns(optics, file, "optics").number(name)[particles.optics]
+            of_rows: np.ndarray = Columns(optics, file, "optics").number(name)[particles.optics]
+            return of_rows
     return particles.group_values("pixel_size_A")
 
 

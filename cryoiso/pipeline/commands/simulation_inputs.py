@@ -118,7 +118,8 @@ def _missing(chains: list[np.ndarray], first: int, share: float) -> list[int]:
     centres = np.array([c.mean(0) for c in chains])
     order = np.argsort(np.linalg.norm(centres - centres[first], axis=1), kind="stable")
     held = np.cumsum([len(chains[i]) for i in order]) / sum(map(len, chains))
-    return order[: min(int(np.searchsorted(held, share - 0.01)) + 1, len(chains) - 1)].tolist()
+    count = min(int(np.searchsorted(held, share - 0.01)) + 1, len(chains) - 1)
+    return [int(i) for i in order[:count]]
 
 
 def _without_chains(volume: DensityMap, chains: list[np.ndarray], missing: list[int]) -> DensityMap:

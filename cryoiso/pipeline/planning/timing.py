@@ -71,9 +71,10 @@ def save_timing(run: RunContext) -> None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return record
 
 
 def _new(run: RunContext, p: Problem, device: str) -> dict[str, Any]:

@@ -103,9 +103,8 @@ def verify_outputs(folder: Path, recorded: Outputs, comm: Context, label: str = 
                 wrong = f"{path} is gone"
             elif path.stat().st_size != facts["bytes"]:
                 wrong = f"{path} has another size"
-    wrong = comm.bcast(wrong)
-    if wrong:
-        return wrong
+    if problem := str(comm.bcast(wrong)):
+        return problem
     for name, facts in hash_shared(folder, list(recorded), comm, label).items():
         if facts["sha256"] != recorded[name]["sha256"]:
             return f"{folder / name} has changed"

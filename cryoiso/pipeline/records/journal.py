@@ -27,7 +27,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines = read_journal(path)
+        self.lines: list[dict[str, Any]] = read_journal(path)
         self._turn = threading.Lock()
         _cut_torn_line(path)
 
@@ -63,10 +63,8 @@ class Journal:
 
     def last(self, event: str, stage: str) -> dict[str, Any] | None:
         """The latest line of this event and stage."""
-        for line in reversed(self.lines):
-            if line["event"] == event and line.get("stage") == stage:
-                return line
-        return None
+        latest = (line for line in reversed(self.lines) if line["event"] == event and line.get("stage") == stage)
+        return next(latest, None)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -77,7 +75,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = []
+    lines: list[dict[str, Any]] = []
     for number, row in enumerate(read_regular_bytes(path).split(b"\n")[:-1], start=1):
         try:
             line = json.loads(row)

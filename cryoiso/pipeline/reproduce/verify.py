@@ -114,7 +114,8 @@ def verify_run(folder: Path, comm: Context, *, inputs: bool = True) -> VerifyRep
             "outputs": len(recorded_there), "inputs": len(given_there),
             "bytes": sum(facts["bytes"] for facts in digests.values()),
         }  # fmt: skip
-    return comm.bcast(verdict)
+    shared: VerifyReport = comm.bcast(verdict)
+    return shared
 
 
 # --- what was noted

@@ -52,7 +52,8 @@ def look_at_folder(comm: Context, path: Path, *, thorough: bool) -> dict[str, An
         with suppress(OSError):
             name.unlink()
         facts["unseen_from"] = [] if facts["problem"] else blind
-    return comm.bcast(facts)
+    shared: dict[str, Any] = comm.bcast(facts)
+    return shared
 
 
 def _sees(name: Path) -> bool:

@@ -187,7 +187,8 @@ def _write(
 
 def composite_reference(result: HalfMicelle, homologue: DensityMap, mask: ProteinMask) -> np.ndarray:
     """g M V_homo + (1 - M) V_M: (D, D, D) float32, on the grey scale of the images."""
-    return (result.grey_scale * mask.data * homologue.data + result.micelle).astype(np.float32)
+    composite: np.ndarray = (result.grey_scale * mask.data * homologue.data + result.micelle).astype(np.float32)
+    return composite
 
 
 def agreement_of_halves(recovery: Recovery) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,11 @@ from cryoiso.report.canvas import (
     styled,
     values_of,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+    from matplotlib.image import AxesImage
 
 
 def by_direction(d: DiagnoseRecord) -> str:
@@ -76,7 +81,7 @@ def spheres(d: DiagnoseRecord) -> str:
         return address(figure, "png", 160)
 
 
-def _half_sphere(ax, axes: np.ndarray, values: np.ndarray, cmap: str, norm):
+def _half_sphere(ax: Axes, axes: np.ndarray, values: np.ndarray, cmap: str, norm: Normalize | None) -> AxesImage:
     """A disc whose pixels take the value of the nearest axis; radius sqrt(1 - z), 1 at the rim."""
     from scipy.spatial import cKDTree
 

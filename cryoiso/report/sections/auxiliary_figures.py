@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -21,6 +21,11 @@ from cryoiso.report.canvas import (
     values_of,
 )
 from cryoiso.report.sections.auxiliary import KNOWN_SD
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 _ROUNDS = (SKY, BLUE, "#004060")
 """Colours of the rounds; the last one serves all that follow."""
@@ -111,7 +116,7 @@ def transfer(rounds: list[dict[str, Any]]) -> str:
         return address(figure)
 
 
-def _ratio(ax, s: dict[str, Any], colour: str) -> None:
+def _ratio(ax: Axes, s: dict[str, Any], colour: str) -> None:
     frequency, ratio = values_of(s["frequency_invA"]), values_of(s.get("log_ratio"))
     if len(ratio) != len(frequency):
         return
@@ -122,7 +127,7 @@ def _ratio(ax, s: dict[str, Any], colour: str) -> None:
         ax.fill_between(frequency[1:], low[1:], high[1:], color=colour, alpha=0.25, linewidth=0)
 
 
-def _grey_values(ax, s: dict[str, Any], key: str, colour: str, label: str, **style: Any) -> None:
+def _grey_values(ax: Axes, s: dict[str, Any], key: str, colour: str, label: str, **style: Any) -> None:
     part = s.get("histogram") or {}
     shares, edges = values_of(part.get(key)), values_of(part.get("edges"))
     if len(shares) and len(edges) == len(shares) + 1:
@@ -130,11 +135,11 @@ def _grey_values(ax, s: dict[str, Any], key: str, colour: str, label: str, **sty
         ax.stairs(np.where(density > 0, density, np.nan), edges, color=colour, label=label, linewidth=1.5, **style)
 
 
-def _name_spectra(powers, ratios, greys, last: dict[str, Any]) -> None:
+def _name_spectra(powers: Axes, ratios: Axes, greys: Axes, last: dict[str, Any]) -> None:
     end = last["frequency_invA"][-1]
     for ax in (powers, ratios):
         ax.set(xlim=(0, end), xlabel="spatial frequency (1/Å)")
-        ax.xaxis.get_major_locator().set_params(nbins=4)
+        cast("MaxNLocator", ax.xaxis.get_major_locator()).set_params(nbins=4)
         resolution_axis(ax, end)
     powers.set(yscale="log", ylabel="power (1 = white noise of variance 1)")
     _plain_ticks(powers, [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)])
@@ -152,7 +157,7 @@ def _name_spectra(powers, ratios, greys, last: dict[str, Any]) -> None:
         greys.legend(loc="lower center")
 
 
-def _plain_ticks(ax, ticks: list[float]) -> None:
+def _plain_ticks(ax: Axes, ticks: list[float]) -> None:
     """Those of the ticks that lie within a logarithmic axis, written as people do."""
     low, high = ax.get_ylim()
     kept = [t for t in ticks if low <= t <= high]
@@ -179,14 +184,14 @@ def training(rounds: list[dict[str, Any]]) -> str:
         return address(figure, "png", 160)
 
 
-def _curve(ax, run: dict[str, Any], key: str, style, colour: str, label: str) -> None:
+def _curve(ax: Axes, run: dict[str, Any], key: str, style: Any, colour: str, label: str) -> None:
     steps, values = values_of(run.get("steps")), values_of(run.get(key))
     n = min(len(steps), len(values))
     if np.isfinite(values[:n]).any():
         ax.plot(steps[:n], values[:n], linestyle=style, color=colour, label=label, linewidth=1.4)
 
 
-def _name_curves(axes, halves: dict[str, Any]) -> None:
+def _name_curves(axes: np.ndarray, halves: dict[str, Any]) -> None:
     for ax, title in zip(axes, ("loss", "reconstruction error"), strict=True):
         ax.set(xlabel="step", title=title)
         for run in halves.values():
@@ -217,7 +222,7 @@ def _layers(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     return steps[:n], np.array(rows[:n], np.float64)
 
 
-def _layer_maps(figure, axes, halves: dict[str, Any], number: int) -> None:
+def _layer_maps(figure: Figure, axes: np.ndarray, halves: dict[str, Any], number: int) -> None:
     from matplotlib.colors import LogNorm
 
     known = {half: _layers(run) for half, run in halves.items()}
@@ -267,7 +272,7 @@ def moved(rounds: list[dict[str, Any]], local: dict[str, Any]) -> str:
         return address(figure)
 
 
-def _angle_axis(ax, edges_deg: np.ndarray) -> np.ndarray:
+def _angle_axis(ax: Axes, edges_deg: np.ndarray) -> np.ndarray:
     """A logarithmic axis if the edges grow geometrically; gives the edges to draw, of which none is 0 then."""
     edges = edges_deg.copy()
     if len(edges) > 4 and edges[1] > 0 and np.isclose(edges[-1] / edges[-2], edges[-2] / edges[-3], rtol=1e-3):

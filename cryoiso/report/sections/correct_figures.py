@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,12 @@ from cryoiso.report.canvas import (
     values_of,
 )
 from cryoiso.report.text import number, numbers_of, section
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _PLANES = ("XY", "XZ", "YZ")
 _ROWS = (("before", "before"), ("after", "after"), ("share", "share from data"))
@@ -73,7 +79,7 @@ def _middle(plane: np.ndarray, half_px: int) -> np.ndarray:
     return plane[keep, keep]
 
 
-def _share(ax, shown: dict[str, list[np.ndarray]], plane: int, level: float):
+def _share(ax: Axes, shown: dict[str, list[np.ndarray]], plane: int, level: float) -> AxesImage:
     """The share in colours inside the mask, with the outline of the density."""
     inside = shown["mask"][plane] > 0.5 if "mask" in shown else np.ones_like(shown["share"][plane], bool)
     ax.set_facecolor(_NOTHING)
@@ -89,7 +95,7 @@ def _share(ax, shown: dict[str, list[np.ndarray]], plane: int, level: float):
     return image
 
 
-def _bar(figure, image, axes, label: str, **place: Any) -> None:
+def _bar(figure: Figure, image: ScalarMappable, axes: np.ndarray, label: str, **place: Any) -> None:
     bar = figure.colorbar(image, ax=list(np.ravel(axes)), aspect=18, pad=0.02, **place)
     bar.set_ticks([0, 0.5, 1], labels=["0", "0.5", "1"])
     bar.set_label(label, fontsize=8.5)
@@ -126,7 +132,7 @@ def fourier(slices: dict[str, list[np.ndarray]], facts: dict[str, Any]) -> str:
         return address(figure, "png", 160)
 
 
-def _circle(ax, radius: float) -> None:
+def _circle(ax: Axes, radius: float) -> None:
     turn = np.linspace(0, 2 * np.pi, 200)
     ax.plot(radius * np.cos(turn), radius * np.sin(turn), color=GREY, linewidth=0.9)
 
@@ -159,7 +165,7 @@ def curves(facts: dict[str, Any], agreement: str) -> str:
         return address(figure)
 
 
-def _limit(ax, facts: dict[str, Any], last_invA: float) -> None:
+def _limit(ax: Axes, facts: dict[str, Any], last_invA: float) -> None:
     """A line where the correction ended, which is a setting or a measured number, not a claim of this picture."""
     limit_A = number(facts, "resolution_A")
     if limit_A and 1 / limit_A <= last_invA * 1.001:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from cryoiso.report.canvas import (
     ORANGE,
     SKY,
     VERMILLION,
-    Picture,
     address,
     new_figure,
     resolution_axis,
@@ -23,9 +22,13 @@ from cryoiso.report.canvas import (
     styled,
     values_of,
 )
+from cryoiso.report.hover import Picture
 from cryoiso.report.sections.correct import Slices
 from cryoiso.report.surface_view import LEAST_RANGE, RESOLUTION_STOPS
 from cryoiso.report.text import number, numbers_of, section
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LOCAL = "local"
 MOST_CHAINS = 8
@@ -63,7 +66,7 @@ def local(slices: Slices, d: DiagnoseRecord) -> Picture:
         return address(figure, "png", 150)
 
 
-def _distribution(ax, d: DiagnoseRecord) -> None:
+def _distribution(ax: Axes, d: DiagnoseRecord) -> None:
     """Percentiles over the mask as a cumulative curve."""
     at = section(section(d, "local_resolution"), "percentiles_A")
     known = [(float(key), value) for key in at if (value := number(at, key)) is not None]
@@ -111,7 +114,7 @@ def model(d: DiagnoseRecord) -> Picture:
         return address(figure)
 
 
-def _q_lines(ax, part: dict[str, Any]) -> None:
+def _q_lines(ax: Axes, part: dict[str, Any]) -> None:
     for (name, scores), colour in zip(by_chain(part).items(), _COLOURS, strict=False):
         ax.plot(np.arange(1, len(scores) + 1), _smooth(scores), color=colour, linewidth=1.2, label=f"chain {name}")
     mean = number(part, "q")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cryoiso.report.canvas import BLUE, address, by_half, from_zero, new_figure, styled
 from cryoiso.report.text import number, section, span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def by_iteration(rows: list[dict[str, Any]]) -> str:
@@ -37,7 +40,7 @@ def by_iteration(rows: list[dict[str, Any]]) -> str:
         return address(figure)
 
 
-def _marked(ax, iteration: np.ndarray, rows: list[dict[str, Any]], key: str, factor: float) -> None:
+def _marked(ax: Axes, iteration: np.ndarray, rows: list[dict[str, Any]], key: str, factor: float) -> None:
     """A line whose points are filled where references were corrected."""
     values = np.array([np.nan if (v := number(row, key)) is None else factor * v for row in rows])
     done = np.array([bool(row.get("applied")) for row in rows])
@@ -47,7 +50,7 @@ def _marked(ax, iteration: np.ndarray, rows: list[dict[str, Any]], key: str, fac
             ax.plot(iteration[which], values[which], "o", color=BLUE, markerfacecolor=face, markersize=5, label=label)
 
 
-def _spans(ax, iteration: np.ndarray, rows: list[dict[str, Any]], key: str, directed: bool) -> None:
+def _spans(ax: Axes, iteration: np.ndarray, rows: list[dict[str, Any]], key: str, directed: bool) -> None:
     """A bar from one number to the other for each half, with a dot where it ends if the order matters."""
     labels = sorted({label for row in rows for label in section(row, key)})
     for i, label in enumerate(labels):
