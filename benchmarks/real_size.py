@@ -87,12 +87,12 @@ def refine(tree: Path, box: int, search: str, folder: Path, out: Path) -> dict[s
 def child(counted: Path, arguments: list[str]) -> None:
     """The program, with CPU seconds of the search, of the sums and of the whole iteration."""
     from cryoiso.cli.main import main as cryoiso
-    from cryoiso.refine import initial_model, iterate, search
+    from cryoiso.refine import expectation, initial_model, iterate, search
 
     # the reference is the signal of the images itself
     initial_model.require_match = lambda *_args, **_keys: None
     initial_model.grey_scale = lambda *_args, **_keys: 1.0
-    empty = iterate.SliceAccumulator.empty
+    empty = expectation.SliceAccumulator.empty
 
     def touched(*args: Any, **kwargs: Any) -> Any:
         """Pages of the grid are handed out once in an iteration, whatever the number of particles."""
@@ -114,8 +114,8 @@ def child(counted: Path, arguments: list[str]) -> None:
         return call
 
     search.Searcher.search = timed("search", search.Searcher.search)  # type: ignore[method-assign]
-    iterate.SliceAccumulator.empty = touched  # type: ignore[method-assign]
-    iterate.accumulate = timed("sums", iterate.accumulate)
+    expectation.SliceAccumulator.empty = touched  # type: ignore[method-assign]
+    expectation.accumulate = timed("sums", expectation.accumulate)
     iterate.Refinement.step = timed("iteration", iterate.Refinement.step)  # type: ignore[method-assign]
     sys.argv[1:] = arguments
     try:

@@ -27,20 +27,15 @@ from cryoiso.io.contrast_sign import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
 from cryoiso.io.particle_file import read_particle_file
 from cryoiso.io.regular_file import open_regular
-from cryoiso.io.shards import (
-    COLUMNS,
-    FORMAT,
-    VERSION,
-    ShardSource,
-    groups_to_json,
+from cryoiso.io.shard_writer import (
     hdf5_chunk,
     row_columns,
     shard_attributes,
     shard_matches,
-    shard_name,
     write_index,
     write_shard_file,
 )
+from cryoiso.io.shards import COLUMNS, FORMAT, VERSION, ShardSource, groups_to_json, shard_name
 from cryoiso.io.stack import StackReader, number_of_file
 
 logger = logging.getLogger("cryoiso")

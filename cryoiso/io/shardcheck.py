@@ -1,7 +1,7 @@
 """What must hold before a folder of shards is used: it may come from anywhere.
 
 HDF5 can read from other files behind a program's back (external and soft links, external storage, virtual data sets),
-and unpack a few bytes into any amount (filters, data sets of which nothing is stored). A shard that ``io.shards``
+and unpack a few bytes into any amount (filters, data sets of which nothing is stored). A shard that ``io.shard_writer``
 writes has none of that, so all of it is refused; then index and columns are compared with each other.
 """
 

@@ -11,18 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cryoiso.core.types import Particles
-from cryoiso.io.shards import (
-    CHUNK_IMAGES,
-    COLUMNS,
-    FORMAT,
-    VERSION,
-    row_columns,
-    shard_attributes,
-    shard_matches,
-    shard_name,
-    write_index,
-    write_shard_file,
-)
+from cryoiso.io.shard_writer import row_columns, shard_attributes, shard_matches, write_index, write_shard_file
+from cryoiso.io.shards import CHUNK_IMAGES, COLUMNS, FORMAT, VERSION, shard_name
 
 SHARD_BYTES = 256 * 2**20
 NORMALISATION = "made normalised"
@@ -83,7 +73,7 @@ def write_one(plan: ShardSet, folder: Path, number: int, blocks: Iterable[np.nda
 
 
 def finish(plan: ShardSet, folder: Path) -> Path:
-    """Writes index.json; see ``shards.write_index``."""
+    """Writes index.json; see ``shard_writer.write_index``."""
     return write_index(
         folder, plan.digest, plan.particles, plan.box_px, plan.storage, plan.shards,
         normalisation=NORMALISATION, inverted=False, sign="made with protein white", contrast_standard_errors=0.0,

@@ -5,7 +5,6 @@ Every decision follows from numbers that are the same on all ranks of a group, s
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import BY_ANY_RANK, logger
 from cryoiso.io import checkpoint
-from cryoiso.io.atomic import write_text
 from cryoiso.parallel import signals
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.parallel.group_stop import group_wide
@@ -30,6 +28,7 @@ from cryoiso.train import state as states
 from cryoiso.train.decision import TrainingDecision, flat_loss
 from cryoiso.train.prefetch import Prefetcher, part_of
 from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, training_mode, try_compiled
+from cryoiso.train.throughput import ThroughputTimer
 
 CHECKPOINT = Path("checkpoint") / "state.npz"
 WARM_UP = 20
@@ -169,7 +168,7 @@ class _TrainingRun:
         self.configuration = {**asdict(settings), **task.configuration(), "batch": task.batch}
         del self.configuration["checkpoint_s"]
         self.saved = time.monotonic()
-        self.timer = _Timer(folder / products.TIMING, task.batch)
+        self.timer = ThroughputTimer(folder / products.TIMING, task.batch)
 
     def go(self, resume: bool) -> TrainOutcome:
         arrays = self._load() if resume else None
@@ -366,39 +365,3 @@ def _named(means: list[float] | None, layout: dict[str, tuple[int, ...]]) -> dic
         out[name] = means[at] if shape == () else means[at : at + size]
         at += size
     return {**out, "gradient_norm": means[at]}
-
-
-class _Timer:
-    """Images a second, in a file of its own: other files are the same on every machine."""
-
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.batch = path, batch
-        self.notes: list[dict[str, Any]] = []
-        self._last: tuple[float, int, int] | None = None
-
-    def resume(self, progress: states.TrainingProgress) -> None:
-        """Keeps what was noted up to the checkpoint."""
-        try:
-            notes = json.loads(self.path.read_text(encoding="utf-8"))["notes"]
-        except (OSError, ValueError, KeyError):
-            return
-        at = (progress.attempt, progress.step)
-        self.notes = [note for note in notes if (note["attempt"], note["step"]) <= at]
-
-    def note(self, progress: states.TrainingProgress) -> float:
-        """Speed since the last record, images a second."""
-        now, before = time.monotonic(), self._last
-        self._last = (now, progress.attempt, progress.step)
-        if before is None or before[1] != progress.attempt:
-            return 0.0
-        seconds = max(now - before[0], 1e-9)
-        rate = (progress.step - before[2]) * self.batch / seconds
-        self.notes.append(
-            {"attempt": progress.attempt, "step": progress.step, "seconds": round(seconds, 4), "images_per_s": rate}
-        )
-        return rate
-
-    def write(self) -> None:
-        seconds = sum(note["seconds"] for note in self.notes)
-        text = json.dumps({"seconds": seconds, "notes": self.notes}, indent=1)
-        write_text(self.path, text + "\n")

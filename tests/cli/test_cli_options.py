@@ -203,7 +203,7 @@ def test_options_of_one_name_are_refused():
     with pytest.raises(ValueError, match="duplicate"):
 
         @with_keys(keys("refine", "A", "padding"), keys("reconstruct", "B", "padding"))
-        def twice(given: JobOptions) -> None: ...
+        def twice(job_options: JobOptions) -> None: ...
 
 
 def test_the_job_file_explains_every_key_in_the_words_of_the_help():

@@ -324,19 +324,19 @@ def test_a_signal_stops_between_stages_and_is_noted(data, tmp_path, quick, monke
 
 def test_a_resumed_run_goes_on_within_an_iteration(data, tmp_path, monkeypatch, request):
     """Told to stop after the first batch of the refinement: that batch is not searched again."""
-    from cryoiso.refine import iterate
+    from cryoiso.refine import expectation
 
     request.addfinalizer(forget_signals)
     searched: list[int] = []
 
-    class Signalled(iterate.Searcher):
+    class Signalled(expectation.Searcher):
         def search(self, batch, white, given=None):
             searched.append(int(batch.rows[0]))
             if len(searched) == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return super().search(batch, white, given)
 
-    monkeypatch.setattr(iterate, "Searcher", Signalled)
+    monkeypatch.setattr(expectation, "Searcher", Signalled)
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
         run_job(data / "job.toml", run, Context(), quick_report)

@@ -15,7 +15,7 @@ from cryoiso.core.protocols import RefineRequest
 from cryoiso.engines.native import NativeEngine
 from cryoiso.io.sources import ArraySource
 from cryoiso.parallel.context import Context
-from cryoiso.refine import batches, iterate, search, search_cache
+from cryoiso.refine import batches, expectation, search, search_cache
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.iterate import Refinement
 
@@ -38,7 +38,7 @@ class Counting(search.Searcher):
 @pytest.fixture
 def searched(monkeypatch) -> list[tuple[int, int]]:
     """(first row, images) of every batch that is searched from now on; batches of 16."""
-    monkeypatch.setattr(iterate, "Searcher", Counting)
+    monkeypatch.setattr(expectation, "Searcher", Counting)
     monkeypatch.setattr(Counting, "seen", [])
     monkeypatch.setattr(batches, "BATCH_IMAGES", 16)
     return Counting.seen
@@ -140,7 +140,7 @@ def test_searches_are_written_as_time_goes_by_and_a_full_disk_only_warns(few, se
             sizes.append(sum(f.stat().st_size for f in files))
             return super().search(batch, white, given)
 
-    monkeypatch.setattr(iterate, "Searcher", Watching)
+    monkeypatch.setattr(expectation, "Searcher", Watching)
     stopped(request, initial_questions(few) + 4)
     assert sizes == sorted(set(sizes)) and len(sizes) == 4 and sizes[0] == 0
 

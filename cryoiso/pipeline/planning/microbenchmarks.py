@@ -127,7 +127,7 @@ def _noisy_ball(edge: int, draw: np.random.Generator) -> np.ndarray:
 def _write(images: np.ndarray, times: int, section: Any) -> None:
     """As ``io.ingest`` does with images that it has read."""
     from cryoiso.io.imageprep import IngestSettings, normalise
-    from cryoiso.io.shards import write_shard_file
+    from cryoiso.io.shard_writer import write_shard_file
 
     settings = IngestSettings.of(section)
 
