@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from errors_helper import raises_code
+from star_helper import ROWS, star
 
 from cryoiso.core.errors import InputError
-from cryoiso.core.types import OpticsGroup, Particles
+from cryoiso.core.types import Particles
 from cryoiso.io import conventions, read_particle_file
 from cryoiso.io.star import text_column
 from cryoiso.io.star.columns import Columns
@@ -41,49 +42,6 @@ PARTICLE_STARS = [
     "reference/pyem_csparc2star/P12_J24.relion31.star",
     "reference/relion_project_aspire/rln_proj_65_shifted.star",
 ]
-
-OPTICS = """data_optics
-loop_
-_rlnOpticsGroup
-_rlnOpticsGroupName
-_rlnVoltage
-_rlnSphericalAberration
-_rlnAmplitudeContrast
-_rlnImagePixelSize
-_rlnImageSize
-7 fine 300 2.7 0.1 1.25 64
-3 coarse 200 2.0 0.07 2.5 64
-"""
-
-HEAD = """
-data_particles
-loop_
-_rlnImageName
-_rlnDefocusU
-_rlnDefocusV
-_rlnDefocusAngle
-_rlnOpticsGroup
-_rlnMyOwnColumn
-_rlnAngleRot
-_rlnAngleTilt
-_rlnAnglePsi
-_rlnOriginXAngst
-_rlnOriginYAngst
-_rlnRandomSubset
-"""
-
-ROWS = [
-    "000001@a.mrcs 10000.10 9000 30 7 00017 10 20 30 1.5 -2.5 1",
-    "000001@b.mrcs 11000.20 9100 31 3 1e3 -11 95 170 0 0 2",
-    "000002@a.mrcs 12000.30 9200 32 7 0x1f 10 -20 30 3 4 1",
-    '000002@b.mrcs 13000.40 9300 33 3 "two words" 0 0 0 0.000001 4 2',
-]
-
-
-def star(folder: Path, optics: str = OPTICS, rows: list[str] = ROWS, head: str = HEAD) -> Path:
-    path = folder / "particles.star"
-    path.write_text(optics + head + "\n".join(rows) + "\n")
-    return path
 
 
 @pytest.mark.parametrize("name", PARTICLE_STARS)
@@ -210,38 +168,6 @@ def test_relion_30_with_interleaved_microscopes(tmp_path):
     assert "rlnOriginX" not in q.table and q.optics_table is not None
 
 
-def test_only_changed_poses_are_written_anew(tmp_path):
-    p = read_particles(star(tmp_path))
-    rotation = p.rotation.copy()
-    rotation[1] = conventions.euler_to_matrix(1.0000004, 2, 3)[0]
-    write_particles(tmp_path / "out.star", p.with_poses(rotation, p.shift_A))
-    q = read_particles(tmp_path / "out.star")
-    assert list(q.table["rlnAngleTilt"]) == ["20", "2.000000", "-20", "0"], (
-        "a negative tilt is a fair pose: its text stays"
-    )
-    assert np.abs(q.rotation - rotation).max() < 2e-8
-
-
-def test_files_read_and_written_in_small_slabs_are_the_same(tmp_path, monkeypatch):
-    rows = [
-        f"{i:06d}@{'ab'[i % 2]}.mrcs {1e4 + i} 9000 30 {'73'[i % 2]} {'é' * i}x {i} 20 30 {i}.5 0 1"
-        for i in range(1, 24)
-    ]
-    path = star(tmp_path, rows=rows)
-
-    def written(name: str) -> bytes:
-        p = read_particles(path)
-        rotation, defocus = p.rotation.copy(), p.defocus_u_A.copy()
-        rotation[5::7], defocus[3::5] = np.eye(3), 12345.5
-        p = replace(p.with_poses(rotation, p.shift_A), defocus_u_A=defocus)
-        write_particles(tmp_path / name, p.with_results(rlnMaxValueProbDistribution=np.linspace(0, 1, len(p))))
-        return (tmp_path / name).read_bytes()
-
-    whole = written("whole.star")
-    monkeypatch.setattr(text_column, "SLAB", 4)
-    assert written("slabs.star") == whole
-
-
 def test_a_table_takes_its_text_and_an_offset_per_value(tmp_path):
     rows = [f"{i:06d}@stack.mrcs 10000 9000 30 7 x 10 20 30 0 0 1" for i in range(1, 5001)]
     table = read_particles(star(tmp_path, rows=rows)).table
@@ -281,49 +207,6 @@ def test_numbers_are_those_of_python(tmp_path, value):
         expected = float("nan")
     np.testing.assert_array_equal(got, [expected, 1e3])
     assert np.signbit(got[0]) == np.signbit(expected) or np.isnan(expected)
-
-
-def test_written_poses_are_good_to_a_millionth(tmp_path):
-    rng = np.random.default_rng(0)
-    p = memory_particles(500)
-    rotation = conventions.euler_to_matrix(
-        rng.uniform(-180, 180, 500), rng.uniform(0, 180, 500), rng.uniform(-180, 180, 500)
-    )
-    shift = rng.normal(0, 20, (500, 2))
-    p = p.with_poses(rotation, shift).with_results(
-        rlnLogLikeliContribution=rng.normal(1e5, 1, 500), cryoisoFlag=np.arange(500)
-    )
-    write_particles(tmp_path / "out.star", p)
-    q = read_particles(tmp_path / "out.star")
-    assert np.abs(q.rotation - rotation).max() < 5e-8
-    assert np.abs(q.shift_A - shift).max() <= 5.1e-7
-    np.testing.assert_array_equal(q.uid, p.uid)
-    np.testing.assert_array_equal(q.half, p.half)
-    assert q.groups == p.groups
-    np.testing.assert_array_equal(Columns(q.table, "").number("cryoisoFlag"), np.arange(500))
-    relative = Columns(q.table, "").number("rlnLogLikeliContribution") / p.results["rlnLogLikeliContribution"]
-    assert np.abs(relative - 1).max() < 1e-8
-
-
-def memory_particles(n: int) -> Particles:
-    group = OpticsGroup(
-        4, "mine", 1.7000000000000002, 48, 300.0, 2.7, 0.1, (0.1, -0.2), (1.01, 0.0, 0.001, 0.99), (1.5, 0.25), (0.5,)
-    )
-    ones = np.ones(n)
-    return Particles(
-        uid=np.arange(n, dtype=np.uint64) + np.uint64(2**63),
-        optics=np.zeros(n, np.int32),
-        groups=(group,),
-        stack=np.full(n, "s.mrcs"),
-        index=np.arange(n),
-        defocus_u_A=ones * 12345.5,
-        defocus_v_A=ones * 12000.25,
-        defocus_angle_deg=ones * -12.5,
-        phase_shift_deg=ones * 90,
-        ctf_bfactor_A2=ones * 30,
-        ctf_scale=ones * 0.5,
-        half=(np.arange(n) % 3).astype(np.int8),
-    )
 
 
 def test_poses_alone_are_enough_for_who_asks_for_no_more(tmp_path):
@@ -428,35 +311,3 @@ def test_a_missing_file_and_an_unknown_kind(tmp_path):
         read_particle_file(tmp_path / "nowhere.star")
     with raises_code("particle-file-unknown-kind", InputError):
         read_particle_file(tmp_path / "particles.txt")
-
-
-def test_the_inputs_of_writing_are_not_touched(tmp_path):
-    p = read_particles(star(tmp_path))
-    before = p.table.copy(), p.rotation.copy()
-    write_particles(tmp_path / "out.star", p.with_poses(p.rotation[::-1], p.shift_A))
-    assert p.table.equals(before[0]) and (p.rotation == before[1]).all()
-
-
-@pytest.mark.relion
-def test_relion_reads_what_we_write_and_keeps_our_identity_column(tmp_path):
-    import subprocess
-
-    rotation = conventions.euler_to_matrix(np.arange(20) * 17.0 - 170, np.arange(20) * 9.0, np.arange(20) * -18.0)
-    p = memory_particles(20).with_poses(rotation, np.arange(40.0).reshape(20, 2) - 20.5)
-    write_particles(tmp_path / "ours.star", p)
-    command = [
-        "relion_star_handler",
-        "--i",
-        "ours.star",
-        "--o",
-        "theirs.star",
-        "--select",
-        "rlnDefocusU",
-        "--minval",
-        "0",
-    ]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    q = read_particles(tmp_path / "theirs.star")
-    np.testing.assert_array_equal(q.uid, p.uid)
-    assert np.abs(q.rotation - rotation).max() < 1e-6 and np.abs(q.shift_A - p.shift_A).max() < 1e-4
-    assert q.group_values("pixel_size_A")[0] == pytest.approx(1.7, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Batch scripts: every template filled, the scripts' own logic in bash, sites' templates, and what is refused."""
+"""Batch scripts: every template filled, and the scripts' own logic in bash."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 from errors_helper import raises_code
 from launch_helper import asked, check_bash, in_bash, make_job, script
-from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import LaunchSection, job_to_toml, parse_job
-from cryoiso.core.errors import EXIT_INPUT, EXIT_MISSING, EXIT_REQUEUE, EXIT_USAGE, CryoisoError, UsageError
+from cryoiso.core.errors import EXIT_MISSING, EXIT_REQUEUE, CryoisoError, UsageError
 from cryoiso.parallel import launcher
 from cryoiso.pipeline.batch import launch, mpi_launcher, submit
 from cryoiso.pipeline.batch.fill_template import OWN
@@ -259,165 +258,6 @@ def test_signals_reach_the_program_and_only_usr1_asks_for_a_requeue(number, agai
     subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)
     process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGTERM if again else EXIT_REQUEUE) and len(asked(job)) == again
-
-
-# --- templates of sites
-
-CRYOSPARC = """#!/usr/bin/env bash
-#SBATCH --job-name=cryosparc_{{ project_uid }}_{{ job_uid }}
-#SBATCH --cpus-per-task={{ num_cpu }}
-#SBATCH --gres=gpu:{{ num_gpu }}
-#SBATCH --mem={{ (ram_gb*1000)|int }}M
-#SBATCH --output={{ job_log_path_abs }}
-{%- if num_gpu == 0 %}
-#SBATCH --partition=cpu
-{%- else %}
-#SBATCH --partition={{ lane | default("gpu") }}
-{%- endif %}
-echo {{ cryosparc_username }} {{ job_creator }} {{ job_type }}
-echo {{ job_dir_abs }} {{ project_dir_abs }} {{ script_path_abs }}
-{{ run_cmd }}
-"""
-RELION = """#!/bin/bash
-#SBATCH --ntasks=XXXmpinodesXXX
-#SBATCH --nodes=XXXnodesXXX --cpus-per-task=XXXthreadsXXX
-#SBATCH --partition=XXXqueueXXX
-#SBATCH --error=XXXerrfileXXX --output=XXXoutfileXXX
-#SBATCH --job-name=XXXnameXXX
-#SBATCH --mem=XXXextra1XXX
-echo XXXcoresXXX XXXdedicatedXXX
-mpirun -n XXXmpinodesXXX XXXcommandXXX
-"""
-
-
-def site(job: Path, text: str, **given) -> str:
-    job.with_name("site.sh").write_text(text)
-    return script(job, template="site.sh", **given)
-
-
-def test_a_cryosparc_script_is_filled(job):
-    text = site(job, CRYOSPARC, gpus=2, ram_gb=24, cpus_per_rank=3)
-    check_bash(text)
-    assert "--mem=24000M" in text and "--cpus-per-task=6" in text and "gpu:2" in text and "--partition=gpu" in text
-    assert re.search(r"^mpirun -n 2 \S+ run '.*' --out '.*' --continue$", text, flags=re.MULTILINE)
-    assert "--partition=cpu" in site(job, CRYOSPARC, ram_gb=1)
-    assert "--partition=big" in site(job, CRYOSPARC, ram_gb=1, gpus=1, variables={"lane": "big"})
-    text = site(job, "#!/bin/bash\n{{ worker_bin_path }} run {{ run_args }} > {{ job_log_path_abs }} 2>&1\n")
-    assert re.search(r"^mpirun -n 4 \S+ run '.*job.toml' --out", text, flags=re.MULTILINE)
-
-
-def test_a_relion_script_is_filled(job):
-    text = site(job, RELION, nodes=2, ranks_per_node=3, cpus_per_rank=2, queue="big", variables={"extra1": "8gb"})
-    check_bash(text)
-    for part in ("--ntasks=6", "--nodes=2 --cpus-per-task=2", "--partition=big", "--mem=8gb", "echo 12 6"):
-        assert part in text
-    assert re.search(r"^mpirun -n 6 \S+ run ", text, flags=re.MULTILINE) and text.count("mpirun") == 1
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_copy_of_our_template_is_a_site_template(scheduler, job):
-    text = site(job, (OWN / f"{scheduler}.sh").read_text() + "# ours\n", scheduler=scheduler, gpus=2)
-    check_bash(text)
-    assert "--continue" in text and text.endswith("# ours\n")
-
-
-@pytest.mark.parametrize(
-    "text, given, words",
-    [
-        ("#!/bin/bash\n# x\necho {{ run_comd }}\n{{ run_cmd }}\n", {}, ["row 3", "{{ run_comd }}", "'run_cmd'"]),
-        ("#!/bin/bash\nXXXcommandXXX XXXextra2XXX\n", {}, ["row 2", "XXXextra2XXX", "--set extra2=", "mpinodes"]),
-        ("{{ run_cmd }}\n#SBATCH --mem={{ ram_gb }}\n", {}, ["row 2", "launch.ram_gb"]),
-        ("{{ run_cmd }}\n{{ (ram_gb*1000)|int }}\n", {}, ["row 2", "launch.ram_gb"]),
-        ("{{ run_cmd }}\n{% if %}\n", {}, ["row 2", "cannot be filled"]),
-        ("{{ run_cmd }}\n{{ ''.__class__.__mro__ }}\n", {}, ["cannot be filled", "unsafe"]),
-        ("#!/bin/bash\necho {{ num_gpu }}\n", {}, ["no placeholder for the cryoiso command"]),
-        ("#!/bin/bash\necho hello\n", {}, ["no placeholder for the cryoiso command"]),
-        ("{{ run_cmd }} XXXcommandXXX\n", {}, ["two kinds"]),
-    ],
-)
-def test_a_template_that_cannot_be_filled_is_one_clear_error(text, given, words, job):
-    job.with_name("site.sh").write_text(text)
-    done = cryoiso_here("launch", job, "--mpi", "mpirun", "--template", job.with_name("site.sh"))
-    assert done.returncode == EXIT_INPUT and done.stdout == "" and "Traceback" not in done.stderr
-    assert done.stderr.count("error:") == 1
-    for word in ["site.sh", *words]:
-        assert word in done.stderr, done.stderr
-
-
-def test_a_one_node_template_refuses_two_nodes(job):
-    with raises_code("placeholder-missing", UsageError, match="one node"):
-        site(job, "{{ run_cmd }}\n", nodes=2)
-
-
-# --- the command
-
-
-def test_out_writes_and_does_not_overwrite(job):
-    out = job.with_name("go.sh")
-    words = ("launch", job, "--mpi", "pmix", "--out", out)
-    done = cryoiso_here(*words)
-    assert done.returncode == 0 and "sbatch --parsable" in done.stdout, done.stderr
-    check_bash(out.read_text())
-    text = out.read_text()
-    again = cryoiso_here(*words, "--gpus", 3)
-    assert again.returncode == EXIT_USAGE and "--overwrite" in again.stderr and out.read_text() == text
-    assert cryoiso_here(*words, "--gpus", 3, "--overwrite").returncode == 0 and "gpu:3" in out.read_text()
-
-
-def test_options_go_before_the_job_file(job):
-    job.write_text(job.read_text() + '[launch]\nnodes = 3\nqueue = "q1"\nmpi = "pmix"\nsetup = ["a", "b\\"c"]\n')
-    done = cryoiso_here("launch", job, "--queue", "q2", "--module", "m1", "--module", "m2")
-    assert done.returncode == 0, done.stderr
-    assert "--nodes=3" in done.stdout and "partition=q2" in done.stdout and '\nb"c\n' in done.stdout
-    assert "module load m1" in done.stdout and "module load m2" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "words, code, said",
-    [
-        (["--scheduler", "oar"], EXIT_USAGE, "oar"),
-        (["--time", "soon"], EXIT_USAGE, "launch.time"),
-        (["--time", "00:04:00"], EXIT_USAGE, "launch.grace_s"),
-        (["--scheduler", "pbs", "--mpi", "pmix"], EXIT_USAGE, "srun"),
-        (["--scheduler", "mpirun", "--submit"], EXIT_USAGE, "bash"),
-        (["--mpirun", "mpirun -n {cores}", "--mpi", "mpirun"], EXIT_USAGE, "launch.mpirun"),
-        (["--template", "none.sh"], EXIT_INPUT, "none.sh"),
-        (["--set", "extra1"], EXIT_USAGE, "KEY=VALUE"),
-    ],
-)
-def test_wrong_settings_are_refused_with_one_sentence(words, code, said, job):
-    before = sorted(job.parent.iterdir())
-    done = cryoiso_here("launch", job, *([] if "--mpi" in words else ["--mpi", "mpirun"]), *words)
-    assert done.returncode == code and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
-    assert sorted(job.parent.iterdir()) == before
-
-
-def test_an_input_that_is_not_there_is_found_before_the_queue(job):
-    job.with_name("ref.mrc").unlink()
-    done = cryoiso_here("launch", job, "--mpi", "pmix", "--submit")
-    assert done.returncode == EXIT_INPUT and "ref.mrc" in done.stderr
-
-
-def test_submit_prints_the_numbers_of_the_jobs(job, tmp_path, monkeypatch):
-    """Stand-ins for the batch systems' programs, which answer as the real ones do."""
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    answers = {"sbatch": "41;cluster", "qsub": "41.server", "bsub": "Job <41> is submitted to queue <normal>."}
-    for name, answer in answers.items():
-        (tools / name).write_text(f'#!/bin/bash\necho "$*" >> {tools}/words\ncat > {tools}/stdin\necho "{answer}"\n')
-        (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
-    for scheduler, number in (("slurm", "41"), ("pbs", "41.server"), ("lsf", "41")):
-        done = cryoiso_here("launch", job, "--scheduler", scheduler, "--mpi", "mpirun", "--submit", "--chain")
-        assert done.returncode == 0 and done.stdout.split() == [number, number], done.stderr
-    assert "#BSUB" in (tools / "stdin").read_text(), "LSF reads the script from its standard input"
-    assert "-w done(41)" in (tools / "words").read_text()
-    (tools / "sbatch").write_text("#!/bin/bash\necho 'sbatch: error: Invalid account' >&2\nexit 1\n")
-    done = cryoiso_here("launch", job, "--mpi", "mpirun", "--submit")
-    assert done.returncode == 1 and "Invalid account" in done.stderr and done.stdout == ""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    done = cryoiso_here("launch", job, "--scheduler", "pbs", "--mpi", "mpirun", "--submit")
-    assert done.returncode == EXIT_MISSING and "qsub" in done.stderr
 
 
 # --- the section, and where the templates are

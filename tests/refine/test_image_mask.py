@@ -11,8 +11,8 @@ import pytest
 import torch
 from ctf_applied_helper import of_kind
 from errors_helper import raises_code
+from likelihood_helper import true_posterior
 from test_refine_engine import BOX, PIXEL_A, contents, in_memory, request_for, require_same_bits
-from test_refine_likelihood import true_posterior
 
 from cryoiso.core.config import parse_job
 from cryoiso.core.errors import UsageError

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from likelihood_helper import true_posterior
 from test_junk import with_noise
 from test_refine_engine import BOX, DIAMETER_A, PIXEL_A, in_memory, request_for
 from test_refine_intensity import uneven
-from test_refine_likelihood import true_posterior
 
 from cryoiso.engines.native import NativeEngine
 from cryoiso.parallel.context import Context

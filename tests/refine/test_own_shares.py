@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from likelihood_helper import true_posterior
 from test_refine_engine import BOX, PIXEL_A, in_memory
-from test_refine_likelihood import true_posterior
 
 from cryoiso.io.sources import ArraySource
 from cryoiso.physics.backproject import SliceAccumulator

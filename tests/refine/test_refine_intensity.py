@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from ctf_applied_helper import of_kind
+from likelihood_helper import true_posterior
 from test_refine_auxiliary import auxiliaries_of, together
 from test_refine_engine import BOX, PIXEL_A, in_memory, request_for, require_same_bits
-from test_refine_likelihood import true_posterior
 
 from cryoiso.core.types import Particles, concatenate
 from cryoiso.engines.native import NativeEngine
