@@ -54,6 +54,13 @@ class Level:
     threshold: float
     """Candidates worse than the best by more than this (in log-likelihood) are left out."""
 
+    def __repr__(self) -> str:
+        """Enters the digest of an unfinished iteration (``identity.of_iteration``), whose text must not change."""
+        return (
+            f"Level(cell_deg={self.cell_deg!r}, spacing_px={self.spacing_px!r}, radius_px={self.radius_px!r}, "
+            f"beam={self.max_candidates!r}, threshold={self.threshold!r})"
+        )
+
 
 @dataclass(frozen=True)
 class SearchPlan:

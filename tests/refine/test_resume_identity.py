@@ -26,6 +26,7 @@ from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import angular_distance_deg
 from cryoiso.physics.symmetry import point_group
+from cryoiso.refine.search import Level
 
 BOX, PIXEL_A = 24, 7.0
 
@@ -278,3 +279,9 @@ def test_searches_of_other_particles_are_not_taken(images, tmp_path):
         results[name] = NativeEngine().refine(request_for(other, folder, images.truth), Context())
     np.testing.assert_array_equal(*(result.particles.rotation for result in results.values()))
     assert (tmp_path / "straight/half1.mrc").read_bytes() == (tmp_path / "resumed/half1.mrc").read_bytes()
+
+
+def test_searches_of_earlier_versions_keep_their_digest():
+    """The text of a level is part of it, and was first written when candidates were called a beam."""
+    level = Level(cell_deg=1.5, spacing_px=0.25, radius_px=7, max_candidates=16, threshold=3.0)
+    assert repr(level) == "Level(cell_deg=1.5, spacing_px=0.25, radius_px=7, beam=16, threshold=3.0)"
