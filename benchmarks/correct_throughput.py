@@ -51,7 +51,7 @@ class Variant:
     gflop_a_step: float | None
 
 
-class Given:
+class TrainingCubes:
     """Two noisy half-maps and a filter without a cone, for both programs."""
 
     def __init__(self, cube: int) -> None:
@@ -75,7 +75,7 @@ class Given:
         self.pairs = np.stack([[drawn.cut(m, corner) for m in self.maps] for corner in corners])
 
 
-def our_task(given: Given, a: argparse.Namespace, name: str) -> tuple[Any, Any]:
+def our_task(cubes: TrainingCubes, a: argparse.Namespace, name: str) -> tuple[Any, Any]:
     """The task of a correction at the published size, and its settings."""
     import numpy as np
 
@@ -89,9 +89,9 @@ def our_task(given: Given, a: argparse.Namespace, name: str) -> tuple[Any, Any]:
     section = CorrectSection(preset="paper", mode="paired", cube_px=a.cube, batch=a.batch, method=method)
     settings = resolve(section, a.place)
     if method == "completion":
-        solvent = Solvent(given.transfer, np.ones_like(given.transfer), a.place)
-        return CompletionTask(given.maps, solvent, given.inside, settings, SEED, device=a.place, label="both"), settings
-    task = CorrectionTask(given.maps, given.transfer, given.inside, settings, SEED, device=a.place, label="both")
+        solvent = Solvent(cubes.transfer, np.ones_like(cubes.transfer), a.place)
+        return CompletionTask(cubes.maps, solvent, cubes.inside, settings, SEED, device=a.place, label="both"), settings
+    task = CorrectionTask(cubes.maps, cubes.transfer, cubes.inside, settings, SEED, device=a.place, label="both")
     return task, settings
 
 
@@ -109,12 +109,12 @@ def loop_settings(settings: Any, name: str, steps: int) -> Any:
 class Ours:
     """The steps of ``train.loop.train`` one by one, without its records and checkpoints."""
 
-    def __init__(self, given: Given, a: argparse.Namespace, name: str, stack: ExitStack) -> None:
+    def __init__(self, cubes: TrainingCubes, a: argparse.Namespace, name: str, stack: ExitStack) -> None:
         from cryoiso.parallel.ddp import TrainingGroup
         from cryoiso.train.prefetch import Prefetcher
         from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, try_compiled
 
-        self.task, settings = our_task(given, a, name)
+        self.task, settings = our_task(cubes, a, name)
         self.settings = loop_settings(settings, name, ENDLESS)
         seed_torch(SEED, "parameters", 0)
         self.task.start(0)
@@ -164,7 +164,7 @@ def seconds(step: Callable[[], Any], device: str, least_s: float) -> float:
             return spent / calls
 
 
-def makers(given: Given, a: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
+def makers(cubes: TrainingCubes, a: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Callable[[], Any]]:
     """Name of a variant -> what builds it; the published ones first."""
     made: dict[str, Callable[[], Any]] = {}
     if a.published is not None:
@@ -172,7 +172,7 @@ def makers(given: Given, a: argparse.Namespace, folder: Path, stack: ExitStack) 
             made[f"published, {how}"] = partial(
                 spisonet.Published, a.published, folder, a.batch, a.accumulate, a.place, how
             )
-    made |= {name: partial(Ours, given, a, name, stack) for name in a.variants}
+    made |= {name: partial(Ours, cubes, a, name, stack) for name in a.variants}
     return made
 
 
@@ -270,13 +270,13 @@ def peak_of_process(name: str, a: argparse.Namespace) -> float | None:
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
-def loops(given: Given, a: argparse.Namespace, folder: Path, name: str) -> dict[str, Any]:
+def loops(cubes: TrainingCubes, a: argparse.Namespace, folder: Path, name: str) -> dict[str, Any]:
     """Sub-maps a second of both training loops as they are."""
     from cryoiso.core.products import TIMING
     from cryoiso.parallel.ddp import TrainingGroup
     from cryoiso.train.loop import train
 
-    task, settings = our_task(given, a, name)
+    task, settings = our_task(cubes, a, name)
     train(task, TrainingGroup((0,), 0, a.place), loop_settings(settings, name, 60), folder / "ours")
     notes = json.loads((folder / "ours" / TIMING).read_text())["notes"]
     ours = statistics.median(note["images_per_s"] for note in notes[2:])
@@ -355,18 +355,18 @@ def main() -> None:
     with harness.work_folder(None) as work, ExitStack() as stack:
         # TF32 and tuned convolutions for both: the published program sets the same
         stack.enter_context(training_mode(a.place))
-        given = Given(a.cube)
+        cubes = TrainingCubes(a.cube)
         if a.published is not None:
-            spisonet.write_sub_maps(work, given.pairs, given.small)
-        made = makers(given, a, work, stack)
+            spisonet.write_sub_maps(work, cubes.pairs, cubes.small)
+        made = makers(cubes, a, work, stack)
         if a.only is not None:
             made[a.only]().step()
             print(largest_mib())
             return
-        measure_all(given, a, work, made)
+        measure_all(cubes, a, work, made)
 
 
-def measure_all(given: Given, a: argparse.Namespace, work: Path, made: dict[str, Callable[[], Any]]) -> None:
+def measure_all(cubes: TrainingCubes, a: argparse.Namespace, work: Path, made: dict[str, Callable[[], Any]]) -> None:
     """Steps in turn, then (GPU) both loops; what is known is written after each part."""
     import torch
 
@@ -384,7 +384,7 @@ def measure_all(given: Given, a: argparse.Namespace, work: Path, made: dict[str,
         try:
             variants.clear()
             torch.cuda.empty_cache()
-            result["loops"] = loops(given, a, work, a.variants[0])
+            result["loops"] = loops(cubes, a, work, a.variants[0])
         except Exception as error:  # the table above is worth having without it
             harness.skip(f"training loops by themselves: {type(error).__name__}: {error}")
     harness.write_json(a.out, result)

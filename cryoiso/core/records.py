@@ -12,7 +12,7 @@ Curve = list[float | None]
 
 
 class HomologueRecord(TypedDict):
-    """How far the raw particles of a first iteration confirm the homologue; see ``refine.homologue.Confirmation``."""
+    """How far a first iteration's raw particles confirm the homologue (``refine.homologue.HomologueCorrelation``)."""
 
     confirmed: bool
     deviation: float

@@ -10,6 +10,7 @@ from typing import Any
 from cryoiso.core.config import Job
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.records.journal import Journal
+from cryoiso.pipeline.records.manifest_record import Manifest
 from cryoiso.pipeline.records.run_folder import RunFolder
 
 
@@ -32,7 +33,7 @@ class RunContext:
     comm: Context
     journal: Journal | None = None
     """on rank 0 of a run"""
-    manifest: dict[str, Any] | None = None
+    manifest: Manifest | None = None
     """on rank 0 of a run; hashes of inputs are added to it"""
     report: Callable[[Path], object] | None = None
     """makes the report of a run folder"""

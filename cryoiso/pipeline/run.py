@@ -222,7 +222,8 @@ def _create(run: RunContext, inputs: Inputs, text: str, stack: ExitStack) -> Run
     folder.path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(folder.lock))
     _refuse_old_run(folder)
-    manifest = {**provenance.new_manifest(job, images_of(inputs)), "signature": signature(job)}
+    manifest = provenance.new_manifest(job, images_of(inputs))
+    manifest["signature"] = signature(job)
     write_text(folder.job, text)
     journal = Journal(folder.journal)
     provenance.write_manifest(folder, manifest)

@@ -99,8 +99,8 @@ def reconstruct_references(
         diameter_A: the FSC is taken inside a soft sphere of this diameter (default: 0.9 boxes).
         prior: half -> map that the regularised map falls back on where that half's images measured nothing (its grey
             scale is fitted); without it such coefficients go to zero. It never enters the plain maps.
-        precision: of that prior by shell, in units of 1/tau^2 (``homologue.Confirmation.precision``), beside a prior
-            without a map; zero beyond its end. None: a prior about the map alone, with variance tau^2.
+        precision: of that prior by shell, in units of 1/tau^2 (``homologue.HomologueCorrelation.precision``), beside
+            a prior without a map; zero beyond its end. None: a prior about the map alone, with variance tau^2.
         comm, pixel_size_A: as ``reconstruct_halves``.
 
     Returns:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from errors_helper import raises_code
 from mpi_helper import run_mpi
-from test_refine_engine import BOX, DIAMETER_A, PIXEL_A, Stopped, blind, contents, in_memory, request_for
+from test_refine_engine import BOX, DIAMETER_A, PIXEL_A, StoppingContext, blind, contents, in_memory, request_for
 
 from cryoiso.core.errors import InputError, Interrupted
 from cryoiso.core.protocols import RefineRequest, RefineResult
@@ -195,7 +195,7 @@ def test_a_resumed_co_refinement_has_the_same_bits_and_one_with_other_auxiliarie
     together(raw, others, tmp_path / "straight")
     together(raw, others, tmp_path / "resumed", max_iterations=1)
     with pytest.raises(Interrupted, match="what was found so far is kept"):  # in the auxiliaries of half-set 1
-        together(raw, others, tmp_path / "resumed", resume=True, comm=Stopped(1))
+        together(raw, others, tmp_path / "resumed", resume=True, comm=StoppingContext(1))
     together(raw, others, tmp_path / "resumed", resume=True)
     ends = [contents(tmp_path / name) for name in ("straight", "resumed")]
     for end in ends:

@@ -265,7 +265,7 @@ def test_one_two_and_three_ranks_give_the_same_bits(tmp_path):
     assert contents(tmp_path / "3") == one
 
 
-class Stopped(Context):
+class StoppingContext(Context):
     """Somebody sends SIGTERM after so many questions whether to stop."""
 
     def __init__(self, after: int) -> None:
@@ -298,7 +298,7 @@ def require_same_bits(request_in: Callable[[Path], RefineRequest], script: str, 
     with pytest.raises(Killed):
         NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
     with pytest.raises(Interrupted):
-        NativeEngine().refine(replace(request, resume=True), Stopped(after=2))
+        NativeEngine().refine(replace(request, resume=True), StoppingContext(after=2))
     NativeEngine().refine(replace(request, resume=True), Context())
     assert contents(folder / "resumed") == contents(folder / "1")
 
@@ -319,7 +319,7 @@ def test_resuming_gives_the_same_bits(few, tmp_path):
     with pytest.raises(Killed):
         NativeEngine().refine(replace(request, on_checkpoint=kill), Context())
     with pytest.raises(Interrupted, match="what was found so far is kept"):
-        NativeEngine().refine(replace(request, resume=True), Stopped(after=1))
+        NativeEngine().refine(replace(request, resume=True), StoppingContext(after=1))
     assert not (tmp_path / "resumed" / "half1.mrc").exists()
     seen = []
     resumed = NativeEngine().refine(replace(request, resume=True, on_checkpoint=seen.append), Context())

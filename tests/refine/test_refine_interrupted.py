@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 from mpi_helper import run_mpi
-from test_refine_engine import DIAMETER_A, RANKS_SCRIPT, Stopped, contents, request_for, small_set
+from test_refine_engine import DIAMETER_A, RANKS_SCRIPT, StoppingContext, contents, request_for, small_set
 
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.protocols import RefineRequest
@@ -58,7 +58,7 @@ def straight_run(few, folder: Path, searched: list) -> tuple[dict[str, str], lis
 def stopped(request: RefineRequest, after: int) -> list[Path]:
     """Stops a refinement after so many batches and more; what it put aside of the iteration."""
     with pytest.raises(Interrupted, match="what was found so far is kept"):
-        NativeEngine().refine(request, Stopped(after))
+        NativeEngine().refine(request, StoppingContext(after))
     return sorted((request.folder / "checkpoint").glob("searched-*"))
 
 
@@ -81,7 +81,7 @@ def test_an_interrupted_iteration_searches_no_batch_twice(few, searched, tmp_pat
 
 def initial_questions(few) -> int:
     """How often a refinement asks whether to stop before its first iteration."""
-    comm = Stopped(10**6)
+    comm = StoppingContext(10**6)
     initial_model(Refinement(request_for(few, None, **ONCE), comm, "cpu", DIAMETER_A), 40.0)
     return 10**6 - comm.left
 

@@ -294,7 +294,7 @@ def test_resuming_gives_the_same_bits(few, tmp_path):
 
     straight = NativeEngine().refine(request("straight"), Context())
 
-    class Stopped(Context):
+    class StoppingContext(Context):
         left = 6 + 3  # three passes before the first iteration, two halves each; then as many questions an iteration
 
         def stop_requested(self) -> bool:
@@ -302,7 +302,7 @@ def test_resuming_gives_the_same_bits(few, tmp_path):
             return self.left < 0
 
     with pytest.raises(Interrupted, match="what was found so far is kept"):
-        NativeEngine().refine(request("resumed"), Stopped())
+        NativeEngine().refine(request("resumed"), StoppingContext())
     seen = []
     resumed = NativeEngine().refine(replace(request("resumed"), resume=True, on_checkpoint=seen.append), Context())
     assert [r["iteration"] for r in seen] == list(range(2, len(straight.iterations) + 1)) and len(seen) >= 1

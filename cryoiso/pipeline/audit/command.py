@@ -22,7 +22,7 @@ from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.hashing import Outputs, verify_outputs
 from cryoiso.pipeline.records.journal import read_journal
 from cryoiso.pipeline.records.lock import locked
-from cryoiso.pipeline.records.manifest import check_manifest, given_shards, read_record
+from cryoiso.pipeline.records.manifest import check_manifest, given_shards, manifest_record
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.trust import require_recorded_job, require_trust
 from cryoiso.pipeline.run import prepare_device
@@ -66,7 +66,7 @@ def audit_run(
                 hint="'cryoiso verify' lists all that differs, 'cryoiso resume' makes it again.",
                 code="run-inputs-changed",
             )  # fmt: skip
-        require_unchanged(comm, on_root(comm, lambda: given_shards(read_record(run.folder.manifest))))
+        require_unchanged(comm, on_root(comm, lambda: given_shards(manifest_record(run.folder.manifest))))
         return audit(run, Inputs(job, run.folder, comm))
 
 
@@ -77,7 +77,7 @@ def _lock(run: RunContext, stack: ExitStack) -> None:
 def _job(place: RunFolder, settings: Mapping[str, Any], names: Mapping[str, str], trust: bool) -> Job:
     """The run's job with the settings of the controls."""
     _, job = read_resolved(place)
-    manifest = read_record(place.manifest)
+    manifest = manifest_record(place.manifest)
     check_manifest(manifest, place.manifest)
     if manifest:
         versions.require_schema(manifest, place.manifest)

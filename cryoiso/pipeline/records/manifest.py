@@ -8,7 +8,7 @@ import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from cryoiso import __version__
 from cryoiso.core import products
@@ -19,6 +19,7 @@ from cryoiso.io.cs import passthrough_beside
 from cryoiso.io.regular_file import read_regular_text
 from cryoiso.io.shards import read_index
 from cryoiso.pipeline.records.hashing import digest_of, sha256_of
+from cryoiso.pipeline.records.manifest_record import ImageFacts, InputFacts, Manifest, StartRecord
 from cryoiso.pipeline.records.run_folder import RunFolder
 
 SCHEMA = 2
@@ -49,7 +50,7 @@ def passthrough_files(job: Job) -> list[str]:
     return [str(path) for path in passthrough_beside(job.particles.file)]
 
 
-def new_manifest(job: Job, images: list[Path]) -> dict[str, Any]:
+def new_manifest(job: Job, images: list[Path]) -> Manifest:
     """What is known when a run begins. The images are hashed later, while they are ingested.
 
     Args:
@@ -62,11 +63,11 @@ def new_manifest(job: Job, images: list[Path]) -> dict[str, Any]:
     folder = Path(job.particles.file)
     kind = "shard" if folder.is_dir() else "stack"
     sizes = _sizes(images, kind)
-    inputs = {path: {"kind": kind, "bytes": size} for path, size in sizes.items()}
+    inputs: dict[str, InputFacts] = {path: {"kind": kind, "bytes": size} for path, size in sizes.items()}
     for shard in read_index(folder)["shards"] if folder.is_dir() else ():
         if "sha256" in shard:
             inputs[os.path.abspath(folder / shard["file"])]["sha256"] = shard["sha256"]
-    files: dict[str, Any] = {str(path): {"kind": "file", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    files: dict[str, InputFacts] = {str(path): {"kind": "file", "bytes": path.stat().st_size, "sha256": sha256_of(path)}
              for path in input_files(job)}  # fmt: skip
     return {
         "schema": SCHEMA,
@@ -108,7 +109,7 @@ def stage_key(stage: str, key: str, job: Job) -> str:
     return digest_of(key, json.dumps(job.audit.model_dump(exclude={"enable"}), sort_keys=True))
 
 
-def to_hash(manifest: dict[str, Any], job: Job) -> dict[str, int]:
+def to_hash(manifest: Manifest, job: Job) -> dict[str, int]:
     """Path -> bytes of the images' files that are to be hashed while images are ingested: those that no start of this
     run has hashed."""
     if job.run.hash_inputs != "all" and manifest["stacks"]["bytes"] > HASH_LIMIT:
@@ -117,13 +118,13 @@ def to_hash(manifest: dict[str, Any], job: Job) -> dict[str, int]:
     return {path: facts["bytes"] for path, facts in images.items() if not _is_read(facts)}
 
 
-def modified_since(manifest: dict[str, Any], job: Job) -> dict[str, int]:
+def modified_since(manifest: Manifest, job: Job) -> dict[str, int]:
     """Path -> bytes of the images' files whose time is another one than when this run hashed them."""
     images = {path: facts for path, facts in manifest["inputs"].items() if facts.get("kind") in IMAGES}
     return {p: f["bytes"] for p, f in images.items() if _is_read(f) and f["modified_ns"] != modified_ns(p)}
 
 
-def _is_read(facts: dict[str, Any]) -> bool:
+def _is_read(facts: InputFacts) -> bool:
     """Whether the run itself made this hash; that of a given shard may be what its index says."""
     return "sha256" in facts and "modified_ns" in facts
 
@@ -136,7 +137,7 @@ def modified_ns(path: str) -> int | None:
         return None
 
 
-def note_hashes(manifest: dict[str, Any], hashes: dict[str, tuple[str, int | None]]) -> None:
+def note_hashes(manifest: Manifest, hashes: dict[str, tuple[str, int | None]]) -> None:
     """Puts hashes of inputs where they belong; the caller writes the manifest.
 
     Args:
@@ -164,36 +165,37 @@ def note_hashes(manifest: dict[str, Any], hashes: dict[str, tuple[str, int | Non
         facts["modified_ns"] = modified
 
 
-def given_shards(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def given_shards(manifest: Manifest) -> dict[str, dict[str, object]]:
     """The shards that a job was given as its particles, as far as the run has hashed them: path -> bytes, sha256."""
-    return {p: f for p, f in manifest.get("inputs", {}).items() if f.get("kind") == "shard" and _is_read(f)}
+    return {p: dict(f) for p, f in manifest.get("inputs", {}).items() if f.get("kind") == "shard" and _is_read(f)}
 
 
-def note_start(folder: RunFolder, manifest: dict[str, Any], job: Job, machine: dict[str, Any]) -> None:
+def note_start(folder: RunFolder, manifest: Manifest, job: Job, machine: dict[str, Any]) -> None:
     """Adds this start (command, versions, machine) and the job as it is now, and writes the manifest."""
     manifest["title"], manifest["seed"], manifest["folder"] = job.run.title, job.run.seed, str(folder.path)
     manifest["config"], manifest["job_key"] = job.model_dump(), job_key(job)
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest["starts"].append({"time": time, "cryoiso": __version__, "command": sys.argv, **machine})
+    start = {"time": time, "cryoiso": __version__, "command": sys.argv, **machine}
+    manifest["starts"].append(cast(StartRecord, start))
     _share_digests(manifest)
     write_manifest(folder, manifest)
 
 
-def unknown_image(manifest: dict[str, Any]) -> str:
+def unknown_image(manifest: Manifest) -> str:
     """The container image of the latest start, if its digest is not known and it can be read; else empty."""
     image = manifest["starts"][-1].get("container") or {}
     readable = _which(image) is not None and "digest" not in image and os.access(image["image"], os.R_OK)
     return image["image"] if readable else ""
 
 
-def note_image(folder: RunFolder, manifest: dict[str, Any], sha256: str) -> None:
+def note_image(folder: RunFolder, manifest: Manifest, sha256: str) -> None:
     """Notes the digest of the latest start's container image, also for earlier starts in it; writes the manifest."""
     manifest["starts"][-1]["container"]["digest"] = f"sha256:{sha256}"
     _share_digests(manifest)
     write_manifest(folder, manifest)
 
 
-def _share_digests(manifest: dict[str, Any]) -> None:
+def _share_digests(manifest: Manifest) -> None:
     """Starts in the same image have the same digest."""
     images = [start.get("container") or {} for start in manifest["starts"]]
     known = {_which(image): image["digest"] for image in images if "digest" in image and _which(image) is not None}
@@ -202,29 +204,31 @@ def _share_digests(manifest: dict[str, Any]) -> None:
             image.setdefault("digest", known[_which(image)])
 
 
-def _which(image: dict[str, Any]) -> tuple[Any, ...] | None:
+def _which(image: ImageFacts) -> tuple[Any, ...] | None:
     """What tells an image file from others without reading it; None where it was not seen from within."""
     facts = tuple(image.get(key) for key in ("image", "bytes", "modified_ns"))
     return None if None in facts else facts
 
 
-def note_stages(folder: RunFolder, manifest: dict[str, Any], names: list[str], lines: list[dict[str, Any]]) -> None:
+def note_stages(folder: RunFolder, manifest: Manifest, names: list[str], lines: list[dict[str, Any]]) -> None:
     """Adds what the journal says of the finished stages: key, times and outputs; writes the manifest."""
     last = {(line["event"], line.get("stage")): line for line in lines}
     manifest["stages"] = []
     for name in names:
         start, end = last.get(("start", name)), last.get(("end", name))
         if start and end:
-            times = {"started": start["time"], "ended": end["time"], "seconds": end["seconds"]}
-            manifest["stages"].append({"name": name, "key": end["key"], **times, "outputs": end["outputs"]})
+            manifest["stages"].append({
+                "name": name, "key": end["key"], "started": start["time"], "ended": end["time"],
+                "seconds": end["seconds"], "outputs": end["outputs"],
+            })  # fmt: skip
     write_manifest(folder, manifest)
 
 
-def write_manifest(folder: RunFolder, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: RunFolder, manifest: Manifest) -> None:
     write_text(folder.manifest, json.dumps(manifest, indent=2) + "\n")
 
 
-def check_inputs(manifest: dict[str, Any], job: Job) -> None:
+def check_inputs(manifest: Manifest, job: Job) -> None:
     """Stops if an input is not what it was when the run started; of stacks and shards the sizes are looked at.
 
     Raises:
@@ -252,7 +256,7 @@ def check_inputs(manifest: dict[str, Any], job: Job) -> None:
             )  # fmt: skip
 
 
-def check_images(manifest: dict[str, Any], images: list[Path], job: Job) -> None:
+def check_images(manifest: Manifest, images: list[Path], job: Job) -> None:
     """Stops if the files of the images are not those that the run started with; for a run that still has to read them.
     What is in them is looked at while they are read (``stages.input_hashes.hashed_meanwhile``).
 
@@ -286,14 +290,23 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def manifest_record(path: Path) -> Manifest:
+    """The manifest as it stands in a file, not yet checked; empty if there is no file.
+
+    Raises:
+        InputError: not JSON, or not an object.
+    """
+    return cast(Manifest, read_record(path))
+
+
+def read_manifest(path: Path) -> Manifest:
     """The manifest of a run.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        manifest = read_record(path)
+        manifest = manifest_record(path)
     except InputError as error:
         raise InputError(
             f"the manifest is damaged: {error.problem}", file=path, hint="Start a new run.", code="record-damaged"
@@ -304,7 +317,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_manifest(manifest: dict[str, Any], path: Path) -> None:
+def check_manifest(manifest: Manifest, path: Path) -> None:
     """Makes sure that a manifest has what is read of it; an empty one, of a folder without, passes.
 
     Raises:

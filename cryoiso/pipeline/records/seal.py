@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
-from typing import Any
 
 from cryoiso import __version__
 from cryoiso.core import products
@@ -14,13 +13,14 @@ from cryoiso.pipeline.records import manifest as provenance
 from cryoiso.pipeline.records.checksums import sum_line
 from cryoiso.pipeline.records.hashing import Outputs, sha256_of
 from cryoiso.pipeline.records.journal import Journal
+from cryoiso.pipeline.records.manifest_record import Manifest
 from cryoiso.pipeline.records.run_folder import RunFolder
 
 REPORTS = (products.REPORT_PAGE, products.REPORT_NUMBERS)
 """Outputs that tell of times and machines, and so differ between two runs of one job."""
 
 
-def write_seal(run: RunFolder, journal: Journal, manifest: dict[str, Any], stages: list[str]) -> None:
+def write_seal(run: RunFolder, journal: Journal, manifest: Manifest, stages: list[str]) -> None:
     """Completes manifest.json with the finished stages and writes seal.json (rank 0 of a run, after its last line).
 
     Args:

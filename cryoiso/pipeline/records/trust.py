@@ -20,7 +20,7 @@ from typing import Any
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.contained_path import links_out
-from cryoiso.pipeline.records.manifest import job_key, read_record
+from cryoiso.pipeline.records.manifest import job_key, manifest_record
 from cryoiso.pipeline.records.run_folder import RunFolder
 
 logger = logging.getLogger("cryoiso")
@@ -72,7 +72,7 @@ def require_trust(run: RunFolder, job: Job, trust: bool, named: dict[str, str] |
         UsageError: programs, or links that lead out of the folder, in a run that this user has not started; programs
             that were changed since the start of one that he has.
     """
-    manifest = read_record(run.manifest)
+    manifest = manifest_record(run.manifest)
     signed: Any = manifest.get("signature")
     now = programs_of(job)
     own = _is_own(signed)
@@ -101,7 +101,7 @@ def require_recorded_job(run: RunFolder, job: Job) -> None:
     Raises:
         InputError: says which settings differ.
     """
-    manifest = read_record(run.manifest)
+    manifest = manifest_record(run.manifest)
     if manifest.get("job_key") not in (None, job_key(job)):
         raise InputError(
             f"was changed since the run: {_differences(manifest.get('config'), job)}", file=run.resolved,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cryoiso import __version__
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.pipeline.records.environment import package_versions
 from cryoiso.pipeline.records.manifest import SCHEMA
+from cryoiso.pipeline.records.manifest_record import Manifest
 
 T = TypeVar("T")
 SHOWN = ("torch", "numpy")
 """Packages that are named with the version of the program."""
 
 
-def require_schema(manifest: dict[str, Any], path: Path) -> None:
+def require_schema(manifest: Manifest, path: Path) -> None:
     """Stops at a run folder whose records are laid out in another way.
 
     Raises:
@@ -32,7 +33,7 @@ def require_schema(manifest: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
 
 
-def require_version(manifest: dict[str, Any], path: Path, other_version: bool) -> None:
+def require_version(manifest: Manifest, path: Path, other_version: bool) -> None:
     """Stops where another version of the program worked on a run last: it would not make the bits of what is finished.
 
     Args:
@@ -52,19 +53,19 @@ def require_version(manifest: dict[str, Any], path: Path, other_version: bool) -
         )  # fmt: skip
 
 
-def last_version(manifest: dict[str, Any]) -> str:
+def last_version(manifest: Manifest) -> str:
     """The version that worked on a run last."""
     starts = manifest.get("starts") or [{}]
     return str(starts[-1].get("cryoiso") or manifest.get("cryoiso") or "unknown")
 
 
-def of_run(manifest: dict[str, Any]) -> list[str]:
+def of_run(manifest: Manifest) -> list[str]:
     """All versions that worked on a run, in order."""
     starts = [str(start["cryoiso"]) for start in manifest.get("starts") or [] if start.get("cryoiso")]
     return list(dict.fromkeys(starts or [last_version(manifest)]))
 
 
-def made_by(manifest: dict[str, Any]) -> str:
+def made_by(manifest: Manifest) -> str:
     """In words: the versions of the program, its commit and the packages of the last start."""
     if not manifest:
         return ""
@@ -77,7 +78,7 @@ def made_by(manifest: dict[str, Any]) -> str:
     )
 
 
-def notes(manifest: dict[str, Any], now: dict[str, str] | None = None) -> list[str]:
+def notes(manifest: Manifest, now: dict[str, str] | None = None) -> list[str]:
     """In words, what of the program and its packages is not as in a run's last start.
 
     Args:
@@ -98,7 +99,7 @@ def notes(manifest: dict[str, Any], now: dict[str, str] | None = None) -> list[s
     return lines
 
 
-def understood(manifest: dict[str, Any], path: Path, read: Callable[[], T]) -> T:
+def understood(manifest: Manifest, path: Path, read: Callable[[], T]) -> T:
     """What ``read`` makes of a run's job; where it cannot because another version wrote it, the error says so.
 
     Raises:

@@ -21,7 +21,8 @@ from cryoiso.pipeline.jobfile import read_resolved
 from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.hashing import Outputs, verify_outputs
 from cryoiso.pipeline.records.journal import read_journal
-from cryoiso.pipeline.records.manifest import check_manifest, given_shards, read_record
+from cryoiso.pipeline.records.manifest import check_manifest, given_shards, manifest_record
+from cryoiso.pipeline.records.manifest_record import Manifest
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.seal import REPORTS
 from cryoiso.pipeline.records.trust import require_recorded_job, require_trust
@@ -111,7 +112,7 @@ def replay_stage(
             f"{wrong} since the run; a replay would start from other files", file=run.path, code="run-inputs-changed"
         )
     if record_of(stage).reads_images:
-        require_unchanged(comm, on_root(comm, lambda: given_shards(read_record(run.manifest))))
+        require_unchanged(comm, on_root(comm, lambda: given_shards(manifest_record(run.manifest))))
     on_root(comm, _link, run, target, list(before))
     comm.install_signal_handlers()
     if comm.rank == 0:
@@ -121,9 +122,9 @@ def replay_stage(
     return on_root(comm, _judge, again, run, stage, recorded, outputs, versions.made_by(manifest))
 
 
-def _read_manifest(run: RunFolder) -> dict[str, Any]:
+def _read_manifest(run: RunFolder) -> Manifest:
     """The manifest; the log says what of program and packages is not as in the run."""
-    manifest = read_record(run.manifest)
+    manifest = manifest_record(run.manifest)
     check_manifest(manifest, run.manifest)
     if manifest:
         versions.require_schema(manifest, run.manifest)
@@ -169,7 +170,7 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
 def _judge(again: RunContext, run: RunFolder, stage: str, recorded: Outputs, outputs: Outputs, made_by: str) -> Replay:
     target, different, same = again.folder.path, [], 0
     # a run that was moved: its files name the folder in which they were made
-    old = read_record(run.manifest).get("folder", str(run.path))
+    old = manifest_record(run.manifest).get("folder", str(run.path))
     for name in sorted(set(recorded) | set(outputs)):
         if name in REPORTS:
             continue

@@ -19,7 +19,8 @@ from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.checksums import read_sums
 from cryoiso.pipeline.records.hashing import Outputs, hash_shared, list_outputs, next_key
 from cryoiso.pipeline.records.journal import read_journal
-from cryoiso.pipeline.records.manifest import check_manifest, job_key, read_record, stage_key
+from cryoiso.pipeline.records.manifest import check_manifest, job_key, manifest_record, read_record, stage_key
+from cryoiso.pipeline.records.manifest_record import Manifest
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.records.seal import digest_of_files
 from cryoiso.pipeline.stages.table import stages_of
@@ -125,7 +126,7 @@ def _read(run: RunFolder, inputs: bool) -> tuple[VerifyReport, list[Recorded], l
     """What is known before anything is hashed: the state, and the files with their hashes."""
     if not run.holds_a_run():
         raise UsageError(f"{run.path} holds no run to verify. 'cryoiso run' makes one.", code="run-missing")
-    manifest, seal, lines = read_record(run.manifest), _read_seal(run), read_journal(run.journal)
+    manifest, seal, lines = manifest_record(run.manifest), _read_seal(run), read_journal(run.journal)
     check_manifest(manifest, run.manifest)
     if manifest:
         versions.require_schema(manifest, run.manifest)
@@ -176,7 +177,7 @@ def _is_noted(facts: Any) -> bool:
 
 
 def _outputs(
-    run: RunFolder, manifest: dict[str, Any], lines: list[dict[str, Any]], verdict: VerifyReport
+    run: RunFolder, manifest: Manifest, lines: list[dict[str, Any]], verdict: VerifyReport
 ) -> Iterator[Recorded]:
     """Outputs of the finished stages; says of the others that the run is unfinished."""
     job = versions.understood(manifest, run.manifest, lambda: read_job(run.resolved)[1])
@@ -219,7 +220,7 @@ def _how_unfinished(run: RunFolder, lines: list[dict[str, Any]], missing: list[s
     return f"{what}; the run {how} at {end['time']}. 'cryoiso resume {run.path}' goes on"
 
 
-def _inputs(manifest: dict[str, Any], verdict: VerifyReport) -> Iterator[Recorded]:
+def _inputs(manifest: Manifest, verdict: VerifyReport) -> Iterator[Recorded]:
     starts = manifest.get("starts") or [{}]
     unhashed = []
     for name, facts in (manifest.get("inputs") or {}).items():

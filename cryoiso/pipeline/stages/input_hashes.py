@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
@@ -21,12 +20,13 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.records import manifest as provenance
 from cryoiso.pipeline.records.hashing import HashingStopped, sha256_of, share_by_size, verify_outputs
+from cryoiso.pipeline.records.manifest_record import Manifest
 
 logger = logging.getLogger("cryoiso")
 WRITE_EVERY_S = 30.0
 """The manifest is written no more often than this while hashes come in: it may name thousands of stacks."""
 TURN_S = 0.1
-Which = Callable[[dict[str, Any], Job], dict[str, int]]
+Which = Callable[[Manifest, Job], dict[str, int]]
 """Picks files out of a manifest: path -> bytes."""
 STOPPED = "stopped by a signal while inputs were hashed"
 
