@@ -117,7 +117,7 @@ def copy_checked(
     Args:
         sha256: what it must be; empty: whatever it is.
         stop: asked now and then; anything but an empty text stops the copying.
-        told: called with the number of bytes of each block that is written.
+        on_bytes: called with the number of bytes of each block that is written.
 
     Raises:
         NotStaged: another checksum than expected, or it cannot be written; nothing is left.

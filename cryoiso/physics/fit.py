@@ -107,8 +107,8 @@ def fit_about_axis(
     if group == "C1":
         return fit_into(moving, target, resolution_A=resolution_A, mirror=mirror)
     task = _Task(target, float(resolution_A), point_group(group), (False, True) if mirror else (False,))
-    by_hand = _about_axes(task, moving, Placement(np.eye(3), np.zeros(3), 0.0), group)
-    return replace(task.judge(moving, by_hand, group, None), on_axes=True)
+    by_handedness = _about_axes(task, moving, Placement(np.eye(3), np.zeros(3), 0.0), group)
+    return replace(task.judge(moving, by_handedness, group, None), on_axes=True)
 
 
 def apply_fit(

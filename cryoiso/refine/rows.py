@@ -18,7 +18,7 @@ def gathered_rows(
     """(n, width) float64: the numbers of all ranks by row, zero where no rank has any, on all ranks (collective).
 
     Args:
-        found: rows and their numbers (rows, width), of this rank's batches.
+        parts: rows and their numbers (rows, width), of this rank's batches.
     """
     rows = np.concatenate([rows for rows, _ in parts] or [np.empty(0, np.int64)])
     facts = np.concatenate([facts for _, facts in parts] or [np.empty((0, width))])

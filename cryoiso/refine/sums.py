@@ -135,7 +135,7 @@ def gathered(
     (collective).
 
     Args:
-        found: rows and the output of ``model.best_of`` for this rank's batches.
+        parts: rows and the output of ``model.best_of`` for this rank's batches.
     """
     table = gathered_rows(parts, n, len(BEST), comm)
     columns = {name: table[:, i].copy() for i, name in enumerate(BEST) if name}

@@ -53,13 +53,13 @@ def train_generators(
     resume: bool,
     on_checkpoint: Callable[[str, int], None] | None = None,
 ) -> dict[str, TrainOutcome]:
-    """Trains and saves the generators of some courses (collective).
+    """Trains and saves generators (collective).
 
-    Two courses on two ranks or more are trained side by side by half of the ranks each; otherwise every course takes
+    Two on two ranks or more are trained side by side by half of the ranks each; otherwise each one takes
     all ranks.
 
     Args:
-        courses: one, or one a half-set.
+        trainings: one, or one a half-set.
         source: images, row for row those of ``particles``.
         particles: with poses.
 

@@ -31,7 +31,7 @@ def measure(
     at all k; a generator that learned not to trust the reference at some resolution has less there.
 
     Args:
-        made: the auxiliary images, row for row those of ``particles``.
+        generated: the auxiliary images, row for row those of ``particles``.
         particles: auxiliary particles with poses and half-sets.
         conditions: half -> projections of its generator's reference.
 

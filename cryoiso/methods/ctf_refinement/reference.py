@@ -59,7 +59,7 @@ def from_half_maps(
     where the FSC, corrected for the mask, falls below 0.143.
 
     Args:
-        one, two: the half-maps, on one grid.
+        first, second: the half-maps, on one grid.
         mask: (D, D, D) in [0, 1].
         resolution_A: finest resolution; None: as above. A finer one than the half-maps support has no effect.
 

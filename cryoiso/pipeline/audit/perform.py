@@ -134,9 +134,9 @@ def _left_out(bench: Bench, done: set[str]) -> list[ControlRecord]:
     return [
         ControlRecord(
             name, CONTROLS[name].TITLE, verdict,
-            (extent_of.reason(job) if not asked or name in asked else "Not asked for.") or "Not asked for.",
+            (control_extent.reason(job) if not asked or name in asked else "Not asked for.") or "Not asked for.",
         )
-        for name, extent_of in extent.EXTENTS.items()
+        for name, control_extent in extent.EXTENTS.items()
         if name not in done
     ]  # fmt: skip
 

@@ -86,13 +86,13 @@ def _auxiliary(folder: Path, job: Job, comm: Context) -> ShardSource:
 
 def _open(particles: Particles, job: Job, comm: Context) -> ImageSource:
     """The images; rank 0 also has the table of their file."""
-    particles_file = on_root(comm, bare, particles)
+    bare_particles = on_root(comm, bare, particles)
     source: ImageSource
     if Path(job.particles.file).is_dir():
         source = ShardSource(Path(job.particles.file))
-        source.particles = particles_file
+        source.particles = bare_particles
     else:
-        source = open_stacks(particles_file, job.particles, comm)
+        source = open_stacks(bare_particles, job.particles, comm)
     if comm.rank == 0:
         source.particles = replace(particles, groups=source.particles.groups)
     return source

@@ -284,7 +284,7 @@ def _result_differences(run: RunFolder, digests: Outputs) -> list[Difference]:
     """Whether result/ agrees with its own list of checksums, and its half-maps with the reconstruction's.
 
     Args:
-        found: the files that are as they were noted; of the others enough has been said.
+        digests: the files that are as they were noted; of the others enough has been said.
     """
     differences = []
     sums = f"result/{products.SUMS}"

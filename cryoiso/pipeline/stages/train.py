@@ -99,30 +99,30 @@ def train_into(
     source, particles = as_recorded(source, particles)
     settings = training(section, comm.device())
     recipe = settings.facts() if section.has_network else {"preset": section.generators}
-    courses = _courses(folder, particles, references, section, {**facts, "seed": seed, **recipe})
+    trainings = _trainings(folder, particles, references, section, {**facts, "seed": seed, **recipe})
     if not section.has_network:
         coloured = section.generators == "coloured-noise"
-        return _without_network(folder, courses, source, particles, comm, facts, coloured, noise)
-    for course in courses:
-        on_root(comm, course.folder.mkdir, parents=True, exist_ok=True)
+        return _without_network(folder, trainings, source, particles, comm, facts, coloured, noise)
+    for half_training in trainings:
+        on_root(comm, half_training.folder.mkdir, parents=True, exist_ok=True)
     if comm.rank == 0:
         config = network(settings, source.box_px)
         logger.info(
             "training %s: %d latent layers, width %d, %d steps of %d images",
-            "a generator of each half-set" if len(courses) == 2 else "one generator",
+            "a generator of each half-set" if len(trainings) == 2 else "one generator",
             config.latent_layers, config.width, settings.steps, settings.batch,
         )  # fmt: skip
     outcomes = train_generators(
-        courses, source, particles, settings, comm, seed=seed, resume=resume, on_checkpoint=note
+        trainings, source, particles, settings, comm, seed=seed, resume=resume, on_checkpoint=note
     )  # fmt: skip
     halves = {label: curves(outcome) for label, outcome in outcomes.items()}
     shown = {**settings.facts(), **_shape(settings, source.box_px)}
-    on_root(comm, _finish, folder, courses, halves, shown, facts)
+    on_root(comm, _finish, folder, trainings, halves, shown, facts)
 
 
 def _without_network(
     folder: Path,
-    courses: list[GeneratorTraining],
+    trainings: list[GeneratorTraining],
     source: Any,
     particles: Particles,
     comm: Context,
@@ -135,17 +135,17 @@ def _without_network(
     facts_written: dict[str, Any] = {"round": facts.get("round"), "halves": {}, "settings": {}}
     if coloured:
         facts_written["noise"] = {"from": "images" if noise is None else "refinement", "spectra": {}}
-    for course in courses:
-        rows, reference, seed = course.rows, course.reference, course.facts["seed"]
+    for half_training in trainings:
+        rows, reference, seed = half_training.rows, half_training.reference, half_training.facts["seed"]
         scale, spectra = fit_scale(source, particles, rows, reference, comm, seed), None
         if coloured:
             measured = noise
             if measured is None:
                 measured = residual_spectra(source, particles, rows, reference, scale, comm, seed)
             spectra = on_grid(measured, particles, reference.pixel_size_A)
-            facts_written["noise"]["spectra"][course.label] = np.round(spectra, 6).tolist()
-        generator = Generator(None, reference, scale, 1.0, course.facts, spectra)
-        on_root(comm, generator.save, course.file)
+            facts_written["noise"]["spectra"][half_training.label] = np.round(spectra, 6).tolist()
+        generator = Generator(None, reference, scale, 1.0, half_training.facts, spectra)
+        on_root(comm, generator.save, half_training.file)
     on_root(comm, write_json, folder / products.facts("train"), facts_written)
 
 
@@ -154,7 +154,7 @@ def _shape(settings: Training, box_px: int) -> dict[str, Any]:
     return {"levels": list(config.levels), "width": config.width, "latent_channels": config.latent_channels}
 
 
-def _courses(
+def _trainings(
     folder: Path,
     particles: Particles,
     references: dict[int, DensityMap],
@@ -170,7 +170,7 @@ def _courses(
                 "both", np.arange(len(half)), filtered_map, folder / "both", folder / products.SHARED_GENERATOR, facts
             )
         ]
-    courses = []
+    trainings = []
     for h in HALVES:
         rows = np.flatnonzero(half == h)
         if len(rows) == 0:
@@ -181,8 +181,8 @@ def _courses(
             )
         reference = _filtered(references[h], section.condition_lowpass_A)
         file = folder / products.generator(h)
-        courses.append(GeneratorTraining(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))
-    return courses
+        trainings.append(GeneratorTraining(str(h), rows, reference, folder / f"half{h}", file, {**facts, "half": h}))
+    return trainings
 
 
 def _filtered(reference: DensityMap, lowpass_A: float) -> DensityMap:
@@ -194,22 +194,22 @@ def _filtered(reference: DensityMap, lowpass_A: float) -> DensityMap:
 
 def _finish(
     folder: Path,
-    courses: list[GeneratorTraining],
+    trainings: list[GeneratorTraining],
     halves: dict[str, Any],
     settings: dict[str, Any],
     facts: dict[str, Any],
 ) -> None:
     """Curves and speeds; the checkpoints have done their duty."""
     times: dict[str, Any] = {}
-    for course in courses:
-        timing = course.folder / products.TIMING
+    for half_training in trainings:
+        timing = half_training.folder / products.TIMING
         if timing.exists():
             timing_record = json.loads(timing.read_text(encoding="utf-8"))
             steps = [n["images_per_s"] for n in timing_record["notes"]]
-            times[course.label] = {
+            times[half_training.label] = {
                 "seconds": timing_record["seconds"],
                 "images_per_s": float(np.median(steps)) if steps else None,
             }
-        shutil.rmtree(course.folder)
+        shutil.rmtree(half_training.folder)
     write_text(folder / products.TIMING, json.dumps(times, indent=1) + "\n")
     write_json(folder / products.facts("train"), {"round": facts.get("round"), "halves": halves, "settings": settings})

@@ -89,7 +89,7 @@ def advice(judged: dict[str, Verdict], is_whole_run: bool) -> str:
 
     Args:
         judged: name of a region's folder -> verdict.
-        whole: the controls had all particles of the run.
+        is_whole_run: the controls had all particles of the run.
     """
     bad, open_ = ([name for name, verdict in judged.items() if verdict == v] for v in ("fail", "inconclusive"))
     if not bad and not open_:
