@@ -82,31 +82,14 @@ def read_task(star: Path, folder: Path) -> ReconstructionTask:
         InputError: not such a file, something of it is missing or impossible, or no 3D reference.
     """
     path = folder / star
-    if not path.name.removesuffix(".star").endswith(SUFFIX):
-        raise InputError(
-            "not an external-reconstruct file of RELION",
-            file=path,
-            expected=f"a name in {SUFFIX}.star",
-            code="relion-file-invalid",
-        )
-    table = Star.read(path)
-    if table.integer(GENERAL, "rlnReferenceDimensionality", 2, 3) != 3:
-        raise InputError(
-            "only 3D references can be reconstructed",
-            file=path,
-            found="rlnReferenceDimensionality 2",
-            code="relion-file-invalid",
-        )
+    table = _read_table(path)
     files = [folder / table.text(GENERAL, f"rlnExtRecons{what}") for what in PRODUCTS]
     for file in files:
         if os.path.realpath(file.parent) != os.path.realpath(path.parent):  # RELION writes them side by side
             raise InputError(
-                "names a file in another folder",
-                file=path,
-                expected=path.parent,
-                found=file,
+                "names a file in another folder", file=path, expected=path.parent, found=file,
                 code="relion-file-invalid",
-            )
+            )  # fmt: skip
     fudge = table.number(GENERAL, "rlnTau2FudgeFactor")
     box = table.integer(GENERAL, "rlnOriginalImageSize", 2, MOST_PIXELS)
     padding = table.number(GENERAL, "rlnPaddingFactor")
@@ -138,6 +121,22 @@ def read_task(star: Path, folder: Path) -> ReconstructionTask:
         pixel_size_A=table.number(GENERAL, "rlnPixelSize") if table.has(GENERAL, "rlnPixelSize") else None,
         fudge=fudge,
     )
+
+
+def _read_table(path: Path) -> Star:
+    """The file, if it asks for the reconstruction of a 3D reference."""
+    if not path.name.removesuffix(".star").endswith(SUFFIX):
+        raise InputError(
+            "not an external-reconstruct file of RELION", file=path, expected=f"a name in {SUFFIX}.star",
+            code="relion-file-invalid",
+        )  # fmt: skip
+    table = Star.read(path)
+    if table.integer(GENERAL, "rlnReferenceDimensionality", 2, 3) != 3:
+        raise InputError(
+            "only 3D references can be reconstructed", file=path, found="rlnReferenceDimensionality 2",
+            code="relion-file-invalid",
+        )  # fmt: skip
+    return table
 
 
 @dataclass(frozen=True)

@@ -116,20 +116,7 @@ def particles_from_table(
     n = len(columns)
     if n == 0:
         raise InputError("the table of particles is empty", file=path, code="particles-too-few")
-    for what, names in (
-        ("image", ("rlnImageName",)),
-        ("ctf", ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")),
-        ("pose", ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")),
-    ):
-        missing = [name for name in names if what in require and not columns.has(name)]
-        if missing:
-            raise InputError(
-                "a column is missing",
-                file=path,
-                expected=f"_{missing[0]}",
-                hint=_HINTS[what],
-                code="star-column-missing",
-            )
+    _require_columns(columns, path, require)
     images = _Images(columns, path) if columns.has("rlnImageName") else None
     stack = np.full(n, "", dtype=str) if images is None else images.resolved(path, project)
     if optics_table is not None:
@@ -164,6 +151,20 @@ def particles_from_table(
     if strict:
         check_ctf(particles, path, "column _rlnCtfScalefactor")
     return particles
+
+
+def _require_columns(columns: Columns, path: object, require: tuple[str, ...]) -> None:
+    for what, names in (
+        ("image", ("rlnImageName",)),
+        ("ctf", ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")),
+        ("pose", ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")),
+    ):
+        missing = [name for name in names if what in require and not columns.has(name)]
+        if missing:
+            raise InputError(
+                "a column is missing", file=path, expected=f"_{missing[0]}", hint=_HINTS[what],
+                code="star-column-missing",
+            )  # fmt: skip
 
 
 def _micrographs(columns: Columns) -> np.ndarray | None:
