@@ -74,7 +74,7 @@ def as_command(function: F, collective: bool) -> F:
             require_utf8(options)
             function(*args, **options)
 
-    return command  # type: ignore[return-value]
+    return command  # type: ignore[return-value]  # it has the signature of the function (functools.wraps)
 
 
 def require_utf8(options: dict[str, Any]) -> None:

@@ -98,7 +98,9 @@ def _given(argument: Path | None, option: Path | None, name: str) -> Path:
         raise UsageError(
             f"{name} {problem}: cryoiso diagnose HALF1 HALF2, or --half1 HALF1 --half2 HALF2", code="option-missing"
         )
-    return argument or option  # type: ignore[return-value]
+    path = option if argument is None else argument
+    assert path is not None  # one of them is there
+    return path
 
 
 def _lines(d: DiagnoseRecord) -> list[str]:

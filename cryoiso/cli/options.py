@@ -138,9 +138,9 @@ def with_keys(*groups: Keys) -> Callable[[F], F]:
         every: list[inspect.Parameter] = []
         for parameter in inspect.signature(function, eval_str=True).parameters.values():
             every += parameters if parameter.name == "job_options" else [parameter.replace(kind=parameter.KEYWORD_ONLY)]
-        command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]  # inspect reads it
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-        return command  # type: ignore[return-value]
+        return command  # type: ignore[return-value]  # called by typer, which reads the signature
 
     return decorate
 
@@ -169,7 +169,7 @@ def _typed(section: str, key: str) -> tuple[Any, Any]:
         return str, field.default
     if get_origin(field.annotation) is list:
         element = get_args(field.annotation)[0]
-        return list[str if get_origin(element) is Literal else element] | None, None  # type: ignore[misc]
+        return list[str if get_origin(element) is Literal else element] | None, None  # type: ignore[misc]  # made at run time
     return field.annotation, field.default
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.solvent import Solvent, noise_amplitude, on_device
 from cryoiso.methods.anisotropy.submaps import GreyScale, particle_region
 from cryoiso.methods.anisotropy.task import CorrectionTask
+from cryoiso.nets.unet import Unet3d
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.parallel.group_stop import group_wide
 from cryoiso.train.loop import LoopSettings, TrainOutcome, train
@@ -138,10 +139,10 @@ class CorrectionInput:
                 label=f"{self.plan.label}, round {number}", warm=weights,
             )  # fmt: skip
             outcomes.append(trainer(task, settings.steps_a_round if number else 0, number, last))
-            network = task.module.eval()
+            network = cast(Unet3d, task.module.eval())
             predicted = {}
             for half, volume in start.items():
-                change = predict(network, volume.cpu().numpy(), tile_px(settings, box), group, settings.bfloat16, heed)  # type: ignore[arg-type]
+                change = predict(network, volume.cpu().numpy(), tile_px(settings, box), group, settings.bfloat16, heed)
                 predicted[half] = on_device(change, device)
             estimate = self._estimates(solvent, measured, predicted, heed)
             weights = {name: value.detach().cpu().numpy().copy() for name, value in network.state_dict().items()}
@@ -174,10 +175,10 @@ class CorrectionInput:
             index=group.index, size=group.size, label=self.plan.label, warm=self.warm,
         )  # fmt: skip
         outcome = trainer(task, settings.steps, 1, 1)
-        network = task.module.eval()
+        network = cast(Unet3d, task.module.eval())
         results = {}
         for half, data in filtered_maps.items():
-            predicted = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)  # type: ignore
+            predicted = predict(network, data, tile_px(settings, len(data)), group, settings.bfloat16, trainer.heed)
             results[half] = filtered(predicted, self.band_mask), filtered(predicted, self.band_mask - self.fsc_filter)
         return network, results, [outcome]
 

@@ -151,7 +151,8 @@ class MadeSource:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Images of these rows, ascending: (n, D, D) float32."""
-        parts = [self._maker.images(rows[part])[0] for part in batches(self.particles.half[rows], 0, len(rows))]  # type: ignore[index]
+        assert self.particles.half is not None  # auxiliary particles have half-sets
+        parts = [self._maker.images(rows[part])[0] for part in batches(self.particles.half[rows], 0, len(rows))]
         return np.concatenate(parts)
 
 
@@ -205,13 +206,14 @@ def export(source: ImageSource, particles: Particles, folder: Path, inverted: bo
     Returns:
         the files written.
     """
+    assert particles.half is not None  # auxiliary particles have half-sets
     written = []
     names = np.empty(len(particles), object)
     for half in HALVES:
         rows = np.flatnonzero(particles.half == half)
         path = folder / str(particles.stack[rows[0]])
         with write_stack(path, source.box_px, particles.groups[0].pixel_size_A) as stack:
-            for block in batches(particles.half, int(rows[0]), int(rows[-1]) + 1):  # type: ignore[arg-type]
+            for block in batches(particles.half, int(rows[0]), int(rows[-1]) + 1):
                 stack.append(-source.read(block) if inverted else source.read(block))
         names[rows] = [f"{i + 1:06d}@{path.name}" for i in range(len(rows))]
         written.append(path)
