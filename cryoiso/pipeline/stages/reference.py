@@ -30,6 +30,7 @@ def _write_reference(run: RunContext, inputs: Inputs) -> None:
         "box_px": made.map.box_px,
         "pixel_size_A": made.map.pixel_size_A,
     }
+    facts |= made.facts
     if made.fit is not None:
         facts["fit"] = made.fit.facts()
     write_json(folder / products.facts("reference"), facts)
