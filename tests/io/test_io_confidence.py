@@ -73,7 +73,7 @@ def test_density_follows_the_weights_and_not_the_b_column(tmp_path):
     whole = model_to_map(fold(tmp_path / "b.pdb", [50.0] * 76, EXPDTA), 72, 2.0, 8.0, centre=False)
     kept = model_to_map(path, 72, 2.0, 8.0, centre=False)
     ball = (slice(None), slice(None), slice(0, 38))
-    assert np.abs(kept.data - whole.data)[ball].max() < 1e-3 * whole.data.max()
+    assert np.abs(kept.data - whole.data)[ball].max() < 5e-3 * whole.data.max()
     at = np.rint([36, 36, 36 + (10 + 5.0 * 2) / 2]).astype(int)  # (z, y, x) of residue 67, confidence 58.6
     assert kept.data[tuple(at)] == pytest.approx(0.43 * whole.data[tuple(at)], rel=0.15)
     assert kept.data[36, 36, 36 + 30] < 0.01 * whole.data[36, 36, 36 + 30]
