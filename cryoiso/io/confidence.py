@@ -1,4 +1,4 @@
-"""Predicted models: a confidence (pLDDT, 0 to 100) stands where temperature factors are expected, and means the opposite.
+"""Predicted models: a confidence (pLDDT, 0 to 100) in place of temperature factors, which means the opposite.
 
 Recognised by what the file says of itself, else by its values. Temperature factors are low in the core of a protein and
 high at its surface; confidence is the other way round. Rank correlation of the B column with the number of neighbours
@@ -60,7 +60,7 @@ class Residues:
     one_value: Float[np.ndarray, " n"]
     """1 where all atoms of a residue have the same value"""
     correlation: float
-    """of value and number of neighbours (Spearman), over residues with a trace atom; NaN for fewer than 30, or one value"""
+    """of value and number of neighbours (Spearman), over residues with a trace atom; NaN for fewer than 30 of them"""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,14 @@ def source_of(structure: Any, path: object, is_pdb: bool) -> tuple[Literal["pred
         named = [*block.find_values("_ma_qa_metric.name"), *block.find_values("_ma_qa_metric.type")]
         if any("plddt" in str(name).lower() for name in named):
             return "predicted", "_ma_qa_metric in the file is pLDDT"
-    method = structure.info["_exptl.method"] if "_exptl.method" in structure.info else ""
+    method = dict(structure.info).get("_exptl.method", "")
     if method and "THEORETICAL" not in method.upper():
         return "experimental", f"experiment: {method}"
     if structure.resolution > 0:
         return "experimental", f"resolution of {structure.resolution:g} Å in the file"
-    lines = [structure.info[key] for key in ("_struct.title", "_struct_keywords.pdbx_keywords") if key in structure.info]
+    lines = [
+        structure.info[key] for key in ("_struct.title", "_struct_keywords.pdbx_keywords") if key in structure.info
+    ]
     for line in [*lines, *structure.raw_remarks]:
         if found := PROGRAMS.search(line):
             return "predicted", f"'{found.group(0)}' in the file's header"
@@ -130,7 +132,7 @@ def judge(found: Residues, source: tuple[str, str], asked: str, path: object) ->
         InputError: it was said to be a confidence, and cannot be one.
     """
     low, high = float(found.mean.min()), float(found.mean.max())
-    possible, factor = 0 <= low and high <= HIGHEST, 100.0 if 0 < high <= 1 else 1.0
+    possible, factor = low >= 0 and high <= HIGHEST, 100.0 if 0 < high <= 1 else 1.0
     if asked == "no":
         return Judgement(False, "as set")
     if asked == "yes":
@@ -249,7 +251,8 @@ def use_confidence(model: Any, source: tuple[str, str], choice: ModelChoice, pat
 
 def words_of(facts: dict[str, Any]) -> str:
     """What was done with the residues of a predicted model, in words."""
-    text = f"{facts['left_out']} of {facts['residues']} residues below a confidence of {facts['min_confidence']:g} left out"
+    text = f"{facts['left_out']} of {facts['residues']} residues below a confidence of {facts['min_confidence']:g}"
+    text += " left out"
     text += f" ({facts['left_out_residues']})" if facts["left_out"] else ""
     text += f", {facts['weighted']} below {facts['full_confidence']:g} down-weighted"
     return text + (f" ({facts['weighted_residues']})" if facts["weighted"] else "")

@@ -32,12 +32,14 @@ class MapBox:
     @property
     def is_plain(self) -> bool:
         """Whether box and voxels are cubes."""
-        return len(set(self.data.shape)) == 1 and max(self.voxel_A) - min(self.voxel_A) <= SAME_VOXEL * max(self.voxel_A)
+        return len(set(self.data.shape)) == 1 and max(self.voxel_A) - min(self.voxel_A) <= SAME_VOXEL * max(
+            self.voxel_A
+        )
 
     @property
     def longest_A(self) -> float:
         """Longest edge of the box."""
-        return max(n * v for n, v in zip(self.data.shape[::-1], self.voxel_A, strict=True))
+        return max(float(n * v) for n, v in zip(self.data.shape[::-1], self.voxel_A, strict=True))
 
     @property
     def words(self) -> str:
@@ -101,4 +103,4 @@ def densities(found: MapBox, path: object) -> Float[np.ndarray, "z y x"]:
             found=f"{low:g} to {high:g}", code="map-not-finite",
         )  # fmt: skip
     border = np.concatenate([np.take(data, [0, -1], axis).ravel() for axis in range(3)])
-    return data - np.median(border)
+    return np.asarray(data - np.median(border), np.float32)

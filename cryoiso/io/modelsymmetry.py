@@ -41,7 +41,8 @@ class ModelGroup:
         if self.nearly:
             return (
                 f"equal chains: {chains}; operations of {self.nearly} bring them onto each other only within "
-                f"{self.apart_A:.1f} Å" + ("" if self.group == "C1" else f", those of {self.group} within {EXACT_A:g} Å")
+                f"{self.apart_A:.1f} Å"
+                + ("" if self.group == "C1" else f", those of {self.group} within {EXACT_A:g} Å")
             )
         if self.group == "C1":
             return f"equal chains: {chains}; no operations were found that bring them all onto each other"

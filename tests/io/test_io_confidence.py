@@ -33,7 +33,7 @@ def fold(path: Path, values: list[float] | None = None, header: str = "", chain:
         for k, name in enumerate(("N", "CA", "C")):
             atom = gemmi.Atom()
             atom.name, atom.element = name, gemmi.Element(name[0])
-            atom.pos, atom.b_iso, atom.occ = gemmi.Position(*(place + [0, 0, k - 1.0])), float(b), 1.0
+            atom.pos, atom.b_iso, atom.occ = gemmi.Position(*(place + np.array([0, 0, k - 1.0]))), float(b), 1.0
             residue.add_atom(atom)
         one.add_residue(residue)
     model.add_chain(one)

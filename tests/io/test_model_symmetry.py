@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-import gemmi
-import numpy as np
 import pytest
+from model_helper import assembly
 
 from cryoiso.io.models import load_model
 from cryoiso.io.modelsymmetry import EXACT_A, model_group
-from cryoiso.physics.so3 import random_rotations
-from cryoiso.physics.symmetry import point_group
-
-
-def assembly(group: str, seed: int = 1, extra: bool = False, spread_A: float = 0.0) -> gemmi.Model:
-    """Copies of a random chain of 30 residues under a group, turned and shifted; with one more chain of another kind."""
-    rng = np.random.default_rng(seed)
-    chain = np.cumsum(rng.normal(size=(30, 3)) * 2, 0) + [25, 15, 20]
-    turn, shift = random_rotations(rng, 1)[0], rng.normal(size=3) * 30
-    model = gemmi.Model(1)
-    parts = [(chain + rng.normal(size=3) * spread_A) @ op.T for op in point_group(group)]
-    parts += [rng.normal(size=(12, 3)) * 8] if extra else []
-    for number, xyz in enumerate(parts):
-        one = gemmi.Chain(f"C{number}")
-        for index, place in enumerate(xyz @ turn.T + shift, start=1):
-            residue, atom = gemmi.Residue(), gemmi.Atom()
-            residue.name, residue.seqid = "ALA", gemmi.SeqId(index, " ")
-            atom.name, atom.element, atom.pos = "CA", gemmi.Element("C"), gemmi.Position(*place)
-            residue.add_atom(atom)
-            one.add_residue(residue)
-        model.add_chain(one)
-    return model
 
 
 @pytest.mark.parametrize("group", ["C2", "C3", "C7", "D2", "D3", "D7", "T", "O"])

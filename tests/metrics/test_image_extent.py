@@ -60,7 +60,8 @@ def test_real_particles_and_real_ice(shared_data):
     """Beta-galactosidase is 193 Å wide with its margin."""
     folder = shared_data / "particles/betagal_real_384"
     particles, ice = (
-        extent_of(mrcfile.read(folder / f"{name}.mrcs").astype(np.float32), 0.637) for name in ("particles", "background")
+        extent_of(mrcfile.read(folder / f"{name}.mrcs").astype(np.float32), 0.637)
+        for name in ("particles", "background")
     )
     assert particles.reason == "" and particles.diameter_A == pytest.approx(142, abs=10)
     assert particles.particle_A[0] < 193 < particles.particle_A[1]

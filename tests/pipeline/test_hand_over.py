@@ -103,7 +103,7 @@ def test_cryodrgns_own_loaders_take_them(shared_data, tmp_path):
 
 
 def recovar_python() -> str:
-    """An interpreter that has recovar: its own environment, named in RECOVAR_PYTHON, or this one; else the test goes."""
+    """An interpreter that has recovar: its own environment, named in RECOVAR_PYTHON, or this one."""
     named = os.environ.get("RECOVAR_PYTHON", "")
     if not named and importlib.util.find_spec("recovar") is None:
         pytest.skip(f"{LOUD}no recovar: python -m venv E; E/bin/pip install recovar; RECOVAR_PYTHON=E/bin/python")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from errors_helper import raises_code
+from model_helper import odd
 
 from cryoiso.core.errors import InputError
 from cryoiso.io.mapbox import read_map_box
-from cryoiso.io.mrc import write_map
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.resample import resample_map
@@ -23,27 +22,6 @@ BOX, PIXEL_A = 48, 4.0
 @pytest.fixture(scope="module")
 def truth() -> np.ndarray:
     return phantom_map(BOX, PIXEL_A, 12.0, seed=3).data
-
-
-def odd(
-    path: Path, data: np.ndarray, voxel_A: tuple[float, float, float], order: tuple[int, int, int] = (1, 2, 3),
-    start: tuple[int, int, int] = (0, 0, 0),
-) -> Path:  # fmt: skip
-    """Writes (z, y, x) densities with columns, rows and sections along the given axes (1 = x, 2 = y, 3 = z).
-
-    Args:
-        voxel_A: along x, y, z. start: NXSTART and so on: first column, row and section.
-    """
-    stored = np.transpose(data, [3 - axis for axis in reversed(order)])
-    write_map(path, stored, 1.0)
-    raw = bytearray(path.read_bytes())
-    sizes = data.shape[::-1]
-    struct.pack_into("<3i", raw, 16, *start)
-    struct.pack_into("<3i3f", raw, 28, *sizes, *(n * v for n, v in zip(sizes, voxel_A, strict=True)))
-    struct.pack_into("<3i", raw, 64, *order)
-    struct.pack_into("<3f", raw, 196, 0, 0, 0)
-    path.write_bytes(raw)
-    return path
 
 
 def reference(path: Path, box_px: int = BOX, pixel_A: float = PIXEL_A, **how: object):

@@ -30,7 +30,7 @@ COARSEST_A, FINEST_A = 4.0, 1.0
 """Pixel sizes beyond which a sentence is due: nothing finer than 8 Å; or slow for a first run."""
 FIRST_LOOK_PX = 128
 SEEN_NARROWER, NARROWER = 1.6, 0.9
-"""Reference's diameter over that of the signal in the images; 1.03 to 1.43 for even views (``metrics.image_extent``)."""
+"""Reference's diameter over that of the signal in the images: 1.03 to 1.43 for even views, see `RadialVariance`."""
 ROUND, GAIN = 0.25, 1.3
 """Below this share of directional power a finer low-pass is considered, and proposed if it raises it so much. At 30 Å:
 0.14 apoferritin (1.2 times as much at 20 Å), 0.18 PfCRT (1.5 times), 0.39 to 0.68 for seven others."""
@@ -188,8 +188,8 @@ def _about_lowpass(made: Proposals, reference: ReferenceFacts) -> None:
         return
     made.add(
         "reference.lowpass_A", "proposed",
-        f"{text}, at {finer:g} Å {100 * shares[finer]:.0f} %: views are easier to tell apart. The finer the filter, the "
-        "more of the reference can stay in the result", finer,
+        f"{text}, at {finer:g} Å {100 * shares[finer]:.0f} %: views are easier to tell apart. The finer the filter, "
+        "the more of the reference can stay in the result", finer,
     )  # fmt: skip
 
 
@@ -245,21 +245,21 @@ def _about_diameter(made: Proposals) -> None:
     made.add(
         key, "note",
         f"the signal in {extent.images} images is {seen:.0f} Å wide (standard deviation {extent.spread_A:.0f} Å): a "
-        f"particle that is seen evenly measures {bounds[0]:.0f} to {bounds[1]:.0f} Å; one that is mostly seen along its "
-        "longest direction is longer",
+        f"particle that is seen evenly measures {bounds[0]:.0f} to {bounds[1]:.0f} Å; one that is mostly seen along "
+        "its longest direction is longer",
     )  # fmt: skip
     if reference is None:
         return
     ratio = reference.diameter_A / seen
     if ratio < NARROWER:
         made.add(
-            key, "warning", f"the reference is narrower ({reference.diameter_A:.0f} Å) than what the images show: a part "
-            "of the particle is missing in it, a pixel size is wrong, or it is another sample",
+            key, "warning", f"the reference is narrower ({reference.diameter_A:.0f} Å) than what the images show: a "
+            "part of the particle is missing in it, a pixel size is wrong, or it is another sample",
         )  # fmt: skip
     elif ratio > SEEN_NARROWER:
         made.add(
-            key, "warning", f"the reference is {ratio:.1f} times as wide as what the images show (1.0 to 1.45 with even "
-            "views): most views are along its longest direction, a pixel size is wrong, or it is another sample",
+            key, "warning", f"the reference is {ratio:.1f} times as wide as what the images show (1.0 to 1.45 with "
+            "even views): most views are along its longest direction, a pixel size is wrong, or it is another sample",
         )  # fmt: skip
 
 
@@ -284,8 +284,8 @@ def _about_grid(made: Proposals, box_px: int, pixel_A: float) -> None:
         made.add(key, "warning", f"{text}: the particle does not fit; extract it in a box of {least} px or more")
     elif edge_A < BOX_OVER_DIAMETER * low:
         made.add(
-            key, "warning", f"{text}: less than {BOX_OVER_DIAMETER:g} times leaves little room for what the CTF spreads "
-            f"and for a background; {least} px would do",
+            key, "warning", f"{text}: less than {BOX_OVER_DIAMETER:g} times leaves little room for what the CTF "
+            f"spreads and for a background; {least} px would do",
         )  # fmt: skip
     else:
         made.add(key, "note", text + (": enough" if edge_A >= BOX_OVER_DIAMETER * high > 0 else ""))

@@ -106,7 +106,8 @@ def directional_power(density: DensityMap) -> dict[float, float]:
     """Share of a map's power, up to each of ``FILTERS_A``, that is not the same in all directions.
 
     In every shell the mean of the coefficients over all directions is what a round particle would have; it tells no
-    view from another. Filters that the grid does not hold are left out.
+    view from another. Filters that the grid does not hold are left out. Shells are one pixel wide, so that a perfect
+    ball has about 0.03.
     """
     data = np.asarray(density.data, np.float64)
     box = density.box_px

@@ -78,8 +78,8 @@ def prepare_reference(
     """Reads a reference and brings it onto a grid.
 
     A model is turned into the frame of its point group and into density. A map must have this box and, within 1 %, this
-    pixel size, unless ``resample`` is set, which interpolates it exactly in Fourier space (any box and voxel). What comes out must have the
-    symmetry in its standard frame.
+    pixel size, unless ``resample`` is set, which interpolates it exactly in Fourier space (any box and voxel). What
+    comes out must have the symmetry in its standard frame.
 
     Args:
         file: PDB, mmCIF or MRC.
