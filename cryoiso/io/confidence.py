@@ -2,8 +2,9 @@
 
 Recognised by what the file says of itself, else by its values. Temperature factors are low in the core of a protein and
 high at its surface; confidence is the other way round. Rank correlation of the B column with the number of neighbours
-within ``NEIGHBOURS_A``, measured: -0.63 to -0.10 on 24 experimental models, +0.31 and +0.68 on two predicted ones (one
-cryo-EM model has one value per residue between 60 and 100, as a prediction would: -0.35).
+within ``NEIGHBOURS_A``, measured: -0.63 to -0.10 on 23 experimental models and +0.14 on one (7.4 Å, half of its values
+0), +0.31 and +0.68 on two predicted ones. One cryo-EM model has one value per residue between 60 and 100, as a
+prediction would: -0.35.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ BOX_OVER_DIAMETER = 1.5
 COARSEST_A, FINEST_A = 4.0, 1.0
 """Pixel sizes beyond which a sentence is due: nothing finer than 8 Å; or slow for a first run."""
 FIRST_LOOK_PX = 128
-SEEN_NARROWER, NARROWER = 1.6, 0.9
-"""Reference's diameter over that of the signal in the images: 1.03 to 1.43 for even views, see `RadialVariance`."""
+SEEN_NARROWER, NARROWER = 1.8, 0.9
+"""Reference's diameter over that of the signal in the images: 1.03 to 1.50 for even views, see `RadialVariance`."""
 ROUND, GAIN = 0.25, 1.3
 """Below this share of directional power a finer low-pass is considered, and proposed if it raises it so much. At 30 Å:
 0.14 apoferritin (1.2 times as much at 20 Å), 0.18 PfCRT (1.5 times), 0.39 to 0.68 for seven others."""
@@ -258,7 +258,7 @@ def _about_diameter(made: Proposals) -> None:
         )  # fmt: skip
     elif ratio > SEEN_NARROWER:
         made.add(
-            key, "warning", f"the reference is {ratio:.1f} times as wide as what the images show (1.0 to 1.45 with "
+            key, "warning", f"the reference is {ratio:.1f} times as wide as what the images show (1.0 to 1.55 with "
             "even views): most views are along its longest direction, a pixel size is wrong, or it is another sample",
         )  # fmt: skip
 
