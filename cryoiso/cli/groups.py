@@ -14,10 +14,12 @@ from cryoiso.core.sections.base import Section
 SYMMETRY = keys("sample", "Sample", "symmetry")
 SAMPLE = keys("sample", "Sample", "symmetry", "diameter_A", "mask")
 
-GRID = keys("reference", "Reference", ("pixel_size_A", "--ref-pixel-size"), "resample")
+MODEL_KEYS = ("chains", "assembly", "confidence", "min_confidence", "full_confidence")
+GRID = keys("reference", "Reference", ("pixel_size_A", "--ref-pixel-size"), "resample", *MODEL_KEYS)
 REFERENCE = keys(
-    "reference", "Reference", "lowpass_A", ("pixel_size_A", "--ref-pixel-size"), "resample", "fit", "fit_resolution_A"
-)
+    "reference", "Reference", "lowpass_A", ("pixel_size_A", "--ref-pixel-size"), "resample", "fit", "fit_resolution_A",
+    *MODEL_KEYS,
+)  # fmt: skip
 
 SEARCH = keys(
     "refine", "Search", "max_iterations", "healpix_order", "local_deg", "shift_range_A", "shift_step_A",

@@ -9,13 +9,17 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import SYMMETRY
+from cryoiso.cli.groups import MODEL_KEYS, SYMMETRY
 from cryoiso.cli.options import JobOptions, help_of, keys, with_keys
 
 PLACEHOLDER = "reference.mrc"
 
 
-@with_keys(SYMMETRY, keys("particles", "Images", "project", "passthrough"))
+@with_keys(
+    SYMMETRY,
+    keys("reference", "Reference", ("pixel_size_A", "--ref-pixel-size"), *MODEL_KEYS),
+    keys("particles", "Images", "project", "passthrough"),
+)
 def init(
     particles: Annotated[Path, typer.Argument(help=help_of("particles", "file"))],
     job_options: JobOptions,
@@ -24,16 +28,23 @@ def init(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Job file to write.")] = Path("job.toml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing job file.")] = False,
+    images: Annotated[
+        int, typer.Option(min=0, help="Number of images looked at to estimate the size of the particle; 0: none.")
+    ] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Write a job file for a particle file.
 
-    It holds every key with its meaning, unit, range, choices and default. The particle file is read and checked.
+    It holds every key with its meaning, unit, range, choices and default. The particle file is read and checked. From
+    some images and the reference, comments propose diameter, box, symmetry and low-pass filter, with their evidence;
+    nothing of that is set.
     """
     from cryoiso.core.config import job_to_toml
-    from cryoiso.core.errors import UsageError
+    from cryoiso.core.errors import InputError, UsageError
     from cryoiso.io import read_particle_file
     from cryoiso.io.atomic import write_text
     from cryoiso.physics.symmetry import point_group
+    from cryoiso.pipeline.commands.propose import propose
 
     if out.exists() and not overwrite:
         raise UsageError(
@@ -44,6 +55,11 @@ def init(
     particle_set = read_particle_file(particles, project, passthrough=passthrough)
     if options.sample.symmetry.lower() != "auto":
         point_group(options.sample.symmetry)
+    named = reference is not None
+    if reference is not None and not reference.is_file():
+        raise InputError("no such reference", file=reference, hint="Check --reference.", code="file-not-particle_set")
+    opened = job_options.job(particles={"file": str(particles)}, reference={"file": str(reference or PLACEHOLDER)})
+    proposals = propose(particle_set, opened, images, named, particles)
     job = job_options.job(
         particles={
             "file": _from(out, particles),
@@ -53,9 +69,17 @@ def init(
         reference={"file": PLACEHOLDER if reference is None else _from(out, reference)},
     )
     head = f"# cryoiso job: mpirun -n 4 cryoiso run {out.name}\n# Relative paths start from this file's folder.\n\n"
-    write_text(out, head + job_to_toml(job))
+    write_text(out, head + job_to_toml(job, proposals.notes()))
     sizes = sorted({round(group.pixel_size_A, 4) for group in particle_set.groups})
+    if as_json:
+        import json
+
+        facts = {"job": str(out), "particles": len(particle_set), "pixel_sizes_A": sizes, **proposals.facts()}
+        echo(json.dumps(facts, indent=2))
+        return
     echo(f"{particles}: {len(particle_set):,} particles, pixel size {', '.join(f'{s:g}' for s in sizes)} Å")
+    for proposal in proposals.found:
+        echo(f"{proposal.key}: {proposal.line}")
     echo(f"{out} written. " + (f"Next: cryoiso run {out}" if reference else "Next: name your reference in it."))
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import reprlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -125,8 +125,12 @@ def _known_keys(path: tuple[str, ...]) -> list[str]:
 NO_BREAK = "\xa0"
 
 
-def job_to_toml(job: Job) -> str:
-    """The job with every default written out, and the meaning, unit, range and choices of every key as a comment."""
+def job_to_toml(job: Job, notes: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The job with every default written out, and the meaning, unit, range and choices of every key as a comment.
+
+    Args:
+        notes: SECTION.KEY -> further comments above that key, each of them begins on a new line.
+    """
     lines: list[str] = []
     for name in Job.model_fields:
         section = getattr(job, name)
@@ -134,6 +138,11 @@ def job_to_toml(job: Job) -> str:
         for key in type(section).model_fields:
             value = getattr(section, key)
             lines += _comment(type(section), key)
+            for note in (notes or {}).get(f"{name}.{key}", ()):
+                lines += textwrap.wrap(
+                    note, 100, initial_indent="# -> ", subsequent_indent="#    ", break_long_words=False,
+                    break_on_hyphens=False,
+                )  # fmt: skip
             lines.append(f"{key} = {_toml(value)}" if value is not None else f"# {key} =")
         lines.append("")
     return "\n".join(lines)

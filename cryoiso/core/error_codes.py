@@ -146,6 +146,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "model-exceeds-box": "the model does not fit into the box",
         "model-outside-map": "the atoms of a model do not lie inside the map",
         "models-differ": "two atomic models have no chain in common",
+        "chain-not-found": "the model has no chain of this name",
+        "model-confidence-invalid": "the B column holds no predicted confidence, or none as high as asked",
         "assembly-unavailable": "the biological assembly is not there or cannot be built",
     },
     "Training and networks": {

@@ -148,6 +148,10 @@ class ReferenceRecord(TypedDict, total=False):
     box_px: int
     pixel_size_A: float
     fit: dict[str, Any]
+    model: dict[str, Any]
+    """Of an atomic model: chains, what the B column holds, residues left out (``io.confidence``)."""
+    map: dict[str, Any]
+    """Of a map: box, voxel, axes and origin of the file."""
 
 
 class DiagnoseRecord(CurvesRecord, total=False):

@@ -233,6 +233,15 @@ def _drop_empty_chains(model: Any) -> None:
             del model[index]
 
 
+def without_empty(model: Any) -> None:
+    """Takes out residues and chains without atoms, in place."""
+    for chain in model:
+        for index in reversed(range(len(chain))):
+            if len(chain[index]) == 0:
+                del chain[index]
+    _drop_empty_chains(model)
+
+
 def without_solvent(model: Any) -> None:
     """Takes out water by any of its names, in place."""
     for chain in model:

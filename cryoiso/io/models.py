@@ -16,12 +16,14 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
+from cryoiso.io.confidence import ModelChoice, select_chains, source_of, use_confidence
 from cryoiso.io.modelcheck import (
     count_once,
     cut_repeats,
     has_pdb_columns,
     one_model,
     require_numbers,
+    without_empty,
     without_markers,
     without_solvent,
 )
@@ -61,6 +63,25 @@ def read_model(path: object, assembly: str = "auto") -> Any:
         InputError: no such file, unreadable, no atoms, an atom without usable numbers or of no known element, unknown
             assembly, MODELs that are neither an assembly nor alternatives.
     """
+    return _read(path, ModelChoice(assembly=assembly), cut=False)[0]
+
+
+def load_model(path: object, choice: ModelChoice | None = None) -> tuple[Any, dict[str, Any]]:
+    """The chosen part of a model, as ``read_model``, without the residues of which a prediction is not sure.
+
+    Args:
+        choice: chains, assembly, and how confident a residue must be.
+
+    Returns:
+        gemmi.Model, whose occupancies are weights, and what was chosen, for JSON (`cryoiso.io.confidence`).
+
+    Raises:
+        InputError: as ``read_model``; no such chain; no residue as confident as asked.
+    """
+    return _read(path, choice or ModelChoice(), cut=True)
+
+
+def _read(path: object, choice: ModelChoice, cut: bool) -> tuple[Any, dict[str, Any]]:
     import gemmi
 
     require_regular_file(path)
@@ -81,21 +102,24 @@ def read_model(path: object, assembly: str = "auto") -> Any:
             code="model-malformed",
         )
     try:
-        return _cleaned(structure, assembly, path, pdb)
+        require_numbers(structure, path, pdb)
+        select_chains(structure, choice.chains, path)
+        model = _cleaned(structure, choice, path)
+        facts: dict[str, Any] = {"chains": list(choice.chains), "atoms": model.count_atom_sites()}
+        return model, facts | use_confidence(model, source_of(structure, path, pdb), choice, path, cut)
     except UnicodeDecodeError:
         raise InputError(
             "the name of an atom, residue or chain is not text", file=path, code="model-malformed"
         ) from None
 
 
-def _cleaned(structure: Any, assembly: str, path: object, pdb: bool) -> Any:
-    """What of a file's MODELs is one molecule, without all that is no part of it."""
-    require_numbers(structure, path, pdb)
+def _cleaned(structure: Any, choice: ModelChoice, path: object) -> Any:
+    """What of a file's MODELs is one molecule, at full occupancy, without all that is no part of it."""
     model, joined = one_model(structure, path)
     without_markers(model, path)
     count_once(model, path)
-    if not joined or assembly not in ("auto", "none"):
-        model = _assembled(structure, model, assembly, path)
+    if not joined or choice.assembly not in ("auto", "none"):
+        model = _assembled(structure, model, choice.assembly, path, bool(choice.chains))
     cut_repeats(model)
     model.remove_alternative_conformations()
     model.remove_hydrogens()
@@ -103,10 +127,19 @@ def _cleaned(structure: Any, assembly: str, path: object, pdb: bool) -> Any:
     model.remove_waters()
     if model.count_atom_sites() == 0:
         raise InputError("there are no atoms in it but water, hydrogen and markers", file=path, code="model-malformed")
+    without_empty(model)
+    for chain in model:
+        for residue in chain:
+            for atom in residue:
+                atom.occ = 1.0
     return model
 
 
-def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
+def _assembled(structure: Any, model: Any, assembly: str, path: object, selected: bool) -> Any:
+    """
+    Args:
+        selected: only some chains of the file are left; the assembly is made of these.
+    """
     import gemmi
 
     if assembly == "none":
@@ -125,19 +158,32 @@ def _assembled(structure: Any, model: Any, assembly: str, path: object) -> Any:
             code="assembly-unavailable",
         )
     operators = sum(len(g.operators) for g in chosen.generators)
+    if assembly == "auto" and operators < 2:
+        return model
+    if selected:
+        _restrict(chosen, model)
     try:
         assembled = gemmi.make_assembly(chosen, model, gemmi.HowToNameCopiedChain.AddNumber)
     except RuntimeError as error:
         raise InputError(
             f"its biological assembly {wanted} cannot be built: {error}",
             file=path,
-            hint="Set assembly to none.",
+            hint="Set reference.assembly (--assembly) to none.",
             code="assembly-unavailable",
         ) from None
-    if assembly == "auto" and (operators < 2 or assembled.count_atom_sites() <= model.count_atom_sites()):
+    if assembly == "auto" and assembled.count_atom_sites() <= model.count_atom_sites():
         return model
     logger.info("%s: biological assembly %s, %d operators", path, wanted, operators)
     return assembled
+
+
+def _restrict(assembly: Any, model: Any) -> None:
+    """Leaves in the generators of an assembly what is in the model, in place."""
+    chains = {chain.name for chain in model}
+    parts = {part.subchain_id() for chain in model for part in chain.subchains()}
+    for generator in assembly.generators:
+        generator.chains = [name for name in generator.chains if name in chains]
+        generator.subchains = [name for name in generator.subchains if name in parts]
 
 
 def positions(model: Any) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, " n"]]:
@@ -157,7 +203,7 @@ def model_to_map(
     align_symmetry_axis: str = "",
     placement: tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]] | None = None,
 ) -> DensityMap:
-    """Density of an atomic model.
+    """Density of an atomic model; of a predicted one, without what it is not sure of (``load_model``).
 
     Args:
         path: PDB or mmCIF.
@@ -174,7 +220,27 @@ def model_to_map(
     Raises:
         InputError: an unreadable model, one that does not fit the box, or one without the symmetry asked for.
     """
-    model = read_model(path, assembly)
+    model = load_model(path, ModelChoice(assembly=assembly))[0]
+    return loaded_model_to_map(
+        model, path, box_px, pixel_size_A, resolution_A, centre, align_symmetry_axis, placement
+    )  # fmt: skip
+
+
+def loaded_model_to_map(
+    model: Any,
+    path: object,
+    box_px: int,
+    pixel_size_A: float,
+    resolution_A: float,
+    centre: bool = True,
+    align_symmetry_axis: str = "",
+    placement: tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, " 3"]] | None = None,
+) -> DensityMap:
+    """As ``model_to_map``, of a gemmi.Model that was read before, and stays as it is.
+
+    Args:
+        path: for messages.
+    """
     xyz, mass = positions(model)
     rotation, offset = np.eye(3), np.zeros(3)
     if align_symmetry_axis and align_symmetry_axis.upper() != "C1":
@@ -199,7 +265,8 @@ def model_to_map(
             found=f"{box_px} px",
             code="model-exceeds-box",
         )
-    return DensityMap(fine_density(model, box_px, pixel_size_A, resolution_A, rotation, offset), float(pixel_size_A))
+    density = fine_density(model.clone(), box_px, pixel_size_A, resolution_A, rotation, offset)
+    return DensityMap(density, float(pixel_size_A))
 
 
 def fine_density(
@@ -211,7 +278,7 @@ def fine_density(
 
 
 def _transform(model: Any, rotation: np.ndarray, offset: np.ndarray) -> None:
-    """Moves the atoms and makes their temperature factors usable: isotropic, within ``B_RANGE_A2``, full occupancy."""
+    """Moves the atoms and makes their temperature factors usable: isotropic, within ``B_RANGE_A2``."""
     import gemmi
 
     transform = gemmi.Transform()
@@ -223,7 +290,6 @@ def _transform(model: Any, rotation: np.ndarray, offset: np.ndarray) -> None:
         for residue in chain:
             for atom in residue:
                 atom.b_iso = min(max(atom.b_iso, low), high)
-                atom.occ = 1.0
                 if atom.aniso.nonzero():
                     atom.aniso = gemmi.SMat33f(0, 0, 0, 0, 0, 0)
 

@@ -149,7 +149,7 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
             the axes, axes not at right angles, several volumes, more than ``MAX_MAP_PX`` voxels along a side.
     """
     raw, header = read_raw_map(path)
-    _require_one_straight_volume(header, path)
+    require_one_straight_volume(header, path)
     if len(set(raw.shape)) != 1:
         nz, ny, nx = raw.shape
         hint = "Pad it to a cube first (for example relion_image_handler --new_box)."
@@ -194,7 +194,11 @@ def read_map(path: object, pixel_size_A: float | None = None) -> DensityMap:
     return DensityMap(data, pixel, (origin[0], origin[1], origin[2]))
 
 
-def _require_one_straight_volume(header: MrcHeader, path: object) -> None:
+def require_one_straight_volume(header: MrcHeader, path: object) -> None:
+    """
+    Raises:
+        InputError: several volumes, or axes that are not at right angles.
+    """
     header.require_right_angles(path)
     if header.volumes > 1:
         raise InputError(

@@ -96,7 +96,7 @@ def symmetry_frame(
         if frame is None:
             continue
         centre = np.mean([np.mean(list(trace.values()), axis=0) for trace in group], axis=0)
-        away = _farthest(group, frame.T @ operators @ frame, centre)
+        away = farthest(group, frame.T @ operators @ frame, centre)
         if away <= COPY_RMSD_A:
             return frame, centre
         raise InputError(
@@ -116,7 +116,7 @@ def symmetry_frame(
     )
 
 
-def _farthest(group: list[Trace], operators: np.ndarray, centre: np.ndarray) -> float:
+def farthest(group: list[Trace], operators: np.ndarray, centre: np.ndarray) -> float:
     """Largest RMSD of a chain, moved by an operation about the centre, from the chain that it comes nearest to."""
     middles = np.array([np.mean(list(trace.values()), axis=0) for trace in group])
     worst = 0.0

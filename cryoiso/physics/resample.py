@@ -54,9 +54,22 @@ def resample_map(
     Raises:
         InputError: the map is no cube.
     """
-    matrix = resample_matrix(require_cube(data), pixel_in_A, box_out, pixel_out_A)
+    require_cube(data)
+    return resample_box(data, (pixel_in_A,) * 3, box_out, pixel_out_A)
+
+
+def resample_box(
+    data: Real[np.ndarray, "z y x"], voxel_A: tuple[float, float, float], box_out: int, pixel_out_A: float
+) -> Float[np.ndarray, "{box_out} {box_out} {box_out}"]:
+    """As ``resample_map``, of a box that may not be a cube; voxel n//2 of every axis comes to voxel E//2.
+
+    Args:
+        data: (nz, ny, nx).
+        voxel_A: edges of its voxels along (z, y, x).
+    """
     out = np.asarray(data, np.float64)
     for axis in range(3):
+        matrix = resample_matrix(data.shape[axis], voxel_A[axis], box_out, pixel_out_A)
         out = np.moveaxis(np.tensordot(matrix, out, axes=(1, axis)), 0, axis)
     return np.ascontiguousarray(out, np.float32)
 

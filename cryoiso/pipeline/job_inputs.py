@@ -24,7 +24,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.inputs.grids import read_mask, require_grid
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import applied_to, bare, with_poses_of
-from cryoiso.pipeline.inputs.reference import Reference, prepare_reference
+from cryoiso.pipeline.inputs.reference import Reference, model_choice, prepare_reference
 from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.scratch_copies import Scratch
@@ -112,6 +112,7 @@ class Inputs:
                 Path(section.file), *self.grid(), section.lowpass_A,
                 map_pixel_size_A=section.pixel_size_A, resample=section.resample, symmetry=self.job.sample.symmetry,
                 fit=Path(section.fit) if section.fit else None, fit_resolution_A=section.fit_resolution_A,
+                model=model_choice(section),
             )  # fmt: skip
         return self._reference
 

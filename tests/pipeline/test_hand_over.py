@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,7 @@ from cryoiso.io.star.read import read_particles
 from cryoiso.io.star.text import read_blocks, write_blocks
 from cryoiso.pipeline.commands.hand_over import hand_over
 
+LOUD = "LOUD: "  # as in conftest: the summary names what was not checked
 J24 = "poses/cryosparc_P12_J24"
 
 
@@ -94,3 +100,41 @@ def test_cryodrgns_own_loaders_take_them(shared_data, tmp_path):
     loaded = ctf.load_ctf_for_training(16, str(out / "ctf.pkl"))
     np.testing.assert_allclose(loaded[:, 1], particles.defocus_u_A, rtol=1e-6)
     np.testing.assert_allclose(loaded[:, 0], pixel[:, 0], rtol=1e-6)
+
+
+def recovar_python() -> str:
+    """An interpreter that has recovar: its own environment, named in RECOVAR_PYTHON, or this one."""
+    named = os.environ.get("RECOVAR_PYTHON", "")
+    if not named and importlib.util.find_spec("recovar") is None:
+        pytest.skip(f"{LOUD}no recovar: python -m venv E; E/bin/pip install recovar; RECOVAR_PYTHON=E/bin/python")
+    return named or sys.executable
+
+
+@pytest.mark.slow
+def test_recovars_own_loaders_take_them(shared_data, tmp_path):
+    """By the pickles and by the STAR file alone, which also has the half-sets. Run with recovar 1.0.5."""
+    python = recovar_python()
+    run, out = small_set(shared_data, tmp_path / "run"), tmp_path / "out"
+    blocks = read_blocks(run / "result/particles.star")
+    blocks[-1].columns["rlnRandomSubset"] = ["2", "1", "1", "2", "1"]
+    write_blocks(run / "result/particles.star", blocks)
+    handed(run, out)
+    reader = Path(__file__).resolve().parents[1] / "helpers/recovar_reader.py"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, reader, out], capture_output=True, text=True, timeout=600, env=environment | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    ours = read_particles(out / "particles.star", "", ("pose", "ctf"))
+    pixel = ours.group_values("pixel_size_A")
+    for way in ("pickles", "star"):
+        one = found[way]
+        assert (one["n"], one["box"]) == (4, 16) and one["voxel_A"] == pytest.approx(pixel[0], rel=1e-6), way
+        assert np.abs(np.array(one["rotation"]) - ours.rotation).max() < 1e-5, way
+        assert np.abs(np.array(one["shift_px"]) - ours.shift_A / pixel[:, None]).max() < 1e-4, way
+        ctf = np.array(one["ctf"])
+        np.testing.assert_allclose(ctf[:, 0], ours.defocus_u_A, rtol=1e-6)
+        np.testing.assert_allclose(ctf[:, 3], ours.group_values("voltage_kV"), rtol=1e-6)
+        np.testing.assert_allclose(ctf[:, 5], ours.group_values("amplitude_contrast"), rtol=1e-6)
+    assert found["halves"] == [[1, 2], [0, 3]]

@@ -37,6 +37,25 @@ class ReferenceSection(Section):
         None, gt=0, description="pixel size of the reference map, if its header is wrong"
     )
     resample: bool = Field(False, description="resample a map of another box or pixel size onto the particles' grid")
+    chains: list[str] = Field(
+        [], description="chains of an atomic model that are used, by their names in the file (default: all)"
+    )
+    assembly: str = Field(
+        "auto",
+        description="biological assembly of an atomic model, by its name; none: the atoms as in the file; auto: "
+        "assembly 1, if it is made by more than one operator",
+    )
+    confidence: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="whether the B column of an atomic model holds a predicted confidence (pLDDT); auto: decide from "
+        "the file",
+    )
+    min_confidence: float = Field(
+        50.0, ge=0, le=100, description="residues of a predicted model below this confidence are left out"
+    )
+    full_confidence: float = Field(
+        70.0, ge=0, le=100, description="confidence from which on a residue of a predicted model has its full weight"
+    )
     lowpass_A: float = Field(30.0, gt=0, description="resolution of the initial low-pass filter of the reference")
     fit: str = Field("", description="align the reference to this map first (MRC, any grid)")
     fit_resolution_A: float | None = Field(

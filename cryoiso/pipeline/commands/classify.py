@@ -19,7 +19,7 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
-from cryoiso.pipeline.inputs.reference import Reference, prepare_reference
+from cryoiso.pipeline.inputs.reference import Reference, model_choice, prepare_reference
 from cryoiso.pipeline.inputs.stacks import open_stacks
 from cryoiso.pipeline.stages import engines
 
@@ -103,7 +103,7 @@ def _references(job: Job, files: list[Path], particles: Particles) -> list[Refer
     return [
         prepare_reference(
             file, group.box_px, group.pixel_size_A, job.classify.lowpass_A, map_pixel_size_A=section.pixel_size_A,
-            resample=section.resample, symmetry=job.sample.symmetry,
+            resample=section.resample, symmetry=job.sample.symmetry, model=model_choice(section),
         )
         for file in files
     ]  # fmt: skip

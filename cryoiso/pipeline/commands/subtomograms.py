@@ -19,7 +19,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.commands.begin import begin_or_go_on
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.half_sets import assign_halves
-from cryoiso.pipeline.inputs.reference import Reference, prepare_reference
+from cryoiso.pipeline.inputs.reference import Reference, model_choice, prepare_reference
 from cryoiso.pipeline.stages import engines
 
 logger = logging.getLogger("cryoiso")
@@ -84,6 +84,7 @@ def _reference(job: Job, box_px: int, pixel_size_A: float) -> Reference:
         Path(section.file), box_px, pixel_size_A, section.lowpass_A,
         map_pixel_size_A=section.pixel_size_A, resample=section.resample, symmetry=job.sample.symmetry,
         fit=Path(section.fit) if section.fit else None, fit_resolution_A=section.fit_resolution_A,
+        model=model_choice(section),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from cryoiso.core.types import DensityMap
 from cryoiso.pipeline.inputs.standard_frame import require_symmetry, symmetrised, to_standard_frame
 
 if TYPE_CHECKING:
+    from cryoiso.core.sections.data import ReferenceSection
+    from cryoiso.io.confidence import ModelChoice
     from cryoiso.physics.fit_result import Fit
 
 logger = logging.getLogger("cryoiso")
@@ -38,6 +40,23 @@ class Reference:
     """what was done, in words"""
     fit: Fit | None = None
     """how it was laid into another map's frame"""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """of the file: ``model`` (chains, B column, residues left out) or ``map`` (box, voxel, axes), for JSON"""
+
+
+def model_choice(section: ReferenceSection) -> ModelChoice:
+    """What of an atomic model a job uses; names of chains may stand in one word, with commas."""
+    from cryoiso.io.confidence import ModelChoice
+
+    return ModelChoice(
+        split_chains(section.chains), section.assembly, section.confidence, section.min_confidence,
+        section.full_confidence,
+    )  # fmt: skip
+
+
+def split_chains(words: list[str]) -> tuple[str, ...]:
+    """Names of chains from words such as ``A,B``."""
+    return tuple(name for word in words for name in map(str.strip, word.split(",")) if name)
 
 
 def prepare_reference(
@@ -54,12 +73,13 @@ def prepare_reference(
     mirror: bool = True,
     standard_frame: bool = False,
     symmetrise: bool = False,
+    model: ModelChoice | None = None,
 ) -> Reference:
     """Reads a reference and brings it onto a grid.
 
     A model is turned into the frame of its point group and into density. A map must have this box and, within 1 %, this
-    pixel size, unless ``resample`` is set, which interpolates it exactly in Fourier space. What comes out must have the
-    symmetry in its standard frame.
+    pixel size, unless ``resample`` is set, which interpolates it exactly in Fourier space (any box and voxel). What
+    comes out must have the symmetry in its standard frame.
 
     Args:
         file: PDB, mmCIF or MRC.
@@ -74,6 +94,7 @@ def prepare_reference(
         mirror: also see whether the mirror image fits better.
         standard_frame: find the axes of ``symmetry`` in a map and move it into the standard frame.
         symmetrise: average the map over the operations of ``symmetry``.
+        model: what of an atomic model is used.
 
     Raises:
         InputError: unreadable file, a map without a pixel size, a map that does not fit the particles, a model or map
@@ -87,9 +108,9 @@ def prepare_reference(
         )
     _check_lowpass(lowpass_A, pixel_size_A, file)
     if is_model(file):
-        full, source = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry)
+        full, source, facts = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry, choice=model)
     else:
-        full, source = _from_map(file, box_px, pixel_size_A, map_pixel_size_A, resample)
+        full, source, facts = _from_map(file, box_px, pixel_size_A, map_pixel_size_A, resample)
     if float(full.data.max()) <= 0:
         raise InputError(
             "no positive density in the reference",
@@ -108,7 +129,7 @@ def prepare_reference(
         placement = fit_to_file(full, fit, symmetry, fit_resolution_A, mirror)
         if is_model(file):
             again = (placement.rotation, placement.shift_A)
-            full, source = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry, again)
+            full, source, facts = _from_model(file, box_px, pixel_size_A, lowpass_A, symmetry, again, model)
         else:
             full = apply_fit(full, placement)
         source += f", fitted into {fit.name}"
@@ -118,7 +139,7 @@ def prepare_reference(
     require_symmetry(
         full, symmetry, file, lowpass_A, "the reference" if fit is None else f"the map, as fitted into {fit},"
     )
-    return finish_reference(full, lowpass_A, source, placement)
+    return replace(finish_reference(full, lowpass_A, source, placement), facts=facts)
 
 
 def finish_reference(full: DensityMap, lowpass_A: float, source: str, fit: Fit | None = None) -> Reference:
@@ -139,46 +160,68 @@ def _check_lowpass(lowpass_A: float, pixel_size_A: float, file: Path) -> None:
 
 
 def _from_model(
-    file: Path, box_px: int, pixel_size_A: float, lowpass_A: float, symmetry: str, placement: Any = None
-) -> tuple[DensityMap, str]:
-    from cryoiso.io.models import model_to_map
+    file: Path,
+    box_px: int,
+    pixel_size_A: float,
+    lowpass_A: float,
+    symmetry: str,
+    placement: Any = None,
+    choice: ModelChoice | None = None,
+) -> tuple[DensityMap, str, dict[str, Any]]:
+    from cryoiso.io.models import load_model, loaded_model_to_map
 
+    model, facts = load_model(file, choice)
     resolution = max(2.2 * pixel_size_A, 0.5 * lowpass_A)
-    full = model_to_map(
-        file, box_px, pixel_size_A, resolution, align_symmetry_axis=symmetry, placement=placement
-    )  # fmt: skip
-    return full, f"density of the atomic model {file.name}"
+    full = loaded_model_to_map(
+        model, file, box_px, pixel_size_A, resolution, align_symmetry_axis=symmetry, placement=placement
+    )
+    source = f"density of the atomic model {file.name}"
+    if facts["chains"]:
+        source += f", chains {', '.join(facts['chains'])}"
+    if facts["b_column"] == "confidence":
+        source += f", predicted, {facts['left_out']} of {facts['residues']} residues left out"
+    return full, source, {"model": facts}
 
 
 def _from_map(
     file: Path, box_px: int, pixel_size_A: float, map_pixel_size_A: float | None, resample: bool
-) -> tuple[DensityMap, str]:
+) -> tuple[DensityMap, str, dict[str, Any]]:
+    from cryoiso.io.mapbox import densities, read_map_box
     from cryoiso.io.mrc import read_map
+    from cryoiso.physics.resample import resample_box, resample_map
 
-    density = read_map(file, map_pixel_size_A)
-    same_pixel = abs(density.pixel_size_A / pixel_size_A - 1) <= PIXEL_TOLERANCE
-    if same_pixel and density.box_px == box_px:
-        return density, f"map {file.name}"
-    expected, has = f"{box_px} px of {pixel_size_A:g} Å", f"{density.box_px} px of {density.pixel_size_A:g} Å"
-    ratio = density.box_px * density.pixel_size_A / (box_px * pixel_size_A)
-    if not 1 / LARGEST_RATIO <= ratio <= LARGEST_RATIO:
+    box = read_map_box(file, map_pixel_size_A)
+    has, expected, facts = box.words, f"{box_px} px of {pixel_size_A:g} Å", {"map": box.facts()}
+    plain = read_map(file, map_pixel_size_A) if box.is_plain else None
+    same_pixel = plain is not None and abs(plain.pixel_size_A / pixel_size_A - 1) <= PIXEL_TOLERANCE
+    if plain is not None and same_pixel and plain.box_px == box_px:
+        return plain, f"map {file.name}", facts
+    if not 1 / LARGEST_RATIO <= box.longest_A / (box_px * pixel_size_A) <= LARGEST_RATIO:
         raise InputError(
             "the reference map and the particles are of very different size", file=file, expected=expected, found=has,
             hint="One of the pixel sizes is wrong, or this is the reference of another sample.",
             code="reference-size-mismatch",
         )  # fmt: skip
     if not resample:
-        what = "pixel size" if density.box_px == box_px else "box" if same_pixel else "box and pixel size"
+        same_box = set(box.data.shape) == {box_px}
+        what = "pixel size" if same_box else "box" if same_pixel else "box and pixel size"
         raise InputError(
             f"the reference map has another {what} than the particles", file=file, expected=expected, found=has,
             hint="If the map's header is right, set reference.resample = true (--resample) to bring it onto the "
             "particles' grid; if it is wrong, set reference.pixel_size_A.", code="grid-mismatch",
         )  # fmt: skip
-    from cryoiso.physics.resample import resample_map
-
-    data = resample_map(density.data, density.pixel_size_A, box_px, pixel_size_A)
+    if plain is not None:
+        data = resample_map(plain.data, plain.pixel_size_A, box_px, pixel_size_A)
+    else:
+        x, y, z = box.voxel_A
+        data = resample_box(densities(box, file), (z, y, x), box_px, pixel_size_A)
     logger.info("reference %s: %s interpolated to %s", file.name, has, expected)
-    return DensityMap(data, pixel_size_A), f"map {file.name}, interpolated from {has}"
+    if plain is None or facts["map"]["mapc_mapr_maps"] != [1, 2, 3]:
+        logger.info(
+            "%s: MAPC, MAPR, MAPS %s; its voxel n//2 comes to the centre, its origin %s Å is not used", file.name,
+            facts["map"]["mapc_mapr_maps"], facts["map"]["origin_A"],
+        )  # fmt: skip
+    return DensityMap(data, pixel_size_A), f"map {file.name}, interpolated from {has}", facts
 
 
 def measure_diameter(reference: DensityMap, keep: float = 0.99, margin_A: float = 10.0) -> float:

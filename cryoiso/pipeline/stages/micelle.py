@@ -23,7 +23,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.pipeline.inputs.grids import read_mask
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
-from cryoiso.pipeline.inputs.reference import prepare_reference
+from cryoiso.pipeline.inputs.reference import model_choice, prepare_reference
 from cryoiso.pipeline.inputs.stacks import open_stacks
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def _read(job: Job, choice: MaskChoice, out: Path) -> tuple[Particles, DensityMa
     reference = prepare_reference(
         file, group.box_px, group.pixel_size_A, max(HOMOLOGUE_A, 2 * group.pixel_size_A),
         map_pixel_size_A=job.reference.pixel_size_A, resample=job.reference.resample, symmetry=job.sample.symmetry,
+        model=model_choice(job.reference),
     )  # fmt: skip
     if choice.file is not None:
         mask_map = read_mask(choice.file, group.box_px, group.pixel_size_A, job.sample.symmetry)

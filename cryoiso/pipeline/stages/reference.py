@@ -30,6 +30,7 @@ def _write_reference(run: RunContext, inputs: Inputs) -> None:
         "box_px": reference.map.box_px,
         "pixel_size_A": reference.map.pixel_size_A,
     }
+    facts |= reference.facts
     if reference.fit is not None:
         facts["fit"] = reference.fit.facts()
     write_json(folder / products.facts("reference"), facts)
