@@ -15,10 +15,12 @@ from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.inputs.stacks import open_stacks
 from cryoiso.pipeline.stages.half_maps import Support, write_reconstruction
+from cryoiso.refine.junk import with_junk_of_file
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
-    """Half-maps, their mean and the weighted map from the poses of a particle file, its images read in place.
+    """Half-maps, their mean and the weighted map from the poses of a particle file, its images read in place and weighted
+    by their probability of showing a particle, if the file has it.
 
     Collective.
     """
@@ -29,7 +31,7 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
         section = job.particles
         point_group(job.sample.symmetry)
         found = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
-        found = replace(found, groups=io_ingest.check_stacks(found, section.file))
+        found = with_junk_of_file(replace(found, groups=io_ingest.check_stacks(found, section.file)), section.file)
         out.mkdir(parents=True, exist_ok=True)
         return bare(assign_halves(found, job.run.seed, section.file))
 
