@@ -1,6 +1,6 @@
-"""Many short programs of this package: each in a fork of a process that has imported everything, without its start-up.
+"""Many short programs of this package: each in a fork of a process that has imported everything, without start-up.
 
-CPU seconds of a fork do not contain imports (about 3 s of a refinement), which is fair only between programs that are all run so.
+CPU seconds of a fork do not contain imports (about 3 s of a refinement): compare them with those of other forks.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MODULES = (
-    "torch", "numba", "scipy.ndimage", "scipy.stats", "scipy.optimize", "scipy.spatial.transform", "mrcfile", "h5py", "gemmi", "pandas",
-    "cryoiso.cli.main", "cryoiso.engines.native", "cryoiso.pipeline.commands.refine", "cryoiso.pipeline.commands.reconstruct",
-    "cryoiso.pipeline.commands.simulate", "cryoiso.physics._kernels", "cryoiso.core.config",
+    "torch", "numba", "scipy.ndimage", "scipy.stats", "scipy.optimize", "scipy.spatial.transform", "mrcfile", "h5py",
+    "gemmi", "pandas", "cryoiso.cli.main", "cryoiso.core.config", "cryoiso.engines.native", "cryoiso.physics._kernels",
+    "cryoiso.pipeline.commands.refine", "cryoiso.pipeline.commands.reconstruct", "cryoiso.pipeline.commands.simulate",
 )  # fmt: skip
 ready = False
 
 
 def prepare() -> None:
-    """Imports the libraries and switches forks on; with one thread a process, because a fork has only the one that forked."""
+    """Imports the libraries and switches forks on. One thread per process: a fork has only the one that forked."""
     global ready
     if any(os.environ.get(name) != "1" for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")):
         raise SystemExit("set OMP_NUM_THREADS=1 and NUMBA_NUM_THREADS=1 before programs are run as forks")

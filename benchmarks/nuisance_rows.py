@@ -1,6 +1,7 @@
 """The rows of nuisances.py: the engine without and with its answer to a nuisance, with the truth told, and RELION.
 
-`known` refines what an ideal answer would leave: particles only, with the true CTF, beam tilt, B-factor and intensity of each.
+`known` refines what an ideal answer would leave: particles only, each with its true CTF, beam tilt, B-factor and
+intensity.
 """
 
 from __future__ import annotations
@@ -66,8 +67,7 @@ def run(row: NuisanceRow, one: ParticleSet, folder: Path, out: Path, guarded: bo
 
 
 def write_known(folder: Path) -> None:
-    """particles.star without junk, with the true CTFs; an image's signal is that over its noise, because refinements normalise
-    images."""
+    """particles.star without junk, with the true CTFs; scales are signal over noise, because images are normalised."""
     from cryoiso.io import read_particle_file
     from cryoiso.io.star.write import write_particles
 

@@ -1,4 +1,4 @@
-"""Scores of nuisances.py beside those of poses and maps: bias by view, junk found and views lost, and errors of CTFs."""
+"""Scores of nuisances.py beside those of poses and maps: bias by view, junk found, views lost, errors of CTFs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ SEVERE_DEG = 20.0
 
 
 def bias_scores(folder: Path, out: Path, one: ParticleSet) -> dict[str, Any]:
-    """How far poses are drawn along the meridian: ``drift_rare`` and ``drift_frequent``, each [sum, sum of squares, n] of the
-    estimated minus the true angle between view and axis (degrees, 0 to 90), over particles that are not severely wrong."""
+    """How far poses are drawn along the meridian: ``drift_rare`` and ``drift_frequent``.
+
+    Each is [sum, sum of squares, n] of the estimated minus the true angle between view and axis (degrees, 0 to 90), of
+    particles that are not severely wrong.
+    """
     from cryoiso.io import read_particle_file
     from cryoiso.physics.so3 import euler_to_matrix, view_direction
     from cryoiso.physics.symmetry import point_group
@@ -36,7 +39,9 @@ def bias_scores(folder: Path, out: Path, one: ParticleSet) -> dict[str, Any]:
     frequent = one.preferred.frequent(views, point_group(one.symmetry))
     right = error <= SEVERE_DEG
     rows = {"rare": right & ~frequent, "frequent": right & frequent}
-    return {f"drift_{k}": [float(drift[r].sum()), float(np.square(drift[r]).sum()), int(r.sum())] for k, r in rows.items()}
+    return {
+        f"drift_{k}": [float(drift[r].sum()), float(np.square(drift[r]).sum()), int(r.sum())] for k, r in rows.items()
+    }
 
 
 def _from_axis_deg(views: np.ndarray) -> np.ndarray:
@@ -78,12 +83,17 @@ def junk_scores(folder: Path, out: Path, one: ParticleSet) -> dict[str, Any]:
 
 
 def ctf_scores(folder: Path, out: Path, one: ParticleSet) -> dict[str, Any]:
-    """Root mean square error of the mean defocus in Å, of the file that was refined and of the result, and the error of the beam
-    tilt in mrad; empty where the file states the truth."""
+    """Errors of the file that was refined and of the result: root mean square of the defocus in Å, beam tilt in mrad.
+
+    Empty where the file states the truth.
+    """
     from cryoiso.io import read_particle_file
 
     true = without_junk(read_particle_file(folder / "truth.star", require=("pose",)))
-    files = {"given": read_particle_file(folder / "particles.star"), "found": read_particle_file(out / "particles.star")}
+    files = {
+        "given": read_particle_file(folder / "particles.star"),
+        "found": read_particle_file(out / "particles.star"),
+    }
     result: dict[str, Any] = {}
     for name, one_file in files.items():
         _, i, j = np.intersect1d(one_file.uid, true.uid, return_indices=True)

@@ -1,8 +1,8 @@
 """Refinement of sets with nuisances, without and with the engine's answer to each, against the truth, over seeds.
 
-Sets are in nuisance_sets.py, ways to refine them in nuisance_rows.py, further scores in nuisance_scores.py; the rest is that of
-views.py: sets are prepared once under --work, records go to --out, and those that are there with the same settings
-are left out. Without --sets and --rows, all of PLAN is measured, first seed first.
+Sets are in nuisance_sets.py, ways to refine them in nuisance_rows.py, further scores in nuisance_scores.py; the rest
+is that of views.py: sets are prepared once under --work, records go to --out, and those that are there with the same
+settings are left out. Without --sets and --rows, all of PLAN is measured, first seed first.
 
     python benchmarks/nuisances.py --work sets --sets HA_plain,HA_scale --rows "plain,scale particle" --seeds 3
     python benchmarks/nuisances.py --tables
@@ -11,11 +11,13 @@ are left out. Without --sets and --rows, all of PLAN is measured, first seed fir
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness, nuisance_rows, nuisance_scores, nuisance_sets, views
+from benchmarks import harness, nuisance_rows, nuisance_scores, nuisance_sets, nuisance_tables, views
 
 ROWS_OF = {
     "plain": ("plain", "scale particle", "mask noise", "junk"),
@@ -33,10 +35,21 @@ ROWS_OF = {
     "fine_beam_tilt": ("plain", "ctf-refine", "known"),
 }
 PLAN = {f"{base}_{name}": rows for base in nuisance_sets.BASES for name, rows in ROWS_OF.items()}
+
+
+def tables(records: Sequence[dict[str, Any]], sets: Sequence[str], rows: Sequence[str], *_: object) -> list[str]:
+    """Of all records, and of what the answers are to reach."""
+    made = [
+        nuisance_tables.nuisance_table(records, sets, rows),
+        nuisance_tables.criteria(records, tuple(nuisance_sets.BASES)),
+    ]
+    return [table for table in made if table]
+
+
 NUISANCES = views.Benchmark(
     str(__doc__), nuisance_rows.ROWS, tuple(PLAN), harness.RESULTS / "nuisances.json",
-    "plain:scale particle,plain:junk,plain:mask noise,plain:ctf-refine,plain:all answers,plain:known",
-    nuisance_scores.SCORERS, nuisance_rows.run, PLAN,
+    "",
+    nuisance_scores.SCORERS, nuisance_rows.run, PLAN, tables,
 )  # fmt: skip
 
 

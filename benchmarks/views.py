@@ -56,6 +56,8 @@ class Benchmark:
     """Runs a row; arguments and result as those of `run_row`."""
     plan: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Rows of each set where none are asked for; all where a set is not named."""
+    tables: Callable[..., list[str]] = views_tables.tables
+    """Of records, sets, rows, pairs and names of controls."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ def main(bench: Benchmark = VIEWS) -> None:
         with harness.work_folder(a.work) as work:
             failed = run(todo, data, work, a.out, a.jobs, bench)
     records = [r for r in read_records(a.out) if not seeds or r["seed"] in seeds]
-    print("\n\n".join(views_tables.tables(records, sets, rows, pairs, set(CONTROLS))))
+    print("\n\n".join(bench.tables(records, sets, rows, pairs, set(CONTROLS))))
     if failed:
         raise SystemExit("\nfailed:\n" + "\n".join(failed))
 

@@ -219,8 +219,9 @@ def insert_batches(
     label: str,
     noise: NoiseSums,
 ) -> None:
-    """Back-project this rank's batches with one pose per image (collective only in the check for stop signals), each image
-    with its probability of showing a particle as weight, where the particles have one.
+    """Back-project this rank's batches with one pose per image (collective only in the check for stop signals).
+
+    The weight of an image is its probability of showing a particle (``junk.particle_probability``), else 1.
 
     Args:
         noise: receives the power of some images of each optics group.

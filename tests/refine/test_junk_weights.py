@@ -69,7 +69,7 @@ def test_what_is_no_probability_is_an_error(mixed, tmp_path, value):
 def test_the_command_uses_the_column_of_the_file(mixed, tmp_path):
     source, noise = mixed
     with write_stack(tmp_path / "a.mrcs", BOX, PIXEL_A) as stack:
-        stack.append(np.asarray(source.images, np.float32))
+        stack.append(np.asarray(source.read(np.arange(N)), np.float32))
     particles = replace(source.particles, stack=np.full(N, "a.mrcs"), index=np.arange(N))
     write_particles(tmp_path / "all.star", particles.with_results(**{JUNK_COLUMN: noise.astype(float)}))
     write_particles(tmp_path / "rest.star", particles.take(np.flatnonzero(~noise)))

@@ -19,8 +19,9 @@ from cryoiso.refine.junk import with_junk_of_file
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
-    """Half-maps, their mean and the weighted map from the poses of a particle file, its images read in place and weighted
-    by their probability of showing a particle, if the file has it.
+    """Half-maps, their mean and the weighted map from the poses of a particle file, its images read in place.
+
+    If the file has them, the images' probabilities of showing a particle are their weights.
 
     Collective.
     """
