@@ -15,6 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import forked
+
 REPO = Path(__file__).resolve().parents[1]
 SHARED = REPO.parent / "shared"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -49,14 +53,18 @@ def measure(argv: Sequence[object], log: Path, cwd: Path | None = None, env: dic
     """
     words = [str(a) for a in argv]
     started = time.monotonic()
-    variables = {**environment(), **(env or {})}
-    with open(log, "wb") as out:
-        child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=variables)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
+    if forked.ready and words[:2] == [sys.executable, "-m"] and cwd is None and env is None:
+        status, usage = forked.run(words[2:], log)
+        code = os.waitstatus_to_exitcode(status)
+    else:
+        variables = {**environment(), **(env or {})}
+        with open(log, "wb") as out:
+            child = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=variables)
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = code = os.waitstatus_to_exitcode(status)
+    if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise Failed(f"{' '.join(words[:4])} ... ended with {child.returncode}:\n{tail}")
+        raise Failed(f"{' '.join(words[:4])} ... ended with {code}:\n{tail}")
     cpu = usage.ru_utime + usage.ru_stime
     return Cost(cpu, usage.ru_stime, time.monotonic() - started, usage.ru_maxrss / 1024)
 
@@ -138,13 +146,16 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Exclusive lock of a file between threads and processes."""
+    """Exclusive lock of a folder, or of a file made for it, between threads and processes."""
     import fcntl
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(number)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Sets with nuisances: 48 px haemagglutinin and beta-galactosidase with what makes real images worse, one at a time.
+"""Sets with nuisances: haemagglutinin and beta-galactosidase with what makes real images worse, one at a time.
 
-`HA_plain` and `betagal_plain` are the same particles without any. views.py refines them like its own sets:
+700 particles of 48 px, 95 % of them top views. `HA_plain` and `betagal_plain` are the same particles without any
+nuisance; `_wide` sets have a larger box (neighbours), `_fine` sets smaller pixels (CTF). nuisances.py refines them.
 
-    python benchmarks/views.py --work sets --sets HA_plain,HA_neighbours --rows before,refine --seeds 3,4
     python benchmarks/nuisance_sets.py --sets HA_plain,HA_all --picture sheet.png     # make sets and look at them
 """
 
@@ -25,33 +25,59 @@ REAL_NOISE = "particles/betagal_real_384/background.mrcs"
 """In shared/data: 101 patches of ice of 384 px of 0.637 Å."""
 MICROGRAPHS = {"micrographs": 30}
 NUISANCES: dict[str, Mapping[str, object]] = {
-    "neighbours": {"neighbours": 0.8, "neighbour-distance": 0.6},
+    "touching": {"neighbours": 0.8, "neighbour-distance": 0.6},
     "ice_by_view": {**MICROGRAPHS, "ice": (200.0, 900.0), "ice-view-correlation": 0.8},
-    "scale": {**MICROGRAPHS, "scale-sd": 0.15, "micrograph-scale-sd": 0.3, "bfactor": (0.0, 150.0)},
-    "defocus_error": {
-        **MICROGRAPHS, "defocus-per-micrograph": True, "stage-tilt": 15.0, "height-sd": 150.0,
-        "defocus-error-sd": 200.0, "micrograph-defocus-error-sd": 300.0,
-    },
+    "scale": {**MICROGRAPHS, "scale-sd": 0.15, "micrograph-scale-sd": 0.3},
+    "bfactor": {**MICROGRAPHS, "bfactor": (0.0, 300.0)},
     "junk_20": {"junk": ["broken=0.08", "empty=0.05", "pair=0.04", "other=0.03"]},
     "real_noise": {"noise-from": REAL_NOISE},
 }  # fmt: skip
-"""Options of `cryoiso simulate`. Diameters are those of the long axis: top views 0.6 apart do not overlap. The
-defocus errors are those of a fit per micrograph of a tilted, uneven film."""
-NUISANCES["all"] = {key: value for some in tuple(NUISANCES.values()) for key, value in some.items()}
+"""Options of `cryoiso simulate`. Diameters are those of the long axis: top views 0.6 apart do not overlap."""
+CTF_NUISANCES: dict[str, Mapping[str, object]] = {
+    "defocus_error": {
+        **MICROGRAPHS, "defocus-per-micrograph": True, "stage-tilt": 15.0, "height-sd": 150.0,
+        "defocus-error-sd": 300.0, "micrograph-defocus-error-sd": 500.0,
+    },
+    "beam_tilt": {**MICROGRAPHS, "beam-tilt": (3.0, -2.0)},
+}  # fmt: skip
+"""What only fine detail shows. The defocus errors are those of a fit per micrograph of a tilted, uneven film; they and
+the beam tilt (mrad) are large, because the sets end at 6.4 Å."""
+NUISANCES["all"] = {
+    key: value for some in (*tuple(NUISANCES.values()), *CTF_NUISANCES.values()) for key, value in some.items()
+}
+_SEEDS = (3, 4, 5)
+_VIEWS = {"mode": "preferred", "fraction": 0.95}
 BASES: dict[str, ParticleSet] = {
-    "HA": particle_sets.SETS["one_pole_-13"],
-    "betagal": replace(particle_sets.SETS["D2"], snr_db=-14, box=48, pixel_A=4.5, particles=1500),
+    "HA": replace(particle_sets.SETS["one_pole_-13"], views=_VIEWS, particles=700, seeds=_SEEDS),
+    "betagal": replace(
+        particle_sets.SETS["D2"], views=_VIEWS, snr_db=-14, box=48, pixel_A=4.5, particles=700, seeds=_SEEDS
+    ),
 }
+"""About 35 rare views each."""
+
+
+def _wide(one: ParticleSet) -> ParticleSet:
+    """The same signal in each particle; room for neighbours at 1.2 diameters, whose rims begin at 0.7."""
+    return replace(one, snr_db=one.snr_db - 2.5, box=64)
+
+
+def _fine(one: ParticleSet) -> ParticleSet:
+    """Detail down to 6.4 Å, and the signal to see it."""
+    return replace(one, snr_db=one.snr_db + 4, box=64, pixel_A=3.2)
+
+
+def _variants(prefix: str, one: ParticleSet, nuisances: Mapping[str, Mapping[str, object]]) -> dict[str, ParticleSet]:
+    return {f"{prefix}_{name}": replace(one, nuisances=some) for name, some in {"plain": {}, **nuisances}.items()}
+
+
 SETS: dict[str, ParticleSet] = {
-    f"{base}_{name}": replace(one, nuisances=nuisances, seeds=(3, 4, 5))
-    for base, one in BASES.items()
-    for name, nuisances in {"plain": {}, **NUISANCES}.items()
-}
-WIDE = replace(BASES["HA"], snr_db=-15.5, box=64, seeds=(3, 4, 5))
-"""The same signal in each particle; room for neighbours at 1.2 diameters, whose rims begin at 0.7."""
-SETS |= {
-    "HA_wide_plain": WIDE,
-    "HA_wide_neighbours": replace(WIDE, nuisances={"neighbours": 1.5, "neighbour-distance": 1.2}),
+    name: one
+    for base, plain in BASES.items()
+    for name, one in {
+        **_variants(base, plain, NUISANCES),
+        **_variants(f"{base}_wide", _wide(plain), {"neighbours": {"neighbours": 1.5, "neighbour-distance": 1.2}}),
+        **_variants(f"{base}_fine", _fine(plain), CTF_NUISANCES),
+    }.items()
 }
 
 

@@ -1,40 +1,55 @@
 """Refinement of sets with nuisances, without and with the engine's answer to each, against the truth, over seeds.
 
-Sets are in nuisance_sets.py, ways to refine them in ROWS below, further scores in SCORERS; the rest is that of
-views.py: sets are prepared once under --work, records go to --out, and those that are there with the same settings
-are left out.
+Sets are in nuisance_sets.py, ways to refine them in nuisance_rows.py, further scores in nuisance_scores.py; the rest
+is that of views.py: sets are prepared once under --work, records go to --out, and those that are there with the same
+settings are left out. Without --sets and --rows, all of PLAN is measured, first seed first.
 
-    python benchmarks/nuisances.py --work sets --sets HA_plain,HA_neighbours --rows plain,mask\\ zero --seeds 3
-    python benchmarks/nuisances.py --tables [--pairs "plain:mask zero"]
+    python benchmarks/nuisances.py --work sets --sets HA_plain,HA_scale --rows "plain,scale particle" --seeds 3
+    python benchmarks/nuisances.py --tables
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness, nuisance_sets, views
-from benchmarks.views_rows import Row
+from benchmarks import harness, nuisance_rows, nuisance_scores, nuisance_sets, nuisance_tables, views
 
-ROWS: dict[str, Row] = {
-    "true poses": Row("reconstruct"),
-    "plain": Row(),
-    "scale group": Row(engine={"scale": "group"}),
-    "scale particle": Row(engine={"scale": "particle"}),
-    "mask zero": Row(engine={"image_mask": "zero"}),
-    "mask noise": Row(engine={"image_mask": "noise"}),
-    "junk": Row(engine={"junk": True}),
+ROWS_OF = {
+    "plain": ("plain", "scale particle", "mask noise", "junk"),
+    "ice_by_view": ("plain", "scale particle", "known"),
+    "scale": ("plain", "scale particle", "known"),
+    "bfactor": ("plain", "scale particle", "known"),
+    "junk_20": ("plain", "junk", "known"),
+    "touching": ("plain", "mask noise"),
+    "real_noise": ("plain",),
+    "all": ("plain", "all answers", "known"),
+    "wide_plain": ("plain", "mask noise"),
+    "wide_neighbours": ("plain", "mask noise"),
+    "fine_plain": ("plain", "ctf-refine"),
+    "fine_defocus_error": ("plain", "ctf-refine", "known"),
+    "fine_beam_tilt": ("plain", "ctf-refine", "known"),
 }
-"""Keys of [refine] beside the defaults; `job` has those of other sections. A changed row is measured again."""
+PLAN = {f"{base}_{name}": rows for base in nuisance_sets.BASES for name, rows in ROWS_OF.items()}
 
-SCORERS: tuple[views.Scorer, ...] = ()
-"""Called as scorer(folder of the set, folder of the row's result, set), each adds its numbers to the record."""
+
+def tables(records: Sequence[dict[str, Any]], sets: Sequence[str], rows: Sequence[str], *_: object) -> list[str]:
+    """Of all records, and of what the answers are to reach."""
+    made = [
+        nuisance_tables.nuisance_table(records, sets, rows),
+        nuisance_tables.criteria(records, tuple(nuisance_sets.BASES)),
+    ]
+    return [table for table in made if table]
+
 
 NUISANCES = views.Benchmark(
-    str(__doc__), ROWS, tuple(nuisance_sets.SETS), harness.RESULTS / "nuisances.json",
-    "plain:mask zero,plain:mask noise", SCORERS,
+    str(__doc__), nuisance_rows.ROWS, tuple(PLAN), harness.RESULTS / "nuisances.json",
+    "",
+    nuisance_scores.SCORERS, nuisance_rows.run, PLAN, tables,
 )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def without_junk(true: Any) -> Any:
 
 
 def scale_scores(folder: Path, star: Path) -> dict[str, Any]:
-    """Estimated scales of the signal against the true ones, both with mean 1; empty where either has none.
+    """Estimated intensities, signal over noise, against the true ones, both with mean 1; empty where either has none.
 
     ``scale_sd`` and ``scale_true_sd``, ``scale_correlation`` (of micrographs' means: ``scale_micrograph_correlation``),
     ``scale_error`` (root mean square), and ``scale_bias_top``, ``scale_bias_side``: [estimated over true mean, standard
@@ -89,7 +89,9 @@ def scale_scores(folder: Path, star: Path) -> dict[str, Any]:
     if not known or found.signal_scale is None:
         return {}
     _, i, j = np.intersect1d(found.uid, true.uid, return_indices=True)
-    expected, scale = true.table["cryoisoSignalScale"].astype(float).to_numpy()[j], found.signal_scale[i]
+    signal, noise = (true.table[f"cryoiso{name}Scale"].astype(float).to_numpy()[j] for name in ("Signal", "Noise"))
+    level = np.ones(len(found)) if found.noise_level is None else found.noise_level
+    expected, scale = signal / noise, (found.signal_scale / np.sqrt(level))[i]
     expected, scale = expected / expected.mean(), scale / scale.mean()
     top = np.abs(true.rotation[j, 2, 2]) > np.cos(np.radians(TOP_DEG))
     result: dict[str, Any] = {

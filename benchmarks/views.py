@@ -18,13 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness, nuisance_sets, particle_sets, views_controls, views_tables
+from benchmarks import forked, harness, nuisance_sets, particle_sets, views_controls, views_tables
 from benchmarks.particle_sets import SETS, ParticleSet
 from benchmarks.score import scale_scores, score, truth_scores
 from benchmarks.views_controls import CONTROLS
@@ -33,6 +33,8 @@ from benchmarks.views_rows import ROWS, Row, engine_facts, run_row
 DEFAULT_SETS = tuple(name for name in SETS if name not in ("middle", "paper"))
 KINDS: dict[str, ParticleSet] = {**SETS, **nuisance_sets.SETS, **CONTROLS}
 SEEDS = (3, 4, 5, 6, 7)
+UNNAMED = (("particles", "particles.star"),)
+"""Keys of a row that records do not have where they have these values."""
 
 
 Scorer = Callable[[Path, Path, ParticleSet], dict[str, Any]]
@@ -50,6 +52,12 @@ class Benchmark:
     out: Path
     pairs: str
     scorers: tuple[Scorer, ...] = ()
+    runner: Callable[..., harness.Cost] = run_row
+    """Runs a row; arguments and result as those of `run_row`."""
+    plan: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Rows of each set where none are asked for; all where a set is not named."""
+    tables: Callable[..., list[str]] = views_tables.tables
+    """Of records, sets, rows, pairs and names of controls."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ class Task:
         facts = {k: getattr(one, k) for k in ("views", "snr_db", "target", "homologue", "box", "pixel_A", "particles")}
         if one.nuisances:
             facts["nuisances"] = dict(one.nuisances)
-        return json.loads(json.dumps({"set": facts, "row": asdict(self.definition)}))
+        row = {k: v for k, v in asdict(self.definition).items() if (k, v) not in UNNAMED}
+        return json.loads(json.dumps({"set": facts, "row": row}))
 
 
 def tasks(
@@ -98,11 +107,13 @@ def prepare(name: str, seed: int, data: Path, work: Path) -> Path:
     return folder
 
 
-def measure(task: Task, data: Path, work: Path, scorers: tuple[Scorer, ...] = ()) -> dict[str, Any]:
+def measure(
+    task: Task, data: Path, work: Path, scorers: tuple[Scorer, ...] = (), runner: Callable[..., harness.Cost] = run_row
+) -> dict[str, Any]:
     """The record of a task."""
     one, folder = KINDS[task.name], prepare(task.name, task.seed, data, work)
     out = folder / "rows" / task.row.replace(" ", "_")
-    cost = run_row(task.definition, one, folder, out, views_controls.guarded(task.name))
+    cost = runner(task.definition, one, folder, out, views_controls.guarded(task.name))
     if task.name in CONTROLS:
         scores = views_controls.scores(task.name, folder, out)
     else:
@@ -150,7 +161,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def add_record(path: Path, record: dict[str, Any], row_names: Mapping[str, Row] = ROWS) -> None:
     """Adds a record, in place of one of the same set, seed and row; several runs may write one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with harness.locked(path.with_suffix(".lock")):
+    with harness.locked(path.parent):
         key = ("set", "seed", "row")
         kept = [r for r in read_records(path) if any(r[k] != record[k] for k in key)]
         order = {name: i for i, name in enumerate(KINDS)}
@@ -166,7 +177,7 @@ def run(todo: list[Task], data: Path, work: Path, out: Path, jobs: int, bench: B
     """Measures tasks side by side, one thread each; returns what failed."""
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
-        future_of = {pool.submit(measure, task, data, work, bench.scorers): task for task in todo}
+        future_of = {pool.submit(measure, task, data, work, bench.scorers, bench.runner): task for task in todo}
         for future in as_completed(future_of):
             task = future_of[future]
             try:
@@ -201,6 +212,7 @@ def main(bench: Benchmark = VIEWS) -> None:
     parser.add_argument("--rows", help=f"of {', '.join(bench.rows)} (default: all)")
     parser.add_argument("--seeds", help="default: those of each set")
     parser.add_argument("--jobs", type=int, default=2, help="rows side by side, one thread each")
+    parser.add_argument("--forks", action="store_true", help="without the start-up of each program (forked.py)")
     parser.add_argument("--again", action="store_true", help="measure what is there already again")
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
     parser.add_argument("--pairs", default=bench.pairs, help="rows that are compared seed by seed, one:other,...")
@@ -219,10 +231,13 @@ def main(bench: Benchmark = VIEWS) -> None:
     if not a.tables:
         there = {(r["set"], r["seed"], r["row"]): r["settings"] for r in read_records(a.out)}
         todo = [t for t in tasks(sets, rows, seeds, bench.rows) if a.again or there.get(t.key) != t.settings()]
+        todo = [t for t in todo if a.rows or t.row in bench.plan.get(t.name, bench.rows)]
+        if a.forks and todo:
+            forked.prepare()
         with harness.work_folder(a.work) as work:
             failed = run(todo, data, work, a.out, a.jobs, bench)
     records = [r for r in read_records(a.out) if not seeds or r["seed"] in seeds]
-    print("\n\n".join(views_tables.tables(records, sets, rows, pairs, set(CONTROLS))))
+    print("\n\n".join(bench.tables(records, sets, rows, pairs, set(CONTROLS))))
     if failed:
         raise SystemExit("\nfailed:\n" + "\n".join(failed))
 

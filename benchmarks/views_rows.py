@@ -48,6 +48,8 @@ class Row:
     job: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further keys of the job file, by section."""
     reference: str = "homologue.mrc"
+    particles: str = "particles.star"
+    """File of the set that is refined."""
 
 
 def _auxiliary(generators: str, weight: float | str = "measured") -> dict[str, dict[str, Any]]:
@@ -91,7 +93,7 @@ def run_row(row: Row, one: ParticleSet, folder: Path, out: Path, guarded: bool =
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     run, log = out / "run", out / "log.txt"
-    reconstruct = ("--symmetry", one.symmetry, "--invert", one.invert)
+    reconstruct = ("--symmetry", one.symmetry, "--invert", one.invert, "--project", folder)
     if row.command == "reconstruct":
         cost = harness.cryoiso("reconstruct", folder / "truth.star", "--out", run, *reconstruct, log=log)
         _keep(out, folder / "truth.star", run)
@@ -124,7 +126,7 @@ def job_text(row: Row, one: ParticleSet, folder: Path) -> str:
     """The job file of a row."""
     workflow = row.command if row.command in ("auxiliary", "both", "realign") else "refine"
     sections: dict[str, dict[str, Any]] = {
-        "particles": {"file": str(folder / "particles.star"), "invert": one.invert},
+        "particles": {"file": str(folder / row.particles), "invert": one.invert},
         "reference": {"file": str(folder / row.reference)},
         "sample": {"symmetry": one.symmetry},
         "refine": dict(row.engine),

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import Communicator
+from cryoiso.core.types import Particles
 from cryoiso.metrics.view_cones import ViewCones, cone_facts
 from cryoiso.physics.filters import lowpass
 from cryoiso.physics.projection import FourierVolume
@@ -45,6 +47,8 @@ AMPLITUDE_SD = 0.7
 """Standard deviation of the prior of their logarithm, about 0."""
 JUNK_COLUMN = "cryoisoJunkProbability"
 """Of the STAR file."""
+LEAST_PROBABILITY = 1e-6
+"""An image's smallest weight in a reconstruction."""
 ROUNDS = 30
 """of expectation-maximisation of a cone's share"""
 FACTS = ("cross", "norm", "occam", "junk", "spread")
@@ -275,6 +279,33 @@ class JunkSearch:
         if self.cones is None:
             return None
         return learned(self._facts[judged, :-1], self.cones.index(rotation[judged][:, 2]), len(self.cones))
+
+
+def with_junk_of_file(particles: Particles, file: object = None) -> Particles:
+    """The particles with the column of their file among their results, where it has one; a reconstruction uses it.
+
+    Raises:
+        InputError: a value is no probability.
+    """
+    if particles.table is None or JUNK_COLUMN not in particles.table:
+        return particles
+    import pandas as pd
+
+    text = particles.table[JUNK_COLUMN]
+    junk = pd.to_numeric(text, errors="coerce").to_numpy(np.float64)
+    wrong = np.flatnonzero(~((junk >= 0) & (junk <= 1)))
+    if len(wrong):
+        raise InputError(
+            f"row {int(wrong[0]) + 1}: {JUNK_COLUMN} is no probability", file=file, expected="a number from 0 to 1",
+            found=text.iloc[int(wrong[0])], hint="Correct the value, or remove the column.", code="value-out-of-range",
+        )  # fmt: skip
+    return particles.with_results(**{JUNK_COLUMN: junk})
+
+
+def particle_probability(particles: Particles) -> Float[np.ndarray, " n"] | None:
+    """(N,) probability that an image shows a particle, at least LEAST_PROBABILITY; None: not known."""
+    junk = particles.results.get(JUNK_COLUMN)
+    return None if junk is None else np.clip(1 - np.asarray(junk, np.float64), LEAST_PROBABILITY, 1.0)
 
 
 def junk_facts(

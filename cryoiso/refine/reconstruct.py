@@ -23,6 +23,7 @@ from cryoiso.refine import references
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.batches import Batch, BatchReader
 from cryoiso.refine.intensity import Intensity
+from cryoiso.refine.junk import particle_probability
 from cryoiso.refine.likelihood import shift_factors, with_magnification
 from cryoiso.refine.maximise import NOISE_UNIT, NoiseSums
 from cryoiso.refine.noise import ROUNDING, last_shell, mean_spectra
@@ -220,6 +221,8 @@ def insert_batches(
 ) -> None:
     """Back-project this rank's batches with one pose per image (collective only in the check for stop signals).
 
+    The weight of an image is its probability of showing a particle (``junk.particle_probability``), else 1.
+
     Args:
         noise: receives the power of some images of each optics group.
     """
@@ -228,7 +231,7 @@ def insert_batches(
     most = max(len(owned_chunks(len(plan), r, comm.size)) for r in range(comm.size))
     radius = (reader.source.box_px - 1) // 2
     pixel = reader.particles.group_values("pixel_size_A")
-    intensity = Intensity.of_particles(reader.particles)
+    intensity, probability = Intensity.of_particles(reader.particles), particle_probability(reader.particles)
     waiting = _Waiting(accumulator)
     line = ProgressLine(f"back-projecting {label}", most, active=comm.rank == 0)
     for i in range(most):
@@ -240,6 +243,8 @@ def insert_batches(
             batch = intensity.of(reader.read(part, radius))
             if some[part].any():
                 _note_power(batch, some[part], noise)
+            if probability is not None:  # x c and c^2 are both multiplied by it
+                batch = batch.scaled(np.ones(len(part)), 1 / probability[part])
             waiting.add(batch, rotation[part], -shift_A[part] / pixel[part, None])
         line.update(i + 1)
     waiting.insert()

@@ -15,10 +15,13 @@ from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.inputs.stacks import open_stacks
 from cryoiso.pipeline.stages.half_maps import Support, write_reconstruction
+from cryoiso.refine.junk import with_junk_of_file
 
 
 def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
     """Half-maps, their mean and the weighted map from the poses of a particle file, its images read in place.
+
+    If the file has them, the images' probabilities of showing a particle are their weights.
 
     Collective.
     """
@@ -29,7 +32,8 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
         section = job.particles
         point_group(job.sample.symmetry)
         particles = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
-        particles = replace(particles, groups=io_ingest.check_stacks(particles, section.file))
+        checked = replace(particles, groups=io_ingest.check_stacks(particles, section.file))
+        particles = with_junk_of_file(checked, section.file)
         out.mkdir(parents=True, exist_ok=True)
         return bare(assign_halves(particles, job.run.seed, section.file))
 

@@ -19,6 +19,7 @@ from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages.half_maps import Support, write_reconstruction
 from cryoiso.pipeline.stages.rounds import final_poses, poses_after
+from cryoiso.refine.junk import with_junk_of_file
 
 
 def reconstruct(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
@@ -66,6 +67,7 @@ def _refined(run: RunContext, inputs: Inputs) -> Particles:
         )
     posed = bare(inputs.particles()).with_poses(*refined.require_poses(path))
     posed = posed.with_intensity(refined.signal_scale, refined.noise_level)
+    posed = posed.with_results(**with_junk_of_file(refined, path).results)
     if refined.table is None or "cryoisoBalanced" not in refined.table:
         return posed
     return posed.with_results(cryoisoBalanced=refined.table["cryoisoBalanced"].astype(np.int64).to_numpy())

@@ -19,6 +19,7 @@ from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.workflow import kind_of
+from cryoiso.refine.junk import with_junk_of_file
 
 logger = logging.getLogger("cryoiso")
 CERTAINTY = ("rlnMaxValueProbDistribution", "rlnLogLikeliContribution", "cryoisoPoseEntropy", "cryoisoPoseSpread")
@@ -91,6 +92,7 @@ def poses_after(run: RunContext, inputs: Inputs, round_: int) -> Particles:
             for name in CERTAINTY
             if posed_set.table is not None and name in posed_set.table
         }
+        columns |= with_junk_of_file(posed_set, path).results
         posed = particles.with_poses(*posed_set.require_poses(path)).with_results(**columns)
         return posed.with_intensity(posed_set.signal_scale, posed_set.noise_level)
 
