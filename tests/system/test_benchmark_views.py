@@ -147,6 +147,8 @@ def test_tasks_go_seed_by_seed_and_leave_out_what_does_not_apply():
         ("noise_white", 3, "refine"),
     ]  # fmt: skip
     assert len(made) == 8
+    whole = views.tasks(["one_pole_-13", "omitted", "noise_white"], ["refine whole"], [3])
+    assert [t.key for t in whole] == [("omitted", 3, "refine whole")]
 
 
 def test_a_folder_holds_a_set_only_if_its_settings_are_the_same(tmp_path):
