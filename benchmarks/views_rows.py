@@ -2,8 +2,8 @@
 
 A row is a command (`refine`, `realign`, or a workflow of `run`), the reference, settings of the engine and further
 keys of the job file. Every row is run from a job file (job_process.py), which has all keys. ``FEATURES`` alone names
-the engine's new settings and their old values; the row ``refine`` has all defaults; ``refine whole`` takes the reference
-that was not changed, beside the controls ``omitted`` and ``added``.
+the engine's new settings and their old values; the row ``refine`` has all defaults; ``refine whole`` takes the
+reference that was not changed, beside the controls ``omitted`` and ``added``.
 """
 
 from __future__ import annotations
