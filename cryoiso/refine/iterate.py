@@ -250,7 +250,7 @@ class Refinement:
         weighed = self.auxiliaries.weigh(model, sums, agreed)
         whole = sums.joined()
         everything = raw
-        if "auxiliary_weight_share" in weighed and self.request.correction is not None:
+        if self.request.correction is not None and self.auxiliaries.in_corrected_maps:
             everything = self.half_maps(whole)
         self._join_halves(whole, state)
         resolution = self.resolution_A(agreed.plain)
