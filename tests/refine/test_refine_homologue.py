@@ -13,7 +13,6 @@ from test_refine_auxiliary import (
     BOX,
     DIAMETER_A,
     ONCE,
-    alone,
     auxiliaries_of,
     blind,
     contents,
@@ -173,19 +172,36 @@ def test_the_power_of_the_true_map_is_that_of_the_signal(raw):
     assert (believed < 1 + 1e-9).all() and believed.min() > 0.4
 
 
-def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw, made, unguarded, tmp_path):
-    """Noise: maps, poses and every number but those of the weight; auxiliary particles keep their first poses."""
+class Mixed(Recorder):
+    """A correction whose references come from all that it is told."""
+
+    def __call__(self, state, comm):
+        super().__call__(state, comm)
+        made = {half: (state.references[half] + state.maps[half] + state.maps[3 - half]) / 3 for half in state.maps}
+        return made, {"applied": True, "resolution_A": state.resolution_A}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw, made, unguarded, tmp_path, corrected):
+    """Noise: maps, poses and every number but those of the weight, with a correction of the references (as in the
+    workflow both) or not; auxiliary particles keep their first poses."""
     images = noise_like(raw, 3)
-    settings = {"max_iterations": 3}
-    one = alone(images, tmp_path / "alone", **settings)
-    both = together(images, made, tmp_path / "both", weight="measured", **settings)
+
+    def request(name: str, iterations: int) -> RefineRequest:
+        settings = {**ONCE, "max_iterations": iterations}
+        return replace(request_for(images, tmp_path / name, **settings), correction=Mixed() if corrected else None)
+
+    one = NativeEngine().refine(request("alone", 3), Context())
+    both, first = (
+        corefine.co_refine(NativeEngine(), request(name, n), made, Context(), weight="measured")
+        for name, n in (("both", 3), ("first", 1))
+    )
     extra = ("seconds", "auxiliary_weight_share", "auxiliary_factor", "homologue", "homologue_precision")
     for mine, theirs in zip(one.iterations, both.result.iterations, strict=True):
         assert theirs["auxiliary_weight_share"] == 0 and not any(theirs["auxiliary_factor"])
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k not in extra}
     np.testing.assert_array_equal(halves_in(tmp_path / "alone"), halves_in(tmp_path / "both"))
     np.testing.assert_array_equal(one.particles.rotation, both.raw.rotation)
-    first = together(images, made, tmp_path / "first", weight="measured", max_iterations=1)
     np.testing.assert_array_equal(first.auxiliary.rotation, both.auxiliary.rotation)
 
 
