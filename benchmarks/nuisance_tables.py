@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import markdown
-from benchmarks.pooling import mean_error, paired
+from benchmarks.pooling import differences, mean_error
 from benchmarks.views_tables import Record, of
 
 HEAD = (
@@ -163,6 +163,5 @@ def _compared(
 
 
 def _difference(one: dict[int, float], other: dict[int, float], digits: int) -> str:
-    found = paired(one, other)
-    assert found is not None
-    return f"{found[0]:+.{digits}f}" + ("" if found[1] is None else f" ± {found[1]:.{digits}f}")
+    mean, error = mean_error(differences(one, other))
+    return f"{mean:+.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

@@ -1,5 +1,5 @@
-"""Shares and means of several seeds: pooled counts with Wilson's interval, means with standard errors, and paired
-differences."""
+"""Shares and means of several seeds: pooled counts with Wilson's interval, means with standard errors, and differences
+of the same seeds with Student's interval."""
 
 from __future__ import annotations
 
@@ -41,9 +41,17 @@ def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
     return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else None
 
 
-def paired(one: dict[int, float], other: dict[int, float]) -> tuple[float, float | None, int] | None:
-    """Mean of other - one over the seeds that both have, its standard error, and how many; None of no common seed."""
-    seeds = sorted(set(one) & set(other))
-    if not seeds:
+def student95(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean of normal values (Student); None of a single value."""
+    from scipy.stats import t
+
+    mean, error = mean_error(values)
+    if error is None:
         return None
-    return (*mean_error([other[s] - one[s] for s in seeds]), len(seeds))
+    half = float(t.ppf(0.975, len(values) - 1)) * error
+    return mean - half, mean + half
+
+
+def differences(one: dict[int, float], other: dict[int, float]) -> list[float]:
+    """other - one of the seeds that both have, in their order."""
+    return [other[seed] - one[seed] for seed in sorted(set(one) & set(other))]

@@ -91,7 +91,7 @@ def tasks(
     for seed in sorted({s for some in known.values() for s in some}):
         for name in sets:
             for row in rows:
-                if seed in known[name] and (name not in CONTROLS or views_controls.applies(name, row)):
+                if seed in known[name] and views_controls.applies(name, row):
                     yield Task(name, seed, row, definitions[row])
 
 

@@ -42,7 +42,12 @@ def guarded(name: str) -> bool:
 
 
 def applies(name: str, row: str) -> bool:
-    """Noise has no true poses and no true map; a changed reference is not used where the true map is."""
+    """Noise has no true poses and no true map; a changed reference is not used where the true map is, and only such a
+    set has the unchanged one beside it."""
+    if row == "refine whole":
+        return name in ("omitted", "added")
+    if name not in CONTROLS:
+        return True
     return not (row.startswith("oracle") or (row == "true poses" and name.startswith("noise")))
 
 

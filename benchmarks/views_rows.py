@@ -2,7 +2,8 @@
 
 A row is a command (`refine`, `realign`, or a workflow of `run`), the reference, settings of the engine and further
 keys of the job file. Every row is run from a job file (job_process.py), which has all keys. ``FEATURES`` alone names
-the engine's new settings and their old values; the row ``refine`` has all defaults.
+the engine's new settings and their old values; the row ``refine`` has all defaults; ``refine whole`` takes the
+reference that was not changed, beside the controls ``omitted`` and ``added``.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ ROWS: dict[str, Row] = {
     "scale particle": Row(engine={"scale": "particle"}),
     "oracle before": Row(engine=BEFORE, reference="signal_map.mrc"),
     "oracle": Row(reference="signal_map.mrc"),
+    "refine whole": Row(reference="full.mrc"),
     "auxiliary white": Row("auxiliary", job=_auxiliary("white-noise")),
     "auxiliary coloured": Row("auxiliary", job=_auxiliary("coloured-noise")),
     "auxiliary coloured weight 1": Row("auxiliary", job=_auxiliary("coloured-noise", 1.0)),

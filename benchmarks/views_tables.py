@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import markdown
-from benchmarks.pooling import mean_error, paired, pooled, wilson
+from benchmarks.pooling import differences, mean_error, pooled, student95, wilson
 
 Record = dict[str, Any]
 SHARES = {
@@ -57,7 +57,7 @@ def tables(
     parts = [name for name in sets if name in controls and not name.startswith("noise")]
     made = [
         set_table(records, plain, rows),
-        pair_table(records, plain, pairs),
+        pair_table(records, [*plain, *noise], pairs),
         mean_table(records, noise, rows, NOISE),
         mean_table(records, parts, rows, PARTS),
     ]
@@ -98,7 +98,7 @@ def mean_table(
 
 
 def pair_table(records: Sequence[Record], sets: Sequence[str], pairs: Sequence[tuple[str, ...]]) -> str:
-    """Differences of two rows over the seeds that both have, the mean and its standard error."""
+    """Differences of two rows over the seeds that both have: the mean and its 95 % interval."""
     head = ("set", "rows", "seeds", *(f"{name}, points" for name in SHARES), *MEANS, "CPU s")
     lines = []
     for name in sets:
@@ -126,7 +126,7 @@ def share(counted: tuple[int, int] | None) -> str | None:
 
 
 def _share(record: Record, keys: tuple[str, str]) -> float | None:
-    hits, of_all = (record["counts"].get(key) for key in keys)
+    hits, of_all = (record.get("counts", {}).get(key) for key in keys)
     return 100 * hits / of_all if of_all and hits is not None else None
 
 
@@ -147,11 +147,12 @@ def _with_error(values: Sequence[float | None], digits: int) -> str | None:
 
 
 def _difference(one: dict[int, float | None], other: dict[int, float | None], digits: int) -> str | None:
-    known = [{seed: v for seed, v in x.items() if v is not None} for x in (one, other)]
-    found = paired(*known)
-    if found is None:
+    values = differences(*[{seed: v for seed, v in x.items() if v is not None} for x in (one, other)])
+    if not values:
         return None
-    return f"{found[0]:+.{digits}f}" + ("" if found[1] is None else f" ± {found[1]:.{digits}f}")
+    ends = student95(values)
+    interval = "" if ends is None else f" ({ends[0]:+.{digits}f} to {ends[1]:+.{digits}f})"
+    return f"{mean_error(values)[0]:+.{digits}f}{interval}"
 
 
 def line(record: Record) -> str:

@@ -52,6 +52,15 @@ class AuxiliaryWeight:
         """Whether the auxiliary particles have no weight, and so need no poses."""
         return self.homologue is not None and not self.homologue.confirmed
 
+    @property
+    def in_corrected_maps(self) -> bool:
+        """Whether a correction of the references sees the auxiliary particles.
+
+        Not with a measured weight: a map without regularisation shows the homologue in full where the raw particles
+        measured nothing, however little it weighs, and in both half-maps, so that their FSC takes it for measured.
+        """
+        return self.present and not self.measured
+
     def sums(self) -> HalfSums:
         """Sums of an iteration, still empty."""
         factor = self.request.auxiliary_weight

@@ -61,7 +61,7 @@ class Refinement(RefinementSetup):
         weighed = self.auxiliaries.weigh(model, sums, agreed)
         joined_sums = sums.joined()
         everything = raw
-        if "auxiliary_weight_share" in weighed and self.request.correction is not None:
+        if self.request.correction is not None and self.auxiliaries.in_corrected_maps:
             everything = self.half_maps(joined_sums)
         self._join_halves(joined_sums, state)
         resolution = self.resolution_A(agreed.plain)

@@ -8,28 +8,34 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_realign_engine import Recorder
 from test_refine_auxiliary import (
     BOX,
     DIAMETER_A,
     ONCE,
-    alone,
     auxiliaries_of,
     blind,
     contents,
     halves_in,
     raw_set,
     request_for,
+    ring,
     together,
 )
+from test_refine_engine import PIXEL_A, in_memory
 
 from cryoiso.core.protocols import RefineRequest, RefineResult
 from cryoiso.core.types import DensityMap
+from cryoiso.engines.native import NativeEngine
 from cryoiso.io.sources import ArraySource
 from cryoiso.methods.auxiliary import corefine
 from cryoiso.methods.auxiliary.reference_check import homologue_evidence
 from cryoiso.metrics.fsc_curve import randomise_phases
 from cryoiso.parallel.context import Context
 from cryoiso.physics.fourier_sums import FourierSums
+from cryoiso.physics.phantom import phantom_map
+from cryoiso.physics.simulation import simulate
+from cryoiso.physics.views import Views
 from cryoiso.refine import initial_model
 from cryoiso.refine.homologue import LARGEST, HalfSide, HomologueCorrelation, judged
 from cryoiso.refine.identity import of_request
@@ -166,19 +172,36 @@ def test_the_power_of_the_true_map_is_that_of_the_signal(raw):
     assert (believed < 1 + 1e-9).all() and believed.min() > 0.4
 
 
-def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw, made, unguarded, tmp_path):
-    """Noise: maps, poses and every number but those of the weight; auxiliary particles keep their first poses."""
+class Mixed(Recorder):
+    """A correction whose references come from all that it is told."""
+
+    def __call__(self, state, comm):
+        super().__call__(state, comm)
+        made = {half: (state.references[half] + state.maps[half] + state.maps[3 - half]) / 3 for half in state.maps}
+        return made, {"applied": True, "resolution_A": state.resolution_A}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_without_evidence_a_co_refinement_has_the_bits_of_the_raw_particles(raw, made, unguarded, tmp_path, corrected):
+    """Noise: maps, poses and every number but those of the weight, with a correction of the references (as in the
+    workflow both) or not; auxiliary particles keep their first poses."""
     images = noise_like(raw, 3)
-    settings = {"max_iterations": 3}
-    one = alone(images, tmp_path / "alone", **settings)
-    both = together(images, made, tmp_path / "both", weight="measured", **settings)
+
+    def request(name: str, iterations: int) -> RefineRequest:
+        settings = {**ONCE, "max_iterations": iterations}
+        return replace(request_for(images, tmp_path / name, **settings), correction=Mixed() if corrected else None)
+
+    one = NativeEngine().refine(request("alone", 3), Context())
+    both, first = (
+        corefine.co_refine(NativeEngine(), request(name, n), made, Context(), weight="measured")
+        for name, n in (("both", 3), ("first", 1))
+    )
     extra = ("seconds", "auxiliary_weight_share", "auxiliary_factor", "homologue", "homologue_precision")
     for mine, theirs in zip(one.iterations, both.result.iterations, strict=True):
         assert theirs["auxiliary_weight_share"] == 0 and not any(theirs["auxiliary_factor"])
         assert {k: v for k, v in mine.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k not in extra}
     np.testing.assert_array_equal(halves_in(tmp_path / "alone"), halves_in(tmp_path / "both"))
     np.testing.assert_array_equal(one.particles.rotation, both.raw.rotation)
-    first = together(images, made, tmp_path / "first", weight="measured", max_iterations=1)
     np.testing.assert_array_equal(first.auxiliary.rotation, both.auxiliary.rotation)
 
 
@@ -194,6 +217,50 @@ def test_with_evidence_auxiliaries_weigh_less_than_their_own_weight_and_resume_w
     for end in ends:
         del end["checkpoint/state.previous.npz"]  # says whether another iteration was to follow
     assert ends[0] == ends[1]
+
+
+def test_a_correction_sees_no_homologue_at_a_measured_weight(tmp_path):
+    """190 top views and 10 others do not measure the directions about the axis. Maps without regularisation show there
+    what auxiliary particles show, a ring that the images do not have, be their share a thousandth: 0.45 of it in the
+    first iteration, when both half-maps agree on it in two thirds of all directions, 0.8 at weight 1. At the measured
+    weight the correction therefore gets the raw particles' half-maps; what the references have of the ring beyond
+    those of the raw particles is less than the share rho^2 to which the homologue is believed."""
+    top = in_memory(
+        simulate(phantom_map(BOX, PIXEL_A, 14.0), 200, snr_db=-8.0, shift_sd_A=4.0, seed=9,
+                 views=Views(mode="preferred", fraction=0.95))
+    )  # fmt: skip
+    ringed = replace(top.truth, data=top.truth.data + top.truth.data.max() * ring())
+    images = auxiliaries_of(top, ringed, 100)
+    maps, references = {}, {}
+    for weight in (None, 1.0, "measured"):
+        correction = Recorder()
+        request = replace(
+            request_for(top, tmp_path / str(weight), healpix_order=2, max_iterations=2, solvent_mask=False),
+            reference=ringed, homologue=ringed, correction=correction,
+        )  # fmt: skip
+        if weight is None:
+            NativeEngine().refine(request, Context())
+        else:
+            first = corefine.co_refine(NativeEngine(), request, images, Context(), weight=weight).first
+        maps[weight] = correction.states[0].maps[1]
+        references[weight] = ring_about_the_axis(correction.states[0].references[1], top.truth)
+    assert first["homologue"]["confirmed"] and first["auxiliary_weight_share"] > 0
+    np.testing.assert_array_equal(maps["measured"], maps[None])
+    assert ring_about_the_axis(maps[1.0], top.truth) > 0.6 and abs(ring_about_the_axis(maps[None], top.truth)) < 0.1
+    believed = first["homologue"]["rho"][1] ** 2
+    assert 0 < references["measured"] - references[None] < believed < 0.1 < references[1.0] - references[None]
+
+
+def ring_about_the_axis(made: np.ndarray, truth: DensityMap) -> float:
+    """How much of the ring a map has in the coefficients within 15 degrees of z, down to 30 Å, beside the truth."""
+    k = np.fft.fftfreq(BOX) * BOX
+    z, y, x = np.meshgrid(k, k, k, indexing="ij")
+    radius = np.sqrt(z**2 + y**2 + x**2)
+    cone = (np.abs(z) > np.cos(np.radians(15)) * radius) & (radius >= 2) & (radius <= BOX * PIXEL_A / 30)
+    parts, found = ([np.fft.fftn(v)[cone] for v in maps] for maps in ((truth.data, truth.data.max() * ring()), (made,)))
+    real = [np.concatenate([v.real, v.imag]) for v in (*parts, *found)]
+    share, _, _, _ = np.linalg.lstsq(np.stack(real[:2], 1), real[2], rcond=None)
+    return float(share[1])
 
 
 def test_the_identity_has_the_homologue_of_a_measured_weight(raw):

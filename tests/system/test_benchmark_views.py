@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import nuisance_rows, particle_sets, views, views_tables
-from benchmarks.pooling import mean_error, paired, pooled, wilson
+from benchmarks.pooling import differences, mean_error, pooled, student95, wilson
 from benchmarks.score import Preferred, slid, truth_scores, view_counts
 from benchmarks.views_rows import BEFORE, ROWS, job_text
 from cryoiso.core.config import parse_job
@@ -40,10 +40,21 @@ def test_counts_are_pooled_not_shares():
 
 
 def test_pairs_use_common_seeds_only():
-    assert paired({3: 1.0, 4: 2.0, 5: 9.0}, {3: 2.0, 4: 4.0, 6: 0.0}) == pytest.approx((1.5, 0.5, 2))
-    assert paired({3: 1.0}, {3: 4.0}) == (3.0, None, 1)
-    assert paired({3: 1.0}, {4: 1.0}) is None
+    assert differences({3: 1.0, 4: 2.0, 5: 9.0}, {4: 4.0, 3: 2.0, 6: 0.0}) == [1.0, 2.0]
+    assert differences({3: 1.0}, {4: 1.0}) == []
     assert mean_error([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / np.sqrt(3)))
+
+
+def test_the_interval_of_a_mean_holds_it_in_95_percent_of_few_values():
+    """Ends of Student's table (t = 4.303 of three values), and how often the interval of three or five normal values
+    holds their mean."""
+    assert student95([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.3027 / np.sqrt(3), 2 + 4.3027 / np.sqrt(3)), abs=1e-3)
+    assert student95([1.0]) is None
+    rng = np.random.default_rng(5)
+    for n in (3, 5):
+        ends = np.array([student95(values) for values in rng.normal(2.0, 1.5, (2000, n))])
+        share = ((ends[:, 0] < 2) & (ends[:, 1] > 2)).mean()
+        assert abs(share - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 2000)
 
 
 TOP = particle_sets.TOP
@@ -147,6 +158,8 @@ def test_tasks_go_seed_by_seed_and_leave_out_what_does_not_apply():
         ("noise_white", 3, "refine"),
     ]  # fmt: skip
     assert len(made) == 8
+    whole = views.tasks(["one_pole_-13", "omitted", "noise_white"], ["refine whole"], [3])
+    assert [t.key for t in whole] == [("omitted", 3, "refine whole")]
 
 
 def test_a_folder_holds_a_set_only_if_its_settings_are_the_same(tmp_path):
@@ -190,6 +203,14 @@ def test_every_table_has_its_cells():
     sets, pairs = views_tables.tables([record, other], ["one_pole_-13"], list(ROWS), [("before", "refine")], set())
     assert "| one_pole_-13 | refine | 1 | 100 | 10 | 5.0 % (2.2-11.2) | 40.0 % (16.8-68.7) | - |" in sets
     assert "| one_pole_-13 | refine - before | 1 | -3.0 | +0.0 |" in pairs and "| -3.5 |" in pairs
+    more = [{**r, "seed": 4, "truth_A": r["truth_A"] + by} for r, by in ((record, 1.0), (other, 0.0))]
+    noise = [{"set": "noise_white", "seed": 3, "row": row, "correlation": c, "cpu_s": 9.0}
+             for row, c in (("before", 0.4), ("refine", 0.3))]  # fmt: skip
+    pairs = views_tables.tables(
+        [record, other, *more, *noise], ["one_pole_-13", "noise_white"], [], [("before", "refine")], {"noise_white"}
+    )[0]
+    assert "| -3.0 (-9.4 to +3.4) |" in pairs, "-3.5 and -2.5 with t = 12.7"
+    assert "| noise_white | refine - before | 1 |" in pairs and "| -0.100 |" in pairs
 
 
 def test_preferred_axis_or_pole():
