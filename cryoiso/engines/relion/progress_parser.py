@@ -11,6 +11,7 @@ _PATTERNS = {
     "step_deg": re.compile(r"OrientationalSampling=\s*([\d.]+)"),
     "expectation": re.compile(r"Expectation iteration\s+(\d+)"),
     "error": re.compile(r"^\s*(?:ERROR:?\s*)+(.*)"),
+    "blush": re.compile(r"^Command:\s*(relion_python_blush\b.*)"),
     "unknown": re.compile(r"WARNING: Option (--\S+)\s+is not a valid RELION argument"),
 }
 _OBEYED = "--external_reconstruct"
@@ -77,7 +78,9 @@ class Progress:
         return []
 
     def _note(self, name: str, value: str) -> list[int]:
-        if name == "error":
+        if name == "blush":
+            self.error = self.error or f"Blush failed: {value}"
+        elif name == "error":
             if not self.error:
                 self.error, self._wants_error = value, not value
         elif name == "unknown":
