@@ -100,6 +100,20 @@ def test_every_iteration_is_corrected_also_after_a_resume(tmp_path, version):
     assert task.pixel_size_A == (PIXEL_A if version >= "5" else None) and task.box_px == BOX
 
 
+@pytest.mark.parametrize("version", ["3.1.3", "5.0.1"])
+def test_a_run_that_ended_in_its_last_iteration_goes_on(tmp_path, version):
+    """--force_converge leaves an optimiser file from which RELION refuses to continue."""
+    program = write_program(tmp_path, version, dies_in=2)
+    correction = Doubling()
+    with raises_code("relion-failed", CryoisoError, match="out of memory"):
+        RelionEngine().refine(request(tmp_path / "out", program, correction, iterations=1), Context())
+    optimiser = tmp_path / "out" / "relion" / "run_it001_optimiser.star"
+    assert '_rlnModelStarFile2 ""' in " ".join(optimiser.read_text().split())
+    given = request(tmp_path / "out", program, correction, iterations=1, resume=True)
+    result = RelionEngine().refine(given, Context())
+    assert correction.iterations == [1] and factors(result) == pytest.approx([2.0, 2.0], rel=0.05)
+
+
 @pytest.mark.parametrize("version", VERSIONS[1::2])
 def test_with_a_reference_per_half_every_iteration_is_corrected(tmp_path, version):
     """RELION is continued from an iteration 1 that this program made, so its first real iteration is the second."""
@@ -198,7 +212,7 @@ def test_blush_is_allowed_where_nothing_is_corrected_and_given_again(tmp_path, m
 def test_a_blush_that_fails_is_named(tmp_path, monkeypatch):
     write_blush(tmp_path, monkeypatch, "no module named torch")
     given = request(tmp_path / "out", write_program(tmp_path), None, extra="--blush", iterations=1)
-    with raises_code("relion-failed", CryoisoError, match="Blush failed: relion_python_blush run_it001_half"):
+    with raises_code("relion-failed", CryoisoError, match="Blush failed: relion_python_blush ./run_it001_half"):
         RelionEngine().refine(given, Context())
 
 

@@ -33,18 +33,20 @@ from cryoiso.io.star.text import StarBlock, read_blocks, write_blocks
 POSE = ("AngleRot", "AngleTilt", "AnglePsi", "OriginXAngst", "OriginYAngst")
 
 
-def write_program(folder: Path, version: str = "5.0.1", plain_iterations: str = "", only_half: str = "") -> str:
+def write_program(
+    folder: Path, version: str = "5.0.1", plain_iterations: str = "", only_half: str = "", dies_in: int = 0
+) -> str:
     """Writes the program and returns its path.
 
     Args:
         version: whose rules it follows.
         plain_iterations: iterations without a call whatever the command line says, e.g. "1,3".
         only_half: the one that calls; empty: both.
+        dies_in: the iteration before whose maximisation it ends, the first time.
     """
     program = folder / f"relion_refine_mpi-{version}"
-    program.write_text(
-        f'#!/bin/sh\nSTANDIN="{version};{plain_iterations};{only_half}" exec {sys.executable} {__file__} "$@"\n'
-    )
+    how = f"{version};{plain_iterations};{only_half};{dies_in}"
+    program.write_text(f'#!/bin/sh\nSTANDIN="{how}" exec {sys.executable} {__file__} "$@"\n')
     program.chmod(0o755)
     return str(program)
 
@@ -78,10 +80,11 @@ class Run:
     """One start of the program."""
 
     def __init__(self, options: dict[str, str], rules: Rules) -> None:
-        _, plain, self.only_half = os.environ["STANDIN"].split(";")
+        _, plain, self.only_half, dies_in = os.environ["STANDIN"].split(";")
+        self.dies_in = int(dies_in)
         self.rules = rules
         self.plain = {int(word) for word in plain.split(",") if word}
-        self.root = options.get("--o", "run").removeprefix("./")
+        self.root = options.get("--o", "run")
         self.options, self.iteration = options, 0
         self.external = "--external_reconstruct" in options
         self.halves = "--split_random_halves" in options
@@ -96,8 +99,8 @@ class Run:
             fail("at least 3 MPI processes are required when splitting data into random halves")
         if self.halves and ranks % 2 == 0:
             fail("the number of MPI processes must be an odd number")
-        if optimiser is None:
-            self.write("_it000")
+        self.joined = "--force_converge" in options
+        self.write(f"_it{self.iteration:03d}")
 
     def _begin(self) -> None:
         options = self.options
@@ -139,7 +142,7 @@ class Run:
         limit = "--auto_iter_max" if "--auto_refine" in self.options or "--continue" in self.options else "--iter"
         while self.iteration < int(self.options[limit]):
             self.iteration += 1
-            last = "--force_converge" in self.options
+            last = self.joined
             print(f" Auto-refine: Iteration= {self.iteration}\n Auto-refine: Resolution= 20 (no gain for 0 iter)")
             if last:
                 print(
@@ -147,6 +150,9 @@ class Run:
                 )
             print(" Oversampling= 0 NrHiddenVariableSamplingPoints= 9\n OrientationalSampling= 7.5 NrOrientations= 9")
             print(f" Expectation iteration {self.iteration}", flush=True)
+            if self.iteration == self.dies_in and not Path("died").exists():
+                Path("died").touch()
+                fail("out of memory")
             self._maximise(last)
             self.write("" if last else f"_it{self.iteration:03d}")
             if last:
@@ -238,27 +244,31 @@ class Run:
         Path(path).write_text(head + text)
 
     def write(self, iteration: str) -> None:
-        """The files of an iteration; "": those of the end."""
-        stem, joined = f"{self.root}{iteration}", not iteration
+        """The files of an iteration; "": those of the end.
+
+        A start writes those of the iteration before once more, and with ``--force_converge`` as if the half-sets were
+        joined already; the models of both stay beside them, but the optimiser file does not name them any more.
+        """
+        stem, final = f"{self.root}{iteration}", not iteration
         particles = [block for block in read_blocks(self.source) if block.name in ("optics", "particles")]
         rows = len(particles[-1].columns["rlnImageName"])
         for name in POSE:
             particles[-1].columns[f"rln{name}"] = [f"{self.iteration:.6f}"] * rows
         particles[-1].columns["rlnNormCorrection"] = ["1.000000"] * rows
         self._write_star(f"{stem}_data.star", particles)
-        for name, volume in self.maps.items():
-            write_map(f"{stem}_{name}{'_unfil' if joined else ''}.mrc", volume, self.pixel_A)
-        if joined:
+        names = ["class001"] if self.joined else list(self.maps)
+        if self.joined:
             write_map(f"{stem}_class001.mrc", sum(self.maps.values()) / 2, self.pixel_A)
-        models = ["half1_", "half2_"] if self.halves and not joined else [""]
+        for name, volume in self.maps.items() if final or not self.joined else ():
+            write_map(f"{stem}_{name}{'_unfil' if final else ''}.mrc", volume, self.pixel_A)
+        models = ["half1_", "half2_"] if self.halves and not self.joined else [""]
         for prefix in models:
-            self._write_model(f"{stem}_{prefix}model.star", [
-                f"{stem}_{name}.mrc" for name in (["class001"] if joined else self.maps) if name.startswith(prefix)
-            ])  # fmt: skip
+            references = [f"{stem}_{name}.mrc" for name in names if name.startswith(prefix)]
+            self._write_model(f"{stem}_{prefix}model.star", references)
         sampling = {"rlnIs3DSampling": "1", "rlnHealpixOrder": "3", "rlnSymmetryGroup": "C1"}
         self._write_star(f"{stem}_sampling.star", [list_block("sampling_general", sampling)])
-        if not joined or self.rules.ends_with_optimiser:
-            self._write_optimiser(stem, models, joined)
+        if not final or self.rules.ends_with_optimiser:
+            self._write_optimiser(stem, models, final)
 
     def _write_model(self, path: str, references: list[str]) -> None:
         general = {
@@ -271,17 +281,19 @@ class Run:
         tables = [StarBlock(f"model_class_{k}", True, shells) for k in range(1, len(references) + 1)]
         self._write_star(path, [*blocks, *tables])
 
-    def _write_optimiser(self, stem: str, models: list[str], joined: bool) -> None:
-        files = [f"{stem}_{prefix}model.star" for prefix in models]
+    def _write_optimiser(self, stem: str, models: list[str], final: bool) -> None:
+        files = [*(f"{stem}_{prefix}model.star" for prefix in models), ""][:2]
         optimiser = {
-            "rlnOutputRootName": self.root, **dict(zip(("rlnModelStarFile", "rlnModelStarFile2"), files, strict=False)),
-            "rlnExperimentalDataStarFile": f"{stem}_data.star", "rlnTomoTomogramsFile": '""',
+            "rlnOutputRootName": self.root, "rlnModelStarFile": files[0],
+            **({"rlnModelStarFile2": files[1]} if self.halves and not final else {}),
+            "rlnExperimentalDataStarFile": f"{stem}_data.star", "rlnTomoTomogramsFile": "",
             "rlnOrientSamplingStarFile": f"{stem}_sampling.star",
-            "rlnCurrentIteration": "-1" if joined else str(self.iteration),
-            "rlnDoSplitRandomHalves": str(int(self.halves and not joined)),
+            "rlnCurrentIteration": "-1" if final else str(self.iteration),
+            "rlnDoSplitRandomHalves": str(int(self.halves and not final)),
             "rlnSolventMaskName": self.options.get("--solvent_mask", "None"), "rlnParticleDiameter": self.diameter,
             "rlnChangesOptimalOrientations": "3.5", "rlnChangesOptimalOffsets": "1.0",
-            "rlnOverallAccuracyRotations": "2.0", "rlnDoExternalReconstruct": str(int(self.external)),
+            "rlnOverallAccuracyRotations": "2.0", "rlnHasConverged": str(int(self.joined)),
+            "rlnDoExternalReconstruct": str(int(self.external)),
         }  # fmt: skip
         head = f"# RELION optimiser; version {self.rules.version}\n# {' '.join(sys.argv[1:])} \n"
         self._write_star(f"{stem}_optimiser.star", [list_block("optimiser_general", optimiser)], head)
