@@ -15,8 +15,9 @@ import pytest
 from cs_helper import save
 from errors_helper import raises_code
 from pipeline_helper import SERIAL, cryoiso_here
+from relion_twice import refine_twice
 
-from cryoiso.core.config import CommandSection, RefineSection, RelionSection, parse_job
+from cryoiso.core.config import CommandSection, RefineSection, parse_job
 from cryoiso.core.errors import CryoisoError, InputError, MissingError, UsageError
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.engines.by_command.by_hand import FilesEngine
@@ -30,8 +31,6 @@ from cryoiso.io.sources import ArraySource, StackSource
 from cryoiso.methods.auxiliary.corefine import co_refine
 from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
-from cryoiso.physics.so3 import angular_distance_deg
-from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.stages.engines import require_engine
 
 PROGRAM = Path(__file__).parents[1] / "helpers" / "command_program.py"
@@ -328,34 +327,15 @@ def _alive(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.relion
 @pytest.mark.mpi
-def test_relion_by_command_is_relion_as_an_engine(data, tmp_path):
+@pytest.mark.parametrize("co_refined", [False, True])
+def test_relion_by_command_is_relion_as_an_engine(data, tmp_path, co_refined):
     """The same options give the same poses and half-maps: what lies around RELION is the same for both."""
-    from cryoiso.engines.relion import command as commands
-    from cryoiso.engines.relion.engine import RelionEngine, _search
-    from cryoiso.engines.relion.install import find_relion
-
-    relion, section = find_relion(), RelionSection()
-    base = request(data, tmp_path / "engine", CommandSection())
-    as_engine = replace(base, settings=base.settings.model_copy(update={"engine": "relion"}), program=section)
-    RelionEngine().refine(as_engine)
-    search, launch = _search(as_engine, section), commands.launch(section, relion)
-    first = commands.first_command(search, as_engine.settings, section, relion)
-    last = commands.next_command("run_it002_optimiser.star", search, section, relion, 3, finish=True)
-    places = {"particles_in.star": "{particles}", "reference_in.mrc": "{unfiltered}"}
-    both = [" ".join(places.get(word, word) for word in [*launch, *words]) for words in (first, last)]
-    line = f"sh -c '{both[0]} && {both[1]}'"
-    by_hand = CommandSection(
-        run=line, out_particles="run_data.star", out_half="run_half{half}_class001_unfil.mrc", name="RELION 3.1.3"
-    )
-    CommandEngine().refine(replace(base, folder=_made(tmp_path / "command"), program=by_hand))
-    one, two = (read_particles(tmp_path / f / "particles.star", "", ("pose",)) for f in ("engine", "command"))
-    assert np.array_equal(one.uid, two.uid)
-    assert np.median(angular_distance_deg(one.rotation, two.rotation, point_group("C3"))) < 1e-3
-    for half in (1, 2):
-        a, b = (read_map(tmp_path / f / f"half{half}.mrc").data for f in ("engine", "command"))
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+    base = request(data, tmp_path, CommandSection())
+    others = None
+    if co_refined:
+        some = np.arange(29, -1, -1)
+        p = base.source.particles.take(some)
+        others = ArraySource(base.source.read(some), replace(p, uid=p.uid + np.uint64(1)))
+    found = refine_twice(base, others)
+    assert len(found.angle_deg) == (90 if co_refined else 60)
+    assert np.median(found.angle_deg) < 1e-3 and max(found.maps) < 1e-5

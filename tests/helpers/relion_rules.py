@@ -2,7 +2,8 @@
 
 Read in the sources of 3.1.3, 4.0.0, 4.0.1, 4.0.2, 5.0.0 and 5.0.1; 3.1.3 and 5.0.1 were run as well. In all of them
 ``--continue`` reads the optimiser file and then the command line; output goes where ``--o`` says, and to ``run`` in the
-working folder without it. Options that are not known are warned of and ignored.
+working folder without it. Options that are not known are warned of and ignored; a few that are not listed
+(--sequential_halves_recons among them) are warned of and obeyed.
 
 | | |
 |---|---|
@@ -18,7 +19,7 @@ import re
 from dataclasses import dataclass
 
 FLAGS = set(
-    """--auto_refine --split_random_halves --external_reconstruct --sequential_halves_recons --force_converge --ctf
+    """--auto_refine --split_random_halves --external_reconstruct --force_converge --ctf
     --firstiter_cc --flatten_solvent --norm --scale --zero_mask --dont_combine_weights_via_disc --preread_images
     --ctf_corrected_ref --dont_check_norm --ctf_phase_flipped""".split()  # noqa: SIM905
 )
@@ -33,6 +34,7 @@ FIRST_ONLY = set(
     """.split()  # noqa: SIM905
 )
 """Options that a continued run does not know."""
+NOT_LISTED = {"--sequential_halves_recons"}
 
 
 @dataclass(frozen=True)

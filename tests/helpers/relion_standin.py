@@ -25,7 +25,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from relion_rules import Rules
+from relion_rules import NOT_LISTED, Rules
 
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.star.text import StarBlock, read_blocks, write_blocks
@@ -68,6 +68,7 @@ def parse(words: list[str], rules: Rules) -> dict[str, str]:
         elif word in rules.values(continued):
             options[word] = words[place + 1]
         elif word.startswith("--"):
+            options |= {word: ""} if word in NOT_LISTED else {}
             sys.stderr.write(f"WARNING: Option {word}\tis not a valid RELION argument\n")
     return options
 
@@ -240,7 +241,8 @@ class Run:
     def _write_star(self, path: str, blocks: list[StarBlock], head: str = "") -> None:
         """With the version above every table, as RELION has it since 3.1."""
         write_blocks(path, blocks)
-        text = re.sub(r"(?m)^data_", f"\n# version {self.rules.star_version}\n\ndata_", Path(path).read_text())
+        text = re.sub(r"(?m)^# version.*\n\n?", "", Path(path).read_text())
+        text = re.sub(r"(?m)^data_", f"\n# version {self.rules.star_version}\n\ndata_", text)
         Path(path).write_text(head + text)
 
     def write(self, iteration: str) -> None:
@@ -286,7 +288,8 @@ class Run:
         optimiser = {
             "rlnOutputRootName": self.root, "rlnModelStarFile": files[0],
             **({"rlnModelStarFile2": files[1]} if self.halves and not final else {}),
-            "rlnExperimentalDataStarFile": f"{stem}_data.star", "rlnTomoTomogramsFile": "",
+            "rlnExperimentalDataStarFile": f"{stem}_data.star",
+            **({"rlnTomoTomogramsFile": ""} if self.rules.number >= (5,) else {}),
             "rlnOrientSamplingStarFile": f"{stem}_sampling.star",
             "rlnCurrentIteration": "-1" if final else str(self.iteration),
             "rlnDoSplitRandomHalves": str(int(self.halves and not final)),
