@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,14 +16,19 @@ import pytest
 from cs_helper import save
 from errors_helper import raises_code
 from pipeline_helper import SERIAL, cryoiso_here
+from relion_helper import open_mpi
+from relion_rules import Rules
+from relion_standin import write_program
 from relion_twice import refine_twice
 
 from cryoiso.core.config import CommandSection, RefineSection, parse_job
 from cryoiso.core.errors import CryoisoError, InputError, MissingError, UsageError
 from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.types import DensityMap
 from cryoiso.engines.by_command.by_hand import FilesEngine
 from cryoiso.engines.by_command.engine import CommandEngine, require_command
 from cryoiso.engines.by_command.template import template_of
+from cryoiso.engines.relion.install import find_relion
 from cryoiso.io import read_map, read_particles
 from cryoiso.io.cistem import read_cistem, read_par, write_cistem, write_par
 from cryoiso.io.conventions import to_cryosparc_frame
@@ -322,6 +328,55 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def two_references(data: Path) -> dict[int, DensityMap]:
+    """Of half-set 2 it is shifted by 2 pixels."""
+    truth = read_map(data / "truth_map.mrc")
+    return {1: truth, 2: replace(truth, data=np.roll(truth.data, 2, axis=0))}
+
+
+def relion_script(program: str, launcher: str, more: str = "") -> CommandSection:
+    """launch/engines/relion.sh with the command line that its head shows."""
+    script = Path(__file__).parents[2] / "launch" / "engines" / "relion.sh"
+    run = script.read_text().split('run = "relion.sh ')[1].split('"')[0]
+    before = f"env RELION={program} 'MPIRUN={launcher}' 'MORE={more}'"
+    return CommandSection(run=f"{before} {script} {run}", out_particles="run_data.star",
+                          out_half="run_half{half}_class001_unfil.mrc")  # fmt: skip
+
+
+def test_the_script_for_relion_gives_each_half_its_reference(data, tmp_path):
+    """By the stand-in for RELION; versions that would give both halves one reference are refused."""
+    own = two_references(data)
+    given = request(data, tmp_path / "o", relion_script(write_program(tmp_path), "env RANKS=3"), half_references=own)
+    result = CommandEngine().refine(given)
+    for half in (1, 2):
+        first = read_map(tmp_path / f"o/command/round-01/run_it000_half{half}_class001.mrc").data
+        assert np.corrcoef(first.ravel(), own[half].data.ravel())[0, 1] > 0.8
+        assert np.array_equal(read_map(result.half_maps[half]).data, first)
+    for version in ("3.1.3", "4.0.1", "5.0-beta-3"):
+        old = relion_script(write_program(tmp_path, version), "env RANKS=3")
+        with raises_code("command-failed", CryoisoError, match="RELION 4.0.2 or later is needed"):
+            CommandEngine().refine(request(data, tmp_path / "o", old, half_references=own))
+
+
+@pytest.mark.slow
+@pytest.mark.relion
+@pytest.mark.mpi
+def test_the_script_for_relion_runs_relion_or_refuses_it(data, tmp_path):
+    """Real RELION, whatever is installed: from 4.0.2 on each half keeps near its own reference."""
+    relion = find_relion()
+    more = "--auto_local_healpix_order 1 --sigma_ang 20 --healpix_order 1 --maximum_angular_sampling 30"
+    section = relion_script(relion.program, shlex.join(open_mpi()), more)
+    given = request(data, tmp_path / "o", section, half_references=two_references(data))
+    if not Rules(relion.version).reads_reference_of_half:
+        with raises_code("command-failed", CryoisoError, match="RELION 4.0.2 or later is needed"):
+            CommandEngine().refine(given)
+        return
+    result = CommandEngine().refine(given)
+    maps = {half: read_map(result.half_maps[half]).data for half in (1, 2)}
+    shift = {s: np.corrcoef(np.roll(maps[1], s, axis=0).ravel(), maps[2].ravel())[0, 1] for s in range(-3, 4)}
+    assert max(shift, key=lambda s: shift[s]) in (1, 2)
 
 
 @pytest.mark.slow

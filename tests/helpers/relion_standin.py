@@ -10,7 +10,7 @@ often it went through a correction. What differs by version is in ``relion_rules
   its number in that name but none in those of the files it writes, and without half-sets (``--iter``, ``--K``) once for
   each class.
 - ``--blush`` takes the place of the external program: relion_python_blush must print "success".
-- ``--auto_refine`` has one class.
+- ``--auto_refine`` has one class, and without ``--auto_iter_max`` it converges: here after two iterations.
 
 ``write_program`` makes the program; ``plain_iterations`` and ``only_half`` make one that breaks its word.
 """
@@ -140,9 +140,10 @@ class Run:
                 self.maps[name[0]] = read_map(file, self.pixel_A).data.astype(np.float64)
 
     def refine(self) -> None:
-        limit = "--auto_iter_max" if "--auto_refine" in self.options or "--continue" in self.options else "--iter"
-        while self.iteration < int(self.options[limit]):
+        limit = "--iter" if "--iter" in self.options else "--auto_iter_max"
+        while self.iteration < int(self.options.get(limit, "999")):
             self.iteration += 1
+            self.joined |= self.iteration > 2 and limit not in self.options
             last = self.joined
             print(f" Auto-refine: Iteration= {self.iteration}\n Auto-refine: Resolution= 20 (no gain for 0 iter)")
             if last:

@@ -14,11 +14,11 @@ _PATTERNS = {
     "blush": re.compile(r"^Command:\s*(relion_python_blush\b.*)"),
     "unknown": re.compile(r"WARNING: Option (--\S+)\s+is not a valid RELION argument"),
 }
-_OBEYED = frozenset(
-    """--external_reconstruct --sequential_halves_recons --maximum_angular_sampling --minimum_angular_sampling
-    --gridding_iter --sigma --sigma2_fudge --no_map --minres_map --bfactor --always_cc --accuracy_current_size
-    --debug1 --debug2 --debug3""".split()
-)
+_OBEYED = frozenset({
+    "--external_reconstruct", "--sequential_halves_recons", "--maximum_angular_sampling", "--minimum_angular_sampling",
+    "--gridding_iter", "--sigma", "--sigma2_fudge", "--no_map", "--minres_map", "--bfactor", "--always_cc",
+    "--accuracy_current_size", "--debug1", "--debug2", "--debug3",
+})  # fmt: skip
 """RELION warns of these and obeys all the same: of the first in continued runs (3.1 to 4.0.1), of the others, which it
 does not list, always (3.1 to 5.0.1)."""
 _BAR = re.compile(r"([\d.]+)/\s*([\d.]+)\s*(sec|min|hrs)\s*[.~]")
