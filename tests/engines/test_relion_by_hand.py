@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -72,13 +71,16 @@ def start(command: list[str], hook: str, *words: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-def refine_and_finish(command: list[str], hook: str) -> None:
-    """One iteration, and a second one that joins the halves."""
-    for words in (
-        ["--o", "./run", *OPTIONS, "--external_reconstruct", "--auto_iter_max", "1"],
-        ["--continue", "run_it001_optimiser.star", "--o", "./run", "--external_reconstruct", "--force_converge",
-         "--auto_iter_max", "2"],
-    ):  # fmt: skip
+BEGIN = ["--o", "./run", *OPTIONS, "--external_reconstruct", "--auto_iter_max", "1"]
+FINISH = [
+    "--continue", "run_it001_optimiser.star", "--o", "./run", "--external_reconstruct", "--force_converge",
+    "--auto_iter_max", "2",
+]  # fmt: skip
+"""A second iteration, which joins the halves."""
+
+
+def refine(command: list[str], hook: str, *steps: list[str]) -> None:
+    for words in steps:
         done = start(command, hook, *words)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
@@ -86,15 +88,19 @@ def refine_and_finish(command: list[str], hook: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_who_is_called_for_and_what_a_continued_run_keeps(folder, version):
     rules, program = Rules(version), [write_program(folder, version)]
-    refine_and_finish(program, callback(folder))
-    assert sorted(called(folder)[:2]) == ["run_it001_half1_class001", "run_it001_half2_class001"]
-    assert called(folder)[2:] == ["run_it002_class001"], "the joined reconstruction has a number, and no half"
-    assert Path("run_optimiser.star").exists() == rules.ends_with_optimiser
+    refine(program, callback(folder), BEGIN)
+    assert sorted(called(folder)) == ["run_it001_half1_class001", "run_it001_half2_class001"]
     Path("called").unlink()
-    done = start(program, callback(folder), "--continue", "run_it001_optimiser.star", "--auto_iter_max", "2",
-                 "--o", "run_ct1")  # fmt: skip
-    assert done.returncode == 0 and Path("run_ct1_it002_optimiser.star").exists()
+    other = ["--continue", "run_it001_optimiser.star", "--auto_iter_max", "2", "--o", "run_ct1"]
+    refine(program, callback(folder), other)
+    assert Path("run_ct1_it002_optimiser.star").exists() and not Path("run_it002_optimiser.star").exists()
     assert len(called(folder)) == (0 if rules.forgets else 2)
+    Path("called").unlink(missing_ok=True)
+    refine(program, callback(folder), FINISH)
+    assert called(folder) == ["run_it002_class001"], "the joined reconstruction has a number, and no half"
+    assert Path("run_optimiser.star").exists() == rules.ends_with_optimiser
+    refused = start(program, callback(folder), *FINISH)
+    assert refused.returncode == 1 and "rlnModelStarFile2" in refused.stderr
 
 
 @pytest.mark.parametrize("ranks, words", [("2", "at least 3"), ("4", "an odd number")])
@@ -229,11 +235,13 @@ def test_the_stand_in_leaves_the_files_of_real_relion(folder, tmp_path, monkeypa
     """Calls, names, tables and columns are those of whatever RELION is installed: what the stand-in has, it has."""
     relion = find_relion()
     rules = Rules(relion.version)
-    refine_and_finish([*open_mpi(), relion.program], callback(folder))
+    refine([*open_mpi(), relion.program], callback(folder), BEGIN, FINISH)
+    refused = start([*open_mpi(), relion.program], "false", *FINISH)
+    assert refused.returncode and "rlnModelStarFile2 is empty" in refused.stderr
     other = tmp_path / "standin"
     shutil.copytree(folder, other, ignore=shutil.ignore_patterns("run_*", "called"))
     monkeypatch.chdir(other)
-    refine_and_finish([write_program(other, relion.version)], callback(other))
+    refine([write_program(other, relion.version)], callback(other), BEGIN, FINISH)
     calls = [called(place) for place in (folder, other)]
     assert calls[0][2:] == calls[1][2:] and set(calls[0][:2]) == set(calls[1][:2])
     theirs, ours = outputs(folder), outputs(other)
@@ -247,4 +255,4 @@ def test_the_stand_in_leaves_the_files_of_real_relion(folder, tmp_path, monkeypa
     assert star_versions(folder) == star_versions(other) == {str(rules.star_version)}
     maps = [{file.name for file in place.glob("run_*.mrc") if "external" not in file.name} for place in (folder, other)]
     assert maps[1] <= maps[0]
-    assert os.path.exists(folder / "run_optimiser.star") == rules.ends_with_optimiser
+    assert (folder / "run_optimiser.star").exists() == rules.ends_with_optimiser
