@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,13 +16,19 @@ import pytest
 from cs_helper import save
 from errors_helper import raises_code
 from pipeline_helper import SERIAL, cryoiso_here
+from relion_helper import open_mpi
+from relion_rules import Rules
+from relion_standin import write_program
+from relion_twice import refine_twice
 
-from cryoiso.core.config import CommandSection, RefineSection, RelionSection, parse_job
+from cryoiso.core.config import CommandSection, RefineSection, parse_job
 from cryoiso.core.errors import CryoisoError, InputError, MissingError, UsageError
 from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.types import DensityMap
 from cryoiso.engines.by_command.by_hand import FilesEngine
 from cryoiso.engines.by_command.engine import CommandEngine, require_command
 from cryoiso.engines.by_command.template import template_of
+from cryoiso.engines.relion.install import find_relion
 from cryoiso.io import read_map, read_particles
 from cryoiso.io.cistem import read_cistem, read_par, write_cistem, write_par
 from cryoiso.io.conventions import to_cryosparc_frame
@@ -30,8 +37,6 @@ from cryoiso.io.sources import ArraySource, StackSource
 from cryoiso.methods.auxiliary.corefine import co_refine
 from cryoiso.metrics.fsc_curve import fsc
 from cryoiso.parallel.context import Context
-from cryoiso.physics.so3 import angular_distance_deg
-from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.stages.engines import require_engine
 
 PROGRAM = Path(__file__).parents[1] / "helpers" / "command_program.py"
@@ -325,37 +330,68 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def two_references(data: Path) -> dict[int, DensityMap]:
+    """Of half-set 2 it is shifted by 2 pixels."""
+    truth = read_map(data / "truth_map.mrc")
+    return {1: truth, 2: replace(truth, data=np.roll(truth.data, 2, axis=0))}
+
+
+def relion_script(program: str, launcher: str, more: str = "") -> CommandSection:
+    """launch/engines/relion.sh with the command line that its head shows."""
+    script = Path(__file__).parents[2] / "launch" / "engines" / "relion.sh"
+    run = script.read_text().split('run = "relion.sh ')[1].split('"')[0]
+    before = f"env RELION={program} 'MPIRUN={launcher}' 'MORE={more}'"
+    return CommandSection(run=f"{before} {script} {run}", out_particles="run_data.star",
+                          out_half="run_half{half}_class001_unfil.mrc")  # fmt: skip
+
+
+def test_the_script_for_relion_gives_each_half_its_reference(data, tmp_path):
+    """By the stand-in for RELION; versions that would give both halves one reference are refused."""
+    own = two_references(data)
+    given = request(data, tmp_path / "o", relion_script(write_program(tmp_path), "env RANKS=3"), half_references=own)
+    result = CommandEngine().refine(given)
+    for half in (1, 2):
+        first = read_map(tmp_path / f"o/command/round-01/run_it000_half{half}_class001.mrc").data
+        assert np.corrcoef(first.ravel(), own[half].data.ravel())[0, 1] > 0.8
+        assert np.array_equal(read_map(result.half_maps[half]).data, first)
+    for version in ("3.1.3", "4.0.1", "5.0-beta-3"):
+        old = relion_script(write_program(tmp_path, version), "env RANKS=3")
+        with raises_code("command-failed", CryoisoError, match="RELION 4.0.2 or later is needed"):
+            CommandEngine().refine(request(data, tmp_path / "o", old, half_references=own))
+
+
 @pytest.mark.slow
 @pytest.mark.relion
 @pytest.mark.mpi
-def test_relion_by_command_is_relion_as_an_engine(data, tmp_path):
-    """The same options give the same poses and half-maps: what lies around RELION is the same for both."""
-    from cryoiso.engines.relion import command as commands
-    from cryoiso.engines.relion.engine import RelionEngine, _search
-    from cryoiso.engines.relion.install import find_relion
-
-    relion, section = find_relion(), RelionSection()
-    base = request(data, tmp_path / "engine", CommandSection())
-    as_engine = replace(base, settings=base.settings.model_copy(update={"engine": "relion"}), program=section)
-    RelionEngine().refine(as_engine)
-    search, launch = _search(as_engine, section), commands.launch(section, relion)
-    first = commands.first_command(search, as_engine.settings, section, relion)
-    last = commands.next_command("run_it002_optimiser.star", search, section, relion, 3, finish=True)
-    places = {"particles_in.star": "{particles}", "reference_in.mrc": "{unfiltered}"}
-    both = [" ".join(places.get(word, word) for word in [*launch, *words]) for words in (first, last)]
-    line = f"sh -c '{both[0]} && {both[1]}'"
-    by_hand = CommandSection(
-        run=line, out_particles="run_data.star", out_half="run_half{half}_class001_unfil.mrc", name="RELION 3.1.3"
+def test_the_script_for_relion_runs_relion_or_refuses_it(data, tmp_path):
+    """Real RELION, whatever is installed: from 4.0.2 on each half starts from its own reference."""
+    relion = find_relion()
+    more = "--auto_local_healpix_order 1 --sigma_ang 20 --healpix_order 1 --maximum_angular_sampling 30"
+    section = relion_script(relion.program, shlex.join(open_mpi()), more)
+    given = request(data, tmp_path / "o", section, half_references=two_references(data))
+    if not Rules(relion.version).reads_reference_of_half:
+        with raises_code("command-failed", CryoisoError, match="RELION 4.0.2 or later is needed"):
+            CommandEngine().refine(given)
+        return
+    assert CommandEngine().refine(given).resolution_A < 40
+    first, second = (
+        read_map(tmp_path / f"o/command/round-01/run_it000_half{half}_class001.mrc", 7.0).data for half in (1, 2)
     )
-    CommandEngine().refine(replace(base, folder=_made(tmp_path / "command"), program=by_hand))
-    one, two = (read_particles(tmp_path / f / "particles.star", "", ("pose",)) for f in ("engine", "command"))
-    assert np.array_equal(one.uid, two.uid)
-    assert np.median(angular_distance_deg(one.rotation, two.rotation, point_group("C3"))) < 1e-3
-    for half in (1, 2):
-        a, b = (read_map(tmp_path / f / f"half{half}.mrc").data for f in ("engine", "command"))
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+    assert np.corrcoef(np.roll(first, 2, axis=0).ravel(), second.ravel())[0, 1] > 0.99
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+@pytest.mark.slow
+@pytest.mark.relion
+@pytest.mark.mpi
+@pytest.mark.parametrize("co_refined", [False, True])
+def test_relion_by_command_is_relion_as_an_engine(data, tmp_path, co_refined):
+    """The same options give the same poses and half-maps: what lies around RELION is the same for both."""
+    base = request(data, tmp_path, CommandSection())
+    others = None
+    if co_refined:
+        some = np.arange(29, -1, -1)
+        p = base.source.particles.take(some)
+        others = ArraySource(base.source.read(some), replace(p, uid=p.uid + np.uint64(1)))
+    found = refine_twice(base, others)
+    assert len(found.angle_deg) == (90 if co_refined else 60)
+    assert np.median(found.angle_deg) < 1e-3 and max(found.maps) < 1e-5

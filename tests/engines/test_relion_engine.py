@@ -256,6 +256,20 @@ def test_each_half_starts_from_its_own_reference(shards, data, tmp_path):
     assert max(shift, key=lambda s: shift[s]) in (1, 2)  # a shared reference gives 0
 
 
+def test_the_last_iteration_can_be_done_again(shards, data, tmp_path):
+    """RELION was stopped in it, and has changed the file from which it is to continue."""
+    request = request_of(shards, data, tmp_path / "out")
+    first = RelionEngine().refine(request, Context())
+    folder = tmp_path / "out" / "relion"
+    optimiser = folder / "run_it001_optimiser.star"
+    assert Star.read(optimiser).text("optimiser_general", "rlnModelStarFile2").strip('"') == ""
+    for file in final_files(folder / "run").values():
+        file.unlink()
+    again = RelionEngine().refine(replace(request, resume=True), Context())
+    assert final_files(folder / "run")["data"].exists() and optimiser.exists()
+    np.testing.assert_array_equal(again.particles.rotation, first.particles.rotation)
+
+
 def test_a_local_search_stays_near_the_given_poses(shards, data, tmp_path):
     truth = read_particle_file(data / "truth.star", "", ("pose",))
     request = request_of(shards, data, tmp_path / "out", local_deg=9.0)

@@ -86,6 +86,13 @@ def test_the_last_iteration_and_errors_are_noticed():
     assert progress.error == "output directory does not exist!"
 
 
+def test_options_that_relion_obeys_though_it_does_not_list_them_are_no_mistake():
+    progress = RelionProgress()
+    for option in ("--misspelt", "--maximum_angular_sampling", "--misspelt", "--external_reconstruct"):
+        progress.feed(f"WARNING: Option {option}\tis not a valid RELION argument\n")
+    assert progress.unknown == ["--misspelt"]
+
+
 # --- command lines
 
 RELION3 = Relion("/opt/relion/bin/relion_refine_mpi", "3.1.3", OPEN_MPI, "/usr/lib/libmpi.so.40", "/usr/bin/mpirun")

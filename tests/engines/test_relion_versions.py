@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def factors(result) -> list[float]:
 
 SLOW = pytest.mark.slow
 VERSIONS = [pytest.param("4.0.1", marks=SLOW), pytest.param("4.0.2", marks=SLOW), "3.1.3", "5.0.1"]
+"""4.0.0 has the rules of 4.0.1, and 5.0.0 those of 5.0.1."""
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -96,6 +98,20 @@ def test_every_iteration_is_corrected_also_after_a_resume(tmp_path, version):
     assert [record["correction"]["applied"] for record in result.iterations] == [True] * 3
     task = read_task(Path("run_it003_half1_class001_external_reconstruct.star"), tmp_path / "out" / "relion")
     assert task.pixel_size_A == (PIXEL_A if version >= "5" else None) and task.box_px == BOX
+
+
+@pytest.mark.parametrize("version", ["3.1.3", "5.0.1"])
+def test_a_run_that_ended_in_its_last_iteration_goes_on(tmp_path, version):
+    """--force_converge leaves an optimiser file from which RELION refuses to continue."""
+    program = write_program(tmp_path, version, dies_in=2)
+    correction = Doubling()
+    with raises_code("relion-failed", CryoisoError, match="out of memory"):
+        RelionEngine().refine(request(tmp_path / "out", program, correction, iterations=1), Context())
+    optimiser = tmp_path / "out" / "relion" / "run_it001_optimiser.star"
+    assert '_rlnModelStarFile2 ""' in " ".join(optimiser.read_text().split())
+    given = request(tmp_path / "out", program, correction, iterations=1, resume=True)
+    result = RelionEngine().refine(given, Context())
+    assert correction.iterations == [1] and factors(result) == pytest.approx([2.0, 2.0], rel=0.05)
 
 
 @pytest.mark.parametrize("version", VERSIONS[1::2])
@@ -173,11 +189,45 @@ def test_options_that_break_the_protocol_are_refused_before_anything_starts(tmp_
     assert not (tmp_path / "out" / "relion").exists()
 
 
-def test_blush_is_allowed_where_nothing_is_corrected_and_given_again(tmp_path, caplog):
+def write_blush(folder: Path, monkeypatch, says: str) -> None:
+    """A relion_python_blush on the PATH that leaves the reference as it is, and says this."""
+    program = folder / "bin" / "relion_python_blush"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ncp reference_in.mrc "${{1%.star}}.mrc"\necho {says}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+
+def test_blush_is_allowed_where_nothing_is_corrected_and_given_again(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "cryoiso")
+    write_blush(tmp_path, monkeypatch, "success")
     given = request(tmp_path / "out", write_program(tmp_path), None, extra="--blush --misspelt 1", iterations=1)
     result = RelionEngine().refine(given, Context())
     assert factors(result) == pytest.approx([1.0, 1.0], rel=1e-6)
     starts = [r.getMessage() for r in caplog.records if "starting RELION" in r.getMessage()]
     assert len(starts) == 2 and all("--blush" in start and "--external_reconstruct" not in start for start in starts)
     assert caplog.text.count("does not know the option --misspelt") == 2  # in both starts
+
+
+def test_a_blush_that_fails_is_named(tmp_path, monkeypatch):
+    write_blush(tmp_path, monkeypatch, "no module named torch")
+    given = request(tmp_path / "out", write_program(tmp_path), None, extra="--blush", iterations=1)
+    with raises_code("relion-failed", CryoisoError, match="Blush failed: relion_python_blush ./run_it001_half"):
+        RelionEngine().refine(given, Context())
+
+
+def test_blush_of_a_version_that_does_not_have_it_is_warned_of(tmp_path, caplog):
+    given = request(tmp_path / "out", write_program(tmp_path, "4.0.2"), None, extra="--blush", iterations=1)
+    RelionEngine().refine(given, Context())
+    assert "does not know the option --blush" in caplog.text
+
+
+def test_a_commit_in_the_version_does_not_matter(tmp_path, caplog):
+    """As programs say that were built from a checkout."""
+    program = write_program(tmp_path, "5.0.1-commit-d476e6")
+    correction = Doubling()
+    result = RelionEngine().refine(request(tmp_path / "out", program, correction, iterations=1), Context())
+    record = json.loads((tmp_path / "out" / "refine.json").read_text())["relion"]
+    assert record["version"] == "5.0.1-commit-d476e6" and "--skip_gridding" not in record["command"]
+    assert "does not know the option" not in caplog.text
+    assert factors(result) == pytest.approx([2.0, 2.0], rel=0.05)

@@ -16,6 +16,7 @@ import numpy as np
 from forks_helper import python
 from mpi_helper import find_mpirun, mpi_environment
 
+from cryoiso.engines.relion.install import find_relion
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.physics.so3 import matrix_to_euler
 
@@ -151,16 +152,21 @@ def open_mpi() -> list[str]:
 
 
 def relion_by_hand(data: Path, out: Path, hook: Sequence[str] | None, *options: str) -> subprocess.CompletedProcess:
-    """relion_refine_mpi as a user starts it, with a program of his as the callback (None: RELION's own)."""
+    """relion_refine_mpi as a user starts it, with a program of his as the callback (None: RELION's own, which gets
+    --skip_gridding where relion_refine itself divides directly)."""
     out.mkdir(exist_ok=True)
-    words = (
-        f"relion_refine_mpi --o {out}/run --auto_refine --split_random_halves --i particles.star --ref truth_map.mrc "
+    program = find_relion()
+    if hook is None:
+        own = [str(Path(program.program).with_name("relion_external_reconstruct"))]
+        hook = own if program.major < 4 else ["sh", "-c", f'exec {own[0]} "$0" --skip_gridding']
+    words = (  # with its path: mpirun puts its own folder before the PATH
+        f"{program.program} --o {out}/run --auto_refine --split_random_halves --i particles.star --ref truth_map.mrc "
         "--ini_high 40 --ctf --ctf_corrected_ref --particle_diameter 140 --flatten_solvent --zero_mask --sym C3 "
         "--healpix_order 1 --oversampling 1 --offset_range 2 --offset_step 1 --low_resol_join_halves 40 --norm --scale "
         "--pad 2 --j 1 --pool 10 --dont_combine_weights_via_disc --preread_images --random_seed 1 "
         "--external_reconstruct --auto_iter_max 2"
     )
-    env = mpi_environment({} if hook is None else {"RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE": shlex.join(hook)})
+    env = mpi_environment({"RELION_EXTERNAL_RECONSTRUCT_EXECUTABLE": shlex.join(hook)})
     return subprocess.run(
         [*open_mpi(), *words.split(), *options], cwd=data, env=env, capture_output=True, text=True, timeout=90
     )

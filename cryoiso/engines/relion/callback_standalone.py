@@ -25,7 +25,13 @@ from cryoiso.core.errors import CryoisoError, InputError, code_of
 from cryoiso.core.protocols import HalfMaps, ReferenceCorrection
 from cryoiso.core.types import HALVES
 from cryoiso.engines.relion.external import ReconstructionTask, read_task, uses_iterations
-from cryoiso.engines.relion.files import SUFFIX, read_model, read_optimiser, read_sampling
+from cryoiso.engines.relion.files import SUFFIX
+from cryoiso.engines.relion.previous_iteration import (
+    PreviousIteration,
+    path_of_sampling,
+    read_first_references,
+    read_previous_iteration,
+)
 from cryoiso.engines.relion.serve import Setting, corrected, half_maps, maps_of, regularisation, write_result
 from cryoiso.io.atomic import atomic_write, write_text
 from cryoiso.io.mrc import read_map
@@ -58,7 +64,8 @@ def reconstruct_alone(
         what the correction says of itself, in the process that did it.
 
     Raises:
-        InputError: not RELION's files.
+        InputError: not RELION's files; or a correction, and RELION refines without half-sets or its sampling is not
+            known.
         CryoisoError: the other half's process did not come, or failed.
     """
     task = read_task(star, folder)
@@ -190,37 +197,50 @@ class _Meeting:
 def _surroundings(
     task: ReconstructionTask, folder: Path, correction: ReferenceCorrection | None
 ) -> tuple[Setting, float]:
-    """What RELION's files of the iteration before tell: those of this one are not written yet."""
+    """Setting and angular sampling, from RELION's files of the iteration before.
+
+    Raises:
+        InputError: no pixel size, or what a correction needs is not known.
+    """
     name = task.name
-    pixel, dimensions, step_deg, version, mask, initial = task.pixel_size_A, 2, 360.0, "", "", None
-    if name.iteration is not None:
-        before = name.iteration - 1
-        with suppress(InputError):
-            model = read_model(name.of(before, "half1_model.star"))
-            pixel, dimensions = pixel or model["pixel_size_A"], model["data_dimensions"]
-            step_deg = read_sampling(name.of(before, "sampling.star")).step_deg
-            optimiser = read_optimiser(name.of(before, "optimiser.star"))
-            version, mask = optimiser["version"], optimiser["mask"]
-        initial = _first_references(task, pixel)
+    before = read_previous_iteration(name)
+    pixel = task.pixel_size_A or before.pixel_size_A
     if pixel is None:
         raise InputError(
             "no pixel size found", file=task.star,
             expected=f"{name.of((name.iteration or 1) - 1, 'half1_model.star')} beside it", code="pixel-size-missing",
         )  # fmt: skip
+    if correction is not None:
+        _require_correctable(task, before)
     setting = Setting(
         correction=correction,
         folder=task.star.parent / "correction",
         pixel_size_A=pixel,
-        dimensions=dimensions,
-        iterative=correction is None and uses_iterations(version),
-        mask=read_map(folder / mask, pixel).data if mask and correction is not None else None,
-        initial=initial,
+        dimensions=before.dimensions,
+        iterative=correction is None and uses_iterations(before.version),
+        mask=read_map(folder / before.mask, pixel).data if before.mask and correction is not None else None,
+        initial=None if correction is None else read_first_references(name, pixel),
     )
-    return setting, step_deg
+    return setting, 360.0 if before.step_deg is None else before.step_deg
 
 
-def _first_references(task: ReconstructionTask, pixel_size_A: float | None) -> dict[int, np.ndarray] | None:
-    files = {half: task.name.of(0, f"half{half}_class001.mrc") for half in HALVES}
-    if not all(file.exists() for file in files.values()):
-        return None  # a continued run (run_ct12) has no iteration 0 of its own
-    return {half: read_map(file, pixel_size_A).data for half, file in files.items()}
+def _require_correctable(task: ReconstructionTask, before: PreviousIteration) -> None:
+    """
+    Raises:
+        InputError: RELION refines without half-sets, or the sampling, on which the correction depends, is not known.
+    """
+    name = task.name
+    if not before.half_sets or (name.class_ or 1) > 1:
+        raise InputError(
+            "references can be corrected in a refinement with half-sets only", file=task.star,
+            expected="relion_refine_mpi with --auto_refine --split_random_halves and one class",
+            found=f"class {name.class_ or 1} of a run without half-sets",
+            hint="Give 'cryoiso hook relion' no job file to leave the references as they are.",
+            code="relion-file-invalid",
+        )  # fmt: skip
+    if name.half is not None and name.iteration is not None and before.step_deg is None:
+        raise InputError(
+            "the angular sampling of the iteration before is not known, so that nobody can tell whether to correct",
+            file=task.star, expected=path_of_sampling(name),
+            hint="Continue a run in its own folder (--o with the same folder).", code="relion-file-invalid",
+        )  # fmt: skip

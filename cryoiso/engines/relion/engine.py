@@ -21,6 +21,7 @@ from cryoiso.engines.process import clean_environment
 from cryoiso.engines.relion import command as commands
 from cryoiso.engines.relion import result as results
 from cryoiso.engines.relion.callback import VARIABLE
+from cryoiso.engines.relion.continuation import name_half_models
 from cryoiso.engines.relion.extra import extra_words
 from cryoiso.engines.relion.files import PARTS, complete_iterations, read_sampling, remove_iterations_after
 from cryoiso.engines.relion.identity import identity_of
@@ -162,8 +163,10 @@ class _Refinement:
         last, limit = done[-1], self.request.settings.max_iterations + self.first - 1
         self._forget_after(last)
         finish = last >= limit
+        optimiser = Path(f"{self.root}_it{last:03d}_optimiser.star")
+        name_half_models(optimiser)
         words = commands.next_command(
-            f"{commands.OUTPUT}_it{last:03d}_optimiser.star", self.search, self.section, self.relion,
+            optimiser.name, self.search, self.section, self.relion,
             max(limit, last + 1) if finish else limit, finish=finish,
         )  # fmt: skip
         return _Next(self._launched(words), f"{last} iterations{', finishing' if finish else ''}")

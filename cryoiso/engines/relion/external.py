@@ -7,8 +7,8 @@ Wiener quotient numerator / (weight + 1 / (padding^3 tau^2)), without the prior 
 
 The division is done as RELION does it, so that the maps agree to the precision of the files: by version 3 with the
 weights of Pipe & Menon (Magn. Reson. Med. 41 (1999) 179, eq. 14), iterated ten times with a Kaiser-Bessel kernel
-(Lewitt, J. Opt. Soc. Am. A 7 (1990) 1834), from version 4 on directly. Either way the map is divided by sinc^2, the
-transform of the trilinear interpolation that filled the grid.
+(Lewitt, J. Opt. Soc. Am. A 7 (1990) 1834), by relion_refine from version 4 on directly. Either way the map is divided
+by sinc^2, the transform of the trilinear interpolation that filled the grid.
 """
 
 from __future__ import annotations
@@ -308,6 +308,9 @@ def _without_corners(volume: Tensor, task: ReconstructionTask) -> Tensor:
 
 
 def uses_iterations(version: str) -> bool:
-    """Whether relion_external_reconstruct of this version divides by iterated weights; 3 where it is not known."""
+    """Whether relion_refine of this version divides by iterated weights; 3 where it is not known.
+
+    relion_external_reconstruct does so in all versions (3.1.3 to 5.0.1) unless it is given --skip_gridding.
+    """
     match = re.match(r"\d+", version)
     return (int(match[0]) if match else 3) < 4

@@ -37,6 +37,8 @@ UNFIT = {
     "--reconstruct_subtracted_bodies": _ONE_REFERENCE,
     "--som": _ONE_REFERENCE,
     "--helix": "helical symmetry is not supported",
+    "--tomograms": "tilt images as 2D stacks are not supported",
+    "--trajectories": "tilt images as 2D stacks are not supported",
     "--join_random_halves": _BOTH_HALVES,
     "--always_join_random_halves": _BOTH_HALVES,
     "--use_all_data": _BOTH_HALVES,

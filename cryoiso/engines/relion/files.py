@@ -8,7 +8,7 @@ reconstruction of both halves, which is ``run_it008_class001`` or ``run_class001
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,24 @@ def parse_name(path: object) -> Name:
     root = str(file.with_name(parts["root"]))
     number = {key: None if parts[key] is None else int(parts[key]) for key in ("iteration", "half", "kind")}
     return Name(root, number["iteration"], number["half"], number["kind"])
+
+
+def run_with_iteration(name: Name, iteration: int) -> Name | None:
+    """The run that wrote an iteration, seen from one that may continue it; None if its files are not there.
+
+    ``--continue`` counts on under the name that ``--o`` gives, so run_ct12_it013 follows run_it012. Looked for are the
+    run's own name, its name without _ctN, and another run in the folder if there is one only with that iteration.
+    """
+    roots = [name.root]
+    while (shorter := re.sub(r"_ct\d+$", "", roots[-1])) != roots[-1]:
+        roots.append(shorter)
+    for root in roots:
+        if any(Path(f"{root}_it{iteration:03d}_{part}").exists() for part in ("optimiser.star", "sampling.star")):
+            return replace(name, root=root)
+    optimisers = list(Path(name.root).parent.glob(f"*_it{iteration:03d}_optimiser.star"))
+    if len(optimisers) != 1:
+        return None
+    return replace(name, root=parse_name(str(optimisers[0]).removesuffix("_optimiser.star")).root)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from cryoiso.core.identity import Identity
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.refine.identity import of_request
 
-WITH_VALUE = ("--gpu", "--j", "--pool", "--scratch_dir", "--keep_free_scratch", "--verb")
+WITH_VALUE = ("--gpu", "--sycl", "--j", "--pool", "--scratch_dir", "--keep_free_scratch", "--verb")
 ALONE = (
     "--preread_images", "--no_parallel_disc_io", "--dont_combine_weights_via_disc", "--free_gpu_memory",
-    "--reuse_scratch", "--fast_subsets_off",
+    "--reuse_scratch", "--keep_scratch", "--fast_subsets_off", "--cpu",
 )  # fmt: skip
 """Arguments of RELION that say where it computes, not what."""
 

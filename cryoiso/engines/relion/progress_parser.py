@@ -11,10 +11,16 @@ _PATTERNS = {
     "step_deg": re.compile(r"OrientationalSampling=\s*([\d.]+)"),
     "expectation": re.compile(r"Expectation iteration\s+(\d+)"),
     "error": re.compile(r"^\s*(?:ERROR:?\s*)+(.*)"),
+    "blush": re.compile(r"^Command:\s*(relion_python_blush\b.*)"),
     "unknown": re.compile(r"WARNING: Option (--\S+)\s+is not a valid RELION argument"),
 }
-_OBEYED = "--external_reconstruct"
-"""RELION 3.1 to 4.0.1 warn of it in continued runs and obey all the same."""
+_OBEYED = frozenset({
+    "--external_reconstruct", "--sequential_halves_recons", "--maximum_angular_sampling", "--minimum_angular_sampling",
+    "--gridding_iter", "--sigma", "--sigma2_fudge", "--no_map", "--minres_map", "--bfactor", "--always_cc",
+    "--accuracy_current_size", "--debug1", "--debug2", "--debug3",
+})  # fmt: skip
+"""RELION warns of these and obeys all the same: of the first in continued runs (3.1 to 4.0.1), of the others, which it
+does not list, always (3.1 to 5.0.1)."""
 _BAR = re.compile(r"([\d.]+)/\s*([\d.]+)\s*(sec|min|hrs)\s*[.~]")
 _UNIT_S = {"sec": 1.0, "min": 60.0, "hrs": 3600.0}
 
@@ -77,11 +83,13 @@ class RelionProgress:
         return []
 
     def _note(self, name: str, value: str) -> list[int]:
-        if name == "error":
+        if name == "blush":
+            self.error = self.error or f"Blush failed: {value}"
+        elif name == "error":
             if not self.error:
                 self.error, self._wants_error = value, not value
         elif name == "unknown":
-            self.unknown += [value] if value not in (_OBEYED, *self.unknown) else []
+            self.unknown += [value] if value not in _OBEYED.union(self.unknown) else []
         elif name == "resolution_A":
             self.resolution_A = float(value)
         elif name == "step_deg":
