@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +73,27 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "n width h w"]) -> Float[Tensor, "n width h w"]:
         *growing, last = self.layers
-        seen = x
+        seen = [x]
         for layer in growing:
-            seen = torch.cat((seen, leaky(layer(seen))), 1)
-        return torch.add(x, last(seen), alpha=RESIDUAL_SHARE)
+            seen.append(leaky(_of_parts(layer, seen)))
+        return torch.add(x, _of_parts(last, seen), alpha=RESIDUAL_SHARE)
+
+
+def _of_parts(layer: nn.Module, parts: list[Tensor]) -> Tensor:
+    """A convolution of what ``parts`` are with their channels side by side.
+
+    Joining them costs a CPU more than adding up what each contributes: the gradient of a part would be a view of every
+    n-th number, which the rectifier's gradient is slow on.
+    """
+    if len(parts) == 1 or parts[0].device.type != "cpu":
+        joined: Tensor = layer(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        return joined
+    conv = cast(nn.Conv2d, layer)
+    weights = conv.weight.split([part.shape[1] for part in parts], 1)
+    found = functional.conv2d(parts[0], weights[0], conv.bias, padding=1)
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        found = found + functional.conv2d(part, weight, padding=1)
+    return found
 
 
 class Down(nn.Module):
@@ -119,8 +136,31 @@ class GaussianHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "n width h w"]
     ) -> tuple[Float[Tensor, "n channels h w"], Float[Tensor, "n channels h w"]]:
-        mean, log_sigma = (self.out(x) + self.bent(leaky(self.trunk(x)))).float().chunk(2, 1)
+        mean, log_sigma = halves((self.out(x) + self.bent(leaky(self.trunk(x)))).float())
         return mean, SIGMA_RANGE * torch.tanh(log_sigma / SIGMA_RANGE)
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (part.contiguous(memory_format=torch.channels_last) for part in x.chunk(2, 1))
+        return first, second
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.cat((first, second), 1)
+
+
+def halves(x: Float[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:
+    """Both halves of the channels, in channels_last order.
+
+    On a CPU as copies: arithmetic on every n-th number is slow, and much of it follows.
+    """
+    if x.device.type != "cpu":
+        first, second = x.chunk(2, 1)
+        return first, second
+    found: tuple[Tensor, Tensor] = _Halves.apply(x)  # type: ignore[no-untyped-call]
+    return found
 
 
 class ImagePyramid(nn.Module):
