@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cryoiso.nets.channel_parts import convolved
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -75,25 +77,13 @@ class DenseBlock(nn.Module):
         *growing, last = self.layers
         seen = [x]
         for layer in growing:
-            seen.append(leaky(_of_parts(layer, seen)))
-        return torch.add(x, _of_parts(last, seen), alpha=RESIDUAL_SHARE)
+            seen.append(leaky(self._convolved(layer, seen)))
+        return torch.add(x, self._convolved(last, seen), alpha=RESIDUAL_SHARE)
 
-
-def _of_parts(layer: nn.Module, parts: list[Tensor]) -> Tensor:
-    """A convolution of what ``parts`` are with their channels side by side.
-
-    Joining them costs a CPU more than adding up what each contributes: the gradient of a part would be a view of every
-    n-th number, which the rectifier's gradient is slow on.
-    """
-    if len(parts) == 1 or parts[0].device.type != "cpu":
-        joined: Tensor = layer(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-        return joined
-    conv = cast(nn.Conv2d, layer)
-    weights = conv.weight.split([part.shape[1] for part in parts], 1)
-    found = functional.conv2d(parts[0], weights[0], conv.bias, padding=1)
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        found = found + functional.conv2d(part, weight, padding=1)
-    return found
+    @staticmethod
+    def _convolved(layer: nn.Module, seen: list[Tensor]) -> Tensor:
+        conv = cast(nn.Conv2d, layer)
+        return convolved(seen, conv.weight, conv.bias, lambda x, w, b: functional.conv2d(x, w, b, padding=1))
 
 
 class Down(nn.Module):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cryoiso.nets.channel_parts import convolved
+
 
 def _in_slabs(x: Tensor, unit: int) -> bool:
     """Is this one volume on a CPU, not in bfloat16, whose lower and upper half are whole multiples of ``unit``?"""
@@ -63,19 +65,10 @@ class Same(nn.Conv3d):
     def forward(self, *parts: Tensor, padding: int = 1) -> Tensor:  # type: ignore[override]
         """
         Args:
-            parts: the input, (B, inputs, d, h, w), or several tensors with its channels divided among them. Joining
-                them costs a CPU more than adding what each contributes, its gradient most of all.
+            parts: the input, (B, inputs, d, h, w), or several tensors with its channels divided among them.
             padding: 0 leaves out the outermost voxels: (B, outputs, d - 2, h - 2, w - 2).
         """
-        if len(parts) == 1:
-            return _threes(parts[0], self.weight, padding)
-        if parts[0].device.type != "cpu":
-            return _threes(torch.cat(parts, 1), self.weight, padding)
-        weights = self.weight.split([part.shape[1] for part in parts], 1)
-        first, *others = (_threes(part, weight, padding) for part, weight in zip(parts, weights, strict=True))
-        for other in others:
-            first = first + other
-        return first
+        return convolved(parts, self.weight, None, lambda part, weight, _: _threes(part, weight, padding))
 
 
 def _threes(x: Tensor, weight: Tensor, padding: int) -> Tensor:
