@@ -4,8 +4,8 @@ Haemagglutinin (6WXB, C3, even views, coloured noise, -10 dB), simulated; the sa
 same resolution as the start, one scorer. CPU seconds are user and system time of all processes from start to end,
 start-up included; cryoiso's kernels are compiled and cached before.
 
-*refine*: RELION's auto-refinement with the sampling that its interface proposes (15 degrees, 5 pixels in steps of 1, local
-searches from 1.8 degrees on) and no limit to the sampling that it goes to; one leader and one follower a half-set.
+*refine*: RELION's auto-refinement with the sampling that its interface proposes (order 2, shifts of 5 pixels in steps
+of 1, local searches from order 4 on) and no limit to the sampling that it goes to; one leader, one follower a half-set.
 
 *search*: one expectation and maximisation step of RELION's `--iter 1` around the true poses against one iteration of
 `cryoiso refine --local`, both with the information to two thirds of Nyquist. RELION's is a step of a classification
@@ -36,7 +36,8 @@ BOXES = {"refine": 128, "search": 256}
 PARTICLES = {"refine": 500, "search": 40}
 LOWPASS_A = 30.0
 SEARCH_A = 3.5
-COMMON = "--ctf --norm --scale --sym C3 --flatten_solvent --zero_mask --oversampling 1 --pad 2 --j 1 --pool 3 --preread_images"
+COMMON = "--ctf --norm --scale --sym C3 --flatten_solvent --zero_mask --oversampling 1 --pad 2 --j 1 --pool 3"
+COMMON += " --preread_images"
 MPI = "--dont_combine_weights_via_disc"
 
 
@@ -47,9 +48,9 @@ def prepare(box: int, n: int, shared: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pixel_A = EXTENT_A / box
     harness.cryoiso(
-        "simulate", shared / "data/models/ha/6wxb.pdb.gz", folder, "--box", box, "--pixel-size", pixel_A, "--resolution",
-        2.1 * pixel_A, "--n", n, "--symmetry", SYMMETRY, "--noise", "coloured", "--snr-db", SNR_DB, "--seed", 5,
-        "--overwrite", log=folder / "simulate.log",
+        "simulate", shared / "data/models/ha/6wxb.pdb.gz", folder, "--box", box, "--pixel-size", pixel_A,
+        "--resolution", 2.1 * pixel_A, "--n", n, "--symmetry", SYMMETRY, "--noise", "coloured", "--snr-db", SNR_DB,
+        "--seed", 5, "--overwrite", log=folder / "simulate.log",
     )  # fmt: skip
     (folder / "signal_map.mrc").symlink_to("truth_map.mrc")
 
@@ -61,7 +62,8 @@ def relion_refine(folder: Path, work: Path, seed: int) -> dict[str, Any]:
     wrapper.chmod(0o755)
     command = (
         f"relion_refine_mpi --o {work / 'run'} --auto_refine --split_random_halves --i particles.star "
-        f"--ref signal_map.mrc --ini_high {LOWPASS_A} --ctf_corrected_ref --particle_diameter {DIAMETER_A} {COMMON} {MPI} "
+        f"--ref signal_map.mrc --ini_high {LOWPASS_A} --ctf_corrected_ref --particle_diameter {DIAMETER_A} "
+        f"{COMMON} {MPI} "
         "--healpix_order 2 --auto_local_healpix_order 4 --offset_range 5 --offset_step 2 --low_resol_join_halves 40 "
         f"--random_seed {seed}"
     )
@@ -92,7 +94,9 @@ def relion_search(folder: Path, work: Path, seed: int) -> dict[str, Any]:
     cost = harness.measure(command.split(), work / "relion.log", folder)
     model = work / "run_it001_class001.mrc"
     scores = score(folder, work / "run_it001_data.star", model, model, SYMMETRY)
-    poses = {key: value for key, value in scores.items() if key in ("particles", "median_deg", "over_10", "shift_median_A")}
+    poses = {
+        key: value for key, value in scores.items() if key in ("particles", "median_deg", "over_10", "shift_median_A")
+    }
     return {**poses, **cost.as_dict(), "command": "relion_refine " + command.split("run ", 1)[1]}
 
 
@@ -147,7 +151,17 @@ def run(a: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: a row for each comparison and program."""
-    head = ("what", "program", "particles", "median error °", "> 10°", "map to truth Å", "half-maps Å", "CPU s", "ratio")
+    head = (
+        "what",
+        "program",
+        "particles",
+        "median error °",
+        "> 10°",
+        "map to truth Å",
+        "half-maps Å",
+        "CPU s",
+        "ratio",
+    )
     rows = []
     for what, entry in result.items():
         for program in ("relion", "cryoiso"):

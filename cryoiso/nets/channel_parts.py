@@ -11,8 +11,8 @@ from torch import Tensor
 def in_parts(x: Tensor) -> bool:
     """Whether the parts are convolved one by one and added up, on the device of ``x``.
 
-    On CPUs: joining them costs more than adding what each contributes, and is kept for the backward pass; the gradient of
-    a part of the joined tensor is a view of every n-th number, on which arithmetic is slow. GPUs are faster with few
+    On CPUs: joining them costs more than adding what each contributes, the joined tensor is kept for the backward
+    pass, and the gradient of a part of it is a view of every n-th number, on which arithmetic is slow. GPUs get few
     large convolutions.
     """
     return x.device.type == "cpu"

@@ -6,8 +6,10 @@ import torch
 
 
 def fast_bfloat16(device: str) -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: GPUs, and CPUs with AMX (5 times float32) or AVX-512
-    BF16 (twice)."""
+    """Whether the device multiplies bfloat16 matrices in hardware.
+
+    GPUs since 2020, and CPUs with AMX (5 times as fast as float32) or AVX-512 BF16 (twice).
+    """
     if device != "cpu":
         return bool(torch.cuda.is_bf16_supported())
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -1,8 +1,8 @@
 """Convolutions of volumes without an additive constant, in the form that each device computes fastest.
 
 On a CPU torch leaves a small volume that is alone in its batch to convolutions that take five times as long as oneDNN's
-(``use_mkldnn`` in its Convolution.cpp), unless it is in bfloat16. So one volume is convolved as a batch of two slabs, and
-the gradient is put together from theirs.
+(``use_mkldnn`` in its Convolution.cpp), unless it is in bfloat16. So one volume is convolved as a batch of two slabs,
+and the gradient is put together from theirs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Every decision follows from numbers that are the same on all ranks of a group, s
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,14 +20,15 @@ from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.core.log import BY_ANY_RANK, logger
 from cryoiso.io import checkpoint
-from cryoiso.io.atomic import write_text
 from cryoiso.parallel import signals
 from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.parallel.group_stop import group_wide
 from cryoiso.parallel.partition import chunk_bounds, owned_rows
 from cryoiso.train import state as states
+from cryoiso.train import throughput
 from cryoiso.train.prefetch import Prefetcher, part_of
 from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, training_mode, try_compiled
+from cryoiso.train.timer import Timer
 from cryoiso.train.watch import Verdict, flat_loss
 
 CHECKPOINT = Path("checkpoint") / "state.npz"
@@ -167,7 +167,7 @@ class _Run:
         self.configuration = {**asdict(settings), **task.configuration(), "batch": task.batch}
         del self.configuration["checkpoint_s"]
         self.saved = time.monotonic()
-        self.timer = _Timer(folder / products.TIMING, task.batch)
+        self.timer = Timer(folder / products.TIMING, task.batch, group.size)
 
     def go(self, resume: bool) -> TrainOutcome:
         arrays = self._load() if resume else None
@@ -223,6 +223,8 @@ class _Run:
             self.task.prepare, p.step, settings.steps, self.group.device, channels_last=settings.channels_last
         ) as batches:
             batch = batches.get()
+            if self.group.is_first:
+                self._count(stepper, batch)
             if settings.compile:
                 try_compiled(stepper, lambda module: self._loss(module, batch, p.step))
             for step in range(p.step, settings.steps):
@@ -276,6 +278,13 @@ class _Run:
             seed_torch(self.settings.seed, "step", attempt, step, self.group.index)
         return self.task.loss(module, batch, step, attempt)
 
+    def _count(self, stepper: Stepper, batch: Any) -> None:
+        """Arithmetic of a step, for the timer; before anything is compiled."""
+        module, step = stepper.in_autocast(stepper.module), self.progress.step
+        images = self.parts[0][1] - self.parts[0][0] if self.parts else len(self.rows)
+        flop = throughput.training_flop(lambda: self._loss(module, batch, step))
+        self.timer.device(flop / images, throughput.product_tflops(self.group.device, self.settings.amp))
+
     def _flags(self) -> list[float]:
         """Is a checkpoint due, and shall we stop?"""
         due = self.group.is_first and time.monotonic() - self.saved >= self.settings.checkpoint_s
@@ -314,7 +323,7 @@ class _Run:
         p.sums, p.counted, p.skipped = [], 0, 0
         rate = self.timer.note(p)
         loss = p.history[-1]["loss"]
-        words = f"loss {'not finite' if loss is None else format(loss, '.4g')}, {rate:.0f} images/s"
+        words = f"loss {'not finite' if loss is None else format(loss, '.4g')}, {rate}"
         if self.on_progress is not None:
             self.on_progress(p.step, words)
         if self.group.is_first:
@@ -364,39 +373,3 @@ def _named(means: list[float] | None, layout: dict[str, tuple[int, ...]]) -> dic
         out[name] = means[at] if shape == () else means[at : at + size]
         at += size
     return {**out, "gradient_norm": means[at]}
-
-
-class _Timer:
-    """Images a second, in a file of its own: other files are the same on every machine."""
-
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.batch = path, batch
-        self.notes: list[dict[str, Any]] = []
-        self._last: tuple[float, int, int] | None = None
-
-    def resume(self, progress: states.Progress) -> None:
-        """Keeps what was noted up to the checkpoint."""
-        try:
-            notes = json.loads(self.path.read_text(encoding="utf-8"))["notes"]
-        except (OSError, ValueError, KeyError):
-            return
-        at = (progress.attempt, progress.step)
-        self.notes = [note for note in notes if (note["attempt"], note["step"]) <= at]
-
-    def note(self, progress: states.Progress) -> float:
-        """Speed since the last record, images a second."""
-        now, before = time.monotonic(), self._last
-        self._last = (now, progress.attempt, progress.step)
-        if before is None or before[1] != progress.attempt:
-            return 0.0
-        seconds = max(now - before[0], 1e-9)
-        rate = (progress.step - before[2]) * self.batch / seconds
-        self.notes.append(
-            {"attempt": progress.attempt, "step": progress.step, "seconds": round(seconds, 4), "images_per_s": rate}
-        )
-        return rate
-
-    def write(self) -> None:
-        seconds = sum(note["seconds"] for note in self.notes)
-        text = json.dumps({"seconds": seconds, "notes": self.notes}, indent=1)
-        write_text(self.path, text + "\n")

@@ -201,6 +201,7 @@ def _finish(
             times[course.label] = {
                 "seconds": found["seconds"],
                 "images_per_s": float(np.median(steps)) if steps else None,
+                **{key: found.get(key) for key in ("gflop_per_image", "tflops", "share_of_products")},
             }
         shutil.rmtree(course.folder)
     write_text(folder / products.TIMING, json.dumps(times, indent=1) + "\n")
