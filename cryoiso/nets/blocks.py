@@ -137,7 +137,7 @@ class _Halves(torch.autograd.Function):
         return first, second
 
     @staticmethod
-    def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
         return torch.cat((first, second), 1)
 
 

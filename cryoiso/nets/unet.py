@@ -133,4 +133,7 @@ class Unet3d(nn.Module):
 
 def inner(volume: Float[Tensor, "n c box box box"], margin: int) -> Float[Tensor, "n c inner inner inner"]:
     """The volume without so many voxels at each face."""
-    return volume[(..., *(slice(margin, edge - margin) for edge in volume.shape[-3:]))] if margin else volume
+    if not margin:
+        return volume
+    z, y, x = (slice(margin, edge - margin) for edge in volume.shape[-3:])
+    return volume[..., z, y, x]

@@ -42,7 +42,7 @@ class _ThreesInSlabs(torch.autograd.Function):
         return _stacked(functional.conv3d(slabs, weight, padding=(0, padding, padding)))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         slabs, weight = ctx.saved_tensors
         p, half, ones = ctx.padding, slabs.shape[2] - 2, [1, 1, 1]
         wanted = [*ctx.needs_input_grad[:2], False]
@@ -62,7 +62,7 @@ class Same(nn.Conv3d):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1, bias=False)
 
-    def forward(self, *parts: Tensor, padding: int = 1) -> Tensor:  # type: ignore[override]
+    def forward(self, *parts: Tensor, padding: int = 1) -> Tensor:
         """
         Args:
             parts: the input, (B, inputs, d, h, w), or several tensors with its channels divided among them.

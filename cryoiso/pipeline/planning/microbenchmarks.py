@@ -204,7 +204,8 @@ def _unet(p: Problem, device: str) -> Timed:
     from cryoiso.nets.unet import Unet3d, inner
 
     settings = resolve(p.job.correct, device)
-    module = Unet3d(settings.network).to(device, memory_format=torch.channels_last_3d)
+    module = Unet3d(settings.network).to(device)
+    module = module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     n, margin = 1 if device == "cpu" else settings.batch, settings.cube_px // EDGE
     cubes = torch.randn(n, 1, *[settings.cube_px] * 3, device=device).contiguous(memory_format=torch.channels_last_3d)
 
