@@ -2,6 +2,7 @@
 # What a few minutes on a GPU can tell, each part bounded in time and written as JSON:
 #
 #   bash benchmarks/gpu.sh OUT [SECONDS]      # SECONDS: of all parts together (default 540)
+#   TRIAL=1 bash benchmarks/gpu.sh OUT        # the same parts at tiny sizes, on a CPU as well: does everything start?
 #
 # 1. tests marked gpu; 2. cryoiso benchmark (results against the CPU's, then rates); 3. one iteration of images of 256 px made
 # on the GPU, as many as fit the time; 4. training rates of the generator and of the correction's network.
@@ -36,11 +37,21 @@ print(f"{name}: {told}, {seconds} s", flush=True)
 PY
 }
 
+benchmark() { part "$1" "$2" "$python" -m cryoiso.cli.main benchmark --out "$out/$1.json" "${@:3}"; }
+
+if [ -n "${TRIAL:-}" ]; then
+  middle="--box 32 --pixel-size 4 --seconds 0.05 --miniature 40" large="--box 48 --pixel-size 4 --seconds 0.05"
+  iteration="--box 32 --pixel-size 4 --resolution 12 --seconds 5" training="--box 32 --pixel-size 4 --seconds 0.1"
+  tests=tests/physics
+else
+  middle="--box 128 --seconds 0.5" large="--box 256 --pixel-size 1.06 --seconds 0.5"
+  iteration="--box 256 --pixel-size 1.06 --resolution 3.0 --seconds 120" training="--box 128 --seconds 2"
+  tests=tests
+fi
 nvidia-smi > "$out/device.txt" 2>&1
-part tests 150 "$python" -m pytest -q -m gpu tests -p no:cacheprovider
-part benchmark_128 60 "$python" -m cryoiso.cli.main benchmark --box 128 --seconds 0.5 --out "$out/benchmark_128.json"
-part benchmark_256 60 "$python" -m cryoiso.cli.main benchmark --box 256 --pixel-size 1.06 --seconds 0.5 --miniature 0 --out "$out/benchmark_256.json"
-part iteration 180 "$python" benchmarks/gpu_iteration.py --box 256 --pixel-size 1.06 --resolution 3.0 --seconds 120 --out "$out/iteration.json"
-part training 90 "$python" -m cryoiso.cli.main benchmark --box 128 --workflow both --seconds 2 --miniature 0 \
-  --out "$out/training.json"
+part tests 150 "$python" -m pytest -q -m gpu $tests -p no:cacheprovider
+benchmark benchmark_128 60 $middle
+benchmark benchmark_256 60 $large --miniature 0
+part iteration 180 "$python" benchmarks/gpu_iteration.py $iteration --out "$out/iteration.json"
+benchmark training 90 $training --workflow both --miniature 0
 cat "$out/parts.json"

@@ -58,6 +58,7 @@ def plan(
     from cryoiso.pipeline.planning import rates as rated
     from cryoiso.pipeline.planning.job_size import problem_of
     from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
+    from cryoiso.pipeline.planning.ranks_that_fit import chooses_ranks, division_of
     from cryoiso.pipeline.records.run_folder import RunFolder
     from cryoiso.pipeline.workflow import folder_stages
 
@@ -80,4 +81,12 @@ def plan(
         assumed = replace(assumed, nyquist_share=min(1.0, 2 * problem.pixel_size_A / resolution))
     time_s = float(seconds_of(time, "--time")) if time else None
     plan_made = make_plan(problem, layout, known, assumed, time_s)
-    echo(json.dumps(as_dict(plan_made), indent=2) if as_json else "\n".join(as_lines(plan_made)))
+    division = None
+    if not gpus and ranks_per_node is None and chooses_ranks(job_read):
+        division = division_of(problem, job_read.launch.model_copy(update={"nodes": nodes}))
+    if as_json:
+        facts = {**as_dict(plan_made), "launch": None if division is None else division.as_dict()}
+        echo(json.dumps(facts, indent=2))
+    else:
+        words = [] if division is None else [f"cryoiso launch starts {division.in_words()}"]
+        echo("\n".join([*as_lines(plan_made), *words]))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from cryoiso.nets.channel_parts import convolved
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -73,10 +75,15 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "n width h w"]) -> Float[Tensor, "n width h w"]:
         *growing, last = self.layers
-        seen = x
+        seen = [x]
         for layer in growing:
-            seen = torch.cat((seen, leaky(layer(seen))), 1)
-        return torch.add(x, last(seen), alpha=RESIDUAL_SHARE)
+            seen.append(leaky(self._convolved(layer, seen)))
+        return torch.add(x, self._convolved(last, seen), alpha=RESIDUAL_SHARE)
+
+    @staticmethod
+    def _convolved(layer: nn.Module, seen: list[Tensor]) -> Tensor:
+        conv = cast(nn.Conv2d, layer)
+        return convolved(seen, conv.weight, conv.bias, lambda x, w, b: functional.conv2d(x, w, b, padding=1))
 
 
 class Down(nn.Module):
@@ -119,8 +126,31 @@ class GaussianHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "n width h w"]
     ) -> tuple[Float[Tensor, "n channels h w"], Float[Tensor, "n channels h w"]]:
-        mean, log_sigma = (self.out(x) + self.bent(leaky(self.trunk(x)))).float().chunk(2, 1)
+        mean, log_sigma = halves((self.out(x) + self.bent(leaky(self.trunk(x)))).float())
         return mean, SIGMA_RANGE * torch.tanh(log_sigma / SIGMA_RANGE)
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (part.contiguous(memory_format=torch.channels_last) for part in x.chunk(2, 1))
+        return first, second
+
+    @staticmethod
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat((first, second), 1)
+
+
+def halves(x: Float[Tensor, "n c h w"]) -> tuple[Tensor, Tensor]:
+    """Both halves of the channels, in channels_last order.
+
+    On a CPU as copies: arithmetic on every n-th number is slow, and much of it follows.
+    """
+    if x.device.type != "cpu":
+        first, second = x.chunk(2, 1)
+        return first, second
+    pair: tuple[Tensor, Tensor] = _Halves.apply(x)  # type: ignore[no-untyped-call]
+    return pair
 
 
 class ImagePyramid(nn.Module):

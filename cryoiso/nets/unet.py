@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from cryoiso.nets.volume_convolutions import Double, Halve, Same
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,55 +38,6 @@ class UnetConfig:
         return 1 << (len(self.widths) - 1)
 
 
-def _in_slabs(x: Tensor, unit: int) -> bool:
-    """Is this one volume on a CPU, whose lower and upper half are whole multiples of ``unit``?
-
-    torch leaves a small volume alone in its batch to convolutions that take five times as long as those it uses for two
-    (``use_mkldnn`` in its Convolution.cpp). So one volume is convolved as a batch of two slabs.
-    """
-    return len(x) == 1 and x.device.type == "cpu" and x.shape[2] % (2 * unit) == 0
-
-
-def _stacked(slabs: Tensor) -> Tensor:
-    """(2, C, d, h, w) -> (1, C, 2 d, h, w)."""
-    return torch.cat(slabs.chunk(2), 2)
-
-
-class Same(nn.Conv3d):
-    """3x3x3, to the same size."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not _in_slabs(x, 1):
-            return super().forward(x)
-        half = x.shape[2] // 2
-        padded = functional.pad(x, (0, 0, 0, 0, 1, 1))
-        slabs = torch.cat([padded[:, :, : half + 2], padded[:, :, half:]])
-        return _stacked(functional.conv3d(slabs, self.weight, padding=(0, 1, 1)))
-
-
-class Halve(nn.Conv3d):
-    """2x2x2, to half the edge."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 2, stride=2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _stacked(super().forward(torch.cat(x.chunk(2, 2)))) if _in_slabs(x, 2) else super().forward(x)
-
-
-class Double(nn.ConvTranspose3d):
-    """2x2x2, to twice the edge."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, 2, stride=2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # no output_size
-        return _stacked(super().forward(torch.cat(x.chunk(2, 2)))) if _in_slabs(x, 1) else super().forward(x)
-
-
 def _convolution(inputs: int, outputs: int) -> nn.Conv3d:
     layer = Same(inputs, outputs)
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
@@ -94,13 +45,23 @@ def _convolution(inputs: int, outputs: int) -> nn.Conv3d:
 
 
 class Block(nn.Sequential):
-    """Convolutions, each followed by a leaky rectifier: (B, inputs, d, h, w) -> (B, outputs, d, h, w)."""
+    """Convolutions, each followed by a leaky rectifier: (B, inputs, d, h, w) -> (B, outputs, d, h, w).
+
+    The input may come as several tensors with the channels divided among them.
+    """
 
     def __init__(self, inputs: int, outputs: int, convolutions: int) -> None:
         layers: list[nn.Module] = []
         for number in range(convolutions):
             layers += [_convolution(outputs if number else inputs, outputs), nn.LeakyReLU(SLOPE, inplace=True)]
         super().__init__(*layers)
+
+    def forward(self, *parts: Tensor, padding: int = 1) -> Tensor:
+        """With ``padding`` 0 each convolution leaves out the outermost voxels."""
+        inputs = parts
+        for layer in self:
+            inputs = (layer(*inputs, padding=padding) if isinstance(layer, Same) else layer(*inputs),)
+        return inputs[0]
 
 
 class Shrink(nn.Sequential):
@@ -138,11 +99,20 @@ class Unet3d(nn.Module):
         self.last = _convolution(widths[0], 1)
         nn.init.zeros_(self.last.weight)
 
-    def forward(self, x: Float[Tensor, "n 1 box box box"]) -> Float[Tensor, "n 1 box box box"]:
-        return x + self.change(x)
+    def forward(self, x: Float[Tensor, "n 1 box box box"], margin: int = 0) -> Float[Tensor, "n 1 inner inner inner"]:
+        """
+        Args:
+            margin: voxels at each face of the volume that are not wanted: (B, 1, D - 2 margin, ...) come back, the same
+                numbers for less work.
+        """
+        return inner(x, margin) + self.change(x, margin)
 
-    def change(self, x: Float[Tensor, "n 1 box box box"]) -> Float[Tensor, "n 1 box box box"]:
-        """What the network adds to its input, (B, 1, D, D, D); D a multiple of ``config.multiple``."""
+    def change(self, x: Float[Tensor, "n 1 box box box"], margin: int = 0) -> Float[Tensor, "n 1 inner inner inner"]:
+        """What the network adds to its input, (B, 1, D, D, D); D a multiple of ``config.multiple``.
+
+        Args:
+            margin: as for :meth:`forward`.
+        """
         skips: list[Tensor] = []
         y = x
         for block, shrink in zip(self.down, self.shrink, strict=True):
@@ -150,7 +120,20 @@ class Unet3d(nn.Module):
             skips.append(y)
             y = shrink(y)
         y = self.bottom(y)
+        # the last convolutions see so many voxels beyond what is wanted
+        seen = self.config.convolutions + 1
+        padding = 0 if margin >= seen else 1
         for block, grow in zip(reversed(self.up), reversed(self.grow), strict=True):
-            y = block(torch.cat([skips.pop(), grow(y)], 1))
-        volume: Tensor = self.last(y).float()
+            finest = len(skips) == 1
+            cut = margin - seen if finest and not padding else 0
+            y = block(inner(skips.pop(), cut), inner(grow(y), cut), padding=padding if finest else 1)
+        volume: Tensor = self.last(y, padding=padding).float()
+        return inner(volume, margin if padding else 0)
+
+
+def inner(volume: Float[Tensor, "n c box box box"], margin: int) -> Float[Tensor, "n c inner inner inner"]:
+    """The volume without so many voxels at each face."""
+    if not margin:
         return volume
+    z, y, x = (slice(margin, edge - margin) for edge in volume.shape[-3:])
+    return volume[..., z, y, x]

@@ -25,10 +25,11 @@ from cryoiso.parallel.ddp import TrainingGroup
 from cryoiso.parallel.group_stop import group_wide
 from cryoiso.parallel.partition import chunk_bounds, owned_rows
 from cryoiso.train import state as states
+from cryoiso.train import throughput
 from cryoiso.train.decision import TrainingDecision, flat_loss
 from cryoiso.train.prefetch import Prefetcher, part_of
 from cryoiso.train.step import Readback, Stepper, channels_last_of, seed_torch, training_mode, try_compiled
-from cryoiso.train.throughput import ThroughputTimer
+from cryoiso.train.timer import ThroughputTimer
 
 CHECKPOINT = Path("checkpoint") / "state.npz"
 WARM_UP = 20
@@ -168,7 +169,7 @@ class _TrainingRun:
         self.configuration = {**asdict(settings), **task.configuration(), "batch": task.batch}
         del self.configuration["checkpoint_s"]
         self.saved = time.monotonic()
-        self.timer = ThroughputTimer(folder / products.TIMING, task.batch)
+        self.timer = ThroughputTimer(folder / products.TIMING, task.batch, group.size)
 
     def go(self, resume: bool) -> TrainOutcome:
         arrays = self._load() if resume else None
@@ -224,6 +225,8 @@ class _TrainingRun:
             self.task.prepare, p.step, settings.steps, self.group.device, channels_last=settings.channels_last
         ) as batches:
             batch = batches.get()
+            if self.group.is_first:
+                self._count(stepper, batch)
             if settings.compile:
                 try_compiled(stepper, lambda module: self._loss(module, batch, p.step))
             for step in range(p.step, settings.steps):
@@ -277,6 +280,13 @@ class _TrainingRun:
             seed_torch(self.settings.seed, "step", attempt, step, self.group.index)
         return self.task.loss(module, batch, step, attempt)
 
+    def _count(self, stepper: Stepper, batch: Any) -> None:
+        """Arithmetic of a step, for the timer; before anything is compiled."""
+        module, step = stepper.in_autocast(stepper.module), self.progress.step
+        images = self.parts[0][1] - self.parts[0][0] if self.parts else len(self.rows)
+        flop = throughput.training_flop(lambda: self._loss(module, batch, step))
+        self.timer.device(flop / images, throughput.product_tflops(self.group.device, self.settings.amp))
+
     def _flags(self) -> list[float]:
         """Is a checkpoint due, and shall we stop?"""
         due = self.group.is_first and time.monotonic() - self.saved >= self.settings.checkpoint_s
@@ -315,7 +325,7 @@ class _TrainingRun:
         p.sums, p.counted, p.skipped = [], 0, 0
         rate = self.timer.note(p)
         loss = p.history[-1]["loss"]
-        words = f"loss {'not finite' if loss is None else format(loss, '.4g')}, {rate:.0f} images/s"
+        words = f"loss {'not finite' if loss is None else format(loss, '.4g')}, {rate}"
         if self.on_progress is not None:
             self.on_progress(p.step, words)
         if self.group.is_first:

@@ -5,7 +5,6 @@ A GPU is never waited for: whether a step is good is decided there, and its numb
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +109,7 @@ class Stepper:
 
     def _finish(self, numbers: Tensor, at: int) -> Tensor:
         """Clips and applies the gradient, unless it or the loss, number ``at``, is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip_norm or math.inf)
+        norm = self._clipped()
         bad = ~(torch.isfinite(numbers[at]) & torch.isfinite(norm))
         if self.on_gpu:
             self.optimiser.found_inf = bad.float()  # type: ignore[attr-defined]  # the fused kernel reads it
@@ -118,6 +117,14 @@ class Stepper:
         elif not bad:
             self.optimiser.step()
         return torch.cat([numbers, norm.detach().double().view(1), bad.double().view(1)])
+
+    def _clipped(self) -> Tensor:
+        """The gradient's norm, before the gradient is shortened."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip_norm, norm)
+        return norm
 
     def in_autocast(self, module: nn.Module) -> nn.Module:
         """The module with autocast in its forward pass alone: projections and losses need all their digits."""

@@ -1,47 +1,47 @@
-"""Speed of a training, noted at every record."""
+"""How much arithmetic a training does, beside what matrix products reach on the same device."""
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from cryoiso.io.atomic import write_text
-from cryoiso.train.state import TrainingProgress
+import torch
+
+EDGE = {"cpu": 1024, "cuda": 8192}
+REPEATS = 3
+PASSES = 3
+"""A backward pass has two products for each of the forward one."""
 
 
-class ThroughputTimer:
-    """Images a second, in a file of its own: other files are the same on every machine."""
+def training_flop(forward: Callable[[], Any]) -> int:
+    """Floating-point operations of a forward pass and its backward pass: those of convolutions and matrix products.
 
-    def __init__(self, path: Path, batch: int) -> None:
-        self.path, self.batch = path, batch
-        self.notes: list[dict[str, Any]] = []
-        self._last: tuple[float, int, int] | None = None
+    Args:
+        forward: makes the forward pass once; it is called without gradients, and must not be compiled.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
 
-    def resume(self, progress: TrainingProgress) -> None:
-        """Keeps what was noted up to the checkpoint."""
-        try:
-            notes = json.loads(self.path.read_text(encoding="utf-8"))["notes"]
-        except (OSError, ValueError, KeyError):
-            return
-        at = (progress.attempt, progress.step)
-        self.notes = [note for note in notes if (note["attempt"], note["step"]) <= at]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return PASSES * int(counter.get_total_flops())
 
-    def note(self, progress: TrainingProgress) -> float:
-        """Speed since the last record, images a second."""
-        now, before = time.monotonic(), self._last
-        self._last = (now, progress.attempt, progress.step)
-        if before is None or before[1] != progress.attempt:
-            return 0.0
-        seconds = max(now - before[0], 1e-9)
-        rate = (progress.step - before[2]) * self.batch / seconds
-        self.notes.append(
-            {"attempt": progress.attempt, "step": progress.step, "seconds": round(seconds, 4), "images_per_s": rate}
-        )
-        return rate
 
-    def write(self) -> None:
-        seconds = sum(note["seconds"] for note in self.notes)
-        text = json.dumps({"seconds": seconds, "notes": self.notes}, indent=1)
-        write_text(self.path, text + "\n")
+def product_tflops(device: str, bfloat16: bool) -> float:
+    """TFLOP/s of the product of two large square matrices, the best of a few; float32 is TF32 on GPUs if that is on."""
+    kind = torch.device(device).type
+    edge = EDGE[kind]
+    left, right = torch.randn(2, edge, edge, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+
+    def now() -> float:
+        if kind == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    torch.mm(left, right)
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = now()
+        torch.mm(left, right)
+        best = min(best, now() - start)
+    return 2 * edge**3 / max(best, 1e-9) / 1e12

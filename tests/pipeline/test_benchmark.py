@@ -14,7 +14,7 @@ from cryoiso.pipeline.planning import rates
 from cryoiso.pipeline.planning.ceilings import BYTES, FLOPS, Ceilings, flops_of
 from cryoiso.pipeline.planning.same_results import KernelComparison, comparisons
 
-BEST = Ceilings(memory=10.0, products=50.0)
+BEST = Ceilings(memory=10.0, products=50.0, low_products=100.0)
 
 
 def test_compiled_kernels_agree_with_plain_torch():

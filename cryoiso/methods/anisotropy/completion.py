@@ -22,7 +22,8 @@ from cryoiso.core.rng import generator, stable_hash
 from cryoiso.methods.anisotropy.networktask import NetworkTask
 from cryoiso.methods.anisotropy.settings import Correction
 from cryoiso.methods.anisotropy.solvent import AXES, Solvent, on_device
-from cryoiso.methods.anisotropy.submaps import axis_rotations, core, digest_of, turned, weighted_mean
+from cryoiso.methods.anisotropy.submaps import EDGE, axis_rotations, digest_of, turned
+from cryoiso.nets.unet import inner
 from cryoiso.parallel.partition import owned_rows
 from cryoiso.physics.so3 import random_rotations
 
@@ -65,7 +66,7 @@ class CompletionTask(NetworkTask):
         self.estimates = on_device(np.stack(estimates), device)
         self.noise = None if noise is None else torch.stack(noise).to(device)
         self.offsets = (np.argwhere(particle_mask) - self.box // 2)[:, ::-1]
-        self.core = core(self.cube).to(device)
+        self.margin = self.cube // EDGE
         self.steps_a_turn = max(1, round((self.box / self.cube) ** 3 / VOLUME_COST))
         self._turned: tuple[int, Tensor, Tensor] | None = None
         self._given = digest_of(
@@ -93,8 +94,9 @@ class CompletionTask(NetworkTask):
     def loss(self, module: nn.Module, batch: Any, step: int, attempt: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the module's docstring, and what it would be without a network."""
         inputs, target = (self._cut(volume, batch["corner"]) for volume in self._volumes(step // self.steps_a_turn))
-        loss = weighted_mean(module(inputs) - target, self.core)
-        return loss, {"without_network": weighted_mean(inputs - target, self.core)}
+        target = inner(target, self.margin)
+        loss = (module(inputs, self.margin) - target).abs().mean()
+        return loss, {"without_network": (inner(inputs, self.margin) - target).abs().mean()}
 
     @torch.no_grad()
     def _volumes(self, turn: int) -> tuple[Tensor, Tensor]:
@@ -104,8 +106,7 @@ class CompletionTask(NetworkTask):
             index = int(rng.integers(len(self.estimates)))
             other = len(self.estimates) - 1 - index
             rotation = torch.from_numpy(self.rotation(turn).astype(np.float32)).to(self.device)
-            volumes = self.estimates[[index, other] if other != index else [index]][:, None]
-            volumes = turned(volumes, rotation.expand(len(volumes), 3, 3))[:, 0]
+            volumes = turned(self.estimates[[index, other] if other != index else [index]][None], rotation[None])[0]
             measured = self.solvent.measured(volumes[0])
             if self.noise is not None:
                 measured = measured + self._noise(index, turn) * self.solvent.fsc_filter

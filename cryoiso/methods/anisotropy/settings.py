@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from cryoiso.core.config import CorrectSection
 from cryoiso.core.errors import UsageError
+from cryoiso.nets.precision import fast_bfloat16
 from cryoiso.nets.unet import UnetConfig
 
 Mode = Literal["paired", "independent", "single"]
@@ -117,15 +118,6 @@ def resolve(section: CorrectSection, device: str, epochs: int | None = None) -> 
         solvent_steps=section.solvent_steps,
         rounds=1 if published else section.rounds,
     )
-
-
-def fast_bfloat16(device: str) -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware: GPUs, and CPUs with AMX (5 times float32)."""
-    import torch
-
-    if device != "cpu":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _plain(value: Any) -> Any:

@@ -146,19 +146,20 @@ def turned(cubes: Tensor, rotation: Tensor) -> Tensor:
     out(x) = in(R^T x): content at x goes to R x.
 
     Args:
-        cubes: (B, 1, C, C, C).
+        cubes: (B, n, C, C, C): n that turn alike.
         rotation: (B, 3, 3) on (x, y, z).
 
     Returns:
-        (B, 1, C, C, C).
+        (B, n, C, C, C).
     """
     size = cubes.shape[-1]
     # in the coordinates of grid_sample voxel i lies at 2 i / (C - 1) - 1; the centre voxel is not 0 there
     centre = 2 * (size // 2) / (size - 1) - 1
-    middle = torch.full((3,), centre, dtype=rotation.dtype, device=rotation.device)
-    back = rotation.transpose(1, 2)
-    theta = torch.cat([back, (middle - back @ middle)[:, :, None]], 2)
-    grid = functional.affine_grid(theta.to(cubes.dtype), list(cubes.shape), align_corners=True)
+    steps = torch.linspace(-1 - centre, 1 - centre, size, dtype=cubes.dtype, device=cubes.device)
+    # (B, 3, C) each: what a place along x, y or z adds to the three coordinates
+    along_x, along_y, along_z = (rotation.to(cubes.dtype)[:, i, :, None] * steps for i in range(3))
+    plane = (along_y + centre)[:, :, :, None] + along_x[:, :, None, :]
+    grid = (along_z[:, :, :, None, None] + plane[:, :, None]).permute(0, 2, 3, 4, 1)
     return functional.grid_sample(cubes, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 

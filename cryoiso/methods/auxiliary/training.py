@@ -19,6 +19,7 @@ from cryoiso.methods.auxiliary.condition import Condition, fit_scale
 from cryoiso.methods.auxiliary.generator import Generator
 from cryoiso.methods.auxiliary.settings import Training, network
 from cryoiso.methods.auxiliary.task import GeneratorTask
+from cryoiso.nets.precision import fast_bfloat16
 from cryoiso.parallel.ddp import ranks_of_half, training_group
 from cryoiso.parallel.group_stop import side_by_side
 from cryoiso.train.loop import LoopSettings, TrainOutcome, train
@@ -110,8 +111,8 @@ def _train_one(
     on_gpu = group.device != "cpu"
     loop = LoopSettings(
         steps=settings.steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=seed,
-        log_every=max(1, settings.steps // RECORDS), clip_norm=settings.clip_norm, amp=on_gpu, compile=on_gpu,
-        channels_last=True,
+        log_every=max(1, settings.steps // RECORDS), clip_norm=settings.clip_norm,
+        amp=fast_bfloat16(group.device), compile=on_gpu, channels_last=True,
     )  # fmt: skip
     name = "generator" if training.label == "both" else f"generator of half {training.label}"
     line = ProgressLine(f"training the {name}", settings.steps, active=group.is_first)

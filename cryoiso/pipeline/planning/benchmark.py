@@ -17,8 +17,9 @@ from cryoiso import __version__
 from cryoiso.core import products
 from cryoiso.core.config import parse_job
 from cryoiso.core.errors import MissingError
+from cryoiso.nets.precision import fast_bfloat16
 from cryoiso.parallel.launcher import thread_count
-from cryoiso.pipeline.planning.ceilings import FLOPS, Ceilings, demand, flops_of
+from cryoiso.pipeline.planning.ceilings import FLOPS, LOW_FLOPS, Ceilings, demand, flops_of
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.microbenchmarks import timings
 from cryoiso.pipeline.planning.rates import CPU, best_time, built_in, of_stages
@@ -45,6 +46,8 @@ class KernelTime:
     unit: str
     share: float | None
     """of the machine's ceiling"""
+    images_per_s: float | None = None
+    """of networks: images, or sub-maps"""
 
 
 def problem(box_px: int, pixel_size_A: float, workflow: str, device: str, particles: int = 1000) -> Problem:
@@ -58,13 +61,21 @@ def kernel_times(p: Problem, device: str, best: Ceilings, limit_s: float) -> lis
     times = []
     for name, (units, call) in timings(p, device).items():
         seconds = best_time(call, device, limit_s) / units
-        need = demand(name, p.box_px, p.job.refine.padding)
+        need, images_per_s = demand(name, p.box_px, p.job.refine.padding), None
         if need is None and name.startswith(NETWORKS):
-            need = (flops_of(call) / units, FLOPS)
+            need = (flops_of(call) / units, LOW_FLOPS if fast_bfloat16(device) else FLOPS)
+            images_per_s = 1 / (seconds * units_of_image(name, p, device))
         rate = need[0] / seconds / 1e9 if need else None
         unit = need[1] if need else ""
-        times.append(KernelTime(name, seconds, rate, unit, rate / best.of(unit) if rate else None))
+        times.append(KernelTime(name, seconds, rate, unit, rate / best.of(unit) if rate else None, images_per_s))
     return times
+
+
+def units_of_image(name: str, p: Problem, device: str) -> float:
+    """Pixels of an image, or voxels of a sub-map."""
+    from cryoiso.methods.anisotropy.settings import resolve
+
+    return float(resolve(p.job.correct, device).cube_px ** 3 if name.startswith("unet") else p.box_px**2)
 
 
 def require_same(compared: list[KernelComparison], device: str) -> None:
@@ -130,10 +141,13 @@ def record(
         "kernels": rates,
         "stages": {},  # what a stage of so few particles takes beside its loops would be multiplied in a plan
         "miniature": {"particles": small["problem"]["particles"], "stages": small["stages"]} if small else None,
-        "ceilings": {"memory_GB_per_s": best.memory, "products_GFLOP_per_s": best.products},
+        "ceilings": {
+            "memory_GB_per_s": best.memory, "products_GFLOP_per_s": best.products,
+            "bfloat16_products_GFLOP_per_s": best.low_products,
+        },
         "measured": {
             k.name: {"seconds_per_unit": k.seconds_a_unit, "rate": k.rate, "rate_unit": k.unit or None,
-                     "share_of_ceiling": k.share} for k in kernels
+                     "share_of_ceiling": k.share, "images_per_s": k.images_per_s} for k in kernels
         },
         "compared": {c.kernel: {"difference": c.difference, "allowed": c.allowed} for c in same},
     }  # fmt: skip
@@ -146,14 +160,16 @@ def as_lines(record: dict[str, Any]) -> list[str]:
         f"{record['hardware']}, box {record['problem']['box_px']} px",
         f"results agree with those of {reference}: " + ", ".join(
             f"{name} to {comparison['difference']:.0e}" for name, comparison in record["compared"].items()),
-        f"at best: copies {limits['memory_GB_per_s']:.1f} GB/s, products {limits['products_GFLOP_per_s']:.0f} GFLOP/s",
+        f"at best: copies {limits['memory_GB_per_s']:.1f} GB/s, products {limits['products_GFLOP_per_s']:.0f} GFLOP/s "
+        f"({limits['bfloat16_products_GFLOP_per_s']:.0f} in bfloat16)",
         "",
-        f"{'loop':<18}{'s a unit':>12}{'rate':>16}{'of best':>10}",
+        f"{'loop':<18}{'s a unit':>12}{'rate':>28}{'of best':>10}",
     ]  # fmt: skip
-    for name, comparison in record["measured"].items():
-        rate = f"{comparison['rate']:.3g} {comparison['rate_unit']}" if comparison["rate"] else "-"
-        share = f"{comparison['share_of_ceiling']:.0%}" if comparison["share_of_ceiling"] else "-"
-        lines.append(f"{name:<18}{comparison['seconds_per_unit']:>12.3g}{rate:>16}{share:>10}")
+    for name, timed in record["measured"].items():
+        rate = f"{timed['rate']:.3g} {timed['rate_unit']}" if timed["rate"] else "-"
+        share = f"{timed['share_of_ceiling']:.0%}" if timed["share_of_ceiling"] else "-"
+        images = f"  {timed['images_per_s']:.3g} images/s" if timed["images_per_s"] else ""
+        lines.append(f"{name:<18}{timed['seconds_per_unit']:>12.3g}{rate:>28}{share:>10}{images}")
     return [*lines, *_of_miniature(record)]
 
 

@@ -12,7 +12,7 @@ from cryoiso.pipeline.planning.rates import best_time
 COPIED_FLOATS = 1 << 26
 """256 MiB: more than the caches hold."""
 MATRIX_EDGE = {"cpu": 1024, "cuda": 8192}
-BYTES, FLOPS = "GB/s", "GFLOP/s"
+BYTES, FLOPS, LOW_FLOPS = "GB/s", "GFLOP/s", "GFLOP/s in bfloat16"
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,11 @@ class Ceilings:
     """GB/s, reading and writing, of a copy of 256 MiB"""
     products: float
     """GFLOP/s of a product of float32 matrices (TF32 on GPUs, as the search uses)"""
+    low_products: float
+    """GFLOP/s of a product of bfloat16 matrices, as networks use them where the device is fast at it"""
 
     def of(self, kind: str) -> float:
-        return self.memory if kind == BYTES else self.products
+        return {BYTES: self.memory, FLOPS: self.products, LOW_FLOPS: self.low_products}[kind]
 
 
 def ceilings(device: str, limit_s: float = 0.5) -> Ceilings:
@@ -43,7 +45,10 @@ def ceilings(device: str, limit_s: float = 0.5) -> Ceilings:
         with tensor_cores(left.device):
             return left @ right
 
-    return Ceilings(moved / 1e9, 2 * edge**3 / best_time(product, device, limit_s) / 1e9)
+    products = 2 * edge**3 / best_time(product, device, limit_s) / 1e9
+    low_left, low_right = left.bfloat16(), right.bfloat16()
+    low = 2 * edge**3 / best_time(lambda: low_left @ low_right, device, limit_s) / 1e9
+    return Ceilings(moved / 1e9, products, low)
 
 
 def demand(kernel: str, box_px: int, padding: int) -> tuple[float, str] | None:

@@ -46,12 +46,12 @@ COLUMNS_BYTES = 700
 """Of that what every rank has: columns without the text, poses, the name of the stack. Measured with names of 22
 characters: 450 held, 720 while poses are handed out; a character of the name is 4 bytes each time."""
 TRAINED_BYTES = {
-    ("generator", "small"): (640.5, 368.3, 1.7), ("generator", "paper"): (22533.0, 12078.5, 1.2),
-    ("unet", "small"): (596.0, 300.0, 1.8), ("unet", "paper"): (3122.0, 1561.0, 1.3),
+    ("generator", "small"): (490.0, 368.3, 1.7), ("generator", "paper"): (9571.0, 12078.5, 1.4),
+    ("unet", "small"): (432.0, 300.0, 1.8), ("unet", "paper"): (2446.0, 1561.0, 1.3),
 }  # fmt: skip
 """A pixel of an image, or a voxel of a sub-map, in a training step: bytes that the forward pass leaves for the backward
-one, in float32 and in bfloat16 (counted in tests/pipeline/test_plan_memory.py), and the peak of a step over that
-(measured)."""
+one, on a CPU in float32 and on a GPU in bfloat16 (counted in tests/pipeline/test_plan_memory.py; a GPU keeps joined
+channels as well, see ``nets.channel_parts``), and the peak of a step over that (measured)."""
 ALONE_BYTES = {"small": 1000.0, "paper": 5600.0}
 """The same in float32 for one sub-map alone on a CPU, which is convolved as two slabs (``nets.unet``)."""
 APPLIED_BYTES = {

@@ -168,6 +168,7 @@ def _generator(p: Problem, device: str) -> Timed:
     from cryoiso.methods.auxiliary.training import few_threads
     from cryoiso.nets.hvae import ConditionalHvae
     from cryoiso.nets.losses import negative_elbo
+    from cryoiso.nets.precision import fast_bfloat16
 
     if not p.job.auxiliary.has_network:
         return {}
@@ -178,15 +179,19 @@ def _generator(p: Problem, device: str) -> Timed:
     images, condition = torch.randn(2, n, 1, p.box_px, p.box_px, device=device)
     pose, noise = torch.randn(n, 6, device=device), torch.randn(n, config.latent_size, device=device)
 
+    def low() -> Any:
+        return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast_bfloat16(device))
+
     def step() -> None:
-        with few_threads(settings.preset), torch.autocast(torch.device(device).type, enabled=device != "cpu",
-                                                          dtype=torch.bfloat16):  # fmt: skip
-            out = module(images, condition, pose, noise)
+        with few_threads(settings.preset):
+            with low():
+                out = module(images, condition, pose, noise)
             negative_elbo(out, images, settings.likelihood_sd, 1.0).loss.backward()
 
     @torch.no_grad()
     def sample() -> Any:
-        return module.sample(condition, pose, noise)
+        with few_threads(settings.preset):
+            return module.sample(condition, pose, noise)
 
     units = float(n * p.box_px**2)
     return {f"train_{name}": (units, step), f"generate_{name}": (units, sample)}
@@ -195,16 +200,18 @@ def _generator(p: Problem, device: str) -> Timed:
 def _unet(p: Problem, device: str) -> Timed:
     """A training step of the anisotropy network on a sub-map."""
     from cryoiso.methods.anisotropy.settings import resolve
-    from cryoiso.nets.unet import Unet3d
+    from cryoiso.methods.anisotropy.submaps import EDGE
+    from cryoiso.nets.unet import Unet3d, inner
 
     settings = resolve(p.job.correct, device)
     module = Unet3d(settings.network).to(device)
-    n = 1 if device == "cpu" else settings.batch
-    cubes = torch.randn(n, 1, *[settings.cube_px] * 3, device=device)
+    module = module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    n, margin = 1 if device == "cpu" else settings.batch, settings.cube_px // EDGE
+    cubes = torch.randn(n, 1, *[settings.cube_px] * 3, device=device).contiguous(memory_format=torch.channels_last_3d)
 
     def step() -> None:
         with torch.autocast(torch.device(device).type, enabled=settings.bfloat16, dtype=torch.bfloat16):
-            out = module(cubes)
-        (out - cubes).float().abs().mean().backward()
+            out = module(cubes, margin)
+        (out - inner(cubes, margin)).float().abs().mean().backward()
 
     return {f"unet_{settings.preset}": (float(n * settings.cube_px**3), step)}

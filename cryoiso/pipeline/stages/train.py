@@ -209,6 +209,7 @@ def _finish(
             times[half_training.label] = {
                 "seconds": timing_record["seconds"],
                 "images_per_s": float(np.median(steps)) if steps else None,
+                **{key: timing_record.get(key) for key in ("gflop_per_image", "tflops", "share_of_products")},
             }
         shutil.rmtree(half_training.folder)
     write_text(folder / products.TIMING, json.dumps(times, indent=1) + "\n")

@@ -1,0 +1,167 @@
+"""A step of the CPU presets of both trainings, CPU seconds on one thread, for two trees in turn.
+
+The generator: 16 images of 64 px, as ``auxiliary train`` makes a step (projections, latents, loss, backward pass,
+optimiser). The correction: 4 sub-maps of 32 px of a map of 64 px with two half-maps, as ``correct`` makes it (the map
+rotated, measured and filled; sub-maps one by one, so that any number of ranks gives the same bits). Each tree runs in
+processes of its own with its own settings; rounds take turns; the ratio is that of the medians. The first loss is
+printed beside, so that it shows whether both trees compute the same.
+
+    python benchmarks/training_presets.py --tree before=FOLDER --tree now=FOLDER [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BOX, EXTENT_A, SEED, WARM_UP, STEPS = 64, 192.0, 3, 2, 6
+Step = Callable[[int], Any]
+
+
+def precision(device: str) -> bool:
+    """Whether the tree trains the generator in bfloat16 here."""
+    try:
+        from cryoiso.nets.precision import fast_bfloat16
+    except ImportError:
+        return device != "cpu"
+    return fast_bfloat16(device)
+
+
+def generator() -> Step:
+    """Steps of the generator's training."""
+    import numpy as np
+
+    from cryoiso.methods.auxiliary.condition import Condition
+    from cryoiso.methods.auxiliary.settings import PRESETS, network
+    from cryoiso.methods.auxiliary.task import GeneratorTask
+    from cryoiso.parallel.ddp import TrainingGroup
+    from cryoiso.physics.phantom import phantom_map
+    from cryoiso.physics.simulation import simulate
+    from cryoiso.train.step import Stepper, seed_torch
+
+    density = phantom_map(BOX, EXTENT_A / BOX, 12.0)
+    source = simulate(density, 256, shift_sd_A=4.0)
+    settings = PRESETS["small"]
+    condition = Condition(density, np.ones(1))
+    task = GeneratorTask(source, source.particles, np.arange(256), condition, network(settings, BOX), settings, SEED)
+    seed_torch(SEED)
+    task.start(0)
+    stepper = Stepper(task.module.train(), TrainingGroup((0,), 0, "cpu"), settings.learning_rate, 0.0, precision("cpu"))
+    return lambda n: stepper(lambda m: task.loss(m, task.prepare(n), n, 0), 1.0, lambda: [0.0, 0.0])
+
+
+def correction() -> Step:
+    """Steps of the correction's training."""
+    import numpy as np
+
+    from cryoiso.core.config import CorrectSection
+    from cryoiso.methods.anisotropy.completion import CompletionTask
+    from cryoiso.methods.anisotropy.filter import missing_cone
+    from cryoiso.methods.anisotropy.settings import resolve
+    from cryoiso.methods.anisotropy.solvent import Solvent
+    from cryoiso.methods.anisotropy.submaps import GreyScale, particle_region
+    from cryoiso.parallel.ddp import TrainingGroup
+    from cryoiso.physics.phantom import phantom_map
+    from cryoiso.train.prefetch import part_of
+    from cryoiso.train.step import Stepper, channels_last_of, seed_torch
+
+    rng = np.random.default_rng(SEED)
+    clean = np.asarray(phantom_map(BOX, EXTENT_A / BOX, 12.0).data, np.float32)
+    inside = particle_region(None, BOX)
+    maps = [clean + clean.std() * rng.standard_normal(clean.shape).astype(np.float32) for _ in (1, 2)]
+    scale = GreyScale.of(maps, inside)
+    settings = resolve(CorrectSection(preset="small", mode="paired"), "cpu")
+    measured = missing_cone(BOX, 30.0)
+    task = CompletionTask(
+        [scale.normalised(m) for m in maps], Solvent(measured, np.ones_like(measured)), inside, settings, SEED,
+        label="both",
+    )  # fmt: skip
+    seed_torch(SEED)
+    task.start(0)
+    module = task.module.to(memory_format=channels_last_of(task.module)).train()
+    group = TrainingGroup((0,), 0, "cpu")
+    stepper = Stepper(module, group, settings.learning_rate, 1.0, settings.bfloat16, parts=True)
+    count = settings.batch
+
+    def step(n: int) -> Any:
+        batch = task.prepare(n)
+        return stepper.in_parts(
+            lambda m, part: task.loss(m, part_of(batch, part, part + 1, count), n, 0), [1] * count, count,
+            lambda: [0.0, 0.0],
+        )  # fmt: skip
+
+    return step
+
+
+TRAININGS = {"generator": generator, "correction": correction}
+
+
+def child(name: str) -> None:
+    """Prints CPU ms of a step and the losses."""
+    import torch
+
+    torch.set_num_threads(1)
+    step = TRAININGS[name]()
+    losses = [float(step(n)[2]) for n in range(WARM_UP)]
+    start = time.process_time()
+    losses += [float(step(WARM_UP + n)[2]) for n in range(STEPS)]
+    print(json.dumps({"ms": 1e3 * (time.process_time() - start) / STEPS, "losses": losses}))
+
+
+def measured(trees: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Training -> tree -> ms of each round and losses; trees take turns."""
+    from benchmarks import harness
+
+    found: dict[str, Any] = {name: {tree: {"ms": []} for tree in trees} for name in TRAININGS}
+    for _ in range(rounds):
+        for name in TRAININGS:
+            for tree, path in trees.items():
+                env = {**harness.environment(), "PYTHONPATH": str(path)}
+                words = [sys.executable, __file__, "--child", name]
+                done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=path, check=True)
+                told = json.loads(done.stdout.strip().splitlines()[-1])
+                found[name][tree]["ms"].append(round(told["ms"], 1))
+                found[name][tree]["losses"] = told["losses"]
+                print(name, tree, round(told["ms"], 1), file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    from benchmarks import harness
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tree", action="append", required=True, metavar="NAME=PATH", help="the first one is the base")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=harness.RESULTS / "training_presets.json")
+    a = parser.parse_args()
+    trees = {name: Path(path).resolve() for name, path in (one.split("=", 1) for one in a.tree)}
+    found = measured(trees, a.rounds)
+    rows = []
+    for name, of_trees in found.items():
+        base = statistics.median(of_trees[next(iter(trees))]["ms"])
+        for tree, one in of_trees.items():
+            one["median_ms"] = statistics.median(one["ms"])
+            one["times_base"] = base / one["median_ms"]
+            ends = f"{min(one['ms']):.0f} to {max(one['ms']):.0f}"
+            first, *_, last = (f"{loss:.4f}" for loss in one["losses"])
+            rows.append([name, tree, f"{one['median_ms']:.0f}", ends, f"{one['times_base']:.2f}", first, last])
+    harness.write_json(a.out, {"machine": harness.machine(), "rounds": a.rounds, "trainings": found})
+    print(harness.markdown(["training", "tree", "CPU ms a step", "rounds", "times", "first loss", "last loss"], rows))
+
+
+if __name__ == "__main__":
+    # a child takes the package of its tree, not that of this file
+    if sys.argv[1:2] == ["--child"]:
+        sys.path.insert(0, os.environ["PYTHONPATH"])
+        child(sys.argv[2])
+    else:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        main()
