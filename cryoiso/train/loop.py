@@ -47,7 +47,7 @@ class LoopSettings:
     clip_norm: float = 0.0
     """Longest gradient; 0: any."""
     amp: bool = False
-    """bfloat16 autocast: on GPUs, and on CPUs with matrix units for it."""
+    """bfloat16 autocast: on GPUs, and on CPUs that are fast at it. The first rank's choice when the training begins."""
     compile: bool = False
     channels_last: bool = False
     checkpoint_s: float = 120.0
@@ -167,7 +167,7 @@ class _TrainingRun:
         self.rows = owned_rows(task.batch, 1, group.index, group.size)
         self.parts = chunk_bounds(len(self.rows), settings.micro_batch) if settings.micro_batch else []
         self.configuration = {**asdict(settings), **task.configuration(), "batch": task.batch}
-        del self.configuration["checkpoint_s"]
+        del self.configuration["checkpoint_s"], self.configuration["amp"]  # the latter is in the progress
         self.saved = time.monotonic()
         self.timer = ThroughputTimer(folder / products.TIMING, task.batch, group.size)
 
@@ -175,8 +175,10 @@ class _TrainingRun:
         arrays = self._load() if resume else None
         if not resume and self.group.is_first:  # else a later resumption would find that of an earlier training
             checkpoint.remove(self.folder / CHECKPOINT)
-        if arrays is None and self.group.is_first:
-            self.timer.path.unlink(missing_ok=True)
+        if arrays is None:
+            self.progress.bfloat16 = bool(self.group.share(self.settings.amp))
+            if self.group.is_first:
+                self.timer.path.unlink(missing_ok=True)
         while True:
             if not self.progress.reason:
                 self._attempt(arrays)
@@ -196,6 +198,9 @@ class _TrainingRun:
         self.timer.resume(self.progress)
         if self.group.is_first:
             logger.info("training goes on after step %d of attempt %d", self.progress.step, self.progress.attempt + 1)
+            if self.progress.bfloat16 != self.settings.amp:
+                words = "training goes on in %s, as it began on another kind of device"
+                logger.info(words, "bfloat16" if self.progress.bfloat16 else "float32")
         return arrays
 
     def _give_up_or_restart(self) -> None:
@@ -253,7 +258,7 @@ class _TrainingRun:
             module = module.to(memory_format=channels_last_of(module))  # type: ignore[call-overload]
         module.train()
         stepper = Stepper(
-            module, self.group, settings.learning_rate, settings.clip_norm, settings.amp, parts=bool(self.parts)
+            module, self.group, settings.learning_rate, settings.clip_norm, p.bfloat16, parts=bool(self.parts)
         )
         if arrays is not None:
             states.restore(arrays, module, stepper.optimiser)
@@ -285,7 +290,7 @@ class _TrainingRun:
         module, step = stepper.in_autocast(stepper.module), self.progress.step
         images = self.parts[0][1] - self.parts[0][0] if self.parts else len(self.rows)
         flop = throughput.training_flop(lambda: self._loss(module, batch, step))
-        self.timer.device(flop / images, throughput.product_tflops(self.group.device, self.settings.amp))
+        self.timer.device(flop / images, throughput.product_tflops(self.group.device, self.progress.bfloat16))
 
     def _flags(self) -> list[float]:
         """Is a checkpoint due, and shall we stop?"""

@@ -36,6 +36,9 @@ class TrainingProgress:
     """Why this attempt has to be given up; empty while it goes on."""
     hopeless: bool = False
     """Another attempt would not help."""
+    bfloat16: bool = False
+    """The first rank's ``LoopSettings.amp`` when it began: nodes of several kinds must not differ in it, nor a
+    requeued job from the one before."""
     history: list[dict[str, Any]] = field(default_factory=list)
     """Records of all attempts."""
     sums: list[float] = field(default_factory=list)
@@ -45,7 +48,7 @@ class TrainingProgress:
 
     def next_attempt(self) -> None:
         """Forgets all but the history."""
-        fresh = TrainingProgress(attempt=self.attempt + 1, history=self.history)
+        fresh = TrainingProgress(attempt=self.attempt + 1, history=self.history, bfloat16=self.bfloat16)
         self.__dict__.update(fresh.__dict__)
 
     def records(self) -> list[dict[str, Any]]:

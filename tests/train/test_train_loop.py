@@ -20,8 +20,10 @@ from train_helper import ALONE, SETTINGS, HvaeTask, StopAt, ToyTask, checkpoint_
 
 from cryoiso.core.errors import EXIT_REQUEUE, CryoisoError, InputError, Interrupted
 from cryoiso.parallel.ddp import TrainingGroup
+from cryoiso.train import loop
 from cryoiso.train.decision import TrainingDecision, flat_loss
 from cryoiso.train.loop import CHECKPOINT, train
+from cryoiso.train.step import Stepper
 
 NAN = float("nan")
 
@@ -117,6 +119,15 @@ def test_another_configuration_is_refused_by_name(tmp_path, change):
 def test_checkpoint_interval_is_no_part_of_the_configuration(tmp_path):
     interrupt(tmp_path, 7)
     run(tmp_path, settings=replace(SETTINGS, checkpoint_s=5.0), resume=True)
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_precision_stays_what_it_was_on_another_kind_of_device(tmp_path, began, monkeypatch):
+    interrupt(tmp_path, 7, settings=replace(SETTINGS, amp=began))
+    seen = []
+    monkeypatch.setattr(loop, "Stepper", lambda *a, **k: seen.append(a[4]) or Stepper(*a, **k))
+    run(tmp_path, settings=replace(SETTINGS, amp=not began), resume=True)
+    assert seen == [began]
 
 
 def test_no_timing_in_what_is_compared_and_speed_beside_it(tmp_path):

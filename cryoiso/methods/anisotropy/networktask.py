@@ -44,4 +44,6 @@ class NetworkTask:
     def configuration(self) -> dict[str, Any]:
         """What decides the result beside the loop's settings."""
         warm = MARK + digest_of(*self.warm.values()) if self.warm else "none"
-        return {**self.settings.facts(), "label": self.label, "maps": MARK + self._given, "warm": warm}
+        facts = self.settings.facts()
+        del facts["bfloat16"]  # what a training begins with is kept with its progress
+        return {**facts, "label": self.label, "maps": MARK + self._given, "warm": warm}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from cryoiso.core.config import CorrectSection
@@ -118,6 +118,11 @@ def resolve(section: CorrectSection, device: str, epochs: int | None = None) -> 
         solvent_steps=section.solvent_steps,
         rounds=1 if published else section.rounds,
     )
+
+
+def agreed(settings: Correction, comm: Any) -> Correction:
+    """The same on all ranks, though nodes may be of several kinds: the root's precision (collective)."""
+    return replace(settings, bfloat16=bool(comm.bcast(settings.bfloat16)))
 
 
 def _plain(value: Any) -> Any:

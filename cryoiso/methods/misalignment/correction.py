@@ -139,10 +139,10 @@ class MapCorrection:
         self, state: HalfMaps, inputs: dict[int, np.ndarray], fsc_filter: np.ndarray, mask: np.ndarray, comm: Any
     ) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
         from cryoiso.methods.anisotropy.correct import correct_halves
-        from cryoiso.methods.anisotropy.settings import resolve
+        from cryoiso.methods.anisotropy.settings import agreed, resolve
 
         retrain = self.realign.retrain
-        settings = resolve(self.correct, comm.device())
+        settings = agreed(resolve(self.correct, comm.device()), comm)
         settings = replace(settings, epochs=self.realign.epochs or EPOCHS[settings.preset])
         known = on_root(comm, networks.before, state.folder, state.iteration, first=retrain == "never")
         warm = None if retrain == "afresh" else known
@@ -198,11 +198,14 @@ def extremes(factor: np.ndarray, state: HalfMaps) -> list[float]:
 def fingerprint(
     inputs: dict[int, np.ndarray], fsc_filter: np.ndarray, mask: np.ndarray, settings: Any, warm: Any
 ) -> str:
-    """A hash of everything that a training depends on, so that an interrupted one goes on only with the same."""
+    """A hash of everything that a training depends on, so that an interrupted one goes on only with the same.
+
+    Not the precision: it stays what it was when the training began, on whatever device it goes on.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for array in (*inputs.values(), fsc_filter, mask):
         digest.update(np.ascontiguousarray(array).tobytes())
-    digest.update(f"{settings} {sorted((warm or {}).items())}".encode())
+    digest.update(f"{replace(settings, bfloat16=False)} {sorted((warm or {}).items())}".encode())
     return digest.hexdigest()
 
 

@@ -209,9 +209,9 @@ def _corrected(
 ) -> Any:
     from cryoiso.methods.anisotropy.correct import correct_halves
     from cryoiso.methods.anisotropy.correction_run import network_file
-    from cryoiso.methods.anisotropy.settings import resolve
+    from cryoiso.methods.anisotropy.settings import agreed, resolve
 
-    settings = replace(resolve(task.section, comm.device()), mode=task.mode)
+    settings = replace(agreed(resolve(task.section, comm.device()), comm), mode=task.mode)
     board.expect(0, 1, lines=settings.rounds if task.warm is None else 1)
     fsc_filter, mask = (on_root(comm, read_map, task.out / name).data for name in (products.FILTER, products.MASK))
     warm = None
