@@ -41,8 +41,8 @@ __all__ = ["MrcHeader", "build_header", "copy_labelled", "parse_header", "read_h
 
 PIXEL_SIZE_HINT = (
     "Give it: pixel_size_A under [reference] in the job file, or on the command line --pixel-size (diagnose, correct, "
-    "symmetry), --map-pixel-size (reference) or --ref-pixel-size (refine, classify, realign, ctf-refine, micelle, "
-    "auxiliary)."
+    "symmetry), --map-pixel-size (reference) or --ref-pixel-size (init, refine, classify, realign, ctf-refine, "
+    "micelle, auxiliary)."
 )
 
 MAX_MAP_PX = 2048

@@ -208,6 +208,31 @@ def test_reference_of_a_map_is_brought_onto_another_grid(tiny, tmp_path):
     assert found.box_px == 18 and found.pixel_size_A == pytest.approx(8) and "diameter" in done.stdout
 
 
+def test_reference_of_chosen_chains_of_a_prediction(tmp_path):
+    """Names with commas or several options; what was left out is printed, and in the JSON."""
+    lines = ["TITLE     ALPHAFOLD MULTIMER PREDICTION"]
+    for number in range(90):
+        chain, i = "ABC"[number // 30], number % 30
+        x, y, z = 4.0 * (i % 5), 4.0 * (i // 5), 12.0 * (number // 30)
+        confidence = 95.0 - 2 * i
+        lines.append(
+            f"ATOM  {number + 1:5d}  CA  ALA {chain}{i + 1:4d}    {x:8.3f}{y:8.3f}{z:8.3f}  1.00{confidence:6.2f}"
+            "           C"
+        )
+    model = tmp_path / "model.pdb"
+    model.write_text("\n".join([*lines, "END", ""]))
+    words = ("reference", model, tmp_path / "a.mrc", "--box", 24, "--pixel-size", 5, "--chains", "A,C")
+    done = cryoiso(*words, "--confidence", "yes", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["model"]
+    assert found["chains"] == ["A", "C"] and found["residues"] == 60 and found["left_out"] == 14
+    assert found["left_out_residues"] == "A 24-30; C 24-30"
+    done = cryoiso(*words, "--confidence", "yes", "--min-confidence", 60)
+    assert "left out (A 19-30; C 19-30)" in done.stdout and "chains A, C" in done.stdout
+    done = cryoiso(*words, "--chains", "Q")
+    assert done.returncode == EXIT_INPUT and "no such chain: Q" in done.stderr
+
+
 def test_diagnose_prints_and_writes_numbers(tiny, tmp_path):
     truth, rng = read_map(tiny / "truth_map.mrc"), np.random.default_rng(1)
     for half in (1, 2):

@@ -97,7 +97,7 @@ def given_to(command: str, monkeypatch, tmp_path, *words: object) -> Job:
 OTHER = {
     "symmetry": "D2", "relax_symmetry": "C4", "mask": "m.mrc", "project": "p", "scratch": "auto", "fit": "f.mrc",
     "cube_px": 32, "passthrough": ["a.cs", "b.cs"], "fit_resolution_A": 8.0, "view_axis_odds": 5.5,
-    "view_kernel_deg": 5.5,
+    "view_kernel_deg": 5.5, "chains": ["A", "B,C"], "assembly": "2",
 }  # fmt: skip
 
 

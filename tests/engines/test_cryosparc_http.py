@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from datetime import UTC, datetime
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 from errors_helper import raises_code
@@ -18,7 +20,7 @@ from pipeline_helper import cryoiso_here
 pytest.importorskip("cryosparc.tools")
 import cryosparc_stand_in as stand_in
 from cryosparc import auth, tools
-from cryosparc_http import PASSWORD_TOKEN, HttpServer, login
+from cryosparc_http import PASSWORD_TOKEN, USER, HttpServer
 
 from cryoiso.core.config import CryosparcSection, RefineSection
 from cryoiso.core.errors import CryoisoError
@@ -28,6 +30,15 @@ from cryoiso.io import read_map, read_particles
 from cryoiso.io.conventions import to_cryosparc_frame
 from cryoiso.io.mrc import write_map
 from cryoiso.io.sources import StackSource
+
+
+def login(url: str) -> None:
+    """A session as ``python -m cryosparc.tools login`` leaves it, in the user's configuration folder."""
+    auth.get_default_auth_config_path.cache_clear()
+    sessions = auth.InstanceAuthSessions({})
+    sessions.insert(url, USER, auth.Token(access_token=PASSWORD_TOKEN, token_type="bearer"),
+                    datetime(2100, 1, 1, tzinfo=UTC))  # fmt: skip
+    sessions.save()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +117,10 @@ def test_faults_of_the_network(data, server, tmp_path, call, fault):
     server.lose = {call: list(fault)}
     result = CryosparcEngine().refine(request(data, tmp_path / "o"))
     assert len(result.particles) == 40 and server.lose[call] == []
+    arrived = {path.suffix: path for path in (tmp_path / "P1/J1").rglob("*.mrc*")}
+    ours = next((tmp_path / "o").rglob("reference.mrc"))  # the library repeats an upload with the rest of its stream
+    assert arrived[".mrc"].read_bytes() == ours.read_bytes()
+    assert mrcfile.read(arrived[".mrcs"]).shape == (40, 24, 24)
     queued = [job for job in server.state.jobs.values() if job.queued]
     assert [(job.kind, job.queued, job.status) for job in queued] == [("homo_refine_new", 1, "completed")]
 
@@ -125,13 +140,13 @@ def test_refusals_have_the_servers_reason_and_never_the_address(data, server, tm
         CryosparcEngine().refine(request(data, tmp_path / "p"))
 
 
-def test_without_a_login(data, server, tmp_path, monkeypatch):
-    auth.get_default_auth_config_path().unlink()
-    with raises_code("cryosparc-not-logged-in", CryoisoError):
+def test_without_a_login(data, server, tmp_path):
+    server.token = "another"
+    with raises_code("cryosparc-not-logged-in", CryoisoError, match="status 401"):
         CryosparcEngine().refine(request(data, tmp_path / "o"))
-    monkeypatch.setattr("cryosparc_http.PASSWORD_TOKEN", "another")
-    login(server.url)
-    monkeypatch.undo()
+    auth.get_default_auth_config_path().unlink()
+    with raises_code("cryosparc-not-logged-in", CryoisoError, match="no login"):
+        CryosparcEngine().refine(request(data, tmp_path / "o"))
 
 
 def test_requests_are_those_of_the_librarys_source(server):

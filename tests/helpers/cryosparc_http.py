@@ -14,7 +14,6 @@ import threading
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from typing import Any
@@ -26,7 +25,12 @@ VERSION = "v5.0.3-stand-in"
 USER, PASSWORD_TOKEN = "tester@example.com", "stand-in-token"
 NOW = "2026-01-01T00:00:00Z"
 DATASET, BYTES = "application/x-cryosparc-dataset", "application/octet-stream"
-JOBS = "/projects/{project_uid}/jobs/{job_uid}"
+WORKSPACE, JOBS = "/projects/{project_uid}/workspaces/{workspace_uid}", "/projects/{project_uid}/jobs/{job_uid}"
+OUTPUT = JOBS + "/outputs/{output_name}"
+SEARCH = (
+    "project_uid", "workspace_uid", "uid", "type", "status", "category", "created_at", "updated_at", "queued_at",
+    "started_at", "completed_at", "waiting_at", "killed_at", "failed_at", "exported_at", "order", "after", "limit",
+)  # fmt: skip
 
 
 class Refusal(Exception):
@@ -64,9 +68,10 @@ class Call:
             else {"application/json": {"schema": self.answer or {}}}
         )
         refused = {"description": "refused", "content": {"application/json": {"schema": {}}}}
+        answers = {"200": {"description": "", "content": content}} | dict.fromkeys(("404", "409", "422"), refused)
         made: dict[str, Any] = {
             "summary": self.name, "parameters": parameters,
-            "responses": {"200": {"description": "", "content": content}, "404": refused, "409": refused, "422": refused},
+            "responses": answers,
         }  # fmt: skip
         if self.body:
             title = {"json": "params" if self.name == "jobs.create" else "body", DATASET: "dataset", BYTES: "stream"}
@@ -96,6 +101,7 @@ class HttpServer:
         """Call -> what happens to its next requests, in order: the connection breaks "before" or "after" it has worked,
         or an HTTP status is sent instead."""
         self.agents: set[str] = set()
+        self.token = PASSWORD_TOKEN
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"owner": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -144,21 +150,20 @@ class HttpServer:
 
     def _calls(self) -> list[Call]:
         job, where, none = model("Job"), "/projects/{project_uid}", {"type": "string"}
+        lanes, events = many(model("SchedulerLane")), many(model("TextEvent"))
         made = [
             Call("health", "get", "/health", lambda q, b: "OK", answer=none),
             Call("users.me", "get", "/users/me", lambda q, b: _user(), answer=model("User")),
             Call("config.get_version", "get", "/config/version", lambda q, b: VERSION, answer=none),
-            Call("resources.find_lanes", "get", "/resources/lanes", lambda q, b: [_lane()], answer=many(model("SchedulerLane"))),
+            Call("resources.find_lanes", "get", "/resources/lanes", lambda q, b: [_lane()], answer=lanes),
             Call("projects.find_one", "get", where, self._project, answer=model("Project")),
             Call("projects.mkdir", "post", f"{where}/mkdir", self._mkdir, ("path", "parents", "exist_ok"), answer=none),
             Call("projects.upload_file", "post", f"{where}/files", self._upload, ("path", "overwrite"), BYTES, none),
             Call("projects.download_file", "get", f"{where}/files", self._download, ("path",), answer=BYTES),
-            Call("workspaces.find_one", "get", f"{where}/workspaces/{{workspace_uid}}", self._workspace, answer=model("Workspace")),
-            Call("jobs.create", "post", f"{where}/workspaces/{{workspace_uid}}/jobs", self._create,
+            Call("workspaces.find_one", "get", WORKSPACE, self._workspace, answer=model("Workspace")),
+            Call("jobs.create", "post", f"{WORKSPACE}/jobs", self._create,
                  ("type", "title", "description", "created_by_job_uid", "enable_bench"), "json", job),
-            Call("jobs.find", "get", "/jobs", self._find, tuple(
-                "project_uid workspace_uid uid type status category created_at updated_at queued_at started_at "
-                "completed_at waiting_at killed_at failed_at exported_at order after limit".split()), answer=many(job)),
+            Call("jobs.find", "get", "/jobs", self._find, SEARCH, answer=many(job)),
             Call("jobs.find_one", "get", JOBS, self._refresh, answer=job),
             Call("jobs.connect", "post", f"{JOBS}/inputs/{{input_name}}", self._connect,
                  ("source_job_uid", "source_output_name"), answer=job),
@@ -168,14 +173,14 @@ class HttpServer:
             Call("jobs.mark_running", "post", f"{JOBS}/mark_running", self._mark_running, ("status",), answer=job),
             Call("jobs.mark_completed", "post", f"{JOBS}/mark_completed", self._status("completed"), answer=job),
             Call("jobs.mark_failed", "post", f"{JOBS}/mark_failed", self._status("failed"), ("error",), answer=job),
-            Call("jobs.add_external_output", "put", f"{JOBS}/outputs/{{output_name}}", self._add_output, (), "json", job),
-            Call("jobs.get_output_fields", "post", f"{JOBS}/outputs/{{output_name}}/fields", self._fields, (), "json",
+            Call("jobs.add_external_output", "put", OUTPUT, self._add_output, (), "json", job),
+            Call("jobs.get_output_fields", "post", f"{OUTPUT}/fields", self._fields, (), "json",
                  many({"type": "array", "prefixItems": {}})),
-            Call("jobs.save_output", "put", f"{JOBS}/outputs/{{output_name}}/dataset", self._save,
+            Call("jobs.save_output", "put", f"{OUTPUT}/dataset", self._save,
                  ("filename", "version"), DATASET, job),
-            Call("jobs.load_output", "get", f"{JOBS}/outputs/{{output_name}}/dataset", self._load, ("version", "slots"),
+            Call("jobs.load_output", "get", f"{OUTPUT}/dataset", self._load, ("version", "slots"),
                  answer=DATASET),
-            Call("jobs.get_event_logs", "get", f"{JOBS}/events", self._events, ("checkpoint",), answer=many(model("TextEvent"))),
+            Call("jobs.get_event_logs", "get", f"{JOBS}/events", self._events, ("checkpoint",), answer=events),
         ]  # fmt: skip
         return made
 
@@ -216,7 +221,7 @@ class HttpServer:
 
     def _create(self, project: str, workspace: str, query: Any, body: Any) -> Any:
         kind, params = query["type"][0], (body or {})
-        if kind != "snowflake" and kind not in REGISTER or "no_such_param" in params:
+        if (kind != "snowflake" and kind not in REGISTER) or "no_such_param" in params:
             raise Refusal(422, f"unknown job type or parameter: {kind}")
         uid = self.state.new(kind)
         job = self.state.jobs[uid]
@@ -346,7 +351,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if path == "/openapi.json":
                 return self._send(200, json.dumps(self.owner.openapi()).encode(), "application/json")
-            if self.headers.get("Authorization") != f"Bearer {PASSWORD_TOKEN}":
+            if self.headers.get("Authorization") != f"Bearer {self.owner.token}":
                 raise Refusal(401, "not logged in")
             query = urllib.parse.parse_qs(split.query, keep_blank_values=True)
             content, kind = self.owner.handle(self.command.lower(), path, query, body)
@@ -357,6 +362,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ConnectionAbortedError:
             self.close_connection = True  # no answer at all: the client sees a broken connection
             self.connection.close()
+        except Exception as error:  # a fault of the stand-in is an answer, too, or the client would try for ever
+            content = json.dumps({"detail": f"{type(error).__name__}: {error}"}).encode()
+            self._send(500, content, "application/json")
 
     do_GET = do_POST = do_PUT = _answer
 
@@ -385,14 +393,3 @@ def _suffix() -> str:
     from cryosparc.constants import API_SUFFIX
 
     return API_SUFFIX
-
-
-def login(url: str) -> None:
-    """A session as ``python -m cryosparc.tools login`` leaves it, in the user's configuration folder."""
-    from cryosparc.auth import InstanceAuthSessions, Token, get_default_auth_config_path
-
-    get_default_auth_config_path.cache_clear()
-    sessions = InstanceAuthSessions({})
-    sessions.insert(url, USER, Token(access_token=PASSWORD_TOKEN, token_type="bearer"),
-                    datetime(2100, 1, 1, tzinfo=timezone.utc))  # fmt: skip
-    sessions.save()

@@ -237,7 +237,7 @@ class ExternalJob(Job):
     def upload(self, target_path: Any, source: Any, *, overwrite: bool = False) -> None:
         place = self._server.root / self.uid / str(target_path)
         assert overwrite or not place.exists()
-        self._server.call("upload", lambda: shutil.copy(source, place))
+        self._server.call("upload", lambda: source.save(place))
 
     def add_output(
         self, type: str, name: Any = None, slots: Any = (), passthrough: Any = None, title: Any = None, *,

@@ -19,6 +19,7 @@ from cryoiso.engines.cryosparc.ledger import PARTICLES, REFINEMENT, JobLedger
 from cryoiso.engines.cryosparc.order import JOB_TYPES, Order
 from cryoiso.engines.cryosparc.outputs import SLOTS, filled
 from cryoiso.engines.cryosparc.results import take_results
+from cryoiso.engines.cryosparc.streams import file_to_send, table_to_send
 
 logger = logging.getLogger("cryoiso")
 PROGRESS_S = 300.0
@@ -79,7 +80,7 @@ class Errand:
             asked("a folder for images", job.mkdir, "images", exist_ok=True)
         for name, path in files:
             if name not in self.ledger.uploaded:
-                asked(f"the upload of {path.name}", job.upload, name, path, overwrite=True)
+                asked(f"the upload of {path.name}", job.upload, name, file_to_send(path), overwrite=True)
                 self.ledger.note_uploaded(name)
                 logger.info("cryoSPARC %s-%s: %s is there", section.project, uid, name)
                 yield 0.0
@@ -90,7 +91,7 @@ class Errand:
             if name not in job.outputs:
                 asked(f"an output {name}", job.add_output, type_, name, slots)
             table = filled(asked(f"the fields of {name}", job.alloc_output, name, columns["uid"]), columns, name)
-            asked(f"the {name}", job.save_output, name, table)
+            asked(f"the {name}", job.save_output, name, table_to_send(table))
         asked(f"to end job {uid}", job.stop)
         return job
 
