@@ -30,7 +30,7 @@ def file_to_send(path: Path) -> Any:
     """A file as ``cryosparc.stream.Stream``."""
     from cryosparc.stream import Stream
 
-    class Repeatable(Stream):  # type: ignore[misc]
+    class RepeatableFile(Stream):  # type: ignore[misc]
         def stream(self) -> Any:
             return Chunks(path)
 
@@ -38,7 +38,7 @@ def file_to_send(path: Path) -> Any:
             with open(file, "wb") as target:
                 target.writelines(Chunks(path))
 
-    return Repeatable(iterator=iter(()))
+    return RepeatableFile(iterator=iter(()))
 
 
 def table_to_send(table: Any) -> Any:
@@ -49,8 +49,8 @@ def table_to_send(table: Any) -> Any:
     """
     from cryosparc.dataset import Dataset
 
-    class Repeatable(Dataset):  # type: ignore[misc]
+    class RepeatableTable(Dataset):  # type: ignore[misc]
         def stream(self, compression: Any = None) -> Any:
             return list(super().stream(compression))
 
-    return Repeatable(table)
+    return RepeatableTable(table)
