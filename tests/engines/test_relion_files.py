@@ -121,6 +121,16 @@ def test_settings_become_relions_options():
     assert "--firstiter_cc" not in found and "--flatten_solvent" not in found
 
 
+@pytest.mark.parametrize("version", ["4.0.2", "5.0-beta-3", "5.0.1-commit-d476e6", "5.1.1"])
+def test_a_version_whose_source_was_not_seen_is_started_as_the_last_that_was(version):
+    last, other = (replace(RELION3, version=v) for v in ("5.0.1", version))
+    search = replace(SEARCH, callback=True)
+    assert first(search, relion=other) == first(search, relion=last)
+    assert not {"--skip_gridding", "--ctf_corrected_ref"} & set(first(search, relion=other))
+    words = [command.next_command("x_optimiser.star", search, RelionSection(), r, 9) for r in (last, other)]
+    assert words[0] == words[1] and "--external_reconstruct" in words[0]
+
+
 @pytest.mark.parametrize("local_deg, order", [(30.0, 2), (9.0, 4), (3.0, 6)])
 def test_a_local_search_has_a_grid_finer_than_its_range(local_deg, order):
     found = options(first(replace(SEARCH, local_deg=local_deg), healpix_order=1))

@@ -23,9 +23,8 @@ def name_half_models(optimiser: Path) -> bool:
     stem = star.text(block, "rlnModelStarFile").removesuffix("_model.star")
     text = optimiser.read_text(encoding="utf-8")
     for half, label in zip(HALVES, ("rlnModelStarFile", "rlnModelStarFile2"), strict=True):
-        line = re.search(rf"(?m)^(_{label}\s+)\S+", text)
-        if line is not None:
-            text = f"{text[: line.start()]}{line[1]}{stem}_half{half}_model.star{text[line.end() :]}"
+        model = f"{stem}_half{half}_model.star".replace("\\", r"\\")
+        text = re.sub(rf"(?m)^(_{label}\s+)\S+", rf"\g<1>{model}", text)
     text = re.sub(r"(?m)^(_rlnHasConverged\s+)1\b", r"\g<1>0", text)
     write_text(optimiser, text)
     return True
