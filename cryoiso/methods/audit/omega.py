@@ -81,6 +81,8 @@ class Matched:
     the map, since fewer particles find their pose; NaN without such maps"""
     net: Estimate
     """omega - floor: what depends on the presence of this very part in the reference"""
+    terms: Float[np.ndarray, "blocks 3"]
+    """densities of each block in the three maps: reference unchanged, without this part, without another one"""
 
 
 def matched(
@@ -100,12 +102,19 @@ def matched(
     numbers = block_numbers(part, edge_px, orbits)
     own, *others = (one[part] for one in scaled)
     lost = bootstrap(summed(numbers, full[part], own), lambda t: 1 - t[..., 1] / t[..., 0], seed, "omega")
-    if not others:
-        none = Estimate(np.nan, np.nan, np.nan, np.nan)
-        return Matched(lost, none, none)
-    terms = summed(numbers, full[part], own, np.mean(others, 0))
+    terms = summed(numbers, full[part], own, np.mean(others, 0) if others else np.full(part.sum(), np.nan))
     floor = bootstrap(terms, lambda t: 1 - t[..., 2] / t[..., 0], seed, "omega")
-    return Matched(lost, floor, bootstrap(terms, lambda t: (t[..., 2] - t[..., 1]) / t[..., 0], seed, "omega"))
+    return Matched(lost, floor, bootstrap(terms, _net, seed, "omega"), terms)
+
+
+def pooled(parts: list[Matched], seed: int = 0) -> Estimate:
+    """The difference of Omega and its matched control for all parts together: differences in quality between the maps
+    move parts of equal mass in opposite directions and cancel."""
+    return bootstrap(np.concatenate([one.terms for one in parts]), _net, seed, "omega")
+
+
+def _net(totals: np.ndarray) -> np.ndarray:
+    return np.asarray((totals[..., 2] - totals[..., 1]) / totals[..., 0])
 
 
 def widened(estimate: Estimate, error: float) -> Estimate:

@@ -33,12 +33,12 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         return ControlRecord(
             NAME, TITLE, "inconclusive", "Without these regions the images no longer match the reference beyond chance."
         )
-    overall = combined(found)
+    overall = combined(found, bench.seed)
     judged = {name: at_most(one.interval, LARGEST) for name, one in by_region(found).items()}
     verdict = verdict_of(overall, judged, bool(lost))
     return ControlRecord(
         NAME, TITLE, verdict, _sentence(found, overall, judged, bench.is_whole, len(lost)),
-        measure="share of a region's density that depends on the reference having it, mean of the regions",
+        measure="share of the regions' density that depends on the reference having them",
         number=overall.value, interval=overall.interval, threshold=LARGEST,
         power=f"A share above {LARGEST + TWO_SIDED * overall.error:.2f} would have been found."
         if np.isfinite(overall.error) else "",
@@ -93,18 +93,13 @@ def by_region(found: dict[str, Matched]) -> dict[str, Estimate]:
     return {name: density.widened(one.net, scatter) for name, one in found.items()}
 
 
-def combined(found: dict[str, Matched]) -> Estimate:
-    """Mean of the regions, in which differences in quality between the repetitions cancel; a single region has no
-    matched control, and its Omega counts whole."""
-    if len(found) == 1:
-        return next(iter(found.values())).omega
-    value = float(np.mean([one.net.value for one in found.values()]))
-    error = float(np.sqrt(np.sum([one.net.error**2 for one in found.values()]))) / len(found)
-    return density.widened(Estimate(value, value, value, 0.0), error)
+def combined(found: dict[str, Matched], seed: int) -> Estimate:
+    """Of all regions together; a single region has no matched control, and its Omega counts whole."""
+    return next(iter(found.values())).omega if len(found) == 1 else density.pooled([*found.values()], seed)
 
 
 def verdict_of(overall: Estimate, judged: dict[str, Verdict], incomplete: bool) -> Verdict:
-    """Of the mean; a single region that fails by itself fails the control."""
+    """Of all regions together; one that fails by itself fails the control."""
     first = at_most(overall.interval, LARGEST)
     verdicts: list[Verdict] = [first, *(v for v in judged.values() if v == "fail")]
     return gravest([*verdicts, *(["inconclusive"] if incomplete else [])])  # type: ignore[list-item]
@@ -133,7 +128,7 @@ def advice(overall: Verdict, judged: dict[str, Verdict], whole: bool) -> str:
     """What the verdicts mean for the map, and what to do.
 
     Args:
-        overall: of the mean of the regions; judged: name of a region's folder -> verdict.
+        overall: of all regions together; judged: name of a region's folder -> verdict.
         whole: the controls had all particles of the run.
     """
     bad = [name for name, verdict in judged.items() if verdict == "fail"]
