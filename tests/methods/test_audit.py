@@ -10,7 +10,7 @@ from analytic_helper import some_gaussians
 from errors_helper import raises_code
 
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.methods.audit import likeness, omega, regions
+from cryoiso.methods.audit import agreement, likeness, omega, regions
 from cryoiso.methods.audit.agreement import independence, shared
 from cryoiso.methods.audit.blocks import block_numbers, bootstrap, summed
 from cryoiso.methods.audit.frame import in_frame_of
@@ -250,6 +250,20 @@ def test_poses_that_differ_by_the_symmetry_are_shared():
     share, error, degrees = shared(rotation, other, C3, 10.0)
     assert share == pytest.approx(0.8) and 0.05 < error < 0.1
     np.testing.assert_allclose(np.sort(degrees)[:24], 0, atol=1e-4)
+
+
+def test_another_frame_is_no_movement_of_poses():
+    rotation = random_rotations(np.random.default_rng(0), 60)
+    for symmetry, axis in (("C3", [0, 0, 25.0]), ("C1", [10.0, 20.0, -5.0])):
+        frame = rotvec_to_matrix(np.radians([axis]))[0]
+        moved = rotation @ frame
+        moved[:12] = random_rotations(np.random.default_rng(1), 12)
+        operations = point_group(symmetry)
+        share, _, _ = shared(agreement.in_frame_of(moved, rotation, operations), rotation, operations, 10.0)
+        assert share >= 0.79, symmetry
+        assert shared(moved, rotation, operations, 10.0)[0] < 0.5
+    fixed = point_group("D3")
+    np.testing.assert_array_equal(agreement.in_frame_of(rotation, rotation[::-1], fixed), rotation)
 
 
 def test_a_map_that_slid_along_its_axis_comes_back():

@@ -242,23 +242,3 @@ def test_repetitions_are_counted(name):
     assert counts["same", extent.LEAK_PARTICLES] == 1 and counts.get(("plain", 1000), 0) == (not plain)
     assert extent.repetitions(wanted, 1000, ["added"])["local" if plain else "same", 1000] == 2
     assert extent.repetitions(wanted, 200, ["leak"]) == {("same", 200): 1}
-
-
-def test_another_frame_is_no_movement_of_poses():
-    import numpy as np
-
-    from cryoiso.methods.audit.agreement import in_frame_of, shared
-    from cryoiso.physics.so3 import random_rotations, rotvec_to_matrix
-    from cryoiso.physics.symmetry import point_group
-
-    rotation = random_rotations(np.random.default_rng(0), 60)
-    for symmetry, axis in (("C3", [0, 0, 25.0]), ("C1", [10.0, 20.0, -5.0])):
-        frame = rotvec_to_matrix(np.radians([axis]))[0]
-        moved = rotation @ frame
-        moved[:12] = random_rotations(np.random.default_rng(1), 12)
-        operations = point_group(symmetry)
-        share, _, _ = shared(in_frame_of(moved, rotation, operations), rotation, operations, 10.0)
-        assert share >= 0.79, symmetry
-        assert shared(moved, rotation, operations, 10.0)[0] < 0.5
-    fixed = point_group("D3")
-    np.testing.assert_array_equal(in_frame_of(rotation, rotation[::-1], fixed), rotation)

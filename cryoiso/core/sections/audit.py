@@ -24,7 +24,7 @@ class AuditSection(Section):
         None,
         ge=50,
         description="particles of each control, a random subset (default: as many as make the controls cost about "
-        "twice the run, 700 to 20,000)",
+        "twice the run, 500 to 20,000)",
     )
     regions: int = Field(2, ge=1, le=6, description="omitted: number of regions, each left out in a run of its own")
     region_share: float = Field(
