@@ -3,8 +3,8 @@ particle as well; and the matched control, which is repeated in the same way fro
 
 A plain refinement is repeated by local searches around the run's final poses. A search over all views from a reference
 that lacks a fifth of its mass loses some of the rare views, and a map without them lacks density everywhere; that is no
-density that the reference made up. Around the final poses far fewer are lost. Poses that noise owes to the reference are
-free to move within the search: of pure noise half of them do.
+density that the reference made up. Around the final poses far fewer are lost. Poses that noise owes to the reference
+are free to move within the search: of pure noise half of them do.
 """
 
 from __future__ import annotations
