@@ -27,7 +27,10 @@ class AuditSection(Section):
         "twice the run, 500 to 20,000)",
     )
     regions: int = Field(
-        2, ge=1, le=6, description="omitted: number of regions, each left out in a run of its own; one: no matched control"
+        2,
+        ge=1,
+        le=6,
+        description="omitted: number of regions, each left out alone; with one there is no matched control",
     )
     region_share: float = Field(
         0.2, ge=0.05, le=0.34, description="omitted: share of the reference's mass that a region has"
