@@ -232,6 +232,29 @@ def test_regions_and_balls_share_their_repetitions(simulated, finished, monkeypa
     assert all(found[name]["verdict"] != "not applicable" for name in names["controls"])
 
 
+def test_repetitions_that_differ_by_more_than_the_limit_decide_nothing():
+    import numpy as np
+
+    from cryoiso.methods.audit.blocks import Estimate
+    from cryoiso.methods.audit.omega import Matched
+    from cryoiso.pipeline.audit.controls import omitted
+
+    def region(floor: float) -> Matched:
+        some = Estimate(floor, floor - 0.05, floor + 0.05, 0.02)
+        return Matched(some, some, Estimate(0.0, -0.05, 0.05, 0.02), np.ones((8, 3)))
+
+    small = Estimate(0.0, -0.05, 0.05, 0.02)
+    for floor, verdict in ((0.1, "pass"), (0.45, "inconclusive")):
+        found = {"region-1": region(0.02), "region-2": region(floor)}
+        sound = omitted.is_sound(found)
+        assert omitted.verdict_of(small, {"region-1": "pass"}, not sound) == verdict
+        sentence = omitted._sentence(found, small, {"region-1": "pass"}, False, 0)
+        assert ("The images make this density" in sentence) == sound
+        assert ("too much to decide" in sentence) == (not sound)
+    alone = Matched(small, Estimate(np.nan, np.nan, np.nan, np.nan), small, np.ones((8, 3)))
+    assert omitted.is_sound({"region-1": alone})  # without a matched control Omega counts whole
+
+
 @pytest.mark.parametrize("name", ["refine", "auxiliary"])
 def test_repetitions_are_counted(name):
     wanted = job(run_workflow=name)

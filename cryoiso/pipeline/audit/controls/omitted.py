@@ -35,7 +35,7 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         )
     overall = combined(found, bench.seed)
     judged = {name: at_most(one.interval, LARGEST) for name, one in by_region(found).items()}
-    verdict = verdict_of(overall, judged, bool(lost))
+    verdict = verdict_of(overall, judged, bool(lost) or not is_sound(found))
     return ControlRecord(
         NAME, TITLE, verdict, _sentence(found, overall, judged, bench.is_whole, len(lost)),
         measure="share of the regions' density that depends on the reference having them",
@@ -98,6 +98,12 @@ def combined(found: dict[str, Matched], seed: int) -> Estimate:
     return next(iter(found.values())).omega if len(found) == 1 else density.pooled([*found.values()], seed)
 
 
+def is_sound(found: dict[str, Matched]) -> bool:
+    """Whether the matched controls lose less than a region may: where they lose more, the repetitions differ too much
+    for their difference to say anything."""
+    return not any(one.floor.value > LARGEST for one in found.values())
+
+
 def verdict_of(overall: Estimate, judged: dict[str, Verdict], incomplete: bool) -> Verdict:
     """Of all regions together; one that fails by itself fails the control."""
     first = at_most(overall.interval, LARGEST)
@@ -118,7 +124,13 @@ def _sentence(
             f"poses, which costs resolution everywhere. What depends on the reference is the difference, "
             f"{100 * overall.value:.0f} % ({low:.0f} to {high:.0f} %). "
         )
-    sentence += advice(at_most(overall.interval, LARGEST), judged, whole)
+    if is_sound(found):
+        sentence += advice(at_most(overall.interval, LARGEST), judged, whole)
+    else:
+        sentence += (
+            f"That is more than {100 * LARGEST:.0f} %: the repetitions differ too much to decide anything, since poses "
+            f"depend on every part of the reference. {UNDECIDED if whole else MORE}"
+        )
     if lost:
         sentence += f" Without {lost} of the regions the images no longer matched the reference."
     return sentence
