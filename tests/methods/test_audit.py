@@ -10,7 +10,7 @@ from analytic_helper import some_gaussians
 from errors_helper import raises_code
 
 from cryoiso.core.types import DensityMap, OpticsGroup, Particles
-from cryoiso.methods.audit import likeness, omega, regions
+from cryoiso.methods.audit import agreement, likeness, omega, regions
 from cryoiso.methods.audit.agreement import independence, shared
 from cryoiso.methods.audit.blocks import block_numbers, bootstrap, summed
 from cryoiso.methods.audit.frame import in_frame_of
@@ -142,6 +142,37 @@ def test_omega_is_the_share_that_is_lost_whatever_grey_scale_and_solvent():
         assert found.low - 1e-6 <= lost <= found.high + 1e-6
 
 
+def test_what_a_poorer_reference_costs_everywhere_is_no_share_of_the_reference():
+    inside, one, two = ball(11), ball(11).copy(), ball(11).copy()
+    z = np.indices((BOX,) * 3)[0] - BOX // 2
+    one &= z > 5
+    two &= z < -5
+    rest, full = inside & ~one & ~two, np.where(inside, 1.0, 0.0)
+    noise = [0.02 * smooth_noise(s) / smooth_noise(s).std() for s in range(2)]
+    for owed in (0.0, 0.3):
+        # both lose a tenth at both ends, and each what it owes to the reference
+        poorer = full - 0.1 * (one | two)
+        first, second = poorer - owed * one + noise[0], poorer - owed * two + noise[1]
+        pair = [
+            omega.matched(full, first, [second], one, rest, ~ball(13), 3, orbits=C3),
+            omega.matched(full, second, [first], two, rest, ~ball(13), 3, orbits=C3),
+        ]
+        assert pair[0].omega.value == pytest.approx(0.1 + owed, abs=0.02)
+        assert pair[0].floor.value == pytest.approx(0.1, abs=0.02)
+        found = omega.pooled(pair)
+        assert found.value == pytest.approx(owed, abs=0.01) and found.low <= owed + 0.01 and found.high >= owed - 0.01
+    # one repetition that is better than the other moves the two regions apart, not their mean
+    worse = full - 0.2 * (one | two)
+    apart = [
+        omega.matched(full, worse, [full], one, rest, ~ball(13), 3),
+        omega.matched(full, full, [worse], two, rest, ~ball(13), 3),
+    ]
+    assert apart[0].net.value > 0.15 and apart[1].net.value < -0.15
+    assert abs(omega.pooled(apart).value) < 0.02
+    alone = omega.matched(full, worse, [], one, rest, ~ball(13), 3)
+    assert alone.omega.value == pytest.approx(0.2, abs=1e-6) and np.isnan(alone.net.value)
+
+
 def test_of_added_density_its_share_is_found_with_the_error_of_the_noise_beside_it():
     reference = np.where(ball(6), 1.0, 0.0)
     added, *elsewhere = (regions.blob_at(p, BOX, C3, PIXEL_A) for p in regions.blob_places(ball(6), C3, PIXEL_A, 30, 1))
@@ -219,6 +250,20 @@ def test_poses_that_differ_by_the_symmetry_are_shared():
     share, error, degrees = shared(rotation, other, C3, 10.0)
     assert share == pytest.approx(0.8) and 0.05 < error < 0.1
     np.testing.assert_allclose(np.sort(degrees)[:24], 0, atol=1e-4)
+
+
+def test_another_frame_is_no_movement_of_poses():
+    rotation = random_rotations(np.random.default_rng(0), 60)
+    for symmetry, axis in (("C3", [0, 0, 25.0]), ("C1", [10.0, 20.0, -5.0])):
+        frame = rotvec_to_matrix(np.radians([axis]))[0]
+        moved = rotation @ frame
+        moved[:12] = random_rotations(np.random.default_rng(1), 12)
+        operations = point_group(symmetry)
+        share, _, _ = shared(agreement.in_frame_of(moved, rotation, operations), rotation, operations, 10.0)
+        assert share >= 0.79, symmetry
+        assert shared(moved, rotation, operations, 10.0)[0] < 0.5
+    fixed = point_group("D3")
+    np.testing.assert_array_equal(agreement.in_frame_of(rotation, rotation[::-1], fixed), rotation)
 
 
 def test_a_map_that_slid_along_its_axis_comes_back():

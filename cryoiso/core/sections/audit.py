@@ -24,9 +24,14 @@ class AuditSection(Section):
         None,
         ge=50,
         description="particles of each control, a random subset (default: as many as make the controls cost about "
-        "twice the run, 700 to 20,000)",
+        "twice the run, 500 to 20,000)",
     )
-    regions: int = Field(2, ge=1, le=6, description="omitted: number of regions, each left out in a run of its own")
+    regions: int = Field(
+        2,
+        ge=1,
+        le=6,
+        description="omitted: number of regions, each left out alone; with one there is no matched control",
+    )
     region_share: float = Field(
         0.2, ge=0.05, le=0.34, description="omitted: share of the reference's mass that a region has"
     )

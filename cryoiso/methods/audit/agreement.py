@@ -94,6 +94,28 @@ def filled(first: Float[np.ndarray, "box box box"], second: Float[np.ndarray, "b
     return float((count * p).sum() / n * (count * q).sum() / n / together) if together > 0 else 1.0
 
 
+def in_frame_of(
+    rotations: Float[np.ndarray, "n 3 3"], target: Float[np.ndarray, "n 3 3"], operations: Float[np.ndarray, "g 3 3"]
+) -> Float[np.ndarray, "n 3 3"]:
+    """Poses in the frame of another refinement of the same particles: two refinements of a map with a Cn axis differ by
+    a spin about it, of one without symmetry by any rotation, which is no difference between their poses.
+
+    Poses that were found differently count little: the frame follows from a mean over all particles.
+    """
+    between = np.swapaxes(rotations, 1, 2) @ target
+    if len(operations) == 1:
+        u, _, vt = np.linalg.svd(between.sum(0))
+        frame = u @ np.diag([1.0, 1.0, np.linalg.det(u @ vt)]) @ vt
+        return np.asarray(rotations @ frame)
+    if not np.allclose(np.asarray(operations)[:, 2, 2], 1):
+        return np.asarray(rotations)
+    same_end = between[between[:, 2, 2] > 0.5]
+    angle = np.arctan2(same_end[:, 1, 0] - same_end[:, 0, 1], same_end[:, 0, 0] + same_end[:, 1, 1])
+    spin = float(np.angle(np.exp(1j * len(operations) * angle).sum())) / len(operations)
+    cos, sin = np.cos(spin), np.sin(spin)
+    return np.asarray(rotations @ np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]))
+
+
 def shared(
     first: Float[np.ndarray, "n 3 3"], second: Float[np.ndarray, "n 3 3"], operations: Float[np.ndarray, "g 3 3"],
     within_deg: float,

@@ -8,6 +8,7 @@ which the definition needs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,6 +68,60 @@ def omega(
     factor = scale_between(full, omitted, rest)
     terms = summed(block_numbers(part, edge_px, orbits), full[part], factor * omitted[part])
     return bootstrap(terms, lambda t: (t[..., 0] - t[..., 1]) / t[..., 0], seed, "omega")
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Omega of a part beside a matched control."""
+
+    omega: Estimate
+    """as Lucas et al. define it"""
+    floor: Estimate
+    """the same of maps whose reference had this part and lacked another one: what a poorer reference costs anywhere in
+    the map, since fewer particles find their pose; NaN without such maps"""
+    net: Estimate
+    """omega - floor: what depends on the presence of this very part in the reference"""
+    terms: Float[np.ndarray, "blocks 3"]
+    """densities of each block in the three maps: reference unchanged, without this part, without another one"""
+
+
+def matched(
+    made_full: Float[np.ndarray, "box box box"], made_omitted: Float[np.ndarray, "box box box"],
+    controls: list[Float[np.ndarray, "box box box"]], part: Bool[np.ndarray, "box box box"],
+    rest: Bool[np.ndarray, "box box box"], solvent: Bool[np.ndarray, "box box box"], edge_px: int, seed: int = 0,
+    orbits: np.ndarray | None = None,
+) -> Matched:  # fmt: skip
+    """Omega, its matched control and their difference, blocks drawn alike for all.
+
+    Args:
+        controls: maps reconstructed with references that had the part and lacked another one.
+        rest: the particle without any part that a reference lacked; others as in :func:`omega`.
+    """
+    full = levelled(made_full, solvent)
+    scaled = [m * scale_between(full, m, rest) for m in (levelled(v, solvent) for v in (made_omitted, *controls))]
+    numbers = block_numbers(part, edge_px, orbits)
+    own, *others = (signal[part] for signal in scaled)
+    lost = bootstrap(summed(numbers, full[part], own), lambda t: 1 - t[..., 1] / t[..., 0], seed, "omega")
+    terms = summed(numbers, full[part], own, np.mean(others, 0) if others else np.full(part.sum(), np.nan))
+    floor = bootstrap(terms, lambda t: 1 - t[..., 2] / t[..., 0], seed, "omega")
+    return Matched(lost, floor, bootstrap(terms, _net, seed, "omega"), terms)
+
+
+def pooled(parts: list[Matched], seed: int = 0) -> Estimate:
+    """The difference of Omega and its matched control for all parts together: differences in quality between the maps
+    move parts of equal mass in opposite directions and cancel."""
+    return bootstrap(np.concatenate([region.terms for region in parts]), _net, seed, "omega")
+
+
+def _net(totals: np.ndarray) -> np.ndarray:
+    return np.asarray((totals[..., 2] - totals[..., 1]) / totals[..., 0])
+
+
+def widened(estimate: Estimate, error: float) -> Estimate:
+    """With a further, independent standard error."""
+    total = float(np.hypot(estimate.error, error))
+    reach = TWO_SIDED * total
+    return Estimate(estimate.value, estimate.value - reach, estimate.value + reach, total)
 
 
 def share_left(

@@ -127,6 +127,11 @@ class Bench:
         write_map(path, np.asarray(data, np.float32), self.pixel_size_A)
         return path
 
+    def fewer(self, n: int) -> Bench:
+        """The bench with a random part of its particles (on rank 0)."""
+        few = subset_rows(self.particles, n, self.seed)
+        return replace(self, rows=self.rows[few], particles=self.particles.take(few), posed=self.posed.take(few))
+
 
 def subset_rows(particles: Particles, n: int, seed: int) -> np.ndarray:
     """(n,) rows of a random subset in the order of the set, half of them from each half-set."""

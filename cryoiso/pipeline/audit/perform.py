@@ -18,10 +18,11 @@ from cryoiso.io.atomic import write_json
 from cryoiso.methods.audit import extent
 from cryoiso.methods.audit.record import ControlRecord, Verdict, gravest
 from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.audit import arms
 from cryoiso.pipeline.audit import images as pictures
 from cryoiso.pipeline.audit.bench import Bench, absent, facts_of, prepare
 from cryoiso.pipeline.audit.controls import added, decoy, leak, null, omitted, other_reference, reference, stability
-from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of, repeat
+from cryoiso.pipeline.audit.repeat import Outcome, repeat
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.preflight import require_auditable
@@ -30,8 +31,6 @@ logger = logging.getLogger("cryoiso")
 CONTROLS: dict[str, ModuleType] = {
     module.NAME: module for module in (reference, null, omitted, added, decoy, other_reference, stability, leak)
 }
-UNCHANGED = "unchanged"
-"""The repetition that the others are compared with."""
 SCHEMA = 1
 RECORD = "control.json"
 
@@ -49,7 +48,9 @@ class Pictures:
         if kind not in self.image_sets:
             maker: Callable[..., pictures.ImageSet] = pictures.real if kind == "real" else pictures.null
             extra = () if kind == "real" else (kind,)
-            self.image_sets[kind] = maker(self.bench, self.inputs, *extra)
+            small = kind == "leak" and self.bench.comm.rank == 0
+            bench = self.bench.fewer(extent.LEAK_PARTICLES) if small else self.bench
+            self.image_sets[kind] = maker(bench, self.inputs, *extra)
         return self.image_sets[kind]
 
 
@@ -68,10 +69,11 @@ def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
     bench = benches[0] if comm.rank == 0 else absent(run)
     names = extent.chosen(run.job)
     if comm.rank == 0:
-        same, plain, local = extent.refinements(run.job)
+        count = sum(extent.repetitions(run.job, len(bench.rows)).values())
         bench.folder.mkdir(exist_ok=True)
-        logger.info("%d controls on %d of %d particles: %d refinements", len(names), len(bench.rows), bench.total,
-                    same + plain + local)  # fmt: skip
+        logger.info(
+            "%d controls on %d of %d particles: %d refinements", len(names), len(bench.rows), bench.total, count
+        )
     shown, records = Pictures(bench, inputs), []
     unchanged = _unchanged(bench, shown) if extent.need_unchanged(names) else Outcome(run)
     for name in names:
@@ -83,11 +85,9 @@ def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
 
 
 def _unchanged(bench: Bench, shown: Pictures) -> Outcome:
-    """The subset refined as the run was; the run itself where the subset is all of it. Collective."""
-    if on_root(bench.comm, lambda: bench.is_whole):
-        return Outcome(bench.run)
-    case = on_root(bench.comm, lambda: Case(UNCHANGED, "run", job_of(bench)))
-    return repeat(bench, case, shown.of("real"))
+    """The matched control: the subset with its reference as it was; perhaps the run itself. Collective."""
+    case = on_root(bench.comm, arms.unchanged_case, bench)
+    return Outcome(bench.run) if case is None else repeat(bench, case, shown.of("real"))
 
 
 def _control(bench: Bench, control: ModuleType, shown: Pictures, unchanged: Outcome) -> ControlRecord:

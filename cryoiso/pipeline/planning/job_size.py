@@ -282,20 +282,15 @@ def _round_of(engine: Stored, p: Problem) -> Stored:
 
 def _audited(name: str, p: Problem) -> Stored:
     """What every refinement of the controls leaves, and images and checkpoints that are removed again."""
-    n, jobs = extent.particles_of(p.job, p.particles), extent.jobs(p.job)
+    n, (same, plain) = extent.particles_of(p.job, p.particles), extent.jobs(p.job)
     total = files = 0
-    for count, job in zip(_merged(extent.refinements(p.job)), jobs, strict=True):
-        part = replace(p, job=job, particles=n, with_shards=True)
+    for (kind, size), count in extent.repetitions(p.job, n).items():
+        part = replace(p, job=same if kind == "same" else plain, particles=size, with_shards=True)
         stored = [entry for entry in disk(part) if entry.name not in ("ingest", "diagnose", "result", "run folder")]
         total += count * (sum(entry.bytes for entry in stored) + 20_000)
         files += count * (sum(entry.files for entry in stored) + 3)
     images = _shards(name, n, p)
     return Stored(name, total + 8 * p.map_bytes, files + 10, 2 * images.bytes, 2 * images.files + 2)
-
-
-def _merged(counts: tuple[int, int, int]) -> tuple[int, int]:
-    """Refinements with the run's workflow, and plain ones."""
-    return counts[0], counts[1] + counts[2]
 
 
 def _diagnosed(name: str, p: Problem) -> Stored:

@@ -152,15 +152,20 @@ def _report(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
 
 def _audit(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:
     """The stages from the reference to the reconstruction, of every refinement of the controls."""
-    same, plain, local = extent.refinements(p.job)
     n = extent.particles_of(p.job, p.particles)
-    full, alone = (replace(p, job=job, particles=n, with_shards=True) for job in extent.jobs(p.job))
-    near = times(refinement(alone, alone.particles, ranks, assumed, {}, local_deg=extent.LOCAL_DEG), local)
-    images = {"write": 2 * alone.particles * p.box_px**2 * 4 / ranks}
-    return add(
-        times(_chain(full, ranks, assumed, device), same), times(_chain(alone, ranks, assumed, device), plain), near,
-        times(reconstruction(alone, alone.particles, ranks, weighted=True), local), images,
-    )  # fmt: skip
+    jobs = dict(zip(("same", "plain", "local"), (*extent.jobs(p.job), extent.jobs(p.job)[1]), strict=True))
+    parts = [{"write": 2 * n * p.box_px**2 * 4 / ranks}]
+    for (kind, size), count in extent.repetitions(p.job, n).items():
+        part = replace(p, job=jobs[kind], particles=size, with_shards=True)
+        units = _near(part, ranks, assumed) if kind == "local" else _chain(part, ranks, assumed, device)
+        parts.append(times(units, count))
+    return add(*parts)
+
+
+def _near(p: Problem, ranks: int, assumed: Assumed) -> WorkUnits:
+    """A local search from known poses and its reconstruction."""
+    search = refinement(p, p.particles, ranks, assumed, {}, local_deg=extent.LOCAL_DEG)
+    return add(search, reconstruction(p, p.particles, ranks, weighted=True))
 
 
 def _chain(p: Problem, ranks: int, assumed: Assumed, device: str) -> WorkUnits:

@@ -5,30 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from cryoiso.methods.audit import omega as density
-from cryoiso.methods.audit import regions
 from cryoiso.methods.audit.record import ControlRecord, FigureData, Verdict, at_most
+from cryoiso.pipeline.audit import arms
 from cryoiso.pipeline.audit.bench import Bench
 from cryoiso.pipeline.audit.controls.omitted import MORE, UNDECIDED, refused_sentence
-from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of
+from cryoiso.pipeline.audit.repeat import Case, Outcome
 
 NAME, TITLE = "added", "Density added to the reference"
 LARGEST = 0.25
 """Share of the added density that may be left."""
-ELSEWHERE = 40
-"""Other places beside the particle in which the scatter is measured."""
-
-
-def _blobs(bench: Bench) -> list[np.ndarray]:
-    """The ball and its symmetry mates, as dense as the particle's denser half, and the same in other places."""
-    places = regions.blob_places(bench.inside, bench.operations, bench.pixel_size_A, ELSEWHERE, bench.seed)
-    height = float(np.percentile(bench.reference[bench.inside], 75))
-    return [height * regions.blob_at(p, bench.box_px, bench.operations, bench.pixel_size_A) for p in places]
+BALLS = "region-1"
+"""The repetition whose reference has the balls."""
 
 
 def cases(bench: Bench) -> list[Case]:
     """One, with a ball and its symmetry mates beside the particle."""
-    path = bench.write_reference(NAME, "reference", bench.reference + _blobs(bench)[0])
-    return [Case(NAME, "blobs", job_of(bench, path))]
+    return arms.region_cases(bench, 1)
 
 
 def advice(verdict: Verdict, left: float, is_whole_run: bool) -> str:
@@ -49,14 +41,15 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     """What is left of the blobs, beyond what the map made with the right reference has there."""
     if unchanged.refused:
         return ControlRecord(NAME, TITLE, "inconclusive", refused_sentence(bench, unchanged))
-    if outcomes["blobs"].refused:
+    if outcomes[BALLS].refused:
         return ControlRecord(
             NAME, TITLE, "pass", "Images were refused with the blobs in the reference, as not matching it."
         )
-    added, *elsewhere = (bench.smooth(blob) for blob in _blobs(bench))
-    result = bench.aligned(outcomes["blobs"].map(), unchanged.map())
+    added, *elsewhere = (bench.smooth(ball) for ball in arms.balls(bench))
+    result = bench.aligned(outcomes[BALLS].map(), unchanged.map())
+    rest = bench.inside & ~arms.omitted_regions(bench)[0]
     left = density.share_left(
-        bench.smooth(result), bench.smooth(unchanged.map()), added, elsewhere, bench.inside,
+        bench.smooth(result), bench.smooth(unchanged.map()), added, elsewhere, rest,
         bench.smooth(bench.reference),
     )  # fmt: skip
     verdict = at_most(left.interval, LARGEST)
@@ -68,7 +61,7 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         power=f"A share above {LARGEST + 2 * left.error:.2f} would have been seen." if np.isfinite(left.error) else "",
         details={"other_places": len(elsewhere)},
         figure=FigureData(
-            "share left", "", intervals=[("blobs", left.value, *left.interval)], level=LARGEST,
+            "share left", "", intervals=[("balls", left.value, *left.interval)], level=LARGEST,
             caption="Density of the balls in the map, as a share of what the reference had there. The interval is that "
             "of the same measurement in other places beside the particle.",
         ),

@@ -7,7 +7,7 @@ import numpy as np
 from cryoiso.core import products
 from cryoiso.methods.audit import likeness
 from cryoiso.methods.audit.blocks import Estimate
-from cryoiso.methods.audit.extent import has_plain_counterpart
+from cryoiso.methods.audit.extent import has_plain_counterpart, near_poses
 from cryoiso.methods.audit.record import ControlRecord, FigureData, Line, Verdict, gravest
 from cryoiso.metrics.fsc_curve import fsc, resolution_at, shell_frequencies
 from cryoiso.pipeline.audit.bench import Bench
@@ -33,7 +33,8 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     """The run's likeness to the reference beyond the initial one against that of noise, and that of noise with the
     workflow against that with a plain refinement."""
     noise = outcomes["workflow"].map()
-    own = unchanged.map() if not unchanged.refused else _map_of_run(bench)
+    # a local search around the poses of noise would keep some of what these owe to the reference
+    own = _map_of_run(bench) if near_poses(bench.job) or unchanged.refused else unchanged.map()
     gain, first = _beyond(bench, own, noise)
     extra, second = _by_workflow(bench, noise, outcomes)
     halves = [outcomes["workflow"].map(name) for name in products.HALF_MAPS]

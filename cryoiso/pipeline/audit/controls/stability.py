@@ -6,11 +6,11 @@ import numpy as np
 
 from cryoiso.core import products
 from cryoiso.io import read_particle_file
-from cryoiso.io.mrc import read_map
-from cryoiso.methods.audit.agreement import shared
-from cryoiso.methods.audit.extent import LOCAL_A, LOCAL_DEG
+from cryoiso.methods.audit.agreement import in_frame_of, shared
+from cryoiso.methods.audit.extent import LOCAL_DEG, near_poses
 from cryoiso.methods.audit.record import ControlRecord, FigureData, Line, at_least, gravest
 from cryoiso.metrics.fsc_curve import fsc, resolution_at
+from cryoiso.pipeline.audit import arms
 from cryoiso.pipeline.audit.bench import Bench, with_new_halves
 from cryoiso.pipeline.audit.repeat import Case, Outcome, job_of
 
@@ -23,38 +23,27 @@ EDGES_DEG = np.array([0, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 90, 180.0])
 
 
 def cases(bench: Bench) -> list[Case]:
-    """A local search of all poses from the run's own map, and the workflow with another seed and other half-sets."""
-    best = bench.run.folder.stage("reconstruct") / products.WEIGHTED_MAP
-    path = bench.write_reference(NAME, "own-map", read_map(best).data)
-    local = job_of(bench, path, plain=True)
-    local.reference.lowpass_A = max(bench.smoothing_A, 2 * bench.pixel_size_A)
-    local.refine.local_deg, local.refine.shift_range_A = (
-        LOCAL_DEG,
-        min(LOCAL_A, 0.4 * bench.box_px * bench.pixel_size_A),
-    )
+    """The workflow with another seed and other half-sets, and a local search of all poses from the run's own map; of a
+    plain refinement the matched control is a local search, from the reference."""
     seed = job_of(bench)
     seed.run.seed = bench.seed + 1
     halves = with_new_halves(bench.particles, seed.run.seed)
-    return [
-        Case(NAME, "local", local, particles=bench.posed, identity="final poses"),
-        Case(NAME, "seed", seed, particles=halves, identity="other half-sets"),
-    ]
+    again = Case(NAME, "seed", seed, particles=halves, identity="other half-sets")
+    return [again] if near_poses(bench.job) else [arms.local_case(bench), again]
 
 
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
     """Share of poses that stay within 10 degrees, and the resolution."""
     shares, lines, parts, verdicts = {}, [], [], []
-    compared = {
-        "local": bench.posed.require_poses()[0],
-        "seed": None if unchanged.refused else _poses(bench, unchanged),
-    }
-    for name, outcome in outcomes.items():
-        before = compared[name]
-        if outcome.refused or before is None:
+    before = bench.posed.require_poses()[0]
+    searched = outcomes if "local" in outcomes else {"local": unchanged, **outcomes}
+    for name, outcome in searched.items():
+        if outcome.refused:
             verdicts.append("inconclusive")
             parts.append({"local": "the local search was refused", "seed": "the repetition was refused"}[name])
             continue
-        share, error, moved = shared(before, _poses(bench, outcome), bench.operations, WITHIN_DEG)
+        after = in_frame_of(_poses(bench, outcome), before, bench.operations)
+        share, error, moved = shared(before, after, bench.operations, WITHIN_DEG)
         halves = [outcome.map(half) for half in products.HALF_MAPS]
         reached = resolution_at(fsc(halves[0], halves[1]), 0.143, bench.box_px, bench.pixel_size_A)
         shares[name] = {"share": share, "error": error, "median_deg": float(np.median(moved)), "half_maps_A": reached}
