@@ -37,7 +37,7 @@ OPTIONS = set().union(*OPTIONS_OF.values(), {"--help", "--version"})
 
 OTHER_PROGRAMS = {
     "RELION": "--continue --gpu --j --pool --o --i --blush --ios --model --sym --iter --verb --som --helix --grad "
-    "--sgd --norm --scale --ctf --pad --oversampling",  # and all with an underscore
+    "--sgd --norm --scale --ctf --pad --oversampling --tomograms --trajectories",  # and all with an underscore
     "Slurm": "--batch --dependency --exclude --gpus-per-node --gpus-per-task --gres --mpi --signal --qos --ntasks "
     "--ntasks-per-node --overlap --open-mode --tmp --cpus-per-task",
     "mpirun": "--bind-to --map-by",
