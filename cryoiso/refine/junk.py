@@ -6,8 +6,10 @@ Its likelihood is compared with that of the particle, both summed over what is n
 Rare views must not be lost. Where few images saw a direction the reference is poor, and a true particle there has
 little evidence, or evidence against it. So nothing is judged by one measure for all views: in each cone the reference
 has an amplitude of its own, the one that makes the images of this cone most likely. Where it knows nothing the
-amplitude is small, then the evidence is about even, and images stay. The prior share of junk is the cone's as well, and
-never more than one half: an image is left out because of what it shows, not because of its neighbours.
+amplitude is small, then the evidence is about even, and images stay. The share of junk is the cone's as well, but an
+image is judged with a prior of at most 2 %: it is left out because of what it shows, not because of its neighbours.
+Junk gathers in the cones of rare views, and with a prior of its own share there, it would take with it the particles
+that a poor reference fits a little worse than nothing does.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ CONE_DEG = 29.0
 FIRST_SHARE, FIRST_COUNT = 0.05, 4.0
 """Share of junk in a cone before any image is seen, and the images that this belief counts for."""
 MOST_SHARE = 0.5
-"""No cone's prior is larger."""
+"""No cone's share is larger."""
+MOST_PRIOR = 0.02
+"""Nor the prior by which its images are judged: one is junk where nothing explains it 50 times as well."""
 AMPLITUDES = 10.0 ** (-0.05 * np.arange(21))
 """Of the reference in a cone: 1 to 0.1."""
 AMPLITUDE_SD = 0.7
@@ -62,7 +66,7 @@ class JunkPrior:
     """What is known of the cones when an iteration begins."""
 
     share: Float[np.ndarray, " cones"]
-    """(C,) prior probability of junk."""
+    """(C,) of junk."""
     amplitude: Float[np.ndarray, " cones"]
     """(C,) of the reference."""
 
@@ -70,7 +74,8 @@ class JunkPrior:
         self, facts: Float[np.ndarray, "n 5"], cone: Int[np.ndarray, " n"]
     ) -> Float[np.ndarray, " n"]:
         """(N,) posterior probability that an image shows a particle, from its facts (N, 5) and its cone (N,)."""
-        odds = np.log1p(-self.share[cone]) - np.log(self.share[cone])
+        prior = np.minimum(self.share[cone], MOST_PRIOR)
+        odds = np.log1p(-prior) - np.log(prior)
         return _logistic(odds + advantage(facts, self.amplitude[cone]))
 
 

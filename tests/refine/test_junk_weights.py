@@ -17,7 +17,7 @@ from cryoiso.io.sources import SubsetSource
 from cryoiso.io.star.write import write_particles
 from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.simulation import simulate
-from cryoiso.refine.junk import JUNK_COLUMN, with_junk_of_file
+from cryoiso.refine.junk import JUNK_COLUMN, learned, with_junk_of_file
 from cryoiso.refine.reconstruct import reconstruct_halves
 
 N = 60
@@ -81,3 +81,13 @@ def test_the_command_uses_the_column_of_the_file(mixed, tmp_path):
         assert done.returncode == 0, done.stderr
         maps.append(read_map(tmp_path / name / "half1.mrc").data)
     assert relative(*maps) < 1e-3
+
+
+def test_junk_that_gathers_in_a_cone_takes_no_particle_with_it():
+    """Twenty empty images and five particles that a poor reference fits worse than nothing, by 3 in log evidence."""
+    evidence = np.concatenate([np.full(20, -12.0), np.full(5, -3.0)])
+    facts = np.zeros((25, 5))
+    facts[:, 2] = -evidence  # all of it in one column, so that it is the same at every amplitude
+    cone = np.zeros(25, int)
+    probability = learned(facts, cone, 1).particle_probability(facts, cone)
+    assert probability[:20].max() < 0.01 and probability[20:].min() > 0.5
