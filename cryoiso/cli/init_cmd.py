@@ -57,7 +57,7 @@ def init(
         point_group(options.sample.symmetry)
     named = reference is not None
     if reference is not None and not reference.is_file():
-        raise InputError("no such reference", file=reference, hint="Check --reference.", code="file-not-particle_set")
+        raise InputError("no such reference", file=reference, hint="Check --reference.", code="file-not-found")
     opened = job_options.job(particles={"file": str(particles)}, reference={"file": str(reference or PLACEHOLDER)})
     proposals = propose(particle_set, opened, images, named, particles)
     job = job_options.job(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cryoiso.core.errors import InputError
 from cryoiso.core.rng import generator
 from cryoiso.core.types import DensityMap
 from cryoiso.physics import fit_search as fs
@@ -127,7 +128,7 @@ class Proposal:
     def words(self) -> str:
         """The proposal in one to three sentences."""
         if self.group == "C1":
-            said = "No point group was found: C1."
+            said = "No symmetry was recognised (C1)."
         else:
             angle = float(np.degrees(np.arccos(np.clip((np.trace(self.frame.rotation) - 1) / 2, -1, 1))))
             away = float(np.linalg.norm(self.frame.shift_A))
@@ -169,6 +170,12 @@ def propose_symmetry(half1: DensityMap, half2: DensityMap | None = None, max_fol
     Raises:
         InputError: an empty map.
     """
+    for half_map in (half1, half2):
+        if half_map is not None and not 0 < float(np.std(half_map.data)) < np.inf:
+            raise InputError(
+                "the map is empty: no symmetry can be looked for in it", expected="finite densities that vary",
+                code="map-without-density",
+            )  # fmt: skip
     maps = [fs.reduced_map(half_map, REDUCED_TO_A) for half_map in (half1, half2) if half_map is not None]
     full_map = DensityMap(np.mean([half_map.data for half_map in maps], 0), maps[0].pixel_size_A)
     finest = finest_A(full_map)

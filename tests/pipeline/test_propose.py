@@ -193,3 +193,36 @@ def test_a_stack_with_another_pixel_size_in_its_header(sets, tmp_path):
     made = proposed(tmp_path / "a.star")
     assert any(kind == "warning" and "say 2.5 Å" in words for kind, _, words in about(made, "particles.file"))
     assert made.extent.diameter_A is None, "pure noise"
+
+
+def test_optics_groups_of_one_pixel_size_are_looked_at_together(sets):
+    blocks = read_blocks(sets / "particles.star")
+    optics, particles = blocks[0], blocks[1]
+    for name, values in optics.columns.items():
+        optics.columns[name] = ["2" if name == "rlnOpticsGroup" else value for value in values] + list(values)
+    particles.columns["rlnOpticsGroup"] = [str(1 + k % 2) for k in range(len(particles.columns["rlnImageName"]))]
+    write_blocks(sets / "groups.star", blocks)
+    made = proposed(sets / "groups.star")
+    assert made.extent.images == 120 and made.extent.diameter_A is not None
+
+
+def test_images_of_another_box_than_the_particle_file_says(sets):
+    blocks = read_blocks(sets / "particles.star")
+    blocks[0].columns["rlnImageSize"] = ["128"]
+    write_blocks(sets / "unbinned.star", blocks)
+    made = proposed(sets / "unbinned.star", images=10)
+    assert [
+        words for kind, _, words in about(made, "particles.file") if kind == "warning" and "images have 64 px" in words
+    ]
+
+
+def test_an_empty_reference_map_is_named(sets, tmp_path):
+    write_map(tmp_path / "empty.mrc", np.zeros((64, 64, 64), np.float32), PIXEL_A)
+    with raises_code("map-without-density", InputError) as error:
+        proposed(sets / "particles.star", tmp_path / "empty.mrc", images=0)
+    assert "empty.mrc" in str(error.value)
+
+
+def test_a_missing_reference_has_the_code_of_missing_files(sets):
+    done = cryoiso_here("init", sets / "particles.star", "--reference", sets / "none.mrc", "--out", sets / "none.toml")
+    assert done.returncode == 65 and "[file-not-found]" in done.stderr and not (sets / "none.toml").exists()

@@ -116,7 +116,7 @@ def propose(particles: Particles, job: Job, images: int, named: bool, file: obje
 
 def _look_at_images(proposals: Proposals, particles: Particles, group: int, images: int, file: object) -> int:
     """Measures the width of the signal; returns the box of the stacks, 0 where they cannot be read."""
-    rows = np.flatnonzero(particles.optics == group)
+    rows = np.flatnonzero(np.isin(particles.optics, _groups_alike(particles, group)))
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(images, len(rows))).round().astype(np.int64))]
     pixel_A = particles.groups[group].pixel_size_A
     variance: RadialVariance | None = None
@@ -140,6 +140,13 @@ def _look_at_images(proposals: Proposals, particles: Particles, group: int, imag
     assert variance is not None
     proposals.extent = variance.extent()
     said = sorted(h for h in headers if h > 0 and h != 1.0 and abs(h / pixel_A - 1) > PIXEL_TOLERANCE)
+    boxes = particles.groups[group].box_px, variance.box_px
+    if boxes[0] and boxes[0] != boxes[1]:
+        proposals.add(
+            "particles.file", "warning",
+            f"the images have {boxes[1]} px, the particle file says {boxes[0]} px. If they were binned or cropped "
+            "after it was written, its pixel size may be wrong as well",
+        )  # fmt: skip
     if said:
         proposals.add(
             "particles.file", "warning",
@@ -147,6 +154,15 @@ def _look_at_images(proposals: Proposals, particles: Particles, group: int, imag
             f"{pixel_A:g} Å. The particle file counts; if the images were binned after it was written, it is wrong",
         )  # fmt: skip
     return variance.box_px
+
+
+def _groups_alike(particles: Particles, group: int) -> list[int]:
+    """Optics groups with the box and the pixel size of one of them: their images can be looked at together."""
+    like = particles.groups[group]
+    return [
+        number for number, other in enumerate(particles.groups)
+        if other.box_px == like.box_px and abs(other.pixel_size_A / like.pixel_size_A - 1) <= PIXEL_TOLERANCE
+    ]  # fmt: skip
 
 
 def _about_symmetry(proposals: Proposals, reference: ReferenceFacts, named_symmetry: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap
 from cryoiso.io.confidence import ModelChoice
 from cryoiso.pipeline.inputs.reference import measure_diameter
@@ -91,13 +92,21 @@ def _of_map(file: Path, map_pixel_size_A: float | None) -> ReferenceFacts:
     box = read_map_box(file, map_pixel_size_A)
     x, y, z = box.voxel_A
     data = read_map(file, map_pixel_size_A).data if box.is_plain else densities(box, file)
+    if not np.std(data) > 0:
+        raise InputError(
+            "the reference map is empty", file=file, expected="densities that vary", code="map-without-density"
+        )
     coarse_A = max(COARSE_A, x, y, z)
     side = 2 * math.ceil(box.longest_A / coarse_A / 2)
     coarse = DensityMap(resample_box(data, (z, y, x), side, coarse_A), coarse_A)
+    diameter_A = measure_diameter(coarse)
+    if diameter_A >= side * coarse_A:  # a map cropped tightly: the box is not the limit, its corners are
+        roomy = 2 * math.ceil((math.sqrt(3) * box.longest_A / 2 + MARGIN_A) / coarse_A)
+        diameter_A = measure_diameter(DensityMap(resample_box(data, (z, y, x), roomy, coarse_A), coarse_A))
     proposal = propose_symmetry(coarse)
     nz, ny, nx = box.data.shape
     return ReferenceFacts(
-        "map", measure_diameter(coarse), proposal.group, proposal.pseudo or "", proposal.words,
+        "map", diameter_A, proposal.group, proposal.pseudo or "", proposal.words,
         directional_power(coarse), box_px=(nx, ny, nz), voxel_A=box.voxel_A, source={"map": box.facts()},
     )  # fmt: skip
 

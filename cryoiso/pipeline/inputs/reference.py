@@ -104,7 +104,7 @@ def prepare_reference(
 
     if not file.is_file():
         raise InputError(
-            "no such reference", file=file, hint="Check reference.file in the job file.", code="file-not-found"
+            "no such reference", file=file, hint="Check its path (reference.file in a job file).", code="file-not-found"
         )
     _check_lowpass(lowpass_A, pixel_size_A, file)
     if is_model(file):
