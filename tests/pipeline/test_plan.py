@@ -18,7 +18,7 @@ from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.planning import job_size, rates, workload
 from cryoiso.pipeline.planning.job_size import Problem, shard_layout
-from cryoiso.pipeline.planning.plan import Layout, as_lines, make_plan
+from cryoiso.pipeline.planning.plan import Layout, as_dict, as_lines, make_plan
 from cryoiso.pipeline.planning.rates import Rates
 from cryoiso.pipeline.planning.workload import KERNELS, Assumed
 from cryoiso.pipeline.run import run_job
@@ -173,6 +173,10 @@ def test_number_of_jobs():
     assert few >= 3 and (many > few or many == -1)
     stuck = replace(made, time_s=made.repeated_s)
     assert stuck.never_ends() and "more ranks are needed" in "\n".join(as_lines(stuck))
+    short = replace(made, time_s=60.0, repeated_s=0.0)
+    assert short.jobs()[0] == -1 and as_dict(short)["jobs"] == {"expected": None, "at_the_most": None}
+    assert any("no number of them ends the run" in line for line in as_lines(short))
+    assert not any("-1 job" in line for line in as_lines(short))
     assert made.wall_s() >= made.seconds * 2 and made.wall_s() % 900 == 0
     # a search is not done twice, however long it takes; RELION's iterations are
     slower = replace(fast, kernels=fast.kernels | {"gemm": 1e-6})

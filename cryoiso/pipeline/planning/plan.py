@@ -210,7 +210,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "disk_bytes_at_once": at_once[0],
         "files_at_once": at_once[1],
         "wall_time_s": wall,
-        "jobs": None if jobs is None else {"expected": jobs[0], "at_the_most": jobs[1]},
+        "jobs": None if jobs is None else {
+            "expected": jobs[0] if jobs[0] > 0 else None, "at_the_most": jobs[1] if jobs[1] > 0 else None,
+        },
         "an_iteration_never_ends": plan.never_ends(),
     }  # fmt: skip
 
@@ -235,6 +237,7 @@ def as_lines(plan: Plan) -> list[str]:
     lines.append(
         f"{'all':<14}{time:>14}{gib(plan.memory_bytes):>16}{gib(record['disk_bytes']):>12}{record['files']:>8}"
     )
+    lines.append(f"(the time of all includes {duration(START_S)} for the start of the program)")
     return [*lines, "", *_fact_lines(plan, record), *_wall_lines(plan)]
 
 
@@ -289,6 +292,11 @@ def _wall_lines(plan: Plan) -> list[str]:
         )
     elif jobs is not None:
         few, many = jobs
+        if few < 0:
+            return [
+                *lines, f"WARNING: a job of {duration(plan.time_s or 0)} does not even do what a stop costs (a start "
+                "and the time before the limit at which it stops): no number of them ends the run",
+            ]  # fmt: skip
         words = f"{few} job(s) of {duration(plan.time_s or 0)}: {few - 1} time(s) requeued"
         if many < 0:
             words += "; at the upper end of the uncertainty a job does not even do what a stop costs"

@@ -47,7 +47,11 @@ class Division:
         if self.ranks_per_node < USUAL_RANKS:
             words += f" ({USUAL_RANKS} ranks would need {gib(self.usual_bytes)}, each having grids of its own)"
         limit = f"{gib(self.limit_bytes)} of memory"
-        return f"{words}, within {limit}" if self.fits else f"{words}, which is more than {limit}: give --ram-gb"
+        return (
+            f"{words}, within {limit}"
+            if self.fits
+            else f"{words}, which is more than {limit}: give --ram-gb, if a node has more"
+        )
 
 
 def chooses_ranks(job: Job) -> bool:
