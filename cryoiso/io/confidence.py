@@ -225,10 +225,20 @@ def use_confidence(model: Any, source: tuple[str, str], choice: ModelChoice, pat
     confidence = residues.mean * verdict.factor
     _forget_b(model)
     facts |= {"residues": len(confidence), "mean_confidence": round(float(confidence.mean()), 2)}
+    if cut and 0 < full <= 1:
+        raise UsageError(
+            f"reference.full_confidence (--full-confidence) {full:g} is on a scale of 0 to 1: confidences are compared "
+            "on the scale of 0 to 100, also those of files with 0 to 1", code="option-out-of-range",
+        )  # fmt: skip
     level = logging.WARNING if verdict.doubtful else logging.INFO
     logger.log(level, "%s: the B column is read as predicted confidence (%s)", path, verdict.evidence)
     if not cut:
         return facts
+    if 0 < low < 1:
+        logger.warning(
+            "%s: reference.min_confidence (--min-confidence) is %g on a scale of 0 to 100, so next to nothing is left "
+            "out; %g is meant if it is a share of 1", path, low, 100 * low,
+        )  # fmt: skip
     if np.ptp(confidence) == 0:
         logger.warning("%s: all residues have the confidence %g: none is left out", path, confidence[0])
         return facts | {"left_out": 0, "weighted": 0}

@@ -163,3 +163,11 @@ def test_no_experimental_model_is_taken_for_a_prediction_by_its_values(shared_da
         assert not judge(found, ("", ""), "auto", file).predicted, file
         correlations.append(found.correlation)
     assert np.nanmean(np.array(correlations) < -0.05) > 0.85
+
+
+def test_thresholds_on_a_scale_of_1_are_not_taken_for_percent(tmp_path, caplog):
+    path = fold(tmp_path / "a.pdb", header=TITLE)
+    with raises_code("option-out-of-range", UsageError):
+        load_model(path, ModelChoice(min_confidence=0.5, full_confidence=0.7))
+    load_model(path, ModelChoice(min_confidence=0.7))
+    assert "70 is meant" in caplog.text
