@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -80,7 +81,9 @@ def init(
     echo(f"{particles}: {len(particle_set):,} particles, pixel size {', '.join(f'{s:g}' for s in sizes)} Å")
     for proposal in proposals.found:
         echo(f"{proposal.key}: {proposal.line}")
-    echo(f"{out} written. " + (f"Next: cryoiso run {out}" if reference else "Next: name your reference in it."))
+    first = "look at the comments '# ->' in it, then " if any(p.kind != "note" for p in proposals.found) else ""
+    start = f"Next: {first}cryoiso run {shlex.quote(str(out))}"
+    echo(f"{out} written. " + (start if reference else "Next: name your reference in it."))
 
 
 def _from(job: Path, path: Path) -> str:

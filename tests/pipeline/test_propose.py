@@ -226,3 +226,12 @@ def test_an_empty_reference_map_is_named(sets, tmp_path):
 def test_a_missing_reference_has_the_code_of_missing_files(sets):
     done = cryoiso_here("init", sets / "particles.star", "--reference", sets / "none.mrc", "--out", sets / "none.toml")
     assert done.returncode == 65 and "[file-not-found]" in done.stderr and not (sets / "none.toml").exists()
+
+
+def test_what_comes_next_names_the_comments_and_a_path_that_a_shell_takes(sets, tmp_path):
+    truth = read_map(sets / "truth_map.mrc")
+    other = odd(tmp_path / "a.mrc", truth.data[2:62], (PIXEL_A,) * 3)
+    out = tmp_path / "a job.toml"
+    done = cryoiso_here("init", sets / "particles.star", "--reference", other, "--out", out, "--images", 0)
+    assert done.returncode == 0, done.stderr
+    assert f"Next: look at the comments '# ->' in it, then cryoiso run '{out}'" in done.stdout
