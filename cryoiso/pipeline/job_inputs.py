@@ -16,6 +16,7 @@ from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest, read_job_particles, read_particle_file
+from cryoiso.io.models import is_model
 from cryoiso.io.mrc import read_map
 from cryoiso.io.shards import ShardSource
 from cryoiso.io.sources import SubsetSource
@@ -29,6 +30,10 @@ from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.scratch_copies import Scratch
 from cryoiso.pipeline.workflow import CO_REFINEMENTS
+
+
+COARSE_BOX_PX = 128
+"""of the grid on which a model's diameter is measured for plans: the density of a large box takes a minute"""
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,27 @@ class Inputs:
     def reference(self) -> Reference:
         """The reference on the particles' grid."""
         if self._reference is None:
-            section = self.job.reference
-            self._reference = prepare_reference(
-                Path(section.file), *self.grid(), section.lowpass_A,
-                map_pixel_size_A=section.pixel_size_A, resample=section.resample, symmetry=self.job.sample.symmetry,
-                fit=Path(section.fit) if section.fit else None, fit_resolution_A=section.fit_resolution_A,
-                model=model_choice(section),
-            )  # fmt: skip
+            self._reference = self._prepared_reference(*self.grid(), self.job.reference.lowpass_A)
         return self._reference
+
+    def _prepared_reference(self, box_px: int, pixel_size_A: float, lowpass_A: float) -> Reference:
+        section = self.job.reference
+        return prepare_reference(
+            Path(section.file), box_px, pixel_size_A, lowpass_A,
+            map_pixel_size_A=section.pixel_size_A, resample=section.resample, symmetry=self.job.sample.symmetry,
+            fit=Path(section.fit) if section.fit else None, fit_resolution_A=section.fit_resolution_A,
+            model=model_choice(section),
+        )  # fmt: skip
+
+    def expected_diameter_A(self) -> float:
+        """The particle's diameter for plans: the density of a model is made on a coarser grid than the particles'."""
+        box_px, pixel_A = self.grid()
+        ready = self._reference is not None or self.job.reference.fit or not is_model(self.job.reference.file)
+        if self.job.sample.diameter_A or ready or box_px <= COARSE_BOX_PX:
+            return self.job.sample.diameter_A or self.reference().diameter_A
+        coarse_A = pixel_A * box_px / COARSE_BOX_PX
+        lowpass_A = self.job.reference.lowpass_A and max(self.job.reference.lowpass_A, 2.5 * coarse_A)
+        return self._prepared_reference(COARSE_BOX_PX, coarse_A, lowpass_A).diameter_A
 
     def diameter_A(self) -> float:
         """The particle's diameter: the job's, else as measured by the reference stage."""

@@ -80,7 +80,7 @@ def problem_of(inputs: Inputs) -> Problem:
     """Reads what it needs of the inputs (rank 0)."""
     job, particles = inputs.job, inputs.particles()
     box, pixel = inputs.grid()
-    diameter = job.sample.diameter_A or inputs.reference().diameter_A
+    diameter = inputs.expected_diameter_A()
     file = Path(job.particles.file)
     text = file.suffix == ".star" and file.is_file()
     stacks = {str(name) for name in np.unique(particles.stack).tolist()} if not file.is_dir() else set()
