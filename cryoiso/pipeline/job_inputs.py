@@ -31,7 +31,6 @@ from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.scratch_copies import Scratch
 from cryoiso.pipeline.workflow import CO_REFINEMENTS
 
-
 COARSE_BOX_PX = 128
 """of the grid on which a model's diameter is measured for plans: the density of a large box takes a minute"""
 
