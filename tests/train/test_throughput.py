@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from cryoiso.train.state import Progress
+from cryoiso.train.state import TrainingProgress
 from cryoiso.train.throughput import product_tflops, training_flop
-from cryoiso.train.timer import Timer
+from cryoiso.train.timer import ThroughputTimer
 
 
 def test_operations_of_a_step_are_those_of_three_products():
@@ -29,11 +29,11 @@ def test_matrix_products_have_a_rate(low):
 def test_rates_follow_from_time_and_operations(tmp_path, monkeypatch):
     now = iter([0.0, 2.0, 6.0])
     monkeypatch.setattr("cryoiso.train.timer.time.monotonic", lambda: next(now))
-    timer = Timer(tmp_path / "timing.json", batch=8, ranks=2)
+    timer = ThroughputTimer(tmp_path / "timing.json", batch=8, ranks=2)
     timer.device(flop_per_image=5e9, product_tflops=0.1)
-    assert timer.note(Progress(step=1)) == "0 images/s"
-    assert timer.note(Progress(step=11)) == "40 images/s, 0.2 TFLOP/s (100% of matrix products)"
-    timer.note(Progress(step=16))
+    assert timer.note(TrainingProgress(step=1)) == "0 images/s"
+    assert timer.note(TrainingProgress(step=11)) == "40 images/s, 0.2 TFLOP/s (100% of matrix products)"
+    timer.note(TrainingProgress(step=16))
     timer.write()
     found = json.loads((tmp_path / "timing.json").read_text())
     assert found["seconds"] == 6 and found["images_per_s"] == pytest.approx(20)
