@@ -28,7 +28,7 @@ from cryoiso.refine import schedule
 from cryoiso.refine.initial_model import initial_model
 from cryoiso.refine.intensity import Intensity, intensity_facts
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.junk import JUNK_COLUMN, JunkPrior, junk_facts
+from cryoiso.refine.junk import JUNK_COLUMN, JunkPrior, junk_facts, too_much_junk
 from cryoiso.refine.model import Model
 from cryoiso.refine.noise import empty_facts
 from cryoiso.refine.offsets import check_poses
@@ -237,6 +237,8 @@ def _write(request: RefineRequest, run: Refinement, model: Model, result: Refine
     if JUNK_COLUMN in model.columns:
         some, junk = run.raw, model.columns[JUNK_COLUMN]
         summary["junk"] = junk_facts(run.cones, model.rotation[some], junk[some], model.junk)
+        if warning := too_much_junk(summary["junk"], int(np.count_nonzero(some))):
+            logger.warning(warning)
     if empty := empty_facts(model.sigma2, result.particles.groups, run.box):
         summary["empty_shells"] = empty
     if request.local_deg is not None:

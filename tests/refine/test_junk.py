@@ -24,7 +24,7 @@ from cryoiso.physics.so3 import random_rotations
 from cryoiso.physics.symmetry import point_group
 from cryoiso.physics.views import Views
 from cryoiso.pipeline.stages.engines import require_engine
-from cryoiso.refine.junk import CONE_DEG, JunkPrior, advantage, learned, spherical_mean
+from cryoiso.refine.junk import CONE_DEG, JunkPrior, advantage, learned, spherical_mean, too_much_junk
 
 
 def facts_of(cross, norm) -> np.ndarray:
@@ -195,6 +195,11 @@ def test_junk_switched_off_changes_nothing(tmp_path):
     result = NativeEngine().refine(refine_request(source, tmp_path, max_iterations=1), Context())
     assert "cryoisoJunkProbability" not in result.particles.results
     assert '"junk"' not in (tmp_path / "refine.json").read_text()
+
+
+def test_more_junk_than_sets_have_is_a_warning():
+    assert "330 of 700 images" in too_much_junk({"count": 330}, 700)
+    assert too_much_junk({"count": 140}, 700) == ""
 
 
 def test_only_the_native_engine_looks_for_junk():
