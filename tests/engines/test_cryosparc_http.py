@@ -117,10 +117,11 @@ def test_faults_of_the_network(data, server, tmp_path, call, fault):
     server.lose = {call: list(fault)}
     result = CryosparcEngine().refine(request(data, tmp_path / "o"))
     assert len(result.particles) == 40 and server.lose[call] == []
-    arrived = {path.suffix: path for path in (tmp_path / "P1").rglob("*.mrc*")}
+    project = tmp_path / "P1"  # a job whose creation is not answered stays there without files
+    (reference,), (stack,) = list(project.rglob("reference.mrc")), list(project.rglob("*.mrcs"))
     ours = next((tmp_path / "o").rglob("reference.mrc"))  # the library repeats an upload with the rest of its stream
-    assert arrived[".mrc"].read_bytes() == ours.read_bytes()
-    assert mrcfile.read(arrived[".mrcs"]).shape == (40, 24, 24)
+    assert reference.read_bytes() == ours.read_bytes()
+    assert mrcfile.read(stack).shape == (40, 24, 24)
     queued = [job for job in server.state.jobs.values() if job.queued]
     assert [(job.kind, job.queued, job.status) for job in queued] == [("homo_refine_new", 1, "completed")]
 
