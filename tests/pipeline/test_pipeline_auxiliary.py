@@ -24,7 +24,7 @@ from cryoiso.pipeline.run import run_job
 from cryoiso.pipeline.stages.post_command import arguments, post_process
 from cryoiso.report import build
 
-SMALL = {"run_workflow": "auxiliary", "auxiliary_steps": 6, "refine_max_iterations": 2}
+SMALL = {"run_workflow": "auxiliary", "auxiliary_steps": 6, "refine_max_iterations": 2, "auxiliary_balance": True}
 
 
 @pytest.fixture(scope="module")

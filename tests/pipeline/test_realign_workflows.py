@@ -61,7 +61,7 @@ def facts(run: Path, stage: str, name: str) -> dict:
 def test_stages_of_the_workflows():
     end = ("reconstruct", "correct", "diagnose")
     assert workflow.folder_stages(job_of("realign")) == ("ingest", "reference", "refine", *end)
-    rounds = ("train-1", "generate-1", "corefine-1", "local")
+    rounds = ("train-1", "generate-1", "corefine-1")
     assert workflow.folder_stages(job_of("both")) == ("ingest", "reference", "refine", *rounds, *end)
     for name in ("refine", "auxiliary"):
         assert "correct" not in workflow.folder_stages(job_of(name))

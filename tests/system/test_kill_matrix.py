@@ -22,7 +22,7 @@ from pipeline_helper import cryoiso_here, hash_files, simulate, write_job
 pytestmark = [pytest.mark.mpi, pytest.mark.slow]
 
 SHORT = {"refine_max_iterations": 3}
-AUXILIARY = {"auxiliary_steps": 12, "auxiliary_rounds": 1, "auxiliary_settle_deg": 0.0}
+AUXILIARY = {"auxiliary_steps": 12, "auxiliary_rounds": 1, "auxiliary_settle_deg": 0.0, "auxiliary_balance": True}
 NETWORKS = {"correct_sub_maps": 4, "correct_cube_px": 16, "correct_epochs": 1, "realign_epochs": 1}
 WITH_RELION = {"refine_engine": "relion", "refine_max_iterations": 2, "refine_padding": 1, "sample_diameter_A": 140.0}
 AT_ONCE = {"refine_max_iterations": 3, "realign_start_step_deg": 30.0}

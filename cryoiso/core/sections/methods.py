@@ -63,7 +63,11 @@ class AuxiliarySection(Section):
     settle_deg: float = Field(
         1.0, ge=0, description="stop the rounds once three quarters of the particles rotate by less than this"
     )
-    balance: bool = Field(True, description="end with a local refinement of a subset with balanced views")
+    balance: bool = Field(
+        False,
+        description="end with a local refinement of a subset with balanced views, as published, and make the maps from "
+        "that subset; false: the maps are made from all raw particles",
+    )
     balance_cap: float = Field(
         3.0, gt=0, description="most particles per direction, in multiples of the median of all occupied directions"
     )
