@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cs_helper import save
 from errors_helper import raises_code
-from pipeline_helper import SERIAL, cryoiso_here
+from pipeline_helper import SERIAL
 from relion_helper import open_mpi
 from relion_rules import Rules
 from relion_standin import write_program
@@ -42,14 +42,6 @@ from cryoiso.pipeline.stages.engines import require_engine
 PROGRAM = Path(__file__).parents[1] / "helpers" / "command_program.py"
 FILES = "{particles} {reference1} {out_particles} {out_half1} {out_half2}"
 NO_MAPS = "{particles} {reference} {out_particles} '' ''"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    words = ("--n", 60, "--box", 24, "--pixel-size", 7, "--snr-db", 10, "--halves")
-    assert cryoiso_here("simulate", "phantom", folder, *words).returncode == 0
-    return folder
 
 
 def command(data: Path, how: str = "well", files: str = FILES, before: str = "", **more: object) -> CommandSection:

@@ -16,10 +16,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from cryosparc_helper import _made, request, truth_of
+from cryosparc_helper import _made, request
 from errors_helper import raises_code
 from mpi_helper import run_mpi
-from pipeline_helper import cryoiso_here
 
 pytest.importorskip("cryosparc.tools")
 import cryosparc_stand_in as stand_in
@@ -40,22 +39,6 @@ from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.stages.engines import require_engine
 
 SECRET = "correct-horse-battery"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    words = ("--n", 60, "--box", 24, "--pixel-size", 7, "--snr-db", 10, "--halves")
-    assert cryoiso_here("simulate", "phantom", folder, *words).returncode == 0
-    return folder
-
-
-@pytest.fixture
-def server(data, tmp_path, monkeypatch):
-    """A stand-in whose refinements find the true poses."""
-    made = stand_in.Server(tmp_path / "P1", truth_of(data))
-    monkeypatch.setattr("cryosparc.tools.CryoSPARC", made.session)
-    return made
 
 
 def parameters(function: Any) -> list[tuple[str, Any]]:

@@ -15,21 +15,16 @@ import mrcfile
 import numpy as np
 import pytest
 from errors_helper import raises_code
-from pipeline_helper import cryoiso_here
 
 pytest.importorskip("cryosparc.tools")
 import cryosparc_stand_in as stand_in
 from cryosparc import auth, tools
+from cryosparc_helper import request, truth_of
 from cryosparc_http import PASSWORD_TOKEN, USER, HttpServer
 
-from cryoiso.core.config import CryosparcSection, RefineSection
 from cryoiso.core.errors import CryoisoError
-from cryoiso.core.protocols import RefineRequest
 from cryoiso.engines.cryosparc.engine import CryosparcEngine
 from cryoiso.io import read_map, read_particles
-from cryoiso.io.conventions import to_cryosparc_frame
-from cryoiso.io.mrc import write_map
-from cryoiso.io.sources import StackSource
 
 
 def login(url: str) -> None:
@@ -41,32 +36,10 @@ def login(url: str) -> None:
     sessions.save()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    words = ("--n", 40, "--box", 24, "--pixel-size", 7, "--snr-db", 10, "--halves")
-    assert cryoiso_here("simulate", "phantom", folder, *words).returncode == 0
-    return folder
-
-
 @pytest.fixture
 def server(data, tmp_path, monkeypatch):
     """A server whose refinements find the true poses, and a login at it."""
-    truth = read_particles(data / "truth.star", "", ("pose",))
-
-    def refine(rows, root, job, source):
-        given = stand_in.particles_of(rows, root)
-        at = [truth.uid.tolist().index(uid) for uid in given.uid.tolist()]
-        rotation = to_cryosparc_frame(truth.rotation[at], job.params["refine_symmetry"])
-        posed = given.with_poses(rotation, truth.shift_A[at]).take(np.arange(len(given))[::-1])
-        volume, maps = read_map(root / source["volume"]["map/path"][0]), {}
-        for half in (1, 2):
-            noise = np.random.default_rng(half).normal(0, volume.data.std(), volume.data.shape)
-            maps[half] = root / f"noisy{half}.mrc"
-            write_map(maps[half], volume.data + noise.astype(np.float32), volume.pixel_size_A)
-        return posed, maps
-
-    made = HttpServer(stand_in.Server(tmp_path / "P1", refine))
+    made = HttpServer(stand_in.Server(tmp_path / "P1", truth_of(data)))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setattr(tools.CryoSPARC.__init__, "__defaults__", (made.url,))
     login(made.url)
@@ -75,20 +48,12 @@ def server(data, tmp_path, monkeypatch):
     auth.get_default_auth_config_path.cache_clear()
 
 
-def request(data: Path, out: Path, **section: object) -> RefineRequest:
-    out.mkdir(exist_ok=True)
-    program = CryosparcSection(project="P1", workspace="W1", poll_s=0.01, **section)
-    settings = RefineSection(engine="cryosparc", max_iterations=2, healpix_order=1, padding=1)
-    return RefineRequest(
-        StackSource(read_particles(data / "particles.star")), read_map(data / "truth_map.mrc"), folder=out,
-        program=program, symmetry="C3", settings=settings, diameter_A=140.0, lowpass_A=20.0,
-    )  # fmt: skip
-
-
 def test_poses_and_half_maps_come_back_through_the_library(data, server, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the library warns of answers that it does not understand
-        result = CryosparcEngine().refine(request(data, tmp_path / "o", lane="gpu", params={"refine_scale_min": True}))
+        result = CryosparcEngine().refine(
+            request(data, tmp_path / "o", {"lane": "gpu", "params": {"refine_scale_min": True}})
+        )
     truth = read_particles(data / "truth.star", "", ("pose",))
     assert np.array_equal(result.particles.uid, truth.uid) and np.array_equal(result.particles.half, truth.half)
     assert np.abs(result.particles.rotation - truth.rotation).max() < 1e-6
@@ -116,12 +81,12 @@ def test_faults_of_the_network(data, server, tmp_path, call, fault):
     """A busy server, a connection that breaks four times (the library gives up after three), an answer that is lost."""
     server.lose = {call: list(fault)}
     result = CryosparcEngine().refine(request(data, tmp_path / "o"))
-    assert len(result.particles) == 40 and server.lose[call] == []
+    assert len(result.particles) == 60 and server.lose[call] == []
     project = tmp_path / "P1"  # a job whose creation is not answered stays there without files
     (reference,), (stack,) = list(project.rglob("reference.mrc")), list(project.rglob("*.mrcs"))
     ours = next((tmp_path / "o").rglob("reference.mrc"))  # the library repeats an upload with the rest of its stream
     assert reference.read_bytes() == ours.read_bytes()
-    assert mrcfile.read(stack).shape == (40, 24, 24)
+    assert mrcfile.read(stack).shape == (60, 24, 24)
     queued = [job for job in server.state.jobs.values() if job.queued]
     assert [(job.kind, job.queued, job.status) for job in queued] == [("homo_refine_new", 1, "completed")]
 
@@ -134,7 +99,7 @@ def test_refusals_have_the_servers_reason_and_never_the_address(data, server, tm
         ]
     ):
         with raises_code(code, CryoisoError, match=words) as caught:
-            CryosparcEngine().refine(request(data, tmp_path / f"o{number}", **section))
+            CryosparcEngine().refine(request(data, tmp_path / f"o{number}", section))
         assert "127.0.0.1" not in str(caught.value) and PASSWORD_TOKEN not in str(caught.value)
     server.state.fails = "CUDA out of memory"
     with raises_code("cryosparc-job-failed", CryoisoError, match="CUDA out of memory"):

@@ -8,32 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cryosparc_helper import ledger_of, request, truth_of
+from cryosparc_helper import ledger_of, request
 from errors_helper import raises_code
-from pipeline_helper import cryoiso_here
 
 pytest.importorskip("cryosparc.tools")
-import cryosparc_stand_in as stand_in
 
 from cryoiso.core.errors import CryoisoError, Interrupted
 from cryoiso.engines.cryosparc.engine import CryosparcEngine
 from cryoiso.parallel import signals
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    words = ("--n", 60, "--box", 24, "--pixel-size", 7, "--snr-db", 10, "--halves")
-    assert cryoiso_here("simulate", "phantom", folder, *words).returncode == 0
-    return folder
-
-
-@pytest.fixture
-def server(data, tmp_path, monkeypatch):
-    """A stand-in whose refinements find the true poses."""
-    made = stand_in.Server(tmp_path / "P1", truth_of(data))
-    monkeypatch.setattr("cryosparc.tools.CryoSPARC", made.session)
-    return made
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from errors_helper import raises_code
-from pipeline_helper import cryoiso_here
 from relion_helper import HOOK, open_mpi, write_task
 from relion_rules import Rules
 from relion_standin import write_program
@@ -32,14 +31,6 @@ OPTIONS = shlex.split(
     "--offset_range 2 --offset_step 1 --low_resol_join_halves 40 --norm --scale --pad 2 --random_seed 1"
 )
 CONTINUED = ["--j", "1", "--pool", "10", "--dont_combine_weights_via_disc", "--preread_images"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    words = ("--n", 60, "--box", 24, "--pixel-size", 7, "--snr-db", 10, "--halves")
-    assert cryoiso_here("simulate", "phantom", folder, *words).returncode == 0
-    return folder
 
 
 @pytest.fixture

@@ -30,14 +30,6 @@ pytestmark = [pytest.mark.relion, pytest.mark.mpi]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    done = cryoiso("simulate", "phantom", folder, "--n", 60, "--box", 24, "--pixel-size", 7, "--snr-db", 10, "--halves")
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture(scope="module")
 def served(data, tmp_path_factory):
     """A whole run on two ranks, its callbacks served by them."""
     out = tmp_path_factory.mktemp("served") / "out"

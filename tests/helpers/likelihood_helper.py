@@ -6,9 +6,7 @@ import numpy as np
 import torch
 
 from cryoiso.refine.batches import BatchReader
-from cryoiso.refine.schedule import (
-    global_grid,
-)
+from cryoiso.refine.schedule import global_grid
 from cryoiso.refine.search import Posterior
 
 BOX, PIXEL_A = 32, 6.0

@@ -19,7 +19,6 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.filters import lowpass, power_spectrum
 from cryoiso.physics.noise import noise_spectrum
-from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.resample import resample_map
 from cryoiso.physics.simulation import SimulatedSource, make_particles, simulate
@@ -27,23 +26,9 @@ from cryoiso.refine import references
 from cryoiso.refine.batches import BatchReader
 from cryoiso.refine.initial_model import grey_scale, initial_model, mean_power
 from cryoiso.refine.iterate import Refinement
-from cryoiso.refine.likelihood import (
-    whiten,
-)
+from cryoiso.refine.likelihood import whiten
 from cryoiso.refine.maximise import NoiseSums, accumulate
-from cryoiso.refine.schedule import (
-    ScheduleState,
-)
-
-
-@pytest.fixture(scope="module")
-def truth() -> DensityMap:
-    return phantom_map(BOX, PIXEL_A, 14.0)
-
-
-@pytest.fixture(scope="module")
-def source(truth) -> SimulatedSource:
-    return simulate(truth, 60, snr_db=0.0, shift_sd_A=8.0, seed=7)
+from cryoiso.refine.schedule import ScheduleState
 
 
 @pytest.mark.parametrize("kind", ["white", "coloured"])

@@ -9,14 +9,12 @@ import pytest
 import torch
 from likelihood_helper import BOX, GRID, PIXEL_A, tensor, the_batch, true_posterior
 
-from cryoiso.core.types import DensityMap
 from cryoiso.physics import gpu_kernels
 from cryoiso.physics.backproject import SliceAccumulator
 from cryoiso.physics.contrast_transfer import ctf_for
 from cryoiso.physics.fourier import fourier_disc
-from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.projection import FourierVolume, project
-from cryoiso.physics.simulation import SimulatedSource, simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import random_rotations
 from cryoiso.refine import maximise
 from cryoiso.refine.batches import BatchReader
@@ -34,23 +32,10 @@ from cryoiso.refine.likelihood import (
     whiten,
 )
 from cryoiso.refine.maximise import NoiseSums, accumulate
-from cryoiso.refine.schedule import (
-    FIRST_THRESHOLD,
-    disc_of_shifts,
-)
+from cryoiso.refine.schedule import FIRST_THRESHOLD, disc_of_shifts
 from cryoiso.refine.search import Posterior
 
 RNG = np.random.default_rng(6)
-
-
-@pytest.fixture(scope="module")
-def truth() -> DensityMap:
-    return phantom_map(BOX, PIXEL_A, 14.0)
-
-
-@pytest.fixture(scope="module")
-def source(truth) -> SimulatedSource:
-    return simulate(truth, 60, snr_db=0.0, shift_sd_A=8.0, seed=7)
 
 
 def likelihood_by_hand(source, batch, volume: FourierVolume, row: int, rotation, shift_px, sigma2: float) -> float:

@@ -8,30 +8,13 @@ import torch
 from likelihood_helper import BOX, GRID, PIXEL_A, tensor, the_batch
 
 from cryoiso.core.config import RefineSection
-from cryoiso.core.types import DensityMap
-from cryoiso.physics.phantom import phantom_map
 from cryoiso.physics.projection import FourierVolume
-from cryoiso.physics.simulation import SimulatedSource, simulate
+from cryoiso.physics.simulation import simulate
 from cryoiso.physics.so3 import angular_distance_deg, rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
-from cryoiso.refine.likelihood import (
-    whiten,
-)
-from cryoiso.refine.schedule import (
-    ScheduleState,
-    search_plan,
-)
+from cryoiso.refine.likelihood import whiten
+from cryoiso.refine.schedule import ScheduleState, search_plan
 from cryoiso.refine.search import Level, Posterior, Searcher, SearchPlan, summarise
-
-
-@pytest.fixture(scope="module")
-def truth() -> DensityMap:
-    return phantom_map(BOX, PIXEL_A, 14.0)
-
-
-@pytest.fixture(scope="module")
-def source(truth) -> SimulatedSource:
-    return simulate(truth, 60, snr_db=0.0, shift_sd_A=8.0, seed=7)
 
 
 @pytest.fixture(scope="module")
