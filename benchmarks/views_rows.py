@@ -53,8 +53,8 @@ class Row:
     """File of the set that is refined."""
 
 
-def _auxiliary(generators: str, weight: float | str = "measured") -> dict[str, dict[str, Any]]:
-    return {"auxiliary": {"generators": generators, "preset": "small", "steps": 300, "weight": weight}}
+def _auxiliary(generators: str, weight: float | str = "measured", **keys: Any) -> dict[str, dict[str, Any]]:
+    return {"auxiliary": {"generators": generators, "preset": "small", "steps": 300, "weight": weight, **keys}}
 
 
 ROWS: dict[str, Row] = {
@@ -72,6 +72,7 @@ ROWS: dict[str, Row] = {
     "refine whole": Row(reference="full.mrc"),
     "auxiliary white": Row("auxiliary", job=_auxiliary("white-noise")),
     "auxiliary coloured": Row("auxiliary", job=_auxiliary("coloured-noise")),
+    "auxiliary coloured unbalanced": Row("auxiliary", job=_auxiliary("coloured-noise", balance=False)),
     "auxiliary coloured weight 1": Row("auxiliary", job=_auxiliary("coloured-noise", 1.0)),
     "auxiliary vae": Row("auxiliary", job=_auxiliary("per-half")),
     "auxiliary vae weight 1": Row("auxiliary", job=_auxiliary("per-half", 1.0)),
