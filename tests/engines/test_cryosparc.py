@@ -155,6 +155,7 @@ RANKS = """
 import sys
 from pathlib import Path
 import cryosparc.tools
+from cryosparc_helper import request, truth_of
 from cryosparc_stand_in import Server
 import test_cryosparc as here
 from cryoiso.parallel.context import get_context
@@ -164,16 +165,16 @@ def session(**options):
     assert comm.rank == 0, "only rank 0 speaks to cryoSPARC"
     return server.session(**options)
 if comm.rank == 0:
-    server = Server(out / "P1", here.truth_of(data))
+    server = Server(out / "P1", truth_of(data))
 cryosparc.tools.CryoSPARC = session
-result = here.CryosparcEngine().refine(here.request(data, out / "o", {"half_maps": "reconstruct"}), comm)
+result = here.CryosparcEngine().refine(request(data, out / "o", {"half_maps": "reconstruct"}), comm)
 assert len(result.particles) == 60
 if comm.rank == 0:
     assert len(server.jobs) == 2
     server.root = out / "Q1"
     server.fails = "no GPU"
 try:
-    here.CryosparcEngine().refine(here.request(data, out / "p", {"half_maps": "reconstruct"}), comm)
+    here.CryosparcEngine().refine(request(data, out / "p", {"half_maps": "reconstruct"}), comm)
 except here.CryoisoError as error:
     assert error.code == "cryosparc-job-failed" and "no GPU" in str(error), error
     print("told")
