@@ -187,19 +187,19 @@ def _auxiliary(data: ReportData, cite: Citations) -> str:
     rounds = [r for r in parts.get("rounds") or [] if r["corefine"] and not r["corefine"].get("skipped")]
     if not rounds:
         return ""
-    made = [r for r in rounds if not section(r, "generate").get("skipped")]
-    if not made:
+    with_images = [r for r in rounds if not section(r, "generate").get("skipped")]
+    if not with_images:
         text = f"Auxiliary particles {cite('auxiliary')} against preferred orientation were not made: beyond the "
         text += "resolution of the first reference the particles alone confirmed nothing of the homologue."
         return text + _balanced(section(parts, "local"), settings)
-    first, last = made[0], made[-1]
+    first, last = with_images[0], with_images[-1]
     text = f"Against preferred orientation, auxiliary particles {cite('auxiliary')} were used in "
-    text += "one round: " if len(made) == 1 else f"{len(made)} rounds: "
+    text += "one round: " if len(with_images) == 1 else f"{len(with_images)} rounds: "
     text += _generator(settings, section(first["train"], "settings"), section(data["job"], "micelle"))
     text += f" {first['corefine'].get('auxiliary', 0):,} auxiliary particles with evenly distributed views "
     text += f"({settings.get('ratio'):g} per particle, noise multiplied by {settings.get('temperature'):g}) were "
     text += "refined "
-    text += "together with the particles" + (", each round anew" if len(made) > 1 else "")
+    text += "together with the particles" + (", each round anew" if len(with_images) > 1 else "")
     text += ", and then discarded: no auxiliary image entered any of the maps."
     share = number(last["corefine"], "auxiliary_weight_share")
     homologue = section(last["corefine"], "homologue")

@@ -119,7 +119,7 @@ def _facts(job: Job, round_: int, before: Particles, refined: Any, known: Partic
         "auxiliary": len(refined.auxiliary),
         "moved": moved,
         "resolution_A": refined.result.resolution_A,
-        **_weight_facts(refined.first, refined.last, len(known) > 0),
+        **_weight_facts(refined.first, refined.last, len(known)),
         "auxiliary_error_deg": (
             None if refined.auxiliary is known else movement(known, refined.auxiliary, symmetry)["median_deg"]
         ),
@@ -128,9 +128,9 @@ def _facts(job: Job, round_: int, before: Particles, refined: Any, known: Partic
     }
 
 
-def _weight_facts(first: IterationRecord, last: IterationRecord, made: bool) -> dict[str, Any]:
+def _weight_facts(first: IterationRecord, last: IterationRecord, auxiliaries: int) -> dict[str, Any]:
     """What the auxiliary particles weighed at the end, and why; None where the engine does not say."""
-    facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share") if made else 0.0}
+    facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share") if auxiliaries else 0.0}
     if "homologue" in first:
         facts["homologue"] = first["homologue"]
         facts |= {name: last[name] for name in ("auxiliary_factor", "homologue_precision") if name in last}
