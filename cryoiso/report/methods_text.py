@@ -187,14 +187,19 @@ def _auxiliary(data: ReportData, cite: Citations) -> str:
     rounds = [r for r in parts.get("rounds") or [] if r["corefine"] and not r["corefine"].get("skipped")]
     if not rounds:
         return ""
-    first, last = rounds[0], rounds[-1]
+    with_images = [r for r in rounds if not section(r, "generate").get("skipped")]
+    if not with_images:
+        text = f"Auxiliary particles {cite('auxiliary')} against preferred orientation were not made: beyond the "
+        text += "resolution of the first reference the particles alone confirmed nothing of the homologue."
+        return text + _balanced(section(parts, "local"), settings)
+    first, last = with_images[0], with_images[-1]
     text = f"Against preferred orientation, auxiliary particles {cite('auxiliary')} were used in "
-    text += "one round: " if len(rounds) == 1 else f"{len(rounds)} rounds: "
+    text += "one round: " if len(with_images) == 1 else f"{len(with_images)} rounds: "
     text += _generator(settings, section(first["train"], "settings"), section(data["job"], "micelle"))
     text += f" {first['corefine'].get('auxiliary', 0):,} auxiliary particles with evenly distributed views "
     text += f"({settings.get('ratio'):g} per particle, noise multiplied by {settings.get('temperature'):g}) were "
     text += "refined "
-    text += "together with the particles" + (", each round anew" if len(rounds) > 1 else "")
+    text += "together with the particles" + (", each round anew" if len(with_images) > 1 else "")
     text += ", and then discarded: no auxiliary image entered any of the maps."
     share = number(last["corefine"], "auxiliary_weight_share")
     homologue = section(last["corefine"], "homologue")
@@ -215,13 +220,17 @@ def _auxiliary(data: ReportData, cite: Citations) -> str:
         text += f", {percent(moved.get('over_20', 0))} of them by more than 20°."
     if settings.get("post_command"):
         text += " Between rounds an outside program was run on each half-set's reference."
-    local = parts.get("local") or {}
-    if local:
-        text += f" Finally {local['kept']:,} particles with balanced views (at most {local.get('cap', 0):g} of a "
-        text += f"direction in each half-set) were refined locally, within {settings.get('local_deg'):g}°, "
-        text += "without auxiliary ones; the "
-        text += f"other {local['dropped']:,} particles are not in the final maps."
-    return text
+    return text + _balanced(section(parts, "local"), settings)
+
+
+def _balanced(local: dict[str, Any], settings: dict[str, Any]) -> str:
+    """The local refinement at the end, if there was one."""
+    if not local:
+        return ""
+    text = f" Finally {local['kept']:,} particles with balanced views (at most {local.get('cap', 0):g} of a "
+    text += f"direction in each half-set) were refined locally, within {settings.get('local_deg'):g}°, "
+    text += "without auxiliary ones; the "
+    return text + f"other {local['dropped']:,} particles are not in the final maps."
 
 
 def _generator(settings: dict[str, Any], trained: dict[str, Any], micelle: dict[str, Any]) -> str:

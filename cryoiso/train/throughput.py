@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,12 @@ def training_flop(forward: Callable[[], Any]) -> int:
     return PASSES * int(counter.get_total_flops())
 
 
+@functools.cache
 def product_tflops(device: str, bfloat16: bool) -> float:
-    """TFLOP/s of the product of two large square matrices, the best of a few; float32 is TF32 on GPUs if that is on."""
+    """TFLOP/s of the product of two large square matrices, the best of a few; float32 is TF32 on GPUs if that is on.
+
+    Measured once in a process: a refinement with the correction in its loop trains in every iteration.
+    """
     kind = torch.device(device).type
     edge = EDGE[kind]
     left, right = torch.randn(2, edge, edge, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)

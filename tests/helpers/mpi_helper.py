@@ -18,6 +18,17 @@ import pytest
 from forks_helper import python
 
 ROOT = Path(__file__).resolve().parents[2]
+ENDS_ALL = """
+def end_all(*error):
+    sys.__excepthook__(*error)
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and MPI.COMM_WORLD.size > 1:
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+sys.excepthook = end_all
+"""
+"""Before a script: an error of one rank ends all, as in cryoiso (``parallel.abort``). Else the others wait for it in
+MPI, and it for them in MPI_Finalize."""
 
 
 def find_mpirun() -> str | None:
@@ -50,7 +61,8 @@ def start_mpi(
     n: int, script: str | Sequence[str | Path], env: Mapping[str, str] | None = None, forks: bool = True, **popen
 ) -> subprocess.Popen[str]:
     """Starts ``script`` on n ranks and returns at once; see ``run_mpi``. The job has a process group of its own."""
-    command = ["-c", script] if isinstance(script, str) else [str(part) for part in script]
+    before = f"import sys; exec({ENDS_ALL!r}, dict(sys=sys))\n"
+    command = ["-c", before + script] if isinstance(script, str) else [str(part) for part in script]
     mpirun = find_mpirun()
     if mpirun is None:
         raise RuntimeError("no mpirun: mark the test with pytest.mark.mpi")

@@ -406,3 +406,18 @@ with group_stop.side_by_side(comm):
     waits = "rank 0 is through and waits for ranks that work on something else"
     assert lines[:4] == ["warning: usual 0", "warning: odd 0", "half 1: done (0 s)", waits]
     assert lines[4:] == ["warning: odd 1", "half 2: done (0 s)"]
+
+
+@pytest.mark.mpi
+def test_an_error_in_one_rank_of_a_tests_script_ends_the_others():
+    """They would wait for it until the test's time is over, and nobody would see the error."""
+    script = """
+from cryoiso.parallel.context import get_context
+comm = get_context()
+if comm.rank == 0:
+    raise AttributeError("a helper has lost its name")
+comm.barrier()
+"""
+    done = run_mpi(2, script, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "a helper has lost its name" in done.stderr

@@ -26,6 +26,14 @@ def test_matrix_products_have_a_rate(low):
     assert 1e-3 < product_tflops("cpu", low) < 1e3
 
 
+def test_the_rate_of_a_device_is_measured_once(monkeypatch):
+    """A realigned refinement trains in every iteration."""
+    product_tflops.cache_clear()
+    rate = product_tflops("cpu", False)
+    monkeypatch.setattr("torch.mm", None)
+    assert product_tflops("cpu", False) == rate
+
+
 def test_rates_follow_from_time_and_operations(tmp_path, monkeypatch):
     now = iter([0.0, 2.0, 6.0])
     monkeypatch.setattr("cryoiso.train.timer.time.monotonic", lambda: next(now))

@@ -72,20 +72,35 @@ def co_refine(
     """
     raw, first = request.source, IterationRecord()
     if weight == "measured" and engine.name not in WEIGHING:
-        first = homologue_evidence(replace(request, source=_without_views(raw, False)), comm)
+        first = homologue_evidence(replace(request, source=without_views(raw, False)), comm)
         if not first["homologue"]["confirmed"]:
-            result = engine.refine(replace(request, source=_without_views(raw, False)), comm)
+            result = engine.refine(replace(request, source=without_views(raw, False)), comm)
             return CoRefined(_returned(engine, raw, result), auxiliary.particles, result, first)
         if comm.rank == 0:
             logger.warning(
                 "%s cannot weigh auxiliary particles: they count in full, which draws poses to the homologue",
                 engine.name,
             )
-    joined = JoinedSource(_without_views(raw, False), _without_views(auxiliary, True), pooled=pooled)
+    joined = JoinedSource(without_views(raw, False), without_views(auxiliary, True), pooled=pooled)
     flags = np.arange(len(joined.particles)) >= len(raw.particles)
     result = engine.refine(replace(request, source=joined, auxiliary=flags, auxiliary_weight=weight), comm)
     first = first or (result.iterations or [first])[0]
     return CoRefined(_returned(engine, raw, result), _returned(engine, auxiliary, result), result, first)
+
+
+def refine_raw(engine: Engine, request: RefineRequest, comm: Communicator, evidence: IterationRecord) -> CoRefined:
+    """Refines the raw particles as ``co_refine`` does where they confirm nothing of the homologue: auxiliary ones would
+    steer nothing and need not exist (collective).
+
+    Args:
+        request: as for ``co_refine``.
+        evidence: the iteration that found nothing; engines that weigh measure it again in their first one.
+    """
+    raw, weighs = request.source, engine.name in WEIGHING
+    alone = replace(request, source=without_views(raw), auxiliary_weight="measured" if weighs else 1.0)
+    result = engine.refine(alone, comm)
+    first = (result.iterations or [evidence])[0] if weighs else evidence
+    return CoRefined(_returned(engine, raw, result), raw.particles.take(np.zeros(0, np.int64)), result, first)
 
 
 def _returned(engine: Engine, source: ImageSource, result: RefineResult) -> Particles:
@@ -105,7 +120,8 @@ class _WithoutViews:
         self.particles, self.box_px, self.read = particles, source.box_px, source.read
 
 
-def _without_views(source: ImageSource, auxiliary: bool) -> ImageSource:
+def without_views(source: ImageSource, auxiliary: bool = False) -> ImageSource:
+    """The same images; particles without angles, flagged as raw or auxiliary."""
     p = source.particles
     flags = {FLAG: np.full(len(p), int(auxiliary), np.int64)}
     known = np.zeros((len(p), 2)) if auxiliary or p.shift_A is None else p.shift_A

@@ -55,9 +55,9 @@ def _so_far(run: RunContext, device: str) -> dict[str, Any] | None:
 
 
 def _was_skipped(run: RunContext, stage: str) -> bool:
-    """Whether a round left the stage out."""
+    """Whether a round left the stage out, or refined without the auxiliary particles that the plan reckons with."""
     facts = _read(run.folder.stage(stage) / products.facts(kind_of(stage))) if run.folder.has(stage) else None
-    return bool(facts and facts.get("skipped"))
+    return bool(facts and (facts.get("skipped") or facts.get("auxiliary") == 0))
 
 
 def save_timing(run: RunContext) -> None:

@@ -12,16 +12,14 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cryoiso.core import products
 from cryoiso.core.config import Job
-from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.records import IterationRecord
-from cryoiso.core.types import HALVES, DensityMap, Particles
+from cryoiso.core.types import HALVES, Particles
 from cryoiso.io.atomic import write_json
 from cryoiso.io.mrc import write_map
 from cryoiso.io.shards import ShardSource
@@ -32,6 +30,7 @@ from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs, Sample
 from cryoiso.pipeline.stages import engines
+from cryoiso.pipeline.stages.confirmation import request_for, round_request
 from cryoiso.pipeline.stages.generate import planned_particles
 from cryoiso.pipeline.stages.post_command import post_process
 from cryoiso.pipeline.stages.rounds import (
@@ -39,11 +38,12 @@ from cryoiso.pipeline.stages.rounds import (
     is_settled,
     known_grey_scale,
     last_round,
+    left_out,
     poses_after,
     references_after,
     skip,
 )
-from cryoiso.pipeline.workflow import kind_of, program_of, starts_a_program
+from cryoiso.pipeline.workflow import kind_of, starts_a_program
 
 logger = logging.getLogger("cryoiso")
 
@@ -63,30 +63,9 @@ def micelle(run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     write_micelle(source, source.particles, homologue, mask, settings, run.folder.stage("micelle"), comm, resume=resume)
 
 
-def request_for(
-    run: RunContext, sample: Sample, folder: Path, source: Any, references: dict[int, DensityMap], **options: Any
-) -> RefineRequest:
-    """What the engine is asked for in this workflow."""
-    job = run.job
-    same = references[1] is references[2]
-    return RefineRequest(
-        source=source,
-        reference=references[1],
-        half_references=None if same else references,
-        symmetry=job.sample.symmetry,
-        folder=folder,
-        settings=job.refine,
-        seed=job.run.seed,
-        diameter_A=sample.diameter_A,
-        mask=sample.mask,
-        program=program_of(job),
-        **options,
-    )
-
-
 def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
     """Raw and auxiliary particles together; raw ones alone are kept and reconstructed."""
-    from cryoiso.methods.auxiliary.corefine import co_refine
+    from cryoiso.methods.auxiliary.corefine import co_refine, refine_raw
 
     name, comm, job = f"corefine-{round_}", run.comm, run.job
     if is_settled(run, round_):
@@ -94,22 +73,20 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
     sample, exported = inputs.sample(), starts_a_program(job)
     source = inputs.source(once=exported)
     before = poses_after(run, inputs, round_ - 1)
-    auxiliary = ShardSource(run.folder.stage(f"generate-{round_}"))
-    if inputs.scratch is not None:
-        inputs.scratch.attach(auxiliary, once=exported)
-    known = on_root(comm, planned_particles, inputs, before, round_)
-    auxiliary.particles = known
-    request = request_for(
-        run, sample, engine_folder(run, name), source, references_after(run, round_ - 1),
-        lowpass_A=job.reference.lowpass_A, correction=engines.correction(job), resume=resume,
-        grey_scale=known_grey_scale(run, round_ - 1), homologue=references_after(run, 0, with_micelle=False)[1],
-        on_checkpoint=lambda record: run.note_checkpoint(name, iteration=record.get("iteration")),
-    )  # fmt: skip
-    section = job.auxiliary
-    refined = co_refine(
-        engines.engine(job.refine.engine), request, auxiliary, comm,
-        pooled=section.noise_group == "raw", weight=section.weight,
-    )  # fmt: skip
+    request = round_request(run, sample, source, round_, name, engine_folder(run, name), resume=resume)
+    engine, section = engines.engine(job.refine.engine), job.auxiliary
+    if (evidence := left_out(run, round_)) is not None:
+        refined = refine_raw(engine, request, comm, evidence)
+        known = refined.auxiliary
+    else:
+        auxiliary = ShardSource(run.folder.stage(f"generate-{round_}"))
+        if inputs.scratch is not None:
+            inputs.scratch.attach(auxiliary, once=exported)
+        known = on_root(comm, planned_particles, inputs, before, round_)
+        auxiliary.particles = known
+        refined = co_refine(
+            engine, request, auxiliary, comm, pooled=section.noise_group == "raw", weight=section.weight
+        )
     facts = _facts(job, round_, before, refined, known)
     _finish_round(run, inputs, sample, name, source, refined.raw, facts)
     if section.post_command:
@@ -142,7 +119,7 @@ def _facts(job: Job, round_: int, before: Particles, refined: Any, known: Partic
         "auxiliary": len(refined.auxiliary),
         "moved": moved,
         "resolution_A": refined.result.resolution_A,
-        **_weight_facts(refined.first, refined.last),
+        **_weight_facts(refined.first, refined.last, len(known)),
         "auxiliary_error_deg": (
             None if refined.auxiliary is known else movement(known, refined.auxiliary, symmetry)["median_deg"]
         ),
@@ -151,9 +128,9 @@ def _facts(job: Job, round_: int, before: Particles, refined: Any, known: Partic
     }
 
 
-def _weight_facts(first: IterationRecord, last: IterationRecord) -> dict[str, Any]:
+def _weight_facts(first: IterationRecord, last: IterationRecord, auxiliaries: int) -> dict[str, Any]:
     """What the auxiliary particles weighed at the end, and why; None where the engine does not say."""
-    facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share")}
+    facts: dict[str, Any] = {"auxiliary_weight_share": last.get("auxiliary_weight_share") if auxiliaries else 0.0}
     if "homologue" in first:
         facts["homologue"] = first["homologue"]
         facts |= {name: last[name] for name in ("auxiliary_factor", "homologue_precision") if name in last}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cryoiso.core import products
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import RefineRequest
@@ -13,6 +15,7 @@ from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages import engines
+from cryoiso.pipeline.stages.confirmation import measured_by_refine
 from cryoiso.pipeline.stages.half_maps import write_reconstruction
 from cryoiso.pipeline.stages.rounds import control_references, known_grey_scale
 from cryoiso.pipeline.workflow import program_of, starts_a_program
@@ -30,6 +33,8 @@ def refine_request(run: RunContext, inputs: Inputs, *, resume: bool) -> RefineRe
     job, sample = run.job, inputs.sample()
     source = inputs.source(once=starts_a_program(job))
     start = on_root(run.comm, read_map, run.folder.stage("reference") / products.REFERENCE, sample.pixel_size_A)
+    # without auxiliary particles this measures what the raw ones confirm, and changes nothing
+    asked: dict[str, Any] = {"auxiliary_weight": "measured", "homologue": start} if measured_by_refine(run) else {}
     return RefineRequest(
         source=source,
         reference=start,
@@ -47,6 +52,7 @@ def refine_request(run: RunContext, inputs: Inputs, *, resume: bool) -> RefineRe
         half_references=on_root(run.comm, control_references, run),
         program=program_of(job),
         on_checkpoint=lambda record: run.note_checkpoint("refine", iteration=record.get("iteration")),
+        **asked,
     )
 
 

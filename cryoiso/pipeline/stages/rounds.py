@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cryoiso.core import products
 from cryoiso.core.errors import InputError
+from cryoiso.core.records import IterationRecord
 from cryoiso.core.types import HALVES, DensityMap, Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.atomic import write_json
@@ -39,12 +41,34 @@ def is_settled(run: RunContext, round_: int) -> bool:
     return bool(on_root(run.comm, read))
 
 
-def skip(run: RunContext, name: str) -> None:
-    """Notes that a stage was left out because the poses had settled."""
-    facts = {"skipped": True, "reason": "the poses had settled in the round before"}
+SETTLED = "the poses had settled in the round before"
+UNCONFIRMED = "the raw particles confirm nothing of the homologue, so auxiliary particles would have no weight"
+
+
+def skip(run: RunContext, name: str, reason: str = SETTLED, **more: Any) -> None:
+    """Notes that a stage was left out (collective).
+
+    Args:
+        more: further facts.
+    """
+    facts = {"skipped": True, "reason": reason, **more}
     on_root(run.comm, write_json, run.folder.stage(name) / products.facts(kind_of(name)), facts)
     if run.comm.rank == 0:
-        logger.info("%s is left out: the poses have converged", name)
+        logger.info("%s is skipped, because %s", name, reason)
+
+
+def left_out(run: RunContext, round_: int) -> IterationRecord | None:
+    """What was found of the homologue where nothing was trained for a round because that is nothing; None where
+    auxiliary particles are made (collective)."""
+
+    def read() -> IterationRecord | None:
+        path = run.folder.stage(f"train-{round_}") / products.facts("train")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.get("reason") != UNCONFIRMED:
+            return None
+        return {"homologue": facts["homologue"], "homologue_precision": facts["homologue_precision"]}
+
+    return on_root(run.comm, read)
 
 
 def last_round(run: RunContext) -> int:

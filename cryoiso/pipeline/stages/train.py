@@ -27,13 +27,22 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.stages.rounds import is_settled, noise_after, poses_after, references_after, skip
+from cryoiso.pipeline.stages.confirmation import unconfirmed
+from cryoiso.pipeline.stages.rounds import (
+    UNCONFIRMED,
+    is_settled,
+    noise_after,
+    poses_after,
+    references_after,
+    skip,
+)
 
 logger = logging.getLogger("cryoiso")
 
 
 def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> None:
-    """A generator for each half-set, or one for both, on the poses that the round before left."""
+    """A generator for each half-set, or one for both, on the poses that the round before left; none where the raw
+    particles confirm nothing of the homologue."""
     name, section = f"train-{round_}", run.job.auxiliary
     if is_settled(run, round_):
         return skip(run, name)
@@ -42,6 +51,8 @@ def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -
     source.particles = particles
     references = references_after(run, round_ - 1)
     _require_evidence(run, inputs, source, round_)
+    if (evidence := unconfirmed(run, inputs, round_)) is not None:
+        return skip(run, name, UNCONFIRMED, round=round_, **evidence)
     facts = {"round": round_, "inverted": bool(source.index["inverted"])}
     train_into(
         run.folder.stage(name), source, particles, references, section, run.comm, run.job.run.seed, facts,

@@ -218,9 +218,13 @@ def _confirmed(rounds: list[dict[str, Any]]) -> list[str]:
                 f"least {max(rho, default=0):.2f}), and auxiliary particles were weighed by that."
             )
         else:
+            unmade = part["generate"].get("skipped")
+            outcome = (
+                "no auxiliary particles were made" if unmade else "auxiliary particles were left out of the references"
+            )
             texts.append(
-                f"In round {part['round']} the raw particles did not confirm the homologue ({seen}): auxiliary "
-                "particles were left out of the references, so this was a refinement of the raw particles alone."
+                f"In round {part['round']} the raw particles did not confirm the homologue ({seen}): {outcome}, "
+                "so this was a refinement of the raw particles alone."
             )
     return texts
 
@@ -304,7 +308,7 @@ def _round_rows(part: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
     speeds = [(h, (part["timing"].get(h) or {}).get("images_per_s")) for h in HALVES]
     return [
         *[(group, f"training, half {half}", speed, "images/s") for half, speed in speeds],
-        (group, "auxiliary particles", fitted.get("auxiliary") or sum(counts) or None, ""),
+        (group, "auxiliary particles", _first_known(fitted.get("auxiliary"), sum(counts) or None), ""),
         (group, "raw particles refined with them", fitted.get("raw"), ""),
         (group, "weight of the auxiliaries in the references", _times(100, fitted.get("auxiliary_weight_share")), "%"),
         (group, "homologue in the raw particles, above noise", (fitted.get("homologue") or {}).get("deviation"), "sd"),
@@ -321,6 +325,10 @@ def _round_rows(part: dict[str, Any]) -> list[tuple[str, str, Any, str]]:
         (group, "error of the auxiliaries' refined poses, median", fitted.get("auxiliary_error_deg"), "°"),
         (group, "resolution", fitted.get("resolution_A"), "Å"),
     ]
+
+
+def _first_known(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def _times(factor: float, value: float | None) -> float | None:

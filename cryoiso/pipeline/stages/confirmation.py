@@ -1,0 +1,127 @@
+"""Whether a round needs auxiliary particles: not where the raw ones confirm nothing of the homologue.
+
+Their weight is then zero from the second iteration of the co-refinement on, and in the first one they steer nothing:
+it has the bits of a refinement of the raw particles alone. So nothing is trained or generated for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from cryoiso.core import products
+from cryoiso.core.protocols import RefineRequest
+from cryoiso.core.records import IterationRecord
+from cryoiso.core.types import DensityMap
+from cryoiso.parallel.abort import on_root
+from cryoiso.pipeline.context import RunContext
+from cryoiso.pipeline.job_inputs import Inputs, Sample
+from cryoiso.pipeline.stages import engines
+from cryoiso.pipeline.stages.rounds import known_grey_scale, references_after
+from cryoiso.pipeline.workflow import CO_REFINEMENTS, program_of, starts_a_program
+
+logger = logging.getLogger("cryoiso")
+
+
+def measured_by_refine(run: RunContext) -> bool:
+    """Whether the first iteration of the stage ``refine`` is that of the first co-refinement, so that what it finds of
+    the homologue counts for both."""
+    job, control = run.job, run.control
+    return (
+        _decides(run)
+        and job.refine.engine == "native"
+        and job.auxiliary.poses == "refine"
+        and job.refine.local_deg is None
+        and not job.micelle.enable
+        and not job.classify.enable
+        and (control is None or control.half_references is None)
+    )
+
+
+def _decides(run: RunContext) -> bool:
+    """Whether the weight is measured, and raw particles do not share their noise spectra with auxiliary ones."""
+    job = run.job
+    section = job.auxiliary
+    return job.run.workflow in CO_REFINEMENTS and section.weight == "measured" and section.noise_group == "own"
+
+
+def unconfirmed(run: RunContext, inputs: Inputs, round_: int) -> IterationRecord | None:
+    """What an iteration of the raw particles found of the homologue before a round, if that is nothing; None where
+    auxiliary particles are to be made (collective).
+
+    After a round that confirmed it nothing is asked. In the first round the answer is in the record of the stage
+    ``refine``, if that is the same refinement; else one native iteration is made.
+    """
+    if not _decides(run):
+        return None
+    record = on_root(run.comm, _recorded, run, round_)
+    if record is None:
+        record = _asked(run, inputs, round_)
+    if record["homologue"]["confirmed"]:
+        return None
+    return {"homologue": record["homologue"], "homologue_precision": record["homologue_precision"]}
+
+
+def _recorded(run: RunContext, round_: int) -> IterationRecord | None:
+    """What the refinement before found, where that decides (reads files)."""
+    if round_ > 1:
+        record: IterationRecord = _facts(run, f"corefine-{round_ - 1}", "corefine")
+        return record if record.get("homologue", {}).get("confirmed") else None
+    iterations: list[IterationRecord] = _facts(run, "refine", "refine").get("iterations") or [IterationRecord()]
+    return iterations[0] if measured_by_refine(run) and "homologue" in iterations[0] else None
+
+
+def _facts(run: RunContext, stage: str, kind: str) -> Any:
+    path = run.folder.stage(stage) / products.facts(kind)
+    facts: Any = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return facts
+
+
+def _asked(run: RunContext, inputs: Inputs, round_: int) -> IterationRecord:
+    """One native iteration of the raw particles, as the co-refinement would make its first."""
+    from cryoiso.methods.auxiliary.corefine import without_views
+    from cryoiso.methods.auxiliary.reference_check import homologue_evidence
+
+    if run.comm.rank == 0:
+        logger.info("round %d: one iteration of the raw particles asks how far they confirm the homologue", round_)
+    source = without_views(inputs.source(once=starts_a_program(run.job)))
+    stage = f"train-{round_}"
+    request = round_request(run, inputs.sample(), source, round_, stage, run.folder.stage(stage), resume=False)
+    evidence = homologue_evidence(request, run.comm)
+    shared: IterationRecord = run.comm.bcast(evidence)
+    return shared
+
+
+def round_request(
+    run: RunContext, sample: Sample, source: Any, round_: int, stage: str, folder: Path, *, resume: bool
+) -> RefineRequest:
+    """What the engine is asked for in a round, by a stage, in a folder. Collective."""
+    return request_for(
+        run, sample, folder, source, references_after(run, round_ - 1),
+        lowpass_A=run.job.reference.lowpass_A, correction=engines.correction(run.job), resume=resume,
+        grey_scale=known_grey_scale(run, round_ - 1), homologue=references_after(run, 0, with_micelle=False)[1],
+        on_checkpoint=lambda record: run.note_checkpoint(stage, iteration=record.get("iteration")),
+    )  # fmt: skip
+
+
+def request_for(
+    run: RunContext, sample: Sample, folder: Path, source: Any, references: dict[int, DensityMap], **options: Any
+) -> RefineRequest:
+    """What the engine is asked for in this workflow."""
+    job = run.job
+    same = references[1] is references[2]
+    return RefineRequest(
+        source=source,
+        reference=references[1],
+        half_references=None if same else references,
+        symmetry=job.sample.symmetry,
+        folder=folder,
+        settings=job.refine,
+        seed=job.run.seed,
+        diameter_A=sample.diameter_A,
+        mask=sample.mask,
+        program=program_of(job),
+        **options,
+    )
