@@ -72,14 +72,14 @@ ROWS: dict[str, Row] = {
     "refine whole": Row(reference="full.mrc"),
     "auxiliary white": Row("auxiliary", job=_auxiliary("white-noise")),
     "auxiliary coloured": Row("auxiliary", job=_auxiliary("coloured-noise")),
-    "auxiliary coloured unbalanced": Row("auxiliary", job=_auxiliary("coloured-noise", balance=False)),
-    "auxiliary coloured weight 1": Row("auxiliary", job=_auxiliary("coloured-noise", 1.0)),
+    "auxiliary coloured balanced": Row("auxiliary", job=_auxiliary("coloured-noise", balance=True)),
+    "auxiliary coloured weight 1": Row("auxiliary", job=_auxiliary("coloured-noise", 1.0, balance=True)),
     "auxiliary vae": Row("auxiliary", job=_auxiliary("per-half")),
-    "auxiliary vae weight 1": Row("auxiliary", job=_auxiliary("per-half", 1.0)),
-    "auxiliary vae before": Row("auxiliary", engine=BEFORE, job=_auxiliary("per-half", 1.0)),
+    "auxiliary vae weight 1": Row("auxiliary", job=_auxiliary("per-half", 1.0, balance=True)),
+    "auxiliary vae before": Row("auxiliary", engine=BEFORE, job=_auxiliary("per-half", 1.0, balance=True)),
     "realign": Row("realign"),
     "both": Row("both", job={**_auxiliary("per-half"), "correct": {"preset": "small"}}),
-    "both weight 1": Row("both", job={**_auxiliary("per-half", 1.0), "correct": {"preset": "small"}}),
+    "both weight 1": Row("both", job={**_auxiliary("per-half", 1.0, balance=True), "correct": {"preset": "small"}}),
 }
 
 
