@@ -127,7 +127,13 @@ def how_to_go_on(name: str, options: dict[str, Any]) -> str:
 
 
 def run_folder_of(job: Path) -> Path:
-    """Where the run of a job file goes if nothing else is said."""
+    """Where the run of a job file goes if nothing else is said.
+
+    Raises:
+        UsageError: the name of a folder alone, such as "." or "/".
+    """
+    if not job.name:
+        raise UsageError(f"{job}: a folder, not a job file. Name the file in it", code="file-not-regular")
     return job.with_name(f"{job.stem}-run")
 
 

@@ -69,6 +69,25 @@ def require_space(path: object, need_bytes: int) -> None:
         raise disk_full(path, need_bytes)
 
 
+def require_target(path: object) -> None:
+    """Stops before anything is computed for a file that cannot be written.
+
+    Raises:
+        InputError: its folder does not exist, or the name is that of a folder.
+    """
+    final = Path(str(path))
+    if not final.parent.is_dir():
+        raise InputError(
+            "the folder to write into does not exist", file=final, hint=f"Create {final.parent} first.",
+            code="folder-not-found",
+        )  # fmt: skip
+    if final.is_dir():
+        raise InputError(
+            "this is a folder, where a file is to be written", file=final, hint="Give the name of a file.",
+            code="file-not-regular",
+        )  # fmt: skip
+
+
 @contextmanager
 def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
     """Gives a temporary name in the same folder; on success it is fsynced and renamed to ``path``, on error removed.
@@ -79,16 +98,10 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
 
     Raises:
         DiskFullError: the disk is full.
-        InputError: the folder is missing or not writable.
+        InputError: the folder is missing or not writable, or the name is that of a folder.
     """
     final = Path(str(path))
-    if not final.parent.is_dir():
-        raise InputError(
-            "the folder to write into does not exist",
-            file=final,
-            hint=f"Create {final.parent} first.",
-            code="folder-not-found",
-        )
+    require_target(final)
     if need_bytes is not None:
         require_space(final, need_bytes)
     part = temporary_name(final)

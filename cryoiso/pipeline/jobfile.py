@@ -83,9 +83,7 @@ def read_resolved(run: RunFolder) -> tuple[str, Job]:
 
 def require_run(run: RunFolder) -> None:
     if not run.resolved.exists() or not run.manifest.exists():
-        raise UsageError(
-            f"{run.path} holds no run to resume. Start one with 'cryoiso run job.toml'.", code="run-missing"
-        )
+        raise UsageError(f"{run.path} holds no run. Start one with 'cryoiso run job.toml'.", code="run-missing")
 
 
 def with_absolute_paths(job: Job, folder: Path) -> Job:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -40,6 +41,7 @@ figure{position:relative}figure canvas{display:block;width:460px;max-width:100%;
 #tip{position:fixed;z-index:9;pointer-events:none;background:var(--card);color:var(--ink);border:1px solid var(--line);
 border-radius:6px;padding:.25rem .5rem;font-size:.84rem;box-shadow:0 2px 8px #0003;max-width:22rem}
 #tip i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
+code{font:inherit;white-space:nowrap}
 .rule{position:absolute;width:1px;background:#555a;pointer-events:none}
 figcaption{color:var(--soft);font-size:.92rem;margin:.7rem .2rem 0}
 .table{overflow-x:auto;padding:.3rem .9rem}
@@ -55,6 +57,14 @@ footer{margin-top:3rem;color:var(--soft);font-size:.86rem}
 footer td{border:0;padding:.12rem .5rem .12rem 0;overflow-wrap:anywhere}
 footer td:first-child{white-space:nowrap;padding-right:1.2rem}
 summary{cursor:pointer}
+@media(max-width:700px){main{padding:1.4rem .8rem 3rem}.summary{padding:.8rem 1rem;font-size:1rem}figure{padding:.6rem}
+.scroll{overflow-x:auto}.scroll img{width:max(100%,700px)}.narrow .scroll img{width:max(100%,460px)}
+.table.named td{display:block;width:auto}.table.named td:first-child{width:auto;border:0;padding-bottom:0}
+.numbers tr{display:grid;grid-template-columns:repeat(var(--columns),1fr);border-bottom:1px solid var(--line)}
+.numbers tr>*{border:0;padding:.2rem .3rem}.numbers tr>:first-child{grid-column:1/-1}
+.numbers tr>:empty:first-child{display:none}
+.numbers td.n,.numbers th.n{text-align:left;white-space:normal}.numbers td:first-child{color:var(--soft)}
+.numbers tr.group td{color:var(--ink)}}
 @media print{:root{--ink:#000;--soft:#333;--line:#bbb;--page:#fff;--card:#fff}body{font-size:11pt}
 main{max-width:none;padding:0}
 figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
@@ -69,6 +79,16 @@ _COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true po
 def escape(text: str) -> str:
     """A text as it may stand in a page: no tags, no control characters, nothing that turns the direction of reading."""
     return html.escape(printable(text))
+
+
+def prose(text: str) -> str:
+    """``escape`` for running text, in which a number stays with its unit and an option is in one piece.
+
+    >>> prose("63 % of 10.4 Å, without --mask").replace(chr(160), "_")
+    '63_% of 10.4_Å, without <code>--mask</code>'
+    """
+    units = re.sub(r"(?<=\d) (?=(?:%|Å²?|px|nats|times|dB|kV|mm)(?![\w-]))", "\u00a0", escape(text))
+    return re.sub(r"(?<![^\s(])(--[a-z][a-z0-9-]*)", r"<code>\1</code>", units)
 
 
 def page(data: ReportData, figures: list[Figure]) -> str:
@@ -106,7 +126,12 @@ def _is_control(figure: Figure) -> bool:
 
 def _summary(sentences: list[str]) -> str:
     shown = sentences or ["This run has not been measured yet."]
-    return '<div class="summary">' + "".join(f"<p>{escape(s)}</p>" for s in shown) + "</div>"
+    return '<div class="summary">' + "".join(f"<p>{_verdict_first(prose(s))}</p>" for s in shown) + "</div>"
+
+
+def _verdict_first(sentence: str) -> str:
+    """The verdict's name stands out; the reasons follow in the same paragraph."""
+    return re.sub(r"\A(Verdict: [^.]*\.)", r"<strong>\1</strong>", sentence)
 
 
 def _figure(figure: Figure) -> str:
@@ -114,8 +139,8 @@ def _figure(figure: Figure) -> str:
     parts = [f'<h2 id="{escape(figure.key)}">{escape(figure.title)}</h2>', _text(figure.text)]
     if figure.image:
         parts.append(
-            f'<figure{kind} id="figure-{escape(figure.key)}"><img alt="{escape(figure.title)}" src="{figure.image}">'
-            f"{_scale(figure.surface)}<figcaption>{escape(figure.caption)}</figcaption></figure>"
+            f'<figure{kind} id="figure-{escape(figure.key)}"><div class="scroll"><img alt="{escape(figure.title)}" '
+            f'src="{figure.image}"></div>{_scale(figure.surface)}<figcaption>{prose(figure.caption)}</figcaption></figure>'
         )
     return "".join(parts)
 
@@ -144,7 +169,7 @@ def _script(figures: list[Figure]) -> str:
 
 def _text(text: Text) -> str:
     """Sentences and a table of words; with no head, the first column names the rows."""
-    said = "".join(f"<p>{escape(s)}</p>" for s in text.sentences)
+    said = "".join(f"<p>{prose(s)}</p>" for s in text.sentences)
     said = f'<div class="words">{said}</div>' if said else ""
     if not text.rows:
         return said
@@ -166,7 +191,8 @@ def _numbers(rows: list[dict[str, Any]]) -> str:
             lines.append(f'<tr class="group"><td colspan="{len(columns) + 1}">{escape(group)}</td></tr>')
         values = "".join(f'<td class="n">{_number(row.get(key), row["unit"])}</td>' for key, _ in columns)
         lines.append(f"<tr><td>{escape(row['label'])}</td>{values}</tr>")
-    return '<h2 id="numbers">Numbers</h2><div class="table"><table>' + "\n".join(lines) + "</table></div>"
+    table = f'<table style="--columns:{len(columns)}">' + "\n".join(lines) + "</table>"
+    return f'<h2 id="numbers">Numbers</h2><div class="table numbers">{table}</div>'
 
 
 def _number(value: Any, unit: str) -> str:

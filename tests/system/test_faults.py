@@ -236,7 +236,7 @@ def test_a_run_folder_that_is_removed(data, tmp_path, quick, expected):
         fails(done, done.returncode, str(folder), "folder")
         assert done.returncode in (EXIT_OTHER, EXIT_INPUT)
     assert not folder.exists(), "nothing of it comes back"
-    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run to resume")
+    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run")
     assert cryoiso_here("run", data / "job.toml", "--out", folder).returncode == 0
     assert hash_files(folder) == expected
 
@@ -252,7 +252,7 @@ def test_a_run_that_was_killed_before_it_had_begun_can_be_started_again(data, tm
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert (folder / "manifest.json").exists() and not (folder / "resolved.toml").exists()
-    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run to resume")
+    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run")
     assert cryoiso_here("run", data / "job.toml", "--out", folder).returncode == 0
     assert hash_files(folder) == expected
 

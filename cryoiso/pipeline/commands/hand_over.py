@@ -15,6 +15,7 @@ from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.cryodrgn import CTF, IMAGES, POSES, write_cryodrgn
 from cryoiso.io.cs_write import signs
+from cryoiso.physics.symmetry import point_group
 
 logger = logging.getLogger("cryoiso")
 AUXILIARY = "cryoisoAuxiliary"
@@ -43,6 +44,7 @@ def hand_over(
         target = out / name
         if target.resolve() == file.resolve() or (target.exists() and not overwrite):
             raise UsageError(f"{target} already exists; give --overwrite to replace it", code="file-exists")
+    point_group(symmetry)
     particles = read_particle_file(file, project, ("image", "ctf", "pose"), passthrough, symmetry)
     raw = _is_raw(particles)
     particles = particles if raw.all() else particles.take(raw)
