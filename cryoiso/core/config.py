@@ -85,10 +85,6 @@ def parse_job(data: dict[str, Any], file: object = "job.toml", options: Mapping[
         job = Job.model_validate(data)
     except ValidationError as error:
         raise _refused(error, file, options or {}) from None
-    for name, value in (("particles.file", job.particles.file), ("reference.file", job.reference.file)):
-        if not value.strip():
-            where = (options or {}).get(name) or f"{file}: '{name}'"
-            raise UsageError(f"{where} is empty", code="job-key-missing")
     for section, key in COMMANDS:
         split_command(getattr(getattr(job, section), key), f"{file}: '{section}.{key}'")
     return job

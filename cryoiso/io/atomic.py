@@ -69,11 +69,37 @@ def require_space(path: object, need_bytes: int) -> None:
         raise disk_full(path, need_bytes)
 
 
+def make_folder(path: object) -> None:
+    """Makes a folder that a user named, and those above it.
+
+    Raises:
+        InputError: a file has this name, or the name of a folder above it, or it may not be made there.
+        DiskFullError: the disk is full.
+    """
+    folder = Path(str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+        raise InputError(
+            "a file is where the folder is to be made", file=file, hint="Give another folder.", code="not-writable"
+        ) from None
+    except OSError as error:
+        if error.errno in _FORBIDDEN:
+            raise InputError(
+                f"cannot make the folder: {error.strerror}", file=folder, hint="Give another folder.",
+                code="not-writable",
+            ) from None  # fmt: skip
+        if is_full(error):
+            raise disk_full(folder) from error
+        raise
+
+
 def require_target(path: object) -> None:
     """Stops before anything is computed for a file that cannot be written.
 
     Raises:
-        InputError: its folder does not exist, or the name is that of a folder.
+        InputError: its folder does not exist, or the name is that of a folder or a device.
     """
     final = Path(str(path))
     if not final.parent.is_dir():
@@ -81,11 +107,21 @@ def require_target(path: object) -> None:
             "the folder to write into does not exist", file=final, hint=f"Create {final.parent} first.",
             code="folder-not-found",
         )  # fmt: skip
-    if final.is_dir():
+    if (kind := _what_is_there(final)) != "file":
         raise InputError(
-            "this is a folder, where a file is to be written", file=final, hint="Give the name of a file.",
+            f"this is a {kind}, where a file is to be written", file=final, hint="Give the name of a file.",
             code="file-not-regular",
         )  # fmt: skip
+
+
+def _what_is_there(final: Path) -> str:
+    """What has this name already; "file" also where nothing has. A rename would put a file in place of a device."""
+    if final.is_dir():
+        return "folder"
+    folder = str(final.parent.resolve())
+    if (final.exists() and not final.is_file()) or folder in ("/dev", "/dev/fd") or folder.startswith("/proc/"):
+        return "device, pipe or socket"
+    return "file"
 
 
 @contextmanager

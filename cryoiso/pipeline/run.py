@@ -22,7 +22,7 @@ from cryoiso.core.config import job_to_toml
 from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted, UsageError, code_of
 from cryoiso.core.log import LineFormatter, PatientFileHandler, duration, quantity
 from cryoiso.core.progress import board
-from cryoiso.io.atomic import write_text
+from cryoiso.io.atomic import make_folder, write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.context import RunContext
@@ -219,7 +219,7 @@ def _with_records(run: RunContext, opened: Callable[[], RunContext]) -> RunConte
 
 def _create(run: RunContext, inputs: Inputs, text: str, stack: ExitStack) -> RunContext:
     folder, job = run.folder, run.job
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     stack.enter_context(locked(folder.lock))
     _refuse_old_run(folder)
     manifest = provenance.new_manifest(job, images_of(inputs))

@@ -381,6 +381,25 @@ def test_a_damaged_manifest_is_one_clear_error(data, tmp_path, quick):
     fails(cryoiso_here("resume", tmp_path / "run"), EXIT_INPUT, "the manifest is damaged")
 
 
+@pytest.mark.parametrize("name", ["resolved.toml", "manifest.json"])
+def test_a_record_that_is_gone_is_named(name, data, tmp_path, quick):
+    _stopped(data, tmp_path / "run", "refine")
+    (tmp_path / "run" / name).unlink()
+    fails(cryoiso_here("resume", tmp_path / "run"), EXIT_USAGE, f"{name} of this run is missing", "Put it back")
+    if name == "resolved.toml":
+        fails(cryoiso_here("verify", tmp_path / "run"), EXIT_USAGE, f"{name} of this run is missing")
+
+
+def test_a_run_without_its_copy_of_the_job_file_ends_and_is_sealed(data, tmp_path, quick, expected):
+    folder = tmp_path / "run"
+    _stopped(data, folder, "refine")
+    (folder / "job.toml").unlink()
+    done = cryoiso_here("resume", folder)
+    assert done.returncode == 0 and "sealed without it" in done.stderr, done.stderr
+    done = cryoiso_here("verify", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_journal_torn_in_a_line(data, tmp_path, quick, expected):
     _stopped(data, tmp_path / "run", "reconstruct")
     file = tmp_path / "run/journal.jsonl"

@@ -13,6 +13,7 @@ from cryoiso.core import products
 from cryoiso.core.errors import UsageError
 from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
+from cryoiso.io.atomic import make_folder
 from cryoiso.io.cryodrgn import CTF, IMAGES, POSES, write_cryodrgn
 from cryoiso.io.cs_write import signs
 from cryoiso.physics.symmetry import point_group
@@ -50,7 +51,7 @@ def hand_over(
     particles = particles if raw.all() else particles.take(raw)
     for what in _ignored(particles):
         logger.warning("%s: %s, which cryoDRGN does not model", file, what)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_cryodrgn(out, particles, file)
     said = "cryoisoSign" in particles.results or _column(particles, "cryoisoSign") is not None
     return {
