@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import indented, is_told, printable
@@ -72,6 +73,7 @@ def as_command(function: F, collective: bool) -> F:
         log_to_stderr(ctx.rank)
         with guard(ctx), _saying_how_to_go_on(function.__name__, options):
             require_utf8(options)
+            require_finite(function, options)
             function(*args, **options)
 
     return command  # type: ignore[return-value]  # it has the signature of the function (functools.wraps)
@@ -99,6 +101,35 @@ def require_utf8(options: dict[str, Any]) -> None:
                     "a link to it with another name.",
                     code="name-not-utf8",
                 ) from None
+
+
+def require_finite(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Stops at numbers that are NaN or infinite, which no range of an option keeps out.
+
+    Args:
+        function: of a command. options: that it is called with, by the names of its arguments.
+
+    Raises:
+        UsageError: names the option and what was found.
+    """
+    for option, value in options.items():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise UsageError(
+                    f"{_name_of_option(function, option)}: a finite number is expected (found {item:g})",
+                    code="option-out-of-range",
+                )
+
+
+def _name_of_option(function: Callable[..., Any], argument: str) -> str:
+    """How an argument of a command is written on the command line."""
+    hint = get_type_hints(function, include_extras=True).get(argument)
+    written: list[Any] = []
+    for part in getattr(hint, "__metadata__", ()):  # in Annotated, typer takes the first name for a default
+        written += [getattr(part, "default", None), *(getattr(part, "param_decls", None) or ())]
+    return next(
+        (name for name in written if isinstance(name, str) and name.startswith("--")), f"--{argument.replace('_', '-')}"
+    )
 
 
 @contextmanager

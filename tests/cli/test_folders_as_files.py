@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 
@@ -10,6 +11,7 @@ import pytest
 from errors_helper import raises_code
 from pipeline_helper import cryoiso_here
 
+from cryoiso.cli import diagnose_cmd
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError
 from cryoiso.io.atomic import atomic_write, require_target
 from cryoiso.io.mrc import write_map
@@ -57,6 +59,16 @@ def test_no_device_or_pipe_is_replaced_by_a_file(halves, tmp_path):
         with raises_code("file-not-regular", InputError, match="device, pipe or socket"):
             require_target(name)
     assert stat.S_ISFIFO(os.stat(pipe).st_mode) and link.is_symlink()
+
+
+def test_numbers_are_on_disk_before_a_closed_pipe_ends_the_command(tmp_path, monkeypatch):
+    def closed(_text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(diagnose_cmd, "echo", closed)
+    with pytest.raises(BrokenPipeError):
+        diagnose_cmd._tell({"particles": 3}, tmp_path / "numbers.json")
+    assert json.loads((tmp_path / "numbers.json").read_text())["particles"] == 3
 
 
 @pytest.fixture(scope="module")
