@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import indented, is_told, printable
 from cryoiso.parallel.launcher import speaks
@@ -140,6 +141,10 @@ def _saying_how_to_go_on(name: str, options: dict[str, Any]) -> Iterator[None]:
     except Interrupted as error:
         error.args = (f"{str(error).rstrip('.')}. {how_to_go_on(name, options)}",)
         raise
+    except KeyboardInterrupt as error:
+        if name not in ("run", "resume") or (_folder_of(options) / products.JOURNAL).exists():
+            error.args = (how_to_go_on(name, options),)
+        raise
 
 
 def how_to_go_on(name: str, options: dict[str, Any]) -> str:
@@ -150,11 +155,15 @@ def how_to_go_on(name: str, options: dict[str, Any]) -> str:
         options: as it was called with.
     """
     if name in ("run", "resume"):
-        folder = options.get("out") or options.get("folder") or run_folder_of(options["job"])
-        return f"'cryoiso resume {folder}' goes on from there."
+        return f"'cryoiso resume {_folder_of(options)}' goes on from there."
     if "go_on" in options:
         return "The same command with --resume goes on from there."
     return "Give the same command again."
+
+
+def _folder_of(options: dict[str, Any]) -> Path:
+    """The run folder of the command ``run`` or ``resume``."""
+    return Path(options.get("out") or options.get("folder") or run_folder_of(options["job"]))
 
 
 def run_folder_of(job: Path) -> Path:

@@ -34,7 +34,10 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "lines.linewidth": 1.8,
-    "legend.frameon": False,
+    "legend.frameon": True,  # a pale ground: lines and their labels do not run through its words
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "legend.fancybox": False,
     "legend.fontsize": 8.5,
     "svg.hashsalt": "cryoiso",
     "svg.fonttype": "path",
@@ -69,7 +72,8 @@ def address(figure: Figure, kind: str = "svg", dpi: int = 150) -> Picture:
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata)
     mime = "image/svg+xml" if kind == "svg" else "image/png"
-    return Picture(f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}", axes_of(figure))
+    text = base64.b64encode(stream.getvalue()).decode()
+    return Picture(f"data:{mime};base64,{text}", axes_of(figure), figure.get_figwidth())
 
 
 def decoded(data_address: str) -> bytes:

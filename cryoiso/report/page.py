@@ -33,7 +33,7 @@ h2{font-size:1.2rem;margin:2.4rem 0 .6rem}
 .summary p{margin:.35rem 0}
 .summary p:first-child{font-weight:600}
 figure{margin:0 0 .4rem;padding:.9rem}
-figure img{display:block;width:100%;height:auto;background:#fff;border-radius:6px;padding:6px}
+figure img{display:block;width:100%;height:auto;margin:0 auto;background:#fff;border-radius:6px;padding:6px}
 figure.narrow img,figure canvas{max-width:700px;margin:0 auto}
 figure{position:relative}figure canvas{display:block;width:460px;max-width:100%;cursor:grab;touch-action:none}
 .scale{display:flex;align-items:center;gap:.6rem;max-width:460px;margin:.5rem auto 0;font-size:.86rem;color:var(--soft)}
@@ -54,7 +54,7 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .words{margin:0 .2rem .8rem}.words p{margin:.3rem 0}.table+figure{margin-top:.8rem}
 tr.group td{font-weight:600;padding-top:.9rem;border-bottom:1px solid var(--line)}
 footer{margin-top:3rem;color:var(--soft);font-size:.86rem}
-footer td{border:0;padding:.12rem .5rem .12rem 0;overflow-wrap:anywhere}
+footer table{width:auto}footer td{border:0;padding:.12rem .5rem .12rem 0;overflow-wrap:anywhere}
 footer td:first-child{white-space:nowrap;padding-right:1.2rem}
 summary{cursor:pointer}
 @media(max-width:700px){main{padding:1.4rem .8rem 3rem}.summary{padding:.8rem 1rem;font-size:1rem}figure{padding:.6rem}
@@ -71,6 +71,8 @@ figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
 _NARROW = {"measured", "fsc", "errors", "moved", "correct"}
+PX_PER_IN = 106
+"""Pixels of the page per inch of a figure: the widest, of 9.2 to 10 inches, fill it."""
 _FIRST = ("maps", "measured")
 """Figures before the table of numbers."""
 _COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true poses"))
@@ -139,10 +141,17 @@ def _figure(figure: Figure) -> str:
     parts = [f'<h2 id="{escape(figure.key)}">{escape(figure.title)}</h2>', _text(figure.text)]
     if figure.image:
         parts.append(
-            f'<figure{kind} id="figure-{escape(figure.key)}"><div class="scroll"><img alt="{escape(figure.title)}" '
-            f'src="{figure.image}"></div>{_scale(figure.surface)}<figcaption>{prose(figure.caption)}</figcaption></figure>'
+            f'<figure{kind} id="figure-{escape(figure.key)}"><div class="scroll">'
+            f'<img alt="{escape(figure.title)}" {_widest(figure.image)}src="{figure.image}"></div>'
+            f"{_scale(figure.surface)}<figcaption>{prose(figure.caption)}</figcaption></figure>"
         )
     return "".join(parts)
+
+
+def _widest(image: str) -> str:
+    """No picture is enlarged beyond the size that its words were drawn for."""
+    width_in = image.width_in if isinstance(image, Picture) else 0.0
+    return f'style="max-width:{round(PX_PER_IN * width_in)}px" ' if width_in else ""
 
 
 def _scale(surface: dict[str, Any] | None) -> str:
