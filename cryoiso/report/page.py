@@ -41,7 +41,6 @@ figure{position:relative}figure canvas{display:block;width:460px;max-width:100%;
 #tip{position:fixed;z-index:9;pointer-events:none;background:var(--card);color:var(--ink);border:1px solid var(--line);
 border-radius:6px;padding:.25rem .5rem;font-size:.84rem;box-shadow:0 2px 8px #0003;max-width:22rem}
 #tip i{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.4em}
-code{font:inherit;white-space:nowrap}
 .rule{position:absolute;width:1px;background:#555a;pointer-events:none}
 figcaption{color:var(--soft);font-size:.92rem;margin:.7rem .2rem 0}
 .table{overflow-x:auto;padding:.3rem .9rem}
@@ -83,16 +82,6 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def prose(text: str) -> str:
-    """``escape`` for running text, in which a number stays with its unit and an option is in one piece.
-
-    >>> prose("63 % of 10.4 Å, without --mask").replace(chr(160), "_")
-    '63_% of 10.4_Å, without <code>--mask</code>'
-    """
-    units = re.sub(r"(?<=\d) (?=(?:%|Å²?|px|nats|times|dB|kV|mm)(?![\w-]))", "\u00a0", escape(text))
-    return re.sub(r"(?<![^\s(])(--[a-z][a-z0-9-]*)", r"<code>\1</code>", units)
-
-
 def page(data: ReportData, figures: list[Figure]) -> str:
     """The whole page.
 
@@ -128,7 +117,7 @@ def _is_control(figure: Figure) -> bool:
 
 def _summary(sentences: list[str]) -> str:
     shown = sentences or ["This run has not been measured yet."]
-    return '<div class="summary">' + "".join(f"<p>{_verdict_first(prose(s))}</p>" for s in shown) + "</div>"
+    return '<div class="summary">' + "".join(f"<p>{_verdict_first(escape(s))}</p>" for s in shown) + "</div>"
 
 
 def _verdict_first(sentence: str) -> str:
@@ -143,7 +132,7 @@ def _figure(figure: Figure) -> str:
         parts.append(
             f'<figure{kind} id="figure-{escape(figure.key)}"><div class="scroll">'
             f'<img alt="{escape(figure.title)}" {_widest(figure.image)}src="{figure.image}"></div>'
-            f"{_scale(figure.surface)}<figcaption>{prose(figure.caption)}</figcaption></figure>"
+            f"{_scale(figure.surface)}<figcaption>{escape(figure.caption)}</figcaption></figure>"
         )
     return "".join(parts)
 
@@ -178,7 +167,7 @@ def _script(figures: list[Figure]) -> str:
 
 def _text(text: Text) -> str:
     """Sentences and a table of words; with no head, the first column names the rows."""
-    said = "".join(f"<p>{prose(s)}</p>" for s in text.sentences)
+    said = "".join(f"<p>{escape(s)}</p>" for s in text.sentences)
     said = f'<div class="words">{said}</div>' if said else ""
     if not text.rows:
         return said
