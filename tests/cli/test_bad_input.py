@@ -192,7 +192,9 @@ def test_black_reference(data):
 
 
 def test_constant_reference(data):
-    write_cube(data / "flat.mrc", 24, 7.0, value=1.0)
+    with mrcfile.new(data / "flat.mrc") as mrc:
+        mrc.set_data(np.ones((24, 24, 24), np.float32))
+        mrc.voxel_size = 7.0
     run_fails(data, EXIT_INPUT, "flat.mrc", "the reference is constant", job=write_job(data, reference_file="flat.mrc"))
 
 
