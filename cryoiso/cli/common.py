@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
+from cryoiso.core import products
 from cryoiso.core.errors import CryoisoError, Interrupted, UsageError
 from cryoiso.core.log import indented, is_told, printable
 from cryoiso.parallel.launcher import speaks
@@ -72,6 +74,7 @@ def as_command(function: F, collective: bool) -> F:
         log_to_stderr(ctx.rank)
         with guard(ctx), _saying_how_to_go_on(function.__name__, options):
             require_utf8(options)
+            require_finite(function, options)
             function(*args, **options)
 
     return command  # type: ignore[return-value]  # it has the signature of the function (functools.wraps)
@@ -101,6 +104,35 @@ def require_utf8(options: dict[str, Any]) -> None:
                 ) from None
 
 
+def require_finite(function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Stops at numbers that are NaN or infinite, which no range of an option keeps out.
+
+    Args:
+        function: of a command. options: that it is called with, by the names of its arguments.
+
+    Raises:
+        UsageError: names the option and what was found.
+    """
+    for option, value in options.items():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise UsageError(
+                    f"{_name_of_option(function, option)}: a finite number is expected (found {item:g})",
+                    code="option-out-of-range",
+                )
+
+
+def _name_of_option(function: Callable[..., Any], argument: str) -> str:
+    """How an argument of a command is written on the command line."""
+    hint = get_type_hints(function, include_extras=True).get(argument)
+    written: list[Any] = []
+    for part in getattr(hint, "__metadata__", ()):  # in Annotated, typer takes the first name for a default
+        written += [getattr(part, "default", None), *(getattr(part, "param_decls", None) or ())]
+    return next(
+        (name for name in written if isinstance(name, str) and name.startswith("--")), f"--{argument.replace('_', '-')}"
+    )
+
+
 @contextmanager
 def _saying_how_to_go_on(name: str, options: dict[str, Any]) -> Iterator[None]:
     """Adds to an interruption's message what this command goes on with."""
@@ -108,6 +140,10 @@ def _saying_how_to_go_on(name: str, options: dict[str, Any]) -> Iterator[None]:
         yield
     except Interrupted as error:
         error.args = (f"{str(error).rstrip('.')}. {how_to_go_on(name, options)}",)
+        raise
+    except KeyboardInterrupt as error:
+        if name not in ("run", "resume") or (_folder_of(options) / products.JOURNAL).exists():
+            error.args = (how_to_go_on(name, options),)
         raise
 
 
@@ -119,15 +155,25 @@ def how_to_go_on(name: str, options: dict[str, Any]) -> str:
         options: as it was called with.
     """
     if name in ("run", "resume"):
-        folder = options.get("out") or options.get("folder") or run_folder_of(options["job"])
-        return f"'cryoiso resume {folder}' goes on from there."
+        return f"'cryoiso resume {_folder_of(options)}' goes on from there."
     if "go_on" in options:
         return "The same command with --resume goes on from there."
     return "Give the same command again."
 
 
+def _folder_of(options: dict[str, Any]) -> Path:
+    """The run folder of the command ``run`` or ``resume``."""
+    return Path(options.get("out") or options.get("folder") or run_folder_of(options["job"]))
+
+
 def run_folder_of(job: Path) -> Path:
-    """Where the run of a job file goes if nothing else is said."""
+    """Where the run of a job file goes if nothing else is said.
+
+    Raises:
+        UsageError: the name of a folder alone, such as "." or "/".
+    """
+    if not job.name:
+        raise UsageError(f"{job}: a folder, not a job file. Name the file in it", code="file-not-regular")
     return job.with_name(f"{job.stem}-run")
 
 

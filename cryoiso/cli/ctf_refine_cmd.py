@@ -120,7 +120,11 @@ def _draw(path: Path, shown: dict[str, Any]) -> None:
 
 def _lines(facts: dict[str, Any]) -> list[str]:
     particle_facts, lines = facts["particles"], []
-    if facts["settings"]["particles"]:
+    if facts["settings"]["particles"] and particle_facts["prior_sd_A"] == 0:
+        lines.append(
+            f"defocus of {particle_facts['count']:,} particles: no change beyond noise was found, none is made"
+        )
+    elif facts["settings"]["particles"]:
         lines.append(
             f"defocus of {particle_facts['count']:,} particles: prior {particle_facts['prior_sd_A']:.0f} Å, "
             f"estimated error "

@@ -11,6 +11,7 @@ from cryoiso.cli.common import echo
 from cryoiso.cli.groups import SYMMETRY
 from cryoiso.cli.options import JobOptions, help_of, keys, with_keys
 from cryoiso.core import products
+from cryoiso.core.errors import UsageError
 from cryoiso.core.records import DiagnoseRecord
 
 HALF1, HALF2 = "First half-map (MRC), unmasked and unfiltered.", "Second half-map (MRC)."
@@ -52,8 +53,12 @@ def diagnose(
     and, for simulated particles, the errors of poses and map. With --model, map-model FSC and Q-scores; without
     half-maps, these alone.
     """
+    from cryoiso.io.atomic import require_target
     from cryoiso.pipeline.commands.diagnose import diagnose_files, diagnose_model, write_volume
 
+    for target in (out, fsc3d, phase_cosine, local_resolution):
+        if target is not None:
+            require_target(target)
     job = job_options.job(particles={"file": "-"}, reference={"file": "-"})
     table = out.parent / products.Q_TABLE
     if model_map is not None and job.diagnose.model and not any((half1, half2, half1_option, half2_option)):
@@ -61,6 +66,8 @@ def diagnose(
         _tell(numbers, out)
         return
     first, second = _given(half1, half1_option, "HALF1"), _given(half2, half2_option, "HALF2")
+    if job.truth.particles and particles is None:
+        raise UsageError("--truth-particles needs --particles, the poses that are compared", code="option-missing")
     true_poses, true_map = (Path(name) if name else None for name in (job.truth.particles, job.truth.map))
     numbers = diagnose_files(
         first, second, mask, particles, job.sample.symmetry, true_poses, true_map,
@@ -75,11 +82,11 @@ def diagnose(
 
 
 def _tell(numbers: DiagnoseRecord, out: Path) -> None:
-    """The main numbers on the terminal, all of them in a file."""
+    """All numbers in a file, then the main ones on the terminal (which a pipe may have closed)."""
     from cryoiso.io.atomic import write_json
 
-    echo("\n".join(_lines(numbers)))
     write_json(out, numbers)
+    echo("\n".join(_lines(numbers)))
     echo(f"all numbers: {out}")
     if numbers.get("model"):
         echo(f"Q-scores by residue: {out.parent / products.Q_TABLE}")
@@ -91,8 +98,6 @@ def _given(argument: Path | None, option: Path | None, name: str) -> Path:
     Raises:
         UsageError: it is missing, or given twice.
     """
-    from cryoiso.core.errors import UsageError
-
     if (argument is None) == (option is None):
         problem = "is missing" if option is None else "is given twice"
         raise UsageError(

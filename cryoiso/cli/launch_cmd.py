@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cryoiso.cli.common import echo
+from cryoiso.cli.common import echo, run_folder_of
 from cryoiso.cli.options import JobOptions, keys, keys_of, with_keys
 from cryoiso.core.config import Job
 
@@ -60,6 +60,7 @@ def launch(
     """
     from cryoiso.pipeline.batch.launch import read_launch
 
+    folder = run or run_folder_of(job)
     settings = dict(job_options.sections.get("launch", {}))
     for path in ("image", "template"):
         if settings.get(path) and "://" not in settings[path]:
@@ -68,7 +69,7 @@ def launch(
         settings["variables"] = keys_of(variables, "--set")
     script = out if out is not None else job.with_name(f"{job.stem}-launch.sh")
     known = _with_ranks_that_fit(read_launch(job, settings, job_options.names))
-    _launch(known, job, run or job.with_name(f"{job.stem}-run"), script, chain, out is not None, submit, overwrite)
+    _launch(known, job, folder, script, chain, out is not None, submit, overwrite)
 
 
 def _with_ranks_that_fit(known: Job) -> Job:

@@ -17,7 +17,7 @@ import typer
 
 from cryoiso.cli.common import Voice, as_command
 from cryoiso.cli.help import PanelledCommand
-from cryoiso.core.errors import EXIT_OTHER
+from cryoiso.core.errors import EXIT_KEYBOARD, EXIT_OTHER
 from cryoiso.parallel.launcher import OVERRIDE, limit_threads_early, speaks
 
 # name, module, function, works on all ranks together (the others run on rank 0 alone)
@@ -130,6 +130,8 @@ def main() -> None:
         app = build_app()
         try:
             app(prog_name="cryoiso")
+        except KeyboardInterrupt:
+            sys.exit(EXIT_KEYBOARD)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_OTHER)

@@ -26,7 +26,7 @@ def reference(
     out: Annotated[Path, typer.Argument(help="MRC file to write.")],
     job_options: JobOptions,
     box: Annotated[
-        int | None, typer.Option(min=8, help="Box of the particles (default: the given map's).  [pixels]")
+        int | None, typer.Option(min=8, max=2048, help="Box of the particles (default: the given map's).  [pixels]")
     ] = None,
     pixel_size: Annotated[
         float | None, typer.Option(min=0.01, help="Pixel size of the particles (default: the given map's).  [Å]")
@@ -66,6 +66,7 @@ def reference(
     one in cryoSPARC's frame of D3, D5, D7 ...) is rejected; --standard-frame moves it.
     """
     from cryoiso.core.errors import UsageError
+    from cryoiso.io.atomic import require_target
     from cryoiso.io.mrc import write_map
     from cryoiso.pipeline.inputs.reference import finish_reference, model_choice, prepare_reference
 
@@ -74,6 +75,7 @@ def reference(
             "--fit, --standard-frame and --symmetrise take a file: write the phantom to one first",
             code="options-conflict",
         )
+    require_target(out)
     box, pixel_size = _grid(file, box, pixel_size, map_pixel_size)
     if file in PHANTOMS:
         from cryoiso.physics.phantom import phantom_map

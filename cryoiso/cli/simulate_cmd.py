@@ -27,7 +27,7 @@ def simulate(
     ],
     out: Annotated[Path, typer.Argument(help="Output folder.")],
     n: Annotated[int, typer.Option("--n", min=1, help="Number of particles.")] = 1000,
-    box: Annotated[int | None, typer.Option(min=8, help="Box (default: 64, or the map's).  [pixels]")] = None,
+    box: Annotated[int | None, typer.Option(min=8, max=2048, help="Box (default: 64, or the map's).  [pixels]")] = None,
     pixel_size: Annotated[
         float | None, typer.Option(min=0.1, help="Pixel size (default: 3, or the map's).  [Å]")
     ] = None,
@@ -84,6 +84,8 @@ def simulate(
         float,
         typer.Option(
             rich_help_panel=IMAGES,
+            min=-100.0,
+            max=100.0,
             help="Variance of CTF-modulated projections of uniform views over that of the noise.  [dB]",
         ),
     ] = -10.0,
@@ -106,9 +108,11 @@ def simulate(
         float, typer.Option(rich_help_panel=IMAGES, min=0.0, help="Standard deviation of the shifts.  [Å]")
     ] = 4.0,
     voltage: Annotated[
-        float, typer.Option(rich_help_panel=IMAGES, min=1.0, help="Acceleration voltage.  [kV]")
+        float, typer.Option(rich_help_panel=IMAGES, min=1.0, max=3000.0, help="Acceleration voltage.  [kV]")
     ] = 300.0,
-    cs: Annotated[float, typer.Option(rich_help_panel=IMAGES, min=0.0, help="Spherical aberration.  [mm]")] = 2.7,
+    cs: Annotated[
+        float, typer.Option(rich_help_panel=IMAGES, min=0.0, max=100.0, help="Spherical aberration.  [mm]")
+    ] = 2.7,
     amplitude_contrast: Annotated[
         float, typer.Option(rich_help_panel=IMAGES, min=0.0, max=0.99, help="Amplitude contrast.")
     ] = 0.1,
@@ -165,6 +169,7 @@ def simulate(
     each image really shows is then in truth.star and copies.star.
     """
     options = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
+    from cryoiso.io.atomic import require_space
     from cryoiso.physics import simulation as physics
     from cryoiso.pipeline.commands import simulate as command
     from cryoiso.pipeline.commands import simulation_inputs as inputs
@@ -174,6 +179,7 @@ def simulate(
     applied = _ctf_applied(phase_flipped, ctf_premultiplied)
     command.require_known_ctf(nuisances, applied)
     command.check_folder(out, overwrite)
+    require_space(out / command.FILES[0], 4 * n * (box or inputs.DEFAULT_BOX_PX) ** 2)
     views, axis = _views(options)
     volume = inputs.object_map(model, box, pixel_size, resolution, seed)
     ctf = _ctf(options)

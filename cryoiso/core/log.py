@@ -71,6 +71,27 @@ def duration(seconds: float) -> str:
     return f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 
+def quantity(number: int, noun: str) -> str:
+    """A number of things as a person writes it.
+
+    >>> quantity(1, "rank"), quantity(1500, "particle"), quantity(0, "file")
+    ('1 rank', '1,500 particles', '0 files')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def amount(size_bytes: float) -> str:
+    """Bytes in the unit that leaves a number to be read.
+
+    >>> amount(13_852_672), amount(3.2 * 2**30), amount(700)
+    ('13.2 MiB', '3.2 GiB', '0.7 KiB')
+    """
+    scale, unit = next(
+        ((s, u) for s, u in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")) if size_bytes >= s), (2**10, "KiB")
+    )
+    return f"{size_bytes / scale:.1f} {unit}"
+
+
 class PatientFileHandler(logging.FileHandler):
     """A log file that is not worth a run: where it cannot be written (a full disk), lines are lost and nothing else."""
 

@@ -69,6 +69,61 @@ def require_space(path: object, need_bytes: int) -> None:
         raise disk_full(path, need_bytes)
 
 
+def make_folder(path: object) -> None:
+    """Makes a folder that a user named, and those above it.
+
+    Raises:
+        InputError: a file has this name, or the name of a folder above it, or it may not be made there.
+        DiskFullError: the disk is full.
+    """
+    folder = Path(str(path))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
+        raise InputError(
+            "a file is where the folder is to be made", file=file, hint="Give another folder.", code="not-writable"
+        ) from None
+    except OSError as error:
+        if error.errno in _FORBIDDEN:
+            raise InputError(
+                f"cannot make the folder: {error.strerror}", file=folder, hint="Give another folder.",
+                code="not-writable",
+            ) from None  # fmt: skip
+        if is_full(error):
+            raise disk_full(folder) from error
+        raise
+
+
+def require_target(path: object) -> None:
+    """Stops before anything is computed for a file that cannot be written.
+
+    Raises:
+        InputError: its folder does not exist, or the name is that of a folder or a device.
+    """
+    final = Path(str(path))
+    if not final.parent.is_dir():
+        raise InputError(
+            "the folder to write into does not exist", file=final, hint=f"Create {final.parent} first.",
+            code="folder-not-found",
+        )  # fmt: skip
+    if (kind := _what_is_there(final)) != "file":
+        raise InputError(
+            f"this is a {kind}, where a file is to be written", file=final, hint="Give the name of a file.",
+            code="file-not-regular",
+        )  # fmt: skip
+
+
+def _what_is_there(final: Path) -> str:
+    """What has this name already; "file" also where nothing has. A rename would put a file in place of a device."""
+    if final.is_dir():
+        return "folder"
+    folder = str(final.parent.resolve())
+    if (final.exists() and not final.is_file()) or folder in ("/dev", "/dev/fd") or folder.startswith("/proc/"):
+        return "device, pipe or socket"
+    return "file"
+
+
 @contextmanager
 def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
     """Gives a temporary name in the same folder; on success it is fsynced and renamed to ``path``, on error removed.
@@ -79,16 +134,10 @@ def atomic_path(path: object, need_bytes: int | None = None) -> Iterator[Path]:
 
     Raises:
         DiskFullError: the disk is full.
-        InputError: the folder is missing or not writable.
+        InputError: the folder is missing or not writable, or the name is that of a folder.
     """
     final = Path(str(path))
-    if not final.parent.is_dir():
-        raise InputError(
-            "the folder to write into does not exist",
-            file=final,
-            hint=f"Create {final.parent} first.",
-            code="folder-not-found",
-        )
+    require_target(final)
     if need_bytes is not None:
         require_space(final, need_bytes)
     part = temporary_name(final)

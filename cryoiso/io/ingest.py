@@ -22,7 +22,7 @@ from cryoiso.core import products
 from cryoiso.core.errors import InputError
 from cryoiso.core.protocols import Communicator, Progress
 from cryoiso.core.types import OpticsGroup, Particles
-from cryoiso.io.atomic import temporary_name
+from cryoiso.io.atomic import make_folder, temporary_name
 from cryoiso.io.contrast_sign import SignDecision, decide_sign
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
 from cryoiso.io.particle_file import read_particle_file
@@ -332,7 +332,7 @@ def ingest(
     rank, size = (comm.rank, comm.size) if comm is not None else (rank, size)
     plan_: Any = None
     if comm is None or rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         particles = read_particle_file(particles_file, settings.project)
         plan_ = plan(replace(particles, table=_sign_column(particles)), settings, particles_file)
     if comm is not None:

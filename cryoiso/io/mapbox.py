@@ -71,11 +71,14 @@ def read_map_box(path: object, pixel_size_A: float | None = None) -> MapBox:
         MapBox: memory-mapped, in the number type of the file.
 
     Raises:
-        InputError: no such file, truncated, no pixel size, axes not at right angles, several volumes, more than
-            ``MAX_MAP_PX`` voxels along a side.
+        InputError: no such file, truncated, no pixel size, axes not at right angles, several volumes, one section, more
+            than ``MAX_MAP_PX`` voxels along a side.
     """
     raw, header = read_raw_map(path)
     require_one_straight_volume(header, path)
+    if min(raw.shape) == 1:
+        raise InputError("this is a single image, not a map", file=path, expected="a volume of several sections",
+                         found=" x ".join(map(str, raw.shape[::-1])) + " px", code="map-not-cubic")  # fmt: skip
     if max(raw.shape) > MAX_MAP_PX:
         raise InputError("the map is too large", file=path, expected=f"at most {MAX_MAP_PX} voxels along a side",
                          found=max(raw.shape), code="size-above-limit")  # fmt: skip

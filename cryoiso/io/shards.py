@@ -249,7 +249,11 @@ def read_index(folder: Path) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(read_regular_text(path))
     except FileNotFoundError:
         raise InputError(
-            "no shards here", file=path, hint="Run 'cryoiso ingest' first (or let it finish).", code="shards-missing"
+            "no shards in this folder",
+            file=folder,
+            expected=path.name,
+            code="shards-missing",
+            hint="Give the folder that 'cryoiso ingest' wrote (and let it finish), or a STAR or .cs file.",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot be read: {error}", file=path, hint=AGAIN, code="shards-damaged") from None

@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from cryoiso.core.errors import EXIT_OTHER, EXIT_REQUEUE, CryoisoError, Interrupted, code_of, with_code
+from cryoiso.core.errors import EXIT_KEYBOARD, EXIT_OTHER, EXIT_REQUEUE, CryoisoError, Interrupted, code_of, with_code
 from cryoiso.core.log import indented, printable
 from cryoiso.parallel.context import Context
 
 logger = logging.getLogger("cryoiso")
 T = TypeVar("T")
-EXIT_KEYBOARD = 130
 _COMMON = "common_to_all_ranks"
 
 
@@ -91,7 +90,8 @@ def guard(ctx: Context, say: Callable[[str], None] | None = None) -> Iterator[No
         common = ctx.size == 1 or getattr(error, _COMMON, False) or isinstance(error, Interrupted)
         _leave(ctx, error.line(), error.exit_code, common, say)
     except KeyboardInterrupt as error:
-        _leave(ctx, with_code("interrupted from the keyboard", code_of(error)), EXIT_KEYBOARD, ctx.size == 1, say)
+        text = "interrupted from the keyboard" + (f". {error}" if error.args else "")
+        _leave(ctx, with_code(text, code_of(error)), EXIT_KEYBOARD, ctx.size == 1, say)
     except BrokenPipeError:
         raise  # whoever read our output has left; not ours to comment
     except OSError as error:

@@ -49,6 +49,9 @@ def read_job(path: Path) -> tuple[str, Job]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: not a TOML file: {error}", code="toml-malformed") from None
     job = without_auto(parse_job(data, path), path)
+    for name, value in (("particles.file", job.particles.file), ("reference.file", job.reference.file)):
+        if not value.strip():
+            raise UsageError(f"{path}: '{name}' is empty", code="job-key-missing")
     return text, with_absolute_paths(job, path.absolute().parent)
 
 
@@ -82,10 +85,20 @@ def read_resolved(run: RunFolder) -> tuple[str, Job]:
 
 
 def require_run(run: RunFolder) -> None:
-    if not run.resolved.exists() or not run.manifest.exists():
+    """Stops unless there is a run that has begun.
+
+    Raises:
+        UsageError: no run, or one whose records are gone.
+    """
+    gone = [path.name for path in (run.resolved, run.manifest) if not path.exists()]
+    if gone and run.holds_a_run():
         raise UsageError(
-            f"{run.path} holds no run to resume. Start one with 'cryoiso run job.toml'.", code="run-missing"
+            f"{run.path}: {' and '.join(gone)} of this run {'is' if len(gone) == 1 else 'are'} missing. Put "
+            f"{'it' if len(gone) == 1 else 'them'} back from a copy, or start a new run in another folder",
+            code="run-missing",
         )
+    if not run.resolved.exists() or not run.manifest.exists():
+        raise UsageError(f"{run.path} holds no run. Start one with 'cryoiso run job.toml'.", code="run-missing")
 
 
 def with_absolute_paths(job: Job, folder: Path) -> Job:

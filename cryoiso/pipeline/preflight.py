@@ -100,12 +100,22 @@ def _check_scratch(wanted: str) -> None:
         )
 
 
+LEAST_DIAMETER_PX = 4
+"""A particle that is smaller shows nothing; the diameter was given in another unit, nm for example."""
+
+
 def _check_diameter(inputs: Inputs) -> None:
     box, pixel = inputs.grid()
     diameter = inputs.job.sample.diameter_A
     if diameter is not None and diameter > box * pixel:
         raise UsageError(
-            f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g})",
+            f"sample.diameter_A: the box is only {box * pixel:.0f} Å wide (found {diameter:g} Å)",
+            code="option-out-of-range",
+        )
+    if diameter is not None and diameter < LEAST_DIAMETER_PX * pixel:
+        raise UsageError(
+            f"sample.diameter_A: no particle is that small at {pixel:g} Å per pixel (expected "
+            f"{LEAST_DIAMETER_PX * pixel:g} Å or more, found {diameter:g} Å)",
             code="option-out-of-range",
         )
 

@@ -20,9 +20,9 @@ from typing import Any
 from cryoiso import __version__
 from cryoiso.core.config import job_to_toml
 from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted, UsageError, code_of
-from cryoiso.core.log import LineFormatter, PatientFileHandler, duration
+from cryoiso.core.log import LineFormatter, PatientFileHandler, duration, quantity
 from cryoiso.core.progress import board
-from cryoiso.io.atomic import write_text
+from cryoiso.io.atomic import make_folder, write_text
 from cryoiso.parallel.abort import agree, on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.context import RunContext
@@ -198,11 +198,11 @@ def prepare_device(run: RunContext, until: str = "") -> None:
 
 
 def _preflight(inputs: Inputs) -> None:
-    logger.info("checking the inputs of %s", inputs.job.run.title or inputs.folder.path.name)
+    logger.info("checking the inputs of '%s'", inputs.job.run.title or inputs.folder.path.name)
     check_job(inputs)
     check_space(inputs)
     particles, (box, pixel) = inputs.particles(), inputs.grid()
-    logger.info("%d particles of %d px, %.4g Å a pixel, symmetry %s", len(particles), box, pixel,
+    logger.info("%s of %d px, %.4g Å per pixel, symmetry %s", quantity(len(particles), "particle"), box, pixel,
                 inputs.job.sample.symmetry)  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def _with_records(run: RunContext, opened: Callable[[], RunContext]) -> RunConte
 
 def _create(run: RunContext, inputs: Inputs, text: str, stack: ExitStack) -> RunContext:
     folder, job = run.folder, run.job
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     stack.enter_context(locked(folder.lock))
     _refuse_old_run(folder)
     manifest = provenance.new_manifest(job, images_of(inputs))
@@ -267,7 +267,7 @@ def _start(run: RunContext, event: str) -> None:
     if run.journal is not None:
         hosts = {host: len(ranks) for host, ranks in comm.nodes.items()}
         run.journal.append(event, cryoiso=__version__, **other, ranks=comm.size, hosts=hosts)
-    logger.info("run folder %s, %d rank(s), %s", folder.path, comm.size, comm.device())
+    logger.info("run folder %s, %s, %s", folder.path, quantity(comm.size, "rank"), comm.device())
 
 
 def _log_to_file(run: RunFolder, rank: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from cryoiso.core import products
 from cryoiso.core.errors import Interrupted
-from cryoiso.core.log import ProgressLine, duration
+from cryoiso.core.log import ProgressLine, duration, quantity
 from cryoiso.io import scratch_lease as leases
 from cryoiso.io.atomic import write_text
 from cryoiso.io.shards import ShardSource
@@ -211,8 +211,8 @@ def _log(facts: dict[str, Any]) -> None:
     if there:
         reused = sum(node["reused_bytes"] for node in there)
         logger.info(
-            "scratch: %.3g GB copied to %s on %d node(s) in %s, %.0f MB/s%s", facts["bytes"] / 1e9, there[0]["folder"],
-            len(there), duration(facts["seconds"]), facts["MB_per_s"],
+            "scratch: %.3g GB copied to %s on %s in %s, %.0f MB/s%s", facts["bytes"] / 1e9, there[0]["folder"],
+            quantity(len(there), "node"), duration(facts["seconds"]), facts["MB_per_s"],
             f"; {reused / 1e9:.3g} GB were there already" if reused else "",
         )  # fmt: skip
     reasons: dict[str, list[str]] = {}

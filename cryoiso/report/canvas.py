@@ -34,7 +34,10 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "axes.axisbelow": True,
     "lines.linewidth": 1.8,
-    "legend.frameon": False,
+    "legend.frameon": True,  # a pale ground: lines and their labels do not run through its words
+    "legend.framealpha": 0.85,
+    "legend.edgecolor": "none",
+    "legend.fancybox": False,
     "legend.fontsize": 8.5,
     "svg.hashsalt": "cryoiso",
     "svg.fonttype": "path",
@@ -69,7 +72,8 @@ def address(figure: Figure, kind: str = "svg", dpi: int = 150) -> Picture:
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(stream, format=kind, dpi=dpi, metadata=metadata)
     mime = "image/svg+xml" if kind == "svg" else "image/png"
-    return Picture(f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode()}", axes_of(figure))
+    text = base64.b64encode(stream.getvalue()).decode()
+    return Picture(f"data:{mime};base64,{text}", axes_of(figure), figure.get_figwidth())
 
 
 def decoded(data_address: str) -> bytes:
@@ -80,6 +84,11 @@ def decoded(data_address: str) -> bytes:
 def picture(ax: Axes, image: np.ndarray, low: float, high: float) -> None:
     """A grey picture without ticks or frame."""
     ax.imshow(image, cmap="gray", origin="lower", vmin=low, vmax=high, interpolation="bilinear")
+    without_frame(ax)
+
+
+def without_frame(ax: Axes) -> None:
+    """No ticks, grid or frame: what is left is the picture."""
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     for side in ax.spines.values():
@@ -96,13 +105,13 @@ def values_of(numbers: Any) -> np.ndarray:
     return np.array(numbers if numbers is not None else [], np.float64)
 
 
-def scale_bar(ax: Axes, box_px: int, pixel_size_A: float) -> None:
-    """A white bar of a round length in the corner of a picture."""
+def scale_bar(ax: Axes, box_px: int, pixel_size_A: float, colour: str = "white") -> None:
+    """A bar of a round length in the corner of a picture."""
     box_A = box_px * pixel_size_A
     length_A = next((n for n in (200, 100, 50, 20, 10, 5) if n < 0.4 * box_A), 2)
     x0, y0 = 0.06 * box_px, 0.07 * box_px
-    ax.plot([x0, x0 + length_A / pixel_size_A], [y0, y0], color="white", linewidth=2.5, solid_capstyle="butt")
-    ax.text(x0, y0 + 0.04 * box_px, f"{length_A} Å", color="white", fontsize=7.5)
+    ax.plot([x0, x0 + length_A / pixel_size_A], [y0, y0], color=colour, linewidth=2.5, solid_capstyle="butt")
+    ax.text(x0, y0 + 0.04 * box_px, f"{length_A} Å", color=colour, fontsize=7.5)
 
 
 def from_zero(ax: Axes) -> None:

@@ -12,6 +12,7 @@ from cryoiso.core.errors import InputError
 from cryoiso.core.records import DiagnoseRecord, JournalLine, ReferenceRecord, RefineRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
+from cryoiso.report.quoted import WITHOUT_A_MASK, quoted_resolution
 from cryoiso.report.records import ReportData, StageTime
 from cryoiso.report.run_reader import read_journal, read_json, read_toml, stage_folder
 from cryoiso.report.sections import (
@@ -153,9 +154,13 @@ def summary(data: ReportData) -> list[str]:
     if resolution is not None:
         of = f" from {n:,} particles" if n else ""
         symmetry = f" with {d['symmetry']} symmetry" if d.get("symmetry") else ""
-        sentences.append(
-            f"The two half-maps{of}{symmetry} agree to {_at(resolution, d)} (FSC 0.143, corrected for the mask)."
-        )
+        quoted_A, criterion = quoted_resolution(d)
+        if criterion == WITHOUT_A_MASK and quoted_A is not None:
+            agreement = f"{_at(quoted_A, d)} without a mask (FSC 0.143); the {_at(resolution, d)} inside the mask come "
+            agreement += "largely from the mask"
+        else:
+            agreement = f"{_at(resolution, d)} (FSC 0.143, corrected for the mask)"
+        sentences.append(f"The two half-maps{of}{symmetry} agree to {agreement}.")
     sentences = [*(data.get("comparison") or {}).get("sentences", []), *comparison.settings_sentence(data), *sentences]
     sentences += audit.sentences(data.get("audit") or {})
     sentences += _truth_sentences(d) + anisotropy.sentences(d) + auxiliary.sentences(data)
@@ -181,7 +186,7 @@ def _truth_sentences(d: DiagnoseRecord) -> list[str]:
         sentences.append(text + ".")
         if to_truth.get("axial_A") is not None and to_truth.get("equatorial_A") is not None:
             sentences.append(
-                f"It is {to_truth['axial_A']:.1f} Å along z and {to_truth['equatorial_A']:.1f} Å across it."
+                f"Its resolution is {to_truth['axial_A']:.1f} Å along z and {to_truth['equatorial_A']:.1f} Å across it."
             )
     if errors.get("median_deg") is not None:
         text = f"Poses are wrong by {errors['median_deg']:.1f}° (median)"
@@ -288,6 +293,12 @@ _VIEW_ROWS = (
 )
 
 
+def _command(words: list[Any]) -> list[str]:
+    """A command line without folders; `python -m cryoiso.cli.main` is the program cryoiso."""
+    names = list(map(name_of, words))
+    return ["cryoiso", *names[1:]] if names and names[0] in ("main.py", "__main__.py") else names
+
+
 def _pair(counts: list[int] | None) -> str | None:
     return None if not counts or not any(counts) else f"{counts[0]:,} and {counts[1]:,}"
 
@@ -304,7 +315,7 @@ def provenance(manifest: dict[str, Any], job: dict[str, Any]) -> list[tuple[str,
     starts = [start for start in _list(manifest, "starts") if isinstance(start, dict)]
     start = starts[-1] if starts else {}
     rows.append(("started", str(start.get("time", "")) + (f" ({len(starts)} starts)" if len(starts) > 1 else "")))
-    rows.append(("command", shlex.join(map(name_of, _list(start, "command")))))
+    rows.append(("command", shlex.join(_command(_list(start, "command")))))
     machine = [rank for rank in _list(start, "machine") if isinstance(rank, dict)]
     places = Counter((str(m.get("host", "")), str(m.get("device", ""))) for m in machine)
     where = "; ".join(f"{n} on {host} ({device})" for (host, device), n in sorted(places.items()))

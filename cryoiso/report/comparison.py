@@ -127,7 +127,7 @@ def _run_sentence(when: str, d: DiagnoseRecord) -> str:
         text += f" and {round(e['side_over_20'] * e['side_n']):,} of the {e['side_n']:,} side views"
     text += " got a wrong view (by more than 20°)"
     if number(e, "fraction_opposite") is not None:
-        text += f", {percent(e['fraction_opposite'])} of all the one from the opposite end"
+        text += f", {percent(e['fraction_opposite'])} of all particles the view from the opposite end"
     return text + f"; the map is right to {m['resolution_05_A']:.1f} Å{_along(m)}."
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 20_000
 """Particles drawn over the micrograph's position."""
+LEAST_REACH_A = 50.0
+"""Half the width of the histogram at least: no defocus is known better."""
 
 
 def defocus_changes(
@@ -30,7 +32,8 @@ def defocus_changes(
         columns = 1 if position_A is None else 2
         figure, axes = new_figure(3.6 * columns + 0.4, 2.9, nrows=1, ncols=columns)
         ax = axes[0, 0]
-        ax.hist(change_A, bins=60, color=BLUE)
+        reach_A = max(float(np.abs(change_A).max(initial=0.0)), LEAST_REACH_A)
+        ax.hist(change_A, bins=61, range=(-reach_A, reach_A), color=BLUE)
         ax.set(xlabel="change of defocus (Å)", ylabel="particles", title="changes")
         if position_A is not None and defocus_A is not None:
             _over_micrograph(figure, axes[0, 1], position_A, defocus_A)

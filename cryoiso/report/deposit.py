@@ -14,6 +14,7 @@ from cryoiso.io.mrc import read_map
 from cryoiso.methods.assess.emdb_flags import sentences
 from cryoiso.report.collect import collect
 from cryoiso.report.methods_text import final_counts, methods, warnings, workflow
+from cryoiso.report.quoted import WITHOUT_A_MASK, quoted_resolution
 from cryoiso.report.records import ReportData
 from cryoiso.report.sharing import for_others
 from cryoiso.report.surface import contour_level, surface_png
@@ -55,6 +56,13 @@ ROLES: tuple[Row, ...] = (
     (products.SUMS, "EMPIAR: beside the files", "checksums; `sha256sum -c SHA256SUMS` checks them"),
 )  # fmt: skip
 """Name, where it goes, what it is."""
+UNMASKED_ROLES: dict[str, Row] = {
+    products.FSC_XML: (products.FSC_XML, "EMDB: not at all",
+                       "of the half-maps, corrected for the mask, which makes much of it"),
+    products.FSC_UNMASKED_XML: (products.FSC_UNMASKED_XML, "EMDB: FSC curve",
+                                "of the half-maps without a mask; the resolution is read from this curve"),
+}  # fmt: skip
+"""What is said instead where the mask makes the agreement."""
 
 
 def deposit(folder: Path) -> None:
@@ -80,6 +88,8 @@ def deposit(folder: Path) -> None:
     write_text(result / products.VIEW_SCRIPT, view_script(here, levels, _local_range(data)))
     written = (CONTENTS, DEPOSITION, products.SUMS, products.VIEW_SCRIPT)
     present = [row for row in ROLES if (result / row[0]).exists() or row[0] in written]
+    if quoted_resolution(data["diagnose"])[1] == WITHOUT_A_MASK:
+        present = [UNMASKED_ROLES.get(row[0], row) for row in present]
     facts = _facts(data, density, levels, present)
     write_text(result / DEPOSITION, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     write_text(result / CONTENTS, _contents(facts, present, data))
@@ -93,14 +103,14 @@ def _local_range(data: ReportData) -> tuple[float, float] | None:
 
 
 def _facts(data: ReportData, density: DensityMap, levels: dict[str, float], rows: list[Row]) -> dict[str, Any]:
-    d, counts = data["diagnose"], final_counts(data)
+    counts, (resolution_A, criterion) = final_counts(data), quoted_resolution(data["diagnose"])
     return {
         "schema": 1,
         "program": f"cryoiso {__version__}",
         "workflow": workflow(data),
         "primary_map": PRIMARY,
-        "resolution_A": number(d, "resolution_0143_A"),
-        "resolution_criterion": "FSC 0.143, half-maps, corrected for the mask",
+        "resolution_A": resolution_A,
+        "resolution_criterion": criterion,
         "symmetry": section(data["job"], "sample").get("symmetry"),
         "particles_given": data["ingest"].get("particles"),
         "particles_in_maps": sum(counts) or None,

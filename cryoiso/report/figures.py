@@ -213,7 +213,7 @@ def view_discs(kinds: list[tuple[str, dict[str, Any], list[int]]]) -> str:
         ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if t <= top]
         bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])
         bar.ax.minorticks_off()
-        bar.set_label("views over even spread", fontsize=8.5)
+        bar.set_label("views relative to even spread", fontsize=8.5)
         return address(figure, "png", 160)
 
 
@@ -290,7 +290,7 @@ def iterations(rows: list[IterationRecord]) -> str:
         left.set(xlabel="iteration", ylabel="resolution (Å)", title="half-map resolution (FSC 0.143)")
         from_zero(left)
         if with_cfar:
-            axes[0, 2].plot(steps, column("cfar"), "o-", color=GREEN, markersize=4)
+            axes[0, 2].plot(steps, column("cfar"), "o-", color=BLUE, markersize=4)
             axes[0, 2].set(xlabel="iteration", ylabel="cFAR", title="evenness of directions", ylim=(0, 1.02))
         series = [
             (column("step_deg"), "step of the search", BLUE, "s-"),
@@ -322,7 +322,9 @@ def posterior(d: DiagnoseRecord) -> str:
             ax.stairs(part["counts"], part["edges"], fill=True, color=BLUE, alpha=0.75)
             ax.axvline(part["mean"], color="black", linewidth=1, linestyle=(0, (4, 3)))
             ax.set(xlabel=names[key], ylabel="particles")
+            right_of_it = part["mean"] < sum(ax.get_xlim()) / 2
             ax.annotate(
-                f"mean {part['mean']:.2f}", (part["mean"], 1), (4, -10), ("data", "axes fraction"), "offset points"
-            )
+                f"mean {part['mean']:.2f}", (part["mean"], 1), (4 if right_of_it else -4, -10),
+                ("data", "axes fraction"), "offset points", ha="left" if right_of_it else "right",
+            )  # fmt: skip
         return address(figure)

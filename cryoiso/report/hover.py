@@ -17,13 +17,15 @@ MOST_CELLS = 61
 
 
 class Picture(str):
-    """A data: address, with what can be read off the picture in ``hover`` (a list of axes; see `axes_of`)."""
+    """A data: address, with what can be read off the picture in ``hover`` (a list of axes; see `axes_of`), and the
+    width that it was drawn for in inches (0: not known)."""
 
     hover: list[dict[str, Any]]
+    width_in: float
 
-    def __new__(cls, address: str, hover: list[dict[str, Any]] | None = None) -> Picture:
+    def __new__(cls, address: str, hover: list[dict[str, Any]] | None = None, width_in: float = 0.0) -> Picture:
         picture = super().__new__(cls, address)
-        picture.hover = hover or []
+        picture.hover, picture.width_in = hover or [], width_in
         return picture
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from cryoiso import __version__
 from cryoiso.core import products
 from cryoiso.report.citations import Citations
+from cryoiso.report.quoted import WITHOUT_A_MASK, mask_warning, quoted_resolution
 from cryoiso.report.records import ReportData
 from cryoiso.report.text import number, percent, section
 
@@ -75,7 +76,7 @@ def warnings(data: ReportData) -> list[str]:
         said.append("The FSC curve does not come down to 0.143 before it ends at the pixel size: the resolution is "
                     "limited "
                     "by the pixel size, or the half-maps share something.")  # fmt: skip
-    return said + notes
+    return said + mask_warning(data["diagnose"]) + notes
 
 
 def _has_loop(data: ReportData) -> bool:
@@ -101,7 +102,7 @@ def _particles(data: ReportData, cite: Citations) -> str:
         return ""
     halves = ingest.get("half_counts") or []
     text = f"{ingest['particles']:,} particle images of {ingest['box_px']} x {ingest['box_px']} pixels "
-    text += f"({ingest['pixel_size_A']:.4g} Å a pixel"
+    text += f"({ingest['pixel_size_A']:.4g} Å per pixel"
     text += f", {ingest['optics_groups']} optics groups)" if ingest.get("optics_groups", 1) > 1 else ")"
     text += f" were processed with cryoiso {__version__}"
     text += f", in two half-sets of {halves[0]:,} and {halves[1]:,}." if len(halves) == 2 else "."
@@ -307,6 +308,8 @@ def _resolution(data: ReportData, cite: Citations) -> str:
     text += f", falls below 0.143 {cite('threshold')}; the mask was {mask}. "
     unmasked = number(d, "resolution_0143_unmasked_A")
     text += f"Without a mask it is {unmasked:.2f} Å." if unmasked is not None else ""
+    if quoted_resolution(d)[1] == WITHOUT_A_MASK:
+        text += " Since the mask makes much of the agreement, the number without a mask is the one to quote."
     if _at_end(data):
         text = text.replace("The resolution is", "The resolution is at least", 1)
     return text.strip()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -32,7 +33,7 @@ h2{font-size:1.2rem;margin:2.4rem 0 .6rem}
 .summary p{margin:.35rem 0}
 .summary p:first-child{font-weight:600}
 figure{margin:0 0 .4rem;padding:.9rem}
-figure img{display:block;width:100%;height:auto;background:#fff;border-radius:6px;padding:6px}
+figure img{display:block;width:100%;height:auto;margin:0 auto;background:#fff;border-radius:6px;padding:6px}
 figure.narrow img,figure canvas{max-width:700px;margin:0 auto}
 figure{position:relative}figure canvas{display:block;width:460px;max-width:100%;cursor:grab;touch-action:none}
 .scale{display:flex;align-items:center;gap:.6rem;max-width:460px;margin:.5rem auto 0;font-size:.86rem;color:var(--soft)}
@@ -52,15 +53,25 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .words{margin:0 .2rem .8rem}.words p{margin:.3rem 0}.table+figure{margin-top:.8rem}
 tr.group td{font-weight:600;padding-top:.9rem;border-bottom:1px solid var(--line)}
 footer{margin-top:3rem;color:var(--soft);font-size:.86rem}
-footer td{border:0;padding:.12rem .5rem .12rem 0;overflow-wrap:anywhere}
+footer table{width:auto}footer td{border:0;padding:.12rem .5rem .12rem 0;overflow-wrap:anywhere}
 footer td:first-child{white-space:nowrap;padding-right:1.2rem}
 summary{cursor:pointer}
+@media(max-width:700px){main{padding:1.4rem .8rem 3rem}.summary{padding:.8rem 1rem;font-size:1rem}figure{padding:.6rem}
+.scroll{overflow-x:auto}.scroll img{width:max(100%,700px)}.narrow .scroll img{width:max(100%,460px)}
+.table.named td{display:block;width:auto}.table.named td:first-child{width:auto;border:0;padding-bottom:0}
+.numbers tr{display:grid;grid-template-columns:repeat(var(--columns),1fr);border-bottom:1px solid var(--line)}
+.numbers tr>*{border:0;padding:.2rem .3rem}.numbers tr>:first-child{grid-column:1/-1}
+.numbers tr>:empty:first-child{display:none}
+.numbers td.n,.numbers th.n{text-align:left;white-space:normal}.numbers td:first-child{color:var(--soft)}
+.numbers tr.group td{color:var(--ink)}}
 @media print{:root{--ink:#000;--soft:#333;--line:#bbb;--page:#fff;--card:#fff}body{font-size:11pt}
 main{max-width:none;padding:0}
 figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
 _NARROW = {"measured", "fsc", "errors", "moved", "correct"}
+PX_PER_IN = 106
+"""Pixels of the page per inch of a figure: the widest, of 9.2 to 10 inches, fill it."""
 _FIRST = ("maps", "measured")
 """Figures before the table of numbers."""
 _COLUMNS = (("before", "before"), ("value", "this run"), ("true_poses", "true poses"))
@@ -106,7 +117,12 @@ def _is_control(figure: Figure) -> bool:
 
 def _summary(sentences: list[str]) -> str:
     shown = sentences or ["This run has not been measured yet."]
-    return '<div class="summary">' + "".join(f"<p>{escape(s)}</p>" for s in shown) + "</div>"
+    return '<div class="summary">' + "".join(f"<p>{_verdict_first(escape(s))}</p>" for s in shown) + "</div>"
+
+
+def _verdict_first(sentence: str) -> str:
+    """The verdict's name stands out; the reasons follow in the same paragraph."""
+    return re.sub(r"\A(Verdict: [^.]*\.)", r"<strong>\1</strong>", sentence)
 
 
 def _figure(figure: Figure) -> str:
@@ -114,10 +130,17 @@ def _figure(figure: Figure) -> str:
     parts = [f'<h2 id="{escape(figure.key)}">{escape(figure.title)}</h2>', _text(figure.text)]
     if figure.image:
         parts.append(
-            f'<figure{kind} id="figure-{escape(figure.key)}"><img alt="{escape(figure.title)}" src="{figure.image}">'
+            f'<figure{kind} id="figure-{escape(figure.key)}"><div class="scroll">'
+            f'<img alt="{escape(figure.title)}" {_widest(figure.image)}src="{figure.image}"></div>'
             f"{_scale(figure.surface)}<figcaption>{escape(figure.caption)}</figcaption></figure>"
         )
     return "".join(parts)
+
+
+def _widest(image: str) -> str:
+    """No picture is enlarged beyond the size that its words were drawn for."""
+    width_in = image.width_in if isinstance(image, Picture) else 0.0
+    return f'style="max-width:{round(PX_PER_IN * width_in)}px" ' if width_in else ""
 
 
 def _scale(surface: dict[str, Any] | None) -> str:
@@ -166,7 +189,8 @@ def _numbers(rows: list[dict[str, Any]]) -> str:
             lines.append(f'<tr class="group"><td colspan="{len(columns) + 1}">{escape(group)}</td></tr>')
         values = "".join(f'<td class="n">{_number(row.get(key), row["unit"])}</td>' for key, _ in columns)
         lines.append(f"<tr><td>{escape(row['label'])}</td>{values}</tr>")
-    return '<h2 id="numbers">Numbers</h2><div class="table"><table>' + "\n".join(lines) + "</table></div>"
+    table = f'<table style="--columns:{len(columns)}">' + "\n".join(lines) + "</table>"
+    return f'<h2 id="numbers">Numbers</h2><div class="table numbers">{table}</div>'
 
 
 def _number(value: Any, unit: str) -> str:

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pytest
 from forks_helper import python
@@ -188,6 +189,31 @@ def test_unreadable_reference(name, data):
 def test_black_reference(data):
     write_cube(data / "black.mrc", 24, 7.0, value=-1.0)
     run_fails(data, EXIT_INPUT, "no positive density", job=write_job(data, reference_file="black.mrc"))
+
+
+def test_constant_reference(data):
+    with mrcfile.new(data / "flat.mrc") as mrc:
+        mrc.set_data(np.ones((24, 24, 24), np.float32))
+        mrc.voxel_size = 7.0
+    run_fails(data, EXIT_INPUT, "flat.mrc", "the reference is constant", job=write_job(data, reference_file="flat.mrc"))
+
+
+def test_single_image_as_reference(data):
+    with mrcfile.new(data / "image.mrc") as mrc:
+        mrc.set_data(np.ones((1, 24, 24), np.float32))
+        mrc.voxel_size = 7.0
+    run_fails(data, EXIT_INPUT, "image.mrc", "single image", job=write_job(data, reference_file="image.mrc"))
+
+
+@pytest.mark.parametrize("voxels", [0, 1])
+def test_mask_that_is_empty_or_nearly(voxels, data):
+    inside = np.zeros((24, 24, 24), np.float32)
+    inside.ravel()[:voxels] = 1.0
+    with mrcfile.new(data / "mask.mrc") as mrc:
+        mrc.set_data(inside)
+        mrc.voxel_size = 7.0
+    words = "next to nothing" if voxels else "the mask is empty"
+    run_fails(data, EXIT_INPUT, "mask.mrc", words, job=write_job(data, sample_mask="mask.mrc"))
 
 
 def test_mask_of_another_box(data):

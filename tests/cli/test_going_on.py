@@ -10,6 +10,7 @@ from pipeline_helper import cryoiso_here, forget_signals, simulate, write_job
 
 from cryoiso.cli.common import how_to_go_on
 from cryoiso.parallel.context import Context
+from cryoiso.pipeline import run
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,20 @@ def test_every_command_names_its_own_way(data, tmp_path, stopped):
     again = "Give the same command again."
     assert said("ingest", star, tmp_path / "shards").endswith(again)
     assert said("reconstruct", data / "truth.star", "--out", tmp_path / "maps").endswith(again)
+
+
+def test_ctrl_c_says_how_to_go_on_where_there_is_something(data, tmp_path, monkeypatch):
+    def pressed(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "check_job", pressed)
+    done = cryoiso_here("run", write_job(data), "--out", tmp_path / "out")
+    assert done.returncode == 130 and done.stderr.endswith("keyboard [interrupted-from-keyboard]\n"), done.stderr
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "_work_through", pressed)
+    done = cryoiso_here("run", write_job(data), "--out", tmp_path / "out")
+    assert done.returncode == 130 and f"'cryoiso resume {tmp_path / 'out'}' goes on from there." in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_words_for_commands_that_end_before_they_begin():

@@ -66,6 +66,21 @@ def _run(files, out, command, words):
     return cryoiso_here(*command.split(), files / "particles.star", "--out", out, "--symmetry", "C3", *words)
 
 
+UNKNOWN = {
+    "ctf-refine": ("--ref", "right.mrc", "--resolution", 15, "--out", "out"),
+    "convert": ("out", "--to", "cryodrgn"),
+    "reconstruct": ("--out", "out"),
+}
+
+
+@pytest.mark.parametrize("command", UNKNOWN)
+def test_a_point_group_that_does_not_exist(files, tmp_path, command):
+    words = [files / w if str(w).endswith(".mrc") else tmp_path / w if w == "out" else w for w in UNKNOWN[command]]
+    done = cryoiso_here(command, files / "particles.star", *words, "--symmetry", "C-3")
+    assert done.returncode == EXIT_INPUT and "found 'C-3'" in done.stderr, done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("workflow", ["refine", "auxiliary", "realign"])
 def test_a_run(files, tmp_path, workflow):
     job = write_job(files, f"{workflow}.toml", reference_file="tilted.mrc", run_workflow=workflow)

@@ -212,6 +212,13 @@ def test_quotes_that_do_not_close_are_part_of_a_value(tmp_path):
     assert [c[0] for c in block.columns.values()] == ["a b", 'c "d e" f', "g'h", "i", "\"j'", "k"]
 
 
+def test_an_empty_value_is_said_to_be_nothing(tmp_path):
+    path = star(tmp_path / "a.star", ["1@s.mrcs"])
+    path.write_text(path.read_text().replace(" 15000 ", " '' "))
+    with raises_code("value-not-a-number", InputError, match=r"_rlnDefocusU .*found nothing\)"):
+        read_particles(path)
+
+
 def test_two_tables_of_one_name(tmp_path):
     path = star(tmp_path / "p.star", ["1@a.mrcs"])
     optics = "data_optics\nloop_\n_rlnOpticsGroup\n_rlnImagePixelSize\n1 2\n"

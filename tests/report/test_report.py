@@ -220,7 +220,8 @@ def test_report_json_has_the_same_numbers(run_folder, numbers):
     assert truth["true_poses"] == numbers["true_poses"]["resolution_05_A"]
     assert rows["Pose errors", "top views put to the side"]["value"] == 100 * numbers["pose_errors"]["top_to_side"]
     for sentence in data["summary"]:
-        assert sentence in text
+        assert sentence in text.replace("<strong>", "").replace("</strong>", "")
+    assert f"<strong>Verdict: {numbers['verdict']['verdict']}.</strong>" in text
     joined = " ".join(data["summary"])
     assert f"{numbers['resolution_0143_A']:.1f} Å (FSC 0.143" in joined
     assert f"{numbers['true_poses']['resolution_05_A']:.1f} Å" in joined

@@ -100,23 +100,51 @@ def test_data_cannot_end_the_script(folder):
         numbers.write_text(kept)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="LOUD: no chromium")
-def test_in_a_browser(text, tmp_path):
-    page = tmp_path / "page.html"
-    page.write_text(text.replace("<head>", "<head>" + BEFORE, 1).replace("</body>", AFTER + "</body>", 1))
+def opened(page: Path, folder: Path, size: str = "1100,900") -> dict:
+    """What the page's own script found in a browser of this size."""
     command = [
         str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-        "--window-size=1100,900", "--virtual-time-budget=4000", "--dump-dom", page.as_uri(),
+        f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
+        f"--window-size={size}", "--virtual-time-budget=4000", "--dump-dom", page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     match = re.search(r"FOUND(\{.*\})END", done.stdout, re.S)
     assert match, done.stderr[-2000:]
-
-    found = json.loads(html.unescape(match[1]))
-    assert found["failures"] == [] and found["state"]["errors"] == []
     assert not re.search(r"CONSOLE.*(?:rror|Refused|Failed)", done.stderr), done.stderr
+    found: dict = json.loads(html.unescape(match[1]))
+    return found
+
+
+SMALL = """<script>
+addEventListener("load", () => {
+  const wide = (name) => document.querySelector(name).getBoundingClientRect().width;
+  const table = document.querySelector(".numbers"), element = document.createElement("pre");
+  element.textContent = "FOUND" + JSON.stringify({
+    window: innerWidth, page: document.documentElement.scrollWidth, fsc: wide("#figure-fsc img"),
+    frame: wide("#figure-fsc"), cut: table.scrollWidth - table.clientWidth,
+  }) + "END";
+  document.body.appendChild(element);
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="LOUD: no chromium")
+def test_on_a_small_screen(text, tmp_path):
+    """The page is as wide as the screen, no number is cut off, and pictures keep their words legible: they scroll."""
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("</body>", SMALL + "</body>", 1))
+    found = opened(page, tmp_path, "420,900")
+    assert found["page"] <= found["window"] < 700 and found["cut"] <= 0, found
+    assert found["fsc"] >= 450 > found["frame"] - 60, found
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="LOUD: no chromium")
+def test_in_a_browser(text, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(text.replace("<head>", "<head>" + BEFORE, 1).replace("</body>", AFTER + "</body>", 1))
+    found = opened(page, tmp_path)
+    assert found["failures"] == [] and found["state"]["errors"] == []
     assert len(found["pictures"]) >= 7 and all(complete and wide > 0 for complete, wide in found["pictures"])
     assert "spatial frequency" in found["fsc"] and "Å)" in found["fsc"] and "corrected for the mask:" in found["fsc"]
     assert found["outside"] == ""

@@ -69,11 +69,11 @@ def test_plain_sentences_have_both_runs_numbers(runs):
         "Of 1,000 particles 97.5 % show the molecule along its axis, 25 from the side; only the side views tell how it "
         "is built along the axis.",
         "Before, 15.0 % of all particles and 19 of the 25 side views got a wrong view (by more than 20°), 12.0 % of "
-        "all the one from the opposite end; the map is right to 18.6 Å, and its detail along the axis agrees with the "
-        "truth to 12 %.",
+        "all particles the view from the opposite end; the map is right to 18.6 Å, and its detail along the axis "
+        "agrees with the truth to 12 %.",
         "In this run, 4.0 % of all particles and 8 of the 25 side views got a wrong view (by more than 20°), 1.0 % of "
-        "all the one from the opposite end; the map is right to 12.0 Å, and its detail along the axis agrees with the "
-        "truth to 45 %.",
+        "all particles the view from the opposite end; the map is right to 12.0 Å, and its detail along the axis "
+        "agrees with the truth to 45 %.",
         "With their true views the same images give a map that is right to 11.0 Å (50 % along the axis); in all "
         "directions the agreement is 40.0 % before, 55.0 % in this run and 60.0 % with true views: this run regains "
         "75 % of what wrong views cost.",

@@ -80,7 +80,7 @@ def test_the_folder_of_the_command_gets_a_report(made, mode):
     assert f"{100 * facts['filter_mean']:.1f} % of Fourier space up to {facts['resolution_A']:.1f} Å" in said
     assert "Deposit the half-maps that went in" in said and "which no network has touched" in said
     assert f"|corrected up to||{facts['resolution_A']:.2f} Å|" in said and "|went in||in1.mrc, in2.mrc|" in said
-    assert "|2 epochs, 4 sub-maps each, of 16 px, 2 a step|" in said and "3D U-Net with 16, 32, 64 channels" in said
+    assert "|2 epochs, 4 sub-maps each, of 16 px, 2 per step|" in said and "3D U-Net with 16, 32, 64 channels" in said
     assert all(f"|note||{note}|" in said for note in facts["notes"])
     assert ("the corrected half-maps are not independent of each other" in said) == (mode == "paired")
     assert ("a network for each half-map" in said) == (mode == "independent")

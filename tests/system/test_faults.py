@@ -236,7 +236,7 @@ def test_a_run_folder_that_is_removed(data, tmp_path, quick, expected):
         fails(done, done.returncode, str(folder), "folder")
         assert done.returncode in (EXIT_OTHER, EXIT_INPUT)
     assert not folder.exists(), "nothing of it comes back"
-    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run to resume")
+    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run")
     assert cryoiso_here("run", data / "job.toml", "--out", folder).returncode == 0
     assert hash_files(folder) == expected
 
@@ -252,7 +252,7 @@ def test_a_run_that_was_killed_before_it_had_begun_can_be_started_again(data, tm
             os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
     assert (folder / "manifest.json").exists() and not (folder / "resolved.toml").exists()
-    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run to resume")
+    fails(cryoiso_here("resume", folder), EXIT_USAGE, "holds no run")
     assert cryoiso_here("run", data / "job.toml", "--out", folder).returncode == 0
     assert hash_files(folder) == expected
 
@@ -379,6 +379,25 @@ def test_a_damaged_manifest_is_one_clear_error(data, tmp_path, quick):
     _stopped(data, tmp_path / "run", "refine")
     os.truncate(tmp_path / "run/manifest.json", 100)
     fails(cryoiso_here("resume", tmp_path / "run"), EXIT_INPUT, "the manifest is damaged")
+
+
+@pytest.mark.parametrize("name", ["resolved.toml", "manifest.json"])
+def test_a_record_that_is_gone_is_named(name, data, tmp_path, quick):
+    _stopped(data, tmp_path / "run", "refine")
+    (tmp_path / "run" / name).unlink()
+    fails(cryoiso_here("resume", tmp_path / "run"), EXIT_USAGE, f"{name} of this run is missing", "Put it back")
+    if name == "resolved.toml":
+        fails(cryoiso_here("verify", tmp_path / "run"), EXIT_USAGE, f"{name} of this run is missing")
+
+
+def test_a_run_without_its_copy_of_the_job_file_ends_and_is_sealed(data, tmp_path, quick, expected):
+    folder = tmp_path / "run"
+    _stopped(data, folder, "refine")
+    (folder / "job.toml").unlink()
+    done = cryoiso_here("resume", folder)
+    assert done.returncode == 0 and "sealed without it" in done.stderr, done.stderr
+    done = cryoiso_here("verify", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_journal_torn_in_a_line(data, tmp_path, quick, expected):

@@ -84,7 +84,7 @@ class Columns:
                 file=self.file,
                 row=int(self.rows[row]),
                 expected="a number",
-                found=text[row][:80],
+                found=text[row][:80] or "nothing",
                 code="value-not-a-number",
             )
         if finite and ranged and name in RANGES:
@@ -260,7 +260,7 @@ def _flags(table: Columns, name: str) -> np.ndarray:
     if len(bad):
         raise InputError(
             f"bad value in column _{name}", file=table.file, row=int(bad[0]) + 1, expected="0 or 1",
-            found=table.text(name)[int(bad[0])], code="value-not-a-number",
+            found=table.text(name)[int(bad[0])] or "nothing", code="value-not-a-number",
         )  # fmt: skip
     flags: np.ndarray = values == 1
     return flags

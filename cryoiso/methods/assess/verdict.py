@@ -194,7 +194,7 @@ def _decide(f: _Facts) -> tuple[Name, str, str]:
         f"{100 * f.mask_share_worst:.0f} % in the directions that agree least. The half-maps are therefore judged "
         "without the mask, and no number that was measured with it should be quoted. "
     )
-    wider = "Use a wider mask with a softer edge (without --mask one is made from the maps). "
+    wider = "Use a wider mask with a softer edge (--mask, or sample.mask in a job file). "
     if name == "fine":
         sentence = sentence.replace("No anisotropy beyond noise:", "Without it there is no anisotropy beyond noise:")
         return "inconclusive", start + sentence, wider + advice

@@ -13,7 +13,7 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.types import HALVES, Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
-from cryoiso.io.atomic import write_json
+from cryoiso.io.atomic import make_folder, write_json
 from cryoiso.io.contrast_sign import decide_sign
 from cryoiso.io.imageprep import IngestSettings
 from cryoiso.io.shards import ShardSource
@@ -112,7 +112,7 @@ def generate_files(
     def plan() -> tuple[Particles, Particles, bool]:
         raw, inverted = _raw(section, seed)
         planned = _planned(raw, inverted, files, section, count, settings, symmetry, seed)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         return planned, apart(planned, raw) if settings.noise_group == "own" else planned, inverted
 
     particles, exported, inverted = on_root(comm, plan)

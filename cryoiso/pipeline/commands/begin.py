@@ -8,6 +8,7 @@ from cryoiso.core.config import Job
 from cryoiso.core.identity import of_map, of_particles
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import identity_file
+from cryoiso.io.atomic import make_folder
 from cryoiso.refine.identity import ONLY_WHEN
 
 
@@ -36,5 +37,5 @@ def begin_or_go_on(
     if resume and (out / identity_file.FILE).exists():
         identity_file.require_begun_with(out, identity, "refinement")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     identity_file.note(out, identity)

@@ -15,11 +15,12 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
-from cryoiso.io.atomic import write_json
+from cryoiso.io.atomic import make_folder, write_json
 from cryoiso.io.mrc import read_map
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
+from cryoiso.physics.symmetry import point_group
 from cryoiso.pipeline.commands.ctf_refine_facts import MicrographPositions, all_facts
 from cryoiso.pipeline.inputs.grids import read_mask, require_grid
 from cryoiso.pipeline.inputs.map_pairs import read_half_maps
@@ -73,7 +74,8 @@ def ctf_refine_files(
         ``defocus_A`` (n,) relative to the micrograph's mean. Empty on ranks other than 0.
 
     Raises:
-        InputError: unreadable or unfitting files, no poses, no half-sets, images that the CTF was applied to.
+        InputError: no such point group, unreadable or unfitting files, no poses, no half-sets, images that the CTF was
+            applied to.
         UsageError: particles.star would overwrite the particles that are read.
         Interrupted: stopped by a signal.
     """
@@ -95,6 +97,7 @@ def _read(job: Job, choice: ReferenceChoice, out: Path) -> tuple[Particles, CtfR
         raise UsageError(
             f"--out {out}: would overwrite the particles that are read, {section.file}", code="file-exists"
         )
+    point_group(job.sample.symmetry)
     particles = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
     particles = replace(particles, groups=io_ingest.check_stacks(particles, section.file))
     particles.require_poses(section.file)
@@ -103,6 +106,7 @@ def _read(job: Job, choice: ReferenceChoice, out: Path) -> tuple[Particles, CtfR
     reference = _reference(particles, job, choice)
     if choice.ref is None:
         _require_halves(particles, section.file)
+    make_folder(out)
     logger.info("reference: %s to %.2f Å", reference.source, reference.resolution_A)
     return particles, reference, MicrographPositions.of(particles, section.file)
 
@@ -172,7 +176,6 @@ def _write(
         defocus_angle_deg=refinement.particles.defocus_angle_deg, groups=refinement.particles.groups,
     )  # fmt: skip
     results = {CHANGE: refinement.change_A} | ({ERROR: refinement.error_A} if settings.particles else {})
-    out.mkdir(parents=True, exist_ok=True)
     write_particles(out / products.PARTICLES, refined.with_results(**results))
     write_json(out / FACTS, facts)
     return facts, micrographs.shown(refinement, full)

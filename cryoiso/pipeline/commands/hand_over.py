@@ -13,8 +13,10 @@ from cryoiso.core import products
 from cryoiso.core.errors import UsageError
 from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
+from cryoiso.io.atomic import make_folder
 from cryoiso.io.cryodrgn import CTF, IMAGES, POSES, write_cryodrgn
 from cryoiso.io.cs_write import signs
+from cryoiso.physics.symmetry import point_group
 
 logger = logging.getLogger("cryoiso")
 AUXILIARY = "cryoisoAuxiliary"
@@ -43,12 +45,13 @@ def hand_over(
         target = out / name
         if target.resolve() == file.resolve() or (target.exists() and not overwrite):
             raise UsageError(f"{target} already exists; give --overwrite to replace it", code="file-exists")
+    point_group(symmetry)
     particles = read_particle_file(file, project, ("image", "ctf", "pose"), passthrough, symmetry)
     raw = _is_raw(particles)
     particles = particles if raw.all() else particles.take(raw)
     for what in _ignored(particles):
         logger.warning("%s: %s, which cryoDRGN does not model", file, what)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_cryodrgn(out, particles, file)
     said = "cryoisoSign" in particles.results or _column(particles, "cryoisoSign") is not None
     return {

@@ -11,6 +11,7 @@ from cryoiso.core.config import ParticlesSection
 from cryoiso.core.errors import InputError
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
+from cryoiso.io.atomic import make_folder
 from cryoiso.io.shards import read_index
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
@@ -29,7 +30,7 @@ def ingest_files(section: ParticlesSection, out: Path, comm: Context) -> None:
     def prepare() -> Any:
         particles = read_job_particles(section)
         plan = io_ingest.plan(particles, section, section.file)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         return ingest.bare_plan(plan)
 
     comm.install_signal_handlers()

@@ -52,7 +52,8 @@ class JobProposal:
     def line(self) -> str:
         """As a comment in the job file."""
         value = "" if self.value is None else f"{json.dumps(self.value)}: "
-        return f"{'' if self.kind == 'note' else self.kind + ' '}{value}{self.words}"
+        mark = {"note": "", "proposed": "proposed ", "warning": "warning: "}[self.kind]
+        return f"{mark}{value}{self.words}"
 
 
 @dataclass
@@ -171,7 +172,7 @@ def _about_symmetry(proposals: Proposals, reference: ReferenceFacts, named_symme
         proposals.add(key, "note", evidence)
         return
     nearly = f"; {reference.nearly} only nearly, do not impose it without a reason" if reference.nearly else ""
-    text = f"{evidence.rstrip('.')}{nearly if reference.kind == 'model' else ''}"
+    text = f"{evidence[:1].lower()}{evidence[1:].rstrip('.')}{nearly if reference.kind == 'model' else ''}"
     if named_symmetry.upper() == reference.symmetry.upper():
         proposals.add(key, "note", f"the reference has it: {text}")
     elif named_symmetry.upper() in ("C1", "AUTO"):
@@ -264,7 +265,7 @@ def _about_diameter(proposals: Proposals) -> None:
     assert bounds is not None
     proposals.add(
         key, "note",
-        f"the signal in {extent.images} images is {seen:.0f} Å wide (standard deviation {extent.spread_A:.0f} Å): a "
+        f"the signal in {extent.images} images is {seen:.0f} Å wide (standard deviation {extent.spread_A:.1f} Å): a "
         f"particle that is seen evenly measures {bounds[0]:.0f} to {bounds[1]:.0f} Å; one that is mostly seen along "
         "its longest direction is longer",
     )  # fmt: skip

@@ -9,6 +9,7 @@ from cryoiso.core.config import Job
 from cryoiso.core.types import Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
+from cryoiso.io.atomic import make_folder
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.inputs.half_sets import assign_halves
@@ -34,7 +35,7 @@ def reconstruct_files(job: Job, out: Path, comm: Context) -> None:
         particles = read_job_particles(section, ("image", "ctf", "pose"), job.sample.symmetry)
         checked = replace(particles, groups=io_ingest.check_stacks(particles, section.file))
         particles = with_junk_of_file(checked, section.file)
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         return bare(assign_halves(particles, job.run.seed, section.file))
 
     comm.device_preference = job.run.device

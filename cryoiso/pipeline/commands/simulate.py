@@ -14,7 +14,7 @@ from cryoiso import __version__
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.log import ProgressLine
 from cryoiso.core.types import CtfApplied, Particles
-from cryoiso.io.atomic import require_space, write_text
+from cryoiso.io.atomic import make_folder, require_space, write_text
 from cryoiso.io.mrc import write_map, write_stack
 from cryoiso.io.star.text import StarBlock, write_blocks
 from cryoiso.io.star.write import format_column, write_particles
@@ -52,11 +52,11 @@ def check_folder(out: Path, overwrite: bool) -> None:
             f"{out} already holds {present[0]}; give --overwrite to replace it, or another folder", code="file-exists"
         )
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         for old in [out / COPIES, *out.glob("particles_[0-9]*.mrcs")] if present else []:
             old.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder: {error.strerror}", file=out, code="not-writable") from None
+        raise InputError(f"cannot be cleared: {error.strerror}", file=out, code="not-writable") from None
 
 
 def write_plain(source: SimulatedSource, out: Path, facts: dict[str, Any], how: Writing) -> None:

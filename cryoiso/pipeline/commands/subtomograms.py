@@ -11,7 +11,7 @@ from cryoiso.core.config import Job
 from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap
-from cryoiso.io.atomic import write_text
+from cryoiso.io.atomic import make_folder, write_text
 from cryoiso.io.mrc import write_map
 from cryoiso.io.subtomograms import SubtomogramSource
 from cryoiso.parallel.abort import on_root
@@ -90,7 +90,7 @@ def _reference(job: Job, box_px: int, pixel_size_A: float) -> Reference:
 
 def _write_reference(job: Job, reference: Reference, out: Path) -> None:
     section, folder = job.reference, out / "reference"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_map(folder / products.REFERENCE, reference.map.data, reference.map.pixel_size_A)
     facts = {"source": reference.source, "lowpass_A": section.lowpass_A, "diameter_A": round(reference.diameter_A, 3)}
     write_text(folder / products.facts("reference"), json.dumps(facts, indent=1) + "\n")

@@ -13,6 +13,8 @@ from cryoiso.pipeline.inputs.reference import PIXEL_TOLERANCE
 from cryoiso.pipeline.inputs.standard_frame import require_mask_symmetry
 
 logger = logging.getLogger("cryoiso")
+LEAST_MASK_VOXELS = 27
+"""A cube of 3 voxels: no particle is smaller, and no correlation inside so few voxels means anything."""
 
 
 def require_grid(density: DensityMap, box_px: int, pixel_size_A: float, file: object, other: str) -> None:
@@ -38,13 +40,16 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1"
     mask = read_map(path, pixel_size_A)
     if mask.box_px != box_px:
         raise InputError(
-            "the mask has another box than the particles",
+            "the mask has another box than the maps",
             file=path,
-            expected=box_px,
-            found=mask.box_px,
+            expected=f"{box_px} px",
+            found=f"{mask.box_px} px",
             code="box-mismatch",
         )
     low, high = float(mask.data.min()), float(mask.data.max())
+    if low == high == 0:
+        raise InputError("the mask is empty", file=path, expected="1 inside the particle", found="0 everywhere",
+                         code="mask-values-invalid")  # fmt: skip
     if low < -1e-3 or not 0 < high <= 1 + 1e-3:
         raise InputError(
             "the mask is not between 0 and 1", file=path, found=f"{low:g} to {high:g}", code="mask-values-invalid"
@@ -56,6 +61,12 @@ def read_mask(path: Path, box_px: int, pixel_size_A: float, symmetry: str = "C1"
             expected="1 inside the particle",
             code="mask-values-invalid",
         )
+    voxels = int((mask.data > 0.5).sum())
+    if voxels < LEAST_MASK_VOXELS:
+        raise InputError(
+            "the mask holds next to nothing", file=path, expected=f"at least {LEAST_MASK_VOXELS} voxels above 0.5",
+            found=voxels, code="mask-values-invalid",
+        )  # fmt: skip
     sphere = sphere_mask(box_px, box_px / 2 - 1).numpy() > 0.5
     corners, inside = float(mask.data[~sphere].mean()), float(mask.data[sphere].mean())
     if corners > 0.5 and inside < corners - 0.05:

@@ -118,6 +118,11 @@ def prepare_reference(
             hint="Protein must be white in it.",
             code="map-without-density",
         )
+    if float(full.data.max()) == float(full.data.min()):
+        raise InputError(
+            "the reference is constant", file=file, expected="densities that vary",
+            found=f"{full.data.flat[0]:g} in every voxel", code="map-without-density",
+        )  # fmt: skip
     full, placement = DensityMap(full.data, pixel_size_A), None
     if standard_frame and not is_model(file):
         full, done = to_standard_frame(full, symmetry, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from datetime import UTC, datetime
 
 from cryoiso import __version__
@@ -16,6 +17,7 @@ from cryoiso.pipeline.records.journal import Journal
 from cryoiso.pipeline.records.manifest_record import Manifest
 from cryoiso.pipeline.records.run_folder import RunFolder
 
+logger = logging.getLogger("cryoiso")
 REPORTS = (products.REPORT_PAGE, products.REPORT_NUMBERS)
 """Outputs that tell of times and machines, and so differ between two runs of one job."""
 
@@ -30,9 +32,12 @@ def write_seal(run: RunFolder, journal: Journal, manifest: Manifest, stages: lis
     outputs: Outputs = {}
     for stage in manifest["stages"]:
         outputs.update(stage["outputs"])
+    if not run.job.exists():
+        logger.warning("%s is gone, the run is sealed without it; %s has its settings", run.job, run.resolved.name)
     records = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in (run.job, run.resolved, run.manifest, run.journal)
+        if path != run.job or path.exists()
     }
     results = {name: facts for name, facts in outputs.items() if name not in REPORTS}
     seal = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from cryoiso import __version__
 from cryoiso.core.errors import InputError, UsageError
-from cryoiso.io.atomic import write_json
+from cryoiso.io.atomic import make_folder, write_json
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.context import RunContext
@@ -159,7 +159,7 @@ def _link(run: RunFolder, target: Path, names: list[str]) -> None:
         raise UsageError(
             f"{target} is inside the run. Give a folder outside of it with --out.", code="option-out-of-range"
         )
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.symlink(run.path / name, target / name)

@@ -14,7 +14,7 @@ from cryoiso.core.errors import InputError, UsageError, with_code
 from cryoiso.io.contained_path import require_contained
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.jobfile import read_job
+from cryoiso.pipeline.jobfile import read_job, require_run
 from cryoiso.pipeline.records import versions
 from cryoiso.pipeline.records.checksums import read_sums
 from cryoiso.pipeline.records.hashing import Outputs, hash_shared, list_outputs, next_key
@@ -180,6 +180,8 @@ def _outputs(
     run: RunFolder, manifest: Manifest, lines: list[dict[str, Any]], verdict: VerifyReport
 ) -> Iterator[Recorded]:
     """Outputs of the finished stages; says of the others that the run is unfinished."""
+    if not run.resolved.exists():
+        require_run(run)
     job = versions.understood(manifest, run.manifest, lambda: read_job(run.resolved)[1])
     named = RunFolder(run.path, folder_stages(job))
     key = manifest.get("job_key") or job_key(job)

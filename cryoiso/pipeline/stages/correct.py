@@ -20,7 +20,7 @@ from cryoiso.core.config import CorrectSection
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.progress import board
 from cryoiso.core.types import DensityMap
-from cryoiso.io.atomic import write_json
+from cryoiso.io.atomic import make_folder, write_json
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
@@ -118,7 +118,7 @@ def _begin(task: CorrectionFiles) -> None:
     for path in (*task.maps.values(), task.mask, task.fsc_filter):
         if path is not None and not path.is_file():
             raise InputError("no such file", file=path, code="file-not-found")
-    task.out.mkdir(parents=True, exist_ok=True)
+    make_folder(task.out)
 
 
 def _write_filter(task: CorrectionFiles) -> float | None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cryoiso.core import products
 from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted
-from cryoiso.core.log import ProgressLine
+from cryoiso.core.log import ProgressLine, quantity
 from cryoiso.core.progress import board
 from cryoiso.core.protocols import Progress
 from cryoiso.io import ingest as io_ingest
@@ -79,7 +79,7 @@ def write_shards(
         digests = hash_shared(folder, names, comm, "hashing shards") if names else {}
         hashes = {**known, **{name: facts["sha256"] for name, facts in digests.items()}}
     on_root(comm, io_ingest.finish_index, plan, folder, hashes)
-    line.close(f"{total:,} images of {plan.box_px} px in {len(plan.shards)} shard(s)")
+    line.close(f"{total:,} images of {plan.box_px} px in {quantity(len(plan.shards), 'shard')}")
 
 
 def _write_shard(plan: Any, folder: Path, number: int, ranks: int, line: ProgressLine) -> CryoisoError | None:

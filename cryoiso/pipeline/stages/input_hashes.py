@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryoiso.core.config import Job
 from cryoiso.core.errors import CryoisoError, InputError, Interrupted
-from cryoiso.core.log import ProgressLine, duration
+from cryoiso.core.log import ProgressLine, amount, duration, quantity
 from cryoiso.core.progress import board
 from cryoiso.parallel import signals
 from cryoiso.parallel.abort import agree, on_root
@@ -133,7 +133,7 @@ class ImageHashes:
         self.share(at_once=True)
         if comm.rank == 0:
             took = duration(time.monotonic() - self._began)
-            logger.info("inputs hashed: %d file(s), %.3g GiB, %s", self.number, self.bytes / 2**30, took)
+            logger.info("inputs hashed: %s, %s, %s", quantity(self.number, "file"), amount(self.bytes), took)
 
     def stop(self) -> None:
         self._hasher.stop()

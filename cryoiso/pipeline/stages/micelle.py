@@ -16,7 +16,7 @@ from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
-from cryoiso.io.atomic import write_json
+from cryoiso.io.atomic import make_folder, write_json
 from cryoiso.io.mrc import write_map
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
@@ -95,7 +95,7 @@ def _read(job: Job, choice: MaskChoice, out: Path) -> tuple[Particles, DensityMa
         mask = checked_mask(np.clip(mask_map.data, 0, 1), group.pixel_size_A, file=choice.file)
     else:
         mask = protein_mask(reference.map, choice.threshold, file)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     logger.info("homologue: %s; %s", reference.source, _words(mask))
     return bare(assign_halves(particles, job.run.seed, section.file)), reference.map, mask
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cryoiso.core.records import DiagnoseRecord
-from cryoiso.report.text import Entry, section
+from cryoiso.report.quoted import judged
+from cryoiso.report.text import Entry, number, section
 
 BY_DIRECTION = (
     "FSC of the masked half-maps in double cones of 20° about 256 axes: mean, one standard deviation either way, and "
@@ -19,7 +20,7 @@ SPHERE = (
 )
 FSC3D = (
     "3DFSC: the half-map FSC at every point of Fourier space, from the coefficients of its shell within 20°; planes "
-    "through the origin. Lines at 0.143 and 0.5: round if the map is isotropic."
+    "through the origin. Lines at 0.143 (white) and 0.5 (black): round if the map is isotropic."
 )
 
 Row = tuple[str, str, Any, str, Any]
@@ -40,10 +41,12 @@ def number_rows(d: DiagnoseRecord) -> list[Row]:
     even, views = expected.get("even") or {}, expected.get("views") or {}
     sampled, true = ((d.get("sampling") or {}).get(kind) or {} for kind in ("estimated", "true"))
     group, poses = "By direction", "Sampling by the views"
-    mask = part.get("mask") or {}
+    mask, plain = part.get("mask") or {}, part.get("unmasked") or {}
     return [
         (group, "cFAR, open definition (below 0.5: anisotropic)", part.get("cfar"), "", None),
         (group, "cFAR without the mask", mask.get("cfar_unmasked"), "", None),
+        (group, "resolution, finest direction, without the mask", plain.get("resolution_min_A"), "Å", None),
+        (group, "resolution, coarsest direction, without the mask", plain.get("resolution_max_A"), "Å", None),
         (group, "agreement that the mask makes (above 50 %: too much)", _percent(mask.get("share")), "%", None),
         (group, "the same, directions that agree least", _percent(mask.get("share_worst")), "%", None),
         (group, "cFAR that noise leaves to an isotropic map", even.get("cfar"), "", None),
@@ -59,6 +62,18 @@ def number_rows(d: DiagnoseRecord) -> list[Row]:
         (poses, "directions that no view measures", _empty(sampled), "%", _empty(true)),
         (poses, "efficiency of the views (1 = even)", sampled.get("efficiency"), "", true.get("efficiency")),
     ]
+
+
+def _without_the_mask(d: DiagnoseRecord) -> str:
+    """Said of masked numbers where the mask makes much of them."""
+    part, unmasked = judged(d)
+    low, high = number(part, "resolution_min_A"), number(part, "resolution_max_A")
+    if not unmasked or low is None or high is None:
+        return ""
+    return (
+        " In this run the mask makes much of that agreement; without it, directions are resolved to "
+        f"{low:.1f} to {high:.1f} Å."
+    )
 
 
 _LEVELS = (("09", 0.9), ("05", 0.5), ("01", 0.1))
@@ -77,9 +92,15 @@ def entries(d: DiagnoseRecord) -> list[Entry]:
     from cryoiso.report.sections import anisotropy_figures as draw
 
     part = d.get("directional") or {}
-    slices = part.get("fsc3d_slices")
+    slices, without = part.get("fsc3d_slices"), _without_the_mask(d)
     return [
-        ("directions", "Agreement by direction", part.get("cfsc_mean"), BY_DIRECTION, lambda: draw.by_direction(d)),
-        ("sphere", "Directions and views", part.get("resolution_A"), SPHERE, lambda: draw.spheres(d)),
+        (
+            "directions",
+            "Agreement by direction",
+            part.get("cfsc_mean"),
+            BY_DIRECTION + without,
+            lambda: draw.by_direction(d),
+        ),
+        ("sphere", "Directions and views", part.get("resolution_A"), SPHERE + without, lambda: draw.spheres(d)),
         ("fsc3d", "3DFSC", slices, FSC3D, lambda: draw.fsc3d_slices(part["fsc3d_slices"])),
     ]

@@ -69,7 +69,7 @@ def spheres(d: DiagnoseRecord) -> str:
         figure, axes = new_figure(3.4 * (1 + len(maps)), 3.0, ncols=1 + len(maps))
         image = _half_sphere(axes[0, 0], values_of(part["axes"]), values_of(part["resolution_A"]), "viridis_r", None)
         axes[0, 0].set_title("resolution by direction", fontsize=9)
-        figure.colorbar(image, ax=axes[0, 0], shrink=0.75, pad=0.02).set_label("Å", fontsize=8.5)
+        figure.colorbar(image, ax=axes[0, 0], shrink=0.75, pad=0.02).set_label("resolution (Å)", fontsize=8.5)
         for ax, (label, values, points) in zip(axes[0, 1:], maps, strict=True):
             norm = LogNorm(0.03, 10, clip=True)
             image = _half_sphere(ax, fibonacci_half_sphere(points, 0.0), values_of(values), "cividis", norm)
@@ -77,7 +77,7 @@ def spheres(d: DiagnoseRecord) -> str:
             bar = figure.colorbar(image, ax=ax, shrink=0.75, pad=0.02, extend="both")
             bar.set_ticks([0.03, 0.1, 0.3, 1, 3, 10], labels=["0.03", "0.1", "0.3", "1", "3", "10"])
             bar.ax.minorticks_off()
-            bar.set_label("over the mean", fontsize=8.5)
+            bar.set_label("relative to the mean", fontsize=8.5)
         return address(figure, "png", 160)
 
 

@@ -245,7 +245,7 @@ def _course(settings: dict[str, Any]) -> str:
         ("epochs", "{:g} epochs"),
         ("sub_maps", "{:,g} sub-maps each"),
         ("cube_px", "of {:g} px"),
-        ("batch", "{:g} a step"),
+        ("batch", "{:g} per step"),
     )
     return ", ".join(text.format(value) for key, text in known if (value := number(settings, key)) is not None)
 

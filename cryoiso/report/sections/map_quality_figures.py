@@ -21,6 +21,7 @@ from cryoiso.report.canvas import (
     scale_bar,
     styled,
     values_of,
+    without_frame,
 )
 from cryoiso.report.hover import Picture
 from cryoiso.report.sections.correct import Slices
@@ -56,12 +57,14 @@ def local(slices: Slices, d: DiagnoseRecord) -> Picture:
                 plane = np.where(inside[index], slices["map"][index], slices["map"][index].min())[middle]
                 level = float(np.percentile(plane, 90))
                 if plane.min() < level < plane.max():
-                    ax.contour(plane, (level,), colors=VERMILLION, linewidths=0.8)
-            ax.set(xticks=[], yticks=[], title=name)
-            ax.grid(False)
+                    ax.contour(plane, (level,), colors="black", linewidths=0.8)
+            ax.set(title=name)
+            without_frame(ax)
             if index == 0:
-                scale_bar(ax, len(values), number(d, "pixel_size_A") or 1.0)
-        figure.colorbar(image, ax=list(axes[0, :3]), shrink=0.8, pad=0.01).set_label("Å", fontsize=8.5)
+                scale_bar(ax, len(values), number(d, "pixel_size_A") or 1.0, "black")
+        figure.colorbar(image, ax=list(axes[0, :3]), shrink=0.8, pad=0.01).set_label(
+            "local resolution (Å)", fontsize=8.5
+        )
         _distribution(axes[0, 3], d)
         return address(figure, "png", 150)
 

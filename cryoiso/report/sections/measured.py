@@ -10,6 +10,7 @@ import numpy as np
 
 from cryoiso.core import products
 from cryoiso.core.types import DensityMap
+from cryoiso.report.quoted import judged, quoted_resolution
 from cryoiso.report.records import ReportData
 from cryoiso.report.run_reader import read_json, stage_folder
 from cryoiso.report.sections.correct import share_words
@@ -135,15 +136,16 @@ def _sentences(data: ReportData) -> list[str]:
 
 def _rows(data: ReportData) -> list[tuple[str, str]]:
     d, facts = data["diagnose"], data.get("correct") or {}
-    by_direction, seen = section(d, "directional"), section(section(d, "sampling"), "estimated")
+    (by_direction, unmasked), seen = judged(d), section(section(d, "sampling"), "estimated")
+    of = ", without the mask" if unmasked else ""
     shares, local = section(data.get("measured"), "shares"), section(section(d, "local_resolution"), "percentiles_A")
     empty, cfar = number(seen, "empty_fraction"), number(by_direction, "cfar")
     low, high = number(by_direction, "resolution_min_A"), number(by_direction, "resolution_max_A")
-    mask_share = number(section(by_direction, "mask"), "share")
+    mask_share = number(section(section(d, "directional"), "mask"), "share")
     rows = [
-        ("resolution of the half-maps (FSC 0.143)", _length(number(d, "resolution_0143_A"))),
-        ("by direction", "" if low is None or high is None else f"{low:.1f} to {high:.1f} Å"),
-        ("cFAR (1: all directions alike)", "" if cfar is None else f"{cfar:.2f}"),
+        (f"resolution of the half-maps (FSC 0.143{of})", _length(quoted_resolution(d)[0])),
+        (f"by direction{of}", "" if low is None or high is None else f"{low:.1f} to {high:.1f} Å"),
+        (f"cFAR (1: all directions alike){of}", "" if cfar is None else f"{cfar:.2f}"),
         ("directions that no view sampled", "" if empty is None else percent(empty)),
         ("agreement of the half-maps that comes from the mask", "" if mask_share is None else percent(mask_share)),
         ("local resolution in the mask, 5th percentile, median, 95th", _three(local, ("5", "50", "95"), " Å", 1)),
@@ -176,15 +178,17 @@ def _auxiliaries(data: ReportData) -> bool:
 
 
 def _reach(data: ReportData) -> float | None:
-    """Share of the directions whose resolution is within a tenth of the map's."""
+    """Share of the directions whose resolution is within a tenth of the map's; None where the mask makes it."""
     d = data["diagnose"]
+    if judged(d)[1]:
+        return None
     resolution_A = number(d, "resolution_0143_A")
     each = [v for v in numbers_of(section(d, "directional"), "resolution_A") if v is not None]
     return float(np.mean(np.array(each) <= 1.1 * resolution_A)) if resolution_A and each else None
 
 
 def _length(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} Å"
+    return "" if value is None else f"{value:.2f} Å" if value < 3 else f"{value:.1f} Å"
 
 
 def _share(value: float | None) -> str:
