@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from errors_helper import raises_code
 from pipeline_helper import StopsAt, cryoiso_here, forget_signals, hash_files, quick_report, simulate, use_quick_parts
@@ -13,6 +14,7 @@ from cryoiso.core.config import parse_job
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.sections.audit import ControlName
 from cryoiso.methods.audit import extent
+from cryoiso.methods.audit.blocks import Estimate
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.audit import images
 from cryoiso.pipeline.audit.command import audit_run
@@ -163,7 +165,12 @@ def test_regions_and_balls_say_what_to_do():
     open_ = omitted.advice("inconclusive", {"region-2": "inconclusive"}, False)
     assert "is not decided" in open_ and "audit.particles" in open_
     assert "audit.particles" not in omitted.advice("inconclusive", {}, True)  # there are no more
-    assert "below 20 %" in added.advice("inconclusive", 0.2, True) and "remove" in added.advice("pass", 0.01, True)
+    some, little = Estimate(0.2, 0.1, 0.3, 0.05), Estimate(0.11, -0.02, 0.24, 0.066)
+    assert "below 20 %" in added.advice("inconclusive", some, True)
+    assert "at most 24 %" in added.advice("pass", little, True)  # what may be left is said
+    assert "11 % (-2 to 24 %) is left" in added._sentence(little)
+    nothing = Estimate(np.nan, np.nan, np.nan, np.nan)
+    assert added._sentence(nothing) == "" and "not resemble" in added.advice("inconclusive", nothing, True)
 
 
 def test_one_network_for_both_half_sets_is_a_leak_whatever_the_half_maps_say():
@@ -233,9 +240,6 @@ def test_regions_and_balls_share_their_repetitions(simulated, finished, monkeypa
 
 
 def test_repetitions_that_differ_by_more_than_the_limit_decide_nothing():
-    import numpy as np
-
-    from cryoiso.methods.audit.blocks import Estimate
     from cryoiso.methods.audit.omega import Matched
     from cryoiso.pipeline.audit.controls import omitted
 

@@ -25,7 +25,7 @@ from cryoiso.pipeline.audit.controls import added, decoy, leak, null, omitted, o
 from cryoiso.pipeline.audit.repeat import Outcome, repeat
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.preflight import require_auditable
+from cryoiso.pipeline.preflight import require_auditable, require_background
 
 logger = logging.getLogger("cryoiso")
 CONTROLS: dict[str, ModuleType] = {
@@ -67,6 +67,7 @@ def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
     benches: list[Bench] = []
     on_root(comm, lambda: benches.append(prepare(run, inputs)))
     bench = benches[0] if comm.rank == 0 else absent(run)
+    on_root(comm, lambda: require_background(run.job.audit.background, bench.box_px, bench.pixel_size_A))
     names = extent.chosen(run.job)
     if comm.rank == 0:
         count = sum(extent.repetitions(run.job, len(bench.rows)).values())

@@ -60,7 +60,8 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             level=LARGEST,
             caption="Density that is lost when the reference lacks a region (Ω), and what the same region loses when "
             "another one is left out, since fewer particles find their pose. Only the difference comes from the "
-            "reference; beyond the line the control fails.",
+            "reference; beyond the line the control fails. The references are "
+            f"audit/{arms.FOLDER}/reference-1.mrc and so on; the first has the balls of the next control as well.",
         ),
     )  # fmt: skip
 
