@@ -86,6 +86,22 @@ def test_a_second_start_does_no_refinement_again_and_says_the_same(finished, mon
     assert audit_run(finished, Context(), FEW, {}) == first
 
 
+def test_controls_that_are_run_one_after_the_other_stand_together_if_all_else_is_the_same(finished):
+    def verdicts(**changes):
+        found = audit_run(finished, Context(), {**FEW, **changes}, {})
+        return {c["name"]: c["verdict"] for c in found["controls"] if c["verdict"] != "not applicable"}
+
+    first = verdicts(controls=["reference"])
+    both = verdicts(controls=["stability"])
+    assert [*both] == ["reference", "stability"] and both["reference"] == first["reference"]
+    assert [*verdicts(controls=["leak"], particles=54)] == ["leak"]  # on other particles
+    assert [*verdicts(controls=["stability"], particles=54)] == ["stability", "leak"]
+    assert [*verdicts(controls=["reference"], particles=54, regions=1)] == ["reference"]
+    for damaged in ("no json", "[]", '{"controls": 3}'):
+        (finished / "audit" / "audit.json").write_text(damaged)
+        assert [*verdicts(controls=["reference"])] == ["reference"]
+
+
 def test_a_stopped_audit_goes_on_where_it_was(finished):
     whole = audit_run(finished, Context(), FEW, {})
     made = hash_files(finished / "audit")

@@ -13,6 +13,7 @@ from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import shuffle_keys
+from cryoiso.core.sections.audit import AuditSection
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map, write_map
@@ -27,6 +28,7 @@ from cryoiso.physics.symmetry import normalise_name, point_group
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.records.hashing import sha256_of
 from cryoiso.pipeline.stages.rounds import final_poses
 
 
@@ -202,6 +204,16 @@ def facts_of(bench: Bench) -> dict[str, Any]:
         "particles": len(bench.rows), "of": bench.total, "workflow": bench.job.run.workflow,
         "symmetry": bench.job.sample.symmetry, "resolution_A": bench.resolution_A, "seed": bench.seed,
         "initial_reference_A": bench.job.reference.lowpass_A, "grey_scale": bench.grey_scale,
+        "settings": _settings(bench.job.audit),
+    }  # fmt: skip
+
+
+def _settings(section: AuditSection) -> dict[str, Any]:
+    """What the controls were asked for beside their names; files by their content."""
+    files = {key: getattr(section, key) for key in ("other_reference", "background")}
+    return {
+        "regions": section.regions, "region_share": section.region_share,
+        **{key: sha256_of(Path(name)) for key, name in files.items() if name},
     }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from cryoiso import __version__
 from cryoiso.core import products
 from cryoiso.io.atomic import write_json
 from cryoiso.methods.audit import extent
-from cryoiso.methods.audit.record import ControlRecord, Verdict, gravest
+from cryoiso.methods.audit.record import GRAVITY, ControlRecord, gravest
 from cryoiso.parallel.abort import on_root
 from cryoiso.pipeline.audit import arms
 from cryoiso.pipeline.audit import images as pictures
@@ -116,33 +116,40 @@ def _recorded(
 
 def _finish(bench: Bench, records: list[ControlRecord]) -> dict[str, Any]:
     """audit.json; the images can be made again and are removed."""
-    shown = [*records, *_left_out(bench, {r.name for r in records})]
-    order = list(extent.EXTENTS)
-    shown.sort(key=lambda record: order.index(record.name))
-    result: dict[str, Any] = {
-        "schema": SCHEMA, "cryoiso": __version__, "verdict": gravest(r.verdict for r in records), **facts_of(bench),
-        "controls": [record.as_dict() for record in shown],
-    }  # fmt: skip
+    facts = {"schema": SCHEMA, "cryoiso": __version__, **facts_of(bench)}
+    by_name = {record.name: record.as_dict() for record in records}
+    by_name = {**_left_out(bench), **earlier(bench.run.folder.path, facts), **by_name}
+    controls = [by_name[name] for name in extent.EXTENTS]
+    result = {**facts, "verdict": gravest(control["verdict"] for control in controls), "controls": controls}
     write_json(bench.run.folder.path / products.AUDIT, result)
     shutil.rmtree(bench.folder / pictures.FOLDER, ignore_errors=True)
     return dict(json.loads((bench.run.folder.path / products.AUDIT).read_text(encoding="utf-8")))
 
 
-def _left_out(bench: Bench, done: set[str]) -> list[ControlRecord]:
-    """The controls that were not run, with the reason."""
+def _left_out(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Name -> record of each control as one that was not run, with the reason."""
     job, asked = bench.job, bench.job.audit.controls
-    verdict: Verdict = "not applicable"
-    return [
-        ControlRecord(
-            name, CONTROLS[name].TITLE, verdict,
+    return {
+        name: ControlRecord(
+            name, CONTROLS[name].TITLE, "not applicable",
             (control_extent.reason(job) if not asked or name in asked else "Not asked for.") or "Not asked for.",
-        )
+        ).as_dict()
         for name, control_extent in extent.EXTENTS.items()
-        if name not in done
-    ]  # fmt: skip
+    }  # fmt: skip
 
 
-def result_of(folder: Path) -> dict[str, Any] | None:
-    """audit.json of a run folder; None where there is none."""
-    path = folder / products.AUDIT
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+def earlier(folder: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> record of the controls that earlier calls left in audit.json: they hold if run, particles and settings
+    are the same. So controls can be run one after the other.
+
+    Args:
+        facts: what audit.json would say of these.
+    """
+    try:
+        result = json.loads((folder / products.AUDIT).read_text(encoding="utf-8"))
+        if {key: result[key] for key in facts} != facts:
+            return {}
+        records = {control["name"]: control for control in result["controls"]}
+        return {name: records[name] for name in extent.EXTENTS if records[name]["verdict"] in GRAVITY[1:]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return {}
