@@ -182,7 +182,7 @@ def test_regions_and_balls_say_what_to_do():
     assert "is not decided" in open_ and "audit.particles" in open_
     assert "audit.particles" not in omitted.advice("inconclusive", {}, True)  # there are no more
     some, little = Estimate(0.2, 0.1, 0.3, 0.05), Estimate(0.11, -0.02, 0.24, 0.066)
-    assert "below 20 %" in added.advice("inconclusive", some, True)
+    assert "below 30 %" in added.advice("inconclusive", some, True)
     assert "at most 24 %" in added.advice("pass", little, True)  # what may be left is said
     assert "11 % (-2 to 24 %) is left" in added._sentence(little)
     nothing = Estimate(np.nan, np.nan, np.nan, np.nan)

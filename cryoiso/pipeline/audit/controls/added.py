@@ -27,11 +27,14 @@ def cases(bench: Bench) -> list[Case]:
 def advice(verdict: Verdict, left: Estimate, is_whole_run: bool) -> str:
     """What a verdict means for the map, and what to do."""
     if verdict == "pass":
-        most = 100 * max(left.high, 0)
-        return f"The images remove what only the reference has, but for at most {most:.0f} % of its density."
+        return (
+            f"The images remove what only the reference has, but for at most {100 * max(left.high, 0):.0f} % of its "
+            "density."
+        )
     if not np.isfinite(left.value):
         return "The map does not resemble its reference enough to measure it."
-    level = f"Density below {100 * max(left.value, 0):.0f} % of the particle's may come from the reference alone"
+    most = left.high if np.isfinite(left.high) else left.value
+    level = f"Density below {100 * max(most, 0):.0f} % of the particle's may come from the reference alone"
     if verdict == "fail":
         return f"{level}: do not interpret it; repeat the run from a reference without the features in question."
     return (

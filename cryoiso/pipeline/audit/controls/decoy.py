@@ -62,7 +62,9 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         figure=FigureData(
             "spatial frequency (1/Å)", "FSC",
             [Line("map and decoy", shell_frequencies(bench.box_px, bench.pixel_size_A).tolist(), curve.tolist())],
-            level=0.5, caption="Agreement of the map with the random density that it was refined against.",
+            level=0.5,
+            caption="Agreement of the map with the random density that it was refined against. The refinement "
+            f"was given this density up to {1 / lowpass_A:.3f} 1/Å ({lowpass_A:g} Å).",
         ),
     )  # fmt: skip
 
