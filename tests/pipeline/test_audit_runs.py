@@ -271,6 +271,12 @@ def test_repetitions_that_differ_by_more_than_the_limit_decide_nothing():
         sentence = omitted._sentence(found, small, {"region-1": "pass"}, False, 0)
         assert ("The images make this density" in sentence) == sound
         assert ("too much to decide" in sentence) == (not sound)
+    # noise, of which more than half depends on the reference in any case: the sentence says what the verdict says
+    large, found = Estimate(0.56, 0.39, 0.77, 0.1), {"region-1": region(0.28), "region-2": region(-0.08)}
+    judged = {"region-1": "inconclusive", "region-2": "inconclusive"}
+    assert omitted.verdict_of(large, judged, not omitted.is_sound(found)) == "fail"
+    sentence = omitted._sentence(found, large, judged, False, 0)
+    assert "comes from the reference" in sentence and "too much to decide" not in sentence
     alone = Matched(small, Estimate(np.nan, np.nan, np.nan, np.nan), small, np.ones((8, 3)))
     assert omitted.is_sound({"region-1": alone})  # without a matched control Omega counts whole
 
