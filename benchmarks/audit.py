@@ -91,9 +91,9 @@ SCENARIOS: dict[str, Scenario] = {
     "realign_paired": Scenario(
         {**SMALL_NETWORK, "realign.mode": "paired"}, controls=WITH_LEAK, size=FEW, fails=("leak",)
     ),
-    "workflow_auxiliary": Scenario(AUXILIARY),
-    "workflow_realign": Scenario(SMALL_NETWORK),
-    "workflow_both": Scenario({**AUXILIARY, **SMALL_NETWORK, "run.workflow": "both"}),
+    "workflow_auxiliary": Scenario(AUXILIARY, size=FEW),
+    "workflow_realign": Scenario(SMALL_NETWORK, size=FEW),
+    "workflow_both": Scenario({**AUXILIARY, **SMALL_NETWORK, "run.workflow": "both"}, size=FEW),
     "files": Scenario(controls=("null", "other-reference"), needs_files=True),
 }  # fmt: skip
 
