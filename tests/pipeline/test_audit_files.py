@@ -119,6 +119,15 @@ def test_a_second_reference_is_brought_into_the_frame_and_grid_of_the_first(fini
     assert (made / "second" / "03_refine" / "state.json").read_text() == first
 
 
+def test_what_a_second_reference_shows_is_said():
+    from cryoiso.pipeline.audit.controls.other_reference import advice
+
+    assert "(by 0.20): the images decide" in advice("pass", 0.2)
+    failed = advice("fail", -0.3)
+    assert "(by 0.30): the choice of the reference decides" in failed and "audit/other-reference/second" in failed
+    assert "is not decided" in advice("inconclusive", 0.01)
+
+
 def test_a_second_reference_that_is_no_map_is_refused_by_name(finished, tmp_path):
     second = tmp_path / "second.mrc"
     second.write_bytes(b"no map")
