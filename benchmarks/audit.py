@@ -1,6 +1,7 @@
 """Verdicts of `cryoiso audit` on runs whose truth is known: false alarms and misses of every control.
 
 good              simulated particles of an invented protein and a relative of it as the reference: all should pass
+good_few          fewer and coarser ones, as the networks below have them: what these sets show without a network
 wrong_reference   the same particles refined against another protein; `reference` should fail
 noise             images of noise refined against the relative, the refusal of noise switched off; `reference` and
                   `null` should fail
@@ -92,6 +93,7 @@ SCENARIOS: dict[str, Scenario] = {
     "realign_paired": Scenario(
         {**SMALL_NETWORK, "realign.mode": "paired"}, controls=WITH_LEAK, size=FEW, fails=("leak",)
     ),
+    "good_few": Scenario(controls=("reference", "decoy"), size=FEW),
     "workflow_auxiliary": Scenario(AUXILIARY, size=FEW),
     "workflow_realign": Scenario(SMALL_NETWORK, controls=("reference", "null", "omitted", "added", "leak"), size=FEW),
     "workflow_both": Scenario(

@@ -172,6 +172,23 @@ def test_a_refused_decoy_passes_and_a_refused_repetition_decides_nothing(finishe
     assert omitted.record(Bench(), refused, {}).verdict == "inconclusive"  # type: ignore[arg-type]
 
 
+def test_a_decoy_that_the_map_follows_passes_if_the_first_control_would_refute_it_and_fails_if_it_would_confirm_it():
+    from cryoiso.methods.audit.confirmed import ReferenceCorrelation
+    from cryoiso.pipeline.audit.controls import decoy
+
+    def correlation(value: float) -> ReferenceCorrelation:
+        return ReferenceCorrelation(value, 0.1 * np.random.default_rng(1).standard_normal(60), 0.3 * value)
+
+    assert decoy.verdict_of(52.0, 30.0, None) == "pass"  # parted before what was given of it
+    assert decoy.verdict_of(24.0, 30.0, None) == "inconclusive"  # nothing beyond
+    for value, verdict, words in (
+        (0.15, "pass", "would have refuted it"), (0.9, "fail", "would have confirmed it"),
+        (0.35, "inconclusive", "would not have decided"), (float("nan"), "inconclusive", "agree no further"),
+    ):  # fmt: skip
+        assert decoy.verdict_of(24.0, 30.0, correlation(value)) == verdict
+        assert words in decoy._conclusion(verdict, 30.0, correlation(value))
+
+
 def test_regions_and_balls_say_what_to_do():
     from cryoiso.pipeline.audit.controls import added, omitted
 

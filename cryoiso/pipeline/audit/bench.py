@@ -165,17 +165,16 @@ def prepare(run: RunContext, inputs: Inputs) -> Bench:
         _grey_scale(read_map(reconstruct_folder / products.MAP), initial, run.job.reference.lowpass_A,
         reconstruct_folder),
         particles.take(rows), particles.with_poses(*final.require_poses()).take(rows), reference.data,
-        _inside(reference, read_map(reconstruct_folder / products.MASK)),
+        inside_of(reference, read_map(reconstruct_folder / products.MASK).data > 0.5),
     )  # fmt: skip
 
 
-def _inside(reference: DensityMap, mask: DensityMap) -> np.ndarray:
-    """Within the reference's own mask; the run's where none can be made."""
+def inside_of(density: DensityMap, otherwise: np.ndarray) -> np.ndarray:
+    """Within the mask of a density, (D, D, D) bool; ``otherwise`` where none can be made."""
     try:
-        own = np.asarray(soft_mask_from_map(reference.data, reference.pixel_size_A))
+        inside: np.ndarray = np.asarray(soft_mask_from_map(density.data, density.pixel_size_A)) > 0.5
     except InputError:
-        own = mask.data
-    inside: np.ndarray = own > 0.5
+        return otherwise
     return inside
 
 
