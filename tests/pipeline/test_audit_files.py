@@ -72,6 +72,9 @@ def test_patches_take_the_place_of_the_images_and_other_patches_of_the_same_name
     assert len(np.unique(kept[0][:, 3, 4])) == 50  # of five patches, no two images alike
     audit_run(finished, Context(), settings, {})
     assert state.read_text() == first
+    # what was found with them stands beside a control that has none
+    beside = audit_run(finished, Context(), {"controls": ["reference"], "particles": 50}, {})
+    assert controls(beside)["null"] == found["null"] and "background" in beside["settings"]
     write_patches(tmp_path / "ice.mrcs", 2)
     audit_run(finished, Context(), settings, {})
     assert state.read_text() != first and not np.allclose(kept[0], kept[-1])

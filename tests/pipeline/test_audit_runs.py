@@ -96,7 +96,9 @@ def test_controls_that_are_run_one_after_the_other_stand_together_if_all_else_is
     assert [*both] == ["reference", "stability"] and both["reference"] == first["reference"]
     assert [*verdicts(controls=["leak"], particles=54)] == ["leak"]  # on other particles
     assert [*verdicts(controls=["stability"], particles=54)] == ["stability", "leak"]
-    assert [*verdicts(controls=["reference"], particles=54, regions=1)] == ["reference"]
+    # settings of other controls do not matter, those of their own do
+    assert [*verdicts(controls=["added"], particles=54)] == ["added", "stability", "leak"]
+    assert [*verdicts(controls=["reference"], particles=54, regions=1)] == ["reference", "stability", "leak"]
     for damaged in ("no json", "[]", '{"controls": 3}'):
         (finished / "audit" / "audit.json").write_text(damaged)
         assert [*verdicts(controls=["reference"])] == ["reference"]

@@ -117,8 +117,9 @@ def _recorded(
 def _finish(bench: Bench, records: list[ControlRecord]) -> dict[str, Any]:
     """audit.json; the images can be made again and are removed."""
     facts = {"schema": SCHEMA, "cryoiso": __version__, **facts_of(bench)}
-    by_name = {record.name: record.as_dict() for record in records}
-    by_name = {**_left_out(bench), **earlier(bench.run.folder.path, facts), **by_name}
+    kept, settings = earlier(bench.run.folder.path, facts)
+    facts["settings"] = {**settings, **facts["settings"]}
+    by_name = {**_left_out(bench), **kept, **{record.name: record.as_dict() for record in records}}
     controls = [by_name[name] for name in extent.EXTENTS]
     result = {**facts, "verdict": gravest(control["verdict"] for control in controls), "controls": controls}
     write_json(bench.run.folder.path / products.AUDIT, result)
@@ -138,18 +139,31 @@ def _left_out(bench: Bench) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-def earlier(folder: Path, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name -> record of the controls that earlier calls left in audit.json: they hold if run, particles and settings
-    are the same. So controls can be run one after the other.
+CONCERNED = {
+    "null": ("background",), "leak": ("background",), "omitted": ("regions", "region_share"),
+    "added": ("regions", "region_share"), "other-reference": ("other_reference",),
+}  # fmt: skip
+"""Name of a control -> settings of audit.json that change it."""
+
+
+def earlier(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Name -> record of the controls that earlier calls left in audit.json, and their settings: they hold if run,
+    particles and the settings that concern them are the same, or are not given now. So controls can be run one after
+    the other.
 
     Args:
         facts: what audit.json would say of these.
     """
     try:
         result = json.loads((folder / products.AUDIT).read_text(encoding="utf-8"))
-        if {key: result[key] for key in facts} != facts:
-            return {}
+        settings, now = dict(result["settings"]), facts["settings"]
+        if any(result[key] != value for key, value in facts.items() if key != "settings"):
+            return {}, {}
+        changed = {key for key in settings if key in now and now[key] != settings[key]}
         records = {control["name"]: control for control in result["controls"]}
-        return {name: records[name] for name in extent.EXTENTS if records[name]["verdict"] in GRAVITY[1:]}
+        return {
+            name: records[name] for name in extent.EXTENTS
+            if records[name]["verdict"] in GRAVITY[1:] and not changed & {*CONCERNED.get(name, ())}
+        }, settings  # fmt: skip
     except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return {}
+        return {}, {}
