@@ -1,6 +1,7 @@
 """Verdicts of `cryoiso audit` on runs whose truth is known: false alarms and misses of every control.
 
 good              simulated particles of an invented protein and a relative of it as the reference: all should pass
+good_few          fewer and coarser ones, as the networks below have them: what these sets show without a network
 wrong_reference   the same particles refined against another protein; `reference` should fail
 noise             images of noise refined against the relative, the refusal of noise switched off; `reference` and
                   `null` should fail
@@ -9,6 +10,10 @@ auxiliary_*       the workflow `auxiliary`, with projections and coloured noise,
 full_weight       the same workflow with projections and coloured noise, at full weight (`auxiliary.weight = 1`): `null`
                   should fail
 realign_*         the workflow `realign` with a network for each half-set, and with one for both, likewise
+workflow_*        good sets with the other workflows, networks of the small preset; the dearest controls are left out of
+                  the dearest workflows: all should pass
+files             the good set with the controls that need a file: another relative as the second reference (should
+                  pass), and patches of real background instead of Gaussian noise
 
     python benchmarks/audit.py [--scenarios good,noise] [--seeds 1,2,3]
 """
@@ -58,32 +63,44 @@ class Scenario:
     size: Size = Size()
     fails: tuple[str, ...] = ()
     """controls that should fail; the others should not"""
+    needs_files: bool = False
+    """whether the audit is given a second reference and patches of background"""
 
 
 AUXILIARY = {"run.workflow": "auxiliary", "auxiliary.preset": "small", "auxiliary.steps": 100, "auxiliary.rounds": 1,
              "auxiliary.balance": False}  # fmt: skip
 SMALL_NETWORK = {"run.workflow": "realign", "correct.preset": "small", "correct.sub_maps": 32, "correct.cube_px": 24,
                  "correct.epochs": 2, "realign.epochs": 2}  # fmt: skip
-NULL_AND_LEAK = ("null", "leak")
+WITH_LEAK = ("reference", "leak")
+BACKGROUND = harness.SHARED / "data" / "particles" / "betagal_real_384" / "background.mrcs"
+SECOND = "second.mrc"
 SCENARIOS: dict[str, Scenario] = {
     "good": Scenario(),
     "wrong_reference": Scenario(reference="other", unguarded=True, fails=("reference",)),
     "noise": Scenario(noise=True, unguarded=True, fails=("reference", "null")),
     "auxiliary_coloured": Scenario(
-        {**AUXILIARY, "auxiliary.generators": "coloured-noise"}, controls=NULL_AND_LEAK, size=FEW
+        {**AUXILIARY, "auxiliary.generators": "coloured-noise"}, controls=("null", "leak"), size=FEW
     ),
     "full_weight": Scenario(
         {**AUXILIARY, "auxiliary.generators": "coloured-noise", "auxiliary.weight": 1}, controls=("null",), size=FEW,
         fails=("null",),
     ),
-    "auxiliary_per_half": Scenario({**AUXILIARY, "auxiliary.generators": "per-half"}, controls=("leak",), size=FEW),
+    "auxiliary_per_half": Scenario({**AUXILIARY, "auxiliary.generators": "per-half"}, controls=WITH_LEAK, size=FEW),
     "auxiliary_shared": Scenario(
-        {**AUXILIARY, "auxiliary.generators": "shared"}, controls=("leak",), size=FEW, fails=("leak",)
+        {**AUXILIARY, "auxiliary.generators": "shared"}, controls=WITH_LEAK, size=FEW, fails=("leak",)
     ),
-    "realign_independent": Scenario({**SMALL_NETWORK, "realign.mode": "independent"}, controls=("leak",), size=FEW),
+    "realign_independent": Scenario({**SMALL_NETWORK, "realign.mode": "independent"}, controls=WITH_LEAK, size=FEW),
     "realign_paired": Scenario(
-        {**SMALL_NETWORK, "realign.mode": "paired"}, controls=("leak",), size=FEW, fails=("leak",)
+        {**SMALL_NETWORK, "realign.mode": "paired"}, controls=WITH_LEAK, size=FEW, fails=("leak",)
     ),
+    "good_few": Scenario(controls=("reference", "decoy"), size=FEW),
+    "workflow_auxiliary": Scenario(AUXILIARY, size=FEW),
+    "workflow_realign": Scenario(SMALL_NETWORK, controls=("reference", "null", "omitted", "added", "leak"), size=FEW),
+    "workflow_both": Scenario(
+        {**AUXILIARY, **SMALL_NETWORK, "run.workflow": "both", "auxiliary.generators": "coloured-noise"},
+        controls=("reference", "null", "leak"), size=FEW,
+    ),
+    "files": Scenario(controls=("null", "other-reference"), needs_files=True),
 }  # fmt: skip
 
 
@@ -102,6 +119,11 @@ def prepare(scenario: Scenario, seed: int, folder: Path) -> Path:
         "reference", source, folder / "reference.mrc", *grid, "--symmetry", "C3", "--lowpass", 0, *more,
         log=folder / "reference.log",
     )  # fmt: skip
+    if scenario.needs_files:
+        from cryoiso.io.mrc import write_map
+        from cryoiso.physics.phantom import phantom_map
+
+        write_map(folder / SECOND, phantom_map(size.box, size.pixel_A, variant=2).data, size.pixel_A)
     if scenario.noise:
         given = folder / "given"
         given.mkdir(exist_ok=True)
@@ -131,6 +153,8 @@ def judge(name: str, seed: int, work: Path) -> dict[str, Any]:
     else:
         cost = harness.cryoiso("run", job, "--out", run, log=folder / "run.log")
     only = [word for control in scenario.controls for word in ("--control", control)]
+    if scenario.needs_files:
+        only += ["--other-reference", folder / SECOND, "--background", BACKGROUND]
     # status 1: a control fails
     either = ["sh", "-c", '"$@"; [ $? -le 1 ]', "sh", *harness.CRYOISO]
     audit = harness.measure([*either, "audit", run, *only], folder / "audit.log")
@@ -148,7 +172,7 @@ def judge(name: str, seed: int, work: Path) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Verdicts, one row for each run."""
-    names = ("reference", "null", "omitted", "added", "decoy", "stability", "leak")
+    names = ("reference", "null", "omitted", "added", "decoy", "other-reference", "stability", "leak")
     short = {"pass": "pass", "fail": "FAIL", "inconclusive": "?", "not applicable": "-"}
     lines = [
         (r["scenario"], r["seed"], f"{r['resolution_A']:.1f} Å",

@@ -12,7 +12,9 @@ import numpy as np
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError, UsageError
 from cryoiso.io.atomic import disk_full
+from cryoiso.io.background import read_patch_grid
 from cryoiso.io.shards import read_index
+from cryoiso.methods.audit.null_images import crop_px
 from cryoiso.methods.auxiliary.particles import require_poolable
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.stages import engines
@@ -50,6 +52,7 @@ def check_job(inputs: Inputs) -> None:
     check_models(job.diagnose, inputs.grid())
     if job.audit.enable:
         require_auditable(job)
+        require_background(job.audit.background, *inputs.grid())
     if with_auxiliary:
         if job.auxiliary.post_command:
             check_template(job.auxiliary.post_command)
@@ -81,6 +84,20 @@ def require_auditable(job: Job) -> None:
         name = getattr(job.audit, key)
         if name and not Path(name).is_file():
             raise InputError("no such file", file=name, hint=f"Check audit.{key}.", code="file-not-found")
+
+
+def require_background(file: str, box_px: int, pixel_size_A: float) -> None:
+    """Stops where the patches of real background for a control are no stack or smaller than the images.
+
+    Args:
+        file: audit.background; "" for none.
+
+    Raises:
+        InputError: see ``read_patch_grid`` and ``crop_px``.
+    """
+    if file:
+        grid = read_patch_grid(Path(file))
+        crop_px(grid.side_px, grid.pixel_size_A, box_px, pixel_size_A, file)
 
 
 def _warn_of_cold_pool(job: Job) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from errors_helper import raises_code
 from pipeline_helper import StopsAt, cryoiso_here, forget_signals, hash_files, quick_report, simulate, use_quick_parts
@@ -13,6 +14,7 @@ from cryoiso.core.config import parse_job
 from cryoiso.core.errors import Interrupted
 from cryoiso.core.sections.audit import ControlName
 from cryoiso.methods.audit import extent
+from cryoiso.methods.audit.blocks import Estimate
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.audit import images
 from cryoiso.pipeline.audit.command import audit_run
@@ -82,6 +84,24 @@ def test_a_second_start_does_no_refinement_again_and_says_the_same(finished, mon
     first = audit_run(finished, Context(), FEW, {})
     monkeypatch.setattr(engines, "engine", lambda name: pytest.fail("a refinement was done again"))
     assert audit_run(finished, Context(), FEW, {}) == first
+
+
+def test_controls_that_are_run_one_after_the_other_stand_together_if_all_else_is_the_same(finished):
+    def verdicts(**changes):
+        found = audit_run(finished, Context(), {**FEW, **changes}, {})
+        return {c["name"]: c["verdict"] for c in found["controls"] if c["verdict"] != "not applicable"}
+
+    first = verdicts(controls=["reference"])
+    both = verdicts(controls=["stability"])
+    assert [*both] == ["reference", "stability"] and both["reference"] == first["reference"]
+    assert [*verdicts(controls=["leak"], particles=54)] == ["leak"]  # on other particles
+    assert [*verdicts(controls=["stability"], particles=54)] == ["stability", "leak"]
+    # settings of other controls do not matter, those of their own do
+    assert [*verdicts(controls=["added"], particles=54)] == ["added", "stability", "leak"]
+    assert [*verdicts(controls=["reference"], particles=54, regions=1)] == ["reference", "stability", "leak"]
+    for damaged in ("no json", "[]", '{"controls": 3}'):
+        (finished / "audit" / "audit.json").write_text(damaged)
+        assert [*verdicts(controls=["reference"])] == ["reference"]
 
 
 def test_a_stopped_audit_goes_on_where_it_was(finished):
@@ -154,6 +174,23 @@ def test_a_refused_decoy_passes_and_a_refused_repetition_decides_nothing(finishe
     assert omitted.record(Bench(), refused, {}).verdict == "inconclusive"  # type: ignore[arg-type]
 
 
+def test_a_decoy_that_the_map_follows_passes_if_the_first_control_would_refute_it_and_fails_if_it_would_confirm_it():
+    from cryoiso.methods.audit.confirmed import ReferenceCorrelation
+    from cryoiso.pipeline.audit.controls import decoy
+
+    def correlation(value: float) -> ReferenceCorrelation:
+        return ReferenceCorrelation(value, 0.1 * np.random.default_rng(1).standard_normal(60), 0.3 * value)
+
+    assert decoy.verdict_of(52.0, 30.0, None) == "pass"  # parted before what was given of it
+    assert decoy.verdict_of(24.0, 30.0, None) == "inconclusive"  # nothing beyond
+    for value, verdict, words in (
+        (0.15, "pass", "would have refuted it"), (0.9, "fail", "would have confirmed it"),
+        (0.35, "inconclusive", "would not have decided"), (float("nan"), "inconclusive", "agree no further"),
+    ):  # fmt: skip
+        assert decoy.verdict_of(24.0, 30.0, correlation(value)) == verdict
+        assert words in decoy._conclusion(verdict, 30.0, correlation(value))
+
+
 def test_regions_and_balls_say_what_to_do():
     from cryoiso.pipeline.audit.controls import added, omitted
 
@@ -163,7 +200,12 @@ def test_regions_and_balls_say_what_to_do():
     open_ = omitted.advice("inconclusive", {"region-2": "inconclusive"}, False)
     assert "is not decided" in open_ and "audit.particles" in open_
     assert "audit.particles" not in omitted.advice("inconclusive", {}, True)  # there are no more
-    assert "below 20 %" in added.advice("inconclusive", 0.2, True) and "remove" in added.advice("pass", 0.01, True)
+    some, little = Estimate(0.2, 0.1, 0.3, 0.05), Estimate(0.11, -0.02, 0.24, 0.066)
+    assert "below 30 %" in added.advice("inconclusive", some, True)
+    assert "at most 24 %" in added.advice("pass", little, True)  # what may be left is said
+    assert "11 % (-2 to 24 %) is left" in added._sentence(little)
+    nothing = Estimate(np.nan, np.nan, np.nan, np.nan)
+    assert added._sentence(nothing) == "" and "not resemble" in added.advice("inconclusive", nothing, True)
 
 
 def test_one_network_for_both_half_sets_is_a_leak_whatever_the_half_maps_say():
@@ -233,9 +275,6 @@ def test_regions_and_balls_share_their_repetitions(simulated, finished, monkeypa
 
 
 def test_repetitions_that_differ_by_more_than_the_limit_decide_nothing():
-    import numpy as np
-
-    from cryoiso.methods.audit.blocks import Estimate
     from cryoiso.methods.audit.omega import Matched
     from cryoiso.pipeline.audit.controls import omitted
 
@@ -251,6 +290,12 @@ def test_repetitions_that_differ_by_more_than_the_limit_decide_nothing():
         sentence = omitted._sentence(found, small, {"region-1": "pass"}, False, 0)
         assert ("The images make this density" in sentence) == sound
         assert ("too much to decide" in sentence) == (not sound)
+    # noise, of which more than half depends on the reference in any case: the sentence says what the verdict says
+    large, found = Estimate(0.56, 0.39, 0.77, 0.1), {"region-1": region(0.28), "region-2": region(-0.08)}
+    judged = {"region-1": "inconclusive", "region-2": "inconclusive"}
+    assert omitted.verdict_of(large, judged, not omitted.is_sound(found)) == "fail"
+    sentence = omitted._sentence(found, large, judged, False, 0)
+    assert "comes from the reference" in sentence and "too much to decide" not in sentence
     alone = Matched(small, Estimate(np.nan, np.nan, np.nan, np.nan), small, np.ones((8, 3)))
     assert omitted.is_sound({"region-1": alone})  # without a matched control Omega counts whole
 

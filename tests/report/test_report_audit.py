@@ -53,6 +53,19 @@ def test_a_page_of_their_own_beside_their_numbers(tmp_path: Path):
     assert "Controls of run" in html and "They are missing." in html and str(tmp_path) not in html
 
 
+def test_bars_read_from_the_top_as_they_are_named(monkeypatch):
+    from cryoiso.report.sections import audit_figures
+
+    drawn = []
+    monkeypatch.setattr(audit_figures, "address", lambda canvas: drawn.append(canvas) or "data:,")
+    audit_figures.draw_control(AUDIT["controls"][1]["figure"])
+    ax = drawn[0].axes[0]
+    places = {
+        label.get_text(): ax.transData.transform((0, label.get_position()[1]))[1] for label in ax.get_yticklabels()
+    }
+    assert [*places] == ["one", "two"] and places["one"] > places["two"]
+
+
 def test_damaged_numbers_do_not_stop_a_report():
     odd = {"name": "x", "figure": {"intervals": [[1], ["a", None, 1, 2]]}}
     for part in ({"controls": 3}, {"controls": [None, odd]}):

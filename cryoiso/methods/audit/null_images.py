@@ -38,6 +38,25 @@ def gaussian(
     return np.asarray(apply_ctf(images, particles, rows), np.float32)
 
 
+def crop_px(side_px: int, pixel_size_A: float, box_px: int, box_pixel_A: float, file: object = None) -> int:
+    """Side of the part of a patch that makes an image.
+
+    Args:
+        side_px, pixel_size_A: of the patches.
+        box_px, box_pixel_A: of the images.
+
+    Raises:
+        InputError: the patches are smaller than an image.
+    """
+    size = round(box_px * box_pixel_A / pixel_size_A)
+    if size > side_px:
+        raise InputError(
+            "the background patches are smaller than the particle images", file=file,
+            expected=f"at least {size} px of {pixel_size_A:g} Å", found=f"{side_px} px", code="box-mismatch",
+        )  # fmt: skip
+    return size
+
+
 class Background:
     """Patches of micrographs without particles, cut, resampled, rotated and mirrored at random."""
 
@@ -53,13 +72,7 @@ class Background:
         Raises:
             InputError: the patches are smaller than an image.
         """
-        size = round(box_px * box_pixel_A / pixel_size_A)
-        if size > min(patches.shape[1:]):
-            raise InputError(
-                "the background patches are smaller than the particle images", file=file,
-                expected=f"at least {size} px of {pixel_size_A:g} Å", found=f"{min(patches.shape[1:])} px",
-                code="box-mismatch",
-            )  # fmt: skip
+        size = crop_px(min(patches.shape[1:]), pixel_size_A, box_px, box_pixel_A, file)
         self.patches, self.size, self.box_px = patches, size, box_px
         self.matrix = resample_matrix(size, pixel_size_A, box_px, size * pixel_size_A / box_px)
 

@@ -13,6 +13,7 @@ from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.errors import InputError
 from cryoiso.core.rng import shuffle_keys
+from cryoiso.core.sections.audit import AuditSection
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import read_particle_file
 from cryoiso.io.mrc import read_map, write_map
@@ -27,6 +28,7 @@ from cryoiso.physics.symmetry import normalise_name, point_group
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.half_sets import assign_halves
 from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.records.hashing import sha256_of
 from cryoiso.pipeline.stages.rounds import final_poses
 
 
@@ -163,17 +165,16 @@ def prepare(run: RunContext, inputs: Inputs) -> Bench:
         _grey_scale(read_map(reconstruct_folder / products.MAP), initial, run.job.reference.lowpass_A,
         reconstruct_folder),
         particles.take(rows), particles.with_poses(*final.require_poses()).take(rows), reference.data,
-        _inside(reference, read_map(reconstruct_folder / products.MASK)),
+        inside_of(reference, read_map(reconstruct_folder / products.MASK).data > 0.5),
     )  # fmt: skip
 
 
-def _inside(reference: DensityMap, mask: DensityMap) -> np.ndarray:
-    """Within the reference's own mask; the run's where none can be made."""
+def inside_of(density: DensityMap, otherwise: np.ndarray) -> np.ndarray:
+    """Within the mask of a density, (D, D, D) bool; ``otherwise`` where none can be made."""
     try:
-        own = np.asarray(soft_mask_from_map(reference.data, reference.pixel_size_A))
+        inside: np.ndarray = np.asarray(soft_mask_from_map(density.data, density.pixel_size_A)) > 0.5
     except InputError:
-        own = mask.data
-    inside: np.ndarray = own > 0.5
+        return otherwise
     return inside
 
 
@@ -202,6 +203,16 @@ def facts_of(bench: Bench) -> dict[str, Any]:
         "particles": len(bench.rows), "of": bench.total, "workflow": bench.job.run.workflow,
         "symmetry": bench.job.sample.symmetry, "resolution_A": bench.resolution_A, "seed": bench.seed,
         "initial_reference_A": bench.job.reference.lowpass_A, "grey_scale": bench.grey_scale,
+        "settings": _settings(bench.job.audit),
+    }  # fmt: skip
+
+
+def _settings(section: AuditSection) -> dict[str, Any]:
+    """What the controls were asked for beside their names; files by their content."""
+    files = {key: getattr(section, key) for key in ("other_reference", "background")}
+    return {
+        "regions": section.regions, "region_share": section.region_share,
+        **{key: sha256_of(Path(name)) for key, name in files.items() if name},
     }  # fmt: skip
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cryoiso.core.errors import STOPPED, CryoisoError, InputError, Interrupted
+from cryoiso.core.errors import STOPPED, CryoisoError, Interrupted
 from cryoiso.core.types import Particles
 from cryoiso.io import shardset
+from cryoiso.io.background import read_patches
 from cryoiso.io.shards import ShardSource
 from cryoiso.methods.audit.null_images import Background, gaussian
 from cryoiso.parallel.abort import agree, on_root
@@ -18,6 +19,7 @@ from cryoiso.physics.filters import power_spectrum
 from cryoiso.pipeline.audit.bench import Bench
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs
+from cryoiso.pipeline.records.hashing import sha256_of
 from cryoiso.pipeline.stages.rounds import noise_after
 
 BLOCK = 256
@@ -56,38 +58,16 @@ def null(bench: Bench, inputs: Inputs, purpose: str) -> ImageSet:
     particles, box = on_root(bench.comm, lambda: (bare(bench.particles), bench.box_px))
     seed, file = bench.seed, bench.job.audit.background
     if file:
-        background = read_background(Path(file), box, particles.first_group.pixel_size_A)
-        return _write(bench, purpose, lambda some: background.images(particles, some, seed, purpose), f"from {file}")
+        patches, grid = read_patches(Path(file))
+        background = Background(patches, grid.pixel_size_A, box, particles.first_group.pixel_size_A, file)
+        # by content: other patches under the same name are another control
+        source = f"background {on_root(bench.comm, sha256_of, Path(file))}"
+        return _write(bench, purpose, lambda some: background.images(particles, some, seed, purpose), source)
     spectra = _spectra(bench, inputs, particles)
     return _write(
         bench, purpose, lambda some: gaussian(particles, some, spectra, box, seed, purpose),
         f"Gaussian noise {np.round(spectra, 4).tolist()}",
     )  # fmt: skip
-
-
-def read_background(file: Path, box_px: int, pixel_size_A: float) -> Background:
-    """Patches from an MRC stack.
-
-    Raises:
-        InputError: not a stack of square patches with a pixel size, or patches smaller than the images.
-    """
-    import mrcfile
-
-    try:
-        with mrcfile.open(file, permissive=True) as stack:
-            patches, found_A = np.asarray(stack.data, np.float32), float(stack.voxel_size.x)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot be read: {error}", file=file, code="file-unreadable") from None
-    if patches.ndim != 3 or patches.shape[1] != patches.shape[2] or not np.isfinite(patches).all():
-        raise InputError(
-            "not a stack of square patches", file=file, expected="(n, H, H) finite numbers", found=patches.shape,
-            code="stack-not-of-images",
-        )  # fmt: skip
-    if not found_A > 0:
-        raise InputError(
-            "no pixel size in the header", file=file, expected="Å", found=found_A, code="pixel-size-missing"
-        )
-    return Background(patches, found_A, box_px, pixel_size_A, file)
 
 
 def _spectra(bench: Bench, inputs: Inputs, particles: Particles) -> np.ndarray:

@@ -16,7 +16,7 @@ from cryoiso import __version__
 from cryoiso.core import products
 from cryoiso.io.atomic import write_json
 from cryoiso.methods.audit import extent
-from cryoiso.methods.audit.record import ControlRecord, Verdict, gravest
+from cryoiso.methods.audit.record import GRAVITY, ControlRecord, gravest
 from cryoiso.parallel.abort import on_root
 from cryoiso.pipeline.audit import arms
 from cryoiso.pipeline.audit import images as pictures
@@ -25,7 +25,7 @@ from cryoiso.pipeline.audit.controls import added, decoy, leak, null, omitted, o
 from cryoiso.pipeline.audit.repeat import Outcome, repeat
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.preflight import require_auditable
+from cryoiso.pipeline.preflight import require_auditable, require_background
 
 logger = logging.getLogger("cryoiso")
 CONTROLS: dict[str, ModuleType] = {
@@ -67,6 +67,7 @@ def audit(run: RunContext, inputs: Inputs) -> dict[str, Any]:
     benches: list[Bench] = []
     on_root(comm, lambda: benches.append(prepare(run, inputs)))
     bench = benches[0] if comm.rank == 0 else absent(run)
+    on_root(comm, lambda: require_background(run.job.audit.background, bench.box_px, bench.pixel_size_A))
     names = extent.chosen(run.job)
     if comm.rank == 0:
         count = sum(extent.repetitions(run.job, len(bench.rows)).values())
@@ -115,33 +116,54 @@ def _recorded(
 
 def _finish(bench: Bench, records: list[ControlRecord]) -> dict[str, Any]:
     """audit.json; the images can be made again and are removed."""
-    shown = [*records, *_left_out(bench, {r.name for r in records})]
-    order = list(extent.EXTENTS)
-    shown.sort(key=lambda record: order.index(record.name))
-    result: dict[str, Any] = {
-        "schema": SCHEMA, "cryoiso": __version__, "verdict": gravest(r.verdict for r in records), **facts_of(bench),
-        "controls": [record.as_dict() for record in shown],
-    }  # fmt: skip
+    facts = {"schema": SCHEMA, "cryoiso": __version__, **facts_of(bench)}
+    kept, settings = earlier(bench.run.folder.path, facts)
+    facts["settings"] = {**settings, **facts["settings"]}
+    by_name = {**_left_out(bench), **kept, **{record.name: record.as_dict() for record in records}}
+    controls = [by_name[name] for name in extent.EXTENTS]
+    result = {**facts, "verdict": gravest(control["verdict"] for control in controls), "controls": controls}
     write_json(bench.run.folder.path / products.AUDIT, result)
     shutil.rmtree(bench.folder / pictures.FOLDER, ignore_errors=True)
     return dict(json.loads((bench.run.folder.path / products.AUDIT).read_text(encoding="utf-8")))
 
 
-def _left_out(bench: Bench, done: set[str]) -> list[ControlRecord]:
-    """The controls that were not run, with the reason."""
+def _left_out(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Name -> record of each control as one that was not run, with the reason."""
     job, asked = bench.job, bench.job.audit.controls
-    verdict: Verdict = "not applicable"
-    return [
-        ControlRecord(
-            name, CONTROLS[name].TITLE, verdict,
+    return {
+        name: ControlRecord(
+            name, CONTROLS[name].TITLE, "not applicable",
             (control_extent.reason(job) if not asked or name in asked else "Not asked for.") or "Not asked for.",
-        )
+        ).as_dict()
         for name, control_extent in extent.EXTENTS.items()
-        if name not in done
-    ]  # fmt: skip
+    }  # fmt: skip
 
 
-def result_of(folder: Path) -> dict[str, Any] | None:
-    """audit.json of a run folder; None where there is none."""
-    path = folder / products.AUDIT
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+CONCERNED = {
+    "null": ("background",), "leak": ("background",), "omitted": ("regions", "region_share"),
+    "added": ("regions", "region_share"), "other-reference": ("other_reference",),
+}  # fmt: skip
+"""Name of a control -> settings of audit.json that change it."""
+
+
+def earlier(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Name -> record of the controls that earlier calls left in audit.json, and their settings: they hold if run,
+    particles and the settings that concern them are the same, or are not given now. So controls can be run one after
+    the other.
+
+    Args:
+        facts: what audit.json would say of these.
+    """
+    try:
+        result = json.loads((folder / products.AUDIT).read_text(encoding="utf-8"))
+        settings, now = dict(result["settings"]), facts["settings"]
+        if any(result[key] != value for key, value in facts.items() if key != "settings"):
+            return {}, {}
+        changed = {key for key in settings if key in now and now[key] != settings[key]}
+        records = {control["name"]: control for control in result["controls"]}
+        return {
+            name: records[name] for name in extent.EXTENTS
+            if records[name]["verdict"] in GRAVITY[1:] and not changed & {*CONCERNED.get(name, ())}
+        }, settings  # fmt: skip
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return {}, {}

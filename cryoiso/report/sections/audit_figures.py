@@ -43,7 +43,7 @@ def _intervals(figure: dict[str, Any]) -> str:
     if level is not None:
         ax.axvline(level, color=VERMILLION, linewidth=1)
     ax.axvline(0, color=GREY, linewidth=1)
-    ax.set(yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4), xlabel=str(figure.get("x_label")))
+    ax.set(yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6), xlabel=str(figure.get("x_label")))
     ax.set_yticklabels([str(row[0]) for row in rows])
     return address(canvas)
 

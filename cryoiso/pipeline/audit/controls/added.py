@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cryoiso.methods.audit import omega as density
+from cryoiso.methods.audit.blocks import Estimate
 from cryoiso.methods.audit.record import ControlRecord, FigureData, Verdict, at_most
 from cryoiso.pipeline.audit import arms
 from cryoiso.pipeline.audit.bench import Bench
@@ -23,13 +24,17 @@ def cases(bench: Bench) -> list[Case]:
     return arms.region_cases(bench, 1)
 
 
-def advice(verdict: Verdict, left: float, is_whole_run: bool) -> str:
+def advice(verdict: Verdict, left: Estimate, is_whole_run: bool) -> str:
     """What a verdict means for the map, and what to do."""
     if verdict == "pass":
-        return "What only the reference has, the images remove."
-    if not np.isfinite(left):
+        return (
+            f"The images remove what only the reference has, but for at most {100 * max(left.high, 0):.0f} % of its "
+            "density."
+        )
+    if not np.isfinite(left.value):
         return "The map does not resemble its reference enough to measure it."
-    level = f"Density below {100 * max(left, 0):.0f} % of the particle's may come from the reference alone"
+    most = left.high if np.isfinite(left.high) else left.value
+    level = f"Density below {100 * max(most, 0):.0f} % of the particle's may come from the reference alone"
     if verdict == "fail":
         return f"{level}: do not interpret it; repeat the run from a reference without the features in question."
     return (
@@ -53,9 +58,8 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         bench.smooth(bench.reference),
     )  # fmt: skip
     verdict = at_most(left.interval, LARGEST)
-    sentence = f"Of balls that the reference had beside the particle, {100 * left.value:.0f} % is left in the map. "
     return ControlRecord(
-        NAME, TITLE, verdict, sentence + advice(verdict, left.value, bench.is_whole),
+        NAME, TITLE, verdict, _sentence(left) + advice(verdict, left, bench.is_whole),
         measure="share of the added density that is left",
         number=left.value, interval=left.interval, threshold=LARGEST,
         power=f"A share above {LARGEST + 2 * left.error:.2f} would have been seen." if np.isfinite(left.error) else "",
@@ -66,3 +70,11 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             "of the same measurement in other places beside the particle.",
         ),
     )  # fmt: skip
+
+
+def _sentence(left: Estimate) -> str:
+    if not np.isfinite(left.value):
+        return ""
+    low, high = (100 * x for x in left.interval)
+    share = f"{100 * left.value:.0f} %" + (f" ({low:.0f} to {high:.0f} %)" if np.isfinite(left.error) else "")
+    return f"Of balls that the reference had beside the particle, {share} is left in the map. "

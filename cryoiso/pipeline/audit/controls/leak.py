@@ -8,7 +8,7 @@ from cryoiso.core import products
 from cryoiso.core.config import Job
 from cryoiso.core.types import HALVES, DensityMap
 from cryoiso.io.mrc import read_map
-from cryoiso.methods.audit import regions
+from cryoiso.methods.audit import extent, regions
 from cryoiso.methods.audit.agreement import Independence, independence
 from cryoiso.methods.audit.record import ControlRecord, FigureData, Line
 from cryoiso.pipeline.audit.bench import Bench
@@ -63,10 +63,11 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         name for name, agreement in agreements.items() if agreement.z.max() > agreement.limit or agreement.total > TOTAL
     ]
     name, worst = max(agreements.items(), key=lambda pair: float(pair[1].z.max()))
-    sentence = f"Half-maps of noise that share nothing agree within chance in all {len(worst.shells)} shells."
+    images = min(len(bench.rows), extent.LEAK_PARTICLES)
+    sentence = f"Half-maps of {images} images of noise, which share nothing, agree within chance in all shells."
     if leaks:
-        sentence = f"Half-maps of noise that should share nothing agree: the {' and the '.join(leaks)} of one half-set "
-        sentence += "contain information of the other."
+        sentence = f"Half-maps of {images} images of noise, which should share nothing, agree: the "
+        sentence += f"{' and the '.join(leaks)} of one half-set contain information of the other."
     networks = shared_networks(bench.job)
     if networks:
         sentence = f"One network saw both half-sets ({', '.join(networks)}): their FSC is no gold standard. " + sentence

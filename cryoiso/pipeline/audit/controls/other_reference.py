@@ -10,7 +10,7 @@ from cryoiso.core import products
 from cryoiso.io.mrc import read_map
 from cryoiso.methods.audit import likeness
 from cryoiso.methods.audit.blocks import block_numbers, bootstrap, summed
-from cryoiso.methods.audit.record import ControlRecord, FigureData, Line
+from cryoiso.methods.audit.record import ControlRecord, FigureData, Line, Verdict, at_least
 from cryoiso.metrics.fsc_curve import fsc, resolution_at, shell_frequencies
 from cryoiso.pipeline.audit.bench import Bench
 from cryoiso.pipeline.audit.controls.omitted import refused_sentence
@@ -61,15 +61,14 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
         terms, lambda t: t[..., 0] / np.sqrt(t[..., 1] * t[..., 2]) - t[..., 3] / np.sqrt(t[..., 4] * t[..., 5]),
         bench.seed, NAME,
     )  # fmt: skip
-    verdict = "inconclusive" if not np.isfinite(gain.error) else "pass" if gain.low > 0 else (
-        "fail" if gain.high < 0 else "inconclusive")  # fmt: skip
+    verdict = at_least(gain.interval, 0.0)
     sentence = (
         f"Maps from the two references agree to {at_A['the two maps']:.1f} Å (FSC 0.5), the references themselves to "
         f"{at_A['the two references']:.1f} Å, the second map and its own reference to "
-        f"{at_A['second map and second reference']:.1f} Å."
+        f"{at_A['second map and second reference']:.1f} Å. {advice(verdict, gain.value)}"
     )
     return ControlRecord(
-        NAME, TITLE, verdict, sentence,  # type: ignore[arg-type]
+        NAME, TITLE, verdict, sentence,
         measure="correlation of the two maps less that of the second map and its reference, beyond the initial ones",
         number=gain.value, interval=gain.interval, threshold=0.0, details={"resolution_05_A": at_A},
         figure=FigureData(
@@ -77,3 +76,23 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             level=0.5, caption="If the images decide, the two maps agree further than each does with its reference.",
         ),
     )  # fmt: skip
+
+
+def advice(verdict: Verdict, gain: float) -> str:
+    """What a verdict means for the map, and what to do.
+
+    Args:
+        gain: correlation of the two maps less that of the second map and its reference.
+    """
+    if verdict == "pass":
+        return (
+            "Beyond the initial references the second map is nearer to the first map than to its own reference (by "
+            f"{gain:.2f}): the images decide."
+        )
+    compare = f"Interpret only what both maps show; the second is in audit/{NAME}/second."
+    if verdict == "fail":
+        return (
+            "Beyond the initial references the second map is nearer to its own reference than to the first map (by "
+            f"{-gain:.2f}): the choice of the reference decides. {compare}"
+        )
+    return f"Whether the second map is nearer to the first map or to its own reference is not decided. {compare}"

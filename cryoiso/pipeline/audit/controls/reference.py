@@ -11,6 +11,7 @@ from cryoiso.core import products
 from cryoiso.io.mrc import read_map
 from cryoiso.methods.audit import confirmed
 from cryoiso.methods.audit.confirmed import ReferenceCorrelation
+from cryoiso.methods.audit.likeness import Band
 from cryoiso.methods.audit.omega import TWO_SIDED
 from cryoiso.methods.audit.record import ControlRecord, FigureData, Verdict
 from cryoiso.pipeline.audit.bench import Bench
@@ -61,13 +62,25 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             f"hardly finer than the first reference ({lowpass_A:g} Å), and up to there every map resembles its "
             f"reference, that of noise as well. {ADVICE}",
         )  # fmt: skip
-    half_maps = maps_of(bench.run.folder.stage("reconstruct"))
-    correlation = confirmed.confirm(
-        bench.aligned(half_maps.volume, bench.reference),
-        half_maps.halves, bench.reference, bench.aligned(confirmed.mirror_image(bench.reference), half_maps.volume),
-        bench.inside, band, bench.pixel_size_A, bench.diameter_A, bench.operations, bench.seed,
-    )  # fmt: skip
+    correlation = confirm(bench, bench.run.folder.stage("reconstruct"), bench.reference, bench.inside, band)
     return judged(correlation, lowpass_A, bench.box_px * bench.pixel_size_A / band.last, (band.first, band.last))
+
+
+def confirm(
+    bench: Bench, folder: Path, reference: np.ndarray, inside: np.ndarray, band: Band
+) -> ReferenceCorrelation:  # fmt: skip
+    """How far the maps of a refinement confirm its reference.
+
+    Args:
+        folder: of the stage ``reconstruct``.
+        reference: (D, D, D); inside: (D, D, D) bool, its outline.
+    """
+    half_maps = maps_of(folder)
+    return confirmed.confirm(
+        bench.aligned(half_maps.volume, reference),
+        half_maps.halves, reference, bench.aligned(confirmed.mirror_image(reference), half_maps.volume),
+        inside, band, bench.pixel_size_A, bench.diameter_A, bench.operations, bench.seed,
+    )  # fmt: skip
 
 
 def judged(
