@@ -1,12 +1,11 @@
 """A large particle set out of a small one: every row again and again, each with a name, micrograph and uid of its own.
 
-The stacks are links to the one of the small set, so a program reads as many bytes as the large set has, most of them
-from the cache of the file system, and writes shards of the full size.
+Every repetition has a copy of the stack, since the same image in two rows is refused, whatever leads to it.
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ SEED = 17
 
 
 def repeat(small: Path, times: int, folder: Path) -> Path:
-    """Writes particles.star and its links.
+    """Writes particles.star and its stacks.
 
     Args:
         small: folder of `cryoiso simulate`, with particles.star and particles.mrcs.
@@ -29,8 +28,7 @@ def repeat(small: Path, times: int, folder: Path) -> Path:
     """
     (folder / "stacks").mkdir(parents=True)
     for number in range(times):
-        link = folder / "stacks" / f"grid{number:04d}_particles.mrcs"
-        link.symlink_to(os.path.relpath((small / "particles.mrcs").resolve(), link.parent.resolve()))
+        shutil.copyfile(small / "particles.mrcs", folder / "stacks" / f"grid{number:04d}_particles.mrcs")
     head, rows = _head_and_rows(small / "particles.star")
     place = {name: _column(head, label) for label, name in COLUMNS.items()}
     rng = np.random.default_rng(SEED)

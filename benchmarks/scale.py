@@ -89,8 +89,9 @@ def report(sizes: list[int], runs: dict[str, Any]) -> str:
         added = (b["peak_mib"] - a["peak_mib"]) * 2**20 / max(sizes[-1] - sizes[0], 1)
         power = math.log(b["cpu_s"] / a["cpu_s"]) / math.log(sizes[-1] / sizes[0]) if sizes[-1] > sizes[0] else 1.0
         times = [f"{b['cpu_s']:.1f}", f"{b['wall_s']:.1f}", f"{sizes[-1] / b['cpu_s']:,.0f}", f"{power:.2f}"]
+        written = many["outputs"].get(name, {})
         rows.append([name, f"{a['peak_mib']:,.0f}", f"{b['peak_mib']:,.0f}", f"{added:,.0f}", *times,
-                     many["outputs"].get(name, {}).get("files", ""), many["outputs"].get(name, {}).get("MB", "")])  # fmt: skip
+                     written.get("files"), written.get("MB")])  # fmt: skip
     head = ["command", f"peak MiB a rank, {sizes[0]:,}", f"peak MiB a rank, {sizes[-1]:,}", "bytes a particle", "CPU s",
             "wall s", "particles a CPU s", "CPU grows as n to the power", "files",
             "MB"]  # fmt: skip
