@@ -33,16 +33,18 @@ BATCH = 64
 
 
 def lines(folder: Path, n: int, lowpass_A: float) -> dict[str, list[Any]]:
-    """The command lines of one size, on the ranks that all of them share; the last word is what they write."""
+    """The command lines of one size, on the ranks that all of them share; the last word is what they write.
+
+    Refinements find the shards that `ingest` has left in their folder, and read the whole particle file.
+    """
     star, reference = folder / "set/particles.star", folder / "small/truth_map.mrc"
     same = ("--symmetry", "C3")
     refine = [
-        "refine", folder / "shards", "--ref", reference, *same, "--lowpass", lowpass_A, "--max-iterations", 1,
-        "--device", "cpu",
+        "refine", star, "--ref", reference, *same, "--lowpass", lowpass_A, "--max-iterations", 1, "--device", "cpu",
     ]  # fmt: skip
     return {
-        "ingest": ["ingest", star, folder / "shards"],
-        "local": [*refine, "--local", 3, "--shift-range", 6, "--out", folder / "refined-local"],
+        "ingest": ["ingest", star, folder / "refined/shards"],
+        "local": [*refine, "--local", 3, "--shift-range", 6, "--out", folder / "refined"],
         "refine": [*refine, "--out", folder / "refined"],
         "reconstruct": ["reconstruct", star, *same, "--out", folder / "maps"],
         "train": [
@@ -71,10 +73,10 @@ def run(n: int, a: argparse.Namespace, work: Path) -> dict[str, Any]:
         load = harness.machine()["load_average"]
         cost = harness.measure([*launcher, *harness.CRYOISO, *line], folder / f"{name}.log")
         costs[name] = {**cost.as_dict(), "load_average": load}
-        files = [f for f in Path(line[-1]).rglob("*") if f.is_file()]
+        files = [f for f in Path(line[-1]).rglob("*") if f.is_file() and (name == "ingest" or "shards" not in f.parts)]
         result["outputs"][name] = {"files": len(files), "MB": round(sum(f.stat().st_size for f in files) / 1e6, 1)}
         print(f"{n:,} particles, {name}: {costs[name]}, {result['outputs'][name]}", file=sys.stderr, flush=True)
-        if name != "ingest":
+        if name in ("reconstruct", "train"):
             shutil.rmtree(line[-1])
     shutil.rmtree(folder)
     return result
@@ -113,7 +115,6 @@ def main() -> None:
         harness.skip("no mpiexec; one rank is used")
         a.ranks = 1
     with harness.work_folder(a.work) as work:
-        harness.cryoiso("doctor", log=work / "warm.log")
         runs: dict[str, Any] = {}
         for n in sorted(a.sizes):
             runs[str(n)] = run(n, a, work)
