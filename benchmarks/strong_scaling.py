@@ -105,6 +105,9 @@ def one_layout(name: str, box: int, data: Path, work: Path) -> dict[str, Any]:
 def table(rows: dict[str, Any]) -> str:
     from benchmarks import harness
 
+    def each(row: dict[str, Any], key: str) -> str:
+        return ", ".join(f"{times[key]:.1f}" for times in row["ranks"])
+
     head = [
         "layout",
         "CPU s",
