@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def child(folder: Path, arguments: list[str]) -> None:
         facts = {
             "wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu,
             "in_collectives_s": sum(seconds.values()), "collectives_s": seconds,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }  # fmt: skip
         (folder / f"rank{comm.rank}.json").write_text(json.dumps(facts))
 
@@ -119,7 +121,7 @@ def table(rows: dict[str, Any]) -> str:
         "half-maps, poses",
     ]
     cells = [
-        [name, f"{r['cpu_s']:.1f}", f"{r['wall_s']:.0f}", f"{r['peak_mib']:,.0f}",
+        [name, f"{r['cpu_s']:.1f}", f"{r['wall_s']:.0f}", each(r, "peak_mib"),
          each(r, "cpu_s"), each(r, "in_collectives_s"), r["load_average"],
          "same bits" if r["same_bits"] else f"{max(r['half1.mrc'], r['half2.mrc']):.1e}"]
         for name, r in rows.items()
