@@ -6,6 +6,7 @@ start-up included; cryoiso's kernels are compiled and cached before.
 
 *refine*: RELION's auto-refinement with the sampling that its interface proposes (order 2, shifts of 5 pixels in steps
 of 1, local searches from order 4 on) and no limit to the sampling that it goes to; one leader, one follower a half-set.
+It is stopped after --limit-cpu-s CPU seconds of its three processes, and then scored by its last complete iteration.
 
 *search*: one expectation and maximisation step of RELION's `--iter 1` around the true poses against one iteration of
 `cryoiso refine --local`, both with the information to two thirds of Nyquist. RELION's is a step of a classification
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -27,8 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness
-from benchmarks.refine_vs_relion import TIMED
+from benchmarks import harness, limited
 from benchmarks.score import score
 
 EXTENT_A, DIAMETER_A, SYMMETRY, SNR_DB = 335.4, 160, "C3", -10.0
@@ -55,11 +56,8 @@ def prepare(box: int, n: int, shared: Path, folder: Path) -> None:
     (folder / "signal_map.mrc").symlink_to("truth_map.mrc")
 
 
-def relion_refine(folder: Path, work: Path, seed: int) -> dict[str, Any]:
+def relion_refine(folder: Path, work: Path, seed: int, limit_cpu_s: float) -> dict[str, Any]:
     """RELION's auto-refinement, with the CPU time of each rank."""
-    wrapper = work / "timed.sh"
-    wrapper.write_text(TIMED)
-    wrapper.chmod(0o755)
     command = (
         f"relion_refine_mpi --o {work / 'run'} --auto_refine --split_random_halves --i particles.star "
         f"--ref signal_map.mrc --ini_high {LOWPASS_A} --ctf_corrected_ref --particle_diameter {DIAMETER_A} "
@@ -67,14 +65,16 @@ def relion_refine(folder: Path, work: Path, seed: int) -> dict[str, Any]:
         "--healpix_order 2 --auto_local_healpix_order 4 --offset_range 5 --offset_step 2 --low_resol_join_halves 40 "
         f"--random_seed {seed}"
     )
-    argv = [*(harness.open_mpi() or []), "-np", 3, str(wrapper), *command.split()]
-    cost = harness.measure(argv, work / "relion.log", folder, {"TIMES": str(work / "cpu")})
-    ranks = [sum(map(float, (work / f"cpu.{r}").read_text().split()[-2:])) for r in range(3)]
-    halves = [work / f"run_half{h}_class001_unfil.mrc" for h in (1, 2)]
+    argv = [*(harness.open_mpi() or []), "-np", 3, *command.split()]
+    job = limited.measure(argv, work / "relion.log", limit_cpu_s, folder)
     iterations = len(list(work.glob("run_it*_half1_model.star"))) - 1
-    scores = score(folder, work / "run_data.star", *halves, SYMMETRY)
+    converged = (work / "run_class001.mrc").exists()
+    stem = "run" if converged else f"run_it{iterations:03d}"
+    halves = [work / f"{stem}_half{h}_class001{'_unfil' if converged else ''}.mrc" for h in (1, 2)]
+    scores = score(folder, work / f"{stem}_data.star", *halves, SYMMETRY)
     return {
-        **scores, **cost.as_dict(), "cpu_s_of_ranks": ranks, "iterations": iterations,
+        **scores, **job.cost.as_dict(), "cpu_s_of_ranks": job.cpu_s_of_ranks, "iterations": iterations,
+        "converged": converged, "stopped": job.stopped,
         "command": "mpirun -np 3 relion_refine_mpi " + command.split("run ", 1)[1],
     }  # fmt: skip
 
@@ -84,14 +84,14 @@ def cryoiso_refine(folder: Path, work: Path) -> dict[str, Any]:
     return _cryoiso(folder, work, "particles.star", "--lowpass", LOWPASS_A)
 
 
-def relion_search(folder: Path, work: Path, seed: int) -> dict[str, Any]:
+def relion_search(folder: Path, work: Path, seed: int, limit_cpu_s: float) -> dict[str, Any]:
     """One step of RELION around the true poses."""
     command = (
         f"relion_refine --o {work / 'run'} --iter 1 --K 1 --tau2_fudge 1 --i truth.star --ref signal_map.mrc "
         f"--ini_high {SEARCH_A} --ctf_corrected_ref --particle_diameter {DIAMETER_A} {COMMON} --healpix_order 5 "
         f"--sigma_ang 1 --offset_range 3 --offset_step 2 --random_seed {seed}"
     )
-    cost = harness.measure(command.split(), work / "relion.log", folder)
+    cost = limited.measure(command.split(), work / "relion.log", limit_cpu_s, folder).cost
     model = work / "run_it001_class001.mrc"
     scores = score(folder, work / "run_it001_data.star", model, model, SYMMETRY)
     poses = {
@@ -143,7 +143,8 @@ def run(a: argparse.Namespace, work: Path) -> dict[str, Any]:
         place = work / f"{a.what}-{name}"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        entry[name] = program(folder, place, a.seed) if name == "relion" else program(folder, place)  # type: ignore[operator]
+        arguments = (a.seed, a.limit_cpu_s) if name == "relion" else ()
+        entry[name] = {**program(folder, place, *arguments), "load_average": harness.machine()["load_average"]}  # type: ignore[operator]
         print(name, json.dumps(entry[name]), file=sys.stderr, flush=True)
         harness.write_json(a.out, result)
     return result
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=harness.SHARED, help="holds data/models (default ../shared)")
     parser.add_argument("--skip", nargs="*", default=(), choices=("relion", "cryoiso"), help="keep what --out has")
     parser.add_argument("--seed", type=int, default=42, help="RELION's")
+    parser.add_argument("--limit-cpu-s", type=float, default=math.inf, help="end RELION after so many CPU seconds")
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "relion_real_size.json")
     parser.add_argument("--work", type=Path, help="keep the runs here")
     a = parser.parse_args()

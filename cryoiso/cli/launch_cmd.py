@@ -59,6 +59,7 @@ def launch(
     requeued until the run is complete.
     """
     from cryoiso.pipeline.batch.launch import read_launch
+    from cryoiso.pipeline.planning.node_memory import fit_to_nodes
 
     folder = run or run_folder_of(job)
     settings = dict(job_options.sections.get("launch", {}))
@@ -68,31 +69,8 @@ def launch(
     if variables:
         settings["variables"] = keys_of(variables, "--set")
     script = out if out is not None else job.with_name(f"{job.stem}-launch.sh")
-    known = _with_ranks_that_fit(read_launch(job, settings, job_options.names))
+    known = fit_to_nodes(read_launch(job, settings, job_options.names), chain=chain)
     _launch(known, job, folder, script, chain, out is not None, submit, overwrite)
-
-
-def _with_ranks_that_fit(known: Job) -> Job:
-    """The job with ranks and threads of a node chosen by its memory, where it leaves the ranks open."""
-    from cryoiso.core.errors import CryoisoError
-    from cryoiso.parallel.context import Context
-    from cryoiso.pipeline.job_inputs import Inputs
-    from cryoiso.pipeline.planning.job_size import problem_of
-    from cryoiso.pipeline.planning.ranks_that_fit import chooses_ranks, division_of
-    from cryoiso.pipeline.records.run_folder import RunFolder
-    from cryoiso.pipeline.workflow import folder_stages
-
-    if not chooses_ranks(known):
-        return known
-    try:
-        problem = problem_of(Inputs(known, RunFolder(Path.cwd(), folder_stages(known)), Context()))
-    except CryoisoError as error:
-        logger.warning("ranks per node are not adapted to memory, as the inputs cannot be read here: %s", error)
-        return known
-    division = division_of(problem, known.launch)
-    logger.info("%s", division.in_words())
-    ranks = {"ranks_per_node": division.ranks_per_node, "cpus_per_rank": division.cpus_per_rank}
-    return known.model_copy(update={"launch": known.launch.model_copy(update=ranks)})
 
 
 def _launch(

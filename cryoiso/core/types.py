@@ -72,7 +72,8 @@ class Particles:
     """(n,) int32: index into ``groups`` (not RELION's group number)."""
     groups: tuple[OpticsGroup, ...]
     stack: Shaped[np.ndarray, " n"]
-    """(n,) str: path of the image stack, as resolved by the reader."""
+    """(n,) str: path of the image stack, as resolved by the reader. Readers give an object array whose rows share one
+    text per stack: fixed width would take 4 bytes per character and row."""
     index: Int[np.ndarray, " n"]
     """(n,) int64: image within the stack, from 0."""
     defocus_u_A: Float[np.ndarray, " n"]

@@ -6,10 +6,15 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cryoiso.core.errors import InputError
+from cryoiso.io.project_folder import find_recorded
+
+if TYPE_CHECKING:
+    from cryoiso.core.types import Particles
 
 logger = logging.getLogger("cryoiso")
 
@@ -81,10 +86,11 @@ def _short(name: str) -> str:
 
 
 def resolve_paths(names: list[str], file: object, project: str = "") -> np.ndarray:
-    """Where image files lie: (n,) str. Each different name is looked up once.
+    """Where image files lie: (n,) str. Each different name is looked up once, and rows share its path.
 
     Relative names start from ``project``, else the current folder (as in RELION); if no such file, from the
-    folder of ``file`` and then the folders above it. Where both have a file of that name, ``project`` wins if it was
+    folder of ``file`` and then the folders above it, else from the folder that shards beside ``file`` record
+    (``io.project_folder``). Where both have a file of that name, ``project`` wins if it was
     given, or if ``file`` lies in the current folder; a particle file from elsewhere belongs to the images beside it.
     Either way a warning names both. A name that is found nowhere stays as it would be in the project folder.
     """
@@ -93,15 +99,35 @@ def resolve_paths(names: list[str], file: object, project: str = "") -> np.ndarr
     here = Path(os.path.abspath(base))
     unique = sorted(set(names))
     beside_first = _two_sets(unique, base, own, file, not project and here not in (own, *own.parents))
-    paths = {name: _resolve(name, base, own, beside_first) for name in unique}
-    return np.array([paths[name] for name in names], dtype=str)
+    paths = {name: _resolve(name, base, own, beside_first, file) for name in unique}
+    return np.array([paths[name] for name in names], dtype=object)
 
 
-def _resolve(name: str, base: Path, own: Path, beside_first: bool) -> str:
+def first_stack(particles: Particles) -> str:
+    """Name of the first particle's stack as its source has it, or "" where that names none."""
+    if particles.table is None or "rlnImageName" not in particles.table:
+        return ""
+    return parse_image_names([str(particles.table["rlnImageName"].iloc[0])], None)[0][0]
+
+
+def distinct(names: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(k,) different names in order, and (n,) int64 position of each row's among them; as ``np.unique``.
+
+    Texts of an object array are looked up, not sorted, and its rows are not widened to the longest of them.
+    """
+    if names.dtype != object:
+        values, inverse = np.unique(names, return_inverse=True)
+        return values, inverse.reshape(-1)
+    different = sorted(set(names.tolist()))
+    place = {name: k for k, name in enumerate(different)}
+    return np.array(different, dtype=str), np.fromiter(map(place.__getitem__, names.tolist()), np.int64, len(names))
+
+
+def _resolve(name: str, base: Path, own: Path, beside_first: bool, file: object) -> str:
     first = str(base / name)
     if os.path.isabs(name) or (not beside_first and os.path.exists(first)):
         return first
-    return _beside(name, own) or first
+    return _beside(name, own) or find_recorded(name, own, file) or first
 
 
 def _beside(name: str, own: Path) -> str:

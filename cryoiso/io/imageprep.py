@@ -10,6 +10,7 @@ import numpy as np
 
 from cryoiso.core.errors import InputError
 from cryoiso.core.types import Particles
+from cryoiso.io.imagenames import distinct
 from cryoiso.io.stack import StackReader
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def by_stack(stack: np.ndarray) -> list[np.ndarray]:
     """Positions of the rows of each different stack, each ascending; stacks in order of appearance."""
     if not len(stack):
         return []
-    _, first, inverse = np.unique(stack, return_index=True, return_inverse=True)
+    _, inverse = distinct(stack)
     order = np.argsort(inverse, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(inverse[order])) + 1)
-    return [groups[k] for k in np.argsort(first)]
+    return sorted(groups, key=lambda rows: int(rows[0]))

@@ -24,8 +24,10 @@ from cryoiso.core.protocols import Communicator, Progress
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import make_folder, temporary_name
 from cryoiso.io.contrast_sign import SignDecision, decide_sign
+from cryoiso.io.imagenames import distinct, first_stack
 from cryoiso.io.imageprep import IngestSettings, by_stack, read_prepared
 from cryoiso.io.particle_file import read_particle_file
+from cryoiso.io.project_folder import KEY, project_of
 from cryoiso.io.regular_file import open_regular
 from cryoiso.io.shard_writer import (
     hdf5_chunk,
@@ -59,6 +61,8 @@ class IngestPlan:
     source_sha256: str
     newest_stack_s: float
     """Modification time of the youngest stack; older shards are written again."""
+    project: str = ""
+    """Absolute folder that the source's names of stacks start from; "" where they are absolute."""
 
 
 def check_stacks(particles: Particles, file: object = None) -> tuple[OpticsGroup, ...]:
@@ -165,8 +169,9 @@ def plan(particles: Particles, settings: Any = None, source: object = "") -> Ing
     n = len(particles)
     shards = tuple((start, min(start + per_shard, n)) for start in range(0, n, per_shard))
     sha = _sha256(source) if source else ""
-    newest = max(os.stat(s).st_mtime for s in np.unique(particles.stack).tolist())
-    unhashed = IngestPlan(particles, settings, box, decision, shards, "", str(source), sha, newest)
+    newest = max(os.stat(s).st_mtime for s in distinct(particles.stack)[0].tolist())
+    project = project_of(first_stack(particles), str(particles.stack[0]))
+    unhashed = IngestPlan(particles, settings, box, decision, shards, "", str(source), sha, newest, project)
     return replace(unhashed, digest=_digest(unhashed))
 
 
@@ -192,7 +197,7 @@ def _digest(p: IngestPlan) -> str:
     for name in COLUMNS:
         values = getattr(p.particles, name)
         h.update(b"none" if values is None else np.ascontiguousarray(values).tobytes())
-    stacks, inverse = np.unique(p.particles.stack, return_inverse=True)
+    stacks, inverse = distinct(p.particles.stack)
     h.update(json.dumps([(s, os.stat(s).st_size) for s in stacks.tolist()]).encode())
     h.update(inverse.tobytes())
     h.update(p.decision.sign.tobytes())
@@ -279,6 +284,7 @@ def finish_index(plan: IngestPlan, folder: object, hashes: Mapping[str, str] | N
         Path(str(folder)), plan.digest, plan.particles, plan.box_px, plan.settings.storage, plan.shards, hashes,
         normalisation=plan.settings.describe(), inverted=plan.decision.inverted, sign=plan.decision.reason,
         contrast_standard_errors=round(plan.decision.z, 3), source=plan.source, source_sha256=plan.source_sha256,
+        **{KEY: plan.project},
     )  # fmt: skip
 
 
@@ -334,7 +340,9 @@ def ingest(
     if comm is None or rank == 0:
         make_folder(folder)
         particles = read_particle_file(particles_file, settings.project)
-        plan_ = plan(replace(particles, table=_sign_column(particles)), settings, particles_file)
+        plan_ = plan(particles, settings, particles_file)
+        plan_ = replace(plan_, particles=replace(plan_.particles, table=_sign_column(particles)))
+        del particles  # with its text
     if comm is not None:
         plan_ = comm.bcast(plan_)
     write_own_shards(plan_, folder, rank, size, progress)

@@ -16,6 +16,7 @@ from cryoiso.core.errors import CryoisoError
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io.atomic import atomic_path, is_full, write_text
 from cryoiso.io.hdf5_file import Sink
+from cryoiso.io.imagenames import distinct
 from cryoiso.io.shards import COLUMNS, FORMAT, VERSION, groups_to_json, read_attributes, shard_name
 
 HDF5_CHUNK_BYTES = 2**20
@@ -81,7 +82,7 @@ def row_columns(particles: Particles, start: int, stop: int) -> dict[str, np.nda
     for name in COLUMNS:
         values = getattr(particles, name)
         columns[name] = np.full(stop - start, -1, np.int8) if values is None else np.asarray(values)[start:stop]
-    stacks, inverse = np.unique(particles.stack[start:stop], return_inverse=True)
+    stacks, inverse = distinct(particles.stack[start:stop])
     columns["stacks"] = np.char.encode(stacks.astype(str), "utf-8")
     columns["stack"] = inverse.astype(np.int32)
     return columns

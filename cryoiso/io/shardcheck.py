@@ -197,7 +197,7 @@ def read_columns(file: Any, path: Path, rows: int, names: tuple[str, ...]) -> di
                          found=f"{stacks.shape} of {stacks.dtype}", hint=AGAIN, code="shards-damaged")  # fmt: skip
     _require_within(columns["stack"], 0, len(stacks) - 1, "stack", path)
     names_of_stacks = np.char.decode(stacks[()], "utf-8")
-    columns["stack"] = names_of_stacks[columns["stack"]]
+    columns["stack"] = np.array(names_of_stacks.tolist(), dtype=object)[columns["stack"]]
     return columns
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cryoiso.core.errors import InputError
+from cryoiso.io.imagenames import distinct
 from cryoiso.io.mrc import MrcHeader, read_header
 from cryoiso.io.regular_file import open_regular_handle
 
@@ -24,6 +25,12 @@ logger = logging.getLogger("cryoiso")
 
 MAX_IMAGE_PX = 16_384
 """Side of the largest image that is read."""
+
+
+NO_STACK = (
+    "Relative paths start from the project folder: give it with --project (particles.project in a job file) if it is "
+    "neither the current folder nor above the particle file."
+)
 
 
 class StackReader:
@@ -61,7 +68,7 @@ class StackReader:
                 problem = f"image stack {path}: {error.problem}"
                 hint = error.hint
                 if error.code == "file-not-found":
-                    hint = "Relative paths start from the project folder; give it if it is not the current one."
+                    hint = NO_STACK
                 raise InputError(
                     problem,
                     file=file,
@@ -154,7 +161,7 @@ def _header_of_images(path: str) -> MrcHeader:
 
 def number_of_file(stacks: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """(n,) numbers, equal for names that lead to one file (links included), else different."""
-    names, inverse = np.unique(stacks, return_inverse=True)
+    names, inverse = distinct(stacks)
     first: dict[object, int] = {}
     numbers = np.empty(len(names), np.int64)
     for k, name in enumerate(names.tolist()):
@@ -164,7 +171,8 @@ def number_of_file(stacks: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         except (OSError, ValueError):
             key = name
         numbers[k] = first.setdefault(key, k)
-    return numbers[inverse.reshape(-1)]
+    of_rows: np.ndarray = numbers[inverse]
+    return of_rows
 
 
 def runs(index: Shaped[np.ndarray, " n"]) -> list[tuple[int, int]]:

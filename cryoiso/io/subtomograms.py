@@ -18,6 +18,7 @@ from cryoiso.core.types import Particles
 from cryoiso.io.alignment import ANGLES, OFFSETS_Z, is_body_table, outdated
 from cryoiso.io.dimensionality import CTF_VOLUME, DIMENSIONS
 from cryoiso.io.mrc import read_header
+from cryoiso.io.stack import NO_STACK
 from cryoiso.io.star.read import read_particles, resolve_paths
 from cryoiso.io.star.text import StarBlock, block_of_frame, write_blocks
 
@@ -57,7 +58,7 @@ class SubtomogramSource:
                 if not os.path.isfile(name):
                     raise InputError(
                         f"no such file: {name}", file=self.file, row=row + 1,
-                        hint="Relative paths start from the project folder; give it if it is not the current one.",
+                        hint=NO_STACK,
                         code="file-not-found",
                     )  # fmt: skip
         table = self.particles.optics_table

@@ -184,4 +184,4 @@ def images_of(inputs: Inputs) -> list[Path]:
         return [
             Path(os.path.abspath(particles_path / str(shard["file"]))) for shard in read_index(particles_path)["shards"]
         ]
-    return [Path(os.path.abspath(name)) for name in np.unique(inputs.particles().stack).tolist()]
+    return [Path(os.path.abspath(name)) for name in sorted(set(inputs.particles().stack.tolist()))]

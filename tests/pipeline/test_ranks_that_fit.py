@@ -10,6 +10,7 @@ from launch_helper import make_job
 from pipeline_helper import cryoiso_here
 
 from cryoiso.core.config import Job, LaunchSection
+from cryoiso.core.errors import EXIT_MISSING
 from cryoiso.pipeline.planning.job_size import Problem
 from cryoiso.pipeline.planning.ranks_that_fit import BYTES_PER_CORE, chooses_ranks, division_of, node_bytes
 
@@ -72,6 +73,12 @@ def test_plan_and_launch_choose_and_say_the_same(data):
     given = cryoiso_here("launch", job, "--scheduler", "slurm", "--mpi", "pmix", "--ram-gb", limit_gb,
                          "--ranks-per-node", 4)  # fmt: skip
     assert "--ntasks-per-node=4" in given.stdout and "would need" not in given.stderr
+    assert re.search(r"4 rank\(s\) of 4 threads per node need about .*, more than", given.stderr)
+    assert "--ranks-per-node 2 --cpus-per-rank 8" in given.stderr
+    refused = cryoiso_here("launch", job, "--scheduler", "slurm", "--mpi", "pmix", "--ram-gb", limit_gb / 2,
+                           "--ranks-per-node", 4, "--submit")  # fmt: skip
+    assert refused.returncode == EXIT_MISSING and not refused.stdout and "[memory-short]" in refused.stderr
+    assert not job.with_name("job-launch.sh").exists()
     assert json.loads(cryoiso_here("plan", job, "--json", "--ranks-per-node", 2).stdout)["launch"] is None
 
 

@@ -20,6 +20,7 @@ from cryoiso.core.log import ProgressLine
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import Particles
 from cryoiso.io.atomic import write_text
+from cryoiso.io.imagenames import distinct
 from cryoiso.io.mrc import write_stack
 from cryoiso.io.sources import RestoredSource, as_recorded
 from cryoiso.io.stack import StackReader
@@ -104,7 +105,7 @@ def usable_originals(source: ImageSource, which: str, reader: str = "RELION") ->
     particles = source.particles
     if which == "export":
         return np.zeros(len(particles), bool), ""
-    stacks, place = np.unique(np.asarray(particles.stack, dtype=str), return_inverse=True)
+    stacks, place = distinct(particles.stack)
     there = np.array([name.endswith(SUFFIXES) and os.path.isfile(name) for name in stacks.tolist()])
     kept = there[place] & (particles.group_values("box_px") == source.box_px)
     some = "some of them are not there"

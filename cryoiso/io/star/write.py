@@ -13,6 +13,8 @@ import numpy as np
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.io import conventions
 from cryoiso.io.alignment import ANGLES, POSES, is_body_table, outdated
+from cryoiso.io.imagenames import first_stack
+from cryoiso.io.project_folder import tell_where_names_start
 from cryoiso.io.star.columns import CTF_FLAGS, Columns, rotation_of_table, shift_of_table, subtomogram_rotation
 from cryoiso.io.star.text import StarBlock, block_of_frame, write_blocks
 from cryoiso.io.star.text_column import MadeColumn, series_column, slabs
@@ -69,6 +71,8 @@ def write_particles(path: object, particles: Particles, names: list[str] | None 
     _require_one_length(columns, len(particles))
     blocks = [*others, _optics_block(particles), StarBlock("particles", True, columns)]
     write_blocks(path, blocks)
+    if names is None and len(particles):
+        tell_where_names_start(path, first_stack(particles), str(particles.stack[0]))
 
 
 def _source_columns(particles: Particles) -> Text:

@@ -6,8 +6,6 @@ import os
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
 from cryoiso.core.commands import split_command
 from cryoiso.core.config import Job, LaunchSection
 from cryoiso.core.log import ProgressLine, logger
@@ -47,7 +45,7 @@ def _stacks(job: Job) -> set[Path]:
 @cache
 def _stacks_of(file: Path, project: str, passthrough: tuple[str, ...], modified_ns: int) -> set[Path]:
     """Read once for all scripts."""
-    names = np.unique(read_particle_file(file, project, ("image",), passthrough).stack).tolist()
+    names = sorted(set(read_particle_file(file, project, ("image",), passthrough).stack.tolist()))
     stacks = {Path(os.path.abspath(name)) for name in names if name}
     lost = sorted(path for path in stacks if not path.exists())
     if lost:

@@ -83,7 +83,7 @@ def problem_of(inputs: Inputs) -> Problem:
     diameter = inputs.expected_diameter_A()
     file = Path(job.particles.file)
     text = file.suffix == ".star" and file.is_file()
-    stacks = {str(name) for name in np.unique(particles.stack).tolist()} if not file.is_dir() else set()
+    stacks = set(particles.stack.tolist()) if not file.is_dir() else set()
     largest = max((Path(name).stat().st_size for name in stacks), default=0)
     row = max(60, file.stat().st_size // max(len(particles), 1)) if text else 250
     if inputs.originals is None:  # images are read for it, and every stage asks

@@ -43,8 +43,8 @@ ROW_BYTES, REFINED_ROW_BYTES = 1200, 1400
 columns (docs/scaling.md): 870 held and 950 while they are read, to which come 270 while columns are handed out; in a
 refinement 1,180 while a new file is written, and poses and results of another iteration (150, counted)."""
 COLUMNS_BYTES = 700
-"""Of that what every rank has: columns without the text, poses, the name of the stack. Measured with names of 22
-characters: 450 held, 720 while poses are handed out; a character of the name is 4 bytes each time."""
+"""Of that what every rank has: columns without the text, poses, 8 B for the name of the stack. Measured while that name
+was a text of fixed width, of 22 characters: 450 held, 720 while poses are handed out; rows share their names now."""
 TRAINED_BYTES = {
     ("generator", "small"): (490.0, 368.3, 1.7), ("generator", "paper"): (9571.0, 12078.5, 1.4),
     ("unet", "small"): (432.0, 300.0, 1.8), ("unet", "paper"): (2446.0, 1561.0, 1.3),

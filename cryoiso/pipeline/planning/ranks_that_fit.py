@@ -6,6 +6,7 @@ where the grids of several would not fit into the memory of a node.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,13 +67,22 @@ def division_of(p: Problem, section: LaunchSection) -> Division:
         section: [launch]; ``ram_gb`` is the memory of a node, else ``BYTES_PER_CORE`` for each core.
     """
     cores = USUAL_RANKS * section.cpus_per_rank
-    limit = int(1e9 * section.ram_gb) if section.ram_gb is not None else BYTES_PER_CORE * cores
+    limit = memory_limit(section, cores)
     needed = {ranks: node_bytes(p, section.nodes, ranks) for ranks in (4, 2, 1)}
     ranks = next((ranks for ranks, size in needed.items() if size <= limit), 1)
     return Division(ranks, cores // ranks, needed[ranks], limit, needed[USUAL_RANKS])
 
 
-def node_bytes(p: Problem, nodes: int, ranks_per_node: int) -> int:
-    """Memory of the node that rank 0 is on, in the stage that takes most."""
+def memory_limit(section: LaunchSection, cores: int) -> int:
+    """Bytes of a node: ``ram_gb``, else ``BYTES_PER_CORE`` for each core."""
+    return int(1e9 * section.ram_gb) if section.ram_gb is not None else BYTES_PER_CORE * cores
+
+
+def node_bytes(p: Problem, nodes: int, ranks_per_node: int, stages: Sequence[str] | None = None) -> int:
+    """Memory of the node that rank 0 is on, in the stage that takes most.
+
+    Args:
+        stages: only these (default: all of the job).
+    """
     own, metadata = memory.memory_of_stages(p, nodes * ranks_per_node), memory.metadata_of_stages(p)
-    return max(metadata[name] + ranks_per_node * own[name] for name in own)
+    return max(metadata[name] + ranks_per_node * own[name] for name in stages or own)
