@@ -7,8 +7,8 @@ Rare views must not be lost. Where few images saw a direction the reference is p
 many poses a little. So its evidence is that of all poses, also of those that the search leaves out (``log_evidence``).
 And nothing is judged by one measure for all views: in each cone the reference has an amplitude of its own, the one that
 makes the images of this cone most likely. Where it knows nothing the amplitude is small, then the evidence is about
-even, and images stay. The share of junk is the cone's as well, at most one half: junk gathers in the cones of rare
-views.
+even, and images stay. The share of junk is the cone's as well, but an image is judged with a prior of at most 10 %: it
+is left out because of what it shows, not because of its neighbours, and junk gathers in the cones of rare views.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ CONE_DEG = 29.0
 FIRST_SHARE, FIRST_COUNT = 0.05, 4.0
 """Share of junk in a cone before any image is seen, and the images that this belief counts for."""
 MOST_SHARE = 0.5
-"""No cone's share is larger: an image is junk only where nothing explains it at least as well as the particle."""
+"""No cone's share is larger."""
+MOST_PRIOR = 0.1
+"""Nor the prior by which its images are judged: one is junk where nothing explains it nine times as well."""
 AMPLITUDES = 10.0 ** (-0.05 * np.arange(21))
 """Of the reference in a cone: 1 to 0.1."""
 AMPLITUDE_SD = 0.7
@@ -73,7 +75,7 @@ class JunkPrior:
         self, facts: Float[np.ndarray, "n 5"], cone: Int[np.ndarray, " n"]
     ) -> Float[np.ndarray, " n"]:
         """(N,) posterior probability that an image shows a particle, from its facts (N, 5) and its cone (N,)."""
-        prior = self.share[cone]
+        prior = np.minimum(self.share[cone], MOST_PRIOR)
         odds = np.log1p(-prior) - np.log(prior)
         return _logistic(odds + advantage(facts, self.amplitude[cone]))
 
