@@ -127,4 +127,5 @@ def test_a_refinement_with_both_finds_noise_and_scales(tmp_path):
     assert junk[noise].mean() > 0.95 and junk[~noise].mean() < 0.03
     assert np.corrcoef(found.signal_scale[~noise], scale[~noise])[0, 1] > 0.9
     sure = noise & (found.results[JUNK_COLUMN] > 0.95)
-    assert sure.sum() > 40 and found.signal_scale[sure].min() > 0.4, "noise has the scale of its micrograph, not one of zero"
+    assert sure.sum() > 40
+    assert found.signal_scale[sure].min() > 0.4, "noise has the scale of its micrograph, not one of zero"
