@@ -98,7 +98,7 @@ def ctf_refine(
     from cryoiso.pipeline.commands.output import refuse_result
 
     comm = get_context()
-    on_root(comm, refuse_result, out, (FACTS, products.PARTICLES), overwrite)
+    on_root(comm, refuse_result, out, (FACTS, products.PARTICLES), overwrite, particles)
     job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": "-"})
     choice = on_root(comm, ReferenceChoice, ref, (half1, half2), resolution)
     settings = on_root(
