@@ -68,7 +68,9 @@ def programs(a: argparse.Namespace, work: Path) -> dict[str, Any]:
     folder = work / "particles"
     folder.mkdir(exist_ok=True)
     stars = prepare(folder, a.sizes, seed=1)
-    harness.measure([*harness.CRYOISO, "reconstruct", stars[0].name, "--out", "out"], folder / "warm.log", folder)
+    harness.measure(
+        [*harness.CRYOISO, "reconstruct", stars[0].name, "--out", "out", "--overwrite"], folder / "warm.log", folder
+    )
     runs: dict[str, Callable[[Path], harness.Cost]] = {
         "cryoiso": lambda star: cryoiso(star, normalise=False),
         "cryoiso, normalising": lambda star: cryoiso(star, normalise=True),

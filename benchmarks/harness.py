@@ -76,9 +76,17 @@ def environment() -> dict[str, str]:
     return {**env, **ONE_THREAD, "PYTHONPATH": path}
 
 
+REPLACING = (
+    "reconstruct", "refine", "realign", "classify", "micelle", "correct", "ctf-refine", "rebalance", "symmetry",
+    "auxiliary",
+)  # fmt: skip
+"""Commands that refuse to replace an earlier result in --out."""
+
+
 def cryoiso(command: str, *arguments: object, log: Path, cwd: Path | None = None) -> Cost:
-    """Runs a command of this repository's cryoiso in a process of its own."""
-    return measure([*CRYOISO, command, *arguments], log, cwd)
+    """Runs a command of this repository's cryoiso in a process of its own; a result of an earlier run is replaced."""
+    replace = ("--overwrite",) if command in REPLACING and "--resume" not in arguments else ()
+    return measure([*CRYOISO, command, *arguments, *replace], log, cwd)
 
 
 def open_mpi() -> list[str] | None:

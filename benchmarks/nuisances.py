@@ -34,7 +34,10 @@ ROWS_OF = {
     "fine_defocus_error": ("plain", "ctf-refine", "known"),
     "fine_beam_tilt": ("plain", "ctf-refine", "known"),
 }
-PLAN = {f"{base}_{name}": rows for base in nuisance_sets.BASES for name, rows in ROWS_OF.items()}
+PLAN = {f"{base}_{name}": rows for base in nuisance_sets.BASES for name, rows in ROWS_OF.items()} | {
+    "betagal_noisy_plain": ("plain", "junk"),
+    "betagal_noisy_junk_20": ("plain", "junk", "known"),
+}
 
 
 def tables(records: Sequence[dict[str, Any]], sets: Sequence[str], rows: Sequence[str], *_: object) -> list[str]:

@@ -167,7 +167,8 @@ class Rebalance(CryoisoJob):
     def words(self) -> list[str]:
         """The command line."""
         settings = [word for name in ("keep", "cap", "quality", "symmetry") for word in self.given(name, f"--{name}")]
-        return ["rebalance", self.joboptions["particles"].get_string(), "--out", self.output_dir, *settings]
+        files = [self.joboptions["particles"].get_string(), "--out", self.output_dir]
+        return ["rebalance", *files, *settings, "--overwrite"]
 
     def create_results_display(self) -> list[Any]:
         """Counts, sampling before and after, and the views."""

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import COMPUTING, FILES, GRID, IMAGES, SHARDS, SYMMETRY, OutputFolder, Posed, Resume
+from cryoiso.cli.groups import COMPUTING, FILES, GRID, IMAGES, SHARDS, SYMMETRY, OutputFolder, Overwrite, Posed, Resume
 from cryoiso.cli.options import JobOptions, keys, with_keys
+from cryoiso.core import products
 
 GENERATOR = keys(
     "auxiliary", "Generator", "preset", "generators", "steps", "batch", "learning_rate", "likelihood_sd",
@@ -25,6 +26,7 @@ def train(
     out: OutputFolder,
     job_options: JobOptions,
     go_on: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train the conditional hierarchical VAE on particles with poses.
 
@@ -34,8 +36,10 @@ def train(
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
     from cryoiso.pipeline.commands.auxiliary import train_files
+    from cryoiso.pipeline.commands.output import refuse_result
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (products.facts("train"),), overwrite or go_on)
     job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)})
     train_files(job, out, comm, resume=go_on)
     if comm.rank == 0:
@@ -54,6 +58,7 @@ def generate(
         int | None,
         typer.Option(min=2, help="Number of auxiliary particles (default: by --ratio).", rich_help_panel=MADE.panel),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Generate auxiliary particles with even views.
 
@@ -63,8 +68,10 @@ def generate(
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
     from cryoiso.pipeline.commands.auxiliary import generate_files
+    from cryoiso.pipeline.commands.output import refuse_result
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (products.facts("generate"),), overwrite)
     job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": ""})
     facts = generate_files(
         generators, job.particles, out, comm, count=count, settings=job.auxiliary, symmetry=job.sample.symmetry,

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SAMPLE, OutputFolder, ParticlesOrShards, RefineKeys, Resume
+from cryoiso.cli.groups import (
+    COMPUTING,
+    GRID,
+    IMAGES,
+    SAMPLE,
+    OutputFolder,
+    Overwrite,
+    ParticlesOrShards,
+    RefineKeys,
+    Resume,
+)
 from cryoiso.cli.options import JobOptions, keys, keys_of, with_keys
 from cryoiso.core import products
 from cryoiso.core.config import RefineSection
@@ -43,6 +53,7 @@ def classify(
     ] = None,
     refine_keys: RefineKeys = None,
     go_on: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Sort particles into classes, with gold-standard half-sets in each.
 
@@ -52,8 +63,10 @@ def classify(
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
     from cryoiso.pipeline.commands.classify import classify_files
+    from cryoiso.pipeline.commands.output import refuse_result
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (products.facts("classify"),), overwrite or go_on)
     job = on_root(
         comm, job_options.job, particles={"file": str(particles)}, reference={"file": ""},
         refine={"solvent_mask": False, **keys_of(refine_keys, "--refine")},

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import COMPUTING, NETWORK, Resume
+from cryoiso.cli.groups import COMPUTING, NETWORK, Overwrite, Resume
 from cryoiso.cli.options import JobOptions, help_of, keys, with_keys
 from cryoiso.core import products
 
@@ -43,6 +43,7 @@ def correct(
     ] = None,
     pixel_size: Annotated[float | None, typer.Option(help="Pixel size, if the headers are wrong.  [Å]")] = None,
     go_on: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Correct the anisotropy of maps with a network trained on these maps alone.
 
@@ -52,9 +53,11 @@ def correct(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.commands.output import refuse_result
     from cryoiso.pipeline.stages.correct import CorrectionFiles, correct_files
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (products.facts("correct"),), overwrite or go_on)
     job = on_root(comm, job_options.job, particles={"file": "-"}, reference={"file": "-"})
     maps = {1: half1} if half2 is None else {1: half1, 2: half2}
     task = CorrectionFiles(

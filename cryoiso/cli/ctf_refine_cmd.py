@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import IMAGES, SAMPLE, OutputFolder, Posed
+from cryoiso.cli.groups import IMAGES, SAMPLE, OutputFolder, Overwrite, Posed
 from cryoiso.cli.options import JobOptions, keys, with_keys
 from cryoiso.core import products
 
@@ -83,6 +83,7 @@ def ctf_refine(
             min=0, help="Particles compared with a reference of random phases; 0: none.", rich_help_panel=PARAMETERS
         ),
     ] = 500,
+    overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Refine defocus, astigmatism and beam tilt at given poses.
 
@@ -94,8 +95,10 @@ def ctf_refine(
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
     from cryoiso.pipeline.commands.ctf_refine import FACTS, ReferenceChoice, ctf_refine_files
+    from cryoiso.pipeline.commands.output import refuse_result
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (FACTS, products.PARTICLES), overwrite, particles)
     job = on_root(comm, job_options.job, particles={"file": str(particles)}, reference={"file": "-"})
     choice = on_root(comm, ReferenceChoice, ref, (half1, half2), resolution)
     settings = on_root(

@@ -59,6 +59,7 @@ Posed = Annotated[Path, typer.Argument(help="Particles with poses: a STAR or .cs
 Reference = Annotated[Path, typer.Option("--ref", help=help_of("reference", "file"))]
 OutputFolder = Annotated[Path, typer.Option("--out", help="Output folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run of this command in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in --out.")]
 
 RefineKeys = Annotated[
     list[str] | None,

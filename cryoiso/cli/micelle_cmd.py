@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SYMMETRY, OutputFolder, Posed, Resume
+from cryoiso.cli.groups import COMPUTING, GRID, IMAGES, SYMMETRY, OutputFolder, Overwrite, Posed, Resume
 from cryoiso.cli.options import JobOptions, keys, with_keys
 from cryoiso.core import products
 
@@ -48,6 +48,7 @@ def micelle(
         float, typer.Option(min=1e-7, max=0.5, help="Relative residual at convergence.", rich_help_panel=PANEL)
     ] = 1e-3,
     go_on: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Reconstruct the micelle around a membrane protein.
 
@@ -58,9 +59,11 @@ def micelle(
     from cryoiso.methods.micelle.recover import MicelleSettings
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.commands.output import refuse_result
     from cryoiso.pipeline.stages.micelle import MaskChoice, micelle_files
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (products.facts("micelle"),), overwrite or go_on)
     job = on_root(
         comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         sample={"diameter_A": diameter},

@@ -14,6 +14,7 @@ from cryoiso.cli.groups import (
     CommandKeys,
     CryosparcKeys,
     OutputFolder,
+    Overwrite,
     ParticlesOrShards,
     Reference,
     RefineKeys,
@@ -49,6 +50,7 @@ def realign(
     command: CommandKeys = None,
     cryosparc: CryosparcKeys = None,
     go_on: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Refine poses with gold-standard half-sets and isotropic references.
 
@@ -58,9 +60,11 @@ def realign(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.commands.output import refuse_result
     from cryoiso.pipeline.commands.realign import realign_files
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (products.facts("refine"),), overwrite or go_on)
     job = on_root(
         comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cryoiso.cli.common import echo
-from cryoiso.cli.groups import SYMMETRY
+from cryoiso.cli.groups import SYMMETRY, Overwrite
 from cryoiso.cli.options import JobOptions, keys, with_keys
 
 
@@ -41,6 +41,7 @@ def rebalance(
         Better | None, typer.Option(help="Which values of the column are better, where that is not known.")
     ] = None,
     cone: Annotated[float, typer.Option(min=1.0, max=90.0, help="Width of a cone of views.  [degrees]")] = 10.0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Cap the particles of every viewing direction.
 
@@ -48,10 +49,12 @@ def rebalance(
     particles_kept and particles_discarded in the format of the input, rebalance.json with counts and sampling before
     and after, and views.png.
     """
-    from cryoiso.pipeline.commands.rebalance import QualityChoice, rebalance_files
+    from cryoiso.pipeline.commands.output import refuse_result
+    from cryoiso.pipeline.commands.rebalance import FACTS, QualityChoice, rebalance_files
     from cryoiso.report.canvas import decoded
     from cryoiso.report.figures import view_discs
 
+    refuse_result(out, (FACTS,), overwrite)
     job = job_options.job(particles={"file": str(particles)}, reference={"file": "-"})
     choice = QualityChoice(quality, better.value if better else None)
     facts, views = rebalance_files(
@@ -61,7 +64,7 @@ def rebalance(
     picture = view_discs([(name, part, part["cells_per_ring"]) for name, part in views.items()])
     _write(out / "views.png", decoded(picture))
     echo("\n".join(_lines(facts)))
-    echo(f"all numbers: {out / 'rebalance.json'}")
+    echo(f"all numbers: {out / FACTS}")
 
 
 def _write(path: Path, content: bytes) -> None:

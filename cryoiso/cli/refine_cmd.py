@@ -8,6 +8,7 @@ from cryoiso.cli.groups import (
     CommandKeys,
     CryosparcKeys,
     OutputFolder,
+    Overwrite,
     ParticlesOrShards,
     Reference,
     RefineKeys,
@@ -29,6 +30,7 @@ def refine(
     command: CommandKeys = None,
     cryosparc: CryosparcKeys = None,
     go_on: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Refine poses with gold-standard half-sets.
 
@@ -36,9 +38,11 @@ def refine(
     """
     from cryoiso.parallel.abort import on_root
     from cryoiso.parallel.context import get_context
+    from cryoiso.pipeline.commands.output import refuse_result
     from cryoiso.pipeline.commands.refine import refine_files
 
     comm = get_context()
+    on_root(comm, refuse_result, out, (products.facts("refine"),), overwrite or go_on)
     job = on_root(
         comm, job_options.job, particles={"file": str(particles)}, reference={"file": str(ref)},
         refine=keys_of(refine_keys, "--refine"), relion=keys_of(relion, "--relion"),

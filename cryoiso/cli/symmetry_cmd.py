@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cryoiso.cli.common import echo
+from cryoiso.cli.groups import Overwrite
 
 if TYPE_CHECKING:
     from cryoiso.physics.symmetry_proposal import Proposal
@@ -22,6 +23,8 @@ def symmetry(
     out: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("symmetry"),
     max_fold: Annotated[int, typer.Option(min=2, max=100, help="Largest n of Cn and Dn.")] = 12,
     pixel_size: Annotated[float | None, typer.Option(help="Pixel size, if the headers are wrong.  [Å]")] = None,
+    overwrite: Overwrite = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of lines.")] = False,
 ) -> None:
     """Propose the point group of a map that was refined without one.
 
@@ -29,11 +32,18 @@ def symmetry(
     one that is only nearly so. Writes symmetry.json and, if a group was found, the maps and particles in its standard
     frame. Nothing is imposed.
     """
-    from cryoiso.pipeline.commands.symmetry import symmetry_files
+    from cryoiso.pipeline.commands.output import refuse_result
+    from cryoiso.pipeline.commands.symmetry import FACTS, symmetry_files
 
+    refuse_result(out, (FACTS,), overwrite)
     proposal, written = symmetry_files(
         map1, map2, out, particles=particles, max_fold=max_fold, pixel_size_A=pixel_size
     )  # fmt: skip
+    if as_json:
+        import json
+
+        echo(json.dumps({**proposal.facts(), "files": [str(path) for path in written]}, indent=2, ensure_ascii=False))
+        return
     echo("\n".join(_lines(proposal)))
     echo("\n".join(str(path) for path in written))
 

@@ -66,7 +66,7 @@ class Expectation:
         run, model = self.run, self.model
         reference = torch.as_tensor(model.references[half], device=run.device)
         volume = FourierVolume.from_volume(reference, run.settings.padding, model.state.radius_px)
-        searcher = Searcher(self.plan, volume)
+        searcher = Searcher(self.plan, volume, complete=self.junk.cones is not None)
         prior = prior_of(model.views, half, run.request.symmetry, run.settings, run.device)
         self.images.own = run.shares.of(model, half)
         for auxiliary in kinds:

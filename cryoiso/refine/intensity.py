@@ -226,7 +226,8 @@ def two_levels(
         particle: (n,) probability that there is anything to measure.
 
     Returns:
-        (n,) mean of each element's group; variance within groups; (n,) mean of each element.
+        (n,) mean of each element's group; variance within groups; (n,) mean of each element, of the own one where there
+        is something to measure and of the group's where not.
 
     Source: R. DerSimonian, N. Laird, Control. Clin. Trials 7 (1986) 177, for the variances between elements.
     """
@@ -240,7 +241,9 @@ def two_levels(
     shown = np.bincount(group, total * particle) / np.maximum(weight, 1e-30)
     between = _excess_variance(mean - centre, weight, np.zeros(len(mean), np.int64), shown)
     mean = (centre + between * weight / (1 + between * weight) * (mean - centre))[group]
-    return np.asarray(mean), within, np.asarray(mean + within * total * (values - mean))
+    of_particle = np.divide(precision, particle, out=np.zeros_like(precision), where=particle > 0)
+    own = within * (of_particle / (1 + within * of_particle)) * particle
+    return np.asarray(mean), within, np.asarray(mean + own * (values - mean))
 
 
 def _excess_variance(deviation: np.ndarray, precision: np.ndarray, group: np.ndarray, particle: np.ndarray) -> float:

@@ -3,13 +3,12 @@
 An image of this class shows nothing, or a smooth ball: the spherical mean of the reference, low-passed, at any shift.
 Its likelihood is compared with that of the particle, both summed over what is not known (views and shifts; shifts).
 
-Rare views must not be lost. Where few images saw a direction the reference is poor, and a true particle there has
-little evidence, or evidence against it. So nothing is judged by one measure for all views: in each cone the reference
-has an amplitude of its own, the one that makes the images of this cone most likely. Where it knows nothing the
-amplitude is small, then the evidence is about even, and images stay. The share of junk is the cone's as well, but an
-image is judged with a prior of at most 2 %: it is left out because of what it shows, not because of its neighbours.
-Junk gathers in the cones of rare views, and with a prior of its own share there, it would take with it the particles
-that a poor reference fits a little worse than nothing does.
+Rare views must not be lost. Where few images saw a direction the reference is poor, and a true particle there fits
+many poses a little. So its evidence is that of all poses, also of those that the search leaves out (``log_evidence``).
+And nothing is judged by one measure for all views: in each cone the reference has an amplitude of its own, the one that
+makes the images of this cone most likely. Where it knows nothing the amplitude is small, then the evidence is about
+even, and images stay. The share of junk is the cone's as well, but an image is judged with a prior of at most 10 %: it
+is left out because of what it shows, not because of its neighbours, and junk gathers in the cones of rare views.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ FIRST_SHARE, FIRST_COUNT = 0.05, 4.0
 """Share of junk in a cone before any image is seen, and the images that this belief counts for."""
 MOST_SHARE = 0.5
 """No cone's share is larger."""
-MOST_PRIOR = 0.02
-"""Nor the prior by which its images are judged: one is junk where nothing explains it 50 times as well."""
+MOST_PRIOR = 0.1
+"""Nor the prior by which its images are judged: one is junk where nothing explains it nine times as well."""
 AMPLITUDES = 10.0 ** (-0.05 * np.arange(21))
 """Of the reference in a cone: 1 to 0.1."""
 AMPLITUDE_SD = 0.7
@@ -145,15 +144,14 @@ def spherical_mean(
     return np.asarray(lowpass(torch.as_tensor(ball), pixel_size_A, lowpass_A), np.float32)
 
 
-def log_cells(plan: SearchPlan) -> float:
-    """Log of the samples that the last level would have if it covered all views (in a local search: all turns) and the
-    prior of shifts: the evidence of a search is its sum over this number."""
-    last = plan.levels[-1]
-    return float(np.log(len(plan.rotations) * 8.0 ** len(plan.levels)) + _log_shifts(plan, last.spacing_px))
+def log_evidence(posterior: Posterior, plan: SearchPlan) -> Float[np.ndarray, " n"]:
+    """(B,) log of the mean likelihood of all poses, also of those that no level of the search refined.
 
-
-def _log_shifts(plan: SearchPlan, spacing_px: float) -> float:
-    return float(np.log(max(2 * np.pi * plan.shift_sd_px**2 / spacing_px**2, 1.0)))
+    Of an image that fits many poses a little the search leaves most out: with its own samples alone the evidence of
+    weak particles, those of rare views above all, is too small by some 5.
+    """
+    refined = posterior.log_evidence - plan.log_cells(len(plan.levels))
+    return np.asarray(torch.logaddexp(refined, posterior.left_out).double().cpu().numpy())
 
 
 @dataclass
@@ -221,7 +219,7 @@ class JunkJudge:
             shifts = self.plan.shifts_px
             log_prior = -shifts.square().sum(1) / (2 * self.plan.shift_sd_px**2)
             scores = global_scores(white, slices, shifts, log_prior)[:, :, 0]
-            ball = scores.logsumexp(1) - _log_shifts(self.plan, 2 * self.plan.levels[0].spacing_px)
+            ball = scores.logsumexp(1) - self.plan.log_shifts(2 * self.plan.levels[0].spacing_px)
         evidence: Tensor = torch.logaddexp(torch.zeros_like(ball), ball) - np.log(2.0)
         return evidence
 
@@ -260,7 +258,7 @@ class JunkSearch:
             return posterior
         p, inner = posterior, white.within(self._volume.radius_px)
         score, norm = score_and_norm(inner, self._volume, p.best_rotation.float(), p.best_shift_px.float())
-        evidence = p.log_evidence.double().cpu().numpy() - log_cells(self.plan)
+        evidence = log_evidence(p, self.plan)
         facts = self._judge.facts(
             inner, score, norm, evidence, None if prior is None else prior.shift_px,
             None if self.intensity is None else self.intensity.expectation(batch.rows),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 NEGLIGIBLE = 0.03
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Number of the order of operations in the search: another one gives other last bits, and an interrupted iteration that
 was begun with another is searched again."""
 
@@ -76,6 +76,16 @@ class SearchPlan:
     """Of the Gaussian prior on shifts."""
     local_deg: float | None = None
     """Limit of a local search about the given poses."""
+
+    def log_cells(self, steps: int) -> float:
+        """Log of the samples that ``steps`` levels (0: the grid) would have for all views (in a local search: all
+        turns) and all shifts of the prior: the evidence of a search is its sum over this number."""
+        spacing_px = self.levels[steps - 1].spacing_px if steps else 2 * self.levels[0].spacing_px
+        return float(np.log(len(self.rotations) * 8.0**steps)) + self.log_shifts(spacing_px)
+
+    def log_shifts(self, spacing_px: float) -> float:
+        """Log of the number of shifts within their prior."""
+        return float(np.log(max(2 * np.pi * self.shift_sd_px**2 / spacing_px**2, 1.0)))
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,9 @@ class Posterior:
     """(B,) posterior probability of the best sample's view."""
     spread_deg: Float[Tensor, " n"]
     """(B,) root mean square angle of the leading mode's views from the best pose; 0 where one has all the weight."""
+    left_out: Float[Tensor, " n"]
+    """(B,) what the poses that no level refined add to the evidence over the number of samples (``log_cells``), as a
+    log; minus infinity where it was not asked for."""
 
 
 @lru_cache(maxsize=32)
@@ -183,6 +196,8 @@ class Searcher:
     """Prior on views; None: even."""
     block: int = 1 << 24
     """Scores (image x shift x view) in memory at once."""
+    complete: bool = False
+    """Whether ``Posterior.left_out`` is asked for."""
 
     def __post_init__(self) -> None:
         self._slices: dict[bytes | None, ReferenceSlices] = {}
@@ -203,12 +218,15 @@ class Searcher:
         if prior is not None:
             white = prior.centre(white)
         near = prior.near() if prior is not None else None
-        candidates, shifts, score = self._nominate(white.within(self.plan.coarse_radius_px), near)
+        candidates, shifts, score, mass, left_out = self._nominate(white.within(self.plan.coarse_radius_px), near)
+        left_out = left_out - self.plan.log_cells(0)
         for i, level in enumerate(self.plan.levels):
+            (candidates, shifts, score, mass), pruned = pruned_to(level, candidates, shifts, score, mass)
+            left_out = torch.logaddexp(left_out, pruned - self.plan.log_cells(i))
             narrowed = white.within(level.radius_px)
             last = i == len(self.plan.levels) - 1
-            candidates, shifts, score = self._level(narrowed, level, candidates, shifts, score, near, last)
-        posterior = summarise(candidates, shifts, score, self.plan.levels[-1])
+            candidates, shifts, score, mass = self._level(narrowed, level, candidates, shifts, score, near, last)
+        posterior = summarise(candidates, shifts, score, self.plan.levels[-1], left_out)
         if prior is None:
             return posterior
         return replace(
@@ -217,15 +235,16 @@ class Searcher:
             best_shift_px=posterior.best_shift_px + prior.shift_px,
         )
 
-    def _nominate(self, white: Whitened, prior: PriorPoses | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Best views of the grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M)."""
+    def _nominate(self, white: Whitened, prior: PriorPoses | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Best views of the grid: rotation (B, M, 3, 3), shift (B, M, 2), score (B, M), log of the sum over shifts
+        (B, M), and over the other views (B,)."""
         plan = self.plan
         log_prior = -plan.shifts_px.square().sum(1) / (2 * plan.shift_sd_px**2)
         max_candidates = min(plan.levels[0].max_candidates, len(plan.rotations))
         # in a local search the slices of every image are held too
         width = len(plan.shifts_px) if prior is None else max(len(plan.shifts_px), white.disc.size)
         step = max(1, self.block // (width * len(plan.rotations) * (1 if prior is None else prior.copy_count)))
-        scores, indices, shift_indices = [], [], []
+        scores, indices, shift_indices, masses, others = [], [], [], [], []
         for i in range(0, len(white.data), step):
             part = Whitened(white.data[i : i + step], white.weight[i : i + step], white.disc, white.magnification)
             if prior is None:
@@ -234,15 +253,20 @@ class Searcher:
                 turned = prior.take(slice(i, i + step)).turned(plan.rotations)
                 scored = near_scores(part, self.volume, turned, plan.shifts_px, log_prior)
             best, at = scored.max(dim=1)
+            mass = scored.logsumexp(1) if self.complete else torch.full_like(best, -torch.inf)
             if self.views is not None:
-                best = best + self._prior_of_grid(None if prior is None else prior.take(slice(i, i + step)))
+                log_views = self._prior_of_grid(None if prior is None else prior.take(slice(i, i + step)))
+                best, mass = best + log_views, mass + log_views
             top, j = best.topk(max_candidates, dim=1)
+            masses.append(mass.gather(1, j))
+            others.append(mass.scatter(1, j, -torch.inf).logsumexp(1))
             scores.append(top)
             indices.append(j)
             shift_indices.append(at.gather(1, j))
         chosen = torch.cat(indices)
         rotation = plan.rotations[chosen] if prior is None else prior.taken(plan.rotations, chosen)
-        return rotation, plan.shifts_px[torch.cat(shift_indices)], torch.cat(scores)
+        best_shifts = plan.shifts_px[torch.cat(shift_indices)]
+        return rotation, best_shifts, torch.cat(scores), torch.cat(masses), torch.cat(others)
 
     def _prior_of_grid(self, prior: PriorPoses | None) -> Tensor:
         """Log prior of the first step's views: (J,), or (B, J) for rotations of the given poses."""
@@ -262,14 +286,10 @@ class Searcher:
         score: Tensor,
         prior: PriorPoses | None,
         keep_lattice: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Children of the selected candidates: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last level."""
-        if score.shape[1] > level.max_candidates:
-            score, order = score.topk(level.max_candidates, dim=1)
-            rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
-            shift = shift.gather(1, order[..., None].expand(-1, -1, 2))
-        alive = score > score.amax(1, keepdim=True) - level.threshold
-        particle, slot = alive.nonzero(as_tuple=True)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Children of the candidates with a finite score: (B, M, 3, 3), (B, M, 2), (B, M) or (B, M, 9) for the last
+        level, and log of the sum over the lattice (B, M)."""
+        particle, slot = (score > -torch.inf).nonzero(as_tuple=True)
         children = cell_children(level.cell_deg).to(rotation.device)
         kids = torch.einsum("cij,rjk->rcik", children, rotation[particle, slot])
         centre = shift[particle, slot][:, None].expand(-1, 8, 2)
@@ -293,10 +313,28 @@ class Searcher:
         out_score[particle, slot] = values
         out_rotation = out_rotation.reshape(b, m * 8, 3, 3)
         out_shift, out_score = out_shift.reshape(b, m * 8, 9, 2), out_score.reshape(b, m * 8, 9)
+        mass = out_score.logsumexp(2) if self.complete else torch.full_like(out_score[..., 0], -torch.inf)
         if keep_lattice:
-            return out_rotation, out_shift, out_score
+            return out_rotation, out_shift, out_score, mass
         best, at = out_score.max(2)
-        return out_rotation, out_shift.gather(2, at[..., None, None].expand(-1, -1, 1, 2))[:, :, 0], best
+        return out_rotation, out_shift.gather(2, at[..., None, None].expand(-1, -1, 1, 2))[:, :, 0], best, mass
+
+
+def pruned_to(
+    level: Level, rotation: Tensor, shift: Tensor, score: Tensor, mass: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The candidates (B, M, ...) that enter a level, those that are too bad with a score of minus infinity, and log of
+    the summed mass of all others (B,)."""
+    pruned = torch.full_like(mass[:, 0], -torch.inf)
+    if score.shape[1] > level.max_candidates:
+        score, order = score.topk(level.max_candidates, dim=1)
+        rotation = rotation.gather(1, order[..., None, None].expand(-1, -1, 3, 3))
+        shift = shift.gather(1, order[..., None].expand(-1, -1, 2))
+        pruned = mass.scatter(1, order, -torch.inf).logsumexp(1)
+        mass = mass.gather(1, order)
+    alive = score > score.amax(1, keepdim=True) - level.threshold
+    pruned = torch.logaddexp(pruned, torch.where(alive, -torch.inf, mass).logsumexp(1))
+    return (rotation, shift, torch.where(alive, score, -torch.inf), mass), pruned
 
 
 def summarise(
@@ -304,12 +342,13 @@ def summarise(
     shift: Float[Tensor, "n m 9 2"],
     score: Float[Tensor, "n m 9"],
     level: Level,
+    left_out: Float[Tensor, " n"],
     keep: int = 12,
 ) -> Posterior:
     """Normalise the samples of the last level.
 
     Args:
-        rotation: (B, M, 3, 3); shift: (B, M, 9, 2); score: (B, M, 9).
+        rotation: (B, M, 3, 3); shift: (B, M, 9, 2); score: (B, M, 9); left_out: of the posterior.
         keep: largest number of views per image passed to the back-projection; those below NEGLIGIBLE times the best are
             left out.
     """
@@ -336,6 +375,7 @@ def summarise(
         entropy,
         view.amax(1),
         spread_deg,
+        left_out,
     )
 
 

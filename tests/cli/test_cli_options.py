@@ -24,11 +24,10 @@ GROUPS = {
     "refine": groups.REFINEMENT,
     "realign": (*groups.REFINEMENT, realign_cmd.CORRECTION, groups.NETWORK, realign_cmd.AUXILIARY),
 }
-COMMAND_ONLY = {
-    "refine": {"particles", "ref", "out", "refine_keys", "relion", "command", "cryosparc", "go_on"},
-    "realign": {"particles", "ref", "out", "refine_keys", "relion", "command", "cryosparc", "go_on", "auxiliary"},
-}
-"""Parameters that are no key of a section: files, --refine, --relion, --command and --cryosparc KEY=VALUE, --resume."""
+REFINE_ONLY = {"particles", "ref", "out", "refine_keys", "relion", "command", "cryosparc", "go_on", "overwrite"}
+COMMAND_ONLY = {"refine": REFINE_ONLY, "realign": REFINE_ONLY | {"auxiliary"}}
+"""Parameters that are no key of a section: files, --refine, --relion, --command and --cryosparc KEY=VALUE, --resume,
+--overwrite."""
 NEEDED: dict[str, Any] = {"particles": {"file": "a.star"}, "reference": {"file": "a.mrc"}}
 
 

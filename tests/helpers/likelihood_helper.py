@@ -27,4 +27,6 @@ def true_posterior(source, rows: np.ndarray, pixel_A: float = PIXEL_A) -> Poster
     n = len(rows)
     rotation, shift = tensor(source.particles.rotation[rows]), tensor(-source.particles.shift_A[rows] / pixel_A)
     one = torch.ones(n)
-    return Posterior(torch.arange(n), rotation, shift, one, rotation, shift, one, one, one, torch.zeros(n))
+    return Posterior(
+        torch.arange(n), rotation, shift, one, rotation, shift, one, one, one, torch.zeros(n), one - torch.inf
+    )

@@ -209,7 +209,7 @@ def test_star_rows_are_divided_and_otherwise_untouched(star, tmp_path):
 def test_nothing_discarded_leaves_no_file_of_an_earlier_call(star, tmp_path):
     assert cryoiso_here("rebalance", star, "--cap", "2", "--quality", "random", "--out", tmp_path).returncode == 0
     assert (tmp_path / "particles_discarded.star").is_file()
-    assert cryoiso_here("rebalance", star, "--keep", "1", "--out", tmp_path).returncode == 0
+    assert cryoiso_here("rebalance", star, "--keep", "1", "--out", tmp_path, "--overwrite").returncode == 0
     assert not (tmp_path / "particles_discarded.star").exists()
     assert len(read_particle_file(tmp_path / "particles_kept.star", "", ("pose",))) == 400
 
@@ -271,6 +271,6 @@ def test_no_known_quality_and_an_input_in_the_way(star, tmp_path):
     cs_file(tmp_path / "particles_kept.cs", top_heavy(20))
     done = cryoiso_here("rebalance", tmp_path / "particles_kept.cs", "--cap", "3", "--out", tmp_path / "o")
     assert done.returncode == EXIT_USAGE and "--quality random" in done.stderr
-    words = ["--cap", "3", "--out", tmp_path, "--quality", "random"]
+    words = ["--cap", "3", "--out", tmp_path, "--quality", "random", "--overwrite"]
     done = cryoiso_here("rebalance", tmp_path / "particles_kept.cs", *words)
     assert done.returncode == EXIT_USAGE and "overwrite" in done.stderr

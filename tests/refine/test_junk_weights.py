@@ -84,8 +84,9 @@ def test_the_command_uses_the_column_of_the_file(mixed, tmp_path):
 
 
 def test_junk_that_gathers_in_a_cone_takes_no_particle_with_it():
-    """Twenty empty images and five particles that a poor reference fits worse than nothing, by 3 in log evidence."""
-    evidence = np.concatenate([np.full(20, -12.0), np.full(5, -3.0)])
+    """Twenty empty images and five particles that a poor reference fits worse than nothing, by 2 in log evidence. With
+    the share of the cone as prior they would be junk."""
+    evidence = np.concatenate([np.full(20, -12.0), np.full(5, -2.0)])
     facts = np.zeros((25, 5))
     facts[:, 2] = -evidence  # all of it in one column, so that it is the same at every amplitude
     cone = np.zeros(25, int)

@@ -163,7 +163,7 @@ def test_terms_of_the_maximisation_agree_with_plain_torch(source, reference, mag
     rows = torch.as_tensor(np.sort(RNG.choice([i for i in range(12) if i != 5], 30)))
     n, one = len(rows), torch.ones(12)
     rotation, shift, weight = tensor(random_rotations(RNG, n)), tensor(RNG.normal(0, 3, (n, 2))), tensor(RNG.random(n))
-    posterior = Posterior(rows, rotation, shift, weight, rotation, shift, one, one, one, one)
+    posterior = Posterior(rows, rotation, shift, weight, rotation, shift, one, one, one, one, one)
     inner = FourierVolume.from_volume(reference.of, 2, 9)
     for fast, plain in zip(
         maximise.model_terms(batch, posterior, inner), maximise.model_terms_torch(batch, posterior, inner), strict=True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from likelihood_helper import BOX, GRID, PIXEL_A, tensor, the_batch
 from cryoiso.core.config import RefineSection
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.physics.simulation import simulate
-from cryoiso.physics.so3 import angular_distance_deg, rotvec_to_matrix
+from cryoiso.physics.so3 import angular_distance_deg, random_rotations, rotvec_to_matrix
 from cryoiso.physics.symmetry import point_group
-from cryoiso.refine.likelihood import whiten
+from cryoiso.refine.junk import log_evidence
+from cryoiso.refine.likelihood import score_and_norm, whiten
 from cryoiso.refine.schedule import ScheduleState, search_plan
 from cryoiso.refine.search import Level, Posterior, Searcher, SearchPlan, summarise
 
@@ -78,6 +81,24 @@ def test_blocks_of_the_search_change_nothing(source, reference):
     np.testing.assert_allclose(whole.log_evidence, parts.log_evidence, rtol=1e-5)
 
 
+@pytest.mark.parametrize("snr_db", [-14.0, -40.0])
+def test_evidence_of_weak_images_is_the_mean_over_all_poses(truth, snr_db):
+    """12 images with little signal or none, against the mean likelihood of 40,000 random poses: to 1 in the mean (0.4
+    and 0.6), since most views are known by the first grid alone. The samples of the search alone miss 3 or more."""
+    plan, poses, rng = a_plan(6), 40000, np.random.default_rng(2)
+    source = simulate(truth, 12, snr_db=snr_db, shift_sd_A=6.0, seed=5)
+    volume = FourierVolume.from_volume(0.6 * tensor(simulate(truth, 2, snr_db=-14.0, seed=5).volume.data), 2, 6)
+    white = whiten(the_batch(source), np.ones((1, BOX // 2 + 1))).within(6)
+    rotation, shift = tensor(random_rotations(rng, poses)), tensor(rng.normal(0, plan.shift_sd_px, (poses, 2)))
+    each = (replace(white, data=white.data[i : i + 1], weight=white.weight[i : i + 1]) for i in range(12))
+    scores = torch.stack([score_and_norm(image, volume, rotation, shift)[0] for image in each])
+    expected = scores.double().logsumexp(1).numpy() - np.log(poses)
+    found = Searcher(plan, volume, complete=True).search(the_batch(source), white)
+    refined = found.log_evidence.numpy() - plan.log_cells(len(plan.levels))
+    assert float(np.abs(log_evidence(found, plan) - expected).mean()) < 1
+    assert float((expected - refined).mean()) > 3
+
+
 def test_summary_of_samples():
     """Evidence, entropy and means of a posterior that is known: two views of 3:1, each with one shift."""
     axis = rotvec_to_matrix(np.radians([[0, 0, 0], [0, 0, 4], [90, 0, 0]]))
@@ -86,7 +107,8 @@ def test_summary_of_samples():
     score[0, 0, 4], score[0, 1, 4], score[0, 2, 4] = np.log(3.0), 0.0, -50.0
     shift = torch.zeros(1, 3, 9, 2)
     shift[0, 1, 4] = torch.tensor([1.0, -2.0])
-    found = summarise(rotation, shift, score, Level(8.0, 1.0, 10, 8, 10.0))
+    found = summarise(rotation, shift, score, Level(8.0, 1.0, 10, 8, 10.0), torch.tensor([-3.0]))
+    assert float(found.left_out[0]) == -3
     assert float(found.log_evidence[0]) == pytest.approx(np.log(4), abs=1e-6)
     assert float(found.entropy[0]) == pytest.approx(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)), abs=1e-6)
     np.testing.assert_allclose(found.weight, [0.75, 0.25], atol=1e-6)

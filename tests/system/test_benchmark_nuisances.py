@@ -97,8 +97,8 @@ def test_criteria_compare_seed_by_seed():
     records = [record("HA_wide_plain", "plain", s, 10, 0.5) for s in (3, 4)]
     records += [record("HA_wide_neighbours", "plain", s, 10 + s, 0.45) for s in (3, 4, 5)]
     table = nuisance_tables.criteria(records, ("HA", "betagal"))
-    assert "| HA_wide_neighbours, plain | HA_wide_plain, plain | 2 | +3.5 ± 0.5 |" in table
-    assert "| -10.0 ± 0.0 | -10.0 ± 0.0 |" in table
+    assert "| HA_wide_neighbours, plain | HA_wide_plain, plain | 2 | +3.5 [-2.9, +9.9] |" in table
+    assert "| -10.0 [-10.0, -10.0] | -10.0 [-10.0, -10.0] |" in table
     line = nuisance_tables.nuisance_table(records, ["HA_wide_neighbours"], ["plain"]).splitlines()[-1]
     assert line.startswith("| HA_wide_neighbours | plain | 3 | 42 of 300 | 20 of 30 | 3.0 ± 0.0 | +1.0 ± 0.3 |")
 

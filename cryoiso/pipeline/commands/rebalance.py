@@ -25,7 +25,7 @@ KNOWN_QUALITY = {
     "cryoisoPoseEntropy": "lower",
 }
 """Columns that are looked for, in this order, and which values of them are better."""
-KEPT, DISCARDED = "particles_kept", "particles_discarded"
+KEPT, DISCARDED, FACTS = "particles_kept", "particles_discarded", "rebalance.json"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def rebalance_files(
         target.unlink(missing_ok=True)
         if rows.any():
             write_rows(file, target, rows)
-    write_json(out / "rebalance.json", numbers)
+    write_json(out / FACTS, numbers)
     return numbers, _views(particles, chosen.keep, symmetry)
 
 

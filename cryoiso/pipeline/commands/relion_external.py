@@ -144,7 +144,8 @@ def _correct(job: ExternalJob) -> list[str]:
 
 
 def _rebalance(job: ExternalJob) -> list[str]:
-    return ["rebalance", str(_needed(job.particles, "Input particles")), "--out", str(job.folder)]
+    # a job that RELION continues begins anew in its own folder
+    return ["rebalance", str(_needed(job.particles, "Input particles")), "--out", str(job.folder), "--overwrite"]
 
 
 def _refine(job: ExternalJob) -> list[str]:

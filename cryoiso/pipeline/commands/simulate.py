@@ -23,6 +23,7 @@ from cryoiso.physics.nuisances.settings import PARTICLES_A_MICROGRAPH, Nuisances
 from cryoiso.physics.nuisances.source import NuisanceSource
 from cryoiso.physics.simulation import SimulatedSource
 from cryoiso.physics.so3 import matrix_to_euler
+from cryoiso.pipeline.commands.output import refuse_result
 
 logger = logging.getLogger("cryoiso")
 
@@ -46,11 +47,7 @@ def check_folder(out: Path, overwrite: bool) -> None:
         UsageError: it holds a set that is not to be replaced.
         InputError: it cannot be made.
     """
-    present = [name for name in FILES if (out / name).exists()]
-    if present and not overwrite:
-        raise UsageError(
-            f"{out} already holds {present[0]}; give --overwrite to replace it, or another folder", code="file-exists"
-        )
+    present = refuse_result(out, FILES, overwrite)
     try:
         make_folder(out)
         for old in [out / COPIES, *out.glob("particles_[0-9]*.mrcs")] if present else []:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cryoiso.physics.projection import FourierVolume
 from cryoiso.refine.batches import Batch
-from cryoiso.refine.junk import FACTS, JunkJudge, log_cells
+from cryoiso.refine.junk import FACTS, JunkJudge, log_evidence
 from cryoiso.refine.leverage import Leverage, score_without
 from cryoiso.refine.likelihood import Whitened
-from cryoiso.refine.search import Posterior, PriorPoses, Searcher
+from cryoiso.refine.search import Posterior, PriorPoses, Searcher, SearchPlan
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -48,7 +48,7 @@ def at_given_poses(poses: PriorPoses, score: Float[Tensor, " n"]) -> Posterior:
     weight, rotation, shift = torch.ones_like(score), poses.rotation, poses.shift_px
     rows = torch.arange(len(score), device=score.device)
     none = torch.zeros_like(score)
-    return Posterior(rows, rotation, shift, weight, rotation, shift, score, none, weight, none)
+    return Posterior(rows, rotation, shift, weight, rotation, shift, score, none, weight, none, none - torch.inf)
 
 
 @dataclass
@@ -121,10 +121,16 @@ class ClassExpectation:
         rotation = _of_best([class_terms[0].best_rotation for class_terms in best], chosen)
         shift = _of_best([class_terms[0].best_shift_px for class_terms in best], chosen)
         searched = self.judge.plan is not None
-        evidence = total - (log_cells(self.judge.plan) if self.judge.plan is not None else 0.0)
+        evidence = total if self.judge.plan is None else self._of_all_poses([p for p, _, _ in best], self.judge.plan)
         around = (None if prior is None else prior.shift_px) if searched else shift.float()
         facts = self.judge.facts(white.within(self.volumes[0].radius_px), score, norm, evidence, around)
         return facts, self.judge.particle_probability(facts, rotation)
+
+    def _of_all_poses(self, parts: list[Posterior], plan: SearchPlan) -> np.ndarray:
+        """(B,) log evidence of all classes, also of the poses that the searches left out."""
+        with np.errstate(divide="ignore"):
+            each = np.column_stack([log_evidence(p, plan) for p in parts]) + np.log(self.occupancy)
+        return class_posterior(each)[1]
 
 
 def _of_best(values: list[Tensor], chosen: np.ndarray) -> Tensor:

@@ -131,7 +131,7 @@ class Classification:
         searchers = judge = None
         if plan is not None:
             prior = prior_of(model.views, half, run.request.symmetry, run.settings, run.device)
-            searchers = [Searcher(plan, volume, prior) for volume in volumes]
+            searchers = [Searcher(plan, volume, prior, complete=self.settings.junk) for volume in volumes]
         if self.settings.junk:
             mean = sum(p * reference[half] for p, reference in zip(model.occupancy, model.references, strict=True))
             judge = JunkJudge.of(mean, run.pixel, volumes[0], self.run.cones, model.junk, plan)
