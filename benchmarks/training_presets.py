@@ -108,12 +108,16 @@ def child(name: str) -> None:
     """Prints CPU ms of a step and the losses."""
     import torch
 
+    from cryoiso.train.step import training_mode
+
     torch.set_num_threads(1)
-    step = TRAININGS[name]()
-    losses = [float(step(n)[2]) for n in range(WARM_UP)]
-    start = time.process_time()
-    losses += [float(step(WARM_UP + n)[2]) for n in range(STEPS)]
-    print(json.dumps({"ms": 1e3 * (time.process_time() - start) / STEPS, "losses": losses}))
+    with training_mode("cpu"):
+        step = TRAININGS[name]()
+        losses = [float(step(n)[2]) for n in range(WARM_UP)]
+        start = time.process_time()
+        losses += [float(step(WARM_UP + n)[2]) for n in range(STEPS)]
+        spent = time.process_time() - start
+    print(json.dumps({"ms": 1e3 * spent / STEPS, "losses": losses}))
 
 
 def measured(trees: dict[str, Path], rounds: int) -> dict[str, Any]:

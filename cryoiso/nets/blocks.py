@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cryoiso.nets.channel_parts import convolved
+from cryoiso.nets.channel_parts import convolved, pointwise_each
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -169,15 +169,19 @@ class ImagePyramid(nn.Module):
         self.strided = nn.ModuleList(nn.Conv2d(width, width, 4, stride=2, padding=1) for _ in layers[1:])
         self.project = nn.ModuleList(Pointwise(width, n * width, QUIET) for n in layers)
 
-    def forward(self, image: Float[Tensor, "n inputs h w"]) -> list[Float[Tensor, "n _ _ _"]]:
-        """(B, inputs, h, w) -> for each resolution, finest first, (B, layers * width, h / 2^level, w / 2^level)."""
+    def forward(self, image: Float[Tensor, "n inputs h w"]) -> list[list[Float[Tensor, "n width _ _"]]]:
+        """(B, inputs, h, w) -> of each resolution, finest first, and layer: (B, width, h / 2^level, w / 2^level)."""
         # an image of one channel is in both memory orders, and the convolution would choose the other one
         x = leaky(self.first(image).contiguous(memory_format=torch.channels_last))
-        features = [self.project[0](x)]
-        for strided, project in zip(self.strided, self.project[1:], strict=True):
+        features = [self._projected(0, x)]
+        for level, strided in enumerate(self.strided, 1):
             x = leaky(strided(x))
-            features.append(project(x))
+            features.append(self._projected(level, x))
         return features
+
+    def _projected(self, level: int, x: Tensor) -> list[Tensor]:
+        project = cast(Pointwise, self.project[level])
+        return pointwise_each(x, project.weight, project.bias, self.width)
 
 
 class PoseEmbedding(nn.Module):

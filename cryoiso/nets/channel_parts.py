@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def in_parts(x: Tensor) -> bool:
@@ -38,3 +39,31 @@ def convolved(
     for part, own in zip(parts[1:], others, strict=True):
         total = total + convolve(part, own, None)
     return total
+
+
+def pointwise_each(x: Tensor, weight: Tensor, bias: Tensor, width: int) -> list[Tensor]:
+    """A 1 x 1 convolution whose outputs go apart, ``width`` channels each.
+
+    On CPUs one by one, so that each is a tensor of its own and not every n-th number of a larger one.
+
+    Args:
+        x: (B, inputs, h, w) in channels_last order.
+        weight, bias: (n width, inputs) and (n width,).
+    """
+    pixels = x.permute(0, 2, 3, 1)
+    if not in_parts(x):
+        return list(functional.linear(pixels, weight, bias).permute(0, 3, 1, 2).split(width, 1))
+    own = zip(weight.split(width), bias.split(width), strict=True)
+    return [functional.linear(pixels, w, b).permute(0, 3, 1, 2) for w, b in own]
+
+
+def with_vector(maps: Tensor, vector: Tensor) -> Tensor:
+    """(B, c, h, w) in channels_last order + (B, c).
+
+    On CPUs by lines of the image: arithmetic on the few channels of one pixel after another takes eight times as long.
+    """
+    if not in_parts(maps):
+        return maps + vector[:, :, None, None]
+    n, c, h, w = maps.shape
+    lines = maps.permute(0, 2, 3, 1).reshape(n, h, w * c) + vector.repeat(1, w)[:, None]
+    return lines.view(n, h, w, c).permute(0, 3, 1, 2)

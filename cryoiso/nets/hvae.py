@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cryoiso.nets.blocks import ImagePyramid, Pointwise, PoseEmbedding, convolution
+from cryoiso.nets.channel_parts import with_vector
 from cryoiso.nets.hvae_parts import HvaeConfig, HvaeOutput, LatentLayer
 from cryoiso.nets.losses import gaussian_kl
 from cryoiso.nets.wavelet_init import start_as_wavelets
@@ -119,10 +120,9 @@ class ConditionalHvae(nn.Module):
 
     def _contexts(self, condition: Tensor, pose: Tensor) -> list[Tensor]:
         """What each layer knows of projection and pose, coarse to fine: (B, width, h, w)."""
-        width = self.config.width
-        maps = [f for level in self.pyramid(self._patches(condition)) for f in level.split(width, 1)]
-        vectors = self.pose(pose).split(width, 1)
-        return [m + v[:, :, None, None] for m, v in zip(reversed(maps), reversed(vectors), strict=True)]
+        maps = [f for level in self.pyramid(self._patches(condition)) for f in level]
+        vectors = self.pose(pose).split(self.config.width, 1)
+        return [with_vector(m, v) for m, v in zip(reversed(maps), reversed(vectors), strict=True)]
 
     def _encode(self, images: Tensor, contexts: list[Tensor]) -> list[Tensor]:
         """Features of the images for each layer, coarse to fine."""

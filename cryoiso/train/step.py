@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cryoiso.core.log import logger
 from cryoiso.core.rng import stable_hash
 from cryoiso.parallel.pairwise_sum import sum_in_pairs
+from cryoiso.train.steady_memory import steady_memory
 
 
 class Stepper:
@@ -215,14 +216,16 @@ def seed_torch(*what: Any) -> None:
 
 @contextmanager
 def training_mode(device: str) -> Iterator[None]:
-    """TF32 and tuned convolutions on GPUs inside; precision and random numbers are put back afterwards."""
+    """TF32 and tuned convolutions on GPUs, steady memory on CPUs inside; precision and random numbers are put back
+    afterwards."""
     on_gpu = torch.device(device).type == "cuda"
     precision, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     try:
         if on_gpu:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = True
-        with torch.random.fork_rng([torch.device(device)] if on_gpu else []):
+        memory = nullcontext() if on_gpu else steady_memory()
+        with torch.random.fork_rng([torch.device(device)] if on_gpu else []), memory:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

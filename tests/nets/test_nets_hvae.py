@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from cryoiso.core.errors import InputError
+from cryoiso.nets import channel_parts
 from cryoiso.nets.hvae import ConditionalHvae, pose_vector
 from cryoiso.nets.hvae_parts import HvaeConfig, HvaeOutput
 from cryoiso.nets.losses import negative_elbo
@@ -52,6 +53,25 @@ def network(config: HvaeConfig, *, stirred: float = 0.05, seed: int = 3) -> Cond
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.detach().float() - b.detach()).norm() / b.detach().norm())
+
+
+# --- on CPUs
+
+
+def test_maps_of_layers_that_come_one_by_one_are_those_of_one_product(monkeypatch):
+    """Output and gradients, with a box that is no multiple of the coarsest resolution's pixels."""
+    config = HvaeConfig.preset("small", 30)
+    results = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(channel_parts, "in_parts", lambda x: False)
+        net = network(config)
+        images, *given = inputs(config)
+        output = net(images, *given)
+        negative_elbo(output, images, 0.1, 1.0).loss.backward()
+        results.append((output.mean, output.kl, *(p.grad for p in net.parameters())))
+    for parts, joined in zip(*results, strict=True):
+        assert parts.shape == joined.shape and relative(parts, joined) < 2e-5
 
 
 # --- configuration

@@ -270,21 +270,33 @@ def test_the_identity_has_the_homologue_of_a_measured_weight(raw):
     assert of_request(request, 1.0)["auxiliary"] != of_request(given, 1.0)["auxiliary"]
 
 
+class NeverWeighing:
+    """An engine that leaves every particle unturned."""
+
+    name = "recorder"
+
+    def refine(self, request: RefineRequest, comm=None) -> RefineResult:
+        self.seen = request
+        p = request.source.particles
+        return RefineResult(p.with_poses(np.tile(np.eye(3), (len(p), 1, 1)), np.zeros((len(p), 2))), {})
+
+
+def test_an_engine_that_cannot_weigh_needs_no_auxiliaries_where_nothing_is_confirmed(raw, tmp_path):
+    engine, evidence = NeverWeighing(), {"homologue": {"confirmed": False}}
+    found = corefine.refine_raw(engine, request_for(raw, tmp_path), Context(), evidence)
+    assert engine.seen.auxiliary is None and engine.seen.auxiliary_weight == 1.0
+    assert engine.seen.source.particles.rotation is None
+    assert np.array_equal(found.raw.uid, raw.particles.uid) and len(found.auxiliary) == 0
+    assert found.first is found.last is evidence
+
+
 @pytest.mark.parametrize("confirmed", [True, False])
 def test_an_engine_that_cannot_weigh_refines_what_is_confirmed(raw, made, tmp_path, monkeypatch, confirmed):
     """All particles together, or the raw ones alone, with the evidence of a native iteration."""
     evidence = {"homologue": {"confirmed": confirmed}}
     monkeypatch.setattr(corefine, "homologue_evidence", lambda request, comm: evidence)
 
-    class Recorder:
-        name = "recorder"
-
-        def refine(self, request: RefineRequest, comm=None) -> RefineResult:
-            self.seen = request
-            p = request.source.particles
-            return RefineResult(p.with_poses(np.tile(np.eye(3), (len(p), 1, 1)), np.zeros((len(p), 2))), {})
-
-    engine = Recorder()
+    engine = NeverWeighing()
     found = corefine.co_refine(engine, request_for(raw, tmp_path), made, Context(), weight="measured")
     assert len(engine.seen.source.particles) == (180 if confirmed else 120)
     assert np.array_equal(found.raw.uid, raw.particles.uid) and np.array_equal(found.raw.rotation[7], np.eye(3))
