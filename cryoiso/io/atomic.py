@@ -77,13 +77,9 @@ def make_folder(path: object) -> None:
         DiskFullError: the disk is full.
     """
     folder = Path(str(path))
+    require_folder_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        file = next(p for p in (folder, *folder.parents) if p.exists() or p.is_symlink())
-        raise InputError(
-            "a file is where the folder is to be made", file=file, hint="Give another folder.", code="not-writable"
-        ) from None
     except OSError as error:
         if error.errno in _FORBIDDEN:
             raise InputError(
@@ -93,6 +89,20 @@ def make_folder(path: object) -> None:
         if is_full(error):
             raise disk_full(folder) from error
         raise
+
+
+def require_folder_name(path: object) -> None:
+    """Stops where a folder cannot be made, and makes nothing yet.
+
+    Raises:
+        InputError: a file has this name, or the name of a folder above it.
+    """
+    folder = Path(str(path))
+    there = next((p for p in (folder, *folder.parents) if p.exists() or p.is_symlink()), None)
+    if there is not None and not there.is_dir():
+        raise InputError(
+            "a file is where the folder is to be made", file=there, hint="Give another folder.", code="not-writable"
+        )
 
 
 def require_target(path: object) -> None:

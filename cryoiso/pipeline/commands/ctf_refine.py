@@ -15,7 +15,7 @@ from cryoiso.core.errors import InputError, UsageError
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest as io_ingest
 from cryoiso.io import read_job_particles
-from cryoiso.io.atomic import make_folder, write_json
+from cryoiso.io.atomic import make_folder, require_folder_name, write_json
 from cryoiso.io.mrc import read_map
 from cryoiso.io.star.write import write_particles
 from cryoiso.parallel.abort import on_root
@@ -106,7 +106,7 @@ def _read(job: Job, choice: ReferenceChoice, out: Path) -> tuple[Particles, CtfR
     reference = _reference(particles, job, choice)
     if choice.ref is None:
         _require_halves(particles, section.file)
-    make_folder(out)
+    require_folder_name(out)
     logger.info("reference: %s to %.2f Å", reference.source, reference.resolution_A)
     return particles, reference, MicrographPositions.of(particles, section.file)
 
@@ -176,6 +176,7 @@ def _write(
         defocus_angle_deg=refinement.particles.defocus_angle_deg, groups=refinement.particles.groups,
     )  # fmt: skip
     results = {CHANGE: refinement.change_A} | ({ERROR: refinement.error_A} if settings.particles else {})
+    make_folder(out)
     write_particles(out / products.PARTICLES, refined.with_results(**results))
     write_json(out / FACTS, facts)
     return facts, micrographs.shown(refinement, full)
