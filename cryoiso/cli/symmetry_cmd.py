@@ -52,6 +52,8 @@ def _lines(proposal: Proposal) -> list[str]:
     null = proposal.folds[0]
     lines = [f"fold  correlation  (random rotations: {null.null_mean:.2f} on average, 90 % below {null.null_high:.2f})"]
     lines += [f"{test.fold:4d}  {test.score:11.2f}" + ("  *" if test.stands_out else "") for test in proposal.folds]
+    if any(test.stands_out for test in proposal.folds):
+        lines.append("* stands out of the random rotations")
     if proposal.groups:
         lines.append("group  correlation  over half-maps")
     for test in proposal.groups:

@@ -62,7 +62,9 @@ def rebalance(
     """
     if (cap is None) == (keep is None):
         raise InputError(
-            "one of a cap and a fraction to keep is needed", expected="cap or keep, not both", code="options-conflict"
+            "a cap and a fraction to keep exclude each other, and one of them is needed",
+            expected="cap or keep",
+            code="options-conflict",
         )
     if (cap is not None and cap < 1) or (keep is not None and not 0 < keep <= 1):
         raise InputError("impossible size of the subset", expected="cap of 1 or more, or keep above 0 and at most 1",

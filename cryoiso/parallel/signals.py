@@ -1,4 +1,5 @@
-"""SIGTERM and SIGUSR1 mean: write a checkpoint at the next step boundary and leave (exit 75), on all ranks together."""
+"""SIGTERM, SIGUSR1 and SIGHUP (the terminal was closed) mean: write a checkpoint at the next step boundary and leave
+(exit 75), on all ranks together."""
 
 from __future__ import annotations
 
@@ -12,14 +13,19 @@ from cryoiso.core.errors import Interrupted
 from cryoiso.core.progress import board
 
 logger = logging.getLogger("cryoiso")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _received: list[str] = []
 _others: list[Callable[[], bool]] = []
 
 
 def install_signal_handlers() -> None:
-    """Notes SIGTERM and SIGUSR1 for ``stop_requested``; a second SIGTERM ends the process at once as usual."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _note)
+    """Notes SIGTERM, SIGUSR1 and SIGHUP for ``stop_requested``; a second SIGTERM ends the process at once as usual.
+
+    SIGHUP stays ignored where it is, as under ``nohup``.
+    """
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _note)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from cryoiso.core.protocols import Communicator
 from cryoiso.parallel import abort, launcher, partition
 from cryoiso.parallel.context import Context
 from cryoiso.parallel.parent_launchers import hidden_launcher
+from cryoiso.parallel.signals import STOP_SIGNALS
 
 RANKS = (1, 2, 3, 4)
 
@@ -370,7 +370,7 @@ with guard(ctx):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signal_to_one_rank_stops_all_in_an_orderly_way(number):
     process = start_mpi(3, STOPPABLE, mpi_environment())
     line = process.stdout.readline()

@@ -12,6 +12,7 @@ from cryoiso.core.errors import UsageError
 from cryoiso.core.protocols import ImageSource, RefineRequest
 from cryoiso.core.types import DensityMap, Particles
 from cryoiso.io import ingest, read_job_particles
+from cryoiso.io.atomic import make_folder
 from cryoiso.io.shards import ShardSource
 from cryoiso.parallel.abort import on_root
 from cryoiso.parallel.context import Context
@@ -54,7 +55,7 @@ def classify_files(
     more = None if auxiliary is None else _auxiliary(auxiliary, job, comm)
     request = engines.class_request(_request(job, source, prepared, out, comm, resume), settings, maps, more)
     on_root(comm, engines.check_classes, request)
-    on_root(comm, out.mkdir, parents=True, exist_ok=True)
+    on_root(comm, make_folder, out)
     engines.classify(request, comm)
 
 

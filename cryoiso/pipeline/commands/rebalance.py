@@ -13,7 +13,7 @@ import numpy as np
 from cryoiso.core.errors import UsageError
 from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
-from cryoiso.io.atomic import write_json
+from cryoiso.io.atomic import make_folder, write_json
 from cryoiso.io.rows import column_of, write_rows
 
 logger = logging.getLogger("cryoiso")
@@ -75,7 +75,7 @@ def rebalance_files(
         "quality": column, "better": None if quality is None else "higher" if sign > 0 else "lower",
         **facts(chosen, particles, quality),
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for target, rows in zip(targets, (chosen.keep, ~chosen.keep), strict=True):
         target.unlink(missing_ok=True)
         if rows.any():

@@ -8,7 +8,7 @@ from cryoiso.core import products
 from cryoiso.core.errors import UsageError
 from cryoiso.core.types import Particles
 from cryoiso.io import read_particle_file
-from cryoiso.io.atomic import write_json
+from cryoiso.io.atomic import make_folder, write_json
 from cryoiso.io.mrc import read_map, write_map
 from cryoiso.io.star.write import write_particles
 from cryoiso.physics.symmetry_proposal import MAX_FOLD, Proposal, propose_symmetry
@@ -50,7 +50,7 @@ def symmetry_files(
     if len({*targets, out / POSES}) <= len(targets):
         raise UsageError(f"the files to write have one name: {', '.join(t.name for t in targets)}", code="file-exists")
     proposal = propose_symmetry(maps[0], maps[1] if len(maps) > 1 else None, max_fold)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(out / FACTS, proposal.facts())
     if proposal.group == "C1":
         return proposal, [out / FACTS]
