@@ -316,7 +316,7 @@ def particle_probability(particles: Particles) -> Float[np.ndarray, " n"] | None
 def too_much_junk(facts: dict[str, Any], n: int) -> str:
     """A warning where so many images are called junk that it is more likely that their poses are wrong; else empty.
 
-    On images of beta-galactosidase without any junk, 42 % of them with wrong poses, half of all were called junk.
+    On images of beta-galactosidase without any junk, 42 % of them with wrong poses, 5 % are called junk.
 
     Args:
         facts: of :func:`junk_facts`; n: number of images.

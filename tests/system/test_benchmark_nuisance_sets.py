@@ -23,7 +23,7 @@ def test_options_are_those_of_the_command():
         assert {key.replace("-", "_") for key in one.nuisances} <= known, name
     assert {name.split("_", 1)[1] for name in nuisance_sets.SETS} == {
         "plain", "touching", "ice_by_view", "scale", "bfactor", "junk_20", "real_noise", "all", "wide_plain",
-        "wide_neighbours", "fine_plain", "fine_defocus_error", "fine_beam_tilt",
+        "wide_neighbours", "fine_plain", "fine_defocus_error", "fine_beam_tilt", "noisy_plain", "noisy_junk_20",
     }  # fmt: skip
     junk = nuisance_sets.NUISANCES["junk_20"]["junk"]
     assert sum(float(entry.split("=")[1]) for entry in junk) == pytest.approx(0.2)
