@@ -157,11 +157,22 @@ def _write(request: ClassRequest, task: Classification, model: ClassModel) -> No
         write_map(folder / products.class_map(k + 1), model.maps[k], pixel)
         for half in HALVES:
             write_map(folder / products.class_half_map(k + 1, half), model.half_maps[k][half], pixel)
+    remove_further_classes(folder, model.classes)
     own = model if request.base.auxiliary is None else model.of_rows(task.run.raw)
     write_particles(folder / products.PARTICLES, classified(request, own))
     write_text(folder / products.facts("classify"), json.dumps(summary(request, task, own), indent=1) + "\n")
     seconds = {"seconds": [record.get("seconds") for record in model.history]}
     write_text(folder / products.TIMING, json.dumps(seconds, indent=1) + "\n")
+
+
+def remove_further_classes(folder: Path, classes: int) -> None:
+    """Removes the maps of an earlier classification into more classes, which would look like some of this one's."""
+    number = classes + 1
+    while (folder / products.class_map(number)).exists():
+        (folder / products.class_map(number)).unlink()
+        for half in HALVES:
+            (folder / products.class_half_map(number, half)).unlink(missing_ok=True)
+        number += 1
 
 
 def summary(request: ClassRequest, task: Classification, model: ClassModel) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cryoiso.core.config import ClassifySection, RefineSection
 from cryoiso.core.errors import EXIT_INPUT, EXIT_USAGE, InputError, Interrupted
 from cryoiso.core.protocols import RefineRequest
 from cryoiso.core.types import DensityMap
-from cryoiso.engines.classify import classify
+from cryoiso.engines.classify import classify, remove_further_classes
 from cryoiso.io import read_particle_file
 from cryoiso.io.sources import ArraySource
 from cryoiso.metrics.fsc_curve import fsc
@@ -382,3 +382,11 @@ def test_intensities_of_the_file_are_used(mixed):
     assert np.abs(not_told.posterior - equal.posterior).max() > 0.1
     true = equal.half_maps[0][1] - equal.half_maps[0][1].mean()
     assert fsc(true, told.half_maps[0][1])[1:12].min() > 0.999 > fsc(true, not_told.half_maps[0][1])[1:12].min()
+
+
+def test_maps_of_an_earlier_classification_into_more_classes_do_not_stay(tmp_path):
+    names = ("class002.mrc", "class003.mrc", "class003_half1.mrc", "class003_half2.mrc", "class004.mrc", "class006.mrc")
+    for name in names:
+        (tmp_path / name).touch()
+    remove_further_classes(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["class002.mrc", "class006.mrc"]
