@@ -45,7 +45,7 @@ def put_corrected_maps(run: RunContext, inputs: Inputs, *, resume: bool) -> None
 
 @pytest.mark.parametrize(
     ("workflow", "control", "last"),
-    [("auxiliary", "null", "local"), ("realign", "leak", "correct"), ("both", "leak", "correct")],
+    [("auxiliary", "null", "corefine-1"), ("realign", "leak", "correct"), ("both", "leak", "correct")],
 )
 def test_the_whole_workflow_is_repeated_and_a_stopped_audit_ends_with_the_same_bits(
     data, tmp_path, monkeypatch, workflow, control, last

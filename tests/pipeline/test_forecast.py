@@ -237,7 +237,7 @@ def test_rank_0_counts_the_images_that_it_writes_itself(board, tmp_path, monkeyp
 
 def estimates(thought: float | None = None, **sections) -> Estimates:
     """Of a job on a device of which no rate is known, unless given the same for all."""
-    sections = {"run": {"workflow": "both"}, "auxiliary": {"rounds": 2}, **sections}
+    sections = {"run": {"workflow": "both"}, "auxiliary": {"rounds": 2, "balance": True}, **sections}
     job = Job.model_validate({"particles": {"file": "p.star"}, "reference": {"file": "r.mrc"}, **sections})
     names = [*folder_stages(job), "report"]
     work = stages(Problem(job, 10_000, 128, 1.5, 150.0), 2, Assumed(), "cuda")

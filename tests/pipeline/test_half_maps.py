@@ -176,7 +176,7 @@ GOOD = sphere_mask(BOX, 11, 3).numpy()
     ("mask", "words"),
     [
         (1 - GOOD, "the mask is inverted .expected the particle inside, found 1.00 in the corners of the box, 0.42"),
-        (0 * GOOD, "not between 0 and 1 .found 0 to 0"),
+        (0 * GOOD, "the mask is empty .expected 1 inside the particle, found 0 everywhere"),
         (0.3 * GOOD, "maximum of the mask is only 0.3"),
         (GOOD - 0.2, "not between 0 and 1"),
         (255 * GOOD, "not between 0 and 1 .found 0 to 255"),

@@ -24,7 +24,8 @@ from cryoiso.pipeline.run import run_job
 from cryoiso.pipeline.stages.post_command import arguments, post_process
 from cryoiso.report import build
 
-SMALL = {"run_workflow": "auxiliary", "auxiliary_steps": 6, "refine_max_iterations": 2, "auxiliary_balance": True}
+SMALL = {"run_workflow": "auxiliary", "auxiliary_steps": 6, "refine_max_iterations": 2}
+BALANCED = {**SMALL, "auxiliary_balance": True}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """A whole run of two rounds."""
-    job = write_job(data, "whole.toml", **SMALL, auxiliary_settle_deg=0.0, auxiliary_export=True)
+    job = write_job(data, "whole.toml", **BALANCED, auxiliary_settle_deg=0.0, auxiliary_export=True)
     return run_job(job, tmp_path_factory.mktemp("runs") / "whole", Context(), report=build).path
 
 
@@ -98,7 +99,7 @@ def test_each_half_is_trained_and_referenced_apart(finished):
 
 
 def test_a_settled_round_ends_the_rounds(data, tmp_path):
-    job = write_job(data, "settled.toml", **SMALL, auxiliary_settle_deg=180.0, auxiliary_balance=False)
+    job = write_job(data, "settled.toml", **SMALL, auxiliary_settle_deg=180.0)
     run = run_job(job, tmp_path / "run", Context(), report=build).path
     assert facts(run, "corefine-1")["settled"]
     assert all(facts(run, f"{what}-2")["skipped"] for what in ("train", "generate", "corefine"))
@@ -108,7 +109,7 @@ def test_a_settled_round_ends_the_rounds(data, tmp_path):
 
 def test_the_baseline_and_given_poses(data, tmp_path):
     job = write_job(
-        data, "white.toml", **SMALL, auxiliary_generators="white-noise", auxiliary_poses="given",
+        data, "white.toml", **BALANCED, auxiliary_generators="white-noise", auxiliary_poses="given",
         auxiliary_rounds=1, particles_file="truth.star", auxiliary_balance_cap=1.05,
     )  # fmt: skip
     run = run_job(job, tmp_path / "run", Context()).path
@@ -128,7 +129,7 @@ def test_the_baseline_and_given_poses(data, tmp_path):
 def test_coloured_noise_has_the_spectrum_that_the_last_refinement_estimated(data, tmp_path):
     job = write_job(
         data, "coloured.toml", **SMALL, auxiliary_generators="coloured-noise", auxiliary_rounds=2,
-        auxiliary_settle_deg=0.0, auxiliary_balance=False,
+        auxiliary_settle_deg=0.0
     )  # fmt: skip
     run = run_job(job, tmp_path / "run", Context()).path
     (corefined,) = run.glob("*_corefine-1")
@@ -151,7 +152,7 @@ def test_pooled_particles_share_one_noise_spectrum_and_their_optics_group(data, 
     next round's noise is still that of the raw images."""
     job = write_job(
         data, "pooled.toml", **SMALL, auxiliary_generators="coloured-noise", auxiliary_rounds=2,
-        auxiliary_settle_deg=0.0, auxiliary_balance=False, auxiliary_export=True, auxiliary_noise_group="raw",
+        auxiliary_settle_deg=0.0, auxiliary_export=True, auxiliary_noise_group="raw",
         auxiliary_temperature=0.0,
     )  # fmt: skip
     run = run_job(job, tmp_path / "run", Context()).path
@@ -183,7 +184,7 @@ def test_flipped_images_cannot_be_pooled(data, tmp_path):
 
 
 def test_a_killed_training_ends_with_the_same_bits(data, tmp_path):
-    changes = {**SMALL, "auxiliary_steps": 40, "auxiliary_rounds": 1, "auxiliary_balance": False}
+    changes = {**SMALL, "auxiliary_steps": 40, "auxiliary_rounds": 1}
     job = write_job(data, "killed.toml", **changes)
     done = cryoiso("run", job, "--out", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
@@ -313,7 +314,7 @@ def test_generation_refuses_other_data(trained, tmp_path):
 
 
 def test_the_micelle_joins_the_reference_of_both_halves(data, tmp_path):
-    changes = {**SMALL, "auxiliary_rounds": 1, "auxiliary_balance": False, "auxiliary_generators": "shared"}
+    changes = {**SMALL, "auxiliary_rounds": 1, "auxiliary_generators": "shared"}
     job = write_job(data, "micelle.toml", **changes, micelle_enable=True, micelle_lowpass_A=30.0)
     run = run_job(job, tmp_path / "run", Context()).path
     folder = next(run.glob("*_micelle"))
