@@ -259,7 +259,8 @@ class Searcher:
                 best, mass = best + log_views, mass + log_views
             top, j = best.topk(max_candidates, dim=1)
             masses.append(mass.gather(1, j))
-            others.append(mass.scatter(1, j, -torch.inf).logsumexp(1))
+            none = torch.full_like(mass[:, 0], -torch.inf)
+            others.append(mass.scatter(1, j, -torch.inf).logsumexp(1) if self.complete else none)
             scores.append(top)
             indices.append(j)
             shift_indices.append(at.gather(1, j))

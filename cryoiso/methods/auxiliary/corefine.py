@@ -74,8 +74,7 @@ def co_refine(
     if weight == "measured" and engine.name not in WEIGHING:
         first = homologue_evidence(replace(request, source=without_views(raw, False)), comm)
         if not first["homologue"]["confirmed"]:
-            result = engine.refine(replace(request, source=without_views(raw, False)), comm)
-            return CoRefined(_returned(engine, raw, result), auxiliary.particles, result, first)
+            return replace(refine_raw(engine, request, comm, first), auxiliary=auxiliary.particles)
         if comm.rank == 0:
             logger.warning(
                 "%s cannot weigh auxiliary particles: they count in full, which draws poses to the homologue",
