@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from errors_helper import raises_code
-from pipeline_helper import forget_signals, quick_report, simulate, use_quick_parts, write_cube, write_job
+from pipeline_helper import forget_signals, quick_report, simulate, write_cube, write_job
 
 from cryoiso.core.errors import CryoisoError
 from cryoiso.io.mrc import write_stack
@@ -24,13 +24,6 @@ BOX, PIXEL_A = 24, 7.0
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     return simulate(tmp_path_factory.mktemp("audited"), n=60, box=BOX, pixel_size=PIXEL_A)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    use_quick_parts(monkeypatch)
-    yield
-    forget_signals()
 
 
 @pytest.fixture

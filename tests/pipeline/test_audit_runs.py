@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from errors_helper import raises_code
-from pipeline_helper import StopsAt, cryoiso_here, forget_signals, hash_files, quick_report, simulate, use_quick_parts
+from pipeline_helper import StopsAt, cryoiso_here, forget_signals, hash_files, quick_report, simulate
 
 from cryoiso.core.config import parse_job
 from cryoiso.core.errors import Interrupted
@@ -42,13 +42,6 @@ def job(**changes):
 def simulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audited")
     return simulate(folder, n=60)
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    use_quick_parts(monkeypatch)
-    yield
-    forget_signals()
 
 
 @pytest.fixture
