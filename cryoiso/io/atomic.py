@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cryoiso.core.errors import CryoisoError, InputError
+from cryoiso.core.errors import CryoisoError, InputError, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -105,10 +105,18 @@ def require_folder_name(path: object) -> None:
         )
 
 
-def require_target(path: object) -> None:
+MAP_SUFFIXES = (".mrc", ".map", ".ccp4", ".rec")
+"""Of files that other programs take for MRC maps."""
+
+
+def require_target(path: object, suffixes: tuple[str, ...] = ()) -> None:
     """Stops before anything is computed for a file that cannot be written.
 
+    Args:
+        suffixes: endings that tell other programs what the file is, in any case; () any.
+
     Raises:
+        UsageError: another ending.
         InputError: its folder does not exist, or the name is that of a folder or a device.
     """
     final = Path(str(path))
@@ -121,6 +129,11 @@ def require_target(path: object) -> None:
         raise InputError(
             f"this is a {kind}, where a file is to be written", file=final, hint="Give the name of a file.",
             code="file-not-regular",
+        )  # fmt: skip
+    if suffixes and final.suffix.lower() not in suffixes:
+        raise UsageError(
+            f"{final}: the file to write is an MRC map, and other programs would not know it by this name; "
+            f"let the name end in {suffixes[0]}", code="option-malformed",
         )  # fmt: skip
 
 

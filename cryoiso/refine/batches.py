@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cryoiso.core.allocator import return_free_memory
 from cryoiso.core.protocols import ImageSource
 from cryoiso.core.types import OpticsGroup, Particles
 from cryoiso.physics.contrast_transfer import beam_tilt_phase, ctf_for
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 BATCH_IMAGES = 128
 KEPT_ON_CPU = 1 << 30
+READS_BETWEEN_RETURNS = 8
+"""Batches read between two returns of free memory to the system; the work on a batch frees some tens of MB."""
 KEPT_SHARE_OF_GPU = 0.4
 """Of a GPU's free memory, for coefficients that every iteration uses again."""
 
@@ -120,6 +123,7 @@ class BatchReader:
     """(N,) bool: particles that share no batch with the others; None: none."""
     _kept: dict[tuple[int, int, int], tuple[int, Batch]] = field(default_factory=dict)
     _used: int = 0
+    _reads: int = 0
 
     def plan(self, halves: tuple[int, ...] = (1, 2)) -> list[np.ndarray]:
         """Row lists of all batches, the same on every rank: BATCH_IMAGES consecutive rows of one half and one geometry,
@@ -147,6 +151,9 @@ class BatchReader:
 
     def read(self, rows: Shaped[np.ndarray, " n"], radius_px: int) -> Batch:
         """The batch of these rows with all coefficients up to radius_px of the reference's grid."""
+        self._reads += 1
+        if self._reads % READS_BETWEEN_RETURNS == 0:
+            return_free_memory()
         if self._holds(rows, radius_px):
             return self._cut(self._kept[_key(rows)][1], radius_px)
         return self._keep(rows, radius_px, self._prepare(rows, radius_px))

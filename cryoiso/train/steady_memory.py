@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from cryoiso.core.allocator import glibc
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Numbers of these options in glibc's malloc.h."""
@@ -24,30 +24,14 @@ def steady_memory() -> Iterator[None]:
     step, and the system then has to clear every page again: up to a tenth of the step on a loaded machine. Nothing is
     done with another C library, or where the environment sets the allocator.
     """
-    library = None if _is_set_by_the_user() else _glibc()
+    library = glibc()
     if library is None:
         yield
         return
-    option, trim = library
-    option(_MMAP_THRESHOLD, LARGEST_BLOCK)
-    option(_TRIM_THRESHOLD, KEPT)
+    library.mallopt(_MMAP_THRESHOLD, LARGEST_BLOCK)
+    library.mallopt(_TRIM_THRESHOLD, KEPT)
     try:
         yield
     finally:
-        option(_TRIM_THRESHOLD, KEPT_AFTERWARDS)
-        trim(0)
-
-
-def _is_set_by_the_user() -> bool:
-    return any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-
-
-def _glibc() -> tuple[Callable[[int, int], int], Callable[[int], int]] | None:
-    """mallopt and malloc_trim; None without glibc."""
-    try:
-        library = ctypes.CDLL(None)
-        if not hasattr(library, "gnu_get_libc_version"):
-            return None
-        return library.mallopt, library.malloc_trim
-    except (OSError, AttributeError, TypeError):
-        return None
+        library.mallopt(_TRIM_THRESHOLD, KEPT_AFTERWARDS)
+        library.malloc_trim(0)

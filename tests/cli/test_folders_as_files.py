@@ -61,6 +61,21 @@ def test_no_device_or_pipe_is_replaced_by_a_file(halves, tmp_path):
     assert stat.S_ISFIFO(os.stat(pipe).st_mode) and link.is_symlink()
 
 
+@pytest.mark.parametrize("option", ["--fsc3d", "--phase-cosine", "--local-resolution"])
+def test_a_map_under_the_name_of_another_kind_of_file(halves, tmp_path, option):
+    done = cryoiso_here("diagnose", *halves, option, tmp_path / "map.png", "--out", tmp_path / "numbers.json")
+    assert done.returncode == EXIT_USAGE and "map.png" in done.stderr and "[option-malformed]" in done.stderr
+    assert not (tmp_path / "numbers.json").exists(), "refused before anything is measured"
+
+
+def test_a_reference_is_written_under_the_names_of_maps(tmp_path):
+    words = ("reference", "phantom", tmp_path / "phantom.MAP", "--box", 28, "--pixel-size", 6)
+    assert cryoiso_here(*words).returncode == 0
+    refused = cryoiso_here(*words[:2], tmp_path / "phantom.png", *words[3:])
+    assert refused.returncode == EXIT_USAGE and "let the name end in .mrc" in refused.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["phantom.MAP"]
+
+
 def test_numbers_are_on_disk_before_a_closed_pipe_ends_the_command(tmp_path, monkeypatch):
     def closed(_text: str) -> None:
         raise BrokenPipeError

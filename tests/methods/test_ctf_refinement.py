@@ -18,7 +18,7 @@ from cryoiso.methods.ctf_refinement.defocus import grid_A, posterior_modes, prio
 from cryoiso.methods.ctf_refinement.defocus_curves import block_curves, quarter_turned
 from cryoiso.methods.ctf_refinement.image_model import measured_model
 from cryoiso.methods.ctf_refinement.image_pass import ImagePass
-from cryoiso.methods.ctf_refinement.reference import COARSEST_A, from_half_maps
+from cryoiso.methods.ctf_refinement.reference import COARSEST_A, from_half_maps, from_map
 from cryoiso.methods.ctf_refinement.settings import CtfRefinementSettings
 from cryoiso.methods.ctf_refinement.tilt_plane import fit_plane, unshrunken
 from cryoiso.parallel.context import Context
@@ -126,6 +126,14 @@ def test_half_maps_refine_the_particles_they_were_made_of(scattered):
     assert after < 0.75 * before
     finer = from_half_maps(maps[1], maps[2], mask, 2.0)
     assert finer.resolution_A == reference.resolution_A, "never beyond what half-maps support"
+
+
+def test_one_map_is_used_to_two_pixels_at_the_finest(scattered):
+    volume = scattered.volume
+    finest_A = 2 * volume.pixel_size_A
+    reference, beyond = (from_map(volume, resolution, None) for resolution in (finest_A, 0.3 * finest_A))
+    assert beyond.resolution_A == finest_A, "what is reported is what was used"
+    assert np.array_equal(beyond.maps[1].data, reference.maps[1].data) and beyond.radius_px == reference.radius_px
 
 
 def test_each_half_set_is_compared_with_its_own_map_alone(scattered):

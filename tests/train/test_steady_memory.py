@@ -8,6 +8,7 @@ import resource
 import numpy as np
 import pytest
 
+from cryoiso.core import allocator
 from cryoiso.train import steady_memory
 from cryoiso.train.step import training_mode
 
@@ -38,12 +39,13 @@ def test_a_step_of_a_training_finds_the_pages_of_the_one_before(monkeypatch):
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
 def test_settings_of_the_user_are_left_alone(monkeypatch, name):
     monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(steady_memory, "_glibc", None)
+    monkeypatch.setattr(allocator, "_library", None)
     with steady_memory.steady_memory():
         pass
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    monkeypatch.setattr(allocator, "_library", allocator._library.__wrapped__)
     with steady_memory.steady_memory():
         pass

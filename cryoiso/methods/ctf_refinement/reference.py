@@ -83,9 +83,13 @@ def from_half_maps(
 def from_map(density: DensityMap, resolution_A: float, mask: Float[np.ndarray, "box box box"] | None) -> CtfReference:
     """One map for both half-sets, low-passed at a resolution.
 
+    Args:
+        resolution_A: two pixels if it is finer.
+
     Raises:
         InputError: the resolution is too coarse.
     """
+    resolution_A = max(resolution_A, 2 * density.pixel_size_A)
     radius = _radius_px(resolution_A, density.box_px, density.pixel_size_A, "the reference is used only to")
     data = density.data if mask is None else density.data * mask
     passed = lowpass(np.asarray(data, np.float32), density.pixel_size_A, resolution_A, EDGE_SHELLS)
