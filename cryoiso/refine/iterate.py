@@ -20,7 +20,7 @@ from cryoiso.refine import offsets, references, schedule
 from cryoiso.refine.agreement import Agreement, agreement, as_map, on_every_rank
 from cryoiso.refine.corrected import corrected
 from cryoiso.refine.expectation import Expectation
-from cryoiso.refine.iteration_log import log_iteration
+from cryoiso.refine.iteration_log import log_ending, log_iteration
 from cryoiso.refine.model import Model
 from cryoiso.refine.pose_changes import PoseChanges
 from cryoiso.refine.refinement_setup import RefinementSetup
@@ -74,7 +74,7 @@ class Refinement(RefinementSetup):
             record["scale_sd"] = float(intensity.scale[self.raw].std())
         record |= weighed
         if self.comm.rank == 0:
-            self._report(record, changes, advanced.done)
+            self._report(record, changes, advanced)
         if self.request.correction is not None:
             began = time.monotonic()
             new, record["correction"] = self._corrected(
@@ -134,10 +134,11 @@ class Refinement(RefinementSetup):
         joined_A = self.settings.join_halves_A
         return min(int(self.box * self.pixel / joined_A) if joined_A else 0, self.limit, self.insertion_radius(state))
 
-    def _report(self, record: IterationRecord, changes: PoseChanges, last: bool) -> None:
-        """Log an iteration; at the end warn of shifts at the limit of the search."""
+    def _report(self, record: IterationRecord, changes: PoseChanges, advanced: ScheduleState) -> None:
+        """Log an iteration; at the end warn of unsettled poses and of shifts at the limit of the search."""
         log_iteration(record)
-        if last:
+        if advanced.done:
+            log_ending(record, advanced.stalled, self.settings)
             at_limit = offsets.at_limit(changes.residual_px, self._shift_range_px())
             local = self.request.local_deg is not None
             range_A = self._shift_range_px() * self.pixel

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from cryoiso.core.config import RefineSection
 from cryoiso.core.log import logger
 from cryoiso.core.records import IterationRecord
+
+UNSETTLED_DEG = 20.0
+"""Median change of the poses in the last iteration above which a warning is given."""
 
 
 def log_iteration(record: IterationRecord) -> None:
@@ -20,3 +24,19 @@ def log_iteration(record: IterationRecord) -> None:
                     100 * record["auxiliary_weight_share"])  # fmt: skip
     if "scale_sd" in record:
         logger.info("the images' scales have a standard deviation of %.2f", record["scale_sd"])
+
+
+def log_ending(record: IterationRecord, stalled: int, settings: RefineSection) -> None:
+    """Say after the last iteration if it was not the end by itself, and warn if the poses are still unsettled.
+
+    Args:
+        stalled: iterations without progress until now.
+    """
+    if stalled < settings.stalled_iterations:
+        logger.info("ended by refine.max_iterations = %d, not converged", settings.max_iterations)
+    if record["iteration"] > 1 and record["changes_deg"] > UNSETTLED_DEG:
+        logger.warning(
+            "the poses still moved by a median of %.0f° in the last iteration: most images do not determine their "
+            "poses, by noise or for want of a fitting reference",
+            record["changes_deg"],
+        )

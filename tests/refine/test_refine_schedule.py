@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from errors_helper import raises_code
 from cryoiso.core.config import RefineSection
 from cryoiso.core.errors import InputError
 from cryoiso.io import checkpoint
+from cryoiso.refine.iteration_log import log_ending
 from cryoiso.refine.schedule import (
     SETTLED_STEP_DEG,
     ScheduleState,
@@ -207,3 +209,20 @@ def test_checkpoints_of_another_format_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.undo()
     with raises_code("version-mismatch", InputError, match="a later version of the program wrote this file"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "moved_deg", "stalled", "words"),
+    [
+        (5, 2.0, 1, []),
+        (5, 2.0, 0, ["ended by refine.max_iterations = 5, not converged"]),
+        (2, 85.0, 1, ["still moved by a median of 85° in the last iteration"]),
+        (1, 85.0, 0, ["ended by refine.max_iterations = 5, not converged"]),
+    ],
+    ids=["converged", "ended by the limit", "unsettled", "first iteration: every pose is new"],
+)
+def test_a_refinement_whose_poses_are_not_settled_says_so(caplog, iteration, moved_deg, stalled, words):
+    record = {"iteration": iteration, "changes_deg": moved_deg}
+    with caplog.at_level(logging.INFO, "cryoiso"):
+        log_ending(record, stalled, RefineSection(max_iterations=5))
+    assert len(caplog.messages) == len(words) and all(w in m for w, m in zip(words, caplog.messages, strict=True))
