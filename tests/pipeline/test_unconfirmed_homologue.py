@@ -12,6 +12,8 @@ from pipeline_helper import simulate, write_job
 
 from cryoiso.core.errors import Interrupted
 from cryoiso.io import read_particle_file
+from cryoiso.methods.auxiliary import corefine as co_refinement
+from cryoiso.methods.auxiliary import reference_check
 from cryoiso.parallel.context import Context
 from cryoiso.pipeline.run import resume_run, run_job
 from cryoiso.pipeline.stages import corefine, train
@@ -78,7 +80,7 @@ def test_it_is_a_refinement_of_the_raw_particles_and_says_so(skipped):
 def test_the_result_has_the_bits_of_a_run_that_made_them(skipped, data, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(homologue, "CHANCE", -1.0)
-    monkeypatch.setattr(train, "unconfirmed", lambda *given: None)
+    monkeypatch.setattr(train, "homologue_found", lambda *given: None)
     job = write_job(data, "trained.toml", **SMALL, auxiliary_settle_deg=0.0)
     trained = run_job(job, tmp_path / "trained", Context(), report=build).path
     assert facts(trained, "corefine-2")["auxiliary"] == 60
@@ -102,6 +104,25 @@ def test_given_poses_are_asked_by_an_iteration(data, tmp_path, nothing_is_confir
     given = {"auxiliary_poses": "given", "particles_file": "truth.star", "auxiliary_rounds": 1}
     run = run_job(write_job(data, "given.toml", **SMALL, **given), tmp_path / "run", Context()).path
     assert facts(run, "train-1")["skipped"] and not facts(run, "corefine-1")["homologue"]["confirmed"]
+
+
+def test_what_is_confirmed_before_the_training_is_not_asked_again(data, tmp_path, monkeypatch):
+    """By an engine that cannot weigh: the co-refinement takes the answer of the stage before."""
+    asked = []
+
+    def confirmed(request, comm):
+        asked.append(request.folder.name)
+        return {"homologue": {"confirmed": True}, "homologue_precision": [0.0, 1.0]}
+
+    monkeypatch.setattr(reference_check, "homologue_evidence", confirmed)
+    monkeypatch.setattr(co_refinement, "homologue_evidence", confirmed)
+    monkeypatch.setattr(co_refinement, "WEIGHING", ())
+    given = {"auxiliary_poses": "given", "particles_file": "truth.star", "auxiliary_rounds": 1}
+    job = write_job(data, "given.toml", **SMALL, **given, auxiliary_generators="white-noise")
+    run = run_job(job, tmp_path / "run", Context()).path
+    assert len(asked) == 1 and asked[0].endswith("_train-1")
+    assert facts(run, "train-1")["homologue"] == facts(run, "corefine-1")["homologue"] == {"confirmed": True}
+    assert facts(run, "corefine-1")["auxiliary"] == 60
 
 
 def test_a_fixed_weight_or_common_noise_asks_nothing(data, tmp_path, nothing_is_confirmed):

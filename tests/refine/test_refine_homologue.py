@@ -303,6 +303,14 @@ def test_an_engine_that_cannot_weigh_refines_what_is_confirmed(raw, made, tmp_pa
     assert (found.auxiliary is made.particles) != confirmed and found.first is found.last is evidence
 
 
+def test_an_engine_that_cannot_weigh_asks_nothing_that_is_known(raw, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(corefine, "homologue_evidence", None)
+    evidence = {"homologue": {"confirmed": True}}
+    request = request_for(raw, tmp_path)
+    found = corefine.co_refine(NeverWeighing(), request, made, Context(), weight="measured", evidence=evidence)
+    assert found.first is evidence
+
+
 # --- references between rounds
 
 

@@ -49,6 +49,7 @@ def co_refine(
     *,
     pooled: bool = False,
     weight: float | Literal["measured"] = 1.0,
+    evidence: IterationRecord | None = None,
 ) -> CoRefined:
     """Refines raw and auxiliary particles together (collective).
 
@@ -65,6 +66,8 @@ def co_refine(
         weight: factor on the auxiliaries' weight in the references; measured: by what the raw particles confirm of
             ``request.homologue``. Engines that cannot weigh refine all particles where it is confirmed, the raw ones
             alone where it is not; the auxiliaries then keep their poses.
+        evidence: what an iteration of the same raw particles confirmed, for engines that cannot weigh; None: one is
+            made.
 
     Raises:
         CryoisoError: the engine lost or reordered particles.
@@ -72,7 +75,7 @@ def co_refine(
     """
     raw, first = request.source, IterationRecord()
     if weight == "measured" and engine.name not in WEIGHING:
-        first = homologue_evidence(replace(request, source=without_views(raw, False)), comm)
+        first = evidence or homologue_evidence(replace(request, source=without_views(raw, False)), comm)
         if not first["homologue"]["confirmed"]:
             return replace(refine_raw(engine, request, comm, first), auxiliary=auxiliary.particles)
         if comm.rank == 0:

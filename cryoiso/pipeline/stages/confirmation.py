@@ -47,28 +47,29 @@ def _decides(run: RunContext) -> bool:
     return job.run.workflow in CO_REFINEMENTS and section.weight == "measured" and section.noise_group == "own"
 
 
-def unconfirmed(run: RunContext, inputs: Inputs, round_: int) -> IterationRecord | None:
-    """What an iteration of the raw particles found of the homologue before a round, if that is nothing; None where
-    auxiliary particles are to be made (collective).
+def homologue_found(run: RunContext, inputs: Inputs, round_: int) -> IterationRecord | None:
+    """What an iteration of the raw particles finds of the homologue before a round; None where that decides nothing,
+    or where the round before has confirmed it (collective).
 
-    After a round that confirmed it nothing is asked. In the first round the answer is in the record of the stage
-    ``refine``, if that is the same refinement; else one native iteration is made.
+    In the first round the answer is in the record of the stage ``refine``, if that is the same refinement; else one
+    native iteration is made.
     """
-    if not _decides(run):
+    if not _decides(run) or on_root(run.comm, _confirmed_before, run, round_):
         return None
-    record = on_root(run.comm, _recorded, run, round_)
+    record = on_root(run.comm, _in_refine, run) if round_ == 1 else None
     if record is None:
         record = _asked(run, inputs, round_)
-    if record["homologue"]["confirmed"]:
-        return None
     return {"homologue": record["homologue"], "homologue_precision": record["homologue_precision"]}
 
 
-def _recorded(run: RunContext, round_: int) -> IterationRecord | None:
-    """What the refinement before found, where that decides (reads files)."""
-    if round_ > 1:
-        record: IterationRecord = _facts(run, f"corefine-{round_ - 1}", "corefine")
-        return record if record.get("homologue", {}).get("confirmed") else None
+def _confirmed_before(run: RunContext, round_: int) -> bool:
+    """Whether the round before has confirmed the homologue (reads a file)."""
+    found = _facts(run, f"corefine-{round_ - 1}", "corefine") if round_ > 1 else {}
+    return bool(found.get("homologue", {}).get("confirmed"))
+
+
+def _in_refine(run: RunContext) -> IterationRecord | None:
+    """What the stage ``refine`` found, if its first iteration is that of the first co-refinement (reads a file)."""
     iterations: list[IterationRecord] = _facts(run, "refine", "refine").get("iterations") or [IterationRecord()]
     return iterations[0] if measured_by_refine(run) and "homologue" in iterations[0] else None
 

@@ -52,7 +52,7 @@ def generate_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool
     name, comm, job, section = f"generate-{round_}", run.comm, run.job, run.job.auxiliary
     if is_settled(run, round_):
         return skip(run, name)
-    if left_out(run, round_) is not None:
+    if left_out(run, round_):
         return skip(run, name, UNCONFIRMED, round=round_)
     folder = run.folder.stage(name)
     files = generator_files(run.folder.stage(f"train-{round_}"), section.generators == "shared")

@@ -57,18 +57,27 @@ def skip(run: RunContext, name: str, reason: str = SETTLED, **more: Any) -> None
         logger.info("%s is skipped, because %s", name, reason)
 
 
-def left_out(run: RunContext, round_: int) -> IterationRecord | None:
-    """What was found of the homologue where nothing was trained for a round because that is nothing; None where
-    auxiliary particles are made (collective)."""
+def left_out(run: RunContext, round_: int) -> bool:
+    """Whether nothing was trained for a round because nothing of the homologue is confirmed (collective)."""
+    return bool(on_root(run.comm, lambda: _training_facts(run, round_).get("reason") == UNCONFIRMED))
+
+
+def found_before(run: RunContext, round_: int) -> IterationRecord | None:
+    """What the training of a round was told of the homologue; None where it did not ask (collective)."""
 
     def read() -> IterationRecord | None:
-        path = run.folder.stage(f"train-{round_}") / products.facts("train")
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.get("reason") != UNCONFIRMED:
+        facts = _training_facts(run, round_)
+        if "homologue" not in facts:
             return None
         return {"homologue": facts["homologue"], "homologue_precision": facts["homologue_precision"]}
 
     return on_root(run.comm, read)
+
+
+def _training_facts(run: RunContext, round_: int) -> dict[str, Any]:
+    path = run.folder.stage(f"train-{round_}") / products.facts("train")
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts
 
 
 def last_round(run: RunContext) -> int:

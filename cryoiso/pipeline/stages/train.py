@@ -27,7 +27,7 @@ from cryoiso.parallel.context import Context
 from cryoiso.physics.filters import lowpass
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
-from cryoiso.pipeline.stages.confirmation import unconfirmed
+from cryoiso.pipeline.stages.confirmation import homologue_found
 from cryoiso.pipeline.stages.rounds import (
     UNCONFIRMED,
     is_settled,
@@ -51,8 +51,9 @@ def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -
     source.particles = particles
     references = references_after(run, round_ - 1)
     _require_evidence(run, inputs, source, round_)
-    if (evidence := unconfirmed(run, inputs, round_)) is not None:
-        return skip(run, name, UNCONFIRMED, round=round_, **evidence)
+    found = homologue_found(run, inputs, round_)
+    if found is not None and not found["homologue"]["confirmed"]:
+        return skip(run, name, UNCONFIRMED, round=round_, **found)
     facts = {"round": round_, "inverted": bool(source.index["inverted"])}
     train_into(
         run.folder.stage(name), source, particles, references, section, run.comm, run.job.run.seed, facts,
@@ -60,6 +61,12 @@ def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -
         # where auxiliary particles shared the raw ones' groups, the noise of the co-refinement is not that of the raw
         noise=noise_after(run, inputs, round_ - 1 if section.noise_group == "own" else 0),
     )  # fmt: skip
+    if found is not None:  # for the co-refinement, which need not ask again
+        on_root(run.comm, _add_facts, run.folder.stage(name) / products.facts("train"), dict(found))
+
+
+def _add_facts(path: Path, more: dict[str, Any]) -> None:
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **more})
 
 
 def _require_evidence(run: RunContext, inputs: Inputs, source: Any, round_: int) -> None:
