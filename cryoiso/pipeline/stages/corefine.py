@@ -30,9 +30,9 @@ from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.inputs.particle_tables import bare
 from cryoiso.pipeline.job_inputs import Inputs, Sample
 from cryoiso.pipeline.stages import engines
-from cryoiso.pipeline.stages.confirmation import request_for, round_request
 from cryoiso.pipeline.stages.generate import planned_particles
 from cryoiso.pipeline.stages.post_command import post_process
+from cryoiso.pipeline.stages.requests import request_for, round_request
 from cryoiso.pipeline.stages.rounds import (
     engine_folder,
     found_before,
