@@ -92,13 +92,41 @@ def test_pure_noise_confirms_nothing():
     assert control.verdict_of(found) != "pass" and abs(found.value) < 4 * found.error
 
 
+@pytest.mark.parametrize(
+    ("lowpass_A", "resolution_A", "finest_A", "may_refute"),
+    [
+        (30, 8, 15, True),
+        (40, 8, 20, True),
+        (30, 18, 18, True),
+        (20, 5, 15, True),  # to 10 Å a homologue of 53 % identity has 0.57, to 15 Å 0.70
+        (15, 5, 7.5, False),
+        (10, 3, 5, False),
+        (16, 8, 8, False),  # no two shells before 15 Å
+    ],
+)
+def test_only_shells_in_which_a_homologue_would_agree_refute_a_reference(lowpass_A, resolution_A, finest_A, may_refute):
+    """A right homologue of 53 % identity at 10 Å, with a correlation of 0.22, was called another molecule."""
+    band = confirmed.band_of(lowpass_A, resolution_A, 192, 1.25)
+    assert band.last == int(240 / finest_A)
+    decoys = np.full(60, 0.02)
+    unlike = ReferenceCorrelation(0.22, decoys, 0.05, 240 / band.last)
+    assert unlike.may_refute == may_refute
+    assert control.verdict_of(ReferenceCorrelation(0.9, decoys, 0.3, 240 / band.last)) == "pass"
+    assert control.verdict_of(ReferenceCorrelation(0.1, decoys, 0.05, 240 / band.last)) == (
+        "fail" if may_refute else "inconclusive"
+    )
+    sentence = control.judged(unlike, lowpass_A, (band.first, band.last)).sentence
+    assert ("Finer than 15 Å a right homologue may have as little" in sentence) != may_refute
+    assert ("another molecule" in sentence) == may_refute
+
+
 def test_half_maps_without_any_agreement_give_no_number():
     first = fold(1)
     found = confirmed.confirm(
         first, (first, -first), first, fold(2), outline(), BAND, PIXEL_A, DIAMETER_A, C3
     )  # fmt: skip
     assert np.isnan(found.value) and control.verdict_of(found) == "inconclusive"
-    record = control.judged(found, LOWPASS_A, 15.0, (6, 10))
+    record = control.judged(found, LOWPASS_A, (6, 10))
     assert "do not agree" in record.sentence and record.as_dict()["number"] is None
 
 
@@ -131,7 +159,7 @@ def test_a_coarser_grid_keeps_shells_and_numbers():
 
 
 def confirmation(value: float, rms: float, mirror: float = 0.0) -> ReferenceCorrelation:
-    return ReferenceCorrelation(value, rms * np.array([1.0, -1.0]), mirror)
+    return ReferenceCorrelation(value, rms * np.array([1.0, -1.0]), mirror, 16.0)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +172,7 @@ def confirmation(value: float, rms: float, mirror: float = 0.0) -> ReferenceCorr
     ],
 )
 def test_verdict_and_sentence(found, verdict, words):
-    record = control.judged(found, 30.0, 10.0, (7, 19))
+    record = control.judged(found, 30.0, (7, 19))
     assert record.verdict == verdict and words in record.sentence
 
 

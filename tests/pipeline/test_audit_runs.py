@@ -172,7 +172,7 @@ def test_a_decoy_that_the_map_follows_passes_if_the_first_control_would_refute_i
     from cryoiso.pipeline.audit.controls import decoy
 
     def correlation(value: float) -> ReferenceCorrelation:
-        return ReferenceCorrelation(value, 0.1 * np.random.default_rng(1).standard_normal(60), 0.3 * value)
+        return ReferenceCorrelation(value, 0.1 * np.random.default_rng(1).standard_normal(60), 0.3 * value, 16.0)
 
     assert decoy.verdict_of(52.0, 30.0, None) == "pass"  # parted before what was given of it
     assert decoy.verdict_of(24.0, 30.0, None) == "inconclusive"  # nothing beyond

@@ -27,6 +27,9 @@ DECOYS = 60
 FINER = 2.0
 """The band ends at this fraction of the initial reference's resolution: distant homologues still agree there, and
 tenths of a degree and of an ångström between map and reference do not matter."""
+REFUTING_A = 15.0
+"""Finer shells may confirm a reference, but do not refute it: haemagglutinin of another subtype (53 % identity, a good
+first reference) has 0.73 between 30 and 15 Å, 0.40 between 15 and 7.5 Å, 0.22 between 10 and 5 Å."""
 EDGE_SHELLS = 4
 """Shells of the grid beyond the band."""
 FINEST_PX = 3.0
@@ -44,6 +47,13 @@ class ReferenceCorrelation:
     """of random densities"""
     mirror: float
     """of the reference's mirror image"""
+    finest_A: float
+    """the end of the compared shells"""
+
+    @property
+    def may_refute(self) -> bool:
+        """Whether a homologue worth the name would agree in these shells."""
+        return self.finest_A >= REFUTING_A
 
     @property
     def error(self) -> float:
@@ -85,8 +95,11 @@ class BandGrid:
 
 
 def band_of(lowpass_A: float, resolution_A: float, box_px: int, pixel_size_A: float) -> Band:
-    """Shells beyond the initial reference that tell a right reference from a wrong one."""
-    return Band.beyond(lowpass_A, max(resolution_A, lowpass_A / FINER), box_px, pixel_size_A)
+    """Shells beyond the initial reference that tell a right reference from a wrong one: none finer than ``REFUTING_A``
+    if there are enough without."""
+    finest_A = max(resolution_A, lowpass_A / FINER)
+    coarse = Band.beyond(lowpass_A, max(finest_A, REFUTING_A), box_px, pixel_size_A)
+    return coarse if coarse.usable else Band.beyond(lowpass_A, finest_A, box_px, pixel_size_A)
 
 
 def signal(
@@ -174,4 +187,5 @@ def confirm(
         return agreement(fsc(map_values, density, sphere), own, band)
 
     decoy_maps = (random_density(np.clip(outline, 0, 1), orbit, model, seed, number) for number in range(DECOYS))
-    return ReferenceCorrelation(of(model), np.array([of(density) for density in decoy_maps]), of(other))
+    decoys = np.array([of(density) for density in decoy_maps])
+    return ReferenceCorrelation(of(model), decoys, of(other), len(volume) * pixel_size_A / band.last)

@@ -63,7 +63,7 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
             f"reference, that of noise as well. {ADVICE}",
         )  # fmt: skip
     correlation = confirm(bench, bench.run.folder.stage("reconstruct"), bench.reference, bench.inside, band)
-    return judged(correlation, lowpass_A, bench.box_px * bench.pixel_size_A / band.last, (band.first, band.last))
+    return judged(correlation, lowpass_A, (band.first, band.last))
 
 
 def confirm(
@@ -83,13 +83,11 @@ def confirm(
     )  # fmt: skip
 
 
-def judged(
-    correlation: ReferenceCorrelation, lowpass_A: float, finest_A: float, shells: tuple[int, int]
-) -> ControlRecord:
+def judged(correlation: ReferenceCorrelation, lowpass_A: float, shells: tuple[int, int]) -> ControlRecord:
     """The record of a confirmation."""
-    verdict = verdict_of(correlation)
+    verdict, finest_A = verdict_of(correlation), correlation.finest_A
     return ControlRecord(
-        NAME, TITLE, verdict, _sentence(correlation, verdict, lowpass_A, finest_A),
+        NAME, TITLE, verdict, _sentence(correlation, verdict, lowpass_A),
         measure="correlation of the particles' signal with the reference, in shells that no search had of it",
         number=correlation.value, interval=correlation.interval, threshold=LEAST,
         power="A right reference has 1; one above "
@@ -116,23 +114,27 @@ def judged(
 
 
 def verdict_of(correlation: ReferenceCorrelation) -> Verdict:
-    """Pass: confirmed, and better than the mirror image. Fail: it is no homologue worth the name."""
+    """Pass: confirmed, and better than the mirror image. Fail: it is no homologue worth the name, by shells in which
+    one would agree."""
     low, high = correlation.interval
     if not (np.isfinite(low) and np.isfinite(high)):
         return "inconclusive"
     if low > LEAST and correlation.reached == 0:
         return "pass" if correlation.mirror < correlation.value - correlation.error else "inconclusive"
-    return "fail" if high < WORTH else "inconclusive"
+    return "fail" if high < WORTH and correlation.may_refute else "inconclusive"
 
 
-def _sentence(correlation: ReferenceCorrelation, verdict: Verdict, lowpass_A: float, finest_A: float) -> str:
+def _sentence(correlation: ReferenceCorrelation, verdict: Verdict, lowpass_A: float) -> str:
     if not np.isfinite(correlation.value):
         return (
             f"The data can neither confirm nor refute the reference: beyond the first reference ({lowpass_A:g} Å) the "
             f"half-maps do not agree with each other. {ADVICE}"
         )
     low, high = correlation.interval
-    where = f"Between {lowpass_A:g} and {finest_A:.1f} Å, where the refinement never had anything of the reference, "
+    where = (
+        f"Between {lowpass_A:g} and {correlation.finest_A:.1f} Å, where the refinement never had anything of the "
+        "reference, "
+    )
     numbers = (
         f"the particles' signal has a correlation of {correlation.value:.2f} ({low:.2f} to {high:.2f}) with it; the "
         f"best of "
@@ -153,5 +155,10 @@ def _sentence(correlation: ReferenceCorrelation, verdict: Verdict, lowpass_A: fl
         return (
             f"The particles do not tell the reference from its mirror image. {where}{numbers} Find out the hand at a "
             "higher resolution before you interpret the map."
+        )
+    if not correlation.may_refute and high < WORTH:
+        numbers += (
+            f" Finer than {confirmed.REFUTING_A:g} Å a right homologue may have as little: half of its residues may "
+            "differ, and parts of it may have moved."
         )
     return "The data neither confirm nor refute the reference. " + where + numbers + " " + ADVICE
