@@ -18,7 +18,7 @@ half_maps_A     resolution that the half-maps claim (FSC 0.143, no mask)
 reference       the control of that name (`cryoiso audit`): correlation of the signal with the reference beyond the
                 low-pass filter, and its verdict; "fail" or "inconclusive" is right for noise
 
-A refinement of the default size has not been timed; of 40 images of 24 px the whole takes some 10 s of CPU.
+The default size takes about 15 CPU minutes a seed; 40 images of 24 px some 10 s in all.
 
     python benchmarks/einstein.py [--kinds white,coloured,vae] [--lowpass 5,7,10,15,20] [--seeds 1,2,3]
 """

@@ -115,8 +115,10 @@ def test_only_shells_in_which_a_homologue_would_agree_refute_a_reference(lowpass
     assert control.verdict_of(ReferenceCorrelation(0.1, decoys, 0.05, 240 / band.last)) == (
         "fail" if may_refute else "inconclusive"
     )
+    small = confirmed.band_of(20, 5, 72, 2.4)
+    assert small.last == 17, "to 10 Å, since no two shells lie before 15 Å; there it may refute"
     sentence = control.judged(unlike, lowpass_A, (band.first, band.last)).sentence
-    assert ("Finer than 15 Å a right homologue may have as little" in sentence) != may_refute
+    assert ("Finer than 10 Å a right homologue may have as little" in sentence) != may_refute
     assert ("another molecule" in sentence) == may_refute
 
 

@@ -27,9 +27,10 @@ DECOYS = 60
 FINER = 2.0
 """The band ends at this fraction of the initial reference's resolution: distant homologues still agree there, and
 tenths of a degree and of an ångström between map and reference do not matter."""
-REFUTING_A = 15.0
-"""Finer shells may confirm a reference, but do not refute it: haemagglutinin of another subtype (53 % identity, a good
-first reference) has 0.73 between 30 and 15 Å, 0.40 between 15 and 7.5 Å, 0.22 between 10 and 5 Å."""
+ALIKE_A, REFUTING_A = 15.0, 10.0
+"""Shells finer than the first are left out where enough remain, and finer ones than the second may confirm a reference
+but do not refute it: haemagglutinin of another subtype (53 % identity, a good first reference) has 0.73 between 30 and
+15 Å, 0.57 between 20 and 10 Å, 0.40 between 15 and 7.5 Å, 0.22 between 10 and 5 Å."""
 EDGE_SHELLS = 4
 """Shells of the grid beyond the band."""
 FINEST_PX = 3.0
@@ -95,10 +96,10 @@ class BandGrid:
 
 
 def band_of(lowpass_A: float, resolution_A: float, box_px: int, pixel_size_A: float) -> Band:
-    """Shells beyond the initial reference that tell a right reference from a wrong one: none finer than ``REFUTING_A``
+    """Shells beyond the initial reference that tell a right reference from a wrong one: none finer than ``ALIKE_A``
     if there are enough without."""
     finest_A = max(resolution_A, lowpass_A / FINER)
-    coarse = Band.beyond(lowpass_A, max(finest_A, REFUTING_A), box_px, pixel_size_A)
+    coarse = Band.beyond(lowpass_A, max(finest_A, ALIKE_A), box_px, pixel_size_A)
     return coarse if coarse.usable else Band.beyond(lowpass_A, finest_A, box_px, pixel_size_A)
 
 
