@@ -30,7 +30,6 @@ from benchmarks.score import soft_mask
 BOX, PIXEL_A, SYMMETRY = 48, 4.5, "C3"
 SET = particle_sets.ParticleSet({"mode": "preferred", "fraction": 0.95}, -12, preferred=particle_sets.TOP)
 CONTROLS = ("noise", "omitted", "added")
-STEPS = 300
 LOWPASS_A = 15.0
 NOISE_SETS = 12
 
@@ -64,7 +63,7 @@ def workflow(particles: Path, reference: Path, out: Path) -> tuple[np.ndarray, A
     job = out.with_suffix(".toml")
     job.write_text(
         f'[particles]\nfile = "{particles}"\ninvert = "no"\n[reference]\nfile = "{reference}"\n[sample]\n'
-        f'symmetry = "{SYMMETRY}"\n[auxiliary]\npreset = "small"\nsteps = {STEPS}\n'
+        f'symmetry = "{SYMMETRY}"\n[auxiliary]\npreset = "small"\n'
         '[run]\nworkflow = "auxiliary"\ndevice = "cpu"\n'
     )
     cost = harness.cryoiso("run", job, "--out", out, log=out.with_suffix(".log"))

@@ -32,7 +32,6 @@ from benchmarks.score import score
 
 SYMMETRY = "C3"
 ROWS = ("true poses", "plain", "homologue", "white noise", "vae")
-TRAINING_STEPS = 300
 SETS: dict[str, dict[str, Any]] = {
     "one_pole": {"mode": "preferred", "fraction": 0.98, "snr-db": -15},
     "two_poles": {"mode": "preferred", "fraction": 0.98, "poles": 2, "snr-db": -15},
@@ -113,7 +112,7 @@ def _job(row: str, folder: Path) -> Path:
     path.write_text(
         f'[particles]\nfile = "particles.star"\n[reference]\nfile = "homologue.mrc"\n'
         f'[sample]\nsymmetry = "{SYMMETRY}"\n'
-        f'[auxiliary]\ngenerators = "{generators}"\npreset = "small"\nsteps = {TRAINING_STEPS}\n'
+        f'[auxiliary]\ngenerators = "{generators}"\npreset = "small"\n'
         '[run]\nworkflow = "auxiliary"\ndevice = "cpu"\n'
     )
     return path

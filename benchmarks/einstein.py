@@ -55,7 +55,7 @@ class Size:
     box: int = 72
     pixel_A: float = 2.4
     snr_db: float = -10
-    steps: int = 300
+    steps: int = 120
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _job(folder: Path) -> Path:
     path.write_text(
         f'[particles]\nfile = "particles.star"\n[reference]\nfile = "homologue.mrc"\n'
         f'[sample]\nsymmetry = "{SYMMETRY}"\n'
-        f'[auxiliary]\npreset = "small"\nsteps = {cure.TRAINING_STEPS}\n'
+        f'[auxiliary]\npreset = "small"\n'
         '[correct]\npreset = "small"\n[run]\nworkflow = "both"\ndevice = "cpu"\n'
     )
     return path

@@ -3,8 +3,9 @@
 The generator: 16 images of 64 px, as ``auxiliary train`` makes a step (projections, latents, loss, backward pass,
 optimiser). The correction: 4 sub-maps of 32 px of a map of 64 px with two half-maps, as ``correct`` makes it (the map
 rotated, measured and filled; sub-maps one by one, so that any number of ranks gives the same bits). Each tree runs in
-processes of its own with its own settings; rounds take turns; the ratio is that of the medians. The first loss is
-printed beside, so that it shows whether both trees compute the same.
+processes of its own with its own settings; rounds take turns; the ratios are those of the medians: of a step, and of
+a training, which is a step times the steps that the preset makes. Losses of the first steps are printed beside, so that
+they show whether both trees compute the same. Whether a shorter training is as good: generator_quality.py.
 
     python benchmarks/training_presets.py --tree before=FOLDER --tree now=FOLDER [--rounds 5]
 """
@@ -24,6 +25,8 @@ from typing import Any
 
 BOX, EXTENT_A, SEED, WARM_UP, STEPS = 64, 192.0, 3, 2, 6
 Step = Callable[[int], Any]
+Course = tuple[Step, int, int]
+"""A step, how many of them the preset makes, and its images or sub-maps."""
 
 
 def precision(device: str) -> bool:
@@ -35,8 +38,8 @@ def precision(device: str) -> bool:
     return fast_bfloat16(device)
 
 
-def generator() -> Step:
-    """Steps of the generator's training."""
+def generator() -> Course:
+    """The generator's training."""
     import numpy as np
 
     from cryoiso.methods.auxiliary.condition import Condition
@@ -54,12 +57,18 @@ def generator() -> Step:
     task = GeneratorTask(source, source.particles, np.arange(256), condition, network(settings, BOX), settings, SEED)
     seed_torch(SEED)
     task.start(0)
-    stepper = Stepper(task.module.train(), TrainingGroup((0,), 0, "cpu"), settings.learning_rate, 0.0, precision("cpu"))
-    return lambda n: stepper(lambda m: task.loss(m, task.prepare(n), n, 0), 1.0, lambda: [0.0, 0.0])
+    stepper = Stepper(
+        task.module.train(), TrainingGroup((0,), 0, "cpu"), settings.learning_rate, settings.clip_norm, precision("cpu")
+    )
+
+    def step(n: int) -> Any:
+        return stepper(lambda m: task.loss(m, task.prepare(n), n, 0), 1.0, lambda: [0.0, 0.0])
+
+    return step, settings.steps, settings.batch
 
 
-def correction() -> Step:
-    """Steps of the correction's training."""
+def correction() -> Course:
+    """The correction's training."""
     import numpy as np
 
     from cryoiso.core.config import CorrectSection
@@ -98,7 +107,7 @@ def correction() -> Step:
             lambda: [0.0, 0.0],
         )  # fmt: skip
 
-    return step
+    return step, settings.steps, count
 
 
 TRAININGS = {"generator": generator, "correction": correction}
@@ -112,28 +121,28 @@ def child(name: str) -> None:
 
     torch.set_num_threads(1)
     with training_mode("cpu"):
-        step = TRAININGS[name]()
+        step, steps, images = TRAININGS[name]()
         losses = [float(step(n)[2]) for n in range(WARM_UP)]
         start = time.process_time()
         losses += [float(step(WARM_UP + n)[2]) for n in range(STEPS)]
         spent = time.process_time() - start
-    print(json.dumps({"ms": 1e3 * spent / STEPS, "losses": losses}))
+    print(json.dumps({"ms": 1e3 * spent / STEPS, "steps": steps, "images": images, "losses": losses}))
 
 
-def measured(trees: dict[str, Path], rounds: int) -> dict[str, Any]:
-    """Training -> tree -> ms of each round and losses; trees take turns."""
+def measured(trees: dict[str, Path], names: list[str], rounds: int) -> dict[str, Any]:
+    """Training -> tree -> ms of each round, steps, images a step and losses; trees take turns."""
     from benchmarks import harness
 
-    found: dict[str, Any] = {name: {tree: {"ms": []} for tree in trees} for name in TRAININGS}
+    found: dict[str, Any] = {name: {tree: {"ms": []} for tree in trees} for name in names}
     for _ in range(rounds):
-        for name in TRAININGS:
+        for name in names:
             for tree, path in trees.items():
                 env = {**harness.environment(), "PYTHONPATH": str(path)}
                 words = [sys.executable, __file__, "--child", name]
                 done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=path, check=True)
                 told = json.loads(done.stdout.strip().splitlines()[-1])
                 found[name][tree]["ms"].append(round(told["ms"], 1))
-                found[name][tree]["losses"] = told["losses"]
+                found[name][tree] |= {key: told[key] for key in ("steps", "images", "losses")}
                 print(name, tree, round(told["ms"], 1), file=sys.stderr, flush=True)
     return found
 
@@ -144,21 +153,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", action="append", required=True, metavar="NAME=PATH", help="the first one is the base")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--trainings", default=",".join(TRAININGS))
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "training_presets.json")
     a = parser.parse_args()
     trees = {name: Path(path).resolve() for name, path in (one.split("=", 1) for one in a.tree)}
-    found = measured(trees, a.rounds)
+    found = measured(trees, a.trainings.split(","), a.rounds)
     rows = []
     for name, of_trees in found.items():
-        base = statistics.median(of_trees[next(iter(trees))]["ms"])
-        for tree, one in of_trees.items():
+        for one in of_trees.values():
             one["median_ms"] = statistics.median(one["ms"])
-            one["times_base"] = base / one["median_ms"]
-            ends = f"{min(one['ms']):.0f} to {max(one['ms']):.0f}"
+            one["training_cpu_s"] = one["steps"] * one["median_ms"] / 1e3
+        base = of_trees[next(iter(trees))]
+        for tree, one in of_trees.items():
+            for key in ("median_ms", "training_cpu_s"):
+                one[f"times_base_{key}"] = base[key] / one[key]
+            ends = f"{one['median_ms']:.0f} ({min(one['ms']):.0f} to {max(one['ms']):.0f})"
+            whole = f"{one['training_cpu_s']:.1f} ({one['steps']} steps of {one['images']})"
+            ratios = (f"{one[f'times_base_{key}']:.2f}" for key in ("median_ms", "training_cpu_s"))
             first, *_, last = (f"{loss:.4f}" for loss in one["losses"])
-            rows.append([name, tree, f"{one['median_ms']:.0f}", ends, f"{one['times_base']:.2f}", first, last])
+            rows.append([name, tree, ends, whole, *ratios, first, last])
     harness.write_json(a.out, {"machine": harness.machine(), "rounds": a.rounds, "trainings": found})
-    print(harness.markdown(["training", "tree", "CPU ms a step", "rounds", "times", "first loss", "last loss"], rows))
+    head = ["training", "tree", "CPU ms a step", "CPU s a training", "times, step", "times, training", "first loss"]
+    print(harness.markdown([*head, "last loss"], rows))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ class Row:
 
 
 def _auxiliary(generators: str, weight: float | str = "measured", **keys: Any) -> dict[str, dict[str, Any]]:
-    return {"auxiliary": {"generators": generators, "preset": "small", "steps": 300, "weight": weight, **keys}}
+    # steps stand in the records of rows that train nothing; a generator takes those of its preset
+    steps = {} if generators == "per-half" else {"steps": 300}
+    return {"auxiliary": {"generators": generators, "preset": "small", **steps, "weight": weight, **keys}}
 
 
 ROWS: dict[str, Row] = {

@@ -22,7 +22,9 @@ class AuxiliarySection(Section):
         "for both; white-noise, coloured-noise: no network, but projections with white noise or with noise of the "
         "particles' spectrum",
     )
-    steps: int | None = Field(None, ge=1, description="training steps (default: paper 20,000, small 300)")
+    steps: int | None = Field(
+        None, ge=1, description="training steps (default: paper 20,000, small 120, or 300 with annealing)"
+    )
     batch: int | None = Field(
         None, ge=1, description="images per training step, summed over ranks (default: paper 8, small 16)"
     )
@@ -34,8 +36,12 @@ class AuxiliarySection(Section):
         gt=0,
         description="standard deviation of the likelihood in units of the images' noise (default: by preset)",
     )
-    kl_anneal_fraction: float = Field(
-        0.5, gt=0, le=1, description="share of the training over which the weight of the KL term rises from 0 to 1"
+    kl_anneal_fraction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the training over which the weight of the KL term rises from 0 to 1 (default: paper 0.5, "
+        "small 0)",
     )
     condition_lowpass_A: float = Field(
         10.0, ge=0, description="low-pass filter of the reference projections that condition the generator; 0: none"

@@ -28,7 +28,11 @@ COLLAPSED_SHARE = 0.5
 """More collapsed layers than this share make a collapsed posterior."""
 SLOWER = (1.0, 1.4, 1.8)
 """Factor on the length of the annealing in each attempt."""
+ANNEALED_AFTER_ALL = (0.0, 0.3, 0.6)
+"""Share of the training that is annealed in each attempt where the first one is not."""
 FIRST_WEIGHT = 1e-3
+LOST_NATS = 0.2
+"""A training without annealing that ends so much above its start, in nats per pixel, has failed."""
 
 
 class GeneratorTask:
@@ -109,16 +113,20 @@ class GeneratorTask:
 
     def kl_weight(self, step: int, attempt: int) -> float:
         """Grows linearly to 1 over the annealing."""
-        return min(1.0, FIRST_WEIGHT + step / max(self.annealed_at(attempt), 1))
+        end = self.annealed_at(attempt)
+        return min(1.0, FIRST_WEIGHT + step / end) if end else 1.0
 
     def annealed_at(self, attempt: int) -> int:
         """The step at which the KL term has its whole weight: always inside the training."""
-        share = min(self.settings.kl_anneal_fraction * SLOWER[min(attempt, len(SLOWER) - 1)], 0.95)
+        fraction, turn = self.settings.kl_anneal_fraction, min(attempt, len(SLOWER) - 1)
+        share = min(fraction * SLOWER[turn], 0.95) if fraction else ANNEALED_AFTER_ALL[turn]
         return int(share * self.settings.steps)
 
     def judge(self, history: Sequence[dict[str, Any]]) -> TrainingDecision:
-        """Restart if the posterior has collapsed once the KL term has its whole weight."""
-        if not history or history[-1]["step"] <= self.annealed_at(history[-1]["attempt"]):
+        """Restart if the posterior has collapsed once the KL term has its whole weight, or if the training is lost."""
+        if reason := self._lost(history):
+            return TrainingDecision("restart", reason)
+        if not history or history[-1]["step"] <= self._settled_at(history[-1]["attempt"]):
             return TrainingDecision()
         kl = history[-1].get("kl_per_layer")
         if kl is None:
@@ -131,6 +139,21 @@ class GeneratorTask:
             f"the posterior has collapsed in {collapsed.sum()} of {len(collapsed)} layers (less than "
             f"{COLLAPSE_NATS:g} nats an image)",
         )
+
+    def _settled_at(self, attempt: int) -> int:
+        """The step from which on a collapse is one: after the annealing, or in the second half where there is none."""
+        return self.annealed_at(attempt) or self.settings.steps // 2
+
+    def _lost(self, history: Sequence[dict[str, Any]]) -> str:
+        """Why a training without annealing has failed: its bound ends above the start, which codes white noise exactly.
+
+        An even bound is no failure then, as it is after annealing: images of white noise leave nothing to be gained.
+        """
+        bounds = [r["bound"] for r in history if r.get("bound") is not None]
+        if self.settings.kl_anneal_fraction or len(bounds) < 2 or history[-1]["step"] < self.settings.steps:
+            return ""
+        first, last = bounds[0], float(np.mean(bounds[-max(1, len(bounds) // 10) :]))
+        return f"the bound rose from {first:.4g} to {last:.4g}" if last > first + LOST_NATS else ""
 
     def configuration(self) -> dict[str, Any]:
         """What decides the result beside the loop's settings."""

@@ -108,12 +108,7 @@ def _train_one(
         source, particles, training.rows, condition, config, settings, seed,
         index=group.index, size=group.size, label=training.file.stem,
     )  # fmt: skip
-    on_gpu = group.device != "cpu"
-    loop = LoopSettings(
-        steps=settings.steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=seed,
-        log_every=max(1, settings.steps // RECORDS), clip_norm=settings.clip_norm,
-        amp=fast_bfloat16(group.device), compile=on_gpu, channels_last=True,
-    )  # fmt: skip
+    loop = loop_settings(settings, seed, group.device)
     name = "generator" if training.label == "both" else f"generator of half {training.label}"
     line = ProgressLine(f"training the {name}", settings.steps, active=group.is_first)
 
@@ -129,6 +124,17 @@ def _train_one(
         line.close(f"{outcome.step:,} steps, bound {bound:.4f} nats per pixel" if bound is not None else "")
     group.barrier()
     return outcome
+
+
+def loop_settings(settings: Training, seed: int, device: str) -> LoopSettings:
+    """How the loop trains a generator on a device."""
+    return LoopSettings(
+        steps=settings.steps, learning_rate=settings.learning_rate, schedule=settings.schedule, seed=seed,
+        log_every=max(1, settings.steps // RECORDS), clip_norm=settings.clip_norm,
+        amp=fast_bfloat16(device), compile=device != "cpu", channels_last=True,
+        # without annealing an even bound is no failure: GeneratorTask.judge looks whether it has risen
+        flat_window=0 if settings.kl_anneal_fraction else settings.steps + 1,
+    )  # fmt: skip
 
 
 @contextmanager

@@ -22,7 +22,7 @@ HOST = ("write", "prepare", "measure")
 BUILT_IN: dict[str, dict[str, float]] = {
     CPU: {
         "write": 3.4e-9, "prepare": 1.8e-7, "read": 1.1e-8, "gemm": 2.0e-11, "local": 1.1e-8, "insert": 3.0e-8,
-        "transform": 2.0e-8, "train_small": 3.5e-6, "generate_small": 5.8e-7, "train_paper": 1.07e-4,
+        "transform": 2.0e-8, "train_small": 1.7e-6, "generate_small": 5.8e-7, "train_paper": 1.07e-4,
         "generate_paper": 1.73e-5, "unet_small": 8.0e-6, "unet_paper": 1.05e-4, "measure": 3.0e-6,
     },
     GPU: {"unet_paper": 6.7e-8},
