@@ -60,8 +60,8 @@ def homologue_found(run: RunContext, inputs: Inputs, round_: int) -> IterationRe
 
 def _confirmed_before(run: RunContext, round_: int) -> bool:
     """Whether the round before has confirmed the homologue (reads a file)."""
-    found = _facts(run, f"corefine-{round_ - 1}", "corefine") if round_ > 1 else {}
-    return bool(found.get("homologue", {}).get("confirmed"))
+    facts = _facts(run, f"corefine-{round_ - 1}", "corefine") if round_ > 1 else {}
+    return bool(facts.get("homologue", {}).get("confirmed"))
 
 
 def _in_refine(run: RunContext) -> IterationRecord | None:

@@ -76,9 +76,9 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
     before = poses_after(run, inputs, round_ - 1)
     request = round_request(run, sample, source, round_, name, engine_folder(run, name), resume=resume)
     engine, section = engines.engine(job.refine.engine), job.auxiliary
-    found = found_before(run, round_)
-    if found is not None and left_out(run, round_):
-        refined = refine_raw(engine, request, comm, found)
+    evidence = found_before(run, round_)
+    if evidence is not None and left_out(run, round_):
+        refined = refine_raw(engine, request, comm, evidence)
         known = refined.auxiliary
     else:
         auxiliary = ShardSource(run.folder.stage(f"generate-{round_}"))
@@ -87,7 +87,13 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
         known = on_root(comm, planned_particles, inputs, before, round_)
         auxiliary.particles = known
         refined = co_refine(
-            engine, request, auxiliary, comm, pooled=section.noise_group == "raw", weight=section.weight, evidence=found
+            engine,
+            request,
+            auxiliary,
+            comm,
+            pooled=section.noise_group == "raw",
+            weight=section.weight,
+            evidence=evidence,
         )
     facts = _facts(job, round_, before, refined, known)
     _finish_round(run, inputs, sample, name, source, refined.raw, facts)

@@ -51,9 +51,9 @@ def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -
     source.particles = particles
     references = references_after(run, round_ - 1)
     _require_evidence(run, inputs, source, round_)
-    found = homologue_found(run, inputs, round_)
-    if found is not None and not found["homologue"]["confirmed"]:
-        return skip(run, name, UNCONFIRMED, round=round_, **found)
+    evidence = homologue_found(run, inputs, round_)
+    if evidence is not None and not evidence["homologue"]["confirmed"]:
+        return skip(run, name, UNCONFIRMED, round=round_, **evidence)
     facts = {"round": round_, "inverted": bool(source.index["inverted"])}
     train_into(
         run.folder.stage(name), source, particles, references, section, run.comm, run.job.run.seed, facts,
@@ -61,8 +61,8 @@ def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -
         # where auxiliary particles shared the raw ones' groups, the noise of the co-refinement is not that of the raw
         noise=noise_after(run, inputs, round_ - 1 if section.noise_group == "own" else 0),
     )  # fmt: skip
-    if found is not None:  # for the co-refinement, which need not ask again
-        on_root(run.comm, _add_facts, run.folder.stage(name) / products.facts("train"), dict(found))
+    if evidence is not None:  # for the co-refinement, which need not ask again
+        on_root(run.comm, _add_facts, run.folder.stage(name) / products.facts("train"), dict(evidence))
 
 
 def _add_facts(path: Path, more: dict[str, Any]) -> None:
