@@ -98,7 +98,7 @@ SCENARIOS: dict[str, Scenario] = {
     "workflow_realign": Scenario(SMALL_NETWORK, controls=("reference", "null", "omitted", "added", "leak"), size=FEW),
     "workflow_both": Scenario(
         {**AUXILIARY, **SMALL_NETWORK, "run.workflow": "both", "auxiliary.generators": "coloured-noise"},
-        controls=("reference", "null", "leak"), size=FEW,
+        controls=("reference", "null", "omitted", "added", "leak"), size=FEW,
     ),
     "files": Scenario(controls=("null", "other-reference"), needs_files=True),
 }  # fmt: skip
