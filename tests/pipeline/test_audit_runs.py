@@ -181,7 +181,9 @@ def test_a_decoy_that_the_map_follows_passes_if_the_first_control_would_refute_i
         (0.35, "inconclusive", "would not have decided"), (float("nan"), "inconclusive", "agree no further"),
     ):  # fmt: skip
         assert decoy.verdict_of(24.0, 30.0, correlation(value)) == verdict
-        assert words in decoy._conclusion(verdict, 30.0, correlation(value))
+        assert words in decoy._conclusion(verdict, 30.0, correlation(value), 12.0)
+    assert "half-maps agree no further" in decoy._conclusion("inconclusive", 30.0, None, 33.0)
+    assert "box has too few Fourier shells" in decoy._conclusion("inconclusive", 60.0, None, 4.0)
 
 
 def test_regions_and_balls_say_what_to_do():
