@@ -6,8 +6,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from cryoiso.core.progress import board
@@ -55,6 +55,23 @@ class LineFormatter(logging.Formatter):
 def is_told(record: logging.LogRecord, rank: int) -> bool:
     """Whether people see a message of a rank: all of rank 0, of others errors and what is to be told by any rank."""
     return rank == 0 or record.levelno >= logging.ERROR or getattr(record, "by_any_rank", False)
+
+
+@contextmanager
+def warnings_about(subject: str) -> Iterator[None]:
+    """While the block runs, warnings begin with what they are about ("audit, null noise: "), since they are no words
+    on the user's own particles then."""
+
+    def begin_with_subject(record: logging.LogRecord) -> bool:
+        if record.levelno == logging.WARNING:
+            record.msg, record.args = subject + record.getMessage(), ()
+        return True
+
+    logger.addFilter(begin_with_subject)
+    try:
+        yield
+    finally:
+        logger.removeFilter(begin_with_subject)
 
 
 def duration(seconds: float) -> str:

@@ -138,7 +138,8 @@ class Refinement(RefinementSetup):
         """Log an iteration; at the end warn of unsettled poses and of shifts at the limit of the search."""
         log_iteration(record)
         if advanced.done:
-            log_ending(record, advanced.stalled, self.settings)
+            is_control = self.request.grey_scale is not None  # of images that need not match
+            log_ending(record, advanced.stalled, self.settings, expected=is_control)
             at_limit = offsets.at_limit(changes.residual_px, self._shift_range_px())
             local = self.request.local_deg is not None
             range_A = self._shift_range_px() * self.pixel

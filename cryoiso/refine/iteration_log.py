@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from cryoiso.core.config import RefineSection
 from cryoiso.core.log import logger
 from cryoiso.core.records import IterationRecord
@@ -26,16 +28,18 @@ def log_iteration(record: IterationRecord) -> None:
         logger.info("the images' scales have a standard deviation of %.2f", record["scale_sd"])
 
 
-def log_ending(record: IterationRecord, stalled: int, settings: RefineSection) -> None:
+def log_ending(record: IterationRecord, stalled: int, settings: RefineSection, *, expected: bool = False) -> None:
     """Say after the last iteration if it was not the end by itself, and warn if the poses are still unsettled.
 
     Args:
         stalled: iterations without progress until now.
+        expected: the images need not match the reference, so that unsettled poses are no reason for a warning.
     """
     if stalled < settings.stalled_iterations:
         logger.info("ended by refine.max_iterations = %d, not converged", settings.max_iterations)
     if record["iteration"] > 1 and record["changes_deg"] > UNSETTLED_DEG:
-        logger.warning(
+        logger.log(
+            logging.INFO if expected else logging.WARNING,
             "the poses still moved by a median of %.0f° in the last iteration: most images do not determine their "
             "poses, by noise or for want of a fitting reference",
             record["changes_deg"],

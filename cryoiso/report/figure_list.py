@@ -10,6 +10,7 @@ import numpy as np
 from cryoiso.core.records import DiagnoseRecord, IterationRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
+from cryoiso.report.canvas import values_of
 from cryoiso.report.records import ReportData
 from cryoiso.report.sections import (
     anisotropy,
@@ -72,9 +73,8 @@ TRANSFER = (
     "the reference there. Bands are two standard deviations; half-set 2 is dashed."
 )
 TRAINING = (
-    "Loss (with the weight of the KL term, which grows until the dashed line) and reconstruction error; below, the KL "
-    "divergence of each latent layer without its weight, from the coarsest layer on. A layer that is dark to the end "
-    "has collapsed: it carries nothing."
+    "Loss{annealing} and reconstruction error; below, the KL divergence of each latent layer{unweighted}, from the "
+    "coarsest layer on. A layer that is dark to the end has collapsed: it carries nothing."
 )
 MOVED = (
     "By how much each round turned the poses of the raw particles, modulo symmetry. Beyond the dashed line (20°) are "
@@ -217,9 +217,20 @@ def _auxiliary(data: ReportData, samples: dict[str, np.ndarray]) -> list[Entry]:
             TRANSFER,
             lambda: draw.transfer(rounds),
         ),
-        ("training", "Training", trained, TRAINING + _speeds(rounds), lambda: draw.training(rounds)),
+        ("training", "Training", trained, _training_caption(rounds), lambda: draw.training(rounds)),
         ("moved", "How far particles moved", histograms, MOVED, lambda: draw.moved(rounds, local)),
     ]
+
+
+def _training_caption(rounds: list[dict[str, Any]]) -> str:
+    """Of the curves; with the annealing where the weight of the KL term was below 1."""
+    halves = [half for part in rounds for half in (part["train"].get("halves") or {}).values()]
+    annealed = any((values_of(half.get("kl_weight")) < 1).any() for half in halves)
+    words = {
+        "annealing": " (with the weight of the KL term, which grows until the dashed line)" if annealed else "",
+        "unweighted": " without its weight" if annealed else "",
+    }
+    return TRAINING.format(**words) + _speeds(rounds)
 
 
 def _speeds(rounds: list[dict[str, Any]]) -> str:

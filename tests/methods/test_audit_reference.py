@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -178,13 +180,52 @@ def test_verdict_and_sentence(found, verdict, words):
     assert record.verdict == verdict and words in record.sentence
 
 
-def test_a_run_that_is_no_finer_than_its_first_reference_decides_nothing_and_says_what_to_do():
-    class Bench:
-        class job:
-            class reference:
-                lowpass_A = 30.0
+class Grid:
+    """What the control asks of a run before it reads its maps."""
 
-        resolution_A, box_px, pixel_size_A = 26.0, 64, 4.0
+    def __init__(self, lowpass_A: float, resolution_A: float, box_px: int, pixel_size_A: float) -> None:
+        self.job = SimpleNamespace(reference=SimpleNamespace(lowpass_A=lowpass_A))
+        self.resolution_A, self.box_px, self.pixel_size_A = resolution_A, box_px, pixel_size_A
 
-    record = control.record(Bench(), None, {})  # type: ignore[arg-type]
-    assert record.verdict == "inconclusive" and "reference.lowpass_A" in record.sentence
+
+@pytest.mark.parametrize(
+    ("grid", "why", "advice"),
+    [
+        (Grid(30, 26, 64, 4.0), "and the resolution of 26.0 Å", "coarser first reference (reference.lowpass_A = 50)"),
+        (Grid(30, 45, 64, 4.0), "the resolution of 45.0 Å is no finer than", "refine more particles."),
+        (Grid(60, 4, 48, 3.0), "(60 Å) and half of that, 30 Å", "finer first reference (reference.lowpass_A = 30)"),
+        (Grid(30, 7, 24, 3.0), "box of 72 Å has too few", "finer first reference (reference.lowpass_A = 20)"),
+    ],
+    ids=["hardly finer", "coarser", "small box, coarse reference", "small box"],
+)  # fmt: skip
+def test_a_run_without_shells_to_compare_says_why_and_what_helps(grid, why, advice):
+    record = control.record(grid, None, {})  # type: ignore[arg-type]
+    assert record.verdict == "inconclusive" and why in record.sentence and advice in record.sentence
+    assert "hardly finer" not in record.sentence
+
+
+@pytest.mark.parametrize(
+    ("lowpass_A", "resolution_A", "better_A"),
+    [(30, 5, None), (28, 5, None), (10, 5, 30), (20, 5, 30), (40, 5, 30), (60, 5, 30), (30, 22, 40), (50, 22, None)],
+)
+def test_a_low_pass_filter_is_advised_only_where_it_leaves_more_shells(lowpass_A, resolution_A, better_A):
+    assert confirmed.better_lowpass(lowpass_A, resolution_A, 192, 1.25) == better_A
+
+
+@pytest.mark.parametrize("box_px", [24, 48, 72, 96, 128, 220, 300, 512])
+@pytest.mark.parametrize("pixel_size_A", [0.65, 1.06, 2.4, 4.0])
+def test_bands_stay_within_the_box_and_the_resolution_and_advice_leads_to_a_band(box_px, pixel_size_A):
+    for lowpass_A in (5, 8, 10, 15, 20, 25, 30, 45, 60):
+        for resolution_A in (2 * pixel_size_A, 3.0, 9.9, 15.0, 28.0, 70.0, np.inf):
+            grid = resolution_A, box_px, pixel_size_A
+            band, better_A = confirmed.band_of(lowpass_A, *grid), confirmed.better_lowpass(lowpass_A, *grid)
+            if band.usable:
+                assert band.last < box_px // 2 and box_px * pixel_size_A / band.last >= resolution_A - 1e-6
+                assert box_px * pixel_size_A / band.first < lowpass_A
+            assert better_A is None or confirmed.band_of(better_A, *grid).usable
+
+
+def test_sentence_and_caption_name_the_shells_that_were_compared():
+    record = control.judged(confirmation(0.35, 0.2), 20.0, (12, 15), "Refine more.")
+    assert "Between 20.0 and 16.0 Å" in record.sentence and record.sentence.endswith("Refine more.")
+    assert record.figure is not None and "between 20.0 and 16.0 Å" in record.figure.caption

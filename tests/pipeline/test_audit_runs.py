@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from cryoiso.core.sections.audit import ControlName
 from cryoiso.methods.audit import extent
 from cryoiso.methods.audit.blocks import Estimate
 from cryoiso.parallel.context import Context
-from cryoiso.pipeline.audit import images
+from cryoiso.pipeline.audit import images, repeat
 from cryoiso.pipeline.audit.command import audit_run
 from cryoiso.pipeline.audit.perform import CONTROLS, audit
 from cryoiso.pipeline.audit.repeat import Outcome
@@ -24,7 +25,7 @@ from cryoiso.pipeline.planning import job_size, workload
 from cryoiso.pipeline.records.manifest import job_key
 from cryoiso.pipeline.records.run_folder import RunFolder
 from cryoiso.pipeline.reproduce.verify import verify_run
-from cryoiso.pipeline.run import resume_run, run_job
+from cryoiso.pipeline.run import do_stage, resume_run, run_job
 from cryoiso.pipeline.stages import engines
 
 FEW = {"controls": ["reference", "null", "stability", "leak"], "particles": 50}
@@ -71,6 +72,21 @@ def test_controls_leave_the_run_as_it_was(finished):
     assert {done[n] for n in ("omitted", "added", "decoy", "other-reference")} == {"not applicable"}
     assert all(done[n] in ("pass", "fail", "inconclusive") for n in FEW["controls"])
     assert found["particles"] == 50 and found["of"] == 60
+
+
+def test_warnings_of_a_control_say_that_they_are_about_it(finished, monkeypatch, caplog):
+    """Unsettled poses of a repetition say nothing of the run, whose particles the user would take to be meant."""
+
+    def with_warning(*given, **options):
+        logging.getLogger("cryoiso").warning("100 %% of %d poses", 50)
+        return do_stage(*given, **options)
+
+    monkeypatch.setattr(repeat, "do_stage", with_warning)
+    audit_run(finished, Context(), {**FEW, "controls": ["stability"]}, {})
+    logging.getLogger("cryoiso").warning("100 %% of the run's")
+    *nested, last = (r.getMessage() for r in caplog.records if r.getMessage().endswith(("poses", "run's")))
+    assert "audit, stability seed: 100 % of 50 poses" in nested and all(line.startswith("audit, ") for line in nested)
+    assert last == "100 %% of the run's"
 
 
 def test_a_second_start_does_no_refinement_again_and_says_the_same(finished, monkeypatch):
@@ -181,7 +197,9 @@ def test_a_decoy_that_the_map_follows_passes_if_the_first_control_would_refute_i
         (0.35, "inconclusive", "would not have decided"), (float("nan"), "inconclusive", "agree no further"),
     ):  # fmt: skip
         assert decoy.verdict_of(24.0, 30.0, correlation(value)) == verdict
-        assert words in decoy._conclusion(verdict, 30.0, correlation(value))
+        assert words in decoy._conclusion(verdict, 30.0, correlation(value), 12.0)
+    assert "half-maps agree no further" in decoy._conclusion("inconclusive", 30.0, None, 33.0)
+    assert "box has too few Fourier shells" in decoy._conclusion("inconclusive", 60.0, None, 4.0)
 
 
 def test_regions_and_balls_say_what_to_do():

@@ -226,3 +226,12 @@ def test_a_refinement_whose_poses_are_not_settled_says_so(caplog, iteration, mov
     with caplog.at_level(logging.INFO, "cryoiso"):
         log_ending(record, stalled, RefineSection(max_iterations=5))
     assert len(caplog.messages) == len(words) and all(w in m for w, m in zip(words, caplog.messages, strict=True))
+
+
+def test_unsettled_poses_of_images_that_need_not_match_are_no_warning(caplog):
+    """A control refines noise: its poses are not settled, and the user's particles are not meant."""
+    record = {"iteration": 4, "changes_deg": 85.0}
+    with caplog.at_level(logging.INFO, "cryoiso"):
+        for expected in (False, True):
+            log_ending(record, 1, RefineSection(), expected=expected)
+    assert [entry.levelname for entry in caplog.records] == ["WARNING", "INFO"]

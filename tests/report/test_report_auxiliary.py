@@ -318,6 +318,20 @@ def test_a_run_in_its_first_training_has_a_report(run_folder, unrendered):
     assert headings(built(run_folder)[0]) == ["maps", "numbers", "training", "iterations"]
 
 
+@pytest.mark.parametrize("annealed", [True, False])
+def test_the_caption_of_a_training_speaks_of_annealing_only_where_there_was_some(run_folder, unrendered, annealed):
+    """Without it no dashed line is drawn."""
+
+    def at_full_weight(d):
+        for run in d["halves"].values():
+            run["kl_weight"] = [1.0] * STEPS
+
+    if not annealed:
+        for file in run_folder.glob("*_train-*/train.json"):
+            change(file, at_full_weight)
+    assert ("weight of the KL term, which grows until the dashed line" in built(run_folder)[0]) == annealed
+
+
 def test_nulls_and_nan_leave_gaps(run_folder):
     def spoil_training(d):
         run = d["halves"]["1"]

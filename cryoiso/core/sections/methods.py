@@ -29,7 +29,7 @@ class AuxiliarySection(Section):
         None, ge=1, description="images per training step, summed over ranks (default: paper 8, small 16)"
     )
     learning_rate: float | None = Field(
-        None, gt=0, description="learning rate of Adam (default: paper 0.0001, small by preset)"
+        None, gt=0, description="learning rate of Adam (default: paper 0.0001, small 0.008, or 0.003 with annealing)"
     )
     likelihood_sd: float | None = Field(
         None,

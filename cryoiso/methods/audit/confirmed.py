@@ -31,6 +31,10 @@ ALIKE_A, REFUTING_A = 15.0, 10.0
 """Shells finer than the first are left out where enough remain, and finer ones than the second may confirm a reference
 but do not refute it: haemagglutinin of another subtype (53 % identity, a good first reference) has 0.73 between 30 and
 15 Å, 0.57 between 20 and 10 Å, 0.40 between 15 and 7.5 Å, 0.22 between 10 and 5 Å."""
+COMMON_LOWPASS_A = (15.0, 20.0, 25.0, 30.0, 40.0, 50.0, 60.0)
+"""Low-pass filters of first references that may be advised."""
+CLEARLY_MORE = 1.2
+"""Factor on the number of shells from which on another low-pass filter is worth another run."""
 EDGE_SHELLS = 4
 """Shells of the grid beyond the band."""
 FINEST_PX = 3.0
@@ -101,6 +105,24 @@ def band_of(lowpass_A: float, resolution_A: float, box_px: int, pixel_size_A: fl
     finest_A = max(resolution_A, lowpass_A / FINER)
     coarse = Band.beyond(lowpass_A, max(finest_A, ALIKE_A), box_px, pixel_size_A)
     return coarse if coarse.usable else Band.beyond(lowpass_A, finest_A, box_px, pixel_size_A)
+
+
+def better_lowpass(lowpass_A: float, resolution_A: float, box_px: int, pixel_size_A: float) -> float | None:
+    """The common low-pass filter of the first reference that leaves most shells to judge a reference by, those first in
+    which homologues are most alike; None where the present one leaves about as many."""
+
+    def finest_and_shells(candidate_A: float) -> tuple[float, int]:
+        band = band_of(candidate_A, resolution_A, box_px, pixel_size_A)
+        return (box_px * pixel_size_A / band.last, band.last - band.first + 1) if band.usable else (0.0, 0)
+
+    def worth(candidate_A: float) -> tuple[bool, bool, int]:
+        finest_A, shells = finest_and_shells(candidate_A)
+        return finest_A >= REFUTING_A, finest_A >= ALIKE_A, shells
+
+    best_A = max(COMMON_LOWPASS_A, key=worth)
+    (best_finest_A, most), (finest_A, now) = finest_and_shells(best_A), finest_and_shells(lowpass_A)
+    may_now_refute = best_finest_A >= REFUTING_A > finest_A
+    return best_A if may_now_refute or most > CLEARLY_MORE * now else None
 
 
 def signal(

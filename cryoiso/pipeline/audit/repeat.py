@@ -11,6 +11,7 @@ from typing import Any, Literal
 from cryoiso.core import products
 from cryoiso.core.config import Job, job_to_toml
 from cryoiso.core.errors import STOPPED, InputError, Interrupted
+from cryoiso.core.log import warnings_about
 from cryoiso.core.types import Particles
 from cryoiso.io.atomic import write_json, write_text
 from cryoiso.io.mrc import read_map
@@ -111,7 +112,8 @@ def repeat(bench: Bench, case: Case, images: ImageSet) -> Outcome:
         return Outcome(nested, refused)
     particles = (case.particles if case.particles is not None else images.particles) if comm.rank == 0 else None
     try:
-        _stages(nested, Inputs(job, folder, comm, particles), key, case.last)
+        with warnings_about(nested.label):
+            _stages(nested, Inputs(job, folder, comm, particles), key, case.last)
     except InputError as error:
         if error.code not in REFUSALS:
             raise

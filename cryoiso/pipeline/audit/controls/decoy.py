@@ -45,7 +45,7 @@ def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> Co
     correlation = None if parted_A > lowpass_A else _confirmed(bench, outcome, decoy, claimed)
     verdict = verdict_of(parted_A, lowpass_A, correlation)
     sentence = f"With a random density as the reference, which was not refused, map and decoy part at {parted_A:.0f} Å"
-    sentence += _conclusion(verdict, lowpass_A, correlation)
+    sentence += _conclusion(verdict, lowpass_A, correlation, claimed)
     return ControlRecord(
         NAME, TITLE, verdict, sentence, measure="resolution at which map and decoy part (FSC 0.5)", number=parted_A,
         interval=None, threshold=lowpass_A, unit="Å",
@@ -83,10 +83,15 @@ def verdict_of(parted_A: float, lowpass_A: float, correlation: ReferenceCorrelat
     return opposite.get(reference.verdict_of(correlation), "inconclusive")
 
 
-def _conclusion(verdict: Verdict, lowpass_A: float, correlation: ReferenceCorrelation | None) -> str:
+def _conclusion(verdict: Verdict, lowpass_A: float, correlation: ReferenceCorrelation | None, claimed_A: float) -> str:
     if verdict == "pass" and correlation is None:
         return ", coarser than what the refinement was given of it: the images decide."
     follows = f": the map follows the decoy as far as it was given ({lowpass_A:g} Å)"
+    if correlation is None and claimed_A < lowpass_A:
+        return (
+            f"{follows}, and the box has too few Fourier shells beyond for the first control. Coarser than that, a "
+            "reference decides what these images show."
+        )
     if correlation is None or not np.isfinite(correlation.value):
         return (
             f"{follows}, and the half-maps agree no further. At such resolutions a reference decides what these images "

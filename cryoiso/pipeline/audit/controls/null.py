@@ -109,8 +109,9 @@ def _sentence(bench: Bench, gain: Estimate, verdict: Verdict) -> str:
     lowpass_A = bench.job.reference.lowpass_A
     if not bench.beyond.usable:
         return (
-            f"The resolution of {bench.resolution_A:.1f} Å is hardly finer than the initial reference ({lowpass_A:g} "
-            "Å), so that nothing in the map can be told from what the reference put there."
+            f"Between the initial reference ({lowpass_A:g} Å) and the resolution of {bench.resolution_A:.1f} Å a box "
+            f"of {bench.box_px * bench.pixel_size_A:.0f} Å has too few Fourier shells, so that nothing in the map can "
+            "be told from what the reference put there."
         )
     start = f"In the shells beyond {lowpass_A:g} Å, which the initial reference did not have, the map of the particles "
     if verdict == "pass":

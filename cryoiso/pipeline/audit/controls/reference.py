@@ -23,10 +23,6 @@ LEAST = 0.2
 molecule reach that by the common outline."""
 WORTH = 0.5
 """Correlation that a homologue worth the name has: where it can be excluded, the reference is wrong."""
-ADVICE = (
-    "To decide it, refine more particles, or repeat the run with a coarser first reference (a larger "
-    "reference.lowpass_A), which leaves more shells to the particles."
-)
 
 
 @dataclass(frozen=True)
@@ -54,16 +50,43 @@ def maps_of(folder: Path) -> Maps:
 def record(bench: Bench, unchanged: Outcome, outcomes: dict[str, Outcome]) -> ControlRecord:
     """Correlation of the particles' signal with the reference, in shells that no search had of it."""
     lowpass_A = bench.job.reference.lowpass_A
-    band = confirmed.band_of(lowpass_A, bench.resolution_A, bench.box_px, bench.pixel_size_A)
+    grid = bench.resolution_A, bench.box_px, bench.pixel_size_A
+    band, advice = confirmed.band_of(lowpass_A, *grid), _advice(lowpass_A, confirmed.better_lowpass(lowpass_A, *grid))
     if not band.usable:
         return ControlRecord(
             NAME, TITLE, "inconclusive",
-            f"The data can neither confirm nor refute the reference: the resolution of {bench.resolution_A:.1f} Å is "
-            f"hardly finer than the first reference ({lowpass_A:g} Å), and up to there every map resembles its "
-            f"reference, that of noise as well. {ADVICE}",
+            f"The data can neither confirm nor refute the reference: {_too_few_shells(lowpass_A, *grid)}. Coarser than "
+            f"its first reference every map resembles it, that of noise as well. {advice}",
         )  # fmt: skip
     correlation = confirm(bench, bench.run.folder.stage("reconstruct"), bench.reference, bench.inside, band)
-    return judged(correlation, lowpass_A, (band.first, band.last))
+    return judged(correlation, lowpass_A, (band.first, band.last), advice)
+
+
+def _too_few_shells(lowpass_A: float, resolution_A: float, box_px: int, pixel_size_A: float) -> str:
+    """Why nothing can be compared."""
+    if resolution_A >= lowpass_A:
+        return f"the resolution of {resolution_A:.1f} Å is no finer than the first reference ({lowpass_A:g} Å)"
+    finest_A = lowpass_A / confirmed.FINER
+    end = f"the resolution of {resolution_A:.1f} Å" if resolution_A > finest_A else f"half of that, {finest_A:g} Å"
+    return (
+        f"a box of {box_px * pixel_size_A:.0f} Å has too few Fourier shells between the first reference "
+        f"({lowpass_A:g} Å) and {end}"
+    )
+
+
+def _advice(lowpass_A: float, better_A: float | None) -> str:
+    """How to come to a decision.
+
+    Args:
+        better_A: low-pass filter of a first reference that leaves more shells to the particles; None: none does.
+    """
+    start = "To decide it, refine more particles"
+    if better_A is None:
+        return start + "."
+    return (
+        f"{start}, or repeat the run with a {'coarser' if better_A > lowpass_A else 'finer'} first reference "
+        f"(reference.lowpass_A = {better_A:g}), which leaves more shells to judge by."
+    )
 
 
 def confirm(
@@ -83,11 +106,22 @@ def confirm(
     )  # fmt: skip
 
 
-def judged(correlation: ReferenceCorrelation, lowpass_A: float, shells: tuple[int, int]) -> ControlRecord:
-    """The record of a confirmation."""
+def judged(
+    correlation: ReferenceCorrelation, lowpass_A: float, shells: tuple[int, int], advice: str = ""
+) -> ControlRecord:
+    """The record of a confirmation.
+
+    Args:
+        shells: first and last of those that were compared.
+        advice: how to come to a decision where there is none.
+    """
     verdict, finest_A = verdict_of(correlation), correlation.finest_A
+    where = (
+        f"between {finest_A * shells[1] / shells[0]:.1f} and {finest_A:.1f} Å, where the refinement never had anything "
+        "of the reference"
+    )
     return ControlRecord(
-        NAME, TITLE, verdict, _sentence(correlation, verdict, lowpass_A),
+        NAME, TITLE, verdict, _sentence(correlation, verdict, lowpass_A, where, advice),
         measure="correlation of the particles' signal with the reference, in shells that no search had of it",
         number=correlation.value, interval=correlation.interval, threshold=LEAST,
         power="A right reference has 1; one above "
@@ -106,9 +140,8 @@ def judged(correlation: ReferenceCorrelation, lowpass_A: float, shells: tuple[in
                 ("random densities", 0.0, -TWO_SIDED * correlation.error, TWO_SIDED * correlation.error),
             ],
             level=LEAST,
-            caption=f"Agreement between {lowpass_A:g} and {finest_A:.1f} Å, where the refinement never had anything of "
-            "the reference: 1 for the right one, 0 for an unrelated one. Random densities have its outline, symmetry "
-            "and spectrum; 95 % of them are within the bar.",
+            caption=f"Agreement {where}: 1 for the right one, 0 for an unrelated one. Random densities have its "
+            "outline, symmetry and spectrum; 95 % of them are within the bar.",
         ),
     )  # fmt: skip
 
@@ -124,23 +157,18 @@ def verdict_of(correlation: ReferenceCorrelation) -> Verdict:
     return "fail" if high < WORTH and correlation.may_refute else "inconclusive"
 
 
-def _sentence(correlation: ReferenceCorrelation, verdict: Verdict, lowpass_A: float) -> str:
+def _sentence(correlation: ReferenceCorrelation, verdict: Verdict, lowpass_A: float, where: str, advice: str) -> str:
     if not np.isfinite(correlation.value):
         return (
             f"The data can neither confirm nor refute the reference: beyond the first reference ({lowpass_A:g} Å) the "
-            f"half-maps do not agree with each other. {ADVICE}"
+            f"half-maps do not agree with each other. {advice}"
         )
     low, high = correlation.interval
-    where = (
-        f"Between {lowpass_A:g} and {correlation.finest_A:.1f} Å, where the refinement never had anything of the "
-        "reference, "
-    )
+    where = f"{where[0].upper()}{where[1:]}, "
     numbers = (
         f"the particles' signal has a correlation of {correlation.value:.2f} ({low:.2f} to {high:.2f}) with it; the "
-        f"best of "
-        f"{len(correlation.decoys)} random densities of the same outline has {correlation.decoys.max():.2f}, the "
-        f"mirror image "
-        f"{correlation.mirror:.2f}."
+        f"best of {len(correlation.decoys)} random densities of the same outline has "
+        f"{correlation.decoys.max():.2f}, the mirror image {correlation.mirror:.2f}."
     )
     if verdict == "pass":
         return "The particles confirm the reference. " + where + numbers
@@ -161,4 +189,4 @@ def _sentence(correlation: ReferenceCorrelation, verdict: Verdict, lowpass_A: fl
             f" Finer than {confirmed.REFUTING_A:g} Å a right homologue may have as little: half of its residues may "
             "differ, and parts of it may have moved."
         )
-    return "The data neither confirm nor refute the reference. " + where + numbers + " " + ADVICE
+    return "The data neither confirm nor refute the reference. " + where + numbers + " " + advice
