@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -98,7 +99,8 @@ def test_sdist_and_wheel_hold_everything_and_the_wheel_works_alone(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build(source, "sdist", tmp_path)
-    shutil.unpack_archive(tmp_path / f"cryoiso-{__version__}.tar.gz", tmp_path, filter="data")
+    checked = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
+    shutil.unpack_archive(tmp_path / f"cryoiso-{__version__}.tar.gz", tmp_path, **checked)
     build(tmp_path / f"cryoiso-{__version__}", "wheel", tmp_path)  # from the sdist, as pip would
     (wheel,) = tmp_path.glob("*.whl")
 
