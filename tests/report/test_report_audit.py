@@ -38,6 +38,7 @@ def test_controls_stand_between_the_verdict_and_the_maps():
     assert places == sorted(places)
     assert "Noise &lt;instead&gt; of images" in html and "FAIL" in html and "0.3 to 0.5" in html
     assert html.count("data:image/svg") == 2  # the third control has no figure
+    assert '<td class="pass">● pass</td>' in html and '<td class="fail">✖ FAIL</td>' in html
 
 
 def test_the_summary_names_what_did_not_pass():
