@@ -11,6 +11,7 @@ from cryoiso.core.records import DiagnoseRecord, IterationRecord
 from cryoiso.core.types import DensityMap
 from cryoiso.report import comparison
 from cryoiso.report.canvas import values_of
+from cryoiso.report.quoted import mask_warning
 from cryoiso.report.records import ReportData
 from cryoiso.report.sections import (
     anisotropy,
@@ -29,8 +30,9 @@ from cryoiso.report.text import Entry, Text, number
 
 FSC = (
     "Fourier shell correlation of the two half-maps, which share no particle. The resolution is read where the "
-    "corrected curve crosses 0.143. The randomised curve is what the mask alone makes; it should be near zero. A "
-    "corrected curve that does not come down to zero at the right-hand end warns of halves that are not independent."
+    "corrected curve crosses 0.143, or the unmasked one where the mask makes the agreement. The randomised curve is "
+    "what the mask alone makes; it should be near zero. A corrected curve that does not come down to zero at the "
+    "right-hand end warns of halves that are not independent."
 )
 TRUTH = (
     "The map against the known truth, read where the non-increasing curve nearest to it falls below 0.5 (one noisy "
@@ -115,7 +117,13 @@ def figures(
         *audit.entries(controls),
         ("maps", "Maps", maps, _maps_caption(maps, _before(data)), lambda: draw.maps(maps, d)),
         measured.entry(data, surface),
-        ("fsc", "Half-map agreement", d.get("fsc_unmasked"), FSC, lambda: draw.half_map_fsc(d)),
+        (
+            "fsc",
+            "Half-map agreement",
+            d.get("fsc_unmasked"),
+            " ".join((FSC, *mask_warning(d))),
+            lambda: draw.half_map_fsc(d),
+        ),
         (
             "truth",
             "Map against truth",

@@ -23,6 +23,7 @@ from cryoiso.report.canvas import (
     scale_bar,
     styled,
 )
+from cryoiso.report.quoted import IN_THE_MASK, quoted_resolution
 from cryoiso.report.text import number, section
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def _centre(volume: np.ndarray, extent_px: int) -> np.ndarray:
 
 
 def half_map_fsc(d: DiagnoseRecord) -> str:
-    """FSC curves of the half-maps."""
+    """FSC curves of the half-maps, with the resolution that may be quoted."""
+    resolution_A, criterion = quoted_resolution(d)
     curves = [
         (d.get("fsc_unmasked"), "unmasked", SKY, "-", 1.4),
         (d.get("fsc_masked"), "masked", BLUE, "--", 1.4),
@@ -117,7 +119,7 @@ def half_map_fsc(d: DiagnoseRecord) -> str:
             if curve:
                 ax.plot(d["frequency_invA"], curve, line, color=colour, label=label, linewidth=width)
         _fsc_axes(ax, d["frequency_invA"], (0.143, 0.5))
-        _mark(ax, d.get("resolution_0143_A"), 0.143, "black")
+        _mark(ax, resolution_A, 0.143, "black" if criterion == IN_THE_MASK else SKY)
         ax.legend(loc="best")
         return address(figure)
 

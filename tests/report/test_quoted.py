@@ -6,6 +6,7 @@ from typing import Any
 
 from test_deposit import facts as deposit_facts
 
+from cryoiso.report import figure_list, figures
 from cryoiso.report.collect import numbers, summary
 from cryoiso.report.methods_text import methods, warnings
 from cryoiso.report.quoted import IN_THE_MASK, WITHOUT_A_MASK, quoted_resolution
@@ -46,3 +47,17 @@ def test_else_the_one_without_a_mask():
     assert all(
         "without it, directions are resolved to 5.2 to 30.0 Å" in captions[key] for key in ("directions", "sphere")
     )
+
+
+def test_the_figure_of_the_half_maps_marks_what_may_be_quoted(monkeypatch):
+    marked = []
+    monkeypatch.setattr(figures, "_mark", lambda ax, resolution_A, *_: marked.append(resolution_A))
+    for unmasked in (False, True):
+        data = a_report(unmasked)
+        curves = {key: [] for key in data["diagnose"] if key.startswith("fsc_")}
+        data["diagnose"] |= {**curves, "frequency_invA": [0.0, 0.1, 0.2], "fsc_unmasked": [1.0, 0.5, 0.1]}
+        sections = data["diagnose"]["directional"]
+        data["diagnose"]["directional"] = {key: sections[key] for key in ("unmasked",) if key in sections}
+        (figure,) = [f for f in figure_list.figures(data, []) if f.key == "fsc"]
+        assert ("quote 5.80 Å (without a mask)" in figure.caption) == unmasked
+    assert marked == [5.0, 5.8]
