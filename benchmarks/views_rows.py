@@ -67,7 +67,6 @@ ROWS: dict[str, Row] = {
     "regularisation + view polarity": Row(engine=_on("regularisation", "view polarity")),
     "regularisation + weighted fsc + view density": Row(engine=_on("regularisation", "weighted fsc", "view density")),
     "refine": Row(),
-    "refine later stop": Row(engine={"stalled_iterations": 3}),
     "scale group": Row(engine={"scale": "group"}),
     "scale particle": Row(engine={"scale": "particle"}),
     "oracle before": Row(engine=BEFORE, reference="signal_map.mrc"),
