@@ -77,13 +77,13 @@ def strike_all_over(name: str, jobs: list[Path], folder: Path, numbers: list[int
         run = folder / f"struck{turn}"
         aims = tally.aims(turn, ASKED - len(tally.hits) if ASKED else 100)
         chain(jobs[turn % len(jobs)], run, tally, aims, turn)
-        same.append(require_nothing_lost(run, expected))
+        same.append(require_nothing_lost(run, folder / "whole", expected))
     kept = record(name, tally, same, len(expected), began)
     assert len(tally.hits) >= KILLS, kept
     return kept
 
 
-def require_nothing_lost(run: Path, expected: dict[str, str]) -> bool:
+def require_nothing_lost(run: Path, whole: Path, expected: dict[str, str]) -> bool:
     """Whether a run that was struck has the bits of one that was left alone; it must, unless RELION went on in it.
 
     RELION that goes on after one of its iterations does not do what it would have done (nor when started by hand: it
@@ -100,9 +100,14 @@ def require_nothing_lost(run: Path, expected: dict[str, str]) -> bool:
     checked = cryoiso_here("verify", run)
     assert checked.returncode == 0, checked.stderr
     for file in run.rglob("refine.json"):
-        numbers = [record["iteration"] for record in json.loads(file.read_text())["iterations"]]
-        assert numbers == list(range(1, len(numbers) + 1)), file
+        numbers, others = (iterations_of(path) for path in (file, whole / file.relative_to(run)))
+        assert numbers == list(range(others[0], others[0] + len(numbers))), file
     return not other
+
+
+def iterations_of(file: Path) -> list[int]:
+    """Numbers of a refinement's iterations; RELION's begin with 2 where each half-set has a reference of its own."""
+    return [record["iteration"] for record in json.loads(file.read_text())["iterations"]]
 
 
 def require_correction(run: Path) -> None:
