@@ -15,13 +15,14 @@ from cryoiso.core.log import duration, printable
 from cryoiso.report.figure_list import Figure
 from cryoiso.report.hover import Picture
 from cryoiso.report.records import ReportData
+from cryoiso.report.sections.audit import SIGNS
 from cryoiso.report.text import Text
 
 _CSS = """
 :root{--ink:#1b1f24;--soft:#5b6470;--line:#d9dee4;--page:#f6f7f9;--card:#fff;--accent:#0072B2;
---pass:#00734f;--fail:#b3360b;--open:#8a5a00}
+--pass:#00734f;--fail:#b3360b;--inconclusive:#8a5a00}
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#a2abb6;--line:#3a414a;--page:#15181c;--card:#1e2328;
---accent:#56B4E9;--pass:#4fd1a5;--fail:#ff8a65;--open:#f0c060}}
+--accent:#56B4E9;--pass:#4fd1a5;--fail:#ff8a65;--inconclusive:#f0c060}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -50,8 +51,8 @@ th,td{padding:.34rem .5rem;text-align:left;border-bottom:1px solid var(--line);v
 tr:last-child td{border-bottom:0}
 th{font-weight:600;color:var(--soft)}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.pass,.fail,.open{font-weight:600;white-space:nowrap}
-.pass{color:var(--pass)}.fail{color:var(--fail)}.open{color:var(--open)}
+.pass,.fail,.inconclusive{font-weight:600;white-space:nowrap}
+.pass{color:var(--pass)}.fail{color:var(--fail)}.inconclusive{color:var(--inconclusive)}
 .table.named td:first-child{color:var(--soft);width:34%}
 .words{margin:0 .2rem .8rem}.words p{margin:.3rem 0}.table+figure{margin-top:.8rem}
 tr.group td{font-weight:600;padding-top:.9rem;border-bottom:1px solid var(--line)}
@@ -68,13 +69,13 @@ summary{cursor:pointer}
 .numbers td.n,.numbers th.n{text-align:left;white-space:normal}.numbers td:first-child{color:var(--soft)}
 .numbers tr.group td{color:var(--ink)}}
 @media print{:root{--ink:#000;--soft:#333;--line:#bbb;--page:#fff;--card:#fff;--pass:#00734f;--fail:#b3360b;
---open:#8a5a00}body{font-size:11pt}
+--inconclusive:#8a5a00}body{font-size:11pt}
 main{max-width:none;padding:0}
 figure,.summary,.words p,tr{break-inside:avoid}h2{break-after:avoid}}
 """
 
-_LIGHTS = {"●": "pass", "✖": "fail", "◐": "open"}
-"""Sign before a verdict -> its colour; signs differ in shape too."""
+_LIGHTS = {words: verdict for verdict, words in SIGNS.items() if verdict != "not applicable"}
+"""Words of a verdict -> its class, which has the colour; their signs differ in shape too."""
 _NARROW = {"measured", "fsc", "errors", "moved", "correct"}
 PX_PER_IN = 106
 """Pixels of the page per inch of a figure: the widest, of 9.2 to 10 inches, fill it."""
@@ -184,8 +185,8 @@ def _text(text: Text) -> str:
 
 
 def _cell(words: str) -> str:
-    """A cell of a table of words, a verdict in the colour of its sign."""
-    light = _LIGHTS.get(words[:1])
+    """A cell of a table of words, a verdict in its colour."""
+    light = _LIGHTS.get(words)
     return f'<td class="{light}">{escape(words)}</td>' if light else f"<td>{escape(words)}</td>"
 
 
