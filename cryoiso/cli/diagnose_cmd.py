@@ -53,13 +53,13 @@ def diagnose(
     and, for simulated particles, the errors of poses and map. With --model, map-model FSC and Q-scores; without
     half-maps, these alone.
     """
-    from cryoiso.io.atomic import MAP_SUFFIXES, require_target
+    from cryoiso.io.atomic import require_map_target, require_target
     from cryoiso.pipeline.commands.diagnose import diagnose_files, diagnose_model, write_volume
 
     require_target(out)
     for target in (fsc3d, phase_cosine, local_resolution):
         if target is not None:
-            require_target(target, MAP_SUFFIXES)
+            require_map_target(target)
     job = job_options.job(particles={"file": "-"}, reference={"file": "-"})
     table = out.parent / products.Q_TABLE
     if model_map is not None and job.diagnose.model and not any((half1, half2, half1_option, half2_option)):

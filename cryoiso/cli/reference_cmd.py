@@ -66,7 +66,7 @@ def reference(
     one in cryoSPARC's frame of D3, D5, D7 ...) is rejected; --standard-frame moves it.
     """
     from cryoiso.core.errors import UsageError
-    from cryoiso.io.atomic import MAP_SUFFIXES, require_target
+    from cryoiso.io.atomic import require_map_target
     from cryoiso.io.mrc import write_map
     from cryoiso.pipeline.inputs.reference import finish_reference, model_choice, prepare_reference
 
@@ -75,7 +75,7 @@ def reference(
             "--fit, --standard-frame and --symmetrise take a file: write the phantom to one first",
             code="options-conflict",
         )
-    require_target(out, MAP_SUFFIXES)
+    require_map_target(out)
     box, pixel_size = _grid(file, box, pixel_size, map_pixel_size)
     if file in PHANTOMS:
         from cryoiso.physics.phantom import phantom_map

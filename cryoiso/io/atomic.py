@@ -106,17 +106,13 @@ def require_folder_name(path: object) -> None:
 
 
 MAP_SUFFIXES = (".mrc", ".map", ".ccp4", ".rec")
-"""Of files that other programs take for MRC maps."""
+"""Of files that other programs take for MRC maps, in any case."""
 
 
-def require_target(path: object, suffixes: tuple[str, ...] = ()) -> None:
+def require_target(path: object) -> None:
     """Stops before anything is computed for a file that cannot be written.
 
-    Args:
-        suffixes: endings that tell other programs what the file is, in any case; () any.
-
     Raises:
-        UsageError: another ending.
         InputError: its folder does not exist, or the name is that of a folder or a device.
     """
     final = Path(str(path))
@@ -130,10 +126,21 @@ def require_target(path: object, suffixes: tuple[str, ...] = ()) -> None:
             f"this is a {kind}, where a file is to be written", file=final, hint="Give the name of a file.",
             code="file-not-regular",
         )  # fmt: skip
-    if suffixes and final.suffix.lower() not in suffixes:
+
+
+def require_map_target(path: object) -> None:
+    """``require_target`` for an MRC map, whose name is to tell other programs what it is.
+
+    Raises:
+        InputError: as ``require_target``.
+        UsageError: an ending other than ``MAP_SUFFIXES``.
+    """
+    require_target(path)
+    final = Path(str(path))
+    if final.suffix.lower() not in MAP_SUFFIXES:
         raise UsageError(
             f"{final}: the file to write is an MRC map, and other programs would not know it by this name; "
-            f"let the name end in {suffixes[0]}", code="option-malformed",
+            f"let the name end in {MAP_SUFFIXES[0]}", code="option-malformed",
         )  # fmt: skip
 
 
