@@ -39,7 +39,7 @@ from cryoiso.pipeline.stages.rounds import (
     is_settled,
     known_grey_scale,
     last_round,
-    left_out,
+    nothing_confirmed,
     poses_after,
     references_after,
     skip,
@@ -77,7 +77,7 @@ def corefine(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -> N
     request = round_request(run, sample, source, round_, name, engine_folder(run, name), resume=resume)
     engine, section = engines.engine(job.refine.engine), job.auxiliary
     evidence = found_before(run, round_)
-    if evidence is not None and left_out(run, round_):
+    if nothing_confirmed(evidence):
         refined = refine_raw(engine, request, comm, evidence)
         known = refined.auxiliary
     else:

@@ -32,7 +32,7 @@ from cryoiso.parallel.partition import owned_rows
 from cryoiso.pipeline.context import RunContext
 from cryoiso.pipeline.job_inputs import Inputs
 from cryoiso.pipeline.records.hashing import digest_of, sha256_of
-from cryoiso.pipeline.stages.rounds import UNCONFIRMED, is_settled, left_out, poses_after, skip
+from cryoiso.pipeline.stages.rounds import UNCONFIRMED, found_before, is_settled, nothing_confirmed, poses_after, skip
 
 logger = logging.getLogger("cryoiso")
 SAMPLES = 8
@@ -52,7 +52,7 @@ def generate_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool
     name, comm, job, section = f"generate-{round_}", run.comm, run.job, run.job.auxiliary
     if is_settled(run, round_):
         return skip(run, name)
-    if left_out(run, round_):
+    if nothing_confirmed(found_before(run, round_)):
         return skip(run, name, UNCONFIRMED, round=round_)
     folder = run.folder.stage(name)
     files = generator_files(run.folder.stage(f"train-{round_}"), section.generators == "shared")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -57,16 +57,12 @@ def skip(run: RunContext, name: str, reason: str = SETTLED, **more: Any) -> None
         logger.info("%s is skipped, because %s", name, reason)
 
 
-def left_out(run: RunContext, round_: int) -> bool:
-    """Whether nothing was trained for a round because nothing of the homologue is confirmed (collective)."""
-    return bool(on_root(run.comm, lambda: _training_facts(run, round_).get("reason") == UNCONFIRMED))
-
-
 def found_before(run: RunContext, round_: int) -> IterationRecord | None:
     """What the training of a round was told of the homologue; None where it did not ask (collective)."""
 
     def read() -> IterationRecord | None:
-        facts = _training_facts(run, round_)
+        path = run.folder.stage(f"train-{round_}") / products.facts("train")
+        facts = json.loads(path.read_text(encoding="utf-8"))
         if "homologue" not in facts:
             return None
         return {"homologue": facts["homologue"], "homologue_precision": facts["homologue_precision"]}
@@ -74,10 +70,9 @@ def found_before(run: RunContext, round_: int) -> IterationRecord | None:
     return on_root(run.comm, read)
 
 
-def _training_facts(run: RunContext, round_: int) -> dict[str, Any]:
-    path = run.folder.stage(f"train-{round_}") / products.facts("train")
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return facts
+def nothing_confirmed(evidence: IterationRecord | None) -> TypeGuard[IterationRecord]:
+    """Whether it was asked how far the homologue is confirmed, and it is not: then nothing is trained or generated."""
+    return evidence is not None and not evidence["homologue"]["confirmed"]
 
 
 def last_round(run: RunContext) -> int:

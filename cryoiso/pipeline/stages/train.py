@@ -32,6 +32,7 @@ from cryoiso.pipeline.stages.rounds import (
     UNCONFIRMED,
     is_settled,
     noise_after,
+    nothing_confirmed,
     poses_after,
     references_after,
     skip,
@@ -52,7 +53,7 @@ def train_stage(round_: int, run: RunContext, inputs: Inputs, *, resume: bool) -
     references = references_after(run, round_ - 1)
     _require_evidence(run, inputs, source, round_)
     evidence = homologue_found(run, inputs, round_)
-    if evidence is not None and not evidence["homologue"]["confirmed"]:
+    if nothing_confirmed(evidence):
         return skip(run, name, UNCONFIRMED, round=round_, **evidence)
     facts = {"round": round_, "inverted": bool(source.index["inverted"])}
     train_into(
